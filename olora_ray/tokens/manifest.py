@@ -4,6 +4,7 @@ Both are JSON with a *seal*, the digest of their own content: what a crash or a 
 never taken for good, whatever still parses.
 """
 
+import base64
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.common import storage
@@ -454,13 +456,31 @@ def form_lines(plan: Plan) -> list[str]:
     return [line for line in found if line]
 
 
-def in_both(train: Mapping[str, str], held_out: Mapping[str, str]) -> str | None:
-    """What to say where the held-out files, by content, are files of the training data too; None if they are not."""
-    found = [held_out[content] for content in held_out if content in train]
-    if not found:
-        return None
-    more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
-    return (
-        f"data.eval: {found[0]}{more} is trained on too, so the held-out loss, the best step and the gate look better"
-        " than they are; leave it out of data.train (a folder and a glob take all that is there)"
-    )
+class HeldOut:
+    """The rows of a split that is held out, and which of them were met among the training rows."""
+
+    def __init__(self, rows: NDArray[np.uint64], setting: str) -> None:
+        """`rows` are digests of their tokens; `setting` is that of their sources, as in `Limits`."""
+        self._rows, self._setting = rows, setting
+        self._met = np.zeros(len(rows), dtype=bool)
+
+    def meet(self, rows: NDArray[np.uint64]) -> None:
+        """Look for the rows among these of the training data; raises UserError as soon as too many are found."""
+        self._met |= np.isin(self._rows, rows)
+        if self._met.sum() > max(0.01 * len(self._rows), float(len(self._rows) >= 10)):  # one may be a greeting
+            raise UserError(self.line(" or more" * (not self._met.all())))
+
+    def line(self, more: str = "") -> str:
+        """What was found; empty if nothing was. `more` stands behind the number of the rows."""
+        remedy = "take them out of data.train, where a folder and a glob take all that is there"
+        if self._setting != "data.eval":
+            remedy = "remove what is repeated from data.train, or hold out other rows with data.eval"
+        return bool(self._met.any()) * (
+            f"{self._setting}: {self._met.sum():,}{more} of {len(self._rows):,} held-out rows are training rows too, so"
+            f" the held-out loss, the best step and the gate look better than they are; {remedy}"
+        )
+
+
+def row_digests(sidecar: Mapping[str, Any] | None) -> NDArray[np.uint64]:
+    """The digests of the rows of a shard, from its sidecar."""
+    return np.frombuffer(base64.b64decode(sidecar["digests"] if sidecar else ""), dtype=np.uint64)

@@ -317,10 +317,6 @@ class Plan(Rules):
             return 1.0
         return self.eval_fraction if self.split == "eval" else 1.0 - self.eval_fraction
 
-    def contents(self) -> dict[str, str]:
-        """The file of each content that was looked at, by its digest."""
-        return {each.sha256: each.file.uri for each in self.files if each.sha256}
-
     def inputs(self) -> dict[str, object]:
         """The inputs of the store's digest: contents, no paths."""
         return {

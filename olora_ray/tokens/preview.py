@@ -5,7 +5,7 @@ and what they say is scaled up.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,10 +80,10 @@ class Preview:
     sources: tuple[SourceRows, ...]
     examples: tuple[Example, ...]
     """The first that is trained on, and the next from another source if there is one."""
+    digests: NDArray[np.uint64]
+    """Of the rows that were read."""
     some_packs: tuple[Pack, ...]
     """The first sequences."""
-    contents: Mapping[str, str]
-    """The file of each content that was looked at, by its digest."""
 
 
 def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit: int = 2000) -> Preview:
@@ -141,8 +141,8 @@ def _preview(
         lengths=tuple(int(n) for n in np.quantile(lengths, QUANTILES, method="closest_observation")),
         sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
         examples=_examples(plan, first),
+        digests=np.frombuffer(b"".join(digest for shard in made for digest in shard.digests), dtype=np.uint64),
         some_packs=tuple(_pack(first, members) for members in first.packs[:8]),
-        contents=plan.contents(),
     )
 
 

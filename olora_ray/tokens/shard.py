@@ -1,5 +1,7 @@
 """One shard of a token store: its rows tokenised, shuffled and packed, and its file."""
 
+import base64
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +92,8 @@ class Shard:
     rows_of: "Counter[int]" = field(default_factory=Counter)
     """The same by the number of their source."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    """Of the tokens of each row."""
     notes: "Counter[str]" = field(default_factory=Counter)
     """Counts of what is odd."""
 
@@ -126,6 +130,7 @@ class Shard:
             "sha256": digest_bytes(content),
             "reasons": dict(sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())),
             "rejected": self.rejected,
+            "digests": base64.b64encode(b"".join(self.digests)).decode(),
             "notes": dict(sorted(self.notes.items())),
         }
 
@@ -171,6 +176,7 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                 )
                 continue
             manifest.count(shard.notes, one.example, found, tokenize, rules.spec)
+            shard.digests.append(hashlib.blake2b(b"".join(each.ids for each in found), digest_size=8).digest())
             shard.examples.extend(found)
             shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
 
