@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.data.formats import Rejected, Text, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
 from olora_ray.tokens import manifest
@@ -155,6 +155,7 @@ def file_bytes(table: pa.Table) -> bytes:
 
 
 def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
+    end = rules.spec.eos_id
     for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([one for _, one in group if isinstance(one, Begun)])
         for place, one in group:
@@ -164,6 +165,10 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                 if isinstance(one, Rejected):
                     raise one
                 found = one.finish()
+                if isinstance(one.example, Text) and all((each.ids[each.supervised] == end).all() for each in found):
+                    raise Rejected(
+                        "no_supervised_token", "a text of one token: the end token alone is left to train on"
+                    )
             except Rejected as why:
                 shard.rejected.append(
                     {
@@ -187,6 +192,8 @@ def _begun(
     """The places and examples of a piece, in groups whose texts are tokenised together."""
     source = rules.sources[planned.source]
     chat, wanted = as_chat(source, rules.spec), set(columns_of(source.format, source.fields))
+    # A token has a few letters: what is far too long is not tokenised, which takes 200 times its memory.
+    most = 1000 * rules.max_length
     group: list[tuple[int, Begun | Rejected]] = []
     size = 0
     for place, row in _rows(rules, planned, piece):
@@ -196,6 +203,8 @@ def _begun(
             if isinstance(row, Mapping):
                 manifest.count_unread(shard.notes, "column", row.keys() - wanted)
             one = tokenize.begin(to_example(source.format, row, source.fields, chat))
+            if not isinstance(one.example, Text) and max(map(len, (*one.answers, *one.texts))) > most:
+                raise Rejected("too_long", f"more than {most:,} characters, for data.max_length = {rules.max_length}")
             size += one.size
             group.append((place, one))
         except Rejected as why:
