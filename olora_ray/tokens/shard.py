@@ -181,7 +181,9 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                 )
                 continue
             manifest.count(shard.notes, one.example, found, tokenize, rules.spec)
-            shard.digests.append(hashlib.blake2b(b"".join(each.ids for each in found), digest_size=8).digest())
+            shard.digests.append(
+                hashlib.blake2b(b"".join(each.ids.tobytes() for each in found), digest_size=8).digest()
+            )
             shard.examples.extend(found)
             shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
 
