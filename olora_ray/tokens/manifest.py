@@ -384,7 +384,10 @@ def summary(manifest: Manifest) -> str:
 
 REASONING = {"reasoning_content", "reasoning", "thinking"}
 """Keys of messages that are the same to templates."""
-UNREAD = {"column": "columns", "key": "keys of messages"}
+UNREAD = {
+    "column": "columns that the format does not read",
+    "key": "keys of messages that neither the format nor the chat template reads",
+}
 
 
 @lru_cache(maxsize=8)
@@ -443,7 +446,7 @@ def lines(notes: Mapping[str, int]) -> list[str]:
         unread = {note.partition(" ")[2]: rows for note, rows in notes.items() if note.startswith(f"{kind} ")}
         if names := sorted(unread, key=lambda name: -unread[name]):
             shown = ", ".join(f"{name} ({unread[name]:,})" for name in names[:12]) + ", ..." * (len(names) > 12)
-            found.append(f"{what} that nothing reads: {shown}")
+            found.append(f"{what}: {shown}")
     return found
 
 

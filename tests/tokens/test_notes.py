@@ -90,12 +90,12 @@ def test_columns_and_keys_that_nothing_reads_are_counted_and_said(tmp_path: Path
     spec = helpers.spec(helpers.CHATML + "{% set seen = [messages[0].name, messages[0].thinking] %}")
     config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", rows))
     expected = [
-        "columns that nothing reads: id (2), source (1)",
-        "keys of messages that nothing reads: \\ud800 (2), function_call (2)",
+        "columns that the format does not read: id (2), source (1)",
+        "keys of messages that neither the format nor the chat template reads: \\ud800 (2), function_call (2)",
     ]
     with said() as printed:
         prepare(config, spec, "train")
-    assert [line for line in printed if "nothing reads" in line] == [f"tokens: train: {line}" for line in expected]
+    assert [line for line in printed if "the format" in line] == [f"tokens: train: {line}" for line in expected]
     with said() as printed:
         describe(config, spec)
     assert [f"of the rows that were read, {line}" for line in expected] == printed[-2:]
@@ -104,7 +104,7 @@ def test_columns_and_keys_that_nothing_reads_are_counted_and_said(tmp_path: Path
 def test_columns_of_parquet_that_are_not_read_are_said_too(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     parquet.write_table(pa.Table.from_pylist([{**helpers.chat("q", "a"), "id": 1}] * 3), tmp_path / "a.parquet")
     notes = prepare(helpers.config(tmp_path / "runs", tmp_path / "a.parquet"), tiny_spec, "train").manifest.notes
-    assert lines(notes) == ["columns that nothing reads: id (3)"]
+    assert lines(notes) == ["columns that the format does not read: id (3)"]
 
 
 def test_names_that_nothing_reads_are_bounded(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
