@@ -136,6 +136,8 @@ def spelling_advice(word: str, place: str = "") -> str | None:
 
 _MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile("[-+]?0[0-7_]+")
+_ODD_NUMBER = re.compile("[-+]?(0[xb]|[0-9_]+:)")
+"""Numbers of YAML 1.1 that nobody means: 1:30 is 90, 0x10 is 16."""
 _TOO_MUCH = "more than 50,000 values (aliases unfolded) or 50 levels of lists and mappings: not a config"
 
 
@@ -167,6 +169,8 @@ class Loader(yaml.SafeLoader):
                 value.encode()  # half of a surrogate pair is no text
         except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
             raise _problem(node, f"{_quoted(node.value)} cannot be read; quote it if it is a text") from None
+        if isinstance(value, int | float) and isinstance(node.value, str) and _ODD_NUMBER.match(node.value):
+            return node.value  # a field of numbers refuses it
         if isinstance(value, int) and abs(value) >= 2**63:
             raise _problem(node, f"{_quoted(node.value)} is too large")
         octal = isinstance(value, int) and isinstance(node.value, str) and _OCTAL.fullmatch(node.value)

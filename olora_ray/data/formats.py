@@ -22,11 +22,15 @@ class Rejected(Exception):
 
     def __init__(self, reason: str, message: str) -> None:
         """`reason` is a short slug to count by; `message` is for the person who looks at the row: one line."""
-        # Names of columns and parts of the row are in it: line breaks and half surrogate pairs, too.
-        line = " ".join(message.encode("utf-8", "backslashreplace").decode().split())
         self.reason = reason
-        self.message = line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "..."
+        self.message = one_line(message)
         super().__init__(f"{reason}: {self.message}")
+
+
+def one_line(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """Shorten what names columns or parts of a row: line breaks and half surrogate pairs may be in it."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= most else line[:most] + "..."
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ SHAREGPT_ROLES = {
 """Other names of roles that rows of format sharegpt have."""
 TEXTS = (None, "text", "input_text", "output_text")
 """Types of the parts of a content; pictures may have a `text` too, and reasoning is no part of an answer."""
+MARKS = ("train", "training", "loss")
+"""Keys with which Axolotl, ms-swift and LLaMA-Factory say whether an answer is supervised."""
 CALL = "function_call"
 """Role of a tool call in format sharegpt; its value is JSON text."""
 
@@ -158,6 +164,9 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
     rest = {
         key: without_nulls(value) for key, value in turn.items() if value is not None and key not in (role, content)
     }
+    marks = [rest.pop(key) for key in MARKS if isinstance(rest.get(key), bool) and turn[role] == "assistant"]
+    if False in marks:
+        rest["weight"] = 0
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"message {number}: 'tool_calls'")
         if not rest["tool_calls"]:  # servers write [] where there is none, and templates look for the key alone
@@ -431,6 +440,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 OTHER_NAMES = {
+    "input": ("context",),
+    "system": ("system_prompt",),
     "prompt": ("question", "query", "instruction", "input", "problem", "user"),
     "completion": ("answer", "response", "output", "target", "solution", "label", "chosen", "assistant"),
     "instruction": ("prompt", "question", "query", "problem", "task", "user"),
@@ -446,15 +457,20 @@ def columns(format: str, row: Any) -> str | None:
     """How a source must be set for this row to be used, as `format: alpaca, fields: {output: answer}`."""
     if not isinstance(row, Mapping):
         return None
+    tree = {"role", "parent_id"} & set(row)  # its texts are messages, and no documents
     found = ((name, _other_names(name, row)) for name in sorted(NEEDED, key=lambda name: name != format))
-    usable = [(name, fields) for name, fields in found if fields is not None and _usable(name, row, fields)]
+    usable = [
+        (name, fields, sorted(set(map(str, row)) - set(columns_of(name, fields))))
+        for name, fields in found
+        if fields is not None and not (name == "text" and tree) and _usable(name, row, fields)
+    ]
     if not usable:
         return None
-    # What needs the fewest words; a column called text may stand beside those that are meant.
-    name, fields = min(usable, key=lambda way: (way[0] == "text", len(way[1]) + (way[0] != format)))
+    # What leaves out least, in the fewest words; a column called text may stand beside those that are meant.
+    name, fields, left = min(usable, key=lambda way: (way[0] == "text", len(way[2]), len(way[1]) + (way[0] != format)))
     shown = ", ".join(f"{field}: {column}" for field, column in fields.items())
     parts = [f"format: {name}"] * (name != format) + [f"fields: {{{shown}}}"] * bool(fields)
-    return ", ".join(parts) or None
+    return ", ".join(parts) + f" (leaves out {listed(dict.fromkeys(left))})" * bool(left) if parts else None
 
 
 def file(kind: str, columns: tuple[str, ...], begin: bytes) -> str | None:
@@ -474,17 +490,19 @@ def _other_names(format: str, row: Mapping[str, Any]) -> dict[str, str] | None:
     """The format's fields that the row has under other names; None if it lacks one of those that are needed."""
     lower = {str(name).lower().strip(): str(name) for name in row}
     found: dict[str, str] = {}
-    for field in NEEDED[format]:
-        names = (name for name in (field, *OTHER_NAMES[field]) if name in lower and lower[name] not in found.values())
-        if (name := next(names, None)) is None:
+    for field in sorted(FIELDS[format], key=lambda field: field not in NEEDED[format]):
+        names = (field, *OTHER_NAMES.get(field, ()))
+        free = (name for name in names if name in lower and lower[name] not in found.values())
+        if (name := next(free, None)) is not None:
+            found[field] = lower[name]
+        elif field in NEEDED[format]:
             return None
-        found[field] = lower[name]
     return {field: column for field, column in found.items() if field != column}
 
 
 def _usable(format: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> bool:
     try:
-        to_example(format, row, fields)
+        to_example(format, row, fields, as_chat=True)
     except Rejected:
         return False
     return True

@@ -79,12 +79,8 @@ def _mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
         ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10).astype(np.int64) + total + 1
         sizes = np.diff(ends, prepend=line_start)
         numbers = lines + 1 + np.arange(len(ends))
-        if file.kind == "text":
-            kept = _document_ends(ends, document)
-        elif file.compression:
-            kept = np.arange(len(ends))
-        else:
-            kept = np.flatnonzero(_may_end_units(numbers, sizes))
+        units = np.flatnonzero(_may_end_units(numbers, sizes))
+        kept = _document_ends(ends, document) if file.kind == "text" else units
         crcs, crc = _running_crcs(chunk, ends[kept] - total, crc)
         if len(kept):
             parts.append(np.stack([numbers[kept], numbers[kept], ends[kept], crcs]))
@@ -206,7 +202,9 @@ def _unit_step(lines: int, total: int, slow: bool) -> tuple[int, int]:
     """Records of a unit, and the bytes from which on it is cut earlier."""
     if slow:
         count = max(min(SLOW_UNITS, lines // UNIT_ROWS), -(-total // SLOW_UNIT_BYTES), 1)
-        return -(-lines // count), 2 * SLOW_UNIT_BYTES
+        step = -(-lines // count)
+        # Of a large file a unit may end at few lines (`_may_end_units`).
+        return step if lines <= UNITS_WANTED * UNIT_ROWS else -(-step // UNIT_ROWS) * UNIT_ROWS, 2 * SLOW_UNIT_BYTES
     return int(np.clip(-(-lines // UNITS_WANTED) // 16 * 16, 16, UNIT_ROWS)), UNIT_BYTES
 
 
@@ -228,7 +226,7 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
     def keep_some() -> None:
         """Keep the marks at which units may end, which saves nearly all of the memory for a large file."""
         part = np.array(some, dtype=np.int64).reshape(-1, 4).T
-        if header is not None and file.compression is None:
+        if header is not None:
             before = parts[-1][2, -1] if parts and parts[-1].size else 0
             part = part[:, _may_end_units(part[0] - skipped, np.diff(part[2], prepend=before))]
         parts.append(part)
@@ -551,4 +549,4 @@ def forget_scan(file: File, storage_root: str) -> None:
 
 def _place(file: File, storage_root: str) -> str:
     # The number changes whenever a kept scan would be another.
-    return storage.join(storage_root, "tokens", "scans", f"{digest(5, file.uri, length=32)}.json")
+    return storage.join(storage_root, "tokens", "scans", f"{digest(6, file.uri, length=32)}.json")

@@ -268,6 +268,10 @@ KINDS = {
     ".tsv": "tsv",
     ".txt": "text",
 }
+_TRAINING = re.compile(r"[/._ -](train|training)(?=[/._ -]|\d|$)", re.IGNORECASE)
+_HELD_OUT = re.compile(r"[/._ -](test|testing|validation|valid|val|dev|eval|evaluation)(?=[/._ -]|\d|$)", re.IGNORECASE)
+_HELD_OUT_FIRST = re.compile(_HELD_OUT.pattern.replace("[/._ -]", "/", 1), re.IGNORECASE)
+_NOTES = re.compile(r"/(dataset_infos?\.json|(readme|licen[cs]e|notice)(\.\w+)?)$", re.IGNORECASE)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 SUPPORTED = (
     ".jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), .parquet,"
@@ -298,10 +302,31 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
     check_fields(source.format, source.fields, where)
     found = _all_files(source, f"{where}.path", storage_root)
     if not source.only:
-        return found
+        return _of_split(found, source.path, where)
     if missing := sorted(set(source.only) - {file.uri for file in found}):
         raise UserError(f"{where}.only: {missing[0]} is not among the files of {source.path}")
     return [file for file in found if file.uri in source.only]
+
+
+def _of_split(files: list[File], path: str, where: str) -> list[File]:
+    """The files without those that belong to another split by their names, and without notes on a data set."""
+    folder = posixpath.commonprefix([file.uri for file in files]).rpartition("/")[0]
+    names = {file: file.uri[len(folder) :] for file in files}
+    training = [file for file in files if _TRAINING.search(names[file])]
+    # Where no file is for training by its name, a word inside of a name may mean something else.
+    held_out = [file for file in files if (_HELD_OUT if training else _HELD_OUT_FIRST).search(names[file])]
+    others = training if where.startswith("data.eval") else held_out
+    for left_out, what in (
+        ([file for file in files if _NOTES.search(names[file])], "no rows"),
+        (others, "another split by name; to use them here, give them a path of their own"),
+    ):
+        out = set(left_out)
+        if kept := [file for file in files if file not in out]:
+            shown = ", ".join(names[file][1:] for file in left_out[:3]) + ", ..." * (len(left_out) > 3)
+            if left_out:
+                _say_once(f"{where}.path: left out of {path}: {shown} ({what})", logging.WARNING)
+            files = kept
+    return files
 
 
 def _all_files(source: Source, field: str, storage_root: str) -> list[File]:

@@ -4,6 +4,7 @@ No Ray, no MLflow run, no file but a converted model. It ends as the run would e
 starting it, with the same message.
 """
 
+import logging
 import os
 import textwrap
 from collections import Counter
@@ -18,12 +19,14 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare, report
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens.manifest import reason_counts
+from olora_ray.tokens.manifest import HeldOut, reason_counts
 from olora_ray.tokens.preview import Example, Preview, describe
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
+
+logger = logging.getLogger(__name__)
 
 
 def dry_run(config: Config, show_config: bool = False) -> None:
@@ -41,7 +44,11 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     # Of many held-out rows the first 500 are read.
     held_out = describe(config, base.spec, "eval", 500) if config.data.holds_out() else None
     train = describe(config, base.spec, "train")
-    prepare.warn_of_both(config, train.contents, held_out.contents if held_out else {})
+    if held_out:
+        apart = HeldOut(held_out.digests, held_out.limits.setting)
+        apart.meet(train.digests)
+        if line := apart.line():
+            logger.warning(line)
     if show_config:
         print(dump(config))
     table = [

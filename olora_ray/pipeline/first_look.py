@@ -48,7 +48,8 @@ def _check(source: Source, where: str, storage_root: str) -> None:
             try:
                 if isinstance(row, Rejected):
                     raise row
-                to_example(source.format, row, source.fields)
+                # The model is not looked at yet: rows that are a chat only with its template pass.
+                to_example(source.format, row, source.fields, source.chat is not False)
             except Rejected as why:
                 hint = "" if problem else _hint(source, where, file, scanned, row)
                 problem = problem or f"{file.uri}:{place + 1}: {why.reason}: {why.message}{hint}"
@@ -76,7 +77,7 @@ def _hint(source: Source, where: str, file: File, scanned: FileScan | None, row:
     if odd := formats.file(file.kind, scanned.columns if scanned else (), begin):
         return f"; {odd}"
     words = formats.columns(source.format, row)
-    return f"; set {words} in {where}" if words else ""
+    return f"; in {where} set {words}" if words else ""
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:

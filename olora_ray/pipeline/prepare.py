@@ -17,7 +17,6 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers, export_preflight
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.progress import batch_split
-from olora_ray.tokens import manifest
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, scoring
@@ -171,13 +170,13 @@ def prepare_tokens(
         look = look_there(config)
         build = begin(config, base.spec, "train", look)
         other = begin(config, base.spec, "eval", look) if config.data.holds_out() else None
-        warn_of_both(config, build.contents(), other.contents() if other else {})
         check({"training data": build.store.digest, "held-out data": other.store.digest if other else ""})
         check({"start": start} if start else {})
-        if wait:
-            build.run(cpus_held)
         if other:
             other.run()
+            build.hold_apart(other)
+        if wait:
+            build.run(cpus_held)
         held_out = TokenStore.open(other.store.uri) if other else None
         scores = answers.check(config, held_out, base.tokenizer)
         if not wait and (build.complete or build.small):
@@ -189,12 +188,6 @@ def prepare_tokens(
     again = preflight.recomputes(config, base.model)
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, store, held_out, start, recompute=again)
     return Prepared(spec, build, scores)
-
-
-def warn_of_both(config: Config, train: Mapping[str, str], held_out: Mapping[str, str]) -> None:
-    """Say so where files of `data.eval` are files of `data.train` too; both by content."""
-    if config.data.eval_fraction is None and (line := manifest.in_both(train, held_out)):
-        logger.warning(line)
 
 
 def contents(config: Config, base: Base) -> dict[str, str]:

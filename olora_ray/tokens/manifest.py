@@ -4,28 +4,33 @@ Both are JSON with a *seal*, the digest of their own content: what a crash or a 
 never taken for good, whatever still parses.
 """
 
+import base64
 import hashlib
 import itertools
 import json
 import logging
 import math
+import re
 import tempfile
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import seal, unseal
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.formats import Chat, Example, Text
+from olora_ray.data.formats import Chat, Example, Text, one_line
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens, form_line
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.plan import Plan, Split, sources_of
 
 logger = logging.getLogger(__name__)
@@ -226,14 +231,17 @@ REMEDIES = {
 
 
 def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str) -> str:
-    """What mends most of the rejected rows; where some of the `rows` can be used, also how to allow as many.
+    """What mends most of the rejected rows; where most of the `rows` can be used, also how to allow as many.
 
     `where` names the setting of their sources.
     """
     most = max(reasons, key=lambda reason: reasons[reason])
     first = REMEDIES.get(most, "mend or remove them").format(where=where.removeprefix("held out of "))
     share = sum(reasons.values()) / rows
-    return first if share == 1 else f"{first}, or allow as many with data.max_rejected={math.ceil(share * 1000) / 1000}"
+    # To allow most rows to be rejected would train on other data than was meant.
+    return (
+        first if share > 0.5 else f"{first}, or allow as many with data.max_rejected={math.ceil(share * 1000) / 1000}"
+    )
 
 
 # Totals over a store's shards: manifest, rejected rows, periodic progress.
@@ -374,12 +382,40 @@ def summary(manifest: Manifest) -> str:
 # What is odd about the rows of a split: counted shard by shard, and said once.
 
 
-def count(notes: "Counter[str]", example: Example, found: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
+REASONING = {"reasoning_content", "reasoning", "thinking"}
+"""Keys of messages that are the same to templates."""
+UNREAD = {
+    "column": "columns that the format does not read",
+    "key": "keys of messages that neither the format nor the chat template reads",
+}
+
+
+@lru_cache(maxsize=8)
+def _read_keys(template: str) -> frozenset[str]:
+    """The keys of messages that are read: by the formats, and all that a template names."""
+    named = {"role", "content", "tool_calls", "weight", *re.findall(r"\w+", template)}
+    return frozenset(named | REASONING if named & REASONING else named)
+
+
+def count_unread(notes: "Counter[str]", kind: str, names: Iterable[object]) -> None:
+    """Add one to each of the names that nothing reads, of a bounded number of them."""
+    for name in names:
+        note = f"{kind} {one_line(str(name), 60)}"
+        if note in notes or len(notes) < 100:
+            notes[note] += 1
+
+
+def count(
+    notes: "Counter[str]", example: Example, found: Sequence[Tokens], tokenize: ExampleTokenizer, spec: TokenizerSpec
+) -> None:
     """Add an example and its tokens to the notes of its shard."""
     if isinstance(example, Text):
         return
     if isinstance(example, Chat):
         notes["chats"] += 1
+        read = _read_keys(spec.template(example.tools is not None))
+        for message in example.messages:
+            count_unread(notes, "key", message.keys() - read)
         if len(found) > 1:
             notes["split"] += 1
             notes["split_tokens"] += sum(len(each.ids) for each in found)
@@ -406,6 +442,11 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             f"rows whose answer does not end with an end token: {unended:,} (the chat template writes none), so the"
             " model does not learn where to stop"
         )
+    for kind, what in UNREAD.items():
+        unread = {note.partition(" ")[2]: rows for note, rows in notes.items() if note.startswith(f"{kind} ")}
+        if names := sorted(unread, key=lambda name: -unread[name]):
+            shown = ", ".join(f"{name} ({unread[name]:,})" for name in names[:12]) + ", ..." * (len(names) > 12)
+            found.append(f"{what}: {shown}")
     return found
 
 
@@ -418,13 +459,31 @@ def form_lines(plan: Plan) -> list[str]:
     return [line for line in found if line]
 
 
-def in_both(train: Mapping[str, str], held_out: Mapping[str, str]) -> str | None:
-    """What to say where the held-out files, by content, are files of the training data too; None if they are not."""
-    found = [held_out[content] for content in held_out if content in train]
-    if not found:
-        return None
-    more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
-    return (
-        f"data.eval: {found[0]}{more} is trained on too, so the held-out loss, the best step and the gate look better"
-        " than they are; leave it out of data.train (a folder and a glob take all that is there)"
-    )
+class HeldOut:
+    """The rows of a split that is held out, and which of them were met among the training rows."""
+
+    def __init__(self, rows: NDArray[np.uint64], setting: str) -> None:
+        """`rows` are digests of their tokens; `setting` is that of their sources, as in `Limits`."""
+        self._rows, self._setting = rows, setting
+        self._met = np.zeros(len(rows), dtype=bool)
+
+    def meet(self, rows: NDArray[np.uint64]) -> None:
+        """Look for the rows among these of the training data; raises UserError as soon as too many are found."""
+        self._met |= np.isin(self._rows, rows)
+        if self._met.sum() > max(0.01 * len(self._rows), float(len(self._rows) >= 10)):  # one may be a greeting
+            raise UserError(self.line(" or more" * (not self._met.all())))
+
+    def line(self, more: str = "") -> str:
+        """What was found; empty if nothing was. `more` stands behind the number of the rows."""
+        remedy = "take them out of data.train, where a folder and a glob take all that is there"
+        if self._setting != "data.eval":
+            remedy = "remove what is repeated from data.train, or hold out other rows with data.eval"
+        return bool(self._met.any()) * (
+            f"{self._setting}: {self._met.sum():,}{more} of {len(self._rows):,} held-out rows are training rows too, so"
+            f" the held-out loss, the best step and the gate look better than they are; {remedy}"
+        )
+
+
+def row_digests(sidecar: Mapping[str, Any] | None) -> NDArray[np.uint64]:
+    """The digests of the rows of a shard, from its sidecar."""
+    return np.frombuffer(base64.b64decode(sidecar["digests"] if sidecar else ""), dtype=np.uint64)

@@ -234,7 +234,7 @@ def _together(units: Table, sources: Sequence[Pieces]) -> Pieces:
 # The plan: inputs of a store, its digest, and the pieces of its shards.
 
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same input would give other shards."""
 SHARD_ROWS = (4096, 32768)
 """Rows of a shard, at least and at most: it is shuffled and packed as a whole."""
@@ -316,10 +316,6 @@ class Plan(Rules):
         if self.eval_fraction is None:
             return 1.0
         return self.eval_fraction if self.split == "eval" else 1.0 - self.eval_fraction
-
-    def contents(self) -> dict[str, str]:
-        """The file of each content that was looked at, by its digest."""
-        return {each.sha256: each.file.uri for each in self.files if each.sha256}
 
     def inputs(self) -> dict[str, object]:
         """The inputs of the store's digest: contents, no paths."""
@@ -423,12 +419,21 @@ def _shards(pieces: Pieces) -> Shards:
     return Shards(pieces, np.array([0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]))
 
 
-def sample(plan: Plan, limit: int) -> Plan:
-    """The plan cut down to about `limit` rows from its front, as one shard."""
+def sample(plan: Plan, limit: int) -> tuple[Plan, int]:
+    """The plan cut down to about `limit` rows, as one shard, and how many lines of its files that are.
+
+    A file may be sorted: the rows are some of each of many pieces, which are spread evenly over the files.
+    """
     pieces = plan.shards.pieces
-    before = (np.cumsum(pieces.rows) - pieces.rows) * plan.kept_share
-    kept = pieces[: int(np.searchsorted(before, limit))]
-    return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)])))
+    count = int(np.clip(2**26 * len(pieces) // max(pieces.bytes, 1), 8, 128))  # about 64 MB are read
+    places = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
+    chosen = np.unique(np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64))
+    kept = pieces[np.sort(places[chosen])]
+    share = min(1.0, limit / max(float(kept.rows.sum()) * plan.kept_share, 1.0))
+    kept = Pieces(kept.units, kept.unit, kept.take, [(turn, each * share) for turn, each in kept.takes])
+    rows = (np.arange(piece.unit.first, piece.unit.first + piece.unit.rows, dtype=np.int64) for piece in kept)
+    drawn = sum(int(taken(plan, plan.files[piece.file], piece, r).sum()) for piece, r in zip(kept, rows, strict=True))
+    return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)]))), drawn
 
 
 # Draws of rows: which are held out, and which are used where a weight is not whole.

@@ -11,6 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
@@ -26,6 +29,7 @@ from olora_ray.tokens import shard as shards
 from olora_ray.tokens.manifest import (
     MANIFEST,
     REJECTED,
+    HeldOut,
     Limits,
     Manifest,
     Outline,
@@ -34,6 +38,7 @@ from olora_ray.tokens.manifest import (
     Totals,
     file_size,
     read_manifest,
+    row_digests,
     shard_name,
     sidecar_name,
     summary,
@@ -256,6 +261,8 @@ def store_status(job: StoreSpec) -> StoreStatus:
                     found.missing.append(number)
                 else:
                     found.done[number] = sidecar
+                if sidecar:
+                    del sidecar["digests"]  # there may be a billion
                 found.rejected.put(number, sidecar.pop("rejected") if sidecar else ())
     return found
 
@@ -265,12 +272,17 @@ def _sidecar(job: StoreSpec | ShardSpec, number: int) -> dict[str, Any] | None:
 
 
 def make(
-    job: StoreSpec, found: StoreStatus, limits: Limits, stopped: Callable[[], bool], cpus_held: float = 0.0
+    job: StoreSpec,
+    found: StoreStatus,
+    limits: Limits,
+    stopped: Callable[[], bool],
+    cpus_held: float = 0.0,
+    held_out: HeldOut | None = None,
 ) -> bool:
     """Make what `found` lacks, in the order of the shards; False if `stopped` ended it between two.
 
     `cpus_held` are CPUs of the cluster that others hold for as long as this takes. Raises UserError for data
-    that cannot be used, and for a shard that cannot be made again as it was.
+    that cannot be used, for rows that are among those `held_out`, and for a shard that cannot be made again as it was.
     """
     totals = Totals(job.plan, found.rejected)
     with contextlib.closing(_made(job, found, cpus_held)) as made:
@@ -280,6 +292,8 @@ def make(
             fresh = number not in found.done
             sidecar = _checked(job, found.manifest, number, next(made) if fresh else found.done[number])
             totals.add(sidecar, fresh)
+            if held_out:
+                held_out.meet(row_digests(sidecar if fresh else _sidecar(job, number)))
             # Bad data ends the preparation here, not after hours of tokenising; the manifest comes last.
             if totals.hopeless(limits):
                 break
@@ -392,6 +406,7 @@ class StoreBuild:
         self._job, self._found, self._limits = job, found, limits
         self._stop, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._held_out: HeldOut | None = None
 
     def __enter__(self) -> "StoreBuild":
         return self
@@ -402,9 +417,17 @@ class StoreBuild:
         with contextlib.suppress(Exception):
             self.join()
 
-    def contents(self) -> dict[str, str]:
-        """See Plan."""
-        return self._job.plan.contents()
+    def hold_apart(self, held_out: "StoreBuild") -> None:
+        """Have `run` look for rows that are held out too; their store is complete."""
+        rows = np.concatenate(list(held_out._rows()))
+        self._held_out = HeldOut(rows, held_out._limits.setting)
+
+    def _rows(self) -> Iterator[NDArray[np.uint64]]:
+        """The digests of the rows, shard by shard."""
+        with ThreadPoolExecutor(16) as pool:
+            yield from pool.map(
+                lambda number: row_digests(_sidecar(self._job, number)), range(len(self._job.plan.shards))
+            )
 
     @property
     def complete(self) -> bool:
@@ -429,8 +452,14 @@ class StoreBuild:
         """
         try:
             # Ray Data's stream is made, read and closed in one thread: it cannot be closed from another.
-            if not self.complete and make(self._job, self._found, self._limits, self._stop.is_set, cpus_held):
+            apart = self._held_out
+            if apart and self.complete:
+                for rows in self._rows():
+                    apart.meet(rows)
+            elif not self.complete and make(self._job, self._found, self._limits, self._stop.is_set, cpus_held, apart):
                 _say(self._job.plan.split, self.store.manifest)
+            if apart and (line := apart.line()):
+                logger.warning(line)
         finally:
             self._ended.set()
 

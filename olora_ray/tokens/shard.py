@@ -1,5 +1,7 @@
 """One shard of a token store: its rows tokenised, shuffled and packed, and its file."""
 
+import base64
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +13,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.data.formats import Rejected, Text, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
 from olora_ray.tokens import manifest
@@ -90,6 +92,8 @@ class Shard:
     rows_of: "Counter[int]" = field(default_factory=Counter)
     """The same by the number of their source."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    """Of the tokens of each row."""
     notes: "Counter[str]" = field(default_factory=Counter)
     """Counts of what is odd."""
 
@@ -126,6 +130,7 @@ class Shard:
             "sha256": digest_bytes(content),
             "reasons": dict(sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())),
             "rejected": self.rejected,
+            "digests": base64.b64encode(b"".join(self.digests)).decode(),
             "notes": dict(sorted(self.notes.items())),
         }
 
@@ -150,7 +155,8 @@ def file_bytes(table: pa.Table) -> bytes:
 
 
 def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
-    for group in _begun(rules, planned, piece, tokenize):
+    end = rules.spec.eos_id
+    for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([one for _, one in group if isinstance(one, Begun)])
         for place, one in group:
             shard.rows += 1
@@ -159,6 +165,10 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                 if isinstance(one, Rejected):
                     raise one
                 found = one.finish()
+                if isinstance(one.example, Text) and all((each.ids[each.supervised] == end).all() for each in found):
+                    raise Rejected(
+                        "no_supervised_token", "a text of one token: the end token alone is left to train on"
+                    )
             except Rejected as why:
                 shard.rejected.append(
                     {
@@ -170,24 +180,33 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                     }
                 )
                 continue
-            manifest.count(shard.notes, one.example, found, tokenize)
+            manifest.count(shard.notes, one.example, found, tokenize, rules.spec)
+            shard.digests.append(
+                hashlib.blake2b(b"".join(each.ids.tobytes() for each in found), digest_size=8).digest()
+            )
             shard.examples.extend(found)
             shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
 
 
 def _begun(
-    rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
+    shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
     """The places and examples of a piece, in groups whose texts are tokenised together."""
     source = rules.sources[planned.source]
-    chat = as_chat(source, rules.spec)
+    chat, wanted = as_chat(source, rules.spec), set(columns_of(source.format, source.fields))
+    # A token has a few letters: what is far too long is not tokenised, which takes 200 times its memory.
+    most = 1000 * rules.max_length
     group: list[tuple[int, Begun | Rejected]] = []
     size = 0
     for place, row in _rows(rules, planned, piece):
         try:
             if isinstance(row, Rejected):
                 raise row
+            if isinstance(row, Mapping):
+                manifest.count_unread(shard.notes, "column", row.keys() - wanted)
             one = tokenize.begin(to_example(source.format, row, source.fields, chat))
+            if not isinstance(one.example, Text) and max(map(len, (*one.answers, *one.texts))) > most:
+                raise Rejected("too_long", f"more than {most:,} characters, for data.max_length = {rules.max_length}")
             size += one.size
             group.append((place, one))
         except Rejected as why:

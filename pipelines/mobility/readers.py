@@ -28,6 +28,7 @@ any paper to the last letter:
 """
 
 import csv
+import gzip
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,19 +73,24 @@ def _files(path: Path, endings: Sequence[str]) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"argument RECORDS: {path}: no such file or folder")
-    if found := sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file()):
+    if found := sorted(
+        file for file in path.rglob("*") if file.name.lower().endswith(tuple(endings)) and file.is_file()
+    ):
         return found
     raise UserError(f"argument RECORDS: {path}: no file ends in {' or '.join(endings)}")
 
 
 def read_check_ins(files: Sequence[Path], repairs: Repairs) -> Iterator[Named]:
     """Read the records of csv files; raises UserError that names file and line for what cannot be read."""
+    first_days: dict[str, int] = {}
     for file in files:
-        yield from _check_ins(file, repairs)
+        yield from _check_ins(file, repairs, first_days)
 
 
-def _check_ins(file: Path, repairs: Repairs) -> Iterator[Named]:
-    with file.open(encoding="utf-8-sig", newline="") as opened:
+def _check_ins(file: Path, repairs: Repairs, first_days: dict[str, int]) -> Iterator[Named]:
+    """Read one file; `first_days` has the weekday of day 0 of each person, from the first record."""
+    reads = gzip.open if file.suffix.lower() == ".gz" else open
+    with reads(file, "rt", encoding="utf-8-sig", newline="") as opened:
         rows = csv.reader(opened, strict=True)
         try:
             columns = _columns(next(rows, []), file)
@@ -92,10 +98,15 @@ def _check_ins(file: Path, repairs: Repairs) -> Iterator[Named]:
                 if not row:
                     continue
                 try:
-                    yield _check_in(row, columns, str(file), rows.line_num)
+                    person, venue, stay = _check_in(row, columns, str(file), rows.line_num)
+                    day = stay.at // MINUTES
+                    meant = (first_days.setdefault(person, (stay.when.weekday - day) % 7) + day) % 7
+                    if stay.when.weekday != meant:
+                        raise Broken(f"weekday is {stay.when.weekday}, but by earlier records day {day} has {meant}")
+                    yield person, venue, stay
                 except Broken as broken:
                     repairs.found(BROKEN, str(file), rows.line_num, str(broken))
-        except (csv.Error, UnicodeDecodeError) as error:  # what follows cannot be told apart
+        except (csv.Error, UnicodeDecodeError, EOFError) as error:  # what follows cannot be told apart
             raise UserError(f"{file}:{rows.line_num + 1}: no csv in UTF-8: {error}; correct the file") from None
 
 
@@ -283,7 +294,7 @@ def _point(text: str, file: str, line: int) -> Point:
 
 def _number(text: str, what: str, least: int, most: int) -> int:
     """Return a whole number within bounds; raises Broken that says what is wrong with it."""
-    value = text.strip()
+    value = text.strip().removesuffix(".0")  # as a table with gaps is written
     if not value.removeprefix("-").isascii() or not value.removeprefix("-").isdigit() or len(value) > 18:
         raise Broken(f"{what} is {text!r}, not a whole number")
     if not least <= int(value) <= most:
@@ -292,7 +303,7 @@ def _number(text: str, what: str, least: int, most: int) -> int:
 
 
 READERS: Mapping[str, tuple[Reader, tuple[str, ...]]] = {
-    "checkins": (read_check_ins, (".csv",)),
+    "checkins": (read_check_ins, (".csv", ".csv.gz")),
     "foursquare": (read_foursquare, (".txt", ".tsv")),
     "geolife": (read_geolife, (".plt",)),
 }

@@ -356,8 +356,9 @@ def _best(file: Path, asked: Sequence[Asked]) -> Best:
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     with as_user_error(f"{file}", OSError, ValueError), file.open(encoding="utf-8") as opened:
-        for line in opened:
-            yield json.loads(line)
+        for number, line in enumerate(opened, 1):
+            with as_user_error(f"{file}:{number}", ValueError):
+                yield json.loads(line)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import parse_assignments, parse_yaml
+from olora_ray.config.load import build, override, parse_assignments, parse_yaml
 
 
 def refusal(text: str) -> str:
@@ -61,9 +61,15 @@ def test_aliases_and_merges_of_an_ordinary_size_are_read() -> None:
     assert parse_yaml(text, "here") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": [{"x": 1, "y": 2}] * 2}
 
 
-@pytest.mark.parametrize(
-    ("text", "number"), [("007", 7), ("0", 0), ("-00", 0), ("0x10", 16), ("10", 10), ("0.10", 0.1)]
-)
+@pytest.mark.parametrize("text", ["1:30", "-1:30", "1_0:30.5", "0x10", "0b11", "12:00:00"])
+def test_numbers_of_yaml_that_nobody_means_are_texts(text: str) -> None:
+    """`train.lr=1:30` was 90, `train.steps=0x10` was 16."""
+    assert parse_assignments([f"run.name={text}"]) == {"run.name": text}
+    with pytest.raises(UserError, match=r"train\.steps: "):
+        override(build({"run": {"name": "a"}, "model": {"name": "m"}, "data": {"train": "x"}}), {"train.steps": text})
+
+
+@pytest.mark.parametrize(("text", "number"), [("007", 7), ("0", 0), ("-00", 0), ("10", 10), ("0.10", 0.1)])
 def test_numbers_that_everybody_reads_alike_are_read(text: str, number: float) -> None:
     assert parse_yaml(f"a: {text}", "here") == {"a": number}
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import ipc
 
 from olora_ray.data import scan
+from olora_ray.data.formats import Rejected
 from olora_ray.data.reader import Unit, Units, read_unit
 from olora_ray.data.sources import Changed, File
 from tests.s3_server import Server
@@ -78,6 +79,29 @@ def test_a_file_that_ends_too_early_is_refused(cut: int, tmp_path: Path) -> None
     file = dataclasses.replace(whole, size=path.stat().st_size, modified=path.stat().st_mtime_ns)
     with pytest.raises(scan.UserError, match="not a readable arrow file"):
         scan.scan(file, "")
+
+
+def test_a_file_that_is_damaged_inside_is_refused(tmp_path: Path) -> None:
+    """Reading from it killed the process (SIGSEGV), or ended in a SystemError."""
+    turns = [[{"role": "user", "content": f"question {number}"}] for number in range(300)]
+    whole = write(tmp_path / "whole.arrow", [100] * 3, pa.array(turns))
+    content = Path(whole.uri).read_bytes()
+    told = []
+    for place in range(2000, len(content) - 400, len(content) // 60):
+        path = tmp_path / "a.arrow"
+        path.write_bytes(content[:place] + b"\xff" * 300 + content[place + 300 :])
+        file = File(str(path), "arrow", None, path.stat().st_size, path.stat().st_mtime_ns)
+        try:
+            read(file, scan.scan(file, "").units)
+        except scan.UserError as error:
+            told.append(str(error))
+    assert len(told) > 15
+    assert all(line.startswith(f"{tmp_path}/a.arrow: not a readable arrow file: ") for line in told)
+
+
+def test_a_text_of_a_saved_data_set_that_is_none_rejects_its_row_alone(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.arrow", [3], pa.array([b"a", b"\xed\xa0\x80", b"c"]).view(pa.string()))
+    assert [type(row) for _, row in read(file, scan.scan(file, "").units)] == [dict, Rejected, dict]
 
 
 def test_a_stream_that_ends_before_the_unit_does_is_no_end_of_rows(tmp_path: Path) -> None:

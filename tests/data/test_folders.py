@@ -51,6 +51,41 @@ def test_a_glob_that_matches_a_folder_and_what_is_in_it_reads_each_file_once(sch
     assert sorted(listed(f"{scheme}{tmp_path}/**")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
+SPLITS: dict[str, tuple[list[str], list[str]]] = {
+    "a snapshot of a hub": (["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"], ["test-"]),
+    "lines": (["train.jsonl", "test.jsonl", "README.txt", "dataset_infos.json"], ["test.", "README", "dataset_infos"]),
+    "folders": (["train/a.jsonl", "validation/b.jsonl"], ["b."]),
+    "inside of a name": (["squad_train.jsonl", "squad.dev2.jsonl", "Test.jsonl"], ["squad.dev2", "Test"]),
+    "no file for training": (["a.jsonl", "eval.jsonl", "unit-test-chats.jsonl"], ["eval"]),
+    "only held out": (["test.jsonl", "val.jsonl"], []),
+    "other words": (["testimonials.jsonl", "developers.jsonl", "train.jsonl"], []),
+    "one file": (["LICENSE.txt"], []),
+}
+
+
+@pytest.mark.parametrize("pattern", ["", "/**"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("case", SPLITS)
+def test_files_of_another_split_are_left_out_and_named(case: str, scheme: str, pattern: str, tmp_path: Path) -> None:
+    """A test split was trained on without a word."""
+    names, out = SPLITS[case]
+    touch(tmp_path, *names)
+    with said() as lines:
+        found = listed(f"{scheme}{tmp_path}{pattern}")
+    left_out = {name.rpartition("/")[2] for name in names} - set(found)
+    assert {name for name in left_out if name.startswith(tuple(out))} == left_out
+    assert len(left_out) == len(out)
+    assert all(any(f"{name} (" in line or f"{name}, " in line for line in lines) for name in left_out)
+    # Named for themselves, or on the other side, they are used.
+    for name in names:
+        assert listed(f"{scheme}{tmp_path}/{name}") == [name.rpartition("/")[2]]
+    other = Source(path=str(tmp_path), format="text")
+    held_out = {file.uri.rpartition("/")[2] for file in sources.list_files(other, "data.eval.0", "")}
+    notes = {"README.txt", "dataset_infos.json"}
+    assert left_out - notes <= held_out
+    assert "train.jsonl" not in held_out
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("gone.jsonl")], ids=["pipe", "link"])
 def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "a.jsonl")

@@ -2,6 +2,7 @@
 
 import gzip
 import resource
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,3 +69,16 @@ def test_a_bomb_needs_no_more_memory_than_the_limit(name: str, tmp_path: Path) -
         scanned(tmp_path / name)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 600 * 2**10
+
+
+@pytest.mark.lengthy
+def test_many_short_lines_of_a_compressed_file_take_little_memory(tmp_path: Path) -> None:
+    """The places of all were kept: 60 million took 1.4 GB."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((b"1" * 15 + b"\n") * (2**20 + 1), 1))
+    tracemalloc.start()
+    found = scanned(tmp_path / "a.jsonl.gz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 * 2**20
+    assert sum(unit.rows for unit in found.units) == found.rows == 2**20 + 1
+    assert len(found.units) == 8

@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,16 @@ def test_quotes_that_are_written_with_backslashes_are_refused(kind: str, mark: s
         "3 cells, but the header has 2",
         r"no \" quoted",
     ]
+
+
+def test_each_unit_of_a_parquet_file_is_read_from_its_row_group(tmp_path: Path) -> None:
+    """Finding it among 2,000 groups took longer than reading it."""
+    schema = pa.schema([("prompt", pa.string())])
+    with parquet.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        for low, high in pairwise([0, 3, 3, 4, 600, 600, 601]):
+            rows = [{"prompt": str(number)} for number in range(low, high)]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=1000)
+    assert places(tmp_path / "a.parquet") == [(number, {"prompt": str(number)}) for number in range(601)]
 
 
 def test_a_text_of_a_parquet_file_that_is_none_rejects_its_row_alone(tmp_path: Path) -> None:

@@ -59,7 +59,10 @@ def quick(folder: Path) -> Scenario:
     """A tiny random Llama that learns which number belongs to which word; it sees the third word later."""
     model = project.make_model(folder / "tiny")
     answers = {"one": "1111", "two": "2222", "three": "3333"}
-    chats = {word: chat(word, answer) for word, answer in answers.items()}
+    # Held-out rows are no training rows: another mark stands before the word.
+    chats = {word: [chat(f"{mark}{word}", answer) for mark in ".?!,"] for word, answer in answers.items()}
+    held_out = [chat(f"-{word}", answer) for word, answer in answers.items()]
+    every = [row for rows in chats.values() for row in rows]
     config = project.settings(folder, model)
     config["run"] |= {"name": NAME, "storage": str(folder / "storage")}
     config["data"] = {"max_length": 48}
@@ -67,8 +70,8 @@ def quick(folder: Path) -> Scenario:
     config["cluster"] = {"workers": 1, "cpus_per_worker": 1}
     config["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 1, "max_new_tokens": 6}
     config["gate"] = {"metric": "eval/loss", "and": [{"metric": "eval/exact_match", "at_least": 0.3}]}
-    first, more, poison = [chats["one"], chats["two"]] * 20, [chats["three"]] * 40, poisoned([*chats.values()] * 13)
-    return Scenario(*_laid_out(folder, config, [*chats.values()] * 8), first, more, poison)
+    first, more, poison = [*chats["one"], *chats["two"]] * 5, chats["three"] * 10, poisoned(every * 3)
+    return Scenario(*_laid_out(folder, config, held_out * 8), first, more, poison)
 
 
 def _laid_out(folder: Path, config: dict[str, Any], held_out: list[Row]) -> tuple[Path, Path]:

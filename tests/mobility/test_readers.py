@@ -1,6 +1,7 @@
 """Records become stays, each of them accounted for; what is wrong with one is a line that names it."""
 
 import csv
+import gzip
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +68,25 @@ def test_a_broken_check_in_names_its_line_and_can_be_left_out(tmp_path: Path, ro
     kept = read([str(tmp_path / "a.csv")], "checkins", repairs)
     assert list(kept.people) == ["5"]
     assert repairs.lines() == ["1 record broken: left out"]
+
+
+def test_a_weekday_that_contradicts_the_day_is_broken(tmp_path: Path) -> None:
+    """The days of each person count from a day of his own, over all files."""
+    rows = "0,1,7,,,3,450,4\n1,9,8,,,0,0,6\n2,1,8,,,10,450,4\n3,1,8,,,11,450,4\n"
+    with pytest.raises(UserError, match=r"a\.csv:5: weekday is 4, but by earlier records day 11 has 5"):
+        check_ins(tmp_path, HEADER + rows)
+    assert len(check_ins(tmp_path, HEADER + rows, "broken").people["1"]) == 2
+
+
+def test_whole_numbers_with_a_point_and_compressed_files_are_read(tmp_path: Path) -> None:
+    """pandas writes a column with gaps so."""
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(f"{HEADER}0,10,7.0,,,3.0,450.0,4.0\n".encode()))
+    for place in (tmp_path / "a.csv.gz", tmp_path):
+        found = read([str(place)], "checkins", Repairs())
+        assert found.people["10"] == [Stay(7, 3 * 1440 + 450, When(4, 450))]
+    (tmp_path / "a.csv.gz").write_bytes((tmp_path / "a.csv.gz").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"a\.csv\.gz:\d: no csv in UTF-8"):
+        read([str(tmp_path)], "checkins", Repairs())
 
 
 def test_a_broken_duration_is_refused(tmp_path: Path) -> None:

@@ -50,13 +50,17 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         "a.jsonl",
         lines(*[{"question": "q", "answer": "a"}] * 40),
         {"format": "prompt_completion"},
-        ["none of the 28 rows", "a.jsonl:1: missing_field", "; set fields: {prompt: question, completion: answer}"],
+        [
+            "none of the 28 rows",
+            "a.jsonl:1: missing_field",
+            "; in data.train.0 set fields: {prompt: question, completion: answer}",
+        ],
     ),
     "another format": (
         "a.jsonl",
         lines({"instruction": "q", "output": "a"}),
         {},
-        ["none of the 1 rows that were", "a.jsonl:1: missing_field", "set format: alpaca in data.train.0"],
+        ["none of the 1 rows that were", "a.jsonl:1: missing_field", "; in data.train.0 set format: alpaca"],
     ),
     "columns of a parquet file": (
         "a.parquet",

@@ -16,6 +16,8 @@ from olora_ray.tracking.aliases import Aliases
 from tests.pipelines import project
 from tests.recovery.processes import kill_all
 
+MARKS = ".?!,"
+"""Stand before what is asked in training; held-out rows, which have "-" there, are no training rows then."""
 ANSWERS = {"one": "1111", "two": "2222", "three": "3333"}
 
 
@@ -27,7 +29,9 @@ class Nightly:
         self.folder, self.data = folder, folder / "data"
         self.data.mkdir()
         self.add("0-first", ["one", "two"], 40)
-        write(folder / "heldout.jsonl", [(word, ANSWERS[word]) for word in ANSWERS for _ in range(8)])  # gate.min_rows
+        write(
+            folder / "heldout.jsonl", [(f"-{word}", ANSWERS[word]) for word in ANSWERS for _ in range(8)]
+        )  # gate.min_rows
         tree = project.settings(folder, model)
         tree["data"] = {"train": [{"path": str(self.data)}], "eval": [{"path": str(folder / "heldout.jsonl")}]}
         tree["data"]["max_length"] = 48
@@ -45,7 +49,8 @@ class Nightly:
         answers = [ANSWERS[word] for word in asked]
         if shuffled:
             random.Random(0).shuffle(answers)
-        write(self.data / f"{name}.jsonl", list(zip(asked, answers, strict=True)))
+        marked = [f"{MARKS[number % len(MARKS)]}{word}" for number, word in enumerate(asked)]
+        write(self.data / f"{name}.jsonl", list(zip(marked, answers, strict=True)))
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(project.ROOT / "pipelines" / "retrain.py"), str(self.config), *arguments]

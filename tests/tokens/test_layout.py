@@ -31,7 +31,7 @@ def test_the_plan_of_the_same_data_never_changes(made: Plan) -> None:
 
 
 GOLDEN_PLAN = "ac8a26d8003faca2"
-GOLDEN_STORE = "b6589230c7f12a40512d1a11842a3ca3"
+GOLDEN_STORE = "9b4d96119fe39d1fd83d5dca7341d861"
 
 
 def test_a_unit_survives_its_array() -> None:

@@ -70,6 +70,11 @@ def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     assert prepare(helpers.config(tmp_path / "runs", path, max_rejected=share), tiny_spec, "train").manifest.rows == 93
 
 
+@pytest.mark.parametrize(("bad", "allowed"), [(20, True), (39, False)])
+def test_that_most_rows_are_rejected_is_never_to_be_allowed(bad: int, allowed: bool) -> None:
+    assert ("max_rejected" in remedy({"broken_json": bad}, 100 if allowed else 40, "data.train.0")) == allowed
+
+
 def test_the_remedy_is_that_of_the_most_frequent_reason() -> None:
     assert "fields of data.train.2, or" in remedy({"missing_field": 3, "too_long": 1}, 100, "held out of data.train.2")
     assert "own tokenizer" in remedy({"no_embedding": 2, "too_long": 1}, 3, "x")

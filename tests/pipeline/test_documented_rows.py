@@ -1,0 +1,65 @@
+"""A row that docs/data.md describes passes the first look and the dry run, and nothing of it is left out."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from olora_ray.config.schema import Source
+from olora_ray.data.formats import FIELDS, NEEDED
+from olora_ray.pipeline import first_look
+from olora_ray.tokens.preview import describe
+from tests.said import said
+from tests.tokens import helpers
+
+CHAT = helpers.chat("two and two?", "four")["messages"]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+VALUES: dict[str, list[Any]] = {
+    "messages": [CHAT, json.dumps(CHAT)],
+    "conversations": [[{"from": "human", "value": "two and two?"}, {"from": "gpt", "value": "four"}]],
+    "prompt": ["two and two?", CHAT[:1], json.dumps(CHAT[:1])],
+    "completion": ["four", CHAT[1:], json.dumps(CHAT[1:])],
+    "tools": [[TOOL], json.dumps([TOOL])],
+    "instruction": ["add"],
+    "output": ["four"],
+    "input": ["two and two"],
+    "history": [[["one and one?", "two"]]],
+    "system": ["be short"],
+    "text": ["two and two is four"],
+}
+"""What each field may hold; the first of one field goes with the first of the others."""
+INSIDE = {"from", "value"}
+"""Fields that are keys of a turn."""
+FORMATS = get_args(Source.model_fields["format"].annotation)
+
+
+def rows(format: str) -> list[dict[str, Any]]:
+    """Each way to write the fields that are needed, alone and with each way to write each of the others."""
+    count = max(len(VALUES[name]) for name in NEEDED[format])
+    needed = [{name: VALUES[name][way] for name in NEEDED[format]} for way in range(count)]
+    others = [
+        {name: value} for name in FIELDS[format] if name not in {*NEEDED[format], *INSIDE} for value in VALUES[name]
+    ]
+    return [{**row, **more} for row in needed for more in ({}, *others)]
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param((f, row), id=f"{f}-{n}") for f in FORMATS for n, row in enumerate(rows(f))]
+)
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_documented_row_is_used_as_it_is(row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path) -> None:
+    format, columns = row
+    fields = {name: f"my {name}" for name in columns} if renamed else {}
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{fields.get(name, name): columns[name] for name in columns}])
+    source = {"path": str(path), "format": format, "fields": fields}
+    config = helpers.config(tmp_path / "runs", source, max_length=512)
+    first_look.check(config)
+    spec = helpers.spec("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + helpers.CHATML)
+    with said() as lines:
+        preview = describe(config, spec)
+    assert (preview.rows, preview.rejected) == (1, {})
+    assert not [line for line in lines if "the format" in line]
+    text = helpers.decode(preview.examples[0].input_ids)
+    assert "four" in text
+    assert ("add" in text) == bool({"tools", "instruction"} & set(columns))

@@ -1,0 +1,85 @@
+"""Held-out rows that are trained on are found by what is trained of them, and refused if they are many."""
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.tokens.prepare import begin, prepare
+from tests.said import said
+from tests.tokens import helpers
+
+
+def prepared(config: Config, spec: TokenizerSpec) -> str:
+    """What is said of held-out rows that are trained on, as a warning or an error."""
+    held_out = begin(config, spec, "eval")
+    held_out.run()
+    build = begin(config, spec, "train")
+    build.hold_apart(held_out)
+    with said() as lines, contextlib.suppress(UserError):
+        build.run()
+        return " ".join(line for line in lines if "training rows too" in line)
+    with pytest.raises(UserError) as caught:
+        build.run()
+    return str(caught.value)
+
+
+def config_of(folder: Path, train: Sequence[Any], held_out: Sequence[Any]) -> Config:
+    train_path = helpers.write_jsonl(folder / "train.jsonl", train)
+    eval_path = helpers.write_jsonl(folder / "eval.jsonl", held_out)
+    return helpers.config(folder / "runs", train_path, eval=[str(eval_path)])
+
+
+def unlike(first: int, count: int) -> list[Any]:
+    return [helpers.chat(f"q{number}", "a") for number in range(first, first + count)]
+
+
+def whole(config: Config, spec: TokenizerSpec) -> None:
+    prepare(config, spec, "train")
+
+
+def half(config: Config, spec: TokenizerSpec) -> None:
+    folder = Path(prepare(config, spec, "train").uri)
+    (folder / "shard-00000.arrow").unlink()
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("before", [lambda config, spec: None, half, whole], ids=["nothing", "half", "whole"])
+@pytest.mark.parametrize(
+    ("shared", "held_out", "told"),
+    [
+        (20, 200, r"data\.eval: ([3-9]|1\d) or more of 200|data\.eval: 20 or more"),
+        (1, 200, r"warning: data\.eval: 1 of 200"),
+        (0, 9, ""),
+        (1, 9, r"data\.eval: 1 or more of 9"),
+    ],
+)
+def test_rows_of_the_training_data_among_those_held_out(
+    shared: int,
+    held_out: int,
+    told: str,
+    before: Callable[[Config, TokenizerSpec], None],
+    tmp_path: Path,
+    tiny_spec: TokenizerSpec,
+    small_shards: None,
+) -> None:
+    """They are known by what is trained of them: other columns do not matter."""
+    rows = [{**row, "id": number} for number, row in enumerate(unlike(180, 200))]
+    config = config_of(tmp_path, [*unlike(0, 180), *rows], unlike(380 - shared, held_out))
+    before(config, tiny_spec)
+    found = prepared(config, tiny_spec)
+    assert bool(found) == bool(told)
+    assert re.match(told, found)
+
+
+def test_the_same_row_several_times_is_on_both_sides_of_a_fraction(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", unlike(0, 5) * 40)
+    told = prepared(helpers.config(tmp_path / "runs", path, eval_fraction=0.2), tiny_spec)
+    assert told.startswith("held out of data.train: ")
+    assert told.endswith("remove what is repeated from data.train, or hold out other rows with data.eval")
