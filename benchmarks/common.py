@@ -13,7 +13,7 @@ import torch
 from olora_ray.common.logs import quiet_bitsandbytes
 from olora_ray.config.schema import Config
 from olora_ray.model.load import pick_dtype
-from olora_ray.tokens.collate import Pack
+from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.shard import pack
 from olora_ray.tokens.store import order
 

@@ -20,7 +20,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Model
 from olora_ray.model import attention
 from olora_ray.model.load import load_model
-from olora_ray.tokens.collate import Pack, collate
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model

@@ -41,7 +41,7 @@ from olora_ray.config.load import build
 from olora_ray.config.schema import Config
 from olora_ray.model.load import empty_model, pick_dtype, skeleton
 from olora_ray.model.source import BaseModel
-from olora_ray.tokens.collate import Pack
+from olora_ray.tokens.plan import Pack
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate

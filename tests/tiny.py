@@ -79,7 +79,7 @@ def config(**changes: Any) -> Config:
 
 def pack(*lengths: int, seed: int = 0, prompt: int = 3, vocabulary: int = VOCABULARY) -> Any:
     """A Pack of random examples; each has `prompt` unsupervised tokens at its start."""
-    from olora_ray.tokens.collate import Pack
+    from olora_ray.tokens.plan import Pack
 
     rng = np.random.default_rng(seed)
     ids = rng.integers(2, vocabulary, sum(lengths)).astype(np.int32)
@@ -89,7 +89,7 @@ def pack(*lengths: int, seed: int = 0, prompt: int = 3, vocabulary: int = VOCABU
 
 def unpacked(packs: Sequence[Any]) -> list[Any]:
     """The same examples, one a pack."""
-    from olora_ray.tokens.collate import Pack
+    from olora_ray.tokens.plan import Pack
 
     singles = []
     for item in packs:

@@ -26,7 +26,7 @@ from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
-from olora_ray.tokens.collate import Pack
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors

@@ -26,7 +26,8 @@ from olora_ray.model.load import load_model, pick_dtype
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline.answers import as_text, check
 from olora_ray.pipeline.base import Base
-from olora_ray.tokens.collate import Pack, collate
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
 from olora_ray.train.generate import Question, decoding, greedy, questions

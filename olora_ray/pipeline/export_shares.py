@@ -31,7 +31,8 @@ from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton, too_large
 from olora_ray.model.source import BaseModel, on_this_node
-from olora_ray.tokens.collate import Pack, collate
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoints
 from olora_ray.train.checkpoint import TrainState

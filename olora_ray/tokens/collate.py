@@ -12,22 +12,11 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from olora_ray.tokens.plan import Pack
+
 FLAT_ATTENTION = ("segments", "varlen", "flash_attention_2")
-
-
-@dataclass(frozen=True)
-class Pack:
-    """One sequence: several examples side by side that do not see each other."""
-
-    input_ids: NDArray[np.int32]
-    """(tokens,)"""
-    supervised: NDArray[np.bool_]
-    """(tokens,) which tokens count in the loss; never the first of a segment."""
-    segments: tuple[int, ...]
-    """Tokens of each example; they sum up to the length of the sequence."""
 
 
 @dataclass(frozen=True)

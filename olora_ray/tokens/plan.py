@@ -22,6 +22,19 @@ from olora_ray.data.sources import File, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
+
+@dataclass(frozen=True)
+class Pack:
+    """One sequence of a store: several examples side by side that do not see each other."""
+
+    input_ids: NDArray[np.int32]
+    """(tokens,)"""
+    supervised: NDArray[np.bool_]
+    """(tokens,) which tokens count in the loss; never the first of a segment."""
+    segments: tuple[int, ...]
+    """Tokens of each example; they sum up to the length of the sequence."""
+
+
 # Pseudo-random numbers as functions of a key and a counter: the same with every machine, numpy and Ray.
 
 

@@ -19,9 +19,8 @@ from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.collate import Pack
 from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
-from olora_ray.tokens.plan import Plan, Split, looking, make_plan, sample, sources_of
+from olora_ray.tokens.plan import Pack, Plan, Split, looking, make_plan, sample, sources_of
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,6 @@ from pyarrow import ipc
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_file
-from olora_ray.tokens.collate import Pack
 from olora_ray.tokens.manifest import (
     Manifest,
     Outline,
@@ -38,7 +37,7 @@ from olora_ray.tokens.manifest import (
     shard_name,
     sidecar_name,
 )
-from olora_ray.tokens.plan import key, permutation, permute_at
+from olora_ray.tokens.plan import Pack, key, permutation, permute_at
 
 
 @dataclass(frozen=True)

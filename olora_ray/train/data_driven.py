@@ -23,7 +23,8 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Adapter, Config
-from olora_ray.tokens.collate import Batch, Pack, collate
+from olora_ray.tokens.collate import Batch, collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.calibration import (
     LayerInput,

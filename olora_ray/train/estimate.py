@@ -28,7 +28,8 @@ from olora_ray.model.load import pick_dtype, skeleton
 from olora_ray.model.packing import check_lengths, why_scaled
 from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
-from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, Pack, collate
+from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import base_files, parallel
 from olora_ray.train.base_files import blocks_to_shard
 from olora_ray.train.data_driven import refuse

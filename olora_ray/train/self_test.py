@@ -29,7 +29,8 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.model import attention
 from olora_ray.model.packing import check_lengths, shares_sequences, why_not_in_one_row
-from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, Pack, collate
+from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import parallel
 from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.loss import Differences, SelfTest, SupervisedLoss

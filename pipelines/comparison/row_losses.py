@@ -21,7 +21,8 @@ from olora_ray.cluster.worker_context import SharedBase, assigned_device, on_cpu
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
-from olora_ray.tokens.collate import Pack, collate
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loader import total_steps

@@ -8,7 +8,7 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.answers import Sample
-from olora_ray.tokens.collate import Pack
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import scoring
 from tests import tiny
 from tests.said import said

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olora_ray.tokens import collate as collate_module
-from olora_ray.tokens.collate import Batch, Pack, collate
+from olora_ray.tokens.collate import Batch, collate
+from olora_ray.tokens.plan import Pack
 from tests import tiny
 
 LAYOUTS = pytest.mark.parametrize("attention", ["segments", "varlen", "flash_attention_2", "sdpa", "eager"])

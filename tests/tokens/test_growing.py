@@ -12,7 +12,7 @@ from olora_ray.common import fault_points
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens.collate import Pack
+from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import TokenStore
 from tests.said import said

@@ -17,7 +17,7 @@ from olora_ray.adapter.methods import eva
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
-from olora_ray.tokens.collate import Pack
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import calibration, data_driven
 from olora_ray.train.calibration import first_tokens, inputs_of
 from olora_ray.train.data_driven import DataReport, eva_factors

@@ -15,7 +15,7 @@ from torch import Tensor
 from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.methods import eva
 from olora_ray.config.schema import Adapter
-from olora_ray.tokens.collate import Pack
+from olora_ray.tokens.plan import Pack
 from olora_ray.train.data_driven import eva_factors
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny

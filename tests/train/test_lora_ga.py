@@ -15,7 +15,7 @@ from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import METHODS, Options
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
-from olora_ray.tokens.collate import Pack
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import data_driven
 from olora_ray.train.data_driven import DataReport, gradient_factors
 from olora_ray.train.loss import SupervisedLoss

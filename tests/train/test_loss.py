@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olora_ray.tokens.collate import Pack, collate
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import loss as loss_module
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
