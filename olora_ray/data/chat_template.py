@@ -37,6 +37,8 @@ DEFAULT = (
 )
 """For base models that have no template of their own."""
 
+PLAIN = "plain"
+"""Its name in data.chat_template."""
 DEFAULTS = (DEFAULT, "{{ bos_token }}" + DEFAULT)
 """Without and with a begin token: the second is for tokenizers that put one before a text."""
 
