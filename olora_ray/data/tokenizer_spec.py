@@ -37,7 +37,6 @@ class TokenizerSpec:
     """Name of the model in messages; not part of the digest."""
     apart: str | None = field(default=None, compare=False)
     """Why data.packing=auto gives each example a sequence of its own; a plan's digest has what follows from it."""
-
     ends: tuple[int, ...] = field(default=(), compare=False)
     """Ids at which the model stops, by its own files; a plan's digest has what follows from them."""
     chosen: bool = field(default=False, compare=False)
