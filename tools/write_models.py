@@ -1,8 +1,10 @@
 """Writes docs/models.md: what becomes of a tiny model of each family of the zoo in tests/families, measured here.
 
-    .venv/bin/python tools/write_models.py          (make models; some minutes)
+    .venv/bin/python tools/write_models.py                  (make models; some minutes)
+    .venv/bin/python tools/write_models.py --templates      the part on chat templates alone; some seconds
 
-Each model goes through a whole run without Ray, beside what the model itself says (tests/families/check.py).
+Each model goes through a whole run without Ray, beside what the model itself says (tests/families/check.py). What
+becomes of conversations under the chat templates of families is found by tests/data/template_zoo.py.
 """
 
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the models and functions of this tree, whatever is installed
 
+from tests.data import template_zoo  # noqa: E402
 from tests.families import table  # noqa: E402
 from tests.families.check import check  # noqa: E402
 from tests.families.row import PRECISIONS, Row  # noqa: E402
@@ -48,12 +51,36 @@ Differences are relative, and bounds are exact ones in float32; in bfloat16 what
 forward pass is from its float32 one.
 """
 
+TEMPLATES = """\
+## Chat templates
+
+What becomes of conversations under {count} chat templates, as TRL's package has them. A case is right if each answer
+follows the ids that a server feeds before it (the template with its generation prompt, on the messages so far), has all
+that the row says, and ends with a token at which the model stops. What a template cannot write is refused, row by row,
+with what to do. `data.chat_template` names another template.
+
+| case | messages |
+|---|---|
+| plain, system, turns | one question and answer; with a system message; two of them |
+| tools, tools as text | a tool call, its result, an answer; arguments as an object, or as JSON text |
+| beside a call, call alone | the same with text in the message that calls; a call as the last message, without tools |
+| reasoning_content, thinking, reasoning | two answers with reasoning under that name |
+| in content | reasoning as `<think>...</think>` at the start of the content |
+"""
+
 
 def main() -> int:
     """Measure and write."""
-    parts = [INTRO.format(families=len(ALL), named=len(NAMED), more=len(MORE), longest=LONGEST)]
-    for precision in PRECISIONS:
-        parts += _section(precision, list(_rows(precision)))
+    if not template_zoo.sources():
+        raise SystemExit("the chat templates are those of TRL's package, which is not installed: make setup")
+    if "--templates" in sys.argv:
+        before, _, _ = PAGE.read_text(encoding="utf-8").partition("\n## Chat templates\n")
+        parts = [before]
+    else:
+        parts = [INTRO.format(families=len(ALL), named=len(NAMED), more=len(MORE), longest=LONGEST)]
+        for precision in PRECISIONS:
+            parts += _section(precision, list(_rows(precision)))
+    parts += [TEMPLATES.format(count=len(template_zoo.sources())), template_zoo.table()]
     PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")
     return 0

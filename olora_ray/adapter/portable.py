@@ -56,6 +56,17 @@ def name_class(folder: Path, name: str) -> None:
     _rewrite(folder / "tokenizer_config.json", lambda fields: {**fields, "tokenizer_class": name})
 
 
+def put_template(folder: Path, source: str) -> None:
+    """Have the tokenizer of a folder write chats by this template alone."""
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)  # a processor's, which was not trained with
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+    _rewrite(
+        folder / "tokenizer_config.json",
+        lambda fields: {**fields, "chat_template": None} if "chat_template" in fields else fields,
+    )
+
+
 def end_with(folder: Path, ids: Sequence[int]) -> None:
     """Have generation_config.json name these ids as those that end an answer."""
     file = folder / GENERATION
@@ -156,7 +167,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 """
 SERVING = """With vLLM:
 
-    vllm serve {base}{revision} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER"""
+    vllm serve {base}{revision} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER{template}"""
 NOT_SERVED = "vLLM takes no adapter of rank {rank}, but up to {largest}: set `export.rank: {largest}` for it."
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's max_lora_rank may be: it refuses all others."""
@@ -186,6 +197,8 @@ class Card:
     """Of a base from the hub: the commit, branch or tag that was trained on, if the config named one."""
     quantised: str = ""
     """What it changes that the base was quantised in the training, where it was."""
+    own_template: bool = False
+    """True if the base has another chat template, or none."""
     ends: str = ""
     """Tokens, with their ids, that end an answer and are no end tokens of the base."""
 
@@ -228,7 +241,9 @@ def _serving(base: str, card: Card) -> str:
     enough = next((each for each in VLLM_RANKS if each >= card.rank), None)
     if enough is None:
         return NOT_SERVED.format(rank=card.rank, largest=VLLM_RANKS[-1])
-    return SERVING.format(base=base, rank=enough, revision=f" --revision {card.revision}" if card.revision else "")
+    template = " --chat-template THIS_FOLDER/chat_template.jinja" * card.own_template
+    revision = f" --revision {card.revision}" if card.revision else ""
+    return SERVING.format(base=base, rank=enough, revision=revision, template=template)
 
 
 def _source(source: Source) -> str:

@@ -34,6 +34,8 @@ class TrainSpec:
     """Digest of the checkpoint at train.start, if there is one."""
     shared: str | None = None
     """Folder of what the trials of a search share: the factors, and what the base model does on the held-out rows."""
+    template: str | None = None
+    """The chat template that data.chat_template names; what is exported gets it."""
     recompute: bool = False
     """Whether blocks are run again in the backward pass: train.activation_checkpointing, on this cluster. No part of
     the identity: it changes no number."""

@@ -134,7 +134,7 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     # With the home directory in the place of ~: what is exported names the base by a path that others can read.
     if not is_uri(name) and is_there(place := Path(left(name, folder, "model.name")), "model.name"):
         name = str(place)
-    start = config.train.start
+    start, template = config.train.start, config.data.chat_template
     return _changed(
         config,
         run=_changed(config.run, storage=absolute(config.run.storage, lasting(folder), "run.storage")),
@@ -143,6 +143,7 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
             config.data,
             train=_sources(config.data.train, folder, "data.train"),
             eval=_sources(config.data.eval, folder, "data.eval"),
+            chat_template=template if template in (None, "plain") else absolute(template, folder, "data.chat_template"),
         ),
         train=_changed(config.train, start=start and left(start, folder, "train.start")),
     )

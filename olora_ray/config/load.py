@@ -34,6 +34,7 @@ PLAIN = {
     "data.eval_fraction": "val_set_size test_size",
     "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size",
     "data.packing": "sample_packing",
+    "data.chat_template": "chat_template_path chat_template_jinja",
     "data.train.0.format": "template",
     "data.train.0.fields": "dataset_text_field text_column",
     "adapter.method": "init_lora_weights peft_type finetuning_type",

@@ -393,6 +393,9 @@ class Data(Section):
     packing: Literal["auto"] | bool = "auto"
     """Put several examples in one sequence; attention stays within each. auto: unless something else of the model, a
     convolution or a state, would carry from one example to the next."""
+    chat_template: str | None = None
+    """Chat template in place of the model's own: a file of Jinja, or plain (User: ..., Assistant: ...). The exported
+    model carries it."""
     last_turn_only: bool = False
     """Train on the last answer of each chat only; the earlier ones are its context."""
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01

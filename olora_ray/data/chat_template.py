@@ -37,6 +37,8 @@ DEFAULT = (
 )
 """For base models that have no template of their own."""
 
+PLAIN = "plain"
+"""Its name in data.chat_template."""
 DEFAULTS = (DEFAULT, "{{ bos_token }}" + DEFAULT)
 """Without and with a begin token: the second is for tokenizers that put one before a text."""
 
@@ -174,8 +176,8 @@ def _render_within_limits(sources: Sequence[str], special_tokens: Mapping[str, s
 # What a template does to a chat, found by rendering marked conversations, and the chat in the form that it can write.
 #
 # Rows have arguments of tool calls as an object, or as JSON text, which is the form of OpenAI's API. Most templates
-# write `arguments | tojson`, which of a text makes a quoted one with escaped quotes: servers parse texts before they
-# render, so a model that was trained on those would see another form when it is served.
+# write `arguments | tojson`, which of a text makes a quoted one with escaped quotes, or go through an object's keys.
+# Servers parse texts before they render, so a model that was trained on those would see another form when it is served.
 
 
 _MARK = "olora_marker"
@@ -192,10 +194,12 @@ class ChatForm:
 
     name: str
     """The model, in messages."""
-    parses_arguments: bool
-    """True if the template writes arguments as JSON where they are an object, but not where they are JSON text."""
+    arguments: Literal["objects", "text"] | None
+    """What it writes tool calls from: arguments as objects, or as JSON text; None if from both the same, or neither."""
     wants_null: bool
     """True if it writes a tool call only beside content that is null, not "" (DeepSeek's V3 and R1)."""
+    wants_parts: bool
+    """True if it writes a content only as a list of parts (templates of models that see)."""
     developer: Literal["developer", "system"] | None
     """The role under which it writes the developer's messages; None if it leaves them out under both."""
     writes_tools: bool
@@ -203,32 +207,51 @@ class ChatForm:
 
     def __call__(self, chat: Chat) -> Chat:
         """The chat in that form; raises Rejected where the template would leave a part of it out."""
-        messages = list(chat.messages)
+        messages = [_with_every_name(message) for message in chat.messages]
         if chat.tools is not None and not self.writes_tools:
             raise Rejected(
                 "template",
-                f"the chat template of {self.name} leaves the tools out: take a base whose chat template writes them,"
-                " or rows without tools",
+                f"the chat template of {self.name} leaves the tools out: name one that writes them in"
+                " data.chat_template, or take rows without tools",
             )
         if any(message["role"] == "developer" for message in messages):
             if self.developer is None:
                 raise Rejected(
                     "template",
                     f"the chat template of {self.name} leaves messages of the developer and of the system out: put"
-                    " their text into the user's first message, or take a base whose chat template writes them",
+                    " their text into the user's first message, or name a template that writes them in"
+                    " data.chat_template",
                 )
             if self.developer == "system":
                 messages = _with_one_system(messages)
-        if self.parses_arguments:
+        if self.arguments:
             messages = [
-                {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+                {**message, "tool_calls": [self._with_arguments(call) for call in message["tool_calls"]]}
                 if isinstance(message.get("tool_calls"), list)
                 else message
                 for message in messages
             ]
         if self.wants_null:
             messages = [{**message, "content": None} if _calls_alone(message) else message for message in messages]
+        if self.wants_parts:
+            messages = [{**message, "content": _parts(message["content"])} for message in messages]
         return replace(chat, messages=tuple(messages))
+
+    def _with_arguments(self, call: Any) -> Any:
+        """A tool call with its arguments as the template wants them, where they are an object, or JSON text of one."""
+        if not isinstance(call, Mapping):
+            return call
+        if "function" in call:
+            return {**call, "function": self._with_arguments(call["function"])}
+        found = call.get("arguments")
+        if isinstance(found, str):
+            try:
+                found = json.loads(found)
+            except (ValueError, RecursionError):
+                return call
+            return {**call, "arguments": found} if isinstance(found, dict) and self.arguments == "objects" else call
+        as_text = isinstance(found, dict) and self.arguments == "text"
+        return {**call, "arguments": json.dumps(found, ensure_ascii=False)} if as_text else call
 
 
 def chat_form(source: str, special_tokens: Mapping[str, str], name: str) -> ChatForm:
@@ -243,18 +266,30 @@ def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], name: s
     shapes: tuple[Any, Any] = ("{}", {})
     empty, null = (any(_MARK in _with_call(template, each, text) for each in shapes) for text in ("", None))
     wants_null = null and not empty and "tool_calls" in source
-    arguments = {"olora_argument": 1}
-    forms: tuple[Any, Any] = (arguments, json.dumps(arguments))
-    written = ['"olora_argument":' in _with_call(template, each, None if wants_null else "") for each in forms]
-    parses_arguments = written == [True, False] and "arguments" in source
-    return ChatForm(name, parses_arguments, wants_null, _developer(template), _writes_tools(template))
+    given = {"olora_argument": 1}
+    forms: tuple[Any, Any] = (given, json.dumps(given))
+    from_object, from_text = (_with_call(template, each, None if wants_null else "") for each in forms)
+    arguments: Literal["objects", "text"] | None = None
+    if from_object != from_text:
+        if "olora_argument" in from_object and str(given) not in from_object:
+            arguments = "objects"
+        elif "olora_argument" in from_text:
+            arguments = "text"
+    contents: tuple[Any, Any] = (_MARK, _parts(_MARK))
+    as_text, as_parts = (_written(template, [{**EXCHANGE[0], "content": each}]) for each in contents)
+    wants_parts = _MARK in as_parts and _MARK not in as_text
+    return ChatForm(name, arguments, wants_null, wants_parts, _developer(template), _writes_tools(template))
 
 
 def _with_call(template: ChatTemplate, arguments: Any, content: str | None) -> str:
-    """A conversation with a tool call; "" where the template refuses it."""
     call = {"id": "call00000", "type": "function", "function": {"name": _MARK, "arguments": arguments}}
+    return _written(template, [EXCHANGE[0], {"role": "assistant", "content": content, "tool_calls": [call]}])
+
+
+def _written(template: ChatTemplate, messages: Sequence[Message]) -> str:
+    """A conversation as text; "" where the template refuses it."""
     with suppress(Exception):  # a template is code: it may raise anything
-        return template.render([EXCHANGE[0], {"role": "assistant", "content": content, "tool_calls": [call]}])
+        return template.render(messages)
     return ""
 
 
@@ -293,17 +328,32 @@ def _with_one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     return [{"role": "system", "content": text}, *(each for each in messages if each["role"] not in heads)]
 
 
-def _with_object(call: Any) -> Any:
-    """A tool call with its arguments as an object, where they are JSON text of one."""
-    if not isinstance(call, Mapping):
-        return call
-    if "function" in call:
-        return {**call, "function": _with_object(call["function"])}
-    try:
-        found = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "arguments": found} if isinstance(found, dict) else call
+def _parts(content: str | None) -> Any:
+    return content and [{"type": "text", "text": content}]
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which a message has its reasoning; a template reads one of them, or another."""
+
+
+def reasoning(message: Mapping[str, Any]) -> Any:
+    """The reasoning of a message, under whatever name or within its content; None if it has none."""
+    if (found := next((message[name] for name in REASONING if message.get(name) is not None), None)) is not None:
+        return found
+    before, closed, _ = text_of(message).partition("</think>")
+    return before.rpartition("<think>")[2] if closed else None
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The content of a message, in whatever form, without the blanks around it."""
+    content = message.get("content") or ""
+    return (content if isinstance(content, str) else content[0]["text"]).strip()
+
+
+def _with_every_name(message: dict[str, Any]) -> dict[str, Any]:
+    """The message as transformers gives it to templates: its reasoning under the names that they read."""
+    found = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 def _calls_alone(message: Mapping[str, Any]) -> bool:
@@ -316,7 +366,7 @@ def left_out(message: Mapping[str, Any], text: str) -> str | None:
     A template may write a call in any way, but writes the function's name: once for each call, beside the content,
     which may name the function, too.
     """
-    own = text.replace((message.get("content") or "").strip(), "", 1)
+    own = text.replace(text_of(message), "", 1)
     names = Counter(name for call in message["tool_calls"] if (name := _called(call)))
     return next((name for name, calls in names.items() if own.count(name) < calls), None)
 

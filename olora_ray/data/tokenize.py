@@ -16,22 +16,27 @@ before the answer exists: train/generate.py asks with just the tokens that stand
 without a supervised token of its own answer is rejected; the end token alone does not count.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from olora_ray.common.errors import first_line
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
-from olora_ray.data.chat_template import EXCHANGE, ChatTemplate, left_out
+from olora_ray.data.chat_template import EXCHANGE, REASONING, ChatTemplate, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Span = tuple[int, int]
+
+ANOTHER = "name another template in data.chat_template"
+CALL: dict[str, Any] = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+_OPENED, _OPENED_ALSO = re.compile(r"<think>\s*\Z"), re.compile(r"\A<think>\s*")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class ExampleTokenizer:
             ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
         ]
         self._forms = [spec.chat_form(tools) for tools in (False, True)]
+        self._ends = [end_of_turn(spec, self._encoder, tools) for tools in (False, True)]
 
     def __call__(self, example: Example) -> list[Tokens]:
         """The tokens of an example: one piece, or several for a long text.
@@ -120,45 +126,87 @@ class ExampleTokenizer:
         ]
         if self._last_turn_only:
             trained = trained[-1:]
-        full = self._render(chat, len(chat.messages))
-        answers = {number: self._answer(chat, number, full) for number in trained}
-        self._require_calls(chat, answers)
-        spans = list(answers.values())
-        if all(full.startswith(text) for text, _ in spans):
-            return [(full, [span for _, span in spans])]
+        last = len(chat.messages) - 1
+        full = self._render(chat, last + 1)
+        answers = {number: self._answer(chat, number, full if number == last else None) for number in trained}
+        self._require_all(chat, answers)
+        if last in answers:
+            full, _ = answers[last]
+        if all(full.startswith(text) for text, _ in answers.values()):
+            return [(full, [span for _, span in answers.values()])]
         # The template shows an answer differently once the conversation continues (it drops the reasoning
         # of earlier turns, say): what the model is asked to write then exists only at the end of a prefix.
-        return [(text, [span]) for text, span in spans]
+        return [(text, [span]) for text, span in answers.values()]
 
-    def _answer(self, chat: Chat, number: int, full: str) -> tuple[str, Span]:
-        """The text up to answer `number`, and where the answer lies in it."""
+    def _answer(self, chat: Chat, number: int, text: str | None) -> tuple[str, Span]:
+        """The text up to the end of answer `number`, and where the answer lies in it.
+
+        `text` is that of the template, if it is there already.
+        """
         before = self._render(chat, number, add_generation_prompt=True)
-        text = self._render(chat, number + 1) if number + 1 < len(chat.messages) else full
+        text = self._render(chat, number + 1) if text is None else text
+        text = self._ends[chat.tools is not None](text, bool(chat.messages[number].get("tool_calls")))
         if not text.startswith(before):
-            same = _same(before, text)
-            raise Rejected(
-                "template",
-                f"the chat template of {self._spec.name} does not continue its own generation prompt,"
-                f" so the answers cannot be told from the prompt: message {number + 1} should start after"
-                f" {before[max(0, same - 20) :][:60]!r}, but is {text[max(0, same - 20) :][:60]!r}",
-            )
+            text = before + self._continued(chat, number, before, text)
         return text, (len(before), len(text.rstrip()))
 
-    def _require_calls(self, chat: Chat, answers: Mapping[int, tuple[str, Span]]) -> None:
-        """Raise Rejected where the template leaves a tool call out, be it trained or context of a later answer."""
+    def _continued(self, chat: Chat, number: int, before: str, text: str) -> str:
+        """What continues the generation prompt `before` where the template's own `text` of an answer does not.
+
+        A server feeds `before`, whatever the template makes of the conversation later.
+        """
+        same = _same(before, text)
+        if not before[same:].strip():
+            return text[same:]
+        # The prompt opens the reasoning (DeepSeek R1, Nemotron 3), and an answer has none, or loses it.
+        if (opened := _OPENED.search(before)) and same >= opened.start():
+            answer = _OPENED_ALSO.sub("", text[opened.start() :])
+            if "</think>" in answer:
+                return answer
+            return f"{reasoning(chat.messages[number]) or ''}".strip() + "\n</think>\n\n" + answer.lstrip()
+        # The prompt begins otherwise: a system message that stands in the last of the user's alone (Mistral).
+        asked, answer = (text_of(chat.messages[each]) for each in (number - 1, number))
+        tail = before[before.rfind(asked) :] if asked and asked in before else ""
+        place = text.rfind(tail, 0, text.rfind(answer)) if tail else -1
+        if place >= 0:
+            return text[place + len(tail) :]
+        raise Rejected(
+            "template",
+            f"the chat template of {self._spec.name} does not continue its own generation prompt: message"
+            f" {number + 1} should start after {before[max(0, same - 20) :][:60]!r}, but is"
+            f" {text[max(0, same - 20) :][:60]!r}: take such rows out, or {ANOTHER}",
+        )
+
+    def _require_all(self, chat: Chat, answers: Mapping[int, tuple[str, Span]]) -> None:
+        """Raise Rejected where the template leaves out what is to be trained, or a tool call of the context."""
         for number, message in enumerate(chat.messages):
-            if message["role"] != "assistant" or not message.get("tool_calls"):
+            if message["role"] != "assistant":
                 continue
             if number in answers:
                 text, (start, _) = answers[number]
-            else:
+                why = reasoning(message)
+                if why is not None and (not isinstance(why, str) or why.strip() not in text[start:]):
+                    raise Rejected(
+                        "template",
+                        f"message {number + 1}: the chat template of {self._spec.name} leaves the reasoning out: write"
+                        f" it into the content as <think>...</think>, take it out of the rows, or {ANOTHER}",
+                    )
+            if not message.get("tool_calls"):
+                continue
+            if number not in answers:
                 text = self._render(chat, number + 1)
                 start = _same(self._render(chat, number), text)
+            if text_of(message).rpartition("</think>")[2].strip() not in text[start:]:
+                raise Rejected(
+                    "template",
+                    f"message {number + 1}: the chat template of {self._spec.name} leaves the text beside the tool call"
+                    f" out: take it out of the rows, or {ANOTHER}",
+                )
             if (function := left_out(message, text[start:])) is not None:
                 raise Rejected(
                     "template",
                     f"message {number + 1}: the chat template of {self._spec.name} leaves the tool call out (of"
-                    f" {function!r}): take a base whose chat template writes it, or rows without tool calls",
+                    f" {function!r}): take rows without tool calls, or {ANOTHER}",
                 )
 
     def _render(self, chat: Chat, stop: int, add_generation_prompt: bool = False) -> str:
@@ -167,7 +215,7 @@ class ExampleTokenizer:
             return chosen.render(chat.messages[:stop], add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
             what = f"the chat template of {self._spec.name} refuses the conversation"
-            raise Rejected("template", f"{what}: {first_line(error)}") from None
+            raise Rejected("template", f"{what}: {first_line(error)}: take such rows out, or {ANOTHER}") from None
 
     def _masked(self, cuts: Sequence[str], spans: Sequence[Span]) -> Tokens:
         """The tokens of a text that is cut where answers begin, each cut tokenised alone, with the answers supervised.
@@ -250,19 +298,81 @@ def _same(text: str, other: str) -> int:
     return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
 
 
-# The token with which a chat template ends an answer, and where a model that is trained on its chats stops writing.
+# How a chat template ends an answer: what a model that is trained on its chats stops with.
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """Mends the end of an answer, so that it has a token at which the model stops, and nothing after it."""
+
+    stops: tuple[str, ...]
+    """The special tokens at which the model stops."""
+    tail: str
+    """What it writes after the last message alone, though that has ended (Phi-3: the end token)."""
+    stop: str
+    """What is put after an answer that does not end: the next role's token, where the model stops at it (GLM-4.5), else
+    the end token."""
+    call_stop: str
+    """The same after a tool call."""
+    last: str
+    """The token that ends a plain exchange; "" if there is none, or the template refuses one."""
+    mends: bool
+    """True if a plain exchange is mended."""
+
+    def __call__(self, text: str, calls: bool) -> str:
+        """The text of a conversation whose last message is the answer, with its end; `calls`: it calls tools."""
+        text, stop = text.removesuffix(self.tail), self.call_stop if calls else self.stop
+        return text.rstrip() + stop if stop and not text.rstrip().endswith(self.stops) else text
+
+
+def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn:
+    """How the template for conversations with tools, or without, ends an answer."""
+    template, form = ChatTemplate(spec.template(tools), spec.special_tokens, spec.name), spec.chat_form(tools)
+
+    def written(messages: Sequence[dict[str, Any]]) -> str:
+        try:
+            return template.render(form(Chat(tuple(messages))).messages)
+        except Exception:  # a template is code: it may raise anything
+            return ""
+
+    question: dict[str, Any]
+    question, answer = ({**message} for message in EXCHANGE)
+    call: list[dict[str, Any]] = [question, {**answer, "content": "", "tool_calls": [CALL]}]
+    result = {"role": "tool", "content": "1", "tool_call_id": CALL["id"], "name": "f"}
+    pairs = [(written(head), written([*head, more])) for head, more in (([question, answer], question), (call, result))]
+    eos = encoder.token_of(spec.eos_id) or ""
+    put = eos if encoder.ids(eos) == [spec.eos_id] else ""
+    there = "".join([spec.template(tools), *(text for pair in pairs for text in pair)])
+    named = {encoder.token_of(number) or "" for number in encoder.special_ids()}
+    special = tuple(sorted({eos, *(token for token in named if token in there)} - {""}, key=len, reverse=True))
+    any_special = "|".join(map(re.escape, special))
+
+    def stop(text: str, longer: str) -> str:
+        text = text.rstrip()
+        found = re.compile(rf"\s*({any_special})").match(longer, len(text)) if longer.startswith(text) else None
+        return found[0] if found and encoder.id_of(found[1]) in spec.ends else put
+
+    # What the end of the conversation alone is written with: after the token that ends the answer in any case.
+    parts, others = (re.split(f"({any_special})", text) for text in pairs[0])
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False)))
+    shared, tail = "".join(parts[:same]), "".join(parts[same:])
+    if not (all(pairs[0]) and shared.rstrip().endswith(special) and tail.strip()) or answer["content"] in tail:
+        tail = ""
+    plain, after = pairs[0][0], stop(*pairs[0])
+    ended = plain.removesuffix(tail).rstrip()
+    last = next((token for token in special if ended.endswith(token)), after.strip() if plain else "")
+    mends = bool(plain) and (bool(tail) or not ended.endswith(last))
+    stops = tuple(token for token in special if token in (eos, last) or encoder.id_of(token) in spec.ends)
+    return EndOfTurn(stops, tail, after, stop(*pairs[1]), last, mends)
 
 
 def turn_end(spec: TokenizerSpec) -> int | None:
-    """Its id; None where the template writes no special token right after an answer, or renders no plain chat."""
+    """The id of the token that ends an answer; None where the template renders no plain chat."""
     try:
-        text = ChatTemplate(spec.chat_template, spec.special_tokens, spec.name).render(EXCHANGE)
-        _, answer, after = text.rpartition(EXCHANGE[1]["content"])
         encoder = Encoder(spec.json, spec.name)
-        first = encoder.ids(after.strip())[:1] if answer else []
-    except Exception:  # a template is code and may raise anything; whoever makes tokens with it is told
+        return encoder.id_of(end_of_turn(spec, encoder, tools=False).last)
+    except UserError:  # whoever makes tokens with it is told
         return None
-    return first[0] if first and first[0] in encoder.special_ids() else None
 
 
 # The form in which a source's prompts and completions are trained: turns of a chat, or joined texts.
@@ -297,11 +407,18 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
         found["maps"] = "objects"
     if source.format == "prompt_completion":
         found["chat"] = as_chat(source, spec)
-    chats = source.format in WITH_TOOLS and found.get("chat", True)
-    if chats and any(spec.chat_form(tools).parses_arguments for tools in (False, True)):
-        found["arguments"] = "objects"
-    if chats and any(spec.chat_form(tools).wants_null for tools in (False, True)):
-        found["calls_alone"] = "null"
+    chats = found.get("chat", source.format != "text")
+    if chats and source.format in WITH_TOOLS:
+        forms = [spec.chat_form(tools) for tools in (False, True)]
+        if wanted := sorted({form.arguments for form in forms if form.arguments}):
+            found["arguments"] = wanted[0]
+        if any(form.wants_null for form in forms):
+            found["calls_alone"] = "null"
+        if any(name in spec.template(tools) for name in REASONING for tools in (False, True)):
+            found["reasoning"] = "any name"
+    ends = [end_of_turn(spec, Encoder(spec.json, spec.name), tools) for tools in (False, True)] if chats else []
+    if any(end.mends for end in ends):
+        found["ends"] = [[end.tail, end.stop, end.call_stop] for end in ends]
     return found
 
 

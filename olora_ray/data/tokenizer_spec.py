@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from olora_ray.common.errors import UserError
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import digest_json
 from olora_ray.data import chat_template
 from olora_ray.data.chat_template import ChatForm
@@ -36,6 +37,10 @@ class TokenizerSpec:
     """Name of the model in messages; not part of the digest."""
     apart: str | None = field(default=None, compare=False)
     """Why data.packing=auto gives each example a sequence of its own; a plan's digest has what follows from it."""
+    ends: tuple[int, ...] = field(default=(), compare=False)
+    """Ids at which the model stops, by its own files; a plan's digest has what follows from them."""
+    chosen: bool = field(default=False, compare=False)
+    """True if data.chat_template names the template."""
 
     def packing(self, wanted: Literal["auto"] | bool) -> bool:
         """Whether several examples share a sequence, for data.packing."""
@@ -43,14 +48,14 @@ class TokenizerSpec:
 
     @property
     def has_template(self) -> bool:
-        """Whether the model comes with a chat template."""
-        return self.chat_template not in chat_template.DEFAULTS
+        """Whether the model comes with a chat template, or is given one."""
+        return self.chosen or self.chat_template not in chat_template.DEFAULTS
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that has an influence on tokens."""
         content = asdict(self)
-        del content["name"], content["apart"]
+        del content["name"], content["apart"], content["ends"], content["chosen"]
         if self.tool_template is None:  # so that others are called as they were before there was this field
             del content["tool_template"]
         if self.embeddings is None:
@@ -119,6 +124,22 @@ def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
 
 def _largest_id(tokenizer: Any) -> int:
     return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+
+
+def choose_template(tokenizer: Any, chosen: str) -> None:
+    """Give a transformers tokenizer the template that data.chat_template names; raises UserError if there is none."""
+    source = plain_template(tokenizer)
+    if chosen != chat_template.PLAIN:
+        what = f"data.chat_template: {chosen}"
+        with as_user_error(what, OSError, UnicodeDecodeError, reason=short_reason):
+            source = storage.read_text(chosen) if storage.exists(chosen) else ""
+        if not source.strip():
+            raise UserError(f"{what} is not there, or empty; name a file of Jinja, or {chat_template.PLAIN}")
+        try:
+            chat_template.ChatTemplate(source, {}, chosen)
+        except UserError as error:
+            raise UserError(str(error).replace("model.name", "data.chat_template", 1)) from None
+    tokenizer.chat_template = source
 
 
 def plain_template(tokenizer: Any) -> str:

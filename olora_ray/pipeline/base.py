@@ -12,7 +12,7 @@ from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_re
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenize import turn_end
-from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
+from olora_ray.data.tokenizer_spec import TokenizerSpec, choose_template, has_tokens_beyond, spec_from_pretrained
 from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
@@ -118,14 +118,18 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             f"model.name: {model.folder} has no tokenizer: none of {', '.join(TOKENIZERS)} is there; copy the files of"
             " the tokenizer that the model was trained with into the folder"
         )
-    tokenizer = load_tokenizer(model, config.model)
+    tokenizer, template = load_tokenizer(model, config.model), config.data.chat_template
+    if template:
+        choose_template(tokenizer, template)
     shape: Any = skeleton(model, config.model)
     found = stored.fit(Path(model.folder), shape)
     if found.problem is not None:  # what is loaded would be another model than the files hold
         raise UserError(f"model.name: {model.folder} {found.problem}")
     if found.left_out:
         logger.warning(unused_tensors(shape, found.left_out, model.name))
-    spec = replace(spec_from_pretrained(tokenizer, model.name), apart=why_apart(shape))
+    ends = end_tokens(model, tokenizer)
+    spec = spec_from_pretrained(tokenizer, model.name)
+    spec = replace(spec, apart=why_apart(shape), ends=ends, chosen=bool(template))
     try:
         rows: int | None = int(shape.get_input_embeddings().weight.shape[0])
     except (NotImplementedError, AttributeError):
@@ -137,7 +141,7 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
 
 def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:
     """The ids that end an answer: end tokens, and what ends an answer in chats, which is trained on."""
-    found, last = end_tokens(model, tokenizer), turn_end(spec)
+    found, last = spec.ends, turn_end(spec)
     if last is None or last in found:
         return found
     token = tokenizer.convert_ids_to_tokens(last)

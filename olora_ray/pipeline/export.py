@@ -39,15 +39,13 @@ logger = logging.getLogger(__name__)
 # Files for serving, so that others ask and answer as the training did: template, tokenizer, end tokens.
 
 
-def give_template(config: Config, tokenizer: Any, folder: Path) -> None:
-    """A base without a chat template was trained with the default one: its users need it too."""
+def give_template(config: Config, tokenizer: Any, folder: Path, chosen: str | None = None) -> None:
+    """Put the template into `folder` that was trained with: the `chosen` one, or the default one of a base without."""
     chats = any(
         source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
     )
-    if chats and not models.has_chat_template(folder):
-        template = plain_template(tokenizer)
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        (folder / "chat_template.json").unlink(missing_ok=True)  # a processor's, which was not trained with
+    if chosen or (chats and not models.has_chat_template(folder)):
+        portable.put_template(folder, chosen or plain_template(tokenizer))
 
 
 def more_ends(ends: Collection[int], base: BaseModel, tokenizer: Any) -> str:
@@ -196,6 +194,7 @@ def _write_adapter(
             folder,
             rank,
             work.tokenizer,
+            work.spec.template,
             checked=parity.in_words(quantised is not None),
             compressed=compressed.in_words(reasons=False) if compressed and lost else "",
             quantised=quantised.in_words(reasons=False) if quantised else "",
@@ -209,7 +208,7 @@ def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread
     with replacing(out) as partial_folder:
         merge.copy_files(Path(work.base.folder), partial_folder)
         spread(export_shares.merge_part, [replace(part, folder=partial_folder) for part in parts])
-        give_template(work.spec.config, work.tokenizer, partial_folder)
+        give_template(work.spec.config, work.tokenizer, partial_folder, work.spec.template)
         if more_ends(work.spec.eos, work.base, work.tokenizer):
             portable.end_with(partial_folder, work.spec.eos)
     return export_shares.check(work, parts, spread)
@@ -240,12 +239,20 @@ def _revision(config: Config, base: BaseModel) -> str | None:
 
 
 def complete(
-    config: Config, base: BaseModel, state: TrainState, adapter: Path, rank: int, tokenizer: Any, **found: str
+    config: Config,
+    base: BaseModel,
+    state: TrainState,
+    adapter: Path,
+    rank: int,
+    tokenizer: Any,
+    template: str | None = None,
+    **found: str,
 ) -> None:
     """Give an adapter's folder its tokenizer and its model card, which has what was `found` by names of `Card`."""
     portable.copy_tokenizer(Path(base.folder), adapter)
     keep_tokenizer(config, base.name, tokenizer, adapter)
-    give_template(config, tokenizer, adapter)
+    had = models.has_chat_template(adapter)
+    give_template(config, tokenizer, adapter, template)
     card = portable.Card(
         base_name=public_name(base),
         base_digest=base.digest,
@@ -256,6 +263,7 @@ def complete(
         max_length=config.data.max_length,
         steps=step_of_best(state),
         eval_loss=state.best_loss,
+        own_template=template is not None or had != models.has_chat_template(adapter),
         **found,
     )
     (adapter / "README.md").write_text(portable.model_card(card), encoding="utf-8")

@@ -186,7 +186,10 @@ def prepare_tokens(
             build.start(config.cluster.max_workers() * config.cluster.cpus_per_worker)
     store = TokenStore.open(build.store.uri) if wait else build.store
     again = preflight.recomputes(config, base.model)
-    spec = TrainSpec(config, base.model, base.spec.digest, base.eos, store, held_out, start, recompute=again)
+    template = base.spec.chat_template if base.spec.chosen else None
+    spec = TrainSpec(
+        config, base.model, base.spec.digest, base.eos, store, held_out, start, template=template, recompute=again
+    )
     return Prepared(spec, build, scores)
 
 

@@ -229,7 +229,11 @@ def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
     base, revision = spec.base, spec.config.model.revision
     commit = _commit(base)
     # MLflow takes the tokenizer from where it takes the base. The hub's does not do if a chat template was added.
-    on_hub = commit is not None and has_chat_template(adapter) == has_chat_template(Path(base.folder))
+    on_hub = (
+        commit is not None
+        and spec.template is None
+        and has_chat_template(adapter) == has_chat_template(Path(base.folder))
+    )
     name = models.pinned(base.name, spec.config)
     return BaseOfAdapter(name, base.digest, base.folder, commit or revision, on_hub)
 

@@ -34,7 +34,7 @@ FREE_TO_CHANGE = (
 )
 """Fields that may differ when a run is resumed: they do not change its numbers. What follows from data.packing is in
 the digest of the tokens, and `auto` may be what was `true`."""
-PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|train\.start")
+PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start")
 """Fields that say where something lies: what counts is what lies there."""
 
 

@@ -50,7 +50,9 @@ def test_relative_paths_are_seen_from_where_the_command_was_given(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
-    read, _ = read_arguments([], config, "usage")
+    read, _ = read_arguments(["data.chat_template=a.jinja"], config, "usage")
+    assert read.data.chat_template == str(tmp_path / "a.jinja")
+    assert read_arguments(["data.chat_template=plain"], config, "usage")[0].data.chat_template == "plain"
     assert read.run.storage == str(tmp_path / "runs")
     assert read.data.train[0].path == str(tmp_path / "a.jsonl")
     assert read.model.name == str(tmp_path / "m")

@@ -111,6 +111,9 @@ CALLS = "{% for call in message.tool_calls or [] %}{{ call.function.WRITTEN }}{%
     ("written", "name", "value"),
     [
         (CALLS.replace("WRITTEN", "arguments | tojson"), "arguments", "objects"),
+        (CALLS.replace("WRITTEN", "arguments + ''"), "arguments", "text"),
+        ("{{ message.thinking }}", "reasoning", "any name"),
+        ("{{ message.content }}", "ends", [["", "</s>", "</s>"]] * 2),
         ("{% if message.content is none %}" + CALLS.replace("WRITTEN", "name") + "{% endif %}", "calls_alone", "null"),
     ],
 )

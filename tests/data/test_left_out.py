@@ -70,7 +70,7 @@ def test_a_developer_whom_no_role_writes_is_rejected() -> None:
 
 @pytest.mark.parametrize("template", [helpers.CHATML, ALL["default"], "{% set tools = none %}" + helpers.CHATML])
 def test_tools_that_the_template_leaves_out_reject_the_row(template: str) -> None:
-    with pytest.raises(Rejected, match="of tiny leaves the tools out: take a base whose chat template") as caught:
+    with pytest.raises(Rejected, match="of tiny leaves the tools out: name one that writes them in") as caught:
         text(template, tools=(TOOL,))
     assert caught.value.reason == "template"
     assert text(template).count("hello") == 1

@@ -21,7 +21,11 @@ PACKAGE_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 THINKS = helpers.CHATML.replace("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>' }}{% endif")
-"""A generation prompt that no answer continues, as DeepSeek-R1-Distill's."""
+"""A generation prompt that opens the reasoning."""
+
+
+BOT = helpers.CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
+"""A generation prompt that no answer continues."""
 
 
 def tokenizer(template: str = helpers.CHATML, max_length: int = 1000, **changes: Any) -> ExampleTokenizer:
@@ -50,7 +54,7 @@ NO_END = "{% for m in messages %}{{ m.content + '\n\n' }}{% endfor %}"
 
 @pytest.mark.parametrize(
     ("template", "end"),
-    [(helpers.CHATML, 4), (ALL["mistral"], 2), (TWO_ENDS, 4), (NO_END, None), ("{{ raise_exception('no') }}", None)],
+    [(helpers.CHATML, 4), (ALL["mistral"], 2), (TWO_ENDS, 4), (NO_END, 2), ("{{ raise_exception('no') }}", None)],
 )
 def test_the_token_with_which_a_template_ends_an_answer(template: str, end: int | None) -> None:
     assert turn_end(helpers.spec(template)) == end
@@ -68,9 +72,7 @@ def test_answers_and_the_end_of_their_turns_are_supervised() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("llama3", ["[[one<|eot_id|>]]", "\n\n[[two<|eot_id|>]]"]),
         ("mistral", ["[/INST][[ one</s>]]", "[/INST][[ two</s>]]"]),
-        ("gemma", ["model\n[[one<end_of_turn>]]\n", "model\n[[two<end_of_turn>]]\n"]),
         ("smollm2", ["assistant\n[[one<|im_end|>]]\n", "assistant\n[[two<|im_end|>]]\n"]),
         ("default", ["Assistant:[[ one</s>]]\n\nUser", "Assistant:[[ two</s>]]\n\n"]),
     ],
@@ -93,13 +95,74 @@ def test_a_template_that_shows_earlier_answers_differently_gives_an_example_a_tu
 
 
 def test_a_template_that_does_not_continue_its_generation_prompt_refuses_the_row_and_shows_both() -> None:
-    with pytest.raises(Rejected, match=r"chat template of tiny does not continue .*message 2 .*<think>.*hello"):
-        tokenizer(THINKS)(chat("hi", "hello"))
+    with pytest.raises(Rejected, match=r"of tiny does not continue .*message 2 .*bot.*hello.* data\.chat_template"):
+        tokenizer(BOT)(chat("hi", "hello"))
 
 
-def test_a_generation_prompt_that_begins_the_reasoning_is_continued_by_it() -> None:
-    [tokens] = tokenizer(THINKS)(chat("hi", "<think>why</think>hello"))
-    assert marked(tokens).endswith("<|im_start|>assistant\n<think>[[why</think>hello<|im_end|>]]\n")
+@pytest.mark.parametrize("answer", ["hello", "<think></think>hello", "<think>why</think>hello"])
+def test_a_generation_prompt_that_begins_the_reasoning_is_continued_by_it(answer: str) -> None:
+    """As DeepSeek-R1-Distill's and Nemotron 3's: a server feeds it, so an answer without reasoning closes it."""
+    [tokens] = tokenizer(THINKS)(chat("hi", answer))
+    written = answer.removeprefix("<think>") if "<think>" in answer else f"\n</think>\n\n{answer}"
+    assert marked(tokens).endswith(f"<|im_start|>assistant\n<think>[[{written}<|im_end|>]]\n")
+
+
+SYSTEM_LAST = (
+    "{% if messages[0].role == 'system' %}{% set system, rest = messages[0].content + ' ', messages[1:] %}"
+    "{% else %}{% set system, rest = '', messages %}{% endif %}{% for m in rest %}"
+    "{% if m.role == 'user' %}{{ '[INST]' + (system if loop.last else '') + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+"""Writes the system's message into the last of the user's, if none follows, as Mistral-7B-v0.3's."""
+
+
+def test_an_answer_follows_what_a_server_feeds_whatever_the_template_makes_of_the_conversation_later() -> None:
+    found = tokenizer(SYSTEM_LAST)(chat("hi", "one", "hi", "two", system="short"))
+    assert [marked(tokens) for tokens in found] == [
+        "[INST]short hi[/INST][[ one</s>]]",
+        "[INST]hi[/INST] one</s>[INST]short hi[/INST][[ two</s>]]",
+    ]
+
+
+NEXT_ROLE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '\n' + m.content }}"
+    "{% else %}{{ '<|im_start|>' + m.content + '<s>' }}{% endif %}{% endfor %}"
+)
+"""Ends an answer by the token of the next role, as GLM-4.5's."""
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (NEXT_ROLE, ["<|im_start|>hi<s>[[\none<|im_start|>]]more<s>[[\ntwo<|im_start|>]]"]),
+        (
+            NEXT_ROLE.replace("im_start", "im_end"),
+            ["<|im_end|>hi<s>[[\none</s>]]", "<|im_end|>hi<s>\none<|im_end|>more<s>[[\ntwo</s>]]"],
+        ),
+        (NO_END, ["hi\n\n[[one</s>]]", "hi\n\none\n\nmore\n\n[[two</s>]]"]),
+        (helpers.CHATML + "{% if not add_generation_prompt %}</s>{% endif %}", None),
+    ],
+)
+def test_no_answer_is_trained_without_the_token_at_which_the_model_stops(
+    template: str, expected: list[str] | None
+) -> None:
+    stops = tokenizer(template, ends=(3,))  # <|im_start|>
+    found = [marked(tokens) for tokens in stops(chat("hi", "one", "more", "two"))]
+    assert found == (expected or [marked(tokens) for tokens in tokenizer()(chat("hi", "one", "more", "two"))])
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning", "another"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+def test_reasoning_reaches_a_template_that_reads_another_name_of_it(read: str, name: str) -> None:
+    template = helpers.CHATML.replace("message['content']", f"(message.{read} or '') + message['content']", 1)
+    thinks = Chat((*conversation("hi"), {"role": "assistant", "content": "hello", name: "why "}))
+    [tokens] = tokenizer(template)(thinks)
+    assert ("[[why hello<|im_end|>]]" in marked(tokens)) == (name != "another")
+    if name != "another":
+        with pytest.raises(
+            Rejected, match=r"message 2: .* leaves the reasoning out: write it into the content as <think>"
+        ):
+            tokenizer()(thinks)
 
 
 @pytest.mark.parametrize("code", ["{{ 1 / 0 }}", "{{ messages.nothing.there }}", "{{ f(1) }}", "{{ messages[0] + 1 }}"])
@@ -287,18 +350,24 @@ def _calling(arguments: str, tail: str = "") -> str:
 CALL = '{"city": "X", "days": null}'
 AS_OBJECT = "call.function.arguments | tojson"
 AS_TEXT = "call.function.arguments + ''"
+BY_KEY = "call.function.arguments.keys() | join(', ')"
+WHOLE = "call.function | tojson"
 
 
-@pytest.mark.parametrize(("written", "parsed"), [(AS_OBJECT, True), (AS_TEXT, False)])
-def test_arguments_of_tool_calls_have_the_form_that_the_template_writes(written: str, parsed: bool) -> None:
+@pytest.mark.parametrize("given", [CALL, json.loads(CALL)])
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [(AS_OBJECT, CALL), (AS_TEXT, CALL), (BY_KEY, "city, days"), (WHOLE, f'{{"name": "f", "arguments": {CALL}}}')],
+)
+def test_arguments_of_tool_calls_have_the_form_that_the_template_writes(
+    written: str, expected: str, given: Any
+) -> None:
     """As vLLM and others serve them: JSON text within a template that quotes texts would be quoted twice."""
-    spec = helpers.spec(_calling(written))
-    assert spec.chat_form(tools=False).parses_arguments is parsed
-    call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": CALL}}
+    call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": given}}
     messages = [*conversation("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
-    [tokens] = ExampleTokenizer(spec, 1000)(Chat(tuple(messages)))
-    assert f"[[f{CALL}<|im_end|>]]" in marked(tokens)
-    assert call["function"]["arguments"] == CALL, "the row stays as it is"
+    [tokens] = tokenizer(_calling(written))(Chat(tuple(messages)))
+    assert f"[[f{expected}<|im_end|>]]" in marked(tokens)
+    assert call["function"]["arguments"] == given, "the row stays as it is"
 
 
 def calls(*names: str) -> list[dict[str, Any]]:

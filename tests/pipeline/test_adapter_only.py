@@ -258,6 +258,14 @@ def test_a_base_that_cannot_be_asked_for_now_is_not_gone(
     assert ("put the base back" in str(caught.value)) == (type(answer) is UserError)
 
 
+def test_a_base_of_the_hub_has_not_the_template_that_a_run_names(run: FinishedRun, hub: Path) -> None:
+    named = from_hub(run, "named")
+    replace(named, spec=replace(named.spec, template="{{ messages }}")).registered()
+    found = models.find("models:/named/1", resolve_uri(run.config), Path(run.config.run.storage))
+    assert found.base is not None
+    assert not found.base.on_hub, "where MLflow takes the tokenizer from"
+
+
 def test_a_base_of_the_hub_is_kept_by_id_and_commit(run: FinishedRun, hub: Path) -> None:
     import mlflow.transformers
     from mlflow.models import Model

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
+from olora_ray.data import chat_template
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, open_base, with_tokenizer
 from tests import tiny
@@ -81,3 +82,39 @@ def test_no_place_for_a_converted_model_is_one_line(tmp_path: Path) -> None:
         UserError, match=r"^model\.name: .*model cannot be prepared: .*runs/models.*: (File exists|Not a d)"
     ):
         find_model(build(tree))
+
+
+BOTS = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>\n' }}{% endfor %}{{ 'assistant: ' if x }}"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_template_of_ones_own_takes_the_place_of_the_models(own: bool, tmp_path: Path) -> None:
+    folder, file = project.make_model(tmp_path / "model"), tmp_path / "own.jinja"
+    if not own:
+        (folder / "chat_template.jinja").unlink()
+    file.write_text(BOTS)
+    digests = set()
+    for name, source in ((None, None), (str(file), BOTS), ("plain", chat_template.DEFAULT)):
+        base = open_base(build(project.settings(tmp_path, folder, data__chat_template=name)))
+        assert base.spec.has_template == (own or name is not None)
+        assert base.spec.chat_template == base.tokenizer.chat_template or not (own or name)
+        assert source in (None, base.spec.chat_template)
+        digests.add(base.spec.digest)
+    assert len(digests) == (3 if own else 2), "part of the identity of the tokens"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"/.*own\.jinja is not there, or empty; name a file of Jinja, or plain$"),
+        ("  ", r"/.*own\.jinja is not there, or empty; name a file of Jinja, or plain$"),
+        ("{% for x in", r"the chat template of /.*own\.jinja is not valid: "),
+        (b"\xff", r"/.*own\.jinja: .*utf-8.* can't decode byte"),
+    ],
+)
+def test_a_template_that_cannot_be_read_is_one_line(content: str | bytes | None, message: str, tmp_path: Path) -> None:
+    folder, file = project.make_model(tmp_path / "model"), tmp_path / "own.jinja"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf"^data\.chat_template: {message}"):
+        open_base(build(project.settings(tmp_path, folder, data__chat_template=str(file))))

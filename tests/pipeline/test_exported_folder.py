@@ -66,12 +66,30 @@ def test_an_adapters_folder_has_its_tokenizer_template_and_card(tmp_path: Path, 
     expected = (base / "chat_template.jinja").read_text() if template else chat_template.DEFAULT
     assert tokenizer.chat_template == expected
     card = (out / "README.md").read_text()
+    assert ("--chat-template" in card) == (not template)
     assert "Training: 6 steps" in card
     assert "Held-out loss: 0.2500" in card
     assert "`a.jsonl` (messages)" in card
     assert str(tmp_path) not in card
     assert "/home" not in card
     assert "is_local" not in json.loads((out / "tokenizer_config.json").read_text())
+
+
+def test_a_template_of_ones_own_is_that_of_the_export(tmp_path: Path) -> None:
+    """Whatever the base has: one in its settings, one for tools, one of its processor."""
+    base = tmp_path / "base"
+    save_tokenizer(base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "another"}))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("another")
+    model, own = BaseModel(str(base), str(base), "cafe"), config(str(base))
+    for name, template in (("with", "own"), ("without", None)):
+        (tmp_path / name).mkdir()
+        complete(own, model, TrainState(step=1), tmp_path / name, 8, load_tokenizer(model, own.model), template)
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("--chat-template THIS_FOLDER/chat_template.jinja" in card) == (template is not None)
+    assert AutoTokenizer.from_pretrained(tmp_path / "with").chat_template == "own"
 
 
 def test_a_processors_template_is_none_of_the_tokenizer(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_a_name_with_other_settings_is_refused(config: Config, field: str, value
 
 
 ELSEWHERE = {
+    "data.chat_template": "/moved/own.jinja",
     "model.name": "/moved/model",
     "model.revision": "main",
     "data.train.0.path": "/moved/rows.jsonl",

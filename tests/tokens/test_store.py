@@ -21,7 +21,7 @@ from olora_ray.tokens import preview
 from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.store import TokenStore
-from tests.data.test_tokenize import THINKS
+from tests.data.test_tokenize import BOT
 from tests.said import said
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, content, rows
@@ -238,7 +238,7 @@ def test_columns_of_a_parquet_file_are_named(tmp_path: Path, tiny_spec: Tokenize
 
 def test_a_template_that_refuses_all_rows_is_named(tmp_path: Path) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
-    config, spec = helpers.config(tmp_path, path), helpers.spec(THINKS)
+    config, spec = helpers.config(tmp_path, path), helpers.spec(BOT)
     expected = rf"(template 3); {path}:1: template: the chat template of tiny does not continue"
     assert f"data.train.0: none of the 3 rows can be used {expected}" in failure(config, spec)
     with pytest.raises(UserError, match="chat template of tiny does not continue"):
@@ -254,7 +254,7 @@ def test_one_row_that_the_template_refuses_does_not_stop_the_run(tmp_path: Path)
     assert store.manifest.rejected == {"template": 1}
     [entry] = map(json.loads, Path(store.uri, "rejected.jsonl").read_text().splitlines())
     assert (entry["file"], entry["line"]) == (str(path), 121)
-    assert entry["message"] == "the chat template of tiny refuses the conversation: roles must alternate"
+    assert entry["message"].startswith("the chat template of tiny refuses the conversation: roles must alternate: ")
 
 
 def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
