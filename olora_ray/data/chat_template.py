@@ -24,7 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.data.formats import Chat, Rejected
+from olora_ray.data.formats import REASONING, Chat, Rejected
 
 Message = Mapping[str, Any]
 
@@ -330,10 +330,6 @@ def _with_one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 
 def _parts(content: str | None) -> Any:
     return content and [{"type": "text", "text": content}]
-
-
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names under which a message has its reasoning; a template reads one of them, or another."""
 
 
 def reasoning(message: Mapping[str, Any]) -> Any:

@@ -74,6 +74,8 @@ SHAREGPT_ROLES = {
 """Other names of roles that rows of format sharegpt have."""
 TEXTS = (None, "text", "input_text", "output_text")
 """Types of the parts of a content; pictures may have a `text` too, and reasoning is no part of an answer."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which messages have the reasoning before an answer."""
 MARKS = ("train", "training", "loss")
 """Keys with which Axolotl, ms-swift and LLaMA-Factory say whether an answer is supervised."""
 CALL = "function_call"

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
-from olora_ray.data.chat_template import EXCHANGE, REASONING, ChatTemplate, left_out, reasoning, text_of
+from olora_ray.data.chat_template import EXCHANGE, ChatTemplate, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
+from olora_ray.data.formats import REASONING, Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Span = tuple[int, int]

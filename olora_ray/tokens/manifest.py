@@ -28,7 +28,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import seal, unseal
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.formats import Chat, Example, Text, one_line
+from olora_ray.data.formats import REASONING, Chat, Example, Text, one_line
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens, form_line
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.plan import Plan, Split, sources_of
@@ -382,8 +382,6 @@ def summary(manifest: Manifest) -> str:
 # What is odd about the rows of a split: counted shard by shard, and said once.
 
 
-REASONING = {"reasoning_content", "reasoning", "thinking"}
-"""Keys of messages that are the same to templates."""
 UNREAD = {
     "column": "columns that the format does not read",
     "key": "keys of messages that neither the format nor the chat template reads",
@@ -394,7 +392,7 @@ UNREAD = {
 def _read_keys(template: str) -> frozenset[str]:
     """The keys of messages that are read: by the formats, and all that a template names."""
     named = {"role", "content", "tool_calls", "weight", *re.findall(r"\w+", template)}
-    return frozenset(named | REASONING if named & REASONING else named)
+    return frozenset(named.union(REASONING) if named.intersection(REASONING) else named)
 
 
 def count_unread(notes: "Counter[str]", kind: str, names: Iterable[object]) -> None:

@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
 from olora_ray.data.chat_template import TODAY
 from olora_ray.data.formats import Chat, Rejected, to_example
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
+RENDER: Any = chat_template_utils.render_jinja_template
+"""Writes a conversation as servers do."""
 TRAINING = "_training"
 """Ends the names of the twins in which TRL has marked the answers."""
 CHATML = ("<|im_end|>",)
@@ -177,7 +179,7 @@ def train(name: str, conversation: Chat) -> list[Trained]:
 
 def _trained(name: str, tokens: Tokens) -> Trained:
     tokenizer = Tokenizer.from_str(spec(name).json)
-    parts = [tokenizer.id_to_token(int(number)) for number in tokens.ids]
+    parts = [str(tokenizer.id_to_token(int(number))) for number in tokens.ids]
     assert "<unk>" not in parts
     marks = np.where(tokens.supervised, "x", " ")
     return Trained("".join(parts), "".join(mark * len(part) for mark, part in zip(marks, parts, strict=True)))
@@ -187,7 +189,7 @@ def prompt(name: str, conversation: Chat, number: int) -> str:
     """What a server feeds before message `number`, written by transformers."""
     messages = list(spec(name).chat_form(conversation.tools is not None)(conversation).messages[:number])
     tools = list(conversation.tools) if conversation.tools else None
-    rendered, _ = render_jinja_template(
+    rendered, _ = RENDER(
         [messages], tools, None, sources()[name], add_generation_prompt=True, **spec(name).special_tokens
     )
     text = str(rendered[0])
@@ -230,7 +232,7 @@ def marked_by_twin(name: str, case: str) -> Trained | None:
     if (source := twin(name)) is None:
         return None
     messages = list(spec(name).chat_form(False)(chat(case)).messages)
-    rendered, spans = render_jinja_template(
+    rendered, spans = RENDER(
         [messages], None, None, source, return_assistant_tokens_mask=True, **spec(name).special_tokens
     )
     text, mask = str(rendered[0]), [" "] * len(rendered[0])

@@ -88,13 +88,12 @@ def test_ordinary_rows_are_not_worth_a_line(tmp_path: Path, tiny_spec: Tokenizer
 
 
 def test_columns_and_keys_that_nothing_reads_are_counted_and_said(tmp_path: Path) -> None:
-    """A key that the template writes is read, and so is another name of the reasoning that it writes."""
     turns = [
         {"role": "user", "content": "q", "name": "Ann", "\ud800\n": 1},
-        {"role": "assistant", "content": "a", "name": "Bob", "reasoning": "r", "function_call": {}, "train": True},
+        {"role": "assistant", "content": "a", "name": "Bob", "function_call": {}, "train": True},
     ]
     rows = [{"messages": turns, "id": 1}, {"messages": turns, "id": None, "source": "x"}]
-    spec = helpers.spec(helpers.CHATML + "{% set seen = [messages[0].name, messages[0].thinking] %}")
+    spec = helpers.spec(helpers.CHATML + "{% set seen = messages[0].name %}")
     config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", rows))
     expected = [
         "columns that the format does not read: id (2), source (1)",
