@@ -161,8 +161,19 @@ def candidates(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device
         if problem := _unusable(model, config.attention, dtype, device):
             raise UserError(f"model.attention={config.attention}: {problem}; set it to auto")
         return (config.attention,)
+    return tuple(name for name, problem in _in_order(model, dtype, device).items() if problem is None)
+
+
+def left_out(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """Why faster implementations are no candidates on a GPU; none where the config names one."""
+    found = _in_order(model, dtype, device) if config.attention == "auto" and device.type != "cpu" else {}
+    return {name: problem for name, problem in found.items() if problem is not None}
+
+
+def _in_order(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
+    """The implementations for a device, the fastest first, and why one cannot be used."""
     wanted = ("segments", "sdpa", "eager") if device.type == "cpu" else (FLASH, VARLEN, "sdpa", "eager")
-    return tuple(name for name in wanted if not _unusable(model, name, dtype, device))
+    return {name: _unusable(model, name, dtype, device) for name in wanted}
 
 
 def own(model: Any) -> str:
