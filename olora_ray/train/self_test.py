@@ -328,8 +328,7 @@ class _Trial:
         model.set_attn_implementation(attention.own(model))
         begin_at_root(loss)  # before an attention that fails, with which a sharded base would fail
         self.examples = [(ids, *_alone(loss, ids, device)) for ids in examples]
-        names = {name for name, _ in self.examples[0][1]}
-        self.routing = {name for name in names if _routes(model.get_submodule(name))}
+        self.routing = {name for name, _ in self.examples[0][1] if _routes(model.get_submodule(name))}
         """Parts in which the rows of an expert are one product: with other rows, their rounding is another."""
 
     def run(self, name: str) -> tuple[str | None, Differences | None]:
