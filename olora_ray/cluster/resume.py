@@ -275,7 +275,9 @@ def self_tested(
         train_mode(adapted, False)
         with context.activate(adapted):
             name = tested(loss, spec, packs, context.device).attention
-            check_adapters(loss, adapted, packs, name, context.device, new=not start.trained)
+            gradients = check_adapters(loss, adapted, packs, name, context.device, new=not start.trained)
+            assert loss.tested is not None
+            loss.tested = replace(loss.tested, gradients=gradients)
     except UserError as error:
         problem = str(error)
     collectives.raise_together(problem)  # on other GPUs it may have gone well

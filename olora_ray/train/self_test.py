@@ -1,22 +1,27 @@
 """Self-test of a model before the first step: does training compute what the model computes, whatever its family?
 
-On a few tokens of three examples, on the worker, with the model where it will be trained:
+On three examples, of which one is long, on the worker, with the model where it will be trained:
 
+- **outputs**: each part of a block, given the same input, gives the same output as in the model's own attention with
+  the example alone; nothing that came before amplifies a difference, so that rounding explains very little;
 - **loss**: the training loss of each token is the cross-entropy of the model's own logits;
-- **alone**: the losses of an example are those of the model in its own attention, with nothing beside it;
-- **beside others**: an example's losses are the same in a sequence or a micro-batch with others, and not one bit of
-  them depends on what the others say, or on what comes after;
+- **beside others**: not one bit of an example depends on what the others say, or on what comes after;
+- **gradients**: those of all adapters are what torch makes of the model's own attention and logits.
 
-The first attention (model/attention.py) that passes is used. Losses that may differ by rounding are seen against
-what rounding explains, which is measured: the output of every block is moved at random by up to half a unit in its
-last place. `check_adapters` tests adapters.
+The first attention (model/attention.py) that passes is used. `check_adapters` tests adapters.
 """
 
+import inspect
 import logging
+import math
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -29,34 +34,39 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.model import attention
 from olora_ray.model.packing import check_lengths, shares_sequences, why_not_in_one_row
-from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
+from olora_ray.tokens.collate import FLAT_ATTENTION, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import parallel
 from olora_ray.train.base_files import decoder_layers
-from olora_ray.train.loss import Differences, SelfTest, SupervisedLoss
+from olora_ray.train.loss import Differences, LightRMSNorm, SelfTest, SupervisedLoss
 from olora_ray.train.parallel import begin_at_root
 
 logger = logging.getLogger(__name__)
 
-# A few short examples of a token store's sequences, on which a model is tried.
+# Examples of a token store's sequences, on which a model is tried.
 
 
 SHORT = 24
-"""Tokens of an example: rounding and leaks show in a few."""
+"""Tokens of a short example."""
+LONG = 512
+"""Tokens of the long one: as far as a leak is looked for."""
 
 Ids = tuple[int, ...]
 
 
 def three_examples(packs: Sequence[Pack], config: AnyConfig, model: Any) -> tuple[Ids, Ids, Ids]:
-    """Three examples, cut; the second goes beyond the windows of a model, as far as a sequence can."""
-    rows = list(examples_of(packs, SHORT))
-    second = rows[1]
-    if limits := _limits(model.config.get_text_config(), config.data.max_length):
-        # The longest example, again and again to just this length: those that come first may be short, and others not.
-        length = min(config.data.max_length, max(limits) + SHORT)
-        longest = max(examples_of(packs, length), key=len)
-        second = (longest * -(-length // len(longest)))[:length]
-    return rows[0], second, rows[2]
+    """Return three examples, cut; the second goes beyond the windows of a model, as far as a sequence can.
+
+    It is made of all examples, one after the other, again and again.
+    """
+    most = config.data.max_length
+    short = max(3, min(SHORT, most // 4))
+    rows = list(examples_of(packs, short))
+    windows = _limits(model.config.get_text_config(), most)
+    # Some models see the place in a sequence: the three are as long as one, unless a window ends later.
+    length = min(most, max(windows) + SHORT) if windows else min(LONG, max(short, most - 2 * short))
+    text = tuple(token for pack in packs for token in pack.input_ids.tolist())
+    return rows[0], (text * -(-length // len(text)))[:length], rows[2]
 
 
 def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
@@ -74,16 +84,167 @@ def _limits(shape: Any, length: int) -> list[int]:
 
 
 def one_pack(examples: Sequence[Ids]) -> Pack:
-    """A sequence in which every token but the first of an example is supervised."""
+    """A sequence in which the last tokens of an example are supervised, never its first."""
     ids = np.concatenate([np.array(example, dtype=np.int32) for example in examples])
-    supervised = np.ones(len(ids), dtype=bool)
-    supervised[np.cumsum([0, *map(len, examples[:-1])])] = False
+    places = [np.arange(len(example)) for example in examples]
+    supervised = np.concatenate([(place > 0) & (place >= len(place) - SHORT) for place in places])
     return Pack(ids, supervised, tuple(map(len, examples)))
 
 
-MARGIN, MARGIN_OF_EXPERTS = 10.0, 40.0
-"""A mean difference may be this many times what rounding explains (observed: up to 4 times, and 10 times where
-rounding decides which expert a token goes to)."""
+# Parts of a model: their outputs in one run, and in another run on the same inputs.
+
+
+TOLERANCE = {torch.float32: 2.0**-13, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+"""How far an output or a gradient may be off, relative. Rounding was seen to take a third of it in bfloat16; a softmax
+scale that is 10 % off in a trained model takes four times as much."""
+OF_ONE = 8
+"""A single adapter's gradient may be so many times as far off: much cancels out in that of some layer's keys. A mistake
+is in all layers of a kind."""
+
+
+@dataclass
+class _Output:
+    """The output of a part for one example: tokens x features."""
+
+    value: Tensor
+    slope: Tensor | None = None
+    """The gradient of the loss by it, after a backward pass."""
+
+
+Outputs = Mapping[tuple[str, int], list[_Output]]
+"""(name of a part, number in what it returns) -> its outputs in the order of its calls."""
+
+
+@contextmanager
+def _parts(
+    model: nn.Module, shape: torch.Size, rows: Sequence[Tensor], given: Sequence[Outputs] = ()
+) -> Iterator[list[Outputs]]:
+    """Note the outputs of a model's parts for each example; what comes next may be given others in their place.
+
+    `rows` are the places of the examples among the tokens of a batch (`shape`), whatever else is in it. Parts are the
+    blocks, what these are made of, and what chooses experts, of which all is taken: where rounding decides on an
+    expert, the choice is the same one then.
+    """
+    found: list[dict[tuple[str, int], list[_Output]]] = [defaultdict(list) for _ in rows]
+
+    def exchange(key: tuple[str, int], output: Any) -> Any:
+        if not isinstance(output, Tensor) or (axis := _axis(output, shape)) is None:
+            return output
+        values, slopes = _by_token(output.detach(), axis).clone(), None
+        for number, (places, noted) in enumerate(zip(rows, (each[key] for each in found), strict=True)):
+            noted.append(_Output(values[places]))
+            if given:
+                other = given[number][key][len(noted) - 1]
+                values[places] = other.value[: len(places)]
+                if other.slope is not None:
+                    slopes = torch.zeros_like(values) if slopes is None else slopes
+                    slopes[places] = other.slope
+            elif output.requires_grad:
+                output.register_hook(partial(_note, noted[-1], axis, places))
+        parts = [None if part is None else _back(part, axis, shape) for part in (values, slopes)]
+        exchanged: Any = _Exchanged  # torch leaves `apply` untyped
+        return exchanged.apply(output, *parts) if given else output
+
+    def hook(name: str, whole: bool, _module: nn.Module, _inputs: object, output: Any) -> Any:
+        if type(output) not in (tuple, list):
+            return exchange((name, 0), output)
+        return type(output)(exchange((name, n), part) if whole or n == 0 else part for n, part in enumerate(output))
+
+    names = {part: name for name, part in model.named_modules()}
+    inside = {part: name for block in decoder_layers(model) for name, part in block.named_modules()}
+    choose = {part for part, name in inside.items() if {"gate", "router"} & set(name.split("."))}
+    # The same input has the same bits after a norm.
+    wanted = [part for part, name in inside.items() if "." not in name and "Norm" not in type(part).__name__]
+    hooks = [
+        part.register_forward_hook(partial(hook, names[part], part in choose))
+        for part in dict.fromkeys([*wanted, *choose])
+    ]
+    try:
+        yield list(found)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _axis(output: Tensor, shape: torch.Size) -> int | None:
+    """The axis of a batch's rows, before that of their tokens; -1 if the first axis is both; None: neither."""
+    axes = [axis for axis in range(output.dim()) if output.shape[axis : axis + 2] == shape]
+    return axes[0] if axes else -1 if output.shape[:1] == (shape.numel(),) else None
+
+
+def _by_token(output: Tensor, axis: int) -> Tensor:
+    return output if axis < 0 else output.movedim((axis, axis + 1), (0, 1)).flatten(0, 1)
+
+
+def _back(flat: Tensor, axis: int, shape: torch.Size) -> Tensor:
+    return flat if axis < 0 else flat.unflatten(0, tuple(shape)).movedim((0, 1), (axis, axis + 1))
+
+
+def _note(noted: _Output, axis: int, places: Tensor, slope: Tensor) -> None:
+    noted.slope = _by_token(slope, axis)[places]
+
+
+class _Exchanged(torch.autograd.Function):
+    """Other values in the place of an output, and another gradient in the place of theirs, if there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, values: Tensor, slopes: Tensor | None) -> Tensor:
+        ctx.slopes = slopes
+        return values.clone()  # no view: some families add to it in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] if ctx.slopes is None else ctx.slopes, None, None
+
+
+def _alone(loss: SupervisedLoss, example: Ids, device: torch.device, backward: bool = False) -> tuple[Outputs, Tensor]:
+    """Return what the parts of the model give for an example alone, and the losses of its end by the model's logits."""
+    model: Any = loss.model
+    ids = torch.tensor([example], device=device)
+    last = {"logits_to_keep": SHORT + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with torch.set_grad_enabled(backward), _parts(model, ids.shape, _places([[example]], ids)) as (parts,):
+        logits = model(input_ids=ids, use_cache=False, **last).logits[0, -SHORT - 1 : -1]
+        losses = F.cross_entropy(logits.float(), ids[0, 1:][-SHORT:], reduction="none")
+    if backward:
+        losses.sum().backward()
+    return parts, losses.detach()
+
+
+def _places(groups: Sequence[Sequence[Ids]], ids: Tensor) -> list[Tensor]:
+    """The tokens of each example in a batch of these rows, or of one row in which they follow each other."""
+    found, place = [], 0
+    for number, group in enumerate(groups):
+        place = place if len(ids) == 1 else number * ids.shape[1]
+        for example in group:
+            found.append(torch.arange(place, place + len(example), device=ids.device))
+            place += len(example)
+    return found
+
+
+def _worst(found: Outputs, wanted: Outputs) -> tuple[float, str]:
+    """The largest relative difference of a part's output, and the name of that part."""
+    off = [
+        (_off(one.value, other.value[: len(one.value)]), key[0])
+        for key, outputs in wanted.items()
+        for one, other in zip(found[key], outputs, strict=True)
+        if other.value.is_floating_point()
+    ]
+    return max(((float(value.nan_to_num(math.inf)), name) for value, name in off), default=(0.0, ""))
+
+
+def _off(found: Tensor, wanted: Tensor) -> Tensor:
+    """The relative difference of the worst tokens that follow each other, root mean square; or half of the worst one's.
+
+    At the end of a window it is one token or another that looks at the last one.
+    """
+    one, other = (part.float().reshape(len(part), -1) for part in (found, wanted))
+    size = other.norm(dim=1)
+    off = (one - other).norm(dim=1) / (size + size.median() / 8 + torch.finfo(torch.float32).tiny)
+    pieces = [part.square().mean().sqrt() for part in off.tensor_split(max(1, len(off) // SHORT))]
+    return torch.stack([*pieces, off.max() / 2]).max()
+
+
+# Choice of a base's attention.
 
 
 def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyConfig, device: torch.device) -> SelfTest:
@@ -99,19 +260,17 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device), tokens)
     # Each of the few sequences that are looked at may have one example, and others have several all the same.
     packed = shares_sequences(model, config) or any(len(pack.segments) > 1 for pack in packs)
-    trial = _Trial(loss, three_examples(packs, config, model), packed, device)
-    failed: dict[str, str] = {}
-    own = attention.own(model)
-    model.set_attn_implementation(own)  # the first to run: with one that fails, a sharded base would fail with it
-    begin_at_root(loss)
-    trial.measure_own()
+    examples = three_examples(packs, config, model)
+    beside = packed or config.train.micro_batch > 1
+    trial = _Trial(loss, examples if beside else examples[1:2], packed, device)
+    failed = attention.left_out(model, config.model, dtype, device)
     for name in wanted:
         problem, found = trial.run(name)
         if problem is None:
             model.set_attn_implementation(name)
             for other, why in failed.items():
                 logger.info(f"attention {name} instead of {other}: {why}")
-            return SelfTest(name, loss.given_masks, failed, found, time.perf_counter() - began)
+            return SelfTest(name, loss.given_masks, failed, found, seconds=time.perf_counter() - began)
         failed[name] = problem
     text = _refusal(type(model).__name__, failed, trial)
     free = attention.candidates(model, config.model.model_copy(update={"attention": "auto"}), dtype, device)
@@ -159,57 +318,41 @@ def _refusal(family: str, failed: Mapping[str, str], trial: "_Trial") -> str:
 
 
 class _Trial:
-    """The same examples under one attention after the other."""
+    """The same examples under one attention after the other; the long one is in the middle."""
 
     def __init__(self, loss: SupervisedLoss, examples: Sequence[Ids], packed: bool, device: torch.device) -> None:
-        self.loss, self.packed, self.device = loss, packed, device
-        self.model: Any = loss.model
-        self.examples = examples
-        self.explained, self.own = 0.0, torch.empty(0)
+        """Run the model in its own attention, on each example alone."""
+        model: Any = loss.model
+        self.loss, self.model, self.packed, self.device = loss, model, packed, device
         self.only_beside = False
         """True if the last attention was wrong only for examples beside others."""
-
-    def batch(self, name: str, examples: Sequence[Ids] | None = None) -> Batch:
-        """The examples as training lays them out."""
-        chosen = self.examples if examples is None else examples
-        groups = [chosen[:2], chosen[2:]] if self.packed else [[one] for one in chosen]
-        return collate([one_pack(group) for group in groups if group], name).to(self.device)
-
-    def measure_own(self) -> None:
-        """The losses of the second example by the model itself, and what rounding explains of a difference."""
-        self.model.set_attn_implementation(attention.own(self.model))
-        self.own = self._own_losses()
-        with _rounded(self.model):
-            noise = self._own_losses()
-        floor = 2.0**-19 * (1 + float(self.own.mean()))  # sums in float32 are taken in another order
-        margin = MARGIN_OF_EXPERTS if _routes(self.model) else MARGIN
-        self.explained = margin * float((noise - self.own).abs().mean()) + floor
+        model.set_attn_implementation(attention.own(model))
+        begin_at_root(loss)  # before an attention that fails, with which a sharded base would fail
+        self.examples = [(ids, *_alone(loss, ids, device)) for ids in examples]
+        self.routing = {name for name, _ in self.examples[0][1] if _routes(model.get_submodule(name))}
+        """Parts in which the rows of an expert are one product: with other rows, their rounding is another."""
 
     def run(self, name: str) -> tuple[str | None, Differences | None]:
         """Return the problem of an attention, or None, and the differences. The model may need masks as inputs."""
-        takes_masks, routes = self.packed and name in ("sdpa", "eager"), _routes(self.model)
-        # Where rounding decides on experts it explains so much that a leak may be less: these masks leave none.
-        if takes_masks and routes and (given := self._with_masks(name)) is not None:
-            return None, given
         self.loss.given_masks = False
         problem, found = self._try(name)
-        self.only_beside = found is not None and max(found.loss, found.alone) <= found.explained
-        if problem is None or found is None or not takes_masks or routes:
-            return problem, found
-        given = self._with_masks(name)
-        return (problem, found) if given is None else (None, given)
-
-    def _with_masks(self, name: str) -> Differences | None:
-        """Give the model masks of the positions, from now on if that is right; return the differences, or None."""
-        self.loss.given_masks = True
-        problem, found = self._try(name)
-        self.loss.given_masks = problem is None
-        return found if problem is None else None
+        if found is not None and problem is not None and self.packed and name in ("sdpa", "eager"):
+            beside, self.loss.given_masks = self.only_beside, True
+            other, given = self._try(name)
+            if other is None:
+                return None, given
+            self.only_beside, self.loss.given_masks = beside, False
+        return problem, found
 
     def _try(self, name: str) -> tuple[str | None, Differences | None]:
+        self.only_beside = False
         try:
             self.model.set_attn_implementation(name)
-            found = self._differences(name)
+            found = self._differences(name, self.examples)
+            if found.problem() is not None and len(self.examples) > 1:
+                alone = self._differences(name, self.examples[1:2])
+                self.only_beside = alone.problem() is None
+                found = found if self.only_beside else alone
         except torch.OutOfMemoryError:
             raise
         except (UserError, ImportError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
@@ -217,71 +360,39 @@ class _Trial:
             if isinstance(error, UserError):
                 return why.partition(": ")[2].partition(";")[0], None
             return f"its forward fails: {type(error).__name__}: {why}", None
-        return found.problem(self.packed), found
+        where = "in its sequence" if self.packed else "in its micro-batch"
+        return found.problem(where if self.only_beside else None), found
 
-    def _differences(self, name: str) -> Differences:
-        first, second, third = self.examples
-        together = self.batch(name)
-        losses = self.loss.each(together)
-        by_head = self._by_model(together)
-        alone = self.loss.each(self.batch(name, [second]))
-        # What the second example must not see: other words before it in another order, and its own last token.
-        changed = self.loss.each(self.batch(name, [first[::-1], (*second[:-1], second[0]), third[::-1]]))
-        part = slice(len(first) - 1, len(first) + len(second) - 2)
-        seen = (losses[part][:-1] - changed[part][:-1]).abs()
-        depends = float(seen.mean()) if len(seen) else 0.0
-        if _routes(self.model) and depends <= self.explained:
-            depends = 0.0  # an expert's rows are a product together: other rows, other roundings
+    def _differences(self, name: str, examples: Sequence[tuple[Ids, Outputs, Tensor]]) -> Differences:
+        texts, given, own = zip(*examples, strict=True)
+        found, losses = self._run(name, texts, dict(enumerate(given)))
+        output, part = max(map(_worst, found, given))
+        # What the long example must not see: other words before it, in another order, and its own last token.
+        long = len(texts) // 2
+        changed = [(*ids[:-1], ids[0]) if number == long else ids[::-1] for number, ids in enumerate(texts)]
+        (seen,), _ = self._run(name, changed, {long: given[long]}, but_last=True)
+        change, of = _worst(seen, {key: value for key, value in found[long].items() if key[0] not in self.routing})
+        wanted = torch.cat(own)
         return Differences(
-            loss=_mean(losses - by_head),
-            alone=_mean(alone - self.own),
-            beside=_mean(losses[part] - alone),
-            depends=depends,
-            explained=self.explained,
+            output=output,
+            part=part,
+            loss=float((losses - wanted).abs().mean() / (1 + wanted.mean())),
+            change=change,
+            changed=of,
+            tolerance=TOLERANCE[self.model.dtype],
         )
 
-    @torch.no_grad()
-    def _by_model(self, batch: Batch) -> Tensor:
-        """The losses of a batch by the logits that the model's own forward gives for it."""
-        logits = self.model(**self.loss.taken(batch), use_cache=False).logits
-        return self._losses(logits.reshape(-1, logits.shape[-1]), batch.predicts, batch.labels)
-
-    @torch.no_grad()
-    def _own_losses(self) -> Tensor:
-        ids = torch.tensor([self.examples[1]], device=self.device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0]
-        return self._losses(logits, torch.arange(len(logits) - 1, device=self.device), ids[0, 1:])
-
-    def _losses(self, logits: Tensor, predicts: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of some rows of logits, a chunk at a time: all at once need several times their memory."""
-        size = self.loss.chunk(logits.device)
-        parts = zip(predicts.split(size), labels.split(size), strict=True)
-        return torch.cat([F.cross_entropy(logits[rows].float(), target, reduction="none") for rows, target in parts])
-
-
-@contextmanager
-def _rounded(model: nn.Module) -> Iterator[None]:
-    """Each block's output is moved by up to half a unit in its last place."""
-    generator = torch.Generator().manual_seed(0)
-
-    def moved(_module: nn.Module, _inputs: object, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        move = torch.rand(hidden.shape, generator=generator).to(hidden.device) - 0.5
-        found = (hidden.float() * (1 + torch.finfo(hidden.dtype).eps * move)).to(hidden.dtype)
-        return (found, *output[1:]) if isinstance(output, tuple) else found
-
-    handles = [layer.register_forward_hook(moved) for layer in decoder_layers(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _mean(difference: Tensor) -> float:
-    """Infinite where something is not finite: NaN compares with nothing."""
-    value = float(difference.abs().mean())
-    return value if np.isfinite(value) else float("inf")
+    def _run(
+        self, name: str, texts: Sequence[Ids], given: Mapping[int, Outputs], but_last: bool = False
+    ) -> tuple[list[Outputs], Tensor]:
+        """Return what the parts make of what some texts are given, and all losses, laid out as in training."""
+        groups = [texts[:2], texts[2:]] if self.packed else [[one] for one in texts]
+        batch = collate([one_pack(group) for group in groups if group], name).to(self.device)
+        ids: Any = batch.inputs["input_ids"]
+        places = _places(groups, ids)
+        rows = [places[number][: -1 if but_last else None] for number in given]
+        with _parts(self.model, ids.shape, rows, list(given.values())) as found:
+            return found, self.loss.each(batch)
 
 
 def _routes(model: nn.Module) -> bool:
@@ -302,15 +413,13 @@ def check_adapters(
     name: str,
     device: torch.device,
     new: bool,
-) -> None:
-    """Raise UserError unless untrained (`new`) adapters change no bit of a loss, and each receives a gradient.
+) -> float:
+    """Raise UserError unless untrained (`new`) adapters change no bit of a loss, and each receives the right gradient.
 
-    `name` is the attention. The gradients are left at zero.
+    `name` is the attention. Returns the largest relative difference of an adapter's gradient; all are left at zero.
     """
-    examples = list(examples_of(packs, SHORT))[:3]
-    batch = collate([one_pack([ids]) for ids in examples], name).to(device)
     try:
-        without = _try(loss, adapted, batch, new)
+        without, off = _try(loss, adapted, list(examples_of(packs, SHORT))[:3], name, new)
     except TakenWeight as error:
         raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
     if without:
@@ -319,31 +428,67 @@ def check_adapters(
             f"adapter.targets: {', '.join(without[:3])}{more} take no part in what the model makes of text: no gradient"
             " reaches them; leave them out"
         )
+    return off
 
 
-def _try(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch, new: bool) -> list[str]:
-    """The adapters that no gradient reaches; raises UserError if untrained ones change a loss."""
+def _try(
+    loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], examples: Sequence[Ids], name: str, new: bool
+) -> tuple[list[str], float]:
+    """The adapters that no gradient reaches, and the largest difference of a gradient; raises UserError."""
     begin_at_root(loss)
+    model: Any = loss.model
+    device = next(iter(adapted.values())).da.device
+    batch = collate([one_pack([ids]) for ids in examples], name).to(device)
     if new:
         losses = loss.each(batch)
-        with bare(loss.model):
+        with bare(model):
             base = loss.each(batch)
         if not torch.equal(losses, base):
             off = float((losses - base).abs().mean())
             raise UserError(
-                f"model.name: {type(loss.model).__name__} with untrained adapters differs by {off:.2g} from the"
+                f"model.name: {type(model).__name__} with untrained adapters differs by {off:.2g} from the"
                 " base: one of adapter.targets is not a plain linear layer"
             )
-    gradients = _gradients(loss, adapted, batch)
     if loss.recompute:
+        loss(batch).backward()
+        with_it = _gradients(adapted)
         with parallel.switched(loss, on=False):
-            other = _gradients(loss, adapted, batch)
-        parallel.check_same(
-            type(loss.model).__name__,
-            *([part for pair in parts.values() for part in pair] for parts in (gradients, other)),
+            loss(batch).backward()
+        parallel.check_same(type(model).__name__, list(with_it.values()), list(_gradients(adapted).values()))
+    with parallel.switched(loss, on=False):
+        model.set_attn_implementation(attention.own(model))
+        with _plain(model):
+            given = [_alone(loss, ids, device, backward=True)[0] for ids in examples]
+        wanted = _gradients(adapted)
+        model.set_attn_implementation(name)
+        ids: Any = batch.inputs["input_ids"]
+        with _parts(model, ids.shape, _places([[one] for one in examples], ids), given):
+            total: Tensor = loss(batch)
+        total.backward()
+    gradients = _gradients(adapted)
+    reached = {layer for layer, parts in gradients.items() if bool((parts != 0).any())}
+    if without := _missed(gradients, reached):
+        return without, 0.0
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for layer in gradients:
+        kinds[re.sub(r"\d+", "*", layer)].append(layer)
+    differences = {kind: _relative(gradients, wanted, layers) for kind, layers in kinds.items()}
+    differences |= {layer: _relative(gradients, wanted, [layer]) / OF_ONE for layer in gradients}
+    worst, size = max(differences.items(), key=itemgetter(1))
+    if not size <= TOLERANCE[model.dtype]:
+        own = attention.own(model)
+        raise UserError(
+            f"model.name: {type(model).__name__}: with attention {name}, the gradient of {worst} differs by"
+            f" {size:.2g} of its size from that in the model's own attention, more than rounding explains;"
+            + (" it cannot be trained here" if name == own else f" set model.attention: {own}")
         )
-    reached = {layer for layer, parts in gradients.items() if any(bool((part != 0).any()) for part in parts)}
-    return _missed(gradients, reached)
+    return [], size
+
+
+def _relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], layers: Sequence[str]) -> float:
+    """The difference of the gradients of some adapters; infinite where one is not finite."""
+    one, other = (torch.cat([parts[layer] for layer in layers]) for parts in (found, wanted))
+    return float(((one - other).norm() / other.norm().clamp(min=1e-30)).nan_to_num(math.inf))
 
 
 def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
@@ -352,27 +497,43 @@ def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
     return [layer for layer in adapted if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in kinds]
 
 
-def _gradients(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> dict[str, list[Tensor]]:
-    """Return the gradients of dA and dB of each adapter, and set them to zero."""
-    total: Tensor = loss(batch)
-    total.backward()
-    found: dict[str, list[Tensor]] = {}
+def _gradients(adapted: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
+    """Return the gradients of dA and dB of each adapter, in one vector, and set them to zero."""
+    found = {}
     for layer, module in adapted.items():
-        parts = [part.grad for part in (module.da, module.db) if part.grad is not None]
-        found[layer] = [part.clone() for part in parts]
+        parts = [torch.zeros_like(part) if part.grad is None else part.grad for part in (module.da, module.db)]
+        found[layer] = torch.cat([part.flatten() for part in parts])
         for part in parts:
             part.zero_()
     return found
 
 
 @contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Without the backward passes that are written by hand: torch makes those of norms and adapted layers for now."""
+    forwards: dict[Any, Any] = {
+        part: partial(part.family.forward, part) for part in model.modules() if isinstance(part, LightRMSNorm)
+    }
+    forwards |= {part: part.plainly for part in model.modules() if isinstance(part, AdaptedLinear)}
+    with _forwards(forwards):
+        yield
+
+
+@contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
     """Without their low-rank paths for now: a sharded base cannot be taken out of its adapters."""
-    layers: list[Any] = [part for part in model.modules() if isinstance(part, AdaptedLinear | AdaptedExperts)]
-    for layer in layers:
-        layer.__dict__["forward"] = layer.base.__call__  # as an attribute it would be a module of the layer
+    with _forwards(
+        {part: part.base.__call__ for part in model.modules() if isinstance(part, AdaptedLinear | AdaptedExperts)}
+    ):
+        yield
+
+
+@contextmanager
+def _forwards(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    for part, forward in forwards.items():
+        part.__dict__["forward"] = forward  # as an attribute it would be a module of the part
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.__dict__["forward"]
+        for part in forwards:
+            del part.__dict__["forward"]

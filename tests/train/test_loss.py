@@ -126,3 +126,15 @@ def test_a_batch_without_supervised_tokens_costs_nothing() -> None:
     value.backward()
     assert value.item() == 0.0
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_size_of_a_gradient_is_not_rounded_to_the_precision_of_the_base() -> None:
+    """1/3 is 0.2 % larger in bfloat16."""
+    trainer = tiny.trainer(tiny.config(), model=tiny.llama(attention="segments", dtype=torch.bfloat16))
+    found = []
+    for count in (1, 3):
+        (trainer.loss(collate(PACKS, "segments")) / count).backward()
+        found.append(trainer.flat.grad.clone())
+        trainer.flat.grad.zero_()
+    whole, third = found
+    assert float(3 * third @ whole / (whole @ whole)) == pytest.approx(1, abs=5e-4)

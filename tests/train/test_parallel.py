@@ -151,15 +151,17 @@ def _tested(strategy: str) -> tuple[str, float, list[float]]:
     packs: list[Any] = [tiny.pack(9, 7), tiny.pack(12)]
     with bare(trainer.loss.model):
         found = choose_attention(trainer.loss, packs, settings, trainer.device)
-    check_adapters(trainer.loss, trainer.adapted, packs, found.attention, trainer.device, new=True)
+    off = check_adapters(trainer.loss, trainer.adapted, packs, found.attention, trainer.device, new=True)
     assert found.differences is not None
+    assert off < 1e-6
     losses = [result.loss for result in tiny.steps(trainer, count=2, attention=found.attention)]
-    return found.attention, found.differences.beside, losses
+    return found.attention, found.differences.output, losses
 
 
 def test_the_self_test_of_a_sharded_base_is_that_of_a_whole_one(crew: Callable[[int], Crew]) -> None:
     (whole, _), (sharded, other) = crew(2).run(_tested, "ddp"), crew(2).run(_tested, "fsdp")
-    assert whole[:2] == sharded[:2] == other[:2] == ("segments", 0.0)
+    assert whole[0] == sharded[0] == other[0] == "segments"
+    assert max(whole[1], sharded[1], other[1]) < 1e-6
     assert sharded[2] == other[2] == pytest.approx(whole[2], rel=1e-5)
 
 

@@ -13,7 +13,6 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.tokens.collate import collate
 from olora_ray.train import loss as loss_module
-from olora_ray.train import self_test
 from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, three_examples
@@ -21,6 +20,7 @@ from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.said import said
 from tests.tiny import SMALL, of_kind
 from tests.varlen_on_cpu import varlen_on_cpu
 
@@ -48,8 +48,8 @@ def test_a_llama_passes_with_the_fastest(dtype: torch.dtype) -> None:
     found = chosen(tiny.llama(dtype=dtype))
     assert (found.attention, found.passed_over, found.given_masks) == ("segments", {}, False)
     assert found.differences is not None
-    assert found.differences.depends == 0
-    assert "attention=segments" in found.line()
+    assert found.differences.change == 0
+    assert "passed with attention=segments" in found.line()
 
 
 @DTYPES
@@ -68,14 +68,6 @@ def test_attention_that_is_not_told_the_borders_is_passed_over(
 def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtype) -> None:
     found = chosen(of_kind("gpt_oss", SINKS).to(dtype))
     assert (found.attention, found.given_masks) == ("eager", True)
-
-
-def test_a_mixture_is_given_masks_even_if_rounding_would_explain_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test, "MARGIN_OF_EXPERTS", 1e9)
-    found = chosen(of_kind("gpt_oss", SINKS))
-    assert (found.attention, found.given_masks) == ("eager", True)
-    assert found.differences is not None
-    assert found.differences.beside < 1e-4, "and so nothing leaks"
 
 
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
@@ -114,6 +106,9 @@ def test_the_self_test_of_a_window_goes_just_beyond_it() -> None:
     for most, length in ((20, 20), (100, 16 + SHORT)):
         _, second, _ = three_examples(packs, tiny.config(data__max_length=most), made)
         assert len(second) == length
+    for most in (16, 100, 300):
+        examples = three_examples(packs, tiny.config(data__max_length=most), tiny.llama())
+        assert most / 2 <= sum(map(len, examples)) <= most, "they may be in one sequence"
 
 
 @pytest.mark.lengthy
@@ -152,6 +147,16 @@ def test_an_attention_whose_code_does_not_import_is_passed_over(monkeypatch: pyt
     assert "its forward fails: ImportError: flash_attn_2_cuda.so" in found.passed_over["segments"]
 
 
+def test_what_cannot_be_used_on_a_gpu_is_told() -> None:
+    config = tiny.config()
+    why = attention.left_out(tiny.llama(), config.model, torch.float32, torch.device("cuda"))
+    assert "flash_attention_2" in why
+    with mock.patch.object(attention, "left_out", return_value=why), said() as lines:
+        assert chosen(tiny.llama()).passed_over == why
+    assert any("instead of flash_attention_2: the package flash-attn is not installed" in line for line in lines)
+    assert attention.left_out(tiny.llama(), config.model, torch.float32, CPU) == {}
+
+
 @NEWER
 def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]) -> None:
     whole = tiny.trainer(tiny.config())
@@ -186,7 +191,7 @@ def test_varlen_passes_where_it_does_what_the_model_does(dtype: torch.dtype) -> 
     assert "caps or sinks its attention" in capped.passed_over["varlen"]
     assert "does not tell its attention where examples begin" in untold.passed_over["varlen"]
     assert wrong.attention == "sdpa"
-    assert "losses differ by" in wrong.passed_over["varlen"]
+    assert "the output of model.layers.0.self_attn differs by" in wrong.passed_over["varlen"]
 
 
 @DTYPES
