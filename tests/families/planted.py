@@ -51,7 +51,7 @@ def windowed(shorter: int) -> Attend:
 
 def steeper(*rest: Any, scaling: float, **named: Any) -> tuple[Tensor, None]:
     """A softmax scale that is 10 % too large."""
-    return attention.segment_attention(*rest, **named, scaling=1.1 * scaling)
+    return attention.segment_attention(*rest, **named | {"scaling": 1.1 * scaling})
 
 
 def without_a_head(*rest: Any, **named: Any) -> tuple[Tensor, None]:
