@@ -103,7 +103,8 @@ def test_every_metric_can_be_read_while_a_training_runs(head: Path, tiny_model: 
     plain = {name for name, kind in prometheus.exported().items() if kind != "histogram"}
     assert plain <= last.keys()
     assert last["ray_olora_restarts_total"] == 1
-    assert {entry.get("ray_olora_workers") for entry in seen} == {None, 2, 0}
+    workers = {entry.get("ray_olora_workers") for entry in seen}
+    assert {None, 2, 0} <= workers <= {None, 2, 1, 0}  # for a while the one that is left trains alone
     result = json.loads((corpus / "runs" / "small" / "training.json").read_text())["state"]["history"]
     steps = [row for row in result if "train/loss" in row]
     evaluations = [row for row in result if "eval/loss" in row]

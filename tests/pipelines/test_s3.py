@@ -160,7 +160,12 @@ class TestAfterwards:
         for name, place in train.items():
             storage.write_bytes(f"{place}/0.jsonl", (tiny_project / "train.jsonl").read_bytes())
             data = {"train": [{"path": place}], "eval": [{"path": str(tiny_project / "eval.jsonl")}], "max_length": 64}
-            fields = {**(remote if name == "s3" else {}), "data": data, "registry": {"model": "nightly"}}
+            fields = {
+                **(remote if name == "s3" else {}),
+                "data": data,
+                "registry": {"model": "nightly"},
+                "gate": {"min_rows": 5},
+            }
             (tmp_path / name).mkdir()
             config = str(runs.written(tiny_project, tmp_path / name, **fields))
             first = command("retrain.py", config, folder=scratch).stdout
