@@ -12,7 +12,6 @@ from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.run_folder import Fingerprint, settings_digest
@@ -25,8 +24,9 @@ from olora_ray.tracking.checksums import Version
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from tests.said import said
+from tests.tokens import helpers
 
-SPEC = TokenizerSpec("{}", "", {}, 0)
+SPEC = helpers.spec()
 NOW, OLD = Fingerprint("base", "new", "held", "s"), Fingerprint("base", "old", "held", "s")
 
 
