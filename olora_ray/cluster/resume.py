@@ -3,11 +3,14 @@
 And the self-test of the model there.
 """
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +19,13 @@ from torch import Tensor
 
 from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
-from olora_ray.adapter.inject import find_targets, wrap
+from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
 from olora_ray.common import collectives, node_cache
-from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
@@ -235,12 +238,33 @@ def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device:
     Its adapters, if it has some, take no part. All workers of a sharded base must call it together.
     """
     if loss.tested is None:
-        with bare(loss.model):
+        with bare(loss.model), _told(loss):
             loss.tested = choose_attention(loss, packs, spec.config, device)
         logger.info(loss.tested.line())
     else:
         require_layout(loss, spec.config)
     return loss.tested
+
+
+@contextlib.contextmanager
+def _told(loss: SupervisedLoss) -> Iterator[None]:
+    """Raise an error of the family's code as a UserError: each worker would meet it again, as often as it is started.
+
+    What goes wrong in the exchanges of a sharded base looks the same, and may pass.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, collectives.PeerLost):
+        raise
+    except Exception as error:
+        if hasattr(loss, "unshard"):
+            raise
+        family, place = type(loss.model).__name__, traceback.extract_tb(error.__traceback__)[-1]
+        logger.debug(f"{family} cannot be trained", exc_info=True)
+        raise UserError(
+            f"model.name: {family} cannot be trained here: {type(error).__name__}: {first_line(error)}"
+            f" ({Path(place.filename).name}, line {place.lineno}); name another model"
+        ) from error
 
 
 def check_base(loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None) -> None:
@@ -267,23 +291,46 @@ def self_tested(
     if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
         assert known is not None
         start.state.self_test = {"with": used, "found": known.to_json()}
-        return replace(start, attention=_take_over(context, spec, start, known))
-    problem, name = None, start.attention
+        start = replace(start, attention=_take_over(context, spec, start, known))
+        return _without(context, spec, start, known.without)
+    problem, name, without = None, start.attention, ()
     loss, adapted = start.trainer.loss, start.trainer.adapted
     try:
         packs = first_sequences(spec, waiting)
         train_mode(adapted, False)
         with context.activate(adapted):
             name = tested(loss, spec, packs, context.device).attention
-            check_adapters(loss, adapted, packs, name, context.device, new=not start.trained)
+            new, named = not start.trained, not isinstance(spec.config.adapter.targets, str)
+            with _told(loss):
+                without = tuple(check_adapters(loss, adapted, packs, name, context.device, new=new, named=named))
     except UserError as error:
         problem = str(error)
     collectives.raise_together(problem)  # on other GPUs it may have gone well
     assert loss.tested is not None
-    start.state.self_test = {"with": used, "found": loss.tested.to_json()}
+    found = replace(loss.tested, without=without).to_json()
+    start.state.self_test = {"with": used, "found": found}
     if kept is not None:
-        node_cache.keep(kept, json.dumps(loss.tested.to_json()))
-    return replace(start, attention=name)
+        node_cache.keep(kept, json.dumps(found))
+    return _without(context, spec, replace(start, attention=name), without)
+
+
+def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, layers: Sequence[str]) -> StartingPoint:
+    """Return the starting point without the adapters of these layers; those of a trained adapter stay."""
+    before = start.trainer
+    layers = [name for name in layers if name in before.adapted and not start.trained]
+    if not layers:
+        return start
+    logger.info(
+        f"adapter.targets: all-linear leaves out {plural(len(layers), 'layer')}: no gradient reaches them from text of"
+        f" data.max_length={spec.config.data.max_length} (for example {layers[0]})"
+    )
+    kept = {name: layer for name, layer in before.adapted.items() if name not in layers}
+    if not kept:
+        raise UserError("adapter.targets: no gradient reaches any layer of the model; name another model")
+    with context.activate(kept):
+        remove(before.loss.model)
+        install(before.loss.model, kept)
+    return replace(start, trainer=Trainer(before.loss, kept, spec.config, context.device))
 
 
 def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:

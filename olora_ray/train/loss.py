@@ -122,6 +122,8 @@ class SelfTest:
     """Faster implementations -> the problem of each."""
     differences: Differences | None = None
     seconds: float = 0.0
+    without: tuple[str, ...] = ()
+    """Layers of "all-linear" that no gradient reaches, which are not adapted."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for result.json."""

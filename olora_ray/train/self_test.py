@@ -264,10 +264,10 @@ def _rounded(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
 
     def moved(_module: nn.Module, _inputs: object, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         move = torch.rand(hidden.shape, generator=generator).to(hidden.device) - 0.5
         found = (hidden.float() * (1 + torch.finfo(hidden.dtype).eps * move)).to(hidden.dtype)
-        return (found, *output[1:]) if isinstance(output, tuple) else found
+        return (found, *output[1:]) if isinstance(output, tuple | list) else found
 
     handles = [layer.register_forward_hook(moved) for layer in decoder_layers(model)]
     try:
@@ -301,10 +301,12 @@ def check_adapters(
     name: str,
     device: torch.device,
     new: bool,
-) -> None:
-    """Raise UserError unless untrained (`new`) adapters change no bit of a loss, and each receives a gradient.
+    named: bool = True,
+) -> list[str]:
+    """Return the adapters that no gradient reaches, or raise UserError if these were `named` by the user.
 
-    `name` is the attention. The gradients are left at zero.
+    Raises UserError, too, if untrained (`new`) adapters change a bit of a loss. `name` is the attention. The gradients
+    are left at zero.
     """
     examples = list(examples_of(packs, SHORT))[:3]
     batch = collate([one_pack([ids]) for ids in examples], name).to(device)
@@ -312,12 +314,13 @@ def check_adapters(
         without = _try(loss, adapted, batch, new)
     except TakenWeight as error:
         raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
-    if without:
+    if without and named:
         more = f" and {len(without) - 3} more" if len(without) > 3 else ""
         raise UserError(
             f"adapter.targets: {', '.join(without[:3])}{more} take no part in what the model makes of text: no gradient"
             " reaches them; leave them out"
         )
+    return without
 
 
 def _try(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch, new: bool) -> list[str]:
@@ -333,15 +336,14 @@ def _try(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batc
                 f"model.name: {type(loss.model).__name__} with untrained adapters differs by {off:.2g} from the"
                 " base: one of adapter.targets is not a plain linear layer"
             )
-    gradients = _gradients(loss, adapted, batch)
+    gradients, reached = _gradients(loss, adapted, batch)
     if loss.recompute:
         with parallel.switched(loss, on=False):
-            other = _gradients(loss, adapted, batch)
+            other, _ = _gradients(loss, adapted, batch)
         parallel.check_same(
             type(loss.model).__name__,
             *([part for pair in parts.values() for part in pair] for parts in (gradients, other)),
         )
-    reached = {layer for layer, parts in gradients.items() if any(bool((part != 0).any()) for part in parts)}
     return _missed(gradients, reached)
 
 
@@ -351,17 +353,30 @@ def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
     return [layer for layer in adapted if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in kinds]
 
 
-def _gradients(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> dict[str, list[Tensor]]:
-    """Return the gradients of dA and dB of each adapter, and set them to zero."""
+def _gradients(
+    loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch
+) -> tuple[dict[str, list[Tensor]], set[str]]:
+    """Return the gradients of dA and dB of each adapter, and the adapters that one reaches; set them to zero.
+
+    A gradient of zeros has reached its adapter: a block that begins as zeros is trained all the same.
+    """
+    reached: set[str] = set()
+    handles = [
+        part.register_hook(lambda _, layer=layer: reached.add(layer))
+        for layer, module in adapted.items()
+        for part in (module.da, module.db)
+    ]
     total: Tensor = loss(batch)
     total.backward()
+    for handle in handles:
+        handle.remove()
     found: dict[str, list[Tensor]] = {}
     for layer, module in adapted.items():
         parts = [part.grad for part in (module.da, module.db) if part.grad is not None]
         found[layer] = [part.clone() for part in parts]
         for part in parts:
             part.zero_()
-    return found
+    return found, reached
 
 
 @contextmanager
