@@ -20,7 +20,7 @@ from torch import Tensor
 from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
-from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
@@ -259,7 +259,10 @@ def _told(loss: SupervisedLoss) -> Iterator[None]:
     except Exception as error:
         if hasattr(loss, "unshard"):
             raise
-        family, place = type(loss.model).__name__, traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, TakenWeight):
+            raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
+        family, frames = type(loss.model).__name__, traceback.extract_tb(error.__traceback__)
+        place = next((each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1])
         logger.debug(f"{family} cannot be trained", exc_info=True)
         raise UserError(
             f"model.name: {family} cannot be trained here: {type(error).__name__}: {first_line(error)}"
