@@ -128,8 +128,7 @@ NOT_IN_PEFT = Reason(
     "a layer that PEFT takes no adapter for in such a model", "layers that PEFT takes no adapter for in such a model"
 )
 MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Of these PEFT refuses the layers called out_proj, and with them the whole adapter (peft.tuners.tuners_utils). Of no
-model it finds layers inside of linear layers (Inkling 2's convolutions)."""
+"""Of these PEFT refuses the layers called out_proj, and with them the whole adapter (peft.tuners.tuners_utils)."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,7 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
         if is_linear(module):
             item = Candidate(Target(module, "weight", is_transposed(module)), name)
             refused = HEAD if module is head else READ if _is_read(name, modules) else _refused(module)
-            above = (name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))
             unknown = kind in MAMBA_TYPES and name.rpartition(".")[2] == "out_proj"
-            unknown = unknown or any(is_linear(modules[each]) for each in above)
             aside = NOT_IN_PEFT if unknown else _aside(name, modules, blocks)
             found[name] = replace(item, refused=refused, aside=aside)
         for parameter, _ in _stacks(module):

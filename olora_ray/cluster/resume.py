@@ -29,6 +29,7 @@ from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
+from olora_ray.model import attention
 from olora_ray.tokens.collate import Pack
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
@@ -37,7 +38,14 @@ from olora_ray.train.loader import Waiting, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.parallel import place_model
-from olora_ray.train.self_test import bare, check_adapters, choose_attention, require_layout
+from olora_ray.train.self_test import (
+    SHORT,
+    bare,
+    check_adapters,
+    choose_attention,
+    examples_of,
+    require_layout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -239,11 +247,29 @@ def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device:
     """
     if loss.tested is None:
         with bare(loss.model), _told(loss):
-            loss.tested = choose_attention(loss, packs, spec.config, device)
+            try:
+                loss.tested = choose_attention(loss, packs, spec.config, device)
+            except UserError:  # its advice is for causal models
+                if hasattr(loss, "unshard") or not _sees_ahead(loss.model, packs, device):
+                    raise
+                raise UserError(
+                    f"model.name: {type(loss.model).__name__} is no causal language model: what it makes of a token"
+                    " depends on tokens after it; name another model"
+                ) from None
         logger.info(loss.tested.line())
     else:
         require_layout(loss, spec.config)
     return loss.tested
+
+
+@torch.no_grad()
+def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool:
+    """Return True if another last token changes what the model itself says before it, by more than rounding does."""
+    model.set_attn_implementation(attention.own(model))
+    ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    one, two = (model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1) for each in (ids, other))
+    return float((one - two).abs().sum(-1).mean()) > 0.02
 
 
 @contextlib.contextmanager
@@ -296,7 +322,8 @@ def self_tested(
         start.state.self_test = {"with": used, "found": known.to_json()}
         start = replace(start, attention=_take_over(context, spec, start, known))
         return _without(context, spec, start, known.without)
-    problem, name, without = None, start.attention, ()
+    problem, name = None, start.attention
+    without: tuple[str, ...] = ()
     loss, adapted = start.trainer.loss, start.trainer.adapted
     try:
         packs = first_sequences(spec, waiting)

@@ -78,7 +78,7 @@ EXPORT: list[Plant] = [(merge, "merge", at_another_scale), (check_module, "expor
         (ATTENTION, lambda row: row.refused or "packed" in row.verdict),
         ([LOSS], lambda row: row.refused or "loss" in row.verdict),
         ([(layer._LowRank, "backward", steeper)], lambda row: row.verdict.startswith("WRONG: gradients")),
-        ([(layer.AdaptedLinear, "forward", without_gradient)], lambda row: row.refused or len(row.still) == 2),
+        ([(layer.AdaptedLinear, "forward", without_gradient)], lambda row: len(row.missed or row.still) == 2),
         (EXPORT, lambda row: row.verdict.startswith("WRONG: export")),
     ],
     ids=["attention over borders", "loss", "gradients", "no gradient", "export"],
