@@ -38,14 +38,7 @@ from olora_ray.train.loader import Waiting, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.parallel import place_model
-from olora_ray.train.self_test import (
-    SHORT,
-    bare,
-    check_adapters,
-    choose_attention,
-    examples_of,
-    require_layout,
-)
+from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, examples_of, require_layout
 
 logger = logging.getLogger(__name__)
 
@@ -355,8 +348,6 @@ def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, laye
         f" data.max_length={spec.config.data.max_length} (for example {layers[0]})"
     )
     kept = {name: layer for name, layer in before.adapted.items() if name not in layers}
-    if not kept:
-        raise UserError("adapter.targets: no gradient reaches any layer of the model; name another model")
     with context.activate(kept):
         remove(before.loss.model)
         install(before.loss.model, kept)

@@ -46,7 +46,7 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
     told = [channel.metrics(name) for name in ("train/loss", "eval/loss", "train/grad_norm")]
     assert context._loss is not None
     differences = {name: value for name, value in (result.self_test or {}).items() if "seconds" not in name}
-    return told, result.answers, differences, context._loss.files is not None
+    return told, result.answers, differences, context._loss.read_rows is not None
 
 
 @pytest.mark.parametrize(
