@@ -4,15 +4,18 @@ import pytest
 
 from tests.families import every
 from tests.families.variants import ALL
+from tools import write_models
 
 RIGHT = ("llava", "modernbert-decoder", "doge")
 """One that sees, one with a layer that no gradient reaches, and one with layers of a lower rank."""
 QUICK = (*RIGHT, "rwkv", "musicgen", "bert")
 
 
-def test_none_is_forgotten() -> None:
+def test_none_is_forgotten_here_or_on_the_page() -> None:
     known = {each.model_type for each in ALL.values()} | set(every.others())
     assert set(every.families()) <= known
+    page = write_models.PAGE.read_text(encoding="utf-8").split(f"{write_models.EVERY}\n")[1]
+    assert [line.split(" ")[1] for line in page.splitlines() if line.startswith("| ")][2:] == every.others()
 
 
 @pytest.mark.lengthy
@@ -23,7 +26,6 @@ def test_a_family_is_right_or_refused_before_the_first_step(family: str) -> None
     row = every.row(family)
     assert row.right or (row.refused and family not in RIGHT), row.verdict
     assert "\n" not in row.verdict
-    assert len(row.verdict) < 500
 
 
 @pytest.mark.lengthy

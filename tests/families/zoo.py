@@ -27,7 +27,7 @@ def build(variant: Variant, folder: Path, dtype: torch.dtype = torch.float32) ->
     save_tokenizer(folder)
     if not variant.chat:
         (folder / "chat_template.jinja").unlink()
-    kind = AutoConfig.for_model(variant.model_type).model_type  # GPT-SW3's is gpt2
+    kind = AutoConfig.for_model(variant.model_type, **variant.sizes).model_type  # GPT-SW3's is gpt2
     assert json.loads((folder / "config.json").read_text())["model_type"] == kind
 
 
