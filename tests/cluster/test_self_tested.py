@@ -15,7 +15,7 @@ import torch.distributed as dist
 from olora_ray.cluster import resume
 from olora_ray.cluster.resume import StartingPoint, self_tested
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common import collectives, node_cache
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -162,13 +162,6 @@ def test_an_error_of_the_familys_code_is_one_line() -> None:
     line = r"^model\.name: LlamaForCausalLM cannot be trained here: AttributeError: .* \(test_self_tested\.py, line"
     with pytest.raises(UserError, match=line):
         _partly_unused(fails)
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A node that has kept nothing yet."""
-    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path))
-    return tmp_path
 
 
 @pytest.mark.lengthy

@@ -1,5 +1,6 @@
 """A quantised base: the same bytes always; factors, start and gradients are those of the weights it computes with."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor
 from olora_ray.adapter.initialise import at_scale, initialise
 from olora_ray.adapter.inject import find_targets
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -81,12 +81,11 @@ def test_packed_are_the_blocks_linear_layers_and_all_else_is_as_stored(tmp_path:
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
-def test_a_base_is_packed_once_per_node(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
+def test_a_base_is_packed_once_per_node(kind: str, tmp_path: Path, node: Path) -> None:
     zoo.build(ALL["qwen2"], tmp_path / "one")
     first = loaded(tmp_path / "one", kind)
     assert_same_tensors(first, loaded(tmp_path / "one", kind))
-    [entry] = (each for each in (tmp_path / "cache" / "packed").iterdir() if not each.name.startswith("."))
+    [entry] = (each for each in (node / "packed").iterdir() if not each.name.startswith("."))
     kept = load_file(entry / "0")
     save_file({"codes": kept["codes"], "scales": 2 * kept["scales"]}, entry / "0")
     name = to_pack(load_frozen(tmp_path / "one", config(tmp_path, "none").model, CPU))[0]
@@ -97,14 +96,14 @@ def test_a_base_is_packed_once_per_node(kind: str, tmp_path: Path, monkeypatch: 
     assert len([each for each in entry.parent.iterdir() if not each.name.startswith(".")]) == 2
 
 
-def test_a_base_is_packed_where_a_node_can_keep_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_is_packed_where_a_node_can_keep_nothing(tmp_path: Path, node: Path) -> None:
     zoo.build(ALL["qwen2"], tmp_path / "one")
     expected = loaded(tmp_path / "one", "fp8")
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "file"))
+    shutil.rmtree(node / "packed")
+    (node / "packed").touch()
     with said() as lines:
         assert_same_tensors(expected, loaded(tmp_path / "one", "fp8"))
-    assert "quantization: the packed base is not kept on this node: Not a directory" in lines
+    assert "quantization: the packed base is not kept on this node: File exists" in lines
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
