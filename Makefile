@@ -69,7 +69,7 @@ setup: $(VENV)/.dev
 docs: $(VENV)/.dev ## docs/configuration.md, from the config's schema
 	$(BIN)/python tools/write_configuration.py
 
-models: $(VENV)/.dev ## docs/models.md: what becomes of a tiny model of each family, in some minutes
+models: $(VENV)/.dev ## docs/models.md: what becomes of a tiny model of each family, in half an hour
 	$(BIN)/python tools/write_models.py
 
 lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here

@@ -177,3 +177,10 @@ def ray_with() -> Iterator[Callable[[int], None]]:
     time.sleep(1)  # a call from Ray's own threads after the shutdown would end this process
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A node that has kept nothing yet."""
+    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path))
+    return tmp_path

@@ -1,6 +1,6 @@
 """Writes docs/models.md: what becomes of a tiny model of each family of the zoo in tests/families, measured here.
 
-    .venv/bin/python tools/write_models.py                  (make models; some minutes)
+    .venv/bin/python tools/write_models.py                  (make models; half an hour)
     .venv/bin/python tools/write_models.py --templates      the part on chat templates alone; some seconds
 
 Each model goes through a whole run without Ray, beside what the model itself says (tests/families/check.py). What
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the models and functions of this tree, whatever is installed
 
 from tests.data import template_zoo  # noqa: E402
-from tests.families import planted, table  # noqa: E402
+from tests.families import every, planted, table  # noqa: E402
 from tests.families.check import check  # noqa: E402
 from tests.families.row import PRECISIONS, Row  # noqa: E402
 from tests.families.variants import ALL, LONGEST, MORE, NAMED  # noqa: E402
@@ -27,7 +27,8 @@ INTRO = """\
 
 <!-- Written by `make models` from tests/families: change the words in tools/write_models.py. -->
 
-Any causal language model of transformers may be named in `model.name`. Whether it is trained right is measured before
+Any causal language model of transformers may be named in `model.name`, and a model that sees, whose language model is
+trained on text, while all else of it stays as it is. Whether it is trained right is measured before
 the first step, for whatever model came; what fails is refused in one line. This page shows what becomes of tiny random
 models of {families} variants of families: the {named} of a review in November 2026, and {more} others.
 
@@ -85,11 +86,31 @@ def main() -> int:
         parts = [INTRO.format(families=len(ALL), named=len(NAMED), more=len(MORE), longest=LONGEST)]
         for precision in PRECISIONS:
             parts += _section(precision, list(_rows(precision)))
+        parts += _every()
         parts += planted_section()
     parts += [TEMPLATES.format(count=len(template_zoo.sources())), template_zoo.table()]
     PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")
     return 0
+
+
+EVERY = "## Every other family"
+OTHERS = """\
+The other types of models in transformers' mapping of causal language models, and {seeing} that see, of which the
+language model is trained. Their sizes follow from each family's own config, so that some fail where a published model
+does not. In float32: {summary}.
+"""
+
+
+def _every() -> Iterator[str]:
+    """The families that the zoo has no variant of."""
+    rows = []
+    for family in every.others():
+        rows.append(every.row(family))
+        print(f"{family}: {rows[-1].verdict}", file=sys.stderr, flush=True)
+    yield EVERY
+    yield OTHERS.format(seeing=len(every.SEEING), summary=table.summary(rows))
+    yield table.table(rows)
 
 
 def heading(precision: str) -> str:

@@ -34,11 +34,17 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
 
     Each entry of a tuple is a name, a dotted suffix of one, or a regular expression for the whole of it;
     for experts the name of their module, or a suffix of it, means all of its weights. Raises UserError for
-    an entry that matches nothing, for what cannot be adapted, and for a rank that a layer is too small for.
+    an entry that matches nothing, for what cannot be adapted, and for a rank that a named layer is too small for;
+    "all-linear" leaves such a layer out.
     """
     found = candidates(model)
     if isinstance(targets, str):
-        reasons = {name: item.aside or item.refused for name, item in found.items()}
+        small = f"smaller than adapter.rank={rank}"
+        too_small = Reason(f"a layer {small}", f"layers {small}")
+        reasons = {
+            name: item.aside or item.refused or (too_small if rank > min(item.target.shape) else None)
+            for name, item in found.items()
+        }
         chosen = [name for name, reason in reasons.items() if reason is None]
         left_out = {name: reason for name, reason in reasons.items() if reason is not None}
     else:

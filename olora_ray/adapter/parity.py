@@ -32,7 +32,7 @@ from olora_ray.adapter.peft_folder import WEIGHTS
 from olora_ray.adapter.stored import Group
 from olora_ray.common.errors import first_line
 from olora_ray.model import attention
-from olora_ray.model.folder import foreign
+from olora_ray.model.folder import foreign, text_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -396,9 +396,7 @@ class _Adapted:
 
 
 def _load_base(folder: Path, folders: Folders, attention: str, device: torch.device) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = text_class(folder).from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation=attention,

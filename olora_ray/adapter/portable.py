@@ -157,9 +157,9 @@ With PEFT:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{revision}), "THIS_FOLDER")
+model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"{revision}), "THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
@@ -194,6 +194,8 @@ class Card:
     compressed: str = ""
     """What was lost, where the matrices have a smaller rank than those that were trained."""
     revision: str | None = None
+    loader: str = "AutoModelForCausalLM"
+    """The class of transformers that loads the base."""
     """Of a base from the hub: the commit, branch or tag that was trained on, if the config named one."""
     quantised: str = ""
     """What it changes that the base was quantised in the training, where it was."""
@@ -231,6 +233,7 @@ def model_card(card: Card) -> str:
         title=base,
         facts="\n".join(f"- {fact}" for fact in facts),
         base=place,
+        loader=card.loader,
         revision=f', revision="{card.revision}"' if card.revision else "",
         serving=_serving(place, card),
     )

@@ -434,8 +434,8 @@ def _by_suffix(parameter: str, places: Mapping[str, Stored], base: Path, model: 
         raise UserError(f"{base} has its weight twice, as {found[0]} and {found[1]}")
     if not found:
         raise UserError(
-            f"{base} has no weight {parameter}; a weight that is tied or stored under another name cannot be merged:"
-            f" {_LEAVE_OUT}"
+            f"{base} has no weight {parameter}: if files are missing, get the model anew; if the weight is stored under"
+            f" another name, it cannot be merged: {_LEAVE_OUT}"
         )
     entry = places[found[0]]
     return Group({parameter: (entry,)}, parameter, {parameter: entry.shape}, None, model, {})

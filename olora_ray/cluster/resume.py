@@ -3,11 +3,14 @@
 And the self-test of the model there.
 """
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +19,17 @@ from torch import Tensor
 
 from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
-from olora_ray.adapter.inject import find_targets, wrap
-from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.inject import find_targets, install, remove, wrap
+from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
 from olora_ray.common import collectives, node_cache
-from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
+from olora_ray.model import attention
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
@@ -34,7 +38,7 @@ from olora_ray.train.loader import Waiting, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.parallel import place_model
-from olora_ray.train.self_test import bare, check_adapters, choose_attention, require_layout
+from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, examples_of, require_layout
 
 logger = logging.getLogger(__name__)
 
@@ -235,12 +239,54 @@ def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device:
     Its adapters, if it has some, take no part. All workers of a sharded base must call it together.
     """
     if loss.tested is None:
-        with bare(loss.model):
-            loss.tested = choose_attention(loss, packs, spec.config, device)
+        with bare(loss.model), _told(loss):
+            try:
+                loss.tested = choose_attention(loss, packs, spec.config, device)
+            except UserError:  # its advice is for causal models
+                if hasattr(loss, "unshard") or not _sees_ahead(loss.model, packs, device):
+                    raise
+                raise UserError(
+                    f"model.name: {type(loss.model).__name__} is no causal language model: what it makes of a token"
+                    " depends on tokens after it; name another model"
+                ) from None
         logger.info(loss.tested.line())
     else:
         require_layout(loss, spec.config)
     return loss.tested
+
+
+@torch.no_grad()
+def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool:
+    """Return True if another last token changes what the model itself says before it, by more than rounding does."""
+    model.set_attn_implementation(attention.own(model))
+    ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    one, two = (model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1) for each in (ids, other))
+    return float((one - two).abs().sum(-1).mean()) > 0.02
+
+
+@contextlib.contextmanager
+def _told(loss: SupervisedLoss) -> Iterator[None]:
+    """Raise an error of the family's code as a UserError: each worker would meet it again, as often as it is started.
+
+    What goes wrong in the exchanges of a sharded base looks the same, and may pass.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, collectives.PeerLost):
+        raise
+    except Exception as error:
+        if hasattr(loss, "unshard"):
+            raise
+        if isinstance(error, TakenWeight):
+            raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
+        family, frames = type(loss.model).__name__, traceback.extract_tb(error.__traceback__)
+        place = next((each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1])
+        logger.debug(f"{family} cannot be trained", exc_info=True)
+        raise UserError(
+            f"model.name: {family} cannot be trained here: {type(error).__name__}: {first_line(error)}"
+            f" ({Path(place.filename).name}, line {place.lineno}); name another model"
+        ) from error
 
 
 def check_base(loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None) -> None:
@@ -267,25 +313,47 @@ def self_tested(
     if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
         assert known is not None
         start.state.self_test = {"with": used, "found": known.to_json()}
-        return replace(start, attention=_take_over(context, spec, start, known))
+        start = replace(start, attention=_take_over(context, spec, start, known))
+        return _without(context, spec, start, known.without)
     problem, name = None, start.attention
+    without: tuple[str, ...] = ()
     loss, adapted = start.trainer.loss, start.trainer.adapted
     try:
         packs = first_sequences(spec, waiting)
         train_mode(adapted, False)
         with context.activate(adapted):
             name = tested(loss, spec, packs, context.device).attention
-            gradients = check_adapters(loss, adapted, packs, name, context.device, new=not start.trained)
+            new, named = not start.trained, not isinstance(spec.config.adapter.targets, str)
+            with _told(loss):
+                missed, off = check_adapters(loss, adapted, packs, name, context.device, new=new, named=named)
             assert loss.tested is not None
-            loss.tested = replace(loss.tested, gradients=gradients)
+            loss.tested, without = replace(loss.tested, gradients=off), tuple(missed)
     except UserError as error:
         problem = str(error)
     collectives.raise_together(problem)  # on other GPUs it may have gone well
     assert loss.tested is not None
-    start.state.self_test = {"with": used, "found": loss.tested.to_json()}
+    found = replace(loss.tested, without=without).to_json()
+    start.state.self_test = {"with": used, "found": found}
     if kept is not None:
-        node_cache.keep(kept, json.dumps(loss.tested.to_json()))
-    return replace(start, attention=name)
+        node_cache.keep(kept, json.dumps(found))
+    return _without(context, spec, replace(start, attention=name), without)
+
+
+def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, layers: Sequence[str]) -> StartingPoint:
+    """Return the starting point without the adapters of these layers; those of a trained adapter stay."""
+    before = start.trainer
+    layers = [name for name in layers if name in before.adapted and not start.trained]
+    if not layers:
+        return start
+    logger.info(
+        f"adapter.targets: all-linear leaves out {plural(len(layers), 'layer')}: no gradient reaches them from text of"
+        f" data.max_length={spec.config.data.max_length} (for example {layers[0]})"
+    )
+    kept = {name: layer for name, layer in before.adapted.items() if name not in layers}
+    with context.activate(kept):
+        remove(before.loss.model)
+        install(before.loss.model, kept)
+    return replace(start, trainer=Trainer(before.loss, kept, spec.config, context.device))
 
 
 def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:

@@ -388,11 +388,21 @@ class Evaluator:
             return evaluate(self.trainer, self.spec.eval, self.attention, rank, world, step)
 
     def answers(self, answering: str) -> list[list[int]]:
-        """Answers to the held-out prompts as token ids; `answering` names the model for the log."""
+        """Answers to the held-out prompts as token ids; `answering` names the model for the log.
+
+        A model that cannot answer is asked no more, unless scores are wanted: then that is a UserError.
+        """
         logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
         limit = self.spec.config.evaluation.max_new_tokens
         with self.context.activate(self.trainer.adapted):
-            return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
+            try:
+                return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
+            except UserError as error:
+                if self.spec.config.evaluation.scorer:
+                    raise UserError(f"evaluation.scorer: {error}; leave it out") from None
+                logger.warning(f"evaluation.samples: {error}: the training goes on without answers")
+                self.questions = []
+                return []
 
     def answer_pairs(self, before: list[list[int]] | None) -> tuple[AnswerPair, ...]:
         """The held-out prompts with the answers of before and of the best adapter."""
@@ -400,6 +410,8 @@ class Evaluator:
             return ()
         with self._best_in_place():
             now = self.answers("fine-tuned model")
+        if not self.questions:
+            return ()
         pairs = zip(self.questions, before or [], now, strict=True)
         return tuple(AnswerPair(each.prompt, each.reference, tuple(old), tuple(new)) for each, old, new in pairs)
 

@@ -198,7 +198,7 @@ def _beside(entry: Path, what: str) -> Path:
 # Results of checks that follow from their inputs alone, kept as texts: the next start need not find them again.
 
 
-LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flash-attn", "kernels")
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flash-attn", "kernels", "bitsandbytes")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 

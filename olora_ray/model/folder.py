@@ -229,9 +229,7 @@ def whole_model(what: str, path: Path, **options: Any) -> tuple[Any, list[str]]:
 
     Raises UserError that begins with `what` if it does not load, or has no weights for a part of it.
     """
-    from transformers import AutoModelForCausalLM
-
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
+    from_pretrained: Any = text_class(path).from_pretrained  # its type does not know output_loading_info
     with foreign(what):
         model, report = from_pretrained(path, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
@@ -239,8 +237,30 @@ def whole_model(what: str, path: Path, **options: Any) -> tuple[Any, list[str]]:
     return model, sorted(report["unexpected_keys"])
 
 
+def text_class(folder: Path) -> Any:
+    """The class of transformers that makes a folder's model for text; that of a model that sees is for pictures too.
+
+    Raises UserError for an encoder-decoder.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    shape = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}  # a GGUF file has none beside it
+    kind = shape.get("model_type")
+    if shape.get("is_encoder_decoder") is True:
+        raise UserError(
+            f"model.name: {folder} is an encoder-decoder ({kind}), which is not trained here; name a causal language"
+            " model"
+        )
+    causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in shape
+    sees = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees and not causal else AutoModelForCausalLM
+
+
 def why(error: BaseException) -> str:
     """Why a model does not load, in one line; of code that is not trusted, what to do."""
+    if "Unrecognized configuration class" in str(error):
+        return "transformers has no causal language model of its type; name a model that writes text"
     if "trust_remote_code" in str(error):
         return (
             "it brings Python code of its own, which is not run; read that code, and if you trust it set"

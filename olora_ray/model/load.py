@@ -10,7 +10,7 @@ from torch import nn
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import attention, convert
-from olora_ray.model.folder import check, foreign, parameters, read_json, whole_model
+from olora_ray.model.folder import check, foreign, parameters, read_json, text_class, whole_model
 from olora_ray.model.source import BaseModel
 
 if TYPE_CHECKING:
@@ -80,12 +80,12 @@ def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
 
 
 def _on_meta(folder: str | Path, config: ModelConfig, **options: Any) -> "PreTrainedModel":
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     remote = config.trust_remote_code
     shape = AutoConfig.from_pretrained(Path(folder), trust_remote_code=remote)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote, **options)
+        model: PreTrainedModel = text_class(Path(folder)).from_config(shape, trust_remote_code=remote, **options)
     return model
 
 

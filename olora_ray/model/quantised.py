@@ -137,13 +137,21 @@ class QuantisedLinear(nn.Linear):
     scales: Tensor
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, kind: str, device: torch.device | None = None
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        kind: str,
+        device: torch.device | None = None,
+        packed: Packed | None = None,
     ) -> None:
-        """Pack a weight (m x n), for `device`; the layer computes in the weight's precision."""
+        """Pack a weight (m x n), for `device`; the layer computes in the weight's precision.
+
+        Of one that is `packed` already the numbers are not looked at.
+        """
         nn.Module.__init__(self)  # not that of Linear, which makes a weight
         self.out_features, self.in_features = weight.shape
         self.kind, self.dtype = kind, weight.dtype
-        codes, scales = pack(weight, kind)
+        codes, scales = packed or pack(weight, kind)
         self.register_buffer("codes", codes.to(device), persistent=False)
         self.register_buffer("scales", scales.to(device), persistent=False)
         self.register_parameter("bias", bias)

@@ -127,6 +127,11 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
         raise UserError(f"model.name: {model.folder} {found.problem}")
     if found.left_out:
         logger.warning(unused_tensors(shape, found.left_out, model.name))
+    if getattr(shape.config.get_text_config(), "prefix_lm", False):
+        logger.warning(
+            f"model.name: by its config {model.name} sees all of a prompt at once (prefix_lm); it is trained as a"
+            " causal model, which sees what came before"
+        )
     ends = end_tokens(model, tokenizer)
     spec = spec_from_pretrained(tokenizer, model.name)
     spec = replace(spec, apart=why_apart(shape), ends=ends, chosen=bool(template))

@@ -23,7 +23,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import plain_template
-from olora_ray.model.folder import parameters
+from olora_ray.model.folder import parameters, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_shares
@@ -264,6 +264,7 @@ def complete(
         steps=step_of_best(state),
         eval_loss=state.best_loss,
         own_template=template is not None or had != models.has_chat_template(adapter),
+        loader=text_class(Path(base.folder)).__name__,
         **found,
     )
     (adapter / "README.md").write_text(portable.model_card(card), encoding="utf-8")

@@ -16,6 +16,7 @@ from olora_ray.common.secrets import mask
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config, Source
+from olora_ray.model.folder import text_class
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, as_text, score
@@ -52,10 +53,10 @@ With PEFT:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
 folder = mlflow.artifacts.download_artifacts("{uri}")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{place}"{revision}), f"{folder}/peft")
+model = PeftModel.from_pretrained({loader}.from_pretrained("{place}"{revision}), f"{folder}/peft")
 ```"""
 
 
@@ -143,7 +144,8 @@ def _loading(base: BaseOfAdapter) -> str:
         )
         place, revision = "FOLDER_OF_THE_BASE", ""
         elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"'
-    text = ADAPTER.replace("{base}", what).replace("{elsewhere}", elsewhere)
+    loader = text_class(Path(base.folder)).__name__
+    text = ADAPTER.replace("{loader}", loader).replace("{base}", what).replace("{elsewhere}", elsewhere)
     return text.replace("{place}", place).replace("{revision}", revision)
 
 

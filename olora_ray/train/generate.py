@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from olora_ray.common import collectives
+from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Evaluation
 from olora_ray.model.packing import positions, takes_padding
 from olora_ray.tokens.store import TokenStore
@@ -77,10 +78,11 @@ def answer(
 ) -> list[list[int]]:
     """Greedy continuations in the order of `asked`, without prompt and end token; all workers get all.
 
-    `batch` prompts are answered together.
+    `batch` prompts are answered together. Raises UserError, the same on all workers, if the family's code cannot.
     """
     model: Any = trainer.loss.model
     own: list[tuple[int, list[int]]] = []
+    problem = None
     sharded = hasattr(trainer.loss, "unshard")
     if sharded and not takes_padding(model):
         batch = 1  # of other lengths than the others' a worker would run more often
@@ -97,8 +99,15 @@ def answer(
         for turn in range(rounds):
             group = mine[turn] if turn < len(mine) else []
             prompts = [asked[i].prompt for i in group or [0]]
-            outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
+            try:
+                outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
+            except Exception as error:
+                if sharded or isinstance(error, torch.OutOfMemoryError):  # it may be another worker's, and pass
+                    raise
+                problem = f"{type(model).__name__} cannot answer ({type(error).__name__}: {first_line(error)})"
+                break
             own.extend(zip(group, outputs, strict=False))
+    collectives.raise_together(problem)
     return [output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)]
 
 

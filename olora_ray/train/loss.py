@@ -129,6 +129,8 @@ class SelfTest:
     gradients: float | None = None
     """The largest relative difference of an adapter's gradient from that in the model's own attention."""
     seconds: float = 0.0
+    without: tuple[str, ...] = ()
+    """Layers of "all-linear" that no gradient reaches, which are not adapted."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for result.json."""

@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from olora_ray.adapter.candidates import GATE, ROUTER, candidates
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.common import collectives
-from olora_ray.common.errors import UserError
+from olora_ray.common import collectives, node_cache, storage
+from olora_ray.common.errors import UserError, short_reason
 from olora_ray.config.schema import Config
 from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.model.folder import of_folder
 from olora_ray.model.load import empty_model, load_model
-from olora_ray.model.quantised import KINDS, QuantisedLinear, require
+from olora_ray.model.quantised import KINDS, Packed, QuantisedLinear, pack, require
 from olora_ray.train import base_files
 from olora_ray.train.base_files import BaseFiles, blocks_to_shard, decoder_layers
 from olora_ray.train.loss import SupervisedLoss
@@ -222,8 +225,14 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
     problem = found if isinstance(found, str) else found.differs(0, 1)
     if problem is None:
         assert isinstance(found, BaseFiles)
-        for name in names:
-            _pack(model, name, found.whole(f"{name}.weight"), config.quantization, device)
+        place = _packed(Path(folder), found, names, config.quantization)
+        for number, name in enumerate(names):
+            if place is None:
+                _pack(model, name, found.whole(f"{name}.weight"), config.quantization, device)
+            else:
+                part = load_file(place / str(number))
+                weight = model.get_submodule(name).weight
+                _pack(model, name, weight, config.quantization, device, (part["codes"], part["scales"]))
         base_files.fill(model, found, lambda _: True)
     else:
         logger.info(f"quantization: the whole base is loaded before it is packed: {problem}")
@@ -232,9 +241,36 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
         for name in names:
             _pack(model, name, model.get_submodule(name).weight, config.quantization, device)
     taken = time.perf_counter() - began
-    logger.info(f"quantization: {len(names)} linear layers are kept as {config.quantization}, packed in {taken:.2f} s")
+    logger.info(
+        f"quantization: {len(names)} linear layers are kept as {config.quantization}, packed or read in {taken:.2f} s"
+    )
     frozen: PreTrainedModel = model
     return frozen
+
+
+def _packed(folder: Path, found: BaseFiles, names: Sequence[str], kind: str) -> Path | None:
+    """Return the folder of this node with codes and scales of these layers, by their numbers; None if none is written.
+
+    Packing takes minutes: one process of a node does it, once for all runs.
+    """
+    dtypes = sorted({str(found.dtypes[f"{name}.weight"]) for name in names})
+    key = storage.digest(of_folder(folder, code=False), kind, *dtypes, *names, node_cache.code(), length=32)
+    root = Path(node_cache.CACHE) / "packed"
+
+    def make(partial: Path) -> None:
+        partial.mkdir(exist_ok=True)
+        for number, name in enumerate(names):
+            codes, scales = pack(found.whole(f"{name}.weight"), kind)
+            save_file({"codes": codes, "scales": scales}, partial / str(number))
+
+    try:
+        entry = node_cache.cached(root / key, make)
+        node_cache.hold(entry)
+        node_cache.make_room(root, (each for each in root.iterdir() if not each.name.startswith(".")))
+    except (OSError, SafetensorError) as error:
+        logger.info(f"quantization: the packed base is not kept on this node: {short_reason(error)}")
+        return None
+    return entry
 
 
 def to_pack(model: nn.Module) -> list[str]:
@@ -267,11 +303,13 @@ def packed_size(model: nn.Module, kind: str, dtype: torch.dtype) -> tuple[int, i
     )
 
 
-def _pack(model: nn.Module, name: str, weight: Tensor, kind: str, device: torch.device) -> None:
+def _pack(
+    model: nn.Module, name: str, weight: Tensor, kind: str, device: torch.device, packed: Packed | None = None
+) -> None:
     """Put a packed layer in the place of one; its bias may still be without numbers."""
     parent, _, attribute = name.rpartition(".")
     module: Any = model.get_submodule(name)
-    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, kind, device))
+    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, kind, device, packed))
 
 
 # A base that no worker ever holds whole: built without weights, sharded, and filled from its files, rows by rows.

@@ -413,22 +413,24 @@ def check_adapters(
     name: str,
     device: torch.device,
     new: bool,
-) -> float:
-    """Raise UserError unless untrained (`new`) adapters change no bit of a loss, and each receives the right gradient.
+    named: bool = True,
+) -> tuple[list[str], float]:
+    """Return the adapters that no gradient reaches, and the largest relative difference of another's gradient.
 
-    `name` is the attention. Returns the largest relative difference of an adapter's gradient; all are left at zero.
+    Raises UserError if an adapter that the user has `named` is not reached, if a gradient is not the right one, and if
+    untrained (`new`) adapters change a bit of a loss. `name` is the attention. All gradients are left at zero.
     """
     try:
         without, off = _try(loss, adapted, list(examples_of(packs, SHORT))[:3], name, new)
     except TakenWeight as error:
         raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
-    if without:
+    if without and named:
         more = f" and {len(without) - 3} more" if len(without) > 3 else ""
         raise UserError(
             f"adapter.targets: {', '.join(without[:3])}{more} take no part in what the model makes of text: no gradient"
             " reaches them; leave them out"
         )
-    return off
+    return without, off
 
 
 def _try(
@@ -464,17 +466,16 @@ def _try(
         ids: Any = batch.inputs["input_ids"]
         with _parts(model, ids.shape, _places([[one] for one in examples], ids), given):
             total: Tensor = loss(batch)
-        total.backward()
+        with _reached(adapted) as reached:
+            total.backward()
     gradients = _gradients(adapted)
-    reached = {layer for layer, parts in gradients.items() if bool((parts != 0).any())}
-    if without := _missed(gradients, reached):
-        return without, 0.0
+    without = _missed(gradients, reached)
     kinds: dict[str, list[str]] = defaultdict(list)
-    for layer in gradients:
+    for layer in gradients.keys() - without:
         kinds[re.sub(r"\d+", "*", layer)].append(layer)
     differences = {kind: _relative(gradients, wanted, layers) for kind, layers in kinds.items()}
-    differences |= {layer: _relative(gradients, wanted, [layer]) / OF_ONE for layer in gradients}
-    worst, size = max(differences.items(), key=itemgetter(1))
+    differences |= {layer: _relative(gradients, wanted, [layer]) / OF_ONE for layer in gradients.keys() - without}
+    worst, size = max(differences.items(), key=itemgetter(1), default=("", 0.0))
     if not size <= TOLERANCE[model.dtype]:
         own = attention.own(model)
         raise UserError(
@@ -482,7 +483,23 @@ def _try(
             f" {size:.2g} of its size from that in the model's own attention, more than rounding explains;"
             + (" it cannot be trained here" if name == own else f" set model.attention: {own}")
         )
-    return [], size
+    return without, size
+
+
+@contextmanager
+def _reached(adapted: Mapping[str, AdaptedWeight]) -> Iterator[set[str]]:
+    """Collect the adapters that a gradient reaches, one of zeros too: a block that begins as zeros is trained."""
+    found: set[str] = set()
+    hooks = [
+        part.register_hook(lambda _, layer=layer: found.add(layer))
+        for layer, module in adapted.items()
+        for part in (module.da, module.db)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], layers: Sequence[str]) -> float:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from olora_ray.adapter import merge, portable
 from olora_ray.adapter.portable import Card, model_card
 from olora_ray.config.schema import Adapter, Source
+from olora_ray.model.folder import text_class
 from tests.export_parts import save_tokenizer
 
 
@@ -183,6 +184,14 @@ def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
     text = model_card(replace(CARD, rank=1024))
     assert "vLLM takes no adapter of rank 1024, but up to 512" in text
     assert "vllm serve" not in text
+
+
+def test_a_base_that_sees_is_loaded_as_that(tmp_path: Path) -> None:
+    for kind, loader in (("llava", "AutoModelForImageTextToText"), ("gemma3", "AutoModelForCausalLM")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        text = model_card(replace(CARD, loader=text_class(tmp_path).__name__))
+        assert f"from transformers import {loader}, AutoTokenizer\n" in text
+        assert f'{loader}.from_pretrained("org/base")' in text
 
 
 def test_a_base_of_a_certain_commit_is_loaded_as_that() -> None:

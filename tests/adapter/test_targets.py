@@ -310,9 +310,15 @@ def test_an_entry_that_names_nothing_to_adapt_is_refused(entry: str, problem: st
         find_targets(tiny.llama(), ("q_proj", entry), 4)
 
 
-def test_a_rank_too_large_names_the_layer_and_what_fits() -> None:
+def test_a_rank_too_large_leaves_layers_out_or_names_one_and_what_fits() -> None:
+    found = select(tiny.llama(), "all-linear", 48)
+    small = [name for name, reason in found.left_out.items() if reason.kind == "layers smaller than adapter.rank=48"]
+    assert small == [f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "kv"]
+    assert len(found.targets) == 2 * 5
+    with pytest.raises(UserError, match=r"no linear layer to adapt, only layers smaller than adapter\.rank=65"):
+        find_targets(tiny.llama(), "all-linear", 65)
     with pytest.raises(UserError, match=r"adapter\.rank=48 .*self_attn\.k_proj \(32 x 64\): use at most 32"):
-        find_targets(tiny.llama(), "all-linear", 48)
+        find_targets(tiny.llama(), ("q_proj", "k_proj"), 48)
     assert find_targets(tiny.llama(), ("q_proj",), 48)
     with pytest.raises(UserError, match=r"adapter\.rank=40 .*experts\.down_proj \(64 x 24\)"):
         find_targets(zoo.on_meta(ALL["qwen3_moe"]), ("experts",), 40)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from olora_ray.cluster import resume
 from olora_ray.cluster.resume import StartingPoint, self_tested
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common import collectives, node_cache
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -120,11 +120,48 @@ def test_what_cannot_be_read_is_tested_again() -> None:
         assert _resumed(TrainState(self_test=damaged))[1]
 
 
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A node that has kept nothing yet."""
-    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path))
-    return tmp_path
+def _partly_unused(change: Callable[[Any], Any], **settings: Any) -> StartingPoint:
+    """A start with a first MLP that `change` makes of it."""
+    model = tiny.llama(attention="segments")
+    model.model.layers[0].mlp.forward = change(model.model.layers[0].mlp)
+    config = tiny.config(**settings)
+    start = StartingPoint(tiny.trainer(config, model=model), "segments", TrainState(), None, resumed=False)
+    return self_tested(CONTEXT, spec_of(config, "base"), start)
+
+
+def _without_gate(mlp: Any) -> Any:
+    return lambda x: mlp.down_proj(mlp.up_proj(x))
+
+
+def test_all_linear_leaves_out_what_no_gradient_reaches(node: Path) -> None:
+    for _ in range(2):  # the second time with what the node has kept
+        with said() as lines:
+            start = _partly_unused(_without_gate)
+        assert len(start.trainer.adapted) == 13
+        assert "model.layers.0.mlp.gate_proj" not in start.trainer.adapted
+        assert not hasattr(start.trainer.loss.model.get_submodule("model.layers.0.mlp.gate_proj"), "da")
+        assert len([line for line in lines if "all-linear leaves out 1 layer: no gradient" in line]) == 1
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj take no part"):
+        _partly_unused(_without_gate, adapter__targets=("gate_proj", "up_proj"))
+
+
+def test_a_block_that_begins_as_zeros_is_adapted() -> None:
+    def begins_as_zeros(mlp: Any) -> Any:
+        mlp.down_proj.weight.zero_()
+        return mlp.forward
+
+    for targets in ("all-linear", ("gate_proj", "down_proj")):
+        start = _partly_unused(begins_as_zeros, adapter__targets=targets, adapter__method="lora")
+        assert {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"} <= set(start.trainer.adapted)
+
+
+def test_an_error_of_the_familys_code_is_one_line() -> None:
+    def fails(_: Any) -> Any:
+        return lambda x: x.nonsense
+
+    line = r"^model\.name: LlamaForCausalLM cannot be trained here: AttributeError: .* \(test_self_tested\.py, line"
+    with pytest.raises(UserError, match=line):
+        _partly_unused(fails)
 
 
 @pytest.mark.lengthy

@@ -50,13 +50,15 @@ class Channel:
         return {int(row["step"]): row[name] for row in rows}
 
 
-def train(folder: Path, again: bool = False, measured_on: Any = None, **changes: Any) -> tuple[TrainResult, Channel]:
+def train(
+    folder: Path, again: bool = False, measured_on: Any = None, model: Any = None, **changes: Any
+) -> tuple[TrainResult, Channel]:
     store: Any = tiny.store(8)
     held_out: Any = measured_on or tiny.store(3, seed=9)
     settings = tiny.config(**(SETTINGS | changes))
     spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out, recompute=again)
     channel = Channel()
-    shared = SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
+    shared = SharedBase(SupervisedLoss(model or tiny.llama(attention="segments")), torch.device("cpu"))
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
 
 
@@ -73,6 +75,24 @@ def test_a_trial_on_a_shared_base_has_the_precision_of_that(tmp_path: Path) -> N
         train(tmp_path)
     assert len([line for line in lines if "model.dtype: auto" in line]) == 1
     assert checkpoints.precision_now(str(tmp_path)) == "float32"
+
+
+def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -> None:
+    def fails(**_: Any) -> Any:
+        raise ValueError("no cache of this shape")
+
+    model = tiny.llama(attention="segments")
+    model.generate = fails
+    with said() as lines:
+        result, channel = train(tmp_path / "one", model=model)
+    assert (result.problem, result.answers) == (None, ())
+    assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
+    why = "LlamaForCausalLM cannot answer (ValueError: no cache of this shape)"
+    assert [line for line in lines if "cannot" in line] == [
+        f"warning: evaluation.samples: {why}: the training goes on without answers"
+    ]
+    result, _ = train(tmp_path / "two", model=model, evaluation__scorer="exact_match")
+    assert result.problem == f"evaluation.scorer: {why}; leave it out"
 
 
 def adapter(folder: Path, step: int, best: bool = False) -> dict[str, torch.Tensor]:

@@ -22,9 +22,9 @@ Shape = tuple[int, ...]
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
     """The model of a folder, frozen; with the attention that transformers picks unless it is named."""
-    from transformers import AutoModelForCausalLM
+    from olora_ray.model.folder import text_class
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = text_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 

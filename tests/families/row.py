@@ -43,6 +43,8 @@ class Row:
     """Difference of the gradients of all adapters from those that follow from the model's own."""
     still: tuple[str, ...] = ()
     """Adapters without any gradient."""
+    missed: tuple[str, ...] = ()
+    """Layers that are not adapted, though the model's own loss has a gradient for them."""
     learnt: float | None = None
     """How far training has moved the losses."""
     export: float | None = None
@@ -87,6 +89,8 @@ class Row:
         self._need("packed", self.packed, bound)
         if not self.faults:  # wrong losses have wrong gradients
             self._need("gradients", self.gradients, self._bound(GRADIENT, NOISE, self.gradient_noise))
+        if self.missed:
+            self.faults.append(f"{len(self.missed)} layers are left out that have a gradient ({self.missed[0]})")
         if self.still:
             self.faults.append(f"{len(self.still)} of {self.adapters} adapters get no gradient ({self.still[0]})")
 

@@ -20,12 +20,15 @@ _STATE = ("A_log", "dt_bias", "recurrent_param", "time_step")
 
 def build(variant: Variant, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the model to `folder`: config, weights in `dtype` and a tokenizer; always the same bytes."""
+    from transformers import AutoConfig
+
     model = make(variant, dtype)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     if not variant.chat:
         (folder / "chat_template.jinja").unlink()
-    assert json.loads((folder / "config.json").read_text())["model_type"] == variant.model_type
+    kind = AutoConfig.for_model(variant.model_type, **variant.sizes).model_type  # GPT-SW3's is gpt2
+    assert json.loads((folder / "config.json").read_text())["model_type"] == kind
 
 
 def make(
@@ -35,13 +38,17 @@ def make(
 
     `attention` and `experts` are implementations of transformers', None for its own choice.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     quiet_transformers()
     shape = AutoConfig.for_model(variant.model_type, **variant.sizes)
+    # As their files are published: of such a checkpoint the causal class takes a part.
+    sees = variant.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        model = kind.from_config(shape, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 _draw(name, parameter)

@@ -14,6 +14,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, open_base, with_tokenizer
 from tests import tiny
 from tests.export_parts import save_tokenizer
+from tests.families import every, zoo
 from tests.pipelines import project
 from tests.said import said
 
@@ -69,6 +70,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_noticed(
     save_tokenizer(tmp_path)  # has 96
     config = build({"run": {"name": "a"}, "model": {"name": str(tmp_path)}, "data": {"train": "a.jsonl"}})
     assert with_tokenizer(BaseModel(str(tmp_path), str(tmp_path), ""), config).spec.embeddings == known
+
+
+def test_a_model_that_sees_all_of_a_prompt_at_once_is_told(tmp_path: Path) -> None:
+    zoo.build(every.variant_of("hrm_text"), tmp_path)
+    with said() as lines:
+        open_base(tiny.config(model__name=str(tmp_path)))
+    assert len([line for line in lines if "(prefix_lm); it is trained as a causal" in line]) == 1
 
 
 def test_no_place_for_a_converted_model_is_one_line(tmp_path: Path) -> None:

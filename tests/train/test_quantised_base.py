@@ -1,11 +1,14 @@
 """A quantised base: the same bytes always; factors, start and gradients are those of the weights it computes with."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from olora_ray.adapter.initialise import at_scale, initialise
@@ -31,6 +34,7 @@ from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.packed import EACH_KIND, unpack
+from tests.said import said
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama tied", "qwen2"]
@@ -74,6 +78,32 @@ def test_packed_are_the_blocks_linear_layers_and_all_else_is_as_stored(tmp_path:
     for name in packed:
         again = QuantisedLinear(plain.get_submodule(name).weight, None, "fp8")
         assert torch.equal(again.weight, model.get_submodule(name).weight), name
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_a_base_is_packed_once_per_node(kind: str, tmp_path: Path, node: Path) -> None:
+    zoo.build(ALL["qwen2"], tmp_path / "one")
+    first = loaded(tmp_path / "one", kind)
+    assert_same_tensors(first, loaded(tmp_path / "one", kind))
+    [entry] = (each for each in (node / "packed").iterdir() if not each.name.startswith("."))
+    kept = load_file(entry / "0")
+    save_file({"codes": kept["codes"], "scales": 2 * kept["scales"]}, entry / "0")
+    name = to_pack(load_frozen(tmp_path / "one", config(tmp_path, "none").model, CPU))[0]
+    again = loaded(tmp_path / "one", kind).get_submodule(name)
+    assert torch.equal(again.scales, 2 * first.get_submodule(name).scales), "it is read, not packed again"
+    zoo.build(replace(ALL["qwen2"], sizes=ALL["qwen2"].sizes | {"intermediate_size": 64}), tmp_path / "two")
+    loaded(tmp_path / "two", kind)
+    assert len([each for each in entry.parent.iterdir() if not each.name.startswith(".")]) == 2
+
+
+def test_a_base_is_packed_where_a_node_can_keep_nothing(tmp_path: Path, node: Path) -> None:
+    zoo.build(ALL["qwen2"], tmp_path / "one")
+    expected = loaded(tmp_path / "one", "fp8")
+    shutil.rmtree(node / "packed")
+    (node / "packed").touch()
+    with said() as lines:
+        assert_same_tensors(expected, loaded(tmp_path / "one", "fp8"))
+    assert "quantization: the packed base is not kept on this node: File exists" in lines
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)

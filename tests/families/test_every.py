@@ -1,0 +1,42 @@
+"""A tiny model of each causal family of transformers: right to the end of a run, or refused in one plain line."""
+
+import pytest
+
+from tests.families import every
+from tests.families.variants import ALL
+from tools import write_models
+
+RIGHT = ("llava", "modernbert-decoder")
+"""One that sees, and one with a layer that no gradient reaches."""
+QUICK = (*RIGHT, "rwkv", "musicgen", "bert")
+
+
+def test_none_is_forgotten_here_or_on_the_page() -> None:
+    known = {each.model_type for each in ALL.values()} | set(every.others())
+    assert set(every.families()) <= known
+    page = write_models.PAGE.read_text(encoding="utf-8").split(f"{write_models.EVERY}\n")[1]
+    assert [line.split(" ")[1] for line in page.splitlines() if line.startswith("| ")][2:] == every.others()
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize(
+    "family", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in every.others()]
+)
+def test_a_family_is_right_or_refused_before_the_first_step(family: str) -> None:
+    row = every.row(family)
+    assert row.right or (row.refused and family not in RIGHT), row.verdict
+    assert "\n" not in row.verdict
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize(
+    ("family", "line"),
+    [
+        ("bert", "refused: model.name: BertLMHeadModel is no causal language model: what it makes of a token depends"),
+        ("rwkv", "refused: adapter.targets: rwkv.blocks.0.attention.output: an adapter cannot follow .weight.div_"),
+        ("t5", "refused: model.name: MODEL is an encoder-decoder (t5), which is not trained here; name a"),
+        ("clip", "refused: model.name: MODEL does not load: transformers has no causal language model of its type"),
+    ],
+)
+def test_what_is_refused_is_told_plainly(family: str, line: str) -> None:
+    assert every.row(family).verdict.startswith(line)
