@@ -3,6 +3,7 @@
 In a process of its own, which takes seconds; so this belongs to `make quick` all the same.
 """
 
+import inspect
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import torch.utils.backend_registration as registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from olora_ray.adapter.layer import Factors
 from olora_ray.model.attention import kernel
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
@@ -86,7 +88,14 @@ def test_a_training_on_a_device_mixes_nothing(child: ProcessPoolExecutor, name: 
     assert len(seen.answers) == len(QUESTIONS)
     assert max(map(len, seen.answers)) > 2  # with a cache, then
     # A step waits once, when all of it has been asked for, and an evaluation once: more would keep a GPU waiting.
-    assert sum(waits[place] for place in waits if place.startswith(IN_STEPS)) <= STEPS + 1 + 2, waits
+    copies = {*_lines("train/loop.py", Trainer.snapshot), *_lines("adapter/layer.py", Factors.on_cpu)}  # checkpoints
+    in_steps = [waits[place] for place in waits if place.startswith(IN_STEPS) and place not in copies]
+    assert sum(in_steps) <= STEPS + 1 + 2, waits
+
+
+def _lines(file: str, function: Callable[..., Any]) -> Iterator[str]:
+    lines, first = inspect.getsourcelines(function)
+    return (f"{file}:{first + number}" for number in range(len(lines)))
 
 
 def test_the_walk_is_a_training(tmp_path: Path) -> None:

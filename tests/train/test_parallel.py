@@ -151,8 +151,9 @@ def _tested(strategy: str) -> tuple[str, float, list[float]]:
     packs: list[Any] = [tiny.pack(9, 7), tiny.pack(12)]
     with bare(trainer.loss.model):
         found = choose_attention(trainer.loss, packs, settings, trainer.device)
-    off = check_adapters(trainer.loss, trainer.adapted, packs, found.attention, trainer.device, new=True)
+    missed, off = check_adapters(trainer.loss, trainer.adapted, packs, found.attention, trainer.device, new=True)
     assert found.differences is not None
+    assert not missed
     assert off < 1e-6
     losses = [result.loss for result in tiny.steps(trainer, count=2, attention=found.attention)]
     return found.attention, found.differences.output, losses
