@@ -65,7 +65,7 @@ class Server:
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, name="s3", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), name="s3", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -51,6 +51,7 @@ def assert_reads_back(case: Case, folder: Path) -> None:
         torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("settings", METHODS, ids=lambda item: f"{item.method}-{item.rank_stabilized}")
 def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, settings: Adapter) -> None:

@@ -174,6 +174,7 @@ def test_uploads_need_room_in_the_temporary_folder(
     assert found[0].startswith(f"run.storage: what is uploaded from {tmp_path} needs about ")
 
 
+@pytest.mark.lengthy
 def test_the_tokens_of_other_runs_are_no_room_for_this_one(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

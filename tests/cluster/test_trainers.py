@@ -64,6 +64,7 @@ def started(fit: Fit, count: int) -> None:
         threading.Event().wait(0.01)
 
 
+@pytest.mark.lengthy
 def test_it_ends_with_what_the_first_returns_or_raises(fit: Fit) -> None:
     found = Trainers(fit, fit.channel, 1, 2)
     assert not found.ended(None)
@@ -173,6 +174,7 @@ def test_workers_that_end_with_the_training_are_not_missed(fit: Fit) -> None:
     assert (found.workers, fit.asked) == (2, [1])
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_trainer_that_does_not_end_is_ended(fit: Fit, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped driver does not wait for its workers."""

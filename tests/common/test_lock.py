@@ -130,6 +130,7 @@ def test_a_held_lock_is_renewed(place: str) -> None:
         assert time.time() - Path(place).stat().st_mtime < lock.EXPIRES
 
 
+@pytest.mark.lengthy
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("removed", [False, True])
 def test_who_has_lost_the_lock_learns_it_and_leaves_it_alone(place: str, removed: bool) -> None:
@@ -217,6 +218,7 @@ class TestObjectStore:
     def place(self, bucket: str) -> str:
         return f"{bucket}/locks/model.json"
 
+    @pytest.mark.lengthy
     def test_a_second_one_is_refused_and_the_next_one_taken(self, place: str) -> None:
         with lock.held(place, "the work") as first:
             assert f"already running (process {os.getpid()} on " in str(refused(place))
@@ -252,6 +254,7 @@ class TestObjectStore:
             first.check()
         first.release()
 
+    @pytest.mark.lengthy
     def test_a_silent_holder_is_followed_by_one_of_many(self, place: str) -> None:
         files = [lock.S3File(place, "the work") for _ in range(4)]
         assert files[0].write(b"silent", files[0].read())
@@ -259,6 +262,7 @@ class TestObjectStore:
         written = [file.write(b"%d" % number, seen[number]) for number, file in enumerate(files)]
         assert written == [True, False, False, False]
 
+    @pytest.mark.lengthy
     def test_a_renewed_lock_stays_and_a_removed_one_is_noticed(self, place: str) -> None:
         with lock.held(place, "the work") as mine:
             before = storage.read_text(place)
@@ -269,6 +273,7 @@ class TestObjectStore:
                 mine.check()
         assert not storage.exists(place)
 
+    @pytest.mark.lengthy
     def test_a_dead_store_is_told_in_one_line(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port()}")
         error = refused(place)

@@ -120,6 +120,7 @@ class TestRegion:
 
 
 class TestCheck:
+    @pytest.mark.lengthy
     def test_a_store_that_reads_parts_of_files_wrongly(self, server: Server, place: str) -> None:
         """As an RGW on dbstore does: shards and weights, which are read in parts, would be others."""
         server.faults = Faults(wrong_ranges=True)
@@ -158,6 +159,7 @@ class TestCheck:
         with pytest.raises(UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"):
             storage.check(place, "run.storage")
 
+    @pytest.mark.lengthy
     def test_a_dead_server(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url := f"http://127.0.0.1:{dead_port()}")
         with pytest.raises(TryAgain, match=f"the store at {url} does not answer: Could not connect") as caught:
@@ -235,6 +237,7 @@ class TestPatience:
 
 
 class TestConditions:
+    @pytest.mark.lengthy
     def test_the_first_of_two_writes_and_the_owner_writes_again(self, place: str) -> None:
         key = storage.join(place, "lock")
         first = s3.put_if(key, b"first", None)
@@ -248,6 +251,7 @@ class TestConditions:
         assert s3.get(key) is None
         assert s3.put_if(key, b"late", again) is None
 
+    @pytest.mark.lengthy
     def test_uploads_that_were_cut_are_ended(self, server: Server, place: str) -> None:
         bucket, key = s3.split(place)
         for name in (f"{key}/checkpoints/a", f"{key}/other/b"):

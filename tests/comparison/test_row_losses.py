@@ -47,6 +47,7 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, lr: floa
     return spec, train_at(SharedBaseContext(shared()), spec, str(folder / "checkpoints"), channel)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("method", "lr"), [("olora", 1e-3), ("lora", 0.3)])
 def test_they_add_up_to_the_last_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, lr: float, caplog: pytest.LogCaptureFixture
@@ -69,6 +70,7 @@ def test_they_add_up_to_the_last_evaluation(
     assert "here: its rows have the loss" in line
 
 
+@pytest.mark.lengthy
 def test_those_of_a_sharded_base_are_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the trainings have an attention that needs a GPU."""
     spec, _ = trained(tmp_path, monkeypatch, "olora", 1e-3)

@@ -178,6 +178,7 @@ def _breaks(values: dict[str, float]) -> bool:
     return values["train.lr"] > 16 * best
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("reason", ["CUDA out of memory", "step 0: the held-out loss is not finite"])
 def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
     reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

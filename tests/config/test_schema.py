@@ -491,6 +491,7 @@ def test_a_dump_is_read_back_to_an_equal_config(config: Config) -> None:
     assert build(yaml.safe_load(dump(config))) == config  # and by any other YAML reader
 
 
+@pytest.mark.lengthy
 @given(configs)
 def test_the_flat_form_names_every_value(config: Config) -> None:
     flat = flatten(config)

@@ -68,6 +68,7 @@ def test_what_a_folder_has_beside_is_said(s3_server: Server, bucket: str) -> Non
     assert f"not read in {bucket}/folder: 1 .xlsx, 1 without an ending;" in lines[0]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_object_that_changes_after_the_scan_is_not_read(
     kind: str, s3_server: Server, bucket: str, tmp_path: Path

@@ -113,6 +113,7 @@ def source(path: Path | str, **changes: Any) -> Any:
     return config.data.train[0]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "saved"])
 def test_units_cover_a_file_exactly_and_know_their_places(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -333,6 +334,7 @@ def test_a_data_set_of_the_hub_is_no_path(name: str, tmp_path: Path) -> None:
         sources.list_files(source(f"hf://{name}"), "data.train.0", str(tmp_path))
 
 
+@pytest.mark.lengthy
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_spec: TokenizerSpec) -> None:
     """`datasets` takes a folder of that name as it takes a name of the hub, and no hub is reachable here."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

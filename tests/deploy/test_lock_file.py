@@ -115,6 +115,7 @@ def test_a_manifest_is_stamped_with_both_versions() -> None:
     assert stamped == manifest.replace("1.0.0", "2.70.1").replace("0.0.1", "0.2.0-ray2.70.1")
 
 
+@pytest.mark.lengthy
 def test_what_is_installed_here_is_a_limit_without_a_builds_tag() -> None:
     limits = dict(line.split("==") for line in write_lock.constraints().splitlines())
     assert limits["torch"] == distribution("torch").version.partition("+")[0]

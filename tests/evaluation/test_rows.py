@@ -157,6 +157,7 @@ def columns(rows: list[tuple[float, float, float]]) -> tuple[list[float], list[f
     return list(ours), list(theirs), list(weights)
 
 
+@pytest.mark.lengthy
 @given(VALUES)
 def test_bounds_surround_the_middle_of_the_draws_and_swapping_turns_the_sign(
     rows: list[tuple[float, float, float]],

@@ -75,6 +75,7 @@ def test_what_is_generated_follows_the_law() -> None:
     assert _chi_squared(drawn, expected, 4000) < 60  # 30 places
 
 
+@pytest.mark.lengthy
 def test_stays_are_drawn_with_the_chances_that_are_reported(law: Law) -> None:
     # Each generated stay against the law in its own state: expected and observed counts by probability.
     generated = replace_people(40)

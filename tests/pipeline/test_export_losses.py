@@ -89,6 +89,7 @@ def test_why_it_is_not_measured_is_said_in_the_report_and_not_on_the_card(
     assert "/home" not in shown
 
 
+@pytest.mark.lengthy
 def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert export.export_run(spec_of(run, 0, export__rank=2), run.folder, STEP)["compressed"]["loss"] == (
         "no rows are held out"

@@ -153,6 +153,7 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, ba
     assert found.loss == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.lengthy
 def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, bases: Any) -> None:
     """With another attention than its trials', where they have one that needs a GPU."""
     for number, attention in enumerate(("varlen", "flash_attention_2", "sdpa")):

@@ -88,6 +88,7 @@ def test_training_is_shuffled_and_evaluation_is_not(tmp_path: Path, tiny_spec: T
     assert [int(row[1:]) for row in rows(other, tiny_spec)] != found
 
 
+@pytest.mark.lengthy
 def test_packs_are_not_sorted_by_length(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     lengths = np.random.default_rng(0).integers(2, 120, 2000)
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * int(n)} for n in lengths])

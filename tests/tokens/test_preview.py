@@ -19,6 +19,7 @@ from tests.tokens.helpers import chat, rows
 NUMBERS = ("rows", "packs", "tokens", "supervised", "rejected")
 
 
+@pytest.mark.lengthy
 def test_a_small_corpus_is_described_exactly(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     preview = describe(corpus, tiny_spec)
     manifest = prepare(corpus, tiny_spec, "train").manifest
@@ -32,6 +33,7 @@ def test_a_small_corpus_is_described_exactly(corpus: Config, tiny_spec: Tokenize
     ]
 
 
+@pytest.mark.lengthy
 def test_held_out_rows_are_described_as_they_are_prepared(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(200))
     for data in ({"eval": [{"path": str(path)}]}, {"eval_fraction": 0.2}):
@@ -72,6 +74,7 @@ def test_the_lengths_are_those_of_the_examples(tmp_path: Path, tiny_spec: Tokeni
     assert lengths[0] == lengths[-1] - 19
 
 
+@pytest.mark.lengthy
 def test_the_first_sequences_can_be_trained_on(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
     for number, pack in enumerate(describe(corpus, tiny_spec).some_packs):

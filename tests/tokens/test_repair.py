@@ -32,6 +32,7 @@ def kept(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize(
     ("name", "damage"),
@@ -79,6 +80,7 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
         assert name in warned[0]
 
 
+@pytest.mark.lengthy
 def test_a_shard_that_is_not_what_it_was_is_refused(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     folder = Path(prepare(corpus, tiny_spec, "train").uri)
     tree = sealed.unseal((folder / "manifest.json").read_text())
@@ -98,6 +100,7 @@ def test_a_stricter_limit_holds_for_a_store_that_needs_repair(tmp_path: Path, ti
         prepare(helpers.config(tmp_path, path), tiny_spec, "train")
 
 
+@pytest.mark.lengthy
 def test_a_shard_that_was_finished_meanwhile_is_taken(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     preparation = begin(corpus, tiny_spec, "train")  # sees nothing yet
     folder = Path(prepare(corpus, tiny_spec, "train").uri)
@@ -215,6 +218,7 @@ def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names:
             _ = [store[index] for index in range(len(store))]
 
 
+@pytest.mark.lengthy
 @given(st.data())
 def test_a_damaged_scan_is_made_again(small: Small, data: st.DataObject) -> None:
     small.damaged({})
@@ -238,6 +242,7 @@ def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataOb
         assert sealed.unseal((broken(text.encode(), data) or b"").decode()) == tree  # white space, say
 
 
+@pytest.mark.lengthy
 def test_a_half_written_shard_is_not_taken_for_good(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     """The sidecar of a shard is believed only together with a shard of that size."""
     store = prepare(corpus, tiny_spec, "train")

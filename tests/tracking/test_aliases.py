@@ -284,6 +284,7 @@ FOREIGN = [
 ]
 
 
+@pytest.mark.lengthy
 def test_checksums_that_are_none_are_one_line(database: Path) -> None:
     aliases = registered.model(database, "no-list", 1)
     for content in FOREIGN:

@@ -84,6 +84,7 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
         server.kill()
 
 
+@pytest.mark.lengthy
 def test_an_experiment_whose_bucket_is_gone(config: Config) -> None:
     """It was made when the storage was another."""
     connect(start.resolve_uri(config)).create_experiment("on s3", artifact_location="s3://gone/mlartifacts")

@@ -49,6 +49,7 @@ def test_the_next_attempt_resumes_the_run(config: Config) -> None:
     assert (found.data.tags["a"], found.data.tags["mlflow.parentRunId"]) == ("b", "above")
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("error", "after_error", "expected"),
     [

@@ -31,6 +31,7 @@ def settings(folder: Path, rank: int) -> Config:
     )
 
 
+@pytest.mark.lengthy
 def test_a_method_that_a_layer_does_not_allow_is_refused_on_the_model_without_weights(model: Path) -> None:
     for rank, problem in (
         (385, r"adapter\.rank=385 is too large for .*\(768 x 768\) with adapter\.method=lora_ga"),

@@ -86,6 +86,7 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
     assert sorted(index for sequences in met for index in sequences) == sorted(order(packs, SEED, 0, total * batch))
 
 
+@pytest.mark.lengthy
 def test_a_step_waits_for_its_own_shards_only() -> None:
     """Reading ahead waits for the second shard; the step that is there does not."""
     train = Train(global_batch=4)

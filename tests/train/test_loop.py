@@ -169,6 +169,7 @@ def dropout_settings() -> Config:
     return tiny.config(adapter__dropout=0.2)
 
 
+@pytest.mark.lengthy
 def test_identical_runs_give_identical_bytes() -> None:
     outcomes = []
     for ambient_seed in (1, 2):
@@ -179,6 +180,7 @@ def test_identical_runs_give_identical_bytes() -> None:
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.lengthy
 def test_another_seed_gives_another_adapter() -> None:
     digests = set()
     for seed in (1, 2):

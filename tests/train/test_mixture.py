@@ -28,6 +28,7 @@ def train(made: Trainer, start: int = 0, stop: int = STEPS) -> list[float]:
     return [result.loss for _, result in zip(range(start, stop), steps, strict=False)]
 
 
+@pytest.mark.lengthy
 def test_the_experts_learn_what_the_linear_layers_do() -> None:
     made = trainer()
     before = evaluate(made, tiny.store(), "sdpa")

@@ -96,6 +96,7 @@ def test_a_run_without_numbers_leaves_nothing_behind() -> None:
     assert torch.equal(made.loss(batch).detach(), before)
 
 
+@pytest.mark.lengthy
 def test_a_model_whose_code_looks_at_numbers_has_a_plan_without_activations() -> None:
     with torch.device("meta"):
         meta = tiny.llama()
@@ -175,6 +176,7 @@ def test_blocks_that_are_not_run_count_in_answers_too() -> None:
     assert plan_of(config, meta).answers == pytest.approx(taken_by_answers(config, tiny.llama(**sizes)), rel=0.1)
 
 
+@pytest.mark.lengthy
 def test_only_what_is_answered_counts() -> None:
     assert answers_at_once(answering()) == ROWS
     assert answers_at_once(answering(evaluation__samples=3, evaluation__scorer="exact_match")) == AT_ONCE

@@ -59,6 +59,7 @@ def test_the_best_trial_stands_out_and_only_where_there_is_one(draw: Draw) -> No
     assert orange(ODD["all failed"]) == 0
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("draw", FIGURES.values())
 @pytest.mark.parametrize("record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"])
 def test_no_word_is_cut_off_and_no_two_labels_overlap(draw: Draw, record: SearchRecord) -> None:
