@@ -41,12 +41,11 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
     if isinstance(targets, str):
         small = f"smaller than adapter.rank={rank}"
         too_small = Reason(f"a layer {small}", f"layers {small}")
-        reasons = {
-            name: item.aside or item.refused or (too_small if rank > min(item.target.shape) else None)
-            for name, item in found.items()
-        }
-        chosen = [name for name, reason in reasons.items() if reason is None]
-        left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+        reasons = {name: item.aside or item.refused for name, item in found.items()}
+        linear = [name for name, reason in reasons.items() if reason is None]
+        # If all are too small, the rank is what is wrong.
+        chosen = [name for name in linear if rank <= min(found[name].target.shape)] or linear
+        left_out = {name: reason or too_small for name, reason in reasons.items() if name not in chosen}
     else:
         named = {name for entry in targets for name in _matches(entry, found)}
         chosen = [name for name in found if name in named]
