@@ -12,6 +12,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, short_reason
 from olora_ray.common.storage import digest
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers, export_preflight
@@ -57,7 +58,8 @@ def deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
     """The size of a training; raises UserError for what cannot be trained, or be exported afterwards."""
     size = estimate(config, base)
     if found := export_preflight.problems(base, config, size.targets):
-        raise UserError("; ".join(found))
+        more = [f"{plural(len(found) - 2, 'other kind')} of layers cannot be exported either"] * (len(found) > 2)
+        raise UserError("; ".join([*found[:2], *more]))
     return size
 
 

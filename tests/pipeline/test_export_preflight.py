@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_preflight
+from olora_ray.pipeline import export_preflight, prepare
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, MIXTURES
@@ -72,6 +73,16 @@ def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     assert line.endswith("; or set export.merged: false")
     (line,) = rewritten(tmp_path, {f"{Q}.weight": None})
     assert "has no weight" in line
+
+
+@pytest.mark.lengthy
+def test_of_many_kinds_of_layers_two_are_named(tmp_path: Path) -> None:
+    rewritten(
+        tmp_path, {f"{Q.replace('q_proj', part)}.weight": None for part in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    )
+    config = tiny.config(model__name=str(tmp_path))
+    with pytest.raises(UserError, match=r"q_proj cannot be merged.*k_proj cannot be merged.*; 2 other kinds of layers"):
+        prepare.deliverable(config, BaseModel(str(tmp_path), str(tmp_path), ""))
 
 
 @pytest.mark.lengthy
