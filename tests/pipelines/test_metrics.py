@@ -116,4 +116,4 @@ def test_every_metric_can_be_read_while_a_training_runs(head: Path, tiny_model: 
     assert last["ray_olora_step_seconds_count"] >= STEPS  # those that were done again count too
     assert last["ray_olora_checkpoint_seconds_count"] >= STEPS / 40
     assert last["ray_olora_checkpoint_seconds_sum"] > 0
-    assert "died: training continues after step" in output
+    assert re.search(r"died(, 1 instead of 2 workers)?: training continues after step", output)
