@@ -193,9 +193,14 @@ def test_heads_that_the_kernel_does_not_take_are_left_to_sdpa(size: int, narrow:
 
 
 @NEWER
-def test_the_trial_passes_a_kernel_that_runs_and_no_other() -> None:
-    with varlen_on_cpu():
-        assert trial(torch.float32, CPU) is None
+def test_the_trial_passes_a_kernel_that_is_right_and_no_other() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        with varlen_on_cpu():
+            assert trial(dtype, CPU) is None
+        trial.cache_clear()
+        with varlen_on_cpu(wider=1):
+            assert "its kernel is off by" in str(trial(dtype, CPU))
+        trial.cache_clear()
     assert "its kernel fails here: Could not run" in str(trial(torch.bfloat16, CPU))
 
 
