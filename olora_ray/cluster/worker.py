@@ -400,7 +400,7 @@ class Evaluator:
             except UserError as error:
                 if self.spec.config.evaluation.scorer:
                     raise UserError(f"evaluation.scorer: {error}; leave it out") from None
-                logger.warning(f"evaluation.samples: {error}: the training goes on without answers")
+                logger.warning(f"evaluation.samples: {error}: the training continues without answers")
                 self.questions = []
                 return []
 

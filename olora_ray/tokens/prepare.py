@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from olora_ray.common import storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
@@ -406,7 +406,7 @@ class StoreBuild:
         self._job, self._found, self._limits = job, found, limits
         self._stop, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._held_out: HeldOut | None = None
+        self._held_out: StoreBuild | None = None
 
     def __enter__(self) -> "StoreBuild":
         return self
@@ -419,15 +419,11 @@ class StoreBuild:
 
     def hold_apart(self, held_out: "StoreBuild") -> None:
         """Have `run` look for rows that are held out too; their store is complete."""
-        rows = np.concatenate(list(held_out._rows()))
-        self._held_out = HeldOut(rows, held_out._limits.setting)
+        self._held_out = held_out
 
     def _rows(self) -> Iterator[NDArray[np.uint64]]:
         """The digests of the rows, shard by shard."""
-        with ThreadPoolExecutor(16) as pool:
-            yield from pool.map(
-                lambda number: row_digests(_sidecar(self._job, number)), range(len(self._job.plan.shards))
-            )
+        return (row_digests(_sidecar(self._job, number)) for number in range(len(self._job.plan.shards)))
 
     @property
     def complete(self) -> bool:
@@ -452,13 +448,23 @@ class StoreBuild:
         """
         try:
             # Ray Data's stream is made, read and closed in one thread: it cannot be closed from another.
-            apart = self._held_out
-            if apart and self.complete:
+            apart, line, other = None, None, self._held_out
+            if other:
+                # The rows of both stores are read once, not at each start: there may be a billion.
+                kept = node_cache.place("held-apart", self.store.uri, other.store.uri)
+                line = node_cache.read(kept) if self.complete else None
+                if line is None:
+                    apart = HeldOut(np.concatenate(list(other._rows())), other._limits.setting)
+            if not self.complete:
+                if not make(self._job, self._found, self._limits, self._stop.is_set, cpus_held, apart):
+                    return
+                _say(self._job.plan.split, self.store.manifest)
+            elif apart:
                 for rows in self._rows():
                     apart.meet(rows)
-            elif not self.complete and make(self._job, self._found, self._limits, self._stop.is_set, cpus_held, apart):
-                _say(self._job.plan.split, self.store.manifest)
-            if apart and (line := apart.line()):
+            if apart:
+                node_cache.keep(kept, line := apart.line())
+            if line:
                 logger.warning(line)
         finally:
             self._ended.set()

@@ -87,7 +87,7 @@ class Trainer:
     def snapshot(
         self, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str
     ) -> Callable[[Path], None]:
-        """A function that writes the state of now into a folder, later: what training changes meanwhile is copied.
+        """Return a function that writes the current state into a folder later: what training changes is copied.
 
         `best` is the flat vector of the best evaluation so far.
         """

@@ -89,7 +89,7 @@ def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
     why = "LlamaForCausalLM cannot answer (ValueError: no cache of this shape)"
     assert [line for line in lines if "cannot" in line] == [
-        f"warning: evaluation.samples: {why}: the training goes on without answers"
+        f"warning: evaluation.samples: {why}: the training continues without answers"
     ]
     result, _ = train(tmp_path / "two", model=model, evaluation__scorer="exact_match")
     assert result.problem == f"evaluation.scorer: {why}; leave it out"

@@ -114,7 +114,7 @@ def test_the_history_of_alpaca_is_earlier_turns() -> None:
     [({"train": False}, 0), ({"training": False}, 0), ({"loss": False}, 0), ({"train": True}, 1), ({"loss": 0.7}, 1)],
 )
 def test_an_answer_that_other_tools_do_not_train_on_is_not_supervised(mark: dict[str, Any], weight: int) -> None:
-    """Axolotl's, ms-swift's and LLaMA-Factory's keys; a number is somebody's measurement."""
+    """Axolotl's, ms-swift's and LLaMA-Factory's keys; a number is a measurement."""
     for format, field, turns in (
         ("messages", "messages", [USER, {**ANSWER, **mark}, USER, ANSWER]),
         ("sharegpt", "conversations", [TURNS[0], {"from": "gpt", "value": "a", **mark}, TURNS[0], TURNS[1]]),
