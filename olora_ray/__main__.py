@@ -17,6 +17,7 @@ from olora_ray.config import command_line
 
 COMMANDS = {
     "finetune": ("train an adapter, check it, register it; with --dry-run show what would be done", None),
+    "chat": ("put a prompt to the base and to the fine-tuned model", "olora_ray.evaluation.chat"),
     "evaluate": ("measure a model, or two side by side, on held-out rows and on tasks of lm-eval", None),
     "sweep": ("search rank, alpha, learning rate and other settings", None),
     "compare": ("compare methods of initialising an adapter on your data", None),
