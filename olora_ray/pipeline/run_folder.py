@@ -14,26 +14,10 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.load import build, dump, flatten, parse_yaml
+from olora_ray.config.load import FREE_TO_CHANGE, build, dump, flatten, parse_yaml
 from olora_ray.config.schema import Config
 from olora_ray.train import checkpoint, checkpoints
 
-FREE_TO_CHANGE = (
-    "run.storage",
-    "cluster.",
-    "data.packing",
-    "tracking.",
-    "export.",
-    "registry.",
-    "gate.",
-    "retrain.",
-    "notify.",
-    "train.activation_checkpointing",
-    "train.keep",
-    "train.log_every",
-)
-"""Fields that may differ when a run is resumed: they do not change its numbers. What follows from data.packing is in
-the digest of the tokens, and `auto` may be what was `true`."""
 PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start")
 """Fields that say where something lies: what counts is what lies there."""
 
