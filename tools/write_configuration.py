@@ -28,7 +28,7 @@ INTRO = """\
 
 <!-- Written by `make docs` from olora_ray/config/schema.py: change the descriptions there. -->
 
-A run is one YAML file of sections. Only `run.name`, `model.name` and `data.train` are required:
+A run is one YAML file of sections. Only `model.name` and `data.train` are required:
 
 ```yaml
 run: {name: support}

@@ -221,6 +221,11 @@ def names(place: str) -> list[str]:
     return sorted(info.base_name for info in _infos(place))
 
 
+def times(place: str) -> dict[str, float]:
+    """When each thing directly in a folder was changed last, in seconds since 1970, by its name; 0 if not known."""
+    return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in _infos(place)}
+
+
 def files_below(place: str) -> dict[str, int]:
     """Bytes of each file at any depth below a folder, by its path there; empty if there is no such folder."""
     root = filesystem(place)[1]

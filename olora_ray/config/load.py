@@ -1,6 +1,7 @@
 """Configs from YAML files and nested mappings, validated as a whole, and written back."""
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -14,8 +15,11 @@ from yaml.constructor import ConstructorError
 
 from olora_ray.common import secrets
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest_json
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.config.section import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
+
+logger = logging.getLogger(__name__)
 
 # Words for settings that users of other tools type, and the fields that they mean here.
 
@@ -235,6 +239,24 @@ def _quoted(value: object) -> str:
 # Dotted fields: a config as flat names and values, and changes given by such names.
 
 
+FREE_TO_CHANGE = (
+    "run.storage",
+    "cluster.",
+    "data.packing",
+    "tracking.",
+    "export.",
+    "registry.",
+    "gate.",
+    "retrain.",
+    "notify.",
+    "train.activation_checkpointing",
+    "train.keep",
+    "train.log_every",
+)
+"""Fields that may differ when a run is resumed: they do not change its numbers. What follows from data.packing is in
+the digest of the tokens, and `auto` may be what was `true`."""
+LENGTH = ("train.steps", "train.epochs")
+"""Fields of a run's length, which may become another one."""
 SOURCES = ("data.train.", "data.eval.")
 """Fields of sources, which may be given as a path alone."""
 NUMBERED = re.compile(r"data\.(train|eval)\.[0-9]+(\..+)?")
@@ -481,9 +503,24 @@ def read(path: str | Path) -> dict[str, Any]:
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it.
 
-    The section of pipelines/compare.py may stand in the same file, and is left out.
+    The section of pipelines/compare.py may stand in the same file, and is left out. A run without a name gets one.
     """
-    return validated(Config, {name: section for name, section in tree.items() if name != "compare"}, where)
+    found = validated(Config, {name: section for name, section in tree.items() if name != "compare"}, where)
+    if found.run.name == "auto":
+        found = override(found, {"run.name": _own_name(found)})
+        logger.info(f"run.name: {found.run.name}, from the settings")
+    return found
+
+
+def _own_name(config: Config) -> str:
+    """A name from the settings that decide what comes out, with paths as they are written, but for the length.
+
+    What is left at its default is not in it: a new release with a new field does not change it.
+    """
+    given = leaves(config.model_dump(mode="json", exclude_defaults=True), "")
+    others = (*FREE_TO_CHANGE, *LENGTH)
+    digest = digest_json({field: value for field, value in given if not field.startswith(others)}, length=8)
+    return f"{config.adapter.method}-r{config.adapter.rank}-{digest}"
 
 
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:

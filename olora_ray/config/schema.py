@@ -317,8 +317,9 @@ NO_GATE: Mapping[str, Any] = {"gate.metric": "eval/loss", "gate.and": []}
 class Run(Section):
     """Name, place and seed."""
 
-    name: FileName
-    """Name of the run and of its folder under `storage`: up to 200 letters, digits, '.', '_' and '-'."""
+    name: FileName = "auto"
+    """Name of the run and of its folder under `storage`: up to 200 letters, digits, '.', '_' and '-'. auto: a name from
+    adapter.method, adapter.rank and a digest of the settings that decide what comes out (not of the length)."""
     storage: Folder = "./runs"
     """Folder or s3://, gs:// URI that every node can read and write."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
@@ -447,7 +448,7 @@ class Tracking(Section):
 class Config(Section):
     """One run, whole."""
 
-    run: Run
+    run: Run = Run()
     model: Model
     data: Data
     adapter: Adapter = Adapter()

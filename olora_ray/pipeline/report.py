@@ -20,8 +20,8 @@ def already_finished(folder: RunFolder, result: dict[str, Any]) -> None:
     loss = result.get("metrics", {}).get("eval/loss")
     shown = f", eval loss {loss:.4f}" if loss is not None else ""
     logger.info(
-        f"run {folder.config.run.name!r} is finished already{shown}: see {folder.config.folder()};"
-        " to train again, set another run.name or delete that folder"
+        f"run {folder.config.run.name!r} is finished already{shown}: see {folder.config.folder()}; to train longer,"
+        " raise train.steps or train.epochs; to train again, set another run.name or delete that folder"
     )
     if changes := folder.delivered_otherwise():
         logger.warning(

@@ -5,6 +5,7 @@ A run is known by its settings and by the contents of its model and data: these 
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -14,26 +15,13 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.load import build, dump, flatten, parse_yaml
+from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, build, dump, flatten, parse_yaml
 from olora_ray.config.schema import Config
+from olora_ray.tracking.checksums import SETTINGS
 from olora_ray.train import checkpoint, checkpoints
 
-FREE_TO_CHANGE = (
-    "run.storage",
-    "cluster.",
-    "data.packing",
-    "tracking.",
-    "export.",
-    "registry.",
-    "gate.",
-    "retrain.",
-    "notify.",
-    "train.activation_checkpointing",
-    "train.keep",
-    "train.log_every",
-)
-"""Fields that may differ when a run is resumed: they do not change its numbers. What follows from data.packing is in
-the digest of the tokens, and `auto` may be what was `true`."""
+logger = logging.getLogger(__name__)
+
 PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start")
 """Fields that say where something lies: what counts is what lies there."""
 
@@ -46,6 +34,16 @@ def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         if not field.startswith(FREE_TO_CHANGE) and not PLACES.fullmatch(field)
     }
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
+
+
+def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in bound_settings(settings).items() if field not in LENGTH}
+
+
+def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The field that says how long a run is: train.epochs counts where train.steps is not set."""
+    field = "train.epochs" if settings["train.steps"] is None else "train.steps"
+    return {field: settings[field]}
 
 
 def where_now(folder: str, storage_root: str) -> str:
@@ -81,21 +79,41 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        Raises UserError if not; TryAgain if an object store does not answer now. Leaves nothing behind.
+        One of another length goes on where it is, if it can. Raises UserError if not; TryAgain if an object store does
+        not answer now. Leaves nothing behind.
         """
         storage.check(self.config.run.storage, "run.storage")
         try:
-            shown = self.other_settings() if checkpoints.names(self.checkpoints) or self.finished() else ""
+            problem = self._problem()
         except UnicodeDecodeError:
             raise UserError(f"{self.settings}: not UTF-8 text; put it back, or delete {self.root}") from None
         except OSError as error:
             kind = TryAgain if isinstance(error, StoreUnavailable) else UserError
             raise kind(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
-        if shown:
-            raise UserError(
-                f"run.name: {self.config.run.name!r} exists with other settings ({shown});"
-                f" choose another run.name or delete {self.root}"
-            )
+        if problem:
+            raise UserError(f"{problem}; choose another run.name, or leave it out, or delete {self.root}")
+
+    def _problem(self) -> str:
+        """Why the config cannot be that of the training that has this name; empty if it can, or there is none."""
+        there = checkpoints.names(self.checkpoints)
+        if not there and self._result() is None:
+            return ""
+        run = f"{self.config.run.name!r}"
+        if self._changes(_all_but_length):
+            return f"run.name: {run} exists with other settings ({self.other_settings()})"
+        if not (shown := self._changes(_length)):
+            return ""
+        if not there:
+            return f"run.name: {run} has no checkpoint to continue from ({shown})"
+        train, kept, done = self.config.train, self._kept().train, checkpoints.last_step(self.checkpoints)
+        state = (_read_json(self.training) or {}).get("state")
+        if train.early_stop and isinstance(state, dict) and state.get("stale", 0) >= train.early_stop:
+            return f"train.early_stop: {run} has ended early, after step {done}: more steps are not trained ({shown})"
+        # How many steps the epochs have is not known here.
+        more_epochs = train.steps is None and kept.steps is None and train.epochs > kept.epochs
+        if more_epochs or (train.steps or 0) >= done:
+            return ""
+        return f"train.steps: {run} has done {done} steps ({shown}): set train.steps={done} or more"
 
     def other_settings(self) -> str:
         """The settings that decide numbers and were others when the name was claimed, with both values."""
@@ -113,10 +131,12 @@ class RunFolder:
         """The first fields of `part` that differ from the config that was kept, with both values."""
         if not storage.exists(self.settings):
             return ""
-        kept = build(parse_yaml(storage.read_text(self.settings), self.settings), self.settings)
-        old, new = part(flatten(kept)), part(flatten(self.config))
+        old, new = part(flatten(self._kept())), part(flatten(self.config))
         changed = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
         return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
+
+    def _kept(self) -> Config:
+        return build(parse_yaml(storage.read_text(self.settings), self.settings), self.settings)
 
     def require_same(self, contents: Mapping[str, str]) -> None:
         """Raise UserError if the run was trained with other contents than these, by their names in its identity.
@@ -129,11 +149,25 @@ class RunFolder:
             checkpoint.require_same({**contents, **found}, contents, where)
 
     def claim(self) -> None:
-        """Keep the config: from now on the name is this run's."""
+        """Keep the config: from now on the name is this run's. If its length is another one, it has not ended."""
+        if shown := self._changes(_length):
+            if step := checkpoints.last_step(self.checkpoints):
+                logger.info(
+                    f"{shown}: training goes on after step {step} with the optimizer's state; from there the learning"
+                    " rate follows the schedule of the new length, so the result is that of a run which had this length"
+                    " from its start only with train.schedule=constant and train.warmup=0"
+                )
+            # Before the config: with the new one they would be the results of a run that has not ended.
+            storage.remove(self.training)
+            storage.remove(self.result)
         storage.write_text(self.settings, dump(self.config))
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a run that ended well; None if there is none, or it is damaged."""
+        """The result of a run of this length that ended well; None if there is none, or it is damaged."""
+        found = self._result()
+        return None if found is None or self._changes(_length) else found
+
+    def _result(self) -> dict[str, Any] | None:
         found = _read_json(self.result)
         metrics = found.get("metrics", {}) if found else None
         whole = isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())
@@ -155,11 +189,12 @@ class RunFolder:
         storage.write_text(self.parity, json.dumps(content, indent=2) + "\n")
 
     def trained(self) -> str | None:
-        """The text of training.json, if training has ended. Raises OSError if it cannot be read now."""
+        """The text of training.json, if training of this length has ended. Raises OSError if it cannot be read now."""
         try:
-            return storage.read_text(self.training)
+            text = storage.read_text(self.training)
         except (FileNotFoundError, UnicodeDecodeError):
             return None
+        return None if self._changes(_length) else text
 
     def write_training(self, text: str) -> None:
         """Keep what training gave, so that what comes after it can be repeated alone."""
@@ -225,7 +260,7 @@ TAGS = {
     "base": "olora.base_digest",
     "data": "olora.data_digest",
     "held_out": "olora.held_out_digest",
-    "settings": "olora.settings_digest",
+    "settings": SETTINGS,
 }
 WORDS = {"base": "base model", "data": "training data", "held_out": "held-out data", "settings": "settings"}
 

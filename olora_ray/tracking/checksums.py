@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 RUN = "olora.run_folder"
 """Tag of a version: the folder of the run that made it."""
+SETTINGS = "olora.settings_digest"
+"""Tag of a version: what it was trained with. A run that is made longer has a version of each length."""
 
 # A version of a registered model, as the rest of the project sees it.
 

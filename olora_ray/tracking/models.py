@@ -28,7 +28,7 @@ from olora_ray.common.fault_points import reached
 from olora_ray.config.schema import AnyConfig
 from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
-from olora_ray.tracking.checksums import Version, name_filter
+from olora_ray.tracking.checksums import SETTINGS, Version, name_filter
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import resolve_uri
@@ -242,13 +242,14 @@ ABOUT = """The versions of this model were trained by olora_ray. Each has a desc
 def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: Mapping[str, object]) -> int:
     """Log `contents` as a model of the tracker's run, register it under `name`, set `alias`; returns the version.
 
-    Safe to repeat: whatever an interrupted call has made for this run is resumed. An alias never goes back from a newer
-    version, nor to one that was judged or rolled back. Raises UserError for a name MLflow refuses.
+    Safe to repeat: whatever an interrupted call has made for this run, with these settings, is resumed. An alias never
+    goes back from a newer version, nor to one that was judged or rolled back. Raises UserError for a name that MLflow
+    refuses.
     """
     client = tracker.client()
     texts = _texts(contents, tags)
     versions = client.search_model_versions(f"run_id = '{tracker.run_id}'")
-    found = next((version for version in versions if version.name == name), None)
+    found = next((each for each in versions if each.name == name and _is_of(each, texts)), None)
     if found is None:
         _create(client, name)
         model = client.get_logged_model(log_model(tracker, contents, tags))
@@ -277,10 +278,11 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
 
     client, run_id = tracker.client(), tracker.run_id
     experiment = client.get_run(run_id).info.experiment_id
-    there = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'")
+    texts = _texts(contents, tags)
+    of_run = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'")
+    there = [each for each in of_run if _is_of(each, texts)]
     if there and str(there[0].status) == "READY" and checksums.TAG in there[0].tags:
         return str(there[0].model_id)
-    texts = _texts(contents, tags)
     model = there[0] if there else client.create_logged_model(experiment, contents.name, run_id, texts)
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
@@ -314,6 +316,11 @@ def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
         aliases.promote(number, "registered with registry.alias=champion")
     else:
         aliases.client.set_registered_model_alias(aliases.name, alias, number)
+
+
+def _is_of(made: "ModelVersion | LoggedModel", texts: Mapping[str, str]) -> bool:
+    """True if a version or logged model of a run was made with the settings in `texts`."""
+    return bool(made.tags.get(SETTINGS) == texts.get(SETTINGS))
 
 
 def _texts(contents: Contents, tags: Mapping[str, object]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from comparison import grid
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.command_line import resolved
-from olora_ray.config.load import changed, flatten, override, read, validated
+from olora_ray.config.load import build, changed, flatten, override, read, validated
 from olora_ray.config.schema import Adapter, Config, Section
 
 logger = logging.getLogger("olora_ray.comparison")
@@ -85,8 +85,9 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
     found = command_line.parse(argv, usage, options=OPTIONS, fields=ComparedConfig)
     if len(files := found.names()) != 1:
         raise UserError(f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how")
-    whole = validated(ComparedConfig, changed(read(files[0]), found.changes()), files[0])
-    config = resolved(Config(**{name: getattr(whole, name) for name in Config.model_fields}), Path.cwd())
+    tree = changed(read(files[0]), found.changes())
+    whole = validated(ComparedConfig, tree, files[0])
+    config = resolved(build(tree, files[0]), Path.cwd())
     methods = _methods(found.options.get("--methods", "lora,olora"))
     seeds = _seeds(config, found.options.get("--seeds", str(SEEDS)))
     budget = _seconds(found.options["--budget"]) if "--budget" in found.options else None

@@ -149,6 +149,25 @@ def test_a_resumed_run_ends_with_the_same_bytes(
 
 
 @pytest.mark.lengthy
+def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Its data and random numbers are those of a run of that length, and its rates from there on."""
+    flat: dict[str, Any] = {"train__schedule": "constant", "train__warmup": 0.0}
+    for schedule in (flat, {}):
+        short, long = tmp_path / f"short{len(schedule)}", tmp_path / f"long{len(schedule)}"
+        train(short, **schedule)
+        _, whole = train(long, train__steps=10, **schedule)
+        result, channel = train(short, train__steps=10, **schedule)
+        assert [(each.step, each.total) for each in channel.messages if isinstance(each, Resumed)] == [(6, 10)]
+        later = {step: rate for step, rate in whole.metrics("train/lr").items() if step > 6}
+        assert channel.metrics("train/lr") == later
+        assert result.state is not None
+        assert [row["step"] for row in result.state.history if "train/loss" in row] == list(range(1, 11))
+        assert same(adapter(short, 10), adapter(long, 10)) == bool(schedule)
+    moments = [(tmp_path / name / checkpoints.name_of(10) / checkpoint.OPTIMIZER) for name in ("short2", "long2")]
+    assert moments[0].read_bytes() == moments[1].read_bytes()
+
+
+@pytest.mark.lengthy
 def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
     def kinds(result: TrainResult) -> list[str]:
         assert result.state is not None

@@ -44,6 +44,12 @@ def test_a_comparison_has_a_name_of_its_own_and_the_same_rules_for_all(
     assert config.run.seed not in found.seeds
 
 
+def test_a_comparison_without_a_name_has_one_of_its_settings(file: str) -> None:
+    names = [parse([file, "run.name=auto", word], "usage").config.run.name for word in ("run.seed=17", "train.lr=0.5")]
+    assert all(re.fullmatch("olora-r16-[0-9a-f]{8}-compare", name) for name in names)
+    assert names[0] != names[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

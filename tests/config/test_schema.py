@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, dump, flatten, load, override, parse_assignments, parse_yaml
+from olora_ray.config.load import build, changed, dump, flatten, load, override, parse_assignments, parse_yaml
 from olora_ray.config.schema import IN_STORAGE, Cluster, Config, EvaluationConfig, Model, Source
 from tests import tiny
 
@@ -75,7 +75,7 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
         ({"adapter": {"dropout": 1.0}}, ["adapter.dropout: ", "less than 1"]),
         ({"train": {"lr": -1.0}}, ["train.lr: ", "greater than 0"]),
         ({"cluster": {"gpus_per_worker": "some"}}, ["cluster.gpus_per_worker: ", "(got 'some')"]),
-        ({"run": {}}, ["run.name: required, but not set"]),
+        ({"run": {"name": ""}}, ["run.name: a name has letters, digits"]),
         ({"data": {"train": [{"format": "text"}]}}, ["data.train.0.path: required, but not set"]),
         ({"gate": {"and": [{"metric": "eval/loss"}]}}, ["gate.and.0: set at_least or at_most"]),
         ({"gate": {"metric": "eval/exact_match"}}, ["gate: metric eval/exact_match is not measured", "scorer"]),
@@ -235,9 +235,38 @@ def test_other_addresses_and_paths_are_taken(place: str) -> None:
     assert build(tree(run={"name": "a", "storage": place})).run.storage == place
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "same"),
+    [
+        ("run.storage", "/elsewhere", True),
+        ("train.steps", 7, True),
+        ("train.epochs", 3, True),
+        ("train.keep", 9, True),
+        ("cluster.workers", 4, True),
+        ("registry.model", "m", True),
+        ("data.max_length", 512, True),  # its default
+        ("train.lr", 0.5, False),
+        ("run.seed", 1, False),
+        ("model.name", "n", False),
+        ("data.train.0.path", "b.jsonl", False),
+        ("data.eval", "b.jsonl", False),
+        ("adapter.rank", 32, False),
+    ],
+)
+def test_a_run_without_a_name_gets_one_from_what_decides(field: str, value: Any, same: bool) -> None:
+    name = "olora-r16-081258a9"  # also of later versions: a run that was interrupted is found by it
+    assert build(tree(run={})).run.name == build(tree(run={"name": "auto"})).run.name == name
+    own = build(changed(tree(run={}), {field: value})).run.name
+    assert (own == name) == same
+    assert own.startswith("olora-r32-" if field == "adapter.rank" else "olora-r16-")
+
+
 def test_all_problems_are_told_together() -> None:
     message = problem(
-        adapter={"rank": 0, "alpah": 3, "targets": 3}, train={"lr": []}, cluster={"gpus_per_worker": "some"}, run={}
+        adapter={"rank": 0, "alpah": 3, "targets": 3},
+        train={"lr": []},
+        cluster={"gpus_per_worker": "some"},
+        run={"name": ""},
     )
     for field in [
         "adapter.rank",

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.config.load import load, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.train.checkpoint import TrainState
 from tests import tiny
+from tests.said import said
 
 
 @pytest.fixture
@@ -49,7 +52,6 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
         ("data.train", [{"path": "unused.jsonl"}, {"path": "another.jsonl"}]),
         ("train.start", "/a/checkpoint"),
         ("run.seed", 4),
-        ("train.steps", 7),
         ("adapter.targets", ["q_proj"]),
         ("data.eval", [{"path": "e.jsonl"}]),
     ],
@@ -61,8 +63,103 @@ def test_a_name_with_other_settings_is_refused(config: Config, field: str, value
     message = str(caught.value)
     assert message.startswith("run.name: 'mine' exists with other settings (")
     assert field in message
-    assert "choose another run.name or delete" in message
+    assert f"; choose another run.name, or leave it out, or delete {config.folder()}" in message
     assert load(RunFolder(config).settings) == config
+
+
+def ended(config: Config, step: int = 6, stale: int = 0) -> RunFolder:
+    """A run that has ended after so many steps."""
+    folder = begin(config)
+    (Path(folder.checkpoints) / f"step-{step:07d}").mkdir()
+    folder.write_training(TrainResult(state=TrainState(step=step, stale=stale)).to_json())
+    folder.write_result({"steps": step, "metrics": {}})
+    return folder
+
+
+LONGER: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"train.steps": 6}, {"train.steps": 12}),
+    ({"train.epochs": 1}, {"train.epochs": 2}),
+    ({"train.epochs": 1}, {"train.steps": 8}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), LONGER)
+def test_a_run_may_be_made_longer_and_has_not_ended_then(
+    config: Config, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    short = ended(override(config, before))
+    longer = RunFolder(override(short.config, after))
+    for _ in range(2):  # until it is claimed the shorter run is as it was, whatever was looked at
+        longer.check()
+        assert (longer.finished(), longer.trained()) == (None, None)
+        assert short.finished() == {"steps": 6, "metrics": {}}
+        assert short.trained()
+    with said() as lines:
+        longer.claim()
+        RunFolder(longer.config).claim()
+    assert len(lines) == 1
+    assert "training goes on after step 6 with the optimizer's state; from there the learning rate follows" in lines[0]
+    assert (longer.finished(), longer.trained(), load(longer.settings)) == (None, None, longer.config)
+
+
+@pytest.mark.parametrize("written", range(3))
+def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config: Config, written: int) -> None:
+    short = ended(override(config, {"train.steps": 6}))
+    longer = RunFolder(override(short.config, {"train.steps": 12}))
+    left, kill = iter(range(written)), KeyboardInterrupt()
+
+    def limited(change: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            if next(left, None) is None:
+                raise kill
+            change(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("remove", "write_text"):
+            patch.setattr(storage, name, limited(getattr(storage, name)))
+        with pytest.raises(KeyboardInterrupt):
+            longer.claim()
+    for each in (short, longer):
+        each.check()
+        assert each is short or (each.finished(), each.trained()) == (None, None)
+    assert (short.finished() is None) == (written == 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({"train.steps": 6}, {"train.steps": 5}, "train.steps: 'mine' has done 6 steps (train.steps was 6, is 5): set"),
+        ({"train.epochs": 2}, {"train.epochs": 1}, "train.steps: 'mine' has done 6 steps (train.epochs was 2.0, is 1"),
+        ({"train.steps": 6}, {"train.steps": None}, "train.steps: 'mine' has done 6 steps (train.epochs was None"),
+        ({"train.steps": 6, "train.early_stop": 2}, {"train.steps": 9}, "train.early_stop: 'mine' has ended early, af"),
+        ({"train.steps": 6}, {"train.steps": 9, "train.lr": 1}, "run.name: 'mine' exists with other settings (train.l"),
+    ],
+)
+def test_a_length_that_a_run_cannot_have_is_refused(
+    config: Config, before: dict[str, Any], after: dict[str, Any], told: str
+) -> None:
+    folder = ended(override(config, before), stale=2)
+    with pytest.raises(UserError) as caught:
+        RunFolder(override(folder.config, after)).check()
+    assert str(caught.value).startswith(told)
+    assert folder.finished()
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_to_be_longer(config: Config) -> None:
+    folder = ended(override(config, {"train.steps": 6}))
+    storage.remove(folder.checkpoints)
+    folder.check()
+    with pytest.raises(UserError, match="'mine' has no checkpoint to continue from"):
+        RunFolder(override(folder.config, {"train.steps": 9})).check()
+
+
+def test_epochs_that_do_not_count_are_no_other_length(config: Config) -> None:
+    folder = ended(override(config, {"train.steps": 6}))
+    with pytest.raises(UserError, match="other settings"):
+        RunFolder(override(folder.config, {"train.epochs": 3, "adapter.rank": 8})).check()
+    assert RunFolder(override(folder.config, {"train.epochs": 3})).finished()
 
 
 ELSEWHERE = {

@@ -126,6 +126,31 @@ def test_a_run_name_with_another_config_is_refused(finished: tuple[Path, str]) -
     assert done.stderr.startswith("error: run.name: 'small' exists with other settings (adapter.rank was 4, is 8)")
 
 
+def test_a_finished_run_is_trained_longer_by_more_steps(tiny_model: Path, corpus: Path) -> None:
+    from mlflow import MlflowClient
+
+    file = project.write_config(corpus, project.settings(corpus, tiny_model))
+    results, logs = [], []
+    for steps in (3, 5, 5):
+        done = project.finetune(file, f"train.steps={steps}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        results.append(json.loads((corpus / "runs" / "small" / "result.json").read_text()))
+        logs.append(done.stdout)
+    assert "train.steps was 3, is 5: training goes on after step 3 with the optimizer's state" in logs[1]
+    assert "training continues after step 3 of 5" in logs[1]
+    assert "olora initialisation" not in logs[1]
+    assert "finished already" in logs[2]
+    assert [each["steps"] for each in results] == [3, 5, 5]
+    assert [each["registered"]["version"] for each in results] == [1, 2, 2]
+    assert json.loads((corpus / "runs" / "small" / "export" / "parity.json").read_text())["step"] == 5
+    assert len({each["mlflow"]["run_id"] for each in results}) == 1
+    client, run_id = MlflowClient(results[0]["mlflow"]["uri"]), results[0]["mlflow"]["run_id"]
+    assert [metric.step for metric in client.get_metric_history(run_id, "train/loss")] == [1, 2, 3, 4, 5]
+    fewer = project.finetune(file, "train.steps=4")
+    assert fewer.returncode == 2
+    assert fewer.stderr.startswith("error: train.steps: 'small' has done 5 steps (train.steps was 5, is 4): set train.")
+
+
 @pytest.mark.slow  # in make test a run that is killed gives the same bytes
 def test_two_identical_runs_give_the_same_adapter_bytes(
     finished: tuple[Path, str], small_shards: dict[str, str], tmp_path: Path

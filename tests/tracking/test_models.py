@@ -91,6 +91,18 @@ def test_registering_again_gives_the_same_version(triage: run.Tracker, merged: P
     assert len(client.search_model_versions("name = 'triage'")) == 1
 
 
+def test_a_run_that_was_made_longer_has_a_version_of_each_length(tracker: run.Tracker, merged: Path) -> None:
+    numbers = [
+        models.register(tracker, Contents(merged), "longer", "candidate", {checksums.SETTINGS: settings})
+        for settings in ("six steps", "six steps", "ten steps", "ten steps")
+    ]
+    assert numbers == [1, 1, 2, 2]
+    aliases = Aliases(tracker.uri, "longer")
+    assert aliases.current() == {"candidate": "2"}
+    assert len({aliases.place(number) for number in "12"}) == 2
+    assert [aliases.version(number).tags[checksums.SETTINGS] for number in "12"] == ["six steps", "ten steps"]
+
+
 def test_a_copy_that_was_interrupted_is_filled_again(
     tracker: run.Tracker, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

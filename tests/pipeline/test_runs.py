@@ -1,0 +1,77 @@
+"""The table of runs says what a storage has, also where something in it is damaged."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common import storage
+from olora_ray.pipeline import runs
+from olora_ray.pipeline.run import only_driver
+from olora_ray.pipeline.run_folder import RunFolder
+from tests import tiny
+
+RESULT = {
+    "steps": 6,
+    "metrics": {"eval/loss": 0.5},
+    "eval_loss_before": 1.25,
+    "registered": {"model": "m", "version": 3},
+}
+
+
+def made(root: str, name: str, step: int = 4, **changes: object) -> RunFolder:
+    """A run that has trained for a while."""
+    folder = RunFolder(tiny.config(run__name=name, run__storage=root, **{"train__steps": 6, **changes}))
+    folder.claim()
+    storage.write_text(storage.join(folder.checkpoints, f"step-{step:07d}", "manifest.json"), "{}")
+    return folder
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize("place", ["tmp_path", "bucket"])
+def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequest) -> None:
+    root = str(request.getfixturevalue(place))
+    for other in ("tokens/ab/manifest.json", "locks/runs/x.json", ".hidden/config.yaml", "own/notes.txt", "mlflow.db"):
+        storage.write_text(storage.join(root, other), "{}")
+    storage.write_text(storage.join(root, "found/search.json"), "{}")
+    storage.write_text(storage.join(root, "found/best.yaml"), "")
+    storage.write_text(storage.join(root, "x-compare/compare.json"), "{}")
+    made(root, "done", 6, data__train=["/rows/a.jsonl", "b.jsonl"], model__name="org/base").write_result(RESULT)
+    made(root, "early", train__steps=None).write_result({**RESULT, "stopped_early": True, "registered": None})
+    made(root, "night-1", registry__alias="challenger", registry__model="m")
+    for file, text in (("config.yaml", "run: {"), ("result.json", "{"), ("result.json", "[1]")):
+        folder = made(root, f"bad-{len(text)}")
+        storage.write_text(storage.join(folder.root, file), text)
+    storage.remove(made(root, "bad").settings)
+    with only_driver(made(root, "now").config):
+        lines = runs.table(root)
+    assert lines[0].split() == list(runs.HEAD)
+    cells = {line.split("  ")[0]: " ".join(line.split()[1:-2]) for line in lines[1:]}
+    assert cells == {
+        "done": "finished 6/6 1.2500 > 0.5000 m/3 org/base a.jsonl +1",
+        "early": "finished early 6 (1 epochs) 1.2500 > 0.5000 - unused unused.jsonl",
+        "found": "search, finished - - - - -",
+        "x-compare": "comparison, interrupted - - - - -",
+        "night-1": "retraining, interrupted 4/6 - > - - unused unused.jsonl",
+        "now": "running 4/6 - > - - unused unused.jsonl",
+        "bad": "damaged: config.yaml - - - - -",
+        "bad-6": "damaged: config.yaml - - - - -",
+        "bad-1": "damaged: result.json - - - - -",
+        "bad-3": "damaged: result.json - - - - -",
+    }
+    assert [line[-16:] for line in lines[1:]] == sorted(line[-16:] for line in lines[1:])
+
+
+def test_the_command_needs_no_heavy_library_and_writes_nothing(tmp_path: Path) -> None:
+    made(str(tmp_path), "mine")
+    before = sorted(tmp_path.rglob("*"))
+    code = (
+        "import sys; from olora_ray.pipeline import runs; runs.main(sys.argv[1:]); runs.main([sys.argv[1] + '/no'])\n"
+        "print([name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    _, row, nothing, heavy = done.stdout.splitlines()
+    assert row.startswith("mine  interrupted  4/6")
+    assert (nothing, heavy) == (f"no runs in {tmp_path}/no", "[]")
+    assert sorted(tmp_path.rglob("*")) == before
