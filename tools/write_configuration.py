@@ -71,7 +71,7 @@ Other secrets come from the variables that their libraries read, on every node: 
 """
 
 
-SCHEMAS = {"config": ComparedConfig, "space": Space}
+SCHEMAS: dict[str, type[Section]] = {"config": ComparedConfig, "space": Space}
 """Kind of file -> the section that it is; a config may have the section of a comparison."""
 
 

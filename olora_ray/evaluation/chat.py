@@ -9,6 +9,7 @@ PROMPT    in quotes; without it each line that is typed is a prompt of its own, 
 Answers are greedy, like the sample answers of a run, and have up to evaluation.max_new_tokens tokens.
 """
 
+import logging
 import re
 import sys
 import textwrap
@@ -21,6 +22,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.load import parse_assignments
 
+logger = logging.getLogger(__name__)
+
 FIELD = re.compile(r"\w+(\.\w+)+=")
 
 
@@ -31,7 +34,9 @@ def main(argv: list[str]) -> None:
     run, *prompts = [word for word in found.words if word not in settings] or [""]
     if not run or len(prompts) > 1:
         raise UserError("arguments: expected a run, and a prompt in quotes; --help shows how")
-    answers = Answers(_finished(run), parse_assignments(settings), found.options.get("--system"))
+    folder = _finished(run)
+    logger.info(f"{folder}: loading its base model and adapter")
+    answers = Answers(folder, parse_assignments(settings), found.options.get("--system"))
     for prompt in prompts or _lines():
         for name, adapted in (("base", False), ("fine-tuned", True)):
             text = answers(prompt, adapted) or "(nothing)"

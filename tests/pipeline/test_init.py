@@ -42,7 +42,9 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
     assert (found.data.eval, found.data.eval_fraction) == ((), 0.1)
     assert found.train.global_batch >= found.train.micro_batch * found.cluster.max_workers()
     printed = capsys.readouterr().out
-    assert "held out: eval_fraction: 0.1  # about 20 of 200 rows\n" in printed
+    assert printed.startswith(
+        "chats.jsonl: about 200 rows of format messages\nheld out: eval_fraction: 0.1  # about 20 rows\n"
+    )
     assert re.findall(r"^  olora-ray (.*?)(?:  #.*)?$", printed, re.MULTILINE) == [
         "finetune my_run.yaml --dry-run",
         "finetune my_run.yaml",
@@ -51,8 +53,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
     text = Path("my_run.yaml").read_text(encoding="utf-8")
     assert mistakes("config", parse_yaml(text, "my_run.yaml")) == []
     assert Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")).is_file()
-    assert Path("my_run.yaml").exists()
-    assert not Path("my_run.jsonl").exists()
+    assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "my_run.yaml"]
 
 
 @pytest.mark.lengthy
@@ -88,10 +89,10 @@ def test_rows_that_stand_there_twice_do_not_stop_the_run(folder: Path, capsys: p
     data = rows("chats.jsonl", [*range(200), *range(150)])
     found = written(data, model)
     assert (
-        "150 of 350 rows stand there twice or cannot be used; my_run.jsonl is without them" in capsys.readouterr().out
+        "\n150 of them repeat others or cannot be used; my_run.rows.jsonl is without these\n" in capsys.readouterr().out
     )
-    assert [each.path for each in found.data.train] == ["my_run.jsonl"]
-    assert Path("my_run.jsonl").read_text() == Path(rows("once.jsonl", range(200))).read_text()
+    assert [each.path for each in found.data.train] == ["my_run.rows.jsonl"]
+    assert Path("my_run.rows.jsonl").read_text() == Path(rows("once.jsonl", range(200))).read_text()
     dry_run(command_line.resolved(found, folder))
     with pytest.raises(UserError, match="held-out rows are training rows too"):
         dry_run(command_line.resolved(load("my_run.yaml", {"data.train.0.path": data}), folder))
@@ -113,6 +114,15 @@ def test_any_path_is_written_as_it_is_and_gives_a_name(data: str, name: str) -> 
     assert (found.data.train[0].path, found.run.name, found.model.name) == (data, name, "1e3")
 
 
+def test_fields_of_the_data_are_taken_and_no_others() -> None:
+    Path("a.jsonl").write_text(json.dumps({"ask": "1?", "say": "2"}) + "\n")
+    words = ("data.train.0.format=prompt_completion", "data.train.0.fields={prompt: ask, completion: say}")
+    (source,) = written("a.jsonl", *words).data.train
+    assert (source.format, source.fields) == ("prompt_completion", {"prompt": "ask", "completion": "say"})
+    with pytest.raises(UserError, match=r"^argument train\.lr: set it in the config, when that is written$"):
+        init.main(["a.jsonl", "train.lr=1", "--out", "b.yaml"])
+
+
 def test_data_of_the_hub_is_left_to_the_run() -> None:
     found = written("hf://tatsu-lab/alpaca")
     assert (found.run.name, found.data.train[0].path) == ("alpaca", "hf://tatsu-lab/alpaca")
@@ -123,12 +133,14 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
     good = rows("good.jsonl", range(40))
     Path("bad.jsonl").write_text('{"a": 1}\n' * 20)
     Path("mine.jsonl").write_text("mine")
+    Path("x.rows.jsonl").write_text("mine")
     for words, said in (
         (["bad.jsonl"], r"^data\.train\.0: none of the 14 rows that were looked at can be used"),
         (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file"),
         ([], "^arguments: expected DATA, and perhaps a MODEL; --help shows how"),
         ([good, "model", "more"], "^arguments: expected DATA"),
-        ([good, "--out", "mine.yaml"], r"^mine\.jsonl: is there already; move it away, or name another config"),
+        ([good, good, "--out", "mine.jsonl"], r"^mine\.jsonl: is there already; move it away, or name another config"),
+        ([rows("twice.jsonl", [1] * 40), "--out", "x.yaml"], r"^x\.rows\.jsonl: is there already; move it away"),
     ):
         with pytest.raises(UserError, match=said):
             init.main(words)
