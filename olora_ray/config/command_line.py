@@ -69,32 +69,29 @@ def default(field: FieldInfo) -> str:
     return "required" if field.is_required() else plain(field.get_default(call_default_factory=True))
 
 
-FIRST = {
-    "run": ("name",),
-    "model": ("name",),
-    "data": ("train", "eval", "max_length"),
-    "adapter": ("rank", "alpha"),
-    "train": ("epochs", "global_batch", "micro_batch", "lr"),
-    "cluster": ("workers",),
-    "tracking": ("uri",),
-    "registry": ("model",),
-}
-"""The fields that a first run sets, by section: those of --help."""
+FIRST = (
+    *("run.name", "model.name", "data.train", "data.eval", "data.max_length", "adapter.rank", "adapter.alpha"),
+    *("train.epochs", "train.global_batch", "train.micro_batch", "train.lr"),
+    *("cluster.workers", "tracking.uri", "registry.model"),
+)
+"""The fields that a first run sets: those of --help."""
 
 
-def help_text(config: type[Section] = Config, only: Mapping[str, Collection[str]] | None = None) -> str:
+def help_text(config: type[Section] = Config, only: Collection[str] | None = None) -> str:
     """The fields of a config with what they may hold, their defaults and docstrings, by section.
 
-    `only`: these, and all of a section that a command adds to a run's; None: all.
+    `only`: these, as section.field, and all of a section that a command adds to a run's; None: all.
     """
     lines = []
     for name, field in config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, Section)
-        if only is None or name in only or name not in Config.model_fields:
+        whole = only is None or name not in Config.model_fields
+        shown = None if whole else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
+        if shown != []:
             lines.append(f"{name}:")
-            lines.extend(_section(section, "  ", only and only.get(name)))
+            lines.extend(_section(section, "  ", shown))
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ PROMPT    in quotes; without it each line that is typed is a prompt of its own, 
 Answers are greedy, like the sample answers of a run, and have up to evaluation.max_new_tokens tokens.
 """
 
+import contextlib
 import logging
 import re
 import sys
@@ -58,14 +59,10 @@ def _finished(name: str) -> str:
 
 def _lines() -> Iterator[str]:
     """What is typed, or comes through a pipe."""
-    sign = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(sign)
-        except EOFError:
-            return
-        if line.strip():
-            yield line
+    with contextlib.suppress(EOFError):
+        while True:
+            if (line := input("> " if sys.stdin.isatty() else "")).strip():
+                yield line
 
 
 class Answers:

@@ -11,8 +11,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.command_line import FIRST, help_text, parse, read_arguments, read_search_arguments, resolved
-from olora_ray.config.load import load
-from olora_ray.config.schema import Config
+from olora_ray.config.load import flatten, load
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = ROOT / "pipelines" / "finetune.py"
@@ -184,9 +183,8 @@ def test_help_all_prints_every_field(config: Path, capsys: pytest.CaptureFixture
     assert help_text() in capsys.readouterr().out
 
 
-def test_the_fields_of_a_first_run_are_fields() -> None:
-    for section, names in FIRST.items():
-        assert set(names) <= set(Config.model_fields[section].annotation.model_fields)
+def test_the_fields_of_a_first_run_are_fields(config: Path) -> None:
+    assert set(FIRST) <= flatten(load(config)).keys() | {"data.train", "data.eval"}
 
 
 def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
