@@ -85,8 +85,12 @@ def test_each_command_has_its_help(olora_ray: Command, tmp_path: Path) -> None:
 
 def test_a_run_is_planned_and_the_examples_are_there(olora_ray: Command, tmp_path: Path) -> None:
     project.make_tiny(tmp_path)
-    own = project.write_config(tmp_path, project.settings(tmp_path, tmp_path / "model"), "mine.yaml")
-    for words in ([own], ["model.name=model"]):  # the second is the quickstart's config and rows
+    made = olora_ray("init", "train.jsonl", "model", folder=tmp_path)
+    assert (made.returncode, made.stderr) == (0, "")
+    schema = (tmp_path / "my_run.yaml").read_text().splitlines()[0].partition("$schema=")[2]
+    assert Path(schema).parts[-3:] == ("docs", "generated", "config.schema.json")
+    assert Path(schema).is_file()
+    for words in (["my_run.yaml"], ["model.name=model"]):  # the second is the quickstart's config and rows
         done = olora_ray("finetune", *words, "--dry-run", folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "examples, with the supervised tokens in [[ ]]" in done.stdout
