@@ -247,8 +247,8 @@ def test_all_problems_are_told_together() -> None:
         "cluster.gpus_per_worker",
         "run.name",
     ]:
-        assert f"config: {field}: " in message
-    assert "config: run.name: " in message
+        assert f" {field}: " in message
+    assert message.startswith("config has 8 problems: run.name: ")
     assert not any(word in message for word in ("tuple[", "literal[", "constrained", "Value error", "pydantic"))
 
 
@@ -551,5 +551,5 @@ def test_a_message_has_an_end_whatever_it_is_about() -> None:
     assert len(message) < 12_000
     assert message.count("\n") == 0
     assert "c4n4ry" not in message
-    assert "more" in message.rpartition(";")[2]
+    assert message.endswith("; and 4905 more")
     assert "(got 'xxx" in message
