@@ -1,6 +1,7 @@
 """Configs from YAML files and nested mappings, validated as a whole, and written back."""
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -16,6 +17,8 @@ from olora_ray.common import secrets
 from olora_ray.common.errors import Problems, UserError
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.config.section import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
+
+logger = logging.getLogger(__name__)
 
 # Words for settings that users of other tools type, and the fields that they mean here.
 
@@ -307,6 +310,8 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
             node[place] = value
         else:
             node[last] = value
+    if "train.epochs" in changes and "train.steps" not in changes and isinstance(result.get("train"), dict):
+        result["train"].pop("steps", None)  # of the two the later word is meant
     return result
 
 
@@ -468,7 +473,16 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
 
     Raises UserError that lists every problem with its field.
     """
-    return build(changed(read(path), changes or {}), str(path))
+    file, changes = read(path), changes or {}
+    tree = changed(file, changes)
+    before, train = (each["train"] if isinstance(each.get("train"), dict) else {} for each in (file, tree))
+    if before.get("steps") is not None and "steps" not in train:
+        logger.info(f"train.epochs takes the place of train.steps={before['steps']} in {path}")
+    elif train.get("steps") is not None and "train.steps" not in changes and train.get("epochs", 1) != 1:
+        logger.warning(
+            f"{path}: train.steps={train['steps']} decides; train.epochs={train['epochs']} counts for nothing beside it"
+        )
+    return build(tree, str(path))
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "run.storage",
     "cluster.",
     "data.packing",
+    "data.max_rejected",
     "tracking.",
     "export.",
     "registry.",
@@ -33,7 +34,8 @@ FREE_TO_CHANGE = (
     "train.log_every",
 )
 """Fields that may differ when a run is resumed: they do not change its numbers. What follows from data.packing is in
-the digest of the tokens, and `auto` may be what was `true`."""
+the digest of the tokens, and `auto` may be what was `true`. evaluation.* is bound: a checkpoint has the answers before
+training, result.json their scores."""
 PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start")
 """Fields that say where something lies: what counts is what lies there."""
 
