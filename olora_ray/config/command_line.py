@@ -20,15 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from olora_ray.common import logs
-from olora_ray.common.errors import (
-    Problems,
-    Stopped,
-    StoreError,
-    UserError,
-    as_user_error,
-    of_the_machine,
-    short_reason,
-)
+from olora_ray.common.errors import Stopped, StoreError, UserError, as_user_error, of_the_machine, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import is_uri
 from olora_ray.config.load import load, meant, parse_assignments, spelling_advice
@@ -348,6 +340,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     Exit code 75 means that the same command finishes the work later, 143 (SIGTERM) and 130 (Ctrl+C) that
     it was stopped and continues with the same command.
     """
+    gc.set_threshold(100_000)  # what imports make stays: to look for garbage in it took a tenth of a start
     # What the encoding of stdout does not have is written as \u2713, as on stderr: rows and names may have anything.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -358,9 +351,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         with logs.printed():
             main(sys.argv[1:])
     except (UserError, StoreError) as error:
-        # Rows and names may have anything: only our own lists have several lines.
-        lines = error.lines if isinstance(error, Problems) else [str(error)]
-        _end("\n  ".join(" ".join(line.split()) for line in ("error: " + lines[0], *lines[1:])), error.exit_code)
+        lines = getattr(error, "lines", [str(error)])  # whose words may have line breaks of their own
+        _end("error: " + "\n  ".join(" ".join(line.split()) for line in lines), error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:

@@ -474,15 +474,13 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     Raises UserError that lists every problem with its field.
     """
     file, changes = read(path), changes or {}
-    tree = changed(file, changes)
-    before, train = (each["train"] if isinstance(each.get("train"), dict) else {} for each in (file, tree))
-    if before.get("steps") is not None and "steps" not in train:
-        logger.info(f"train.epochs takes the place of train.steps={before['steps']} in {path}")
-    elif train.get("steps") is not None and "train.steps" not in changes and train.get("epochs", 1) != 1:
-        logger.warning(
-            f"{path}: train.steps={train['steps']} decides; train.epochs={train['epochs']} counts for nothing beside it"
-        )
-    return build(tree, str(path))
+    config = build(changed(file, changes), str(path))
+    before, train = (file.get("train") or {}).get("steps"), config.train
+    if before and train.steps is None and "train.epochs" in changes:
+        logger.info(f"train.epochs takes the place of train.steps={before} in {path}")
+    elif train.steps and train.epochs != 1 and "train.steps" not in changes:
+        logger.warning(f"{path}: train.steps={train.steps} decides; train.epochs={train.epochs:g} counts for nothing")
+    return config
 
 
 def read(path: str | Path) -> dict[str, Any]:

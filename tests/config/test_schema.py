@@ -452,7 +452,7 @@ def test_a_field_of_what_has_none_is_one_line(tmp_path: Path, section: str, word
     ("train", "words", "steps", "told"),
     [
         ("steps: 60", ["train.epochs=3"], None, "train.epochs takes the place of train.steps=60 in "),
-        ("steps: 60, epochs: 2", [], 60, "train.steps=60 decides; train.epochs=2 counts for nothing beside it"),
+        ("steps: 60, epochs: 2", [], 60, "train.steps=60 decides; train.epochs=2 counts for nothing"),
         ("epochs: 2", ["train.steps=9"], 9, ""),
         ("steps: 60, epochs: 1", [], 60, ""),  # as a run's config.yaml has it
     ],
