@@ -16,7 +16,6 @@ from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short
 from olora_ray.common.secrets import mask
 from olora_ray.config.load import build, dump, flatten, parse_yaml
 from olora_ray.config.schema import Config
-from olora_ray.train import checkpoint, checkpoints
 
 FREE_TO_CHANGE = (
     "run.storage",
@@ -85,6 +84,8 @@ class RunFolder:
 
         Raises UserError if not; TryAgain if an object store does not answer now. Leaves nothing behind.
         """
+        from olora_ray.train import checkpoints  # with torch, as below: a night without changes is told without it
+
         storage.check(self.config.run.storage, "run.storage")
         try:
             shown = self.other_settings() if checkpoints.names(self.checkpoints) or self.finished() else ""
@@ -125,6 +126,8 @@ class RunFolder:
 
         Those that are not given are not looked at. Does nothing for a run that has neither checkpoint nor result.
         """
+        from olora_ray.train import checkpoint
+
         found = self._identity()
         if any(found.get(what, digest) != digest for what, digest in contents.items()):
             where = f"{self.root} ({shown})" if (shown := self.moved()) else self.root
@@ -190,6 +193,8 @@ class RunFolder:
 
     def _identity(self) -> dict[str, str]:
         """Return the digests that the run was trained with, from its newest checkpoint or its result."""
+        from olora_ray.train import checkpoint, checkpoints
+
         for name in reversed(checkpoints.names(self.checkpoints)):
             state = _read_json(storage.join(self.checkpoints, name, checkpoint.STATE)) or {}
             if isinstance(found := state.get("identity"), dict):
