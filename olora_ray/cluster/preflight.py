@@ -18,7 +18,7 @@ from olora_ray.cluster import node_facts, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import node_cache, storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import of_problems
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config
@@ -293,7 +293,7 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
         problems += memory_problems(loaded, base, size, wanted, answers)
         problems += disk_problems(config, size, base)
     if problems:
-        raise UserError("; ".join(problems))
+        raise of_problems("the run cannot start here", problems)
 
 
 def recomputes(config: Config, base: BaseModel) -> bool:

@@ -315,6 +315,7 @@ def self_tested(
         start.state.self_test = {"with": used, "found": known.to_json()}
         start = replace(start, attention=_take_over(context, spec, start, known))
         return _without(context, spec, start, known.without)
+    logger.info("self-test: comparing what training computes with the model's own attention")
     problem, name = None, start.attention
     without: tuple[str, ...] = ()
     loss, adapted = start.trainer.loss, start.trainer.adapted

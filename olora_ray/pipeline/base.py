@@ -108,6 +108,7 @@ class Base:
 
 def open_base(config: AnyConfig) -> Base:
     """The base model and its tokenizer; raises UserError as `find_model`, and for a tokenizer that cannot be used."""
+    logger.info(f"opening the base model {config.model.name}")
     return with_tokenizer(find_model(config), config)
 
 

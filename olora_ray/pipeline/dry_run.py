@@ -41,6 +41,7 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     resolve_uri(config)  # nobody is asked whether it answers
     base = open_base(config)
     size = prepare.plan(config, base.model)
+    logger.info("reading rows")
     # Of many held-out rows the first 500 are read.
     held_out = describe(config, base.spec, "eval", 500) if config.data.holds_out() else None
     train = describe(config, base.spec, "train")
@@ -118,6 +119,7 @@ def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview,
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
     if why := estimate.not_measured(config, size, elsewhere):
         return f"not estimated: {why}"
+    logger.info("training on one micro-batch, to measure it")
     workers = config.cluster.max_workers()
     width = min(config.train.micro_batch, config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]

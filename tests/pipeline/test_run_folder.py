@@ -52,6 +52,7 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
         ("data.train", [{"path": "unused.jsonl"}, {"path": "another.jsonl"}]),
         ("train.start", "/a/checkpoint"),
         ("run.seed", 4),
+        ("evaluation.samples", 9),
         ("adapter.targets", ["q_proj"]),
         ("data.eval", [{"path": "e.jsonl"}]),
     ],
@@ -225,6 +226,7 @@ def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_conte
     ("field", "value"),
     [
         ("cluster.max_failures", 0),
+        ("data.max_rejected", 0.5),
         ("tracking.experiment", "x"),
         ("registry.model", "m"),
         ("notify.command", "cat"),
@@ -244,7 +246,7 @@ def test_what_does_not_change_the_numbers_may_change(config: Config, field: str,
 def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:
     folder = begin(config)
     Path(folder.settings).write_text("run: {nam: x}\n")
-    with pytest.raises(UserError, match=r"config\.yaml: run\.nam: unknown field"):
+    with pytest.raises(UserError, match=r"config\.yaml has 4 problems: .* run\.nam: unknown field"):
         folder.check()
 
 
