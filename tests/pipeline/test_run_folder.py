@@ -159,8 +159,8 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_to_be_longer(config:
 def test_epochs_that_do_not_count_are_no_other_length(config: Config) -> None:
     folder = ended(override(config, {"train.steps": 6}))
     with pytest.raises(UserError, match="other settings"):
-        RunFolder(override(folder.config, {"train.epochs": 3, "adapter.rank": 8})).check()
-    assert RunFolder(override(folder.config, {"train.epochs": 3})).finished()
+        RunFolder(override(folder.config, {"train.epochs": 3, "train.steps": 6, "adapter.rank": 8})).check()
+    assert RunFolder(override(folder.config, {"train.epochs": 3, "train.steps": 6})).finished()
 
 
 ELSEWHERE = {
@@ -246,7 +246,7 @@ def test_what_does_not_change_the_numbers_may_change(config: Config, field: str,
 def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:
     folder = begin(config)
     Path(folder.settings).write_text("run: {nam: x}\n")
-    with pytest.raises(UserError, match=r"config\.yaml has 4 problems: .* run\.nam: unknown field"):
+    with pytest.raises(UserError, match=r"config\.yaml has 3 problems: run\.nam: unknown field"):
         folder.check()
 
 
