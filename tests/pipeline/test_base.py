@@ -60,6 +60,12 @@ def test_files_that_do_not_fit_the_config_are_told_before_anything_is_prepared(t
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, file)
     with pytest.raises(UserError, match=r"model\.name: .*has no such bias"):
         open_base(config)
+    for missing in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+        save_file({name: tensor for name, tensor in tensors.items() if name != missing}, file)
+        with pytest.raises(
+            UserError, match=rf"^model\.name: .* has no weight {missing}, .* get the model's files anew"
+        ):
+            open_base(config)
 
 
 @pytest.mark.parametrize(("vocabulary", "known"), [(90, 90), (96, None), (128, None)])
