@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
-from olora_ray.data.chat_template import EXCHANGE, ChatTemplate, left_out, reasoning, text_of
+from olora_ray.data.chat_template import EXCHANGE, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import REASONING, Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenizer_spec import TokenizerSpec
@@ -80,9 +80,7 @@ class ExampleTokenizer:
         self._encoder = Encoder(spec.json, spec.name)
         self._special = self._encoder.special_ids() | {spec.eos_id}
         self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
-        self._templates = [
-            ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
-        ]
+        self._templates = [spec.compiled(tools) for tools in (False, True)]
         self._forms = [spec.chat_form(tools) for tools in (False, True)]
         self._ends = [end_of_turn(spec, self._encoder, tools) for tools in (False, True)]
 
@@ -172,7 +170,7 @@ class ExampleTokenizer:
             return text[place + len(tail) :]
         raise Rejected(
             "template",
-            f"the chat template of {self._spec.name} does not continue its own generation prompt: message"
+            f"{self._spec.what} does not continue its own generation prompt: message"
             f" {number + 1} should start after {before[max(0, same - 20) :][:60]!r}, but is"
             f" {text[max(0, same - 20) :][:60]!r}: take such rows out, or {ANOTHER}",
         )
@@ -188,7 +186,7 @@ class ExampleTokenizer:
                 if why is not None and (not isinstance(why, str) or why.strip() not in text[start:]):
                     raise Rejected(
                         "template",
-                        f"message {number + 1}: the chat template of {self._spec.name} leaves the reasoning out: write"
+                        f"message {number + 1}: {self._spec.what} leaves the reasoning out: write"
                         f" it into the content as <think>...</think>, take it out of the rows, or {ANOTHER}",
                     )
             if not message.get("tool_calls"):
@@ -199,13 +197,13 @@ class ExampleTokenizer:
             if text_of(message).rpartition("</think>")[2].strip() not in text[start:]:
                 raise Rejected(
                     "template",
-                    f"message {number + 1}: the chat template of {self._spec.name} leaves the text beside the tool call"
+                    f"message {number + 1}: {self._spec.what} leaves the text beside the tool call"
                     f" out: take it out of the rows, or {ANOTHER}",
                 )
             if (function := left_out(message, text[start:])) is not None:
                 raise Rejected(
                     "template",
-                    f"message {number + 1}: the chat template of {self._spec.name} leaves the tool call out (of"
+                    f"message {number + 1}: {self._spec.what} leaves the tool call out (of"
                     f" {function!r}): take rows without tool calls, or {ANOTHER}",
                 )
 
@@ -214,7 +212,7 @@ class ExampleTokenizer:
         try:
             return chosen.render(chat.messages[:stop], add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
-            what = f"the chat template of {self._spec.name} refuses the conversation"
+            what = f"{self._spec.what} refuses the conversation"
             raise Rejected("template", f"{what}: {first_line(error)}: take such rows out, or {ANOTHER}") from None
 
     def _masked(self, cuts: Sequence[str], spans: Sequence[Span]) -> Tokens:
@@ -327,7 +325,7 @@ class EndOfTurn:
 
 def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn:
     """How the template for conversations with tools, or without, ends an answer."""
-    template, form = ChatTemplate(spec.template(tools), spec.special_tokens, spec.name), spec.chat_form(tools)
+    template, form = spec.compiled(tools), spec.chat_form(tools)
 
     def written(messages: Sequence[dict[str, Any]]) -> str:
         try:
