@@ -143,18 +143,18 @@ def test_a_driver_that_is_killed_has_noted_its_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, code: str, notes: tuple[str, ...]
 ) -> None:
     """Killed in the first phase it had noted none, which was taken for another; in a later one it was missed."""
-    asked, cluster = made.comparison(tmp_path), Cluster(stop_after=14)
-    monkeypatch.setattr(folder.node_cache, "code", lambda: "one")
+    asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=14), ["one"]
+    monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
     if killed_at > 14:
         with pytest.raises(KeyboardInterrupt):
             compared(monkeypatch, asked, cluster)
-    monkeypatch.setattr(folder.node_cache, "code", lambda: code)
+    codes.append(code)
     cluster.stop_after, cluster.stop = killed_at, lambda: os.kill(os.getpid(), signal.SIGKILL)
     driver = multiprocessing.get_context("fork").Process(target=compared, args=(monkeypatch, asked, cluster))
     driver.start()
     driver.join()
     assert driver.exitcode == -signal.SIGKILL
-    monkeypatch.setattr(folder.node_cache, "code", lambda: "one")
+    codes.append("one")
     assert compared(monkeypatch, asked, Cluster()).notes == notes
 
 
