@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
-from olora_ray.data.chat_template import EXCHANGE, ChatTemplate, left_out, reasoning, text_of
+from olora_ray.data.chat_template import EXCHANGE, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import REASONING, Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenizer_spec import TokenizerSpec
@@ -36,6 +36,8 @@ Span = tuple[int, int]
 
 ANOTHER = "name another template in data.chat_template"
 CALL: dict[str, Any] = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+_STRETCH = re.compile(r".{1,524288}(?:(?<=\S)(?=\s)|\Z)|.{1,524288}", re.DOTALL)
+"""What of a document is tokenised at once, up to the end of a word: that takes 130 to 400 times its memory."""
 _OPENED, _OPENED_ALSO = re.compile(r"<think>\s*\Z"), re.compile(r"\A<think>\s*")
 
 
@@ -80,9 +82,7 @@ class ExampleTokenizer:
         self._encoder = Encoder(spec.json, spec.name)
         self._special = self._encoder.special_ids() | {spec.eos_id}
         self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
-        self._templates = [
-            ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
-        ]
+        self._templates = [spec.compiled(tools) for tools in (False, True)]
         self._forms = [spec.chat_form(tools) for tools in (False, True)]
         self._ends = [end_of_turn(spec, self._encoder, tools) for tools in (False, True)]
 
@@ -105,7 +105,8 @@ class ExampleTokenizer:
                 texts = (example.prompt, example.completion)
                 return Begun(example, (), texts, lambda: [self._completion(example)])
             case Text():
-                return Begun(example, (), (example.text,), lambda: self._text(example))
+                stretches = _STRETCH.findall(example.text)
+                return Begun(example, (), stretches[:1], lambda: self._text(stretches))
 
     def ahead(self, begun: Sequence[Begun]) -> None:
         """Tokenise the texts of several examples together, which takes less time; the examples are finished then."""
@@ -172,7 +173,7 @@ class ExampleTokenizer:
             return text[place + len(tail) :]
         raise Rejected(
             "template",
-            f"the chat template of {self._spec.name} does not continue its own generation prompt: message"
+            f"{self._spec.what} does not continue its own generation prompt: message"
             f" {number + 1} should start after {before[max(0, same - 20) :][:60]!r}, but is"
             f" {text[max(0, same - 20) :][:60]!r}: take such rows out, or {ANOTHER}",
         )
@@ -188,7 +189,7 @@ class ExampleTokenizer:
                 if why is not None and (not isinstance(why, str) or why.strip() not in text[start:]):
                     raise Rejected(
                         "template",
-                        f"message {number + 1}: the chat template of {self._spec.name} leaves the reasoning out: write"
+                        f"message {number + 1}: {self._spec.what} leaves the reasoning out: write"
                         f" it into the content as <think>...</think>, take it out of the rows, or {ANOTHER}",
                     )
             if not message.get("tool_calls"):
@@ -199,13 +200,13 @@ class ExampleTokenizer:
             if text_of(message).rpartition("</think>")[2].strip() not in text[start:]:
                 raise Rejected(
                     "template",
-                    f"message {number + 1}: the chat template of {self._spec.name} leaves the text beside the tool call"
+                    f"message {number + 1}: {self._spec.what} leaves the text beside the tool call"
                     f" out: take it out of the rows, or {ANOTHER}",
                 )
             if (function := left_out(message, text[start:])) is not None:
                 raise Rejected(
                     "template",
-                    f"message {number + 1}: the chat template of {self._spec.name} leaves the tool call out (of"
+                    f"message {number + 1}: {self._spec.what} leaves the tool call out (of"
                     f" {function!r}): take rows without tool calls, or {ANOTHER}",
                 )
 
@@ -214,7 +215,7 @@ class ExampleTokenizer:
         try:
             return chosen.render(chat.messages[:stop], add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
-            what = f"the chat template of {self._spec.name} refuses the conversation"
+            what = f"{self._spec.what} refuses the conversation"
             raise Rejected("template", f"{what}: {first_line(error)}: take such rows out, or {ANOTHER}") from None
 
     def _masked(self, cuts: Sequence[str], spans: Sequence[Span]) -> Tokens:
@@ -247,8 +248,10 @@ class ExampleTokenizer:
         ids = np.asarray([*asked, *answer, *self._end(answer)], dtype=np.int32)
         return self._checked(ids, np.arange(len(ids)) >= len(asked))
 
-    def _text(self, example: Text) -> list[Tokens]:
-        found = self._encoder.ids(example.text)
+    def _text(self, stretches: Sequence[str]) -> list[Tokens]:
+        found: list[int] = []
+        for stretch in stretches:
+            found += self._encoder.ids(stretch, continues=bool(found))
         ids = np.asarray([*self._begin(found), *found, *self._end(found)], dtype=np.int32)
         # A piece begins with the last token of the one before: each token but the first is predicted once.
         starts = range(0, max(len(ids) - 1, 1), self._max_length - 1)
@@ -327,7 +330,7 @@ class EndOfTurn:
 
 def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn:
     """How the template for conversations with tools, or without, ends an answer."""
-    template, form = ChatTemplate(spec.template(tools), spec.special_tokens, spec.name), spec.chat_form(tools)
+    template, form = spec.compiled(tools), spec.chat_form(tools)
 
     def written(messages: Sequence[dict[str, Any]]) -> str:
         try:
