@@ -390,7 +390,10 @@ class Data(Section):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Instead of `eval`: this share of the training rows is held out."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Most tokens per sequence; a longer example is rejected, longer plain text is cut in pieces."""
+    """Most tokens per sequence; longer plain text is cut in pieces, and of what else is longer `too_long` decides."""
+    too_long: Literal["reject", "cut", "drop_turns"] = "reject"
+    """What becomes of an example of more than max_length tokens: it is rejected; cut at max_length; or, of a chat, the
+    last turns are left out, so that it ends with a whole answer."""
     packing: Literal["auto"] | bool = "auto"
     """Put several examples in one sequence; attention stays within each. auto: unless something else of the model, a
     convolution or a state, would carry from one example to the next."""

@@ -282,6 +282,7 @@ class Rules:
     seed: int
     eval_fraction: float | None
     last_turn_only: bool = False
+    too_long: str = "reject"
     draw: str = ""
     """Digest of all files: other data, as every night, draw other rows where a weight is not whole."""
 
@@ -354,6 +355,7 @@ class Plan(Rules):
             "seed": self.seed if self.split == "train" or self.eval_fraction is not None else None,
             "eval_fraction": self.eval_fraction,
             **({"last_turn_only": True} if self.last_turn_only else {}),
+            **({"too_long": self.too_long} if self.too_long != "reject" else {}),
         }
 
     def digest(self) -> str:
@@ -416,6 +418,7 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
         seed=config.run.seed,
         eval_fraction=config.data.eval_fraction,
         last_turn_only=config.data.last_turn_only,
+        too_long=config.data.too_long,
         draw=digest_json([each.sha256 for each in files], length=16) if split == "train" else "",
     )
 
