@@ -107,6 +107,7 @@ def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[
 
 def _rows(preview: Preview) -> str:
     text = f"{preview.rows:,}" if preview.exact else f"about {preview.rows:,}, of which {preview.read:,} were read"
+    text += f" ({preview.note})" if preview.note else ""
     if not (rejected := sum(preview.rejected.values())):
         return f"{text}, none rejected"
     limits = preview.limits
