@@ -287,11 +287,9 @@ class Limits:
             return
         shown = itertools.islice(listed(), 3)
         first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
-        sources, longest = set(), 0
-        for entry in listed():
-            sources.add(entry["source"])
-            if entry["reason"] == "too_long" and (found := re.match(r"\d+(?= tokens)", entry["message"])):
-                longest = max(longest, int(found[0]))
+        sources = {entry["source"] for entry in listed()}
+        told = (re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long")
+        longest = max((int(found[0]) for found in told if found), default=0)
         where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
         shorten = " or set data.too_long to drop_turns or cut" if self.too_long == "reject" else ""
         remedy = rejection_remedy(reasons, rows, where, f"{f' (up to {longest:,})' if longest else ''}{shorten}")

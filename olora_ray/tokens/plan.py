@@ -414,7 +414,7 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
         sources=sources,
         files=tuple(files),
         shards=shards,
-        max_length=config.data.max_length,
+        max_length=config.data.length(),
         packing=spec.packing(config.data.packing),
         seed=config.run.seed,
         eval_fraction=config.data.eval_fraction,
@@ -448,7 +448,8 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
     chosen = np.unique(np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64))
     kept = pieces[places[chosen]]
     rows, size = float(kept.rows.sum()) * kept_share, float(kept.sizes.sum()) * kept_share
-    share = min(limit / max(rows, 1.0), 2**22 / max(size, 1.0))  # of long rows fewer: 4 MB take some seconds
+    # Of long rows fewer, since 4 MB take some seconds; not too few, since other columns may be what makes them long.
+    share = min(limit, max(limit / 20, 2**22 * rows / max(size, 1.0))) / max(rows, 1.0)
     if share < 1.0:
         before = np.cumsum([0, *kept.units["rows"][kept.unit][:-1].tolist()]).tolist()
         takes = [(-1 - done, kept.takes[take][1] * share) for done, take in zip(before, kept.take, strict=True)]

@@ -89,6 +89,8 @@ class Preview:
     """What is not known since not all files were scanned."""
     lengths: tuple[int, ...]
     """Tokens of an example, at the QUANTILES of the examples."""
+    longest: int
+    """Tokens of the longest example that is no plain text, which is cut in pieces; 0 if there is none."""
     sources: tuple[SourceRows, ...]
     examples: tuple[Example, ...]
     """The first that is trained on, and the next from another source if there is one."""
@@ -98,9 +100,12 @@ class Preview:
     """The first sequences."""
 
 
-def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit: int = 2000) -> Preview:
-    """Preview a split, of large data from about `limit` rows; raises UserError as the preparation would.
+def describe(
+    config: Config, spec: TokenizerSpec, split: Split = "train", limit: int = 2000, tell: bool = True
+) -> Preview:
+    """Preview a split, of large data from about `limit` rows, and `tell` in the log what is odd.
 
+    Raises UserError as the preparation would.
     Of large data too many rejected rows are an error if they are too many of those that were read.
     """
     look = _Look(config.run.storage)
@@ -108,13 +113,13 @@ def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit:
     exact = look.complete and plan.shards.pieces.bytes <= READ_ALL
     part, drawn = (plan, look.sizes) if exact else sample(plan, limit)
     limits = Limits.of(config, split)
-    if split == "train" or config.data.eval:
+    if tell and (split == "train" or config.data.eval):
         for line in manifest.form_lines(plan):
             logger.info(line)
     note = "; ".join(sorted(look.notes))
     which = "; ".join(["of the rows that a dry run reads of so much data", *sorted(look.notes)])
     made, totals = _made(part, limits, "" if exact else f" ({which})")
-    for line in manifest.lines(totals.notes):
+    for line in manifest.lines(totals.notes) if tell else ():
         logger.info(f"of the rows that were read, {line}")
     weights = np.array([[1.0 if exact else source.weight * plan.kept_share] for source in plan.sources])
     found = _preview(part, limits, made, totals, look.sizes * weights / np.maximum(drawn, 1.0))
@@ -156,6 +161,7 @@ def _preview(plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: T
         exact=True,
         note="",
         lengths=tuple(int(n) for n in np.quantile(counts[:, 0], QUANTILES, method="closest_observation")),
+        longest=max(counts[[plan.sources[number].format != "text" for number in source], 0], default=0),
         sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
         examples=_examples(plan, first),
         digests=np.frombuffer(b"".join(digest for shard in made for digest in shard.digests), dtype=np.uint64),
