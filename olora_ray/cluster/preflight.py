@@ -176,7 +176,7 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
     if config.model.dtype == "float32":
         change["model.dtype"] = "bfloat16"
         yield dict(change)
-    length = config.data.max_length
+    length = config.data.length()
     while length >= 512:  # nobody is advised to shorten sequences to less than 256 tokens
         length //= 2
         change["data.max_length"] = length

@@ -37,6 +37,7 @@ PLAIN = {
     "data.eval": "eval_dataset validation_file eval_data validation",
     "data.eval_fraction": "val_set_size val_size test_size",
     "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size",
+    "data.too_long": "excess_length_strategy truncation_mode",
     "data.packing": "sample_packing",
     "data.chat_template": "chat_template_path chat_template_jinja",
     "data.train.0.format": "template",

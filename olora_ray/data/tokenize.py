@@ -14,11 +14,14 @@ found by rendering prefixes of the conversation, so templates without generation
 A text is cut where an answer begins and each part is tokenised alone, as at inference, where the prompt is tokenised
 before the answer exists: train/generate.py asks with just the tokens that stand here before an answer. An example
 without a supervised token of its own answer is rejected; the end token alone does not count.
+
+What has more than `max_length` tokens is rejected or shortened (`data.too_long`). Shortened, it keeps its beginning:
+all of its tokens up to `max_length`, as in TRL and Axolotl, or those up to the end of the last answer that fits.
 """
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -48,6 +51,8 @@ class Tokens:
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     """Same length as `ids`."""
+    shortened: bool = False
+    """True if the example was too long, and this is what `data.too_long` leaves of it."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,20 @@ class Begun:
 class ExampleTokenizer:
     """Turns examples into tokens of at most `max_length`."""
 
-    def __init__(self, spec: TokenizerSpec, max_length: int, last_turn_only: bool = False) -> None:
+    def __init__(
+        self, spec: TokenizerSpec, max_length: int, last_turn_only: bool = False, too_long: str = "reject"
+    ) -> None:
         """Load the tokenizer and compile the template; raises UserError for one that is broken.
 
-        `last_turn_only`: of a chat only the last answer is trained on.
+        `last_turn_only`: of a chat only the last answer is trained on, with `drop_turns` the last that fits.
         """
         self._spec = spec
         self._max_length = max_length
         self._last_turn_only = last_turn_only
+        self.too_long = too_long
         self._encoder = Encoder(spec.json, spec.name)
         self._special = self._encoder.special_ids() | {spec.eos_id}
-        self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
+        self._mute = (self._encoder.id_of(spec.special_tokens.get("unk_token")), spec.eos_id)
         self._templates = [spec.compiled(tools) for tools in (False, True)]
         self._forms = [spec.chat_form(tools) for tools in (False, True)]
         self._ends = [end_of_turn(spec, self._encoder, tools) for tools in (False, True)]
@@ -100,7 +108,7 @@ class ExampleTokenizer:
                 parts = [(_cuts(text, spans), spans) for text, spans in self._parts(example)]
                 answers = [cut for (_, *cuts), _ in parts for cut in cuts]
                 before = [cuts[0] for cuts, _ in parts]
-                return Begun(example, answers, before, lambda: [self._masked(*part) for part in parts])
+                return Begun(example, answers, before, lambda: self._chat(parts))
             case Completion():
                 texts = (example.prompt, example.completion)
                 return Begun(example, (), texts, lambda: [self._completion(example)])
@@ -125,7 +133,7 @@ class ExampleTokenizer:
             for number, message in enumerate(chat.messages)
             if message["role"] == "assistant" and message.get("weight") != 0
         ]
-        if self._last_turn_only:
+        if self._last_turn_only and self.too_long != "drop_turns":
             trained = trained[-1:]
         last = len(chat.messages) - 1
         full = self._render(chat, last + 1)
@@ -218,6 +226,22 @@ class ExampleTokenizer:
             what = f"{self._spec.what} refuses the conversation"
             raise Rejected("template", f"{what}: {first_line(error)}: take such rows out, or {ANOTHER}") from None
 
+    def _chat(self, parts: Sequence[tuple[Sequence[str], Sequence[Span]]]) -> list[Tokens]:
+        """The tokens of the texts of a chat; where too long ones are shortened, without those of which nothing fits."""
+        found, left_out = list[Tokens](), None
+        for cuts, spans in parts:
+            try:
+                found.append(self._masked(cuts, spans))
+            except Rejected as why:
+                if why.reason != "too_long":
+                    raise
+                left_out = why
+        if left_out and (not found or self.too_long == "reject"):
+            raise left_out
+        if left_out:
+            found[-1] = replace(found[-1], shortened=True)
+        return found[-1:] if self._last_turn_only else found
+
     def _masked(self, cuts: Sequence[str], spans: Sequence[Span]) -> Tokens:
         """The tokens of a text that is cut where answers begin, each cut tokenised alone, with the answers supervised.
 
@@ -235,10 +259,15 @@ class ExampleTokenizer:
             self._require_own(written, bool(ids))
             written_at.append(slice(len(ids), len(ids) + count))
             ids += piece.ids
+        shortened, most = False, self._max_length
+        if self.too_long == "drop_turns" and (fitting := [part for part in written_at if part.stop <= most]):
+            shortened = len(fitting) < len(written_at)
+            ids = ids if len(ids) <= most else ids[: fitting[-1].stop]
+            written_at = fitting[-1:] if self._last_turn_only else fitting
         supervised = np.zeros(len(ids), dtype=bool)
         for place in written_at:
             supervised[place] = True
-        return self._checked(np.asarray(ids, dtype=np.int32), supervised)
+        return self._checked(np.asarray(ids, dtype=np.int32), supervised, shortened)
 
     def _completion(self, example: Completion) -> Tokens:
         prompt = self._encoder.ids(example.prompt)
@@ -272,22 +301,27 @@ class ExampleTokenizer:
 
         `asked`: something stands before them, so that their first is trained on, too.
         """
-        mute = (self._unknown, self._spec.eos_id)
         trained = written if asked else written[1:]
-        says = any(number not in mute and not self._encoder.is_blank(number) for number in written)
-        if not says or all(number in mute for number in trained):
+        if not self._says(written) or all(number in self._mute for number in trained):
             raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
 
-    def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> Tokens:
-        if len(ids) > self._max_length:
-            raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {self._max_length}")
+    def _says(self, written: list[int]) -> bool:
+        """Whether one of the tokens of an answer says anything."""
+        return any(number not in self._mute and not self._encoder.is_blank(number) for number in written)
+
+    def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_], shortened: bool = False) -> Tokens:
+        if len(ids) > (most := self._max_length):
+            begun = supervised & (np.arange(len(ids)) < most) & (self.too_long == "cut")
+            if not self._says(ids[begun].tolist()):
+                raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {most}")
+            ids, supervised, shortened = ids[:most], supervised[:most], True
         if (rows := self._spec.embeddings) is not None and (largest := int(ids.max(initial=0))) >= rows:
             token = self._encoder.token_of(largest)
             raise Rejected("no_embedding", f"the token {token!r} ({largest}) is beyond the model's {rows} embeddings")
         supervised[:1] = False
         if not supervised.any():
             raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
-        return Tokens(ids, supervised)
+        return Tokens(ids, supervised, shortened)
 
 
 def _cuts(text: str, answers: Sequence[Span]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, build, dump, flatten, parse_yaml
+from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, build, dump, flatten, override, parse_yaml
 from olora_ray.config.schema import Config
 from olora_ray.tracking.checksums import SETTINGS
 
@@ -78,8 +78,8 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        One of another length goes on where it is, if it can. Raises UserError if not; TryAgain if an object store does
-        not answer now. Leaves nothing behind.
+        One of another length goes on where it is, if it can; for `data.max_length: auto` the config gets its number.
+        Raises UserError if not; TryAgain if an object store does not answer now. Leaves nothing behind.
         """
         storage.check(self.config.run.storage, "run.storage")
         try:
@@ -99,6 +99,8 @@ class RunFolder:
         there = checkpoints.names(self.checkpoints)
         if not there and self._result() is None:
             return ""
+        if self.config.data.max_length == "auto" and storage.exists(self.settings):
+            self.config = override(self.config, {"data.max_length": self._kept().data.max_length})
         run = f"{self.config.run.name!r}"
         if self._changes(_all_but_length):
             return f"run.name: {run} exists with other settings ({self.other_settings()})"

@@ -42,6 +42,14 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
     assert (load(folder.settings), folder.root) == (config, f"{config.run.storage}/mine")
 
 
+def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Config) -> None:
+    begin(override(config, {"data.max_length": 704}))
+    again = RunFolder(override(config, {"data.max_length": "auto"}))
+    again.check()
+    assert again.config.data.max_length == 704
+    assert RunFolder(override(config, {"run.name": "new", "data.max_length": "auto"})).config.data.max_length == "auto"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
