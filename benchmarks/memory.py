@@ -117,7 +117,7 @@ def grown(sections: dict[str, Any]) -> int:
     malloc.keep_freed_memory = lambda *_: None  # what is freed is to be seen to be free
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system
     cfg = made(sections)
-    length = cfg.data.max_length
+    length = cfg.data.length()
     rng = np.random.default_rng(0)
     rows = [(rng.integers(2, 8192, length).astype(np.int32), np.arange(length) > 0) for _ in range(12)]
     store = memory_store(rows, length)

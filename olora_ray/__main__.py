@@ -6,7 +6,6 @@ Commands, in the order of use:
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -42,8 +41,8 @@ def _main(argv: list[str]) -> None:
         table = aligned([(f"  {command}", about) for command, (about, _) in COMMANDS.items()])
         print((__doc__ or "").strip(), *table, "", sep="\n")
         print("olora-ray COMMAND --help says more of each, olora-ray --version which release this is.")
-    elif name == "--version":
-        print("olora-ray", importlib.metadata.version("olora-ray"))
+    elif name == command_line.VERSION:
+        command_line.parse(argv, usage="")
     elif name in COMMANDS:
         quiet_environment()  # before Ray is imported
         _command(name)(rest)

@@ -9,6 +9,7 @@ Without arguments it runs pipelines/configs/quickstart.yaml. The stages, from th
 version, stand one below the other in olora_ray/pipeline/run.py.
 """
 
+import logging
 from pathlib import Path
 
 from olora_ray.common.logs import quiet_environment
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> None:
     from olora_ray.pipeline import first_look
 
     first_look.check(config)
+    logging.getLogger("olora_ray").info("importing torch, transformers and Ray")
     if "--dry-run" in flags:
         from olora_ray.pipeline.dry_run import dry_run
 

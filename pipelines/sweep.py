@@ -24,13 +24,15 @@ def main(argv: list[str]) -> None:
     from olora_ray.sweep.space_file import load
 
     space = load(file, config)
-    from olora_ray.pipeline import run
+    from olora_ray.pipeline import prepare, run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.run import only_driver
     from olora_ray.sweep import outcome, search_folder, space_file
     from olora_ray.sweep import run as sweep
 
+    if config.data.max_length == "auto":
+        config = prepare.with_length(config, open_base(config))
     search = search_folder.search_config(config, space, file, registers="--register" in flags)
     search_folder.check(search, space)
     with only_driver(search) as driver:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 
 LIMIT = 120.0
@@ -33,7 +34,9 @@ class Crew:
         self._processes = []
         for rank in range(workers):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, meeting, rank, workers), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, meeting, rank, workers, node_cache.CACHE), daemon=True
+            )
             process.start()
             there.close()
             self._pipes.append(here)
@@ -77,7 +80,8 @@ class _Trace:
         self.text = text
 
 
-def _serve(pipe: Connection, meeting: str, rank: int, workers: int) -> None:
+def _serve(pipe: Connection, meeting: str, rank: int, workers: int, cache: str) -> None:
+    node_cache.CACHE = cache  # what a node keeps is not the developer's
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -107,6 +107,7 @@ class Counts:
 
     supervised: int
     packs: int
+    inputs: ClassVar[dict[str, Any]] = {}
 
 
 class ListStore:

@@ -38,8 +38,8 @@ data:
 ```
 
 The file is validated as a whole before anything starts: an unknown field, a wrong type or a value out of range is an
-error that names the field. `olora-ray finetune --help all` shows this page's fields in the terminal, and a run's
-folder has its configuration in `config.yaml` with every default filled in.
+error that names the field, in a line of its own. `olora-ray finetune --help all` shows this page's fields in the
+terminal, and a run's folder has its configuration in `config.yaml` with every default filled in.
 
 Editors with a YAML language server complete and check the file by [config.schema.json](generated/config.schema.json)
 (space files: [space.schema.json](generated/space.schema.json)), if its first line is
@@ -55,7 +55,7 @@ override the file:
 
 Values are YAML: `null` unsets a field, `[2, 8]` is a list, `true` a switch; quote what the shell would take apart. An
 entry of a list is named by its number, counted from 0. Fields that a search varies have the same dotted names in its
-space file.
+space file. `train.epochs` here takes the place of `train.steps` in the file.
 
 ## Secrets
 

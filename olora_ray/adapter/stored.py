@@ -434,8 +434,8 @@ def _by_suffix(parameter: str, places: Mapping[str, Stored], base: Path, model: 
         raise UserError(f"{base} has its weight twice, as {found[0]} and {found[1]}")
     if not found:
         raise UserError(
-            f"{base} has no weight {parameter}: if files are missing, get the model anew; if the weight is stored under"
-            f" another name, it cannot be merged: {_LEAVE_OUT}"
+            f"{base} has no weight {parameter}; what transformers makes it of is not known before it is loaded;"
+            f" {_LEAVE_OUT}"
         )
     entry = places[found[0]]
     return Group({parameter: (entry,)}, parameter, {parameter: entry.shape}, None, model, {})
@@ -487,7 +487,7 @@ def fit(folder: Path, model: "PreTrainedModel") -> Fit:
         return Fit(None, ())
     ignored = _ignored(model)
     left_out = {name: key for name, key in unread.items() if not ignored.search(key)}
-    problem = _packed(groups, model) or _biased(folder, places, left_out, model)
+    problem = _packed(groups, model) or _missing(groups, model) or _biased(folder, places, left_out, model)
     return Fit(problem, tuple(left_out))
 
 
@@ -503,6 +503,20 @@ def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None
         entries = groups[name].stored if name in groups and parameter.is_floating_point() else []
         if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
             return unsupported_packing(odd.name, odd.dtype)
+    return None
+
+
+def _missing(groups: Mapping[str, Group], model: Any) -> str | None:
+    if any(group.converter is not None and () in group.shapes.values() for group in groups.values()):
+        return None  # what such a conversion makes is not known
+    there = {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in groups}
+    not_needed = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["$^"]))
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in there and name not in model.all_tied_weights_keys and not not_needed.search(name):
+            return (
+                f"has no weight {name}, which {type(model).__name__} has by its config.json: get the model's files"
+                " anew, or correct config.json"
+            )
     return None
 
 

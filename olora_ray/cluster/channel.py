@@ -57,7 +57,15 @@ class Saved:
     seconds: float
 
 
-Message = dict[str, float] | str | Resumed | Started | Failure | Saved
+@dataclass(frozen=True)
+class Took:
+    """What the start of a worker, the last evaluation and the answers before training took."""
+
+    seconds: dict[str, float]
+    """By `start`, `evaluation` and `answers`."""
+
+
+Message = dict[str, float] | str | Resumed | Started | Failure | Saved | Took
 """A row of metrics with its `step`, a line for the log, or an event."""
 
 

@@ -18,7 +18,7 @@ from olora_ray.cluster import node_facts, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import node_cache, storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import of_problems
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config
@@ -176,7 +176,7 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
     if config.model.dtype == "float32":
         change["model.dtype"] = "bfloat16"
         yield dict(change)
-    length = config.data.max_length
+    length = config.data.length()
     while length >= 512:  # nobody is advised to shorten sequences to less than 256 tokens
         length //= 2
         change["data.max_length"] = length
@@ -293,7 +293,7 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
         problems += memory_problems(loaded, base, size, wanted, answers)
         problems += disk_problems(config, size, base)
     if problems:
-        raise UserError("; ".join(problems))
+        raise of_problems("the run cannot start here", problems)
 
 
 def recomputes(config: Config, base: BaseModel) -> bool:

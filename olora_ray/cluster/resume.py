@@ -315,6 +315,7 @@ def self_tested(
         start.state.self_test = {"with": used, "found": known.to_json()}
         start = replace(start, attention=_take_over(context, spec, start, known))
         return _without(context, spec, start, known.without)
+    logger.info("self-test: comparing what training computes with the model's own attention")
     problem, name = None, start.attention
     without: tuple[str, ...] = ()
     loss, adapted = start.trainer.loss, start.trainer.adapted
@@ -347,7 +348,7 @@ def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, laye
         return start
     logger.info(
         f"adapter.targets: all-linear leaves out {plural(len(layers), 'layer')}: no gradient reaches them from text of"
-        f" data.max_length={spec.config.data.max_length} (for example {layers[0]})"
+        f" data.max_length={spec.config.data.length()} (for example {layers[0]})"
     )
     kept = {name: layer for name, layer in before.adapted.items() if name not in layers}
     with context.activate(kept):

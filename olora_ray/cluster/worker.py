@@ -6,6 +6,7 @@ It trains step by step, evaluates, checkpoints, tells the driver, and ends when 
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
+from olora_ray.cluster.channel import Resumed, Saved, Started, Took, sent_to
 from olora_ray.cluster.membership.peers import Peers, Progress, sync_state, through
 from olora_ray.cluster.membership.state import Finished, Member
 from olora_ray.cluster.resume import StartingPoint, self_tested, starting_point
@@ -177,6 +178,7 @@ class Worker:
 
     def _begin(self) -> None:
         self._take_office()
+        self._tell_driver(Took(self.evaluator.took))
         if self.resumed:
             self._tell_where()
         else:
@@ -323,6 +325,8 @@ class Worker:
             self.manager.save(self.state.step, write)
 
     def _tell(self, metrics: dict[str, float]) -> None:
+        if "eval/loss" in metrics:
+            self._tell_driver(Took(self.evaluator.took))
         self._tell_driver(self.state.record(self.state.step, metrics))
         reached("step", self.state.step, self.context.rank)
 
@@ -353,6 +357,8 @@ class Evaluator:
         self.trainer, self.attention = start.trainer, start.attention
         self.best: Tensor | None = start.best
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
+        self.took = dict[str, float]()
+        """Seconds, for the driver's estimate of the time that is left."""
 
     def measure(self, state: TrainState) -> dict[str, float]:
         """Evaluate the adapter of now, and note the result."""
@@ -379,10 +385,16 @@ class Evaluator:
         finally:
             vector.copy_(last)
 
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.took[what] = time.monotonic() - began
+
     def loss(self, step: int) -> float:
         """Mean held-out loss per supervised token, after `step` steps; raises UserError if it is not finite."""
         assert self.spec.eval is not None
-        with self.context.activate(self.trainer.adapted):
+        with self.context.activate(self.trainer.adapted), self._timed("evaluation"):
             reached("evaluate", step, self.context.rank)
             rank, world = self.context.rank, self.context.world
             return evaluate(self.trainer, self.spec.eval, self.attention, rank, world, step)
@@ -394,7 +406,7 @@ class Evaluator:
         """
         logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
         limit = self.spec.config.evaluation.max_new_tokens
-        with self.context.activate(self.trainer.adapted):
+        with self.context.activate(self.trainer.adapted), self._timed("answers"):
             try:
                 return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
             except UserError as error:
@@ -420,6 +432,7 @@ class Evaluator:
         origin, first = self.spec.baseline_identity(), self.context.rank == 0
         found = collectives.from_first(Baseline.read(place, origin, len(self.questions)) if first else None)
         if found is None:
+            logger.info("evaluating before the first step")
             loss = self.loss(0) if self.spec.eval else None
             start = "adapter that training starts with" if self.spec.config.train.start else "base model"
             found = Baseline(loss, self.answers(start) if self.questions else None)
@@ -487,9 +500,12 @@ def train_at(
         with sent_to(channel, peers.leads if peers else lambda: context.rank == 0):
             if peers and not late and not peers.next_group().begins:
                 raise RuntimeError("the training has begun meanwhile")  # Ray starts this worker again
-            requests = StopRequests(channel, context, peers)
+            logger.info("loading the base model")
+            began, requests = time.monotonic(), StopRequests(channel, context, peers)
             start = starting_point(context, spec, checkpoints, requests.waiting)
-            return Worker(context, spec, checkpoints, channel, start, requests, peers, late).run()
+            worker = Worker(context, spec, checkpoints, channel, start, requests, peers, late)
+            worker.evaluator.took["start"] = time.monotonic() - began
+            return worker.run()
     except UserError as error:
         if peers and peers.group is None:
             raise RuntimeError(str(error)) from error  # it came late and alone: the others train on

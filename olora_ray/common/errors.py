@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -15,6 +15,22 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+class Problems(UserError):
+    """Several problems of one thing (`my.yaml has 3 problems`): an entry script prints each in a line of its own."""
+
+    def __init__(self, heading: str, *problems: str) -> None:
+        super().__init__(heading, *problems)
+        self.lines = (f"{heading}:", *problems)
+
+    def __str__(self) -> str:
+        return f"{self.lines[0]} {'; '.join(self.lines[1:])}"
+
+
+def of_problems(heading: str, problems: Sequence[str]) -> UserError:
+    """The error of one problem, or of several under a heading."""
+    return Problems(heading, *problems) if len(problems) > 1 else UserError(*problems)
 
 
 class TryAgain(UserError):

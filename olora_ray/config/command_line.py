@@ -12,6 +12,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -22,7 +23,7 @@ from olora_ray.common import logs
 from olora_ray.common.errors import Stopped, StoreError, UserError, as_user_error, of_the_machine, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import is_uri
-from olora_ray.config.load import load, parse_assignments
+from olora_ray.config.load import load, meant, parse_assignments, spelling_advice
 from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
 from olora_ray.config.section import AnySection, Section
 
@@ -234,7 +235,7 @@ def _source(source: Source, folder: Path, where: str) -> Source:
     return _changed(source, path=absolute(shipped(source.path, folder), folder, f"{where}.path"), only=only)
 
 
-HELP = ("-h", "--help")
+HELP, VERSION = ("-h", "--help"), "--version"
 
 
 @dataclass(frozen=True)
@@ -266,8 +267,12 @@ def parse(
     """Sort the words of a command line: `flags` have no value, `options` have one (`--x y` or `--x=y`).
 
     --help prints usage, with `fields` also those of that config that a first run sets, or with `--help all` every one,
-    and exits. Raises UserError for a flag that is not known, with the nearest that is.
+    and exits; so does --version. Raises UserError for a flag that is not known, with what may be meant: the nearest
+    that is, or one of `fields`.
     """
+    if VERSION in argv:
+        print(f"olora-ray {version('olora-ray')}")
+        raise SystemExit(0)
     if set(HELP) & set(argv):
         print(usage.strip())
         if fields and "all" in argv:
@@ -286,7 +291,9 @@ def parse(
         elif name in flags and not equals:
             given.add(name)
         else:
-            raise UserError(f"argument {mask(word)}: {_unknown(name, flags, options)}")
+            value = value if equals else next(rest, "")
+            advice = _field_without_dashes(name, value) if fields and name not in flags else None
+            raise UserError(mask(f"argument {word}: {advice or _unknown(name, flags, options)}"))
     return Arguments(tuple(words), frozenset(given), values)
 
 
@@ -296,11 +303,19 @@ def _value(name: str, value: str | None) -> str:
     return value
 
 
+def _field_without_dashes(name: str, value: str) -> str | None:
+    """Say how to set the field that a flag of this name, with this value, may mean; None if that is not known."""
+    bare = name.lstrip("-")
+    if field := bare if "." in bare else meant(bare):
+        return f"fields are set without dashes: {field}={value if value and not value.startswith('-') else '...'}"
+    return spelling_advice(bare)
+
+
 def _unknown(name: str, flags: Sequence[str], options: Sequence[str]) -> str:
     if name in flags:
         return f"{name} has no value"
     known = [*flags, *options]
-    if near := difflib.get_close_matches(name, [*known, *HELP], n=1):
+    if near := difflib.get_close_matches(name, [*known, *HELP, VERSION], n=1):
         return f"not known; did you mean {near[0]}?"
     return f"not known; there are {', '.join(known)} and --help" if known else "not known; there is --help"
 
@@ -352,11 +367,12 @@ class _Masking(logging.Formatter):
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run an entry script: what the user can fix is one line on stderr and exit code 2.
+    """Run an entry script: what the user can fix is one line on stderr, or a list of Problems, and exit code 2.
 
     Exit code 75 means that the same command finishes the work later, 143 (SIGTERM) and 130 (Ctrl+C) that
     it was stopped and continues with the same command.
     """
+    gc.set_threshold(100_000)  # what imports make stays: to look for garbage in it took a tenth of a start
     # What the encoding of stdout does not have is written as \u2713, as on stderr: rows and names may have anything.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -367,7 +383,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         with logs.printed():
             main(sys.argv[1:])
     except (UserError, StoreError) as error:
-        _end(f"error: {' '.join(str(error).split())}", error.exit_code)
+        lines = getattr(error, "lines", [str(error)])  # whose words may have line breaks of their own
+        _end("error: " + "\n  ".join(" ".join(line.split()) for line in lines), error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:

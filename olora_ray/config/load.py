@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from olora_ray.common import secrets
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import Problems, UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.config.section import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
@@ -32,11 +32,12 @@ PLAIN = {
     "model.revision": "model_revision",
     "model.dtype": "torch_dtype bf16 fp16 precision",
     "model.quantization": "quantization_config bnb_4bit_quant_type qlora",
-    "model.attention": "attn_implementation flash_attn use_flash_attention_2",
-    "data.train": "dataset datasets dataset_name dataset_dir train_file data_path train_dataset",
+    "model.attention": "attn_implementation flash_attn flash_attention xformers_attention use_flash_attention_2",
+    "data.train": "dataset datasets dataset_name dataset_mixture dataset_dir train_file data_path train_dataset",
     "data.eval": "eval_dataset validation_file eval_data validation",
-    "data.eval_fraction": "val_set_size test_size",
+    "data.eval_fraction": "val_set_size val_size test_size",
     "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size",
+    "data.too_long": "excess_length_strategy truncation_mode",
     "data.packing": "sample_packing",
     "data.chat_template": "chat_template_path chat_template_jinja",
     "data.train.0.format": "template",
@@ -56,12 +57,12 @@ PLAIN = {
     "train.micro_batch": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu",
     "train.activation_checkpointing": "gradient_checkpointing",
     "train.global_batch": "batch_size train_batch_size global_batch_size",
-    "train.eval_every": "eval_steps",
-    "train.checkpoint_every": "save_steps",
+    "train.eval_every": "eval_steps eval_strategy evals_per_epoch",
+    "train.checkpoint_every": "save_steps save_strategy saves_per_epoch",
     "train.keep": "save_total_limit",
     "train.early_stop": "early_stopping_patience",
     "train.log_every": "logging_steps",
-    "train.start": "resume_from_checkpoint adapter_name_or_path",
+    "train.start": "resume_from_checkpoint adapter_name_or_path lora_model_dir",
     "cluster.workers": "num_workers num_processes nproc_per_node world_size num_nodes nnodes",
     "cluster.gpus_per_worker": "num_gpus",
     "cluster.cpus_per_worker": "num_cpus",
@@ -72,9 +73,9 @@ PLAIN = {
     "evaluation.scorer": "compute_metrics metric_for_best_model",
     "evaluation.max_new_tokens": "generation_max_length",
     "tracking.uri": "tracking_uri mlflow_tracking_uri",
-    "tracking.experiment": "experiment_name wandb_project",
+    "tracking.experiment": "experiment_name",
     "export.merged": "merge_lora merge_adapter",
-    "registry.model": "registered_model_name hub_model_id",
+    "registry.model": "registered_model_name hub_model_id push_to_hub",
 }
 """Field -> the words that mean the same in transformers, PEFT, TRL, LLaMA-Factory and Axolotl, among others."""
 EXPLAINED = {
@@ -89,9 +90,11 @@ EXPLAINED = {
     "train_on_inputs": "only answers are supervised, and of format text everything",
     "optim": "the optimizer is AdamW",
     "optimizer": "the optimizer is AdamW",
-    "report_to": "runs are tracked in MLflow; see tracking.uri",
+    "report_to": "runs are tracked in MLflow; see tracking.uri and tracking.experiment",
 }
 """Words for which there is no field that means just the same -> what to do."""
+TRACKERS = ("wandb_", "mlflow_", "comet_", "neptune_", "swanlab_", "trackio_", "tensorboard")
+"""Beginnings of words about trackers."""
 REMOVED = {
     "gate.on": "delete it; the gate always measures on the rows of data.eval or data.eval_fraction",
     "gate.level": "delete it; the interval of the improvement always has a confidence of 0.95",
@@ -127,13 +130,17 @@ def _plain(word: str) -> str:
     return word.lower().replace("-", "_").strip("_")
 
 
+def meant(word: str) -> str | None:
+    """The field of which this is the name, without its section, or another tool's word."""
+    return _fields().get(_plain(word))
+
+
 def spelling_advice(word: str, place: str = "") -> str | None:
     """Say what to do instead of a word that is no field at `place` (`use adapter.rank`); None if that is not known."""
     plain = _plain(word)
-    if plain in EXPLAINED:
-        return EXPLAINED[plain]
-    field = _fields().get(plain)
-    return f"use {field}" if field and field != place else None
+    if (field := meant(word)) and field != place:
+        return f"use {field}"
+    return EXPLAINED["report_to"] if plain.startswith(TRACKERS) else EXPLAINED.get(plain)
 
 
 # YAML as configs are written: numbers such as 1e-4 are read, and texts that look like them are quoted.
@@ -243,6 +250,7 @@ FREE_TO_CHANGE = (
     "run.storage",
     "cluster.",
     "data.packing",
+    "data.max_rejected",
     "tracking.",
     "export.",
     "registry.",
@@ -254,7 +262,8 @@ FREE_TO_CHANGE = (
     "train.log_every",
 )
 """Fields that may differ when a run is resumed: they do not change its numbers. What follows from data.packing is in
-the digest of the tokens, and `auto` may be what was `true`."""
+the digest of the tokens, and `auto` may be what was `true`. evaluation.* is bound: a checkpoint has the answers before
+training, result.json their scores."""
 LENGTH = ("train.steps", "train.epochs")
 """Fields of a run's length, which may become another one."""
 SOURCES = ("data.train.", "data.eval.")
@@ -323,6 +332,8 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
             node[place] = value
         else:
             node[last] = value
+    if "train.epochs" in changes and "train.steps" not in changes and isinstance(result.get("train"), dict):
+        result["train"].pop("steps", None)  # of the two the later word is meant
     return result
 
 
@@ -397,7 +408,7 @@ def _explain(item: ErrorDetails, root: type[Section]) -> str:
         parts.append(last)
     field = _short(".".join(parts), 200)
     if unknown:
-        return f"{field}: unknown field; {_instead_of(parts, root)}"
+        return f"{field}: unknown field; {_instead_of(parts, root, item['input'])}"
     if item["type"] == "missing":
         return f"{field}: required, but not set"
     message = PHRASES.get(item["type"]) or item["msg"].removeprefix("Value error, ")
@@ -418,7 +429,7 @@ def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
-def _instead_of(parts: Sequence[str], root: type[Section]) -> str:
+def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str:
     """Say what to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
     if secrets.is_name(parts[-1]):
         return "a config holds no secrets, they come from the environment or a file"
@@ -426,7 +437,8 @@ def _instead_of(parts: Sequence[str], root: type[Section]) -> str:
         return advice
     if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
         return advice
-    if near := difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1):
+    near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
+    if near and (len(parts) > 1 or isinstance(value, dict)):  # what has no fields is no section
         return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
     return "--help lists the fields"
 
@@ -483,7 +495,14 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
 
     Raises UserError that lists every problem with its field.
     """
-    return build(changed(read(path), changes or {}), str(path))
+    file, changes = read(path), changes or {}
+    config = build(changed(file, changes), str(path))
+    before, train = (file.get("train") or {}).get("steps"), config.train
+    if before and train.steps is None and "train.epochs" in changes:
+        logger.info(f"train.epochs takes the place of train.steps={before} in {path}")
+    elif train.steps and train.epochs != 1 and "train.steps" not in changes:
+        logger.warning(f"{path}: train.steps={train.steps} decides; train.epochs={train.epochs:g} counts for nothing")
+    return config
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -533,9 +552,11 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
         found = section.model_validate(tree)
     except ValidationError as error:
         problems += [explain(item, section) for item in relevant(error.errors())]
+    if len(problems) == 1:
+        raise UserError(f"{where}: {problems[0]}")
     if problems or found is None:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError("; ".join(f"{where}: {problem}" for problem in problems[:20]) + more)
+        more = [f"and {len(problems) - 100} more"] if len(problems) > 100 else []
+        raise Problems(f"{where} has {len(problems)} problems", *problems[:100], *more)
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from olora_ray.common.errors import UserError
 from olora_ray.config.section import (
     WEBHOOK,
     AliasName,
@@ -389,8 +390,12 @@ class Data(Section):
     """Held-out sources."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Instead of `eval`: this share of the training rows is held out."""
-    max_length: Annotated[int, Field(ge=8)] = 512
-    """Most tokens per sequence; a longer example is rejected, longer plain text is cut in pieces."""
+    max_length: Literal["auto"] | Annotated[int, Field(ge=8)] = 512
+    """Most tokens per sequence; longer plain text is cut in pieces, and of what else is longer `too_long` decides.
+    auto: as many as the longest row needs that a dry run reads; chosen once, where a run or a search begins."""
+    too_long: Literal["reject", "cut", "drop_turns"] = "reject"
+    """What becomes of an example of more than max_length tokens: it is rejected; cut at max_length; or, of a chat, the
+    last turns are left out, so that it ends with a whole answer."""
     packing: Literal["auto"] | bool = "auto"
     """Put several examples in one sequence; attention stays within each. auto: unless something else of the model, a
     convolution or a state, would carry from one example to the next."""
@@ -417,6 +422,14 @@ class Data(Section):
         if self.eval and self.eval_fraction is not None:
             raise ValueError("set data.eval or data.eval_fraction, not both")
         return self
+
+    def length(self) -> int:
+        """`max_length`; raises UserError where auto is left."""
+        if self.max_length == "auto":
+            raise UserError(
+                "data.max_length: auto is for finetune.py and sweep.py; set the number that these have said"
+            )
+        return self.max_length
 
     def holds_out(self) -> bool:
         """True if rows are held out for evaluation."""

@@ -49,16 +49,17 @@ TODAY = datetime(2024, 7, 26)
 class ChatTemplate:
     """A compiled template with the special tokens that it may use."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = "the model") -> None:
-        """Compile `source`; raises UserError that names the model if it is not valid."""
-        self.name = name
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], what: str = "model.name: the chat template"
+    ) -> None:
+        """Compile `source`; raises UserError that begins with `what` if it is not valid."""
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _compiled(source)
         except MemoryError:
             raise
         except Exception as error:  # constant expressions are worked out here: 1 / 0 is a ZeroDivisionError
-            raise UserError(f"model.name: the chat template of {name} is not valid: {first_line(error)}") from None
+            raise UserError(f"{what} is not valid: {first_line(error)}") from None
 
     def render(
         self,
@@ -123,8 +124,8 @@ EXCHANGE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content
 
 
 @lru_cache(maxsize=8)
-def refuse_hostile(sources: frozenset[str], special_tokens: frozenset[tuple[str, str]], name: str) -> None:
-    """Raise UserError if rendering two short messages takes too much time or memory with one of the templates."""
+def refuse_hostile(sources: frozenset[str], special_tokens: frozenset[tuple[str, str]], what: str) -> None:
+    """Raise UserError if two short messages take too much time or memory, or an endless recursion, with a template."""
     # The child imports what this process imports, and not (-P) whatever lies in the current folder.
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)])
     asked = {"sources": sorted(sources), "special_tokens": dict(special_tokens)}
@@ -143,8 +144,8 @@ def refuse_hostile(sources: frozenset[str], special_tokens: frozenset[tuple[str,
         verdict = done.returncode
     if verdict < 0 or verdict == _TOO_MUCH:
         raise UserError(
-            f"model.name: the chat template of {name} takes more than {SECONDS} s or {MEMORY // 2**30} GiB for two"
-            " short messages, so it is not used: take another model, or put a right chat_template.jinja in its folder"
+            f"{what} takes more than {SECONDS} s or {MEMORY // 2**30} GiB for two short messages, or calls itself"
+            " without end, so it is not used: name another one in data.chat_template"
         )
     if verdict:
         raise RuntimeError(f"the check of a chat template cannot run: {done.stderr.decode(errors='replace')[-1000:]}")
@@ -164,7 +165,7 @@ def _render_within_limits(sources: Sequence[str], special_tokens: Mapping[str, s
         try:
             template = ChatTemplate(source, special_tokens)
             rendered = [template.render(EXCHANGE[:count], count == 1) for count in (1, 2)]
-        except MemoryError:
+        except (MemoryError, RecursionError):
             return _TOO_MUCH
         except Exception:  # noqa: S112
             continue
@@ -192,8 +193,8 @@ _FUNCTION = {
 class ChatForm:
     """The form of chats for one template."""
 
-    name: str
-    """The model, in messages."""
+    what: str
+    """The template, in messages."""
     arguments: Literal["objects", "text"] | None
     """What it writes tool calls from: arguments as objects, or as JSON text; None if from both the same, or neither."""
     wants_null: bool
@@ -211,14 +212,14 @@ class ChatForm:
         if chat.tools is not None and not self.writes_tools:
             raise Rejected(
                 "template",
-                f"the chat template of {self.name} leaves the tools out: name one that writes them in"
+                f"{self.what} leaves the tools out: name one that writes them in"
                 " data.chat_template, or take rows without tools",
             )
         if any(message["role"] == "developer" for message in messages):
             if self.developer is None:
                 raise Rejected(
                     "template",
-                    f"the chat template of {self.name} leaves messages of the developer and of the system out: put"
+                    f"{self.what} leaves messages of the developer and of the system out: put"
                     " their text into the user's first message, or name a template that writes them in"
                     " data.chat_template",
                 )
@@ -254,14 +255,14 @@ class ChatForm:
         return {**call, "arguments": json.dumps(found, ensure_ascii=False)} if as_text else call
 
 
-def chat_form(source: str, special_tokens: Mapping[str, str], name: str) -> ChatForm:
-    """The form of chats for a template; raises UserError that names the model for one that cannot be used."""
-    return _chat_form(source, tuple(sorted(special_tokens.items())), name)
+def chat_form(source: str, special_tokens: Mapping[str, str], what: str) -> ChatForm:
+    """The form of chats for a template; `what` names it in messages."""
+    return _chat_form(source, tuple(sorted(special_tokens.items())), what)
 
 
 @lru_cache(maxsize=8)
-def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], name: str) -> ChatForm:
-    template = ChatTemplate(source, dict(special_tokens), name)
+def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], what: str) -> ChatForm:
+    template = ChatTemplate(source, dict(special_tokens))
     # A call as JSON text and as an object: some templates refuse one of them.
     shapes: tuple[Any, Any] = ("{}", {})
     empty, null = (any(_MARK in _with_call(template, each, text) for each in shapes) for text in ("", None))
@@ -278,7 +279,7 @@ def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], name: s
     contents: tuple[Any, Any] = (_MARK, _parts(_MARK))
     as_text, as_parts = (_written(template, [{**EXCHANGE[0], "content": each}]) for each in contents)
     wants_parts = _MARK in as_parts and _MARK not in as_text
-    return ChatForm(name, arguments, wants_null, wants_parts, _developer(template), _writes_tools(template))
+    return ChatForm(what, arguments, wants_null, wants_parts, _developer(template), _writes_tools(template))
 
 
 def _with_call(template: ChatTemplate, arguments: Any, content: str | None) -> str:

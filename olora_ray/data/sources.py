@@ -379,7 +379,10 @@ def _below(path: str, field: str) -> tuple[list[str], int]:
 
 def _file(path: str, field: str) -> File:
     if not os.path.lexists(path):
-        raise UserError(f"{field}: {path}: no such file or folder")
+        name = os.path.relpath(path)
+        of_hub = re.fullmatch(r"\w[\w-]*/\w[\w-]*", name) and not os.path.isdir(os.path.dirname(path))
+        hint = f"; if it is a data set of the hub, write hf://{name}" if of_hub else ""
+        raise UserError(f"{field}: {path}: no such file or folder{hint}")
     kind, compression = _known(path, field)
     try:
         path.encode()

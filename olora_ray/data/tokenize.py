@@ -14,11 +14,14 @@ found by rendering prefixes of the conversation, so templates without generation
 A text is cut where an answer begins and each part is tokenised alone, as at inference, where the prompt is tokenised
 before the answer exists: train/generate.py asks with just the tokens that stand here before an answer. An example
 without a supervised token of its own answer is rejected; the end token alone does not count.
+
+What has more than `max_length` tokens is rejected or shortened (`data.too_long`). Shortened, it keeps its beginning:
+all of its tokens up to `max_length`, as in TRL and Axolotl, or those up to the end of the last answer that fits.
 """
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -27,7 +30,7 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
-from olora_ray.data.chat_template import EXCHANGE, ChatTemplate, left_out, reasoning, text_of
+from olora_ray.data.chat_template import EXCHANGE, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import REASONING, Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenizer_spec import TokenizerSpec
@@ -36,6 +39,8 @@ Span = tuple[int, int]
 
 ANOTHER = "name another template in data.chat_template"
 CALL: dict[str, Any] = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+_STRETCH = re.compile(r".{1,524288}(?:(?<=\S)(?=\s)|\Z)|.{1,524288}", re.DOTALL)
+"""What of a document is tokenised at once, up to the end of a word: that takes 130 to 400 times its memory."""
 _OPENED, _OPENED_ALSO = re.compile(r"<think>\s*\Z"), re.compile(r"\A<think>\s*")
 
 
@@ -46,6 +51,8 @@ class Tokens:
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     """Same length as `ids`."""
+    shortened: bool = False
+    """True if the example was too long, and this is what `data.too_long` leaves of it."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +76,21 @@ class Begun:
 class ExampleTokenizer:
     """Turns examples into tokens of at most `max_length`."""
 
-    def __init__(self, spec: TokenizerSpec, max_length: int, last_turn_only: bool = False) -> None:
+    def __init__(
+        self, spec: TokenizerSpec, max_length: int, last_turn_only: bool = False, too_long: str = "reject"
+    ) -> None:
         """Load the tokenizer and compile the template; raises UserError for one that is broken.
 
-        `last_turn_only`: of a chat only the last answer is trained on.
+        `last_turn_only`: of a chat only the last answer is trained on, with `drop_turns` the last that fits.
         """
         self._spec = spec
         self._max_length = max_length
         self._last_turn_only = last_turn_only
+        self.too_long = too_long
         self._encoder = Encoder(spec.json, spec.name)
         self._special = self._encoder.special_ids() | {spec.eos_id}
-        self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
-        self._templates = [
-            ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
-        ]
+        self._mute = (self._encoder.id_of(spec.special_tokens.get("unk_token")), spec.eos_id)
+        self._templates = [spec.compiled(tools) for tools in (False, True)]
         self._forms = [spec.chat_form(tools) for tools in (False, True)]
         self._ends = [end_of_turn(spec, self._encoder, tools) for tools in (False, True)]
 
@@ -100,12 +108,13 @@ class ExampleTokenizer:
                 parts = [(_cuts(text, spans), spans) for text, spans in self._parts(example)]
                 answers = [cut for (_, *cuts), _ in parts for cut in cuts]
                 before = [cuts[0] for cuts, _ in parts]
-                return Begun(example, answers, before, lambda: [self._masked(*part) for part in parts])
+                return Begun(example, answers, before, lambda: self._chat(parts))
             case Completion():
                 texts = (example.prompt, example.completion)
                 return Begun(example, (), texts, lambda: [self._completion(example)])
             case Text():
-                return Begun(example, (), (example.text,), lambda: self._text(example))
+                stretches = _STRETCH.findall(example.text)
+                return Begun(example, (), stretches[:1], lambda: self._text(stretches))
 
     def ahead(self, begun: Sequence[Begun]) -> None:
         """Tokenise the texts of several examples together, which takes less time; the examples are finished then."""
@@ -124,7 +133,7 @@ class ExampleTokenizer:
             for number, message in enumerate(chat.messages)
             if message["role"] == "assistant" and message.get("weight") != 0
         ]
-        if self._last_turn_only:
+        if self._last_turn_only and self.too_long != "drop_turns":
             trained = trained[-1:]
         last = len(chat.messages) - 1
         full = self._render(chat, last + 1)
@@ -172,7 +181,7 @@ class ExampleTokenizer:
             return text[place + len(tail) :]
         raise Rejected(
             "template",
-            f"the chat template of {self._spec.name} does not continue its own generation prompt: message"
+            f"{self._spec.what} does not continue its own generation prompt: message"
             f" {number + 1} should start after {before[max(0, same - 20) :][:60]!r}, but is"
             f" {text[max(0, same - 20) :][:60]!r}: take such rows out, or {ANOTHER}",
         )
@@ -188,7 +197,7 @@ class ExampleTokenizer:
                 if why is not None and (not isinstance(why, str) or why.strip() not in text[start:]):
                     raise Rejected(
                         "template",
-                        f"message {number + 1}: the chat template of {self._spec.name} leaves the reasoning out: write"
+                        f"message {number + 1}: {self._spec.what} leaves the reasoning out: write"
                         f" it into the content as <think>...</think>, take it out of the rows, or {ANOTHER}",
                     )
             if not message.get("tool_calls"):
@@ -199,13 +208,13 @@ class ExampleTokenizer:
             if text_of(message).rpartition("</think>")[2].strip() not in text[start:]:
                 raise Rejected(
                     "template",
-                    f"message {number + 1}: the chat template of {self._spec.name} leaves the text beside the tool call"
+                    f"message {number + 1}: {self._spec.what} leaves the text beside the tool call"
                     f" out: take it out of the rows, or {ANOTHER}",
                 )
             if (function := left_out(message, text[start:])) is not None:
                 raise Rejected(
                     "template",
-                    f"message {number + 1}: the chat template of {self._spec.name} leaves the tool call out (of"
+                    f"message {number + 1}: {self._spec.what} leaves the tool call out (of"
                     f" {function!r}): take rows without tool calls, or {ANOTHER}",
                 )
 
@@ -214,8 +223,24 @@ class ExampleTokenizer:
         try:
             return chosen.render(chat.messages[:stop], add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
-            what = f"the chat template of {self._spec.name} refuses the conversation"
+            what = f"{self._spec.what} refuses the conversation"
             raise Rejected("template", f"{what}: {first_line(error)}: take such rows out, or {ANOTHER}") from None
+
+    def _chat(self, parts: Sequence[tuple[Sequence[str], Sequence[Span]]]) -> list[Tokens]:
+        """The tokens of the texts of a chat; where too long ones are shortened, without those of which nothing fits."""
+        found, left_out = list[Tokens](), None
+        for cuts, spans in parts:
+            try:
+                found.append(self._masked(cuts, spans))
+            except Rejected as why:
+                if why.reason != "too_long":
+                    raise
+                left_out = why
+        if left_out and (not found or self.too_long == "reject"):
+            raise left_out
+        if left_out:
+            found[-1] = replace(found[-1], shortened=True)
+        return found[-1:] if self._last_turn_only else found
 
     def _masked(self, cuts: Sequence[str], spans: Sequence[Span]) -> Tokens:
         """The tokens of a text that is cut where answers begin, each cut tokenised alone, with the answers supervised.
@@ -234,10 +259,15 @@ class ExampleTokenizer:
             self._require_own(written, bool(ids))
             written_at.append(slice(len(ids), len(ids) + count))
             ids += piece.ids
+        shortened, most = False, self._max_length
+        if self.too_long == "drop_turns" and (fitting := [part for part in written_at if part.stop <= most]):
+            shortened = len(fitting) < len(written_at)
+            ids = ids if len(ids) <= most else ids[: fitting[-1].stop]
+            written_at = fitting[-1:] if self._last_turn_only else fitting
         supervised = np.zeros(len(ids), dtype=bool)
         for place in written_at:
             supervised[place] = True
-        return self._checked(np.asarray(ids, dtype=np.int32), supervised)
+        return self._checked(np.asarray(ids, dtype=np.int32), supervised, shortened)
 
     def _completion(self, example: Completion) -> Tokens:
         prompt = self._encoder.ids(example.prompt)
@@ -247,8 +277,10 @@ class ExampleTokenizer:
         ids = np.asarray([*asked, *answer, *self._end(answer)], dtype=np.int32)
         return self._checked(ids, np.arange(len(ids)) >= len(asked))
 
-    def _text(self, example: Text) -> list[Tokens]:
-        found = self._encoder.ids(example.text)
+    def _text(self, stretches: Sequence[str]) -> list[Tokens]:
+        found: list[int] = []
+        for stretch in stretches:
+            found += self._encoder.ids(stretch, continues=bool(found))
         ids = np.asarray([*self._begin(found), *found, *self._end(found)], dtype=np.int32)
         # A piece begins with the last token of the one before: each token but the first is predicted once.
         starts = range(0, max(len(ids) - 1, 1), self._max_length - 1)
@@ -269,22 +301,27 @@ class ExampleTokenizer:
 
         `asked`: something stands before them, so that their first is trained on, too.
         """
-        mute = (self._unknown, self._spec.eos_id)
         trained = written if asked else written[1:]
-        says = any(number not in mute and not self._encoder.is_blank(number) for number in written)
-        if not says or all(number in mute for number in trained):
+        if not self._says(written) or all(number in self._mute for number in trained):
             raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
 
-    def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> Tokens:
-        if len(ids) > self._max_length:
-            raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {self._max_length}")
+    def _says(self, written: list[int]) -> bool:
+        """Whether one of the tokens of an answer says anything."""
+        return any(number not in self._mute and not self._encoder.is_blank(number) for number in written)
+
+    def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_], shortened: bool = False) -> Tokens:
+        if len(ids) > (most := self._max_length):
+            begun = supervised & (np.arange(len(ids)) < most) & (self.too_long == "cut")
+            if not self._says(ids[begun].tolist()):
+                raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {most}")
+            ids, supervised, shortened = ids[:most], supervised[:most], True
         if (rows := self._spec.embeddings) is not None and (largest := int(ids.max(initial=0))) >= rows:
             token = self._encoder.token_of(largest)
             raise Rejected("no_embedding", f"the token {token!r} ({largest}) is beyond the model's {rows} embeddings")
         supervised[:1] = False
         if not supervised.any():
             raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
-        return Tokens(ids, supervised)
+        return Tokens(ids, supervised, shortened)
 
 
 def _cuts(text: str, answers: Sequence[Span]) -> list[str]:
@@ -327,7 +364,7 @@ class EndOfTurn:
 
 def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn:
     """How the template for conversations with tools, or without, ends an answer."""
-    template, form = ChatTemplate(spec.template(tools), spec.special_tokens, spec.name), spec.chat_form(tools)
+    template, form = spec.compiled(tools), spec.chat_form(tools)
 
     def written(messages: Sequence[dict[str, Any]]) -> str:
         try:

@@ -9,7 +9,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import digest_json
 from olora_ray.data import chat_template
-from olora_ray.data.chat_template import ChatForm
+from olora_ray.data.chat_template import ChatForm, ChatTemplate
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class TokenizerSpec:
     """Why data.packing=auto gives each example a sequence of its own; a plan's digest has what follows from it."""
     ends: tuple[int, ...] = field(default=(), compare=False)
     """Ids at which the model stops, by its own files; a plan's digest has what follows from them."""
-    chosen: bool = field(default=False, compare=False)
-    """True if data.chat_template names the template."""
+    chosen: str = field(default="", compare=False)
+    """What data.chat_template names; empty: the template is the model's."""
 
     def packing(self, wanted: Literal["auto"] | bool) -> bool:
         """Whether several examples share a sequence, for data.packing."""
@@ -49,7 +49,17 @@ class TokenizerSpec:
     @property
     def has_template(self) -> bool:
         """Whether the model comes with a chat template, or is given one."""
-        return self.chosen or self.chat_template not in chat_template.DEFAULTS
+        return bool(self.chosen) or self.chat_template not in chat_template.DEFAULTS
+
+    @property
+    def what(self) -> str:
+        """The template, in messages."""
+        return f"the chat template {self.chosen}" if self.chosen else f"the chat template of {self.name}"
+
+    @property
+    def setting(self) -> str:
+        """The template after the setting that it comes from, in errors."""
+        return f"{'data.chat_template' if self.chosen else 'model.name'}: {self.what}"
 
     @cached_property
     def digest(self) -> str:
@@ -67,22 +77,31 @@ class TokenizerSpec:
         return self.tool_template or self.chat_template if tools else self.chat_template
 
     def check_templates(self) -> None:
-        """Raise UserError for a template that takes too much time or memory for two short messages."""
+        """Raise UserError for a template that takes too much for two short messages; for a chosen one, if not valid."""
         sources = frozenset(self.template(tools) for tools in (False, True))
-        chat_template.refuse_hostile(sources, frozenset(self.special_tokens.items()), self.name)
+        chat_template.refuse_hostile(sources, frozenset(self.special_tokens.items()), self.setting)
+        if self.chosen:
+            self.compiled(tools=False)
+
+    def compiled(self, tools: bool) -> ChatTemplate:
+        """The template for conversations with tools, or without; raises UserError if it is not valid."""
+        return ChatTemplate(self.template(tools), self.special_tokens, self.setting)
 
     def chat_form(self, tools: bool) -> ChatForm:
         """The form of chats with tools, or without; raises UserError for a template that is not valid."""
-        return chat_template.chat_form(self.template(tools), self.special_tokens, self.name)
+        self.compiled(tools)
+        return chat_template.chat_form(self.template(tools), self.special_tokens, self.what)
 
 
-def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSpec:
-    """The spec of a transformers tokenizer.
+def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = "") -> TokenizerSpec:
+    """The spec of a transformers tokenizer, with the template that `chosen` (data.chat_template) names if it does.
 
     Raises UserError if it is not a fast one, has no end token, a token of an absurd id, or a template that takes too
     much time or memory. A tokenizer without chat template gets one of `chat_template.DEFAULTS`, with a warning.
     """
     name = name or str(getattr(tokenizer, "name_or_path", "") or "the model")
+    if chosen:
+        _choose_template(tokenizer, chosen)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not getattr(tokenizer, "is_fast", False) or backend is None:
         raise UserError(f"model.name: the tokenizer of {name} is not a fast one (it needs a tokenizer.json)")
@@ -112,6 +131,7 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         add_bos=add_bos,
         tool_template=str(for_tools) if for_tools and for_tools != source else None,
         name=name,
+        chosen=chosen,
     )
     spec.check_templates()
     return spec
@@ -126,8 +146,7 @@ def _largest_id(tokenizer: Any) -> int:
     return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
 
-def choose_template(tokenizer: Any, chosen: str) -> None:
-    """Give a transformers tokenizer the template that data.chat_template names; raises UserError if there is none."""
+def _choose_template(tokenizer: Any, chosen: str) -> None:
     source = plain_template(tokenizer)
     if chosen != chat_template.PLAIN:
         what = f"data.chat_template: {chosen}"
@@ -135,10 +154,6 @@ def choose_template(tokenizer: Any, chosen: str) -> None:
             source = storage.read_text(chosen) if storage.exists(chosen) else ""
         if not source.strip():
             raise UserError(f"{what} is not there, or empty; name a file of Jinja, or {chat_template.PLAIN}")
-        try:
-            chat_template.ChatTemplate(source, {}, chosen)
-        except UserError as error:
-            raise UserError(str(error).replace("model.name", "data.chat_template", 1)) from None
     tokenizer.chat_template = source
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,8 @@ from olora_ray.train.self_test import choose_attention
 
 logger = logging.getLogger(__name__)
 
-# Pieces of work spread over the cluster by Ray Data, done by actors that load a model once.
+# Pieces of work spread over the cluster, done by actors that load a model once. Not by Ray Data: it gives its actors
+# arguments in Ray's store, and Ray's C++ log warns of each such actor.
 
 
 Work = TypeVar("Work")
@@ -55,67 +55,68 @@ def map_over_actors(
     """
     if not works:
         return []
-    import ray.data
+    import ray
 
-    from olora_ray.tokens.prepare import quiet_stream
-
-    wanted = worker_resources(config)
-    count = min(len(works), config.cluster.max_workers())
+    wanted, found, precisions = worker_resources(config), dict[int, Result](), set()
     threads = max(1, math.floor(config.cluster.cpus_per_worker))
-    with quiet_stream():
-        rows = [{"number": number, "work": pickle.dumps(work)} for number, work in enumerate(works)]
-        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Actor,
-            fn_constructor_args=(make, threads, config.model),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=count),
-            num_cpus=wanted["CPU"],
-            num_gpus=wanted.get("GPU", 0),
-        )
-        found: dict[int, bytes] = {}
-        precisions = set()
-        for row in done.iter_rows():
-            found[row["number"]] = row["result"]
-            precisions.add(row["precision"])
-            if len(works) >= 10 and 10 * len(found) // len(works) > 10 * (len(found) - 1) // len(works):  # each tenth
-                logger.info(f"evaluation: {len(found) / len(works):.0%} done")
+    # What is made comes with each work, not with the start: an actor that is started again may find it lost by then.
+    kind: Any = ray.remote(max_restarts=-1, max_task_retries=-1)(_Actor)
+    kind = kind.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
+    actors = [kind.remote() for _ in range(min(len(works), config.cluster.max_workers()))]
+    made_of, numbers = ray.put((make, threads, config.model)), iter(range(len(works)))
+    # Those for which there is no room never answer, and get no work.
+    waiting: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
+    try:
+        while len(found) < len(works):
+            [answer], _ = ray.wait(list(waiting))
+            actor, number = waiting.pop(answer)
+            if number is not None:
+                result, precision = ray.get(answer)
+                if isinstance(result, UserError):
+                    # Ray would say that it repeats what is cut off here.
+                    if busy := [each for each, (_, number) in waiting.items() if number is not None]:
+                        ray.wait(busy, num_returns=len(busy))
+                    raise result
+                before, found[number] = 10 * len(found) // len(works), result
+                precisions.add(precision)
+                if len(works) >= 10 and 10 * len(found) // len(works) > before:
+                    logger.info(f"evaluation: {len(found) / len(works):.0%} done")
+            if (number := next(numbers, None)) is not None:
+                waiting[actor.run.remote(made_of, works[number])] = actor, number
+            else:
+                ray.kill(actor)  # makes room for one that is started again
+    finally:
+        for actor in actors:
+            ray.kill(actor)
     if len(precisions) > 1:
         logger.warning(
             f"model.dtype: auto: measured in {' and '.join(sorted(precisions))}, each row in that of the node which"
             " measured it; use nodes of one kind, or set it"
         )
-    # Made by our own actors a moment ago.
-    results = [pickle.loads(found[number]) for number in range(len(works))]  # noqa: S301
-    for result in results:
-        if isinstance(result, UserError):
-            raise result
-    return results
+    return [found[number] for number in range(len(works))]
 
 
 class _Actor:
     """Runs one work after the other; a UserError is a result, so that Ray does not wrap it."""
 
-    def __init__(self, make: Callable[[], Callable[[Any], Any]], threads: int, model: Model) -> None:
-        torch.set_num_threads(threads)
-        quiet_transformers()
-        self.problem: UserError | None = None
-        self.precision = ""
-        try:
-            self.run = make()
-            self.precision = str(pick_dtype(model, assigned_device())).removeprefix("torch.")
-        except UserError as error:
-            self.problem = error
+    made: Callable[[Any], Any] | None = None
+    precision = ""
 
-    def __call__(self, batch: Any) -> dict[str, Any]:
-        """One row {number, work} -> one row {number, result, precision}."""
-        numbers, results = batch.column("number").to_pylist(), []
-        for work in batch.column("work").to_pylist():
-            try:
-                results.append(pickle.dumps(self.problem or self.run(pickle.loads(work))))  # noqa: S301
-            except UserError as error:
-                results.append(pickle.dumps(error))
-        return {"number": numbers, "result": results, "precision": [self.precision] * len(numbers)}
+    def ready(self) -> None:
+        """Answer, once there is room for this actor."""
+
+    def run(self, made_of: tuple[Callable[[], Callable[[Any], Any]], int, Model], work: Any) -> tuple[Any, str]:
+        """The result of a work, and the precision in which it was made."""
+        make, threads, model = made_of
+        try:
+            if self.made is None:
+                torch.set_num_threads(threads)
+                quiet_transformers()
+                self.made = make()
+                self.precision = str(pick_dtype(model, assigned_device())).removeprefix("torch.")
+            return self.made(work), self.precision
+        except UserError as error:
+            return error, self.precision
 
 
 ANSWERS_AT_ONCE = 20

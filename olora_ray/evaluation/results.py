@@ -112,6 +112,7 @@ class Evaluation:
 
 def check(request: Request, config: AnyConfig) -> None:
     """Raise UserError if nothing is to be done, the scorer cannot be, or Ray does not answer."""
+    config.data.length()  # raises an error for auto, before anything starts
     if config.evaluation.scorer:
         scoring.resolve(config.evaluation.scorer)
     if not request.tasks and not config.data.holds_out():

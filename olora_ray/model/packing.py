@@ -153,7 +153,7 @@ def check_lengths(model: Any, config: AnyConfig) -> None:
 
     Or longer than its positions. The self-test has too few tokens to see it.
     """
-    family, most = type(model).__name__, config.data.max_length
+    family, most = type(model).__name__, config.data.length()
     if (there := positions(model)) is not None and most > there:
         raise UserError(
             f"data.max_length={most}: {family} has positions for {there} tokens; set data.max_length to {there} at most"
@@ -196,6 +196,13 @@ def positions(model: Any) -> int | None:
     tables += [kept for name, kept in language.named_buffers() if name.endswith("embed_positions")]
     # Those of OPT and BioGPT have two rows more.
     return most if type(most) is int and any(most <= table.shape[0] <= most + 2 for table in tables) else None
+
+
+def most_tokens(model: Any) -> int:
+    """Tokens of the longest example that a model is made for; 131,072 where nothing says so."""
+    shape = model.config.get_text_config()
+    most = getattr(shape, "max_position_embeddings", None)
+    return min(most if type(most) is int else 2**17, *(limit for _, limit in _limits_of_positions(shape)), 2**17)
 
 
 def _limits_of_positions(shape: Any) -> list[tuple[str, int]]:

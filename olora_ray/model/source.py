@@ -15,7 +15,7 @@ from olora_ray.common.patience import is_away
 from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.config.schema import Model as ModelConfig
-from olora_ray.model import convert, folder
+from olora_ray.model import folder
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     Raises UserError for a name that leads nowhere, a folder without safetensors or with files that do not hold
     (`folder.check`), or a broken GGUF file.
     """
+    from olora_ray.model import convert  # with torch
+
     quiet_transformers()
     name = config.model.name
     source = registered or _source_folder(config)
@@ -55,6 +57,16 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     _keep(source)
     code = config.model.trust_remote_code
     return BaseModel(name, str(source), folder.of_folder(source, code), folder.look(source, code))
+
+
+def glance(config: AnyConfig) -> str | None:
+    """Identify the files that `obtain` would read, without torch; None where it alone can tell which they are."""
+    if config.model.name.startswith("models:/") or config.model.trust_remote_code:
+        return None
+    source = _source_folder(config)
+    if source.is_file():
+        return folder.of_weights([source])
+    return folder.of_folder(source, code=False) if folder.weight_files(source) else None
 
 
 def _what_it_is(source: Path) -> str:

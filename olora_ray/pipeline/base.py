@@ -12,7 +12,7 @@ from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_re
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenize import turn_end
-from olora_ray.data.tokenizer_spec import TokenizerSpec, choose_template, has_tokens_beyond, spec_from_pretrained
+from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
 from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
@@ -108,6 +108,7 @@ class Base:
 
 def open_base(config: AnyConfig) -> Base:
     """The base model and its tokenizer; raises UserError as `find_model`, and for a tokenizer that cannot be used."""
+    logger.info(f"opening the base model {config.model.name}")
     return with_tokenizer(find_model(config), config)
 
 
@@ -118,9 +119,7 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             f"model.name: {model.folder} has no tokenizer: none of {', '.join(TOKENIZERS)} is there; copy the files of"
             " the tokenizer that the model was trained with into the folder"
         )
-    tokenizer, template = load_tokenizer(model, config.model), config.data.chat_template
-    if template:
-        choose_template(tokenizer, template)
+    tokenizer = load_tokenizer(model, config.model)
     shape: Any = skeleton(model, config.model)
     found = stored.fit(Path(model.folder), shape)
     if found.problem is not None:  # what is loaded would be another model than the files hold
@@ -133,8 +132,8 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             " causal model, which sees what came before"
         )
     ends = end_tokens(model, tokenizer)
-    spec = spec_from_pretrained(tokenizer, model.name)
-    spec = replace(spec, apart=why_apart(shape), ends=ends, chosen=bool(template))
+    spec = spec_from_pretrained(tokenizer, model.name, config.data.chat_template or "")
+    spec = replace(spec, apart=why_apart(shape), ends=ends)
     try:
         rows: int | None = int(shape.get_input_embeddings().weight.shape[0])
     except (NotImplementedError, AttributeError):
@@ -151,7 +150,7 @@ def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, .
         return found
     token = tokenizer.convert_ids_to_tokens(last)
     logger.warning(
-        f"model.name: the chat template of {model.name} ends an answer with {token!r}, which is no end token of its"
+        f"{spec.setting} ends an answer with {token!r}, which is no end token of its"
         f" tokenizer or generation_config.json: answers end there here, and a server needs it as a stop token ({last})"
     )
     return tuple(sorted((*found, last)))

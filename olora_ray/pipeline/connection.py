@@ -112,6 +112,7 @@ def _init(found: str) -> None:
     """Join the Ray at an address, or start one; raises UserError if the former does not let us in."""
     variables = ray_internals.beside_job(ENVIRONMENT)  # what a job was submitted with has the last word
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
+    logger.info("starting Ray" if found == address.OWN else f"joining {address.name(found)}")
     if found == address.OWN:
         address.make_own()
         # It would start a process for each CPU and wait for all of them, and then use none: what runs here has an

@@ -40,7 +40,9 @@ def dry_run(config: Config, show_config: bool = False) -> None:
         report.already_finished(folder, done)
     resolve_uri(config)  # nobody is asked whether it answers
     base = open_base(config)
+    config = prepare.with_length(folder.config, base)
     size = prepare.plan(config, base.model)
+    logger.info("reading rows")
     # Of many held-out rows the first 500 are read.
     held_out = describe(config, base.spec, "eval", 500) if config.data.holds_out() else None
     train = describe(config, base.spec, "train")
@@ -98,7 +100,7 @@ def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[
     else:
         yield "held out", f"{_rows(held_out)}; {held_out.packs:,} sequences"
     about = "" if train.exact else "about "
-    yield "sequences", f"{about}{train.packs:,} of at most {config.data.max_length:,} tokens, fill {train.fill:.2f}"
+    yield "sequences", f"{about}{train.packs:,} of at most {config.data.length():,} tokens, fill {train.fill:.2f}"
     yield "tokens", f"{about}{train.tokens:,} in an epoch, {train.supervised / train.tokens:.0%} of them supervised"
     low, half, most, nearly, high = (f"{length:,}" for length in train.lengths)
     yield "an example has", f"{low} to {high} tokens; half have up to {half}, 90% up to {most}, 99% up to {nearly}"
@@ -106,6 +108,7 @@ def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[
 
 def _rows(preview: Preview) -> str:
     text = f"{preview.rows:,}" if preview.exact else f"about {preview.rows:,}, of which {preview.read:,} were read"
+    text += f" ({preview.note})" if preview.note else ""
     if not (rejected := sum(preview.rejected.values())):
         return f"{text}, none rejected"
     limits = preview.limits
@@ -118,6 +121,7 @@ def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview,
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
     if why := estimate.not_measured(config, size, elsewhere):
         return f"not estimated: {why}"
+    logger.info("training on one micro-batch, to measure it")
     workers = config.cluster.max_workers()
     width = min(config.train.micro_batch, config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]

@@ -260,7 +260,7 @@ def complete(
         adapter=config.adapter,
         rank=rank,
         sources=config.data.train,
-        max_length=config.data.max_length,
+        max_length=config.data.length(),
         steps=step_of_best(state),
         eval_loss=state.best_loss,
         own_template=template is not None or had != models.has_chat_template(adapter),

@@ -11,7 +11,7 @@ import ray.train
 from ray.exceptions import RayActorError, RayError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Failure, Message, Resumed, Saved, Started, make_channel
+from olora_ray.cluster.channel import Failure, Message, Resumed, Saved, Started, Took, make_channel
 from olora_ray.cluster.failures import cause, counts, passes, user_errors
 from olora_ray.cluster.membership.driver import (
     Fit,
@@ -67,6 +67,8 @@ class Monitor:
                     self.progress.line(message)
                 case Saved():
                     self.telemetry.saved(message.seconds)
+                case Took():
+                    self.progress.took |= message.seconds
                 case Started() | Failure():
                     on_event(message)
                 case Resumed():
@@ -387,7 +389,11 @@ def train(
     stop.gentle = True
     try:
         with Progress(Schedule(config.train, build.store).total(), config.train.log_every) as progress:
+            progress.eval_every = config.train.eval_every if spec.eval else None
+            progress.export = on_row is None  # else it trains for a search
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
+            if fit_on is None:
+                progress.line("starting the workers: each imports torch and transformers")
             changing = fit_on is None and in_place(config, worker)
             fit = partial(fit_on or partial(_fit, spec, folder, worker, changing), channel)
             result = Attempts(spec, build, monitor, stop, worker, fit, changing, placed=fit_on is not None).run()

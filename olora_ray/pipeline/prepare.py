@@ -13,12 +13,17 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError, short_reason
 from olora_ray.common.storage import digest
 from olora_ray.common.text import plural
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.model.load import skeleton
+from olora_ray.model.packing import most_tokens
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers, export_preflight
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.progress import batch_split
+from olora_ray.tokens.plan import Split
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
+from olora_ray.tokens.preview import describe
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, scoring
 from olora_ray.train.estimate import MemoryEstimate, estimate
@@ -139,7 +144,29 @@ def say_steps(spec: TrainSpec) -> None:
         logger.info(f"training: {steps}; {split}; tokens come in {spec.train.shard_count:,} shards")
 
 
-# The tokens of a run.
+# The length of sequences, and the tokens of a run.
+
+
+def with_length(config: Config, base: Base) -> Config:
+    """The config with a number for `data.max_length: auto`: what the longest of the rows needs that are looked at.
+
+    Raises UserError where that says nothing, since plain text is cut in pieces.
+    """
+    if config.data.max_length != "auto":
+        return config
+    most = most_tokens(skeleton(base.model, config.model))
+    wide = override(config, {"data.max_length": most, "data.max_rejected": 1.0})
+    splits: tuple[Split, ...] = ("train", "eval") if config.data.holds_out() else ("train",)
+    looks = [describe(wide, base.spec, split, tell=False) for split in splits]
+    longest, rows = max(look.longest for look in looks), sum(look.read for look in looks)
+    if not longest:
+        raise UserError(
+            "data.max_length: auto asks for rows that are not cut in pieces, as plain text is; set a number"
+        )
+    number = min(max(256, -(-longest // 64) * 64), most)
+    logger.info(f"data.max_length: auto is {number:,}: the longest of {rows:,} rows has {longest:,} tokens")
+    return override(config, {"data.max_length": number})
+
 
 Check = Callable[[Mapping[str, str]], None]
 """Gets digests of contents by their names in `TrainSpec.identity`; raises UserError if they are not those it wants."""

@@ -27,9 +27,16 @@ class Progress:
     The lines go to the log, wherever that is; the bar is drawn where standard error is a terminal.
     """
 
+    eval_every: int | None = None
+    """Steps between evaluations; None: there are none."""
+    export = False
+    """True if an export follows the last step."""
+
     def __init__(self, total: int | None, every: int, bar: bool | None = None) -> None:
         """`total` is the number of steps; None as long as it is not known."""
         self.total, self.every = total, every
+        self.took: dict[str, float] = {}
+        """Seconds that parts of the training have taken (cluster/channel.py)."""
         self.supervised = self.seconds = self.waited = 0.0
         self.pace: float | None = None
         wanted = sys.stderr.isatty() if bar is None else bar
@@ -96,7 +103,7 @@ class Progress:
             self.line(
                 f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                 f" | {self.supervised / self.seconds:.0f} supervised tok/s"
-                f" | data wait {self.waited / self.seconds:.0%} | ETA {left}"
+                f" | data wait {self.waited / self.seconds:.0%} | ETA about {left}"
             )
             self.supervised = self.seconds = self.waited = 0.0
 
@@ -106,7 +113,12 @@ class Progress:
     def _left(self, step: int) -> str:
         if self.total is None or self.pace is None:
             return "?"
-        return clock((self.total - step) * self.pace)
+        seconds = (self.total - step) * self.pace + self.took.get("answers", 0.0)
+        if self.eval_every and step < self.total:  # the last step is always evaluated
+            evaluations = -(-self.total // self.eval_every) - step // self.eval_every
+            seconds += evaluations * self.took.get("evaluation", 0.0)
+        # An export reads the base twice, to merge it and to compare what came out, as the start of a worker does once.
+        return clock(seconds + 2 * self.took.get("start", 0.0) * self.export)
 
 
 def _is_pipe(stream: TextIO) -> bool:

@@ -107,7 +107,7 @@ def _training(exported: Exported) -> Iterator[str]:
     kept = f", of which the adapter of step {exported.step} is kept" if exported.step != last else ""
     yield (
         f"**Trained on** {_rows(spec.train)}{_sources(data.train)}: {plural(last, 'step')}{kept}; a step has"
-        f" {plural(train.global_batch, 'sequence')} of at most {data.max_length:,} tokens."
+        f" {plural(train.global_batch, 'sequence')} of at most {data.length():,} tokens."
     )
     if spec.eval is not None:
         where = _sources(data.eval) if data.eval else f"{data.eval_fraction:g} of these rows"

@@ -15,10 +15,9 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, build, dump, flatten, parse_yaml
+from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, build, dump, flatten, override, parse_yaml
 from olora_ray.config.schema import Config
 from olora_ray.tracking.checksums import SETTINGS
-from olora_ray.train import checkpoint, checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +78,8 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        One of another length goes on where it is, if it can. Raises UserError if not; TryAgain if an object store does
-        not answer now. Leaves nothing behind.
+        One of another length goes on where it is, if it can; for `data.max_length: auto` the config gets its number.
+        Raises UserError if not; TryAgain if an object store does not answer now. Leaves nothing behind.
         """
         storage.check(self.config.run.storage, "run.storage")
         try:
@@ -95,9 +94,13 @@ class RunFolder:
 
     def _problem(self) -> str:
         """Why the config cannot be that of the training that has this name; empty if it can, or there is none."""
+        from olora_ray.train import checkpoints  # with torch, as below: a night without changes is told without it
+
         there = checkpoints.names(self.checkpoints)
         if not there and self._result() is None:
             return ""
+        if self.config.data.max_length == "auto" and storage.exists(self.settings):
+            self.config = override(self.config, {"data.max_length": self._kept().data.max_length})
         run = f"{self.config.run.name!r}"
         if self._changes(_all_but_length):
             return f"run.name: {run} exists with other settings ({self.other_settings()})"
@@ -143,6 +146,8 @@ class RunFolder:
 
         Those that are not given are not looked at. Does nothing for a run that has neither checkpoint nor result.
         """
+        from olora_ray.train import checkpoint
+
         found = self._identity()
         if any(found.get(what, digest) != digest for what, digest in contents.items()):
             where = f"{self.root} ({shown})" if (shown := self.moved()) else self.root
@@ -151,6 +156,8 @@ class RunFolder:
     def claim(self) -> None:
         """Keep the config: from now on the name is this run's. If its length is another one, it has not ended."""
         if shown := self._changes(_length):
+            from olora_ray.train import checkpoints
+
             if step := checkpoints.last_step(self.checkpoints):
                 logger.info(
                     f"{shown}: training goes on after step {step} with the optimizer's state; from there the learning"
@@ -223,6 +230,8 @@ class RunFolder:
 
     def _identity(self) -> dict[str, str]:
         """Return the digests that the run was trained with, from its newest checkpoint or its result."""
+        from olora_ray.train import checkpoint, checkpoints
+
         for name in reversed(checkpoints.names(self.checkpoints)):
             state = _read_json(storage.join(self.checkpoints, name, checkpoint.STATE)) or {}
             if isinstance(found := state.get("identity"), dict):

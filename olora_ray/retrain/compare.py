@@ -25,10 +25,10 @@ from olora_ray.pipeline.base import Base, find_model, parts, with_tokenizer
 from olora_ray.pipeline.run_folder import where_now
 from olora_ray.retrain import recipe
 from olora_ray.retrain.gate import HeldOut
-from olora_ray.retrain.recipe import AGAINST, Inputs
+from olora_ray.retrain.recipe import Inputs
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tracking import checksums, models
-from olora_ray.tracking.aliases import CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
+from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN, Version
 from olora_ray.tracking.models import ADAPTER_ONLY, EXPORT
 from olora_ray.tracking.start import resolve_uri
@@ -188,55 +188,3 @@ def _read(note: str) -> Measured | None:
         return Measured.from_json(storage.read_text(note))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None  # not there, damaged, or of an older release
-
-
-# The version that a challenger must beat: the champion, or a substitute if its alias or its version was deleted.
-
-
-@dataclass(frozen=True)
-class ToBeat:
-    """The version that a challenger must beat, and the registry in which it was found."""
-
-    version: Version | None
-    """None: the model has never had a champion."""
-    role: str
-    """Of this version, for the log: the champion, or what it was."""
-    champion: str
-    """Version with the alias `champion`; empty if there is no such alias."""
-    versions: Sequence[Version]
-    """All versions of the model, the oldest first."""
-
-
-def version_to_beat(aliases: Aliases) -> ToBeat:
-    """Find the version that a challenger must beat; raises UserError if there was a champion and nothing is left."""
-    last, named, versions = aliases.last_champion(), aliases.current(), aliases.versions()
-    there, champion = {version.number: version for version in versions}, named.get(CHAMPION, "")
-    if champion in there:
-        return ToBeat(there[champion], "the champion", champion, versions)
-    passed = [version for version in versions if _passed(version)]
-    substitutes = {
-        "the last champion": there.get(last or ""),
-        "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
-        "the champion before": there.get(named.get(PREVIOUS, "")),
-    }
-    deleted = last is not None and last not in there
-    gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
-    for role, version in substitutes.items():
-        if version is not None and not rolled_back(version):
-            logger.warning(
-                f"registry: {aliases.name}: {gone}; a new version must beat version {version.number}, {role};"
-                f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
-            )
-            return ToBeat(version, role, champion, versions)
-    if last or PREVIOUS in named or passed or any(version.tags.get(AGAINST) for version in versions):
-        raise UserError(
-            f"registry.model={aliases.name}: {gone}, and no other version that passed is left to compare with; set a"
-            f" champion with: olora-ray registry promote {aliases.name} VERSION, or delete the registered model to"
-            " begin anew"
-        )
-    return ToBeat(None, "no champion", champion, versions)
-
-
-def _passed(version: Version) -> bool:
-    """True if the version has been a champion, by its verdict: it passed, or a person promoted it."""
-    return GATE in version.tags and not version.tags[GATE].startswith("refused")

@@ -11,12 +11,13 @@ Where the champion cannot be continued (another base model or adapter, no new fi
 version is made from the base, and the log says why.
 """
 
+import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from olora_ray.common import storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
@@ -24,13 +25,15 @@ from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
-from olora_ray.pipeline.base import Base, open_base
+from olora_ray.model.source import glance
 from olora_ray.pipeline.run_folder import TAGS, Fingerprint, bound_settings, settings_digest, where_now
 from olora_ray.tokens import manifest, prepare
-from olora_ray.tokens.plan import Plan
-from olora_ray.tracking.aliases import CHALLENGER, GATE, rolled_back
+from olora_ray.tokens.plan import Plan, Split, sources_of
+from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
 from olora_ray.tracking.checksums import RUN, Version
-from olora_ray.train import checkpoints
+
+if TYPE_CHECKING:
+    from olora_ray.pipeline.base import Base
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ AGAINST = "olora.gate_against"
 class Inputs:
     """The inputs of a retraining, as they are now."""
 
-    base: Base
+    base: "Base"
     plan: Plan
     """Of the training data."""
     held_out: Plan
@@ -60,11 +63,37 @@ def look(config: Config) -> Inputs:
     """
     if not config.data.holds_out():
         raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
-    base, seen = open_base(config), prepare.look_here(config)
+    from olora_ray.pipeline.base import open_base
+
+    model, base, seen = glance(config), open_base(config), prepare.look_here(config)
     plan = prepare.plan_here(config, base.spec, "train", seen)
     held_out = prepare.plan_here(config, base.spec, "eval", seen)
     made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
+    files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
+    if model:
+        node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
     return Inputs(base, plan, held_out, made_of)
+
+
+def look_again(config: Config) -> Fingerprint | None:
+    """The fingerprint that an earlier `look` on this node found for the same config and files; None if there is none.
+
+    It takes none of the imports that opening a base takes, which is most of a night without changes.
+    """
+    if not config.data.holds_out() or not (model := glance(config)):
+        return None
+    seen, files = prepare.look_here(config), []
+    for split in get_args(Split):
+        for listed, scans in zip(*seen(*sources_of(config, split)), strict=True):
+            files += [(file.uri, scan.sha256) for file, scan in zip(listed, scans, strict=True)]
+    kept = node_cache.read(_kept_at(config, model, files))
+    return Fingerprint.from_tags(json.loads(kept)) if kept else None
+
+
+def _kept_at(config: Config, model: str, files: Sequence[tuple[str, str]]) -> str:
+    template = config.data.chat_template or ""
+    text = storage.read_text(template) if template and storage.exists(template) else template
+    return node_cache.place("fingerprints", config.model_dump_json(), model, text, json.dumps(files))
 
 
 def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
@@ -82,6 +111,58 @@ def find_decision(versions: Sequence[Version], champion: Version | None, now: Fi
         if rolled_back(version) or version.tags.get(AGAINST) == against:
             return version
     return None
+
+
+# The version that a challenger must beat: the champion, or a substitute if its alias or its version was deleted.
+
+
+@dataclass(frozen=True)
+class ToBeat:
+    """The version that a challenger must beat, and the registry in which it was found."""
+
+    version: Version | None
+    """None: the model has never had a champion."""
+    role: str
+    """Of this version, for the log: the champion, or what it was."""
+    champion: str
+    """Version with the alias `champion`; empty if there is no such alias."""
+    versions: Sequence[Version]
+    """All versions of the model, the oldest first."""
+
+
+def version_to_beat(aliases: Aliases) -> ToBeat:
+    """Find the version that a challenger must beat; raises UserError if there was a champion and nothing is left."""
+    last, named, versions = aliases.last_champion(), aliases.current(), aliases.versions()
+    there, champion = {version.number: version for version in versions}, named.get(CHAMPION, "")
+    if champion in there:
+        return ToBeat(there[champion], "the champion", champion, versions)
+    passed = [version for version in versions if _passed(version)]
+    substitutes = {
+        "the last champion": there.get(last or ""),
+        "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
+        "the champion before": there.get(named.get(PREVIOUS, "")),
+    }
+    deleted = last is not None and last not in there
+    gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
+    for role, version in substitutes.items():
+        if version is not None and not rolled_back(version):
+            logger.warning(
+                f"registry: {aliases.name}: {gone}; a new version must beat version {version.number}, {role};"
+                f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
+            )
+            return ToBeat(version, role, champion, versions)
+    if last or PREVIOUS in named or passed or any(version.tags.get(AGAINST) for version in versions):
+        raise UserError(
+            f"registry.model={aliases.name}: {gone}, and no other version that passed is left to compare with; set a"
+            f" champion with: olora-ray registry promote {aliases.name} VERSION, or delete the registered model to"
+            " begin anew"
+        )
+    return ToBeat(None, "no champion", champion, versions)
+
+
+def _passed(version: Version) -> bool:
+    """True if the version has been a champion, by its verdict: it passed, or a person promoted it."""
+    return GATE in version.tags and not version.tags[GATE].startswith("refused")
 
 
 # What a version was trained on: the files, by digest, and how the held-out rows were drawn from them.
@@ -264,6 +345,8 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
     if unseen_rows(config, inputs.held_out, known) is not None:
         return "it may have been trained on rows that are held out now"
     folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
+    from olora_ray.train import checkpoints
+
     found = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
     if found is None:
         return f"there is no checkpoint of it in {folder or 'its run folder'}"

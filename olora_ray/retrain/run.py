@@ -20,10 +20,9 @@ from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, User
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
 from olora_ray.retrain import decision_run, gate, notify, recipe
-from olora_ray.retrain.compare import version_to_beat
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
-from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version
+from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
 from olora_ray.tracking import client, start
 from olora_ray.tracking.aliases import GATE, Aliases, Overtaken, rolled_back
 from olora_ray.tracking.checksums import Version
@@ -133,15 +132,19 @@ def _locked(config: Config) -> Entry | None:
 
 def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None:
     aliases.repair()
-    inputs = recipe.look(config)
+    inputs = None
+    if (now := recipe.look_again(config)) is None:
+        inputs = recipe.look(config)
+        now = inputs.fingerprint
     to_beat = version_to_beat(aliases)
-    if (done := recipe.find_decision(to_beat.versions, to_beat.version, inputs.fingerprint)) is not None:
+    if (done := recipe.find_decision(to_beat.versions, to_beat.version, now)) is not None:
         late = decision_run.of_version(config, done)  # the call that decided was cut off before it told
         which = to_beat.role if done is to_beat.version else done.tags[GATE]
         reason = f"nothing changed since version {done.number} of {done.name} ({which})"
         logger.info(reason)
         decision_run.unchanged(config, Entry("unchanged", reason, champion=to_beat.champion or None))
         return late
+    inputs = inputs or recipe.look(config)
     if to_beat.version is None:
         logger.info("no champion yet: training the first version")
     else:

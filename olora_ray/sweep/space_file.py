@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, of_problems
 from olora_ray.config.load import at, flatten, override, parse_yaml, validated
 from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.model.source import BaseModel
@@ -190,7 +190,7 @@ def plan(config: Config, space: Space, base: BaseModel) -> None:
         except UserError as error:
             problems.setdefault(str(error), f"{where}{error}")  # of several settings the same once
     if problems:
-        raise UserError("; ".join(problems.values()))
+        raise of_problems("the search cannot start", list(problems.values()))
     for where, trial, size in found:
         prepare.say(trial, size, where)
 

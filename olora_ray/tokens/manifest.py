@@ -159,7 +159,7 @@ class RejectedRows:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._repeats = any(turn for turn, _ in plan.shards.pieces.takes)
+        self._repeats = any(turn > 0 for turn, _ in plan.shards.pieces.takes)
         self._file = tempfile.SpooledTemporaryFile(4 * 2**20)  # noqa: SIM115 - closed when this object is gone
         weakref.finalize(self, self._file.close)
         self._end = 0
@@ -221,7 +221,7 @@ def _inside(place: int, spans: Sequence[tuple[int, int]]) -> bool:
 
 
 REMEDIES = {
-    "too_long": "raise data.max_length",
+    "too_long": "raise data.max_length{longest}",
     "no_embedding": "put the model's own tokenizer into its folder, or give it embeddings for all tokens of this one",
     **dict.fromkeys(
         ("missing_field", "wrong_type", "not_an_object"),
@@ -230,13 +230,13 @@ REMEDIES = {
 }
 
 
-def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str) -> str:
+def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str, longest: str = "") -> str:
     """What mends most of the rejected rows; where most of the `rows` can be used, also how to allow as many.
 
-    `where` names the setting of their sources.
+    `where` names the setting of their sources; `longest` is the end of what to do about rows that are too long.
     """
     most = max(reasons, key=lambda reason: reasons[reason])
-    first = REMEDIES.get(most, "mend or remove them").format(where=where.removeprefix("held out of "))
+    first = REMEDIES.get(most, "mend or remove them").format(where=where.removeprefix("held out of "), longest=longest)
     share = sum(reasons.values()) / rows
     # To allow most rows to be rejected would train on other data than was meant.
     return (
@@ -258,13 +258,15 @@ class Limits:
     """The sources of the rows, as messages name them."""
     share: float
     """`data.max_rejected`."""
+    too_long: str = "reject"
 
     @classmethod
     def of(cls, config: AnyConfig, split: Split) -> "Limits":
         """The limits of a split; held-out rows of `data.eval_fraction` are named as such."""
         setting, _ = sources_of(config, split)
         drawn = split == "eval" and config.data.eval_fraction is not None
-        return cls(f"held out of {setting}" if drawn else setting, config.data.max_rejected)
+        where = f"held out of {setting}" if drawn else setting
+        return cls(where, config.data.max_rejected, config.data.too_long)
 
     def allowed(self, rows: float) -> float:
         """Rows of `rows` that may be rejected: the share of them, and of ten rows or more a single one."""
@@ -286,8 +288,11 @@ class Limits:
         shown = itertools.islice(listed(), 3)
         first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
         sources = {entry["source"] for entry in listed()}
+        told = (re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long")
+        longest = max((int(found[0]) for found in told if found), default=0)
         where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
-        remedy = rejection_remedy(reasons, rows, where)
+        shorten = " or set data.too_long to drop_turns or cut" if self.too_long == "reject" else ""
+        remedy = rejection_remedy(reasons, rows, where, f"{f' (up to {longest:,})' if longest else ''}{shorten}")
         raise UserError(f"{where}: {what} ({reason_counts(reasons)}); {first}; {remedy}")
 
 
@@ -420,8 +425,10 @@ def count(
             notes["whole_tokens"] += max(len(each.ids) for each in found)
     if min(int(np.count_nonzero(each.supervised)) for each in found) == 1:
         notes["single"] += 1
-    if not all(tokenize.ends(each) for each in found):
+    if not all(each.shortened or tokenize.ends(each) for each in found):
         notes["unended"] += 1
+    if any(each.shortened for each in found):
+        notes[tokenize.too_long] += 1
 
 
 def lines(notes: Mapping[str, int]) -> list[str]:
@@ -433,6 +440,13 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             f"{split:,} of {notes['chats']:,} chats were split by the chat template, one example an answer, into"
             f" {times:.1f} times the tokens; with data.last_turn_only: true only the last answer of a chat is trained"
         )
+    if cut := notes.get("cut", 0):
+        found.append(
+            f"rows cut at data.max_length (data.too_long: cut): {cut:,}; held-out rows whose last answer is cut"
+            " count in the loss, and are not answered"
+        )
+    if dropped := notes.get("drop_turns", 0):
+        found.append(f"chats without their last turns, for data.max_length (data.too_long: drop_turns): {dropped:,}")
     if single := notes.get("single", 0):
         found.append(f"rows with a single supervised token: {single:,}")
     if unended := notes.get("unended", 0):

@@ -91,7 +91,8 @@ def _feistel(words: Words, half: np.uint64, seed: int) -> Words:
 
 
 Take = tuple[int, float]
-"""What is taken of a unit: number of the pass over its source, and the share of the rows."""
+"""What is taken of a unit: number of the pass over its source (in a `sample` -1 - the rows before), and the share of
+the rows."""
 Floats = NDArray[np.float64]
 
 
@@ -105,7 +106,7 @@ class Piece:
     turn: int
     """Number of the pass over the source."""
     share: float
-    """Of the rows; below 1 they are drawn by a hash of their place (`taken`)."""
+    """Of the rows; below 1 they are drawn (`taken`)."""
 
 
 class Pieces(Sequence[Piece]):
@@ -282,6 +283,7 @@ class Rules:
     seed: int
     eval_fraction: float | None
     last_turn_only: bool = False
+    too_long: str = "reject"
     draw: str = ""
     """Digest of all files: other data, as every night, draw other rows where a weight is not whole."""
 
@@ -354,6 +356,7 @@ class Plan(Rules):
             "seed": self.seed if self.split == "train" or self.eval_fraction is not None else None,
             "eval_fraction": self.eval_fraction,
             **({"last_turn_only": True} if self.last_turn_only else {}),
+            **({"too_long": self.too_long} if self.too_long != "reject" else {}),
         }
 
     def digest(self) -> str:
@@ -411,11 +414,12 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
         sources=sources,
         files=tuple(files),
         shards=shards,
-        max_length=config.data.max_length,
+        max_length=config.data.length(),
         packing=spec.packing(config.data.packing),
         seed=config.run.seed,
         eval_fraction=config.data.eval_fraction,
         last_turn_only=config.data.last_turn_only,
+        too_long=config.data.too_long,
         draw=digest_json([each.sha256 for each in files], length=16) if split == "train" else "",
     )
 
@@ -432,20 +436,29 @@ def _shards(pieces: Pieces) -> Shards:
     return Shards(pieces, np.array([0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]))
 
 
-def sample(plan: Plan, limit: int) -> tuple[Plan, int]:
-    """The plan cut down to about `limit` rows, as one shard, and how many lines of its files that are.
+def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
+    """The plan cut down to about `limit` rows, as one shard, and (sources, 2) how many lines and bytes these are.
 
     A file may be sorted: the rows are some of each of many pieces, which are spread evenly over the files.
     """
-    pieces = plan.shards.pieces
-    count = int(np.clip(2**26 * len(pieces) // max(pieces.bytes, 1), 8, 128))  # about 64 MB are read
+    pieces, kept_share = plan.shards.pieces, plan.kept_share
+    # About 64 MB or 131,072 rows are read.
+    count = max(8, int(len(pieces) * min(2**26 / max(pieces.bytes, 1), 2**17 / pieces.rows.sum())))
     places = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
     chosen = np.unique(np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64))
-    kept = pieces[np.sort(places[chosen])]
-    share = min(1.0, limit / max(float(kept.rows.sum()) * plan.kept_share, 1.0))
-    kept = Pieces(kept.units, kept.unit, kept.take, [(turn, each * share) for turn, each in kept.takes])
-    rows = (np.arange(piece.unit.first, piece.unit.first + piece.unit.rows, dtype=np.int64) for piece in kept)
-    drawn = sum(int(taken(plan, plan.files[piece.file], piece, r).sum()) for piece, r in zip(kept, rows, strict=True))
+    kept = pieces[places[chosen]]
+    rows, size = float(kept.rows.sum()) * kept_share, float(kept.sizes.sum()) * kept_share
+    # Of long rows fewer, since 4 MB take some seconds; not too few, since other columns may be what makes them long.
+    share = min(limit, max(limit / 20, 2**22 * rows / max(size, 1.0))) / max(rows, 1.0)
+    if share < 1.0:
+        before = np.cumsum([0, *kept.units["rows"][kept.unit][:-1].tolist()]).tolist()
+        takes = [(-1 - done, kept.takes[take][1] * share) for done, take in zip(before, kept.take, strict=True)]
+        kept = Pieces(kept.units, kept.unit, np.arange(len(kept), dtype=np.uint32), takes)
+    drawn = np.zeros((len(plan.sources), 2))
+    for piece in kept:
+        unit, planned = piece.unit, plan.files[piece.file]
+        lines = taken(plan, planned, piece, np.arange(unit.first, unit.first + unit.rows, dtype=np.int64)).sum()
+        drawn[planned.source] += lines, lines * unit.size / unit.rows
     return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)]))), drawn
 
 
@@ -462,7 +475,12 @@ def taken(rules: Rules, planned: PlannedFile, piece: Piece, places: NDArray[np.i
     if rules.eval_fraction is not None:
         held_out = bernoulli_mask(rules.eval_fraction, key("eval", rules.seed, planned.sha256), places)
         keep = held_out if rules.split == "eval" else ~held_out
-    if piece.share < 1.0:
+    if piece.turn < 0:
+        # Of a sample one row, by chance, of each so many in a row: drawn one by one, too many might be long ones.
+        low = (places - piece.unit.first - 1 - piece.turn) * piece.share
+        points = [whole + mix(0, whole.astype(np.uint64)) / 2.0**64 for whole in (np.floor(low), np.floor(low) + 1)]
+        keep = keep & np.any([(low <= point) & (point < low + piece.share) for point in points], axis=0)
+    elif piece.share < 1.0:
         keep = keep & bernoulli_mask(piece.share, _draw_key(rules, planned.sha256, piece), places)
     return keep
 

@@ -138,7 +138,7 @@ class Shard:
 def build(rules: Rules, part: Part) -> Shard:
     """Make a shard in memory; raises UserError for a broken file, tokenizer or template."""
     shard = Shard()
-    tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only)
+    tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only, rules.too_long)
     for piece in part.pieces:
         _add(shard, rules, part.files[piece.file], piece, tokenize)
     _arrange(shard, rules, part.number)

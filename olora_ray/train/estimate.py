@@ -87,18 +87,18 @@ def _small_enough(config: Config) -> tuple[Config, float]:
 
     Tokens and borders of segments have memory and take time even here.
     """
-    length, most = config.data.max_length, 2**16
+    length, most = config.data.length(), 2**16
     tokens = config.train.micro_batch * length
     if tokens <= most:
         return config, 1.0
     small = override(config, {"train.micro_batch": max(1, most // length), "data.max_length": min(length, most)})
-    return small, tokens / (small.train.micro_batch * small.data.max_length)
+    return small, tokens / (small.train.micro_batch * small.data.length())
 
 
 def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
     """Attentions that may be used, the likeliest first; nobody asks a GPU, which may be on another machine."""
     wanted: str = config.model.attention
-    apart = why_scaled(model, config.train.micro_batch * config.data.max_length)
+    apart = why_scaled(model, config.train.micro_batch * config.data.length())
     if not gpu:
         try:
             found = attention.candidates(model, config.model, dtype, torch.device("cpu"))
@@ -116,7 +116,7 @@ def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) 
 
 def _batch(config: Config, name: str) -> Batch:
     """A micro-batch of sequences that are full; every token but the first of an example is supervised."""
-    length = config.data.max_length
+    length = config.data.length()
     # Short segments take most, where their attention is by products (model/attention.py).
     size = min(length, attention.SHORT)
     segments = (*[size] * (length // size), *([rest] if (rest := length % size) else []))
@@ -158,7 +158,7 @@ def answers_at_once(config: Config) -> int:
 
 def _answer_bytes(fake: FakeModel, config: Config) -> int:
     """Bytes that answers take at their most: while prompts are read, or at the last token."""
-    rows, prompt = answers_at_once(config), config.data.max_length
+    rows, prompt = answers_at_once(config), config.data.length()
     if not rows:
         return 0
     train_mode(fake.adapted, False)
@@ -233,7 +233,7 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
     `gpu` says whether the workers have GPUs; None: if this machine has.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    asked = (config.model, config.adapter, config.data.max_length, config.data.packing, config.train.micro_batch)
+    asked = (config.model, config.adapter, config.data.length(), config.data.packing, config.train.micro_batch)
     answers = (answers_at_once(config), config.evaluation.max_new_tokens)
     again = config.train.activation_checkpointing is True
     key = (
@@ -349,7 +349,7 @@ def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str |
         return "the workers run on another machine"
     if torch.cuda.is_available():
         return "it is measured on CPUs only"
-    if size.parameters * config.train.micro_batch * config.data.max_length > MOST_WORK:
+    if size.parameters * config.train.micro_batch * config.data.length() > MOST_WORK:
         return "one micro-batch of this model and length would take a minute or more"
     return None
 

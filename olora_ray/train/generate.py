@@ -41,9 +41,12 @@ def wanted(evaluation: Evaluation) -> int:
 
 
 def questions(store: TokenStore, limit: int) -> list[Question]:
-    """The first `limit` held-out examples: everything before the last supervised run is the prompt."""
+    """The first `limit` held-out examples: everything before the last supervised run is the prompt.
+
+    Not those whose answer `data.too_long: cut` has cut: no answer could be right by what is left of it.
+    """
     found: list[Question] = []
-    row = 0
+    row, cuts = 0, store.manifest.inputs.get("too_long") == "cut"
     for index in range(len(store)):
         pack, place = store[index], 0
         for size in pack.segments:
@@ -51,7 +54,8 @@ def questions(store: TokenStore, limit: int) -> list[Question]:
                 return found
             part = slice(place, place + size)
             place += size
-            if question := _split(row, pack.input_ids[part].tolist(), pack.supervised[part]):
+            cut = cuts and size == store.max_length and bool(pack.supervised[part][-1])
+            if not cut and (question := _split(row, pack.input_ids[part].tolist(), pack.supervised[part])):
                 found.append(question)
             row += 1
     return found

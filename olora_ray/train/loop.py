@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights
+from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights, Factors
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -93,15 +94,20 @@ class Trainer:
         """
         vector = self.flat.named(self.flat.vector.detach().to("cpu", copy=True))
         adapter = {
-            name: AdapterWeights(layer.weights().factors.on_cpu(), vector[f"{name}.da"], vector[f"{name}.db"])
-            for name, layer in self.adapted.items()
+            name: AdapterWeights(factors, vector[f"{name}.da"], vector[f"{name}.db"])
+            for name, factors in self._frozen.items()
         }
-        optimizer = {name: part.detach().to("cpu", copy=True) for name, part in self.optimizer.state().items()}
+        optimizer = self.optimizer.state(copied_to="cpu")
         other = None
         if best is not None and state.best_step != state.step:
             other = self.flat.named(best.to("cpu"))  # not copied on a CPU: a better adapter gets a vector of its own
         state = replace(state, history=list(state.history))
         return lambda folder: checkpoint.save(folder, adapter, other, optimizer, state, identity, config_yaml)
+
+    @cached_property
+    def _frozen(self) -> dict[str, Factors]:
+        """The factors on the CPU, copied there once."""
+        return {name: layer.weights().factors.on_cpu() for name, layer in self.adapted.items()}
 
     def _accumulate(self, number: int, data: StepData) -> list[Tensor]:
         """Sum up this worker's part of the gradient of the global mean loss; return its micro-batches' parts of it."""

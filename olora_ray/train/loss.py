@@ -138,9 +138,13 @@ class SelfTest:
 
     def line(self) -> str:
         """A line for the log."""
-        found = self.differences
-        shown = f"; outputs are the model's own, but for rounding of {found.output:.1g}" if found else ""
-        return f"self-test: passed with attention={self.attention}, in {self.seconds:.1f} s{shown}"
+        line = f"self-test: passed with attention={self.attention}, in {self.seconds:.1f} s"
+        if (found := self.differences) is None:
+            return line
+        return (
+            f"{line}; each part of a block computes what it does in the model's own attention, up to rounding (relative"
+            f" difference {found.output:.1g}, allowed {found.tolerance:.1g})"
+        )
 
 
 CHUNK_LOGITS = 2**23

@@ -88,12 +88,12 @@ class AdamW:
         self.inner.step()
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        """The moments as named tensors (views), without the step count."""
+    def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
+        """The moments as named tensors (views, of copies on a device if that is given), without the step count."""
         return {
             f"{name}.{key}": part
             for key, moment in self.moments.items()
-            for name, part in self.flat.named(moment).items()
+            for name, part in self.flat.named(moment.to(copied_to, copy=True) if copied_to else moment).items()
         }
 
     def at(self, step: int) -> None:

@@ -59,7 +59,7 @@ def three_examples(packs: Sequence[Pack], config: AnyConfig, model: Any) -> tupl
 
     It is made of all examples, one after the other, again and again.
     """
-    most = config.data.max_length
+    most = config.data.length()
     short = max(3, min(SHORT, most // 4))
     rows = list(examples_of(packs, short))
     windows = _limits(model.config.get_text_config(), most)
@@ -256,7 +256,7 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     began = time.perf_counter()
     dtype = next(model.parameters()).dtype
     check_lengths(model, config)
-    tokens = config.train.micro_batch * config.data.max_length
+    tokens = config.train.micro_batch * config.data.length()
     wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device), tokens)
     # Each of the few sequences that are looked at may have one example, and others have several all the same.
     packed = shares_sequences(model, config) or any(len(pack.segments) > 1 for pack in packs)
@@ -287,7 +287,7 @@ def require_layout(loss: SupervisedLoss, config: AnyConfig) -> None:
     """
     model: Any = loss.model
     check_lengths(model, config)
-    why = why_not_in_one_row(model, config.train.micro_batch * config.data.max_length)
+    why = why_not_in_one_row(model, config.train.micro_batch * config.data.length())
     if loss.tested is not None and loss.tested.attention in FLAT_ATTENTION and why:
         raise UserError(
             f"train.micro_batch={config.train.micro_batch}: other trials on this copy of the base lay all examples of a"

@@ -37,7 +37,6 @@ MIXED = (
 )
 _BEGUN_WITH = "compare.json"
 _CODE = "code.json"
-_BEFORE = "of a version that did not note it"
 
 
 def tuning_name(number: int) -> str:
@@ -120,13 +119,17 @@ def noted(root: str, trained: Callable[[], int]) -> Iterator[None]:
     `root` is the comparison's folder; the number that `trained` returns grows with each training.
     """
     known, now, before = _codes(root), node_cache.code(), trained()
+    if now in known:
+        yield
+        return
+    _keep_codes(root, [*known, now])  # before any training: a driver that is killed cannot do it afterwards
     try:
         yield
     finally:
-        if now not in known and trained() != before:
-            storage.write_text(storage.join(root, _CODE), json.dumps([*known, now]) + "\n")
-            if known:
-                logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
+        if trained() == before:
+            _keep_codes(root, known)
+        elif known:
+            logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
 
 
 def notes(root: str) -> tuple[str, ...]:
@@ -137,8 +140,12 @@ def notes(root: str) -> tuple[str, ...]:
 def _codes(root: str) -> list[str]:
     place = storage.join(root, _CODE)
     if not storage.exists(place):
-        return [_BEFORE] if has_begun(root) else []
+        return []
     try:
         return [str(each) for each in json.loads(storage.read_text(place))]
     except (ValueError, TypeError):
-        return [_BEFORE]
+        return ["unknown"]
+
+
+def _keep_codes(root: str, codes: list[str]) -> None:
+    storage.write_text(storage.join(root, _CODE), json.dumps(codes) + "\n")

@@ -78,7 +78,7 @@ def fitting(config_file: str) -> prompt.Fits:
     from olora_ray.pipeline.base import open_base
 
     config = resolved(load(config_file, {}), Path.cwd())
-    return prompt.fits(open_base(config).spec, config.data.max_length)
+    return prompt.fits(open_base(config).spec, config.data.length())
 
 
 def whole(options: Mapping[str, str], name: str, default: int) -> int:

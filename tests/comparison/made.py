@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -94,7 +95,9 @@ class Cluster:
     left: int = ROWS
     """Test and tuning rows that are not too long."""
     stop_after: int | None = None
-    """Trainings after which the driver is killed."""
+    """Trainings after which the driver stops."""
+    stop: Callable[[], None] = lambda: signal.raise_signal(signal.SIGINT)
+    """How it stops."""
     reasons: dict[int, str] = field(default_factory=dict)
     """Number of a trial of a phase -> why it fails, once."""
 
@@ -109,7 +112,7 @@ class Cluster:
                 self._record(folder, number, values, "finished", json.loads((folder / "training.json").read_text()))
                 continue
             if self.stop_after is not None and len(self.trained) >= self.stop_after:
-                raise KeyboardInterrupt
+                self.stop()
             self.trained.append(values)
             self._train(spec, folder, number, values)
         search_folder.keep(spec.folder, search_folder.Progress(60.0, complete=True))

@@ -2,6 +2,9 @@
 
 import json
 import math
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +135,27 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
     with said() as lines:  # there is nothing left to train
         compared(monkeypatch, asked, cluster)
     assert not any(folder.MIXED in line for line in lines)
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize(("killed_at", "code", "notes"), [(5, "one", ()), (16, "two", (folder.MIXED,))])
+def test_a_driver_that_is_killed_has_noted_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, code: str, notes: tuple[str, ...]
+) -> None:
+    """Killed in the first phase it had noted none, which was taken for another; in a later one it was missed."""
+    asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=14), ["one"]
+    monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
+    if killed_at > 14:
+        with pytest.raises(KeyboardInterrupt):
+            compared(monkeypatch, asked, cluster)
+    codes.append(code)
+    cluster.stop_after, cluster.stop = killed_at, lambda: os.kill(os.getpid(), signal.SIGKILL)
+    driver = multiprocessing.get_context("fork").Process(target=compared, args=(monkeypatch, asked, cluster))
+    driver.start()
+    driver.join()
+    assert driver.exitcode == -signal.SIGKILL
+    codes.append("one")
+    assert compared(monkeypatch, asked, Cluster()).notes == notes
 
 
 def test_trials_of_a_grid_that_began_elsewhere_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,15 @@
 import errno
 import importlib
 import os
+import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import Problems, UserError
 from olora_ray.config.command_line import FIRST, help_text, parse, read_arguments, read_search_arguments, resolved
 from olora_ray.config.load import flatten, load
 
@@ -122,6 +124,12 @@ def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
         (["nowhere.yaml"], "nowhere.yaml: No such file"),
         (["adapter.rnk=3"], "did you mean adapter.rank?"),
         (["learning_rate=3"], "argument 'learning_rate=3': expected section.field=value; use train.lr"),
+        (["--lr", "1e-4"], "argument --lr: fields are set without dashes: train.lr=1e-4"),
+        (["--learning_rate", "--dry-run"], "fields are set without dashes: train.lr=..."),
+        (["--train.lr=1e-4"], "argument --train.lr=1e-4: fields are set without dashes: train.lr=1e-4"),
+        (["--warmup_steps=9"], "argument --warmup_steps=9: use train.warmup, a share of the steps"),
+        (["tracking.wandb_project=a"], "runs are tracked in MLflow; see tracking.uri and tracking.experiment"),
+        (["--versoin"], "did you mean --version?"),
     ],
 )
 def test_an_argument_that_is_not_understood_is_named(config: Path, argv: list[str], expected: str) -> None:
@@ -163,6 +171,12 @@ def test_every_script_has_help(
     assert f"python pipelines/{script}.py" in capsys.readouterr().out
 
 
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--version", "--nonsense"], "usage")
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"olora-ray {version('olora-ray')}\n")
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_prints_usage_and_fields_and_ends_well(
     config: Path, capsys: pytest.CaptureFixture[str], flag: str
@@ -199,6 +213,13 @@ def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
 def test_what_a_user_can_fix_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = script(tmp_path, "raise UserError('data.train:\\n  broken')")
     assert (done.returncode, done.stdout, done.stderr) == (2, "begun\n", "error: data.train: broken\n")
+
+
+def test_only_the_problems_of_a_list_are_lines(tmp_path: Path) -> None:
+    done = script(tmp_path, r"from olora_ray.common.errors import Problems; raise Problems('x', 'a:\n  b', 'c')")
+    assert done.stderr == "error: x:\n  a: b\n  c\n"
+    error = pickle.loads(pickle.dumps(Problems("x", "a", "b")))  # as Ray sends it
+    assert (str(error), error.lines) == ("x: a; b", ("x:", "a", "b"))
 
 
 def test_the_error_is_the_last_line_when_both_streams_meet(tmp_path: Path) -> None:
@@ -274,6 +295,25 @@ def test_finetune_with_a_broken_config_ends_with_one_line(config: Path, broken: 
     assert done.stderr.count("\n") == 1
     assert str(config) in done.stderr
     assert expected in done.stderr
+
+
+WORDS = """base_model model_type load_in_4bit strict datasets val_set_size output_dir sequence_len sample_packing lora_r
+lora_target_linear wandb_project wandb_entity micro_batch_size num_epochs lr_scheduler learning_rate bf16 tf32 debug
+flash_attention evals_per_epoch stage do_train finetuning_type lora_target dataset template cutoff_len max_samples
+preprocessing_num_workers logging_steps plot_loss report_to gradient_accumulation_steps val_size model_name_or_path
+torch_dtype attn_implementation dataset_mixture max_seq_length eval_strategy save_total_limit seed warmup_ratio"""
+
+
+def test_each_problem_of_a_file_of_another_tool_has_a_line(tmp_path: Path) -> None:
+    path, words = tmp_path / "their.yaml", WORDS.split()
+    path.write_text("".join(f"{word}: 1\n" for word in words) + "adapter: qlora\ndata: {train: a}\n")
+    done = start(str(FINETUNE), str(path))
+    heading, *lines = done.stderr.splitlines()
+    assert (done.returncode, heading) == (2, f"error: {path} has {len(words) + 3} problems:")
+    assert [line.split(":")[0] for line in lines] == [f"  {word}" for word in ("run", "model", "adapter", *words)]
+    assert max(map(len, lines)) <= 200
+    assert all("use " in line or "--help" in line or "MLflow" in line for line in lines[3:])
+    assert not any("did you mean" in line for line in lines)  # model_type is no model:, do_train no train:
 
 
 def test_reading_arguments_loads_no_heavy_library() -> None:

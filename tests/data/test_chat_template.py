@@ -161,8 +161,8 @@ def test_dates_stand_still() -> None:
 
 
 def test_a_broken_template_names_the_model() -> None:
-    with pytest.raises(UserError, match=r"chat template of org/model is not valid: .*endfor"):
-        ChatTemplate("{% for x in messages %}", SPECIAL, "org/model")
+    with pytest.raises(UserError, match=r"^model\.name: the chat template of org/model is not valid: .*endfor"):
+        helpers.spec("{% for x in messages %}", name="org/model").compiled(tools=False)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,7 @@ def test_a_broken_template_names_the_model() -> None:
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 'a' * 3000000000 }}",
         "{{ messages[0].content.center(2000000) }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
     ],
 )
 def test_a_hostile_template_is_refused_in_one_line(source: str) -> None:

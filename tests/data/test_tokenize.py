@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT
+from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import Chat, Completion, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens, turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
@@ -289,6 +290,24 @@ def pretrained_smollm2() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(Path(found.submodule_search_locations[0]), gguf_file=PACKAGE_MODEL)
+
+
+@pytest.mark.lengthy
+def test_a_long_document_is_tokenised_in_bounded_memory() -> None:
+    """It took 400 times its size."""
+    spec, text = helpers.spec(), "word and " * 170_000
+    tokenize = tokenizer(max_length=2**21)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    (found,) = tokenize(Text(text))
+    assert resident("VmHWM") - before < 250 * len(text)
+    assert np.array_equal(found.ids[1:-1], Encoder(spec.json).ids(text))
+
+
+def resident(kind: str) -> int:
+    """VmRSS (now) or VmHWM (peak), in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 @pytest.fixture(scope="session")

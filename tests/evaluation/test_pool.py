@@ -48,11 +48,14 @@ def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int],
 
 
 @pytest.mark.slow
-def test_what_a_user_can_fix_comes_back_as_it_was_raised(ray_with: Callable[[int], None], config: Config) -> None:
+def test_what_a_user_can_fix_comes_back_as_it_was_raised(
+    ray_with: Callable[[int], None], config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
     ray_with(2)
     with pytest.raises(UserError, match=r"^piece 2: broken$"):
         held_out.map_over_actors(partial(Piece, 2), [1, 2, 3], config)
     assert held_out.map_over_actors(partial(Piece, 2), [5, 1, 3], config) == [5, 1, 3]
+    assert "constructor arguments" not in capfd.readouterr().err  # of Ray's C++ log
 
 
 @pytest.mark.slow

@@ -60,6 +60,12 @@ def test_files_that_do_not_fit_the_config_are_told_before_anything_is_prepared(t
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, file)
     with pytest.raises(UserError, match=r"model\.name: .*has no such bias"):
         open_base(config)
+    for missing in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+        save_file({name: tensor for name, tensor in tensors.items() if name != missing}, file)
+        with pytest.raises(
+            UserError, match=rf"^model\.name: .* has no weight {missing}, .* get the model's files anew"
+        ):
+            open_base(config)
 
 
 @pytest.mark.parametrize(("vocabulary", "known"), [(90, 90), (96, None), (128, None)])
@@ -111,18 +117,29 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(own: bool, tmp_pat
     assert len(digests) == (3 if own else 2), "part of the identity of the tokens"
 
 
+_FOREVER = "{% for a in range(99999) %}"
+_TOO_MUCH = r"the chat template /.*own\.jinja takes more than 2 s or 1 GiB .*, or calls itself without end, .*"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, r"/.*own\.jinja is not there, or empty; name a file of Jinja, or plain$"),
         ("  ", r"/.*own\.jinja is not there, or empty; name a file of Jinja, or plain$"),
-        ("{% for x in", r"the chat template of /.*own\.jinja is not valid: "),
-        (b"\xff", r"/.*own\.jinja: .*utf-8.* can't decode byte"),
+        ("{% for x in", r"the chat template /.*own\.jinja is not valid: "),
+        (b"\x89PNG\r\n", r"/.*own\.jinja: .*utf-8.* can't decode byte"),
+        (b"\x00\x01{{", r"the chat template /.*own\.jinja is not valid: "),
+        ("DIRECTORY", r"/.*own\.jinja: .* is a directory$"),
+        ("{{ 10 ** 300000000 }}", _TOO_MUCH),
+        (f"{_FOREVER}{{% for b in range(99999) %}}{{% endfor %}}{{% endfor %}}", _TOO_MUCH),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", _TOO_MUCH),
     ],
 )
 def test_a_template_that_cannot_be_read_is_one_line(content: str | bytes | None, message: str, tmp_path: Path) -> None:
     folder, file = project.make_model(tmp_path / "model"), tmp_path / "own.jinja"
-    if content is not None:
+    if content == "DIRECTORY":
+        file.mkdir()
+    elif content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=rf"^data\.chat_template: {message}"):
         open_base(build(project.settings(tmp_path, folder, data__chat_template=str(file))))

@@ -58,8 +58,9 @@ def test_one_screen_with_everything(shown: Shown) -> None:
     assert value(page, "an example has") == "13 to 15 tokens; half have up to 15, 90% up to 15, 99% up to 15"
     assert value(page, "training") == "6 steps; 4 sequences per step = 2 workers x 2 (1 at once, 2 accumulated)"
     assert re.match(r"about [\d.]+ s for 6 steps of about [\d.e-]+ s and 3 evaluations", value(page, "time"))
-    assert "trainable" in lines[0]
-    assert "memory per worker" in lines[1]
+    # What takes seconds is told before it begins.
+    told = ("opening the base model", "model: ", "memory per worker", "reading rows", "training on one micro-batch")
+    assert [line.startswith(start) for line, start in zip(lines, told, strict=True)] == [True] * 5
 
 
 def test_two_examples_with_what_is_supervised(shown: Shown) -> None:
@@ -83,6 +84,37 @@ def test_a_long_example_is_cut_and_its_line_breaks_are_written(shown: Shown, tmp
     assert "line\\nline" in page
     assert "[[yes\\nno" in page
     assert page.count("<|end|>]]") == 2
+
+
+@pytest.mark.parametrize(
+    ("letters", "too_long", "number", "longest"),
+    [
+        (10, "reject", 256, 17),
+        (900, "reject", 960, 905),
+        (1019, "reject", 1024, 1024),
+        (3000, "reject", 256, 17),
+        (3000, "cut", 2048, 2048),
+    ],
+)
+def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_positions(
+    letters: int, too_long: str, number: int, longest: int, shown: Shown, tmp_path: Path
+) -> None:
+    long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * letters}]}
+    (tmp_path / "long.jsonl").write_text(project.json.dumps(long) + "\n")
+    sources = [str(tmp_path / "train.jsonl"), str(tmp_path / "long.jsonl")]
+    page, lines = shown(data__train=sources, data__max_length="auto", data__too_long=too_long)
+    [line] = [line for line in lines if line.startswith("data.max_length: ")]
+    assert line == f"data.max_length: auto is {number:,}: the longest of 68 rows has {longest:,} tokens"
+    assert f"of at most {number:,} tokens" in value(page, "sequences")
+    rejected = "1 rejected (too_long 1;" if (letters, too_long) == (3000, "reject") else "none rejected"
+    assert value(page, "rows").startswith(f"61, {rejected}")
+
+
+def test_plain_text_has_no_length_to_choose(shown: Shown, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 500)
+    source = {"path": str(tmp_path / "a.txt"), "format": "text"}
+    with pytest.raises(UserError, match=r"^data\.max_length: auto asks for rows that are not cut .*; set a number$"):
+        shown(data__train=[source], data__eval=[], data__max_length="auto", evaluation__scorer=None)
 
 
 def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> None:
@@ -139,8 +171,8 @@ def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(tmp_path: Path,
     done = project.finetune(project.write_config(tmp_path, project.settings(tmp_path, model)), "--dry-run")
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: data.eval.0: 2 of 32 rows cannot be used, more than data.max_rejected = 0.01")
-    remedy = "raise data.max_length, or allow as many with data.max_rejected=0.063\n"
-    assert done.stderr.endswith(remedy)
+    remedy = "raise data.max_length (up to 75) or set data.too_long to drop_turns or cut, or allow as many with "
+    assert done.stderr.endswith(f"{remedy}data.max_rejected=0.063\n")
     assert done.stderr.count("\n") == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
@@ -106,6 +106,15 @@ def test_nothing_lost_is_nothing_to_measure(run: Run) -> None:
     assert found["compressed"] == {"rank": 8, "lost": 0.0}
     assert found["logits"]["peft"] is not None
     assert "Compressed" not in (Path(run.folder.adapter) / "README.md").read_text()
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_template_that_was_trained_with_goes_into_all_that_is_exported(run: Run, merged: bool) -> None:
+    own = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    export.export_run(replace(spec_of(run, export__merged=merged), template=own), run.folder, STEP)
+    for folder in (run.folder.adapter, *([run.folder.merged] if merged else [])):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == own
 
 
 CHECKED = "Checked when it was exported: PEFT computes each layer's change within 1e-05 of its size; "

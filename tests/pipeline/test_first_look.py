@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
+from olora_ray.config.command_line import resolved
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import first_look
@@ -120,6 +121,18 @@ def test_a_finished_run_needs_its_data_no_more(tmp_path: Path) -> None:
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "result.json").write_text("{}")
     first_look.check(gone)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [("tatsu-lab/alpaca", "; if it is a data set of the hub, write hf://tatsu-lab/alpaca"), ("data/a.txt", "")],
+)
+def test_a_name_of_the_hub_is_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = refusal(resolved(config(tmp_path, path), tmp_path))
+    assert told == f"data.train.0.path: {tmp_path}/{path}: no such file or folder{hint}"
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])

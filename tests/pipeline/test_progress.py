@@ -81,13 +81,30 @@ def test_what_is_advised_gives_all_workers_something_to_do(batch: int, workers: 
 def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left() -> None:
     told = lines(7, 3, *(row(step) for step in range(1, 8)))
     assert [line.split(" | ")[0] for line in told] == ["step 3/7", "step 6/7", "step 7/7"]
-    assert told[0] == "step 3/7 | loss 1.5000 | lr 3.00e-04 | 100 supervised tok/s | data wait 25% | ETA 0:08"
+    assert told[0] == "step 3/7 | loss 1.5000 | lr 3.00e-04 | 100 supervised tok/s | data wait 25% | ETA about 0:08"
 
 
 def test_speed_and_waiting_are_those_of_the_steps_since_the_last_line() -> None:
     fast = row(3, **{"train/step_seconds": 1.0, "train/tokens_per_second": 400.0, "data/wait_fraction": 0.0})
     slow = row(4, **{"train/step_seconds": 3.0, "train/tokens_per_second": 200.0, "data/wait_fraction": 1.0})
     assert "250 supervised tok/s | data wait 75%" in lines(4, 2, row(1), row(2), fast, slow)[-1]
+
+
+@pytest.mark.parametrize(
+    ("export", "took", "ends"),
+    [
+        # Steps of 2 s; evaluations of 10 s after steps 3, 6 and 7; answers of 30 s; an export of twice 8 s.
+        (True, {"start": 8, "evaluation": 10, "answers": 30}, ["ETA about 1:14", "ETA about 0:46"]),
+        (True, {"start": 8}, ["ETA about 0:24", "ETA about 0:16"]),
+        (False, {"start": 8, "evaluation": 10}, ["ETA about 0:28", "ETA about 0:00"]),
+    ],
+)
+def test_the_time_left_is_that_of_all_that_follows(export: bool, took: dict[str, float], ends: list[str]) -> None:
+    with said() as told, Progress(7, 3, bar=False) as progress:
+        progress.took, progress.eval_every, progress.export = took, 3, export
+        for step in (3, 7):
+            progress.row(row(step))
+    assert [line.rpartition(" | ")[2] for line in told] == ends
 
 
 def test_evaluations_are_told_at_once() -> None:

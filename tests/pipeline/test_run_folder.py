@@ -42,6 +42,14 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
     assert (load(folder.settings), folder.root) == (config, f"{config.run.storage}/mine")
 
 
+def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Config) -> None:
+    begin(override(config, {"data.max_length": 704}))
+    again = RunFolder(override(config, {"data.max_length": "auto"}))
+    again.check()
+    assert again.config.data.max_length == 704
+    assert RunFolder(override(config, {"run.name": "new", "data.max_length": "auto"})).config.data.max_length == "auto"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -52,6 +60,7 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
         ("data.train", [{"path": "unused.jsonl"}, {"path": "another.jsonl"}]),
         ("train.start", "/a/checkpoint"),
         ("run.seed", 4),
+        ("evaluation.samples", 9),
         ("adapter.targets", ["q_proj"]),
         ("data.eval", [{"path": "e.jsonl"}]),
     ],
@@ -158,8 +167,8 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_to_be_longer(config:
 def test_epochs_that_do_not_count_are_no_other_length(config: Config) -> None:
     folder = ended(override(config, {"train.steps": 6}))
     with pytest.raises(UserError, match="other settings"):
-        RunFolder(override(folder.config, {"train.epochs": 3, "adapter.rank": 8})).check()
-    assert RunFolder(override(folder.config, {"train.epochs": 3})).finished()
+        RunFolder(override(folder.config, {"train.epochs": 3, "train.steps": 6, "adapter.rank": 8})).check()
+    assert RunFolder(override(folder.config, {"train.epochs": 3, "train.steps": 6})).finished()
 
 
 ELSEWHERE = {
@@ -225,6 +234,7 @@ def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_conte
     ("field", "value"),
     [
         ("cluster.max_failures", 0),
+        ("data.max_rejected", 0.5),
         ("tracking.experiment", "x"),
         ("registry.model", "m"),
         ("notify.command", "cat"),
@@ -244,7 +254,7 @@ def test_what_does_not_change_the_numbers_may_change(config: Config, field: str,
 def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:
     folder = begin(config)
     Path(folder.settings).write_text("run: {nam: x}\n")
-    with pytest.raises(UserError, match=r"config\.yaml: run\.nam: unknown field"):
+    with pytest.raises(UserError, match=r"config\.yaml has 3 problems: run\.nam: unknown field"):
         folder.check()
 
 

@@ -13,6 +13,7 @@ from tests.recovery import processes, runs
 from tests.recovery.runs import Fault, Run
 
 pytestmark = pytest.mark.ray
+OWN = "{# of data.chat_template #}" + project.TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,9 @@ def finished(
     folder = tmp_path_factory.mktemp("finished")
     project.make_corpus(folder / "train.jsonl", 60)
     project.make_corpus(folder / "eval.jsonl", 7, first=100)
-    file = project.write_config(folder, project.settings(folder, tiny_model))
+    (folder / "own.jinja").write_text(OWN)
+    settings = project.settings(folder, tiny_model, data__chat_template=str(folder / "own.jinja"))
+    file = project.write_config(folder, settings)
     done = project.finetune(file, env=small_shards)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "runs" / "small", done.stdout
@@ -47,6 +50,8 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
         assert (folder / name).is_file()
     for name in ("README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / "export" / "adapter" / name).is_file()
+    for name in ("adapter", "merged"):
+        assert (folder / "export" / name / "chat_template.jinja").read_text() == OWN
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000006"]
 
 

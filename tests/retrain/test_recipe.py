@@ -1,6 +1,9 @@
 """What the next version is trained on, and whether there is to be one; without Ray and MLflow."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,9 @@ import pytest
 import torch
 
 from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, dump, override
+from olora_ray.config.load import build, dump, load, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
@@ -23,6 +27,8 @@ from olora_ray.tracking.aliases import GATE
 from olora_ray.tracking.checksums import Version
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
+from tests import mlflow_database, registered
+from tests.pipelines import project
 from tests.said import said
 from tests.tokens import helpers
 
@@ -299,3 +305,38 @@ def test_nothing_is_replayed_if_nothing_is_to_be(config: Config, tmp_path: Path)
     write(tmp_path / "chats" / "c.jsonl")
     (only,) = made(override(config, {"retrain.replay": 0}), champion)[0].config.data.train
     assert only.only == (f"{tmp_path}/chats/c.jsonl",)
+
+
+@pytest.mark.lengthy
+def test_a_night_without_changes_is_told_without_torch(
+    tmp_path: Path, model: Path, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(model, own := tmp_path / "model")
+    (template := tmp_path / "own.jinja").write_text(project.TEMPLATE)
+    rows = project.make_corpus(tmp_path / "train.jsonl", 20)
+    project.make_corpus(tmp_path / "eval.jsonl", 7, first=100)
+    file = project.write_config(tmp_path, project.settings(tmp_path, own, registry__model="m"))
+    config = load(file, {"data.chat_template": str(template)})
+    assert recipe.look_again(config) is None
+    now = recipe.look(config).fingerprint
+    assert recipe.look_again(config) == now
+    aliases = registered.model(mlflow_database.place(tmp_path / "runs"), "m", 1)
+    for tag, text in now.tags().items():
+        aliases.client.set_model_version_tag("m", "1", tag, text)
+    aliases.client.set_registered_model_alias("m", "champion", "1")
+    code = (
+        f"import sys; from olora_ray.common import logs, node_cache; node_cache.CACHE = {node_cache.CACHE!r}\n"
+        "from pipelines import retrain\nwith logs.printed(): retrain.main(sys.argv[1:])\n"
+        "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(file), f"data.chat_template={template}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=project.ROOT)
+    assert done.stdout[9:] == "nothing changed since version 1 of m (the champion)\n[]\n"
+    assert recipe.look_again(override(config, {"train.lr": 0.1})) is None
+    for changed in (template, rows, own / "tokenizer.json", own / "model.safetensors"):
+        before = changed.read_bytes()
+        changed.write_bytes(before + b" \n")
+        assert recipe.look_again(config) is None, changed
+        changed.write_bytes(before)
+    assert recipe.look_again(config) == now

@@ -7,9 +7,8 @@ import pytest
 
 from olora_ray.common.errors import TryAgain
 from olora_ray.pipeline.run_folder import Fingerprint
-from olora_ray.retrain.compare import version_to_beat
 from olora_ray.retrain.gate import Decision
-from olora_ray.retrain.recipe import AGAINST, ORIGIN, find_decision
+from olora_ray.retrain.recipe import AGAINST, ORIGIN, find_decision, version_to_beat
 from olora_ray.retrain.run import apply_decision
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.checksums import Version

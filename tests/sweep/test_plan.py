@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from olora_ray.cluster import preflight
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import Problems, UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers
@@ -134,7 +134,9 @@ def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
         planned(model, space, adapter__targets=["down_proj"])
     text = str(found.value)
     assert "\n" not in text
-    first, second = text.split("; search.")
+    assert isinstance(found.value, Problems)
+    assert len(found.value.lines) == 3  # a heading, and two problems
+    first, second = text.removeprefix("the search cannot start: ").split("; search.")
     assert first.startswith("search.adapter.targets=['q_proj', 'up_proj']: adapter.targets: model.layers.0.self_attn.q")
     assert second.startswith("adapter.targets=['v_proj']: adapter.targets: model.layers.0.self_attn.v_proj cannot")
     assert second.endswith("or set export.merged: false")

@@ -1,11 +1,14 @@
 """What a dry run says of the data is what the preparation does with it."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import csv, parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -130,12 +133,14 @@ def test_a_large_corpus_is_estimated_from_a_part(
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize(("split", "times"), [("train", 1), ("eval", 1), ("train", 17)])
 def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
-    split: Literal["train", "eval"], tmp_path: Path, tiny_spec: TokenizerSpec
+    split: Literal["train", "eval"], times: int, tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
     """Of 100 MB with short rows first it was said that there are five times as many, and that none is too long."""
     answers = [20] * 20_000 + [200 + number * 10 % 800 for number in range(12_000)]
+    if times > 1:  # 200 MB, of which nobody looks at all
+        answers = sorted(answers * times)
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [chat(f"q{n}", "a" * answer) for n, answer in enumerate(answers)])
     assert path.stat().st_size > 8 * 2**20
     other = helpers.write_jsonl(tmp_path / "b.jsonl", [chat("q", "a")])
@@ -146,9 +151,32 @@ def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
     lengths = np.array([len(f"q{n}") + answer + len("user\n\nassistant\n\n") + 4 for n, answer in enumerate(answers)])
     assert not found.exact
     assert found.read < 2400
-    assert found.rows == pytest.approx(32_000, rel=0.05)
+    assert found.rows == pytest.approx(len(answers), rel=0.05)
+    assert bool(found.note) == (times > 1)
     assert found.tokens == pytest.approx(lengths[lengths <= 900].sum(), rel=0.05)
     assert found.rejected["too_long"] / found.read == pytest.approx((lengths > 900).mean(), rel=0.1)
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_of_a_large_file_that_is_read_from_its_beginning_only_that_is_said(
+    kind: str, tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
+    answers, path = [20 + number // 20 for number in range(20_000)], tmp_path / f"a.{kind}"
+    pad = base64.b64encode(np.random.default_rng(0).bytes(6_000)).decode()
+    columns = {"prompt": ["q"] * 20_000, "completion": ["a" * n for n in answers], "pad": [pad] * 20_000}
+    if kind == "parquet":
+        parquet.write_table(pa.table(columns), path, 1_000, compression="none", use_dictionary=False)
+    else:
+        csv.write_csv(pa.table(columns), path)
+    source = {"path": str(path), "format": "prompt_completion"}
+    found = describe(helpers.config(tmp_path / "runs", source, max_length=700, max_rejected=1.0), tiny_spec)
+    assert (found.note == "") == (kind == "parquet")
+    if kind == "parquet":
+        assert found.rows == 20_000
+        assert found.rejected["too_long"] / found.read == pytest.approx(0.335, rel=0.1)
+    else:
+        assert found.note == "of csv files the beginnings alone, so sorted ones mislead"
 
 
 @pytest.mark.usefixtures("large")

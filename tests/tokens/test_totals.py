@@ -65,9 +65,11 @@ def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     with pytest.raises(UserError) as caught:
         prepare(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
     told = str(caught.value)
-    assert "; raise data.max_length, or allow as many with data.max_rejected=" in told
+    longer = "; raise data.max_length (up to 222) or set data.too_long to drop_turns or cut, or allow as many with "
+    assert longer in told
     share = float(told.split("data.max_rejected=")[1])
-    assert prepare(helpers.config(tmp_path / "runs", path, max_rejected=share), tiny_spec, "train").manifest.rows == 93
+    for data in ({"max_rejected": share}, {"max_length": 222, "max_rejected": 0.0}):
+        assert prepare(helpers.config(tmp_path / "runs", path, **data), tiny_spec, "train").manifest.rows == 93
 
 
 @pytest.mark.parametrize(("bad", "allowed"), [(20, True), (39, False)])

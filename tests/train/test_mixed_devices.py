@@ -24,8 +24,9 @@ from olora_ray.adapter.layer import Factors
 from olora_ray.model.attention import kernel
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
-from olora_ray.train.checkpoint import Checkpoint
+from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.loop import Trainer
+from olora_ray.train.optim import AdamW
 from tests import crew, device_walk, fake_device, tiny
 from tests.device_walk import LIMIT, QUESTIONS, STEPS, Seen
 from tests.fake_device import FakeDevice
@@ -88,9 +89,17 @@ def test_a_training_on_a_device_mixes_nothing(child: ProcessPoolExecutor, name: 
     assert len(seen.answers) == len(QUESTIONS)
     assert max(map(len, seen.answers)) > 2  # with a cache, then
     # A step waits once, when all of it has been asked for, and an evaluation once: more would keep a GPU waiting.
-    copies = {*_lines("train/loop.py", Trainer.snapshot), *_lines("adapter/layer.py", Factors.on_cpu)}  # checkpoints
+    of_checkpoints = {"loop": Trainer.snapshot, "optim": AdamW.state}
+    copies = {line for file, function in of_checkpoints.items() for line in _lines(f"train/{file}.py", function)}
+    copies |= {*_lines("adapter/layer.py", Factors.on_cpu)}
     in_steps = [waits[place] for place in waits if place.startswith(IN_STEPS) and place not in copies]
     assert sum(in_steps) <= STEPS + 1 + 2, waits
+
+
+def test_a_checkpoint_copies_what_training_changes_in_four_pieces(child: ProcessPoolExecutor) -> None:
+    """The adapter, its two moments and the best one; the frozen factors are copied for the first checkpoint alone."""
+    first, second = child.submit(_copies).result()
+    assert first > second == 4
 
 
 def _lines(file: str, function: Callable[..., Any]) -> Iterator[str]:
@@ -135,6 +144,17 @@ def _walk(case: Case) -> tuple[Seen, Counter[str]]:
         assert {(part.device.type, part.dtype) for part in frozen} == {(fake_device.NAME, case.dtype)}
         fake.true_every = 8  # whether all answers have ended is asked at every token
         return device_walk.walk(trainer, _read_back), fake.waits
+
+
+def _copies() -> list[int]:
+    """In the child: copies from the device of two checkpoints, one after the other."""
+    with FakeDevice() as fake:
+        trainer, counts = device_walk.start(tiny.llama(), fake.device), []
+        for _ in range(2):
+            before = fake.waits.total()
+            trainer.snapshot(TrainState(step=2, best_step=1), trainer.flat.vector.clone(), {}, "")
+            counts.append(fake.waits.total() - before)
+    return counts
 
 
 def _made(attention: str) -> tuple[int, int]:
