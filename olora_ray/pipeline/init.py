@@ -37,7 +37,8 @@ model: {{name: {model}}}  # or a hub id, such as meta-llama/Llama-3.2-1B-Instruc
 data:
   train: [{data}]
   {held_out}
-  max_length: 1024  # tokens per sequence; fewer need less memory
+  max_length: auto  # tokens per sequence, by the longest row; or a number: fewer need less memory
+  too_long: {too_long}  # for rows of more tokens than a number that is set
 adapter: {{rank: 16, alpha: 16}}  # a larger rank learns more details and needs more memory
 train:
   epochs: {epochs}  # passes over the rows
@@ -104,6 +105,7 @@ def _config(given: Config, out: Path) -> str:
         model=_yaml(given.model.name),
         data=_yaml(shown.model_dump(mode="json", exclude_defaults=True)),
         held_out=words,
+        too_long="drop_turns" if source.format in ("messages", "sharegpt") else "cut",
         epochs=epochs,
         batch=max(batch, workers),
         micro=max(1, min(4, batch // workers)),
