@@ -66,7 +66,7 @@ types: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
-docs: $(VENV)/.dev ## docs/configuration.md, from the config's schema
+docs: $(VENV)/.dev ## docs/configuration.md and docs/generated, from the schemas of config and space files
 	$(BIN)/python tools/write_configuration.py
 
 models: $(VENV)/.dev ## docs/models.md: what becomes of a tiny model of each family, in half an hour

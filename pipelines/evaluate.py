@@ -22,6 +22,8 @@ from olora_ray.config import command_line  # noqa: E402
 
 def main(argv: list[str]) -> None:
     """Find the models, measure them, show and keep what came out."""
+    if set(command_line.HELP) & set(argv):
+        command_line.parse(argv, usage=__doc__ or "")  # before torch and Ray are imported, which takes seconds
     from olora_ray.evaluation import lm_eval_tasks, results, targets
 
     request = results.read(argv, usage=__doc__ or "")

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"argument {action!r}: expected one of {', '.join(ACTIONS)}")
     act, wanted = ACTIONS[action]
     if len(names) != len(wanted):
-        raise UserError(f"usage: python pipelines/registry.py {' '.join([action, *wanted])} [--tracking-uri URI]")
+        raise UserError(f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]")
     uri = _tracking_uri(found.options.get("--tracking-uri"))
     check(uri)
     place, _, name = uri.removeprefix("sqlite:///").rpartition("/")

@@ -129,6 +129,7 @@ def problems(tree: Tree, budget: Mapping[str, int]) -> list[str]:
         f"{PACKAGE}/{name.rpartition('.')[2]}.py: a module in the root: give it a package"
         for name in tree.modules
         if name.count(".") == 1
+        and not name.endswith(".__main__")
         and not any(other.startswith(name + ".") for other in tree.modules)
         and not (tree.root / PACKAGE / name.rpartition(".")[2]).is_dir()
     ]

@@ -1,8 +1,11 @@
 """Writes docs/configuration.md from the config's schema: every field with its type, default and description.
 
+Also docs/generated/config.schema.json and space.schema.json, by which editors complete and check such files.
+
 .venv/bin/python tools/write_configuration.py          (make docs)
 """
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -10,12 +13,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the schema of this tree, whatever is installed
+sys.path[:0] = [str(ROOT), str(ROOT / "pipelines")]  # the schema of this tree, whatever is installed
 
 from pydantic.fields import FieldInfo  # noqa: E402
 
+from comparison.arguments import ComparedConfig  # noqa: E402
 from olora_ray.config import command_line  # noqa: E402
 from olora_ray.config.schema import Config, Section  # noqa: E402
+from olora_ray.sweep.space import Space  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRO = """\
@@ -33,8 +38,12 @@ data:
 ```
 
 The file is validated as a whole before anything starts: an unknown field, a wrong type or a value out of range is an
-error that names the field, in a line of its own. `.venv/bin/python pipelines/finetune.py --help` shows this page's
-fields in the terminal, and a run's folder has its configuration in `config.yaml` with every default filled in.
+error that names the field, in a line of its own. `olora-ray finetune --help all` shows this page's fields in the
+terminal, and a run's folder has its configuration in `config.yaml` with every default filled in.
+
+Editors with a YAML language server complete and check the file by [config.schema.json](generated/config.schema.json)
+(space files: [space.schema.json](generated/space.schema.json)), if its first line is
+`# yaml-language-server: $schema=PATH`; `olora-ray init` writes that line.
 
 ## On the command line
 
@@ -62,9 +71,25 @@ Other secrets come from the variables that their libraries read, on every node: 
 """
 
 
+SCHEMAS: dict[str, type[Section]] = {"config": ComparedConfig, "space": Space}
+"""Kind of file -> the section that it is; a config may have the section of a comparison."""
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the page and the schemas."""
     PAGE.write_text(page(), encoding="utf-8")
+    for kind in SCHEMAS:
+        schema_file(kind).write_text(schema(kind), encoding="utf-8")
+
+
+def schema_file(kind: str) -> Path:
+    """Where the schema of a kind of file lies."""
+    return ROOT / "docs" / "generated" / f"{kind}.schema.json"
+
+
+def schema(kind: str) -> str:
+    """The schema of a kind of file, with the fields' docstrings as descriptions."""
+    return json.dumps(SCHEMAS[kind].model_json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def page() -> str:

@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -70,27 +70,43 @@ def default(field: FieldInfo) -> str:
     return "required" if field.is_required() else plain(field.get_default(call_default_factory=True))
 
 
-def help_text(config: type[Section] = Config) -> str:
-    """Every field of a config with what it may hold, its default and its docstring, by section."""
+FIRST = (
+    *("run.name", "model.name", "data.train", "data.eval", "data.max_length", "adapter.rank", "adapter.alpha"),
+    *("train.epochs", "train.global_batch", "train.micro_batch", "train.lr"),
+    *("cluster.workers", "tracking.uri", "registry.model"),
+)
+"""The fields that a first run sets: those of --help."""
+
+
+def help_text(config: type[Section] = Config, only: Collection[str] | None = None) -> str:
+    """The fields of a config with what they may hold, their defaults and docstrings, by section.
+
+    `only`: these, as section.field, and all of a section that a command adds to a run's; None: all.
+    """
     lines = []
     for name, field in config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, Section)
-        lines.append(f"{name}:")
-        lines.extend(_section(section, "  "))
+        whole = only is None or name not in Config.model_fields
+        shown = None if whole else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
+        if shown != []:
+            lines.append(f"{name}:")
+            lines.extend(_section(section, "  ", shown))
     return "\n".join(lines)
 
 
-def _section(section: type[Section], indent: str) -> Iterator[str]:
+def _section(section: type[Section], indent: str, only: Collection[str] | None = None) -> Iterator[str]:
     for name, field in section.model_fields.items():
+        if only is not None and name not in only:
+            continue
         kind = shape(field.annotation, field.metadata).replace("`", "")
         text = " ".join(f"{field.description} ({kind}) [{default(field)}]".split())
         start = f"{indent}{field.alias or name:<18} "
         yield textwrap.fill(
             text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
         )
-        if name == "train" and section is Data:
+        if name == "train" and section is Data and only is None:
             yield from _section(Source, indent + "    ")
         if name == "conditions":
             yield from _section(Condition, indent + "    ")
@@ -122,6 +138,11 @@ Resolved = TypeVar("Resolved", bound=AnyConfig)
 
 JOB_FOLDER = "runtime_resources"
 """Part of the path under which Ray unpacks a submitted job's working directory."""
+SHIPPED = ("pipelines/", "tune_spaces/")
+"""Folders beside the package of which a wheel has the files in olora_ray/shipped/ (setup.py)."""
+_PACKAGE = Path(__file__).parents[1]
+ROOT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
+"""Where these folders lie."""
 
 
 def resolved(config: Resolved, folder: Path) -> Resolved:
@@ -177,6 +198,12 @@ def left(place: str, folder: Path, field: str = "") -> str:
     return kept if os.path.exists(kept) and not os.path.lexists(found) else found
 
 
+def shipped(place: str, folder: Path = Path()) -> str:
+    """`place`, or the file of that name in the package if there is none: a wheel has pipelines/configs, say."""
+    ours = place.startswith(SHIPPED) and not (folder / place).exists() and (ROOT / place).exists()
+    return str(ROOT / place) if ours else place
+
+
 def at_home(place: str, field: str = "") -> Path:
     """A path with a home folder in the place of its `~`; raises UserError, that names `field`, if there is none."""
     try:
@@ -205,7 +232,7 @@ def _sources(sources: Sequence[Source], folder: Path, setting: str) -> tuple[Sou
 
 def _source(source: Source, folder: Path, where: str) -> Source:
     only = tuple(absolute(name, folder, f"{where}.only") for name in source.only)
-    return _changed(source, path=absolute(source.path, folder, f"{where}.path"), only=only)
+    return _changed(source, path=absolute(shipped(source.path, folder), folder, f"{where}.path"), only=only)
 
 
 HELP, VERSION = ("-h", "--help"), "--version"
@@ -222,8 +249,8 @@ class Arguments:
     """--name -> its value."""
 
     def names(self) -> list[str]:
-        """The words that set no field."""
-        return [word for word in self.words if "=" not in word]
+        """The words that set no field; of a file that the package has, its path."""
+        return [shipped(word) for word in self.words if "=" not in word]
 
     def changes(self) -> dict[str, Any]:
         """The words `section.field=value` as changes of a config; raises UserError for another word with =."""
@@ -239,14 +266,19 @@ def parse(
 ) -> Arguments:
     """Sort the words of a command line: `flags` have no value, `options` have one (`--x y` or `--x=y`).
 
-    --help prints usage, with `fields` also every field of that config, and exits; so does --version. Raises UserError
-    for a flag that is not known, with what may be meant: the nearest that is, or one of `fields`.
+    --help prints usage, with `fields` also those of that config that a first run sets, or with `--help all` every one,
+    and exits; so does --version. Raises UserError for a flag that is not known, with what may be meant: the nearest
+    that is, or one of `fields`.
     """
     if VERSION in argv:
         print(f"olora-ray {version('olora-ray')}")
         raise SystemExit(0)
     if set(HELP) & set(argv):
-        print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text(fields)}" if fields else usage.strip())
+        print(usage.strip())
+        if fields and "all" in argv:
+            print(f"\nFields, with their defaults:\n\n{help_text(fields)}")
+        elif fields:
+            print(f"\nFields of a first run, with their defaults; --help all shows all:\n\n{help_text(fields, FIRST)}")
         raise SystemExit(0)
     words, given, values = [], set(), dict[str, str]()
     rest = iter(argv)

@@ -62,7 +62,7 @@ class Adapter(Section):
     gamma: Annotated[float, Field(gt=0.0)] = 16.0
     """lora_ga: A0 and B0 are as large as 1 / sqrt(gamma)."""
 
-    @field_validator("targets", mode="before")
+    @field_validator("targets", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _single_name(cls, value: object) -> object:
         return (value,) if isinstance(value, str) and value != "all-linear" else value
@@ -385,7 +385,7 @@ class Data(Section):
     """Corpora, and how rows become sequences."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Training sources; several are interleaved evenly."""
+    """Training sources, each a path or {path: ..., format: ..., ...}; several are interleaved evenly."""
     eval: tuple[Source, ...] = ()
     """Held-out sources."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
@@ -408,7 +408,7 @@ class Data(Section):
     """Stop when more than this share of the rows cannot be used, of training and of held-out rows each. Above 0, a
     single row of ten or more may always be rejected."""
 
-    @field_validator("train", "eval", mode="before")
+    @field_validator("train", "eval", mode="before", json_schema_input_type=str | Source | tuple[str | Source, ...])
     @classmethod
     def _paths(cls, value: object) -> object:
         """A path alone is a source, and a source alone is a list of one."""

@@ -1,4 +1,4 @@
-"""Table of what a storage has: runs, searches, comparisons. Imports neither torch, Ray nor MLflow, and writes nothing.
+"""List what a storage has: runs, searches, comparisons. Nothing is written or started.
 
     olora-ray runs [STORAGE]        a folder or URI, as in run.storage; without it ./runs
 

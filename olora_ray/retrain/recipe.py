@@ -148,13 +148,13 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
         if version is not None and not rolled_back(version):
             logger.warning(
                 f"registry: {aliases.name}: {gone}; a new version must beat version {version.number}, {role};"
-                f" set a champion with: pipelines/registry.py promote {aliases.name} VERSION"
+                f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
             )
             return ToBeat(version, role, champion, versions)
     if last or PREVIOUS in named or passed or any(version.tags.get(AGAINST) for version in versions):
         raise UserError(
             f"registry.model={aliases.name}: {gone}, and no other version that passed is left to compare with; set a"
-            f" champion with: pipelines/registry.py promote {aliases.name} VERSION, or delete the registered model to"
+            f" champion with: olora-ray registry promote {aliases.name} VERSION, or delete the registered model to"
             " begin anew"
         )
     return ToBeat(None, "no champion", champion, versions)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import Problems, UserError
-from olora_ray.config.command_line import parse, read_arguments, resolved
-from olora_ray.config.load import load
+from olora_ray.config.command_line import FIRST, help_text, parse, read_arguments, read_search_arguments, resolved
+from olora_ray.config.load import flatten, load
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = ROOT / "pipelines" / "finetune.py"
@@ -89,6 +89,20 @@ def test_a_place_at_which_nobody_can_look_is_one_line(config: Path, monkeypatch:
     monkeypatch.setattr(Path, "stat", closed)  # root may look everywhere
     with pytest.raises(UserError, match=r"^model\.name: /home/other/model: Permission denied$"):
         resolved(load(config, {"model.name": "/home/other/model"}), Path("/"))
+
+
+def test_files_of_the_package_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed wheel has no checkout around it; what lies in the current folder goes first."""
+    monkeypatch.chdir(tmp_path)
+    words = ["pipelines/configs/quickstart.yaml", "tune_spaces/lr_only.yaml"]
+    read, space, _ = read_search_arguments(words, "usage")
+    assert (space, read.run.storage) == (str(ROOT / "tune_spaces" / "lr_only.yaml"), str(tmp_path / "runs"))
+    assert [each.path for each in read.data.train] == [str(ROOT / "pipelines" / "quickstart" / "train.jsonl")]
+    for name in ("tune_spaces/lr_only.yaml", "pipelines/quickstart/train.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    read, space, _ = read_search_arguments(words, "usage")
+    assert (space, read.data.train[0].path) == (words[1], str(tmp_path / "pipelines" / "quickstart" / "train.jsonl"))
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/data", "gs://bucket/data", "hf://org/name?split=train"])
@@ -173,6 +187,18 @@ def test_help_prints_usage_and_fields_and_ends_well(
     printed = capsys.readouterr().out
     assert printed.startswith("how to use it\n")
     assert "  rank " in printed
+    assert "  rank_stabilized " not in printed
+    assert len(printed.splitlines()) < 50
+
+
+def test_help_all_prints_every_field(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_arguments(["--help", "all"], config, "how to use it")
+    assert help_text() in capsys.readouterr().out
+
+
+def test_the_fields_of_a_first_run_are_fields(config: Path) -> None:
+    assert set(FIRST) <= flatten(load(config)).keys() | {"data.train", "data.eval"}
 
 
 def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
@@ -283,10 +309,10 @@ def test_each_problem_of_a_file_of_another_tool_has_a_line(tmp_path: Path) -> No
     path.write_text("".join(f"{word}: 1\n" for word in words) + "adapter: qlora\ndata: {train: a}\n")
     done = start(str(FINETUNE), str(path))
     heading, *lines = done.stderr.splitlines()
-    assert (done.returncode, heading) == (2, f"error: {path} has {len(words) + 3} problems:")
-    assert [line.split(":")[0] for line in lines] == [f"  {word}" for word in ("run", "model", "adapter", *words)]
+    assert (done.returncode, heading) == (2, f"error: {path} has {len(words) + 2} problems:")
+    assert [line.split(":")[0] for line in lines] == [f"  {word}" for word in ("model", "adapter", *words)]
     assert max(map(len, lines)) <= 200
-    assert all("use " in line or "--help" in line or "MLflow" in line for line in lines[3:])
+    assert all("use " in line or "--help" in line or "MLflow" in line for line in lines[2:])
     assert not any("did you mean" in line for line in lines)  # model_type is no model:, do_train no train:
 
 

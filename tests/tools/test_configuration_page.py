@@ -1,11 +1,16 @@
-"""docs/configuration.md is what the schema says."""
+"""docs/configuration.md and the schemas for editors are what the schema says."""
 
+import json
 import re
 import shlex
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import jsonschema
+import pytest
 
 from olora_ray.config import command_line
+from olora_ray.config.load import parse_yaml
 from olora_ray.config.schema import Config, Section
 from tools import write_configuration
 
@@ -48,3 +53,34 @@ def test_the_introductions_commands_set_fields_that_there_are(tmp_path: Path) ->
     for command in commands:
         words = shlex.split(command.partition(" my_run.yaml ")[2])
         command_line.read_arguments([str(file), *words], None, "usage")
+
+
+@pytest.mark.parametrize("kind", ["config", "space"])
+def test_the_schemas_for_editors_are_current(kind: str) -> None:
+    file = write_configuration.schema_file(kind)
+    assert file.read_text(encoding="utf-8") == write_configuration.schema(kind), f"{file.name} is stale: make docs"
+
+
+def mistakes(kind: str, tree: Any) -> list[str]:
+    """The places in a file that an editor would mark."""
+    schema = json.loads(write_configuration.schema_file(kind).read_text(encoding="utf-8"))
+    found = jsonschema.Draft202012Validator(schema).iter_errors(tree)
+    return sorted(".".join(map(str, error.absolute_path)) for error in found)
+
+
+@pytest.mark.parametrize("kind", ["config", "space"])
+def test_an_editor_finds_nothing_wrong_with_the_files_that_there_are(kind: str) -> None:
+    folder = command_line.ROOT / {"config": "pipelines/configs", "space": "tune_spaces"}[kind]
+    files = sorted(folder.rglob("*.yaml"))
+    assert len(files) > 4
+    for file in files:
+        assert mistakes(kind, parse_yaml(file.read_text(encoding="utf-8"), str(file))) == [], file
+
+
+def test_an_editor_takes_the_short_forms_and_finds_mistakes() -> None:
+    required: dict[str, Any] = {"run": {"name": "a"}, "model": {"name": "m"}}
+    short = {"data": {"train": "a.jsonl", "eval": ["b.jsonl", {"path": "c.jsonl"}]}, "adapter": {"targets": "q_proj"}}
+    assert mistakes("config", required | short | {"compare": {"test_rows": 9}, "gate": {"and": []}}) == []
+    wrong = {"data": {"train": [{"path": 1}]}, "adapter": {"rank": 0}, "cluster": {"workers": [1, 2, 3]}, "trian": {}}
+    assert mistakes("config", required | wrong) == ["", "adapter.rank", "cluster.workers", "data.train"]
+    assert mistakes("space", {"search": {"train.lr": {"logunifrom": [1, 2]}}}) == ["search.train.lr"]

@@ -62,7 +62,7 @@ def test_a_circle_of_three_is_one_cycle_and_what_hangs_on_it_none() -> None:
 
 def test_check_names_whatever_is_over_its_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, {"olora_ray/a/one.py": "import olora_ray.a.two\n", "olora_ray/a/two.py": "X = 1\n"})
-    write(tmp_path, {"README.md": "hi\n" * 200, "olora_ray/a/long.py": "y = 2\n" * 600})
+    write(tmp_path, {"README.md": "hi\n" * 200, "olora_ray/__main__.py": "", "olora_ray/a/long.py": "y = 2\n" * 600})
     assert measure_code.main([str(tmp_path), "--check"]) == 0
     write(tmp_path, {"olora_ray/stray.py": "", "README.md": "hi\n" * 201, "olora_ray/a/long.py": "y = 2\n" * 601})
     write(tmp_path, {"olora_ray/a/two.py": "import olora_ray.a.one\n"})

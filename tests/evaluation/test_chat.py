@@ -1,0 +1,104 @@
+"""A prompt to the base and to the fine-tuned model of a finished run, without Ray."""
+
+import io
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from olora_ray.common.errors import UserError
+from olora_ray.evaluation import chat
+from tests import finished_run
+from tests.finished_run import FinishedRun
+
+pytestmark = pytest.mark.lengthy
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return finished_run.make(tmp_path_factory.mktemp("project"), run__name="mine")
+
+
+@pytest.fixture
+def there(run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the run was started."""
+    monkeypatch.chdir(Path(run.config.run.storage).parent)
+    return Path.cwd()
+
+
+def expected(run: FinishedRun, asked: str | list[dict[str, str]], new: int = 5) -> str:
+    """What transformers and PEFT answer to a chat or text, as `chat` shows it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(run.config.model.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(run.folder.adapter)
+    if not isinstance(asked, str):
+        asked = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(asked, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+    def answer(model: Any) -> str:
+        found = model.generate(input_ids=ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :]
+        return textwrap.indent(tokenizer.decode(found, skip_special_tokens=True).strip() or "(nothing)", "    ")
+
+    before, after = answer(base), answer(PeftModel.from_pretrained(base, run.folder.adapter))
+    assert before != after
+    return f"base:\n{before}\n\nfine-tuned:\n{after}\n\n"
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize("name", ["mine", "runs/mine", "absolute"])
+def test_both_models_answer_a_prompt(
+    run: FinishedRun, there: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.main([run.folder.root if name == "absolute" else name, "after x=3?"])
+    assert capsys.readouterr().out == expected(run, [user("after x=3?")])
+    assert not ray.is_initialized()
+
+
+def test_a_system_message_and_a_length_are_taken(
+    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.main(["mine", "evaluation.max_new_tokens=9", "after 5?", "--system", "count"])
+    system = {"role": "system", "content": "count"}
+    assert capsys.readouterr().out == expected(run, [system, user("after 5?")], new=9)
+
+
+def test_each_line_of_the_input_is_a_prompt_of_its_own(
+    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("after 1?\n\nafter 2?"))
+    chat.main(["mine"])
+    assert capsys.readouterr().out == "".join(expected(run, [user(f"after {number}?")]) for number in (1, 2))
+
+
+def test_a_run_on_texts_goes_on_with_the_prompt(
+    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.folder.root, there / "runs" / "texts")
+    settings = there / "runs" / "texts" / "config.yaml"
+    settings.write_text(settings.read_text().replace("format: messages", "format: text"))
+    with pytest.raises(UserError, match=r"^argument --system: .*/runs/texts was trained on texts without a chat temp"):
+        chat.main(["texts", "after", "--system", "count"])
+    chat.main(["texts", "one, two, ", "evaluation.max_new_tokens=20"])
+    assert capsys.readouterr().out == expected(run, "one, two, ", new=20)
+
+
+def test_what_cannot_be_asked_is_one_line(run: FinishedRun, there: Path) -> None:
+    (there / "runs" / "begun").mkdir()
+    (there / "runs" / "begun" / "config.yaml").touch()
+    for words, said in (
+        ([], r"^arguments: expected a run, and a prompt in quotes; --help shows how$"),
+        (["mine", "after", "3?"], r"^arguments: expected a run, and a prompt in quotes"),
+        (["other", "hi"], rf"^run other: no such folder, and none in {there}/runs; there is .*begun, mine"),
+        (["begun", "hi"], r"^run begun: is not finished; the command that began it continues it$"),
+        (["mine", "hi", "train.lrr=3"], r"train\.lrr: unknown field"),
+    ):
+        with pytest.raises(UserError, match=said):
+            chat.main(words)
