@@ -309,10 +309,10 @@ def test_each_problem_of_a_file_of_another_tool_has_a_line(tmp_path: Path) -> No
     path.write_text("".join(f"{word}: 1\n" for word in words) + "adapter: qlora\ndata: {train: a}\n")
     done = start(str(FINETUNE), str(path))
     heading, *lines = done.stderr.splitlines()
-    assert (done.returncode, heading) == (2, f"error: {path} has {len(words) + 3} problems:")
-    assert [line.split(":")[0] for line in lines] == [f"  {word}" for word in ("run", "model", "adapter", *words)]
+    assert (done.returncode, heading) == (2, f"error: {path} has {len(words) + 2} problems:")
+    assert [line.split(":")[0] for line in lines] == [f"  {word}" for word in ("model", "adapter", *words)]
     assert max(map(len, lines)) <= 200
-    assert all("use " in line or "--help" in line or "MLflow" in line for line in lines[3:])
+    assert all("use " in line or "--help" in line or "MLflow" in line for line in lines[2:])
     assert not any("did you mean" in line for line in lines)  # model_type is no model:, do_train no train:
 
 
