@@ -475,19 +475,6 @@ def columns(format: str, row: Any) -> str | None:
     return ", ".join(parts) + f" (leaves out {listed(dict.fromkeys(left))})" * bool(left) if parts else None
 
 
-def file(kind: str, columns: tuple[str, ...], begin: bytes) -> str | None:
-    """What is odd about a file of this kind with these columns, seen from its first bytes."""
-    first = begin.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if kind == "jsonl" and first.startswith(b"["):
-        return "the file is one JSON list, not an object on each line: call it .json"
-    if kind == "jsonl" and first.split(b"\n")[0].strip() == b"{":
-        return "a .jsonl file has a whole object on each line; one object over several lines is a .json file"
-    if kind == "csv" and len(columns) == 1 and (separator := next((c for c in ";\t|" if c in columns[0]), None)):
-        remedy = "call it .tsv" if separator == "\t" else "write the file with commas"
-        return f"the cells seem to be separated by {separator!r}: {remedy}"
-    return None
-
-
 def _other_names(format: str, row: Mapping[str, Any]) -> dict[str, str] | None:
     """The format's fields that the row has under other names; None if it lacks one of those that are needed."""
     lower = {str(name).lower().strip(): str(name) for name in row}

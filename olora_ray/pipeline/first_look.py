@@ -51,7 +51,7 @@ def _check(source: Source, where: str, storage_root: str) -> None:
                 # The model is not looked at yet: rows that are a chat only with its template pass.
                 to_example(source.format, row, source.fields, source.chat is not False)
             except Rejected as why:
-                hint = "" if problem else _hint(source, where, file, scanned, row)
+                hint = "" if problem else _hint(source, where, row)
                 problem = problem or f"{file.uri}:{place + 1}: {why.reason}: {why.message}{hint}"
             else:
                 return
@@ -67,15 +67,12 @@ def _rows(source: Source, file: File, scanned: FileScan | None) -> Iterator[read
         # All columns, so that a message can name them.
         columns = scanned.columns or tuple(columns_of(source.format, source.fields))
         for unit in _spread(scanned.units):
-            yield from itertools.islice(reader.read_unit(file, unit, scanned.columns, columns), 10)
+            written = scanned.file or file
+            yield from itertools.islice(reader.read_unit(written, unit, scanned.columns, columns), 10)
 
 
-def _hint(source: Source, where: str, file: File, scanned: FileScan | None, row: Any) -> str:
-    """Return the end of a message: what is odd about the file, or what to set instead."""
-    with reader.open_stream(file) as stream:
-        begin = bytes(stream.read(4096))
-    if odd := formats.file(file.kind, scanned.columns if scanned else (), begin):
-        return f"; {odd}"
+def _hint(source: Source, where: str, row: Any) -> str:
+    """Return the end of a message: what to set instead."""
     words = formats.columns(source.format, row)
     return f"; in {where} set {words}" if words else ""
 

@@ -341,7 +341,11 @@ class Plan(Rules):
                     "fields": dict(sorted(source.fields.items())),
                     "weight": source.weight,
                     **({} if source.weight == int(source.weight) else {"drawn_by": "hash"}),
-                    "files": [[each.file.kind, each.sha256] for each in self.files if each.source == number],
+                    "files": [
+                        [" ".join(filter(None, (each.file.kind, each.file.encoding))), each.sha256]
+                        for each in self.files
+                        if each.source == number
+                    ],
                     **digest_inputs(
                         source, self.spec, {each.file.kind for each in self.files if each.source == number}
                     ),
@@ -395,7 +399,8 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
         raise UserError(f"{setting}: no source is set")
     files, units, borders = list[PlannedFile](), list[Units](), [0]
     for number, (found, scans) in enumerate(zip(*look(setting, sources), strict=True)):
-        files += [PlannedFile(file, number, each.sha256, each.columns) for file, each in zip(found, scans, strict=True)]
+        pairs = zip(found, scans, strict=True)
+        files += [PlannedFile(each.file or file, number, each.sha256, each.columns) for file, each in pairs]
         units += [each.units for each in scans]
         borders.append(borders[-1] + sum(len(each.units) for each in scans))
     for number, (low, high) in enumerate(itertools.pairwise(borders)):

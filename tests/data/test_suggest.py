@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.data.formats import columns, file
+from olora_ray.data.formats import columns
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -59,24 +59,3 @@ def test_what_is_suggested_reads_the_row(format: str, row: dict[str, Any], expec
 @pytest.mark.parametrize("row", [{"a": 1, "b": 2}, {"prompt": "q"}, {}, [1], "x", {"messages": []}, OASST])
 def test_nothing_is_suggested_that_does_not_help(row: Any) -> None:
     assert columns("messages", row) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "header", "begin", "expected"),
-    [
-        ("jsonl", (), b'[{"a": 1}, {"a": 2}]', "call it .json"),
-        ("jsonl", (), b'\xef\xbb\xbf \n[\n{"a": 1}]', "call it .json"),
-        ("jsonl", (), b'{\n  "a": 1\n}', "a whole object on each line"),
-        ("csv", ("prompt;completion",), b"prompt;completion", "separated by ';'"),
-        ("csv", ("prompt\tcompletion",), b"", "separated by"),
-    ],
-)
-def test_what_is_odd_about_a_file(kind: str, header: tuple[str, ...], begin: bytes, expected: str) -> None:
-    found = file(kind, header, begin)
-    assert found is not None
-    assert expected in found
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "text", "parquet"])
-def test_nothing_is_odd_about_an_ordinary_file(kind: str) -> None:
-    assert file(kind, ("prompt", "completion"), b'{"a": 1}\n') is None

@@ -68,18 +68,6 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         {"format": "alpaca"},
         ["field 'instruction' is not there; the row has q, answer, id"],
     ),
-    "a list in a file of lines": (
-        "a.jsonl",
-        lambda file: file.write_text('[\n{"messages": []},\n{"messages": []}\n]\n') and None,
-        {},
-        ["a.jsonl:1: broken_json", "the file is one JSON list, not an object on each line: call it .json"],
-    ),
-    "semicolons": (
-        "a.csv",
-        lambda file: file.write_text("prompt;completion\na;b\n") and None,
-        {"format": "prompt_completion"},
-        ["a.csv:2: missing_field", "separated by ';'"],
-    ),
     "not compressed": ("a.jsonl.gz", lines({}), {}, ["a.jsonl.gz: not a readable gzip file"]),
     "roles of sharegpt": (
         "a.jsonl",
