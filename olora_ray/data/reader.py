@@ -502,7 +502,7 @@ def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str])
     try:
         yield unit.first, {"text": content.removeprefix(BOM if unit.offset == 0 else b"").decode()}
     except UnicodeDecodeError:
-        yield unit.first, Rejected("not_utf8", "not UTF-8 text")
+        yield unit.first, Rejected("not_utf8", "not UTF-8 text; a table is called .csv")
 
 
 def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:

@@ -294,6 +294,11 @@ class File:
     encoding: str | None = None
     """utf-16 or cp1252, where the content is not UTF-8 (text_files.py)."""
 
+    @property
+    def form(self) -> str:
+        """Kind and encoding, as `semicolon csv, cp1252`."""
+        return self.kind + f", {self.encoding}" * bool(self.encoding)
+
 
 def list_files(source: Source, where: str, storage_root: str) -> list[File]:
     """The files of a source, sorted by name.

@@ -20,7 +20,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import flatten
+from olora_ray.config.load import flatten, override
 from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
@@ -51,6 +51,8 @@ class Inputs:
     held_out: Plan
     """Of the held-out rows."""
     fingerprint: Fingerprint
+    config: Config
+    """With the formats that the sources have."""
 
 
 def look(config: Config) -> Inputs:
@@ -64,7 +66,9 @@ def look(config: Config) -> Inputs:
     plan = prepare.plan_here(config, base.spec, "train", seen)
     held_out = prepare.plan_here(config, base.spec, "eval", seen)
     made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
-    return Inputs(base, plan, held_out, made_of)
+    found = {"data.train": plan.sources} | ({"data.eval": held_out.sources} if config.data.eval else {})
+    known = override(config, {name: [each.model_dump(mode="json") for each in found[name]] for name in found})
+    return Inputs(base, plan, held_out, made_of, known)
 
 
 def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:

@@ -134,6 +134,7 @@ def _locked(config: Config) -> Entry | None:
 def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None:
     aliases.repair()
     inputs = recipe.look(config)
+    config = inputs.config
     to_beat = version_to_beat(aliases)
     if (done := recipe.find_decision(to_beat.versions, to_beat.version, inputs.fingerprint)) is not None:
         late = decision_run.of_version(config, done)  # the call that decided was cut off before it told

@@ -19,6 +19,7 @@ from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
+from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
 from olora_ray.tokens.plan import Pack, Plan, Split, looking, make_plan, sample, sources_of
 
@@ -93,7 +94,7 @@ def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit:
     Of large data too many rejected rows are an error if they are too many of those that were read.
     """
     look = _Look(config, split)
-    plan = make_plan(config, spec, split, looking(config.run.storage, look))
+    plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
     whole = look.complete and plan.shards.pieces.bytes <= READ_ALL
     part, drawn = (plan, 0) if whole else sample(plan, limit)
     exact = look.complete and whole

@@ -22,7 +22,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
-from olora_ray.pipeline import first_look
+from olora_ray.config.schema import Config
+from olora_ray.tokens import first_look
 from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers
@@ -111,10 +112,12 @@ class Shape:
     turns: Callable[[int], list[Turn] | str] | None = once
     """What it is meant to be: a conversation, or a document; None: nothing to train on, or nothing that is clear."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What a source must set so that its rows are read."""
+    """What a source would have to set, which is found; without it format messages."""
     tools: bool = False
     unread: str = ""
     """A column that is not read, which the dry run tells."""
+    says: str = ""
+    """A part of the line with which such rows are refused."""
 
 
 def fields(format: str, **names: str) -> dict[str, Any]:
@@ -139,6 +142,7 @@ def chatml(n: int) -> Row:
     return found
 
 
+NO = "set format and fields"
 SHAPES: dict[str, dict[str, Shape]] = {
     "OpenAI": {
         "chat": Shape(lambda n: {"messages": messages(once(n, SYSTEM))}, lambda n: once(n, SYSTEM)),
@@ -157,6 +161,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
                 "non_preferred_output": messages([("assistant", "nein")]),
             },
             None,
+            says=NO,
         ),
     },
     "ShareGPT": {
@@ -181,7 +186,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
                 "source": "a",
             },
             once,
-            fields("sharegpt"),
+            fields("sharegpt", system="system_prompt"),
         ),
     },
     "Axolotl": {
@@ -242,14 +247,15 @@ SHAPES: dict[str, dict[str, Shape]] = {
             fields("sharegpt"),
         ),
         "completion": Shape(lambda n: {"text": SAY[n]}, lambda n: SAY[n], fields("text")),
-        "input_output": Shape(lambda n: {"segments": [{"label": True, "text": SAY[n]}]}, None),
+        "input_output": Shape(lambda n: {"segments": [{"label": True, "text": SAY[n]}]}, None, says=NO),
         "explainchoice": Shape(
             lambda n: {"question": ASK[n], "choices": ["a", "b"], "solution": SAY[n], "explanation": ""},
             None,
+            says="have choices",
         ),
-        "summarizetldr": Shape(lambda n: {"article": ASK[n], "summary": SAY[n]}, None),
-        "camel_ai": Shape(lambda n: {"message_1": ASK[n], "message_2": SAY[n]}, None),
-        "tokens": Shape(lambda n: {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [-100, 2]}, None),
+        "summarizetldr": Shape(lambda n: {"article": ASK[n], "summary": SAY[n]}, None, says=NO),
+        "camel_ai": Shape(lambda n: {"message_1": ASK[n], "message_2": SAY[n]}, None, says=NO),
+        "tokens": Shape(lambda n: {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [-100, 2]}, None, says=NO),
     },
     "LLaMA-Factory": {
         "alpaca": Shape(
@@ -277,7 +283,9 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "openai": Shape(lambda n: {"messages": messages(twice(n))}, twice),
         "pretraining": Shape(lambda n: {"text": SAY[n]}, lambda n: SAY[n], fields("text")),
         "preferences": Shape(
-            lambda n: {"instruction": ASK[n], "input": "", "chosen": SAY[n], "rejected": "nein"}, None
+            lambda n: {"instruction": ASK[n], "input": "", "chosen": SAY[n], "rejected": "nein"},
+            None,
+            says="have rejected",
         ),
         "preferences in chats": Shape(
             lambda n: {
@@ -286,8 +294,13 @@ SHAPES: dict[str, dict[str, Shape]] = {
                 "rejected": {"from": "gpt", "value": "nein"},
             },
             None,
+            says="have chosen, rejected",
         ),
-        "kto": Shape(lambda n: {"instruction": ASK[n], "input": "", "output": SAY[n], "kto_tag": n > 1}, None),
+        "kto": Shape(
+            lambda n: {"instruction": ASK[n], "input": "", "output": SAY[n], "kto_tag": n > 1},
+            None,
+            says="have kto_tag",
+        ),
     },
     "ms-swift": {
         "messages": Shape(lambda n: {"messages": messages(twice(n, SYSTEM))}, lambda n: twice(n, SYSTEM)),
@@ -310,9 +323,16 @@ SHAPES: dict[str, dict[str, Shape]] = {
             lambda n: {"messages": marked(twice(n, first="context"), "loss", False, True)},
             lambda n: twice(n, first="context"),
         ),
-        "human": Shape(lambda n: {"system": SYSTEM, "conversation": [{"human": ASK[n], "assistant": SAY[n]}]}, None),
-        "pretraining": Shape(lambda n: {"messages": messages(once(n)[1:])}, None),
-        "classes": Shape(lambda n: {"messages": messages(once(n)[:1]), "label": 1}, None),
+        "human": Shape(
+            lambda n: {"system": SYSTEM, "conversation": [{"human": ASK[n], "assistant": SAY[n]}]},
+            None,
+            says="it has human, assistant",
+        ),
+        "pretraining": Shape(lambda n: {"messages": messages(once(n)[1:])}, None, says="must be the user's"),
+        "classes": Shape(
+            lambda n: {"messages": messages(once(n)[:1]), "label": 1}, None, says="no message of the assistant"
+        ),
+        "kto": Shape(lambda n: {"messages": messages(once(n)), "label": n > 1}, None, says="have label"),
     },
     "TRL": {
         "text": Shape(lambda n: {"text": ASK[n] + SAY[n]}, lambda n: ASK[n] + SAY[n], fields("text")),
@@ -328,13 +348,16 @@ SHAPES: dict[str, dict[str, Shape]] = {
             {"format": "sharegpt", "fields": {"conversations": "messages", "from": "role", "value": "content"}},
         ),
         "tools": Shape(lambda n: {"messages": openai_calls(n), "tools": json.dumps([TOOL])}, called, tools=True),
-        "preferences": Shape(lambda n: {"prompt": ASK[n], "chosen": SAY[n], "rejected": "nein"}, None),
+        "preferences": Shape(
+            lambda n: {"prompt": ASK[n], "chosen": SAY[n], "rejected": "nein"}, None, says="have rejected"
+        ),
         "chats of preferences": Shape(
             lambda n: {"chosen": messages(once(n)), "rejected": messages([*once(n)[:1], ("assistant", "nein")])},
             None,
+            says=NO,
         ),
-        "unpaired": Shape(unpaired, None),
-        "prompts alone": Shape(lambda n: {"prompt": ASK[n]}, None),
+        "unpaired": Shape(unpaired, None, says="have label"),
+        "prompts alone": Shape(lambda n: {"prompt": ASK[n]}, None, says=NO),
     },
     "table": {
         "qa": Shape(
@@ -384,11 +407,16 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "messages": Shape(
             lambda n: {"messages": json.dumps(messages(twice(n)), ensure_ascii=False)}, twice, fields("messages")
         ),
-        "German": Shape(lambda n: {"Frage": ASK[n], "Antwort": SAY[n]}, None),
-        "two answers": Shape(lambda n: {"problem": ASK[n], "solution": SAY[n], "answer": "5"}, None),
-        "classes": Shape(lambda n: {"text": SAY[n], "label": 1}, None),
-        "tree": Shape(lambda n: {"message_id": "m", "parent_id": None, "text": SAY[n], "role": "prompter"}, None),
-        "repr": Shape(lambda n: {"messages": str(messages(once(n)))}, None),
+        "German": Shape(lambda n: {"Frage": ASK[n], "Antwort": SAY[n]}, None, says=NO),
+        "two answers": Shape(
+            lambda n: {"problem": ASK[n], "solution": SAY[n], "answer": "5"}, None, says="in two ways"
+        ),
+        "system beside": Shape(lambda n: {"system": SYSTEM, "messages": messages(once(n))}, None, says="in two ways"),
+        "classes": Shape(lambda n: {"text": SAY[n], "label": 1}, None, says=NO),
+        "tree": Shape(
+            lambda n: {"message_id": "m", "parent_id": None, "text": SAY[n], "role": "prompter"}, None, says=NO
+        ),
+        "repr": Shape(lambda n: {"messages": str(messages(once(n)))}, None, says="is text, not a list of messages"),
     },
 }
 
@@ -600,10 +628,35 @@ def expected(shape: Shape) -> Iterator[tuple[str, str]]:
         yield text, trained
 
 
-def found(source: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str]]:
-    """The same as the dry run finds it; raises UserError."""
-    config = helpers.config(storage, dict(source), max_length=600, max_rejected=0)
-    first_look.check(config)
+def outcome(file: File, folder: Path) -> str:
+    """What becomes of a file whose source sets its path alone: right, refused or WRONG, and what is said of it."""
+    config = helpers.config(folder / "runs", str(file.write(folder)), max_length=600, max_rejected=0)
+    try:
+        with said() as lines:
+            known = first_look.check(config).data.train[0]
+            rows = sorted(_read(helpers.config(folder / "runs", known.model_dump(), max_length=600, max_rejected=0)))
+    except UserError as error:
+        line = str(error).replace(f"{folder}/", "")
+        return f"{'refused' if _is_meant(file, line) else 'WRONG'}: {line}"
+    if file.rows.turns is None or file.cannot:
+        return f"WRONG: {len(rows)} rows are trained on, the first as {rows[0]}"
+    if {"format": known.format, "fields": known.fields} != {"format": "messages", "fields": {}} | file.rows.settings:
+        return f"WRONG: {known}"
+    if file.rows.unread not in " ".join(line for line in lines if "does not read" in line):
+        return f"WRONG: nothing is said of {file.rows.unread}"
+    meant = sorted(expected(file.rows))
+    line = next(line for line in lines if " rows in " in line)
+    return f"right: {line}" if rows == meant else f"WRONG: not {meant[0]} but {rows[0]}"
+
+
+def _is_meant(file: File, line: str) -> bool:
+    """True if a file is refused that should be, in one line that says why."""
+    wanted = file.cannot or file.rows.says
+    return bool(wanted) and wanted in line and "\n" not in line
+
+
+def _read(config: Config) -> Iterator[tuple[str, str]]:
+    """The same as `expected`, as the dry run finds it; raises UserError."""
     for pack in describe(config, SPEC).some_packs:
         start = 0
         for length in pack.segments:
@@ -614,20 +667,3 @@ def found(source: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str]]
 
 def _text(ids: Any) -> str:
     return "".join(TOKENIZER.id_to_token(int(one)) for one in ids)
-
-
-def outcome(file: File, settings: Mapping[str, Any], folder: Path) -> str:
-    """What becomes of a file whose source has these settings beside its path: right, refused: ..., or WRONG: ..."""
-    path = file.write(folder)
-    try:
-        with said() as lines:
-            rows = sorted(found({"path": str(path), **settings}, folder / "runs"))
-    except UserError as error:
-        line = str(error).replace(f"{folder}/", "")
-        return f"refused: {line}" if "\n" not in line else f"WRONG: several lines: {line}"
-    if file.rows.turns is None or file.cannot:
-        return f"WRONG: {len(rows)} rows are trained on, the first as {rows[0]}"
-    if file.rows.unread not in " ".join(line for line in lines if "does not read" in line):
-        return f"WRONG: nothing is said of {file.rows.unread}"
-    meant = sorted(expected(file.rows))
-    return "right" if rows == meant else f"WRONG: not {meant[0]} but {rows[0]}"

@@ -342,7 +342,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     helpers.write_jsonl(tmp_path / "org/name/train.jsonl", ROWS[:50])
     helpers.write_jsonl(tmp_path / "org/name/test.jsonl", ROWS[50:60])
     monkeypatch.chdir(tmp_path)
-    hub = {"path": "hf://org/name?split=train", "format": "prompt_completion"}
+    hub = {"path": "hf://org/name?split=train"}
     config = helpers.config(tmp_path / "runs", hub, eval=[{**hub, "path": "hf://org/name?split=test"}])
     store = prepare(config, tiny_spec, "train")
     assert store.manifest.rows == 50
