@@ -17,7 +17,7 @@ from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 
 COMMANDS = {
-    "init": ("write a config for your rows: format, held-out rows, length, model", "olora_ray.pipeline.init"),
+    "init": ("write a config for your rows: format, held-out rows, length, model", None),
     "finetune": ("train an adapter, check it, register it; with --dry-run show what would be done", None),
     "chat": ("put a prompt to the base and to the fine-tuned model", "olora_ray.evaluation.chat"),
     "runs": ("list the runs that there are, with steps, losses and versions", "olora_ray.pipeline.runs"),

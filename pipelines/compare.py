@@ -13,6 +13,8 @@ Rows are put in three sets: to train on, to choose each method's learning rate o
 again resumes a comparison that was interrupted; what has been trained is never trained again. See docs/comparisons.md.
 """
 
+from dataclasses import replace
+
 from olora_ray.common.logs import quiet_environment
 
 quiet_environment()  # before Ray is imported
@@ -25,9 +27,9 @@ def main(argv: list[str]) -> None:
     from comparison import arguments
 
     asked = arguments.parse(argv, usage=__doc__ or "")
-    from olora_ray.pipeline import first_look
+    from olora_ray.tokens import first_look
 
-    first_look.check(asked.config)
+    asked = replace(asked, config=first_look.check(asked.config))
     from comparison import analysis, folder, report, rows, run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect

@@ -24,9 +24,9 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 def main(argv: list[str]) -> None:
     """Read the arguments; show what would be done, or do it."""
     config, flags = command_line.read_arguments(argv, QUICKSTART, usage=__doc__ or "")
-    from olora_ray.pipeline import first_look
+    from olora_ray.tokens import first_look
 
-    first_look.check(config)
+    config = first_look.check(config)
     logging.getLogger("olora_ray").info("importing torch, transformers and Ray")
     if "--dry-run" in flags:
         from olora_ray.pipeline.dry_run import dry_run

@@ -18,9 +18,9 @@ from olora_ray.config import command_line  # noqa: E402
 def main(argv: list[str]) -> None:
     """The whole search, in the order in which the data flows."""
     config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
-    from olora_ray.pipeline import first_look
+    from olora_ray.tokens import first_look
 
-    first_look.check(config)
+    config = first_look.check(config)
     from olora_ray.sweep.space_file import load
 
     space = load(file, config)

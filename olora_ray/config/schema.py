@@ -360,12 +360,13 @@ class Source(Section):
 
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3://, gs://."""
-    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
-    """Format of the rows, which decides the columns that are read: messages {messages, tools}, prompt_completion
-    {prompt, completion, tools}, alpaca {instruction, input, output, system, history}, sharegpt {conversations, from,
-    value, system, tools} or text {text}."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    """Format of the rows, which decides the columns that are read; auto: the one that they have, found with its fields
+    in a few rows; messages {messages, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction,
+    input, output, system, history}, sharegpt {conversations, from, value, system, tools} or text {text}."""
     fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
-    """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
+    """Maps the format's field names to the file's columns, e.g. {prompt: question}; with auto those that it shall not
+    find."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """Times each row is used per epoch: 1 once, 2 twice, 0.5 half of the rows, drawn by a hash of their places."""
     only: tuple[str, ...] = ()
@@ -375,7 +376,7 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _chat_fits_the_format(self) -> "Source":
-        if self.format != "prompt_completion" and self.chat is (self.format == "text"):
+        if self.format not in ("auto", "prompt_completion") and self.chat is (self.format == "text"):
             what = "no chats" if self.chat else "chats"
             raise ValueError(f"chat: rows of format {self.format} are {what}; prompt_completion leaves the choice")
         return self

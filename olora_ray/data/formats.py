@@ -3,15 +3,14 @@
 Each format is a function from a `Row` to an `Example`; it raises `Rejected` for a row that cannot be used.
 """
 
+import contextlib
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from olora_ray.common.errors import UserError
-
-# What a format makes of a row: a chat, a prompt with its completion, or plain text; or the row is rejected.
-
 
 LONGEST_MESSAGE = 400
 """Characters of a message about a rejected row."""
@@ -72,6 +71,8 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 """Other names of roles that rows of format sharegpt have."""
+EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
+"""Values of columns that say nothing."""
 TEXTS = (None, "text", "input_text", "output_text")
 """Types of the parts of a content; pictures may have a `text` too, and reasoning is no part of an answer."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -308,10 +309,12 @@ class Row:
 
 
 def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bool = False) -> Example:
-    """Read a raw row in `format`; raises Rejected.
+    """Read a raw row in `format`; raises Rejected, which the row may be.
 
     `as_chat` makes a chat of a prompt and its completion.
     """
+    if isinstance(columns, Rejected):
+        raise columns
     if not isinstance(columns, Mapping):
         raise Rejected("not_an_object", f"expected an object with fields, found {kind(columns)}")
     try:
@@ -322,7 +325,7 @@ def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bo
 
 def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
     """Raise UserError if `fields` maps a name that the format does not have; `where` names the setting."""
-    known = FIELDS[format]
+    known = FIELDS.get(format) or tuple(dict.fromkeys(itertools.chain(*FIELDS.values())))
     for name in fields:
         if name not in known:
             raise UserError(f"{where}.fields: format {format} has no field {name!r}; it has {', '.join(known)}")
@@ -438,73 +441,159 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """The names that `fields:` can map, for each format."""
 
 
-# What a person may have meant, where no row of a file can be read in the format of its source.
+# The format and the fields of rows whose source sets none, by the names of their columns and by what becomes of them.
 
 
-OTHER_NAMES = {
-    "input": ("context",),
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "input": ("context", "article", "passage"),
     "system": ("system_prompt",),
     "prompt": ("question", "query", "instruction", "input", "problem", "user"),
-    "completion": ("answer", "response", "output", "target", "solution", "label", "chosen", "assistant"),
-    "instruction": ("prompt", "question", "query", "problem", "task", "user"),
-    "output": ("answer", "response", "completion", "target", "solution", "label", "chosen", "assistant"),
+    "completion": ("answer", "response", "output", "target", "solution", "label", "chosen", "assistant", "generation"),
+    "instruction": ("prompt", "question", "query", "problem", "user"),
+    "output": ("answer", "response", "completion", "target", "solution", "label", "chosen", "assistant", "generation"),
     "messages": ("conversation", "conversations", "chat", "dialogue", "dialog", "turns"),
     "conversations": ("conversation", "messages", "chat", "dialogue", "dialog", "turns"),
+    "from": ("role", "speaker"),
+    "value": ("content", "text"),
     "text": ("content", "document", "body", "article", "passage"),
 }
 """What corpora call the fields of our formats."""
+INSIDE = ("from", "value")  # keys of a turn, and no columns
+ADDED = {"input", "system", "history", "tools", *OTHER_NAMES["input"], *OTHER_NAMES["system"]}
+"""Columns that belong to a question or a chat."""
+OTHER_TASKS = {"chosen", "rejected", "label", "labels", "kto_tag", "choices", "options", "image", "images", "audios"}
+"""Columns of preferences, classes, tests and pictures: their rows are more than questions with answers."""
+NO_DOCUMENTS = {*OTHER_NAMES["completion"], *OTHER_TASKS, "summary", "highlights", "role", "parent_id"}
+"""Columns beside which a text is an example of a class, or a message of a tree."""
+KNOWN = {*ADDED, *OTHER_TASKS, *OTHER_NAMES, *itertools.chain(*OTHER_NAMES.values())} - {*INSIDE}
 
 
-def columns(format: str, row: Any) -> str | None:
-    """How a source must be set for this row to be used, as `format: alpaca, fields: {output: answer}`."""
-    if not isinstance(row, Mapping):
-        return None
-    tree = {"role", "parent_id"} & set(row)  # its texts are messages, and no documents
-    found = ((name, _other_names(name, row)) for name in sorted(NEEDED, key=lambda name: name != format))
-    usable = [
-        (name, fields, sorted(set(map(str, row)) - set(columns_of(name, fields))))
-        for name, fields in found
-        if fields is not None and not (name == "text" and tree) and _usable(name, row, fields)
+@dataclass(frozen=True)
+class Reading:
+    """A way to read some rows."""
+
+    format: str
+    fields: dict[str, str]
+    """As a source sets them."""
+    columns: tuple[str, ...]
+    """Those of the fields that its format needs."""
+    examples: tuple[Example | None, ...]
+    """What the rows are; None: cannot be used."""
+    rank: tuple[int, ...]
+    """The lower, the better: how sure its names are, known columns left out, fields that it sets, its format."""
+    lost: tuple[str, ...]
+    """Columns that it leaves out though they matter."""
+
+    @property
+    def used(self) -> int:
+        """Rows that it can use."""
+        return len(self.examples) - self.examples.count(None)
+
+    def settings(self) -> str:
+        """As `format: alpaca, fields: {output: answer}`."""
+        shown = ", ".join(f"{field}: {column}" for field, column in self.fields.items())
+        return f"format: {self.format}" + f", fields: {{{shown}}}" * bool(shown)
+
+
+def find(rows: Sequence[Any], given: Mapping[str, str], chat: object = "auto") -> Reading | None:
+    """Find the way in which rows are meant; None if no format can use any of them.
+
+    `given` are the fields, and `chat` the choice, that their source sets. Raises UserError if two ways are as good, or
+    the best one leaves out what matters.
+    """
+    rows = [row for row in rows if isinstance(row, Mapping)]
+    found = [
+        _reading(format, fields, rows, given)
+        for format in NEEDED
+        if given.keys() <= set(FIELDS[format]) and (format == "prompt_completion" or chat is not (format == "text"))
+        for fields in _assignments(format, rows, given)
     ]
-    if not usable:
+    # Of rows of two kinds those that are far fewer do not decide.
+    most = max((reading.used for reading in found if reading), default=0)
+    readings = sorted((one for one in found if one and 2 * one.used > most), key=lambda one: one.rank)
+    if not readings:
         return None
-    # What leaves out least, in the fewest words; a column called text may stand beside those that are meant.
-    name, fields, left = min(usable, key=lambda way: (way[0] == "text", len(way[2]), len(way[1]) + (way[0] != format)))
-    shown = ", ".join(f"{field}: {column}" for field, column in fields.items())
-    parts = [f"format: {name}"] * (name != format) + [f"fields: {{{shown}}}"] * bool(fields)
-    return ", ".join(parts) + f" (leaves out {listed(dict.fromkeys(left))})" * bool(left) if parts else None
+    best = readings[0]
+    rivals = [one for one in readings if one.rank[:2] == best.rank[:2] and set(one.columns) != set(best.columns)]
+    # Messages in a column of that name have always been read so, whatever stands beside them.
+    plain = next((one for one in readings if one.rank[0] == 0 and one.format == "messages"), best)
+    if plain is not best:
+        best, rivals = plain, [best] * (best.examples != plain.examples)
+    if rivals:
+        raise UserError(f"the rows can be read in two ways; set {best.settings()}, or {rivals[0].settings()}")
+    if best.lost:
+        lost = ", ".join(best.lost)
+        raise UserError(f"the rows have {lost}; to train on them without that, set {best.settings()}")
+    return best
 
 
-def file(kind: str, columns: tuple[str, ...], begin: bytes) -> str | None:
-    """What is odd about a file of this kind with these columns, seen from its first bytes."""
-    first = begin.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if kind == "jsonl" and first.startswith(b"["):
-        return "the file is one JSON list, not an object on each line: call it .json"
-    if kind == "jsonl" and first.split(b"\n")[0].strip() == b"{":
-        return "a .jsonl file has a whole object on each line; one object over several lines is a .json file"
-    if kind == "csv" and len(columns) == 1 and (separator := next((c for c in ";\t|" if c in columns[0]), None)):
-        remedy = "call it .tsv" if separator == "\t" else "write the file with commas"
-        return f"the cells seem to be separated by {separator!r}: {remedy}"
-    return None
-
-
-def _other_names(format: str, row: Mapping[str, Any]) -> dict[str, str] | None:
-    """The format's fields that the row has under other names; None if it lacks one of those that are needed."""
-    lower = {str(name).lower().strip(): str(name) for name in row}
-    found: dict[str, str] = {}
-    for field in sorted(FIELDS[format], key=lambda field: field not in NEEDED[format]):
-        names = (field, *OTHER_NAMES.get(field, ()))
-        free = (name for name in names if name in lower and lower[name] not in found.values())
-        if (name := next(free, None)) is not None:
-            found[field] = lower[name]
-        elif field in NEEDED[format]:
-            return None
-    return {field: column for field, column in found.items() if field != column}
-
-
-def _usable(format: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> bool:
+def why_not(row: Any, given: Mapping[str, str]) -> Rejected:
+    """Why no format can use a row."""
     try:
-        to_example(format, row, fields, as_chat=True)
+        if not isinstance(row, Mapping):
+            to_example("text", row, {})
+        for format in NEEDED:
+            for fields in _assignments(format, [row], given):
+                to_example(format, row, fields, as_chat=True)
+    except Rejected as why:
+        return why
+    return Rejected("missing_field", f"its columns, {listed(row)}, are those of no format; set format and fields")
+
+
+def _assignments(format: str, rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Each way to take columns of rows for the fields of a format, by their names."""
+
+    def called(field: str, columns: Iterable[Any]) -> list[str]:
+        there = {str(column).lower().strip(): str(column) for column in columns} | {name: name for name in columns}
+        names = (field, *OTHER_NAMES.get(field, ()))
+        return [given[field]] if field in given else [there[name] for name in names if name in there]
+
+    columns = list(itertools.chain(*rows))
+    for needed in itertools.product(*(called(field, columns) for field in NEEDED[format])):
+        fields = dict(zip(NEEDED[format], needed, strict=True))
+        for field in FIELDS[format]:
+            free = called(field, _keys(rows, needed[0]) if field in INSIDE else set(columns) - set(fields.values()))
+            if free:
+                fields.setdefault(field, free[0])
+        if len(set(needed)) == len(needed):
+            yield fields
+
+
+def _keys(rows: Iterable[Mapping[Any, Any]], column: str) -> Iterable[Any]:
+    """The keys of the first turn in a column."""
+    for row in rows:
+        with contextlib.suppress(Rejected):
+            if (turns := sequence(row.get(column), column)) and isinstance(turns[0], Mapping):
+                return turns[0]
+    return ()
+
+
+def _reading(
+    format: str, fields: dict[str, str], rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]
+) -> Reading | None:
+    """The reading with these columns; None where they are no documents."""
+    used = {column for field, column in fields.items() if field not in INSIDE}
+    left = {str(name): str(name).lower().strip() for row in rows for name, value in row.items() if value not in EMPTY}
+    left = {name: lower for name, lower in left.items() if name not in used}
+    own = {field if field in given else fields[field].lower().strip() for field in NEEDED[format]}
+    if format == "text" and left and (own != {"text"} or NO_DOCUMENTS.intersection(left.values())):
+        return None
+    verdicts = {name for name in ("label", "kto_tag") if any(isinstance(row.get(name), bool) for row in rows)}
+    tier = 3 if format == "text" else 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values()))
+    matters = (verdicts, ADDED | OTHER_TASKS, KNOWN, set[str]())[tier]
+    called = {field: column for field, column in fields.items() if field != column} | dict(given)
+    return Reading(
+        format,
+        called,
+        tuple(fields[field] for field in NEEDED[format]),
+        tuple(_example(format, row, called) for row in rows),
+        (tier, len(KNOWN.intersection(left.values())), len(called), list(NEEDED).index(format)),
+        tuple(name for name in left if left[name] in matters),
+    )
+
+
+def _example(format: str, row: Any, fields: Mapping[str, str]) -> Example | None:
+    try:
+        return to_example(format, row, fields, as_chat=True)
     except Rejected:
-        return False
-    return True
+        return None

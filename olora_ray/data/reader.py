@@ -34,6 +34,7 @@ from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.common.storage import digest
 from olora_ray.data.formats import Rejected
 from olora_ray.data.sources import Changed, File, as_scanned, asked, open_filesystem
+from olora_ray.data.text_files import BOM, DELIMITERS
 
 # Units: the smallest pieces of files that are read at once, in arrays of 40 bytes each; and the scan of a file.
 
@@ -117,6 +118,8 @@ class FileScan:
     columns: tuple[str, ...]
     """Names of the columns where the file has a header or schema."""
     units: Units
+    file: File | None = None
+    """The file as it is written; None: as its name says."""
 
 
 def as_unit(entry: Any) -> Unit:
@@ -204,8 +207,7 @@ def buffered(stream: Any, at_once: int = 2**20) -> Any:
     """A stream that asks for so many bytes at a time: in a bucket each read is a request."""
     if isinstance(stream, pa.MemoryMappedFile):
         return stream
-    native = stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
-    return pa.BufferedInputStream(native, at_once)
+    return pa.BufferedInputStream(_native(stream), at_once)
 
 
 # Rows of an Arrow batch, as plain values of Python.
@@ -253,7 +255,6 @@ def _with_objects(value: Any, kind: Any) -> Any:
 # json files: read as a whole, up to a limit.
 
 
-BOM = b"\xef\xbb\xbf"
 JSON_BYTES = 2**30
 """Largest json file, uncompressed: as many processes as prepare it hold it, and its rows take several times more."""
 
@@ -274,8 +275,7 @@ def rows_of(file: File, content: bytes) -> list[Any]:
     try:
         tree = json.loads(content.removeprefix(BOM).decode())
     except json.JSONDecodeError as error:
-        hint = "; a file with one object a line is called .jsonl" if error.msg == "Extra data" else ""
-        raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}{hint}") from None
+        raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise UserError(f"{file.uri}: not UTF-8 text") from None
     except RecursionError:
@@ -289,9 +289,16 @@ def rows_of(file: File, content: bytes) -> list[Any]:
         ) from None
     if isinstance(tree, list):
         return tree
-    lists = isinstance(tree, dict) and all(isinstance(column, list) for column in tree.values())
-    if lists and len({len(column) for column in tree.values()}) == 1:
-        return [dict(zip(tree, values, strict=True)) for values in zip(*tree.values(), strict=True)]
+    parts = list(tree.values()) if isinstance(tree, dict) else []
+    if parts and all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts):
+        # As pandas writes them, rows by their numbers: either in each column, or each with its columns.
+        by_number = [all(map(str.isdigit, names)) for names in (tree, parts[0])]
+        if by_number == [True, False]:
+            return parts
+        if by_number == [False, True]:
+            parts = [list(part.values()) for part in parts]
+    if parts and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+        return [dict(zip(tree, values, strict=True)) for values in zip(*parts, strict=True)]
     raise UserError(f"{file.uri}: expected a list of rows, or an object of columns of equal length")
 
 
@@ -325,7 +332,6 @@ def _copy(file: File) -> Path | None:
 
 BATCH = 256
 """Rows that are asked for at a time."""
-DELIMITERS = {"csv": ",", "tsv": "\t"}
 ESCAPED = '\\"'
 UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
 """What a damaged container or compression raises."""
@@ -385,16 +391,18 @@ def broken(file: File, error: Exception) -> UserError | StoreUnavailable:
 
 
 def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) -> Any:
-    """The uncompressed content as a stream; `wrap` sees the bytes as they lie on disk."""
+    """The content as a stream, uncompressed and in UTF-8; `wrap` sees the bytes as they lie on disk."""
     system, path = open_filesystem(file.uri)
     raw = wrap(system.open_input_stream(path, compression=None))
-    if file.compression is None:
-        return raw
     if file.compression == "xz":
-        return lzma.LZMAFile(raw)
-    return pa.CompressedInputStream(
-        raw if isinstance(raw, pa.NativeFile) else pa.PythonFile(raw, mode="r"), file.compression
-    )
+        raw = lzma.LZMAFile(raw)  # noqa: SIM115 - closed by whoever closes the stream
+    elif file.compression:
+        raw = pa.CompressedInputStream(_native(raw), file.compression)
+    return pa.transcoding_input_stream(_native(raw), file.encoding, "utf-8") if file.encoding else raw
+
+
+def _native(stream: Any) -> pa.NativeFile:
+    return stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
 
 
 def _bytes(file: File, unit: Unit) -> bytes:
@@ -406,7 +414,7 @@ def _bytes(file: File, unit: Unit) -> bytes:
 
 
 def _range(file: File, unit: Unit) -> bytes:
-    if file.compression is None:
+    if file.compression is None and file.encoding is None:
         system, path = open_filesystem(file.uri)
         with system.open_input_file(path) as stream:
             stream.seek(unit.offset)
@@ -494,7 +502,7 @@ def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str])
     try:
         yield unit.first, {"text": content.removeprefix(BOM if unit.offset == 0 else b"").decode()}
     except UnicodeDecodeError:
-        yield unit.first, Rejected("not_utf8", "not UTF-8 text")
+        yield unit.first, Rejected("not_utf8", "not UTF-8 text; a table is called .csv")
 
 
 def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
@@ -554,8 +562,7 @@ def _slice(file: File, batches: Any, start: int, unit: Unit) -> Iterator[Located
 
 READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {
     "jsonl": _jsonl,
-    "csv": _csv,
-    "tsv": _csv,
+    **dict.fromkeys(DELIMITERS, _csv),
     "text": _text,
     "json": _json,
     "parquet": _parquet,

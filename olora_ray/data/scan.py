@@ -27,8 +27,9 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, read_sealed, seal
 from olora_ray.data import reader
-from olora_ray.data.reader import BOM, UNIT, FileScan, Unit, Units
+from olora_ray.data.reader import UNIT, FileScan, Unit, Units
 from olora_ray.data.sources import File, asked, open_filesystem, steady
+from olora_ray.data.text_files import BOM, DELIMITERS, as_written
 
 # Files of lines: where a unit may end, and the units; found in one pass. The rules of units are part of the bytes of
 # token stores: each of the next numbers decides which rows are shuffled together.
@@ -172,7 +173,7 @@ def _row_units(marks: Marks, file: File) -> Iterator[Unit]:
     """Units of about as many records each; long lines make them smaller."""
     if not len(marks.records) or marks.records[-1] <= marks.skipped:
         return
-    step, most = _unit_step(int(marks.lines[-1]), int(marks.offsets[-1]), file.compression is not None)
+    step, most = _unit_step(int(marks.lines[-1]), int(marks.offsets[-1]), bool(file.compression or file.encoding))
     first = int(np.searchsorted(marks.records, marks.skipped, side="right"))
     cuts = np.flatnonzero((marks.records > marks.skipped) & ((marks.records - marks.skipped) % step == 0))
     for cut in [*cuts.tolist(), len(marks.records) - 1]:
@@ -234,7 +235,7 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
 
     csv.field_size_limit(2**31 - 1)  # none: LINE_BYTES is the limit of a record
     try:
-        for cells in csv.reader(source, delimiter=reader.DELIMITERS[file.kind]):
+        for cells in csv.reader(source, delimiter=DELIMITERS[file.kind]):
             if source.ended:  # the lines have, but not the record
                 if limit is None:
                     raise _not_closed(file, source.record_line)
@@ -329,7 +330,8 @@ def head(file: File) -> FileScan:
 def _scan(file: File, limit: int | None = None) -> FileScan:
     """Scan a file; with a limit only about that many bytes of a file of lines, and no digest of others."""
     try:
-        found = asked(file.uri, lambda: _scanned(file, limit))
+        written = asked(file.uri, lambda: _written(file))
+        found = asked(file.uri, lambda: _scanned(written, limit))
     except FileNotFoundError:
         raise reader.not_here(file) from None
     except PermissionError:
@@ -342,18 +344,26 @@ def _scan(file: File, limit: int | None = None) -> FileScan:
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
         raise UserError(f"{file.uri}: the column {twice!r} is there more than once; give each a name of its own")
-    return found
+    return dataclasses.replace(found, file=written)
+
+
+def _written(file: File) -> File:
+    if file.kind in ("text", "parquet", "arrow"):
+        return file
+    with reader.open_stream(file) as stream:
+        kind, encoding = as_written(file.kind, bytes(stream.read(2**20)))
+    return dataclasses.replace(file, kind=kind, encoding=encoding)
 
 
 def _scanned(file: File, limit: int | None) -> FileScan:
     match file.kind:
-        case "jsonl" | "csv" | "tsv" | "text":
-            return _lines(file, limit)
         case "json":
             return _json(file)
-        case _:
+        case "parquet" | "arrow":
             with steady(file):
                 return _parquet(file, whole=limit is None) if file.kind == "parquet" else _arrow(file, limit)
+        case _:
+            return _lines(file, limit)
 
 
 class _Hashed:
@@ -411,7 +421,7 @@ def _lines(file: File, limit: int | None = None) -> FileScan:
     """Scan a file of lines; only about its first `limit` bytes if there is a limit."""
     columns: tuple[str, ...] = ()
     with _hashed(file) as (stream, hashed):
-        if file.kind in reader.DELIMITERS:
+        if file.kind in DELIMITERS:
             marks, columns = _mark_records(stream, file, limit)
         else:
             marks = _mark_lines(stream, file, limit)
@@ -503,7 +513,8 @@ def kept_scan(file: File, storage_root: str) -> FileScan | None:
     if file.size < BELIEVED_FROM and tree.get("state") != state_of(file):
         return None
     units = np.frombuffer(base64.b64decode(tree["units"]), dtype=UNIT)
-    return FileScan(tree["sha256"], tree["rows"], tuple(tree["columns"]), Units(units))
+    written = dataclasses.replace(file, kind=tree["kind"], encoding=tree["encoding"])
+    return FileScan(tree["sha256"], tree["rows"], tuple(tree["columns"]), Units(units), written)
 
 
 def kept_scans(files: Sequence[File], storage_root: str) -> list[FileScan | None]:
@@ -533,6 +544,8 @@ def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | 
             "size": file.size,
             "modified": file.modified,
             "state": state,
+            "kind": (scan.file or file).kind,
+            "encoding": (scan.file or file).encoding,
             "sha256": scan.sha256,
             "rows": scan.rows,
             "columns": scan.columns,
@@ -549,4 +562,4 @@ def forget_scan(file: File, storage_root: str) -> None:
 
 def _place(file: File, storage_root: str) -> str:
     # The number changes whenever a kept scan would be another.
-    return storage.join(storage_root, "tokens", "scans", f"{digest(6, file.uri, length=32)}.json")
+    return storage.join(storage_root, "tokens", "scans", f"{digest(7, file.uri, length=32)}.json")

@@ -285,12 +285,19 @@ class File:
 
     uri: str
     kind: str
-    """jsonl, json, parquet, csv, text (one document) or arrow."""
+    """jsonl, json, parquet, arrow, text (one document) or one of text_files.DELIMITERS; at first by its name."""
     compression: str | None = None
     size: int = 0
     """Bytes."""
     modified: int = 0
     """Nanoseconds; 0 if unknown."""
+    encoding: str | None = None
+    """utf-16 or cp1252, where the content is not UTF-8 (text_files.py)."""
+
+    @property
+    def form(self) -> str:
+        """Kind and encoding, as `semicolon csv, cp1252`."""
+        return self.kind + f", {self.encoding}" * bool(self.encoding)
 
 
 def list_files(source: Source, where: str, storage_root: str) -> list[File]:

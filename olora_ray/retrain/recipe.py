@@ -21,7 +21,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import flatten
+from olora_ray.config.load import flatten, override
 from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
@@ -54,6 +54,8 @@ class Inputs:
     held_out: Plan
     """Of the held-out rows."""
     fingerprint: Fingerprint
+    config: Config
+    """With the formats that the sources have."""
 
 
 def look(config: Config) -> Inputs:
@@ -64,15 +66,19 @@ def look(config: Config) -> Inputs:
     if not config.data.holds_out():
         raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
     from olora_ray.pipeline.base import open_base
+    from olora_ray.pipeline.prepare import with_length
 
     model, base, seen = glance(config), open_base(config), prepare.look_here(config)
-    plan = prepare.plan_here(config, base.spec, "train", seen)
-    held_out = prepare.plan_here(config, base.spec, "eval", seen)
+    long = with_length(config, base)
+    plan = prepare.plan_here(long, base.spec, "train", seen)
+    held_out = prepare.plan_here(long, base.spec, "eval", seen)
     made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
     files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
     if model:
         node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
-    return Inputs(base, plan, held_out, made_of)
+    found = {"data.train": plan.sources} | ({"data.eval": held_out.sources} if config.data.eval else {})
+    known = override(long, {name: [each.model_dump(mode="json") for each in found[name]] for name in found})
+    return Inputs(base, plan, held_out, made_of, known)
 
 
 def look_again(config: Config) -> Fingerprint | None:
@@ -84,8 +90,9 @@ def look_again(config: Config) -> Fingerprint | None:
         return None
     seen, files = prepare.look_here(config), []
     for split in get_args(Split):
-        for listed, scans in zip(*seen(*sources_of(config, split)), strict=True):
-            files += [(file.uri, scan.sha256) for file, scan in zip(listed, scans, strict=True)]
+        _, listed, scanned = seen(*sources_of(config, split))
+        for found, scans in zip(listed, scanned, strict=True):
+            files += [(file.uri, scan.sha256) for file, scan in zip(found, scans, strict=True)]
     kept = node_cache.read(_kept_at(config, model, files))
     return Fingerprint.from_tags(json.loads(kept)) if kept else None
 

@@ -145,6 +145,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None
         decision_run.unchanged(config, Entry("unchanged", reason, champion=to_beat.champion or None))
         return late
     inputs = inputs or recipe.look(config)
+    config = inputs.config
     if to_beat.version is None:
         logger.info("no champion yet: training the first version")
     else:

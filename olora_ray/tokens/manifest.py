@@ -222,6 +222,7 @@ def _inside(place: int, spans: Sequence[tuple[int, int]]) -> bool:
 
 REMEDIES = {
     "too_long": "raise data.max_length{longest}",
+    "not_utf8": "save the file as UTF-8",
     "no_embedding": "put the model's own tokenizer into its folder, or give it embeddings for all tokens of this one",
     **dict.fromkeys(
         ("missing_field", "wrong_type", "not_an_object"),

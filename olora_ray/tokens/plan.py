@@ -255,8 +255,8 @@ SHARD_ROWS = (4096, 32768)
 Split = Literal["train", "eval"]
 Scanner = Callable[[Sequence[Sequence[File]]], list[list[FileScan]]]
 """Scans the files of each source."""
-Found = tuple[list[list[File]], list[list[FileScan]]]
-"""The files of each source, and their scans."""
+Found = tuple[tuple[Source, ...], list[list[File]], list[list[FileScan]]]
+"""The sources with their formats, the files of each, and their scans."""
 Look = Callable[[str, Sequence[Source]], Found]
 """Lists and scans the files of sources; the text is the setting that holds them."""
 
@@ -343,7 +343,7 @@ class Plan(Rules):
                     "fields": dict(sorted(source.fields.items())),
                     "weight": source.weight,
                     **({} if source.weight == int(source.weight) else {"drawn_by": "hash"}),
-                    "files": [[each.file.kind, each.sha256] for each in self.files if each.source == number],
+                    "files": [[each.file.form, each.sha256] for each in self.files if each.source == number],
                     **digest_inputs(
                         source, self.spec, {each.file.kind for each in self.files if each.source == number}
                     ),
@@ -371,12 +371,13 @@ def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]
     return "data.eval", config.data.eval
 
 
-def looking(storage_root: str, scan: Scanner) -> Look:
-    """A look at the files as they are now."""
+def looking(storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]) -> Look:
+    """A look at the files as they are now; `read_as` finds the formats that sources do not set."""
 
     def look(setting: str, sources: Sequence[Source]) -> Found:
-        listed = [list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources)]
-        return listed, scan(listed)
+        found = tuple(read_as(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources))
+        listed = [list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(found)]
+        return found, listed, scan(listed)
 
     return look
 
@@ -397,15 +398,17 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
     if not sources:
         raise UserError(f"{setting}: no source is set")
     files, units, borders = list[PlannedFile](), list[Units](), [0]
-    for number, (found, scans) in enumerate(zip(*look(setting, sources), strict=True)):
-        files += [PlannedFile(file, number, each.sha256, each.columns) for file, each in zip(found, scans, strict=True)]
+    sources, listed, scanned = look(setting, sources)
+    for number, (found, scans) in enumerate(zip(listed, scanned, strict=True)):
+        pairs = zip(found, scans, strict=True)
+        files += [PlannedFile(each.file or file, number, each.sha256, each.columns) for file, each in pairs]
         units += [each.units for each in scans]
         borders.append(borders[-1] + sum(len(each.units) for each in scans))
     for number, (low, high) in enumerate(itertools.pairwise(borders)):
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
     table, weights = joined(units), [source.weight for source in sources]
-    del found, scans, units  # of a billion rows they take as much as all the rest
+    del listed, scanned, found, scans, units  # of a billion rows they take as much as all the rest
     pieces = mixed(table, borders, weights, config.run.seed) if split == "train" else in_turn(table, borders, weights)
     shards = _shards(pieces)
     return Plan(

@@ -24,6 +24,7 @@ from olora_ray.data.sources import File, asked, open_filesystem, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
+from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
 from olora_ray.tokens.plan import Floats, Pack, Plan, Split, looking, make_plan, sample
 
@@ -109,7 +110,7 @@ def describe(
     Of large data too many rejected rows are an error if they are too many of those that were read.
     """
     look = _Look(config.run.storage)
-    plan = make_plan(config, spec, split, looking(config.run.storage, look))
+    plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
     exact = look.complete and plan.shards.pieces.bytes <= READ_ALL
     part, drawn = (plan, look.sizes) if exact else sample(plan, limit)
     limits = Limits.of(config, split)
@@ -218,6 +219,8 @@ class _Look:
         if self.complete:
             return [scan(file, self._storage, keep=False) for file in files]
         lines = [number for number, file in enumerate(files) if file.kind == "jsonl" and not file.compression]
+        if lines and (written := head(files[lines[0]]).file) and (written.kind != "jsonl" or written.encoding):
+            lines = []
         found = dict(_windows({number: files[number] for number in lines}, density))
         if found:
             self.notes.add("numbers of lines are estimates")

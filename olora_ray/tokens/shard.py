@@ -200,8 +200,6 @@ def _begun(
     size = 0
     for place, row in _rows(rules, planned, piece):
         try:
-            if isinstance(row, Rejected):
-                raise row
             if isinstance(row, Mapping):
                 manifest.count_unread(shard.notes, "column", row.keys() - wanted)
             one = tokenize.begin(to_example(source.format, row, source.fields, chat))

@@ -30,6 +30,7 @@ def file_of(folder: Path, content: bytes, name: str = "a.csv") -> File:
 def read(file: File) -> tuple[tuple[str, ...], list[tuple[int, Any]]]:
     """Header and rows, unit by unit from the last to the first."""
     found = scan.scan(file, "")
+    file = found.file or file
     parts = [list(reader.read_unit(file, unit, found.columns, ())) for unit in reversed(found.units)]
     return found.columns, [row for part in reversed(parts) for row in part]
 
@@ -53,7 +54,8 @@ def closed(text: str, delimiter: str = ",") -> bool:
 
 
 def check(folder: Path, text: str, name: str = "a.csv", start: bytes = b"") -> None:
-    delimiter = "\t" if "tsv" in name else ","
+    by_comma, by_tab = (sum(map(bool, map(str.strip, expected(text, mark)[0]))) for mark in ",\t")
+    delimiter = "\t" if "tsv" in name or by_comma < 2 <= by_tab else ","
     file = file_of(folder, start + text.encode(), name)
     header, rows = expected(text, delimiter)
     named = [cell for cell in header if cell]

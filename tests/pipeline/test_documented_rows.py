@@ -8,7 +8,7 @@ import pytest
 
 from olora_ray.config.schema import Source
 from olora_ray.data.formats import FIELDS, NEEDED
-from olora_ray.pipeline import first_look
+from olora_ray.tokens import first_look
 from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers
@@ -31,7 +31,7 @@ VALUES: dict[str, list[Any]] = {
 """What each field may hold; the first of one field goes with the first of the others."""
 INSIDE = {"from", "value"}
 """Fields that are keys of a turn."""
-FORMATS = get_args(Source.model_fields["format"].annotation)
+FORMATS = [name for name in get_args(Source.model_fields["format"].annotation) if name != "auto"]
 
 
 def rows(format: str) -> list[dict[str, Any]]:
@@ -44,9 +44,19 @@ def rows(format: str) -> list[dict[str, Any]]:
     return [{**row, **more} for row in needed for more in ({}, *others)]
 
 
-@pytest.mark.parametrize(
+EACH = pytest.mark.parametrize(
     "row", [pytest.param((f, row), id=f"{f}-{n}") for f in FORMATS for n, row in enumerate(rows(f))]
 )
+
+
+@EACH
+def test_the_format_of_a_documented_row_is_found(row: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", [row[1]]))
+    found = first_look.check(config).data.train[0]
+    assert (found.format, found.fields) == (row[0], {})
+
+
+@EACH
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_documented_row_is_used_as_it_is(row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path) -> None:
     format, columns = row

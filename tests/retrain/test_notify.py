@@ -31,7 +31,9 @@ def nightly(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Night
 def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, verdict: str) -> None:
     client = connect(nightly.aliases.uri)
     client.create_registered_model("nightly")
-    now = recipe.look(load(nightly.config)).fingerprint
+    found = recipe.look(load(nightly.config))
+    assert found.config.data.train[0].format == "messages", "what the config leaves open"
+    now = found.fingerprint
     # As a call leaves it that is cut off between the gate's decision and its record.
     tags = {**now.tags(), GATE: f"{verdict}: eval/loss 0.5", AGAINST: ""}
     client.create_model_version("nightly", "/nowhere", tags=tags)

@@ -79,7 +79,12 @@ def config(tmp_path: Path) -> Config:
     tree: dict[str, Any] = {
         "run": {"name": "nightly", "storage": str(tmp_path / "runs")},
         "model": {"name": "m"},
-        "data": {"train": [{"path": str(tmp_path / "chats")}, {"path": str(tmp_path / "other.jsonl"), "weight": 2}]},
+        "data": {
+            "train": [
+                {"path": str(tmp_path / "chats"), "format": "text"},
+                {"path": str(tmp_path / "other.jsonl"), "format": "text", "weight": 2},
+            ]
+        },
         "adapter": {"rank": 2},
         "registry": {"model": "m"},
         "retrain": {"from": "champion", "replay": 0.25},
@@ -95,7 +100,7 @@ def inputs(config: Config) -> Inputs:
     plan = prepare.plan_here(config, SPEC, "train")
     made_of = Fingerprint("base", plan.digest(), "held", settings_digest(config))
     held_out = prepare.plan_here(config, SPEC, "eval") if config.data.holds_out() else plan
-    return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, held_out, made_of)
+    return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, held_out, made_of, config)
 
 
 def champion_of(config: Config, folder: Path, **identity: str) -> Version:

@@ -223,7 +223,8 @@ def test_nothing_but_bad_rows(
     row: Any, message: str, max_rejected: float, tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [row] * 5)
-    told = failure(helpers.config(tmp_path / "runs", path, max_rejected=max_rejected), tiny_spec)
+    source = {"path": str(path), "format": "messages"}
+    told = failure(helpers.config(tmp_path / "runs", source, max_rejected=max_rejected), tiny_spec)
     assert re.match(rf"data.train.0: none of the 5 rows can be used \({message}", told)
 
 
@@ -231,7 +232,7 @@ def test_the_run_stops_as_soon_as_the_limit_is_passed(
     tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None
 ) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 2000)
-    failure(helpers.config(tmp_path / "runs", path), tiny_spec)
+    failure(helpers.config(tmp_path / "runs", {"path": str(path), "format": "messages"}), tiny_spec)
     assert len(list((tmp_path / "runs/tokens").glob("*/*.arrow"))) < 3
 
 

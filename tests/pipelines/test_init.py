@@ -11,8 +11,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.load import load, parse_yaml
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import init
 from olora_ray.pipeline.dry_run import dry_run
+from pipelines import init
 from tests.pipelines import project
 from tests.tools.test_configuration_page import mistakes
 

@@ -1,6 +1,6 @@
 """Write a config for your rows, by what is seen of them: format, held-out rows, length of the training, workers.
 
-    olora-ray init DATA [MODEL] [data.train.0.FIELD=value ...] [--out FILE]
+    python pipelines/init.py DATA [MODEL] [data.train.0.FIELD=value ...] [--out FILE]
 
 DATA   file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt), hf://ORG/NAME, s3://, gs://
 MODEL  base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which any machine can train
@@ -27,7 +27,7 @@ from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File, list_files, total_bytes
-from olora_ray.pipeline import first_look
+from olora_ray.tokens import first_look
 
 CONFIG = """\
 # yaml-language-server: $schema={schema}
@@ -35,7 +35,7 @@ CONFIG = """\
 run: {{name: {name}}}  # its folder in runs/ is called so
 model: {{name: {model}}}  # or a hub id, such as meta-llama/Llama-3.2-1B-Instruct, or a folder
 data:
-  train: [{data}]
+  train: [{data}]{seen}
   {held_out}
   max_length: auto  # tokens per sequence, by the longest row; or a number: fewer need less memory
   too_long: {too_long}  # for rows of more tokens than a number that is set
@@ -74,14 +74,17 @@ def main(argv: list[str]) -> None:
 
 def _config(given: Config, out: Path) -> str:
     config = command_line.resolved(given, Path.cwd())
-    first_look.check(config)
     (shown,), (source,), words = given.data.train, config.data.train, "eval_fraction: 0.05  # of the rows"
-    rows = 5000
+    rows, seen = 5000, ""
     if not source.path.startswith("hf://"):  # the run fetches it
+        if source.format == "auto":
+            source, seen = first_look.find_format(source, "data.train.0", config.run.storage)
+        else:
+            first_look.check(config)
         files = list_files(source, "data.train.0", config.run.storage)
         some = files[:8]
         rows = round(sum(head(file).rows for file in some) * total_bytes(files) / max(total_bytes(some), 1))
-        print(f"{shown.path}: about {rows:,} rows of format {source.format}")
+        print(f"{shown.path}: about {rows:,} {seen or f'{source.format} rows'}")
         if other := _held_out(shown.path, source, files):
             words = f"eval: [{{path: {_yaml(other)}}}]  # by its name"
         else:
@@ -105,7 +108,8 @@ def _config(given: Config, out: Path) -> str:
         model=_yaml(given.model.name),
         data=_yaml(shown.model_dump(mode="json", exclude_defaults=True)),
         held_out=words,
-        too_long="drop_turns" if source.format in ("messages", "sharegpt") else "cut",
+        seen=f"  # {seen}" * bool(seen),
+        too_long="drop_turns" if source.format in ("messages", "sharegpt", "auto") else "cut",
         epochs=epochs,
         batch=max(batch, workers),
         micro=max(1, min(4, batch // workers)),
@@ -149,11 +153,14 @@ def _without_copies(source: Source, files: Sequence[File]) -> list[object]:
     for file in files:
         scanned = scan(file, "", keep=False)
         for unit in scanned.units:
-            for _, row in read_unit(file, unit, scanned.columns, columns_of(source.format, source.fields)):
+            columns = columns_of(source.format, source.fields)
+            for _, row in read_unit(scanned.file or file, unit, scanned.columns, columns):
                 with contextlib.suppress(Rejected):
-                    if isinstance(row, Rejected):
-                        raise row
                     example = repr(to_example(source.format, row, source.fields, source.chat is not False))
                     copies += example in kept
                     kept[example] = row
     return list(kept.values()) if copies > 0.005 * len(kept) else []
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -13,10 +13,14 @@ from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.command_line import resolved
-from olora_ray.config.load import build
+from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import first_look
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tokens import first_look, prepare, preview
+from olora_ray.tokens.plan import Split
 from tests.pipelines import project
+from tests.said import said
+from tests.tokens import helpers
 
 
 def config(folder: Path, train: Any, **data: Any) -> Config:
@@ -44,7 +48,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
     "unknown field": (
         "a.jsonl",
         lines({}),
-        {"fields": {"quest": "q"}},
+        {"format": "messages", "fields": {"quest": "q"}},
         ["data.train.0.fields: format messages has no field 'quest'"],
     ),
     "wrong columns": (
@@ -54,14 +58,14 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         [
             "none of the 28 rows",
             "a.jsonl:1: missing_field",
-            "; in data.train.0 set fields: {prompt: question, completion: answer}",
+            "; leave out format and fields to have them found",
         ],
     ),
     "another format": (
         "a.jsonl",
         lines({"instruction": "q", "output": "a"}),
-        {},
-        ["none of the 1 rows that were", "a.jsonl:1: missing_field", "; in data.train.0 set format: alpaca"],
+        {"format": "text"},
+        ["none of the 1 rows that were", "a.jsonl:1: missing_field", "; leave out format"],
     ),
     "columns of a parquet file": (
         "a.parquet",
@@ -69,23 +73,11 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         {"format": "alpaca"},
         ["field 'instruction' is not there; the row has q, answer, id"],
     ),
-    "a list in a file of lines": (
-        "a.jsonl",
-        lambda file: file.write_text('[\n{"messages": []},\n{"messages": []}\n]\n') and None,
-        {},
-        ["a.jsonl:1: broken_json", "the file is one JSON list, not an object on each line: call it .json"],
-    ),
-    "semicolons": (
-        "a.csv",
-        lambda file: file.write_text("prompt;completion\na;b\n") and None,
-        {"format": "prompt_completion"},
-        ["a.csv:2: missing_field", "separated by ';'"],
-    ),
     "not compressed": ("a.jsonl.gz", lines({}), {}, ["a.jsonl.gz: not a readable gzip file"]),
     "roles of sharegpt": (
         "a.jsonl",
         lines({"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}),
-        {},
+        {"format": "messages"},
         ["unknown role 'human'", "'human' is a role of format sharegpt"],
     ),
 }
@@ -101,7 +93,7 @@ def test_a_source_of_which_no_row_can_be_used(case: str, tmp_path: Path) -> None
 
 def test_held_out_sources_are_looked_at_too(tmp_path: Path) -> None:
     good = project.make_corpus(tmp_path / "good.jsonl", 3)
-    lines({"text": "x"})(tmp_path / "bad.jsonl")
+    lines({"x": "text"})(tmp_path / "bad.jsonl")
     message = refusal(config(tmp_path, str(good), eval=[str(good), str(tmp_path / "bad.jsonl")]))
     assert message.startswith("data.eval.1: none of the 1 rows that were looked at can be used; ")
 
@@ -150,3 +142,78 @@ def test_it_comes_before_torch_ray_and_the_model(tmp_path: Path, flags: tuple[st
     message, imported = done.stdout.splitlines()
     assert message == f"data.train.0.path: {tmp_path}/train.jsonl: no such file or folder"
     assert imported == "[]"
+
+
+GERMAN = "instruction;answer\r\nWie groß?;5 €, „groß“\r\nWarum?;darum\r\n".encode("cp1252")
+SET = {"format": "alpaca", "fields": {"output": "answer"}}
+FOUND = "data.train.0: alpaca rows in semicolon csv, cp1252; output: answer"
+
+
+def test_what_is_found_is_said_once_and_is_what_one_could_have_set(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(GERMAN)
+    with said() as told:
+        found = first_look.check(config(tmp_path, str(path)))
+        preview.describe(found, helpers.spec())
+    assert told == [FOUND]
+    given = config(tmp_path, {"path": str(path), **SET})
+    with said() as told:
+        assert first_look.check(given) == given == found
+    assert told == [f"data.train.0: {path} is read as semicolon csv, cp1252"]
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_preparation_finds_the_same_and_makes_the_same_store(split: Split, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(GERMAN)
+    source = {"path": str(tmp_path / "a.csv")}
+    with said() as told:
+        store = prepare.prepare(config(tmp_path, source, eval=[source]), helpers.spec(), split)
+    assert FOUND.replace("train", split) in told
+    given = prepare.plan_here(config(tmp_path, source | SET, eval=[source | SET]), helpers.spec(), split)
+    assert store.digest == given.digest()
+    inputs: Any = given.inputs()
+    assert inputs["sources"][0]["files"][0][0] == "semicolon csv, cp1252"
+
+
+@pytest.mark.parametrize("now", [{}, SET])
+def test_a_run_goes_on_whether_its_format_was_set_or_found(now: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(GERMAN)
+    for before in ({}, SET):
+        RunFolder(first_look.check(config(tmp_path, {"path": str(path), **before}))).claim()
+        (tmp_path / "runs/a/checkpoints/step-0000001").mkdir(parents=True, exist_ok=True)
+        RunFolder(first_look.check(config(tmp_path, {"path": str(path), **now}))).check()
+    # A run that is finished has found its format, and looks for it no more.
+    (tmp_path / "runs/a/result.json").write_text("{}")
+    path.unlink()
+    again = first_look.check(config(tmp_path, {"path": str(path), **now}))
+    RunFolder(again).check()
+    assert again.data.train[0].fields == SET["fields"]
+
+
+def test_what_is_found_meets_the_other_settings(tmp_path: Path) -> None:
+    lines({"text": "a document"})(tmp_path / "a.jsonl")
+    asked = config(tmp_path, str(tmp_path / "a.jsonl"), eval=[str(tmp_path / "a.jsonl")])
+    scored = override(asked, {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match"})
+    assert "held-out rows of format text have no question to answer" in refusal(scored)
+
+
+def test_a_file_of_another_kind_turns_no_source_round_in_silence(tmp_path: Path) -> None:
+    for name in "bc":
+        lines(*[helpers.chat("q", "a")] * 20)(tmp_path / f"{name}.jsonl")
+    lines(*[{"instruction": "q", "output": "a"}] * 20)(tmp_path / "a.jsonl")
+    found = first_look.check(config(tmp_path, f"{tmp_path}/*.jsonl"))
+    assert found.data.train[0].format == "messages"
+    with pytest.raises(UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is not there"):
+        preview.describe(found, helpers.spec())
+
+
+@pytest.mark.parametrize("rows", [[], [{"a": 1}]])
+def test_a_source_whose_format_is_not_found_is_refused_by_the_preparation_too(rows: list[Any], tmp_path: Path) -> None:
+    lines(*rows)(tmp_path / "a.jsonl")
+    asked = config(tmp_path, str(tmp_path / "a.jsonl"))
+    message = refusal(asked)
+    for look in (preview.describe, prepare.prepare):
+        with pytest.raises(UserError) as caught:
+            look(asked, helpers.spec(), "train")
+        assert str(caught.value) == message

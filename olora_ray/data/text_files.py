@@ -1,0 +1,78 @@
+"""What a text file is by its first bytes: its encoding, what separates its cells, one JSON value or one per line.
+
+Only the scan looks at them; what it finds is kept with the scan and is part of the name of the token store.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+
+BOM = b"\xef\xbb\xbf"
+DELIMITERS = {"csv": ",", "tsv": "\t", "semicolon csv": ";", "pipe csv": "|"}
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_IN_UTF_8 = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80")
+"""The letters of Western Europe, and dashes and quotes."""
+# What cp1252 shows of other code pages: Icelandic letters (of Turkish, Czech, Croatian, Vietnamese), signs inside of
+# words (Polish).
+_FOREIGN = re.compile(r"[ÐÝÞðýþÿŸ]|[^\W\d_][¡-©«-´¶¸¹»-¿×÷][^\W\d_]")
+
+
+def as_written(kind: str, begin: bytes) -> tuple[str, str | None]:
+    """Kind and encoding of a file that begins so; `kind` is that of its name, which stands where there is a doubt."""
+    encoding = "utf-16" if begin.startswith(_UTF_16) else None
+    if kind in DELIMITERS and encoding is None and _is_cp1252(begin):
+        encoding = "cp1252"
+    text = begin.decode(encoding or "utf-8-sig", "replace")
+    if kind in ("json", "jsonl"):
+        kind = _by_values(text, kind)
+    return _by_cells(text) if kind == "csv" else kind, encoding
+
+
+def _is_cp1252(begin: bytes) -> bool:
+    """True for text that is not UTF-8 and reads well as cp1252, in which Excel writes csv in Western Europe."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begin)
+    except UnicodeDecodeError:
+        pass
+    else:
+        return False
+    broken = [letter == "\ufffd" for letter in begin.decode("utf-8", "replace") if not letter.isascii()]
+    if 2 * sum(broken) <= len(broken) or _IN_UTF_8.search(begin):  # UTF-8 with a broken letter
+        return False
+    try:
+        text = begin.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    # In Greek, Cyrillic and the languages of Asia nearly all letters lie beyond ASCII.
+    ascii_letters = sum(letter.isascii() for letter in text if letter.isalpha())
+    return not _FOREIGN.search(text) and len(broken) <= ascii_letters
+
+
+def _by_cells(text: str) -> str:
+    """The kind of a csv file by its header: commas, or else the only other delimiter that separates its names."""
+
+    def names(kind: str) -> int:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[kind])
+        return sum(bool(cell.strip()) for cell in next(filter(None, rows), ()))
+
+    try:
+        several = [kind for kind in DELIMITERS if names(kind) > 1]
+    except csv.Error:  # the scan says which line
+        return "csv"
+    return several[0] if len(several) == 1 else "csv"
+
+
+def _by_values(text: str, kind: str) -> str:
+    """`jsonl` for one value per line, `json` for a list of objects; `kind` in any other case."""
+    text = text.lstrip()
+    first, _, rest = text.partition("\n")
+    if rest.strip():
+        try:
+            json.loads(first)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            return "jsonl"
+    return "json" if re.match(r"\[\s*\{", text) else kind

@@ -1,0 +1,106 @@
+"""The format and the fields of rows whose source sets none."""
+
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.data.formats import find, why_not
+
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+QUESTION = {"question": "q", "answer": "a"}
+OASST = {"message_id": "m", "parent_id": None, "text": "hello", "role": "prompter"}
+"""One message of a tree: no document."""
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (QUESTION, "format: alpaca, fields: {instruction: question, output: answer}"),
+        ({"Question": "q", "completion": "a"}, "format: prompt_completion, fields: {prompt: Question}"),
+        ({"prompt": "q", "response": "a", "id": 3}, "format: prompt_completion, fields: {completion: response}"),
+        ({"conversation": MESSAGES}, "format: messages, fields: {messages: conversation}"),
+        ({"instruction": "q", "input": "", "output": "a"}, "format: alpaca"),
+        ({"prompt": "q", "completion": "a"}, "format: prompt_completion"),
+        ({"prompt": "q", "completion": "a", "context": "c"}, "format: alpaca, fields: {instruction: prompt, output:"),
+        ({"instruction": "q", "output": "a", "tools": "[{}]"}, "format: prompt_completion, fields: {prompt: instruct"),
+        ({"instruction": "q", "context": "c", "response": "a"}, "format: alpaca, fields: {output: response, input: co"),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "tools": "[]"}, "format: prompt_completion"),
+        ({"conversations": TURNS}, "format: sharegpt"),
+        ({"conversations": TURNS, "messages": MESSAGES}, "format: messages"),
+        ({"problem": "p", "solution": "s", "messages": MESSAGES}, "format: messages"),
+        ({"messages": MESSAGES, "rejected": "b", "context": "c"}, "format: messages"),
+        ({"messages": MESSAGES, "system": ""}, "format: messages"),
+        ({"text": "some text", "url": "u"}, "format: text"),
+        ({"content": "some text"}, "format: text, fields: {text: content}"),
+    ],
+)
+def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None:
+    found = find([row], {})
+    assert found is not None
+    assert found.settings().startswith(expected)
+    assert found.used == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**QUESTION, "response": "b"}, "in two ways; set format: alpaca, .*answer}, or format: alpaca, .*response}"),
+        ({"instruction": "i", **QUESTION}, "in two ways"),
+        (
+            {"instruction": "i", "output": "o", "prompt": "p", "completion": "c"},
+            "set format: alpaca, or format: prompt_",
+        ),
+        ({"system": "s", "messages": MESSAGES}, "set format: messages, or format: sharegpt, fields: {conversations: m"),
+        ({"prompt": "p", "completion": "c", "label": True}, "the rows have label; to train on them without that, set"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "the rows have rejected"),
+        ({"messages": MESSAGES, "label": False}, "the rows have label; .* set format: messages"),
+        ({"input": "i", "output": "o", "context": "c"}, "the rows have context"),
+        ({**QUESTION, "text": "t"}, "the rows have text"),
+    ],
+)
+def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        find([row], {})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"a": 1, "b": 2}, "its columns, a, b, are those of no format; set format and fields"),
+        ({"prompt": "q"}, "are those of no format"),
+        ([1], "expected an object with fields, found a list"),
+        ({"messages": []}, "no message of the assistant"),
+        ({"question": "q", "answer": 4}, "field 'answer' is a number, not text"),
+        (OASST, "are those of no format"),
+        ({"text": "t", "label": 1}, "are those of no format"),
+        ({"document": "d", "summary": "s"}, "are those of no format"),
+    ],
+)
+def test_nothing_is_found_that_does_not_help(row: Any, reason: str) -> None:
+    assert find([row], {}) is None
+    assert reason in why_not(row, {}).message
+
+
+@pytest.mark.parametrize(
+    ("given", "chat", "expected"),
+    [
+        ({"prompt": "question"}, "auto", "format: prompt_completion, fields: {prompt: question, completion: answer}"),
+        ({"output": "question", "instruction": "answer"}, "auto", "fields: {instruction: answer, output: question}"),
+        ({"text": "question"}, "auto", "None"),
+        ({"system": "none"}, "auto", "fields: {instruction: question, output: answer, system: none}"),
+        ({}, False, "format: prompt_completion, fields: {prompt: question, completion: answer}"),
+    ],
+)
+def test_what_a_source_sets_stays(given: dict[str, str], chat: Any, expected: str) -> None:
+    found = find([QUESTION], given, chat)
+    assert (found.settings() if found else "None").endswith(expected)
+
+
+def test_rows_that_are_far_fewer_do_not_decide() -> None:
+    odd, rows = [{"instruction": "q", "output": "a"}] * 9, [{"conversations": TURNS}] * 20
+    found = find([*odd, *rows], {})
+    assert found is not None
+    assert (found.format, found.used) == ("sharegpt", 20)
