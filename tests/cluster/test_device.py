@@ -14,6 +14,7 @@ from tests import tiny
 
 PRODUCT = Path(__file__).parents[2] / "olora_ray"
 LOOKS_FOR_GPUS = {
+    "evaluation/chat.py": "one process of a person, without Ray",
     "cluster/worker_context.py": "whether the one that was given works",
     "retrain/compare.py": "results that are kept are of what this machine has",
     "train/estimate.py": "size and pace on this machine, without Ray",

@@ -97,7 +97,7 @@ DATA_MISTAKES = {
     "empty corpus": (write(""), ["train.jsonl", "no rows"]),
     "broken json": (write(chat("a", "b") + "\n{broken\n"), ["train.jsonl:2"]),
     "half copied": (write(chat("a", "b") + "\n" + chat("c", "d")[:-9]), ["train.jsonl:2: the file ends in the middle"]),
-    "no such column": (write('{"question": "a"}\n'), ["messages", "question"]),
+    "no such column": (write('{"question": "a"}\n'), ["train.jsonl:1", "question", "format"]),
     "only long rows": (write(chat("long " * 99, "b") + "\n"), ["64"]),
     "no answer": (write(chat("a", "") + "\n"), ["train.jsonl:1"]),
 }

@@ -43,7 +43,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
     assert found.train.global_batch >= found.train.micro_batch * found.cluster.max_workers()
     printed = capsys.readouterr().out
     assert printed.startswith(
-        "chats.jsonl: about 200 rows of format messages\nheld out: eval_fraction: 0.1  # about 20 rows\n"
+        "chats.jsonl: about 200 messages rows in jsonl\nheld out: eval_fraction: 0.1  # about 20 rows\n"
     )
     assert re.findall(r"^  olora-ray (.*?)(?:  #.*)?$", printed, re.MULTILINE) == [
         "finetune my_run.yaml --dry-run",
