@@ -428,7 +428,7 @@ class Data(Section):
         """`max_length`; raises UserError where auto is left."""
         if self.max_length == "auto":
             raise UserError(
-                "data.max_length: auto is for finetune.py and sweep.py; set the number that these have said"
+                "data.max_length: auto is for finetune, sweep and retrain; set the number that these have said"
             )
         return self.max_length
 
