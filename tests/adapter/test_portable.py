@@ -137,7 +137,7 @@ CARD = Card(
     adapter=Adapter(rank=16, alpha=32),
     rank=32,
     sources=(
-        Source(path="/home/someone/data/chats.jsonl"),
+        Source(path="/home/someone/data/chats.jsonl", format="messages"),
         Source(path="s3://secret-bucket/corpora/qa.parquet?region=x", format="alpaca", weight=2),
         Source(path="hf://org/data?split=train", format="text"),
     ),

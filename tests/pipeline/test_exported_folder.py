@@ -24,7 +24,11 @@ from tests.export_parts import save_tokenizer
 
 def config(name: str) -> Config:
     return build(
-        {"run": {"name": "a"}, "model": {"name": name}, "data": {"train": [{"path": "/home/someone/data/a.jsonl"}]}}
+        {
+            "run": {"name": "a"},
+            "model": {"name": name},
+            "data": {"train": [{"path": "/home/someone/data/a.jsonl", "format": "messages"}]},
+        }
     )
 
 
