@@ -305,7 +305,7 @@ def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
     assert found.as_draws(override(CONFIG, {field: value})) == ({field: value} if contains else None)
 
 
-SOURCE = {"path": "pipelines/quickstart/train.jsonl"}
+SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
 
 
 @pytest.mark.parametrize(
