@@ -14,6 +14,7 @@ from olora_ray.pipeline import publish
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.export import Exported, complete
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tokens import first_look
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.start import resolve_uri, start_run
@@ -58,7 +59,7 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
     from transformers import AutoModelForCausalLM
 
     project.make_tiny(folder)
-    config = build(project.settings(folder, folder / "model", **changes))
+    config = first_look.check(build(project.settings(folder, folder / "model", **changes)))
     mlflow_database.place(Path(config.run.storage))
     case = make_case(folder / "model", AutoModelForCausalLM.from_pretrained(folder / "model"), config.adapter)
     base = open_base(config)

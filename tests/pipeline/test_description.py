@@ -97,7 +97,8 @@ def test_an_adapter_alone_says_what_else_is_needed(run: FinishedRun) -> None:
 
 
 def test_many_sources_and_odd_names_stay_readable(run: FinishedRun) -> None:
-    sources = [{"path": f"/data/`odd`|\n{number}.jsonl", "weight": 2.0} for number in range(40)]
+    source = {"format": "messages", "weight": 2.0}
+    sources = [{"path": f"/data/`odd`|\n{number}.jsonl", **source} for number in range(40)]
     text = text_of(run, data__train=sources, data__eval=[], data__eval_fraction=0.25)
     assert "`'odd'/ 0.jsonl` (messages, weight 2)" in text
     assert "`'odd'/ 5.jsonl` (messages, weight 2), 34 more:" in text

@@ -120,9 +120,8 @@ def test_plain_text_has_no_length_to_choose(shown: Shown, tmp_path: Path) -> Non
 def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> None:
     bad = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}
     (tmp_path / "bad.jsonl").write_text(project.json.dumps(bad) + "\n")
-    page, _ = shown(
-        data__train=[str(tmp_path / "train.jsonl"), str(tmp_path / "b*.jsonl"), str(tmp_path / "train.jsonl")]
-    )
+    odd = {"path": str(tmp_path / "b*.jsonl"), "format": "messages"}
+    page, _ = shown(data__train=[str(tmp_path / "train.jsonl"), odd, str(tmp_path / "train.jsonl")])
     assert value(page, "data.train.1").endswith("(messages): 1 row read, 1 rejected")
     assert value(page, "rows") == "121, 1 rejected (empty_answer 1; data.max_rejected = 0.01 allows 1)"
 
