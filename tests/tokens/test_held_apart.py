@@ -56,6 +56,7 @@ def half(config: Config, spec: TokenizerSpec) -> None:
     ("shared", "held_out", "told"),
     [
         (20, 200, r"data\.eval: ([3-9]|1\d) or more of 200|data\.eval: 20 or more"),
+        (3, 200, r"data\.eval: 3 or more of 200"),
         (1, 200, r"warning: data\.eval: 1 of 200"),
         (0, 9, ""),
         (1, 9, r"data\.eval: 1 or more of 9"),

@@ -89,11 +89,11 @@ def test_ordinary_rows_are_not_worth_a_line(tmp_path: Path, tiny_spec: Tokenizer
 
 def test_columns_and_keys_that_nothing_reads_are_counted_and_said(tmp_path: Path) -> None:
     turns = [
-        {"role": "user", "content": "q", "name": "Ann", "\ud800\n": 1},
+        {"role": "user", "content": "q", "name": "Ann", "thinking": "t", "\ud800\n": 1},
         {"role": "assistant", "content": "a", "name": "Bob", "function_call": {}, "train": True},
     ]
     rows = [{"messages": turns, "id": 1}, {"messages": turns, "id": None, "source": "x"}]
-    spec = helpers.spec(helpers.CHATML + "{% set seen = messages[0].name %}")
+    spec = helpers.spec(helpers.CHATML + "{% set seen = messages[0].name, messages[0].reasoning_content %}")
     config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", rows))
     expected = [
         "columns that the format does not read: id (2), source (1)",
@@ -116,5 +116,7 @@ def test_columns_of_parquet_that_are_not_read_are_said_too(tmp_path: Path, tiny_
 def test_names_that_nothing_reads_are_bounded(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     rows = [{**helpers.chat("q", "a"), str(number) * 200: 1} for number in range(300)]
     config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", rows))
-    [line] = lines(prepare(config, tiny_spec, "train").manifest.notes)
+    notes = prepare(config, tiny_spec, "train").manifest.notes
+    [line] = lines(notes)
     assert len(line) < 1000
+    assert len(notes) < 110
