@@ -71,7 +71,7 @@ def test_a_complete_store_is_opened_without_work(corpus: Config, tiny_spec: Toke
     made = {path: path.stat().st_mtime_ns for path in Path(store.uri).iterdir()}
     with said() as lines:
         assert prepare(corpus, tiny_spec, "train").uri == store.uri
-    assert "made before" in lines[0]
+    assert any("made before" in line for line in lines)
     assert {path: path.stat().st_mtime_ns for path in Path(store.uri).iterdir()} == made
 
 
@@ -89,7 +89,7 @@ def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec
         prepare(corpus, tiny_spec, "train")
     assert content(store.uri) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert "10 of 12 shards are there already" in lines[0]
+    assert any("10 of 12 shards are there already" in line for line in lines)
 
 
 @pytest.mark.lengthy
