@@ -205,7 +205,7 @@ def test_dry_run_shows_everything_and_starts_nothing(tiny_model: Path, corpus: P
 
 
 def test_help_lists_the_fields() -> None:
-    done = project.finetune("--help")
+    done = project.finetune("--help", "all")
     assert done.returncode == 0
     assert "rank_stabilized" in done.stdout
     assert "[16]" in done.stdout
