@@ -21,7 +21,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers, export_preflight
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.progress import batch_split
-from olora_ray.tokens.plan import Split
+from olora_ray.tokens.plan import Split, as_found
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.preview import describe
 from olora_ray.tokens.store import TokenStore
@@ -201,6 +201,8 @@ def prepare_tokens(
         other = begin(config, base.spec, "eval", look) if config.data.holds_out() else None
         check({"training data": build.store.digest, "held-out data": other.store.digest if other else ""})
         check({"start": start} if start else {})
+        # A search may vary whole sources, whose formats nobody has looked for yet.
+        config = as_found(config, build.plan, *([other.plan] if other else ()))
         if other:
             other.run()
             build.hold_apart(other)

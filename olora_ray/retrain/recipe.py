@@ -21,14 +21,14 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import flatten, override
+from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
 from olora_ray.model.source import glance
 from olora_ray.pipeline.run_folder import TAGS, Fingerprint, bound_settings, settings_digest, where_now
 from olora_ray.tokens import manifest, prepare
-from olora_ray.tokens.plan import Plan, Split, sources_of
+from olora_ray.tokens.plan import Plan, Split, as_found, sources_of
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
 from olora_ray.tracking.checksums import RUN, Version
 
@@ -76,9 +76,7 @@ def look(config: Config) -> Inputs:
     files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
     if model:
         node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
-    found = {"data.train": plan.sources} | ({"data.eval": held_out.sources} if config.data.eval else {})
-    known = override(long, {name: [each.model_dump(mode="json") for each in found[name]] for name in found})
-    return Inputs(base, plan, held_out, made_of, known)
+    return Inputs(base, plan, held_out, made_of, as_found(long, plan, held_out))
 
 
 def look_again(config: Config) -> Fingerprint | None:

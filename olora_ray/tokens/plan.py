@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
-from olora_ray.config.schema import AnyConfig, Source
+from olora_ray.config.load import override
+from olora_ray.config.schema import AnyConfig, Config, Source
 from olora_ray.data.reader import UNIT, FileScan, Table, Unit, Units, as_unit
 from olora_ray.data.sources import File, list_files
 from olora_ray.data.tokenize import digest_inputs
@@ -369,6 +370,14 @@ def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]
     if split == "train" or config.data.eval_fraction is not None:
         return "data.train", config.data.train
     return "data.eval", config.data.eval
+
+
+def as_found(config: Config, *plans: Plan) -> Config:
+    """The config with the formats and fields that its sources have in these plans."""
+    found = {
+        sources_of(config, plan.split)[0]: [source.model_dump(mode="json") for source in plan.sources] for plan in plans
+    }
+    return override(config, found)
 
 
 def looking(storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]) -> Look:

@@ -427,6 +427,11 @@ class StoreBuild:
         return (row_digests(_sidecar(self._job, number)) for number in range(len(self._job.plan.shards)))
 
     @property
+    def plan(self) -> Plan:
+        """The plan by which the store is made."""
+        return self._job.plan
+
+    @property
     def complete(self) -> bool:
         """Whether there was nothing left to do when it began."""
         return self._found.complete

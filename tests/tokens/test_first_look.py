@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
@@ -17,7 +17,7 @@ from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens import first_look, prepare, preview
-from olora_ray.tokens.plan import Split
+from olora_ray.tokens.plan import Split, as_found
 from tests.pipelines import project
 from tests.said import said
 from tests.tokens import helpers
@@ -175,8 +175,19 @@ def test_the_preparation_finds_the_same_and_makes_the_same_store(split: Split, t
     assert inputs["sources"][0]["files"][0][0] == "semicolon csv, cp1252"
 
 
+def test_a_config_gets_the_formats_that_its_plans_have_found(tmp_path: Path) -> None:
+    """As for the trials of a search over sources, which no command looks at."""
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "One, two, three."}\n' * 3)
+    given = config(tmp_path, str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
+    plans = [prepare.plan_here(given, helpers.spec(), split) for split in get_args(Split)]
+    found = as_found(given, *plans)
+    assert [source.format for source in (*given.data.train, *given.data.eval)] == ["auto", "auto"]
+    assert [source.format for source in (*found.data.train, *found.data.eval)] == ["text", "text"]
+
+
 @pytest.mark.parametrize("now", [{}, SET])
-def test_a_run_goes_on_whether_its_format_was_set_or_found(now: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_continues_whether_its_format_was_set_or_found(now: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     for before in ({}, SET):
