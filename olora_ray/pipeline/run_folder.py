@@ -78,7 +78,7 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        One of another length goes on where it is, if it can; for `data.max_length: auto` the config gets its number.
+        A training of another length may be continued. For `data.max_length: auto` the config gets the kept number.
         Raises UserError if not; TryAgain if an object store does not answer now. Leaves nothing behind.
         """
         storage.check(self.config.run.storage, "run.storage")
@@ -160,7 +160,7 @@ class RunFolder:
 
             if step := checkpoints.last_step(self.checkpoints):
                 logger.info(
-                    f"{shown}: training goes on after step {step} with the optimizer's state; from there the learning"
+                    f"{shown}: training continues after step {step} with the optimizer's state; from there the learning"
                     " rate follows the schedule of the new length, so the result is that of a run which had this length"
                     " from its start only with train.schedule=constant and train.warmup=0"
                 )

@@ -107,7 +107,7 @@ def test_a_run_may_be_made_longer_and_has_not_ended_then(
         longer.claim()
         RunFolder(longer.config).claim()
     assert len(lines) == 1
-    assert "training goes on after step 6 with the optimizer's state; from there the learning rate follows" in lines[0]
+    assert "training continues after step 6 with the optimizer's state; from there the learning rate" in lines[0]
     assert (longer.finished(), longer.trained(), load(longer.settings)) == (None, None, longer.config)
 
 

@@ -141,7 +141,7 @@ def test_a_finished_run_is_trained_longer_by_more_steps(tiny_model: Path, corpus
         assert done.returncode == 0, done.stdout + done.stderr
         results.append(json.loads((corpus / "runs" / "small" / "result.json").read_text()))
         logs.append(done.stdout)
-    assert "train.steps was 3, is 5: training goes on after step 3 with the optimizer's state" in logs[1]
+    assert "train.steps was 3, is 5: training continues after step 3 with the optimizer's state" in logs[1]
     assert "training continues after step 3 of 5" in logs[1]
     assert "olora initialisation" not in logs[1]
     assert "finished already" in logs[2]
