@@ -66,16 +66,16 @@ types: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
-docs: $(VENV)/.dev ## docs/configuration.md and docs/generated, from the schemas of config and space files
+docs: $(VENV)/.dev ## docs/generated/configuration.md and docs/generated, from the schemas of config and space files
 	$(BIN)/python tools/write_configuration.py
 
-models: $(VENV)/.dev ## docs/models.md: what becomes of a tiny model of each family, in half an hour
+models: $(VENV)/.dev ## docs/generated/models.md: what becomes of a tiny model of each family, in half an hour
 	$(BIN)/python tools/write_models.py
 
 lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
 	$(BIN)/python tools/write_lock.py build/lock/bin/uv
 
-bench: $(VENV)/.bench ## docs/benchmarks.md: what the benchmarks print, with date and machine; planned for 90 minutes
+bench: $(VENV)/.bench ## docs/generated/benchmarks.md: what the benchmarks print, with date and machine; planned for 90 minutes
 	$(BIN)/python benchmarks/write_page.py
 
 # pip compiles all modules, which takes half of its time. Where PYTHONDONTWRITEBYTECODE is set nobody else would: each

@@ -1,4 +1,4 @@
-"""Runs the benchmarks, one after the other, and writes what they print to docs/benchmarks.md.
+"""Runs the benchmarks, one after the other, and writes what they print to docs/generated/benchmarks.md.
 
     python benchmarks/write_page.py                          (make bench)
     python benchmarks/write_page.py init throughput          these only
@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "generated" / "benchmarks.md"
 SECTIONS = {
     "init": "Initialisation",
     "throughput": "Throughput",

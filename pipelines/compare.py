@@ -10,7 +10,7 @@ CONFIG    is a run's config; its section `compare`, which other commands leave o
 --budget  ends before any training if the comparison is estimated to take longer
 
 Rows are put in three sets: to train on, to choose each method's learning rate on, to compare on. The same command
-again resumes a comparison that was interrupted; what has been trained is never trained again. See docs/comparisons.md.
+again resumes a comparison that was interrupted; what has been trained is never trained again. See docs/evidence.md.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the config's schema: every field with its type, default and description.
+"""Writes docs/generated/configuration.md from the config's schema: every field with its type, default and description.
 
 Also docs/generated/config.schema.json and space.schema.json, by which editors complete and check such files.
 
@@ -22,7 +22,7 @@ from olora_ray.config import command_line  # noqa: E402
 from olora_ray.config.schema import Config, Section  # noqa: E402
 from olora_ray.sweep.space import Space  # noqa: E402
 
-PAGE = ROOT / "docs" / "configuration.md"
+PAGE = ROOT / "docs" / "generated" / "configuration.md"
 INTRO = """\
 # Configuration
 
@@ -41,8 +41,8 @@ The file is validated as a whole before anything starts: an unknown field, a wro
 error that names the field, in a line of its own. `olora-ray finetune --help all` shows this page's fields in the
 terminal, and a run's folder has its configuration in `config.yaml` with every default filled in.
 
-Editors with a YAML language server complete and check the file by [config.schema.json](generated/config.schema.json)
-(space files: [space.schema.json](generated/space.schema.json)), if its first line is
+Editors with a YAML language server complete and check the file by [config.schema.json](config.schema.json)
+(space files: [space.schema.json](space.schema.json)), if its first line is
 `# yaml-language-server: $schema=PATH`; `olora-ray init` writes that line.
 
 ## On the command line

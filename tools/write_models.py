@@ -1,4 +1,4 @@
-"""Writes docs/models.md: what becomes of a tiny model of each family of the zoo in tests/families, measured here.
+"""Writes docs/generated/models.md: what becomes of a tiny model of each family in tests/families, measured here.
 
     .venv/bin/python tools/write_models.py                  (make models; half an hour)
     .venv/bin/python tools/write_models.py --templates      the part on chat templates alone; some seconds
@@ -21,7 +21,7 @@ from tests.families.check import check  # noqa: E402
 from tests.families.row import PRECISIONS, Row  # noqa: E402
 from tests.families.variants import ALL, LONGEST, MORE, NAMED  # noqa: E402
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "generated" / "models.md"
 INTRO = """\
 # Models
 

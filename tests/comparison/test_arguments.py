@@ -88,7 +88,7 @@ def test_help_and_the_page_have_the_fields(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         parse(["--help"], "usage")
     helped = " ".join(capsys.readouterr().out.split())
-    page = (Path(__file__).parents[2] / "docs" / "comparisons.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "evidence.md").read_text(encoding="utf-8")
     for name, field in Compare.model_fields.items():
         described = " ".join((field.description or "").split())
         assert f"{name} {described} (" in helped

@@ -1,4 +1,4 @@
-"""The schema in words, for --help and for docs/configuration.md."""
+"""The schema in words, for --help and for docs/generated/configuration.md."""
 
 import re
 from typing import Annotated, Any, Literal

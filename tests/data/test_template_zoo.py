@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.lengthy,
     pytest.mark.skipif(not NAMES, reason="TRL's package, which has the templates, is not installed"),
 ]
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "generated" / "models.md"
 SAME = {"tools as text": "tools", "thinking": "reasoning_content", "reasoning": "reasoning_content"}
 """Cases that only say in another way what the second says."""
 OPENING = re.compile(r"(<｜Assistant｜>|<\|start\|>assistant)?\n?(<think>)?\s*(</think>\s*)?")
@@ -20,7 +20,7 @@ OPENING = re.compile(r"(<｜Assistant｜>|<\|start\|>assistant)?\n?(<think>)?\s*
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, list[str]]:
-    """Template -> what docs/models.md says of each case."""
+    """Template -> what docs/generated/models.md says of each case."""
     _, _, section = PAGE.read_text(encoding="utf-8").partition("\n## Chat templates\n")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]
     return {name: cells for name, *cells in rows if len(cells) == len(zoo.CASES)}

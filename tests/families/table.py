@@ -1,4 +1,4 @@
-"""The table of families as Markdown: for the terminal and for docs/models.md."""
+"""The table of families as Markdown: for the terminal and for docs/generated/models.md."""
 
 import math
 from collections.abc import Iterable, Sequence

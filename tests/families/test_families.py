@@ -95,7 +95,7 @@ def test_the_page_names_every_variant(precision: str) -> None:
 
 
 def _told(precision: str) -> dict[str, str]:
-    """Model -> verdict in the section of docs/models.md on a precision."""
+    """Model -> verdict in the section of docs/generated/models.md on a precision."""
     page, heading = write_models.PAGE.read_text(encoding="utf-8"), write_models.heading(precision)
     section = page.split(f"{heading}\n")[1].split("\n## ")[0]
     found = [re.split(r"(?<!\\)\|", line.strip("|")) for line in section.splitlines() if line.startswith("| ")]

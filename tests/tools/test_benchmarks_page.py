@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: a benchmark's section is written anew, and the others stay word for word."""
+"""docs/generated/benchmarks.md: a benchmark's section is written anew, and the others stay word for word."""
 
 import platform
 import shutil
@@ -113,7 +113,7 @@ def elsewhere(tmp_path: Path) -> Path:
     """A tree with the script and benchmarks that print one line, of which `scaling` fails."""
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "generated").mkdir(parents=True)
     for name in SECTIONS:
         ending = "raise SystemExit(3)" if name == "scaling" else ""
         (folder / f"{name}.py").write_text(
@@ -133,16 +133,16 @@ def test_captured_output_is_written_with_the_options_that_made_it(elsewhere: Pat
     captured = elsewhere / "captured"
     captured.write_text(PRINTED)
     assert script(elsewhere, "init", "--output", str(captured), "--", "--repeats", "2").returncode == 0
-    text = (elsewhere / "docs" / "benchmarks.md").read_text()
+    text = (elsewhere / "docs" / "generated" / "benchmarks.md").read_text()
     assert "About init.\n\n`python benchmarks/init.py --repeats 2`, " in text
     assert PRINTED.strip() in text
-    assert [file.name for file in (elsewhere / "docs").iterdir()] == ["benchmarks.md"]
+    assert [file.name for file in (elsewhere / "docs" / "generated").iterdir()] == ["benchmarks.md"]
 
 
 def test_one_that_fails_keeps_no_other_from_running_and_is_told(elsewhere: Path) -> None:
     done = script(elsewhere)
     assert done.returncode == 3
-    _, sections = write_page.split((elsewhere / "docs" / "benchmarks.md").read_text())
+    _, sections = write_page.split((elsewhere / "docs" / "generated" / "benchmarks.md").read_text())
     left_out = {*write_page.NAMED_ONLY, *(() if torch.cuda.is_available() else write_page.NEEDS_GPU)}
     run = [name for name in SECTIONS if name not in left_out]
     assert [heading for heading, text in sections.items() if "table of" in text] == [

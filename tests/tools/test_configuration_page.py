@@ -1,4 +1,4 @@
-"""docs/configuration.md and the schemas for editors are what the schema says."""
+"""docs/generated/configuration.md and the schemas for editors are what the schema says."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def names(section: type[Section]) -> set[str]:
 
 def test_the_page_is_current() -> None:
     current = write_configuration.PAGE.read_text(encoding="utf-8") == write_configuration.page()
-    assert current, "docs/configuration.md is stale: make docs"
+    assert current, "docs/generated/configuration.md is stale: make docs"
 
 
 def test_every_field_of_every_section_has_a_row_with_a_description() -> None:

@@ -1,7 +1,7 @@
 """State machine of a membership: who takes part in a training, from one group of workers to the next.
 
-docs/membership.md describes the design. The methods run in one event loop, that of the actor of the training's channel
-(cluster/channel.py). Neither torch nor Ray is imported here: Train's controller unpacks what refers to this module.
+docs/architecture.md describes the design. The methods run in one event loop, that of the actor of the training's
+channel (cluster/channel.py). Neither torch nor Ray is imported here: Train's controller unpacks objects of this module.
 """
 
 import asyncio
