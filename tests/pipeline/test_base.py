@@ -118,14 +118,14 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(own: bool, tmp_pat
 
 
 _FOREVER = "{% for a in range(99999) %}"
-_TOO_MUCH = r"the chat template /.*own\.jinja takes more than 2 s or 1 GiB .*, or calls itself without end, .*"
+_TOO_MUCH = r"the chat template /.*own\.jinja takes more than 2 s or 1 GiB .*; set data.chat_template .*"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"/.*own\.jinja is not there, or empty; name a file of Jinja, or plain$"),
-        ("  ", r"/.*own\.jinja is not there, or empty; name a file of Jinja, or plain$"),
+        (None, r"/.*own\.jinja is missing or empty; name a Jinja file, or plain$"),
+        ("  ", r"/.*own\.jinja is missing or empty; name a Jinja file, or plain$"),
         ("{% for x in", r"the chat template /.*own\.jinja is not valid: "),
         (b"\x89PNG\r\n", r"/.*own\.jinja: .*utf-8.* can't decode byte"),
         (b"\x00\x01{{", r"the chat template /.*own\.jinja is not valid: "),
