@@ -135,7 +135,7 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
     Path("mine.jsonl").write_text("mine")
     Path("x.rows.jsonl").write_text("mine")
     for words, said in (
-        (["bad.jsonl"], r"^data\.train\.0: none of the 14 rows that were looked at can be used"),
+        (["bad.jsonl"], r"^data\.train\.0: none of the 14 rows read can be used"),
         (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file"),
         ([], "^arguments: expected DATA, and perhaps a MODEL; --help shows how"),
         ([good, "model", "more"], "^arguments: expected DATA"),
