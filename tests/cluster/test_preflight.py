@@ -91,7 +91,7 @@ class TestTwoNodes:
         assert "cluster.workers=2" in workers
         assert "0 GPUs, 2 nodes" in workers
         assert "torch 9.9.9" in versions
-        assert storage.startswith(f"node 127.0.0.2: run.storage {cluster / 'own'} is another place there than here")
+        assert storage.startswith(f"node 127.0.0.2: run.storage {cluster / 'own'} is another folder there than here")
         assert "the run needs about" in disk
 
     def test_nothing_is_left_in_the_storage(self, cluster: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_tokens_of_other_runs_are_no_room_for_this_one(
         ("2.13.0", 80 * 2**30, None),
         ("2.13.0+rocm7.0", None, None),
         ("2.13.0+cpu", 80 * 2**30, "has GPUs, and torch 2.13.0+cpu, which is for CPUs only: install torch for CUDA"),
-        ("2.13.0+cu130", None, "has GPUs that NVIDIA's driver does not show: mend the driver"),
+        ("2.13.0+cu130", None, "has GPUs that NVIDIA's driver does not show: fix the driver"),
     ],
 )
 def test_gpus_that_cannot_be_used_are_told_before_a_worker_gets_them(

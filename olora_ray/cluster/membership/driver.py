@@ -201,7 +201,7 @@ def in_place(config: Config, worker: Resources) -> bool:
     """
     if config.cluster.strategy != "ddp" or "GPU" in worker:
         return False
-    if problem := ray_internals.replaces_one_by_one():
+    if problem := ray_internals.replacement_problem():
         logger.warning(
             f"Ray {ray.__version__} differs from 2.60 inside ({problem}): when a worker is lost, all workers restart"
             " from the newest checkpoint"
@@ -252,7 +252,7 @@ def ray_trainer(
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    if ray_internals.replaces_one_by_one():
+    if ray_internals.replacement_problem():
         return trainer
     from olora_ray.cluster.membership.places import with_own_places
 
