@@ -76,7 +76,6 @@ def join(address: str, timeout: float) -> None:
 
 
 def make_own() -> None:
-    """Create a token if there is none, before ray.init starts a Ray with it."""
     # ray.init can create a token itself. But two runs that start together then overwrite each other's token, so that
     # each has processes with either token. It also leaves the file readable for other users, and fails if the home
     # directory cannot be written.
@@ -128,7 +127,7 @@ def find(patience: float = PATIENCE) -> str:
 
 
 def _from_environment() -> str | None:
-    """Return RAY_ADDRESS; None if it is empty or `auto`, which means a Ray on this machine."""
+    # `auto` means a Ray on this machine, like an empty RAY_ADDRESS.
     address = os.environ.get(_VARIABLE, "").strip()
     if address in ("", "auto"):
         return None
@@ -166,12 +165,10 @@ def _refuse_other_version(address: str, patience: float) -> None:
 
 
 def name(address: str) -> str:
-    """Return the name of a Ray for messages, which says where its address comes from."""
     return f"{_VARIABLE}={address}" if _from_environment() else f"the Ray started on this machine, at {address}"
 
 
 def _silence(address: str) -> str | None:
-    """Return why no connection to the address is possible; None if one is."""
     try:
         with socket.create_connection(_parts(address), timeout=PATIENCE):
             return None
@@ -180,7 +177,6 @@ def _silence(address: str) -> str | None:
 
 
 def _parts(address: str) -> tuple[str | None, int | None]:
-    """Return host and port, each None if it is missing or invalid."""
     try:
         split = urlsplit(f"//{address}")
         return split.hostname, split.port

@@ -37,22 +37,16 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Started:
-    """A group of workers starts a run."""
-
     workers: int
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Workers have failed. Ray restarts them or gives up."""
-
     what: str
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is written."""
-
     step: int
     seconds: float
 
@@ -104,12 +98,10 @@ class DriverChannel(Membership):
             self._stop_requested.set()
 
     async def wait_for_stop(self) -> str | None:
-        """Wait for a stop request, and return its reason."""
         await self._stop_requested.wait()
         return self._reason
 
     async def report_data_failure(self) -> None:
-        """Record that the preparation of data has failed, for workers that wait for data."""
         self._data_failed = True
 
     async def data_failed(self) -> bool:
@@ -131,23 +123,20 @@ class DriverChannel(Membership):
         return self._result is None
 
     def _start_waiting(self) -> None:
-        """Wake the workers that wait in `moment_to_start`."""
         self._step_done.set()
         self._step_done = asyncio.Event()
 
     async def finish(self, result: Any) -> None:
-        """Store the result of the training. Every worker sends the same result, because any of them may die."""
+        # Every worker sends the same result, because any of them may die.
         self._result = self._result or result
         self._start_waiting()
         await self.close()
 
     async def result(self) -> Any:
-        """Return the result of the training; None before its end."""
         return self._result
 
 
 def make_channel(node: str) -> Any:
-    """Start a channel on the node with this id, which is the driver's, so that it does not die with a worker's node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Not soft: Ray put every second channel on another node than the head when the head had no CPUs.
@@ -161,8 +150,6 @@ _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)
 
 
 class _Sender(logging.Handler):
-    """Sends the log lines of one training over its channel. Several trainings may share a process."""
-
     def __init__(self, channel: Any, speaks: Callable[[], bool]) -> None:
         super().__init__()
         self.channel, self.speaks = channel, speaks

@@ -21,8 +21,6 @@ class SharedBaseDied(RayActorError):
 
 
 class TellDriver(UserCallback):
-    """Sends each failure of workers over the channel."""
-
     def __init__(self, channel: Any) -> None:
         self.channel = channel
 
@@ -63,9 +61,8 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """Return in one line why training ended with this error of Ray Train."""
     if isinstance(error, SharedBaseDied):
-        return "the process of several trials died"
+        return "the process that several trials share died"
     if isinstance(error, RayActorError):
         return "Train's controller died"
     if isinstance(error, WorkerGroupError):

@@ -98,7 +98,6 @@ def beside_job(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def quiet_ray() -> None:
-    """Make Ray's libraries log only warnings and errors in this process."""
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Ray 2.60 warns at each start of a local Ray that tokens are on.
@@ -116,7 +115,6 @@ def _state() -> Any:
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """Return node id -> free resources of the node."""
     free: Mapping[str, Mapping[str, float]] = _state().available_resources_per_node()
     return free
 
@@ -302,7 +300,6 @@ def gpu_memory() -> list[int]:
 
 
 def gpu_generations() -> list[tuple[int, int]]:
-    """Return the compute capability of each NVIDIA GPU of this machine."""
     return _of_each_gpu(lambda pynvml, handle: tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
 
 

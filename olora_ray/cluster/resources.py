@@ -21,10 +21,7 @@ LAUNCHER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 
 @dataclass(frozen=True)
 class Nodes:
-    """A number of equal nodes."""
-
     resources: Resources
-    """Resources of one node."""
     count: int
 
 
@@ -64,7 +61,6 @@ def own_node(processes: int, memory: float) -> dict[str, float]:
 
 
 def present() -> list[Nodes]:
-    """Return the nodes that stay, with all of their resources, used or free."""
     return [Nodes(node["Resources"], 1) for node in schedulable_nodes()]
 
 
@@ -94,7 +90,6 @@ def room(wanted: Resources, nodes: Iterable[Nodes]) -> int:
 
 
 def amount(name: str, nodes: Iterable[Nodes]) -> float:
-    """Return the sum of a resource over these nodes."""
     return sum(node.resources.get(name, 0.0) * node.count for node in nodes)
 
 
@@ -156,7 +151,6 @@ def _fit(wanted: Resources, free: Resources) -> int:
 
 
 def _times(name: str, each: float, free: float) -> int:
-    """Return how often the amount `each` of a resource fits in `free`."""
     # 1e-6: sums of fractions of a CPU have rounding errors.
     if name != "GPU" or each >= 1:
         return int(free / each + 1e-6)

@@ -66,7 +66,6 @@ class SharedBaseActor:
             return True
 
     def train(self, name: str, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
-        """Train one adapter, from the start or from its newest checkpoint."""
         with self._counting:
             self._until[name] = math.inf
         try:
@@ -150,7 +149,7 @@ def _loads(actors: tuple[Any, ...], calls: dict[int, Any]) -> dict[int, int]:
 
 
 def _takes(actor: Any, name: str, seen: int) -> bool:
-    """True if the actor has given `name` a slot. False also if it has not answered in time."""
+    # A slow actor counts as one without a free slot.
     try:
         return bool(ray.get(actor.take.remote(name, seen), timeout=ANSWERS))
     except GetTimeoutError:

@@ -56,7 +56,6 @@ class TrainSpec:
         )
 
     def _packed(self) -> dict[str, str]:
-        """Return how the base's weights are quantised, and the precision after unpacking; empty if they are not."""
         model = self.config.model
         packed = {"quantization": model.quantization, "dtype": model.dtype}
         return {"quantised base": json.dumps(packed)} if model.quantization != "none" else {}
@@ -86,7 +85,6 @@ class TrainSpec:
         return origin
 
     def factor_place(self) -> str:
-        """Return the folder of the factors that a search shares."""
         # With some methods the factors of a lower rank are a prefix of those of a higher rank: all ranks share them.
         assert self.shared is not None
         adapter = self.config.adapter
@@ -96,8 +94,6 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """A held-out prompt with its answers, as token ids."""
-
     prompt: tuple[int, ...]
     reference: tuple[int, ...]
     before: tuple[int, ...]
@@ -106,8 +102,6 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Result of a training, as the driver receives it."""
-
     problem: str | None = None
     """Why training stopped, if the user must act."""
     passes: bool = False
@@ -123,7 +117,6 @@ class TrainResult:
     """Result of the model's self-test (train/self_test.py)."""
 
     def to_json(self) -> str:
-        """Return the text of training.json."""
         return json.dumps(asdict(self))
 
     @classmethod

@@ -72,7 +72,6 @@ def abort() -> None:
 
 
 def leave_group() -> None:
-    """Close all connections, so that the other workers notice."""
     if dist.is_initialized():
         abort()
         dist.destroy_process_group()
@@ -97,14 +96,12 @@ def world_size() -> int:
 
 
 def sum_in_place(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over all workers."""
     if world_size() > 1:
         with _peers():
             dist.all_reduce(tensor)
 
 
 def broadcast_in_place(tensor: Tensor, source: int) -> None:
-    """Replace a tensor by the tensor of the worker `source`."""
     if world_size() > 1:
         with _peers():
             dist.broadcast(tensor, src=source)
@@ -137,12 +134,10 @@ def transfer(outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[in
 
 
 def from_first(value: Value) -> Value:
-    """Return the value of worker 0, which is sent pickled."""
     return from_one(value, 0)
 
 
 def from_one(value: Value, source: int) -> Value:
-    """Return the value of the worker `source`, which is sent pickled."""
     values = [value]
     if world_size() > 1:
         with _peers():

@@ -29,7 +29,6 @@ class Problems(UserError):
 
 
 def of_problems(heading: str, problems: Sequence[str]) -> UserError:
-    """Return a UserError for one problem, or Problems with a heading for several."""
     return Problems(heading, *problems) if len(problems) > 1 else UserError(*problems)
 
 
@@ -41,8 +40,6 @@ class TryAgain(UserError):
 
 
 class StoreError(OSError):
-    """An object store refuses a request or fails. The message is one line, which entry scripts print."""
-
     exit_code = 2
 
 
@@ -69,7 +66,6 @@ class TakenOver(Stopped):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -42,8 +42,6 @@ class LockUnreadable(TryAgain):
 
 @dataclass(frozen=True)
 class Seen:
-    """The content of a lock file at one moment."""
-
     content: bytes | None
     """None if the file does not exist."""
     version: str | None = None
@@ -91,16 +89,12 @@ class LockFile:
         )
 
     def clear(self, seen: Seen) -> None:
-        """Release the lock."""
         storage.remove(self.location)
 
 
 class LocalFile(LockFile):
-    """A lock file on a file system with flock, local or shared."""
-
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold flock on a file beside the lock file. Raises UserError if the file system has no flock."""
         path = Path(self.location)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -145,8 +139,6 @@ class S3File(LockFile):
 
 @dataclass(frozen=True)
 class Holder:
-    """The content of a lock file."""
-
     token: str
     """Identifies the holder; the other fields may be equal for two holders."""
     host: str
@@ -280,7 +272,7 @@ def is_held(location: str) -> bool:
 
 
 def _holder(seen: Seen) -> Holder | None:
-    """Return the holder in a lock file; None if the file is missing, empty or damaged."""
+    # A missing, empty or damaged file has no holder.
     try:
         return _HOLDER.validate_json(seen.content) if seen.content else None
     except ValidationError:
@@ -300,7 +292,6 @@ def _age(location: str) -> float:
 
 
 def _machine() -> str:
-    """Return this machine's boot id and PID namespace; empty if the system does not tell them."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

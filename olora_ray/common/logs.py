@@ -31,8 +31,6 @@ def line(record: logging.LogRecord) -> str:
 
 
 class LineFormatter(logging.Formatter):
-    """`HH:MM:SS message`."""
-
     def format(self, record: logging.LogRecord) -> str:
         return f"{self.formatTime(record, '%H:%M:%S')} {line(record)}"
 
@@ -87,7 +85,6 @@ def printed_within(context: Callable[[], contextlib.AbstractContextManager[Any]]
 
 @contextlib.contextmanager
 def printed() -> Iterator[None]:
-    """Print the package's lines to stdout, which is the log of a job."""
     handler = _Printer(sys.stdout)
     handler.setFormatter(LineFormatter())
     with handled_by(handler):
@@ -122,7 +119,6 @@ def quiet_environment() -> None:
 
 
 def quiet_transformers() -> None:
-    """Turn off the progress bars and the advice of transformers in this process."""
     from transformers.utils import logging as transformers_logging
 
     quiet_bitsandbytes()
@@ -146,7 +142,6 @@ def quiet_gguf() -> None:
 
 
 def quiet_lm_eval() -> None:
-    """Turn off the progress bars and the advice of lm-eval and datasets in this process."""
     import datasets
     from lm_eval.api import task
     from tqdm import tqdm

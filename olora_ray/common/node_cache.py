@@ -20,7 +20,6 @@ from pyarrow import fs
 from olora_ray.common import storage
 
 CHUNK = 32 * 2**20
-"""Bytes per request for a large file."""
 
 # Copies between a storage and this node.
 
@@ -135,7 +134,6 @@ def cached(entry: Path, make: Callable[[Path], object]) -> Path:
 
 
 def hold(entry: Path) -> None:
-    """Protect an entry from `make_room` as long as this process lives."""
     with contextlib.suppress(OSError):  # in a cache that cannot be written, nothing is removed either
         used(entry)
         if entry not in _held:
@@ -152,7 +150,6 @@ def used(entry: Path) -> None:
 
 
 def last_used(entry: Path) -> float:
-    """Return the time of the entry's last use, or of its creation."""
     times = [0.0]
     for path in (entry, _beside(entry, "used")):
         with contextlib.suppress(OSError):
@@ -212,7 +209,6 @@ def place(check: str, *inputs: object) -> str:
 
 
 def read(location: str) -> str | None:
-    """Return a kept result; None if there is none, or if it cannot be read."""
     try:
         return storage.read_text(location)
     except (OSError, UnicodeDecodeError):
@@ -233,7 +229,6 @@ def keep(location: str, result: str) -> None:
 
 @cache
 def code() -> str:
-    """Return a digest of this project's code and of the versions of Python and the libraries."""
     parts = [platform.python_version(), platform.machine(), project()]
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

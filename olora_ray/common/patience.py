@@ -67,7 +67,6 @@ def _s3(bucket: str) -> fs.FileSystem:
 
 
 def _region_of(bucket: str, named: str | None) -> str:
-    """Return a bucket's region at AWS; if AWS cannot be asked, the region from the environment variables (`named`)."""
     # pyarrow asks us-east-1. A private network may not reach it, and it does not know buckets in China and GovCloud.
     try:
         return str(fs.resolve_s3_region(bucket))
@@ -93,7 +92,6 @@ def follow_certificates() -> None:
 
 
 def s3_endpoint() -> str | None:
-    """Return the address of the S3 store; None for AWS."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
@@ -172,7 +170,7 @@ def is_away(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield the error and its causes, including those that `datasets` hides with `raise ... from None`."""
+    # `datasets` hides the cause of some errors with `raise ... from None`, so follow __context__, too.
     cause: BaseException | None = error
     while cause is not None:
         yield cause

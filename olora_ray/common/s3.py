@@ -33,7 +33,6 @@ def is_s3(location: str) -> bool:
 
 
 def require_boto3(location: str, field: str) -> None:
-    """Raise UserError if boto3 is missing. `field` is the setting that has the location."""
     try:
         import boto3  # noqa: F401
     except ModuleNotFoundError:
@@ -66,7 +65,6 @@ def check(location: str, field: str) -> None:
 
 
 def get(location: str) -> tuple[bytes, str] | None:
-    """Return content and etag of an object; None if it does not exist. Raises StoreError."""
     bucket, key = split(location)
     try:
         with _as_store_error():
@@ -133,7 +131,6 @@ def _cached_client(attempts: int, environment: tuple[tuple[str, str], ...]) -> A
 
 @contextlib.contextmanager
 def _as_store_error() -> Iterator[None]:
-    """Raise an exception of boto3 as an OSError with a message of one line."""
     from botocore import exceptions
 
     try:

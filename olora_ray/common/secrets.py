@@ -124,7 +124,6 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _fields_masked(text: str) -> Iterator[str]:
-    """Yield the text in parts, with *** instead of the value of each secret field."""
     end = 0
     for field in _FIELD.finditer(text):
         if field.start() < end or not is_name(field[1]):
@@ -136,7 +135,6 @@ def _fields_masked(text: str) -> Iterator[str]:
 
 
 def _value_span(text: str, sign: str, begin: int) -> tuple[int, int] | None:
-    """Return begin and end of the value of a field, if it has one. `sign` is the text between name and value."""
     if quoted := _QUOTED.match(text, begin):
         return quoted.span(2 if quoted[1] else 4)
     if sign == "=":

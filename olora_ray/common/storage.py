@@ -35,7 +35,6 @@ os.umask(_UMASK)
 
 
 def remove_local(path: Path) -> None:
-    """Delete a file, a link or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -120,7 +119,6 @@ _WITHOUT_FOLDERS = ("gs://", "gcs://")
 
 
 def is_uri(location: str) -> bool:
-    """True for a URI such as s3://bucket/key, False for a path."""
     return "://" in location
 
 
@@ -133,7 +131,6 @@ def join(location: str, *parts: str) -> str:
 
 
 WITHOUT_QUERY = "name the server with the environment variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
-"""The remedy for a query in a URI."""
 
 
 def filesystem(location: str) -> tuple[fs.FileSystem, str]:
@@ -201,8 +198,6 @@ def exists(location: str) -> bool:
 
 
 def size(location: str) -> int | None:
-    """Return the bytes of a file; None if it does not exist."""
-
     def look(system: fs.FileSystem, path: str) -> int | None:
         info = system.get_file_info(path)
         return int(info.size) if info.is_file else None
@@ -253,8 +248,6 @@ def _infos(location: str, recursive: bool = False) -> list[fs.FileInfo]:
 
 
 def read_bytes(location: str) -> bytes:
-    """Return a file's bytes; raises FileNotFoundError."""
-
     def read(system: fs.FileSystem, path: str) -> bytes:
         with system.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
@@ -263,8 +256,6 @@ def read_bytes(location: str) -> bytes:
 
 
 def digest_of(location: str) -> str:
-    """Return the SHA-256 of a file of any size; raises FileNotFoundError."""
-
     def read(system: fs.FileSystem, path: str) -> str:
         sha = hashlib.sha256()
         with system.open_input_stream(path, compression=None) as stream:
@@ -321,7 +312,6 @@ def read_text(location: str) -> str:
 
 
 def remove(location: str) -> None:
-    """Delete a file or folder if it exists."""
     if (path := local_path(location)) is not None:
         remove_local(path)
         return
@@ -356,12 +346,10 @@ WHOLE = 64
 
 
 def digest(*parts: object, length: int = WHOLE) -> str:
-    """Return the first `length` hex digits of the digest of the parts, joined by spaces."""
     return digest_bytes(" ".join(map(str, parts)).encode())[:length]
 
 
 def digest_json(value: object, length: int = WHOLE) -> str:
-    """Return the digest of the value as JSON with sorted keys."""
     return digest(json.dumps(value, sort_keys=True), length=length)
 
 
@@ -375,7 +363,6 @@ def digest_file(file: Path) -> str:
 
 
 def size_and_digest(file: Path) -> dict[str, Any]:
-    """Return the entry of a file in a manifest: {bytes, sha256}."""
     return {"bytes": file.stat().st_size, "sha256": digest_file(file)}
 
 
@@ -402,7 +389,6 @@ def unseal(text: str) -> dict[str, Any]:
 
 
 def read_sealed(location: str) -> dict[str, Any] | None:
-    """Return the tree of a sealed file; None if it is damaged or missing."""
     try:
         return unseal(read_text(location))
     except (FileNotFoundError, ValueError):

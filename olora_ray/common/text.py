@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 
 def plural(number: int, noun: str) -> str:
-    """Return `1 worker`, `2 workers`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

@@ -60,8 +60,6 @@ Fit = Callable[[WorkerGroup], TrainResult]
 
 @dataclass(eq=False)
 class _Started:
-    """A trainer of Ray Train in its thread."""
-
     group: WorkerGroup
     future: "Future[TrainResult]"
     seen_ended: int = 0
@@ -107,7 +105,6 @@ class Trainers:
         return True
 
     def result(self) -> TrainResult:
-        """Return the result of the first trainer, or raise its error."""
         return self._first.future.result()
 
     def end(self, at_once: bool = False) -> None:
@@ -127,7 +124,6 @@ class Trainers:
         return _Started(group, _in_thread(partial(self.fit, group)))
 
     def _look(self) -> None:
-        """Count out the trainers that have ended while other workers still train."""
         for trainer in (self._first, *self._others):
             trainer.seen_ended += trainer.future.done()
             # At the end of a training the workers send the result before their trainer ends. The driver reads it
@@ -136,7 +132,7 @@ class Trainers:
                 self._count_out(trainer)
 
     def _count_out(self, trainer: _Started) -> None:
-        """Stop expecting the trainer's workers, so that the driver may start others in their room."""
+        # Do not expect these workers any more, so that the driver may start others in their room.
         workers, error = trainer.group.workers, trainer.future.exception()
         if error is not None:
             self.failures += counts(error)
@@ -148,7 +144,6 @@ class Trainers:
 
 
 def given(channel: Any) -> TrainResult | None:
-    """Return the result that the workers have sent to the channel; None before that. Raises like `answer`."""
     result: TrainResult | None = answer(channel.result.remote())
     return result
 
@@ -175,7 +170,6 @@ def _leaves_others(first: "Future[TrainResult]") -> bool:
 
 
 def _no_room(error: BaseException) -> bool:
-    """True if the trainer ended because its workers could not start."""
     return isinstance(error, ControllerError) and not counts(error)
 
 
@@ -271,7 +265,6 @@ def end_hung(member: Member) -> None:
 
 
 def kill_worker(process: int) -> bool:
-    """Send SIGKILL to a process of this node if it is a worker of Ray Train. True if it was one."""
     with contextlib.suppress(OSError):
         # Ray names its processes so. The number may belong to another process by now.
         if b"RayTrainWorker" in Path(f"/proc/{process}/cmdline").read_bytes():

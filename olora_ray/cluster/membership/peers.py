@@ -26,8 +26,6 @@ Call = Callable[..., Any]
 
 
 def through(channel: Any) -> Call:
-    """Return a function that calls the membership in the channel's actor, and raises what its method raises."""
-
     def call(name: str, *arguments: Any) -> Any:
         try:
             return ray.get(getattr(channel, name).remote(*arguments))
@@ -145,8 +143,6 @@ TORN = (-1, 0)
 
 
 class HasBest(Protocol):
-    """The state of an Evaluator: the best adapter so far."""
-
     best: Tensor | None
 
 

@@ -50,8 +50,6 @@ def with_own_places(trainer: Any) -> Any:
 
 
 class UseOwnGroup(train.ControllerCallback):  # type: ignore[misc, name-defined]  # not typed: looked up at run time
-    """Makes a controller use `Group` below instead of Ray Train's WorkerGroup."""
-
     def after_controller_start(self, train_run_context: Any) -> None:
         # Safe to set on the class: the controller's process has no other controller.
         train.TrainController.worker_group_cls = Group
@@ -140,7 +138,7 @@ class Places(train.PlacementGroupHandle):  # type: ignore[misc, name-defined]
 
     @property
     def placement_group(self) -> Any:
-        """The object that Ray passes to `Group._create_workers`."""
+        # Ray passes this to `Group._create_workers`.
         return self
 
     def ready(self) -> Any:
@@ -197,6 +195,5 @@ def _pinned(together: PlacementGroup, resources: Mapping[str, float]) -> list[Pl
 
 
 def _created(groups: Sequence[PlacementGroup]) -> bool:
-    """True if all placement groups exist within PATIENCE."""
     end = time.monotonic() + PATIENCE
     return all(group.wait(max(0.0, end - time.monotonic())) for group in groups)

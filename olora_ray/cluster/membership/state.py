@@ -1,19 +1,24 @@
 """State machine of a membership: decides which workers train together, from one group to the next.
 
-A worker calls `meet` and waits there for its next group. Once a second it calls `beat`, whose answer is its orders.
+A *member* is a worker of the current group. A *newcomer* is a worker that waits for its first group; it is a *spare*
+while the group has as many members as are wanted. An *attempt* is one start of workers by the driver.
+
+A worker calls `meet` and waits there for its next group. Once a second it calls `beat`, whose answer is its orders. The
+phase of the membership decides what happens next:
 
 - GATHERING: nobody trains. Newcomers wait in `meet` until there are as many as are wanted; then they form a group.
-- TRAINING: the group trains. A newcomer, or a node that will be taken away, gives all members the order to meet after
-  the current step.
-- BROKEN: a member died, hangs, or cannot reach another one. All others break off their step and meet.
+- TRAINING: the group trains. If a newcomer is wanted, or a node will be taken away, all members get the order to meet
+  after the current step.
+- BROKEN: a member died, hangs, or cannot reach another one. The other members get the order to break off their step and
+  meet at once.
 
-The next group forms when every remaining member waits in `meet`: nobody is left out, and nobody trains alone. Newcomers
-enter it as long as members are missing. TRANSITIONS lists all changes of the phase; `_form` forms groups, and `_watch`
-removes members that died or hang.
+After TRAINING and BROKEN, the next group forms when all remaining members wait in `meet`. Newcomers fill it up to the
+wanted number. If no member remains, the phase is GATHERING again.
 
-The methods run in one event loop, the one of the actor of the training's channel (cluster/channel.py), so they need no
-locks. This module imports neither torch nor Ray, because Ray Train's controller unpickles its objects.
-docs/architecture.md describes the design.
+TRANSITIONS lists all changes of the phase. `_form` forms groups, and `_watch` removes members that died or hang. All
+methods run in one event loop, that of the actor of the training's channel (cluster/channel.py), so they need no locks.
+This module imports neither torch nor Ray, because Ray Train's controller unpickles its objects. docs/architecture.md
+explains the design.
 """
 
 import asyncio
@@ -33,7 +38,7 @@ class Finished(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """A worker process."""
+    """A worker process, in a group or waiting for one."""
 
     name: str
     """Id of its actor. A restarted worker has a new one, so a name never returns."""
@@ -64,8 +69,6 @@ class Group:
 
 @dataclass(frozen=True)
 class Absent:
-    """Missing members, for the driver."""
-
     hung: tuple[Member, ...] = ()
     """Members removed for their silence since the last call. The driver kills their processes, which may still run."""
     nobody_for: float = 0.0
@@ -99,7 +102,7 @@ class Event(Enum):
     FORMED = auto()
     """All members that the next group needs wait in `meet`."""
     LOST = auto()
-    """A member died, hangs, or cannot reach another one."""
+    """A member died, hangs, or cannot reach another member."""
     DESERTED = auto()
     """The group has lost its last member. Newcomers start again from the newest checkpoint."""
     RESET = auto()
@@ -142,7 +145,6 @@ class Membership:
         self._empty_since: float | None = None
         """Start of `Absent.nobody_for`; None while a group trains, and before the first newcomer."""
         self._leaving_nodes: frozenset[str] = frozenset()
-        """Ids of nodes that will be taken away."""
         self._began = self._finished = self._watching = False
         self._changed = asyncio.Event()
         self._last_watch = time.monotonic()
@@ -190,7 +192,6 @@ class Membership:
                 await asyncio.wait_for(changed.wait(), left)
 
     async def leave(self, name: str, why: str) -> None:
-        """Remove a member that ends by itself. `why` is `left` or `failed`."""
         self._lose(name, why)
         self._form()
 
@@ -200,7 +201,7 @@ class Membership:
 
     async def complete(self) -> bool:
         """True if there are as many members and newcomers as are wanted. Another worker would be a spare."""
-        workers = [*self._present(), *self._newcomers()]
+        workers = [*self._remaining(), *self._newcomers()]
         staying = [member for member in workers if member.node not in self._leaving_nodes]
         return self.phase is not Phase.GATHERING and len(staying) >= self._size()
 
@@ -225,7 +226,7 @@ class Membership:
 
         Returns False, and orders nothing, if no member would remain.
         """
-        if not any(member.node not in nodes for member in self._present()):
+        if not any(member.node not in nodes for member in self._remaining()):
             return False
         self._leaving_nodes = frozenset(nodes)
         self._wake()
@@ -236,7 +237,6 @@ class Membership:
         return Absent(hung, 0.0 if self._empty_since is None else time.monotonic() - self._empty_since, self._began)
 
     async def close(self) -> None:
-        """End the membership after the training: every waiting worker gets Finished."""
         self._finished = True
         for _, future in self.waiting.values():
             if not future.done():
@@ -245,19 +245,19 @@ class Membership:
 
     # Members and newcomers.
 
-    def _present(self) -> list[Member]:
+    def _remaining(self) -> list[Member]:
         members = self.group.members if self.group else ()
         return [member for member in members if member.name not in self._gone]
 
     def _is_member(self, name: str) -> bool:
-        return any(member.name == name for member in self._present())
+        return any(member.name == name for member in self._remaining())
 
     def _newcomers(self) -> list[Member]:
         return [member for name, (member, _) in self.waiting.items() if not self._is_member(name)]
 
     def _joining(self) -> list[Member]:
         """Return the newcomers that enter with the next group, so that it has as many members as are wanted."""
-        staying = [member for member in self._present() if member.node not in self._leaving_nodes]
+        staying = [member for member in self._remaining() if member.node not in self._leaving_nodes]
         return sorted(self._newcomers(), key=lambda member: member.rank)[: max(0, self._size() - len(staying))]
 
     def _size(self) -> int:
@@ -269,7 +269,7 @@ class Membership:
             return Orders()
         if self.group is None or number != self.group.number or not self._is_member(name):
             return Orders(over=True)  # the others have formed another group, or this member was removed
-        leaving = {member.name for member in self._present() if member.node in self._leaving_nodes}
+        leaving = {member.name for member in self._remaining() if member.node in self._leaving_nodes}
         over = self.phase is Phase.BROKEN
         return Orders(over=over, meet=bool(leaving or self._joining()), leave=name in leaving)
 
@@ -279,7 +279,6 @@ class Membership:
         self.phase = TRANSITIONS[self.phase, event]
 
     def _lose(self, name: str, why: str) -> None:
-        """Remove a member or a newcomer. If it waits in `meet`, it gets a ConnectionError there."""
         if self._is_member(name):
             self._gone[name] = why
         self._last_beat.pop(name, None)
@@ -289,22 +288,21 @@ class Membership:
 
     def _form(self) -> None:
         """Form the next group if all members that it needs wait in `meet`."""
-        if self.phase is not Phase.GATHERING and not self._present():
+        if self.phase is not Phase.GATHERING and not self._remaining():
             self._change_phase(Event.DESERTED)
             self.group, self._gone, self._empty_since = None, {}, time.monotonic()
         # A dead newcomer would break the new group at its first exchange, and cost all members that step.
         for member in self._joining():
             if self.died(member):
                 self._lose(member.name, "died")
-        present, joining = self._present(), self._joining()
+        remaining, joining = self._remaining(), self._joining()
         if self.phase is Phase.GATHERING and len(joining) >= self._size():
             self._start_group(joining, begins=True, why="")
-        elif present and all(member.name in self.waiting for member in present):
-            self._start_group([*present, *joining], begins=False, why=self._why_changed(len(joining)))
+        elif remaining and all(member.name in self.waiting for member in remaining):
+            self._start_group([*remaining, *joining], begins=False, why=self._why_changed(len(joining)))
         self._wake()
 
     def _why_changed(self, joining: int) -> str:
-        """Return why the group changes, for the driver's log: `worker 1 died and 1 worker joined`."""
         assert self.group is not None
         ranks = {member.name: member.rank for member in self.group.members}
         gone = [f"worker {ranks[name]} {why}" for name, why in self._gone.items()]
@@ -341,7 +339,7 @@ class Membership:
         self._last_watch = now
         meeting = bool(self.waiting) or self.phase is Phase.BROKEN
         doubted = []
-        for member in [*self._present(), *(member for member, _ in self.waiting.values())]:
+        for member in [*self._remaining(), *(member for member, _ in self.waiting.values())]:
             silent = now - self._last_beat.get(member.name, now)
             if silent > self.silence:
                 lost[member.name] = f"gave no sign of life for {self.silence:.0f} s"
@@ -364,6 +362,5 @@ class Membership:
         self._watch_again()
 
     def _wake(self) -> None:
-        """Let all `beat` calls that wait for orders return."""
         self._changed.set()
         self._changed = asyncio.Event()

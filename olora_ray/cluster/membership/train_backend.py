@@ -54,8 +54,6 @@ class TogetherBackend(Backend):
 
 @dataclass
 class Together(BackendConfig):
-    """Backend of a fixed group of workers, instead of Ray's TorchConfig."""
-
     backend: str | None = None
     """nccl or gloo, as set by TorchTrainer."""
 
@@ -69,7 +67,6 @@ class Together(BackendConfig):
 
 
 def meeting_place() -> tuple[str, int]:
-    """Return the address of this worker's node and a free port there, for the store of a process group."""
     address = ray.util.get_node_ip_address()
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
         free.bind(("", 0))
@@ -99,7 +96,6 @@ def join_process_group(backend: str, rank: int, world: int, store: tuple[str, in
 
 
 def leave_process_group(several: bool) -> None:
-    """Leave the process group of `several` workers, and free this worker's unused GPU memory."""
     import torch
     import torch.distributed as dist
 
@@ -146,7 +142,6 @@ class LateStart:
     """A pickled function of the channel. To unpickle it imports torch."""
 
     def __call__(self) -> Any:
-        """Wait for the moment to start, then work. Returns LEFT if the training ended meanwhile."""
         if not ray.get(self.channel.moment_to_start.remote()):
             from olora_ray.cluster.spec import LEFT, TrainResult
 
