@@ -116,18 +116,18 @@ def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
     path = collectives.from_first(newest[0] if newest else None)
     if path is None:
         return None
-    problem, found = None, newest[1] if newest else None
+    problem, chosen = None, newest[1] if newest else None
     try:
-        found = found or checkpoints.read(path)
+        chosen = chosen or checkpoints.read(path)
     except UserError as error:
         problem = _with_subject(error, f"run.storage: worker {rank} cannot read the checkpoint that worker 0 can read")
     try:
         collectives.raise_together(problem)
     except TryAgain as error:
         raise StoreUnavailable(str(error)) from None
-    assert found is not None
-    checkpoint.require_same(found.identity, spec.identity(), path)
-    return found
+    assert chosen is not None
+    checkpoint.require_same(chosen.identity, spec.identity(), path)
+    return chosen
 
 
 def _with_subject(error: UserError, subject: str) -> UserError:
@@ -252,11 +252,12 @@ def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device:
 
 @torch.no_grad()
 def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool:
+    # Another last token must not change the output for earlier tokens, except by rounding errors.
     model.set_attn_implementation(attention.own(model))
     ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
-    one, two = (model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1) for each in (ids, other))
-    return float((one - two).abs().sum(-1).mean()) > 0.02
+    own, changed = (model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1) for each in (ids, other))
+    return float((own - changed).abs().sum(-1).mean()) > 0.02
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ class Trainers:
         first = self._first.future
         wait([first], 0.2)
         if result is None:
-            self._look()
+            self._count_ended()
         if result or not first.done():
             return result is not None
         if _leaves_others(first):
@@ -123,7 +123,7 @@ class Trainers:
         self._named += workers
         return _Started(group, _in_thread(partial(self.fit, group)))
 
-    def _look(self) -> None:
+    def _count_ended(self) -> None:
         for trainer in (self._first, *self._others):
             trainer.seen_ended += trainer.future.done()
             # At the end of a training the workers send the result before their trainer ends. The driver reads it
