@@ -1,4 +1,4 @@
-"""The Ray that a run uses: that of RAY_ADDRESS, else one started here by `ray start`, else one that the run starts.
+"""The Ray that a run uses: the one at RAY_ADDRESS, else one started here by `ray start`, else one that the run starts.
 
 A run never joins a Ray that another program has started by ray.init, because that Ray ends with its program. Before it
 joins a Ray, it asks for an answer itself: ray.init waits for minutes if no Ray answers, or if Ray rejects the token.
@@ -69,7 +69,7 @@ def _version_with_token(address: str, our_mode: str, timeout: float) -> str:
 
 
 def join(address: str, timeout: float) -> None:
-    """Set this process's authentication mode to that of the Ray at `address`, before ray.init. Raises like `agreed`."""
+    """Set this process to the authentication mode of the Ray at `address`, before ray.init. Raises like `agreed`."""
     _, mode = agreed(address, timeout)
     if mode is not None:
         ray_internals.set_auth_mode(mode)

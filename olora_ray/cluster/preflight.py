@@ -424,8 +424,8 @@ def unusable_gpu(info: NodeInfo) -> str | None:
 def disk_problems(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:
     """Yield the problem if the disk is too small for the tokens, checkpoints and exports that do not exist yet.
 
-    The disk is that of a local storage. For another storage it is that of the temporary folder, from which files are
-    uploaded.
+    A local storage needs room for all of them. Any other storage needs room in the temporary folder, from which the
+    files are uploaded.
     """
     checkpoint = 5 * 4 * size.trainable  # factors, update, two moments, the best update
     exports = 2 * 4 * size.trainable + sum(file.stat().st_size for file in Path(base.folder).glob("*.safetensors"))

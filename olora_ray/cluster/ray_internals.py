@@ -86,7 +86,7 @@ def set_auth_mode(mode: str) -> None:
 
 
 def beside_job(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the environment variables that this Ray job was not submitted with; all outside a job.
+    """Return the environment variables that this Ray job was not submitted with; all of them outside a job.
 
     If ray.init gets a variable that the job already has, it ends in a traceback that shows the values of all of them.
     The public runtime context knows the job's variables only after ray.init.
@@ -283,7 +283,7 @@ def reads_data() -> bool:
 def system_memory() -> int:
     """Return the bytes of memory of this machine, or the limit of its container.
 
-    The public values are those of a started node, from which Ray has subtracted its own share.
+    The public values describe a started node, after Ray has subtracted its own share.
     """
     from ray._common.utils import get_system_memory  # Ray 2.60
 
@@ -322,7 +322,7 @@ def _of_each_gpu(query: Callable[[Any, Any], Any]) -> list[Any]:
 
 
 def keep_credentials() -> None:
-    """Stop Tune from copying this process's AWS keys to the trials, which have those of their node's environment.
+    """Stop Tune from copying this process's AWS keys to the trials, which use their node's environment.
 
     Ray 2.60, tune/execution/class_cache.py: Tune copies the keys into the description of each trial's process. Ray
     shows that description to every client, and writes it unmasked into the log of each node.

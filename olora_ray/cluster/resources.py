@@ -66,7 +66,7 @@ def present() -> list[Nodes]:
 
 def autoscaler_limits() -> list[Nodes]:
     """Return all worker nodes that the autoscaler may run, including the running ones; empty if unknown."""
-    # Some autoscalers keep their limits in Ray's control store; that of the cluster launcher has them only in its file.
+    # Some autoscalers keep their limits in Ray's control store. The cluster launcher keeps them only in its own file.
     groups = ray_internals.autoscaler_groups()
     if groups is not None:
         return [Nodes(each, 1_000_000 if most < 0 else most) for each, most in groups]

@@ -159,7 +159,7 @@ def factors(
     known: dict[str, AdapterWeights] | None,
     waiting: Waiting | None = None,
 ) -> dict[str, Factors]:
-    """Return the factors of every target: those of a known adapter, those that a search shares, or new factors."""
+    """Return the factors of every target, from the known adapter, from the search's shared folder, or new ones."""
     adapter = spec.config.adapter
     targets = find_targets(loss.model, adapter.targets, adapter.rank)
     if known:  # in another version of this package, "all-linear" may have meant other layers

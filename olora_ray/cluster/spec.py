@@ -85,7 +85,7 @@ class TrainSpec:
         return origin
 
     def factor_place(self) -> str:
-        # With some methods the factors of a lower rank are a prefix of those of a higher rank: all ranks share them.
+        # With some methods the factors of a lower rank are a prefix of a higher rank's factors: all ranks share them.
         assert self.shared is not None
         adapter = self.config.adapter
         prefix = METHODS[adapter.method].prefix

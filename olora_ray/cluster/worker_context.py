@@ -295,8 +295,8 @@ def said(before: Sequence[Kind], now: Sequence[Kind]) -> str | None:
     if before and list(before) != list(now):
         old = [each for each in before if each not in now]
         return (
-            f"the workers differ from those of the checkpoint ({_differences([*old, *now])}): the last bits of the"
-            " result may differ from those of a run with equal workers"
+            f"the workers differ from the checkpoint's workers ({_differences([*old, *now])}): the last bits of the"
+            " result may differ from a run with equal workers"
         )
     return None
 

@@ -183,7 +183,7 @@ def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(1)
     assert kinds(result) == ["2"]
-    said = [message for message in channel.messages if "from those of the checkpoint" in str(message)]
+    said = [message for message in channel.messages if "from the checkpoint's workers" in str(message)]
     assert len(said) == 1
     assert "(threads: 1, 2)" in str(said[0])
 

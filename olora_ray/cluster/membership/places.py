@@ -129,7 +129,7 @@ class Places(train.PlacementGroupHandle):  # type: ignore[misc, name-defined]
     """The placement groups of a group's workers, each pinned to a node.
 
     `together` is one placement group for all workers. It finds nodes with room for all of them at once; `wait` then
-    replaces it by one placement group per worker on the same nodes. `resources` are those of one worker.
+    replaces it by one placement group per worker on the same nodes. `resources` are a single worker's.
     """
 
     def __init__(self, together: Any, resources: Mapping[str, float]) -> None:

@@ -6,7 +6,7 @@ while the group has as many members as are wanted. An *attempt* is one start of 
 A worker calls `meet` and waits there for its next group. Once a second it calls `beat`, whose answer is its orders. The
 phase of the membership decides what happens next:
 
-- GATHERING: nobody trains. Newcomers wait in `meet` until there are as many as are wanted; then they form a group.
+- GATHERING: no worker trains. Newcomers wait in `meet` until there are as many as are wanted; then they form a group.
 - TRAINING: the group trains. If a newcomer is wanted, or a node will be taken away, all members get the order to meet
   after the current step.
 - BROKEN: a member died, hangs, or cannot reach another one. The other members get the order to break off their step and
@@ -16,7 +16,7 @@ After TRAINING and BROKEN, the next group forms when all remaining members wait 
 wanted number. If no member remains, the phase is GATHERING again.
 
 TRANSITIONS lists all changes of the phase. `_form` forms groups, and `_watch` removes members that died or hang. All
-methods run in one event loop, that of the actor of the training's channel (cluster/channel.py), so they need no locks.
+methods run in the event loop of one actor, the training's channel (cluster/channel.py), so they need no locks.
 This module imports neither torch nor Ray, because Ray Train's controller unpickles its objects. docs/architecture.md
 explains the design.
 """
@@ -91,7 +91,7 @@ class Orders:
 
 class Phase(Enum):
     GATHERING = auto()
-    """Nobody trains. Newcomers wait in `meet` until there are as many as are wanted."""
+    """No worker trains. Newcomers wait in `meet` until there are as many as are wanted."""
     TRAINING = auto()
     """A group trains."""
     BROKEN = auto()
@@ -333,7 +333,7 @@ class Membership:
     def _watch(self) -> None:
         """Remove members that are certainly dead, or silent for too long."""
         now, lost = time.monotonic(), dict[str, str]()
-        # If this process itself stood still, it could receive no beats: that time is nobody's silence.
+        # If this process itself stood still, it could receive no beats, so that time does not count as silence.
         if now - self._last_watch > 1.0:
             self._last_beat = {name: at + now - self._last_watch for name, at in self._last_beat.items()}
         self._last_watch = now
