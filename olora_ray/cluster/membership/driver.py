@@ -55,7 +55,7 @@ class WorkerGroup:
 
 
 Fit = Callable[[WorkerGroup], TrainResult]
-"""Trains with these workers from the newest checkpoint, or lets them join the workers that already train."""
+"""Function that trains with these workers from the newest checkpoint, or lets them join the current group."""
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from olora_ray.train.loop import StepResult, Trainer
 logger = logging.getLogger(__name__)
 
 Call = Callable[..., Any]
-"""Calls a method of the Membership, by its name and arguments."""
+"""Function that calls a method of the Membership, by its name and arguments."""
 
 
 def through(channel: Any) -> Call:

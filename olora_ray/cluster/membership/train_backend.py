@@ -32,7 +32,7 @@ def on_its_device() -> Iterator[None]:
 
 
 class TogetherBackend(Backend):
-    """Connects the workers of a group in one process group before they train. Runs in the controller."""
+    """Backend that connects a group's workers in one process group before they train. It runs in the controller."""
 
     share_cuda_visible_devices = True
 
@@ -108,7 +108,7 @@ def leave_process_group(several: bool) -> None:
 
 
 class InPlaceBackend(Backend):
-    """Makes Ray replace only the worker that failed. The workers connect by themselves (peers.py)."""
+    """Backend with which Ray replaces only the worker that failed. The workers connect by themselves (peers.py)."""
 
     # Ray 2.60, train/v2/_internal/execution/controller, reads this from the backend's class. It was made for torchft.
     has_replica_groups = True
