@@ -70,7 +70,7 @@ def _resumed(state: TrainState, digest: str = "", **settings: Any) -> tuple[Star
     start = StartingPoint(tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None)
     with said() as lines:
         found = self_tested(CONTEXT, spec_of(config, digest), start)
-    return found, not any("self-test: has passed before" in line for line in lines)
+    return found, not any("self-test: passed earlier" in line for line in lines)
 
 
 def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes() -> None:

@@ -96,7 +96,7 @@ def test_it_is_asked_again(name: str, store: Store) -> None:
     store.fails = once_at_each
     with said() as lines:
         assert texts(name) == TEXTS
-    assert f"warning: s3://bucket does not answer ({AWAY}); asked again for 1 s more" in lines
+    assert f"warning: s3://bucket does not answer ({AWAY}); retrying for 1 s more" in lines
 
 
 @pytest.mark.lengthy

@@ -127,7 +127,7 @@ def test_the_trials_share_what_is_the_same_for_all(searched: tuple[Path, str]) -
     folder, log = searched
     assert "olora factors at rank 4" in log
     texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(7)]
-    assert all("factors taken from those of the search" in text for text in texts)
+    assert all("factors read from the search" in text for text in texts)
     assert not any("initialisation" in text for text in texts)
     starts = {trial["curve"][0][1] for trial in records(folder).values() if trial["curve"]}
     assert len(starts) == 1  # the base was measured once
@@ -330,7 +330,7 @@ def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tin
     found = records(folder)
     assert [found[number]["status"] for number in range(4)] == ["finished"] * 4
     texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(4)]
-    assert all("the process of several trials died: training continues after step" in text for text in texts)
+    assert all("the process that several trials share died: training continues after step" in text for text in texts)
     assert all([step for step, _ in found[number]["curve"]] == list(range(0, 201, 20)) for number in range(4))
 
 

@@ -104,7 +104,7 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(
     [
         ("http://127.0.0.1:1/hook/s3cr3tOfTheHook", "ConnectionError"),
         ("s3cr3tOfTheHook", "MissingSchema"),
-        ("", "its address: env:NOTIFY_URL: the variable NOTIFY_URL is not set where this runs"),
+        ("", "its address: env:NOTIFY_URL: the environment variable NOTIFY_URL is not set in this process"),
     ],
 )
 def test_a_webhook_that_is_not_there_is_one_warning_without_its_address(
