@@ -139,7 +139,7 @@ def test_the_same_command_again_trains_nothing(searched: tuple[Path, str], tiny_
     project_folder = folder.parents[1]
     again = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "search: it has ended; its trials are reported, none is run" in again.stdout
+    assert "search: already complete; no trial runs" in again.stdout
     assert json.loads((folder / "leaderboard.json").read_text()) == before  # the duration too
     assert (said := re.search(r" trials: +(7 in .*)", log))
     assert said[1] in again.stdout

@@ -62,7 +62,7 @@ def test_trials_that_bring_nothing_better_end_the_search(tmp_path: Path) -> None
     with said() as lines:
         assert watch.stop_all()
         assert watch.stop_all()
-    assert lines == ["the search ends: 3 trials in a row have brought nothing better"]
+    assert lines == ["the search ends: 3 trials in a row had no better value"]
 
 
 def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) 
         ends(watch, 1, 0.7, 0.6)
     assert watch.best == (0.5, 0)
     assert lines == [
-        "trial 0 finished with eval/loss 0.5000; 1 of 16 trials have ended, the best of them trial 0 with 0.5000",
-        "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best of them trial 0 with 0.5000",
+        "trial 0 finished with eval/loss 0.5000; 1 of 16 trials have ended, the best is trial 0 with 0.5000",
+        "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best is trial 0 with 0.5000",
     ]
     assert record.read_all(str(tmp_path))[0].value == 0.5
 
@@ -124,5 +124,5 @@ def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_pa
     """A state that it cannot read is an error in its own log: it ran one trial, and the search was complete."""
     watch = search(tmp_path, searcher="tpe")
     watch.setup(stop=watch, num_samples=1, total_num_samples=16)
-    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; choose another run.name"):
+    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
         watch.setup(stop=watch, num_samples=1, total_num_samples=1)

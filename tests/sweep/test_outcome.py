@@ -67,7 +67,7 @@ def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(ended
     keep(spec.config, trial(0, 1.0), trial(1, 0.5))
     with said() as lines:
         _, found = run.run(spec, SPACE, 0.0, tracker)
-    assert lines == ["search: it has ended; its trials are reported, none is run"]
+    assert lines == ["search: already complete; no trial runs, the report is written again"]
     assert found.seconds == 318.0
     assert dict(text.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
 
@@ -140,8 +140,8 @@ def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(ended:
         run.run(spec, SPACE, 0.0, tracker)
     folder = spec.config.folder()
     assert str(error.value) == (
-        "no trial has measured train/loss: out of memory (5 trials); loss is not finite (3 trials); reason 0 (1 trial);"
-        f" 39 other reasons; remove the cause, and choose another run.name or delete {folder}"
+        "metric: no trial has measured train/loss: out of memory (5 trials); loss is not finite (3 trials); reason 0 (1"
+        f" trial); 39 other reasons; remove the cause, then set another run.name or delete {folder}"
     )
 
 
@@ -209,15 +209,15 @@ def test_no_other_adapter_is_registered_than_that_of_the_value(
         with pytest.raises(UserError) as error:
             registered(spec, metric, status=status)
         assert str(error.value).endswith(
-            "step-0000004: the last checkpoint of trial 0 is of step 4 with its best loss 1.5000 of step 4, and the"
-            " value that the trial is ranked by, 0.9000, is of step 8; train best.yaml instead (--refit)"
+            "step-0000004: trial 0 has its best value 0.9000 at step 8, but its last checkpoint is of step 4 with the"
+            " best loss 1.5000 of step 4; pass --refit to train best.yaml instead"
         )
     assert exported == []
 
 
 def test_an_untouched_base_is_not_registered(tmp_path: Path, exported: list[int]) -> None:
     spec = with_checkpoint(tmp_path, TrainState(12, best_loss=0.8, best_step=0))
-    with pytest.raises(UserError, match=r"is of step 12 with its best loss 0\.8000 of step 0"):
+    with pytest.raises(UserError, match=r"is of step 12 with the best loss 0\.8000 of step 0"):
         registered(spec, status="stopped")
     assert exported == []
 

@@ -123,7 +123,8 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
     with pytest.raises(UserError) as found:
         run.train_spec(config, space, base)
     assert str(found.value) == (
-        f"metric: {metric} is not measured: exact_match gives {given} for the held-out rows that are answered"
+        f"metric: {metric} is not measured: exact_match returns {given} for the answers to the"
+        " held-out rows; set another metric"
     )
 
 

@@ -59,7 +59,7 @@ def test_a_search_with_another_space_is_refused_and_the_difference_told(
     text = str(error.value)
     assert text.startswith(f"run.name: {config.folder()} holds a search with different settings (")
     assert said in text
-    assert text.endswith("; choose another run.name or space file, or delete it")
+    assert text.endswith("; set another run.name, use another space file, or delete the folder")
     assert "\n" not in text
     assert len(text) < 1000
 
@@ -95,7 +95,9 @@ def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: Con
 
 @pytest.mark.parametrize("file", ["my space.yaml", "ünter.yaml", "a;b.yaml", "trailing..yaml"])
 def test_a_space_file_whose_name_cannot_be_part_of_a_name_is_refused_by_its_name(config: Config, file: str) -> None:
-    with pytest.raises(UserError, match=rf"^space file {file}: its name becomes a part of the search's; rename it"):
+    with pytest.raises(
+        UserError, match=rf"^space file {file}: the name of the search contains the file's name; use only"
+    ):
         search_folder.search_config(config, space(), file, registers=False)
     assert search_folder.search_config(config, space(), "lr_only.v2.yaml", False).run.name == "quick-space-lr_only.v2"
 
@@ -121,4 +123,4 @@ def test_what_tune_unpickles_is_the_one_callback_with_the_limits_of_today(tmp_pa
     assert pickle.loads(kept)["stop"] is moved  # the search lies elsewhere now
     today.since_better = 2
     assert restored["stop"].stop_all()
-    assert today.over == "2 trials in a row have brought nothing better"
+    assert today.over == "2 trials in a row had no better value"

@@ -76,11 +76,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "search.train.lr: uniform [0.001, 0.0001] is an empty range",
     ),
     "logarithm of zero": ({"search": {"train.lr": {"loguniform": [0, 1]}}}, "loguniform needs numbers greater than 0"),
-    "step too large": ({"search": {"adapter.rank": {"quniform": [8, 16, 20]}}}, "the step must be positive and fit"),
-    "a field that decides nothing": ({"search": {"run.seed": {"choice": [1]}}}, "a search cannot vary run.*"),
+    "step too large": (
+        {"search": {"adapter.rank": {"quniform": [8, 16, 20]}}},
+        "quniform [8.0, 16.0, 20.0]: the step must be positive",
+    ),
+    "a field that decides nothing": (
+        {"search": {"run.seed": {"choice": [1]}}},
+        "search.run.seed: set it in the config",
+    ),
     "depends on nothing": (
         {"search": {"adapter.alpha": {"of": "adapter.rank"}}},
-        "search.adapter.alpha: of: adapter.rank is not searched by itself",
+        "search.adapter.alpha: of: adapter.rank must be searched",
     ),
     "factor too small": (
         {"search": {"adapter.rank": {"choice": [8]}, "adapter.alpha": {"of": "adapter.rank", "times": [1, 0]}}},
@@ -88,23 +94,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metric that nobody reports": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "eval/los"},
-        "metric: 'eval/los' is never reported; use eval/loss, eval/perplexity, train/loss or score/NAME",
+        "'eval/los'; use eval/loss, eval/perplexity, train/loss or score/NAME",
     ),
     "score with a scheduler": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact_match"},
-        "score/exact_match is measured once, at the end: use scheduler.kind: none",
+        "metric: score/exact_match is measured once, at the end; set scheduler.kind: none",
     ),
     "grid over a range": (
         {"search": {"train.lr": {"uniform": [1e-4, 1e-3]}}, "searcher": "grid"},
-        "a grid search needs choice or grid",
+        "search.train.lr: searcher: grid needs listed values",
     ),
     "population over rank": (
         {"search": {"adapter.rank": {"choice": [8, 16]}}, "scheduler": {"kind": "population"}},
-        "a population shares everything but train.*",
+        "search.adapter.rank: a population varies only train.*",
     ),
     "shared base and another model": (
         {"search": {"data.max_length": {"choice": [64, 128]}}, "trials_per_worker": 2},
-        "with trials_per_worker all trials share one base and its data",
+        "search.data.max_length: trials_per_worker > 1",
     ),
 }
 
@@ -151,7 +157,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "twice": (of({"choice": [8, 16, 8]}, "adapter.rank"), "search.adapter.rank: choice has 8 twice"),
     "twice, as another type": (of({"grid": [8, 8.0]}, "adapter.rank"), "search.adapter.rank: grid has 8.0 twice"),
     "beyond 64 bits": (of({"choice": [8, 2**63]}, "adapter.rank"), f"line 5: not valid YAML: '{2**63}' is too large"),
-    "step of 0": (of({"quniform": [1, 8, 0]}), "the step must be positive and fit"),
+    "step of 0": (of({"quniform": [1, 8, 0]}), "quniform [1.0, 8.0, 0.0]: the step must be positive"),
     "fractions for a whole number": (
         of({"uniform": [1, 16]}, "train.micro_batch"),
         "search.train.micro_batch: train.micro_batch: input should be a valid integer, got a number with a fractional"
@@ -159,11 +165,11 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "half steps for a whole number": (of({"quniform": [1, 16, 0.5]}, "adapter.rank"), "; use quniform with whole"),
     # A field that follows another.
-    "times without of": (of({"choice": [1e-3], "times": 2}), "search.train.lr: times: only goes with of"),
-    "itself": (of({"of": "train.lr"}), "search.train.lr: of: train.lr is not searched by itself"),
+    "times without of": (of({"choice": [1e-3], "times": 2}), "search.train.lr: times: set without of"),
+    "itself": (of({"of": "train.lr"}), "search.train.lr: of: train.lr must be searched"),
     "a chain": (
         {"search": {**LR, "train.clip": {"of": "train.lr"}, "train.weight_decay": {"of": "train.clip"}}},
-        "search.train.weight_decay: of: train.clip is not searched by itself",
+        "search.train.weight_decay: of: train.clip must be searched",
     ),
     "a base that may be null": (
         {"search": {"train.clip": {"choice": [None, 1.0]}, "train.weight_decay": {"of": "train.clip"}}},
@@ -193,22 +199,26 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         }.items()
     },
     "a name set for all": ({"search": LR, "set": {"run.name": "x"}}, "set.run.name: a search cannot vary run.*"),
-    "held-out rows": (of({"choice": [0.1, 0.2]}, "data.eval_fraction"), "all trials are measured in the same way"),
+    "held-out rows": (
+        of({"choice": [0.1, 0.2]}, "data.eval_fraction"),
+        "search.data.eval_fraction: all trials must be measured in the same way",
+    ),
     "a field and its section": (
         {"search": {**LR, "train": {"choice": [{"lr": 1}]}}},
         "search.train.lr: search.train sets it too; leave one out",
     ),
     "a section set for all": (
         {"search": LR, "set": {"data": {"max_length": 64}}},
-        "set.data: a whole section, of which all that is not named would be at its default; name fields, e.g."
-        " data.max_length",
+        "set.data: a section would reset its other fields to their defaults; name single fields, e.g. data.max_length",
     ),
     "a section of which the config sets more": (
         of({"choice": [{"lr": 1e-4, "steps": 5}, {"lr": 1e-3}]}, "train"),
-        "search.train: of a whole section all that an option does not name is at its default, and the config sets"
-        " train.",
+        "search.train: an option replaces the complete section, so it would reset train.",
     ),
-    "a section by which all are measured": (of({"choice": [{}]}, "evaluation"), "all trials are measured in the same"),
+    "a section by which all are measured": (
+        of({"choice": [{}]}, "evaluation"),
+        "search.evaluation: all trials must be",
+    ),
     "searched and set": (
         {"search": LR, "set": {"train.lr": 1e-4}},
         "set.train.lr: search.train.lr sets it too; leave one out",
@@ -221,26 +231,26 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "a grid without end": (
         {"search": {f"train.{x}": {"grid": [i / 100 for i in range(1, 100)]} for x in ("lr", "clip", "warmup")}}
         | {"searcher": "grid"},
-        "search: the grid has 970,300 combinations, the unchanged config included, more than 10,000",
+        "search: the grid has 970,300 combinations, including the unchanged config, more than 10,000",
     ),
     "a grid and fewer trials": (
         {"search": {"train.lr": {"grid": [1, 2, 3]}}, "searcher": "grid", "trials": 3},
-        "trials: 3 is less than the grid's 4 combinations, the unchanged config included; leave it out for all",
+        "trials: 3 is below the grid's 4 combinations, including the unchanged config; leave it out",
     ),
     "a grid and more trials": (
         {"search": {"train.lr": {"grid": [1, 2]}}, "searcher": "grid", "trials": 7, "include_default": False},
-        "trials: 7 is more than the grid's 2 combinations; leave it out for all",
+        "trials: 7 is above the grid's 2 combinations; leave it out",
     ),
-    "the worst loss": ({"search": LR, "mode": "max"}, "mode: max would search for the worst eval/loss"),
+    "the worst loss": ({"search": LR, "mode": "max"}, "mode: max searches for the worst eval/loss"),
     "a setting of another scheduler": (
         {"search": LR, "scheduler": {"kind": "median", "reduction": 4}},
-        "scheduler: reduction: median has no such setting; leave it out",
+        "scheduler: reduction: not used by kind: median; leave it out",
     ),
     # Populations.
     **{
         f"a population over {field}": (
             {"search": {field: {"choice": [4, 8]}}, "scheduler": {"kind": "population"}},
-            f"search.{field}: a population's members take over each other at the same step; put it under set",
+            f"search.{field}: the members of a population must have it in common; put it under set",
         )
         for field in ("train.steps", "train.epochs", "train.global_batch", "train.eval_every", "train.early_stop")
     },

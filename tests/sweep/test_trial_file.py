@@ -104,7 +104,7 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
     with said() as lines:
         kept.begin()
         kept.measured(4, 0.5)
-    assert lines == [f"warning: {tmp_path}/trial.json cannot be written now, the trial continues: Is a directory"] * 2
+    assert lines == [f"warning: {tmp_path}/trial.json: cannot be written now (Is a directory); the trial continues"] * 2
     (tmp_path / "trial.json").rmdir()
     kept.measured(8, 0.4)
     found = trial_file.read(str(tmp_path))
@@ -129,7 +129,7 @@ def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
     monkeypatch.setattr(trial_file.storage, "read_text", fail)
     with pytest.raises(OSError, match=str(error.args[-1])):
         trial_file.read(str(place))
-    with pytest.raises(kind, match=r"trials: the records of the trials cannot be read now: ") as told:
+    with pytest.raises(kind, match=r"trials: cannot read the records of the trials: ") as told:
         trial_file.read_all(str(tmp_path))
     assert told.value.exit_code == code
 

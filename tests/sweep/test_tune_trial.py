@@ -131,7 +131,7 @@ def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(
             assert search_run._fitting({"CPU": 1.0}, 2) == 2
         else:
             with pytest.raises(
-                UserError, match=r"^cluster\.workers=2: a trial needs 2 workers, and there is room for 1"
+                UserError, match=r"^cluster\.workers=2: a trial needs 2, but the cluster has room for 1"
             ):
                 search_run._fitting({"CPU": 1.0}, 2)
     assert asked == ([2, 2] if waits else [])
@@ -197,7 +197,7 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
     assert read_all(search.folder)[1].params == {"train.lr": rate}
     log = Path(second.folder.root, "log.txt")
     assert log.exists() != kept
-    assert kept or "begins anew: train.lr was 0.001, is 0.002" in log.read_text()
+    assert kept or "starts again: train.lr was 0.001, is 0.002" in log.read_text()
 
 
 def test_trials_are_tracked_where_the_search_is_wherever_they_run(
@@ -240,7 +240,7 @@ def test_a_search_whose_state_is_lost_begins_anew(tmp_path: Path, searcher: str,
     assert made._tune_config.num_samples == (3 if searcher == "tpe" else 1)
     assert not list(Path(search.folder, "tune").glob("experiment_state-*"))
     assert lines == [
-        "warning: search: Ray Tune's state of it is lost; it begins anew, with what its trials have done so far"
+        "warning: search: Ray Tune's state is lost; the search starts again, its trials resume from checkpoints"
     ]
     assert kept.exists() == (searcher == "random")
 
@@ -252,7 +252,7 @@ def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path, changes:
     begun(search, None)
     kept = record_of(search, 0)
     kept.measured(2, 0.5)
-    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; choose another run.name"):
+    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
         again(search)
     assert read(trial_place(search.folder, 0)) == kept.record
 

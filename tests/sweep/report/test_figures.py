@@ -88,7 +88,7 @@ def test_curves_show_where_trials_were_stopped() -> None:
 def test_a_diverged_curve_leaves_the_picture_and_this_is_said() -> None:
     figure = curves(ODD["one diverged"])
     assert figure.axes[0].get_ylim()[1] < 2
-    assert any("far worse, and so at the edge or beyond: 1 trial" in item for item in texts(figure))
+    assert any("far worse, drawn at the edge or outside: 1 trial" in item for item in texts(figure))
 
 
 @pytest.mark.parametrize("name", ["one diverged", "diverged, more is better"])

@@ -59,7 +59,7 @@ def test_the_page_of_a_large_search_has_a_bound_and_says_what_it_leaves_out(larg
     shown = (large / "report.html").read_text()
     assert len(shown) < 4e6
     assert shown.count("<tr") == 1 + page.ROWS + 1  # the default is one of the others
-    assert "1,499 more, all worse, failed or without a value, are in leaderboard.json" in shown
+    assert "1,499 more trials (worse, failed or without a value) are in leaderboard.json" in shown
     assert f"Figures show {page.DRAWN} of 2,000 trials" in shown
     assert len(json.loads((large / "leaderboard.json").read_text())["trials"]) == 2000
 
