@@ -384,7 +384,7 @@ def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: P
     first = {trial["curve"][0][1] for trial in found.values()}
     assert len(first) == 1
     assert values[-1] < first.pop() - 0.1
-    assert "continues" in done.stdout
+    assert "resumes after step" in done.stdout
 
 
 @pytest.mark.slow

@@ -131,12 +131,12 @@ def test_few_rows_or_groups_are_not_enough() -> None:
     for default in (Gate(), Gate(confident=False)):
         few = decide(default, better, champion)
         assert not few.passed
-        assert "19 rows), but gate.min_rows asks for 20 independent ones" in few.reason
+        assert "19 rows), but gate.min_rows=20 needs more" in few.reason
     many = [results(np.linspace(low, low + 1, 60)) for low in (1.0, 2.0)]
     assert decide(Gate(), *many).passed
     alike = decide(Gate(), *many, HeldOut(groups=[row // 4 for row in range(60)]))
     assert not alike.passed
-    assert "60 rows in 15 groups), but gate.min_rows asks for 20" in alike.reason
+    assert "60 rows in 15 groups), but gate.min_rows=20" in alike.reason
     assert decide(Gate(), *many, HeldOut(groups=[row // 3 for row in range(60)])).passed
 
 
@@ -161,7 +161,7 @@ def test_rows_that_the_champion_was_trained_on_are_left_out() -> None:
     assert not decide(Gate(), better, champion, HeldOut(unseen=list(range(60, 70)))).passed
     none = decide(Gate(), better, champion, HeldOut(unseen=[]))
     assert none.reason == (
-        "eval/loss: there is no held-out row to compare on (left out: 70 that the champion may have been trained on)"
+        "eval/loss: no held-out row is left to compare on (left out: 70 that the champion may have been trained on)"
     )
 
 
@@ -171,7 +171,7 @@ def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal() 
     found = decide(Gate(metric="eval/first"), better, champion, HeldOut(unseen=list(range(40, 70))))
     assert not found.passed
     assert found.reason == (
-        "eval/first: there is no held-out row of those that are answered (evaluation.rows) to compare on (left out: 40"
+        "eval/first: no held-out row among the answered rows (evaluation.rows) is left to compare on (left out: 40"
         " that the champion may have been trained on)"
     )
     some = decide(Gate(metric="eval/first"), better, champion, HeldOut(unseen=list(range(20, 70))))
@@ -202,12 +202,12 @@ def test_whoever_answers_only_what_is_easy_does_not_win() -> None:
     few = replace(challenger, scores={"acc": dict.fromkeys(range(0, 200, 7), 1.0)})
     decision = decide(gate(metric="eval/acc"), few, champion)
     assert not decision.passed
-    assert "for 171 rows of the champion's that the challenger has none for" in decision.reason
+    assert "the challenger has no score on 171 rows" in decision.reason
     assert decide(gate(metric="eval/acc"), challenger, champion).passed
     both = replace(champion, scores={"acc": {row: champion.scores["acc"][row] for row in few.scores["acc"]}})
     assert decide(gate(metric="eval/acc"), few, both).passed
     one = HeldOut(groups=[row // 100 for row in range(200)])  # two groups, fewer in both of them: may be chance
-    assert "the challenger has none for" not in decide(gate(metric="eval/acc"), few, champion, one).reason
+    assert "the challenger has no score" not in decide(gate(metric="eval/acc"), few, champion, one).reason
 
 
 def test_the_means_that_are_told_are_of_the_rows_that_are_compared() -> None:

@@ -217,7 +217,7 @@ def test_without_any_to_compare_with_a_night_ends_before_it_trains(
     before, versions = nights.aliases.current(), nights.made()
     problem = nights.stops(WORSE)
     assert re.match(r"registry.model=nightly: the champion, version \d, was deleted, and no other version", problem)
-    assert "promote nightly VERSION, or delete the registered model to begin anew" in problem
+    assert "promote nightly VERSION, or delete the registered model" in problem
     assert (nights.aliases.current(), nights.made()) == (before, versions)
 
 

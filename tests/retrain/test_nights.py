@@ -64,7 +64,7 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
 
     nightly.add("2-poison", ["one", "two", "three"], 240, shuffled=True)
     log = nightly.call()
-    why = "eval/loss" if origin == "base" else "no step on the new rows made the held-out loss better"
+    why = "eval/loss" if origin == "base" else "no step on the new rows lowered the held-out loss"
     assert f"refused: {why}" in log, log
     assert nightly.aliases.current() == {"champion": "2", "previous": "1", "challenger": "3"}
     assert nightly.aliases.version("3").tags[GATE].startswith(f"refused: {why}")

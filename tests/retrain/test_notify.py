@@ -58,7 +58,7 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
     ("change", "why"),
     [
         ("tracking.uri=nonsense://", "tracking.uri=nonsense://"),
-        ("registry.model=null", "registry.model: retraining compares with a registered model"),
+        ("registry.model=null", "registry.model: not set"),
         ("data.eval=[]", "data.eval: retraining compares"),
     ],
 )
@@ -94,8 +94,8 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(
         monkeypatch.setenv("NOTIFY_URL", hook.url)
         (line,) = told(tiny.config(notify__url="env:NOTIFY_URL", notify__command="exit 3"), caplog)[:1]
     assert hook.events() == ["failed"] * 3
-    assert line == "notify.url: nobody was told 'failed': HTTP status 500"
-    assert caplog.messages[1:] == ["notify.command: nobody was told 'failed': exit code 3"]
+    assert line == "notify.url: the event 'failed' was not sent: HTTP status 500"
+    assert caplog.messages[1:] == ["notify.command: the event 'failed' was not sent: exit code 3"]
 
 
 @pytest.mark.lengthy
@@ -112,7 +112,7 @@ def test_a_webhook_that_is_not_there_is_one_warning_without_its_address(
 ) -> None:
     monkeypatch.setenv("NOTIFY_URL", address)
     (line,) = told(tiny.config(notify__url="env:NOTIFY_URL"), caplog)
-    assert line == f"notify.url: nobody was told 'failed': {why}"
+    assert line == f"notify.url: the event 'failed' was not sent: {why}"
 
 
 @pytest.mark.parametrize(

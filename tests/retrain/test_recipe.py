@@ -209,8 +209,8 @@ def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(con
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
     found, said = made(drawn, champion)
-    assert "warning: data.eval_fraction: version 1, the champion, may have been trained on rows" in said
-    assert "the gate compares on those of 2 unchanged files only" in said
+    assert "warning: data.eval_fraction: the champion, version 1, may have been trained on rows" in said
+    assert "the gate uses only the held-out rows of 2 unchanged files" in said
     assert "is not continued, it may have been trained on rows that are held out now" in said
     assert found.config.train.start is None, "what it has seen does not pass on to its child"
     for changed in ({"run.seed": 5}, {"data.eval_fraction": 0.3}):
@@ -226,9 +226,7 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config:
     apart = override(config, {"data.eval": [{"path": str(held_out)}], "retrain.from": "base"})
     champion = champion_of(apart, tmp_path / "run")
     made(apart, champion)  # 20 rows are enough
-    with pytest.raises(
-        UserError, match=r"gate\.min_rows: the champion is compared with on 20 held-out rows, but it asks for 21"
-    ):
+    with pytest.raises(UserError, match=r"gate\.min_rows: .* 20 held-out rows, but needs 21"):
         made(override(apart, {"gate.min_rows": 21}), champion)
     made(override(apart, {"gate.min_rows": 21}), None)  # there is nothing to compare with
     one_file, one_row = {"gate.group": "@file"}, {"gate.group": "text"}
@@ -264,9 +262,9 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config:
     wider = override(config, {"adapter.rank": 4})
     cases = [
         (config, good, "there is no new file"),
-        (config, other, "its base model is another"),
-        (config, lost, "there is no checkpoint of it in"),
-        (config, foreign, "what it was trained on is not known"),
+        (config, other, "it has another base model"),
+        (config, lost, "has no checkpoint of it"),
+        (config, foreign, "does not know its training files"),
         (wider, good, "its adapter has other settings"),
     ]
     for settings, champion, why in cases:
@@ -291,7 +289,7 @@ def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config: C
             made(chosen, champion)
         assert str(caught.value) == (
             "data.train: 29 rows, but the champion, version 1, had 60: more than the share retrain.may_shrink=0.5 is"
-            " missing; complete the files, or, if this is right, call once with retrain.may_shrink=1"
+            " missing; restore the files or, if this is right, run once with retrain.may_shrink=1"
         )
     made(override(config, {"retrain.may_shrink": 1}), champion)
     made(config, known)  # made by an older release
