@@ -258,7 +258,7 @@ def test_a_champion_that_is_deleted_while_it_is_measured(
 
     monkeypatch.setattr(compare, "measured", measures)
     log = nights.call(1.0)  # better than version 2
-    assert "the champion was version 3, and is none by now: the gate decides again" in log
+    assert "the champion was version 3, and is now none: the gate decides again" in log
     promoted = delete is not without_alias
     assert nights.aliases.current().get("champion") == ("4" if promoted else None)
     assert nights.aliases.current()["previous"] == "2"
@@ -291,6 +291,6 @@ def test_by_hand_after_it_was_deleted(nights: Nights, capsys: pytest.CaptureFixt
     assert nights.aliases.current() == {"champion": "2"}, "no version is the one before itself"
     registry.main(["promote", NAME, "3", *at])
     without_version("2")(nights)
-    with pytest.raises(UserError, match=r"nothing to roll back to: .* the version before it was deleted"):
+    with pytest.raises(UserError, match=r"nothing to roll back to: .* its previous version was deleted"):
         registry.main(["rollback", NAME, *at])
     assert nights.aliases.current() == {"champion": "3"}

@@ -238,7 +238,7 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config:
         made(override(apart, one_row), champion)
     made(override(apart, one_row | {"gate.min_rows": 7}), champion)
     score = {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match", "evaluation.rows": 19}
-    with pytest.raises(UserError, match=r"evaluation\.rows: 19 rows with eval/exact_match, but gate\.min_rows asks"):
+    with pytest.raises(UserError, match=r"evaluation\.rows: 19 rows with eval/exact_match, but gate\.min_rows needs"):
         made(override(apart, score), champion)
     made(override(apart, score | {"evaluation.rows": 20}), champion)
 

@@ -67,7 +67,7 @@ def test_a_challenger_that_passes_is_champion_and_one_that_fails_is_not(aliases:
 def test_a_rollback_meanwhile_stands_and_the_gate_decides_again(aliases: Aliases, decision: Decision) -> None:
     log, against = settled(aliases, decision, lambda: aliases.rollback("bad answers"))
     assert against == ["2", "1"]
-    assert "the champion was version 2, and is version 1 by now: the gate decides again" in log
+    assert "the champion was version 2, and is now version 1: the gate decides again" in log
     assert aliases.version("2").tags[GATE] == "rolled back: bad answers"
     assert aliases.version("3").tags[AGAINST] == "1"
     passed = {"champion": "3", "previous": "1"}

@@ -186,19 +186,25 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # Fields that must not vary, or not twice.
     **{
-        f"{field} must not vary": (of({"choice": ["x"]}, field), f"search.{field}: a search cannot vary {section}.*")
-        for field, section in {
-            "run.name": "run",
-            "run.storage": "run",
-            "tracking.uri": "tracking",
-            "registry.model": "registry",
-            "cluster.workers": "cluster",
-            "gate.metric": "gate",
-            "retrain.replay": "retrain",
-            "notify.command": "notify",
-        }.items()
+        f"{field} must not vary": (
+            of({"choice": ["x"]}, field),
+            f"search.{field}: set it in the config; a search cannot vary",
+        )
+        for field in (
+            "run.name",
+            "run.storage",
+            "tracking.uri",
+            "registry.model",
+            "cluster.workers",
+            "gate.metric",
+            "retrain.replay",
+            "notify.command",
+        )
     },
-    "a name set for all": ({"search": LR, "set": {"run.name": "x"}}, "set.run.name: a search cannot vary run.*"),
+    "a name set for all": (
+        {"search": LR, "set": {"run.name": "x"}},
+        "set.run.name: set it in the config; a search cannot vary",
+    ),
     "held-out rows": (
         of({"choice": [0.1, 0.2]}, "data.eval_fraction"),
         "search.data.eval_fraction: all trials must be measured in the same way",

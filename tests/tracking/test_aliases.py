@@ -234,7 +234,7 @@ def test_an_announcement_that_cannot_be_read_is_removed(database: Path) -> None:
         announced(aliases, "1", text)
         with said() as lines:
             aliases.repair()
-        assert "its tag olora.move cannot be read" in "".join(lines), text
+        assert "the tag olora.move cannot be read" in "".join(lines), text
         assert aliases.current() == {"champion": "1"}
         assert MOVE not in aliases.version("1").tags
 
@@ -265,7 +265,7 @@ def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_prom
     for name in ("model/adapter_config.json", "adapter_config.json", "model.safetensors", ".hidden"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
-        with pytest.raises(UserError, match=f"added version 2: {name} was added since it was registered"):
+        with pytest.raises(UserError, match=f"added version 2: {name} was added after the registration"):
             aliases.promote("2", "passed")
         (folder / name).unlink()
     (folder / "link").symlink_to("/tmp")
@@ -290,7 +290,7 @@ def test_checksums_that_are_none_are_one_line(database: Path) -> None:
     for content in FOREIGN:
         (files_of(aliases, "1") / checksums.FILE).write_bytes(content)
         aliases.client.set_model_version_tag("no-list", "1", checksums.TAG, digest_bytes(content))
-        with pytest.raises(UserError, match=r"^no-list version 1: checksums\.json is no list of files"):
+        with pytest.raises(UserError, match=r"^no-list version 1: checksums\.json is not a list of files"):
             aliases.verify("1")
 
 
@@ -329,7 +329,7 @@ def test_a_version_whose_files_have_changed_is_never_promoted(add: Add, spoil: s
         listed.unlink()
         listed.write_text(checksums.of_folders({"": folder}))
     expected = {
-        "content": "model/model.safetensors has other content",
+        "content": "model/model.safetensors was changed",
         "missing": "is missing",
         "checksums": "json is not that",
     }
@@ -344,7 +344,7 @@ def test_a_rollback_checks_the_files_too(add: Add) -> None:
     aliases.promote("1", "passed")
     aliases.promote("2", "passed")
     (files_of(aliases, "1") / "model" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"model/config\.json has other content"):
+    with pytest.raises(UserError, match=r"model/config\.json was changed"):
         aliases.rollback("bad")
     assert aliases.current() == {"champion": "2", "previous": "1"}
 

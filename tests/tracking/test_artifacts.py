@@ -54,7 +54,7 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
 def test_a_folder_of_the_servers_machine_is_told_before_a_training(tmp_path: Path, host: str) -> None:
     """With --no-serve-artifacts MLflow makes the server's folder on the client: as root, that of a container."""
     place, uri = tmp_path / "server" / "artifacts" / "1", f"http://{host}:5000"
-    with pytest.raises(UserError, match=rf"{uri} keeps files in its folder {place}, which is not there"):
+    with pytest.raises(UserError, match=rf"{uri} keeps files in its folder {place}, which is missing"):
         start.probe(place.as_uri(), uri)
     assert list(tmp_path.iterdir()) == []
     place.parent.mkdir(parents=True)  # a shared folder

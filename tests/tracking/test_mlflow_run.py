@@ -94,7 +94,7 @@ def test_a_run_that_somebody_deletes_is_one_line_and_the_next_attempt_has_a_new_
     """MLflow takes the model of no deleted run, which is found out when the training is done."""
     config = tiny.config(run__storage=str(mlflow_database.place(tmp_path)))
     ids = Ids()
-    expected = r"^tracking: the MLflow run \w+ was deleted while it was written to \(.*; run the same command again"
+    expected = r"^tracking: the MLflow run \w+ was deleted during this run \(.*; run the same command again"
     with pytest.raises(TryAgain, match=expected) as caught, mlflow_run(config, {}, ids, {}) as tracker:
         delete_and_write(tracker, experiment)
     assert caught.value.exit_code == 75

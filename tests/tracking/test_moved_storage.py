@@ -65,7 +65,7 @@ def test_the_run_continues_where_the_storage_lies_now(tmp_path: Path, ids: Ids, 
     assert (Path(moved) / "note.txt").read_text() == "hello"
     assert not (Path(first) / "note.txt").exists()
     assert before.exists() is copied
-    assert sum("run.storage has moved" in line for line in lines) == 1
+    assert sum("run.storage was moved" in line for line in lines) == 1
     (version,) = MlflowClient(f"sqlite:///{now}/mlflow.db").search_model_versions()
     assert version.source.startswith(f"{now}/mlartifacts/")
     with said() as lines:

@@ -76,7 +76,7 @@ def test_a_version_with_added_or_changed_files_is_not_loaded(tracker: run.Tracke
     file = models.find(uri, tracker.uri, merged.parent).folder.parent / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
-    with pytest.raises(UserError, match=rf"^spoilt version {version}: {name} (was added|has other content)"):
+    with pytest.raises(UserError, match=rf"^spoilt version {version}: {name} (was added|was changed)"):
         models.find(uri, tracker.uri, merged.parent)
 
 

@@ -141,6 +141,6 @@ def test_a_run_that_was_deleted_meanwhile(address: str, caplog: pytest.LogCaptur
         other = run.Tracker(address, gone)
         other.metrics(rows(0, 3))
         assert other.flush(10)
-        assert caplog.text.count(f"MLflow run {gone} is gone: nothing more is tracked") == 1
+        assert caplog.text.count(f"MLflow run {gone} no longer exists: nothing more is logged") == 1
         other.end()
     tracker.end()
