@@ -90,15 +90,12 @@ class Measured:
 
     @classmethod
     def from_json(cls, text: str) -> "Measured":
-        """Read `to_json` back; raise as RowResults.from_json does for other texts."""
         tree = json.loads(text)
         return cls(str(tree["tokenizer"]), RowResults.from_json(tree["rows"]))
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A registered version, ready for the measurement."""
-
     config: AnyConfig
     """Its model is that of `base`."""
     base: Base

@@ -25,8 +25,6 @@ What = Literal["unchanged", "promoted", "refused", "failed"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A decision of a retraining."""
-
     decision: What
     reason: str
     challenger: str | None = None
@@ -105,7 +103,6 @@ def unchanged(config: Config, entry: Entry) -> None:
 
 
 def _begun(config: Config, entry: Entry) -> str | None:
-    """Return the run of this decision if an interrupted call has created it."""
     uri, name = resolve_uri(config), config.registry.model
     wanted = {"olora.kind": "retraining", "olora.decision": entry.decision}
     wanted |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
@@ -115,7 +112,6 @@ def _begun(config: Config, entry: Entry) -> str | None:
 
 
 def _latest(config: Config, wanted: Mapping[str, str]) -> Any:
-    """Return the latest MLflow run with these tags; None if there is none."""
     words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())
     client = connect(resolve_uri(config))
     experiment = client.get_experiment_by_name(config.tracking.experiment)

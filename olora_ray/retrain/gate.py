@@ -26,8 +26,6 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Decision:
-    """The gate's verdict."""
-
     passed: bool
     reason: str
     """One line for people."""
@@ -90,7 +88,6 @@ def lower_is_better(metric: str) -> bool:
 def _compared(
     gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
 ) -> tuple[bool, str, dict[str, Any]]:
-    """Return (passed, a line for people, the numbers)."""
     groups, unseen, left_out = held_out.groups, held_out.unseen, ""
     if unseen is not None and len(unseen) < len(challenger.losses):
         left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
@@ -116,7 +113,7 @@ def _compared(
     if gate.confident:
         passed, missed = interval.low > gate.must_improve_by, "the interval must begin above"
     else:
-        passed, missed = interval.mean >= gate.must_improve_by, "it must improve at least by"
+        passed, missed = interval.mean >= gate.must_improve_by, "the improvement must be at least"
     return passed, text if passed else f"{text}, but {missed} {gate.must_improve_by:g}", numbers
 
 

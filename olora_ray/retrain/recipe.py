@@ -45,8 +45,6 @@ AGAINST = "olora.gate_against"
 
 @dataclass(frozen=True)
 class Inputs:
-    """The current inputs of a retraining."""
-
     base: "Base"
     plan: Plan  # of the training data
     held_out: Plan
@@ -61,9 +59,7 @@ def look(config: Config) -> Inputs:
     Raises UserError for problems that would stop the training: missing files, an invalid model, no held-out rows.
     """
     if not config.data.holds_out():
-        raise UserError(
-            "data.eval: retraining compares with the champion on held-out rows; set it, or data.eval_fraction"
-        )
+        raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.prepare import with_length
 
@@ -143,7 +139,7 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
     substitutes = {
         "the last champion": there.get(last or ""),
         "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
-        "the champion before": there.get(named.get(PREVIOUS, "")),
+        "the previous champion": there.get(named.get(PREVIOUS, "")),
     }
     deleted = last is not None and last not in there
     gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
@@ -173,15 +169,12 @@ def _passed(version: Version) -> bool:
 
 @dataclass(frozen=True)
 class KnownFiles:
-    """The files of a version's training data."""
-
     digests: frozenset[str]  # SHA-256
     draw: tuple[Any, Any]
     """Seed and fraction by which rows of the files were held out."""
 
 
 def note(config: Config, plan: Plan) -> None:
-    """Store the files behind a data digest."""
     # Continuing the champion later trains only on the files that are not in this note.
     path = _note(config, plan.digest())
     if not storage.exists(path):
@@ -230,8 +223,6 @@ _CONTINUED = "champion, version "
 
 @dataclass(frozen=True)
 class Recipe:
-    """Config and tags of the run that makes the version."""
-
     config: Config
     tags: dict[str, str]
     """Tags of the version. They describe all its data, even if this training used only a part."""
@@ -239,8 +230,6 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Start:
-    """The champion, ready to be continued."""
-
     checkpoint: str
     sources: tuple[Source, ...]
     version: str
@@ -260,13 +249,13 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         _refuse_if_too_few(config, inputs, unseen)
     start = None  # None: from the base model
     if config.retrain.origin == "champion" and champion is not None:
-        continued = _continued(config, inputs, champion)
-        if isinstance(continued, str):
+        result = _continued(config, inputs, champion)
+        if isinstance(result, str):
             logger.info(
-                f"retrain.from=champion: version {champion.number} is not continued, {continued}: using the base model"
+                f"retrain.from=champion: version {champion.number} is not continued, {result}: using the base model"
             )
         else:
-            start = continued
+            start = result
     wanted = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})})
     if start:
         train = config.train.model_copy(update={"start": start.checkpoint})
@@ -339,7 +328,6 @@ def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | 
 
 
 def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
-    """Return the champion, ready to be continued, or the reason why it cannot be."""
     if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
         return "it has another base model"
     known = of_version(config, champion)

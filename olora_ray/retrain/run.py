@@ -178,7 +178,6 @@ def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version
 
 
 def _version_of(aliases: Aliases, result: Mapping[str, Any]) -> Version | None:
-    """Return the version of a finished run in the current registry; None if there is none."""
     # Not by its number in result.json: after a change of tracking.uri or registry.model, that number may belong to
     # another model.
     run_id = (result.get("mlflow") or {}).get("run_id")
@@ -191,6 +190,6 @@ def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Versi
     try:
         ours, *theirs = compare.measured(config, inputs, [challenger, *([champion] if champion else [])])
     except compare.NotComparable as error:
-        return Decision(False, f"{error}; promote it by hand if it is good", {})
+        return Decision(False, f"{error}; promote the challenger by hand if it is good", {})
     held_out = compare.about_rows(config, inputs, ours, champion)
     return gate.decide(config.gate, ours, theirs[0] if theirs else None, held_out)

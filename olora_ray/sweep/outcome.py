@@ -32,7 +32,6 @@ MEASURE = "evaluation."
 
 
 def record(sweep_spec: SweepSpec) -> SearchRecord:
-    """Return the record of the search, read from the folders of the search and of its trials."""
     space, progress = sweep_spec.space, search_folder.progress(sweep_spec.folder)
     trials = tuple(
         _with_reason(trial, progress, space.scheduler.kind) for _, trial in sorted(read_all(sweep_spec.folder).items())
@@ -56,7 +55,7 @@ def _with_reason(trial: TrialRecord, progress: Progress, scheduler: str) -> Tria
     if trial.status == "stopped" and trial.total and trial.step >= trial.total:  # it ended before the stop reached it
         return replace(trial, status="finished")
     if trial.status in ("stopped", "unfinished") and trial.number in progress.cut:
-        return replace(trial, status="unfinished", reason="the search ended before it")
+        return replace(trial, status="unfinished", reason="the search ended before the trial did")
     if trial.status != "stopped":
         return trial
     share = f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}" if trial.total else ""
@@ -137,7 +136,6 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
 
 
 def _default(sweep_spec: SweepSpec, trials: Sequence[TrialRecord]) -> int | None:
-    """Return the number of the trial whose values are those of the unchanged config; None if there is none."""
     space = sweep_spec.space
     if space.has_default():
         return next((trial.number for trial in trials if trial.number == 0), None)

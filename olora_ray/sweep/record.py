@@ -83,7 +83,6 @@ class SearchRecord:
         return self.ranked() + sorted(rest, key=lambda trial: trial.number)
 
     def best(self) -> TrialRecord | None:
-        """Return the trial with the best value; a failed one only if all trials with a value failed."""
         return next(iter(self.ranked()), None)
 
     def thinned(self, most: int) -> "SearchRecord":
@@ -101,7 +100,6 @@ class SearchRecord:
         return next((trial for trial in self.trials if trial.number == number), None)
 
     def columns(self) -> list[str]:
-        """Return the searched fields, then the other fields that trials set, in order of appearance."""
         others = (name for trial in self.trials for name in trial.params)
         return list(dict.fromkeys([*self.fields, *others]))
 
@@ -126,8 +124,6 @@ _RECORD = TypeAdapter(TrialRecord)
 
 
 class TrialFile:
-    """The trial.json of one trial, written from the trial's process."""
-
     def __init__(self, folder: str, record: TrialRecord, mode: Mode) -> None:
         # Nothing is written before `begin`: Tune starts a process for a trial, but may run the trial in another process
         # that became free earlier. If the late process wrote here, it would overwrite the progress of the trial.
@@ -142,7 +138,7 @@ class TrialFile:
     def begin(self) -> None:
         self._write()
 
-    def goes_on(self, step: int) -> None:
+    def keep_curve(self, step: int) -> None:
         """Keep the curve up to a checkpoint of this trial that exists although Tune does not know of it."""
         if not self.record.curve and self._previous and self._previous.params == self.record.params:
             self.resume_from(step)

@@ -80,7 +80,7 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     """
     search_folder.begin(spec.config, space, spec.base_identity())
     folder = storage.join(spec.config.folder(), "shared")
-    kinds = shared_work.kinds(spec.config, space)
+    kinds = shared_work.factor_keys(spec.config, space)
     work = shared_work.made(spec, folder, kinds, "what all trials share")
     spared = seconds + work.init / max(1, len(kinds)) + work.base
     logger.info(
@@ -90,13 +90,12 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     return replace(spec, shared=folder), spared
 
 
-def _shown(kinds: Sequence[shared_work.Kind]) -> str:
+def _shown(kinds: Sequence[shared_work.FactorKey]) -> str:
     return ", ".join(f"{method} factors at rank {rank}" for method, rank in kinds) or "no factors"
 
 
 @contextlib.contextmanager
 def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
-    """Open the search's own MLflow run, the parent of its trials' runs."""
     config = spec.config
     tags = {"olora.kind": "search", "olora.base_digest": spec.base.digest}
     params = flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()}
@@ -122,7 +121,6 @@ def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple
 
 
 def _reasons(search: SearchRecord) -> str:
-    """Return the most frequent reasons of the failures, at most three."""
     counts = Counter(trial.reason for trial in search.trials if trial.reason).most_common()
     if not counts:
         return f"{plural(len(search.trials), 'trial')} ran"
@@ -188,8 +186,8 @@ def _fitting(wanted: Mapping[str, float], workers: int) -> int:
     fitting = room(wanted)
     if fitting >= workers:
         return fitting
-    there, most = (resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum()))
-    if not there < workers <= most:
+    now, most = (resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum()))
+    if not now < workers <= most:
         raise UserError(
             f"cluster.workers={workers}: a trial needs {workers}, but the cluster has room for {fitting}; set it lower"
         )
@@ -202,7 +200,6 @@ def _fitting(wanted: Mapping[str, float], workers: int) -> int:
 
 
 def room(wanted: Mapping[str, float]) -> int:
-    """Return how many workers fit, as the largest of several looks."""
     # Tasks that have just ended give their CPUs and GPUs back a moment later.
     seen = []
     for _ in range(8):

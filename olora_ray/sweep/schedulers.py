@@ -26,21 +26,20 @@ from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_pl
 
 
 def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
-    """Return the scheduler of a search."""
     space, settings = sweep_spec.space, sweep_spec.space.scheduler
     every = sweep_spec.train_spec.config.train.eval_every
     # Slightly less, because of rounding: a third of 100, times 3, exceeds 100 in floats, and a trial would miss a rung.
     grace = min(WHOLE, WHOLE * (settings.grace or every) / sweep_spec.total()) * (1 - 1e-9)
-    made: Halving | Median
+    tuned: Halving | Median
     if settings.kind == "asha":
         length: dict[str, Any] = {"max_t": WHOLE, "grace_period": grace}  # Ray's annotations say int
-        made = Halving(PROGRESS, reduction_factor=settings.reduction, **length)
+        tuned = Halving(PROGRESS, reduction_factor=settings.reduction, **length)
     elif settings.kind == "median":
-        made = Median(PROGRESS, grace_period=grace, min_samples_required=3)
+        tuned = Median(PROGRESS, grace_period=grace, min_samples_required=3)
     else:
         return Population(space, settings.interval or every) if settings.kind == "population" else FIFOScheduler()
-    made.folder, made.measured = sweep_spec.folder, space.metric
-    return made
+    tuned.folder, tuned.measured = sweep_spec.folder, space.metric
+    return tuned
 
 
 class _Learning(TrialScheduler):

@@ -63,7 +63,6 @@ def check(config: Config, space: Space) -> None:
 
 
 def _changes(old: str, new: str) -> list[str]:
-    """Return the differences between two texts of search.json, as `field was 1, is 2`."""
     try:
         trees = [json.loads(text) for text in (old, new)]
         before, after = (dict(leaves({part: tree[part] for part in ("config", "space")}, "")) for tree in trees)
@@ -90,7 +89,6 @@ def begin(config: Config, space: Space, contents: Mapping[str, str]) -> None:
 
 
 def description(config: Config, space: Space, contents: Mapping[str, str] | None = None) -> str:
-    """Return the text of search.json: what every attempt of a search must have in common."""
     # The number of concurrent trials and the limits of the search may change between two attempts.
     chosen = space.model_dump(exclude={"concurrency", "time_budget", "patience", "min_improvement"})
     described = {"config": bound_settings(flatten(config)), "space": chosen, "contents": dict(contents or {})}
@@ -141,7 +139,6 @@ def lost(folder: str) -> bool:
 
 
 def not_resumed(folder: str) -> UserError:
-    """Return the error for a search that Tune cannot resume; Tune itself only logs it."""
     return UserError(
         f"run.name: Ray Tune cannot resume the search in {folder}: its state is damaged, or another version of"
         " olora_ray, Ray or Optuna wrote it; set another run.name (the old trials stay readable in"

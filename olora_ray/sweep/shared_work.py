@@ -35,13 +35,11 @@ from olora_ray.train.scoring import Baseline
 logger = logging.getLogger(__name__)
 
 # Method and rank of factors.
-Kind = tuple[str, int]
+FactorKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Shared:
-    """The times of the shared work."""
-
     init: float = 0.0
     """Seconds for all factors; 0 if they existed."""
     base: float = 0.0
@@ -50,7 +48,7 @@ class Shared:
     """Per method that looks at data, a line for the log about how much."""
 
 
-def kinds(config: Config, space: Space) -> list[Kind]:
+def factor_keys(config: Config, space: Space) -> list[FactorKey]:
     """Return the factors that are made for all trials: per method, those of the largest rank."""
     # Smaller ranks are a prefix of the largest for most methods. Other methods need factors of every rank. If the space
     # has a range of ranks, each trial makes these itself.
@@ -61,13 +59,12 @@ def kinds(config: Config, space: Space) -> list[Kind]:
 
 
 def check_ranks(config: Config, space: Space, shapes: Mapping[str, Shape]) -> None:
-    """Raise UserError that names the layer in which a method cannot have the largest rank of the space."""
     rank = max(space.possible("adapter.rank", config.adapter.rank))
     for method in space.listed("adapter.method", config.adapter.method):
         check(shapes, method, rank)
 
 
-def make(spec: TrainSpec, folder: str, wanted: Sequence[Kind]) -> Shared:
+def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     """Write the `wanted` factors, and the base model's held-out loss and answers, into `folder`.
 
     Needs the memory of one worker. Raises UserError for targets or a rank that the model does not have.
@@ -80,7 +77,7 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[Kind]) -> Shared:
     # With fsdp the base model may be too large for one GPU.
     sharded = spec.config.cluster.strategy == "fsdp"
     spec = replace(on_cpu(spec) if sharded else spec, shared=folder)
-    missing = [factors for factors in _of_kinds(spec, wanted) if not _exists(factors)]
+    missing = [factors for factors in _specs_of(spec, wanted) if not _exists(factors)]
     asked = wanted_questions(spec.config.evaluation, spec.eval)
     known = Baseline.read(storage.join(folder, "baseline.json"), spec.baseline_identity(), len(asked))
     if not missing and (known or sharded):
@@ -96,7 +93,7 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[Kind]) -> Shared:
     return Shared(between - began, time.perf_counter() - between, tuple(told))
 
 
-def _of_kinds(spec: TrainSpec, wanted: Sequence[Kind]) -> Iterator[TrainSpec]:
+def _specs_of(spec: TrainSpec, wanted: Sequence[FactorKey]) -> Iterator[TrainSpec]:
     for method, rank in wanted:
         yield replace(spec, config=override(spec.config, {"adapter.method": method, "adapter.rank": rank}))
 
@@ -131,7 +128,7 @@ def _measure(spec: TrainSpec, shared: SharedBase, folder: str) -> None:
     Baseline(loss, answers).write(storage.join(folder, "baseline.json"), spec.baseline_identity())
 
 
-def made(spec: TrainSpec, folder: str, wanted: Sequence[Kind], what: str) -> Shared:
+def made(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey], what: str) -> Shared:
     """Run `make` as a Ray task with the resources of one worker; log a line named `what` every minute."""
     resources = worker_resources(spec.config)
     began = time.monotonic()

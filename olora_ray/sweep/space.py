@@ -59,25 +59,22 @@ class Domain(Section):
     """Factor for `of`, or a list of factors of which one is drawn."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "Domain":
-        kinds = [name for name in KINDS if getattr(self, name) is not None]
-        if len(kinds) != 1:
-            raise ValueError(f"needs exactly one of {', '.join(KINDS)}")
-        for problem in _problems(self, kinds[0]):
+    def _one_form(self) -> "Domain":
+        forms = [name for name in FORMS if getattr(self, name) is not None]
+        if len(forms) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(FORMS)}")
+        for problem in _problems(self, forms[0]):
             raise ValueError(problem)
         return self
 
     def options(self) -> tuple[Any, ...]:
-        """Return the listed values; empty for a range."""
         return self.choice or self.grid or ()
 
     def interval(self) -> tuple[float, float] | None:
-        """Return (low, high) of a range; None for others."""
         bounds = self.uniform or self.loguniform or self.quniform
         return (bounds[0], bounds[1]) if bounds else None
 
     def steps(self) -> int:
-        """Return how many values a quniform has; 0 for others."""
         if self.quniform is None:
             return 0
         low, high, step = self.quniform
@@ -128,7 +125,7 @@ class Domain(Section):
         return self.times if isinstance(self.times, tuple) else (self.times,)
 
 
-KINDS = ("choice", "grid", "uniform", "loguniform", "quniform", "of")
+FORMS = ("choice", "grid", "uniform", "loguniform", "quniform", "of")
 
 
 def between(interval: tuple[float, float]) -> float:
@@ -191,8 +188,6 @@ class Seeded:
 
 
 class Suggested:
-    """Draws made by an Optuna trial."""
-
     def __init__(self, trial: Any) -> None:
         self.trial = trial
 
@@ -241,7 +236,7 @@ class Scheduler(Section):
     """population: steps between two comparisons of the members; null: train.eval_every."""
 
     @model_validator(mode="after")
-    def _for_its_kind(self) -> "Scheduler":
+    def _only_its_settings(self) -> "Scheduler":
         used = {"asha": {"grace", "reduction"}, "median": {"grace"}, "population": {"interval"}, "none": set[str]()}
         for name in sorted(self.model_fields_set - used[self.kind] - {"kind"}):
             raise ValueError(f"{name}: not used by kind: {self.kind}; leave it out")
@@ -285,7 +280,6 @@ class Space(Section):
         return self
 
     def better(self) -> Literal["min", "max"]:
-        """Return the direction in which the metric improves."""
         return self.mode or ("min" if self.metric in LOWER_IS_BETTER else "max")
 
     def cells(self) -> int:
@@ -322,7 +316,6 @@ class Space(Section):
         return [field if domain.of is None else field + TIMES for field, domain in self.search.items()]
 
     def values(self, draws: Draws) -> dict[str, Any]:
-        """Return field -> value that follows from the draws; empty for no draws."""
         if not any(name in draws for name in self.draw_names()):
             return {}
         values = {field: _settled(domain, draws[field]) for field, domain in self.search.items() if field in draws}
@@ -349,7 +342,6 @@ class Space(Section):
         return [*domain.options(), *([configured] if self.has_default() else [])]
 
     def is_range(self, field: str) -> bool:
-        """True if the values of the field come from a range, or are multiples of such values."""
         domain = self.search.get(field)
         base = self.search[domain.of] if domain and domain.of else domain
         return base is not None and base.interval() is not None

@@ -96,9 +96,8 @@ def _lost(config: Config, field: str, options: Sequence[Any]) -> list[str]:
     return [f"{field}.{name}" for name in unnamed]
 
 
-def overlap(one: str, other: str) -> bool:
-    """True if one field is the other, or a part of it."""
-    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+def overlap(field: str, other: str) -> bool:
+    return field == other or field.startswith(f"{other}.") or other.startswith(f"{field}.")
 
 
 def _check_metric(space: Space, config: Config, where: str) -> None:
@@ -130,7 +129,6 @@ def _probes(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
-    """Yield the changes that put one field at its extremes, and between them."""
     domain = space.search[field]
     if domain.of is None:
         for value in domain.probes():
@@ -195,7 +193,6 @@ def plan(config: Config, space: Space, base: BaseModel) -> None:
 
 
 def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each setting to check: its name for a message, and its changes of the config."""
     searched = "adapter.rank" in space.search
     largest = {"adapter.rank": max(space.possible("adapter.rank", config.adapter.rank))} if searched else {}
     options = {field: domain.options() for field, domain in space.search.items() if _decides(field)}

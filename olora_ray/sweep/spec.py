@@ -46,7 +46,6 @@ class SweepSpec:
     """The search's MLflow address, valid in every process of a trial; None: the config's."""
 
     def values(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
-        """Return dotted field -> value of a trial; empty for the default."""
         return {} if number == 0 and self.space.has_default() else self.space.values(draws)
 
     def shown(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +60,6 @@ class SweepSpec:
         return replace(self.train_spec, config=config)
 
     def tracked(self, spec: TrainSpec) -> TrainSpec:
-        """Return the specification of a trial with the MLflow address of the search."""
         # Tune runs each trial in its own folder, where a relative path would lead elsewhere, and its process has the
         # environment variables of its node. The config in the trial's folder keeps the user's setting.
         if self.tracking is None:
@@ -72,15 +70,12 @@ class SweepSpec:
         return RunFolder(config, trial_place(self.folder, number))
 
     def shares_data(self) -> bool:
-        """True if all trials have the same base model and tokens."""
         return all(field.startswith(SAME_BASE) for field in self.space.search)
 
     def total(self) -> int:
-        """Return the steps of a trial that does not vary them."""
         return self.steps(self.train_spec.config)
 
     def steps(self, config: Config, store: TokenStore | None = None) -> int:
-        """Return the steps of a trial with this config, on the tokens in `store` or else on those of the search."""
         total = Schedule(config.train, store or self.train_spec.train).total()
         assert total is not None, "a search starts with complete tokens"
         return total

@@ -43,23 +43,17 @@ def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) ->
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation of a trial."""
-
     step: int
     value: float
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a trial: no evaluation follows."""
-
     status: Status
     reason: str = ""
 
 
 class TrialRun:
-    """A trial's training, in a thread of this process."""
-
     def __init__(self, sweep_spec: SweepSpec, number: int, draws: dict[str, Any]) -> None:
         self.sweep_spec = sweep_spec
         self.config = sweep_spec.config(number, draws)
@@ -98,7 +92,6 @@ class TrialRun:
         storage.remove(self.folder.training)
 
     def last(self) -> Measured | None:
-        """Return the latest evaluation; None before the first."""
         step, value = self._file.record.curve[-1] if self._file.record.curve else (0, 0.0)
         return Measured(step, value) if step else None
 
@@ -138,7 +131,7 @@ class TrialRun:
             self.folder.claim()
             result = fit.finished_training(spec, self.folder)
             if result is None:
-                self._file.goes_on(last_step(self.folder.checkpoints))
+                self._file.keep_curve(last_step(self.folder.checkpoints))
                 result = self._fitted(spec, tracker)
             assert result.state is not None
             for row in result.state.history:  # the rows of a training that had ended before, too
@@ -200,7 +193,7 @@ class _LogFile(logging.Handler):
     def __init__(self, root: str) -> None:
         super().__init__()
         self.setFormatter(logs.LineFormatter())
-        self.place = storage.join(root, "log.txt")
+        self.path = storage.join(root, "log.txt")
         self._remote = storage.is_uri(root)
         self._lines: list[str] = []
 
@@ -210,7 +203,7 @@ class _LogFile(logging.Handler):
             self._lines.append(text)
             return
         try:
-            with open(self.place, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError:  # losing a line must not end the trial
             self.handleError(record)
@@ -218,6 +211,6 @@ class _LogFile(logging.Handler):
     def close(self) -> None:
         if self._lines:
             with contextlib.suppress(OSError):  # as above
-                storage.write_text(self.place, "".join(self._lines))
+                storage.write_text(self.path, "".join(self._lines))
             self._lines = []
         super().close()

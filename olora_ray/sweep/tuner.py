@@ -57,7 +57,6 @@ class SweepCallback(tune.Callback, tune.Stopper):
         return self._before + time.monotonic() - self._began
 
     def complete(self) -> bool:
-        """True if the search is over: at a limit, or because all trials have ended."""
         return self.over is not None or len(self._ended) >= self.space.count()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -157,7 +156,6 @@ class SweepCallback(tune.Callback, tune.Stopper):
         self._note_seconds()
 
     def _note(self, value: float, number: int) -> None:
-        """Count the best value of a trial, which must be finite."""
         sign = 1 if self.space.better() == "min" else -1
         gain = float("inf") if self.best is None else sign * (self.best[0] - value)
         if gain > self.space.min_improvement:
@@ -181,7 +179,6 @@ def _live(folder: str, space: Space) -> SweepCallback:
 
 
 def described(values: Mapping[str, Any]) -> str:
-    """Return the values as one line for people: `adapter.rank=16, train.lr=3.2e-04`."""
     return ", ".join(
         f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )

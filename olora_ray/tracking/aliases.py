@@ -61,7 +61,6 @@ class RegistryLock:
         return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def pause(self) -> None:
-        """Wait before the next try, for a random time so that two processes do not collide again."""
         time.sleep(random.uniform(0.1, 0.5))
 
     def check(self) -> None:
@@ -137,7 +136,6 @@ ROLLED_BACK = "rolled back"
 
 
 def rolled_back(version: Version) -> bool:
-    """True if the version was the champion and was rolled back."""
     return version.tags.get(GATE, "").startswith(ROLLED_BACK)
 
 
@@ -163,7 +161,6 @@ class Aliases:
         return connect(self.uri)
 
     def current(self) -> dict[str, str]:
-        """Return alias -> version; empty if there is no such model yet."""
         with reachable(self.uri):
             return self._now()
 
@@ -185,7 +182,6 @@ class Aliases:
             return self._version(number)
 
     def versions(self) -> list[Version]:
-        """Return all versions, the oldest first; empty if there is no such model yet."""
         with reachable(self.uri):
             versions: list[Version] = []
             token = None
@@ -201,7 +197,6 @@ class Aliases:
         return next((each for each in reversed(self.versions()) if each.run_id == run_id), None)
 
     def place(self, number: str) -> str:
-        """Return the address of a version's files."""
         with reachable(self.uri, upload=True):
             return str(self.client.get_model_version_download_uri(self.name, number))
 
@@ -255,19 +250,19 @@ class Aliases:
     def rollback(self, why: str) -> tuple[str, str]:
         """Move `champion` back to the previous version if its files are unchanged; return (bad, good) version."""
         self.repair()
-        there = self.current()
-        bad, good = there.get(CHAMPION), there.get(PREVIOUS)
+        aliases = self.current()
+        bad, good = aliases.get(CHAMPION), aliases.get(PREVIOUS)
         if bad is None or good is None:
             first = f"version {bad} is the first champion, or already rolled back, or its previous version was deleted"
             why = "there is no champion" if bad is None else first
             raise UserError(f"{self.name}: nothing to roll back to: {why}; choose a version with `promote`")
         self.verify(good)
         with self._locked() as lock:
-            there = self._now()
-            if (there.get(CHAMPION), there.get(PREVIOUS)) != (bad, good):
+            aliases = self._now()
+            if (aliases.get(CHAMPION), aliases.get(PREVIOUS)) != (bad, good):
                 raise UserError(
                     f"{self.name}: the champion was moved just now, from version {bad} to"
-                    f" {there.get(CHAMPION, 'none')}; check with `list`, and roll back again if you still want it"
+                    f" {aliases.get(CHAMPION, 'none')}; check with `list`, and roll back again if you still want it"
                 )
             self._move(lock, good, None, {bad: f"{ROLLED_BACK}: {why}"})
         return bad, good
@@ -288,7 +283,6 @@ class Aliases:
             yield lock
 
     def _cut_off(self) -> Version | None:
-        """Return the champion if the move to it was interrupted."""
         champion = self._now().get(CHAMPION)
         version = None if champion is None else self._version(champion)
         return version if version is not None and MOVE in version.tags else None
@@ -337,20 +331,20 @@ class Aliases:
                     raise
 
     def _rest(self, champion: Version) -> Iterator[Callable[[], object]]:
-        client, name, number, there = self.client, self.name, champion.number, self._now()
+        client, name, number, aliases = self.client, self.name, champion.number, self._now()
         yield partial(client.set_registered_model_tag, name, LAST, number)
         try:
             previous, verdicts = _announced(champion.tags[MOVE])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             logger.warning(f"registry: {name} version {number}: the tag {MOVE} cannot be read and is removed")
-            previous, verdicts = there.get(PREVIOUS), {}
+            previous, verdicts = aliases.get(PREVIOUS), {}
         for version, text in verdicts.items():
             yield partial(client.set_model_version_tag, name, version, GATE, text)
         if previous is not None:
             yield partial(client.set_registered_model_alias, name, PREVIOUS, previous)
-        elif PREVIOUS in there:
+        elif PREVIOUS in aliases:
             yield partial(client.delete_registered_model_alias, name, PREVIOUS)
-        if there.get(CHALLENGER) == number:
+        if aliases.get(CHALLENGER) == number:
             yield partial(client.delete_registered_model_alias, name, CHALLENGER)
         yield partial(client.delete_model_version_tag, name, number, MOVE)
 

@@ -164,7 +164,6 @@ def _below(root: Path) -> list[str]:
 
 
 def _local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
-    """Return the file on this machine, downloaded into `folder` if it is not on a local disk."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
@@ -184,7 +183,6 @@ def _local(name: str, version: Version, place: str, tracking_uri: str, folder: P
 
 
 def _root(place: str) -> Path | None:
-    """Return the local folder, if `place` is one."""
     root = Path(place.removeprefix("file://"))
     return root if root.is_absolute() else None
 

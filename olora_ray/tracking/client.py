@@ -73,7 +73,6 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_denial(error: BaseException) -> bool:
-    """True if MLflow, its artifact server, an object store or a database denies access."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy import exc
 
@@ -248,7 +247,6 @@ def reason(error: BaseException) -> str:
 
 
 def shown_uri(uri: str) -> str:
-    """Return the URI without a password."""
     return mask(uri)
 
 

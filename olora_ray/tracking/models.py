@@ -68,8 +68,6 @@ class BaseOfAdapter:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of one logged model."""
-
     folder: Path
     """A merged model, or an adapter in PEFT's format, with its tokenizer."""
     base: BaseOfAdapter | None = None
@@ -145,7 +143,6 @@ def _write_tokenizer(tokenizer: Path, contents: Contents) -> None:
 
 
 def _write_example(folder: Path, contents: Contents) -> dict[str, str]:
-    """Write the input example as MLflow's _save_example does; return the MLmodel's fields about it."""
     hello = {"messages": [{"role": "user", "content": "Hello"}]} if has_chat_template(contents.folder) else _HELLO
     example = contents.example or {**hello, "max_tokens": 64}
     (folder / _EXAMPLE).write_text(json.dumps(example), encoding="utf-8")
@@ -190,7 +187,6 @@ def _mlmodel(contents: Contents, logged: "LoggedModel", run_id: str) -> "Model":
 
 
 def _of_the_model(contents: Contents) -> dict[str, str]:
-    """Return the flavour's fields about the files to load."""
     config: dict[str, Any] = json.loads(_config(contents).read_text(encoding="utf-8"))
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     fields = {
@@ -302,7 +298,9 @@ def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
     verdict = aliases.version(number).tags.get(GATE)
     if alias == CHAMPION and verdict is not None:
         if now != number:
-            logger.info(f"version {number} does not become {alias} again, because it already has a verdict: {verdict}")
+            logger.info(
+                f"version {number} is registered again, but does not become {alias}, because of its verdict: {verdict}"
+            )
     elif now is not None and int(now) > int(number):
         logger.info(f"{alias} stays version {now}, which is newer than version {number}")
     elif alias == CHAMPION:  # sets `previous` too, and makes a concurrent gate decide again
@@ -312,12 +310,10 @@ def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
 
 
 def _is_of(made: "ModelVersion | LoggedModel", texts: Mapping[str, str]) -> bool:
-    """True if a version or logged model of a run was made with the settings in `texts`."""
     return bool(made.tags.get(SETTINGS) == texts.get(SETTINGS))
 
 
 def _texts(contents: Contents, tags: Mapping[str, object]) -> dict[str, str]:
-    """Return the tags as texts, without empty ones."""
     texts = {key: str(value) for key, value in tags.items() if str(value)}
     return texts | ({EXPORT: ADAPTER_ONLY} if contents.base else {})
 
@@ -355,7 +351,6 @@ def add(tracking_uri: str, name: str, number: str, line: str) -> None:
 
 
 def with_line(description: str, line: str) -> str:
-    """Return the description with one more verdict at its end."""
     body, _, verdicts = description.partition(HEADING)
     lines = [each for each in verdicts.split("\n") if each]
     new = "- " + " ".join(line.split())[:_LONGEST]
@@ -375,8 +370,6 @@ _BASE = TypeAdapter(BaseOfAdapter)
 
 @dataclass(frozen=True)
 class Registered:
-    """A version of a registered model, with its files on this machine."""
-
     version: Version
     folder: Path
     """The model with config.json and safetensors, or the adapter in PEFT's format; with the tokenizer."""

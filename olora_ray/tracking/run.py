@@ -76,7 +76,6 @@ class Tracker:
 
     @property
     def pending(self) -> int:
-        """Number of metric values that wait to be written."""
         return self._queue.pending
 
     def client(self) -> "MlflowClient":
@@ -99,7 +98,6 @@ class Tracker:
             return None
 
     def reopen(self) -> None:
-        """Set the run's status to RUNNING again."""
         self._queue.write("to reopen the run", lambda client: client.update_run(self.run_id, status="RUNNING"))
 
     def params(self, values: Mapping[str, object]) -> None:
@@ -125,7 +123,6 @@ class Tracker:
         self._queue.write(f"the dataset {name}", write)
 
     def learning_curve(self, train: Points, evaluation: Points) -> None:
-        """Log a figure of the losses; both are (step, loss) in order of steps."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -158,7 +155,6 @@ class Tracker:
             self.client().log_table(self.run_id, data, file)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Log a file, or all files in a folder, under the artifact folder `folder`."""
         with reachable(self.uri, upload=True):
             log = self.client().log_artifacts if path.is_dir() else self.client().log_artifact
             log(self.run_id, str(path), folder)

@@ -49,14 +49,14 @@ COLUMNS = (
 )
 
 
-def follow(place: str) -> None:
+def follow(folder: str) -> None:
     """Correct the artifact paths in the storage's SQLite database after the storage was moved or copied.
 
     Artifacts that lie in another folder on purpose keep their paths. Call it before files are read, because the first
     run in the new place may start from a registered model.
     """
-    file, now = Path(place) / DATABASE, os.path.join(os.path.abspath(place), FOLDER)
-    if storage.is_uri(place) or not file.is_file():
+    file, now = Path(folder) / DATABASE, os.path.join(os.path.abspath(folder), FOLDER)
+    if storage.is_uri(folder) or not file.is_file():
         return
     moved: list[str] = []
     with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as database:
@@ -93,8 +93,8 @@ FIELD = "MLflow's artifact store"
 
 def default_place(config: AnyConfig) -> str:
     """Return the folder of a new experiment's files if MLflow is a database: beside the storage."""
-    place = config.run.storage
-    return storage.join(place if storage.is_uri(place) else os.path.abspath(place), FOLDER)
+    root = config.run.storage
+    return storage.join(root if storage.is_uri(root) else os.path.abspath(root), FOLDER)
 
 
 def probe(place: str, uri: str) -> None:
@@ -136,11 +136,11 @@ def use_paths() -> None:
         os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
 
 
-def _write(place: str, uri: str) -> None:
+def _write(location: str, uri: str) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-    repository: Any = get_artifact_repository(place, tracking_uri=uri)
+    repository: Any = get_artifact_repository(location, tracking_uri=uri)
     if uri.startswith("http") and isinstance(repository, LocalArtifactRepository):
         _refuse_a_folder_of_the_server(Path(repository.artifact_dir), uri)
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
@@ -214,8 +214,8 @@ def check_artifacts(config: AnyConfig, uri: str) -> None:
         client = connect(uri)
         experiment = _experiment(client, config, uri)
         _refuse_older(client, experiment, uri)
-        place = str(client.get_experiment(experiment).artifact_location)
-    probe(place, uri)
+        location = str(client.get_experiment(experiment).artifact_location)
+    probe(location, uri)
 
 
 def _refuse_older(client: "MlflowClient", experiment: str, uri: str) -> None:
@@ -318,8 +318,7 @@ def _context_tags() -> dict[str, str]:
 class RunIds(Protocol):
     """Remembers the MLflow run of the work, so that the next attempt resumes it."""
 
-    def tracking_run(self, uri: str) -> str | None:
-        """Return the id of the run in the MLflow at `uri`; None if there is none yet."""
+    def tracking_run(self, uri: str) -> str | None: ...
 
     def keep_tracking_run(self, uri: str, run_id: str) -> None: ...
 

@@ -30,8 +30,6 @@ _TAG = "olora.can_be_written"
 
 
 class Point(NamedTuple):
-    """A value of a metric."""
-
     name: str
     value: float
     timestamp: int
@@ -83,7 +81,6 @@ class WriteQueue:
 
     @property
     def away(self) -> str:
-        """The reason why MLflow does not answer; empty while it does."""
         return self._away
 
     def rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
@@ -106,7 +103,6 @@ class WriteQueue:
                 self._system_step += 1
 
     def write(self, what: str, write: Callable[["MlflowClient"], object]) -> None:
-        """Add another write; `what` names it in a warning."""
         with self._changed:
             if not self._closed:
                 self._add(Write(what, write))
@@ -163,7 +159,6 @@ class WriteQueue:
             return not self._closed
 
     def _load(self, client: "MlflowClient") -> None:
-        """Ask MLflow for the points of this run, and drop them from the queue."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -199,7 +194,6 @@ class WriteQueue:
             self._changed.notify_all()
 
     def _next_batch(self) -> list[Point | Write]:
-        """Return the next items to send: the points of one request, or one other write."""
         with self._changed:
             batch: list[Point | Write] = []
             for item in self._queue:

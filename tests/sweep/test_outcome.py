@@ -123,9 +123,9 @@ def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     assert [(one.status, one.reason) for one in found.trials] == [
         ("finished", ""),
         ("stopped", "asha after 50% of its 8 steps"),
-        ("unfinished", "the search ended before it"),
+        ("unfinished", "the search ended before the trial did"),
         ("finished", ""),  # all its steps were done before the decision reached it
-        ("unfinished", "the search ended before it"),
+        ("unfinished", "the search ended before the trial did"),
         ("unfinished", ""),  # its process died
     ]
     assert found.notes == ("The search ended early: why.",)

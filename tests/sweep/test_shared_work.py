@@ -53,7 +53,7 @@ METHODS = ["lora", "olora", "pissa", "pissa_fast", "milora", "orthogonal", "nora
 )
 def test_what_is_made_for_a_space(search: dict[str, Any], expected: list[tuple[str, int]]) -> None:
     config = tiny.config(adapter__rank=8, adapter__alpha=8)
-    assert shared_work.kinds(config, Space.model_validate({"search": search})) == expected
+    assert shared_work.factor_keys(config, Space.model_validate({"search": search})) == expected
 
 
 def test_a_rank_that_a_layer_does_not_allow_is_refused_for_every_method_of_the_space() -> None:
@@ -100,7 +100,7 @@ def test_every_trial_starts_with_the_factors_that_it_would_make(
 ) -> None:
     space = Space.model_validate({"search": {"adapter.method": {"grid": METHODS}, "adapter.rank": {"choice": [4, 8]}}})
     spec = spec_of()
-    shared_work.make(spec, str(tmp_path), shared_work.kinds(spec.config, space))
+    shared_work.make(spec, str(tmp_path), shared_work.factor_keys(spec.config, space))
     trials = [
         replace(spec, config=override(spec.config, {"adapter.method": name, "adapter.rank": rank, "adapter.alpha": 3}))
         for name in METHODS

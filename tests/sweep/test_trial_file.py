@@ -54,12 +54,12 @@ def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Pat
     for step, value in ((4, 0.5), (8, 1.0), (12, 0.8)):
         first.measured(step, value)
     second = trial_file.TrialFile(str(tmp_path), record(), "min")
-    second.goes_on(8)
+    second.keep_curve(8)
     second.measured(16, 0.9)
     assert second.record.curve == ((4, 0.5), (8, 1.0), (16, 0.9))
     assert second.record.value == 0.5
     other = trial_file.TrialFile(str(tmp_path), replace(record(), params={"train.lr": 2e-3}), "min")
-    other.goes_on(16)
+    other.keep_curve(16)
     assert other.record.curve == ()
 
 

@@ -52,7 +52,6 @@ def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
 
 
 def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tuple["Figure", "Axes"]:
-    """Return a figure and its axes, with a title above and a caption below; `width` and `height` in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -62,7 +61,6 @@ def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tu
 
 
 def say(axes: "Axes", sentence: str) -> None:
-    """Write why there is no picture into the axes."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED)
 
@@ -74,10 +72,9 @@ def legend(axes: "Axes", title: str = "") -> None:
 
 
 def parallel(record: SearchRecord) -> "Figure":
-    """Draw one line per trial through its parameters to its value."""
     best, default = record.best(), record.of(record.default)
     low, high, beyond = _metric_range(record)
-    caption = f"one line per trial; darker is better ({_better(record)}); dashed: the default config"
+    caption = f"one line per trial, darker for better trials ({_better(record)}); dashed: the default config"
     figure, axes = new(f"Parameters and {_metric(record)}", caption + _orange(best) + beyond, width=12.0, height=4.8)
     if not record.trials:
         say(axes, NOTHING)
@@ -103,17 +100,16 @@ def parallel(record: SearchRecord) -> "Figure":
     behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for number, (_, ticks) in enumerate(columns):
         axes.vlines(number, 0, 1, color=MUTED, linewidth=1)
-        for place, shown in ticks:
-            axes.text(number + 0.015 * len(names), place, shown, va="center", bbox=behind, zorder=5)
+        for position, shown in ticks:
+            axes.text(number + 0.015 * len(names), position, shown, va="center", bbox=behind, zorder=5)
     return figure
 
 
 def curves(record: SearchRecord) -> "Figure":
-    """Draw the metric over the steps, one line per trial, with a mark where a trial ended early."""
     best, default = record.best(), record.of(record.default)
     drawn = {trial.number: points for trial in record.trials if (points := _points(trial))}
     low, high, beyond = _range(record, [[value for _, value in points] for points in drawn.values()])
-    caption = f"one line per trial; darker is better{_orange(best)}{beyond}"
+    caption = f"one line per trial, darker for better trials{_orange(best)}{beyond}"
     figure, axes = new("Learning curves", caption, width=12.0, height=4.8)
     if not drawn:
         say(axes, NOTHING)
@@ -160,14 +156,14 @@ def rate(record: SearchRecord) -> "Figure":
     trials = record.ranked()
     across, ticks = _positions([trial.params.get(field, _MISSING) for trial in trials])
     groups = [text.value(trial.params.get(group, "")) if group else "" for trial in trials]
-    kinds = sorted(dict.fromkeys(groups), key=lambda kind: (len(kind), kind))
-    for number, kind in enumerate(kinds):
+    values = sorted(dict.fromkeys(groups), key=lambda value: (len(value), value))
+    for number, value in enumerate(values):
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot([], [], "o", color=colour, label=text.value(kind, 18) if group and number < 12 else None)
-        for trial, place, own in zip(trials, across, groups, strict=True):
-            if own == kind:
+        axes.plot([], [], "o", color=colour, label=text.value(value, 18) if group and number < 12 else None)
+        for trial, position, own in zip(trials, across, groups, strict=True):
+            if own == value:
                 face = colour if trial.status == "finished" else "white"
-                axes.plot(place, _clipped(trial, low, high), "o", color=colour, markerfacecolor=face, markersize=8)
+                axes.plot(position, _clipped(trial, low, high), "o", color=colour, markerfacecolor=face, markersize=8)
     axes.plot(across[0], _clipped(best, low, high), "o", markersize=17, markerfacecolor="none", markeredgecolor=BEST,
               markeredgewidth=2.4)  # fmt: skip
     default = record.of(record.default)
@@ -175,7 +171,7 @@ def rate(record: SearchRecord) -> "Figure":
         at = (across[trials.index(default)], _clipped(default, low, high))
         if math.isfinite(at[0]):
             axes.annotate("default", at, (11, 0), textcoords="offset points", va="center", color=MUTED)
-    axes.set_xticks([place for place, _ in ticks], [shown for _, shown in ticks])
+    axes.set_xticks([position for position, _ in ticks], [shown for _, shown in ticks])
     axes.set(xlim=(-0.06, 1.06), xlabel=text.value(field, 60), ylabel=f"{_metric(record)} ({_better(record)})")
     axes.grid()
     legend(axes, text.value(names[group], 22) if group else "")
@@ -183,7 +179,6 @@ def rate(record: SearchRecord) -> "Figure":
 
 
 def importances(record: SearchRecord) -> "Figure":
-    """Draw the importance of each field as bars, or write why it cannot be computed."""
     shares, trials = importance(record)
     caption = f"share of the variance that a field alone explains (fANOVA, {plural(trials, 'trial')})"
     figure, axes = new(f"Importance for {_metric(record)}", caption)
@@ -238,8 +233,8 @@ def importance(record: SearchRecord) -> tuple[dict[tuple[str, ...], float] | str
     if not groups:
         return "every field has one value only", len(kept)
     rows = [{names[0]: columns[names[0]][number] for names in groups.values()} for number in kept]
-    found = _fanova(rows, [_clipped(trials[number], low, high) for number in kept])
-    shares = {tuple(names): found[names[0]] for names in groups.values()}
+    fanova = _fanova(rows, [_clipped(trials[number], low, high) for number in kept])
+    shares = {tuple(names): fanova[names[0]] for names in groups.values()}
     if not any(share > 0 for share in shares.values()):
         return "no field explains the differences", len(kept)
     return dict(sorted(shares.items(), key=lambda item: -item[1])), len(kept)
@@ -255,9 +250,9 @@ def _fanova(rows: Sequence[Mapping[str, float]], values: Sequence[float]) -> dic
         study = optuna.create_study()
     finally:
         optuna.logging.set_verbosity(level)
-    kinds: dict[str, Any] = dict.fromkeys(rows[0], optuna.distributions.FloatDistribution(0.0, 1.0))
+    distributions: dict[str, Any] = dict.fromkeys(rows[0], optuna.distributions.FloatDistribution(0.0, 1.0))
     for row, value in zip(rows, values, strict=True):
-        study.add_trial(optuna.trial.create_trial(params=dict(row), distributions=kinds, value=value))
+        study.add_trial(optuna.trial.create_trial(params=dict(row), distributions=distributions, value=value))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return {
         name: float(share)
@@ -276,7 +271,7 @@ def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, st
         to, back = (math.log, math.exp) if logarithmic else (float, float)
         low, high = to(min(known)), to(max(known))
         low, width = (low, high - low) if high > low else (low - 0.5, 1.0)
-        places = [min(1.0, max(0.0, (to(value) - low) / width)) if text.is_number(value) else math.nan
+        positions = [min(1.0, max(0.0, (to(value) - low) / width)) if text.is_number(value) else math.nan
                   for value in values]  # fmt: skip
         distinct = sorted({float(value) for value in known})
         shown = distinct if len(distinct) <= 5 else [back(low + width * part / 4) for part in range(5)]
@@ -284,13 +279,13 @@ def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, st
     else:
         names = list(dict.fromkeys(map(text.value, known)))
         at = {name: number / (len(names) - 1) if len(names) > 1 else 0.5 for number, name in enumerate(names)}
-        places = [at.get(text.value(value), math.nan) for value in values]
-        ticks = [(place, text.value(name, 16)) for name, place in at.items()]
+        positions = [at.get(text.value(value), math.nan) for value in values]
+        ticks = [(position, text.value(name, 16)) for name, position in at.items()]
     apart: list[tuple[float, str]] = []
     for tick in ticks:
         if not apart or tick[0] - apart[-1][0] >= 0.07:  # nearer labels would overlap
             apart.append(tick)
-    return places, apart
+    return positions, apart
 
 
 def _range(record: SearchRecord, values: Sequence[Sequence[float]]) -> tuple[float, float, str]:
@@ -326,7 +321,6 @@ def _points(trial: TrialRecord) -> list[tuple[int, float]]:
 
 
 def _rate_fields(record: SearchRecord) -> tuple[str | None, str | None]:
-    """Return the field of the x axis and the field of the colours."""
     fields = _fields(record)
     if not {"train.lr", "adapter.rank"} <= set(fields):
         shares, _ = importance(record)

@@ -59,7 +59,7 @@ th[aria-sort=descending] button::after { content: "\\2193"; }
 <body>
 $body
 <script>
-// A click on a column's name sorts by it, another turns the order around. Cells without a value stay last.
+// A click on a column's name sorts by it, a second click reverses the order. Cells without a value stay last.
 const table = document.querySelector("table");
 table.querySelectorAll("th").forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
   const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
@@ -84,14 +84,12 @@ def document(title: str, body: str) -> str:
 
 
 def image(png: bytes, described: str, wide: bool) -> str:
-    """Return a figure that contains its picture."""
     data = base64.b64encode(png).decode()
     kind = ' class="wide"' if wide else ""
     return f'<figure{kind}><img alt="{escape(described)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def terms(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return a list of names with their texts."""
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs) + "</dl>"
 
 
@@ -133,7 +131,6 @@ def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) 
 
 
 def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
-    """Return the page; `pictures` are PNGs by the names of FIGURES."""
     figures = "\n".join(image(png, *_DESCRIBED[name]) for name, png in pictures.items())
     about = (
         f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"

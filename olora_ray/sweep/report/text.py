@@ -94,12 +94,10 @@ def lines(record: SearchRecord, top: int = 10) -> list[str]:
 
 
 def summary(record: SearchRecord) -> list[str]:
-    """Return the closing lines: the best trial, the default config, the spread, the statuses, the saved time."""
     return aligned([[f"{name}:", sentence] for name, sentence in facts(record)], [False, False])
 
 
 def facts(record: SearchRecord) -> list[tuple[str, str]]:
-    """Return the outcome as pairs of (name, sentence)."""
     all_facts = [
         ("best", _best(record)),
         ("default", against_default(record)),
@@ -112,7 +110,6 @@ def facts(record: SearchRecord) -> list[tuple[str, str]]:
 
 
 def against_default(record: SearchRecord) -> str:
-    """Return how the best value compares to that of the default config."""
     best, default = record.best(), record.of(record.default)
     if best is None:
         return ""
@@ -131,7 +128,6 @@ def against_default(record: SearchRecord) -> str:
 
 
 def spread(record: SearchRecord) -> str:
-    """Return how far the top trials are apart, and how many are almost as good as the best."""
     ranked = record.ranked()
     # Only finished trials: a stopped one is also behind because it had fewer steps.
     top = ([trial for trial in ranked if trial.status == "finished"] or ranked)[:5]
