@@ -1,4 +1,4 @@
-"""The gate: monotone in both models, deaf to noise only where it is told to be, and clear about why."""
+"""The gate: monotone in both models, insensitive to noise unless configured otherwise, and clear about its reasons."""
 
 import math
 from dataclasses import replace
@@ -28,12 +28,12 @@ def results(losses: Any, tokens: int = 1, data: str = "rows", **scores: Any) -> 
 
 
 def gate(**fields: Any) -> Gate:
-    """A gate on which few rows are enough."""
+    """Return a gate that accepts few rows."""
     return Gate.model_validate({"min_rows": 2, **fields})
 
 
 def lax(**fields: Any) -> Gate:
-    """A gate that decides by the middle of the interval alone."""
+    """Return a gate that decides by the mean improvement alone."""
     return gate(confident=False, **fields)
 
 
@@ -152,7 +152,7 @@ def test_rows_that_are_alike_widen_the_interval() -> None:
 
 
 def test_rows_that_the_champion_was_trained_on_are_left_out() -> None:
-    champion = results([0.01] * 40 + [2.0, 2.2] * 15)  # it knows the first forty by heart
+    champion = results([0.01] * 40 + [2.0, 2.2] * 15)  # it has memorised the first forty rows
     better = results([1.0, 1.1] * 20 + [1.0, 1.1] * 15)
     assert not decide(Gate(), better, champion).passed
     fair = decide(Gate(), better, champion, HeldOut(unseen=list(range(40, 70))))
@@ -166,7 +166,7 @@ def test_rows_that_the_champion_was_trained_on_are_left_out() -> None:
 
 
 def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal() -> None:
-    """The first file has changed, and all answers are to its rows: each night trained, and then ended with an error."""
+    """Regression: the first file has changed and all answers are to its rows. Each night trained, then failed."""
     better, champion = (results([1.0] * 70, first=[score] * 40) for score in (1.0, 0.0))
     found = decide(Gate(metric="eval/first"), better, champion, HeldOut(unseen=list(range(40, 70))))
     assert not found.passed
@@ -181,7 +181,7 @@ def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal() 
 
 
 def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
-    """Fails where scores are lists: pairs of other rows, or lists of different lengths."""
+    """As lists, scores would be paired with other rows, or have different lengths."""
 
     def scored(found: dict[int, float]) -> RowResults:
         plain = results([1.0] * 6)
@@ -197,7 +197,7 @@ def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
 
 
 def test_whoever_answers_only_what_is_easy_does_not_win() -> None:
-    """A scorer left out the answers that it could not read, and the two were compared on the few that were left."""
+    """Regression: a scorer left out unreadable answers, and only the few other rows were compared."""
     champion, challenger = results([1.0] * 200, acc=[1.0] * 150 + [0.0] * 50), results([1.0] * 200, acc=[1.0] * 200)
     few = replace(challenger, scores={"acc": dict.fromkeys(range(0, 200, 7), 1.0)})
     decision = decide(gate(metric="eval/acc"), few, champion)
@@ -206,7 +206,7 @@ def test_whoever_answers_only_what_is_easy_does_not_win() -> None:
     assert decide(gate(metric="eval/acc"), challenger, champion).passed
     both = replace(champion, scores={"acc": {row: champion.scores["acc"][row] for row in few.scores["acc"]}})
     assert decide(gate(metric="eval/acc"), few, both).passed
-    one = HeldOut(groups=[row // 100 for row in range(200)])  # two groups, fewer in both of them: may be chance
+    one = HeldOut(groups=[row // 100 for row in range(200)])  # fewer in both of two groups may be chance
     assert "the challenger has no score" not in decide(gate(metric="eval/acc"), few, champion, one).reason
 
 
@@ -221,7 +221,7 @@ def test_the_means_that_are_told_are_of_the_rows_that_are_compared() -> None:
 
 @pytest.mark.lengthy
 def test_a_challenger_that_is_as_good_rarely_passes_on_few_rows_either() -> None:
-    """Both of two rows are better by luck every fourth night, and that was enough where gate.min_rows is set so low."""
+    """By chance both of two rows are better every fourth night, which was enough with such a low gate.min_rows."""
     rng = np.random.default_rng(6)
     for rows in (2, 3, 4, 5):
         pairs = rng.normal(2.0, 0.3, (200, 2, rows))

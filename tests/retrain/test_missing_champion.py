@@ -1,7 +1,7 @@
 """Nights after the champion's alias or version was deleted in MLflow: a worse version never becomes champion.
 
-MLflow is a real one. Training and measuring are replaced: a night registers a version of one small file, and what it
-is to lose on the held-out rows is a tag of it.
+MLflow is real. Training and measurement are replaced: a night registers a version of one small file, with a tag that
+holds its loss on the held-out rows.
 """
 
 import re
@@ -39,7 +39,7 @@ WORSE, BETTER = 1.41, 0.50
 
 
 class Nights:
-    """Nights of one model in a folder of their own."""
+    """Nights of one model in its own folder."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class Nights:
         """Happens when the challenger is trained, and nothing is measured yet."""
 
     def call(self, loss: float | None = None) -> str:
-        """A night on a new file, whose version is to have this loss; None: on the same files. Returns the log."""
+        """Run a night on a new file with a version of this loss (None: on the same files); return the log."""
         if loss is not None:
             self.loss = loss
             file = self.folder / f"{len(self.config.data.train)}.jsonl"
@@ -71,7 +71,7 @@ class Nights:
         return str(caught.value)
 
     def register(self, loss: float, tags: dict[str, str], run_id: str | None = None) -> str:
-        """One more version, without an alias, as finetune.py registers it; returns its number."""
+        """Register one more version without an alias, as finetune.py does; return its number."""
         files = self.folder / "files" / f"{len(list(self.folder.glob('files/*')))}"
         files.mkdir(parents=True)
         (files / "MLmodel").write_text(str(loss))
@@ -105,7 +105,7 @@ def measured(_: object, __: object, versions: list[Version]) -> list[RowResults]
 
 @dataclass(frozen=True)
 class Begun:
-    """A project whose three nights each made a better version."""
+    """A project after three nights that each improved the model."""
 
     folder: Path
     config: Config
@@ -159,7 +159,7 @@ def without_verdicts(nights: Nights) -> None:
 
 
 def without_record(nights: Nights) -> None:
-    """As a registry of an older release."""
+    """Return a registry as an older release left it."""
     nights.client.delete_registered_model_tag(NAME, LAST)
 
 
@@ -279,7 +279,7 @@ def test_a_challenger_that_is_deleted_before_it_is_judged_is_registered_again(
 
 
 def test_by_hand_after_it_was_deleted(nights: Nights, capsys: pytest.CaptureFixture[str]) -> None:
-    """`promote` keeps `previous`, and a rollback needs it."""
+    """`promote` keeps `previous`, which a rollback needs."""
     at = ("--tracking-uri", nights.aliases.uri)
     without_alias(nights)
     with pytest.raises(UserError, match="nothing to roll back to: there is no champion"):

@@ -1,4 +1,4 @@
-"""A webhook and a command are told how a retraining ended; through the entry script, without a training."""
+"""A webhook and a command get the result of a retraining; through the entry script, without a training."""
 
 import json
 import logging
@@ -34,11 +34,11 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
     found = recipe.look(load(nightly.config))
     assert found.config.data.train[0].format == "messages", "what the config leaves open"
     now = found.fingerprint
-    # As a call leaves it that is cut off between the gate's decision and its record.
+    # The state after an interruption between the gate's decision and its record.
     tags = {**now.tags(), GATE: f"{verdict}: eval/loss 0.5", AGAINST: ""}
     client.create_model_version("nightly", "/nowhere", tags=tags)
     with receiver() as hook:
-        for _ in range(2):  # the second finds nothing changed, which is not told
+        for _ in range(2):  # the second call finds no change and sends nothing
             retrain.main([str(nightly.config), f"notify.url={hook.url}"])
     (message,) = hook.got
     assert datetime.fromisoformat(message.pop("time")).tzinfo
@@ -70,7 +70,7 @@ def test_a_failure_is_told_also_without_mlflow(nightly: Nightly, change: str, wh
 
 
 def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The warnings of a notification."""
+    """Return the warnings of a notification."""
     with caplog.at_level(logging.WARNING, logger="olora_ray"):
         notify.tell(config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer")
     return [record.getMessage() for record in caplog.records]

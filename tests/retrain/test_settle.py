@@ -1,4 +1,4 @@
-"""The end of a retraining on a real MLflow: decided against the champion of now, whatever happened meanwhile."""
+"""The end of a retraining on a real MLflow: the decision is against the current champion in every case."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def aliases(storage: Path, request: pytest.FixtureRequest) -> Aliases:
-    """Champion 2, previous 1, and a version 3 that was trained now."""
+    """Champion 2, previous 1, and the newly trained version 3."""
     found = registered.model(storage, f"m{abs(hash(request.node.name))}", 4)
     found.promote("1", "passed")
     found.promote("2", "passed")
@@ -36,7 +36,7 @@ def aliases(storage: Path, request: pytest.FixtureRequest) -> Aliases:
 def settled(
     aliases: Aliases, decision: Decision, meanwhile: Callable[[], object] = lambda: None
 ) -> tuple[str, list[str]]:
-    """What was said, and the champions that were compared with; `meanwhile` happens during the first comparison."""
+    """Return the log and the champions that were compared; `meanwhile` runs during the first comparison."""
     against: list[str] = []
 
     def decide(challenger: Version, champion: Version | None) -> Decision:

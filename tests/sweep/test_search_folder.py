@@ -1,4 +1,4 @@
-"""A search's folder is its own: the settings that it was begun with, and the state from which it resumes."""
+"""The folder of a search: the settings that it started with, and the state from which it resumes."""
 
 import pickle
 from pathlib import Path
@@ -23,9 +23,9 @@ TREE: dict[str, Any] = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}, "metri
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Of a search in an empty storage."""
+    """Config of a search in an empty storage."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(search_folder.address, "find", lambda: "local")  # whatever runs on this machine
+    monkeypatch.setattr(search_folder.address, "find", lambda: "local")  # whether or not Ray runs on this machine
     return override(tiny.config(), {"run.storage": str(tmp_path), "run.name": "quick-space"})
 
 
@@ -113,14 +113,14 @@ def test_progress_is_kept_and_damage_is_a_new_search(tmp_path: Path, damage: str
 
 
 def test_what_tune_unpickles_is_the_one_callback_with_the_limits_of_today(tmp_path: Path) -> None:
-    """Tune pickles it twice, as callback and as stopper: the copy that stops must be the one that counts."""
+    """Tune pickles the callback twice, as callback and as stopper. The stopper must be the callback that counts."""
     before = SweepCallback(str(tmp_path), space(patience=5))
     kept = cloudpickle.dumps({"callbacks": [before], "stop": before})
     today = SweepCallback(str(tmp_path), space(patience=2))
     restored = pickle.loads(kept)
     assert restored["callbacks"][0] is restored["stop"] is today
     moved = SweepCallback(str(tmp_path / "moved"), space())
-    assert pickle.loads(kept)["stop"] is moved  # the search lies elsewhere now
+    assert pickle.loads(kept)["stop"] is moved  # the search was moved
     today.since_better = 2
     assert restored["stop"].stop_all()
     assert today.over == "2 trials in a row had no better value"

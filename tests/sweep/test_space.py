@@ -47,7 +47,7 @@ GATED = override(
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
-    """A search decides nothing, and some of them have no answers scored; the best config has its gate again."""
+    """A search has no gate, and some spaces answer no rows. The best config has its gate again."""
     found = space_file.load(path, GATED)
     search = search_folder.search_config(GATED, found, path, registers=False)
     spec: Any = SimpleNamespace(space=found, name="search")
@@ -142,7 +142,7 @@ def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
-    # Values that YAML can have and a field cannot.
+    # Values that YAML allows and a field does not.
     "nan listed": (
         of({"choice": [1e-3, math.nan]}),
         "search.train.lr: train.lr: input should be a finite number (got nan)",
@@ -164,7 +164,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         " part (got 10.27); use quniform with whole numbers, or choice",
     ),
     "half steps for a whole number": (of({"quniform": [1, 16, 0.5]}, "adapter.rank"), "; use quniform with whole"),
-    # A field that follows another.
+    # A field that depends on another.
     "times without of": (of({"choice": [1e-3], "times": 2}), "search.train.lr: times: set without of"),
     "itself": (of({"of": "train.lr"}), "search.train.lr: of: train.lr must be searched"),
     "a chain": (
@@ -186,10 +186,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # Fields that must not vary, or not twice.
     **{
-        f"{field} must not vary": (
-            of({"choice": ["x"]}, field),
-            f"search.{field}: set it in the config; a search cannot vary",
-        )
+        f"{field} must not vary": (of({"choice": ["x"]}, field), f"search.{field}: set it in the config")
         for field in (
             "run.name",
             "run.storage",
@@ -201,10 +198,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
             "notify.command",
         )
     },
-    "a name set for all": (
-        {"search": LR, "set": {"run.name": "x"}},
-        "set.run.name: set it in the config; a search cannot vary",
-    ),
+    "a name set for all": ({"search": LR, "set": {"run.name": "x"}}, "set.run.name: set it in the config"),
     "held-out rows": (
         of({"choice": [0.1, 0.2]}, "data.eval_fraction"),
         "search.data.eval_fraction: all trials must be measured in the same way",
@@ -284,7 +278,7 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
 
 
 def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
-    """A method with even ranks only."""
+    """With a method that allows even ranks only."""
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"adapter.rank": {"choice": [2, 3]}}}))
     space_file.load(file, CONFIG)
@@ -293,7 +287,7 @@ def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path: Path) -> None:
-    """The config is then not one of the space, which both searchers that look for it are told."""
+    """Then the space does not contain the config, and the two searchers that need to know are told."""
     tree = {
         "search": {"train.clip": {"uniform": [0.5, 2]}, "train.weight_decay": {"of": "train.clip", "times": [0, 1]}}
     }
@@ -307,9 +301,9 @@ def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path:
 @pytest.mark.parametrize(
     ("domain", "field", "value", "contains"),
     [
-        ({"choice": [None, 1.0]}, "train.clip", None, True),  # null is a value like others
+        ({"choice": [None, 1.0]}, "train.clip", None, True),  # null is a value like any other
         ({"quniform": [4, 64, 4]}, "adapter.rank", 12, True),
-        ({"quniform": [4, 64, 4]}, "adapter.rank", 13, False),  # Optuna would take another instead, silently
+        ({"quniform": [4, 64, 4]}, "adapter.rank", 13, False),  # Optuna would silently use another value
         ({"quniform": [1, 16, 4]}, "adapter.rank", 16, False),
         ({"uniform": [1e-4, 1e-3]}, "train.lr", 2e-3, False),
     ],
@@ -336,7 +330,7 @@ SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
 def test_a_list_or_a_section_of_the_config_is_found_among_the_options(
     field: str, options: list[Any], own: Any, tmp_path: Path
 ) -> None:
-    """They have their defaults in a config, and need not in a space."""
+    """They contain their defaults in a config, but not necessarily in a space."""
     config = override(CONFIG, {"adapter": {"rank": 16}})
     for searcher in ("random", "tpe"):
         found = space(tmp_path, search={field: {"choice": options}}, searcher=searcher)
@@ -367,7 +361,7 @@ def test_steps_end_at_the_last_that_fits_and_stay_whole() -> None:
 
 
 def test_draws_of_a_narrow_range_differ() -> None:
-    """Four digits made each of them the lower end."""
+    """With four digits only, every draw would be the lower end."""
     found = Space.model_validate({"search": {"train.lr": {"uniform": [1.00001, 1.00002]}}, "include_default": False})
     drawn = {found.drawn(number)["train.lr"] for number in range(20)}
     assert len(drawn) == 20
@@ -450,7 +444,7 @@ def test_draws_repeat_lie_inside_and_depend_on_the_number(seed: int, number: int
     assert isinstance(values["adapter.rank"], int)
     assert values["adapter.alpha"] in (values["adapter.rank"] * 0.5, values["adapter.rank"] * 2)
     assert 0 <= values["adapter.dropout"] <= 0.2
-    # What a config holds is found again as draws.
+    # The values of a config are draws of the space.
     config = override(build(CONFIG.model_dump(mode="json")), values)
     assert found.as_draws(config) == draws
     assert {field: flatten(config)[field] for field in values} == values

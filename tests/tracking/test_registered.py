@@ -1,4 +1,4 @@
-"""From a name of the registry to checked files."""
+"""From a name in the registry to checked files."""
 
 import json
 import shutil

@@ -27,7 +27,7 @@ CLOSED = "http://127.0.0.1:9"
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One SQLite for all tests here."""
+    """One SQLite database for all tests here."""
     return mlflow_database.place(tmp_path_factory.mktemp("tracking") / "runs")
 
 
@@ -111,7 +111,7 @@ def test_a_remote_storage_needs_a_server() -> None:
 
 @contextlib.contextmanager
 def answering(status: int, text: bytes) -> Iterator[str]:
-    """The address of a server that is not MLflow, or not for us."""
+    """The address of a server that is not MLflow, or refuses us."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
