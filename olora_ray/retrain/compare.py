@@ -69,7 +69,7 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
             for index, each in opened.items():
                 logger.info(f"measuring version {versions[index].number} on the held-out rows")
                 with user_errors():
-                    # The answers of both versions end at the same tokens: those of the config's base model.
+                    # The answers of both versions end at the same tokens, which the config's base model defines.
                     base = replace(inputs.base, model=each.base.model)
                     rows = measure(base, each.adapter, held_out, each.config)
                 known[index] = done = Measured(each.tokenizer, rows)
@@ -97,7 +97,7 @@ class Measured:
 @dataclass(frozen=True)
 class _Opened:
     config: AnyConfig
-    """Its model is that of `base`."""
+    """Its `model` names the model of `base`."""
     base: Base
     adapter: str | None
     """The adapter's folder, for an adapter-only version."""

@@ -1,6 +1,6 @@
 """Retraining, from a look at the data to the moved alias. It may be called at any time and any number of times.
 
-    unchanged    data, base model and settings are those of the champion: nothing is done
+    unchanged    the champion has the same data, base model and settings: nothing is done
     promoted     the new version has passed the gate and is the champion
     refused      the new version has not passed: it stays challenger, the reason is its tag
     failed       an error that another call does not fix

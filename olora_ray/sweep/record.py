@@ -43,7 +43,7 @@ class TrialRecord:
     spared: float = 0.0
     """Seconds of preparation and initialisation that the search did once for all trials."""
     reason: str = ""
-    """Why the trial failed or was stopped."""
+    """Reason of a failure or a stop."""
     folder: str = ""
     """Its run folder."""
     mlflow_run: str = ""
@@ -146,7 +146,7 @@ class TrialFile:
     def resume_from(self, step: int, other: TrialRecord | None = None) -> None:
         """Keep the curve of an earlier attempt up to `step`; with `other`, the curve of that trial.
 
-        The value becomes that of the best adapter in the checkpoint that the trial resumes from.
+        The value becomes the best one up to `step`, because the checkpoint holds the adapter of that value.
         """
         source = other or self._previous
         curve = source.curve if source else ()

@@ -104,13 +104,13 @@ class Progress:
     complete: bool = False
     """True if there is nothing left to run."""
     note: str = ""
-    """Why the search ended before all trials did; empty if it did not."""
+    """Reason for an early end of the search; empty if all trials ended."""
     cut: tuple[int, ...] = ()
     """Numbers of the trials that were running when a limit ended the search."""
 
 
 def progress(folder: str) -> Progress:
-    """Return the progress of the search in `folder`; for a missing or damaged file that of a new search."""
+    """Return the progress of the search in `folder`; a new one if the file is missing or damaged."""
     try:
         return TypeAdapter(Progress).validate_json(storage.read_text(storage.join(folder, _PROGRESS)))
     except (OSError, ValueError):

@@ -44,12 +44,12 @@ class Shared:
     """Seconds for all factors; 0 if they existed."""
     base: float = 0.0
     """Seconds of the base model's evaluation on the held-out rows; 0 if the result existed."""
-    told: tuple[str, ...] = ()
-    """Per method that looks at data, a line for the log about how much."""
+    lines: tuple[str, ...] = ()
+    """For the log: how much data each method has read, if it reads data."""
 
 
 def factor_keys(config: Config, space: Space) -> list[FactorKey]:
-    """Return the factors that are made for all trials: per method, those of the largest rank."""
+    """Return the factors that all trials share: for each method, the factors of the largest rank."""
     # Smaller ranks are a prefix of the largest for most methods. Other methods need factors of every rank. If the space
     # has a range of ranks, each trial makes these itself.
     ranks = sorted(space.possible("adapter.rank", config.adapter.rank))
@@ -85,12 +85,12 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
     began = time.perf_counter()
-    told = [line for factors in missing if (line := _make_factors(factors, shared))]
+    lines = [line for factors in missing if (line := _make_factors(factors, shared))]
     between = time.perf_counter()
     if not known and not sharded:
         check_base(shared.loss, spec, shared.device)  # with the attention that the trials will have
         _measure(spec, shared, folder)
-    return Shared(between - began, time.perf_counter() - between, tuple(told))
+    return Shared(between - began, time.perf_counter() - between, tuple(lines))
 
 
 def _specs_of(spec: TrainSpec, wanted: Sequence[FactorKey]) -> Iterator[TrainSpec]:
@@ -138,6 +138,6 @@ def made(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey], what: str) -
         logger.info(f"{what}: {duration(time.monotonic() - began)} so far")
     with user_errors():
         shared: Shared = ray.get(task)
-    for line in shared.told:
+    for line in shared.lines:
         logger.info(line)
     return shared

@@ -224,7 +224,7 @@ LENGTHS = (
 
 
 class Scheduler(Section):
-    """Which trials are stopped early. It compares trials at the same share of their own steps."""
+    """The rule that stops trials early. It compares trials at the same share of their own steps."""
 
     kind: Literal["asha", "median", "population", "none"] = "asha"
     """asha: successive halving; median: stop trials below the median; population: PBT; none: stop no trial."""

@@ -198,7 +198,7 @@ def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any
     options = {field: domain.options() for field, domain in space.search.items() if _decides(field)}
     drawn = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     of_config: list[dict[str, Any]] = [{}] if space.has_default() and options else []
-    for changes in [*of_config, *drawn][:50]:  # each check takes as long as that of a single run
+    for changes in [*of_config, *drawn][:50]:  # a check takes as long as the preflight of a run
         shown = ", ".join(f"search.{field}={value}" for field, value in changes.items())
         yield f"{shown}: " if shown else "", changes | largest
 

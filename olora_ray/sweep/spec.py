@@ -28,7 +28,7 @@ WHOLE = 100.0
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """What every trial of a search gets, pickled."""
+    """The specification of a search that every trial gets, pickled."""
 
     name: str
     folder: str

@@ -26,7 +26,7 @@ from olora_ray.sweep.trial import Ended, Measured, TrialRun
 
 logger = logging.getLogger(__name__)
 
-# The callback of the search that this process runs. If it runs several in turn: that of the latest.
+# The callback of the search that this process runs, or of the latest search if there were several.
 _LIVE: list["SweepCallback"] = []
 
 
@@ -174,7 +174,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
 
 def _live(folder: str, space: Space) -> SweepCallback:
-    """Unpickle a callback as that of this process; `folder` is where the search was when it was pickled."""
+    """Return the callback of this process in place of a pickled one; `folder` is the search's folder at pickling."""
     return _LIVE[0] if _LIVE else SweepCallback(folder, space)
 
 
@@ -242,7 +242,7 @@ class SearchTrial(tune.Trainable):
         Path(checkpoint_dir, "checkpoint.json").write_text(json.dumps(note), encoding="utf-8")
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]  # Tune gives the folder
-        """Resume from a checkpoint of this trial, or take over that of a better one."""
+        """Resume from a checkpoint of this trial or of a better one."""
         note = json.loads(Path(checkpoint, "checkpoint.json").read_text(encoding="utf-8"))
         # By the trial's number, not by the path: the search may have been moved since this was written.
         owner = number_of(note["checkpoints"].rpartition("/")[0])

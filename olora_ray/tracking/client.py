@@ -40,7 +40,7 @@ _FULL = re.compile(r"database or disk is full|No space left on device|disk quota
 
 
 def remedy(error: BaseException) -> str | None:
-    """Return what is wrong and what to do; None for an error that may pass or is unknown."""
+    """Return the cause of an error and what to do; None for an error that may pass or is unknown."""
     for cause in causes(error):
         if UNTRUSTED.search(str(cause)):
             return TRUST

@@ -55,9 +55,9 @@ class BaseOfAdapter:
     """The base model of an adapter-only version, as the version stores it."""
 
     name: str
-    """As in a config: hub id, path, package://, s3://, models:/NAME/VERSION."""
+    """Name for a config: hub id, path, package://, s3://, models:/NAME/VERSION."""
     digest: str
-    """Of all files that decide the model's results (model/folder.py)."""
+    """Digest of all files that decide the model's results (model/folder.py)."""
     folder: str
     """Its folder on the machines of this cluster."""
     revision: str | None = None

@@ -181,7 +181,7 @@ def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal() 
 
 
 def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
-    """As lists, scores would be paired with other rows, or have different lengths."""
+    """Lists of scores would be paired with other rows, or have different lengths."""
 
     def scored(found: dict[int, float]) -> RowResults:
         plain = results([1.0] * 6)

@@ -1,4 +1,4 @@
-"""How often the default gate promotes a challenger that is as good as the champion, and a better one."""
+"""Frequency with which the default gate promotes a challenger that is as good as the champion, and a better one."""
 
 import time
 

@@ -58,7 +58,7 @@ def tune_trial(number: int, draws: Mapping[str, Any] | None = None) -> Trial:
 
 
 def result(step: int, total: int, value: float) -> dict[str, Any]:
-    """What a trial of so many steps reports."""
+    """Return the report of a trial with this many steps."""
     return {"step": step, "total": total, PROGRESS: WHOLE * step / total, "eval/loss": value}
 
 

@@ -79,7 +79,7 @@ def test_an_address_that_is_none(uri: str) -> None:
 def test_an_address_may_lie_in_a_variable_or_a_file(
     add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in tracking.uri: so the password is neither in a config nor in the list of processes."""
+    """Like in tracking.uri, the password is neither in a config nor in the list of processes."""
     uri, _ = add("kept")
     monkeypatch.setenv("OUR_MLFLOW", uri)
     (tmp_path / "uri").write_text(f"{uri}\n")

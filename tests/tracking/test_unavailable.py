@@ -284,7 +284,7 @@ def test_inside_reachable_other_errors_stay_as_they_are(address: str) -> None:
 
 
 def answer(status: int, text: str) -> requests.Response:
-    """What a server says."""
+    """Return the answer of a server."""
     found = requests.Response()
     found.status_code, found._content = status, text.encode()
     return found

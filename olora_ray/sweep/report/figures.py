@@ -207,8 +207,8 @@ FIGURES: dict[str, Callable[[SearchRecord], "Figure"]] = {
 def importance(record: SearchRecord) -> tuple[dict[tuple[str, ...], float] | str, int]:
     """Return the share of the metric's variance per group of fields, the greatest first, and the number of trials.
 
-    Instead of the shares: a sentence why there are none. The shares are those of Optuna's fANOVA, which gives the same
-    numbers for the same record.
+    A sentence replaces the shares if there are none. Optuna's fANOVA computes the shares, and gives the same numbers
+    for the same record.
     """
     fields = _fields(record)
     trials = [trial for trial in record.ranked() if trial.status in ("finished", "stopped")]
