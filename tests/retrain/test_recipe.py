@@ -230,11 +230,11 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config:
         made(override(apart, {"gate.min_rows": 21}), champion)
     made(override(apart, {"gate.min_rows": 21}), None)  # without a champion there is no comparison
     one_file, one_row = {"gate.group": "@file"}, {"gate.group": "text"}
-    with pytest.raises(UserError, match=r"on 1 group of held-out rows"):
+    with pytest.raises(UserError, match=r"has 1 group of held-out rows, but needs 20"):
         made(override(apart, one_file), champion)
     made(override(apart, one_row), champion)
     held_out.write_text("".join(json.dumps({"text": f"{number % 7}"}) + "\n" for number in range(40)))
-    with pytest.raises(UserError, match=r"on 7 groups of held-out rows"):
+    with pytest.raises(UserError, match=r"has 7 groups of held-out rows"):
         made(override(apart, one_row), champion)
     made(override(apart, one_row | {"gate.min_rows": 7}), champion)
     score = {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match", "evaluation.rows": 19}
