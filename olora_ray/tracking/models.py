@@ -432,7 +432,7 @@ def _inside(uri: str, version: Version, folder: Path) -> Registered:
         if (candidate / "config.json").is_file():
             return Registered(version, candidate, None)
     if not (folder / ADAPTER_PLACE / "adapter_config.json").is_file():
-        raise UserError(f"model.name: {uri} is registered, but is not a transformers model: it has no config.json")
+        raise UserError(f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model")
     return Registered(version, folder / ADAPTER_PLACE, _base(uri, folder))
 
 

@@ -73,7 +73,7 @@ def test_losses_count_downwards_and_scores_upwards() -> None:
         assert decide(lax(metric=metric), good, bad).passed, metric
         refused = decide(lax(metric=metric), bad, good)
         assert not refused.passed, metric
-        assert "must improve at least by 0" in refused.reason
+        assert "the improvement must be at least 0" in refused.reason
     assert improvement(gate(), good, bad).interval.mean == pytest.approx(1.1)
     assert improvement(gate(metric="eval/match"), good, bad).interval.mean == pytest.approx(0.5)
 
