@@ -139,7 +139,7 @@ def test_the_same_command_again_trains_nothing(searched: tuple[Path, str], tiny_
     project_folder = folder.parents[1]
     again = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "search: it has ended; its trials are reported, none is run" in again.stdout
+    assert "search: already complete; no trial runs" in again.stdout
     assert json.loads((folder / "leaderboard.json").read_text()) == before  # the duration too
     assert (said := re.search(r" trials: +(7 in .*)", log))
     assert said[1] in again.stdout
@@ -384,7 +384,7 @@ def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: P
     first = {trial["curve"][0][1] for trial in found.values()}
     assert len(first) == 1
     assert values[-1] < first.pop() - 0.1
-    assert "continues" in done.stdout
+    assert "resumes after step" in done.stdout
 
 
 @pytest.mark.slow
