@@ -156,11 +156,11 @@ def test_matrices_that_are_missing_or_left_over_are_told(llama: Case, tmp_path: 
     assert check_adapter(folder, llama.model, llama.adapter, llama.scale).problems == (
         f"PEFT finds no matrices for {LAYER}",
     )
-    with pytest.raises(UserError, match="does not have a lora_A and a lora_B of each layer, and no more"):
+    with pytest.raises(UserError, match="a lora_A and a lora_B for each layer"):
         read(folder, llama.model)
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}, file)
     assert "more than" in check_adapter(folder, llama.model, llama.adapter, llama.scale).problems[0]
-    with pytest.raises(UserError, match="does not have a lora_A and a lora_B of each layer, and no more"):
+    with pytest.raises(UserError, match="a lora_A and a lora_B for each layer"):
         read(folder, llama.model)
 
 
