@@ -79,7 +79,6 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n): output and input features; of each expert for a stack."""
         *_, m, n = self.whole_shape
         return m, n
 
@@ -139,7 +138,6 @@ class Candidate:
 
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
-    """Return the linear maps by name, in the model's order."""
     head, family = output_head(model), getattr(getattr(model, "config", None), "model_type", None)
     modules = dict(model.named_modules())
     outside = other_parts(model)
@@ -263,7 +261,6 @@ def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _other_experts(module: nn.Module) -> Iterator[str]:
-    """Yield the parameters of a module of experts that are neither stacks nor biases: their layout is not known."""
     stacks = {name for name, _ in _stacks(module)}
     for name, parameter in module.named_parameters(recurse=False):
         if _named_experts(module) and parameter.dim() > 1 and name not in stacks and "bias" not in name:
@@ -280,7 +277,6 @@ def _named_experts(module: nn.Module) -> bool:
 
 
 def stack(module: nn.Module, parameter: str) -> Target:
-    """Return the target for a module's parameter that holds the weights of all experts."""
     # transformers' interface for experts says whether they are transposed. Modules without it store E x m x n, except
     # Llama 4's. A wrong guess does no harm: adapter/layer.py refuses a product that takes them the other way round.
     declared = bool(module.is_transposed) if hasattr(module, "has_gate") and hasattr(module, "is_transposed") else None

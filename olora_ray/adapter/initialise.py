@@ -122,7 +122,6 @@ def options_of(adapter: Adapter) -> Options:
 
 
 def check(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
-    """Raise UserError if the method cannot have this rank in one of the layers; it names the first of them."""
     for name, (*_, m, n) in shapes.items():
         if problem := METHODS[method].problem(m, n, rank, name):
             raise UserError(problem)
@@ -178,7 +177,6 @@ def initialise(
 
 
 def at_scale(factors: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
-    """Return A0 and B0 for an adapter with these settings, from its A~ and B~."""
     use, options = METHODS[adapter.method], options_of(adapter)
     return {name: use.at_scale(item, adapter.scale(), options) for name, item in factors.items()}
 
@@ -277,7 +275,7 @@ def read(folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]
 
 
 def _first(stored: Any, dim: int, rank: int | None) -> Tensor:
-    """Read the first `rank` (None: all) entries of a stored tensor's dimension `dim`, and nothing else of it."""
+    # A slice of the stored tensor, so that nothing else of it is read.
     slices = [slice(None)] * len(stored.get_shape())
     slices[dim] = slice(rank)
     part: Tensor = stored[tuple(slices)]

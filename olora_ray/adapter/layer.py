@@ -57,7 +57,6 @@ class AdapterWeights:
         return scale * (self.db @ a0 + b @ self.da)
 
     def plain_rank(self) -> int:
-        """Return the rank of `plain_lora`: 2r with B0, r without."""
         return self.factors.rank * (1 if self.factors.b0 is None else 2)
 
     def plain_lora(self) -> tuple[Tensor, Tensor]:
@@ -176,7 +175,6 @@ class AdaptedWeight(nn.Module):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def weights(self) -> AdapterWeights:
-        """Return the adapter in its current state, detached."""
         return AdapterWeights(Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach())
 
 
@@ -207,8 +205,6 @@ class WeightFacts:
 
 
 class AdaptedLinear(AdaptedWeight):
-    """A linear layer, `base`, which stays unchanged, plus a trainable low-rank path."""
-
     def __init__(
         self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0, name: str = "a layer"
     ) -> None:
@@ -217,7 +213,6 @@ class AdaptedLinear(AdaptedWeight):
 
     @property
     def weight(self) -> WeightFacts:
-        """Facts about the base's weight."""
         # Facts alone: model code that multiplies with the weight itself would silently leave out the adapter.
         return replace(weight_facts(self.base), layer=self.name)
 
@@ -248,7 +243,6 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True if the module's class is a linear layer."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
@@ -399,8 +393,6 @@ class _Stack(_StandIn):
 
 
 class _Gathered(_StandIn):
-    """The weights for each row: its expert's."""
-
     def __init__(self, whole: _Stack, experts: Tensor) -> None:
         super().__init__(whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed)
         self._whole, self._experts = whole, experts

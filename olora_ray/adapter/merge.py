@@ -45,8 +45,6 @@ UNIT = torch.finfo(torch.float32).eps / 2
 
 @dataclass(frozen=True)
 class Change:
-    """The change that one layer's adapter adds to its parameter."""
-
     weights: AdapterWeights
     scale: float
     transposed: bool
@@ -176,7 +174,6 @@ def merge(
 def changes_of(
     share: Sequence[Group], adapter: Mapping[str, AdapterWeights], scale: float
 ) -> list[tuple[Group, dict[str, Change]]]:
-    """Return each group with the changes of its parameters; raises UserError for an adapter of another shape."""
     group_changes = []
     for group in share:
         changes = {
@@ -226,7 +223,6 @@ class Worst:
 
 
 def worst_of(of_shares: Sequence[Worst]) -> Worst:
-    """Return the worst of several shares; NaN is worse than any number."""
     largest = max(of_shares, key=lambda worst: (worst.error != worst.error, worst.error))
     coarsest = max((worst.stored for worst in of_shares), key=lambda stored: torch.finfo(getattr(torch, stored)).eps)
     return Worst(largest.error, largest.layer, coarsest)
@@ -241,7 +237,6 @@ def check_weights(
     scale: float,
     device: torch.device = _CPU,
 ) -> Worst:
-    """Return the largest error of the merged weights of these groups."""
     errors = [Worst(0.0, "", "float32")]
     for group, changes in changes_of(share, adapter, scale):
         stored = str(group.dtype).removeprefix("torch.")

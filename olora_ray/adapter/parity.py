@@ -48,8 +48,6 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class AsPeftReads:
-    """An adapter folder as PEFT reads it."""
-
     error: float
     """Largest relative error (Frobenius norm) of a layer's change; in stacks, of an expert's."""
     layer: str
@@ -59,7 +57,6 @@ class AsPeftReads:
 
     @property
     def ok(self) -> bool:
-        """True if layers and changes are right; False for NaN."""
         return not self.problems and self.error <= BOUND
 
 
@@ -189,8 +186,6 @@ def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> flo
 
 
 class _Total:
-    """The relative error of a matrix that is compared some rows at a time."""
-
     def __init__(self) -> None:
         self.wrong = self.size = 0.0
 
@@ -235,14 +230,11 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """True if it is within its bound; False for NaN."""
         return self.median <= self.bound
 
 
 @dataclass(frozen=True)
 class Logits:
-    """The logits of the models for the same tokens."""
-
     tokens: int
     largest: float
     """Largest absolute logit of the adapted model."""
@@ -258,7 +250,6 @@ class Logits:
     note: str = ""
 
     def problems(self) -> list[str]:
-        """Return one line for each difference that rounding does not explain."""
         lines = []
         for name, item in (("merged model", self.merged), ("adapter loaded by PEFT", self.peft)):
             if item is not None and not item.ok:
@@ -328,8 +319,6 @@ def measure_logits(
 
 @dataclass(frozen=True)
 class _Own:
-    """The adapted model's logits."""
-
     reference: Tensor
     moved: Tensor
     """With base weights moved by the merge's rounding; the reference if there is no merged folder."""
@@ -420,8 +409,6 @@ def _median(logits: Tensor, others: Tensor) -> float:
 
 @dataclass(frozen=True)
 class MergedFolder:
-    """The result of comparing the files of a merged folder with its base."""
-
     weights: Worst
     changed: tuple[str, ...]
     """Differences that no adapter explains."""
@@ -438,8 +425,6 @@ class MergedFolder:
 
 @dataclass(frozen=True)
 class Parity:
-    """Result of all comparisons."""
-
     merged: MergedFolder | None
     """None if no merged folder was asked for."""
     peft: AsPeftReads
@@ -448,11 +433,9 @@ class Parity:
 
     @property
     def ok(self) -> bool:
-        """True if the export is right."""
         return not self.problems()
 
     def problems(self) -> list[str]:
-        """Return one line for each comparison that is over its bound."""
         lines = [] if self.merged is None else self.merged.problems()
         lines += [f"adapter folder: {line}" for line in self.peft.problems]
         if not self.peft.problems and not self.peft.error <= BOUND:
@@ -479,7 +462,6 @@ class Parity:
         return "; ".join([*results, _logits_in_words(self.logits, quantised)])
 
     def to_json(self) -> dict[str, Any]:
-        """The content of parity.json."""
         return {**asdict(self), "ok": self.ok}
 
 

@@ -172,7 +172,6 @@ def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_i
 
 
 def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
-    """Return the names by which PEFT adapts these layers of the model."""
     layers = list(layers)
     mistaken = _mistaken(model)
     modules, parameters, keys = [], [], {}

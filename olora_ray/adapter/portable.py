@@ -52,12 +52,10 @@ def copy_tokenizer(base: Path, out: Path) -> None:
 
 
 def name_class(folder: Path, name: str) -> None:
-    """Write this class of transformers into tokenizer_config.json."""
     _rewrite(folder / "tokenizer_config.json", lambda fields: {**fields, "tokenizer_class": name})
 
 
 def put_template(folder: Path, source: str) -> None:
-    """Make the tokenizer of a folder write chats by this template alone."""
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     # The template of a processor, and others, were not used in the training. transformers would prefer some of them.
     (folder / "chat_template.json").unlink(missing_ok=True)
@@ -69,7 +67,6 @@ def put_template(folder: Path, source: str) -> None:
 
 
 def end_with(folder: Path, ids: Sequence[int]) -> None:
-    """Write these token ids into generation_config.json as the ids that end an answer."""
     file = folder / GENERATION
     if not file.is_file():
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -205,7 +202,6 @@ class Card:
 
 
 def model_card(card: Card) -> str:
-    """Return the README.md of an adapter's folder, with the metadata that the hub reads."""
     settings, hub = card.adapter, not posixpath.isabs(card.base_name)
     base = card.base_name if hub else posixpath.basename(card.base_name)
     path = card.base_name if hub else "PATH_OF_THE_BASE"
@@ -222,11 +218,7 @@ def model_card(card: Card) -> str:
         f"Training: {card.steps} steps, sequences of at most {card.max_length} tokens",
         *([f"Held-out loss: {card.eval_loss:.4f} per supervised token"] if card.eval_loss is not None else []),
         *([f"Base model in the training: {card.quantised}"] if card.quantised else []),
-        *(
-            [f"Answers end with {card.ends}: set it as a stop token of a server (`stop_token_ids`)"]
-            if card.ends
-            else []
-        ),
+        *([f"Answers end with {card.ends}: set it as a server's stop token (`stop_token_ids`)"] if card.ends else []),
         *([f"Compressed to rank {card.rank}: {card.compressed}"] if card.compressed else []),
         *([f"Checks of the export: {card.checked}"] if card.checked else []),
     ]

@@ -150,7 +150,6 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
         return sum(entry.size for entry in self.stored)
 
     def steps(self) -> Iterator[tuple[int, int]]:
@@ -162,24 +161,20 @@ class Group:
             yield first, min(first + count, rows)
 
     def read(self, folder: Path, first: int, last: int) -> Tensor:
-        """Return the stored numbers that rows first..last come from, as one vector."""
         parts = [piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write(self, folder: Path, numbers: Tensor, first: int, last: int) -> None:
-        """Write back the numbers that `read` returned, into existing files."""
         pieces = self._pieces(first, last)
         for piece, part in zip(pieces, numbers.split([piece.size for piece in pieces]), strict=True):
             piece.stored.write(folder, part.view(piece.shape), piece.rows[0])
 
     def rows(self, numbers: Tensor, parameter: str, first: int, last: int) -> Tensor:
-        """Return rows first..last of a parameter, from the numbers of `read`."""
         if self.converter is None:
             return numbers.view(last - first, *self.shapes[parameter][1:])
         return numbers[self._positions_of(first, last)[parameter]]
 
     def put(self, numbers: Tensor, parameter: str, rows: Tensor, first: int, last: int) -> None:
-        """Set the numbers that rows first..last of a parameter come from."""
         if self.converter is None:
             numbers.copy_(rows.reshape(-1))
         else:
@@ -276,8 +271,6 @@ class Group:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some rows of a stored tensor."""
-
     pattern: str
     stored: Stored
     rows: tuple[int, int]
@@ -292,7 +285,6 @@ class _Piece:
 
 
 def convert(converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], model: Any) -> dict[str, Tensor]:
-    """Return transformers' conversion of tensors, each given with the pattern of its name: parameter -> tensor."""
     fresh = copy.deepcopy(converter)
     for pattern, tensor in tensors:
         fresh.add_tensor(key, key, pattern, tensor)

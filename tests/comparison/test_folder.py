@@ -79,5 +79,5 @@ def test_other_rows_and_damage_are_refused(begun: Comparison) -> None:
     with pytest.raises(UserError, match="another test rows"):
         folder.begin(begun, {"test rows": "other", "base model": "b"})
     (Path(begun.config.folder()) / "compare.json").write_text("{")
-    with pytest.raises(UserError, match=r"compare\.json: cannot be read; put it back, or delete "):
+    with pytest.raises(UserError, match=r"compare\.json: cannot be read; restore it .*, or delete "):
         folder.check(begun)

@@ -175,7 +175,7 @@ def test_the_scripts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
         ("--places=5", "argument --places: 5 is below"),
         ("--explore=nan", "argument --explore: nan is below 0"),
         ("--busy=0", "argument --busy: 0 is not a probability above 0"),
-        ("--busy=1e-12", "argument --busy: no stay has come of it; set it, --days or"),
+        ("--busy=1e-12", "argument --busy: no stay was generated; set --busy, --days or"),
     ):
         with pytest.raises(UserError, match=problem):
             generate.main(["--out", str(tmp_path), "--days=1", option])

@@ -125,7 +125,7 @@ def test_the_room_is_that_of_the_model() -> None:
         assert 0 < shown < 45
         more = [*template.question(PAST[len(PAST) - shown - 1 :], WHEN), longest]
         assert len(ExampleTokenizer(spec, 4096)(Chat(tuple(more)))[0].ids) > length
-    with pytest.raises(UserError, match=r"data\.max_length: a question without any stay has no room"):
+    with pytest.raises(UserError, match=r"data\.max_length: too small for a question without any stay"):
         template.question(PAST, WHEN, prompt.fits(spec, 64))
 
 

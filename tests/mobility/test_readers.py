@@ -100,7 +100,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         check_ins(tmp_path, "")
     with pytest.raises(UserError, match=r"a\.csv:1: no column 'weekday'"):
         check_ins(tmp_path, "user_id,location_id,start_day,start_min\n")
-    with pytest.raises(UserError, match=r"a\.csv:1: the column 'weekday' is there twice"):
+    with pytest.raises(UserError, match=r"a\.csv:1: the first line has the column 'weekday' twice"):
         check_ins(tmp_path, HEADER.replace("id,user_id", "weekday,user_id"))
     with pytest.raises(UserError, match="no record is there"):
         check_ins(tmp_path, HEADER)
@@ -123,7 +123,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
 
 def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
     text = HEADER + "0,1,2,,,1,0,1\n1,1,3,,,0,0,0\n2,2,2,,,0,0,0\n3,1,2,,,1,0,1\n4,1,9,,,1,0,1\n"
-    with pytest.raises(UserError, match=r"a\.csv:3: person 1: the time lies before that of the record at .*a\.csv:2;"):
+    with pytest.raises(UserError, match=r"a\.csv:3: person 1: the time is before that of the record at .*a\.csv:2;"):
         check_ins(tmp_path, text)
     with pytest.raises(UserError, match=r"a\.csv:5: person 1: the same time and place as the record at .*a\.csv:2;"):
         check_ins(tmp_path, text, "unsorted")
@@ -219,7 +219,7 @@ def test_a_night_between_two_files_is_part_of_a_stay_but_no_week(tmp_path: Path)
         ("400.1,116.3,0,1,1,2008-10-23,03:00:00", "unknown place: latitude '400.1'"),
         ("nan,116.3,0,1,1,2008-10-23,03:00:00", "unknown place"),
         ("39.9,116.3,0,1,1,2008-10-23,24:00:00", "the time is '2008-10-23', '24:00:00'"),
-        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time lies before that of the point at"),
+        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time is before that of the point at"),
         ("39.9,116.3", "2 cells with commas"),
     ],
 )

@@ -91,7 +91,7 @@ def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     found = make_report(tmp_path, answers(tmp_path, answer.write(3)), law)
     assert found.best == Best((9, 3) * 4, (0.5,) * 8)
     assert found.lines()[-1] == (
-        "Whoever knows the law is right on 0.500 of such rows (on these: 0.500), the model on 1.000."
+        "The best possible answers are right on 0.500 of such rows (on these: 0.500), the model on 1.000."
     )
     for cut in ("", "0,1", "x" * 200_000):
         law.write_text(f"user_id,stay,best,chance\n{cut}")
@@ -111,7 +111,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     text = answers(tmp_path, answer.write(3)).read_text()
     found = refused(tmp_path, text.replace('"reference": "{\\"prediction\\": 3', '"reference": "{\\"prediction\\": 4'))
     assert f"{tmp_path}/test.jsonl:1: the answers are to other rows: evaluate on this file" in found
-    assert "answers.jsonl:49: x/test.jsonl:48 was answered before; give the answers of one" in refused(
+    assert "answers.jsonl:49: x/test.jsonl:48 was answered before; use the answers of one" in refused(
         tmp_path, 2 * text
     )
     last = text.splitlines()[0].replace("jsonl:48", "jsonl:99")
@@ -153,7 +153,7 @@ def test_one_person_says_nothing_of_others(tmp_path: Path) -> None:
         found = made([[ours] * 50], [[theirs] * 50], [[theirs] * 50])
         assert found.verdict()[0] == (
             "It is not shown that the model beats the best simple baseline, last on full past: Acc@1"
-            f" {1 if ours else -1:+.3f}, but one person says nothing of others."
+            f" {1 if ours else -1:+.3f}, but one person shows nothing about others."
         )
     write(tmp_path, people=1)
     lines = make_report(tmp_path, answers(tmp_path, answer.write(3))).lines()
@@ -166,7 +166,11 @@ def test_the_verdict_says_who_wins() -> None:
     good, poor = ([(rng.random(10) < share).tolist() for _ in range(60)] for share in (0.8, 0.4))
     assert made(good, poor, good).verdict()[0].startswith("The model beats the best simple baseline, last on full past")
     assert made(poor, good, good).verdict()[0].startswith("The model loses to the best simple baseline")
-    assert made(good, poor, good).verdict()[1].startswith("It is not shown that the model beats a rule less simple, x")
+    assert (
+        made(good, poor, good)
+        .verdict()[1]
+        .startswith("It is not shown that the model beats the best less simple rule, x")
+    )
 
 
 def test_a_baseline_that_was_chosen_of_several_has_to_be_further_ahead() -> None:

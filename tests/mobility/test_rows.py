@@ -76,8 +76,8 @@ def test_the_files(tmp_path: Path) -> None:
     template = Template("short", 6, 3)
     records = Records(known, {"cafe, corner": 1})
     said = rows.write(tmp_path, records, selection, template, six)
-    assert said[0] == "train: 22 rows of 2 people, of 16 the oldest stays had no room"
-    assert said[2] == "test: 5 rows of 2 people, 5 more were not drawn, of 5 the oldest stays had no room"
+    assert said[0] == "train: 22 rows of 2 people, 16 without their oldest stays, which did not fit"
+    assert said[2] == "test: 5 rows of 2 people, 5 more were not drawn, 5 without their oldest stays, which did not fit"
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     assert (row["user"], row["stay"], row["shown"]) == ("0", 4, 4)

@@ -42,7 +42,6 @@ same arguments give the same factors, whatever the global random state is; exper
 
 
 def keeps(options: Options) -> tuple[float, float]:
-    """Return the powers of s for factors that do not depend on s."""
     return 0.0, 0.0
 
 

@@ -12,7 +12,6 @@ from olora_ray.adapter.layer import Factors
 
 
 def exact_cost(m: int, n: int, rank: int) -> int:
-    """Return the approximate number of multiplications of `exact`: Gram matrix, eigenvectors, one product."""
     small, large = sorted((m, n))
     return small**2 * large + 9 * small**3 + m * n * rank
 
