@@ -66,7 +66,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that can be adapted: a linear layer's, or that of all experts of a mixture."""
+    """A weight that can be adapted: a linear layer's, or a stack of all experts' weights."""
 
     module: nn.Module
     parameter: str
@@ -105,7 +105,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a linear map is not adapted."""
+    """The reason why a linear map is not adapted."""
 
     what: str
     """The map, to follow "NAME is"."""

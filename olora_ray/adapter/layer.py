@@ -321,7 +321,7 @@ class _StandIn:
     def __init__(self, weight: Tensor, stack: Any, name: str, *, transposed: bool) -> None:
         self.weight, self.stack, self.name = weight, stack, name
         self.transposed = transposed
-        """Whether it is (E x) n x m as it is handed over."""
+        """True if the product gets it as (E x) n x m."""
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
 
     @classmethod

@@ -82,9 +82,9 @@ def check_adapter(
     worst_layer, worst = "", 0.0
     for name in adapter if sample is None else sample:
         change = Change(adapter[name], scale, stored_transposed(model, name))
-        error = _error(layers[name], change, sample is not None)
-        if error != error or error > worst:
-            worst_layer, worst = name, error
+        relative = _error(layers[name], change, sample is not None)
+        if relative != relative or relative > worst:
+            worst_layer, worst = name, relative
         if worst != worst:
             break
     return AsPeftReads(worst, worst_layer, ())

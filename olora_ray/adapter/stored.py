@@ -244,7 +244,7 @@ class Group:
         return pieces
 
     def _positions_of(self, first: int, last: int) -> dict[str, Tensor]:
-        """For each parameter, the positions of its numbers in the vector that `read` returns."""
+        """Return parameter -> the positions of its numbers in the vector that `read` returns."""
         key = (*self.kind, str(last - first))
         if key not in _positions:
             positions = self._find_positions(first, last)
@@ -460,7 +460,7 @@ class Fit:
     """The differences between a folder's tensors and its config."""
 
     problem: str | None
-    """What differs between model and files, to follow "FOLDER "; None if nothing is known to differ."""
+    """The difference between model and files, to follow "FOLDER "; None if none is known."""
     left_out: tuple[str, ...]
     """Tensors that the model does not use, such as layers that predict further tokens, or a vision part."""
 

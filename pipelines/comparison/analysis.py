@@ -62,7 +62,7 @@ def differences(
     methods: Sequence[str], finals: Sequence[Final], groups: Mapping[str, Sequence[int]]
 ) -> dict[str, Against]:
     """Return method -> its difference to the baseline, for methods that have losses with every seed."""
-    measured = {method: losses for method in methods if (losses := _losses(finals, method, groups)) is not None}
+    measured = {method: pair for method in methods if (pair := _losses(finals, method, groups)) is not None}
     if BASELINE not in measured:
         return {}
     losses, tokens = measured.pop(BASELINE)

@@ -150,7 +150,7 @@ class Against:
     interval: Interval
     """95% interval, for this comparison alone."""
     adjusted: Interval
-    """Wider interval, so that those of all comparisons hold together with 95%."""
+    """Wider interval: the adjusted intervals of all comparisons hold together with 95%."""
     p: float
     p_holm: float
 

@@ -138,6 +138,7 @@ def row(question: Question, by_template: bool) -> Row:
 
 def fill(questions: Iterable[Question], templates: Iterable[int], request: Request) -> tuple[Sets, Counter[str]]:
     """Return both sets, and counts of left-out questions by reason; raises UserError if there are too few."""
+    # None: both sets may have questions of every template.
     held = held_templates(templates, request.seed) if request.by_template else None
     wanted = {"--heldout": request.heldout, "--rows": request.rows}
     sets: dict[str, list[Row]] = {"--heldout": [], "--rows": []}

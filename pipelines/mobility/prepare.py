@@ -63,7 +63,9 @@ def main(argv: list[str]) -> None:
     fits = fitting(options["--config"]) if "--config" in options else None
     selection = rows.select(records.people, least, limits, seed, turns)
     if empty := [name for name in rows.SPLITS if not selection.targets[name]]:
-        raise UserError(f"argument RECORDS: no row for {empty[0]}.jsonl: nobody has enough stays; see --least")
+        raise UserError(
+            f"argument RECORDS: no row for {empty[0]}.jsonl: no person has enough stays; lower --least or add records"
+        )
     print("\n".join([f"read: {plural(len(records), 'stay')} of {len(records.people)} people", *repairs.lines()]))
     if records.counted():
         print(

@@ -55,7 +55,7 @@ class Template:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise UserError(f"argument --form: {self.form!r} is not known; there are {', '.join(FORMS)}")
+            raise UserError(f"argument --form: {self.form!r} is not known; use one of {', '.join(FORMS)}")
         if self.history < 0 or self.context < 1:
             raise UserError("arguments --history, --context: set --history to 0 or more, and --context to 1 or more")
 

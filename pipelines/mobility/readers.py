@@ -61,7 +61,7 @@ class Broken(ValueError):
 def read(paths: Sequence[str], format: str, repairs: Repairs) -> Records:
     """Read the records in files and folders; raises UserError if one is missing or cannot be read."""
     if format not in READERS:
-        raise UserError(f"argument --format: {format or 'nothing'!r} is not known; there are {', '.join(READERS)}")
+        raise UserError(f"argument --format: {format or 'nothing'!r} is not known; use one of {', '.join(READERS)}")
     reader, endings = READERS[format]
     files = [file for path in paths for file in _files(Path(path), endings)]
     with as_user_error("argument RECORDS", OSError):

@@ -64,7 +64,7 @@ class Repairs:
     def __post_init__(self) -> None:
         for name in self.wanted:
             if name not in REPAIRS:
-                raise UserError(f"argument --repair: {name!r} is not known; there are {', '.join(REPAIRS)}")
+                raise UserError(f"argument --repair: {name!r} is not known; use one of {', '.join(REPAIRS)}")
 
     def found(self, fault: str, file: str, line: int, reason: str) -> None:
         """Count a fault; raises UserError that names the line if its repair was not asked for."""

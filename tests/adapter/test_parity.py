@@ -1,4 +1,4 @@
-"""The verdict: what is exact decides, and its words say where."""
+"""The verdict: the exact checks decide, and its words name the error."""
 
 import json
 from dataclasses import replace
@@ -71,7 +71,6 @@ SETTINGS = Adapter(method="olora", rank=4, alpha=6)
 
 
 def measure(case: Case, folder: Path, merged: bool = True) -> Logits | str:
-    """Export as a run does, unless a test has written a folder already."""
     if merged and not (folder / "merged").exists():
         case.write_merged(folder / "merged")
     if not (folder / "adapter").exists():
@@ -111,7 +110,7 @@ def test_conv1d_and_a_run_without_a_merged_folder(tmp_path: Path) -> None:
 
 
 class Unused(nn.Module):
-    """Stands for a layer whose weight the model reads without calling it: its adapter takes no part."""
+    """A layer whose weight the model reads without calling it, so that its adapter takes no part."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()

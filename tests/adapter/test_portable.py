@@ -1,4 +1,4 @@
-"""The files of an exported folder load elsewhere, and say nothing of where they were made."""
+"""The files of an exported folder load elsewhere, and do not say where they were made."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tests.export_parts import save_tokenizer
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A folder with a tokenizer as transformers 5 writes one that it loaded from a folder."""
+    """Return a folder with a tokenizer that transformers 5 loaded from a folder and saved."""
     save_tokenizer(tmp_path / "first")
     AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "base")
     settings = tmp_path / "base" / "tokenizer_config.json"
@@ -99,7 +99,7 @@ def test_a_config_without_places_keeps_its_bytes_and_nothing_is_made(tmp_path: P
 
 
 def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: Path) -> None:
-    """A server goes on past the end of an answer that only the chat template names."""
+    """Without this a server continues after the end of an answer that only the chat template names."""
     for there in (True, False):
         base, merged = tmp_path / f"base-{there}", tmp_path / f"merged-{there}"
         for folder in (base, merged):

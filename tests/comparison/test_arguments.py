@@ -1,4 +1,4 @@
-"""A comparison as it is asked for: words of the command line, and a section of the config."""
+"""The command line of a comparison, and its section of the config."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The number of trainings, their time, and a budget that does not suffice."""
+"""The number of trainings, their time, and a budget that is too small."""
 
 from dataclasses import replace
 from pathlib import Path

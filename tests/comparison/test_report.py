@@ -1,4 +1,4 @@
-"""Sentences that a statistician would sign, and figures in which differences are seen."""
+"""The sentences of the report are statistically right, and its figures show the differences."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_conclusions(low: float, high: float, said: str) -> None:
 
 
 def test_the_method_nearest_to_the_baseline_is_corrected_for_too() -> None:
-    """Holm's steps go easiest on it, and it was called equivalent by an interval of its own."""
+    """Holm corrects it least, so its own interval would call it equivalent."""
     three, near = Difference(0.02, 0.002, 30.0), Difference(0.0055, 0.002, 30.0)
     p_values = [each.p() for each in (three, three, three, near)]
     level = simultaneous(0.95, 4)
@@ -88,7 +88,7 @@ LOSSES = (0.35, 0.33, 0.38)
 
 
 def drawn(base: float) -> Any:
-    """The axes of losses against learning rates, beside a base model with this loss."""
+    """Return the axes of losses against learning rates, with a base model of this loss."""
     points = [Point("lora", 16.0, 2.0**number * 1e-3, loss, True) for number, loss in enumerate(LOSSES)]
     methods = [SimpleNamespace(method="lora", tuned=None)]
     record: Any = SimpleNamespace(tuning_seed=17, points=points, base_tuning=base, methods=methods)
@@ -97,7 +97,7 @@ def drawn(base: float) -> Any:
 
 @pytest.mark.parametrize(("base", "shown"), [(0.45, True), (2.58, False), (float("inf"), False)])
 def test_learning_rates_can_be_told_apart_however_much_worse_the_base_model_is(base: float, shown: bool) -> None:
-    """Beside a base model with 2.58 all of them lay on one line."""
+    """With a base model at 2.58 in the picture, all other losses lay on one line."""
     axes = drawn(base)
     low, high = axes.get_ylim()
     assert (high > base) == shown

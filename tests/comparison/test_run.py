@@ -1,4 +1,4 @@
-"""A comparison from its first trial to its page, on made-up trainings that leave real files."""
+"""A comparison from its first trial to its page, with invented trainings that leave real files."""
 
 import json
 import math
@@ -65,7 +65,6 @@ def test_the_difference_is_that_of_the_losses_with_its_interval(
 
 
 def test_the_rows_that_are_told_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not those that are too long for the model."""
     cluster = Cluster(left=made.ROWS - 3)
     record = compared(monkeypatch, made.comparison(tmp_path), cluster)
     assert record.rows == {"train": 1000, "tuning": 57, "test": 57}
@@ -119,7 +118,7 @@ def test_what_half_of_the_seeds_do_not_reach_is_not_reached(tmp_path: Path, monk
 
 @pytest.mark.lengthy
 def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses of one version were compared with those of another, in silence."""
+    """Once, losses of one version were silently compared with those of another."""
     asked, cluster = made.comparison(tmp_path), Cluster(stop_after=5)
     with pytest.raises(KeyboardInterrupt):
         compared(monkeypatch, asked, cluster)
@@ -140,7 +139,7 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
 def test_a_driver_that_is_killed_has_noted_its_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, code: str, notes: tuple[str, ...]
 ) -> None:
-    """Killed in the first phase it had noted none, which was taken for another; in a later one it was missed."""
+    """A driver that was killed in a phase had noted no version, so the next version was not reported."""
     asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=14), ["one"]
     monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
     if killed_at > 14:
@@ -157,7 +156,7 @@ def test_a_driver_that_is_killed_has_noted_its_version(
 
 
 def test_trials_of_a_grid_that_began_elsewhere_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are found by their numbers: the loss of one rate was taken for that of another."""
+    """Trials are found by number, so the loss of one rate was once taken for another's."""
     asked, cluster = made.comparison(tmp_path), Cluster()
     made.running(monkeypatch, asked, cluster).tune()
     monkeypatch.setitem(grid.CENTRES, "olora", 1e-5)
@@ -235,7 +234,7 @@ def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
 def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The table asked for as many trainings of it as of the baseline, and the comparison ended without its page."""
+    """The table once asked for its trainings, and the comparison ended without its page."""
 
     def last(config: Config) -> float:
         return math.inf if config.adapter.method == "pissa" else made.loss(config)

@@ -1,4 +1,4 @@
-"""One template asks in training and serving, and what has no room is cut off at the left."""
+"""Training and serving ask by the same template; a question that is too long loses its oldest stays."""
 
 import json
 from collections.abc import Sequence
@@ -136,7 +136,7 @@ def test_the_template_is_kept_for_a_server(tmp_path: Path) -> None:
     (tmp_path / "template.json").write_text('{"shape": 3}')
     with pytest.raises(UserError, match="no template of mobility"):
         Template.load(tmp_path / "template.json")
-    with pytest.raises(UserError, match="argument --form: 'long' is not known; there are short, hours, tuple"):
+    with pytest.raises(UserError, match="argument --form: 'long' is not known; use one of short, hours, tuple"):
         Template("long")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--history, --context"):
         Template("short", 3, 0)

@@ -1,4 +1,4 @@
-"""Records become stays, each of them accounted for; what is wrong with one is a line that names it."""
+"""Records become stays, and every record counts; an error names the record's line."""
 
 import csv
 import gzip
@@ -71,7 +71,7 @@ def test_a_broken_check_in_names_its_line_and_can_be_left_out(tmp_path: Path, ro
 
 
 def test_a_weekday_that_contradicts_the_day_is_broken(tmp_path: Path) -> None:
-    """The days of each person count from a day of his own, over all files."""
+    """Each person has a day 0 of their own, over all files."""
     rows = "0,1,7,,,3,450,4\n1,9,8,,,0,0,6\n2,1,8,,,10,450,4\n3,1,8,,,11,450,4\n"
     with pytest.raises(UserError, match=r"a\.csv:5: weekday is 4, but by earlier records day 11 has 5"):
         check_ins(tmp_path, HEADER + rows)
@@ -79,7 +79,7 @@ def test_a_weekday_that_contradicts_the_day_is_broken(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_with_a_point_and_compressed_files_are_read(tmp_path: Path) -> None:
-    """pandas writes a column with gaps so."""
+    """pandas writes whole numbers with a point if the column has gaps."""
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(f"{HEADER}0,10,7.0,,,3.0,450.0,4.0\n".encode()))
     for place in (tmp_path / "a.csv.gz", tmp_path):
         found = read([str(place)], "checkins", Repairs())
@@ -112,11 +112,11 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file ends in \.plt"):
         read([str(tmp_path)], "geolife", Repairs())
     with pytest.raises(
-        UserError, match="argument --format: 'gpx' is not known; there are checkins, foursquare, geolife"
+        UserError, match="argument --format: 'gpx' is not known; use one of checkins, foursquare, geolife"
     ):
         read([str(tmp_path)], "gpx", Repairs())
     with pytest.raises(
-        UserError, match="argument --repair: 'all' is not known; there are broken, unsorted, duplicates"
+        UserError, match="argument --repair: 'all' is not known; use one of broken, unsorted, duplicates"
     ):
         Repairs(["all"])
 
@@ -134,7 +134,7 @@ def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
 
 
 def test_a_places_number_does_not_tell_when_it_was_seen_first(tmp_path: Path) -> None:
-    """Else whoever counts names places where nobody has been yet."""
+    """Otherwise a model could name new places by counting."""
     lines = [
         VENUE.format(venue=f"v{n:03d}", minutes=0, time=f"Tue Apr 03 {n // 60:02d}:{n % 60:02d}:00 +0000 2012")
         for n in range(200)

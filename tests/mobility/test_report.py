@@ -1,4 +1,4 @@
-"""A model beside the simple baselines: the same rows, people drawn as wholes, the best possible from the law."""
+"""A model beside the simple baselines: the same rows, people resampled as a whole, the best possible by the law."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from olora_ray.common.errors import UserError
 
 
 def write(folder: Path, people: int = 6) -> None:
-    """Everybody is at 1 and 2 in turn, at noon, but for the last 8 stays: always at 3, at midnight."""
+    """Write people who are at 1 and 2 in turn, at noon, except the last 8 stays: always at 3, at midnight."""
     known = {
         str(person): [
             Stay(3 if n >= 32 else 1 + n % 2, n * 1440, When(n % 5, 0 if n >= 32 else 720)) for n in range(40)
@@ -28,7 +28,7 @@ def write(folder: Path, people: int = 6) -> None:
 
 
 def answers(folder: Path, *texts: str, skip: int = 0) -> Path:
-    """Answers to the rows of test.jsonl after the first `skip`; the last text is given to all that remain."""
+    """Write answers to the rows of test.jsonl after the first `skip`; the last text answers all remaining rows."""
     lines = (folder / "test.jsonl").read_text().splitlines()
     given = []
     for number, line in enumerate(lines[skip:], skip + 1):
@@ -59,7 +59,7 @@ def test_the_model_and_each_baseline_on_the_same_rows(tmp_path: Path) -> None:
 
 @pytest.mark.lengthy
 def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
-    """The weighted F1 of a number that no array holds ended the report with a traceback."""
+    """The weighted F1 of a number that no array holds once ended the report with a traceback."""
     write(tmp_path)
     found = make_report(tmp_path, answers(tmp_path, f'{{"prediction": {"1" * 40}}}', answer.write(3)))
     assert found.model.places == (report.NOWHERE, *[3] * 47)
@@ -67,7 +67,7 @@ def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
 
 
 def test_a_first_stay_can_be_asked_for(tmp_path: Path) -> None:
-    """With --least 0 somebody with one stay is asked for it; the baselines looked for a stay before it."""
+    """With --least 0 a row may ask for a first stay; the baselines once looked for a stay before it."""
     known = {str(person): [Stay(3, n * 1440, When(0, 0)) for n in range(1 + 9 * person)] for person in range(2)}
     rows.write(tmp_path, Records(known, {}), rows.select(known, 0), Template("short", 2, 2), None)
     found = make_report(tmp_path, answers(tmp_path, answer.write(3)))
@@ -124,7 +124,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
 
 
 def made(right: list[list[bool]], simple: list[list[bool]], other: list[list[bool]]) -> Report:
-    """A report in which place 1 is right; a list for each person."""
+    """Return a report in which place 1 is right, with a list of answers for each person."""
     asked = [Asked(str(person), n, 4) for person, own in enumerate(right) for n in range(len(own))]
 
     def predictor(name: str, found: list[list[bool]], simple: bool) -> Predictor:
@@ -148,7 +148,7 @@ def test_people_are_drawn_not_rows() -> None:
 
 
 def test_one_person_says_nothing_of_others(tmp_path: Path) -> None:
-    """The interval over one person has no width, and the verdict was that the model wins, or loses."""
+    """The interval over one person has no width, so the verdict once was that the model wins, or loses."""
     for ours, theirs in ((True, False), (False, True)):
         found = made([[ours] * 50], [[theirs] * 50], [[theirs] * 50])
         assert found.verdict()[0] == (

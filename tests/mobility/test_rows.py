@@ -1,4 +1,4 @@
-"""Each person is split in time, draws do not depend on the order of records, and rows say all that a report needs."""
+"""Each person's stays are split by time, draws do not depend on the order of records, and rows suffice for a report."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ People = dict[str, list[Stay]]
 
 
 def people(counts: list[int]) -> People:
-    """Stays in which place and number are the same, of persons called 0, 1, ..."""
+    """Return stays of people called 0, 1, ..., whose place equals their number."""
     return {
         str(person): [Stay(n, n * 500 + person, When(n % 7, (n * 500) % 1440)) for n in range(count)]
         for person, count in enumerate(counts)
@@ -66,7 +66,7 @@ def test_a_draw_is_that_of_any_order_of_people(sizes: list[int], limit: int, see
 
 
 def six(messages: Sequence[Message]) -> bool:
-    """Room for six stays: each has a colon, and so have the target and the three names."""
+    """Return True for at most six stays: each has a colon, and so have the target and the three names."""
     return messages[1]["content"].count(":") <= 10
 
 
