@@ -181,7 +181,7 @@ def test_the_scripts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
             generate.main(["--out", str(tmp_path), "--days=1", option])
     with pytest.raises(UserError, match="argument --out: missing"):
         generate.main([])
-    with pytest.raises(UserError, match="arguments FOLDER and ANSWERS"):
+    with pytest.raises(UserError, match="FOLDER and ANSWERS"):
         report.main([str(tmp_path)])
     with pytest.raises(UserError, match=r"arguments FILE\.csv and --out: needed"):
         mat_data.main([])

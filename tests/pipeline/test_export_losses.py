@@ -140,7 +140,7 @@ def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: py
         return real(adapter, settings.model_copy(update={"alpha": 2 * settings.alpha}), *rest)
 
     monkeypatch.setattr(export, "new_adapter", scaled)
-    with pytest.raises(UserError, match="as PEFT computes it"):
+    with pytest.raises(UserError, match="PEFT computes the change of"):
         export.export_run(spec_of(run), run.folder, STEP)
     assert "export: NOT right" in (Path(run.folder.adapter) / "README.md").read_text()
 
