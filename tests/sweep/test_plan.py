@@ -203,6 +203,6 @@ def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path, monkeypatch:
     mlflow_database.place(tmp_path / "runs")
     tree = project.settings(tmp_path, tmp_path / "model", adapter__targets=["up_proj"], evaluation={})
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(over(["up_proj"], ["lm_head"])))
-    with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head, which is not"):
+    with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head"):
         sweep.main([str(project.write_config(tmp_path, tree)), str(tmp_path / "space.yaml")])
     assert not (tmp_path / "runs" / "tokens").exists()
