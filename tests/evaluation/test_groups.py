@@ -82,7 +82,7 @@ def test_rows_of_a_file_are_a_group(folder: Path) -> None:
 
 def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
     found = plan(folder)
-    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'client'; there are "):
+    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'client'; use one of \w"):
         group_numbers("client", found, places(found))
 
 

@@ -66,7 +66,8 @@ def test_models_are_measured_on_the_weights_that_they_are_exported_for(case: exp
     with said() as lines:
         found = targets.settings([mine.folder()], None, {})
     assert found == override(mine, {"model.quantization": "none"})
-    assert lines == ["model.quantization: models are measured on their weights as they are stored, not as fp8"]
+    assert len(lines) == 1
+    assert lines[0].startswith("model.quantization=fp8: ignored")
     # Where nobody has asked for it, as the gate of a retraining, too.
     loaded = held_out.load(obtain(mine), None, mine, torch.device("cpu"))
     assert torch.equal(
@@ -158,14 +159,14 @@ def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_p
     mine = config(case.base, tmp_path)
     step = Path(mine.folder()) / "checkpoints" / f"step-{STEP:07d}"
     checkpoint.save(step, case.adapter, None, {}, TrainState(step=STEP), {"base model": "other"}, dump(mine))
-    with pytest.raises(UserError, match="trained on another base model"):
+    with pytest.raises(UserError, match=r"base model .* has changed .* model\.revision"):
         targets.resolve(str(step), mine)
 
 
 def test_an_empty_run_and_a_wrong_name_are_one_line(tmp_path: Path, case: export_parts.Case) -> None:
     mine = config(case.base, tmp_path)
     RunFolder(mine).claim()
-    with pytest.raises(UserError, match="neither exports nor a complete checkpoint"):
+    with pytest.raises(UserError, match="no export and no complete checkpoint"):
         targets.resolve(mine.folder(), mine)
     with pytest.raises(UserError, match="no such file or folder"):
         targets.resolve("./nowhere", mine)
@@ -195,7 +196,7 @@ def test_a_name_that_may_lead_somewhere_is_not_refused(
 @pytest.mark.parametrize("name", ["s3://a/../b", "gs://../b", "s3://a/..?region=x", "nothing://a/b", "file://x y"])
 def test_an_address_that_cannot_be_looked_at_is_one_line(name: str) -> None:
     for look in (lambda: targets.settings([name], None, {}), lambda: targets.kind_of(name)):
-        with pytest.raises(UserError, match=r"'\.\.'|cannot be looked at"):
+        with pytest.raises(UserError, match=r"'\.\.'|cannot be read"):
             look()
 
 
