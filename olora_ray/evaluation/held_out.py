@@ -160,12 +160,12 @@ def measure_and_answer(
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
     logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}; {len(asked)} of them are answered")
     done = map_over_actors(partial(Measurer, base.model, adapter, config, base.eos, packs[:8]), works, config)
-    answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
+    answers = dict(pair for group, part in zip(groups, done, strict=False) for pair in zip(group, part, strict=True))
     judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
     results = RowResults(
         data=store.digest,
         tokens=tuple(size for pack in packs for size in _supervised(pack)),
-        losses=tuple(loss for found in done[len(groups) :] for loss in found),
+        losses=tuple(loss for part in done[len(groups) :] for loss in part),
         scores={
             name: {item.row: item.scores[name] for item in judged if name in item.scores}
             for name in scoring.means([item.scores for item in judged])

@@ -43,7 +43,7 @@ SPLITS = {"training_split": "train", "validation_split": "validation", "test_spl
 
 
 def overrides(task: str, data: str) -> dict[str, Any]:
-    """Return the changes to lm-eval's config of `task` that make it read its data from the folder `place`.
+    """Return the changes to lm-eval's config of `task` that make it read its data from the folder `data`.
 
     lm-eval evaluates on the test split, or on validation if the folder has no test split. Raises UserError if the
     folder has no data of the task.
@@ -118,8 +118,6 @@ class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
 
 
 class HarnessModel:
-    """One model in an actor, behind lm-eval's interface."""
-
     def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
         from lm_eval.models.huggingface import HFLM
 

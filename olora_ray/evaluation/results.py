@@ -94,7 +94,6 @@ class Evaluation:
         }
 
     def errors(self) -> dict[str, float]:
-        """Return the standard errors of the tasks' metrics, by the names of `metrics`."""
         return {f"{task}/{name}": error for task, item in self.tasks.items() for name, error in item.stderr.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -166,7 +165,6 @@ def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
 
 
 def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> list[str]:
-    """Return a table: value and standard error of one model, or both values and their difference with its interval."""
     if len(results) == 1:
         return _one(results[0])
     first, second = results
@@ -243,7 +241,7 @@ def write(
     tree = {
         "models": [result.to_json() for result in results],
         "limit": request.limit,
-        "differences": {name: asdict(found) for name, found in intervals.items()},
+        "differences": {name: asdict(interval) for name, interval in intervals.items()},
     }
     text = json.dumps(tree, indent=2) + "\n"
     if folder := _folder(request):

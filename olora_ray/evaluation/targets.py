@@ -210,7 +210,6 @@ def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> An
 
 
 def _absolute(name: str) -> str:
-    """Return the path or URI that a name stands for; '' for other names."""
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
     return command_line.left(name, Path.cwd()).rstrip("/")

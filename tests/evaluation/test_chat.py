@@ -1,4 +1,4 @@
-"""A prompt to the base and to the fine-tuned model of a finished run, without Ray."""
+"""A prompt to the base model and to the fine-tuned model of a finished run, without Ray."""
 
 import io
 import shutil
@@ -30,7 +30,7 @@ def there(run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def expected(run: FinishedRun, asked: str | list[dict[str, str]], new: int = 5) -> str:
-    """What transformers and PEFT answer to a chat or text, as `chat` shows it."""
+    """Return the answers of transformers and PEFT to a chat or text, in the form that `chat` prints."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

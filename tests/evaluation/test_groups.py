@@ -1,4 +1,4 @@
-"""Groups of held-out rows come from the files again, by any kind of file and under the source's names."""
+"""Groups of held-out rows are read again from the files, for every file type and under the source's field names."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def places(found: Plan) -> list[tuple[int, int]]:
-    """The origin of each row, as a token store has them."""
+    """Return the origin of each row, as a token store has it."""
     from olora_ray.data.reader import read_unit
 
     return [

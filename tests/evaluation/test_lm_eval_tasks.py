@@ -1,4 +1,4 @@
-"""Tasks come from a local folder as from the hub, and what a user can mistake is said in one line."""
+"""Tasks load from a local folder as from the hub, and each mistake of a user is one line."""
 
 import math
 import sys
@@ -45,7 +45,7 @@ def test_a_task_is_named_as_its_folder_too(tmp_path: Path, folder: Path) -> None
 
 
 def test_rows_are_kept_only_of_metrics_that_are_their_mean() -> None:
-    """lambada's rows have log-likelihoods, its perplexity is their exponential: the interval was of the former."""
+    """lambada's rows are log-likelihoods, and its perplexity is an exponential; the interval was once of the former."""
     likely = [-1.0, -2.5, -0.5]
     results = {"alias": "lambada_openai", "acc,none": 2 / 3, "perplexity,none": math.exp(4.0 / 3)}
     samples = [

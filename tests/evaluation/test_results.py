@@ -1,4 +1,4 @@
-"""What is shown and kept of an evaluation."""
+"""The lines, files and MLflow runs of an evaluation."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_other_tokens_stand_side_by_side_without_intervals() -> None:
 
 
 def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval() -> None:
-    """A scorer leaves a name out where it does not apply: all that was measured was lost with an error."""
+    """A scorer may leave a score out; once this lost all results with an error."""
     pair = [evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))]
     for number, each in enumerate(pair):
         assert each.held_out is not None
@@ -159,7 +159,7 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
 
 
 def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As docs/evaluation.md promises; with tasks alone the answers were missing without a word."""
+    """docs/evaluation.md promises it; with tasks alone the answers were once missing without a line."""
     monkeypatch.setattr("olora_ray.evaluation.results.address.find", lambda: "local")
     request = Request(("base",), None, {}, ("boolq",), None, None, None)
     with said() as lines:

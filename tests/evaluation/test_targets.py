@@ -34,7 +34,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> export_parts.Case:
 
 @pytest.fixture
 def run(case: export_parts.Case, tmp_path: Path) -> Path:
-    """A run's folder with one checkpoint, whose best adapter is that of an earlier step: no change at all."""
+    """A run folder with one checkpoint, whose best adapter is of an earlier step: no change at all."""
     mine = config(case.base, tmp_path)
     RunFolder(mine).claim()
     state = TrainState(step=STEP, best_loss=1.0, best_step=2)
@@ -118,7 +118,7 @@ def test_a_storage_that_was_moved_is_written_to_where_it_lies_now(run: Path, tmp
 
 
 def test_what_the_gate_asks_for_need_not_be_measured(case: export_parts.Case, tmp_path: Path) -> None:
-    """`--scorer` with another one than the gate's was refused, and so were rows without what the gate is about."""
+    """`--scorer` with another scorer than the gate's was once refused, and so were rows without the gate's column."""
     asked = {"gate.metric": "eval/exact_match", "gate.and": [{"metric": "eval/exact_match", "at_least": 0.5}]}
     mine = override(config(case.base, tmp_path), {**asked, "gate.group": "user"})
     RunFolder(mine).claim()
@@ -201,7 +201,7 @@ def test_an_address_that_cannot_be_looked_at_is_one_line(name: str) -> None:
 
 
 def test_a_job_finds_what_a_job_before_it_has_left(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own folder has no runs: the name was taken for one of the hub."""
+    """The job's own folder has no runs; the name was once taken for a hub id."""
     job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     job.mkdir(parents=True)
     kept = tmp_path / "home" / "olora_ray" / "runs" / "r"
