@@ -82,7 +82,7 @@ PLAIN = [
     "abfs://container@account.dfs.core.windows.net/data",
     "evaluation.max_new_tokens=5 tokens=7, https://host and ann@host:3",
     'mlflow.set_tracking_uri("http://127.0.0.1:5000"); load_model("models:/support@champion")',
-    "config: tracking.password: unknown field; a config holds no secrets, they come from the environment or a file",
+    "config: tracking.password: unknown field; delete it; secrets come from environment variables or files, never",
     "tracking.uri: env:MY_TOKEN: the variable MY_TOKEN is not set where this runs",
     "tracking.uri: file:/run/secret: cannot be read: No such file",
     "tests/common/test_secret.py:12: AssertionError",
