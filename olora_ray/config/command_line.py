@@ -197,6 +197,7 @@ def left(place: str, folder: Path, field: str = "") -> str:
 
 def shipped(place: str, folder: Path = Path()) -> str:
     """Return `place`, or the shipped file of that name (such as pipelines/configs/...) if `place` is missing."""
+    # README and docs name these files relative to a checkout, and their commands must also work with a wheel.
     ours = place.startswith(SHIPPED) and not (folder / place).exists() and (ROOT / place).exists()
     return str(ROOT / place) if ours else place
 
@@ -274,7 +275,7 @@ def parse(
             print(f"\nFields, with their defaults:\n\n{help_text(fields)}")
         elif fields:
             print(
-                f"\nFields for a first run, with their defaults (--help all shows all):\n\n{help_text(fields, FIRST)}"
+                f"\nFields of a first run, with their defaults (--help all: all fields):\n\n{help_text(fields, FIRST)}"
             )
         raise SystemExit(0)
     words, given, values = [], set(), dict[str, str]()

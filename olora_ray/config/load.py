@@ -434,6 +434,7 @@ def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str
         return advice
     if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
         return advice
+    # Last, because names of other tools resemble fields with another meaning: do_train is not `train`.
     near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
     if near and (len(parts) > 1 or isinstance(value, dict)):  # a plain value cannot be a misspelt section
         return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
@@ -493,9 +494,7 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     if before and train.steps is None and "train.epochs" in changes:
         logger.info(f"train.epochs overrides train.steps={before} of {path}")
     elif train.steps and train.epochs != 1 and "train.steps" not in changes:
-        logger.warning(
-            f"{path}: train.steps={train.steps} overrides train.epochs={train.epochs:g}; delete one of the two"
-        )
+        logger.warning(f"{path}: train.steps={train.steps} overrides train.epochs={train.epochs:g}; delete one")
     return config
 
 
@@ -509,9 +508,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config file {path}: not UTF-8 text") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{path}: expected sections (run:, model:, data:, ...), but the file holds a {type(tree).__name__}"
-        )
+        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}")
     return tree
 
 
