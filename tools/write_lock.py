@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 def constraints() -> str:
     """Return the installed packages as requirements, without build tags."""
-    versions = {canonical(one.metadata["Name"]): one.version.partition("+")[0] for one in distributions()}
+    versions = {canonical(package.metadata["Name"]): package.version.partition("+")[0] for package in distributions()}
     return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()) if name != "olora-ray")
 
 

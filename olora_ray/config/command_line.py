@@ -43,8 +43,8 @@ def shape(annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Sec
     """Return in words which values a field accepts; `limits` are pydantic's constraints, `entry` names a section."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        found = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
-        return shape(inner[0], [*limits, *found], entry)
+        metadata = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        return shape(inner[0], [*limits, *metadata], entry)
     if origin in (Union, UnionType):
         return " or ".join(shape(part, (), entry) for part in inner)
     if origin is Literal:
@@ -85,8 +85,8 @@ def help_text(config: type[Section] = Config, only: Collection[str] | None = Non
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, Section)
-        whole = only is None or name not in Config.model_fields
-        shown = None if whole else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
+        all_fields = only is None or name not in Config.model_fields
+        shown = None if all_fields else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
         if shown != []:
             lines.append(f"{name}:")
             lines.extend(_section(section, "  ", shown))
@@ -150,8 +150,8 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     """
     name = config.model.name
     # ~ is expanded here because exports name the base model by this path, and other users have another ~.
-    if not is_uri(name) and is_there(place := Path(left(name, folder, "model.name")), "model.name"):
-        name = str(place)
+    if not is_uri(name) and is_there(path := Path(left(name, folder, "model.name")), "model.name"):
+        name = str(path)
     start, template = config.train.start, config.data.chat_template
     return _changed(
         config,
@@ -182,9 +182,9 @@ def _changed(section: AnySection, **values: object) -> AnySection:
     return section.model_copy(update=values)
 
 
-def absolute(place: str, folder: Path, field: str = "") -> str:
+def absolute(path: str, folder: Path, field: str = "") -> str:
     """Return a URI unchanged and a path made absolute from `folder`; raises UserError as `at_home`."""
-    return place if is_uri(place) else os.path.normpath(folder / at_home(place, field))
+    return path if is_uri(path) else os.path.normpath(folder / at_home(path, field))
 
 
 def left(place: str, folder: Path, field: str = "") -> str:
@@ -195,20 +195,20 @@ def left(place: str, folder: Path, field: str = "") -> str:
     return kept if os.path.exists(kept) and not os.path.lexists(path) else path
 
 
-def shipped(place: str, folder: Path = Path()) -> str:
-    """Return `place`, or the shipped file of that name (such as pipelines/configs/...) if `place` is missing."""
+def shipped(path: str, folder: Path = Path()) -> str:
+    """Return `path`, or the shipped file of that name (such as pipelines/configs/...) if `path` is missing."""
     # README and docs name these files relative to a checkout, and their commands must also work with a wheel.
-    ours = place.startswith(SHIPPED) and not (folder / place).exists() and (ROOT / place).exists()
-    return str(ROOT / place) if ours else place
+    ours = path.startswith(SHIPPED) and not (folder / path).exists() and (ROOT / path).exists()
+    return str(ROOT / path) if ours else path
 
 
-def at_home(place: str, field: str = "") -> Path:
+def at_home(path: str, field: str = "") -> Path:
     """Expand `~` in a path; raise UserError that names `field` if that home folder does not exist."""
     try:
-        return Path(place).expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
-        where = f"{field}: {place}" if field else place
-        raise UserError(f"{where}: '{Path(place).parts[0]}' has no home folder; write the absolute path") from None
+        where = f"{field}: {path}" if field else path
+        raise UserError(f"{where}: '{Path(path).parts[0]}' has no home folder; write the absolute path") from None
 
 
 def package_file(name: str, field: str = "model.name") -> Path:

@@ -114,7 +114,7 @@ def _fields() -> dict[str, str]:
     own: dict[str, list[str]] = {}
     for section, name in _own():
         own.setdefault(name, []).append(f"{section}.{name}")
-    fields = {_plain(name): places[0] for name, places in own.items() if len(places) == 1}
+    fields = {_plain(name): full_names[0] for name, full_names in own.items() if len(full_names) == 1}
     return fields | {_plain(word): field for field, words in PLAIN.items() for word in words.split()}
 
 
@@ -423,7 +423,7 @@ def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
         item
         for item in items
         if not (item["type"] == "too_short" and item["input"])
-        or not any(other is not item and other["loc"][: len(item["loc"])] == item["loc"] for other in items)
+        or not any(another is not item and another["loc"][: len(item["loc"])] == item["loc"] for another in items)
     ]
 
 
@@ -483,7 +483,7 @@ def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
 def _section_in(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+    return next((section for inner in get_args(annotation) if (section := _section_in(inner))), None)
 
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:

@@ -138,8 +138,8 @@ class Cluster(Section):
     @classmethod
     def _number_or_range(cls, value: object) -> object:
         numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
-        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-        if not whole or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        are_numbers = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        if not are_numbers or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
             raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, not {value!r}")
         return value
 
@@ -381,8 +381,7 @@ class Source(Section):
     """Mapping from fields of the format to columns of the file, e.g. {prompt: question}. With format auto, the
     other fields are detected."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
-    """How often each row is used per epoch: 1 once, 2 twice; 0.5 uses half of the rows, selected by a hash of their
-    position."""
+    """Number of uses of each row per epoch. 0.5 uses half of the rows, selected by a hash of their position."""
     only: tuple[str, ...] = ()
     """Files of the folder or glob to use, as full paths or URIs; empty: all files."""
     chat: Literal["auto"] | bool = "auto"

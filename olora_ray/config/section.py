@@ -93,22 +93,22 @@ _ONE_SLASH = re.compile(r"(?!models:)([A-Za-z][\w.+-]+):/(?!/)")
 """Start of an address that lacks a slash; without this check `s3:/bucket` would be a folder `s3:` here."""
 
 
-def _straight(place: str) -> str:
-    if found := _ONE_SLASH.match(place):
-        slashes = "///" if found[1] == "file" else "//"
-        raise ValueError(f"an address needs {slashes} after the colon; use {found[1]}:{slashes}{place[found.end() :]}")
-    if "://" in place and ".." in place.partition("?")[0].split("/"):
+def _straight(path: str) -> str:
+    if match := _ONE_SLASH.match(path):
+        slashes = "///" if match[1] == "file" else "//"
+        raise ValueError(f"an address needs {slashes} after the colon; use {match[1]}:{slashes}{path[match.end() :]}")
+    if "://" in path and ".." in path.partition("?")[0].split("/"):
         raise ValueError("an address must not contain '..'; write the resolved address")
-    return place
+    return path
 
 
-def _without_options(place: str) -> str:
-    if "://" in place and not place.startswith("file://") and (sign := next((c for c in "?#%" if c in place), None)):
+def _without_options(path: str) -> str:
+    if "://" in path and not path.startswith("file://") and (sign := next((c for c in "?#%" if c in path), None)):
         raise ValueError(
             f"this address must not contain {sign!r}; remove it, and set the object store's server in the environment"
             " variables AWS_ENDPOINT_URL and AWS_REGION on all nodes"
         )
-    return place
+    return path
 
 
 Place = Annotated[str, AfterValidator(_straight)]

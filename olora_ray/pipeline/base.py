@@ -25,33 +25,33 @@ logger = logging.getLogger(__name__)
 # From `model.name` to a model folder on this machine. An adapter-only version consists of a base model and an adapter.
 
 
-def find_model(config: AnyConfig, found: Registered | None = None) -> BaseModel:
+def find_model(config: AnyConfig, entry: Registered | None = None) -> BaseModel:
     """Return the base model of a config; download it, fetch it from the registry or convert it if necessary.
 
-    `found` is the version of a models:/ name if the caller has looked it up, so that its files are checked only once.
+    `entry` is the version of a models:/ name if the caller has looked it up, so that its files are checked only once.
     Raises UserError if the model is missing, if the folder is no model, or if a converted model cannot be written.
     """
     with as_user_error(f"model.name: {config.model.name} cannot be opened", OSError, reason=_path_and_reason):
-        if (found := found or models.of_config(config)) is None:
+        if (entry := entry or models.of_config(config)) is None:
             return obtain(config, None)
-        return obtain(config, found.folder if found.base is None else _merged(found, found.base, config))
+        return obtain(config, entry.folder if entry.base is None else _merged(entry, entry.base, config))
 
 
-def parts(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel, str]:
+def parts(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel, str]:
     """Return (config with the base model's name, base model, adapter folder or URI that all nodes can read).
 
     Raises UserError if the base model of the adapter-only version is missing or has changed.
     """
-    own, model = _base(found, base, config)
+    own, model = _base(entry, base, config)
     if not storage.is_uri(config.run.storage):
-        return own, model, str(found.folder)
-    key = storage.digest_file(found.folder / peft_folder.WEIGHTS)[:16]
-    path = storage.join(config.run.storage, "adapters", f"{found.version.name}-{found.version.number}-{key}")
-    node_cache.upload(found.folder, path, last=peft_folder.CONFIG)
+        return own, model, str(entry.folder)
+    key = storage.digest_file(entry.folder / peft_folder.WEIGHTS)[:16]
+    path = storage.join(config.run.storage, "adapters", f"{entry.version.name}-{entry.version.number}-{key}")
+    node_cache.upload(entry.folder, path, last=peft_folder.CONFIG)
     return own, model, path
 
 
-def _base(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel]:
+def _base(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel]:
     # First the folder of the base model at the time of registration, then the place to which its name leads now.
     own, why, passes = override(config, {"model.name": base.name, "model.revision": base.revision}), "", False
     for candidate in (override(config, {"model.name": base.folder, "model.revision": None}), own):
@@ -64,22 +64,22 @@ def _base(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
         if base.digest == model.digest:
             return own, replace(model, name=base.name)
         why, passes = f"has changed since that training, in {model.folder}", False
-    problem = f"{found.version.name} version {found.version.number} is an adapter of {base.name}, which {why}"
+    problem = f"{entry.version.name} version {entry.version.number} is an adapter of {base.name}, which {why}"
     raise TryAgain(problem) if passes else UserError(f"{problem}; restore the files in {base.folder}")
 
 
-def _merged(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
-    own, model = _base(found, base, config)
-    content = [storage.digest_file(found.folder / name) for name in (peft_folder.CONFIG, peft_folder.WEIGHTS)]
+def _merged(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
+    own, model = _base(entry, base, config)
+    content = [storage.digest_file(entry.folder / name) for name in (peft_folder.CONFIG, peft_folder.WEIGHTS)]
     key = storage.digest(model.digest, *content, length=16)
     target = models.cache_folder(config) / f"merged-{key}"
     if not target.is_dir():
-        logger.info(f"model.name: merging {found.version.name} version {found.version.number} into its base model")
+        logger.info(f"model.name: merging {entry.version.name} version {entry.version.number} into its base model")
         with storage.staged(target) as folder:
             shape = skeleton(model, own.model)
-            adapter, scale = peft_folder.read(found.folder, shape)
+            adapter, scale = peft_folder.read(entry.folder, shape)
             write_merged(Path(model.folder), adapter, scale, folder, shape)
-            portable.copy_tokenizer(found.folder, folder)
+            portable.copy_tokenizer(entry.folder, folder)
     return target
 
 

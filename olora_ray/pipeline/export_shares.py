@@ -123,8 +123,8 @@ def check(work: Work, parts: Sequence[Part], spread: Spread[Any]) -> MergedFolde
     if lines := merge.changed_files(Path(work.base.folder), parts[0].folder):
         return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(lines))
     results = spread(check_part, parts)
-    lines = [line for one in results for line in one.changed]
-    return MergedFolder(merge.worst_of([one.weights for one in results]), tuple(lines))
+    lines = [line for result in results for line in result.changed]
+    return MergedFolder(merge.worst_of([result.weights for result in results]), tuple(lines))
 
 
 def in_turn(work: Callable[[Part], T], parts: Sequence[Part]) -> list[T]:
@@ -194,7 +194,7 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
             tokens, side_losses = _on_one_base(own, work, [adapter for _, adapter in some], packs, device)
             losses += side_losses
     except Exception as error:  # the model's own code may fail on this device, and the export may still be right
-        return f"the model does not run on this node: {first_line(error)}"
+        return f"the model does not run here: {first_line(error)}"
     before, after = losses
     return (
         LossPair(tokens, before, after, after - before) if math.isfinite(after - before) else "the loss is not finite"

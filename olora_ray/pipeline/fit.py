@@ -255,9 +255,8 @@ class Attempts:
         if self.progress.total is None:
             self.progress.set_total(self.schedule.total())
         pause = 1.0 if self._room else 5.0
-        if time.monotonic() - self._looked >= (
-            pause if self.changing else 30.0
-        ):  # without `changing`, growing restarts all workers
+        # Without `changing`, growing restarts all workers, so look for room less often.
+        if time.monotonic() - self._looked >= (pause if self.changing else 30.0):
             self._looked = time.monotonic()
             self._grow()
 

@@ -66,10 +66,10 @@ def deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
     return size
 
 
-def say(config: Config, size: MemoryEstimate, where: str = "") -> None:
-    """Log the plan: adapted layers, layers that are left out, memory; `where` is a prefix of each line."""
+def say(config: Config, size: MemoryEstimate, prefix: str = "") -> None:
+    """Log the plan: adapted layers, layers that are left out, memory; `prefix` comes before each line."""
     for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
-        logger.info(f"{where}{line}")
+        logger.info(f"{prefix}{line}")
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:
@@ -86,7 +86,7 @@ def _model_line(config: Config, size: MemoryEstimate) -> str:
 
 def _coverage(coverage: Coverage) -> str:
     total = coverage.adapted + sum(coverage.others.values())
-    large = [kind for kind, count in coverage.others.items() if count > total / 100]
+    large = [name for name, count in coverage.others.items() if count > total / 100]
     rest = f" (left out: {', '.join(large)})" if coverage.share < 0.9 and large else ""
     return f"{coverage.share:.0%} of the parameters{rest}"
 

@@ -77,8 +77,8 @@ def _origin(spec: TrainSpec) -> str:
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     rank = spec.config.export.rank
     compressed = "" if rank is None else f", compressed to rank {rank} for the export"
-    kind = spec.config.model.quantization
-    quantised = "" if kind == "none" else f", trained on the base model as {kind} and exported for its original weights"
+    form = spec.config.model.quantization
+    quantised = "" if form == "none" else f", trained on the base model as {form} and exported for its original weights"
     start = "; training started from the adapter of an earlier run" if spec.start else ""
     return (
         f"Fine-tuned from {_code(_short(spec.base.name))}: {adapter.method}, rank {adapter.rank}, alpha"
@@ -109,8 +109,8 @@ def _training(exported: Exported) -> Iterator[str]:
         f" {plural(train.global_batch, 'sequence')} of at most {data.length():,} tokens."
     )
     if spec.eval is not None:
-        where = _sources(data.eval) if data.eval else f"{data.eval_fraction:g} of these rows"
-        yield f"**Held out** {_rows(spec.eval)}{where}."
+        sources = _sources(data.eval) if data.eval else f"{data.eval_fraction:g} of these rows"
+        yield f"**Held out** {_rows(spec.eval)}{sources}."
 
 
 def _rows(store: TokenStore) -> str:

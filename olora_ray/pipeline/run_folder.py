@@ -147,8 +147,8 @@ class RunFolder:
 
         identity = self._identity()
         if any(identity.get(name, digest) != digest for name, digest in contents.items()):
-            where = f"{self.root} ({shown})" if (shown := self.moved()) else self.root
-            checkpoint.require_same({**contents, **identity}, contents, where)
+            location = f"{self.root} ({shown})" if (shown := self.moved()) else self.root
+            checkpoint.require_same({**contents, **identity}, contents, location)
 
     def claim(self) -> None:
         """Write config.yaml, which claims the name for this run; after a change of length, delete the old results."""
@@ -158,7 +158,7 @@ class RunFolder:
             if step := checkpoints.last_step(self.checkpoints):
                 logger.info(
                     f"{shown}: training continues after step {step} with the optimizer's state and the schedule of the"
-                    " new length; the result is the same as that of a run with this length from the start only with"
+                    " new length; the result equals that of a run with this length from the start only for"
                     " train.schedule=constant and train.warmup=0"
                 )
             # Delete the results before the config is written. If the driver dies in between, old results beside the new

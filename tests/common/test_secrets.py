@@ -196,7 +196,7 @@ def test_a_config_with_a_secret_is_refused_without_repeating_it(field: str, uri:
         override(tiny.config(), {field: [uri] if field == "adapter.targets" else uri, "adapter.rank": 0})
     message = str(caught.value)
     assert HIDDEN not in message
-    assert f" problems: {field}: has a " in message
+    assert f" problems: {field}: the address contains a secret; " in message
     assert any(way in message for way in ("MLFLOW_TRACKING_PASSWORD", "env:NAME", "AWS_SECRET_ACCESS_KEY"))
     assert "adapter.rank" in message  # all problems are told together
 
