@@ -283,8 +283,11 @@ class Train(Section):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute each block in the backward pass instead of keeping its activations: less memory, up to 50% more time,
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
-    lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
-    """Peak learning rate of AdamW."""
+    lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
+    """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for the model, method, rank and
+    alpha (docs/method.md)."""
+    lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
+    """Multiplies `lr`, so that a search can vary an automatic rate."""
     lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
     """Learning rate of B divided by the learning rate of A, which is `lr`; LoRA+ (arXiv 2402.12354) uses 16."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -298,6 +298,10 @@ class Space(Section):
     def count(self) -> int:
         return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)
 
+    def trial_name(self, number: int) -> str:
+        """Return the name of a trial's folder."""
+        return trial_name(number)
+
     def drawn(self, number: int) -> dict[str, Any]:
         """Return the draws of a trial of a random or grid search; empty for the default."""
         position = number - self.has_default()
@@ -369,6 +373,10 @@ def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
         return domain.draw_of(value)
     same = (option for option in domain.options() if at(override(config, {field: option}), field) == value)
     return next(same, MISSING)
+
+
+def trial_name(number: int) -> str:
+    return f"trial-{number:03d}"
 
 
 def multiple(base: float, factor: float) -> float:

@@ -20,8 +20,8 @@ from olora_ray.sweep import record, search_folder
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.schedulers import scheduler
 from olora_ray.sweep.search_folder import Progress
-from olora_ray.sweep.space import Space, Suggested
-from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of, trial_name, trial_place
+from olora_ray.sweep.space import Space, Suggested, trial_name
+from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of, trial_place
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def _record(self, trial: Any) -> TrialRecord | None:
         # The trial's own record, not Tune's result: it is what the leaderboard shows.
         try:
-            return record.read(trial_place(self.folder, _number(trial)))
+            return record.read(trial_place(self.folder, _number(trial), self.space))
         except OSError:  # raising would make Tune count the trial as failed; only its log line lacks the value
             return None
 

@@ -5,34 +5,35 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from comparison.arguments import LEVEL
+from comparison.arguments import FACTOR, LEVEL, LR, Arm, Comparison, Trial
 from comparison.folder import notes
-from comparison.grid import BASELINE, tried
-from comparison.record import Against, ComparisonRecord, Course, MethodRecord, Point, Reached, Training, reached
-from comparison.run import Final, Run, Tuning
-from comparison.statistics import Difference, Values, crossed, holm, per_token, simultaneous
+from comparison.record import Against, ArmRecord, ComparisonRecord, Point, Training
+from comparison.run import Final, Run, TuningResult
+from comparison.statistics import Difference, Values, crossed, per_token, simultaneous
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
+from olora_ray.config.load import override
+from olora_ray.config.schema import Config
 from olora_ray.pipeline import answers
 
 
-def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> ComparisonRecord:
+def record(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: str) -> ComparisonRecord:
     comparison, config = run.comparison, run.config
-    against = differences(comparison.methods, finals, run.rows.groups)
-    bases = [base for each in finals if (base := each.ended.base()) is not None]
+    against = _differences(comparison, finals, run.rows.groups)
     measured = next((each for each in finals if each.losses), None)
     counts, groups = _counts(run, tuning, measured)
+    points = tuple(
+        Point(trial.arm.name, trial.factor, _rate(tuning, trial), each.loss) for trial, each in tuning.trials
+    )
     return ComparisonRecord(
         name=config.run.name,
-        model=run.base.model.name,
+        model=origin(run.base.model.name),
         task=", ".join(source.path.rstrip("/").rpartition("/")[2] for source in config.data.train),
         machine=machine,
         seconds=run.seconds(),
         tuning_seed=config.run.seed,
         seeds=comparison.seeds,
-        rank=config.adapter.rank,
-        alpha=float(config.adapter.alpha),
-        lr=config.train.lr,
+        own_lr=_own_lr(config),
         steps=measured.ended.record.total if measured else 0,
         global_batch=config.train.global_batch,
         rows=counts,
@@ -40,14 +41,42 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
         relevant=comparison.compare.relevant,
         level=LEVEL,
         base_tuning=tuning.base,
-        base_test=bases[0] if bases else math.inf,
-        points=_points(run, tuning),
-        methods=tuple(_method(run, tuning, method, finals, against.get(method)) for method in comparison.methods),
+        base_test=next((loss for each in finals if (loss := each.ended.base()) is not None), math.inf),
+        points=points,
+        baseline=comparison.baseline.name,
+        arms=tuple(_arm(run, tuning, points, arm, finals, against.get(arm.name)) for arm in comparison.arms),
         notes=notes(config.folder()),
     )
 
 
-def _counts(run: Run, tuning: Tuning, measured: Final | None) -> tuple[dict[str, int], int]:
+def origin(name: str) -> str:
+    """Return the base model's name; for a GGUF file also that its weights are dequantised."""
+    file = name.rstrip("/").rpartition("/")[2]
+    return f"{file.partition('.')[0]} (dequantised from {file})" if file.endswith(".gguf") else name
+
+
+def best_config(comparison: Comparison, record: ComparisonRecord) -> Config | None:
+    """Return the user's config with the overrides and the rate of the arm that has the lowest loss; None without one.
+
+    Dropout and weight decay are those of the comparison.
+    """
+    best = record.best()
+    if best is None or best.tuned is None:
+        return None
+    arm = next(arm for arm in comparison.arms if arm.name == best.name)
+    compared = override(comparison.config, comparison.trial(arm, best.tuned.factor, comparison.own.run.seed).values)
+    changes = {"adapter": compared.adapter.model_dump(mode="json"), "train": compared.train.model_dump(mode="json")}
+    changes["train"]["early_stop"] = comparison.own.train.early_stop
+    return override(comparison.own, {**changes, "run.name": f"{comparison.config.run.name}-best"})
+
+
+def _own_lr(config: Config) -> str:
+    rate, factor = config.train.lr, config.train.lr_factor
+    shown = rate if rate == "auto" else f"{rate:g}"
+    return shown if factor == 1 else f"{shown} x {factor:g}"
+
+
+def _counts(run: Run, tuning: TuningResult, measured: Final | None) -> tuple[dict[str, int], int]:
     """Return (rows of each set, groups of test rows)."""
     # A test row that is too long has no loss, so it is left out of the counts.
     groups = run.rows.groups
@@ -58,84 +87,100 @@ def _counts(run: Run, tuning: Tuning, measured: Final | None) -> tuple[dict[str,
     return {**run.rows.counts, "tuning": tuning.rows, "test": rows}, independent
 
 
-def differences(
-    methods: Sequence[str], finals: Sequence[Final], groups: Mapping[str, Sequence[int]]
+def _differences(
+    comparison: Comparison, finals: Sequence[Final], groups: Mapping[str, Sequence[int]]
 ) -> dict[str, Against]:
-    """Return method -> its difference to the baseline, for methods that have losses with every seed."""
-    measured = {method: pair for method in methods if (pair := _losses(finals, method, groups)) is not None}
-    if BASELINE not in measured:
+    """Return arm -> its difference to the baseline, for arms that have losses with every seed."""
+    measured = {arm.name: pair for arm in comparison.arms if (pair := _losses(finals, arm, groups)) is not None}
+    if comparison.baseline.name not in measured:
         return {}
-    losses, tokens = measured.pop(BASELINE)
-    # Differences row by row and seed by seed: most of the spread between rows is common to both methods and cancels.
-    against = {method: crossed(per_token(own - losses, tokens)) for method, (own, _) in measured.items()}
-    p_values = [each.p() for each in against.values()]
-    together = simultaneous(LEVEL, len(against))
-    adjusted = zip(against.items(), p_values, holm(p_values), strict=True)
-    return {method: _against(each, p, p_holm, together) for (method, each), p, p_holm in adjusted}
+    losses, tokens = measured.pop(comparison.baseline.name)
+    # For all arms that were asked for: an arm that broke off was a comparison, too.
+    together = simultaneous(LEVEL, len(comparison.arms) - 1)
+    # Differences row by row and seed by seed: most of the spread between rows is common to both arms and cancels.
+    return {name: _against(per_token(own - losses, tokens), together) for name, (own, _) in measured.items()}
 
 
-def _against(difference: Difference, p: float, p_holm: float, level: float) -> Against:
+def _against(values: Values, level: float) -> Against:
+    difference: Difference = crossed(values)
     return Against(
         mean=difference.mean,
         error=difference.error,
         freedom=difference.freedom,
+        spread=float(values.mean(axis=1).std(ddof=1)),
         interval=difference.interval(LEVEL),
         adjusted=difference.interval(level),
-        p=p,
-        p_holm=p_holm,
     )
 
 
-def _losses(finals: Sequence[Final], method: str, groups: Mapping[str, Sequence[int]]) -> tuple[Values, Values] | None:
-    """Return a method's (losses (seeds, groups), tokens (groups,))."""
-    rows = [each.losses for each in sorted(finals, key=lambda each: each.seed) if each.method == method]
-    # A mean over the seeds that did not break off would favour a method that often does, so there is none.
+def _own(finals: Sequence[Final], arm: Arm) -> list[Final]:
+    return sorted((each for each in finals if each.trial.arm == arm), key=lambda each: each.trial.seed)
+
+
+def _losses(finals: Sequence[Final], arm: Arm, groups: Mapping[str, Sequence[int]]) -> tuple[Values, Values] | None:
+    """Return an arm's (losses (seeds, groups), tokens (groups,))."""
+    rows = [each.losses for each in _own(finals, arm)]
+    # A mean over the seeds that did not break off would favour an arm that often does, so there is none.
     if not rows or None in rows:
         return None
     summed = [each.by_group(groups) for each in rows if each is not None]
     return np.stack([losses for losses, _ in summed]), summed[0][1]
 
 
-def _method(run: Run, tuning: Tuning, method: str, finals: Sequence[Final], against: Against | None) -> MethodRecord:
-    own = _losses(finals, method, run.rows.groups)
-    mean = crossed(per_token(*own)) if own else None
-    init, exchanged = run.initialisation(method)
-    targets = {each.seed: each.ended.loss for each in finals if each.method == BASELINE}
-    trained = sorted((each for each in finals if each.method == method), key=lambda each: each.seed)
-    return MethodRecord(
-        method=method,
-        tuned=tuning.best.get(method),
-        trainings=tuple(_training(run, each, targets[each.seed], init) for each in trained),
+def _arm(
+    run: Run,
+    tuning: TuningResult,
+    points: Sequence[Point],
+    arm: Arm,
+    finals: Sequence[Final],
+    against: Against | None,
+) -> ArmRecord:
+    losses, trained, tuned = _losses(finals, arm, run.rows.groups), _own(finals, arm), tuning.tuned.get(arm.name)
+    mean = crossed(per_token(*losses)) if losses else None
+    seconds = [each.record.seconds for trial, each in tuning.trials if trial.arm == arm]
+    rated = run.comparison.trial(arm, tuned.factor, run.config.run.seed) if tuned else None
+    return ArmRecord(
+        name=arm.name,
+        values=arm.values,
+        tuned=tuned,
+        lr=_rate(tuning, rated) if rated else None,
+        own_loss=next(
+            point.loss for point in points if (point.arm, point.factor) == (arm.name, run.comparison.own_factor())
+        ),
+        trainings=tuple(_training(run, each) for each in trained),
         loss=mean.mean if mean else None,
         half=mean.half(LEVEL) if mean else None,
         against=against,
-        init_seconds=init,
-        exchanged=exchanged,
-        trainable=run.sizes[method].trainable,
+        init_seconds=run.init_seconds(arm),
+        tunings=len(seconds),
+        tuning_seconds=sum(seconds),
+        trainable=next((each.losses.trainable for each in trained if each.losses), None),
     )
 
 
-def _training(run: Run, final: Final, target: float, init: float) -> Training:
+def _rate(tuning: TuningResult, trial: Trial) -> float | None:
+    """Return the peak learning rate of a trial; None if it is automatic and no training of the arm measured it."""
+    rate, factor = trial.values[LR], float(trial.values[FACTOR])
+    if rate != "auto":
+        return float(rate) * factor
+    results = (_result(each.record.folder) for other, each in tuning.trials if other.arm == trial.arm)
+    return next((each.state.lr * factor for each in results if each and each.state and each.state.lr), None)
+
+
+def _training(run: Run, final: Final) -> Training:
     record = final.ended.record
     result = _result(record.folder)
-    course = Course.of(result.state.history if result and result.state else ())
-    loss = final.losses.mean() if final.losses else math.inf
     scored = result and run.config.evaluation.scorer
     return Training(
-        seed=final.seed,
-        loss=loss,
-        curve=course.points() or record.curve,
-        reached=_reached(course, target, init) if math.isfinite(loss) and math.isfinite(target) else None,
-        scores=answers.score(final.spec.config, answers.answered(result, run.base.tokenizer)).get("after", {})
+        seed=final.trial.seed,
+        loss=final.losses.mean() if final.losses else math.inf,
+        curve=record.curve,
+        scores=answers.score(final.ended.spec.config, answers.answered(result, run.base.tokenizer)).get("after", {})
         if scored and result
         else {},
         folder=record.folder,
         mlflow_run=record.mlflow_run,
     )
-
-
-def _reached(course: Course, target: float, init: float) -> Reached | None:
-    return reached(course, target, init) if course.steps else None
 
 
 def _result(folder: str) -> TrainResult | None:
@@ -144,9 +189,3 @@ def _result(folder: str) -> TrainResult | None:
         return TrainResult.from_json(storage.read_text(storage.join(folder, "training.json")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _points(run: Run, tuning: Tuning) -> tuple[Point, ...]:
-    on_grid = tried(run.comparison.arms(), tuning.losses)
-    points = [Point(cell.method, cell.alpha, cell.lr, loss, cell in on_grid) for cell, loss in tuning.losses.items()]
-    return tuple(sorted(points, key=lambda point: (not point.grid, point.method, point.alpha, point.lr)))

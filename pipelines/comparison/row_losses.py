@@ -1,6 +1,6 @@
 """The losses of finished trainings on each test row, for the adapter after the last step.
 
-trials/trial-003/rows.json     data, places, tokens, losses
+trials/lora-x1-seed18/rows.json     data, places, tokens, losses, trainable
 """
 
 import itertools
@@ -50,6 +50,8 @@ class RowLosses:
     """Supervised tokens of each example."""
     losses: tuple[float, ...]
     """Losses, each summed over these tokens."""
+    trainable: int
+    """Number of trained parameters of the adapter."""
 
     def mean(self) -> float:
         return sum(self.losses) / sum(self.tokens)
@@ -72,7 +74,7 @@ class RowLosses:
         try:
             tree = json.loads(storage.read_text(storage.join(folder, FILE)))
             places, tokens = tuple(map(str, tree["places"])), tuple(map(int, tree["tokens"]))
-            losses = cls(str(tree["data"]), places, tokens, tuple(map(float, tree["losses"])))
+            losses = cls(str(tree["data"]), places, tokens, tuple(map(float, tree["losses"])), int(tree["trainable"]))
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
         complete = len(losses.places) == len(losses.tokens) == len(losses.losses)
@@ -112,14 +114,14 @@ def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
 
 def of_trial(shared: SharedBase, spec: TrainSpec, folder: str, attention: str) -> RowLosses:
     newest = checkpoints.latest_good(storage.join(folder, "checkpoints"))
-    # An older checkpoint would make this method's loss higher than it is.
+    # An older checkpoint would make this arm's loss higher than it is.
     if newest is None or newest[1].state.step < total_steps(spec.config.train, len(spec.train)):
         raise UserError(f"{folder}: the last checkpoint is lost; delete {folder} and run the same command again")
     last = newest[1]
     if shared.dtype not in (None, began := last.state.precision) and began is not None:
         logger.warning(
             f"{folder}: trained in {began}, but measured in {shared.dtype}, because model.dtype is auto; differences"
-            " between methods may be differences between nodes: set model.dtype, or use equal nodes"
+            " between arms may be differences between nodes: set model.dtype, or use equal nodes"
         )
     checkpoint.require_same(last.identity, spec.identity(), newest[0])
     model: Any = shared.loss.model
@@ -147,7 +149,7 @@ def losses_of(trainer: Trainer, store: TokenStore, attention: str) -> RowLosses:
         each = trainer.loss.each(collate(packs, attention).to(trainer.device)).double().cpu()
         losses += [float(part.sum()) for part in each.split(sizes)]
         tokens += sizes
-    return RowLosses(store.digest, places_of(store), tuple(tokens), tuple(losses))
+    return RowLosses(store.digest, places_of(store), tuple(tokens), tuple(losses), trainer.flat.vector.numel())
 
 
 def _supervised(pack: Pack) -> list[int]:

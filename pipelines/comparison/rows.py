@@ -5,7 +5,7 @@ next tuning rows; equal rows are in the same set. With gate.group all rows of a 
 counts as one in the statistics. The rows are written as files in their own format:
 
 <comparison>/rows/train-0.jsonl tuning-0.jsonl test-0.jsonl     one of each per source
-<comparison>/rows/rows.json                                     digests and counts, written last
+<comparison>/rows/rows.json                                     digests, written last
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from comparison.arguments import Compare
-from comparison.folder import has_begun
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
@@ -57,6 +56,20 @@ class RowSets:
     digests: Mapping[str, str]
     groups: Mapping[str, tuple[int, ...]]
     """Name of a file of test rows -> index of the group of each of its lines."""
+    texts: Mapping[str, str]
+    """Name of a file -> its rows as lines of JSON."""
+
+    def write(self, config: Config) -> None:
+        """Write the files into the comparison's folder, unless they are there."""
+        folder = storage.join(config.folder(), "rows")
+        file, described = storage.join(folder, "rows.json"), json.dumps(dict(self.digests), indent=1) + "\n"
+        complete = all(storage.exists(storage.join(folder, name)) for name in (*self.texts, "rows.json"))
+        if complete and storage.read_text(file) == described:
+            return
+        for name, text in self.texts.items():
+            storage.write_text(storage.join(folder, name), text)
+        # Written last: with this file the row files are complete.
+        storage.write_text(file, described)
 
     def contents(self) -> dict[str, str]:
         return {f"{kind} rows": digest for kind, digest in self.digests.items()}
@@ -69,10 +82,9 @@ class RowSets:
 
 
 def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
-    """Read all rows, and write the three sets; the same rows always give the same sets.
+    """Read all rows, and return the three sets; the same rows always give the same sets.
 
-    Raises UserError if there are too few rows, if too many cannot be read, if no row has the column of gate.group, or
-    if the comparison began with other rows.
+    Raises UserError if there are too few rows, if too many cannot be read, or if no row has the column of gate.group.
     """
     # The sets are divided here, by content and group, so data.eval_fraction must not divide the rows again.
     setting = "data.eval" if config.data.eval else "data.train"
@@ -84,7 +96,7 @@ def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
     tuning, _ = _taken(rest, compare.tuning_rows)
     train = _without(train, [*test, *tuning], groups=not config.data.eval)
     _check(config, compare, setting, pool, train, tuning, test)
-    return _written(config, compare, {"train": train, "tuning": tuning, "test": test})
+    return _row_sets(config, {"train": train, "tuning": tuning, "test": test})
 
 
 def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
@@ -196,38 +208,18 @@ def _check(
         )
 
 
-def _written(config: Config, compare: Compare, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
-    folder = storage.join(config.folder(), "rows")
-    row_sets = RowSets(
+def _row_sets(config: Config, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
+    folder, lines = storage.join(config.folder(), "rows"), dict[str, list[str]]()
+    for kind, rows in sets.items():
+        for row in rows:
+            lines.setdefault(_name(kind, row.source), []).append(f"{row.line}\n")
+    return RowSets(
         {kind: tuple(_sources(config, folder, kind, rows)) for kind, rows in sets.items()},
         {kind: len(rows) for kind, rows in sets.items()},
         {kind: digest_json([[row.source, row.line] for row in rows], length=32) for kind, rows in sets.items()},
         _groups(sets["test"]),
+        {name: "".join(each) for name, each in lines.items()},
     )
-    if has_begun(config.folder()) and _written_before(storage.join(folder, "rows.json"), row_sets):
-        return row_sets
-    for kind, rows in sets.items():
-        for number in {row.source for row in rows}:
-            text = "".join(f"{row.line}\n" for row in rows if row.source == number)
-            storage.write_text(storage.join(folder, _name(kind, number)), text)
-    # Written last: with this file the row files are complete.
-    described = {"rows": row_sets.counts, "digests": row_sets.digests, "compare": compare.model_dump()}
-    storage.write_text(storage.join(folder, "rows.json"), json.dumps(described, indent=1) + "\n")
-    return row_sets
-
-
-def _written_before(file: str, row_sets: RowSets) -> bool:
-    # The trials have begun, so other rows would make them incomparable.
-    try:
-        before = json.loads(storage.read_text(file))["digests"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    if changed := [kind for kind, digest in row_sets.digests.items() if before.get(kind) != digest]:
-        raise UserError(
-            f"data: the {changed[0]} rows differ from those that this comparison began with ({file}); choose another"
-            " run.name, or delete its folder"
-        )
-    return all(storage.exists(source.path) for sources in row_sets.sources.values() for source in sources)
 
 
 def _name(kind: Kind, source: int) -> str:

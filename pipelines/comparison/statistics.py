@@ -12,7 +12,6 @@ tests/comparison/test_statistics.py measures by how much.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,17 +49,7 @@ class Difference:
         return Interval(self.mean - half, self.mean + half)
 
     def half(self, level: float = 0.95) -> float:
-        from scipy.special import stdtrit  # type: ignore[import-untyped] # half a second
-
-        return self.error and self.error * -float(stdtrit(self.freedom, (1 - level) / 2))
-
-    def p(self) -> float:
-        """Return the two-sided p value of "there is no difference"."""
-        from scipy.special import stdtr
-
-        if not self.error:
-            return float(not self.mean)
-        return 2 * float(stdtr(self.freedom, -abs(self.mean) / self.error))
+        return self.error and self.error * quantile(self.freedom, level)
 
 
 def crossed(values: Values) -> Difference:
@@ -96,16 +85,23 @@ def per_token(losses: Values, tokens: Values) -> Values:
     return contributions
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p values adjusted after Holm (Scandinavian Journal of Statistics 6, 1979), in the given order."""
-    order = np.argsort(p_values, kind="stable")
-    # An adjusted p value is at least as large as the adjusted values of all smaller p values.
-    steps = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(order), 0, -1))
-    return [float(min(1.0, steps[rank])) for rank in np.argsort(order)]
-
-
 def simultaneous(level: float, count: int) -> float:
     """Return the confidence of each of `count` intervals so that all hold together with `level` (Bonferroni)."""
-    # Bonferroni, not Holm: Holm gives the smallest difference the widest error budget, and that is the one we would
-    # declare equivalent.
     return 1 - (1 - level) / max(1, count)
+
+
+def quantile(freedom: float, level: float) -> float:
+    """Return the t quantile of a two-sided interval with this confidence."""
+    from scipy.special import stdtrit  # type: ignore[import-untyped] # half a second
+
+    return -float(stdtrit(freedom, (1 - level) / 2))
+
+
+def visible(spread: float, seeds: int, level: float) -> float:
+    """Return half of the interval's width if the paired differences of seeds have this standard deviation."""
+    return quantile(seeds - 1, level) * spread / math.sqrt(seeds)
+
+
+def seeds_needed(spread: float, half: float, level: float) -> int | None:
+    """Return the smallest number of seeds whose interval is at most +-`half`; None if 10,000 are too few."""
+    return next((seeds for seeds in range(2, 10_001) if visible(spread, seeds, level) <= half), None)

@@ -9,8 +9,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.sweep import record, search_folder
 from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.search_folder import Progress
-from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import ENDED, NUMBER, trial_name, trial_place
+from olora_ray.sweep.space import Space, trial_name
+from olora_ray.sweep.spec import ENDED, NUMBER, trial_place
 from olora_ray.sweep.tuner import SweepCallback
 from tests.said import said
 

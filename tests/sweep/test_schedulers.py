@@ -13,8 +13,8 @@ from ray.tune.schedulers import TrialScheduler
 from olora_ray.config.load import override
 from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.schedulers import Halving, Median, Population, scheduler
-from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import NUMBER, PROGRESS, WHOLE, trial_name, trial_place
+from olora_ray.sweep.space import Space, trial_name
+from olora_ray.sweep.spec import NUMBER, PROGRESS, WHOLE, trial_place
 from tests import tiny
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE

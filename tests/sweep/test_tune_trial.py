@@ -20,8 +20,8 @@ from olora_ray.sweep import run as search_run
 from olora_ray.sweep import trial as trials
 from olora_ray.sweep import tuner
 from olora_ray.sweep.record import TrialFile, TrialRecord, read, read_all
-from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name, trial_place
+from olora_ray.sweep.space import Space, trial_name
+from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_place
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 from olora_ray.sweep.tuner import SearchTrial, SweepCallback
 from olora_ray.tracking.start import resolve_uri
