@@ -8,8 +8,9 @@ import numpy as np
 from comparison.arguments import FACTOR, LEVEL, LR, Arm, Comparison, Trial
 from comparison.folder import notes
 from comparison.record import Against, ArmRecord, ComparisonRecord, Point, Training
+from comparison.row_losses import RowLosses
 from comparison.run import Final, Run, TuningResult
-from comparison.statistics import Difference, Values, crossed, per_token, simultaneous
+from comparison.statistics import Values, crossed, per_token, simultaneous
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
 from olora_ray.config.load import override
@@ -21,7 +22,7 @@ def record(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: str
     comparison, config = run.comparison, run.config
     against = _differences(comparison, finals, run.rows.groups)
     measured = next((each for each in finals if each.losses), None)
-    counts, groups = _counts(run, tuning, measured)
+    counts, groups = _counts(run, tuning, measured.losses if measured else None)
     points = tuple(
         Point(trial.arm.name, trial.factor, _rate(tuning, trial), each.loss) for trial, each in tuning.trials
     )
@@ -33,7 +34,7 @@ def record(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: str
         seconds=run.seconds(),
         tuning_seed=config.run.seed,
         seeds=comparison.seeds,
-        own_lr=_own_lr(config),
+        own_lr=f"{config.train.lr}" + (f" x {config.train.lr_factor:g}" if config.train.lr_factor != 1 else ""),
         steps=measured.ended.record.total if measured else 0,
         global_batch=config.train.global_batch,
         rows=counts,
@@ -70,21 +71,13 @@ def best_config(comparison: Comparison, record: ComparisonRecord) -> Config | No
     return override(comparison.own, {**changes, "run.name": f"{comparison.config.run.name}-best"})
 
 
-def _own_lr(config: Config) -> str:
-    rate, factor = config.train.lr, config.train.lr_factor
-    shown = rate if rate == "auto" else f"{rate:g}"
-    return shown if factor == 1 else f"{shown} x {factor:g}"
-
-
-def _counts(run: Run, tuning: TuningResult, measured: Final | None) -> tuple[dict[str, int], int]:
+def _counts(run: Run, tuning: TuningResult, measured: RowLosses | None) -> tuple[dict[str, int], int]:
     """Return (rows of each set, groups of test rows)."""
     # A test row that is too long has no loss, so it is left out of the counts.
     groups = run.rows.groups
-    if measured is None or measured.losses is None:
-        rows, independent = run.rows.counts["test"], len({number for each in groups.values() for number in each})
-    else:
-        rows, independent = measured.losses.counts(groups)
-    return {**run.rows.counts, "tuning": tuning.rows, "test": rows}, independent
+    independent = len({number for each in groups.values() for number in each})
+    rows, groups_left = measured.counts(groups) if measured else (run.rows.counts["test"], independent)
+    return {**run.rows.counts, "tuning": tuning.rows, "test": rows}, groups_left
 
 
 def _differences(
@@ -102,24 +95,14 @@ def _differences(
 
 
 def _against(values: Values, level: float) -> Against:
-    difference: Difference = crossed(values)
-    return Against(
-        mean=difference.mean,
-        error=difference.error,
-        freedom=difference.freedom,
-        spread=float(values.mean(axis=1).std(ddof=1)),
-        interval=difference.interval(LEVEL),
-        adjusted=difference.interval(level),
-    )
-
-
-def _own(finals: Sequence[Final], arm: Arm) -> list[Final]:
-    return sorted((each for each in finals if each.trial.arm == arm), key=lambda each: each.trial.seed)
+    difference, spread = crossed(values), float(values.mean(axis=1).std(ddof=1))
+    intervals = difference.interval(LEVEL), difference.interval(level)
+    return Against(difference.mean, difference.error, difference.freedom, spread, *intervals)
 
 
 def _losses(finals: Sequence[Final], arm: Arm, groups: Mapping[str, Sequence[int]]) -> tuple[Values, Values] | None:
     """Return an arm's (losses (seeds, groups), tokens (groups,))."""
-    rows = [each.losses for each in _own(finals, arm)]
+    rows = [each.losses for each in finals if each.trial.arm == arm]
     # A mean over the seeds that did not break off would favour an arm that often does, so there is none.
     if not rows or None in rows:
         return None
@@ -135,7 +118,8 @@ def _arm(
     finals: Sequence[Final],
     against: Against | None,
 ) -> ArmRecord:
-    losses, trained, tuned = _losses(finals, arm, run.rows.groups), _own(finals, arm), tuning.tuned.get(arm.name)
+    losses, tuned = _losses(finals, arm, run.rows.groups), tuning.tuned.get(arm.name)
+    trained = [each for each in finals if each.trial.arm == arm]
     mean = crossed(per_token(*losses)) if losses else None
     seconds = [each.record.seconds for trial, each in tuning.trials if trial.arm == arm]
     rated = run.comparison.trial(arm, tuned.factor, run.config.run.seed) if tuned else None
@@ -168,19 +152,11 @@ def _rate(tuning: TuningResult, trial: Trial) -> float | None:
 
 
 def _training(run: Run, final: Final) -> Training:
-    record = final.ended.record
-    result = _result(record.folder)
-    scored = result and run.config.evaluation.scorer
-    return Training(
-        seed=final.trial.seed,
-        loss=final.losses.mean() if final.losses else math.inf,
-        curve=record.curve,
-        scores=answers.score(final.ended.spec.config, answers.answered(result, run.base.tokenizer)).get("after", {})
-        if scored and result
-        else {},
-        folder=record.folder,
-        mlflow_run=record.mlflow_run,
-    )
+    record, loss, scores = final.ended.record, final.losses.mean() if final.losses else math.inf, {}
+    if run.config.evaluation.scorer and (result := _result(record.folder)):
+        answered = answers.answered(result, run.base.tokenizer)
+        scores = answers.score(final.ended.spec.config, answered).get("after", {})
+    return Training(final.trial.seed, loss, record.curve, scores, record.folder, record.mlflow_run)
 
 
 def _result(folder: str) -> TrainResult | None:

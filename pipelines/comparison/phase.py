@@ -15,7 +15,7 @@ from olora_ray.config.schema import Config
 from olora_ray.sweep import record as records
 from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.record import TrialRecord
-from olora_ray.sweep.space import Chooser, Domain, Draws, Scheduler, Space
+from olora_ray.sweep.space import Domain, Draws, Scheduler, Space
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.train.checkpoints import last_step
 
@@ -55,17 +55,11 @@ class FixedTrials(Space):
     def drawn(self, number: int) -> dict[str, Any]:
         return {PLACE: number}
 
-    def draw(self, chooser: Chooser) -> dict[str, Any]:
-        raise NotImplementedError("the trials are fixed")
-
     def draw_names(self) -> list[str]:
         return [PLACE]
 
     def values(self, draws: Draws) -> dict[str, Any]:
         return dict(self.of_trials[draws[PLACE]]) if PLACE in draws else {}
-
-    def as_draws(self, config: Config) -> None:
-        """Return None: no trial of the list needs to be the config itself."""
 
 
 @dataclass(frozen=True)
@@ -113,38 +107,40 @@ def ended(spec: PhaseSpec, trials: Sequence[Trial]) -> list[Ended]:
     Raises UserError if a trial failed for another reason than its learning rate. The next call runs it again.
     """
     if left := missing(spec.folder, trials):
-        note_code(spec.root, {trial.name(): _checkpoint(spec.folder, trial) > 0 for trial in left})
+        note_code(
+            spec.root,
+            {trial.name(): last_step(storage.join(_place(spec.folder, trial), "checkpoints")) > 0 for trial in left},
+        )
         # Only the missing trials are searched, so Ray Tune must forget the list of an earlier attempt. The trials
         # resume from their own folders.
         storage.remove(search_folder.tune_place(spec.folder))
-        search_folder.keep(spec.folder, search_folder.Progress(seconds(spec.folder)))
+        search_folder.keep(spec.folder, search_folder.Progress(search_folder.progress(spec.folder).seconds))
         run.search(replace(spec, space=FixedTrials.of(left)))
-    every = replace(spec, space=FixedTrials.of(trials))
-    results, failed = list[Ended](), list[tuple[str, str]]()
-    for number, (trial, record) in enumerate(zip(trials, _records(spec.folder, trials), strict=True)):
+    every, failed = replace(spec, space=FixedTrials.of(trials)), list[str]()
+    records = _records(spec.folder, trials)
+    for trial, record in zip(trials, records, strict=True):
         if record is None or not _has_ended(record):
-            failed.append((trial.name(), (record.reason or f"it is {record.status}") if record else "it has no record"))
-        else:
-            config = every.config(number, every.space.drawn(number))
-            results.append(Ended(record, every.spec_of(config), loss_of(record)))
+            failed.append(
+                f"{trial.name()} failed: {(record.reason or record.status) if record else 'it has no record'}"
+            )
     if failed:
-        (name, reason), more = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
         raise UserError(
-            f"{spec.folder}: {name} failed{more}: {reason}; remove the cause and run the same command again: it keeps"
-            " the trials that have ended"
+            f"{spec.folder}: {failed[0]}{more}; remove the cause and run the same command again: it keeps the trials"
+            " that have ended"
         )
-    return results
+    configs = [every.config(number, every.space.drawn(number)) for number in range(len(trials))]
+    return [
+        Ended(record, every.spec_of(config), loss_of(record))
+        for record, config in zip(records, configs, strict=True)
+        if record is not None
+    ]
 
 
 def missing(folder: str, trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials that have no result in a phase's folder."""
     found = zip(trials, _records(folder, trials), strict=True)
     return [trial for trial, record in found if record is None or not _has_ended(record)]
-
-
-def seconds(folder: str) -> float:
-    """Return how long a phase has run, over all attempts."""
-    return search_folder.progress(folder).seconds
 
 
 def loss_of(record: TrialRecord) -> float:
@@ -162,10 +158,6 @@ def _place(folder: str, trial: Trial) -> str:
 def _records(folder: str, trials: Sequence[Trial]) -> list[TrialRecord | None]:
     with as_user_error(f"{folder}: cannot read the records of the trials", OSError, reason=short_reason):
         return [records.read(_place(folder, trial)) for trial in trials]
-
-
-def _checkpoint(folder: str, trial: Trial) -> int:
-    return last_step(storage.join(_place(folder, trial), "checkpoints"))
 
 
 def _has_ended(record: TrialRecord) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from comparison.statistics import Interval
 from comparison.tuning import Tuned
+from olora_ray.sweep.record import finite
 
 SHARES = (0.25, 0.5, 1.0)
 """Shares of the steps after which the losses of a training are shown."""
@@ -33,7 +34,6 @@ class Training:
     loss: float
     """Loss on the test rows after the last step; infinite if the training broke off."""
     curve: tuple[tuple[int, float], ...]
-    """(step, loss on the test rows)."""
     scores: Mapping[str, float]
     """Scores of the answers of its best adapter, if the config has a scorer."""
     folder: str = ""
@@ -51,7 +51,6 @@ class Against:
 
     mean: float
     error: float
-    """Standard error of the mean over seeds and rows."""
     freedom: float
     spread: float
     """Standard deviation of the differences of single seeds."""
@@ -65,25 +64,20 @@ class Against:
 class ArmRecord:
     name: str
     values: Mapping[str, Any]
-    """Dotted field -> value, over the config."""
     tuned: Tuned | None
     """None if every trial of the grid broke off."""
     lr: float | None
-    """Tuned peak learning rate."""
     own_loss: float
     """Loss on the tuning rows at the config's own learning rate; infinite if the training broke off."""
     trainings: tuple[Training, ...]
     loss: float | None
     """Mean over seeds and test rows, per supervised token; None if a training did not finish."""
     half: float | None
-    """Half of the width of the loss's interval."""
     against: Against | None
     """None for the baseline, and if one of the two has no loss."""
     init_seconds: float
-    """Time of the initialisation in one process."""
     tunings: int
     tuning_seconds: float
-    """Number and time of the trainings of the tuning."""
     trainable: int | None
     """Number of trained parameters, counted in an adapter; None if no training finished."""
 
@@ -112,27 +106,21 @@ class ComparisonRecord:
     task: str
     machine: str
     seconds: float
-    """Time of all trainings, over all attempts."""
     tuning_seed: int
     seeds: tuple[int, ...]
     own_lr: str
-    """The config's own learning rate, in words."""
     steps: int
     global_batch: int
     rows: Mapping[str, int]
-    """Numbers of train, tuning and test rows."""
     groups: int
     """Independent groups of test rows; without gate.group each row is one."""
     relevant: float
     level: float
     base_tuning: float
-    """Loss of the base model on the tuning rows."""
     base_test: float
     points: tuple[Point, ...]
     baseline: str
-    """Name of the arm with which all others are compared."""
     arms: tuple[ArmRecord, ...]
-    """In the order of the command line."""
     notes: tuple[str, ...] = ()
 
     def of(self, name: str) -> ArmRecord:
@@ -148,12 +136,4 @@ class ComparisonRecord:
 
     def to_json(self) -> str:
         # JSON has no infinity, so it becomes null.
-        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False, default=str) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False, default=str) + "\n"

@@ -3,6 +3,7 @@
 No difference is named without its interval, and without the rows, seeds and model that it was measured on.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def conclude(record: ComparisonRecord, best: Config | None, folder: str, tracker
     tracker.table("arms", list(MEANS), [cells(record, each) for each in record.arms])
     tracker.metrics({0: metrics(record)})
     tracker.tags({f"olora.verdict.{each.name}": sentence(record, each) for each in record.others()})
-    for line in [*lines(record), *summary(record)]:
+    for line in lines(record):
         logger.info(line)
     logger.info(f"report: {storage.join(folder, 'report.html')}")
     if best is not None and (arm := record.best()):
@@ -75,11 +76,11 @@ def conclude(record: ComparisonRecord, best: Config | None, folder: str, tracker
 def metrics(record: ComparisonRecord) -> dict[str, float]:
     """Return numbers for MLflow: loss/ARM, difference/ARM and the bounds of its adjusted interval."""
     numbers = {f"loss/{each.name}": each.loss for each in record.arms if each.loss is not None}
-    for each in record.others():
-        if each.against is not None:
-            bounds = each.against.adjusted
-            numbers |= {f"difference/{each.name}": each.against.mean}
-            numbers |= {f"difference_low/{each.name}": bounds.low, f"difference_high/{each.name}": bounds.high}
+    for arm in record.others():
+        if difference := arm.against:
+            numbers[f"difference/{arm.name}"] = difference.mean
+            numbers[f"difference_low/{arm.name}"] = difference.adjusted.low
+            numbers[f"difference_high/{arm.name}"] = difference.adjusted.high
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
@@ -89,14 +90,19 @@ def sentences(record: ComparisonRecord) -> list[str]:
 
 def sentence(record: ComparisonRecord, arm: ArmRecord) -> str:
     """Return the verdict on an arm, with the rows, seeds and model that it holds for."""
-    if arm.against is None:
+    if (difference := arm.against) is None:
         return f"{arm.name} against {record.baseline}: not compared, because {_why_not(record, arm)}."
-    rates = f"each at the learning rate that was best on {record.rows['tuning']} other rows"
+    low, high, others = difference.adjusted.low, difference.adjusted.high, len(record.arms) - 1
+    together = f" for {others} comparisons together" if others > 1 else ""
+    rows = f"{record.rows['test']} test rows"
+    if record.groups != record.rows["test"]:
+        rows = f"{record.groups} groups of {rows}"
     return (
-        f"Loss of {arm.name} minus loss of {record.baseline} = {arm.against.mean:+.4f} nats per token"
-        f" ({_interval(record, arm.against)}): {conclusion(arm.against, record.relevant)}. Measured with"
-        f" {plural(len(record.seeds), 'seed')} x {_rows(record)} of {record.task} with {record.model}, {rates}."
-        f"{_reservations(record, arm)}"
+        f"Loss of {arm.name} minus loss of {record.baseline} = {difference.mean:+.4f} nats per token"
+        f" ({record.level:.0%} interval {low:+.4f} .. {high:+.4f}{together}):"
+        f" {conclusion(difference, record.relevant)}. Measured with {plural(len(record.seeds), 'seed')} x {rows} of"
+        f" {record.task} with {record.model}, each at the learning rate that was best on {record.rows['tuning']} other"
+        f" rows.{_reservations(record, arm)}"
     )
 
 
@@ -112,18 +118,6 @@ def conclusion(difference: Against, relevant: float) -> str:
     if high <= -relevant or low >= relevant:
         return f"the loss is {word} by at least {bound}, so the difference matters"
     return f"the loss is {word}, but perhaps by less than {bound}, the smallest difference that matters"
-
-
-def _interval(record: ComparisonRecord, difference: Against) -> str:
-    low, high = difference.adjusted.low, difference.adjusted.high
-    others = len(record.arms) - 1
-    adjusted = f" for {others} comparisons together" if others > 1 else ""
-    return f"{record.level:.0%} interval {low:+.4f} .. {high:+.4f}{adjusted}"
-
-
-def _rows(record: ComparisonRecord) -> str:
-    rows = record.rows["test"]
-    return f"{rows} test rows" if record.groups == rows else f"{record.groups} groups of {rows} test rows"
 
 
 def _why_not(record: ComparisonRecord, arm: ArmRecord) -> str:
@@ -148,17 +142,17 @@ def _reservations(record: ComparisonRecord, arm: ArmRecord) -> str:
 
 
 def cells(record: ComparisonRecord, arm: ArmRecord) -> list[str]:
-    tuned, against, course = arm.tuned, arm.against, arm.course()
+    tuned, against, broken = arm.tuned, arm.against, arm.broke_off()
     diverged = f", {tuned.diverged} diverged" if tuned and tuned.diverged else ""
+    loss = f"{broken} of {len(arm.trainings)} broke off" if broken else ""
     return [
         arm.name,
         f"{text.number(arm.lr, 2) if arm.lr else 'auto'}{'' if tuned.inside else '*'}" if tuned else "none",
         f"{tuned.factor:g}" if tuned else "",
-        _loss(arm),
+        loss if arm.loss is None else f"{arm.loss:.4f} ± {arm.half:.4f}",
         f"{against.mean:+.4f}" if against else "",
         f"{against.adjusted.low:+.4f} .. {against.adjusted.high:+.4f}" if against else "",
-        *(f"{loss:.4f}" for loss in course[:2]),
-        *([""] * (2 - len(course[:2]))),
+        *([f"{each:.4f}" for each in arm.course()[:2]] or ["", ""]),
         f"{arm.own_loss:.4f}" if math.isfinite(arm.own_loss) else "broke off",
         f"x{tuned.width:.1f}" if tuned else "",
         f"{arm.init_seconds:.1f} s",
@@ -167,20 +161,11 @@ def cells(record: ComparisonRecord, arm: ArmRecord) -> list[str]:
     ]
 
 
-def _loss(arm: ArmRecord) -> str:
-    if arm.loss is None or arm.half is None:
-        broken = arm.broke_off()
-        return f"{broken} of {len(arm.trainings)} broke off" if broken else ""
-    return f"{arm.loss:.4f} ± {arm.half:.4f}"
-
-
 def lines(record: ComparisonRecord) -> list[str]:
+    """Return table, scores and verdicts for the log."""
     rows = [list(MEANS), *(cells(record, each) for each in record.arms)]
-    return aligned(rows, [False, *[True] * (len(MEANS) - 1)])
-
-
-def summary(record: ComparisonRecord) -> list[str]:
     return [
+        *aligned(rows, [False, *[True] * (len(MEANS) - 1)]),
         f"of: {about(record)}",
         *(f"scores: {line}" for line in scores(record)),
         *(f"seeds: {line}" for line in seeds(record)),
@@ -217,15 +202,15 @@ def seeds(record: ComparisonRecord) -> list[str]:
 
 
 def rates(record: ComparisonRecord) -> "Figure":
-    points = [point for point in record.points if point.lr is not None and point.factor is not None]
-    losses = [point.loss for point in points if math.isfinite(point.loss)]
-    # If the base model is far worse and were in the picture, all other losses would lie on one line.
+    points = [(each.arm, each.lr, each.loss) for each in record.points if each.lr and each.factor]
+    losses = [loss for *_, loss in points if math.isfinite(loss)]
     spread = max(losses) - min(losses) if losses else 0.0
+    # If the base model is far worse and were in the picture, all other losses would lie on one line.
     far = math.isfinite(record.base_tuning) and spread > 0 and record.base_tuning > max(losses) + 3 * spread
-    above = f"; base model: {record.base_tuning:.3f}, above the picture" if far else ""
     figure, axes = figures.new(
         "Learning rate and loss",
-        f"tuning rows, seed {record.tuning_seed}; dotted: the tuned rate; x: broke off, or above the picture{above}",
+        f"tuning rows, seed {record.tuning_seed}; dotted: the tuned rate; x: broke off, or above the picture"
+        + (f"; base model: {record.base_tuning:.3f}, above the picture" if far else ""),
         width=12.0,
         height=4.8,
     )
@@ -233,19 +218,16 @@ def rates(record: ComparisonRecord) -> "Figure":
         figures.say(axes, figures.NOTHING)
         return figure
     low, top = min(losses), max(losses) if far else _top(record.base_tuning, losses)
-    for number, arm in enumerate(record.arms):
-        colour = _colour(number)
-        own = sorted((point.lr or 0.0, point.loss) for point in points if point.arm == arm.name)
-        shown = [pair for pair in own if pair[1] <= top]
-        above_top = [lr for lr, loss in own if not loss <= top]
-        axes.plot([lr for lr, _ in shown], [loss for _, loss in shown], color=colour, marker="o", label=arm.name)
-        axes.plot(above_top, [top] * len(above_top), "x", color=colour, markersize=8, markeredgewidth=2)
+    for arm, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False):
+        own = sorted((lr, loss) for name, lr, loss in points if name == arm.name)
+        shown, above = [pair for pair in own if pair[1] <= top], [lr for lr, loss in own if not loss <= top]
+        axes.plot([lr for lr, _ in shown], [loss for _, loss in shown], "o-", color=colour, label=arm.name)
+        axes.plot(above, [top] * len(above), "x", color=colour, markersize=8, markeredgewidth=2)
         if arm.lr is not None:
             axes.axvline(arm.lr, color=colour, linestyle=":", linewidth=1.2)
+    ticks = sorted({lr for _, lr, _ in points})[:: -(-len(points) // 12)]
     axes.set_xscale("log")
-    ticks = sorted({point.lr for point in points if point.lr is not None})
-    some = ticks[:: -(-len(ticks) // 12)]
-    axes.set_xticks(some, [text.number(rate, 2) for rate in some])
+    axes.set_xticks(ticks, [text.number(rate, 2) for rate in ticks])
     axes.minorticks_off()
     axes.set_ylim(low - 0.06 * (top - low or 1), top + 0.04 * (top - low or 1))
     _finish(axes, record.base_tuning, top, "peak learning rate")
@@ -254,10 +236,9 @@ def rates(record: ComparisonRecord) -> "Figure":
 
 def _top(base: float, losses: Sequence[float]) -> float:
     # The picture ends at the base model, or a little above: diverged trainings would flatten all other lines.
-    low, high = min(losses), max(losses)
-    if not math.isfinite(base) or base <= low:
-        return high
-    return max(base, min(high, base + 0.15 * (base - low)))
+    if not math.isfinite(base) or base <= min(losses):
+        return max(losses)
+    return max(base, min(max(losses), base + 0.15 * (base - min(losses))))
 
 
 def curves(record: ComparisonRecord) -> "Figure":
@@ -265,15 +246,15 @@ def curves(record: ComparisonRecord) -> "Figure":
     caption = f"test rows; line: mean over {len(record.seeds)} seeds, band: their range"
     figure, axes = figures.new("Learning curves", caption)
     last: list[float] = []
-    for number, arm in enumerate(record.arms):
+    for arm, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False):
         finished = [each.curve for each in arm.trainings if math.isfinite(each.loss)]
         steps = sorted(set.intersection(*({step for step, _ in curve} for curve in finished)) if finished else ())
         if not steps:
             continue
         values = [[dict(curve)[step] for curve in finished] for step in steps]
         means = [sum(each) / len(each) for each in values]
-        axes.plot(steps, means, color=_colour(number), linewidth=2, label=arm.name)
-        axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=_colour(number), alpha=0.18)
+        axes.plot(steps, means, color=colour, linewidth=2, label=arm.name)
+        axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.18)
         last += means[1:] or means
     if last:
         _finish(axes, record.base_test, _top(record.base_test, last), "step")
@@ -312,10 +293,6 @@ def _finish(axes: "Axes", base: float, top: float, x: str) -> None:
     figures.legend(axes)
 
 
-def _colour(number: int) -> str:
-    return figures.COLOURS[number % len(figures.COLOURS)]
-
-
 FIGURES = {
     "learning_rates": (rates, "Loss on the tuning rows against the learning rate, a line for each arm", True),
     "curves": (curves, "Held-out loss over the steps at the tuned learning rates", False),
@@ -334,24 +311,16 @@ def html(record: ComparisonRecord, pictures: dict[str, bytes]) -> str:
     """Return the page; `pictures` are PNGs by the names of FIGURES."""
     shown = "\n".join(page.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
     verdicts = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(record))
-    further = [("how to read this", HOW_TO_READ)]
-    further += [(f"score {line.partition(':')[0]}", line.partition(": ")[2]) for line in scores(record)]
-    further += [("seeds", line) for line in seeds(record)]
-    further += [("note", note) for note in record.notes]
+    facts = [("how to read this", HOW_TO_READ), *(("score", line) for line in scores(record))]
+    facts += [*(("seeds", line) for line in seeds(record)), *(("note", note) for note in record.notes)]
+    heads = [page.head(name, column > 0, means) for column, (name, means) in enumerate(MEANS.items())]
+    rows = ["".join(page.cell(value, kind="number") for value in cells(record, each)) for each in record.arms]
     return page.document(
         f"{record.name}: comparison",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about(record))}</p>\n'
-        f'<div class="card best">{verdicts}</div>\n<div class="card">{page.terms(further)}</div>\n<h2>Arms</h2>\n'
-        f'{_arms(record)}\n<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n'
-        "<footer>Click a column's name to sort the first table, or point at it to see its meaning."
-        " comparison.json has all numbers, also for each seed.</footer>",
+        f'<div class="card best">{verdicts}</div>\n<div class="card">{page.terms(facts)}</div>\n<h2>Arms</h2>\n'
+        f"{page.table(heads, [f'<tr>{row}</tr>' for row in rows])}\n"
+        f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n'
+        "<footer>Click a column's name to sort the table, or point at it to see its meaning. comparison.json has all"
+        " numbers, also for each seed.</footer>",
     )
-
-
-def _arms(record: ComparisonRecord) -> str:
-    heads = [page.head(name, column > 0, means) for column, (name, means) in enumerate(MEANS.items())]
-    rows = [
-        "".join(page.cell(shown, kind="number" if column else "") for column, shown in enumerate(cells(record, each)))
-        for each in record.arms
-    ]
-    return page.table(heads, [f"<tr>{row}</tr>" for row in rows])

@@ -5,7 +5,6 @@ seed), so an interrupted comparison resumes, and a finished one can get more see
 """
 
 import contextlib
-import json
 import logging
 import math
 import sys
@@ -23,7 +22,6 @@ from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
 from comparison.tuning import Tuned
-from olora_ray.adapter import initialise
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
@@ -36,7 +34,7 @@ from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
-from olora_ray.sweep import shared_work
+from olora_ray.sweep import search_folder, shared_work
 from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.estimate import MemoryEstimate
@@ -47,7 +45,7 @@ QUIET = {**NO_GATE, "evaluation.scorer": None, "evaluation.samples": 0}
 """Settings of trainings whose answers are not needed."""
 TYPICAL = 0.02
 """Standard deviation of the paired differences of seeds, in nats, that is assumed before any is measured."""
-INIT = "init.json"
+INIT = "init_seconds.txt"
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -55,7 +53,6 @@ SECONDS_BETWEEN_LINES = 30.0
 class TuningResult:
     trials: Sequence[tuple[Trial, Ended]]
     base: float
-    """Loss of the base model on the tuning rows."""
     tuned: Mapping[str, Tuned]
     """Name of an arm -> its tuned rate, for arms with a trial of the grid that did not break off."""
     rows: int
@@ -67,7 +64,7 @@ class Final:
     trial: Trial
     ended: Ended
     losses: RowLosses | None
-    """Losses on the test rows; None if it broke off."""
+    """On the test rows; None if it broke off."""
 
 
 @contextlib.contextmanager
@@ -93,11 +90,6 @@ def machine() -> str:
     return f"{resources.get('CPU', 0):g} CPUs{gpus}"
 
 
-def visible(comparison: Comparison) -> str:
-    """Say which differences the asked seeds can show, and how many seeds compare.relevant needs."""
-    return seeds_line(TYPICAL, len(comparison.seeds), len(comparison.arms) - 1, comparison.compare.relevant)
-
-
 def seeds_line(spread: float, seeds: int, comparisons: int, relevant: float) -> str:
     level = statistics.simultaneous(LEVEL, comparisons)
     half, needed = statistics.visible(spread, seeds, level), statistics.seeds_needed(spread, relevant, level)
@@ -118,11 +110,12 @@ class Run:
         self.config, self.folder = comparison.config, comparison.config.folder()
 
     def seconds(self) -> float:
-        return sum(phase.seconds(storage.join(self.folder, name)) for name in (TUNING, FINAL))
+        return sum(search_folder.progress(storage.join(self.folder, name)).seconds for name in (TUNING, FINAL))
 
     def tune(self) -> TuningResult:
         """Train every arm at every rate of the grid with one seed."""
-        logger.info(visible(self.comparison))
+        asked = self.comparison
+        logger.info(seeds_line(TYPICAL, len(asked.seeds), len(asked.arms) - 1, asked.compare.relevant))
         changes = {**QUIET, "run.seed": self.config.run.seed}
         spec, trials = self._tokens("tuning", changes), self.comparison.tuning()
         self._share(spec)
@@ -148,7 +141,7 @@ class Run:
     def init_seconds(self, arm: Arm) -> float:
         """Return the time of an arm's initialisation in one process."""
         place = shared_by_adapter(self.folder, override(self.config, arm.values))
-        return float(json.loads(storage.read_text(storage.join(place, INIT)))["seconds"])
+        return float(storage.read_text(storage.join(place, INIT)))
 
     def _check_groups(self, spec: TrainSpec) -> None:
         assert spec.eval is not None
@@ -177,12 +170,13 @@ class Run:
                 if baseline:
                     storage.write_text(storage.join(folder, "baseline.json"), baseline)
                 what = f"{arm.name}: factors, shared by its trials of the tuning"
-                own = replace(spec, config=config, shared=folder)
-                work = shared_work.made(own, folder, [(config.adapter.method, config.adapter.rank)], what)
-                size = storage.size(storage.join(own.factor_place(), initialise.TENSORS)) or 0
-                storage.write_text(storage.join(folder, INIT), json.dumps({"seconds": work.init, "bytes": size}) + "\n")
-                logger.info(f"{what}: {work.init:.2f} s")
-            baseline = baseline or _text(storage.join(folder, "baseline.json"))
+                own, factors = replace(spec, config=config, shared=folder), (config.adapter.method, config.adapter.rank)
+                seconds = shared_work.made(own, folder, [factors], what).init
+                storage.write_text(storage.join(folder, INIT), f"{seconds}\n")
+                logger.info(f"{what}: {seconds:.2f} s")
+            # The file is missing for a sharded base model, whose loss the trials measure.
+            if storage.exists(file := storage.join(folder, "baseline.json")):
+                baseline = baseline or storage.read_text(file)
 
     def _phase(
         self, name: str, trials: Sequence[Trial], specs: Mapping[int, TrainSpec], evaluations: int
@@ -203,21 +197,22 @@ class Run:
     def _estimate(self, spec: TrainSpec, trials: Sequence[Trial]) -> None:
         pace = estimate.measured(self.comparison, spec, self.sizes[self.comparison.baseline.name])
         side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
-        tuning = len(phase.missing(storage.join(self.folder, TUNING), trials))
         # As the rates are not known yet, each folder stands for a final training of an earlier attempt.
         done = len(storage.names(storage.join(self.folder, FINAL, "trials")))
         final = max(0, len(self.comparison.arms) * len(self.comparison.seeds) - done)
-        logger.info(estimate.line(pace, tuning, final, side_by_side))
+        left = len(phase.missing(storage.join(self.folder, TUNING), trials)), final
+        logger.info(estimate.line(pace, *left, side_by_side))
         if not isinstance(pace, str) and not has_begun(self.folder):
-            estimate.check_budget(self.comparison.budget, estimate.total(pace, tuning, final, side_by_side))
+            estimate.check_budget(self.comparison.budget, estimate.total(pace, *left, side_by_side))
 
     def _tuned(self, pairs: Sequence[tuple[Trial, Ended]], spec: TrainSpec) -> TuningResult:
-        base = next((loss for _, each in pairs if (loss := each.base()) is not None), math.inf)
-        tuned: dict[str, Tuned] = {}
+        base, tuned = (
+            next((loss for _, each in pairs if (loss := each.base()) is not None), math.inf),
+            dict[str, Tuned](),
+        )
         for arm in self.comparison.arms:
-            losses = {trial.factor: each.loss for trial, each in pairs if trial.arm == arm and trial.factor is not None}
-            point = tuning.tuned(losses, base, self.comparison.compare.relevant)
-            if point is None:
+            losses = {trial.factor: each.loss for trial, each in pairs if trial.arm == arm and trial.factor}
+            if (point := tuning.tuned(losses, base, self.comparison.compare.relevant)) is None:
                 logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue
             tuned[arm.name] = point
@@ -253,11 +248,3 @@ class Run:
 def _read(trained: Ended) -> RowLosses | None:
     assert trained.spec.eval is not None
     return RowLosses.read(trained.record.folder, trained.spec.eval.digest)
-
-
-def _text(file: str) -> str:
-    # The file is missing for a sharded base model, whose loss the trials measure.
-    try:
-        return storage.read_text(file)
-    except OSError:
-        return ""

@@ -18,7 +18,7 @@ from comparison.folder import shared_by_adapter
 from comparison.phase import PhaseSpec
 from comparison.row_losses import FILE, RowLosses
 from comparison.rows import RowSets
-from comparison.run import Run
+from comparison.run import INIT, Run
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -191,7 +191,7 @@ class MadeRun(Run):
         for each in self.comparison.arms:
             place = Path(shared_by_adapter(self.folder, override(self.config, each.values)))
             place.mkdir(parents=True, exist_ok=True)
-            (place / "init.json").write_text('{"seconds": 0.8, "bytes": 2000000}')
+            (place / INIT).write_text("0.8\n")
 
     def _estimate(self, spec: Any, trials: Any) -> None:
         pass

@@ -259,7 +259,7 @@ def test_an_arm_whose_every_trial_breaks_off_leaves_the_others_their_report(
     )
     report.write(record, str(tmp_path / "out"))
     assert "all broke off" in (tmp_path / "out" / "report.html").read_text()
-    report.summary(record)
+    report.lines(record)
 
 
 @pytest.mark.lengthy
@@ -276,6 +276,6 @@ def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.M
     assert tree["arms"][1]["against"]["adjusted"]["low"] == record.of("olora").against.adjusted.low  # type: ignore[union-attr]
     assert len(tree["arms"][0]["trainings"]) == 4
     assert tree["arms"][0]["tuned"]["factor"] == 1.2
-    shown = "\n".join([*report.lines(record), *report.summary(record)])
+    shown = "\n".join(report.lines(record))
     assert "0.0019" in shown
     assert "verdict: Loss of olora minus loss of lora = +0.0" in shown

@@ -64,7 +64,7 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     lora, olora = found["arms"]
     assert (lora["name"], olora["name"], found["baseline"]) == ("lora", "olora", "lora")
     for arm in (lora, olora):
-        assert arm["tunings"] == len(SMALL["compare"]["rates"]) + (arm["own_loss"] != _loss_at_one(found, arm))
+        assert arm["tunings"] == 4  # three rates, and the config's own
         assert arm["lr"] > 0
         assert arm["trainable"] > 0
         assert [each["seed"] for each in arm["trainings"]] == [4, 5]
@@ -96,11 +96,6 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     other = compare(file, "--methods", "lora,olora", "--seeds", "2", "compare.relevant=0.5")
     assert other.returncode == 2
     assert "compare.relevant was 0.01, is 0.5" in other.stderr
-
-
-def _loss_at_one(found: dict[str, Any], arm: dict[str, Any]) -> float:
-    points = {point["factor"]: point["loss"] for point in found["points"] if point["arm"] == arm["name"]}
-    return float(points[1])
 
 
 @pytest.mark.ray
