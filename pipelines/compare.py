@@ -38,7 +38,8 @@ def main(argv: list[str]) -> None:
     from olora_ray.tokens import first_look
 
     comparison = replace(comparison, config=first_look.check(comparison.config))
-    from comparison import analysis, folder, report, rows, run
+    from comparison import folder, report, rows, run
+    from comparison.record import best_config, recorded
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.run import only_driver
@@ -57,8 +58,8 @@ def main(argv: list[str]) -> None:
             tuning = work.tune()
             finals = work.train(tuning)
             driver.check()
-            record = analysis.record(work, tuning, finals, run.machine())
-            report.conclude(record, analysis.best_config(comparison, record), config.folder(), tracker)
+            record = recorded(work, tuning, finals, run.machine())
+            report.conclude(record, best_config(comparison, record), config.folder(), tracker)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -106,10 +106,8 @@ class Comparison:
         return next((arm for arm in self.arms if arm.name == "lora"), self.arms[0])
 
     def trial(self, arm: Arm, factor: float | None, seed: int) -> Trial:
-        if factor is None:
-            rate: dict[str, Any] = {LR: self.config.train.lr, FACTOR: self.config.train.lr_factor}
-        else:
-            rate = {LR: arm.values.get(LR, "auto"), FACTOR: factor}
+        own, train = factor is None, self.config.train
+        rate = {LR: train.lr, FACTOR: train.lr_factor} if own else {LR: arm.values.get(LR, "auto"), FACTOR: factor}
         return Trial(arm, factor, seed, {**arm.values, **rate, "run.seed": seed})
 
     def own_factor(self) -> float | None:
@@ -119,9 +117,7 @@ class Comparison:
 
     def tuning(self) -> list[Trial]:
         """Return the trials of the tuning: as many for each arm, with one seed."""
-        factors: list[float | None] = [*self.compare.rates]
-        if self.own_factor() is None:
-            factors.append(None)
+        factors = dict.fromkeys((*self.compare.rates, self.own_factor()))
         return [self.trial(arm, factor, self.config.run.seed) for arm in self.arms for factor in factors]
 
 
@@ -130,13 +126,13 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
 
     --help prints `usage` and the fields, and exits. Raises UserError for unknown words and wrong values.
     """
-    texts, rest = _arm_texts(argv)
-    parsed = command_line.parse(rest, usage, options=(ARM, METHODS, SEEDS, BUDGET), fields=ComparedConfig)
+    parsed = command_line.parse(argv, usage, options=(ARM, METHODS, SEEDS, BUDGET), fields=ComparedConfig)
     if len(files := parsed.names()) != 1:
         raise UserError(f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how")
     tree = changed(read(files[0]), parsed.changes())
     compared = validated(ComparedConfig, tree, files[0])
     config = resolved(build(tree, files[0]), Path.cwd())
+    texts = [text for name, text in parsed.given if name == ARM]
     methods = parsed.options.get(METHODS, "" if texts else "lora,olora")
     seeds = _seeds(config, parsed.options.get(SEEDS, str(FEW_SEEDS)))
     budget = _seconds(parsed.options[BUDGET]) if BUDGET in parsed.options else None
@@ -145,21 +141,6 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
     own, config = config, override(config, {**SAME, **named})
     arms = _distinct([*_methods(methods), *(_arm(text, config) for text in texts)])
     return Comparison(config, own, compared.compare, arms, seeds, budget)
-
-
-def _arm_texts(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (values of --arm, all other words)."""
-    texts, rest, words = list[str](), list[str](), iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        text = value if equals else next(words, "") if name == ARM else ""
-        if name != ARM:
-            rest.append(word)
-        elif text and not text.startswith("--"):
-            texts.append(text)
-        else:
-            raise UserError(f"argument {ARM}: its value is missing; see --help")
-    return texts, rest
 
 
 def _methods(text: str) -> Iterator[Arm]:
@@ -191,15 +172,13 @@ def _arm(text: str, config: Config) -> Arm:
     return Arm(name, values)
 
 
-def _distinct(arms: Iterable[Arm]) -> tuple[Arm, ...]:
-    by_name: dict[str, Arm] = {}
-    for arm in arms:
-        if arm.name in by_name:
-            raise UserError(f"argument {ARM} {arm.name}: two arms have this name; choose another")
-        by_name[arm.name] = arm
-    if len(by_name) < 2:
+def _distinct(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    names = [arm.name for arm in arms]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"argument {ARM} {twice[0]}: two arms have this name; choose another")
+    if len(arms) < 2:
         raise UserError(f"argument {ARM}: a comparison needs two arms or more, e.g. {METHODS} lora,olora")
-    return tuple(by_name.values())
+    return tuple(arms)
 
 
 def _seeds(config: Config, text: str) -> tuple[int, ...]:

@@ -45,10 +45,6 @@ def has_begun(root: str) -> bool:
     return storage.exists(storage.join(root, TUNING))
 
 
-def shared_by_seed(root: str, seed: int) -> str:
-    return storage.join(root, "shared", f"seed-{seed}")
-
-
 def shared_by_adapter(root: str, config: Config) -> str:
     """Return the folder of the factors that all trials of the tuning with these adapter settings share."""
     digest = digest_json(config.adapter.model_dump(mode="json"), length=8)
@@ -96,18 +92,15 @@ def _refuse_other(comparison: Comparison, contents: Mapping[str, str]) -> None:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{file}: cannot be read; restore it from a copy, or delete {folder}") from None
     checkpoint.require_same({**contents, **kept.get("contents", {})}, contents, folder)
-    differing = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
-    if changed := [name for name in differing if not _grows(name, before.get(name), now.get(name))]:
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    # More seeds and arms change no loss that is measured already.
+    changed = [name for name in changed if not (name.startswith(_ARM) and name not in before)]
+    if changed := [name for name in changed if not (name == SEEDS and before.get(SEEDS, 0) < now[SEEDS])]:
         shown = ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed[:3])
         raise UserError(
             f"run.name: {folder} holds a comparison with {plural(len(changed), 'other setting')} ({shown}); only more"
             f" {SEEDS} and more arms can be added; choose another run.name, or delete the folder"
         )
-
-
-def _grows(name: str, before: Any, now: Any) -> bool:
-    # What is added changes no loss that is measured already.
-    return before is None if name.startswith(_ARM) else name == SEEDS and now > before
 
 
 def _description(comparison: Comparison, contents: Mapping[str, str]) -> dict[str, Any]:
@@ -123,16 +116,16 @@ def _description(comparison: Comparison, contents: Mapping[str, str]) -> dict[st
     return {"settings": settings, "contents": dict(contents)}
 
 
-def note_code(root: str, begun: Mapping[str, bool]) -> None:
+def note_code(root: str, checkpoints: Mapping[str, int]) -> None:
     """Note the code version of trainings that run now; warn if other versions have trained before.
 
-    `begun` is by name of the training: True if an earlier attempt left a checkpoint.
+    `checkpoints` is name of a training -> step of its last checkpoint, from an earlier attempt.
     """
     # Before the trainings, because a driver that is killed cannot write it afterwards. A training without a checkpoint
     # starts again, so the version of the earlier attempt has no part in it.
     codes, now, mixed = _codes(root), node_cache.code(), notes(root)
-    for name, has_checkpoint in begun.items():
-        codes[name] = list(dict.fromkeys([*(codes.get(name, ()) if has_checkpoint else ()), now]))
+    for name, step in checkpoints.items():
+        codes[name] = sorted({*(codes.get(name, ()) if step else ()), now})
     storage.write_text(storage.join(root, _CODE), json.dumps(codes, indent=1) + "\n")
     if notes(root) and not mixed:
         logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
@@ -144,9 +137,5 @@ def notes(root: str) -> tuple[str, ...]:
 
 
 def _codes(root: str) -> dict[str, list[str]]:
-    try:
-        return {name: list(each) for name, each in json.loads(storage.read_text(storage.join(root, _CODE))).items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, AttributeError):
-        return {"damaged": ["unknown"]}
+    file = storage.join(root, _CODE)
+    return dict(json.loads(storage.read_text(file))) if storage.exists(file) else {}

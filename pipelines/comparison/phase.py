@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comparison.arguments import Trial
-from comparison.folder import FINAL, note_code, shared_by_adapter, shared_by_seed
+from comparison.folder import FINAL, note_code, shared_by_adapter
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
@@ -80,9 +80,9 @@ class PhaseSpec(SweepSpec):
 
     def spec_of(self, config: Config) -> TrainSpec:
         # In the final phase each trial computes its factors itself, as a run would: they depend on the seed.
-        final = self.folder == storage.join(self.root, FINAL)
-        shared = shared_by_seed(self.root, config.run.seed) if final else shared_by_adapter(self.root, config)
-        return replace(self.specs[config.run.seed], config=config, shared=shared)
+        final, seed = self.folder == storage.join(self.root, FINAL), config.run.seed
+        shared = storage.join(self.root, "shared", f"seed-{seed}") if final else shared_by_adapter(self.root, config)
+        return replace(self.specs[seed], config=config, shared=shared)
 
     def shares_data(self) -> bool:
         """True: all trials have the same base model, and all trials of a seed the same tokens."""
@@ -107,34 +107,24 @@ def ended(spec: PhaseSpec, trials: Sequence[Trial]) -> list[Ended]:
     Raises UserError if a trial failed for another reason than its learning rate. The next call runs it again.
     """
     if left := missing(spec.folder, trials):
-        note_code(
-            spec.root,
-            {trial.name(): last_step(storage.join(_place(spec.folder, trial), "checkpoints")) > 0 for trial in left},
-        )
+        places = {trial.name(): storage.join(_place(spec.folder, trial), "checkpoints") for trial in left}
+        note_code(spec.root, {name: last_step(place) for name, place in places.items()})
         # Only the missing trials are searched, so Ray Tune must forget the list of an earlier attempt. The trials
         # resume from their own folders.
         storage.remove(search_folder.tune_place(spec.folder))
         search_folder.keep(spec.folder, search_folder.Progress(search_folder.progress(spec.folder).seconds))
         run.search(replace(spec, space=FixedTrials.of(left)))
-    every, failed = replace(spec, space=FixedTrials.of(trials)), list[str]()
-    records = _records(spec.folder, trials)
-    for trial, record in zip(trials, records, strict=True):
+    found, every = _records(spec.folder, trials), replace(spec, space=FixedTrials.of(trials))
+    results = list[Ended]()
+    for number, (trial, record) in enumerate(zip(trials, found, strict=True)):
         if record is None or not _has_ended(record):
-            failed.append(
-                f"{trial.name()} failed: {(record.reason or record.status) if record else 'it has no record'}"
+            raise UserError(
+                f"{spec.folder}: {trial.name()} failed: {(record.reason or record.status) if record else 'no record'};"
+                " remove the cause and run the same command again: it keeps the trials that have ended"
             )
-    if failed:
-        more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
-        raise UserError(
-            f"{spec.folder}: {failed[0]}{more}; remove the cause and run the same command again: it keeps the trials"
-            " that have ended"
-        )
-    configs = [every.config(number, every.space.drawn(number)) for number in range(len(trials))]
-    return [
-        Ended(record, every.spec_of(config), loss_of(record))
-        for record, config in zip(records, configs, strict=True)
-        if record is not None
-    ]
+        config = every.config(number, every.space.drawn(number))
+        results.append(Ended(record, every.spec_of(config), loss_of(record)))
+    return results
 
 
 def missing(folder: str, trials: Sequence[Trial]) -> list[Trial]:

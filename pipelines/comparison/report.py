@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("olora_ray.comparison")
 
-BEST_CONFIG = "best.yaml"
 MEANS = {
     "arm": "its name on the command line",
     "learning rate": "tuned peak rate; * means that the best rate is at the end of the grid",
@@ -55,8 +54,7 @@ HOW_TO_READ = (
 
 def conclude(record: ComparisonRecord, best: Config | None, folder: str, tracker: Tracker) -> None:
     """Write page, figures, comparison.json and best.yaml, log them to MLflow, and log the verdict."""
-    files = write(record, folder)
-    path = storage.join(folder, BEST_CONFIG)
+    files, path = write(record, folder), storage.join(folder, "best.yaml")
     if best is not None:
         storage.write_text(path, dump(best))
         files.append(path)
@@ -203,42 +201,39 @@ def seeds(record: ComparisonRecord) -> list[str]:
 
 def rates(record: ComparisonRecord) -> "Figure":
     points = [(each.arm, each.lr, each.loss) for each in record.points if each.lr and each.factor]
-    losses = [loss for *_, loss in points if math.isfinite(loss)]
-    spread = max(losses) - min(losses) if losses else 0.0
-    # If the base model is far worse and were in the picture, all other losses would lie on one line.
-    far = math.isfinite(record.base_tuning) and spread > 0 and record.base_tuning > max(losses) + 3 * spread
-    figure, axes = figures.new(
-        "Learning rate and loss",
-        f"tuning rows, seed {record.tuning_seed}; dotted: the tuned rate; x: broke off, or above the picture"
-        + (f"; base model: {record.base_tuning:.3f}, above the picture" if far else ""),
-        width=12.0,
-        height=4.8,
-    )
+    losses, base = [loss for *_, loss in points if math.isfinite(loss)], record.base_tuning
+    top = _top(base, losses)
+    above = f"; base model: {base:.3f}, above the picture" if losses and top < base < math.inf else ""
+    caption = f"tuning rows, seed {record.tuning_seed}; dotted: the tuned rate; x: broke off, or above the picture"
+    figure, axes = figures.new("Learning rate and loss", caption + above, width=12.0, height=4.8)
     if not losses:
         figures.say(axes, figures.NOTHING)
         return figure
-    low, top = min(losses), max(losses) if far else _top(record.base_tuning, losses)
     for arm, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False):
         own = sorted((lr, loss) for name, lr, loss in points if name == arm.name)
-        shown, above = [pair for pair in own if pair[1] <= top], [lr for lr, loss in own if not loss <= top]
+        shown, over = [pair for pair in own if pair[1] <= top], [lr for lr, loss in own if not loss <= top]
         axes.plot([lr for lr, _ in shown], [loss for _, loss in shown], "o-", color=colour, label=arm.name)
-        axes.plot(above, [top] * len(above), "x", color=colour, markersize=8, markeredgewidth=2)
+        axes.plot(over, [top] * len(over), "x", color=colour, markersize=8, markeredgewidth=2)
         if arm.lr is not None:
             axes.axvline(arm.lr, color=colour, linestyle=":", linewidth=1.2)
-    ticks = sorted({lr for _, lr, _ in points})[:: -(-len(points) // 12)]
+    ticks = sorted({lr for _, lr, _ in points})
+    ticks = ticks[:: -(-len(ticks) // 12)]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [text.number(rate, 2) for rate in ticks])
     axes.minorticks_off()
-    axes.set_ylim(low - 0.06 * (top - low or 1), top + 0.04 * (top - low or 1))
-    _finish(axes, record.base_tuning, top, "peak learning rate")
+    space = top - min(losses) or 1
+    axes.set_ylim(min(losses) - 0.06 * space, top + 0.04 * space)
+    _finish(axes, base, top, "peak learning rate")
     return figure
 
 
 def _top(base: float, losses: Sequence[float]) -> float:
+    low, high = min(losses, default=0.0), max(losses, default=0.0)
+    # If the base model is far worse and were in the picture, all other losses would lie on one line.
+    if not math.isfinite(base) or base <= low or (high > low and base > high + 3 * (high - low)):
+        return high
     # The picture ends at the base model, or a little above: diverged trainings would flatten all other lines.
-    if not math.isfinite(base) or base <= min(losses):
-        return max(losses)
-    return max(base, min(max(losses), base + 0.15 * (base - min(losses))))
+    return max(base, min(high, base + 0.15 * (base - low)))
 
 
 def curves(record: ComparisonRecord) -> "Figure":

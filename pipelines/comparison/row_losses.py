@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from olora_ray.adapter.inject import install, remove, wrap
 from olora_ray.cluster.resume import named
@@ -72,16 +73,15 @@ class RowLosses:
     def read(cls, folder: str, data: str) -> "RowLosses | None":
         """Return the losses of a trial's folder on this store; None if they are missing or damaged."""
         try:
-            tree = json.loads(storage.read_text(storage.join(folder, FILE)))
-            places, tokens = tuple(map(str, tree["places"])), tuple(map(int, tree["tokens"]))
-            losses = cls(str(tree["data"]), places, tokens, tuple(map(float, tree["losses"])), int(tree["trainable"]))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            losses = TypeAdapter(cls).validate_json(storage.read_text(storage.join(folder, FILE)))
+        except (OSError, ValueError):
             return None
         complete = len(losses.places) == len(losses.tokens) == len(losses.losses)
         return losses if complete and losses.data == data else None
 
 
-def places_of(store: TokenStore) -> tuple[str, ...]:
+def places_of(store: TokenStore | None) -> tuple[str, ...]:
+    assert store is not None
     return tuple(place.rpartition("/")[2] for number in range(len(store)) for place in store.origins(number))
 
 

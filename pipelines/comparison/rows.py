@@ -33,6 +33,7 @@ from olora_ray.tokens.prepare import plan_here
 logger = logging.getLogger("olora_ray.comparison")
 
 Kind = Literal["train", "tuning", "test"]
+KINDS: tuple[Kind, ...] = ("train", "tuning", "test")
 FILE = "@file"
 """The value of gate.group that makes the rows of each file a group."""
 
@@ -87,16 +88,26 @@ def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
     Raises UserError if there are too few rows, if too many cannot be read, or if no row has the column of gate.group.
     """
     # The sets are divided here, by content and group, so data.eval_fraction must not divide the rows again.
-    setting = "data.eval" if config.data.eval else "data.train"
     config = override(config, {"data.eval_fraction": None})
     train = list(_read(config, spec, "train"))
     pool = list(_read(config, spec, "eval")) if config.data.eval else train
-    _check_groups(config, setting, pool)
+    _check_groups(config, pool)
     test, rest = _taken(pool, compare.test_rows)
     tuning, _ = _taken(rest, compare.tuning_rows)
     train = _without(train, [*test, *tuning], groups=not config.data.eval)
-    _check(config, compare, setting, pool, train, tuning, test)
-    return _row_sets(config, {"train": train, "tuning": tuning, "test": test})
+    sets: dict[Kind, list[Row]] = {"train": train, "tuning": tuning, "test": test}
+    _check(config, compare, pool, sets)
+    folder, lines = storage.join(config.folder(), "rows"), dict[str, list[str]]()
+    for kind, rows in sets.items():
+        for row in rows:
+            lines.setdefault(_name(kind, row.source), []).append(f"{row.line}\n")
+    return RowSets(
+        {kind: tuple(_sources(config, folder, kind, rows)) for kind, rows in sets.items()},
+        {kind: len(rows) for kind, rows in sets.items()},
+        {kind: digest_json([[row.source, row.line] for row in rows], length=32) for kind, rows in sets.items()},
+        _groups(test),
+        {name: "".join(each) for name, each in lines.items()},
+    )
 
 
 def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
@@ -140,19 +151,18 @@ def _column(config: Config, source: Source) -> list[str]:
     return [source.fields.get(group, group)] if group and group != FILE else []
 
 
-def _check_groups(config: Config, setting: str, pool: Sequence[Row]) -> None:
+def _check_groups(config: Config, pool: Sequence[Row]) -> None:
     # A row without the column, or with an empty one, is a group of its own, and so counts as independent of all others.
     alone = sum(row.group == row.content for row in pool)
     if config.gate.group in (None, FILE) or not alone:
         return
     if alone == len(pool):
         raise UserError(
-            f"gate.group: no row of {setting} has a column {config.gate.group!r}; set it to a column of the rows, or to"
-            " null if rows are independent"
+            f"gate.group: no row of {_setting(config)} has a column {config.gate.group!r}; set it to a column of the"
+            " rows, or to null if rows are independent"
         )
-    logger.warning(
-        f"gate.group: {plural(alone, 'row')} of {setting} have no {config.gate.group!r}; each counts as its own group"
-    )
+    rows = f"{plural(alone, 'row')} of {_setting(config)}"
+    logger.warning(f"gate.group: {rows} have no {config.gate.group!r}; each counts as its own group")
 
 
 def _digest(value: Any) -> str:
@@ -180,20 +190,13 @@ def _without(rows: Sequence[Row], others: Sequence[Row], groups: bool) -> list[R
     return [row for row in rows if row.content not in contents and row.group not in named]
 
 
-def _check(
-    config: Config,
-    wanted: Compare,
-    setting: str,
-    pool: Sequence[Row],
-    train: Sequence[Row],
-    tuning: Sequence[Row],
-    test: Sequence[Row],
-) -> None:
-    distinct = len({row.content for row in pool})
+def _check(config: Config, wanted: Compare, pool: Sequence[Row], sets: Mapping[Kind, Sequence[Row]]) -> None:
+    train, tuning, test = (sets[kind] for kind in KINDS)
     if len(tuning) < wanted.tuning_rows or len(test) < wanted.test_rows:
         raise UserError(
-            f"{setting}: its {distinct:,} different rows do not suffice for compare.test_rows = {wanted.test_rows}"
-            f" and compare.tuning_rows = {wanted.tuning_rows}; add rows, or set these lower"
+            f"{_setting(config)}: its {len({row.content for row in pool}):,} different rows do not suffice for"
+            f" compare.test_rows = {wanted.test_rows} and compare.tuning_rows = {wanted.tuning_rows}; add rows, or set"
+            " these lower"
         )
     if len(train) < config.train.global_batch:
         raise UserError(
@@ -208,18 +211,8 @@ def _check(
         )
 
 
-def _row_sets(config: Config, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
-    folder, lines = storage.join(config.folder(), "rows"), dict[str, list[str]]()
-    for kind, rows in sets.items():
-        for row in rows:
-            lines.setdefault(_name(kind, row.source), []).append(f"{row.line}\n")
-    return RowSets(
-        {kind: tuple(_sources(config, folder, kind, rows)) for kind, rows in sets.items()},
-        {kind: len(rows) for kind, rows in sets.items()},
-        {kind: digest_json([[row.source, row.line] for row in rows], length=32) for kind, rows in sets.items()},
-        _groups(sets["test"]),
-        {name: "".join(each) for name, each in lines.items()},
-    )
+def _setting(config: Config) -> str:
+    return "data.eval" if config.data.eval else "data.train"
 
 
 def _name(kind: Kind, source: int) -> str:
@@ -235,8 +228,7 @@ def _sources(config: Config, folder: str, kind: Kind, rows: Iterable[Row]) -> It
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:
-    numbers: dict[str, int] = {}
-    files: dict[str, list[int]] = {}
+    numbers, files = dict[str, int](), dict[str, list[int]]()
     for row in rows:
         files.setdefault(_name("test", row.source), []).append(numbers.setdefault(row.group, len(numbers)))
     return {name: tuple(of_lines) for name, of_lines in files.items()}

@@ -14,14 +14,14 @@ from typing import Literal
 
 import ray
 
-from comparison import estimate, phase, row_losses, statistics, tuning
+from comparison import estimate, phase, row_losses, statistics
 from comparison.arguments import LEVEL, Arm, Comparison, Trial
 from comparison.estimate import EVALUATIONS
 from comparison.folder import FINAL, TUNING, has_begun, shared_by_adapter
 from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
-from comparison.tuning import Tuned
+from comparison.statistics import Tuned
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
@@ -46,7 +46,6 @@ QUIET = {**NO_GATE, "evaluation.scorer": None, "evaluation.samples": 0}
 TYPICAL = 0.02
 """Standard deviation of the paired differences of seeds, in nats, that is assumed before any is measured."""
 INIT = "init_seconds.txt"
-SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,6 @@ class Run:
         return float(storage.read_text(storage.join(place, INIT)))
 
     def _check_groups(self, spec: TrainSpec) -> None:
-        assert spec.eval is not None
         # Rows that are too long have no tokens. If one group is left, the result would hold for this group alone.
         places = row_losses.places_of(spec.eval)
         if len(set(row_losses.group_numbers(places, self.rows.groups))) < 2:
@@ -206,13 +204,11 @@ class Run:
             estimate.check_budget(self.comparison.budget, estimate.total(pace, *left, side_by_side))
 
     def _tuned(self, pairs: Sequence[tuple[Trial, Ended]], spec: TrainSpec) -> TuningResult:
-        base, tuned = (
-            next((loss for _, each in pairs if (loss := each.base()) is not None), math.inf),
-            dict[str, Tuned](),
-        )
+        tuned = dict[str, Tuned]()
+        base = next((loss for _, each in pairs if (loss := each.base()) is not None), math.inf)
         for arm in self.comparison.arms:
             losses = {trial.factor: each.loss for trial, each in pairs if trial.arm == arm and trial.factor}
-            if (point := tuning.tuned(losses, base, self.comparison.compare.relevant)) is None:
+            if (point := statistics.tuned(losses, base, self.comparison.compare.relevant)) is None:
                 logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue
             tuned[arm.name] = point
@@ -221,7 +217,6 @@ class Run:
                 f"{arm.name}: tuned to {point.factor:g} times its rate, lowest loss {point.loss:.4f} on the tuning"
                 f" rows{edge}"
             )
-        assert spec.eval is not None
         return TuningResult(pairs, base, tuned, len(set(row_losses.places_of(spec.eval))))
 
     def _measure(self, trained: Sequence[Ended]) -> None:
@@ -233,16 +228,8 @@ class Run:
         wanted = worker_resources(self.config)
         number = max(1, min(len(left), search.room(wanted)))
         task = ray.remote(row_losses.measure).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-        tasks = [task.remote(left[first::number]) for first in range(number)]
-        logged = 0
-        while tasks:
-            ready, tasks = ray.wait(tasks, timeout=SECONDS_BETWEEN_LINES)
-            with user_errors():
-                ray.get(ready)
-            done = sum(storage.exists(storage.join(folder, row_losses.FILE)) for folder, _ in left)
-            if tasks and done > logged:
-                logged = done
-                logger.info(f"measured {done} of {plural(len(left), 'adapter')}")
+        with user_errors():
+            ray.get([task.remote(left[first::number]) for first in range(number)])
 
 
 def _read(trained: Ended) -> RowLosses | None:

@@ -74,10 +74,10 @@ def test_versions_are_noted_for_each_training(tmp_path: Path, monkeypatch: pytes
     """A comparison that was killed before its first training ended was once reported as a mixture for ever."""
     root = str(tmp_path)
     for code, begun, mixed in (
-        ("one", {"a": False, "b": False}, False),
-        ("two", {"a": False, "b": False}, False),  # the first attempt left nothing
-        ("two", {"a": True}, False),
-        ("three", {"b": True}, True),
+        ("one", {"a": 0, "b": 0}, False),
+        ("two", {"a": 0, "b": 0}, False),  # the first attempt left nothing
+        ("two", {"a": 8}, False),
+        ("three", {"b": 8}, True),
     ):
         monkeypatch.setattr(folder.node_cache, "code", lambda code=code: code)
         folder.note_code(root, begun)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from comparison import analysis, report
-from comparison.record import Against, ComparisonRecord, Point
+from comparison import report
+from comparison.record import Against, ComparisonRecord, Point, origin, recorded
 from comparison.statistics import Interval
 from tests.comparison import made
 
@@ -40,7 +40,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> ComparisonRecord:
     with pytest.MonkeyPatch.context() as patch:
         work = made.running(patch, made.comparison(folder), made.Cluster())
         tuning = work.tune()
-        return analysis.record(work, tuning, work.train(tuning), "2 CPUs")
+        return recorded(work, tuning, work.train(tuning), "2 CPUs")
 
 
 def test_a_sentence_names_all_that_it_is_of(record: ComparisonRecord) -> None:
@@ -98,4 +98,4 @@ def test_learning_rates_can_be_told_apart_however_much_worse_the_base_model_is(b
     ],
 )
 def test_the_origin_of_a_dequantised_base_model_is_named(name: str, shown: str) -> None:
-    assert analysis.origin(name) == shown
+    assert origin(name) == shown

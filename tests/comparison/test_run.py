@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from comparison import analysis, folder, report
+from comparison import folder, report
 from comparison.arguments import Comparison
-from comparison.record import ComparisonRecord
+from comparison.record import ComparisonRecord, best_config, recorded
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import dump, parse_yaml
 from olora_ray.config.schema import Config
@@ -24,7 +24,7 @@ from tests.said import said
 def compared(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> ComparisonRecord:
     work = made.running(monkeypatch, found, cluster)
     tuning = work.tune()
-    return analysis.record(work, tuning, work.train(tuning), "2 CPUs")
+    return recorded(work, tuning, work.train(tuning), "2 CPUs")
 
 
 def test_each_arm_is_tuned_on_the_same_grid_and_then_compared_with_fresh_seeds(
@@ -117,7 +117,7 @@ def test_it_ends_with_a_config_to_run(tmp_path: Path, monkeypatch: pytest.Monkey
     best = record.best()
     assert best is not None
     assert best.name == "narrow"
-    config = analysis.best_config(asked, record)
+    config = best_config(asked, record)
     assert config is not None
     assert (config.adapter.method, config.adapter.rank, config.train.lr) == ("lora", 8, 4e-4)
     assert config.train.lr_factor * 4e-4 == pytest.approx(best.lr)

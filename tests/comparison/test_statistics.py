@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from comparison.statistics import Difference, Interval, crossed, per_token, seeds_needed, simultaneous, visible
-from comparison.tuning import tuned
+from comparison.statistics import Difference, Interval, crossed, per_token, seeds_needed, simultaneous, tuned, visible
 from olora_ray.evaluation import rows as bootstrap
 
 
