@@ -25,12 +25,7 @@ FEW_SEEDS = 4
 LEVEL = 0.95
 """Confidence level of all intervals."""
 METHOD, LR, FACTOR = "adapter.method", "train.lr", "train.lr_factor"
-SAME = {
-    "adapter.dropout": 0.0,
-    "train.weight_decay": 0.0,
-    "train.early_stop": None,
-    "registry.model": None,
-}
+SAME = {"adapter.dropout": 0.0, "train.weight_decay": 0.0, "train.early_stop": None, "registry.model": None}
 """Fields with one value for all trainings, whatever the config says; an arm may set the first two."""
 OF_COMPARISON = (FACTOR, "train.start", "train.early_stop", "train.eval_every")
 """Fields of adapter and train that an arm cannot set."""

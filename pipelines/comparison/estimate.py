@@ -39,24 +39,19 @@ def measured(comparison: Comparison, spec: TrainSpec, size: MemoryEstimate) -> t
     return START_SECONDS + steps, evaluation
 
 
-def total(pace: tuple[float, float], tuning: int, final: int, side_by_side: int) -> float:
-    """Return the seconds of the trainings that are left."""
-    seconds, evaluation = pace
-    tuned, compared = (math.ceil(number / side_by_side) for number in (tuning, final))
-    return tuned * (seconds + evaluation) + compared * (seconds + EVALUATIONS * evaluation)
-
-
-def line(pace: tuple[float, float] | str, tuning: int, final: int, side_by_side: int) -> str:
-    count = f"left to do: {plural(tuning + final, 'training')}, {side_by_side} at a time"
+def line(
+    pace: tuple[float, float] | str, tuning: int, final: int, side_by_side: int, budget: float | None = None
+) -> str:
+    """Return the line for the log; raise UserError if the trainings that are left need more than the budget."""
+    left = f"left to do: {plural(tuning + final, 'training')}, {side_by_side} at a time"
     if isinstance(pace, str):
-        return f"{count}; their time is not estimated: {pace}"
-    return f"{count}: about {duration(total(pace, tuning, final, side_by_side))}"
-
-
-def check_budget(budget: float | None, seconds: float) -> None:
-    """Raise UserError if a comparison that has not begun needs more than its budget."""
+        return f"{left}; their time is not estimated: {pace}"
+    training, evaluation = pace
+    rounds = math.ceil(tuning / side_by_side), math.ceil(final / side_by_side)
+    seconds = rounds[0] * (training + evaluation) + rounds[1] * (training + EVALUATIONS * evaluation)
     if budget is not None and seconds > budget:
         raise UserError(
             f"argument {BUDGET}: the comparison needs about {duration(seconds)}, and its limit is {duration(budget)};"
             f" raise it, or compare less (train.steps, {SEEDS}, {ARM}, compare.rates)"
         )
+    return f"{left}: about {duration(seconds)}"

@@ -92,10 +92,11 @@ def _refuse_other(comparison: Comparison, contents: Mapping[str, str]) -> None:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{file}: cannot be read; restore it from a copy, or delete {folder}") from None
     checkpoint.require_same({**contents, **kept.get("contents", {})}, contents, folder)
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     # More seeds and arms change no loss that is measured already.
-    changed = [name for name in changed if not (name.startswith(_ARM) and name not in before)]
-    if changed := [name for name in changed if not (name == SEEDS and before.get(SEEDS, 0) < now[SEEDS])]:
+    grown = {name for name in now if name.startswith(_ARM) and name not in before}
+    grown |= {SEEDS} if before.get(SEEDS, 0) < now[SEEDS] else set()
+    names = sorted((before.keys() | now.keys()) - grown)
+    if changed := [name for name in names if before.get(name) != now.get(name)]:
         shown = ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed[:3])
         raise UserError(
             f"run.name: {folder} holds a comparison with {plural(len(changed), 'other setting')} ({shown}); only more"

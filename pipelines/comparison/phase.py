@@ -91,14 +91,16 @@ class PhaseSpec(SweepSpec):
 
 @dataclass(frozen=True)
 class Ended:
+    trial: Trial
     record: TrialRecord
     spec: TrainSpec
     loss: float
     """Held-out loss of the adapter after the last step; infinite if the training broke off."""
 
-    def base(self) -> float | None:
-        """Return the held-out loss before the first step, which is the base model's; None if it was not measured."""
-        return self.record.curve[0][1] if self.record.curve and self.record.curve[0][0] == 0 else None
+
+def base_loss(trials: Sequence[Ended]) -> float:
+    """Return the held-out loss before the first step, which is the base model's; infinite if no trial measured it."""
+    return next((value for each in trials for step, value in each.record.curve[:1] if step == 0), math.inf)
 
 
 def ended(spec: PhaseSpec, trials: Sequence[Trial]) -> list[Ended]:
@@ -123,7 +125,7 @@ def ended(spec: PhaseSpec, trials: Sequence[Trial]) -> list[Ended]:
                 " remove the cause and run the same command again: it keeps the trials that have ended"
             )
         config = every.config(number, every.space.drawn(number))
-        results.append(Ended(record, every.spec_of(config), loss_of(record)))
+        results.append(Ended(trial, record, every.spec_of(config), loss_of(record)))
     return results
 
 
@@ -135,10 +137,8 @@ def missing(folder: str, trials: Sequence[Trial]) -> list[Trial]:
 
 def loss_of(record: TrialRecord) -> float:
     """Return the loss after the last step; infinite for a training that broke off."""
-    if record.status != "finished" or not record.curve or record.curve[-1][0] != record.total:
-        return math.inf
-    last = record.curve[-1][1]
-    return last if math.isfinite(last) else math.inf
+    step, last = record.curve[-1] if record.curve else (0, math.inf)
+    return last if record.status == "finished" and step == record.total and math.isfinite(last) else math.inf
 
 
 def _place(folder: str, trial: Trial) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from comparison.arguments import FACTOR, LEVEL, LR, Arm, Comparison, Trial
 from comparison.folder import notes
+from comparison.phase import base_loss
 from comparison.run import Final, Run, TuningResult
 from comparison.statistics import Interval, Tuned, Values, crossed, per_token, simultaneous
 from olora_ray.cluster.spec import TrainResult
@@ -59,8 +60,6 @@ class Against:
     """An arm's loss minus the baseline's, in nats per supervised token."""
 
     mean: float
-    error: float
-    freedom: float
     spread: float
     """Standard deviation of the differences of single seeds."""
     interval: Interval
@@ -98,14 +97,6 @@ class ArmRecord:
         if self.loss is None:
             return ()
         return tuple(sum(each.after(share) for each in self.trainings) / len(self.trainings) for share in SHARES)
-
-    def scores(self) -> dict[str, float]:
-        names = dict.fromkeys(name for each in self.trainings for name in each.scores)
-        return {
-            name: sum(values) / len(values)
-            for name in names
-            if (values := [each.scores[name] for each in self.trainings if name in each.scores])
-        }
 
 
 @dataclass(frozen=True)
@@ -172,8 +163,11 @@ def recorded(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: s
         relevant=comparison.compare.relevant,
         level=LEVEL,
         base_tuning=tuning.base,
-        base_test=next((loss for each in finals if (loss := each.ended.base()) is not None), math.inf),
-        points=tuple(Point(each.arm.name, each.factor, _rate(tuning, each), end.loss) for each, end in tuning.trials),
+        base_test=base_loss([each.ended for each in finals]),
+        points=tuple(
+            Point(each.trial.arm.name, each.trial.factor, _rate(tuning, each.trial), each.loss)
+            for each in tuning.trials
+        ),
         baseline=comparison.baseline.name,
         arms=tuple(_arm(run, tuning, arm, finals, against.get(arm.name)) for arm in comparison.arms),
         notes=notes(config.folder()),
@@ -187,18 +181,17 @@ def origin(name: str) -> str:
 
 
 def best_config(comparison: Comparison, record: ComparisonRecord) -> Config | None:
-    """Return the user's config with the overrides and the rate of the arm that has the lowest loss; None without one.
+    """Return the user's config with the fields and the rate of the arm that has the lowest loss; None without one.
 
     Dropout and weight decay are those of the comparison.
     """
-    best = record.best()
-    if best is None or best.tuned is None:
+    if (best := record.best()) is None or best.tuned is None:
         return None
-    arm = next(arm for arm in comparison.arms if arm.name == best.name)
-    compared = override(comparison.config, comparison.trial(arm, best.tuned.factor, comparison.own.run.seed).values)
-    changes = {"adapter": compared.adapter.model_dump(mode="json"), "train": compared.train.model_dump(mode="json")}
-    changes["train"]["early_stop"] = comparison.own.train.early_stop
-    return override(comparison.own, {**changes, "run.name": f"{comparison.config.run.name}-best"})
+    own, arm = comparison.own, next(arm for arm in comparison.arms if arm.name == best.name)
+    compared = override(comparison.config, comparison.trial(arm, best.tuned.factor, own.run.seed).values)
+    parts = {name: compared.model_dump(mode="json")[name] for name in ("adapter", "train")}
+    kept = {"train.early_stop": own.train.early_stop, "run.name": f"{comparison.config.run.name}-best"}
+    return override(override(own, parts), kept)
 
 
 def _differences(
@@ -217,13 +210,12 @@ def _differences(
 
 def _against(values: Values, level: float) -> Against:
     difference, spread = crossed(values), float(values.mean(axis=1).std(ddof=1))
-    intervals = difference.interval(LEVEL), difference.interval(level)
-    return Against(difference.mean, difference.error, difference.freedom, spread, *intervals)
+    return Against(difference.mean, spread, difference.interval(LEVEL), difference.interval(level))
 
 
 def _losses(finals: Sequence[Final], arm: Arm, groups: Mapping[str, Sequence[int]]) -> tuple[Values, Values] | None:
     """Return an arm's (losses (seeds, groups), tokens (groups,))."""
-    rows = [each.losses for each in finals if each.trial.arm == arm]
+    rows = [each.losses for each in finals if each.ended.trial.arm == arm]
     # A mean over the seeds that did not break off would favour an arm that often does, so there is none.
     if not rows or None in rows:
         return None
@@ -233,9 +225,9 @@ def _losses(finals: Sequence[Final], arm: Arm, groups: Mapping[str, Sequence[int
 
 def _arm(run: Run, tuning: TuningResult, arm: Arm, finals: Sequence[Final], against: Against | None) -> ArmRecord:
     losses, tuned = _losses(finals, arm, run.rows.groups), tuning.tuned.get(arm.name)
-    trained = [each for each in finals if each.trial.arm == arm]
+    trained = [each for each in finals if each.ended.trial.arm == arm]
     mean = crossed(per_token(*losses)) if losses else None
-    tried = {trial.factor: each for trial, each in tuning.trials if trial.arm == arm}
+    tried = {each.trial.factor: each for each in tuning.trials if each.trial.arm == arm}
     rated = run.comparison.trial(arm, tuned.factor, run.config.run.seed) if tuned else None
     return ArmRecord(
         name=arm.name,
@@ -259,7 +251,7 @@ def _rate(tuning: TuningResult, trial: Trial) -> float | None:
     rate, factor = trial.values[LR], float(trial.values[FACTOR])
     if rate != "auto":
         return float(rate) * factor
-    results = (_result(each.record.folder) for other, each in tuning.trials if other.arm == trial.arm)
+    results = (_result(each.record.folder) for each in tuning.trials if each.trial.arm == trial.arm)
     return next((each.state.lr * factor for each in results if each and each.state and each.state.lr), None)
 
 
@@ -268,7 +260,7 @@ def _training(run: Run, final: Final) -> Training:
     if run.config.evaluation.scorer and (result := _result(record.folder)):
         answered = answers.answered(result, run.base.tokenizer)
         scores = answers.score(final.ended.spec.config, answered).get("after", {})
-    return Training(final.trial.seed, loss, record.curve, scores, record.folder, record.mlflow_run)
+    return Training(final.ended.trial.seed, loss, record.curve, scores, record.folder, record.mlflow_run)
 
 
 def _result(folder: str) -> TrainResult | None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from html import escape
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from comparison.arguments import FEW_SEEDS
@@ -182,11 +183,13 @@ def about(record: ComparisonRecord) -> str:
 
 
 def scores(record: ComparisonRecord) -> list[str]:
-    by_arm = {each.name: each.scores() for each in record.arms}
-    names = dict.fromkeys(name for of_arm in by_arm.values() for name in of_arm)
+    found: dict[str, dict[str, list[float]]] = {}
+    for arm in record.arms:
+        for name, value in (pair for each in arm.trainings for pair in each.scores.items()):
+            found.setdefault(name, {}).setdefault(arm.name, []).append(value)
     return [
-        f"{name}: {', '.join(f'{arm} {each[name]:.3f}' for arm, each in by_arm.items() if name in each)}"
-        for name in names
+        f"{name}: {', '.join(f'{arm} {fmean(values):.3f}' for arm, values in by_arm.items())}"
+        for name, by_arm in found.items()
     ]
 
 
@@ -242,15 +245,12 @@ def curves(record: ComparisonRecord) -> "Figure":
     figure, axes = figures.new("Learning curves", caption)
     last: list[float] = []
     for arm, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False):
-        finished = [each.curve for each in arm.trainings if math.isfinite(each.loss)]
-        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in finished)) if finished else ())
-        if not steps:
-            continue
-        values = [[dict(curve)[step] for curve in finished] for step in steps]
-        means = [sum(each) / len(each) for each in values]
-        axes.plot(steps, means, color=colour, linewidth=2, label=arm.name)
+        finished = [dict(each.curve) for each in arm.trainings if math.isfinite(each.loss)]
+        steps = sorted(set.intersection(*map(set, finished))) if finished else []
+        values = [[curve[step] for curve in finished] for step in steps]
+        axes.plot(steps, [*map(fmean, values)], color=colour, linewidth=2, label=arm.name)
         axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.18)
-        last += means[1:] or means
+        last += map(fmean, values[1:])
     if last:
         _finish(axes, record.base_test, _top(record.base_test, last), "step")
     else:
@@ -268,14 +268,15 @@ def forest(record: ComparisonRecord) -> "Figure":
         return figure
     axes.axvspan(-record.relevant, record.relevant, color=figures.GRID, zorder=0)
     axes.axvline(0, color=figures.MUTED, linewidth=1)
+    reach = record.relevant
     for height, (_, against) in enumerate(measured):
+        ends = (against.adjusted.low, against.adjusted.high)
         colour = figures.GOOD if against.adjusted.holds(0.0) else figures.BEST
-        axes.plot([against.adjusted.low, against.adjusted.high], [height, height], color=colour, linewidth=2.4)
+        axes.plot(ends, [height, height], color=colour, linewidth=2.4)
         axes.plot(against.mean, height, "o", color=colour, markersize=8)
-    ends = [abs(end) for _, each in measured for end in (each.adjusted.low, each.adjusted.high) if math.isfinite(end)]
-    reach = 1.12 * max([record.relevant, *ends])
+        reach = max([reach, *(abs(end) for end in ends if math.isfinite(end))])
     axes.set_yticks(range(len(measured)), [name for name, _ in measured])
-    axes.set(ylim=(-0.6, len(measured) - 0.4), xlim=(-reach, reach))
+    axes.set(ylim=(-0.6, len(measured) - 0.4), xlim=(-1.12 * reach, 1.12 * reach))
     axes.set_xlabel(f"loss minus {record.baseline}'s  (left of the band: better by what matters)")
     return figure
 

@@ -60,9 +60,8 @@ class RowLosses:
     def by_group(self, groups: Mapping[str, Sequence[int]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (losses, tokens), each (groups,), summed over the examples of a group; `groups` by file and line."""
         # Numbers of groups may have gaps where a group's rows were too long, so they are renumbered.
-        columns_of = np.unique(group_numbers(self.places, groups), return_inverse=True)[1]
-        columns = (np.asarray(each, dtype=np.float64) for each in (self.losses, self.tokens))
-        losses, tokens = (np.bincount(columns_of, column).astype(np.float64) for column in columns)
+        numbers = np.unique(group_numbers(self.places, groups), return_inverse=True)[1]
+        losses, tokens = (np.bincount(numbers, each).astype(np.float64) for each in (self.losses, self.tokens))
         return losses, tokens
 
     def counts(self, groups: Mapping[str, Sequence[int]]) -> tuple[int, int]:
@@ -99,10 +98,8 @@ def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
     # All trials have the same base model and test rows, so the first one's specification serves for all.
     spec = trials[0][1]
     # A base model that is sharded over several GPUs need not fit on one of them.
-    if spec.config.cluster.strategy == "fsdp":
-        spec, device = on_cpu(spec), torch.device("cpu")
-    else:
-        device = assigned_device()
+    sharded = spec.config.cluster.strategy == "fsdp"
+    spec, device = (on_cpu(spec), torch.device("cpu")) if sharded else (spec, assigned_device())
     shared = SharedBase.of(spec, device)
     assert spec.eval is not None
     packs = [spec.eval[number] for number in range(min(TRIED, len(spec.eval)))]

@@ -41,13 +41,11 @@ FILE = "@file"
 @dataclass(frozen=True)
 class Row:
     source: int
-    """Index of its source in data.train or data.eval."""
     content: str
     """Digest of the columns that the format reads."""
     group: str
     """A value that all rows of its group share; without groups its content."""
     line: str
-    """The row as JSON."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +123,8 @@ def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
                 yield _row(config, plan, number, row)
             else:
                 why = row if isinstance(row, Rejected) else Rejected("not_an_object", "expected an object with fields")
-                bad.append(
-                    {"source": planned.source, "file": planned.file.uri, "line": index + 1, "reason": why.reason,
-                     "message": why.message}
-                )  # fmt: skip
+                place = {"source": planned.source, "file": planned.file.uri, "line": index + 1}
+                bad.append({**place, "reason": why.reason, "message": why.message})
     limits.check(Counter(str(each["reason"]) for each in bad), rows, lambda: bad)
     if bad:
         logger.warning(f"{limits.setting}: {plural(len(bad), 'row')} left out, because they cannot be read")
@@ -158,10 +154,10 @@ def _check_groups(config: Config, pool: Sequence[Row]) -> None:
         return
     if alone == len(pool):
         raise UserError(
-            f"gate.group: no row of {_setting(config)} has a column {config.gate.group!r}; set it to a column of the"
+            f"gate.group: no row of {_pool(config)} has a column {config.gate.group!r}; set it to a column of the"
             " rows, or to null if rows are independent"
         )
-    rows = f"{plural(alone, 'row')} of {_setting(config)}"
+    rows = f"{plural(alone, 'row')} of {_pool(config)}"
     logger.warning(f"gate.group: {rows} have no {config.gate.group!r}; each counts as its own group")
 
 
@@ -194,7 +190,7 @@ def _check(config: Config, wanted: Compare, pool: Sequence[Row], sets: Mapping[K
     train, tuning, test = (sets[kind] for kind in KINDS)
     if len(tuning) < wanted.tuning_rows or len(test) < wanted.test_rows:
         raise UserError(
-            f"{_setting(config)}: its {len({row.content for row in pool}):,} different rows do not suffice for"
+            f"{_pool(config)}: its {len({row.content for row in pool}):,} different rows do not suffice for"
             f" compare.test_rows = {wanted.test_rows} and compare.tuning_rows = {wanted.tuning_rows}; add rows, or set"
             " these lower"
         )
@@ -211,7 +207,7 @@ def _check(config: Config, wanted: Compare, pool: Sequence[Row], sets: Mapping[K
         )
 
 
-def _setting(config: Config) -> str:
+def _pool(config: Config) -> str:
     return "data.eval" if config.data.eval else "data.train"
 
 
@@ -221,10 +217,11 @@ def _name(kind: Kind, source: int) -> str:
 
 def _sources(config: Config, folder: str, kind: Kind, rows: Iterable[Row]) -> Iterator[Source]:
     before = config.data.eval if config.data.eval and kind != "train" else config.data.train
+    # The held-out loss counts every row once, so weights are for training alone.
+    weight = {} if kind == "train" else {"weight": 1.0}
     for number in sorted({row.source for row in rows}):
-        changes: dict[str, Any] = {"path": storage.join(folder, _name(kind, number)), "only": ()}
-        # The held-out loss counts every row once, so weights are for training alone.
-        yield before[number].model_copy(update=changes if kind == "train" else {**changes, "weight": 1.0})
+        path = storage.join(folder, _name(kind, number))
+        yield before[number].model_copy(update={"path": path, "only": (), **weight})
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:

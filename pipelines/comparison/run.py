@@ -50,7 +50,7 @@ INIT = "init_seconds.txt"
 
 @dataclass(frozen=True)
 class TuningResult:
-    trials: Sequence[tuple[Trial, Ended]]
+    trials: Sequence[Ended]
     base: float
     tuned: Mapping[str, Tuned]
     """Name of an arm -> its tuned rate, for arms with a trial of the grid that did not break off."""
@@ -60,7 +60,6 @@ class TuningResult:
 
 @dataclass(frozen=True)
 class Final:
-    trial: Trial
     ended: Ended
     losses: RowLosses | None
     """On the test rows; None if it broke off."""
@@ -120,8 +119,7 @@ class Run:
         self._share(spec)
         self._estimate(spec, trials)
         # Only the loss after the last step counts, so none is measured before: that would take half the time or more.
-        ended = self._phase(TUNING, trials, {spec.config.run.seed: spec}, evaluations=1)
-        return self._tuned(list(zip(trials, ended, strict=True)), spec)
+        return self._tuned(self._phase(TUNING, trials, {spec.config.run.seed: spec}, evaluations=1), spec)
 
     def train(self, result: TuningResult) -> list[Final]:
         """Train every arm at its tuned rate with every seed, and measure it on the test rows."""
@@ -135,7 +133,7 @@ class Run:
         logger.info(f"final trainings: {', '.join(result.tuned)} with {plural(len(specs), 'fresh seed')} each")
         ended = self._phase(FINAL, trials, specs, EVALUATIONS)
         self._measure([each for each in ended if math.isfinite(each.loss)])
-        return [Final(trial, each, _read(each)) for trial, each in zip(trials, ended, strict=True)]
+        return [Final(each, _read(each)) for each in ended]
 
     def init_seconds(self, arm: Arm) -> float:
         """Return the time of an arm's initialisation in one process."""
@@ -167,9 +165,9 @@ class Run:
                 storage.remove(folder)
                 if baseline:
                     storage.write_text(storage.join(folder, "baseline.json"), baseline)
-                what = f"{arm.name}: factors, shared by its trials of the tuning"
-                own, factors = replace(spec, config=config, shared=folder), (config.adapter.method, config.adapter.rank)
-                seconds = shared_work.made(own, folder, [factors], what).init
+                what = f"{arm.name}: factors for the tuning"
+                factors = [(config.adapter.method, config.adapter.rank)]
+                seconds = shared_work.made(replace(spec, config=config, shared=folder), folder, factors, what).init
                 storage.write_text(storage.join(folder, INIT), f"{seconds}\n")
                 logger.info(f"{what}: {seconds:.2f} s")
             # The file is missing for a sharded base model, whose loss the trials measure.
@@ -199,15 +197,13 @@ class Run:
         done = len(storage.names(storage.join(self.folder, FINAL, "trials")))
         final = max(0, len(self.comparison.arms) * len(self.comparison.seeds) - done)
         left = len(phase.missing(storage.join(self.folder, TUNING), trials)), final
-        logger.info(estimate.line(pace, *left, side_by_side))
-        if not isinstance(pace, str) and not has_begun(self.folder):
-            estimate.check_budget(self.comparison.budget, estimate.total(pace, *left, side_by_side))
+        budget = None if has_begun(self.folder) else self.comparison.budget
+        logger.info(estimate.line(pace, *left, side_by_side, budget))
 
-    def _tuned(self, pairs: Sequence[tuple[Trial, Ended]], spec: TrainSpec) -> TuningResult:
-        tuned = dict[str, Tuned]()
-        base = next((loss for _, each in pairs if (loss := each.base()) is not None), math.inf)
+    def _tuned(self, trials: Sequence[Ended], spec: TrainSpec) -> TuningResult:
+        tuned, base = dict[str, Tuned](), phase.base_loss(trials)
         for arm in self.comparison.arms:
-            losses = {trial.factor: each.loss for trial, each in pairs if trial.arm == arm and trial.factor}
+            losses = {each.trial.factor: each.loss for each in trials if each.trial.arm == arm and each.trial.factor}
             if (point := statistics.tuned(losses, base, self.comparison.compare.relevant)) is None:
                 logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue
@@ -217,7 +213,7 @@ class Run:
                 f"{arm.name}: tuned to {point.factor:g} times its rate, lowest loss {point.loss:.4f} on the tuning"
                 f" rows{edge}"
             )
-        return TuningResult(pairs, base, tuned, len(set(row_losses.places_of(spec.eval))))
+        return TuningResult(trials, base, tuned, len(set(row_losses.places_of(spec.eval))))
 
     def _measure(self, trained: Sequence[Ended]) -> None:
         # Losses that an earlier attempt has measured are kept in the trials' folders.

@@ -14,7 +14,7 @@ from tests.comparison import made
 
 
 def against(low: float, high: float) -> Against:
-    return Against((low + high) / 2, 0.01, 5.0, 0.02, Interval(low, high), Interval(low, high))
+    return Against((low + high) / 2, 0.02, Interval(low, high), Interval(low, high))
 
 
 @pytest.mark.parametrize(
