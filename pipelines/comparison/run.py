@@ -7,6 +7,7 @@ seed), so an interrupted comparison resumes, and a finished one can get more see
 import contextlib
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,8 @@ from typing import Literal
 
 import ray
 
-from comparison import estimate, phase, row_losses, statistics
-from comparison.arguments import LEVEL, Arm, Comparison, Trial
-from comparison.estimate import EVALUATIONS
+from comparison import phase, row_losses, statistics
+from comparison.arguments import ARM, BUDGET, LEVEL, SEEDS, Arm, Comparison, Trial
 from comparison.folder import FINAL, TUNING, has_begun, shared_by_adapter
 from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
@@ -27,7 +27,7 @@ from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.common.text import plural
+from olora_ray.common.text import duration, plural
 from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE
 from olora_ray.pipeline.base import Base
@@ -37,12 +37,18 @@ from olora_ray.sweep import run as search
 from olora_ray.sweep import search_folder, shared_work
 from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
+from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
+from olora_ray.train.loader import total_steps
 
 logger = logging.getLogger("olora_ray.comparison")
 
 QUIET = {**NO_GATE, "evaluation.scorer": None, "evaluation.samples": 0}
 """Settings of trainings whose answers are not needed."""
+EVALUATIONS = 4
+"""Evaluations of a final training: after 25, 50, 75 and 100% of its steps."""
+START_SECONDS = 15.0
+"""Time of a training before its first step: processes, model, self-test."""
 TYPICAL = 0.02
 """Standard deviation of the paired differences of seeds, in nats, that is assumed before any is measured."""
 INIT = "init_seconds.txt"
@@ -191,14 +197,14 @@ class Run:
         return phase.ended(spec, trials)
 
     def _estimate(self, spec: TrainSpec, trials: Sequence[Trial]) -> None:
-        pace = estimate.measured(self.comparison, spec, self.sizes[self.comparison.baseline.name])
+        pace = _pace(self.comparison, spec, self.sizes[self.comparison.baseline.name])
         side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
         # As the rates are not known yet, each folder stands for a final training of an earlier attempt.
         done = len(storage.names(storage.join(self.folder, FINAL, "trials")))
         final = max(0, len(self.comparison.arms) * len(self.comparison.seeds) - done)
         left = len(phase.missing(storage.join(self.folder, TUNING), trials)), final
         budget = None if has_begun(self.folder) else self.comparison.budget
-        logger.info(estimate.line(pace, *left, side_by_side, budget))
+        logger.info(time_line(pace, *left, side_by_side, budget))
 
     def _tuned(self, trials: Sequence[Ended], spec: TrainSpec) -> TuningResult:
         tuned, base = dict[str, Tuned](), phase.base_loss(trials)
@@ -231,3 +237,42 @@ class Run:
 def _read(trained: Ended) -> RowLosses | None:
     assert trained.spec.eval is not None
     return RowLosses.read(trained.record.folder, trained.spec.eval.digest)
+
+
+def _pace(comparison: Comparison, spec: TrainSpec, size: MemoryEstimate) -> tuple[float, float] | str:
+    """Return the seconds of (a training, an evaluation), from one micro-batch of the baseline on this CPU.
+
+    `spec` and `size` are the tuning's. Return the reason if the time would say nothing.
+    """
+    config = override(spec.config, comparison.baseline.values)
+    elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
+    # The time on this machine's CPU says nothing about a GPU or about another machine of a cluster.
+    if why := estimate.not_measured(config, size, elsewhere):
+        return why
+    assert spec.eval is not None
+    train, workers = config.train, config.cluster.max_workers()
+    width = min(train.micro_batch, train.global_batch)
+    packs = [spec.train[number % len(spec.train)] for number in range(width)]
+    once = estimate.seconds_per_micro_batch(config, spec.base, packs)
+    # An evaluation has no backward pass, which takes twice the time of the forward pass.
+    evaluation = -(-len(spec.eval) // (width * workers)) * once / 3
+    steps = total_steps(train, len(spec.train)) * config.accumulation() * once
+    return START_SECONDS + steps, evaluation
+
+
+def time_line(
+    pace: tuple[float, float] | str, tuning: int, final: int, side_by_side: int, budget: float | None = None
+) -> str:
+    """Return the line for the log; raise UserError if the trainings that are left need more than the budget."""
+    left = f"left to do: {plural(tuning + final, 'training')}, {side_by_side} at a time"
+    if isinstance(pace, str):
+        return f"{left}; their time is not estimated: {pace}"
+    training, evaluation = pace
+    rounds = math.ceil(tuning / side_by_side), math.ceil(final / side_by_side)
+    seconds = rounds[0] * (training + evaluation) + rounds[1] * (training + EVALUATIONS * evaluation)
+    if budget is not None and seconds > budget:
+        raise UserError(
+            f"argument {BUDGET}: the comparison needs about {duration(seconds)}, and its limit is {duration(budget)};"
+            f" raise it, or compare less (train.steps, {SEEDS}, {ARM}, compare.rates)"
+        )
+    return f"{left}: about {duration(seconds)}"
