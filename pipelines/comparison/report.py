@@ -194,11 +194,11 @@ def scores(record: ComparisonRecord) -> list[str]:
 
 
 def seeds(record: ComparisonRecord) -> list[str]:
-    """Say for each arm how much its difference varies from seed to seed, and how many seeds that asks for."""
+    asked = len(record.seeds), len(record.others()), record.relevant
     return [
-        f"{each.name}: {seeds_line(each.against.spread, len(record.seeds), len(record.others()), record.relevant)}"
+        seeds_line(f"the difference of {each.name} varies by", each.against.spread, *asked)
         for each in record.others()
-        if each.against and each.against.spread > 0
+        if each.against
     ]
 
 

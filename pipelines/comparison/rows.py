@@ -55,20 +55,20 @@ class RowSets:
     digests: Mapping[str, str]
     groups: Mapping[str, tuple[int, ...]]
     """Name of a file of test rows -> index of the group of each of its lines."""
-    texts: Mapping[str, str]
-    """Name of a file -> its rows as lines of JSON."""
+    texts: dict[str, str]
+    """Name of a file -> its rows as lines of JSON; empty once they are written."""
 
     def write(self, config: Config) -> None:
-        """Write the files into the comparison's folder, unless they are there."""
+        """Write the files into the comparison's folder, unless they are there, and forget their texts."""
         folder = storage.join(config.folder(), "rows")
         file, described = storage.join(folder, "rows.json"), json.dumps(dict(self.digests), indent=1) + "\n"
         complete = all(storage.exists(storage.join(folder, name)) for name in (*self.texts, "rows.json"))
-        if complete and storage.read_text(file) == described:
-            return
-        for name, text in self.texts.items():
-            storage.write_text(storage.join(folder, name), text)
-        # Written last: with this file the row files are complete.
-        storage.write_text(file, described)
+        if not (complete and storage.read_text(file) == described):
+            for name, text in self.texts.items():
+                storage.write_text(storage.join(folder, name), text)
+            # Written last: with this file the row files are complete.
+            storage.write_text(file, described)
+        self.texts.clear()
 
     def contents(self) -> dict[str, str]:
         return {f"{kind} rows": digest for kind, digest in self.digests.items()}

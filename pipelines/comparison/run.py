@@ -94,12 +94,13 @@ def machine() -> str:
     return f"{resources.get('CPU', 0):g} CPUs{gpus}"
 
 
-def seeds_line(spread: float, seeds: int, comparisons: int, relevant: float) -> str:
+def seeds_line(varies: str, spread: float, seeds: int, comparisons: int, relevant: float) -> str:
+    """Say which difference `seeds` can show, and how many compare.relevant needs; `varies` introduces the spread."""
     level = statistics.simultaneous(LEVEL, comparisons)
     half, needed = statistics.visible(spread, seeds, level), statistics.seeds_needed(spread, relevant, level)
     return (
-        f"if a difference varies by {spread:.2g} nats from seed to seed, {seeds} seeds measure it to within"
-        f" ±{half:.2g} nats; ±{relevant:g} (compare.relevant) needs {needed or 'more than 10,000'} seeds"
+        f"{varies} {spread:.2g} nats from seed to seed: {seeds} seeds measure it to within ±{half:.2g} nats, and"
+        f" ±{relevant:g} (compare.relevant) needs {needed or 'more than 10,000'} seeds"
     )
 
 
@@ -118,8 +119,9 @@ class Run:
 
     def tune(self) -> TuningResult:
         """Train every arm at every rate of the grid with one seed."""
-        asked = self.comparison
-        logger.info(seeds_line(TYPICAL, len(asked.seeds), len(asked.arms) - 1, asked.compare.relevant))
+        seeds, others = len(self.comparison.seeds), len(self.comparison.arms) - 1
+        varies = "if the difference of two arms varies by"
+        logger.info(seeds_line(varies, TYPICAL, seeds, others, self.comparison.compare.relevant))
         changes = {**QUIET, "run.seed": self.config.run.seed}
         spec, trials = self._tokens("tuning", changes), self.comparison.tuning()
         self._share(spec)

@@ -47,10 +47,8 @@ class Difference:
     error: float
     """Standard error of the mean; infinite if it cannot be known."""
     freedom: float
-    """Degrees of freedom of the t distribution."""
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Return the interval with this confidence; infinite if the error is."""
         half = self.half(level)
         return Interval(self.mean - half, self.mean + half)
 

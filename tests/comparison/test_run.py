@@ -130,12 +130,11 @@ def test_it_ends_with_a_config_to_run(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_can_be_seen_is_said_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with said() as told:
         record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
-    assert told[0].startswith(
-        "if a difference varies by 0.02 nats from seed to seed, 4 seeds measure it to within ±0.032"
-    )
+    assert told[0].startswith("if the difference of two arms varies by 0.02 nats from seed to seed: 4 seeds measure it")
+    assert "to within ±0.032 nats" in told[0]
     assert told[0].endswith("needs 18 seeds")
     [measured] = report.seeds(record)
-    assert measured.startswith("olora: if a difference varies by ")
+    assert measured.startswith("the difference of olora varies by ")
 
 
 def test_the_rows_that_are_told_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
