@@ -35,7 +35,9 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
 class Adapter(Section):
     """The adapter that is trained."""
 
-    method: Literal["olora", "lora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva", "lora_ga"] = "olora"
+    method: Literal[
+        "olora", "olora_even", "lora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva", "lora_ga"
+    ] = "olora"
     """Where the adapter starts; docs/method.md says more of each. olora: Q and R of W (arXiv 2406.01775). lora: random
     A, zero B (2106.09685). pissa: largest singular values and vectors of W, exactly (2404.02948); pissa_fast: by a
     randomised SVD, for large layers. milora: the smallest (2406.09044). orthogonal: random A and B with B A = 0, as in

@@ -68,6 +68,8 @@ class Method:
     """(m, n) -> the largest rank that a layer allows."""
     rank_multiple: int = 1
     """Ranks must be multiples of it."""
+    even: bool = False
+    """True if the first batch of a training rescales the factors (train/first_step.py)."""
     scale_powers: Callable[[Options], tuple[float, float]] = keeps
     """The powers of s by which A~ and B~ are divided."""
 
