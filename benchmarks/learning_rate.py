@@ -1,8 +1,8 @@
 """The learning rate that `train.lr: auto` chooses, beside the tuned one, for methods, ranks and scales.
 
 A cell is a method with a rank and an alpha on a task. It is trained at the automatic rate and at rates by factors of 2
-around it, until the best one has a worse neighbour on both sides. The tuned rate is the vertex of the parabola in log lr
-through the best rate and its neighbours. All trainings of a task see the same rows in the same order, without Ray, one
+around it, until the best one has a worse neighbour on both sides. The tuned rate is the vertex of the parabola in log
+lr through the best rate and its neighbours. All trainings of a task see the same rows in the same order, without Ray, one
 after the other, on one thread. Each is appended to a file when it ends: run several commands with other cells side by
 side, and the same command again to continue.
 
