@@ -1,8 +1,7 @@
 #!/bin/bash
-# Installs on a node of cluster.yaml what every node has: the packages of the lock, and this project, in ~/olora_env.
-# All nodes get the same versions, whenever they start. Without a GPU torch comes from its index for CPUs, as
-# 2.13.0+cpu, and CUDA's libraries stay away; a run takes both for the same torch. These nodes must reach
-# download.pytorch.org. Not tried yet.
+# Installs the packages of the lock and this project in ~/olora_env, on each node of cluster.yaml. All nodes get the same
+# versions, whenever they start. A node without a GPU gets torch from its index for CPUs, as 2.13.0+cpu, without CUDA's
+# libraries; a run treats both as the same torch. Such a node must reach download.pytorch.org. Not tried yet.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 uv=~/.local/bin/uv
@@ -12,7 +11,7 @@ lock=$here/requirements.lock
 options=()
 if [ ! -e "${GPU_DEVICE:-/dev/nvidia0}" ]; then
     lock=~/requirements.cpu.lock
-    # The lock's hashes of torch are those of PyPI's files; uv checks the others all the same.
+    # The lock has the hashes of torch's files on PyPI, so torch's are removed here; uv still checks all others.
     awk '/^[^ #]/ { left_out = /^(nvidia-|cuda-|triton==)/; bare = /^torch==/ }
         left_out || (bare && /^ /) { next }
         bare { sub(/ \\$/, "") }

@@ -1,11 +1,16 @@
-"""Run a command for one night: again while it says "later", within a time limit, with a notification if not finished.
+"""Run a command for one night: again while it asks for that, within a time limit, with a notification if it fails.
 
     python night.py [--hours 20] [--pause 300] [--tries 7] [--grace 120] CONFIG.yaml -- COMMAND [ARGUMENT ...]
 
-While COMMAND ends with exit code 75 it runs again after --pause seconds, --tries times in all. After --hours it gets
-SIGTERM, then --grace seconds for its checkpoint, then SIGKILL. SIGTERM and SIGINT are passed on to it. The exit code is
-the command's own; 75 if the limit or the last try is reached, and 128 + N if signal N ended the command. For all but 0,
-1 and 2, of which retrain.py tells, the notify section of CONFIG.yaml is told "not finished".
+CONFIG.yaml  its section notify says who is notified
+--hours      time limit; then COMMAND gets SIGTERM
+--pause      seconds before COMMAND runs again after exit code 75
+--tries      largest number of runs of COMMAND
+--grace      seconds from SIGTERM to SIGKILL, for COMMAND's checkpoint
+
+SIGTERM and SIGINT are passed on to COMMAND. Exit codes: COMMAND's own; 75 if the time limit or the last try is reached;
+128 + N if signal N ended COMMAND. For all codes except 0, 1 and 2 night.py notifies "not finished"; for these
+retrain.py notifies.
 """
 
 import contextlib
@@ -28,21 +33,20 @@ logger = logging.getLogger("olora_ray.night")
 DEFAULTS = {"--hours": 20.0, "--pause": 300.0, "--tries": 7.0, "--grace": 120.0}
 AGAIN = TryAgain.exit_code
 TOLD = (0, 1, 2)
-"""Exit codes of which retrain.py tells itself, or which need no notification."""
+"""Exit codes that need no notification from here: retrain.py has notified, or there is nothing to tell."""
 
 
 def main(argv: list[str]) -> None:
-    """Run the command to the end of the night, and exit with its code."""
     split = argv.index("--") if "--" in argv else len(argv)
     command = argv[split + 1 :]
-    found = command_line.parse(argv[:split], __doc__ or "", options=tuple(DEFAULTS))
-    if len(found.words) != 1 or not command:
+    parsed = command_line.parse(argv[:split], __doc__ or "", options=tuple(DEFAULTS))
+    if len(parsed.words) != 1 or not command:
         raise UserError("arguments: expected CONFIG.yaml -- COMMAND [ARGUMENT ...]; --help shows how")
-    night = Night(DEFAULTS | _numbers(found.options))
-    config = _loaded(found.words[0])
+    night = Night(DEFAULTS | _numbers(parsed.options))
+    config = _loaded(parsed.words[0])
     code = night.run(command)
     if code not in TOLD:
-        logger.warning(f"NOT FINISHED: {night.reason}; nothing is lost, the same command continues")
+        logger.warning(f"NOT FINISHED: {night.reason}; nothing is lost, run the same command again to resume")
         if config is not None:
             notify.tell(config, "not finished", night.reason)
     raise SystemExit(code)
@@ -56,19 +60,17 @@ def _numbers(options: Mapping[str, str]) -> dict[str, float]:
 
 
 def _loaded(file: str) -> Config | None:
-    """The config to notify by; None, with a warning, if it cannot be loaded: the command runs all the same."""
+    # The command runs even with a broken config: its own error is clearer than this one.
     try:
         return load(file)
     except UserError as error:
-        logger.warning(f"nobody is told if this night is not finished: {error}")
+        logger.warning(f"no notification if this night is not finished, because the config does not load: {error}")
         return None
 
 
 class Night:
-    """The tries of a command in one night."""
-
     def __init__(self, limits: Mapping[str, float]) -> None:
-        """`limits` are those of DEFAULTS."""
+        """`limits` has the keys of DEFAULTS."""
         self.limits, self.end = limits, time.monotonic() + limits["--hours"] * 3600
         self.reason = ""
         """Why the night ended as it did."""
@@ -79,7 +81,7 @@ class Night:
             signal.signal(number, self._pass_on)
 
     def run(self, command: Sequence[str]) -> int:
-        """Run the command until its exit code is another than 75, or there is no try or time left."""
+        """Run the command until its exit code is not 75, or no try or time is left; return the exit code."""
         tries, pause = max(1, int(self.limits["--tries"])), self.limits["--pause"]
         for number in range(1, tries + 1):
             code = self._once(command)
@@ -97,13 +99,14 @@ class Night:
         return code
 
     def _once(self, command: Sequence[str]) -> int:
-        """Run the command once, until the end of the night at the latest."""
         try:
-            # In a session of its own: a driver that does not end takes its own children with it, and not this process.
+            # A session of its own, so that SIGKILL to its process group ends a hanging driver and its children, and not
+            # this process.
             self._child = subprocess.Popen(command, start_new_session=True)
         except OSError as error:
             raise UserError(f"COMMAND {command[0]}: {error.strerror}; correct the words after --") from None
-        if self._stop:  # it came before there was a child
+        # A signal that came before the child existed was not passed on.
+        if self._stop:
             self._child.send_signal(self._stop)
         try:
             code = self._child.wait(max(0, self.end - time.monotonic()))
@@ -115,7 +118,7 @@ class Night:
             return code if code in TOLD else AGAIN
 
     def _stopped(self, child: "subprocess.Popen[bytes]") -> int:
-        """Stop the child, and by force what is left of its processes after the grace period; returns its exit code."""
+        """Stop the child, kill its remaining processes after the grace period, and return its exit code."""
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(self.limits["--grace"])

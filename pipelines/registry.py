@@ -1,13 +1,20 @@
-"""Look at the versions of a registered model, and move its champion by hand.
+"""Look at the versions of a registered model, and move the alias `champion` by hand.
 
     python pipelines/registry.py list NAME
     python pipelines/registry.py show NAME VERSION
     python pipelines/registry.py promote NAME VERSION
     python pipelines/registry.py rollback NAME
 
-VERSION is a number or an alias. [--tracking-uri URI] names the MLflow server or database, or env:NAME or file:/PATH
-that holds it; else it is MLFLOW_TRACKING_URI, else ./runs/mlflow.db. `promote` and `rollback` check the files against
-their checksums.
+NAME            the registered model
+VERSION         a number or an alias
+--tracking-uri  MLflow's server or database, or env:VARIABLE or file:/PATH that holds its address; default:
+                MLFLOW_TRACKING_URI, else ./runs/mlflow.db
+
+list prints a line per version, show all about one version, with its files and checksums. promote makes VERSION the
+champion; rollback makes the previous champion the champion again. show, promote and rollback check the files
+against their checksums.
+
+Exit codes: 0 done; 2 an error that you can fix; 75 MLflow or the files are unreachable, try again later.
 """
 
 import os
@@ -31,20 +38,21 @@ DATABASE = Path("runs/mlflow.db")
 
 
 def main(argv: list[str]) -> None:
-    """Do one of the actions; raises UserError for what cannot be done."""
-    found = command_line.parse(argv or ["--help"], __doc__ or "", options=["--tracking-uri"])
+    parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=["--tracking-uri"])
+    # Before MLflow is imported.
     quiet_environment()
-    action, *names = found.words or [""]
+    action, *names = parsed.words or [""]
     if action not in ACTIONS:
         raise UserError(f"argument {action!r}: expected one of {', '.join(ACTIONS)}")
     act, wanted = ACTIONS[action]
     if len(names) != len(wanted):
         raise UserError(f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]")
-    uri = _tracking_uri(found.options.get("--tracking-uri"))
+    uri = _tracking_uri(parsed.options.get("--tracking-uri"))
     check(uri)
-    place, _, name = uri.removeprefix("sqlite:///").rpartition("/")
-    if act is not show_all and name == start.DATABASE and os.path.isdir(os.path.join(place, start.FOLDER)):
-        start.follow(place)  # `list` reads no file
+    folder, _, name = uri.removeprefix("sqlite:///").rpartition("/")
+    if act is not show_all and name == start.DATABASE and os.path.isdir(os.path.join(folder, start.FOLDER)):
+        # The database may have moved with its folder, and with it the files; `list` reads no file.
+        start.follow(folder)
     aliases = Aliases(uri, names[0])
     if not names[0].strip() or not aliases.versions():
         raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
@@ -52,7 +60,6 @@ def main(argv: list[str]) -> None:
 
 
 def show_all(aliases: Aliases) -> None:
-    """Print a line for each version, the newest first."""
     named = _aliases_by_version(aliases)
     rows = [("version", "aliases", "eval loss", "created", "data", "gate")]
     for version in reversed(aliases.versions()):
@@ -71,26 +78,26 @@ def show_all(aliases: Aliases) -> None:
 
 
 def show_one(aliases: Aliases, which: str) -> None:
-    """Print all that is known of a version, and whether its files are whole."""
+    """Print all facts about a version, and check its files."""
     version = aliases.version(_number(aliases, which))
     number = version.number
     with reachable(aliases.uri, upload=True):
-        place = str(connect(aliases.uri).get_model_version_download_uri(aliases.name, number))
+        files_uri = str(connect(aliases.uri).get_model_version_download_uri(aliases.name, number))
     print(f"{aliases.name} version {number}")
     print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
-    print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {place}")
+    print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
     for name, text in sorted(version.tags.items()):
         print(f"  {name} = {text}")
     with reachable(aliases.uri, upload=True):
-        files = checksums.read(version, place, aliases.uri)
+        files = checksums.read(version, files_uri, aliases.uri)
     for name, entry in sorted(files.items()):
         print(f"  {entry['sha256'][:16]}  {entry['bytes']:>13,}  {name}")
     print(f"all {aliases.verify(number)} files have their checksums")
 
 
 def promote(aliases: Aliases, which: str) -> None:
-    """Let a version become the champion."""
     number = _number(aliases, which)
+    # Aliases.promote checks the files against their checksums before it moves the alias.
     old = aliases.promote(number, "promoted by hand")
     _tell(aliases, number, "**promoted** by hand")
     after = f", version {old} is previous" if old else ""
@@ -98,7 +105,6 @@ def promote(aliases: Aliases, which: str) -> None:
 
 
 def rollback(aliases: Aliases) -> None:
-    """Give the champion back to the version before."""
     bad, good = aliases.rollback("by hand")
     _tell(aliases, bad, f"**rolled back** by hand, to version {good}")
     print(f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back")
@@ -113,7 +119,6 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 
 
 def _tell(aliases: Aliases, number: str, what: str) -> None:
-    """Write what was decided by hand into the version's description."""
     models.add(aliases.uri, aliases.name, number, f"{time.strftime('%Y-%m-%d %H:%M')}: {what}")
 
 
@@ -123,16 +128,17 @@ def _tracking_uri(given: str | None) -> str:
         return absolute(looked_up(uri, "--tracking-uri"))
     if given is None and DATABASE.is_file():
         return f"sqlite:///{DATABASE.resolve()}"
-    raise UserError("--tracking-uri: not set; give MLflow's address, or set MLFLOW_TRACKING_URI")
+    raise UserError("--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI")
 
 
 def _number(aliases: Aliases, which: str) -> str:
     if re.fullmatch("[0-9]+", which):
-        return which.lstrip("0") or "0"  # as MLflow writes it: two names of one version would be two versions
-    there = aliases.current()
-    if which not in there:
-        raise UserError(f"{aliases.name} has no alias {which!r}; it has {', '.join(sorted(there)) or 'none'}")
-    return there[which]
+        # MLflow writes no leading zeros, and would take 07 for another version than 7.
+        return which.lstrip("0") or "0"
+    current = aliases.current()
+    if which not in current:
+        raise UserError(f"{aliases.name} has no alias {which!r}; it has {', '.join(sorted(current)) or 'none'}")
+    return current[which]
 
 
 def _aliases_by_version(aliases: Aliases) -> dict[str, list[str]]:

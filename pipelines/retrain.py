@@ -1,11 +1,16 @@
-"""Retrain a registered model if its data, base model or settings have changed, and let it earn its place.
+"""Retrain a registered model if its data, base model or settings have changed, and promote the result if it is better.
 
     python pipelines/retrain.py CONFIG.yaml [section.field=value ...] [--help]
 
-For a scheduler: call it as often as you like. It says "nothing changed" within seconds, or trains a challenger,
-measures it and the champion on the same held-out rows, and moves the alias `champion` if the config's gate lets
-it. A call that was cut off is continued by the next; of two at once one gives way with exit code 75. Exit code 0
-means that all is decided, also if that is a refusal.
+CONFIG  a run's config with registry.model; its sections retrain, gate and notify set the conditions
+
+Made for a scheduler: run it as often as you like. If nothing has changed, it says so within seconds. Else it trains a
+challenger, evaluates it and the champion on the same held-out rows, and moves the alias `champion` if the config's gate
+allows it. The next call resumes a call that was interrupted. If two calls run at once, the second ends with exit code
+75.
+
+Exit codes: 0 the decision is made, also if the challenger is refused or nothing has changed; 1 a bug, with its
+traceback; 2 an error that you can fix; 75 run the same command again later; 130 or 143 stopped by Ctrl+C or SIGTERM.
 """
 
 from olora_ray.common.logs import quiet_environment
@@ -16,7 +21,7 @@ from olora_ray.config import command_line  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
-    """Read the arguments and retrain, if there is a reason to."""
+    # The retraining is imported late: a mistake in the config is reported at once.
     config, _ = command_line.read_arguments(argv, None, usage=__doc__ or "", flags=())
     from olora_ray.retrain import run
 

@@ -2,10 +2,16 @@
 
     python pipelines/sweep.py CONFIG.yaml SPACE.yaml [section.field=value ...] [--register] [--refit]
 
-CONFIG is a run's config (pipelines/configs/quickstart.yaml); SPACE says what varies and how it is searched
-(tune_spaces/*.yaml). --register exports, checks and registers the best trial's model as it is. --refit trains
-the best config as a run of its own, from the start and with all the steps of CONFIG, and registers that if
-CONFIG says so. The same command again resumes a search that was interrupted.
+CONFIG      a run's config, such as pipelines/configs/quickstart.yaml
+SPACE       the fields that vary, and how they are searched (tune_spaces/*.yaml)
+--register  export, check and register the best trial's model, without a new training
+--refit     train the best config as a run of its own, with all the steps of CONFIG; it is registered if CONFIG says so
+
+The command writes the trials and report.html into the search's folder in run.storage, and logs them to MLflow. Run the
+same command again to resume.
+
+Exit codes: 0 the search is complete; 1 a bug, with its traceback; 2 an error that you can fix; 75 run the same command
+again later; 130 or 143 stopped by Ctrl+C or SIGTERM.
 """
 
 from olora_ray.common.logs import quiet_environment
@@ -16,7 +22,7 @@ from olora_ray.config import command_line  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
-    """The whole search, in the order in which the data flows."""
+    # Imports that take seconds come after the checks of config and space file, so that mistakes are reported at once.
     config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
     from olora_ray.tokens import first_look
 
@@ -31,6 +37,7 @@ def main(argv: list[str]) -> None:
     from olora_ray.sweep import outcome, search_folder, space_file
     from olora_ray.sweep import run as sweep
 
+    # All trials must have the same sequences, so the length is measured once, here.
     if config.data.max_length == "auto":
         config = prepare.with_length(config, open_base(config))
     search = search_folder.search_config(config, space, file, registers="--register" in flags)
@@ -43,13 +50,13 @@ def main(argv: list[str]) -> None:
             spec, seconds = sweep.train_spec(search, space, base)
             spec, spared = sweep.share(spec, space, seconds)
             with sweep.tracked(spec, space) as tracker:
-                sweep_spec, found = sweep.run(spec, space, spared, tracker)
+                sweep_spec, results = sweep.run(spec, space, spared, tracker)
                 driver.check()
-                outcome.conclude(config, sweep_spec, found, tracker)
+                outcome.conclude(config, sweep_spec, results, tracker)
                 if "--register" in flags:
-                    outcome.register(sweep_spec, found)
+                    outcome.register(sweep_spec, results)
         if "--refit" in flags:
-            run.run(outcome.best_config(config, sweep_spec, found.ranked()[0], refit=True))
+            run.run(outcome.best_config(config, sweep_spec, results.ranked()[0], refit=True))
 
 
 if __name__ == "__main__":

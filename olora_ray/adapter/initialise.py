@@ -1,8 +1,8 @@
-"""Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
+"""Distributed initialisation: each worker computes the factors for its share of the layers, in float32.
 
-Shares are balanced by the method's cost (E times that for a stack of experts), and exchanged among all.
-Afterwards all workers hold the same bytes, which a digest over everything confirms (a QR's last bits depend on the
-number of threads, so computing the same layer everywhere would not do).
+Shares are balanced by the method's cost, times E for a stack of experts. Then all workers exchange their factors, so
+that all hold the same bytes; a digest over all factors confirms it. Computing the same layer on every worker would not
+do, because the last bits of a QR depend on the number of threads.
 """
 
 import hashlib
@@ -29,37 +29,37 @@ from olora_ray.common import collectives, node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 
-# Exchange of factors: each worker has computed those of its share; afterwards all hold all of them.
+# Exchange of factors: each worker has computed the factors of its share; afterwards every worker holds all of them.
 
 
 Shape = tuple[int, ...]
 Shapes = tuple[Shape, Shape | None]
-"""Of a layer's A0 and B0."""
+"""The shapes of a layer's A0 and B0."""
 
 
 def exchange(
     own: Mapping[str, Factors], shares: Sequence[Sequence[str]], device: torch.device
 ) -> tuple[dict[str, Factors], str]:
-    """The factors of all layers, the same bytes on every worker, and the SHA-256 over them.
+    """Return the factors of all layers, the same bytes on every worker, and the SHA-256 over them.
 
-    `own` are those of this worker's share, `shares` the names of each worker's; the numbers travel by `device`. Raises
-    RuntimeError if the workers do not end with the same bytes.
+    `own` has the factors of this worker's share, `shares` the layer names of each worker's share. All workers must call
+    it together; the numbers travel on `device`. Raises RuntimeError if the workers end with different bytes.
     """
-    here = collectives.rank()
+    rank = collectives.rank()
     shapes: dict[str, Shapes] = {}
     for part in collectives.gather({name: _shapes(item) for name, item in own.items()}):
         shapes |= part
     merged: dict[str, Factors] = {}
     hasher = hashlib.sha256()
     for worker, share in enumerate(shares):
-        buffer = _pack(own, share) if worker == here else torch.empty(sum(_size(shapes[name]) for name in share))
+        buffer = _pack(own, share) if worker == rank else torch.empty(sum(_size(shapes[name]) for name in share))
         buffer = buffer.to(device)
         collectives.broadcast_in_place(buffer, worker)
         buffer = buffer.cpu()
         hasher.update(buffer.numpy().tobytes())
         merged.update(_unpack(buffer, share, shapes))
     if len(set(collectives.gather(hasher.digest()))) > 1:
-        raise RuntimeError("workers hold different factors after the exchange: the network corrupted a broadcast")
+        raise RuntimeError("adapter factors differ between workers after their exchange: the network corrupted them")
     return merged, hasher.hexdigest()
 
 
@@ -84,58 +84,53 @@ def _pack(own: Mapping[str, Factors], share: Sequence[str]) -> Tensor:
 
 
 def _unpack(buffer: Tensor, share: Sequence[str], shapes: Mapping[str, Shapes]) -> dict[str, Factors]:
-    result, place = {}, 0
+    result, position = {}, 0
 
     def take(shape: Shape) -> Tensor:
-        nonlocal place
+        nonlocal position
         size = math.prod(shape)
-        part = buffer[place : place + size].view(shape)
-        place += size
+        part = buffer[position : position + size].view(shape)
+        position += size
         return part
 
     for name in share:
-        of_a0, of_b0 = shapes[name]
-        a0 = take(of_a0)
-        b0 = None if of_b0 is None else take(of_b0)
+        shape_a0, shape_b0 = shapes[name]
+        a0 = take(shape_a0)
+        b0 = None if shape_b0 is None else take(shape_b0)
         result[name] = Factors(a0, b0, full_rank=bool(take((1,)).item()))
     return result
 
 
 CHUNK = 2**26
-"""Numbers of a stack that are taken to float32 at once: 256 MiB, or one expert."""
+"""Numbers of a stack that are converted to float32 at once (256 MiB), if one expert does not have more."""
 
 
 @dataclass(frozen=True)
 class InitReport:
-    """What the initialisation did, the same on every worker but for `exchange_seconds`."""
+    """A report of the initialisation, the same on every worker except for `exchange_seconds`."""
 
     layers: tuple[int, ...]
-    """Layers computed by each worker."""
     seconds: tuple[float, ...]
-    """Time of each worker's share."""
     exchange_seconds: float
     deficient: tuple[str, ...]
-    """Layers of which a part of the factors is arbitrary, since the weight does not decide it."""
+    """Layers whose weight does not determine all factors, so that a part of them is arbitrary."""
     digest: str
-    """SHA-256 over all factors."""
 
 
 def options_of(adapter: Adapter) -> Options:
-    """The settings of methods in a config."""
     return Options(**{field.name: getattr(adapter, field.name) for field in fields(Options)})
 
 
 def check(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
-    """Raise UserError that names the first layer in which the method cannot have this rank."""
     for name, (*_, m, n) in shapes.items():
         if problem := METHODS[method].problem(m, n, rank, name):
             raise UserError(problem)
 
 
 def assign(shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "olora") -> list[list[str]]:
-    """Names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
-    each = METHODS[method].cost
-    cost = {name: math.prod(experts) * each(m, n, rank) for name, (*experts, m, n) in shapes.items()}
+    """Return the layer names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
+    cost_of = METHODS[method].cost
+    cost = {name: math.prod(experts) * cost_of(m, n, rank) for name, (*experts, m, n) in shapes.items()}
     load = [(0.0, worker) for worker in range(workers)]
     shares: list[list[str]] = [[] for _ in range(workers)]
     for name in sorted(shapes, key=lambda name: -cost[name]):
@@ -148,55 +143,55 @@ def assign(shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "
 def initialise(
     targets: Mapping[str, Target], method: str, rank: int, seed: int, device: torch.device, options: Options = DEFAULTS
 ) -> tuple[dict[str, Factors], InitReport]:
-    """A~ and B~ of every target (for scale 1, see `at_scale`), computed by all workers of the process group together.
+    """Compute A~ and B~ of every target, for scale 1 (see `at_scale`).
 
-    Without a process group this process computes them all. Raises UserError that names a layer in which the method
-    cannot have this rank, or whose weight has NaN or infinite values.
+    All workers of the process group call it together; without a group this process computes all layers. Raises
+    UserError that names a layer in which the method cannot have this rank, or whose weight has NaN or infinite values.
     """
     shapes: dict[str, Shape] = {name: target.whole_shape for name, target in targets.items()}
     check(shapes, method, rank)
     shares = assign(shapes, rank, collectives.world_size(), method)
     use = METHODS[method]
-    assert use.needs == "weight", f"{method} is made of data: train/data_driven.py"
+    assert use.needs == "weight", f"{method} needs data: use train/data_driven.py"
     start = time.perf_counter()
-    own, problem, here = {}, None, collectives.rank()
+    own, problem, rank_here = {}, None, collectives.rank()
     try:
-        own = {name: _compute(name, targets[name], use, rank, seed, device, options) for name in shares[here]}
+        own = {name: _compute(name, targets[name], use, rank, seed, device, options) for name in shares[rank_here]}
     except UserError as error:
         problem = str(error)
+    # All workers raise, because the others would wait for this one in the exchange.
     collectives.raise_together(problem)
     seconds = time.perf_counter() - start
 
     start = time.perf_counter()
     merged, digest = exchange(own, shares, device)
-    found = {name: merged[name] for name in targets}
+    factors = {name: merged[name] for name in targets}
     report = InitReport(
         layers=tuple(len(share) for share in shares),
         seconds=tuple(collectives.gather(seconds)),
         exchange_seconds=time.perf_counter() - start,
-        deficient=tuple(name for name, item in found.items() if not item.full_rank),
+        deficient=tuple(name for name, item in factors.items() if not item.full_rank),
         digest=digest,
     )
-    return found, report
+    return factors, report
 
 
-def at_scale(found: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
-    """A0 and B0 of an adapter with these settings, from its A~ and B~."""
+def at_scale(factors: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
     use, options = METHODS[adapter.method], options_of(adapter)
-    return {name: use.at_scale(item, adapter.scale(), options) for name, item in found.items()}
+    return {name: use.at_scale(item, adapter.scale(), options) for name, item in factors.items()}
 
 
 @torch.no_grad()
 def _compute(
     name: str, target: Target, method: Method, rank: int, seed: int, device: torch.device, options: Options
 ) -> Factors:
-    # A seed of its own for each layer, so that it does not matter who computes it.
+    # The seed depends on the layer's name and not on the worker, so that any number of workers gives the same factors.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
     if target.experts is None:
-        found = method.factors(target.numbers().to(device, torch.float32), rank, layer_seed, options)
+        factors = method.factors(target.numbers().to(device, torch.float32), rank, layer_seed, options)
     else:
         size = max(1, CHUNK // math.prod(target.shape))
-        found = _together(
+        factors = _together(
             [
                 method.factors(
                     target.numbers(first, first + size).to(device, torch.float32), rank, layer_seed + first, options
@@ -204,9 +199,9 @@ def _compute(
                 for first in range(0, target.experts, size)
             ]
         )
-    if not all(torch.isfinite(part).all() for part in (found.a0, found.b0) if part is not None):
-        raise UserError(f"model.name: the weight of {name} has NaN or infinite values")
-    return found
+    if not all(torch.isfinite(part).all() for part in (factors.a0, factors.b0) if part is not None):
+        raise UserError(f"model.name: the weight of {name} has NaN or infinite values; use another copy of the model")
+    return factors
 
 
 def _together(chunks: list[Factors]) -> Factors:
@@ -216,62 +211,62 @@ def _together(chunks: list[Factors]) -> Factors:
     )
 
 
-# Cache of factors: computed once for a search, and read by its trials.
+# Cache of factors: a search computes them once, and its trials read them.
 
 
 TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
 
 
 def write(
-    place: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int, prefix: bool = True
+    folder_uri: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int, prefix: bool = True
 ) -> None:
-    """Keep factors in the folder `place`; `origin` says what they were computed from, `prefix` is the method's."""
+    """Write factors into the folder `folder_uri`. `origin` identifies their inputs; `prefix` is the method's."""
     parts: dict[str, Tensor] = {}
-    for name, found in factors.items():
-        parts[f"{name}.a0"] = found.a0
-        if found.b0 is not None:
-            parts[f"{name}.b0"] = found.b0
+    for name, item in factors.items():
+        parts[f"{name}.a0"] = item.a0
+        if item.b0 is not None:
+            parts[f"{name}.b0"] = item.b0
     with tempfile.TemporaryDirectory(prefix="olora-factors-") as folder:
         save_file({name: part.contiguous().cpu() for name, part in parts.items()}, Path(folder) / TENSORS)
-        storage.write_bytes(storage.join(place, TENSORS), (Path(folder) / TENSORS).read_bytes())
-    # A prefix of a completed slice need not be what the smaller slice is completed to.
-    whole = all(found.full_rank for found in factors.values())
+        storage.write_bytes(storage.join(folder_uri, TENSORS), (Path(folder) / TENSORS).read_bytes())
+    # Factors that the weight does not determine are not reused at a smaller rank: computed there, the arbitrary part
+    # may differ from the first columns kept here.
+    whole = all(item.full_rank for item in factors.values())
     described = {**origin, "rank": rank, "full_rank": whole, "prefix": prefix}
-    storage.write_text(storage.join(place, DESCRIPTION), json.dumps(described))
+    storage.write_text(storage.join(folder_uri, DESCRIPTION), json.dumps(described))
 
 
-def has(place: str, origin: Mapping[str, str], rank: int) -> bool:
-    """Whether factors of this origin are kept there from which those of this rank follow."""
-    return _description(place, origin, rank) is not None
+def has(folder_uri: str, origin: Mapping[str, str], rank: int) -> bool:
+    """True if the folder has factors of this origin from which the factors of this rank follow."""
+    return _description(folder_uri, origin, rank) is not None
 
 
-def _description(place: str, origin: Mapping[str, str], rank: int) -> dict[str, Any] | None:
-    """What is said of the factors there, if those of this origin and rank follow from them."""
+def _description(folder_uri: str, origin: Mapping[str, str], rank: int) -> dict[str, Any] | None:
     try:
-        found = json.loads(storage.read_text(storage.join(place, DESCRIPTION)))
-        # Without a prefix, layers may have ranks of their own.
-        enough = found["rank"] >= rank if found["prefix"] else found["rank"] == rank
-        return found if found["full_rank"] and enough and {**found, **origin} == found else None
+        described = json.loads(storage.read_text(storage.join(folder_uri, DESCRIPTION)))
+        # Without a prefix only the same rank will do: another has other factors, and layers may differ in rank.
+        enough = described["rank"] >= rank if described["prefix"] else described["rank"] == rank
+        return described if described["full_rank"] and enough and {**described, **origin} == described else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
-    """The factors of these layers at `rank`; None if they are not there, of another origin, or too small."""
-    description = _description(place, origin, rank)
+def read(folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
+    """Return the factors of these layers at `rank`; None if missing, of another origin, or of too small a rank."""
+    description = _description(folder_uri, origin, rank)
     if description is None:
         return None
     limit = rank if description["prefix"] else None
     try:
         with (
-            node_cache.fetched(storage.join(place, TENSORS)) as local,
+            node_cache.fetched(storage.join(folder_uri, TENSORS)) as local,
             safe_open(local, "pt") as file,
         ):
-            there = set(file.keys())
+            keys = set(file.keys())
             return {
                 name: Factors(
                     _first(file.get_slice(f"{name}.a0"), -2, limit),
-                    _first(file.get_slice(f"{name}.b0"), -1, limit) if f"{name}.b0" in there else None,
+                    _first(file.get_slice(f"{name}.b0"), -1, limit) if f"{name}.b0" in keys else None,
                 )
                 for name in names
             }
@@ -280,8 +275,8 @@ def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> 
 
 
 def _first(stored: Any, dim: int, rank: int | None) -> Tensor:
-    """The first `rank` (None: all) of a stored tensor's dimension `dim`; nothing else of it is read."""
-    places = [slice(None)] * len(stored.get_shape())
-    places[dim] = slice(rank)
-    part: Tensor = stored[tuple(places)]
+    # A slice of the stored tensor, so that nothing else of it is read.
+    slices = [slice(None)] * len(stored.get_shape())
+    slices[dim] = slice(rank)
+    part: Tensor = stored[tuple(slices)]
     return part.contiguous()

@@ -1,4 +1,4 @@
-"""Injection of adapters: wraps the layers to adapt, and takes the wrapping off again."""
+"""Injection of adapters: replaces layers by adapted ones, and puts the base layers back."""
 
 import re
 from collections import Counter
@@ -16,47 +16,46 @@ from olora_ray.common.errors import UserError
 
 @dataclass(frozen=True)
 class Selection:
-    """What is adapted, and what is not."""
+    """The layers that `adapter.targets` selects, and the layers that it leaves out."""
 
     targets: dict[str, Target]
-    """By name, in the model's order."""
+    """Name -> target, in the model's order."""
     left_out: dict[str, Reason]
-    """Linear layers and experts that "all-linear" leaves out, by name, with the reason; empty for named targets."""
+    """Linear layers and experts that "all-linear" leaves out, name -> reason; empty if the targets are named."""
 
 
 def find_targets(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> dict[str, Target]:
-    """Name -> target for `adapter.targets`, in the model's order; raises UserError as `select` does."""
     return select(model, targets, rank).targets
 
 
 def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selection:
-    """What `adapter.targets` means in this model.
+    """Return the layers of this model that `adapter.targets` selects.
 
-    Each entry of a tuple is a name, a dotted suffix of one, or a regular expression for the whole of it;
-    for experts the name of their module, or a suffix of it, means all of its weights. Raises UserError for
-    an entry that matches nothing, for what cannot be adapted, and for a rank that a named layer is too small for;
-    "all-linear" leaves such a layer out.
+    Each entry of a tuple is a name, a dotted suffix of a name, or a regular expression that matches a whole name. For
+    experts, the name of their module or a suffix of it selects all their weights. Raises UserError for an entry that
+    matches nothing, for a layer that cannot be adapted, and for a named layer too small for the rank; "all-linear"
+    leaves such a layer out.
     """
-    found = candidates(model)
+    maps = candidates(model)
     if isinstance(targets, str):
         small = f"smaller than adapter.rank={rank}"
         too_small = Reason(f"a layer {small}", f"layers {small}")
-        reasons = {name: item.aside or item.refused for name, item in found.items()}
+        reasons = {name: item.aside or item.refused for name, item in maps.items()}
         linear = [name for name, reason in reasons.items() if reason is None]
-        # If all are too small, the rank is what is wrong.
-        chosen = [name for name in linear if rank <= min(found[name].target.shape)] or linear
+        # If all layers are too small they stay chosen, so that the error below names the rank and not the targets.
+        chosen = [name for name in linear if rank <= min(maps[name].target.shape)] or linear
         left_out = {name: reason or too_small for name, reason in reasons.items() if name not in chosen}
     else:
-        named = {name for entry in targets for name in _matches(entry, found)}
-        chosen = [name for name in found if name in named]
+        named = {name for entry in targets for name in _matches(entry, maps)}
+        chosen = [name for name in maps if name in named]
         left_out = {}
         for name in chosen:
-            if refused := found[name].refused:
-                raise UserError(f"adapter.targets: {name!r} is {refused.what}, which is not adapted; leave it out")
+            if refused := maps[name].refused:
+                raise UserError(f"adapter.targets: {name!r} is {refused.what}, which cannot be adapted; leave it out")
     if not chosen:
         kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
         raise UserError(f"adapter.targets: the model has no linear layer to adapt{f', only {kinds}' if kinds else ''}")
-    selected = {name: found[name].target for name in chosen}
+    selected = {name: maps[name].target for name in chosen}
     for name, target in selected.items():
         m, n = target.shape
         if rank > min(m, n):
@@ -67,20 +66,20 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
     return Selection(selected, left_out)
 
 
-def _matches(entry: str, found: Mapping[str, Candidate]) -> list[str]:
-    # Experts go by their module's name, too.
-    names = {name: [name] if item.target.experts is None else [name, item.module_name] for name, item in found.items()}
+def _matches(entry: str, maps: Mapping[str, Candidate]) -> list[str]:
+    # An entry may also name the module of experts, which selects each of its weights.
+    names = {name: [name] if item.target.experts is None else [name, item.module_name] for name, item in maps.items()}
     matched = [name for name, known in names.items() if any(f".{each}".endswith(f".{entry}") for each in known)]
     if not matched:
         try:
-            matched = [name for name in found if re.fullmatch(entry, name)]
+            matched = [name for name in maps if re.fullmatch(entry, name)]
         except re.error as error:
             raise UserError(f"adapter.targets: {entry!r} is not a regular expression: {error}") from None
     if not matched:
-        kinds = sorted({name.rpartition(".")[2] for name in found})
+        last_parts = sorted({name.rpartition(".")[2] for name in maps})
         raise UserError(
-            f"adapter.targets: {entry!r} matches no linear layer; the model has {', '.join(kinds)}"
-            f" (for example {next(iter(found), 'none')})"
+            f"adapter.targets: {entry!r} matches no linear layer; the model has {', '.join(last_parts)}"
+            f" (for example {next(iter(maps), 'none')})"
         )
     return matched
 
@@ -88,7 +87,7 @@ def _matches(entry: str, found: Mapping[str, Candidate]) -> list[str]:
 def inject(
     model: nn.Module, factors: Mapping[str, Factors], scale: float, dropout: float = 0.0
 ) -> dict[str, AdaptedWeight]:
-    """Freeze the model and adapt each weight named in `factors`; returns the adapters by name, see `wrap`."""
+    """Freeze the model and adapt each weight named in `factors`; return the adapters by name, see `wrap`."""
     adapted = wrap(model, factors, scale, dropout)
     install(model, adapted)
     return adapted
@@ -97,10 +96,10 @@ def inject(
 def wrap(
     model: nn.Module, factors: Mapping[str, Factors], scale: float, dropout: float = 0.0
 ) -> dict[str, AdaptedWeight]:
-    """Freeze the model and make an adapter of each weight named in `factors`; the model does not use them yet.
+    """Freeze the model and return an adapter for each weight named in `factors`; the model does not use them yet.
 
-    Each has the rank of its factors; a weight whose factors have rank 0 gets none.
-    Several sets of adapters may share one base: only the one that is installed last takes part.
+    Each adapter has the rank of its factors; a weight whose factors have rank 0 gets none. Several sets of adapters may
+    share one base model: the model uses the set that was installed last.
     """
     model.requires_grad_(False)
     return {name: _adapter(model, name, start, scale, dropout) for name, start in factors.items() if start.rank}
@@ -110,12 +109,12 @@ def _adapter(model: nn.Module, name: str, start: Factors, scale: float, dropout:
     if start.a0.dim() == 2:
         return AdaptedLinear(_base(model.get_submodule(name)), start, scale, dropout, name)
     module, _, parameter = name.rpartition(".")
-    found = stack(_base(model.get_submodule(module)), parameter)
-    return AdaptedStack(start, found.shape[0], found.stored_transposed, scale, dropout)
+    target = stack(_base(model.get_submodule(module)), parameter)
+    return AdaptedStack(start, target.shape[0], target.stored_transposed, scale, dropout)
 
 
 def install(model: nn.Module, adapted: Mapping[str, AdaptedWeight]) -> None:
-    """Put adapters in the places of their bases, or of other adapters of these."""
+    """Put adapters into the model in place of their base layers, or of other adapters on these layers."""
     stacks: dict[str, dict[str, AdaptedStack]] = {}
     for name, layer in adapted.items():
         parent, _, attribute = name.rpartition(".")
@@ -130,7 +129,7 @@ def install(model: nn.Module, adapted: Mapping[str, AdaptedWeight]) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Put the base layers back: afterwards the model is the untouched base again."""
+    """Put the base layers back: afterwards the model is the unchanged base model again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear | AdaptedExperts):
             parent, _, attribute = name.rpartition(".")
@@ -141,38 +140,36 @@ def _base(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, AdaptedLinear | AdaptedExperts) else module
 
 
-# How much of a model lies behind an adapter, and what does not.
+# The share of a model's parameters that adapters change.
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The parameters of a model by whether they are adapted; one that is used twice counts once."""
+    """The numbers of adapted and of other parameters; a parameter that is used twice counts once."""
 
     adapted: int
-    """Parameters of the adapted weights."""
     others: dict[str, int]
-    """The other parameters by what they are ("embeddings"), most first."""
+    """Other parameters by the plural name of their layers ("embeddings"), most first."""
 
     @property
     def share(self) -> float:
-        """The adapted parameters' share of all."""
         return self.adapted / (self.adapted + sum(self.others.values()))
 
 
 def coverage(model: nn.Module, selection: Selection) -> Coverage:
-    """The coverage of a model by what was selected of it; needs no weights."""
+    """Return the coverage of a model by a selection; needs no weights."""
     adapted = {id(getattr(target.module, target.parameter)) for target in selection.targets.values()}
-    parts, head, total = other_parts(model), output_head(model), 0
+    parts, head, adapted_size = other_parts(model), output_head(model), 0
     others: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if id(parameter) in adapted:
-            total += parameter.numel()
+            adapted_size += parameter.numel()
         else:
             owner = name.rpartition(".")[0]
             is_head = model.get_submodule(owner) is head
-            kind = "output head" if is_head else part_of(name, parts) or _kind(model, name, owner, selection)
-            others[kind] += parameter.numel()
-    return Coverage(total, dict(others.most_common()))
+            group = "output head" if is_head else part_of(name, parts) or _kind(model, name, owner, selection)
+            others[group] += parameter.numel()
+    return Coverage(adapted_size, dict(others.most_common()))
 
 
 def _kind(model: nn.Module, name: str, owner: str, selection: Selection) -> str:

@@ -4,7 +4,7 @@ Shapes: x is (..., n), y is (..., m), T the product of the leading dimensions, k
 
     down = [A0; dA]  (k x n)        up = [dB, B0 + dB]  (m x k)        y = base(x) + s up (down x)
 
-Linear layers come first, then weights that all experts of a mixture share.
+The first part adapts linear layers, the second the weights that all experts of a mixture share.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,33 +17,32 @@ from torch import Tensor, nn
 
 from olora_ray.model.quantised import QuantisedLinear
 
-# Factors of an adapter: its frozen start, its trained change, and the weights that follow from both.
+# Factors of an adapter: its frozen start, its trained change, and the weights computed from both.
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The frozen start of one layer's adapter, or of a stack's, in float32."""
+    """The frozen start of the adapter of one layer or stack, in float32."""
 
     a0: Tensor
     """(E x) r x n."""
     b0: Tensor | None
-    """(E x) m x r; None stands for zeros."""
+    """(E x) m x r; None means zeros."""
     full_rank: bool = True
-    """False if the slice of the weight that the factors come from was rank-deficient, for any expert of a stack."""
+    """False if the slice of the weight that determines the factors is rank-deficient, for any expert of a stack."""
 
     @property
     def rank(self) -> int:
-        """r of this layer; of a stack, each expert's. Layers may differ."""
+        """r of this layer, or of each expert of this stack; layers may differ."""
         return int(self.a0.shape[-2])
 
     def on_cpu(self) -> "Factors":
-        """The same, on the CPU."""
         return Factors(self.a0.cpu(), None if self.b0 is None else self.b0.cpu(), self.full_rank)
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """One layer's adapter as trained, or a stack's, in float32."""
+    """The trained adapter of one layer or stack, in float32."""
 
     factors: Factors
     da: Tensor
@@ -52,19 +51,18 @@ class AdapterWeights:
     """(E x) m x r."""
 
     def delta(self, scale: float) -> Tensor:
-        """The change of the weight, (E x) m x n, in float32."""
+        """Return the change of the weight, (E x) m x n, in float32."""
         a0, b0 = self.factors.a0, self.factors.b0
         b = self.db if b0 is None else b0 + self.db
         return scale * (self.db @ a0 + b @ self.da)
 
     def plain_rank(self) -> int:
-        """The rank of `plain_lora`: 2r with B0, r without."""
         return self.factors.rank * (1 if self.factors.b0 is None else 2)
 
     def plain_lora(self) -> tuple[Tensor, Tensor]:
-        """(lora_A, lora_B) of an ordinary LoRA with the same product on the untouched base.
+        """Return (lora_A, lora_B) of an ordinary LoRA on the unchanged base, with the same product.
 
-        Rank 2r with B0: lora_A = [A0; dA], lora_B = [dB, B0 + dB]; rank r without.
+        With B0 the rank is 2r: lora_A = [A0; dA], lora_B = [dB, B0 + dB]; without B0 it is r.
         """
         a0, b0 = self.factors.a0, self.factors.b0
         if b0 is None:
@@ -73,7 +71,7 @@ class AdapterWeights:
 
 
 def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(down, up) of one weight: taken in float32, rounded once to `dtype`."""
+    """Return (down, up) of one weight: computed in float32, rounded once to `dtype`."""
     if b0 is None:
         down, up = a0 + da, db
     else:
@@ -82,11 +80,9 @@ def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.d
 
 
 class _LowRank(torch.autograd.Function):
-    """y += s up (down x), with gradients for x, dA and dB only; down and up are those of dA and dB.
+    """y += s up (down x), with gradients for x, dA and dB only; the gradients of down and up are added to dA and dB."""
 
-    One node instead of a dozen: the frozen halves of `down` and `up` get no gradient products.
-    """
-
+    # One autograd node instead of a dozen: the frozen halves of `down` and `up` then need no gradient products.
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float
@@ -114,21 +110,20 @@ class _LowRank(torch.autograd.Function):
 
 
 def add_low_rank(y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """y (..., m) plus s up (down x) for x (..., n), in place; down and up as `joined` makes them of da and db."""
+    """Add s up (down x) to y (..., m), in place, for x (..., n); `joined` computes down and up from da and db."""
     low_rank: Any = _LowRank  # torch leaves `apply` untyped
     result: Tensor = low_rank.apply(y, x, da, db, down, up, scale)
     return result
 
 
 class AdaptedWeight(nn.Module):
-    """What adapts one weight, or the weights of all experts of a mixture: frozen factors, and their change.
+    """The adapter of one weight, or of a stack: frozen factors, and their trainable change.
 
-    `da` and `db` are the trainable parameters, float32, zero at the start, so that the first output
-    equals the base's exactly in every precision. Shapes as of `Factors`.
+    `da` and `db` are the trainable parameters, float32, zero at the start, so that the first output equals the base's
+    exactly in every precision. Shapes as in `Factors`.
 
-    Whoever sets `training` says that dA and dB stand still until it is set again, as they do while a step adds up the
-    gradients of its micro-batches: down and up are made once in that time. Versions of tensors do not tell by
-    themselves: an optimizer that works on one vector of all dA and dB (train/optim.py) leaves theirs as they were.
+    Whoever sets `training` promises that dA and dB stay the same until it is set again. They do while a step sums the
+    gradients of its micro-batches, so down and up are computed once per step.
     """
 
     a0: Tensor
@@ -139,7 +134,7 @@ class AdaptedWeight(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.full_rank = factors.full_rank
-        # Memory of their own: factors are views of the buffer in which they were exchanged.
+        # Clones, because factors are views of the exchange's buffer, which would stay in memory with them.
         self.register_buffer("a0", factors.a0.clone(), persistent=False)
         self.register_buffer("b0", None if factors.b0 is None else factors.b0.clone(), persistent=False)
         *experts, rank, _ = factors.a0.shape
@@ -149,7 +144,7 @@ class AdaptedWeight(nn.Module):
 
     @property
     def training(self) -> bool:
-        """Whether adapters train: with dropout, and with dA and dB that stand still since it was set."""
+        """True if dropout applies. Setting it starts a time in which dA and dB stay the same."""
         return self._training
 
     @training.setter
@@ -158,10 +153,11 @@ class AdaptedWeight(nn.Module):
         self._made: dict[object, tuple[Tensor, Tensor]] = {}
 
     def joined(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
-        """(down, up) of the weight, or of one expert's, in `dtype`; they must not be changed."""
+        """Return (down, up) of the weight, or of one expert, in `dtype`; the caller must not change them."""
         if not self._stand_still:
             return self._join(dtype, expert)
-        # With its versions: a parameter that is changed itself, against the promise, is still seen as it is.
+        # The versions show a change of the parameters themselves, against the promise. They do not show the
+        # optimizer's: it changes one vector that holds all dA and dB (train/optim.py).
         key = (dtype, expert, self.da.device, self.da._version, self.db._version)
         if key not in self._made:
             self._made[key] = self._join(dtype, expert)
@@ -176,21 +172,19 @@ class AdaptedWeight(nn.Module):
         return joined(part(self.da), part(self.db), part(self.a0), b0, dtype)
 
     def dropped_out(self, x: Tensor) -> Tensor:
-        """What the low-rank path sees of x: dropout, while it trains."""
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def weights(self) -> AdapterWeights:
-        """The adapter as it is now, detached."""
         return AdapterWeights(Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach())
 
 
 class TakenWeight(NotImplementedError, AttributeError):
-    """A model's code uses the weight of an adapted layer in a way that would pass the adapter by."""
+    """A model's code uses the weight of an adapted layer so that the adapter would have no effect."""
 
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """Shape, precision and place of an adapted layer's weight; any other use of it is a TakenWeight."""
+    """Shape, precision and device of an adapted layer's weight; any other use of it raises TakenWeight."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -204,15 +198,13 @@ class WeightFacts:
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """See torch's documentation, "Extending torch with a Tensor-like type"."""
+        # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
         facts = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, WeightFacts))
         name = getattr(func, "__name__", func)
         raise TakenWeight(f"{facts.layer}: an adapter cannot follow {name} of its weight in the model's code")
 
 
 class AdaptedLinear(AdaptedWeight):
-    """`base` (a linear layer, left as it is) plus a trainable low-rank path."""
-
     def __init__(
         self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0, name: str = "a layer"
     ) -> None:
@@ -221,18 +213,16 @@ class AdaptedLinear(AdaptedWeight):
 
     @property
     def weight(self) -> WeightFacts:
-        """Facts alone: whoever multiplies with the weight itself would pass the adapter by."""
+        # Facts alone: model code that multiplies with the weight itself would silently leave out the adapter.
         return replace(weight_facts(self.base), layer=self.name)
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's, which no adapter changes."""
         bias = self.base.bias
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) -> y (..., m)."""
         y: Tensor = self.base(x)
         if not (type(self.base) in (nn.Linear, QuantisedLinear) or is_transposed(self.base)):
             y = y.clone()  # it may be a view, or memory that the layer keeps
@@ -240,7 +230,7 @@ class AdaptedLinear(AdaptedWeight):
         return add_low_rank(y, inner, self.da, self.db, *self.joined(inner.dtype), self.scale)
 
     def plainly(self, x: Tensor) -> Tensor:
-        """`forward` without dropout, with the backward pass that torch makes of it: to compare with."""
+        """Compute `forward` without dropout, with torch's own backward pass: the self-test compares with it."""
         a0, da, db = (part.to(x.dtype) for part in (self.a0, self.da, self.db))
         b = db if self.b0 is None else self.b0.to(x.dtype) + db
         low: Tensor = (x @ a0.T) @ db.T + (x @ da.T) @ b.T
@@ -248,17 +238,16 @@ class AdaptedLinear(AdaptedWeight):
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the module keeps its weight as n x m (GPT-2's Conv1D) instead of m x n."""
+    """True if the module stores its weight as n x m (GPT-2's Conv1D) instead of m x n."""
     return type(module).__name__ == "Conv1D"
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear layer by its class."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def weight_facts(module: nn.Module) -> WeightFacts:
-    """Of a linear module's weight, as it is stored; a packed one is not unpacked for it."""
+    """Return the facts about a linear module's stored weight, without unpacking a packed one."""
     if isinstance(module, QuantisedLinear):
         shape = torch.Size((module.out_features, module.in_features))
         return WeightFacts(shape, module.dtype, module.codes.device)
@@ -268,22 +257,21 @@ def weight_facts(module: nn.Module) -> WeightFacts:
 
 
 def out_features(module: nn.Module) -> int:
-    """m of a linear module, also of one whose weight is packed."""
     return int(module.out_features) if isinstance(module, nn.Linear) else int(weight_facts(module).shape[1])
 
 
 # Adapters for the experts of a mixture whose weights are one parameter: E x m x n, or E x n x m.
 #
-# Such a parameter is multiplied with by the code of its module, in one of several ways: expert by expert in a loop, or
-# with all experts at once over rows that are sorted by expert, or with an expert's weight for each row (transformers'
-# "eager", "grouped_mm", and "batched_mm", to which it changes by itself when it generates on a GPU). The module is
-# left as it is: while it runs, a stand-in takes the place of the parameter. The stand-in knows products only. It has
-# torch compute the very product that the base would, with the parameter itself, and adds the low-rank path to the
-# result; all other uses fail. So the start equals the base exactly whichever way the base multiplies, biases, gates
-# and norms are the base's, and nothing passes an adapter by in silence.
+# The module's code multiplies with such a parameter in one of three ways: expert by expert in a loop, all experts at
+# once over rows that are sorted by expert, or with one expert's weight for each row (transformers' "eager",
+# "grouped_mm" and "batched_mm"; it switches to the last by itself when it generates on a GPU). The module stays
+# unchanged. While it runs, a stand-in replaces the parameter. The stand-in supports products only: torch computes the
+# base's own product with the parameter itself, and the stand-in adds the low-rank path to the result. Every other use
+# raises TakenWeight. So the first output equals the base's exactly in each of the three ways, biases, gates and norms
+# are the base's, and no code can silently leave out the adapter.
 #
-# Each expert's low-rank path is that of a linear layer with the expert's own factors; a product's rows are those of
-# the tokens that were sent to the expert.
+# Each expert has the low-rank path of a linear layer with the expert's own factors. The rows of a product are the
+# tokens that the router sent to the expert.
 
 
 Rows = list[tuple[int, int, int]]
@@ -291,20 +279,20 @@ Rows = list[tuple[int, int, int]]
 
 
 class AdaptedStack(AdaptedWeight):
-    """The adapters of all experts: da is E x r x n, db is E x m x r. It computes nothing by itself."""
+    """The adapters of all experts: da is E x r x n, db is E x m x r. AdaptedExperts computes with them."""
 
     def __init__(self, factors: Factors, m: int, stored_transposed: bool, scale: float, dropout: float = 0.0) -> None:
         super().__init__(factors, m, scale, dropout)
         self.stored_transposed = stored_transposed
 
     def ends(self, rows: int, offsets: Tensor) -> list[int]:
-        """Where each expert's rows end, of `rows` that are sorted by expert; `offsets` says it, on the device."""
-        found: list[int] = offsets.tolist()
-        return found
+        """Return the end of each expert's rows, of `rows` sorted by expert; `offsets` has the ends, on the device."""
+        ends: list[int] = offsets.tolist()
+        return ends
 
 
 class AdaptedExperts(nn.Module):
-    """`base`, the module of a mixture's experts, whose parameters named in `stacks` are adapted."""
+    """The module of a mixture's experts, `base`, whose parameters named in `stacks` are adapted."""
 
     def __init__(self, base: nn.Module, stacks: Mapping[str, AdaptedStack]) -> None:
         super().__init__()
@@ -314,12 +302,11 @@ class AdaptedExperts(nn.Module):
             self.add_module(name, stack)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the base returns for these inputs, adapted."""
         stand_ins = {
             name: _Stack(getattr(self.base, name), self.get_submodule(name), f"{type(self.base).__name__}.{name}")
             for name in self.adapted
         }
-        # What stands in the module's own __dict__ goes before its parameters, which stay registered.
+        # Attributes in the module's own __dict__ hide its parameters, which stay registered.
         self.base.__dict__.update(stand_ins)
         try:
             return self.base(*inputs, **named)
@@ -329,60 +316,53 @@ class AdaptedExperts(nn.Module):
 
 
 class _StandIn:
-    """A weight that torch's functions take for one of their own; each product is computed by `_PRODUCTS`."""
+    """A stand-in for a weight, which torch's functions accept as a tensor; `_PRODUCTS` computes each product."""
 
     def __init__(self, weight: Tensor, stack: Any, name: str, *, transposed: bool) -> None:
         self.weight, self.stack, self.name = weight, stack, name
         self.transposed = transposed
-        """Whether it is (E x) n x m as it is handed over."""
+        """True if the product gets it as (E x) n x m."""
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """See torch's documentation, "Extending torch with a Tensor-like type"."""
+        # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
         stand_ins = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _StandIn)]
         weight, named = stand_ins[0], kwargs or {}
-        place = next((place for place, arg in enumerate(args[:2]) if arg is weight), None)
-        known = _PRODUCTS.get((getattr(func, "__name__", ""), place))
-        if known is None or place is None or len(stand_ins) > 1 or len(args) < 2:
+        position = next((index for index, arg in enumerate(args[:2]) if arg is weight), None)
+        product = _PRODUCTS.get((getattr(func, "__name__", ""), position))
+        if product is None or position is None or len(stand_ins) > 1 or len(args) < 2:
             raise TakenWeight(f"{weight.name}: an adapter cannot follow {func} of experts' weights")
         y = func(*(weight.weight if arg is weight else arg for arg in args), **named)
-        return known(weight, y, args[1 - place], named)
+        return product(weight, y, args[1 - position], named)
 
     def size(self, dim: int | None = None) -> Any:
-        """As a tensor's."""
         return self.weight.size() if dim is None else self.weight.size(dim)
 
     def data_ptr(self) -> int:
-        """The alignment of a tensor's, at which transformers looks; no address that a kernel could read from."""
+        # transformers checks the alignment of this address. It is no real one, so no kernel can read past the adapter.
         return self.weight.data_ptr() % 16
 
     def must_be(self, *, transposed: bool) -> None:
-        """Raise TakenWeight if a product takes the weight the other way round than it is kept."""
         if self.transposed != transposed:
-            raise TakenWeight(f"{self.name}: is multiplied with the other way round than it is kept")
+            raise TakenWeight(f"{self.name}: an adapter cannot follow this product with a transpose")
 
 
 class _Expert(_StandIn):
-    """One expert's weight, and the pieces of the adapter that belong to it."""
-
     def __init__(self, whole: "_Stack", expert: int) -> None:
         super().__init__(whole.weight[expert], whole.stack, whole.name, transposed=whole.transposed)
         self.da, self.db = whole.trained(expert)
         self.expert = expert
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (..., m) plus the low-rank path of x (..., n)."""
         inner = self.stack.dropped_out(x)
         down, up = self.stack.joined(inner.dtype, self.expert)
         return add_low_rank(y, inner, self.da, self.db, down, up, self.stack.scale)
 
 
 class _Stack(_StandIn):
-    """The weights of all experts."""
-
     def __init__(self, weight: Tensor, stack: Any, name: str) -> None:
         super().__init__(weight, stack, name, transposed=stack.stored_transposed)
         self._pieces: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
@@ -393,20 +373,18 @@ class _Stack(_StandIn):
         return _Expert(self, int(index))
 
     def trained(self, expert: int) -> tuple[Tensor, Tensor]:
-        """One expert's dA and dB. They are cut once, so that autograd makes one gradient of the whole, not E."""
+        # Cut once for all experts, so that autograd makes one gradient of the whole tensor and not E of that size.
         if self._pieces is None:
             self._pieces = (self.stack.da.unbind(0), self.stack.db.unbind(0))
         return self._pieces[0][expert], self._pieces[1][expert]
 
     def transpose(self, dim0: int, dim1: int) -> "_Stack":
-        """As a tensor's, of the last two dimensions."""
-        assert {dim0 % 3, dim1 % 3} == {1, 2}
+        assert {dim0 % 3, dim1 % 3} == {1, 2}  # the last two of three
         flipped = _Stack(self.weight.transpose(dim0, dim1), self.stack, self.name)
         flipped.transposed = not self.transposed
         return flipped
 
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        """y (T x m) plus the low-rank paths of x (T x n), each expert's for its rows."""
         stack = self.stack
         inner = stack.dropped_out(x)
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
@@ -415,14 +393,12 @@ class _Stack(_StandIn):
 
 
 class _Gathered(_StandIn):
-    """The weights of one expert for each row."""
-
     def __init__(self, whole: _Stack, experts: Tensor) -> None:
         super().__init__(whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed)
         self._whole, self._experts = whole, experts
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (T x m) plus the low-rank paths of x (T x n): with the rows sorted by expert, and put back."""
+        # Sort the rows by expert, and put the results back into the order of y.
         order = self._experts.argsort(stable=True)
         hit, counts = self._experts[order].unique_consecutive(return_counts=True)
         ends = counts.cumsum(0).tolist()
@@ -431,12 +407,10 @@ class _Gathered(_StandIn):
 
 
 class _GroupedLowRank(torch.autograd.Function):
-    """`_LowRank` for rows that are sorted by expert; an expert without rows is not touched.
+    """`_LowRank` for rows sorted by expert: y is T x m, x is T x n; experts without rows are skipped."""
 
-    Down and up are not kept for the backward pass, but asked for again: unless the stack itself keeps them for the
-    step, they would take E/k times what k experts a token need.
-    """
-
+    # The backward pass computes down and up again, unless the stack keeps them for the step: keeping them here for all
+    # E experts would take E/k times the memory that the k experts of a token need.
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, stack: AdaptedStack, rows: Rows) -> Tensor:
         hidden = x.new_zeros(len(x), da.shape[1] * (1 if stack.b0 is None else 2))
@@ -469,7 +443,7 @@ class _GroupedLowRank(torch.autograd.Function):
         return grad, grad_x, grad_da, grad_db, None, None
 
 
-# Products: of a stand-in, the base's y, x, and the named arguments.
+# Products: each takes a stand-in, the base's y, x, and the named arguments, and returns y with the low-rank path.
 
 
 def _linear(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
@@ -491,7 +465,7 @@ def _gathered(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) 
 
 
 def _batched(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """x (E x T x n) times a stack: every expert has as many rows; or x (T x 1 x n) times gathered weights."""
+    """x (E x T x n) times a stack, the same number of rows for each expert; or x (T x 1 x n) times gathered weights."""
     assert x.dim() == 3
     weight.must_be(transposed=True)
     if isinstance(weight, _Gathered):
@@ -503,7 +477,7 @@ def _batched(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -
 
 
 def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """x (T x n) with rows sorted by expert, of which `offs` has the ends, times a stack."""
+    """x (T x n), rows sorted by expert, times a stack; `offs` has the end of each expert's rows."""
     assert isinstance(weight, _Stack)
     weight.must_be(transposed=True)
     ends = weight.stack.ends(len(x), named["offs"])
@@ -523,4 +497,4 @@ _PRODUCTS: dict[tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[s
     ("grouped_mm", 1): _grouped,
     ("grouped_mm_fallback", 1): _grouped,
 }
-"""By the name that torch gives the function and the weight's place; `x @ W` is matmul, the last is transformers'."""
+"""(torch's name of the function, position of the weight) -> product; `x @ W` is matmul, the last is transformers'."""

@@ -1,12 +1,12 @@
-"""The merged folder: the base's files with W + s (dB A0 + (B0 + dB) dA) in the place of each adapted weight W.
+"""The merged folder: the base's files, with W + s (dB A0 + (B0 + dB) dA) in place of each adapted weight W.
 
-Each change is computed in float32 and added with one rounding to the precision that W is stored in. The folder has the
-base's layout: each file of weights is copied, and only the bytes of adapted weights are written over, so that every
-other byte is the base's. Memory holds one weight at a time, or a few experts of a stack, whatever the size of a file
-or of the model.
+Each change is computed in float32 and added with one rounding to the precision in which W is stored. The folder has the
+base's layout: each weight file is copied, and only the bytes of adapted weights are overwritten, so that every other
+byte is the base's. Memory holds one weight at a time, or a few experts of a stack, whatever the size of a file or of
+the model.
 
-Several workers can each merge a share of the weights into the same files; a share that is done twice does no harm,
-because what is read is the base.
+Several workers can each merge a share of the weights into the same files. Merging a share twice does no harm, because a
+merge reads the base's files and not the copies.
 """
 
 import heapq
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 # The change of a parameter by its adapter, in the parameter's own layout, some rows at a time.
 #
-# A parameter is m x n, or n x m where it is stored transposed (GPT-2's Conv1D); a stack of experts is E x m x n, or
-# E x n x m. Rows are what the first dimension counts: of a stack, experts.
+# A parameter is m x n, or n x m if it is stored transposed (GPT-2's Conv1D); a stack of experts is E x m x n, or
+# E x n x m. Rows are indices of the first dimension; for a stack they are experts.
 
 
 UNIT = torch.finfo(torch.float32).eps / 2
@@ -45,40 +45,35 @@ UNIT = torch.finfo(torch.float32).eps / 2
 
 @dataclass(frozen=True)
 class Change:
-    """What one layer's adapter adds to its parameter."""
-
     weights: AdapterWeights
     scale: float
     transposed: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the parameter."""
         *experts, m, _ = self.weights.db.shape
         n = self.weights.da.shape[-1]
         return (*experts, n, m) if self.transposed else (*experts, m, n)
 
     def expert(self, number: int) -> "Change":
-        """The change of one expert of a stack."""
         return replace(self, weights=_each(self.weights, lambda a: a[number], lambda b: b[number]))
 
     def outputs(self, first: int, last: int) -> "Change":
-        """The change of outputs first..last of a linear layer."""
         return replace(self, weights=_each(self.weights, b_part=lambda b: b[first:last]))
 
     def merged(self, first: int, last: int, device: torch.device) -> Tensor:
-        """Rows first..last in float32, as they are added to the base."""
+        """Return rows first..last in float32: the numbers that are added to the base."""
         return self._turned(self._part(first, last, device, torch.float32).delta(self.scale))
 
     def exact(self, first: int, last: int, device: torch.device) -> Tensor:
-        """Rows first..last in float64: the paper's form s (B A - B0 A0), which shares no step with `merged`."""
+        """Return rows first..last in float64 by the paper's form s (B A - B0 A0): it shares no step with `merged`."""
         part = self._part(first, last, device, torch.float64)
         a0, b0 = part.factors.a0, part.factors.b0
         start = torch.zeros_like(part.db) if b0 is None else b0
         return self._turned(self.scale * ((start + part.db) @ (a0 + part.da) - start @ a0))
 
     def slack(self, first: int, last: int, device: torch.device) -> Tensor:
-        """By how much float32 may have `merged` miss `exact`: (k + 6) u |B| |A| for an inner dimension of k.
+        """Return the largest error of `merged` that float32 explains: (k + 6) u |B| |A| for an inner dimension of k.
 
         Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.5: holds for any order of the sums.
         """
@@ -104,23 +99,22 @@ class Change:
         return _each(self.weights, a_part, b_part)
 
 
-def _whole(part: Tensor) -> Tensor:
-    return part
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _each(
     weights: AdapterWeights, a_part: Callable[[Tensor], Tensor] = _whole, b_part: Callable[[Tensor], Tensor] = _whole
 ) -> AdapterWeights:
-    """The adapter of some parts of A0 and dA, and of B0 and dB."""
     start = weights.factors
     factors = replace(start, a0=a_part(start.a0), b0=None if start.b0 is None else b_part(start.b0))
     return AdapterWeights(factors, a_part(weights.da), b_part(weights.db))
 
 
-# The writing of a merged folder.
+# Writing a merged folder.
 
 
-# Weights in other formats, and the base's model card, which describes another model.
+# Files that are not copied: weights in other formats would be the base's, and its model card describes another model.
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", "README.md")
 _CPU = torch.device("cpu")
 
@@ -130,20 +124,20 @@ def write_merged(
 ) -> None:
     """Write the base folder with the adapter merged into its weights; replaces `out` when complete.
 
-    `base` has config.json, safetensors (one file or shards with an index) and tokenizer files; all
-    but weights in other formats and the model card is copied. `model` is the model without weights. Raises UserError
-    when `base` has no safetensors, or when an adapted weight is not in them exactly once, is tied, has another shape
-    or is not floating point.
+    `base` has config.json, safetensors (one file, or shards with an index) and tokenizer files. Everything is copied
+    except weights in other formats and the model card. `model` is the model without weights. Raises UserError if `base`
+    has no safetensors, or if an adapted weight is stored not exactly once, is tied, has another shape or is not
+    floating point.
     """
-    found = groups(base, model, adapter)
-    changes_of(found, adapter, scale)
+    merged_groups = groups(base, model, adapter)
+    changes_of(merged_groups, adapter, scale)
     with replacing(out) as folder:
         copy_files(base, folder)
-        merge(base, folder, found, adapter, scale)
+        merge(base, folder, merged_groups, adapter, scale)
 
 
 def copy_files(base: Path, folder: Path) -> None:
-    """Copy all that a merged folder has of its base: files of weights as they are, config and tokenizer portable."""
+    """Copy the base's files into a merged folder: weights unchanged, config and tokenizer in portable form."""
     for entry in base.iterdir():
         left_out = entry.name.endswith(_LEFT_OUT) or entry.name.startswith(".") or is_stale_index(base, entry.name)
         if entry.is_file() and not left_out:
@@ -180,8 +174,7 @@ def merge(
 def changes_of(
     share: Sequence[Group], adapter: Mapping[str, AdapterWeights], scale: float
 ) -> list[tuple[Group, dict[str, Change]]]:
-    """Each group with the changes of its parameters; raises UserError for an adapter of another shape."""
-    found = []
+    group_changes = []
     for group in share:
         changes = {
             parameter: Change(adapter[layer], scale, stored_transposed(group.model, layer))
@@ -192,30 +185,30 @@ def changes_of(
                 raise UserError(
                     f"cannot merge {parameter}: its shape is {group.shapes[parameter]}, the adapter's {change.shape}"
                 )
-        found.append((group, changes))
-    return found
+        group_changes.append((group, changes))
+    return group_changes
 
 
-def shares(found: Sequence[Group], workers: int) -> list[list[Group]]:
-    """The groups for each worker: the largest first, to the one with the least; deterministic."""
+def shares(all_groups: Sequence[Group], workers: int) -> list[list[Group]]:
+    """Return the groups for each worker: the largest group first, to the least loaded worker; deterministic."""
     load = [(0, worker) for worker in range(workers)]
     parts: list[list[Group]] = [[] for _ in range(workers)]
-    for group in sorted(found, key=lambda group: (-group.size, group.key)):
+    for group in sorted(all_groups, key=lambda group: (-group.size, group.key)):
         total, worker = heapq.heappop(load)
         parts[worker].append(group)
         heapq.heappush(load, (total + group.size, worker))
     return parts
 
 
-# Whether a merged folder is the base with the change in it, from the files alone: this decides.
+# The check of a merged folder: is it the base plus the change? It reads the files alone, and its verdict counts.
 
 
 AT_ONCE = 2**20
-"""Numbers that are compared together: in float64 they fit in a processor's cache."""
+"""Numbers compared at once: in float64 they fit in a processor's cache."""
 _EXPONENT = 0x7FF0000000000000
-"""The bits of a float64 that are left of a number rounded down to a power of two."""
+"""The exponent bits of a float64; alone they are the number rounded down to a power of two."""
 _OF_ENDS = (portable.ENDS, "bos_token_id", "pad_token_id")
-"""What a generation_config.json has that an export has written for its ends."""
+"""Fields that an export may write into generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -223,16 +216,15 @@ class Worst:
     """The largest error of the merged weights of a share."""
 
     error: float
-    """In roundings."""
+    """Unit: roundings to the stored precision."""
     layer: str
     stored: str
-    """The coarsest precision that one of them is stored in."""
+    """The coarsest precision in which one of the weights is stored."""
 
 
-def worst_of(found: Sequence[Worst]) -> Worst:
-    """Of several shares; NaN is worse than any number."""
-    largest = max(found, key=lambda one: (one.error != one.error, one.error))
-    coarsest = max((one.stored for one in found), key=lambda kind: torch.finfo(getattr(torch, kind)).eps)
+def worst_of(of_shares: Sequence[Worst]) -> Worst:
+    largest = max(of_shares, key=lambda worst: (worst.error != worst.error, worst.error))
+    coarsest = max((worst.stored for worst in of_shares), key=lambda stored: torch.finfo(getattr(torch, stored)).eps)
     return Worst(largest.error, largest.layer, coarsest)
 
 
@@ -245,82 +237,82 @@ def check_weights(
     scale: float,
     device: torch.device = _CPU,
 ) -> Worst:
-    """The largest error of the merged weights of these groups."""
-    found = [Worst(0.0, "", "float32")]
+    errors = [Worst(0.0, "", "float32")]
     for group, changes in changes_of(share, adapter, scale):
-        kind = str(group.dtype).removeprefix("torch.")
+        stored = str(group.dtype).removeprefix("torch.")
         names = {parameter: layer for layer, parameter in group.layers.items()}
         for first, last in group.steps():
             before, after = group.read(base, first, last), group.read(merged, first, last)
             for parameter, change in changes.items():
                 old = group.rows(before, parameter, first, last)
                 new = group.rows(after, parameter, first, last)
-                found.append(Worst(_error(old, new, change, first, device), names[parameter], kind))
-            for parameter in group.shapes.keys() - changes.keys():  # stored in one tensor with adapted ones
+                errors.append(Worst(_error(old, new, change, first, device), names[parameter], stored))
+            # Parameters that share a stored tensor with adapted ones must keep their bytes.
+            for parameter in group.shapes.keys() - changes.keys():
                 parts = (group.rows(part, parameter, first, last).contiguous() for part in (before, after))
                 if not torch.equal(*(part.view(torch.uint8) for part in parts)):
-                    found.append(Worst(float("inf"), parameter, kind))
-    return worst_of(found)
+                    errors.append(Worst(float("inf"), parameter, stored))
+    return worst_of(errors)
 
 
 def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.device) -> float:
-    """Largest error in roundings of the rows from `first` on; NaN if there is one."""
     if old.ndim == 3:
         errors = [_error(old[i], new[i], change.expert(first + i), 0, device) for i in range(len(old))]
         return max(errors, key=lambda error: (error != error, error))
+    # NaN is returned at once: it compares as neither larger nor smaller.
     worst, count = 0.0, max(1, AT_ONCE // max(1, old.shape[1]))
-    kind = torch.finfo(new.dtype)
+    precision = torch.finfo(new.dtype)
     for begin in range(0, len(old), count):
         end = min(begin + count, len(old))
-        weight, found = (part[begin:end].to(device).double() for part in (old, new))
+        weight, merged = (part[begin:end].to(device).double() for part in (old, new))
         exact = weight + change.exact(begin, end, device)
-        # The largest power of two that is not above each number's size.
+        # The size of one rounding follows from the largest power of two that is not above the number.
         power = (exact.view(torch.int64) & _EXPONENT).view(torch.float64)
-        unit = power.clamp_(min=kind.tiny).mul_(kind.eps / 2)
+        unit = power.clamp_(min=precision.tiny).mul_(precision.eps / 2)
         slack = change.slack(begin, end, device).double() + 2 * UNIT * exact.abs()
-        ratio = float((found - exact).abs_().div_(unit.add_(slack)).max())
+        ratio = float((merged - exact).abs_().div_(unit.add_(slack)).max())
         if ratio != ratio:
             return ratio
         worst = max(worst, ratio)
     return worst
 
 
-def changed(base: Path, merged: Path, found: Sequence[Group]) -> list[str]:
-    """What of a merged folder is not the base's although no adapter changes it: one line each."""
-    return changed_files(base, merged) or changed_bytes(base, merged, found, weight_files(base))
+def changed(base: Path, merged: Path, share: Sequence[Group]) -> list[str]:
+    """Return one line for each difference between a merged folder and its base that no adapter explains."""
+    return changed_files(base, merged) or changed_bytes(base, merged, share, weight_files(base))
 
 
 def changed_files(base: Path, merged: Path) -> list[str]:
-    """Files of weights that are not the base's by name or size, and configs with another content."""
+    """Return one line for each weight file (name, size) or config that differs from the base's."""
     files, theirs = weight_files(base), sorted(file.name for file in merged.glob("*.safetensors"))
     if theirs != files:
-        return [f"its files of weights are {', '.join(theirs) or 'missing'}; the base's are {', '.join(files)}"]
+        return [f"its weight files are {', '.join(theirs) or 'missing'}; the base model has {', '.join(files)}"]
     lines = []
     for name in (INDEX, "config.json", "generation_config.json"):
         before = None if is_stale_index(base, name) else _json(base / name)
         after = _json(merged / name)
         if _but_ends(name, portable.portable_config(before)) != _but_ends(name, after):
-            lines.append(f"{name} is not the base's")
+            lines.append(f"{name} differs from the base model's")
     sizes = [name for name in files if (base / name).stat().st_size != (merged / name).stat().st_size]
-    return lines + [f"{name} has another size than the base's" for name in sizes]
+    return lines + [f"{name} differs in size from the base model's" for name in sizes]
 
 
 def _but_ends(name: str, tree: Any) -> Any:
-    """A config without what ends an answer, in which an export may have more than its base, or a first file at all."""
+    # An export may write the tokens that end an answer into generation_config.json, or create that file for them.
     if name != portable.GENERATION:
         return tree
     return {field: value for field, value in (tree or {}).items() if field not in _OF_ENDS}
 
 
-def changed_bytes(base: Path, merged: Path, found: Sequence[Group], files: Sequence[str]) -> list[str]:
-    """The first byte in each of these files that differs outside of the adapted weights."""
+def changed_bytes(base: Path, merged: Path, share: Sequence[Group], files: Sequence[str]) -> list[str]:
+    """Return one line for each of these files that differs outside of the adapted weights, with its first such byte."""
     lines = []
     for name in files:
-        adapted = sorted((entry.start, entry.end) for group in found for entry in group.stored if entry.file == name)
-        if (place := _first_difference(base / name, merged / name, adapted)) is not None:
+        adapted = sorted((entry.start, entry.end) for group in share for entry in group.stored if entry.file == name)
+        if (offset := _first_difference(base / name, merged / name, adapted)) is not None:
             entries = tensors(base).values()
-            within = [entry.name for entry in entries if entry.file == name and entry.start <= place < entry.end]
-            lines.append(f"{name}: byte {place} (of {within[0] if within else 'its header'}) is not the base's")
+            within = [entry.name for entry in entries if entry.file == name and entry.start <= offset < entry.end]
+            lines.append(f"{name}: byte {offset} ({within[0] if within else 'its header'}) differs from the base's")
     return lines
 
 
@@ -329,15 +321,14 @@ def _json(file: Path) -> object:
 
 
 def _first_difference(before: Path, after: Path, left_out: Sequence[tuple[int, int]]) -> int | None:
-    """The first byte outside of these ranges that is not the same in both files."""
-    if (size := before.stat().st_size) != (other := after.stat().st_size):
-        return min(size, other)
-    place = 0
+    if (size := before.stat().st_size) != (size_after := after.stat().st_size):
+        return min(size, size_after)
+    offset = 0
     for start, end in [*left_out, (size, size)]:
-        for first in range(place, start, 2**22):
+        for first in range(offset, start, 2**22):
             count = min(2**22, start - first)
             old, new = (np.fromfile(file, np.uint8, count, offset=first) for file in (before, after))
-            if len(places := np.flatnonzero(old != new)):
-                return first + int(places[0])
-        place = max(place, end)
+            if len(differing := np.flatnonzero(old != new)):
+                return first + int(differing[0])
+        offset = max(offset, end)
     return None

@@ -1,14 +1,14 @@
-"""The verdict on an export: are adapter folder and merged folder the adapter as trained, on the base as it was?
+"""The verdict on an export: are the adapter folder and the merged folder the trained adapter on its original base?
 
-What decides is exact, and needs no model in memory:
+Two exact checks decide, and need no model in memory:
 
 - each merged weight is base + change, within one rounding, and every other byte of the merged folder's weights is the
   base's (adapter/merge.py);
-- PEFT adapts exactly our layers when it reads the adapter folder, and each one's change is ours within 1e-5.
+- PEFT adapts exactly our layers when it reads the adapter folder, and each layer's change is ours within 1e-5.
 
-Logits of the three models are measured besides where the model fits in memory, and refuse only what no
-rounding explains: in bfloat16 a single layer left out of 210 drowns in the rounding that any model of that
-precision lives with, so that logits alone are neither sharp nor fair.
+Logits of the three models are compared as well if the model fits in memory. They refuse only a difference that no
+rounding explains. Logits alone would be neither sharp nor fair: in bfloat16, one layer left out of 210 changes them
+less than the rounding that every model of that precision has.
 """
 
 import copy
@@ -37,29 +37,26 @@ from olora_ray.model.folder import foreign, text_class
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Whether PEFT reads an adapter folder as the layers and the changes that it was written from: this decides.
+# The check of an adapter folder: does PEFT read the layers and the changes that were written? Its verdict counts.
 
 
 BOUND = 1e-5
-"""Relative error of a layer's change in PEFT, which computes it in float32."""
+"""Largest relative error of a layer's change in PEFT, which computes it in float32."""
 _ADAPTER = "default"
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class AsPeftReads:
-    """What PEFT makes of an adapter folder."""
-
     error: float
-    """Largest relative error (Frobenius norm) of a layer's change, of an expert's in stacks."""
+    """Largest relative error (Frobenius norm) of a layer's change; in stacks, of an expert's."""
     layer: str
-    """Where that is."""
+    """The layer with this error."""
     problems: tuple[str, ...]
-    """Why PEFT does not read the folder, or which layers it adapts otherwise."""
+    """Reasons why PEFT cannot read the folder, or layers that it adapts differently."""
 
     @property
     def ok(self) -> bool:
-        """Whether layers and changes are right (False for NaN)."""
         return not self.problems and self.error <= BOUND
 
 
@@ -71,38 +68,38 @@ def check_adapter(
     scale: float,
     sample: Iterable[str] | None = None,
 ) -> AsPeftReads:
-    """Load the folder with PEFT on the model without weights, which stays as it is.
+    """Load the folder with PEFT on the model without weights, which stays unchanged.
 
-    With `sample` only these layers' changes are computed, and of each its first outputs.
+    With `sample`, the changes of these layers alone are computed, and only their first outputs.
     """
     try:
         wrapped = _load(folder, model)
-    except Exception as error:  # of PEFT, whatever it does not support
+    except Exception as error:  # PEFT raises all kinds of errors for what it does not support
         return AsPeftReads(float("inf"), "", (f"PEFT does not load it: {first_line(error)}",))
     layers = adapted_layers(wrapped.get_base_model(), model)
     if problems := _other_layers(folder, layers, adapter):
         return AsPeftReads(float("inf"), "", tuple(problems))
-    where, worst = "", 0.0
+    worst_layer, worst = "", 0.0
     for name in adapter if sample is None else sample:
         change = Change(adapter[name], scale, stored_transposed(model, name))
-        found = _error(layers[name], change, sample is not None)
-        if found != found or found > worst:
-            where, worst = name, found
+        relative = _error(layers[name], change, sample is not None)
+        if relative != relative or relative > worst:
+            worst_layer, worst = name, relative
         if worst != worst:
             break
-    return AsPeftReads(worst, where, ())
+    return AsPeftReads(worst, worst_layer, ())
 
 
 def adapted_layers(base: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """PEFT's layers in a model that it has wrapped, by the names of the layers that they adapt."""
-    found = {}
+    """Return PEFT's layers in a model that it has wrapped, by the names of the layers that they adapt."""
+    layers = {}
     for path, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
             name = ".".join(part for part in path.split(".") if part != "base_layer")
             parameter = getattr(module, "parameter_name", None)
             stack = parameter is not None and model.get_parameter(f"{name}.{parameter}").ndim == 3
-            found[f"{name}.{parameter}" if stack else name] = module
-    return found
+            layers[f"{name}.{parameter}" if stack else name] = module
+    return layers
 
 
 def _load(folder: Path, model: "PreTrainedModel") -> Any:
@@ -110,14 +107,15 @@ def _load(folder: Path, model: "PreTrainedModel") -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # low_cpu_mem_usage: no random matrices are made that the folder's would replace.
+        # low_cpu_mem_usage: without it PEFT first fills random matrices, which the folder's then replace.
         return PeftModel.from_pretrained(
             weightless(model), str(folder), torch_device="cpu", low_cpu_mem_usage=True, use_safetensors=True
         )
 
 
 def weightless(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A copy whose parameters are on the CPU and take no memory: PEFT moves an adapter to where its parameter is."""
+    """Return a copy of the model whose parameters are on the CPU and take no memory."""
+    # On the CPU, not on meta: PEFT moves an adapter to the device of its parameter.
     copied = copy.deepcopy(model)
     for module in copied.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -127,7 +125,6 @@ def weightless(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Mapping[str, AdapterWeights]) -> list[str]:
-    """Layers that PEFT leaves out or adapts besides, and matrices that it does not take from the file."""
     problems = []
     if missing := [name for name in adapter if name not in layers]:
         problems.append(f"PEFT does not adapt {_some(missing)}")
@@ -139,7 +136,7 @@ def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Mapping[str,
     with safe_open(folder / WEIGHTS, "pt") as file:
         spare = len(list(file.keys())) - 2 * len(adapter)
     if spare and not problems:
-        problems.append(f"the file has {abs(spare)} matrices {'more' if spare > 0 else 'less'} than the run's layers")
+        problems.append(f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'less'} than the run's layers")
     return problems
 
 
@@ -152,19 +149,20 @@ def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _error(layer: Any, change: Change, sample: bool) -> float:
-    """Relative error of a layer's change; of a stack, the largest of its experts. NaN if there is one."""
     if len(change.shape) == 2:
         return _of_linear(layer, change, sample)
     if layer.num_experts == 1:
         return _of_linear(layer, change.expert(0), sample)
     left, right, scale = layer.get_delta_factors(_ADAPTER)
     numbers = {0, 1, layer.num_experts - 1} if sample else range(layer.num_experts)
+    # NaN is the largest error: it sorts after all numbers.
     errors = [_of_expert(left[number], right[number] * scale, change.expert(number), sample) for number in numbers]
     return max(errors, key=lambda error: (error != error, error))
 
 
 def _of_linear(layer: Any, change: Change, sample: bool) -> float:
-    """PEFT computes the change of some outputs at a time: those that it has rows of lora_B for."""
+    # PEFT computes the change of the outputs that lora_B has rows for, so it gets some rows at a time: a whole change
+    # in float64 would take several times the memory of the weight.
     up, total = layer.lora_B[_ADAPTER], _Total()
     whole = up.weight
     count = max(1, AT_ONCE // change.weights.da.shape[-1])
@@ -188,90 +186,82 @@ def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> flo
 
 
 class _Total:
-    """Relative error of a matrix that is seen some rows at a time."""
-
     def __init__(self) -> None:
         self.wrong = self.size = 0.0
 
-    def add(self, found: Tensor, exact: Tensor) -> None:
-        if found.shape != exact.shape:
+    def add(self, part: Tensor, exact: Tensor) -> None:
+        if part.shape != exact.shape:
             self.wrong = float("inf")
             return
-        self.wrong += float((found.double() - exact).square().sum())
+        self.wrong += float((part.double() - exact).square().sum())
         self.size += float(exact.square().sum())
 
     def error(self) -> float:
         return float((self.wrong / self.size) ** 0.5) if self.size else float(self.wrong**0.5)
 
 
-# Logits of the adapted, the merged and the PEFT-loaded model side by side, where the model fits in memory.
+# Logits of the adapted, the merged and the PEFT-loaded model side by side, if the model fits in memory.
 #
-# The weights decide whether an export is right . Logits add what these
-# cannot see: a layer that the model does not call, but whose weight it reads, so that its adapter took no part in the
-# training and does in the export. Such an error changes logits by a good part of the adapter's effect.
+# The checks of the weights cannot see one error: a layer that the model does not call, but whose weight it reads. Its
+# adapter took no part in the training, and does in the export. Such an error changes the logits by a good part of the
+# adapter's effect.
 #
-# All is computed in float32, whatever the weights are stored in. The merge has rounded each weight, by a known amount:
-# the merged model is compared with the adapted one whose base weights are moved by just that. So nothing is left but
-# the order of sums, whose size is measured: the same model once more, every factor and base weight moved at random by
-# up to half a unit in its last place. That noise is the model's own: what amplifies an error in one amplifies it in the
-# other. A mixture of experts may send a token to another expert where two are as good, which no noise need show; it is
-# few tokens, and so the median over tokens counts. A difference below a fiftieth of the effect of the adapter is never
-# taken for such an error.
+# All logits are computed in float32, whatever precision the weights are stored in. The merge has rounded each weight by
+# a known amount, so the merged model is compared with the adapted model whose base weights are moved by that amount.
+# Then only the order of sums differs. Its effect is measured on the adapted model: every factor and base weight is
+# moved at random by up to half a unit in its last place. The model amplifies this noise as it amplifies other errors.
+# A mixture of experts may send a token to another expert if two are equally good, and the noise need not show that.
+# Few tokens are concerned, so the median over tokens counts. A difference below a fiftieth of the adapter's effect
+# never counts as an error.
 
 
 MARGIN = 30.0
-"""A difference may be this many times the measured noise."""
+"""A difference may be at most this many times the measured noise,"""
 SHARE = 0.02
-"""Or this share of the adapter's effect."""
+"""or this share of the adapter's effect, if that is more."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences of logits from the adapted model's: of the median token, on average over the vocabulary."""
+    """The difference of logits from the adapted model's, for the median token, averaged over the vocabulary."""
 
     median: float
     bound: float
 
     @property
     def ok(self) -> bool:
-        """Whether it is within its bound (False for NaN)."""
         return self.median <= self.bound
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What the models say to the same tokens."""
-
     tokens: int
     largest: float
     """Largest absolute logit of the adapted model."""
     effect: float
-    """Change of the median token's logits by the adapter, on average: what a difference is to be seen against."""
+    """Average change of the median token's logits by the adapter, with which differences are compared."""
     noise: float
-    """Change of these by moving weights and factors within their last place."""
+    """Average change of these logits if weights and factors move within their last place."""
     rounding: float | None
-    """Change of these by the rounding of the merged weights, which is no error; None without a merged folder."""
+    """Their change by the rounding of the merged weights, which is no error; None without a merged folder."""
     merged: Difference | None
     peft: Difference | None
-    """None if PEFT's model does not run, which `note` tells."""
+    """None if PEFT's model does not run; then `note` says why."""
     note: str = ""
 
     def problems(self) -> list[str]:
-        """One line for each difference that rounding does not explain."""
-        found = []
+        lines = []
         for name, item in (("merged model", self.merged), ("adapter loaded by PEFT", self.peft)):
             if item is not None and not item.ok:
-                found.append(
+                lines.append(
                     f"logits of the {name} differ from the adapted model's by {item.median:.3g};"
                     f" rounding explains {item.bound:.3g}"
                 )
-        return found
+        return lines
 
 
 @dataclass(frozen=True)
 class Folders:
-    """What is compared."""
-
     base: Path
     merged: Path | None
     adapter: Path
@@ -282,21 +272,21 @@ class Folders:
 def measure_logits(
     folders: Folders,
     model: "PreTrainedModel",
-    found: Sequence[Group],
+    merged_groups: Sequence[Group],
     adapter: Mapping[str, AdapterWeights],
     scale: float,
     batches: Sequence[Tensor],
     device: torch.device,
 ) -> Logits | str:
-    """Compare the models on the tokens of `batches` (B x T each); one of them is in memory at a time, in float32.
+    """Compare the models on the tokens of `batches` (B x T each); one model at a time is in memory, in float32.
 
-    Returns why not if the adapted model itself cannot be run here. `model` is the base without weights. Raises
-    UserError if the base runs, and the merged folder does not load.
+    Return the reason instead if the adapted model itself cannot run here. `model` is the base without weights. Raises
+    UserError if the base runs, but the merged folder does not load.
     """
     load = partial(_load_base, folders=folders, attention=attention.own(model), device=device)
     try:
-        own = _own(_Adapted(load(folders.base), adapter, scale), folders.merged, found, adapter, batches)
-    except Exception as error:  # of the model's own code: what it cannot do here says nothing of the export
+        own = _own(_Adapted(load(folders.base), adapter, scale), folders.merged, merged_groups, adapter, batches)
+    except Exception as error:  # the model's own code failed here, which says nothing about the export
         return f"the adapted model does not run here: {first_line(error)}"
     if not bool(own.reference.isfinite().all()):
         return "the adapted model's logits are not finite"
@@ -313,7 +303,7 @@ def measure_logits(
         wrapped: Any = PeftModel.from_pretrained(load(folders.base), str(folders.adapter), torch_device=str(device))
         theirs = _logits(wrapped.eval(), batches)
         peft = Difference(_median(own.reference, theirs), bound)
-    except Exception as error:  # what PEFT does not run it has read all the same
+    except Exception as error:  # check_adapter has already compared the weights, so this is a note and no problem
         note = f"PEFT does not run the adapter: {first_line(error)}"
     return Logits(
         tokens=sum(batch.numel() for batch in batches),
@@ -329,11 +319,9 @@ def measure_logits(
 
 @dataclass(frozen=True)
 class _Own:
-    """What the adapted model says."""
-
     reference: Tensor
     moved: Tensor
-    """With the rounding of the merge in its base weights; the reference without a merged folder."""
+    """With base weights moved by the merge's rounding; the reference if there is no merged folder."""
     effect: float
     noise: float
 
@@ -341,25 +329,25 @@ class _Own:
 def _own(
     ours: "_Adapted",
     merged: Path | None,
-    found: Sequence[Group],
+    merged_groups: Sequence[Group],
     adapter: Mapping[str, AdapterWeights],
     batches: Sequence[Tensor],
 ) -> _Own:
     before, reference = ours.logits(batches, on=False), ours.logits(batches)
     if merged is not None:
-        ours.move(merged, found, adapter)
+        ours.move(merged, merged_groups, adapter)
     moved = ours.logits(batches)
     ours.shake()
     return _Own(reference, moved, _median(reference, before), _median(moved, ours.logits(batches)))
 
 
 class _Adapted:
-    """The base in float32 with the adapter as trained in its layers."""
+    """The base in float32, with the trained adapter in its layers."""
 
     def __init__(self, model: "PreTrainedModel", adapter: Mapping[str, AdapterWeights], scale: float) -> None:
         self.model: Any = model
         self.scale = scale
-        # Before they are wrapped: afterwards they go by other names.
+        # Looked up before the layers are wrapped, which renames the parameters.
         self.weights = {name: model.get_parameter(parameter_of(model, name)).data for name in adapter}
         device = next(model.parameters()).device
         self.wrapped = inject(model, {name: weights.factors for name, weights in adapter.items()}, scale)
@@ -369,14 +357,13 @@ class _Adapted:
             layer.to(device)
 
     def logits(self, batches: Sequence[Tensor], on: bool = True) -> Tensor:
-        """With the adapter, or without its effect."""
         for layer in self.wrapped.values():
             layer.scale = self.scale if on else 0.0
         return _logits(self.model, batches)
 
-    def move(self, merged: Path, found: Sequence[Group], adapter: Mapping[str, AdapterWeights]) -> None:
-        """Move each base weight by what the merge has rounded: to merged weight - change."""
-        for group, changes in changes_of(found, adapter, self.scale):
+    def move(self, merged: Path, merged_groups: Sequence[Group], adapter: Mapping[str, AdapterWeights]) -> None:
+        """Move each base weight by the merge's rounding: to merged weight - change."""
+        for group, changes in changes_of(merged_groups, adapter, self.scale):
             layers = {parameter: layer for layer, parameter in group.layers.items()}
             for first, last in group.steps():
                 numbers = group.read(merged, first, last)
@@ -408,14 +395,13 @@ def _load_base(folder: Path, folders: Folders, attention: str, device: torch.dev
 
 
 def _logits(model: Any, batches: Sequence[Tensor]) -> Tensor:
-    """Logits of all tokens, (tokens x vocabulary), float32 on the CPU."""
     device = next(model.parameters()).device
     parts = [model(input_ids=batch.to(device), use_cache=False).logits.float().cpu() for batch in batches]
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
-def _median(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs_().mean(-1).median())
+def _median(logits: Tensor, others: Tensor) -> float:
+    return float((logits - others).abs_().mean(-1).median())
 
 
 # The verdict.
@@ -423,67 +409,59 @@ def _median(one: Tensor, other: Tensor) -> float:
 
 @dataclass(frozen=True)
 class MergedFolder:
-    """What the files of a merged folder say."""
-
     weights: Worst
     changed: tuple[str, ...]
-    """What else of them is not the base's."""
+    """Differences that no adapter explains."""
 
     def problems(self) -> list[str]:
-        """One line for each thing that is wrong."""
-        found = [f"merged folder: {line}" for line in self.changed]
+        lines = [f"merged folder: {line}" for line in self.changed]
         if not self.weights.error <= 1.0:
-            found.append(
+            lines.append(
                 f"the merged weight of {self.weights.layer} is {self.weights.error:.3g} roundings from base + change;"
-                " at most 1 is right"
+                " at most 1 is allowed"
             )
-        return found
+        return lines
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Result of all comparisons."""
-
     merged: MergedFolder | None
-    """None if no merged folder was wanted."""
+    """None if no merged folder was asked for."""
     peft: AsPeftReads
     logits: Logits | str
-    """Or why they were not measured."""
+    """Or the reason why they were not measured."""
 
     @property
     def ok(self) -> bool:
-        """Whether the export is right."""
         return not self.problems()
 
     def problems(self) -> list[str]:
-        """One line for each comparison that is over its bound."""
-        found = [] if self.merged is None else self.merged.problems()
-        found += [f"adapter folder: {line}" for line in self.peft.problems]
+        lines = [] if self.merged is None else self.merged.problems()
+        lines += [f"adapter folder: {line}" for line in self.peft.problems]
         if not self.peft.problems and not self.peft.error <= BOUND:
-            found.append(
-                f"the change of {self.peft.layer} is off by {self.peft.error:.3g} of its size as PEFT computes it;"
-                f" at most {BOUND:g} is right"
+            lines.append(
+                f"PEFT computes the change of {self.peft.layer} with an error of {self.peft.error:.3g} of its size;"
+                f" at most {BOUND:g} is allowed"
             )
-        # Logits of a folder that is known to be wrong say nothing more.
-        return found or ([] if isinstance(self.logits, str) else self.logits.problems())
+        # The logits of a folder that is known to be wrong would only repeat it.
+        return lines or ([] if isinstance(self.logits, str) else self.logits.problems())
 
     def in_words(self, quantised: bool = False) -> str:
-        """What was found, for a reader of the adapter: bounds that are kept, since figures differ by machine.
+        """Return the result for a reader of the adapter: the bounds that hold, because figures differ by machine.
 
-        `quantised`: the training had its base quantised, which no export has.
+        `quantised`: the base model was quantised in the training; the export's is not.
         """
         if not self.ok:
-            return "NOT right, see parity.json; do not use it"
-        found = [f"PEFT computes each layer's change within {BOUND:g} of its size"]
+            return "NOT right: do not use this export; parity.json has the errors"
+        results = [f"PEFT computes each layer's change within {BOUND:g} of its size"]
         if self.merged is not None:
-            found.append(
+            results.append(
                 f"each merged weight is base + change within one rounding to {self.merged.weights.stored}, and all"
-                " others are the base's"
+                " other weights are the base model's"
             )
-        return "; ".join([*found, _logits_in_words(self.logits, quantised)])
+        return "; ".join([*results, _logits_in_words(self.logits, quantised)])
 
     def to_json(self) -> dict[str, Any]:
-        """The content of parity.json."""
         return {**asdict(self), "ok": self.ok}
 
 
@@ -495,4 +473,4 @@ def _logits_in_words(logits: Logits | str, quantised: bool) -> str:
     if not models:
         return "logits were not compared"
     theirs = "the trained adapter on the original weights" if quantised else "the training"
-    return f"the logits of {' and of '.join(models)} are those of {theirs} but for rounding"
+    return f"the logits of {' and of '.join(models)} equal those of {theirs} except for rounding"

@@ -2,14 +2,14 @@
 
     lora_A = [A0; dA] (2r x n), lora_B = [dB, B0 + dB] (m x 2r), the scale s kept
 
-A method with B0 = 0 gives rank r. Layers whose ranks are smaller than the largest are padded with zeros to it, so that
-the folder has one rank and one scale, which every reader knows. A stack of E experts is one of PEFT's
-`target_parameters`: its lora_A (2rE x n) has the experts one after the other, its lora_B (m x 2rE) has, for each of the
-2r directions, the experts side by side (peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
+A method with B0 = 0 gives rank r. Layers of a smaller rank than the largest are padded with zeros to it, so that the
+folder has one rank and one scale, which every reader knows. A stack of E experts is one of PEFT's `target_parameters`:
+its lora_A (2rE x n) has the experts one after the other; its lora_B (m x 2rE) has, for each of the 2r directions, the
+experts side by side (peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
 
-PEFT reads names of some families as those that their experts had in transformers 4: it takes "gate_proj" of any layer
-for a part of the experts, and would adapt these instead (peft.utils.transformers_weight_conversion). A linear layer of
-such a name is written as the parameter that it has, which PEFT leaves as it is.
+In some families PEFT reads names as transformers 4 used them for experts: it takes "gate_proj" of any layer for a part
+of the experts, and would adapt these instead (peft.utils.transformers_weight_conversion). So a linear layer of such a
+name is written as its parameter, whose name PEFT does not change.
 """
 
 import json
@@ -34,12 +34,12 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.model.folder import read_json
 
-# A folder that is there when it is complete, and not before.
+# A folder that exists only when it is complete.
 
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block ends well."""
+    """Yield a new folder beside `out`, which replaces `out` if the block ends without an error."""
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -62,14 +62,13 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Names:
-    """How PEFT is told which layers are adapted."""
+    """The names by which PEFT learns which layers are adapted."""
 
     modules: list[str]
-    """Linear layers."""
     parameters: list[str]
-    """Stacks, and the weights of linear layers whose names PEFT would take for others."""
+    """Stacks, and the weights of linear layers whose names PEFT would misread."""
     keys: dict[str, str]
-    """Layer -> the name in the file of its matrices, without `.lora_A.weight`."""
+    """Layer -> the name of its matrices in the file, without `.lora_A.weight`."""
 
 
 def write_adapter(
@@ -79,7 +78,7 @@ def write_adapter(
     out: Path,
     model: nn.Module,
 ) -> None:
-    """Write a plain-LoRA folder for the untouched base; replaces `out` when complete. Arguments as of `new_adapter`."""
+    """Write a plain-LoRA folder for the untouched base; replaces `out` when complete. Arguments: see `new_adapter`."""
     with new_adapter(adapter, config_adapter, base_name, out, model):
         pass
 
@@ -93,12 +92,12 @@ def new_adapter(
     model: nn.Module,
     revision: str | None = None,
 ) -> Iterator[tuple[Path, int]]:
-    """A plain-LoRA folder for the untouched base that takes the place of `out` when the block ends well.
+    """Yield a plain-LoRA folder for the untouched base, which replaces `out` if the block ends without an error.
 
-    Yields the folder, which PEFT can read and to which the block may add files, and the rank of its matrices.
-    `adapter` maps full names of layers to float32 weights; `model` is the base, whose weights are not looked at (a
-    skeleton will do); `base_name` is what readers see as the base model, and `revision` which of its commits. vLLM
-    must be started with `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
+    Yields the folder, which PEFT can read and to which the block may add files, and the rank of its matrices. `adapter`
+    maps full names of layers to float32 weights. `model` is the base; its weights are not read, so a skeleton will do.
+    `base_name` is the base model's name for readers, and `revision` its commit. vLLM must be started with
+    `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
     """
     names = names_of(model, adapter)
     tensors: dict[str, Tensor] = {}
@@ -126,7 +125,7 @@ def new_adapter(
 
 def _read(fields: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, AdapterWeights]:
     parameters = fields.get("target_parameters") or []
-    # A stack goes by its parameter's name, which may be "weight" too (JetMoE), a linear layer by its module's.
+    # A stack has its parameter's name, which may also end in "weight" (JetMoE); a linear layer has its module's.
     layers = [name if model.get_parameter(name).ndim == 3 else name.removesuffix(".weight") for name in parameters]
     layers += fields["target_modules"]
     keys, found = names_of(model, layers).keys, {}
@@ -143,14 +142,14 @@ def _read(fields: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Modul
 
 
 def _other_way_round(model: nn.Module, layer: str) -> bool:
-    """True if PEFT takes a stack's E x n x m parameter for E x m x n ones: what it calls A is B^T then."""
-    # It goes by what the module says of itself in transformers' interface for experts.
+    # PEFT believes what the module declares in transformers' interface for experts. If that is wrong, it takes the
+    # stack's E x n x m parameter for E x m x n, and what it calls A is B^T.
     declared = bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_transposed", False))
     return stored_transposed(model, layer) != declared
 
 
 def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_in_fan_out: bool) -> dict[str, object]:
-    # s = alpha / r (or alpha / sqrt(r)) must stay the same at the stacked rank.
+    # alpha grows with the stacked rank, so that s = alpha / r (or alpha / sqrt(r)) stays the same.
     growth = rank / config.rank
     alpha = config.alpha * (math.sqrt(growth) if config.rank_stabilized else growth)
     fields = {
@@ -173,14 +172,13 @@ def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_i
 
 
 def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
-    """How PEFT is told that these layers of the model are adapted."""
     layers = list(layers)
     mistaken = _mistaken(model)
     modules, parameters, keys = [], [], {}
     for layer in layers:
         if is_stack(model, layer):
             parameters.append(layer)
-            # PEFT wraps a module once for each of its parameters, in their order: the last one's is the outermost.
+            # PEFT wraps a module once for each of its parameters, in their order: the last wrapper is the outermost.
             module, _, own = layer.rpartition(".")
             beside = [name for name, _ in model.get_submodule(module).named_parameters(recurse=False)]
             adapted = [name for name in beside if f"{module}.{name}" in layers]
@@ -195,39 +193,38 @@ def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
 
 
 def _mistaken(model: Any) -> frozenset[str]:
-    """Last parts of names that PEFT takes for those of experts in models of this family."""
     try:
         from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # versions of before transformers 5 know no such names
+    except ImportError:  # PEFT's versions for transformers 4 have no such table
         return frozenset()
     tables: Any = conversion
     family = tables._MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
     return frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(family, ()))
 
 
-# An adapter of rank 2r as one of a smaller rank, for servers that take no larger: the best in the Frobenius norm.
+# Compression of an adapter to a smaller rank, for servers with a limit: the best approximation in the Frobenius norm.
 
 
 def compress(adapter: Mapping[str, AdapterWeights], rank: int) -> tuple[dict[str, AdapterWeights], float]:
-    """The adapter with at most `rank` directions a layer, and the share of its change that is lost.
+    """Return the adapter with at most `rank` directions per layer, and the share of its change that is lost.
 
-    The share is the Frobenius norm of what is lost relative to that of the change, over all layers together. An
-    adapter whose matrices have no more than `rank` directions comes back as it is. Stacks keep `rank` an expert.
+    The share is the Frobenius norm of the lost part divided by the norm of the change, over all layers together. An
+    adapter whose matrices have at most `rank` directions is returned unchanged. Stacks keep `rank` directions per
+    expert.
     """
     if all(weights.plain_rank() <= rank for weights in adapter.values()):
         return dict(adapter), 0.0
-    found, lost, whole = {}, 0.0, 0.0
+    compressed, lost, whole = {}, 0.0, 0.0
     for name, weights in adapter.items():
         lora_a, lora_b, values = _truncated(weights, rank)
-        # B0 = 0, so that the whole change is dB dA: export, merge and checks take it as any other adapter.
-        found[name] = AdapterWeights(Factors(torch.zeros_like(lora_a), None), lora_a, lora_b)
+        # With B0 = 0 the whole change is dB dA, so that export, merge and checks treat it like any other adapter.
+        compressed[name] = AdapterWeights(Factors(torch.zeros_like(lora_a), None), lora_a, lora_b)
         squares = values.square()
         lost, whole = lost + float(squares[..., rank:].sum()), whole + float(squares.sum())
-    return found, (lost / whole) ** 0.5 if whole else 0.0
+    return compressed, (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _truncated(weights: AdapterWeights, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """lora_A (rank x n) and lora_B (m x rank) in float32, and all singular values of their product in float64."""
     lora_a, lora_b = (part.double() for part in weights.plain_lora())
     q_up, r_up = torch.linalg.qr(lora_b)
     q_down, r_down = torch.linalg.qr(lora_a.mT)
@@ -235,28 +232,29 @@ def _truncated(weights: AdapterWeights, rank: int) -> tuple[Tensor, Tensor, Tens
     root = values[..., :rank].sqrt()
     up = q_up @ (left[..., :rank] * root.unsqueeze(-2))
     down = (root.unsqueeze(-1) * right[..., :rank, :]) @ q_down.mT
-    spare = rank - root.shape[-1]  # a matrix may have fewer directions than the others keep
+    # A small matrix may have fewer than `rank` directions. Zeros give all layers the same rank.
+    spare = rank - root.shape[-1]
     up, down = F.pad(up, (0, spare)), F.pad(down, (0, 0, 0, spare))
     return down.float().contiguous(), up.float().contiguous(), values
 
 
-# Reading of an adapter folder that was exported here (peft_folder.write_adapter), to merge it into its base.
+# Reading an adapter folder that this project exported, to merge it into its base.
 
 
 _MORE = ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication")
-"""Settings of PEFT with which an adapter is more than one product of two matrices a layer."""
+"""PEFT's settings that make an adapter more than one product of two matrices per layer."""
 
 
 def read(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
-    """Name of a layer -> its adapter in float32, and the scale of all; `model` is the base, weights or not.
+    """Return layer -> its adapter in float32, and the scale of all; `model` is the base, with weights or without.
 
-    The change is all in dA and dB, with B0 = 0. Raises UserError for an adapter of another form, or of another model:
-    PEFT itself may load these, but here they are not merged.
+    The whole change is in dA and dB, with B0 = 0. Raises UserError for an adapter of another form or of another model:
+    PEFT may load these, but they cannot be merged here.
     """
     fields = read_json(folder / CONFIG)
     if fields.get("peft_type") != "LORA" or fields.get("bias", "none") != "none" or any(map(fields.get, _MORE)):
         raise UserError(
-            f"model.name: {folder} is not a plain LoRA, so it cannot be merged here; evaluate it as it is, or register"
+            f"model.name: {folder} is not a plain LoRA, so it cannot be merged here; evaluate it unmerged, or register"
             " it with export.merged: true to train on top of it"
         )
     tensors = load_file(folder / WEIGHTS)
@@ -267,6 +265,6 @@ def read(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], flo
         adapter, scale = {}, 0.0
     if not adapter or len(tensors) != 2 * len(adapter):
         raise UserError(
-            f"model.name: {folder / WEIGHTS} does not have a lora_A and a lora_B of each layer, and no more"
+            f"model.name: {folder / WEIGHTS} must have a lora_A and a lora_B for each layer of {CONFIG}, and no more"
         )
     return adapter, scale

@@ -1,6 +1,6 @@
 """Files of a model folder in a form that other tools and machines read.
 
-Nothing says where it was made: no trace of the folder that a tokenizer or a config was loaded from.
+No file says where it was made: the folder from which a tokenizer or a config was loaded is left out.
 """
 
 import json
@@ -29,10 +29,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 OF_CODE = ("*.py", "*.model")
-"""What a tokenizer that brings its own code may need besides: the code, and a vocabulary by whatever name."""
+"""Further files of a tokenizer with its own code: the code, and a vocabulary of any name."""
 TEMPLATES = "additional_chat_templates"
 OF_A_MACHINE = ("local_files_only", "is_local", "name_or_path")
-"""Keys of tokenizer_config.json that say how and where from it was loaded."""
+"""Keys of tokenizer_config.json that say how and from where it was loaded."""
 GENERATION, ENDS = "generation_config.json", "eos_token_id"
 _CONFIGS = ("config.json", GENERATION)
 
@@ -46,20 +46,19 @@ def copy_tokenizer(base: Path, out: Path) -> None:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
     if (base / TEMPLATES).is_dir():
-        # The base's are there already where an adapter's tokenizer goes into a merged folder.
+        # dirs_exist_ok: a merged folder already has the base's templates when it gets the adapter's tokenizer.
         shutil.copytree(base / TEMPLATES, out / TEMPLATES, copy_function=shutil.copyfile, dirs_exist_ok=True)
     make_portable(out)
 
 
 def name_class(folder: Path, name: str) -> None:
-    """Have tokenizer_config.json name this class of transformers."""
     _rewrite(folder / "tokenizer_config.json", lambda fields: {**fields, "tokenizer_class": name})
 
 
 def put_template(folder: Path, source: str) -> None:
-    """Have the tokenizer of a folder write chats by this template alone."""
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
-    (folder / "chat_template.json").unlink(missing_ok=True)  # a processor's, which was not trained with
+    # The template of a processor, and others, were not used in the training. transformers would prefer some of them.
+    (folder / "chat_template.json").unlink(missing_ok=True)
     shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
     _rewrite(
         folder / "tokenizer_config.json",
@@ -68,7 +67,6 @@ def put_template(folder: Path, source: str) -> None:
 
 
 def end_with(folder: Path, ids: Sequence[int]) -> None:
-    """Have generation_config.json name these ids as those that end an answer."""
     file = folder / GENERATION
     if not file.is_file():
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -82,7 +80,7 @@ def _brings_code(settings: Path) -> bool:
 
 
 def make_portable(folder: Path) -> None:
-    """Rewrite the JSON files of tokenizer and model that are there without traces of a machine or of transformers 5."""
+    """Rewrite the folder's JSON files of tokenizer and model without traces of a machine or of transformers 5."""
     _rewrite(folder / "tokenizer_config.json", _portable_tokenizer)
     for name in _CONFIGS:
         _rewrite(folder / name, portable_config)
@@ -92,9 +90,9 @@ _OLD_ROPE = ("rope_theta", "rope_scaling")
 
 
 def portable_config(tree: Any) -> Any:
-    """A model's config without the folders that it or a part of it was loaded from; hub ids stay.
+    """Return a model's config without the folders that it or a part of it was loaded from; hub ids stay.
 
-    What transformers 5 says by new names is also there by those of 4, which would take its defaults for it, silently.
+    Fields that transformers 5 renamed get their old name as well: transformers 4 would silently use its defaults.
     """
     if isinstance(tree, dict):
         kept = {name: portable_config(value) for name, value in tree.items() if not _is_place(name, value)}
@@ -103,7 +101,7 @@ def portable_config(tree: Any) -> Any:
 
 
 def _old_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """What a config says of rotary positions, by the names of transformers 4; 5 reads both."""
+    # Rotary positions by the names of transformers 4; 5 reads both.
     rope = fields.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope or not fields.keys().isdisjoint(_OLD_ROPE):
         return {}
@@ -122,24 +120,24 @@ def _rewrite(file: Path, change: Callable[[Any], Any]) -> None:
 
 def _portable_tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in fields.items() if name not in OF_A_MACHINE and not _is_place(name, value)}
-    # transformers 5 calls its class of fast tokenizers by a new name; it knows the old one, which 4 knows only.
+    # transformers 5 has a new name for the class of fast tokenizers, and reads the old one; 4 knows only the old one.
     if kept.get("tokenizer_class") == "TokenizersBackend":
         kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # In 4 this key is a mapping, and the list has the other name; 5 reads both.
+    # In transformers 4 this key is a mapping, and the list is additional_special_tokens; 5 reads both.
     if isinstance(kept.get("extra_special_tokens"), list):
         kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
     return kept
 
 
 def _is_place(name: str, value: Any) -> bool:
-    """Whether a field says where on some machine a file or folder lies."""
+    # True for a path on some machine, whatever its system; a hub id such as ORG/NAME stays.
     if not isinstance(value, str) or not name.endswith(("_path", "_file")):
         return False
     absolute = posixpath.isabs(value) or ntpath.isabs(value) or ntpath.splitdrive(value)[0] != ""
     return absolute or value.startswith((".", "~"))
 
 
-# The model card of an adapter's folder. It says nothing of the machine that trained: no path of a data file.
+# The model card of an adapter's folder. It has no path of a data file and nothing else about the machine that trained.
 
 
 CARD = """---
@@ -168,89 +166,85 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 SERVING = """With vLLM:
 
     vllm serve {base}{revision} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER{template}"""
-NOT_SERVED = "vLLM takes no adapter of rank {rank}, but up to {largest}: set `export.rank: {largest}` for it."
+NOT_SERVED = "vLLM takes adapters up to rank {largest}, and this one has {rank}: set `export.rank: {largest}` for it."
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's max_lora_rank may be: it refuses all others."""
+"""Values that vLLM's max_lora_rank may have; it refuses all others."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """The facts of a model card."""
-
     base_name: str
     """A hub id, or the path of a folder."""
     base_digest: str
-    """SHA-256 over the base's weights."""
+    """SHA-256 over the base model's weights."""
     adapter: Adapter
     rank: int
-    """Of the exported matrices."""
+    """The rank of the exported matrices."""
     sources: Sequence[Source]
     max_length: int
     steps: int
     eval_loss: float | None
-    """Per supervised token of the held-out rows, of the adapter as trained."""
+    """The trained adapter's loss per supervised token of the held-out rows."""
     checked: str = ""
-    """What the checks of the export have found."""
+    """The results of the export's checks."""
     compressed: str = ""
-    """What was lost, where the matrices have a smaller rank than those that were trained."""
+    """The loss of information, if the exported rank is smaller than the trained one."""
     revision: str | None = None
+    """The commit, branch or tag of a base model from the hub, if the config names one."""
     loader: str = "AutoModelForCausalLM"
-    """The class of transformers that loads the base."""
-    """Of a base from the hub: the commit, branch or tag that was trained on, if the config named one."""
+    """The class of transformers that loads the base model."""
     quantised: str = ""
-    """What it changes that the base was quantised in the training, where it was."""
+    """The effect of a base model that was quantised in the training."""
     own_template: bool = False
-    """True if the base has another chat template, or none."""
+    """True if the base model has another chat template, or none."""
     ends: str = ""
-    """Tokens, with their ids, that end an answer and are no end tokens of the base."""
+    """Tokens, with their ids, that end an answer and that the base model does not end with."""
 
 
 def model_card(card: Card) -> str:
-    """The README.md of an adapter's folder, with the metadata that the hub reads."""
     settings, hub = card.adapter, not posixpath.isabs(card.base_name)
     base = card.base_name if hub else posixpath.basename(card.base_name)
-    place = card.base_name if hub else "PATH_OF_THE_BASE"
+    path = card.base_name if hub else "PATH_OF_THE_BASE"
     facts = [
         f"Base model: `{base}`"
         + (f" at revision `{card.revision}`" if card.revision else "")
         + ", untouched"
-        + ("" if hub else "; a folder where this was trained, any copy of it will do"),
-        f"SHA-256 of the base's weights: `{card.base_digest}`",
+        + ("" if hub else "; a folder on the machine that trained, any copy of it will do"),
+        f"SHA-256 of the base model's weights: `{card.base_digest}`",
         f"Method: {settings.method}, rank {settings.rank}, alpha {settings.alpha:g}"
         + ", rank-stabilised" * settings.rank_stabilized
         + f"; written as a plain LoRA of rank {card.rank}",
         f"Training data: {', '.join(map(_source, card.sources))}",
         f"Training: {card.steps} steps, sequences of at most {card.max_length} tokens",
         *([f"Held-out loss: {card.eval_loss:.4f} per supervised token"] if card.eval_loss is not None else []),
-        *([f"Base in the training: {card.quantised}"] if card.quantised else []),
-        *([f"Answers end with {card.ends}: a server needs it as a stop token (`stop_token_ids`)"] if card.ends else []),
+        *([f"Base model in the training: {card.quantised}"] if card.quantised else []),
+        *([f"Answers end with {card.ends}: set it as a server's stop token (`stop_token_ids`)"] if card.ends else []),
         *([f"Compressed to rank {card.rank}: {card.compressed}"] if card.compressed else []),
-        *([f"Checked when it was exported: {card.checked}"] if card.checked else []),
+        *([f"Checks of the export: {card.checked}"] if card.checked else []),
     ]
     return CARD.format(
-        metadata=f"base_model: {base}" if hub else "# base_model: the hub id of the base, if it has one",
+        metadata=f"base_model: {base}" if hub else "# base_model: the hub id of the base model, if it has one",
         method=settings.method,
         title=base,
         facts="\n".join(f"- {fact}" for fact in facts),
-        base=place,
+        base=path,
         loader=card.loader,
         revision=f', revision="{card.revision}"' if card.revision else "",
-        serving=_serving(place, card),
+        serving=_serving(path, card),
     )
 
 
 def _serving(base: str, card: Card) -> str:
-    """How vLLM serves matrices of this rank."""
-    enough = next((each for each in VLLM_RANKS if each >= card.rank), None)
-    if enough is None:
+    vllm_rank = next((each for each in VLLM_RANKS if each >= card.rank), None)
+    if vllm_rank is None:
         return NOT_SERVED.format(rank=card.rank, largest=VLLM_RANKS[-1])
     template = " --chat-template THIS_FOLDER/chat_template.jinja" * card.own_template
     revision = f" --revision {card.revision}" if card.revision else ""
-    return SERVING.format(base=base, rank=enough, revision=revision, template=template)
+    return SERVING.format(base=base, rank=vllm_rank, revision=revision, template=template)
 
 
 def _source(source: Source) -> str:
-    """A source without the place where it lies, unless that is the hub."""
+    # Paths and buckets stay out of the card; a data set of the hub is public.
     name = source.path if source.path.startswith("hf://") else source.path.rstrip("/").rsplit("/", 1)[-1]
     if storage.is_uri(source.path) and not source.path.startswith("hf://"):
         name = name.partition("?")[0]

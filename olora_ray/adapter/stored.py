@@ -1,6 +1,7 @@
-"""The stored tensors of a model folder: where each one lies, and reading and writing some of its rows.
+"""The stored tensors of a model folder: their positions in the files, and reading and writing some of their rows.
 
-Plain reads and writes at byte offsets: memory holds what was asked for; only `mapped` maps, and one tensor.
+Reads and writes at byte offsets, so that memory holds only the rows asked for; only `mapped` maps a file, one tensor of
+it.
 """
 
 import copy
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Precisions that a change can be added to, as safetensors spells them."""
+"""The precisions to which a change can be added, by safetensors' names."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its dtype as safetensors spells it, and its first byte in the file."""
+    """A tensor in a file: its dtype by safetensors' name, and the offset of its first byte."""
 
     name: str
     file: str
@@ -39,25 +40,24 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     size: int
-    """Bytes."""
+    """Unit: bytes."""
 
     @property
     def end(self) -> int:
-        """The byte after its last."""
         return self.start + self.size
 
     def read(self, folder: Path, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows first..last of it (all of it by default), of its own memory."""
+        """Return rows first..last (all by default), in memory of their own."""
         rows = self._rows(first, last)
-        found = torch.empty(rows, dtype=DTYPES[self.dtype])
+        rows_read = torch.empty(rows, dtype=DTYPES[self.dtype])
         with (folder / self.file).open("rb") as file:
             file.seek(self.start + first * self._row_bytes())
-            if file.readinto(_bytes(found)) != found.nbytes:
-                raise UserError(f"{folder / self.file} is cut off: {self.name} is not whole")
-        return found
+            if file.readinto(_bytes(rows_read)) != rows_read.nbytes:
+                raise UserError(f"{folder / self.file} is cut off within {self.name}: download the file again")
+        return rows_read
 
     def mapped(self, folder: Path) -> Tensor | None:
-        """All of it as pages of the file; None if it does not lie in it as its precision needs it, or is cut off."""
+        """Return the whole tensor as mapped pages of the file; None if it is misaligned or cut off."""
         file, dtype = folder / self.file, DTYPES[self.dtype]
         if self.start % dtype.itemsize or not self.size or file.stat().st_size < self.end:
             return None
@@ -65,7 +65,7 @@ class Stored:
         return torch.from_numpy(pages).view(dtype).view(self.shape)
 
     def write(self, folder: Path, tensor: Tensor, first: int = 0) -> None:
-        """Put rows in the place of those from `first` on, in a file that is there."""
+        """Write rows over those from `first` on, in an existing file."""
         assert tensor.dtype == DTYPES[self.dtype]
         with (folder / self.file).open("r+b") as file:
             file.seek(self.start + first * self._row_bytes())
@@ -81,15 +81,13 @@ class Stored:
 
 
 def tensors(folder: Path) -> dict[str, Stored]:
-    """All stored tensors by name; raises UserError for a folder without safetensors."""
+    """Return all stored tensors by name; raises UserError for a folder without safetensors."""
     return {entry.name: entry for file in weight_files(folder) for entry in _header(folder / file)}
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files of weights; raises UserError if one is not there, or lies elsewhere.
-
-    Where one file lies beside an index it is that file, as for transformers, and not what the index names.
-    """
+    """Return the names of the weight files; raises UserError if one is missing, or lies in another folder."""
+    # If a single file lies beside an index, transformers reads the single file and ignores the index.
     files = [SINGLE] if (folder / SINGLE).is_file() else indexed(folder) or [SINGLE]
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(f"{folder}: no {missing[0]}; merging needs the base model's weights as safetensors")
@@ -97,12 +95,12 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def is_stale_index(folder: Path, name: str) -> bool:
-    """Whether a file of the folder is an index of other files than those that are read."""
+    """True if `name` is an index that is ignored, because the folder's single weight file is read instead."""
     return name == INDEX and (folder / SINGLE).is_file() and indexed(folder) not in ([], [SINGLE])
 
 
 def _header(path: Path) -> Iterator[Stored]:
-    # The format: 8 bytes length of the header, the header (JSON), the tensors (huggingface/safetensors).
+    # The format: 8 bytes with the header's length, the header (JSON), the tensors (huggingface/safetensors).
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
@@ -113,52 +111,49 @@ def _header(path: Path) -> Iterator[Stored]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    # A tensor of no dimension has no other view as bytes.
+    # A scalar has no view as bytes, so it becomes a tensor of one dimension; an empty tensor has no view at all.
     flat = tensor.reshape(-1).view(torch.uint8) if math.prod(tensor.shape) else torch.empty(0, dtype=torch.uint8)
     return flat.numpy().data
 
 
-# Stored tensors and the parameters that transformers makes of them, both ways.
+# Stored tensors and the parameters that transformers converts them to, in both directions.
 
 
 AT_ONCE = 2**23
-"""Numbers of a stack of experts that are in memory together, unless one expert has more."""
+"""Numbers of a stack of experts that are in memory at once, unless one expert has more."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Stored tensors that transformers turns into parameters together."""
+    """Stored tensors that transformers converts to parameters together."""
 
     parts: Mapping[str, tuple[Stored, ...]]
-    """By the pattern of their names, in the order in which they are put together."""
+    """Pattern of their names -> tensors, in the order in which they are put together."""
     key: str
     """The name under which transformers collects them: the first of the parameters."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of all the parameters that are made of them."""
+    """Parameter -> shape, for all parameters of this group."""
     converter: Any
-    """transformers' WeightConverter; None where the one tensor is the one parameter as it is."""
+    """transformers' WeightConverter; None if the one tensor is the one parameter, unchanged."""
     model: Any
-    """Some conversions look at the shapes of the model's parameters."""
+    """The model without weights, because some conversions read the shapes of its parameters."""
     layers: Mapping[str, str]
     """Adapted layer -> its parameter."""
 
     @property
     def stored(self) -> list[Stored]:
-        """All its tensors."""
         return [entry for entries in self.parts.values() for entry in entries]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of all its tensors."""
         return DTYPES[self.stored[0].dtype]
 
     @property
     def size(self) -> int:
-        """Bytes."""
         return sum(entry.size for entry in self.stored)
 
     def steps(self) -> Iterator[tuple[int, int]]:
-        """Rows first..last of the parameters that are worked on together: some experts of a stack, or all rows."""
+        """Yield ranges first..last of rows that are worked on together: some experts of a stack, or all rows."""
         rows = self._rows
         each = sum(math.prod(shape[1:]) for shape in self.shapes.values())
         count = rows if self._way == "whole" else max(1, AT_ONCE // max(each, 1))
@@ -166,64 +161,61 @@ class Group:
             yield first, min(first + count, rows)
 
     def read(self, folder: Path, first: int, last: int) -> Tensor:
-        """The numbers of the stored tensors that rows first..last come from, one after the other."""
-        found = [piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        parts = [piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write(self, folder: Path, numbers: Tensor, first: int, last: int) -> None:
-        """Put back what `read` gives, in files that are there."""
         pieces = self._pieces(first, last)
         for piece, part in zip(pieces, numbers.split([piece.size for piece in pieces]), strict=True):
             piece.stored.write(folder, part.view(piece.shape), piece.rows[0])
 
     def rows(self, numbers: Tensor, parameter: str, first: int, last: int) -> Tensor:
-        """Rows first..last of a parameter."""
         if self.converter is None:
             return numbers.view(last - first, *self.shapes[parameter][1:])
-        return numbers[self._places(first, last)[parameter]]
+        return numbers[self._positions_of(first, last)[parameter]]
 
     def put(self, numbers: Tensor, parameter: str, rows: Tensor, first: int, last: int) -> None:
-        """Change the numbers that rows first..last of a parameter come from."""
         if self.converter is None:
             numbers.copy_(rows.reshape(-1))
         else:
-            numbers[self._places(first, last)[parameter]] = rows
+            numbers[self._positions_of(first, last)[parameter]] = rows
 
     @property
     def in_parts(self) -> bool:
-        """Whether some rows of a parameter can be read without the others."""
+        """True if some rows of a parameter can be read without the others."""
         return self.converter is None or self._way != "whole"
 
     def take(self, folder: Path, parameter: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows first..last of a parameter in `dtype`, as from_pretrained makes them: rounded first, then converted.
+        """Return rows first..last of a parameter in `dtype`, as from_pretrained computes them: rounded, then converted.
 
-        Of a stack only its experts first..last are read; other conversions need all that they are made of.
+        For a stack only experts first..last are read; other conversions read all their tensors.
         """
         if self.converter is None:
             return self.stored[0].read(folder, first, last).to(dtype)
-        whole = not self.in_parts
+        read_all = not self.in_parts
         count = max(1, AT_ONCE // max(math.prod(self.shapes[parameter][1:]), 1))
-        spans = [(0, self._rows)] if whole else [(at, min(at + count, last)) for at in range(first, last, count)]
-        found = []
+        spans = [(0, self._rows)] if read_all else [(at, min(at + count, last)) for at in range(first, last, count)]
+        parts = []
         for span in spans:
             pieces = self._pieces(*span)
             named = [(piece.pattern, piece.stored.read(folder, *piece.rows).to(dtype)) for piece in pieces]
-            found.append(convert(self.converter, self.key, named, self.model)[parameter])
-        return found[0][first:last] if whole else torch.cat(found)
+            parts.append(convert(self.converter, self.key, named, self.model)[parameter])
+        return parts[0][first:last] if read_all else torch.cat(parts)
 
     def problem(self) -> str | None:
-        """Why a change of the parameters cannot be brought back to the stored tensors; None if it can."""
+        """Return the reason why a change cannot be written into the stored tensors; None if it can."""
         if self.converter is None:
             return None
         first, last = 0, self._rows if self._way == "whole" else 1
         size = sum(piece.size for piece in self._pieces(first, last))
-        if size > 2**27:  # it cannot be taken in parts, and takes too much memory to be tried
+        # A large group that can only be converted as a whole is not tried: it would take too much memory.
+        if size > 2**27:
             return None
         try:
-            found = torch.cat([place.reshape(-1) for place in self._find_places(first, last)])
-        except Exception as error:  # of transformers' operations, whatever they meet
+            positions = torch.cat([part.reshape(-1) for part in self._find_positions(first, last)])
+        except Exception as error:  # transformers' operations raise all kinds of errors
             return f"transformers' conversion of its stored tensors cannot be followed ({type(error).__name__})"
-        return None if _is_permutation(found, size) else "transformers does more than move the numbers of its parts"
+        return None if _is_permutation(positions, size) else "transformers does more than move the numbers of its parts"
 
     @cached_property
     def _rows(self) -> int:
@@ -231,54 +223,54 @@ class Group:
 
     @cached_property
     def _way(self) -> str:
-        """How some experts are taken without the others: "tensors" of their own, "rows" of one; else "whole"."""
+        """The part that holds some experts: "tensors" of their own, "rows" of one tensor, or the "whole" group."""
         if any(len(shape) != 3 or shape[0] != self._rows for shape in self.shapes.values()):
             return "whole"
         operations = [] if self.converter is None else list(self.converter.operations)
         stored = self.stored
         if len(stored) == 1 and len(stored[0].shape) == 3 and stored[0].shape[0] == self._rows:
             return "rows" if _within_experts(operations) else "whole"
-        merged = bool(operations) and type(operations[0]).__name__ == "MergeModulelist" and operations[0].dim == 0
-        if merged and all(len(part) == self._rows for part in self.parts.values()):
+        is_list = bool(operations) and type(operations[0]).__name__ == "MergeModulelist" and operations[0].dim == 0
+        if is_list and all(len(part) == self._rows for part in self.parts.values()):
             return "tensors" if _within_experts(operations[1:]) else "whole"
         return "whole"
 
     def _pieces(self, first: int, last: int) -> list["_Piece"]:
-        found = []
+        pieces = []
         for pattern, part in self.parts.items():
             for stored in part[first:last] if self._way == "tensors" else part:
                 rows = (first, last) if self._way == "rows" else (0, stored.shape[0])
-                found.append(_Piece(pattern, stored, rows))
-        return found
+                pieces.append(_Piece(pattern, stored, rows))
+        return pieces
 
-    def _places(self, first: int, last: int) -> dict[str, Tensor]:
-        """For each parameter, where in what `read` gives its numbers lie."""
-        kind = (*self.kind, str(last - first))
-        if kind not in _places:
-            found = self._find_places(first, last)
-            if len(_places) > 1:  # blocks of a model repeat two kinds of stacks
-                del _places[next(iter(_places))]
-            _places[kind] = found
-        return dict(zip(self.shapes, _places[kind], strict=True))
+    def _positions_of(self, first: int, last: int) -> dict[str, Tensor]:
+        """Return parameter -> the positions of its numbers in the vector that `read` returns."""
+        key = (*self.kind, str(last - first))
+        if key not in _positions:
+            positions = self._find_positions(first, last)
+            # Two are kept, because the blocks of a model repeat two kinds of stacks.
+            if len(_positions) > 1:
+                del _positions[next(iter(_positions))]
+            _positions[key] = positions
+        return dict(zip(self.shapes, _positions[key], strict=True))
 
-    def _find_places(self, first: int, last: int) -> list[Tensor]:
+    def _find_positions(self, first: int, last: int) -> list[Tensor]:
+        # transformers converts numbers that count the stored ones, so its result says where each number came from.
         start, named = 0, []
         for piece in self._pieces(first, last):
             named.append((piece.pattern, torch.arange(start, start + piece.size).view(piece.shape)))
             start += piece.size
-        found = convert(self.converter, self.key, named, self.model)
-        return [found[name].contiguous() for name in self.shapes]
+        positions = convert(self.converter, self.key, named, self.model)
+        return [positions[name].contiguous() for name in self.shapes]
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """The same for groups whose numbers are moved alike: those of other blocks."""
+        """A key that is equal for groups with the same conversion, such as the same stack of another block."""
         return re.sub(r"\d+", "*", self.key), str(self.converter), str(list(self.shapes.values()))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of a stored tensor."""
-
     pattern: str
     stored: Stored
     rows: tuple[int, int]
@@ -293,28 +285,26 @@ class _Piece:
 
 
 def convert(converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], model: Any) -> dict[str, Tensor]:
-    """What transformers makes of tensors, each with the pattern of its name: parameter -> tensor."""
     fresh = copy.deepcopy(converter)
     for pattern, tensor in tensors:
         fresh.add_tensor(key, key, pattern, tensor)
-    found = fresh.convert(key, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+    converted = fresh.convert(key, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
-_places: dict[tuple[str, ...], list[Tensor]] = {}
+_positions: dict[tuple[str, ...], list[Tensor]] = {}
 
 
-def _is_permutation(places: Tensor, size: int) -> bool:
-    """Whether each of the places 0..size occurs once."""
-    if places.numel() != size or int(places.min()) < 0 or int(places.max()) >= size:
+def _is_permutation(positions: Tensor, size: int) -> bool:
+    if positions.numel() != size or int(positions.min()) < 0 or int(positions.max()) >= size:
         return False
     seen = torch.zeros(size, dtype=torch.bool)
-    seen[places] = True
+    seen[positions] = True
     return bool(seen.all())
 
 
 def _within_experts(operations: Sequence[Any]) -> bool:
-    """Whether operations leave the first dimension alone."""
+    """True if these operations of transformers do not mix experts: they leave the first dimension alone."""
     known = ("Concatenate", "Transpose", "Chunk", "Interleave")
     return all(
         type(operation).__name__ in known
@@ -324,7 +314,7 @@ def _within_experts(operations: Sequence[Any]) -> bool:
     )
 
 
-# Which stored tensors of a model folder hold an adapted layer, as transformers itself reads them.
+# The stored tensors of a model folder that hold an adapted layer, found by transformers' own rules for reading them.
 
 
 _HEADS = ("lm_head", "embed_out")
@@ -332,39 +322,39 @@ _LEAVE_OUT = "leave it out of adapter.targets"
 
 
 def groups(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> list[Group]:
-    """The groups of stored tensors that hold these layers; raises UserError if one cannot be merged."""
-    found, problems = find(base, model, layers)
+    """Return the groups of stored tensors that hold these layers; raises UserError if one cannot be merged."""
+    group_list, problems = find(base, model, layers)
     for layer, problem in problems.items():
         raise UserError(f"cannot merge {layer}: {problem}")
-    return found
+    return group_list
 
 
 def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
-    """The groups of stored tensors that hold these layers, and why layers that are in none cannot be merged."""
+    """Return the groups of stored tensors that hold these layers, and layer -> reason if one cannot be merged."""
     wanted = {parameter_of(model, layer): layer for layer in layers}
-    places, problems = tensors(base), _tied(model, wanted)
-    read = as_transformers_reads(places, model)
-    found: dict[str, Group] = {}
-    tried: dict[tuple[str, ...], str | None] = {}
+    stored, problems = tensors(base), _tied(model, wanted)
+    read_from = as_transformers_reads(stored, model)
+    by_tensor: dict[str, Group] = {}
+    problem_of_kind: dict[tuple[str, ...], str | None] = {}
     for parameter, layer in wanted.items():
         if layer in problems:
             continue
         try:
-            group = read.get(parameter) or _by_suffix(parameter, places, base, model)
-            first = found.setdefault(group.stored[0].name, group)
+            group = read_from.get(parameter) or _by_suffix(parameter, stored, base, model)
+            first = by_tensor.setdefault(group.stored[0].name, group)
             _check(first, parameter, group)
-            if group.kind not in tried:
-                tried[group.kind] = group.problem()
-            if problem := tried[group.kind]:
+            if group.kind not in problem_of_kind:
+                problem_of_kind[group.kind] = group.problem()
+            if problem := problem_of_kind[group.kind]:
                 raise UserError(f"{problem} ({group.stored[0].name}, ...)")
-            found[group.stored[0].name] = replace(first, layers={**first.layers, layer: parameter})
+            by_tensor[group.stored[0].name] = replace(first, layers={**first.layers, layer: parameter})
         except UserError as error:
             problems[layer] = str(error)
-    return [group for group in found.values() if group.layers], problems
+    return [group for group in by_tensor.values() if group.layers], problems
 
 
 def _tied(model: "PreTrainedModel", wanted: Mapping[str, str]) -> dict[str, str]:
-    """Layers whose parameter is another layer's as well."""
+    # A tied weight has no change of its own: merging the adapter would change the other layer as well.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = Counter(id(parameter) for parameter in parameters.values())
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -376,12 +366,11 @@ def _tied(model: "PreTrainedModel", wanted: Mapping[str, str]) -> dict[str, str]
 
 
 def as_transformers_reads(places: Mapping[str, Stored], model: "PreTrainedModel") -> dict[str, Group]:
-    """Parameter -> the group that it is read from."""
     return follow(places, model)[0]
 
 
-def follow(places: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict[str, Group], dict[str, str]]:
-    """Parameter -> the group that it is read from; and of the tensors that nothing is read from the names they get."""
+def follow(stored: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict[str, Group], dict[str, str]]:
+    """Return parameter -> the group it is read from, and unused tensor -> its name in the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -392,19 +381,20 @@ def follow(places: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict
     known, prefix = model.state_dict(), model.base_model_prefix
     parts: dict[str, dict[str | None, list[Stored]]] = {}
     unread: dict[str, str] = {}
-    for name in sorted(places, key=dot_natural_key):
+    for name in sorted(stored, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if key not in known and name in known:  # it should not have been renamed
+        # Some renamings of transformers match names that the model already has.
+        if key not in known and name in known:
             key, pattern = rename_source_key(name, [], [], prefix, known)
         if key in known:
-            parts.setdefault(key, {}).setdefault(pattern, []).append(places[name])
+            parts.setdefault(key, {}).setdefault(pattern, []).append(stored[name])
         else:
             unread[name] = key
-    found: dict[str, Group] = {}
+    group_of: dict[str, Group] = {}
     for key, part in parts.items():
         group = _group(key, part, by_pattern, model)
-        found.update(dict.fromkeys(group.shapes, group))
-    return found, unread
+        group_of.update(dict.fromkeys(group.shapes, group))
+    return group_of, unread
 
 
 def _group(
@@ -418,81 +408,80 @@ def _group(
         (pattern, torch.empty(entry.shape, device="meta")) for pattern, entries in named.items() for entry in entries
     ]
     try:
-        shapes = {name: tuple(found.shape) for name, found in convert(converters[0], key, whole, model).items()}
-    except Exception:  # of transformers' operations: what it would make of them is not known
+        shapes = {name: tuple(tensor.shape) for name, tensor in convert(converters[0], key, whole, model).items()}
+    except Exception:  # transformers' operations failed, so the shapes are not known; _check refuses the layer
         shapes = {key: ()}
     return Group(named, key, shapes, converters[0], model, {})
 
 
-def _by_suffix(parameter: str, places: Mapping[str, Stored], base: Path, model: "PreTrainedModel") -> Group:
-    """The one stored tensor whose name ends like the parameter's; raises UserError if there is none, or two."""
+def _by_suffix(parameter: str, stored: Mapping[str, Stored], base: Path, model: "PreTrainedModel") -> Group:
+    # A file may have the names without the model's prefix, or with another prefix.
     parts = parameter.split(".")
     shorter = [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
-    found = [name for name in shorter if name in places]
-    found += [name for name in places if name.endswith("." + parameter)]
-    if len(found) > 1:
-        raise UserError(f"{base} has its weight twice, as {found[0]} and {found[1]}")
-    if not found:
+    matches = [name for name in shorter if name in stored]
+    matches += [name for name in stored if name.endswith("." + parameter)]
+    if len(matches) > 1:
+        raise UserError(f"{base} has its weight twice, as {matches[0]} and {matches[1]}")
+    if not matches:
         raise UserError(
-            f"{base} has no weight {parameter}; what transformers makes it of is not known before it is loaded;"
+            f"{base} has no weight {parameter}, and which stored tensors transformers makes it of is not known;"
             f" {_LEAVE_OUT}"
         )
-    entry = places[found[0]]
+    entry = stored[matches[0]]
     return Group({parameter: (entry,)}, parameter, {parameter: entry.shape}, None, model, {})
 
 
 def _check(first: Group, parameter: str, group: Group) -> None:
-    """Raise UserError for a layer whose change cannot be written into the stored tensors of its group."""
     names = [entry.name for entry in group.stored]
     if first.key != group.key:
         raise UserError(f"its weight is tied to another layer; {_LEAVE_OUT}")
     if group.converter is None and len(names) > 1:
-        raise UserError(f"its weight is stored twice, as {names[0]} and {names[1]}")
+        raise UserError(f"its weight is stored twice, as {names[0]} and {names[1]}; {_LEAVE_OUT}")
     for entry in group.stored:
         if entry.dtype not in DTYPES:
             raise UserError(
-                f"{entry.name} is stored as {entry.dtype}, which is not a floating-point weight; use a base"
+                f"{entry.name} is stored as {entry.dtype}, which a merge cannot change; use a base model"
                 " in bfloat16, float16 or float32"
             )
     if len({entry.dtype for entry in group.stored}) > 1:
         raise UserError(f"its parts are stored in several precisions ({names[0]}, ...); {_LEAVE_OUT}")
     own = tuple(group.model.get_parameter(parameter).shape)
     if not group.shapes.get(parameter):
-        raise UserError(f"transformers' conversion of its stored tensors ({names[0]}, ...) cannot be followed")
+        raise UserError(f"transformers' conversion of its tensors ({names[0]}, ...) cannot be followed; {_LEAVE_OUT}")
     if group.shapes[parameter] != own:
-        raise UserError(f"it is stored as {names[0]} of shape {group.shapes[parameter]}, the model's is {own}")
+        raise UserError(f"{names[0]} has the shape {group.shapes[parameter]}, config.json says {own}")
 
 
-# Whether the stored tensors of a model folder are those of the model that its config describes.
+# The check of a model folder: do its stored tensors fit the model that its config describes?
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What of a folder's tensors does not fit its config."""
+    """The differences between a folder's tensors and its config."""
 
     problem: str | None
-    """Why the model would be another than the files hold, to follow "FOLDER "; None if that is not known."""
+    """The difference between model and files, to follow "FOLDER "; None if none is known."""
     left_out: tuple[str, ...]
-    """Tensors that the model has no place for: of layers that predict further tokens, of a part that sees."""
+    """Tensors that the model does not use, such as layers that predict further tokens, or a vision part."""
 
 
 def fit(folder: Path, model: "PreTrainedModel") -> Fit:
-    """Compare the headers of a folder with the model without weights; of a quantised one nothing is known here."""
+    """Compare the folder's headers with the model without weights; a quantised model is not compared."""
     if getattr(model.config, "quantization_config", None) is not None:
         return Fit(None, ())
     try:
-        places = tensors(folder)
-        groups, unread = follow(places, model)
-    except (UserError, AttributeError, ImportError, KeyError, TypeError):  # loading says what is wrong
+        stored = tensors(folder)
+        groups, unread = follow(stored, model)
+    except (UserError, AttributeError, ImportError, KeyError, TypeError):  # loading the model will name the problem
         return Fit(None, ())
     ignored = _ignored(model)
     left_out = {name: key for name, key in unread.items() if not ignored.search(key)}
-    problem = _packed(groups, model) or _missing(groups, model) or _biased(folder, places, left_out, model)
+    problem = _packed(groups, model) or _missing(groups, model) or _biased(folder, stored, left_out, model)
     return Fit(problem, tuple(left_out))
 
 
 def _ignored(model: Any) -> re.Pattern[str]:
-    """Names that transformers leaves out with good reason (PreTrainedModel._adjust_missing_and_unexpected_keys)."""
+    # transformers leaves these out with good reason (PreTrainedModel._adjust_missing_and_unexpected_keys).
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
     return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns)))
@@ -508,24 +497,24 @@ def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None
 
 def _missing(groups: Mapping[str, Group], model: Any) -> str | None:
     if any(group.converter is not None and () in group.shapes.values() for group in groups.values()):
-        return None  # what such a conversion makes is not known
-    there = {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in groups}
+        return None  # the parameters of a conversion that cannot be followed are not known
+    present = {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in groups}
     not_needed = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["$^"]))
     for name, parameter in model.named_parameters():
-        if id(parameter) not in there and name not in model.all_tied_weights_keys and not not_needed.search(name):
+        if id(parameter) not in present and name not in model.all_tied_weights_keys and not not_needed.search(name):
             return (
-                f"has no weight {name}, which {type(model).__name__} has by its config.json: get the model's files"
-                " anew, or correct config.json"
+                f"has no weight {name}, which {type(model).__name__} needs by its config.json: download the model's"
+                " files again, or correct config.json"
             )
     return None
 
 
 def _biased(
-    folder: Path, places: Mapping[str, Stored], left_out: Mapping[str, str], model: "PreTrainedModel"
+    folder: Path, stored: Mapping[str, Stored], left_out: Mapping[str, str], model: "PreTrainedModel"
 ) -> str | None:
-    """What is wrong with a bias other than zero of a layer that has none by the config."""
+    # transformers would silently drop a bias that the config does not have. One of zeros changes nothing.
     for name, key in left_out.items():
-        entry = places[name]
+        entry = stored[name]
         if is_unknown_bias(model, key) and entry.dtype in DTYPES and bool(entry.read(folder).any()):
             return unsupported_bias(model, name)
     return None

@@ -1,7 +1,7 @@
-"""Which Ray a run uses: that of RAY_ADDRESS, else one that `ray start` has started here, else one of its own.
+"""The Ray that a run uses: the one at RAY_ADDRESS, else one started here by `ray start`, else one that the run starts.
 
-A Ray that another program has started for itself with ray.init is never joined: it ends with that program. What is
-joined is asked first, because ray.init waits for minutes for a Ray that is not there or does not take its token.
+A run never joins a Ray that another program has started by ray.init, because that Ray ends with its program. Before it
+joins a Ray, it asks for an answer itself: ray.init waits for minutes if no Ray answers, or if Ray rejects the token.
 """
 
 import contextlib
@@ -19,19 +19,18 @@ import ray
 from olora_ray.cluster import ray_internals
 from olora_ray.common.errors import UserError
 
-# Ray's token authentication: a run takes part in it as the Ray asks that it uses, whether RAY_AUTH_MODE is set or
-# not.
+# Ray's token authentication. A run always uses the mode of the Ray that it joins, even if RAY_AUTH_MODE is not set.
 
 
 MODE, TOKEN, FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-"""Ray's variables: whether there are tokens, the token itself, the file that has it."""
+"""Ray's environment variables: the mode of authentication, the token, and the file that has the token."""
 Mode = Literal["token", "disabled"]
 
 
 def known() -> str | None:
-    """The token of this user: RAY_AUTH_TOKEN, else the file of RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."""
-    if given := os.environ.get(TOKEN):
-        return given.strip()
+    """Return this user's token: RAY_AUTH_TOKEN, else the file of RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."""
+    if token := os.environ.get(TOKEN):
+        return token.strip()
     try:
         return _file().read_text().strip() or None
     except (OSError, UnicodeDecodeError):
@@ -39,142 +38,137 @@ def known() -> str | None:
 
 
 def agreed(address: str, timeout: float) -> tuple[str, Mode | None]:
-    """Version of the Ray at `address`, and the mode of authentication that it wants; None if it was not asked.
+    """Return version and authentication mode of the Ray at `address`. With TLS both are unknown: an empty text, None.
 
-    Raises PermissionError, with what to do, if our token or RAY_AUTH_MODE does not go with it, and ConnectionError
-    if no Ray head answers.
+    Raises PermissionError, with the remedy, if our token or RAY_AUTH_MODE does not fit, and ConnectionError if no Ray
+    head answers.
     """
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return "", None  # with certificates of its own, which ray.init presents
-    wished = os.environ.get(MODE, "").lower()
+        return "", None  # only ray.init presents the certificates
+    our_mode = os.environ.get(MODE, "").lower()
     try:
         version = ray_internals.version_at(address, None, timeout)
     except PermissionError:
-        return _with_token(address, wished, timeout), "token"
-    if wished == "token":
-        raise PermissionError(f"asks for no token, and {MODE}=token is set here: unset it")
+        return _version_with_token(address, our_mode, timeout), "token"
+    if our_mode == "token":
+        raise PermissionError(f"uses no token, but {MODE}=token is set here: unset it")
     return version, "disabled"
 
 
-def _with_token(address: str, wished: str, timeout: float) -> str:
-    """The version of a Ray that asks for a token."""
-    if wished == "disabled":
-        raise PermissionError(f"asks for a token, and {MODE}=disabled is set here: unset it")
-    ours = known()
-    if ours is None:
-        raise PermissionError(f"asks for a token, and there is none in {_file()}: copy the head's there")
+def _version_with_token(address: str, our_mode: str, timeout: float) -> str:
+    if our_mode == "disabled":
+        raise PermissionError(f"requires a token, but {MODE}=disabled is set here: unset it")
+    token = known()
+    if token is None:
+        raise PermissionError(f"requires a token, but {_file()} has none: copy the head's token there")
     try:
-        return ray_internals.version_at(address, ours, timeout)
+        return ray_internals.version_at(address, token, timeout)
     except PermissionError:
-        where = TOKEN if os.environ.get(TOKEN) else _file()
-        raise PermissionError(f"does not take the token of {where}: copy the head's there") from None
+        source = TOKEN if os.environ.get(TOKEN) else _file()
+        raise PermissionError(f"rejects the token of {source}: copy the head's token there") from None
 
 
 def join(address: str, timeout: float) -> None:
-    """Let this process authenticate as the Ray at `address` wants it; before ray.init. Raises as `agreed`."""
+    """Set this process to the authentication mode of the Ray at `address`, before ray.init. Raises like `agreed`."""
     _, mode = agreed(address, timeout)
     if mode is not None:
         ray_internals.set_auth_mode(mode)
 
 
 def make_own() -> None:
-    """See to it that there is a token, before ray.init starts a Ray with it.
-
-    ray.init makes one itself, but two at the same time overwrite each other's, and each then has processes with
-    either; it also leaves the file readable for others, and fails where the home directory cannot be written.
-    """
+    # ray.init can create a token itself. But two runs that start together then overwrite each other's token, so that
+    # each has processes with either token. It also leaves the file readable for other users, and fails if the home
+    # directory cannot be written.
     if os.environ.get(MODE, "token").lower() != "token" or known() is not None:
         return
     file, token = _file(), secrets.token_hex(32)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".auth_token-") as whole:  # mode 0600
-            whole.write(token)
-            whole.flush()
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".auth_token-") as complete:  # mode 0600
+            complete.write(token)
+            complete.flush()
             with contextlib.suppress(FileExistsError):  # another run was faster: its token is used
-                os.link(whole.name, file)
+                os.link(complete.name, file)
     except OSError:
         pass
-    if known() is None:  # the folder cannot be written, or the file there not be read
-        os.environ[TOKEN] = token  # of this process and those that it starts
+    if known() is None:  # the folder cannot be written, or the file there cannot be read
+        os.environ[TOKEN] = token  # for this process and its children
 
 
 def _file() -> Path:
-    given = os.environ.get(FILE)
-    return Path(given) if given else Path.home() / ".ray" / "auth_token"
+    path = os.environ.get(FILE)
+    return Path(path) if path else Path.home() / ".ray" / "auth_token"
 
 
 PATIENCE = 10.0
-"""Seconds that a Ray may take to answer, or one that has just been ended to disappear."""
+"""Seconds in which a Ray must answer. A Ray that is being stopped disappears within this time."""
 OWN = "local"
-"""What ray.init takes for a Ray of the run's own."""
+"""The address with which ray.init starts a new Ray for this run."""
 _VARIABLE = "RAY_ADDRESS"
 
 
 def find(patience: float = PATIENCE) -> str:
-    """The address for ray.init: host:port of a Ray that answers and takes our token, or OWN.
+    """Return the address for ray.init: host:port of a Ray that answers and accepts our token, or OWN.
 
-    Raises UserError for an address that is not that of a Ray head, at which nothing answers for `patience`
-    seconds, or whose Ray has another version or another token.
+    Raises UserError for an address that is no host:port, at which no Ray head answers for `patience` seconds, or whose
+    Ray has another version or token.
     """
     end = time.monotonic() + patience
     while True:
-        found = _given() or ray_internals.started_address() or OWN
-        if found == OWN or (problem := _silence(found)) is None:
+        address = _from_environment() or ray_internals.started_address() or OWN
+        if address == OWN or (problem := _silence(address)) is None:
             break
         if time.monotonic() > end:
-            raise UserError(_unreachable(found, problem))
+            raise UserError(_unreachable(address, problem))
         time.sleep(0.5)
-    if found != OWN:
-        _refuse_other_version(found, patience)
-    return found
+    if address != OWN:
+        _refuse_other_version(address, patience)
+    return address
 
 
-def _given() -> str | None:
-    """RAY_ADDRESS, unless it only says to look on this machine."""
-    given = os.environ.get(_VARIABLE, "").strip()
-    if given in ("", "auto"):
+def _from_environment() -> str | None:
+    # `auto` means a Ray on this machine, like an empty RAY_ADDRESS.
+    address = os.environ.get(_VARIABLE, "").strip()
+    if address in ("", "auto"):
         return None
-    if "://" in given:
+    if "://" in address:
         raise UserError(
-            f"{_VARIABLE}={given}: that is for `ray job submit`; start the run with it, or set {_VARIABLE} to the "
-            "HOST:PORT of the head on a machine of the cluster"
+            f"{_VARIABLE}={address}: only `ray job submit` takes such an address; start the run with that, or set"
+            f" {_VARIABLE} to the HOST:PORT of the head on a machine of the cluster"
         )
-    if given != OWN and None in _parts(given):
-        raise UserError(f"{_VARIABLE}={given}: must be HOST:PORT, as 10.0.0.1:6379")
-    return given
+    if address != OWN and None in _parts(address):
+        raise UserError(f"{_VARIABLE}={address}: must be HOST:PORT, such as 10.0.0.1:6379")
+    return address
 
 
-def _unreachable(found: str, problem: str) -> str:
-    if _given():
-        return f"{_VARIABLE}={found}: no Ray answers there ({problem}); correct it, or unset it"
+def _unreachable(address: str, problem: str) -> str:
+    if _from_environment():
+        return f"{_VARIABLE}={address}: no Ray answers there ({problem}); correct it, or unset it"
     return (
-        f"the Ray that was started on this machine does not answer at {found} ({problem}); start it again with"
-        f" `ray start --head`, have it forgotten with `ray stop`, or set {_VARIABLE}={OWN} for one of the run's own"
+        f"the Ray that was started on this machine does not answer at {address} ({problem}); restart it with"
+        f" `ray start --head`, stop it with `ray stop`, or set {_VARIABLE}={OWN} to start a Ray for this run"
     )
 
 
-def _refuse_other_version(found: str, patience: float) -> None:
+def _refuse_other_version(address: str, patience: float) -> None:
     try:
-        version, _ = agreed(found, patience)
+        version, _ = agreed(address, patience)
     except ConnectionError as error:
-        raise UserError(f"{name(found)}: what answers there is no Ray head ({error})") from None
+        raise UserError(f"{name(address)}: no Ray head answers there ({error}); correct the address") from None
     except PermissionError as error:
-        raise UserError(f"{name(found)}: {error}, or set {_VARIABLE}={OWN} for a Ray of the run's own") from None
+        raise UserError(f"{name(address)}: {error}, or set {_VARIABLE}={OWN} to start a Ray for this run") from None
     if version not in ("", ray.__version__):
         raise UserError(
-            f"{name(found)}: runs Ray {version}, here it is {ray.__version__}: install the same version on all nodes,"
-            f" or set {_VARIABLE}={OWN} for a Ray of the run's own"
+            f"{name(address)}: runs Ray {version}, here it is {ray.__version__}: install the same version on all nodes,"
+            f" or set {_VARIABLE}={OWN} to start a Ray for this run"
         )
 
 
-def name(found: str) -> str:
-    """What to call a Ray in messages: how its address became known."""
-    return f"{_VARIABLE}={found}" if _given() else f"the Ray that was started on this machine, at {found}"
+def name(address: str) -> str:
+    return f"{_VARIABLE}={address}" if _from_environment() else f"the Ray started on this machine, at {address}"
 
 
 def _silence(address: str) -> str | None:
-    """Why no connection can be made, or None if one can."""
     try:
         with socket.create_connection(_parts(address), timeout=PATIENCE):
             return None
@@ -183,7 +177,6 @@ def _silence(address: str) -> str | None:
 
 
 def _parts(address: str) -> tuple[str | None, int | None]:
-    """Host and port, each None if it is not there."""
     try:
         split = urlsplit(f"//{address}")
         return split.hostname, split.port

@@ -1,8 +1,8 @@
-"""Channel of a training: metrics, log lines and events from the workers to the driver, stop requests back.
+"""Channel of a training: metrics, log lines and events from the workers to the driver, and stop requests back.
 
-A Ray actor on the driver's node; rank 0 pushes without waiting, the driver collects. Losing its messages costs
-progress output, never training: every row is also in the checkpoint's history. The membership of a training whose
-workers may change on the way lies in it too (cluster/membership/state.py).
+The channel is a Ray actor on the driver's node. Rank 0 sends without waiting, and the driver collects. A lost message
+costs only progress output, because every row of metrics is also in the checkpoint's history. The actor also holds the
+membership of a training whose workers may join and leave (cluster/membership/state.py).
 """
 
 import asyncio
@@ -23,46 +23,40 @@ from olora_ray.common import logs
 
 @dataclass(frozen=True)
 class Resumed:
-    """A group of workers resumes from a checkpoint, or goes on as another group."""
+    """A group of workers resumes from a checkpoint, or continues after a change of the group."""
 
     step: int
     total: int | None
-    """Steps of the whole schedule, if they are known already."""
+    """Steps of the complete schedule, if already known."""
     workers: int
     history: list[dict[str, float]]
-    """Rows of all steps up to here."""
+    """Rows of metrics up to this step."""
     why: str = ""
-    """What has changed the group, if its workers know."""
+    """Why the group has changed, if its workers know."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """A group of workers starts a run."""
-
     workers: int
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Workers have failed; Ray starts them again or gives up."""
-
     what: str
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is written."""
-
     step: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class Took:
-    """What the start of a worker, the last evaluation and the answers before training took."""
+    """Durations, from which the driver estimates the remaining time."""
 
     seconds: dict[str, float]
-    """By `start`, `evaluation` and `answers`."""
+    """Seconds by `start` (of a worker), `evaluation` (the last one) and `answers` (before training)."""
 
 
 Message = dict[str, float] | str | Resumed | Started | Failure | Saved | Took
@@ -71,7 +65,10 @@ Message = dict[str, float] | str | Resumed | Started | Failure | Saved | Took
 
 @ray.remote(num_cpus=0)
 class DriverChannel(Membership):
-    """Buffers worker messages for the driver, and has the membership. Async: hundreds of calls may wait in it."""
+    """Buffer of the workers' messages to the driver, and their membership.
+
+    Its methods are async because hundreds of calls may wait in it.
+    """
 
     def __init__(self) -> None:
         super().__init__(1, lambda member: ray_internals.actor_died(member.name))
@@ -83,7 +80,6 @@ class DriverChannel(Membership):
         self._step_done = asyncio.Event()
 
     async def send(self, message: Message) -> None:
-        """Add a message."""
         self._messages.append(message)
         if isinstance(message, dict) and "train/loss" in message:
             self._start_waiting()
@@ -94,7 +90,7 @@ class DriverChannel(Membership):
         return taken
 
     async def request_stop(self, why: str | None) -> None:
-        """Ask the workers to write a checkpoint after the step they are at, and to end; None: continue."""
+        """Ask the workers to write a checkpoint after the current step and to end. `why=None` withdraws the request."""
         self._reason = why
         if why is None:
             self._stop_requested.clear()
@@ -102,27 +98,23 @@ class DriverChannel(Membership):
             self._stop_requested.set()
 
     async def wait_for_stop(self) -> str | None:
-        """Wait until the workers should end; returns why."""
         await self._stop_requested.wait()
         return self._reason
 
     async def report_data_failure(self) -> None:
-        """Tell workers that wait for data that none will come."""
         self._data_failed = True
 
     async def data_failed(self) -> bool:
-        """True if no more data will come."""
         return self._data_failed
 
     async def begin_anew(self, wanted: int, attempt: int) -> None:
-        """See Membership; a result of an earlier attempt is forgotten, too."""
-        self._result = None
+        self._result = None  # of the previous attempt
         await super().begin_anew(wanted, attempt)
 
     async def moment_to_start(self) -> bool:
-        """Wait until a worker may start: at once if it is needed, else when those that train have done a step.
+        """Wait until a worker may start: at once if it is needed, otherwise after the group's next step.
 
-        False if the training has ended. Waits for a minute at most.
+        Waits for up to a minute. Returns False if the training has ended.
         """
         step, end = self._step_done, time.monotonic() + 60
         while not step.is_set() and time.monotonic() < end and await self.complete():
@@ -131,38 +123,33 @@ class DriverChannel(Membership):
         return self._result is None
 
     def _start_waiting(self) -> None:
-        """Let those start that wait for a step."""
         self._step_done.set()
         self._step_done = asyncio.Event()
 
     async def finish(self, result: Any) -> None:
-        """Take what training gave; every worker gives it, with the same result, since any of them may die."""
+        # Every worker sends the same result, because any of them may die.
         self._result = self._result or result
         self._start_waiting()
         await self.close()
 
     async def result(self) -> Any:
-        """Return what training gave; None while it has not ended."""
         return self._result
 
 
 def make_channel(node: str) -> Any:
-    """Start a channel on the node with this id, the driver's: it must not die with a host of workers."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Ray takes a soft wish lightly: on a head without CPUs every second channel was put on another host.
+    # Not soft: Ray put every second channel on another node than the head when the head had no CPUs.
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    kind: Any = DriverChannel
-    # Of each worker two calls wait in it, so there may be thousands at a time.
-    return kind.options(scheduling_strategy=strategy, max_concurrency=20_000).remote()
+    actor_class: Any = DriverChannel
+    # Two calls of each worker wait in it, `beat` and `wait_for_stop`, so thousands may wait at a time.
+    return actor_class.options(scheduling_strategy=strategy, max_concurrency=20_000).remote()
 
 
 _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)
 
 
 class _Sender(logging.Handler):
-    """Sends the log lines of one training over its channel; several trainings may share a process."""
-
     def __init__(self, channel: Any, speaks: Callable[[], bool]) -> None:
         super().__init__()
         self.channel, self.speaks = channel, speaks
@@ -174,7 +161,7 @@ class _Sender(logging.Handler):
 
 @contextlib.contextmanager
 def sent_to(channel: Any, speaks: Callable[[], bool]) -> Iterator[None]:
-    """Let what is logged in this context go to the driver, while `speaks()`: on the first worker only."""
+    """Send the lines logged in this context to the driver whenever `speaks()` is true, which it is only on rank 0."""
     handler = _Sender(channel, speaks)
     token = _sender.set(handler)
     try:

@@ -1,4 +1,4 @@
-"""Failures of a group of workers, each in one line; told to the driver from Train's controller."""
+"""Failures of workers, described in one line each. Ray Train's controller sends them to the driver."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -11,29 +11,27 @@ from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
 
-# What the other workers report when one has died: consequences, not causes.
+# Parts of the messages of workers that fail because another worker has died. These are consequences, not causes.
 CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
 LONGEST = 200
 
 
 class SharedBaseDied(RayActorError):
-    """The process that several trials share has died, or is not there again yet."""
+    """The process that trains several trials has died, or has not restarted yet."""
 
 
 class TellDriver(UserCallback):
-    """Sends each failure of a group of workers over the channel."""
-
     def __init__(self, channel: Any) -> None:
         self.channel = channel
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called in the controller, before it decides what to do."""
+        # Ray calls this in the controller, before it decides whether to restart the workers.
         self.channel.send.remote(Failure(describe(worker_exceptions)))
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Raise what a Ray task has raised for a person, not wrapped: UserError, or TryAgain for what may pass."""
+    """Raise the user's error inside a RayTaskError: a UserError, or a TryAgain if the problem may pass by itself."""
     try:
         yield
     except RayTaskError as error:
@@ -44,11 +42,11 @@ def user_errors() -> Iterator[None]:
             raise TryAgain(str(cause)) from None
         if isinstance(cause, UserError | StoreError):
             raise UserError(str(cause)) from None
-        raise  # a bug
+        raise  # a bug keeps its traceback
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:
-    """The worker (rank) to blame and what happened to it: one that died, else the first with a cause of its own."""
+    """Return which worker caused the failure, and how: the workers that died, else the first with its own cause."""
     if not exceptions:
         return "workers failed"
     died = [rank for rank, error in exceptions.items() if _death(error)]
@@ -63,9 +61,8 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """Why training ended with this error of Train, in one line."""
     if isinstance(error, SharedBaseDied):
-        return "the process of several trials died"
+        return "the process that several trials share died"
     if isinstance(error, RayActorError):
         return "Train's controller died"
     if isinstance(error, WorkerGroupError):
@@ -76,27 +73,28 @@ def cause(error: BaseException) -> str:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether it passes by itself: a store did not answer the worker to blame. Train hands on no more than its text."""
-    return any(f"{kind.__name__}: " in cause(error) for kind in (StoreUnavailable, TryAgain))
+    """True if the failure passes by itself: a store did not answer the worker that caused it."""
+    # Ray Train passes on only the text of a worker's exception, so the name of its type is searched there.
+    return any(f"{each.__name__}: " in cause(error) for each in (StoreUnavailable, TryAgain))
 
 
 def counts(error: BaseException) -> bool:
-    """Whether an error counts against cluster.max_failures: preempted nodes do not."""
+    """True if an error counts against cluster.max_failures. The loss of a preempted node does not."""
     if isinstance(error, WorkerGroupError):
         return not any(_death(e) and getattr(_death(e), "preempted", False) for e in error.worker_failures.values())
-    if isinstance(error, ControllerError):  # workers could not start: their node was gone by then
+    if isinstance(error, ControllerError):  # does not count if workers could not start because their node was lost
         return not ray_internals.startup_failed(error.controller_failure)
     return not isinstance(error, PreemptionError)
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause's type and message, in one line."""
+    """Return type and message of the innermost cause, in one line."""
     while True:
         inner = getattr(error, "health_check_failure", None) or getattr(error, "cause", None) or error.__cause__
         if not isinstance(inner, BaseException):
             break
         error = inner
-    # Train hands on the traceback as text: its last line says what it was.
+    # Ray Train passes on the traceback as text. Its last line is the type and the message.
     text = getattr(error, "_traceback_str", None) or str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     shown = lines[-1] if lines else type(error).__name__

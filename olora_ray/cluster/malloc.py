@@ -1,8 +1,8 @@
 """Settings of the C library's allocator that keep freed memory in the process.
 
-A training step allocates and frees the same hundreds of megabytes each time. glibc returns large blocks
-to the system at once and meets them again as page faults: 127,000 per step of 1,024 tokens of a small model,
-15 % of its time. PyTorch has a pool of its own on accelerators, but none on CPUs.
+Each training step allocates and frees the same hundreds of megabytes. glibc returns large blocks to the system at once,
+and pays for that with page faults at the next step: 127,000 per step of 1,024 tokens of a small model, 15 % of its
+time. PyTorch keeps a memory pool on accelerators, but none on CPUs.
 """
 
 import ctypes
@@ -11,12 +11,12 @@ import sys
 # mallopt's parameters, from malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 ONE_POOL = {"MALLOC_ARENA_MAX": "1"}
-"""Environment of a process whose threads take turns: else each of them keeps the memory of a step for itself. glibc
-looks at it when the process starts; later, threads that are there have pools already."""
+"""Environment of a process whose threads train in turns. Otherwise each thread keeps the memory of a step for itself.
+glibc reads it only at the start of the process."""
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse freed memory instead of returning it; does nothing without glibc."""
+    """Make this process reuse freed memory instead of returning it to the system. Does nothing without glibc."""
     if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
         return
     library.mallopt(_MMAP_MAX, 0)

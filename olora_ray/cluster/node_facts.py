@@ -1,4 +1,4 @@
-"""Facts about each node of the cluster, asked there: versions, memory, and whether it sees the storage."""
+"""Facts that each node of the cluster reports about itself: versions, memory, and access to the storage."""
 
 import platform
 import uuid
@@ -17,89 +17,87 @@ PACKAGES = ("ray", "torch", "transformers")
 FOR_SOME = ("bitsandbytes",)
 """Packages that only some runs need."""
 WAIT = 60.0
-"""Seconds that the nodes have to answer: a new one starts its first Python process."""
+"""Timeout for the nodes' answers. A new node first has to start a Python process."""
 
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What one node has."""
-
     versions: dict[str, str | None]
-    """python, olora_ray (which code), ray, torch, transformers; None: not installed."""
+    """Package -> version, for python, olora_ray (a digest of its code), ray, torch, ...; None if not installed."""
     memory: int
-    """Bytes, or the container's limit."""
+    """Bytes of the machine, or the limit of its container."""
     gpu_memory: int | None = None
-    """Bytes of the smallest GPU, or of the machine where it shares these; None without one."""
+    """Bytes of the smallest GPU; of the machine if its GPU shares the machine's memory; None without a GPU."""
     storage_problem: str | None = None
     gpu_generation: tuple[int, int] | None = None
-    """Compute capability of the oldest GPU, (8, 0) is Ampere; None without one of NVIDIA's."""
+    """Compute capability of the oldest GPU, (8, 0) for Ampere; None without an NVIDIA GPU."""
 
 
 def node_info() -> NodeInfo:
-    """Facts about this node; imports neither torch nor transformers."""
+    """Return the facts about this node. Imports neither torch nor transformers, which would take seconds."""
     versions = {name: _version(name) for name in (*PACKAGES, *FOR_SOME)}
     memory, oldest = ray_internals.system_memory(), min(ray_internals.gpu_generations(), default=None)
-    # A GPU that is there and does not tell shares the machine's.
+    # A GPU that reports no memory of its own shares the machine's memory.
     gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
     versions = {"python": platform.python_version(), "olora_ray": f"code {node_cache.project()}", **versions}
     return NodeInfo(versions, memory, gpu_memory, gpu_generation=oldest)
 
 
-def query_nodes(nodes: Sequence[dict[str, Any]], place: str) -> list[NodeInfo | str]:
-    """What each of the nodes (entries of ray.nodes()) answers, or why it does not.
+def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo | str]:
+    """Return the facts about each node (an entry of ray.nodes()), or the reason why it does not answer.
 
-    Each of them reads a file that this process writes below `place`, and writes one of its own; both are
-    removed. Raises OSError or ValueError if this process itself cannot write there.
+    This process writes a file below `location`; each node reads it and writes a file of its own. All files are removed.
+    Raises OSError or ValueError if this process cannot write there.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    folder = storage.join(place, f".probe-{uuid.uuid4().hex}")
+    folder = storage.join(location, f".probe-{uuid.uuid4().hex}")
     storage.write_text(storage.join(folder, "driver"), folder)
     try:
-        asked = [
+        answers = [
             ray.remote(_answer)
             .options(
-                num_cpus=0,  # answers on a node that is busy
+                num_cpus=0,  # so that a busy node answers, too
                 max_retries=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
             )
             .remote(folder, node["NodeID"])
             for node in nodes
         ]
-        ray.wait(asked, num_returns=len(asked), timeout=WAIT)
-        return [_result(answer, folder, node["NodeID"]) for answer, node in zip(asked, nodes, strict=True)]
+        ray.wait(answers, num_returns=len(answers), timeout=WAIT)
+        return [_result(answer, folder, node["NodeID"]) for answer, node in zip(answers, nodes, strict=True)]
     finally:
         storage.remove(folder)
 
 
 def _answer(folder: str, node: str) -> NodeInfo:
-    """Runs on the node."""
-    found = node_info()
+    # Runs on the node. Each problem is shown after `node ADDRESS: run.storage LOCATION`.
+    info = node_info()
     problem = None
     try:
         if storage.read_text(storage.join(folder, "driver")) != folder:
-            problem = "reads something else than was written"
-        # After the read: in a folder that is not shared this would stay, for the driver removes only its own.
+            problem = "returns other bytes there than were written here"
+        # Only after the read has succeeded: in a folder that is not shared, nobody would remove this file.
         storage.write_text(storage.join(folder, node), node)
     except FileNotFoundError:
-        problem = "is another place there than here: use a shared folder, s3:// or gs://"
+        problem = "is another folder there than here: use a shared folder, s3:// or gs://"
     except (OSError, ValueError) as error:
         problem = f"cannot be read and written there: {_reason(error)}"
-    return replace(found, storage_problem=problem)
+    return replace(info, storage_problem=problem)
 
 
 def _result(answer: Any, folder: str, node: str) -> NodeInfo | str:
     try:
-        found: NodeInfo = ray.get(answer, timeout=0)
+        info: NodeInfo = ray.get(answer, timeout=0)
     except TimeoutError:
         return f"did not answer within {WAIT:g} s"
     except RayTaskError as error:
         return f"cannot run this project: {_reason(error.cause or error)}; install it there"
     except RayError as error:
         return f"did not answer: {_reason(error)}"
-    if found.storage_problem is None and not storage.exists(storage.join(folder, node)):
-        return replace(found, storage_problem="what it writes does not arrive here")
-    return found
+    if info.storage_problem is None and not storage.exists(storage.join(folder, node)):
+        return replace(info, storage_problem="does not show here the file that this node has written there")
+    return info
 
 
 def _version(package: str) -> str | None:

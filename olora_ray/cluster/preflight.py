@@ -1,4 +1,4 @@
-"""Checks before expensive work: whether the cluster has, or can get, what a run needs; all problems in one error."""
+"""Checks before expensive work: the cluster has, or can get, what a run needs. One error lists all problems."""
 
 import logging
 import math
@@ -31,54 +31,52 @@ from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, answers_at_o
 
 logger = logging.getLogger(__name__)
 
-# Room for the workers by memory: of the GPUs, and of the nodes, which hold the base while it is loaded.
+# Memory for the workers: of the GPUs, and of the nodes, which hold the base while it is loaded.
 
 
 GIB = 2**30
 COPIES = 5
-"""Copies of the adapter that a worker with a GPU has in its node's memory at most: a checkpoint's factors, update, two
+"""Copies of the adapter in the node's memory per worker with a GPU, at most: a checkpoint's factors, update, two
 moments and best update."""
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-"""Precisions of a base as the headers of safetensors name them."""
+"""Names of precisions in the headers of safetensors."""
 AMPERE = (8, 0)
-"""Compute capability since which GPUs compute in bfloat16."""
+"""The lowest compute capability of GPUs that compute in bfloat16."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that has room for workers but for its memory, which is asked here."""
+    """A node with enough CPUs and GPUs for workers. Its memory is checked here."""
 
     address: str
     info: NodeInfo
     fits: int
-    """Workers by CPUs and GPUs."""
+    """Workers that fit by CPUs and GPUs."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of one kind that each worker needs."""
-
-    kind: str
+    memory: str
+    """Name of the memory in messages."""
     size: float
-    """Bytes."""
+    """Bytes per worker."""
     have: Callable[[Node], float]
-    """Bytes of a node, which all of its workers share, or `each` has for itself."""
+    """Bytes of a node, shared by its workers; with `each`, bytes for each of its workers."""
     advice: str | None
-    """What to do where it is missing; None: it depends on the size of the training."""
+    """The remedy if it is missing; None if a smaller training would help."""
     each: bool = False
 
     def room(self, node: Node) -> int:
-        """Workers that fit on a node."""
         if self.each:
             return node.fits if self.have(node) >= self.size else 0
         return min(node.fits, int(self.have(node) // self.size))
 
 
 def as_loaded(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> Config:
-    """The config with what `auto` stands for on these nodes: float32 and sdpa if a GPU is older than Ampere.
+    """Return the config with `auto` resolved for these nodes: float32 and sdpa if a GPU is older than Ampere.
 
-    A run that is resumed stays in the precision that it began in (cluster/worker_context.py). A plan takes GPUs to
-    compute in bfloat16, and to have flash attention (model/load.py, model/attention.py).
+    A resumed run keeps its precision (cluster/worker_context.py). Otherwise the estimate of memory assumes that GPUs
+    compute in bfloat16 and have flash attention (model/load.py, model/attention.py).
     """
     nodes = with_room(config, wanted, answers) if "GPU" in wanted else []
     began = checkpoints.precision_now(storage.join(config.folder(), "checkpoints"))
@@ -93,7 +91,6 @@ def as_loaded(config: Config, wanted: Resources, answers: Sequence[tuple[str, No
 def memory_problems(
     config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
 ) -> Iterator[str]:
-    """What keeps the fewest workers of the config from fitting in memory, on the nodes that have room otherwise."""
     gpus = wanted.get("GPU", 0.0)
     nodes = with_room(config, wanted, answers)
     for need in needs(config, base, size, gpus) if nodes else ():
@@ -106,19 +103,19 @@ def memory_problems(
 def with_recomputation(
     config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
 ) -> MemoryEstimate:
-    """The size if train.activation_checkpointing is auto and a step does not fit without; else the size as it is."""
+    """Return the size with activation checkpointing if that is `auto` and a step does not fit without; else `size`."""
     gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
     if config.train.activation_checkpointing != "auto" or not nodes:
         return size
-    ample = replace(size, activation_bytes=int(size.activation_bytes * 1.1))  # what a step may take beyond its plan
+    ample = replace(size, activation_bytes=int(size.activation_bytes * 1.1))  # a step may take more than estimated
     if fits(config, base, ample, gpus, nodes):
         return size
     less = estimate(override(config, {"train.activation_checkpointing": True}), base, bool(gpus))
-    return min(size, less, key=lambda one: one.activation_bytes)
+    return min(size, less, key=lambda estimated: estimated.activation_bytes)
 
 
 def with_room(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:
-    """The nodes that have room for workers by CPUs and GPUs; none if that is too little for the fewest."""
+    """Return the nodes with enough CPUs and GPUs for workers; none if the fewest workers do not fit."""
     if resources.room(wanted, resources.present()) < config.cluster.min_workers():
         return []
     of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
@@ -130,14 +127,14 @@ def with_room(config: Config, wanted: Resources, answers: Sequence[tuple[str, No
 
 
 def fits(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> bool:
-    """Whether the fewest workers of the config have what they need that depends on the size of the training."""
+    """True if the config's fewest workers fit, in the memory that depends on the size of the training."""
     apart = size.offloaded_bytes > 0
     needed = (need for need in needs(config, base, size, gpus) if apart or need.advice is None)
     return all(missing(config.cluster.min_workers(), need, nodes) is None for need in needed)
 
 
 def smaller(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> str:
-    """The first of `changes` with which the workers fit, in words."""
+    """Return advice: the first of `changes` with which the workers fit."""
     for change in changes(config, gpus):
         other = override(config, change)
         if fits(other, base, estimate(other, base, bool(gpus)), gpus, nodes):
@@ -150,9 +147,10 @@ def smaller(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node])
 
 
 def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
-    """What needs less memory than the config, what costs least first; each on top of those before it.
+    """Yield settings that need less memory, the least costly first. Each adds to the previous ones.
 
-    Not another number of workers: the problem says for how many there is room. Fewer answers at once, alone or last.
+    Fewer answers at a time come alone at first, and at the end together with all others. The number of workers stays:
+    the message says how many fit.
     """
     yield from _fewer_answers(config)
     change: dict[str, Any] = {}
@@ -166,7 +164,7 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
         yield dict(change)
     if _may_shard(config):
         change["cluster.strategy"] = "fsdp"
-        if config.cluster.fsdp_replicas > 1:  # without a use so far, and perhaps for another number of workers
+        if config.cluster.fsdp_replicas > 1:  # had no effect with ddp, and may not divide the number of workers
             change["cluster.fsdp_replicas"] = 1
         yield dict(change)
     sharded = "cluster.strategy" in change or config.cluster.strategy == "fsdp"
@@ -177,7 +175,7 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
         change["model.dtype"] = "bfloat16"
         yield dict(change)
     length = config.data.length()
-    while length >= 512:  # nobody is advised to shorten sequences to less than 256 tokens
+    while length >= 512:  # sequences of less than 256 tokens would cut most examples, so they are no advice
         length //= 2
         change["data.max_length"] = length
         yield dict(change)
@@ -185,23 +183,22 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
 
 
 def _may_shard(config: Config) -> bool:
-    """Whether a base that each worker holds whole may be sharded instead; not a packed one, nor one with spares."""
+    # fsdp has neither quantised bases nor spares.
     cluster = config.cluster
-    whole = cluster.strategy == "ddp" and cluster.min_workers() > 1
-    return whole and config.model.quantization == "none" and not cluster.spares
+    unsharded = cluster.strategy == "ddp" and cluster.min_workers() > 1
+    return unsharded and config.model.quantization == "none" and not cluster.spares
 
 
 def _fewer_answers(config: Config) -> Iterator[dict[str, Any]]:
-    """Held-out prompts that are answered and scored, so few that fewer are answered at once."""
-    asked, count = config.evaluation, answers_at_once(config)
+    # Prompts are answered in batches, so only a number of prompts below the size of a batch needs less memory.
+    evaluation, count = config.evaluation, answers_at_once(config)
     while count > 1:
         count //= 2
-        scored = {"evaluation.rows": min(asked.rows, count)} if asked.scorer else {}
-        yield {"evaluation.samples": min(asked.samples, count), **scored}
+        scored = {"evaluation.rows": min(evaluation.rows, count)} if evaluation.scorer else {}
+        yield {"evaluation.samples": min(evaluation.samples, count), **scored}
 
 
 def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) -> Iterator[Need]:
-    """What each worker needs that has `gpus` GPUs."""
     running = size.total_bytes() + PROCESS_BYTES
     stored, wanted = precisions(config, base, gpu=bool(gpus))
     converted = 0 if stored == NAMES[wanted] or size.by_rows else size.parameters * wanted.itemsize
@@ -209,49 +206,48 @@ def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) ->
         yield Need("memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, None)
         return
     yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
-    advice = "use fewer workers on a node: raise cluster.cpus_per_worker"
+    advice = "use fewer workers per node: raise cluster.cpus_per_worker"
     if size.offloaded_bytes:
         advice += ", or set cluster.fsdp_offload=false"
     if converted:
-        advice += f", or use a base that is stored in {NAMES[wanted]}: this one, in {stored}, is converted in memory"
+        advice += f", or use a base model stored in {NAMES[wanted]} ({stored} is converted in memory)"
     held = PROCESS_BYTES + converted + size.offloaded_bytes + COPIES * 4 * size.trainable
-    yield Need("memory beside its GPU", held, lambda node: node.info.memory, advice)
+    yield Need("CPU memory", held, lambda node: node.info.memory, advice)
 
 
 def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
-    """The problem if fewer than so many workers fit on these nodes."""
     room = sum(need.room(node) for node in nodes)
     if room >= fewest:
         return None
-    each = " for each" if need.each else ""
+    each = " per worker" if need.each else ""
     shown = ", ".join(f"node {node.address} has {need.have(node) / GIB:.1f} GiB{each}" for node in nodes[:4])
     return (
-        f"cluster.workers={fewest}: each needs about {need.size / GIB:.1f} GiB of {need.kind}, so there is room for"
-        f" {room} ({shown})"
+        f"cluster.workers={fewest}: each worker needs about {need.size / GIB:.1f} GiB of {need.memory}, so there is"
+        f" room for {room} ({shown})"
     )
 
 
 def no_room_for_spares(config: Config, need: Need, nodes: Sequence[Node]) -> str | None:
-    """The problem if the spares have no room beside the fewest workers: they take memory, but no CPU."""
+    # Spares take memory but no CPU, so `Need.room` does not count them.
     cluster, room = config.cluster, sum(int(need.have(node) // need.size) for node in nodes)
     if need.each or not cluster.min_workers() <= room < cluster.min_workers() + cluster.spares:
         return None
     return (
-        f"cluster.spares={cluster.spares}: each process needs about {need.size / GIB:.1f} GiB of {need.kind}, and"
-        f" beside {cluster.min_workers()} workers there is room for {room - cluster.min_workers()}"
+        f"cluster.spares={cluster.spares}: each process needs about {need.size / GIB:.1f} GiB of {need.memory}; beside"
+        f" {cluster.min_workers()} workers there is room for {room - cluster.min_workers()}; lower cluster.spares"
     )
 
 
 def _gpu_memory(node: Node) -> float:
-    """Bytes of each GPU of a node; without an end where nobody tells (AMD's)."""
+    # AMD's GPUs do not report their memory. For them nothing is checked.
     return math.inf if node.info.gpu_memory is None else node.info.gpu_memory
 
 
 def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.dtype]:
-    """How most of a base's weights are stored, as a header names it, and how they are loaded.
+    """Return the precision in which most of the base's weights are stored, as in a header, and the one that is loaded.
 
-    transformers maps the files where both are the same; otherwise each worker converts the whole base in memory of its
-    own, unless it reads its part of a sharded one by rows, or packs it layer by layer.
+    If both are equal, transformers maps the files. Otherwise each worker converts the complete base in its own memory,
+    unless it reads its part of a sharded base by rows, or quantises the base layer by layer.
     """
     auto_on_gpu = gpu and config.model.dtype == "auto"
     wanted = torch.bfloat16 if auto_on_gpu else pick_dtype(config.model, torch.device("cpu"))
@@ -263,26 +259,25 @@ def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.d
                     part = weights.get_slice(name)
                     numbers[part.get_dtype()] += math.prod(part.get_shape())
         except (OSError, SafetensorError):
-            continue  # said when it is loaded
+            continue  # loading the base reports the problem
     return max(numbers, key=numbers.__getitem__, default=NAMES[wanted]), wanted
 
 
 Answers = list[tuple[str, NodeInfo]]
-"""Address of a node, and what it says."""
 
 
 def check(config: AnyConfig, base: BaseModel | None) -> None:
-    """Raise UserError with everything that keeps the run from working on this cluster; needs ray.init.
+    """Raise UserError with all problems that prevent the run on this cluster. Needs ray.init.
 
-    A run that fits only once the autoscaler has started nodes waits for them, and so does one with a range
-    of workers: a line says so. Memory and disk are looked at for a training only: with a `base` and a whole Config.
+    It is no problem, but logged, if the run must wait for nodes that the autoscaler may start, or if it has a range of
+    workers. Memory and disk are checked only for a training, with a `base` and a Config.
     """
     wanted = resources.worker_resources(config)
     problems = list(_workers(config, wanted))
     answers, silent = _ask(config, resources.schedulable_nodes())
     problems += silent
-    kind = KINDS.get(config.model.quantization)
-    problems += version_problems(node_facts.node_info(), answers, None if kind is None else kind.library)
+    packing = KINDS.get(config.model.quantization)
+    problems += version_problems(node_facts.node_info(), answers, None if packing is None else packing.library)
     problems += code_problems()
     problems += gpu_problems(wanted, answers)
     problems += _spares(config, wanted)
@@ -297,7 +292,7 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
 
 
 def recomputes(config: Config, base: BaseModel) -> bool:
-    """Whether blocks are run again in the backward pass, on this cluster; needs ray.init."""
+    """Return train.activation_checkpointing, with `auto` resolved for this cluster. Needs ray.init."""
     if config.train.activation_checkpointing != "auto":
         return config.train.activation_checkpointing
     wanted = resources.worker_resources(config)
@@ -308,30 +303,30 @@ def recomputes(config: Config, base: BaseModel) -> bool:
 
 
 def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> MemoryEstimate:
-    """What a worker needs; a line says what is not as people have been told."""
     planned = estimate(config, base, gpu="GPU" in wanted)
     size = with_recomputation(config, base, planned, wanted, answers)
+    # The user has already seen `planned`. Log what differs from it.
     if size.problem:
         logger.info(
-            f"memory: the plan is without {size.problem}: the model's code does not run without numbers; if memory runs"
-            " out, set train.activation_checkpointing=true or lower train.micro_batch"
+            f"memory: the estimate is without {size.problem}: the model's code does not run without weights; if memory"
+            " runs out, set train.activation_checkpointing=true or lower train.micro_batch"
         )
     if size is not planned:
         logger.info(
-            f"train.activation_checkpointing: auto: blocks are run again in the backward pass: a step takes"
-            f" {size.activation_bytes / GIB:.2f} GiB instead of {planned.activation_bytes / GIB:.2f}, which"
-            " would not fit"
+            f"train.activation_checkpointing=auto: activations are recomputed in the backward pass: a step takes"
+            f" {size.activation_bytes / GIB:.2f} GiB; without that, {planned.activation_bytes / GIB:.2f} GiB would not"
+            " fit"
         )
     return size
 
 
 def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
-    """Room for the fewest workers, now or later; and for Ray Data beside them."""
+    """Yield the problem if the fewest workers have no room, now or later. Log if they wait, or slow down Ray Data."""
     cluster, nodes, later = config.cluster, resources.present(), resources.maximum()
     fewest = cluster.min_workers()
     now, most = resources.room(wanted, nodes), resources.room(wanted, later)
-    fields = ", ".join(f"{kind.lower()}s_per_worker={each:g}" for kind, each in wanted.items())
-    have = ", ".join(f"{resources.amount(kind, nodes):g} {kind}s" for kind in wanted)
+    fields = ", ".join(f"{name.lower()}s_per_worker={each:g}" for name, each in wanted.items())
+    have = ", ".join(f"{resources.amount(name, nodes):g} {name}s" for name in wanted)
     have += f", {plural(len(nodes), 'node')}"
     needs = f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
     if now < fewest <= most or (now < fewest and cluster.is_elastic()):
@@ -342,32 +337,30 @@ def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
     left = resources.amount("CPU", later) - cluster.max_workers() * wanted["CPU"]
     if len(nodes) > 1 and left < 1 and now >= fewest:
         logger.info(
-            f"{cluster.max_workers()} workers leave {max(left, 0):g} CPUs for the preparation of data, which then"
-            " runs slowly beside the training: add CPU nodes or lower cluster.cpus_per_worker"
+            f"cluster.workers: {cluster.max_workers()} workers leave {max(left, 0):g} CPUs for data preparation, which"
+            " slows down: add CPU nodes or lower cluster.cpus_per_worker"
         )
 
 
 def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
-    """What the nodes say, and problems of those that do not."""
+    # A single node is this one, and RunFolder.check has already written into its local storage.
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
-        return [
-            (nodes[0]["NodeManagerAddress"], node_facts.node_info())
-        ], []  # it is this one: RunFolder.check has written there
+        return [(nodes[0]["NodeManagerAddress"], node_facts.node_info())], []
     try:
-        found = node_facts.query_nodes(nodes, config.run.storage)
+        every = node_facts.query_nodes(nodes, config.run.storage)
     except (OSError, ValueError) as error:
         return [], [f"run.storage: {config.run.storage} cannot be written: {error}"]
-    named = [(node["NodeManagerAddress"], answer) for node, answer in zip(nodes, found, strict=True)]
+    named = [(node["NodeManagerAddress"], answer) for node, answer in zip(nodes, every, strict=True)]
     answers = [(address, answer) for address, answer in named if isinstance(answer, NodeInfo)]
     return answers, _grouped([(address, answer) for address, answer in named if isinstance(answer, str)])
 
 
 def version_problems(here: NodeInfo, answers: Answers, library: str | None = None) -> list[str]:
-    """Other versions than here; Python's last number and a build's tag (+cpu) may differ.
+    """Return the packages that have another version on a node than here.
 
-    Of the packages that only some runs need this one needs `library`.
+    Python's last number and a build's tag (+cpu) may differ. `library` is the optional package that this run needs.
     """
-    found = []
+    problems = []
     for address, info in answers:
         for package, wanted in here.versions.items():
             if package in node_facts.FOR_SOME and package != library:
@@ -375,21 +368,19 @@ def version_problems(here: NodeInfo, answers: Answers, library: str | None = Non
             version = info.versions.get(package)
             if _public(package, version) != _public(package, wanted):
                 shown = f"has {package} {version}" if version else f"has no {package}"
-                found.append((address, f"{shown}, here it is {wanted}: install the same version on all nodes"))
-    return _grouped(found)
+                problems.append((address, f"{shown}, here it is {wanted}: install the same version on all nodes"))
+    return _grouped(problems)
 
 
 def code_problems() -> list[str]:
-    """Another copy of the project in the folder of now: Ray's workers look there first, and the driver does not.
-
-    A checkout, say, from which a script is started that imports what was installed of an earlier one.
-    """
+    # Ray's workers import from the current folder first, and the driver does not. So a script that is started in a
+    # newer checkout would mix the installed code with the checkout's code.
     other = Path.cwd() / node_cache.PACKAGE.name
     if not (other / "__init__.py").is_file() or node_cache.project(other) == node_cache.project():
         return []
     return [
-        f"{other} has other code than {node_cache.PACKAGE}, which this is, and the workers would take it: install it"
-        " (pip install --no-deps .), or start from another folder"
+        f"{other} differs from {node_cache.PACKAGE}, which this process uses: workers would import the copy in the"
+        " current folder; install that (pip install --no-deps .), or start from another folder"
     ]
 
 
@@ -402,19 +393,18 @@ def _public(package: str, version: str | None) -> str | None:
 def _spares(config: AnyConfig, wanted: Resources) -> list[str]:
     if config.cluster.spares and "GPU" in wanted:
         return [
-            f"cluster.spares={config.cluster.spares}: workers on GPUs are started again all together, and a spare has"
-            " no GPU; use spares: 0"
+            f"cluster.spares={config.cluster.spares}: a spare has no GPU, and workers on GPUs restart all together; set"
+            " cluster.spares=0"
         ]
     return []
 
 
 def _storage(config: AnyConfig, answers: Answers) -> list[str]:
-    told = [(address, info.storage_problem) for address, info in answers if info.storage_problem]
-    return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in told])
+    problems = [(address, info.storage_problem) for address, info in answers if info.storage_problem]
+    return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in problems])
 
 
 def gpu_problems(wanted: Resources, answers: Answers) -> list[str]:
-    """Nodes whose GPUs the workers would get and could not use."""
     if "GPU" not in wanted:
         return []
     of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
@@ -423,50 +413,50 @@ def gpu_problems(wanted: Resources, answers: Answers) -> list[str]:
 
 
 def unusable_gpu(info: NodeInfo) -> str | None:
-    """Why a node's GPUs cannot be used; None if they can, as far as is seen without using them."""
     torch, instead = info.versions["torch"] or "", "or set cluster.gpus_per_worker=0"
     if torch.endswith("+cpu"):
         return f"has GPUs, and torch {torch}, which is for CPUs only: install torch for CUDA there, {instead}"
     if info.gpu_memory is None and "+rocm" not in torch:
-        return f"has GPUs that NVIDIA's driver does not show: mend the driver, {instead}"
+        return f"has GPUs that NVIDIA's driver does not show: fix the driver, {instead}"
     return None
 
 
 def disk_problems(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:
-    """Room in a local storage for tokens, checkpoints and exports, as far as they are not there yet.
+    """Yield the problem if the disk is too small for the tokens, checkpoints and exports that do not exist yet.
 
-    With another storage, room in the temporary folder of this node for what is uploaded from there.
+    A local storage needs room for all of them. Any other storage needs room in the temporary folder, from which the
+    files are uploaded.
     """
-    checkpoint = 5 * 4 * size.trainable  # factors, update, two moments, the best
+    checkpoint = 5 * 4 * size.trainable  # factors, update, two moments, the best update
     exports = 2 * 4 * size.trainable + sum(file.stat().st_size for file in Path(base.folder).glob("*.safetensors"))
     if storage.is_uri(config.run.storage):
         temporary, need = tempfile.gettempdir(), checkpoint + exports
         if (free := shutil.disk_usage(temporary).free) < need:
             yield (
-                f"run.storage: what is uploaded from {temporary} needs about {need / GIB:.2f} GiB there, and"
-                f" {free / GIB:.2f} GiB are free; make room, or set TMPDIR to another place"
+                f"run.storage: uploads need about {need / GIB:.2f} GiB in {temporary}, where {free / GIB:.2f} GiB are"
+                " free; make room, or set TMPDIR to another folder"
             )
         return
-    place = Path(config.run.storage)
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    root = Path(config.run.storage)
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
     parts = {
         "tokens": _source_bytes(config),  # about as much as the text
         "checkpoints": (config.train.keep + 1) * checkpoint,
         "exports": exports,
     }
-    # What lies there may be of other runs, and makes no room for the rest of this one.
-    tokens = max(0, parts["tokens"] - _used(place / "tokens"))
-    need = tokens + max(0, parts["checkpoints"] + parts["exports"] - _used(place / config.run.name))
-    if (free := shutil.disk_usage(there).free) < need:
+    # Existing tokens may belong to other runs. They must not count as this run's checkpoints, or the reverse.
+    tokens = max(0, parts["tokens"] - _used(root / "tokens"))
+    need = tokens + max(0, parts["checkpoints"] + parts["exports"] - _used(root / config.run.name))
+    if (free := shutil.disk_usage(existing).free) < need:
         shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
         yield (
-            f"run.storage: the run needs about {need / GIB:.2f} GiB below {place} ({shown}), and {free / GIB:.2f} GiB"
+            f"run.storage: the run needs about {need / GIB:.2f} GiB below {root} ({shown}), where {free / GIB:.2f} GiB"
             " are free; make room, or set another run.storage"
         )
 
 
 def _source_bytes(config: Config) -> int:
-    """Size of the sources that are single local files: others are looked at only when they are read."""
+    # Only sources that are single local files. Others are opened only when they are read.
     paths = [Path(source.path) for source in (*config.data.train, *config.data.eval)]
     return sum(path.stat().st_size for path in paths if path.is_file())
 
@@ -480,10 +470,10 @@ def _used(folder: Path) -> int:
     )
 
 
-def _grouped(found: Sequence[tuple[str, str]]) -> list[str]:
-    """`node A, B and 3 more: problem` for each problem."""
+def _grouped(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """Return `nodes A, B, C and 3 more: problem` for each problem of (address, problem)."""
     nodes: dict[str, list[str]] = {}
-    for address, problem in found:
+    for address, problem in problems:
         nodes.setdefault(problem, []).append(address)
     return [f"{_named(addresses)}: {problem}" for problem, addresses in nodes.items()]
 

@@ -1,7 +1,7 @@
-"""Ray's private parts: the only file that uses names which Ray may change without notice.
+"""Uses of Ray's private parts: the only file with names that Ray may change without notice.
 
-Each use is marked with the version whose source it was read from, and each function says why no public way would do.
-After an upgrade of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
+Each use is marked with the version of Ray whose source was read, and each function says why public functions are not
+enough. After an upgrade of Ray, tests/cluster/test_ray_internals.py shows what has changed.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 HEAD = "node:__internal_head__"
-"""A resource that Ray 2.60 gives to the head only; no other field of ray.nodes() tells which node that is."""
+"""A resource that only the head has in Ray 2.60. No other field of ray.nodes() identifies the head."""
 
 
 # Joining a Ray.
 
 
 def started_address() -> str | None:
-    """Return the address of the Ray that `ray start` has started on this machine, or joined; None without one.
+    """Return the address of the Ray that `ray start` has started or joined on this machine; None without one.
 
-    `ray start` writes it into a file of the folder for temporary files, `ray stop` removes that; ray.init never writes
-    it. `ray.init("auto")` takes any Ray among the processes, also one that another program has started for itself. A
-    head with a --temp-dir of its own has its file there.
+    `ray.init("auto")` is no replacement: it joins any Ray of this machine, even one that another program has started
+    for itself. `ray start` writes the address into a file in Ray's temporary folder, and `ray stop` removes the file.
+    A head with another --temp-dir is not found.
     """
     from ray._private.utils import read_ray_address  # Ray 2.60
 
@@ -41,10 +41,10 @@ def started_address() -> str | None:
 
 
 def joined_running_node() -> bool:
-    """True if this process is a driver that has joined a Ray which was running before.
+    """True if this process is a driver that has joined a running Ray; False if it has started its own Ray.
 
-    False in Ray's own processes, and in one that has started a Ray for itself. Ray 2.60, _private/worker.py; the
-    runtime context knows the node, but not who started it.
+    Also False in Ray's own processes. Ray 2.60, _private/worker.py. The public runtime context knows the node, but not
+    who started it.
     """
     node: Any = ray._private.worker._global_node
     return node is not None and not node.is_head()
@@ -53,9 +53,9 @@ def joined_running_node() -> bool:
 def version_at(address: str, token: str | None, timeout: float) -> str:
     """Return the version of the Ray whose head answers at `address` within `timeout` seconds.
 
-    Raises PermissionError if it asks for another token, or for one at all, and ConnectionError if what answers is no
-    Ray head. Ray 2.60, core/generated: the call that Ray's own health checks make. ray.init tries for a minute, a line
-    a second, and ends in a traceback.
+    Raises PermissionError if the head rejects `token`, or requires one, and ConnectionError if no Ray head answers.
+    Ray 2.60, core/generated: the call of Ray's own health checks. The public ray.init tries for a minute, with a log
+    line per second, and ends in a traceback.
     """
     import grpc
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -75,9 +75,9 @@ def version_at(address: str, token: str | None, timeout: float) -> str:
 
 
 def set_auth_mode(mode: str) -> None:
-    """Let this process use tokens (`token`) or none (`disabled`), whatever it did before; before ray.init.
+    """Set whether this process uses tokens (`token`) or none (`disabled`). Call it before ray.init.
 
-    RAY_AUTH_MODE alone is read when Ray is imported.
+    The environment variable RAY_AUTH_MODE alone would not be enough: Ray reads it at its import.
     """
     from ray import _raylet  # Ray 2.60, _private/authentication/authentication_token_setup.py
 
@@ -86,22 +86,21 @@ def set_auth_mode(mode: str) -> None:
 
 
 def beside_job(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables that this job was not submitted with; all in a process that is no job.
+    """Return the environment variables that this Ray job was not submitted with; all of them outside a job.
 
-    Given one that the job has, ray.init ends in a traceback, whatever its value is, and shows all of them in it. The
-    runtime context tells them only after ray.init.
+    If ray.init gets a variable that the job already has, it ends in a traceback that shows the values of all of them.
+    The public runtime context knows the job's variables only after ray.init.
     """
     # Ray 2.60, _private/runtime_env/constants.py
-    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    of_job = (told.get("runtime_env") or {}).get("env_vars") or {}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    of_job = (job.get("runtime_env") or {}).get("env_vars") or {}
     return {name: value for name, value in variables.items() if name not in of_job}
 
 
 def quiet_ray() -> None:
-    """Let Ray's libraries log warnings and errors only, in this process."""
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Ray 2.60. It warns at each start of a local Ray that tokens are on.
+    # Ray 2.60 warns at each start of a local Ray that tokens are on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
@@ -109,42 +108,41 @@ def quiet_ray() -> None:
 
 
 def _state() -> Any:
-    """Return the client of Ray's control store: public functions sum over nodes, or ask a dashboard that may be off."""
+    """Return the client of Ray's control store. Public functions sum over nodes, or need the dashboard to run."""
     from ray._private.state import state  # Ray 2.60
 
     return state
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """Return node id -> what is free there."""
     free: Mapping[str, Mapping[str, float]] = _state().available_resources_per_node()
     return free
 
 
 def draining_nodes() -> set[str]:
-    """Return the ids of the nodes that are about to be taken away. In `ray.nodes()` they are alive until the end."""
+    """Return the ids of the nodes that will be taken away. In the public `ray.nodes()` they are alive until the end."""
     return set(_state().get_draining_nodes())
 
 
 def autoscaler_groups() -> list[tuple[dict[str, float], int]] | None:
-    """Return resources and largest number of each kind of node that the autoscaler may start; below 0: no limit.
+    """Return the resources and the largest number of each type of node of the autoscaler; a number below 0: no limit.
 
-    None if it has not told the control store.
+    None if the autoscaler has not published its limits in the control store.
     """
-    told = _state().get_cluster_config()
-    return None if told is None else [(dict(each.resources), each.max_count) for each in told.node_group_configs]
+    limits = _state().get_cluster_config()
+    return None if limits is None else [(dict(each.resources), each.max_count) for each in limits.node_group_configs]
 
 
 def actor_died(actor_id: str) -> bool:
     """True if the actor with this id (hex) is certainly dead. Takes about a millisecond."""
-    found: Any = _state().actor_table(actor_id)
-    return bool(found) and found["State"] == "DEAD"
+    actor: Any = _state().actor_table(actor_id)
+    return bool(actor) and actor["State"] == "DEAD"
 
 
 def end_train_controllers() -> None:
     """Kill the controllers of all trainers that this process has started, with their workers.
 
-    Ray 2.60, train/v2/api/data_parallel_trainer.py: `fit` keeps the actor to itself, and has no end of its own while a
+    Ray 2.60, train/v2/api/data_parallel_trainer.py: `fit` does not publish the controller, and does not end while a
     worker waits for room.
     """
     from ray._private.worker import global_worker  # Ray 2.60; ray.kill wants a handle
@@ -161,7 +159,7 @@ def end_train_controllers() -> None:
 def abandoned_placement_groups() -> "list[PlacementGroup]":
     """Return this job's placement groups whose creating actor is dead.
 
-    The public table of placement groups does not say who made a group, nor whether that actor still lives.
+    The public table of placement groups has neither the creating actor nor its state.
     """
     from ray.core.generated import gcs_pb2
     from ray.util.placement_group import PlacementGroup
@@ -173,7 +171,7 @@ def abandoned_placement_groups() -> "list[PlacementGroup]":
     return [
         PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
         for group in groups
-        # What the driver itself has made, as Tune does for its trials, has no creating actor.
+        # Placement groups that the driver itself has created, such as Tune's for its trials, have no creating actor.
         if not ray.ActorID(group.creator_actor_id).is_nil() and group.creator_actor_dead
         if group.state != table.REMOVED
     ]
@@ -183,9 +181,9 @@ def abandoned_placement_groups() -> "list[PlacementGroup]":
 
 
 def train_parts() -> SimpleNamespace:
-    """Return the classes of Train's controller that cluster/membership/places.py builds on.
+    """Return the classes of Ray Train's controller that cluster/membership/places.py extends.
 
-    Raises ImportError or AttributeError with the name that this Ray does not have.
+    Raises ImportError or AttributeError with the name that this version of Ray lacks.
     """
     # Ray 2.60
     from ray.train.v2._internal import exceptions, util
@@ -193,7 +191,7 @@ def train_parts() -> SimpleNamespace:
     from ray.train.v2._internal.execution import callback, controller, worker_group
 
     group = worker_group.WorkerGroup
-    # What a group of ours overrides: with other parameters Ray would call it in another way.
+    # `Group` in places.py overrides these methods. With other parameters, Ray would call them in another way.
     for method, wanted in {"_create_placement_group": 3, "_create_workers": 8, "_assign_worker_ranks": 4}.items():
         if len(inspect.signature(getattr(group, method)).parameters) != wanted:
             raise AttributeError(f"WorkerGroup.{method} has other parameters")
@@ -209,7 +207,7 @@ def train_parts() -> SimpleNamespace:
     )
 
 
-def replaces_one_by_one() -> str | None:
+def replacement_problem() -> str | None:
     """Return why this Ray cannot replace one worker while the others train on; None if it can."""
     from ray.train.backend import Backend
 
@@ -217,13 +215,13 @@ def replaces_one_by_one() -> str | None:
         train_parts()
     except (ImportError, AttributeError) as error:
         return str(error)
-    return None if hasattr(Backend, "has_replica_groups") else "Backend.has_replica_groups is not there"
+    return None if hasattr(Backend, "has_replica_groups") else "Backend.has_replica_groups is missing"
 
 
 def startup_failed(error: Exception) -> bool:
-    """True if this error of Train's controller says that a group of workers could not start.
+    """True if the error of Ray Train's controller means that a group of workers could not start.
 
-    Inside the public ControllerError only the class tells.
+    The public ControllerError contains the error, but only the private class of the error shows its meaning.
     """
     from ray.train.v2._internal import exceptions  # Ray 2.60
 
@@ -237,28 +235,26 @@ def _train_context() -> Any:
 
 
 def preemption_noted() -> bool:
-    """True if Train's watcher has left word in this worker that a node will be taken away. A local read.
+    """True if Ray Train has told this worker that a node will be taken away. Reads only local state.
 
-    The public `ray.train.get_preemption_info()` is a barrier of all workers over an actor: too expensive to be called
-    every step.
+    The public `ray.train.get_preemption_info()` is a barrier of all workers over an actor: too slow for every step.
     """
-    noted = getattr(_train_context().get_train_context(), "preemption_context", None)
-    return getattr(noted, "preemption_info", None) is not None
+    context = getattr(_train_context().get_train_context(), "preemption_context", None)
+    return getattr(context, "preemption_info", None) is not None
 
 
 def quiet_train_worker() -> None:
-    """Let Train log no line for each report of this worker.
+    """Turn off Ray Train's log line for each report of this worker.
 
-    The logger is named after the path of its file, so that the level of "ray.train" does not reach it.
+    The logger is named after the path of its file, so the level of the logger "ray.train" does not apply to it.
     """
     _train_context().logger.setLevel(logging.WARNING)
 
 
 def begin_autoscaling_coordinator() -> None:
-    """Have the actor started that Train's controller waits for before it asks for room for workers.
+    """Start the actor that Ray Train's controller needs before it requests room for workers.
 
-    The controller makes it on its own node, the driver's, if it is not there. By then it has started, beside other
-    work.
+    The controller would start it and wait for it. Started here, it comes up while the driver does other work.
     """
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator  # Ray 2.60
 
@@ -269,9 +265,9 @@ def begin_autoscaling_coordinator() -> None:
 
 
 def reads_data() -> bool:
-    """True while a thread of this process is at work for Ray Data.
+    """True while a thread of this process works for Ray Data.
 
-    Ray 2.60: its threads have several names, but all of them run code of its package.
+    Ray 2.60: its threads have several names, but all of them run code of the package ray.data.
     """
     package = os.path.join(os.path.dirname(ray.__file__), "data", "")
     return any(
@@ -285,9 +281,9 @@ def reads_data() -> bool:
 
 
 def system_memory() -> int:
-    """Return the bytes of this machine, or the limit of its container.
+    """Return the bytes of memory of this machine, or the limit of its container.
 
-    Public values are those of a node that has started, less Ray's own share.
+    The public values describe a started node, after Ray has subtracted its own share.
     """
     from ray._common.utils import get_system_memory  # Ray 2.60
 
@@ -295,23 +291,22 @@ def system_memory() -> int:
 
 
 def gpu_memory() -> list[int]:
-    """Return the bytes of each GPU of this machine that tells; empty without one.
+    """Return the bytes of each GPU of this machine that reports them; empty without one.
 
-    Those that share the memory of the machine do not tell (GB10), nor do some of which a part alone is seen (MIG).
-    torch would take memory on each GPU to say the same.
+    GPUs that share the memory of the machine (GB10) and some parts of a GPU (MIG) do not report their memory. torch
+    would report the same, but takes memory on each GPU for it.
     """
     return _of_each_gpu(lambda pynvml, handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
 
 
 def gpu_generations() -> list[tuple[int, int]]:
-    """Return the compute capability of each GPU of this machine; as `gpu_memory`."""
     return _of_each_gpu(lambda pynvml, handle: tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
 
 
-def _of_each_gpu(told: Callable[[Any, Any], Any]) -> list[Any]:
+def _of_each_gpu(query: Callable[[Any, Any], Any]) -> list[Any]:
     from ray._private.thirdparty import pynvml  # Ray 2.60
 
-    found: list[Any] = []
+    answers: list[Any] = []
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
@@ -319,18 +314,18 @@ def _of_each_gpu(told: Callable[[Any, Any], Any]) -> list[Any]:
         return []
     for handle in handles:
         with contextlib.suppress(pynvml.NVMLError):
-            found.append(told(pynvml, handle))
-    return found
+            answers.append(query(pynvml, handle))
+    return answers
 
 
 # Ray Tune.
 
 
 def keep_credentials() -> None:
-    """Have Tune leave the keys of AWS where they are: in the environment of this process, and of each node.
+    """Stop Tune from copying this process's AWS keys to the trials, which use their node's environment.
 
-    Ray 2.60, tune/execution/class_cache.py: Tune copies them from this process into the description of each trial's
-    process, which Ray shows to whoever asks it, and writes into the log of each node in clear.
+    Ray 2.60, tune/execution/class_cache.py: Tune copies the keys into the description of each trial's process. Ray
+    shows that description to every client, and writes it unmasked into the log of each node.
     """
     from ray.tune.execution import class_cache
 
@@ -339,12 +334,12 @@ def keep_credentials() -> None:
 
 
 def go_on_with(tuner: Any, folder: str, most: int, scheduler: Any) -> None:
-    """Let a restored Tuner run so many trials at the same time, in the folder where the search lies now.
+    """Set a restored Tuner's number of trials at a time to `most`, and its folder and scheduler to the current ones.
 
-    Ray 2.60, tune/impl/tuner_internal.py and tune/search: tuner.pkl has the number of the first attempt, and so have
-    the states from which the searchers restore all that they are. These also say where the search lay then: the trials
-    that were made before are told of today's place, and those that are made now were not. So does the scheduler of
-    tuner.pkl, which is as new as `scheduler`: Tune keeps nothing of what one has learned.
+    Ray 2.60, tune/impl/tuner_internal.py and tune/search: tuner.pkl and the saved states of the searchers have the
+    number of trials and the folder of the first attempt. Tune moves only the existing trials to the current folder, so
+    `_placed` moves those that the searcher creates. The scheduler of tuner.pkl has the old folder, too. Tune saves
+    nothing that a scheduler has learned, so a new one replaces it without loss.
     """
     from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
     from ray.tune.search.search_generator import SearchGenerator
@@ -355,29 +350,30 @@ def go_on_with(tuner: Any, folder: str, most: int, scheduler: Any) -> None:
     else:
         limited = _limited(ConcurrencyLimiter, most)(settings.search_alg, max_concurrent=most)
         settings.search_alg = _placed(SearchGenerator, folder)(limited)
-    settings.max_concurrent_trials = None  # as the searcher says
+    settings.max_concurrent_trials = None  # the searcher has the limit
     settings.scheduler = scheduler
 
 
-def _limited(kind: Any, most: int) -> Any:
-    """The kind of searcher, which keeps its limit when it is restored; its state is found by the kind's name."""
+def _limited(searcher: Any, most: int) -> Any:
+    """Return a subclass of the searcher's class that keeps the limit `most` when its state is restored."""
+    # Tune finds the saved state by the name of the class, so the subclass has the same name.
 
     def set_state(self: Any, state: Mapping[str, Any]) -> None:
-        kind.set_state(self, {**state, "max_concurrent": most})
+        searcher.set_state(self, {**state, "max_concurrent": most})
 
-    return type(kind.__name__, (kind,), {"set_state": set_state})
+    return type(searcher.__name__, (searcher,), {"set_state": set_state})
 
 
-def _placed(kind: Any, folder: str) -> Any:
-    """The kind of searcher, whose trials write below a folder, path or URI."""
+def _placed(searcher: Any, folder: str) -> Any:
+    """Return a subclass of the searcher's class whose new trials write below `folder`, a path or URI."""
     from ray.train._internal.storage import get_fs_and_path  # Ray 2.60
 
     def next_trial(self: Any) -> Any:
-        trial = kind.next_trial(self)
+        trial = searcher.next_trial(self)
         if trial is not None:
-            place = copy.copy(trial.storage)
-            place.storage_filesystem, place.storage_fs_path = get_fs_and_path(folder)
-            trial.set_storage(place)
+            trial_storage = copy.copy(trial.storage)
+            trial_storage.storage_filesystem, trial_storage.storage_fs_path = get_fs_and_path(folder)
+            trial.set_storage(trial_storage)
         return trial
 
-    return type(kind.__name__, (kind,), {"next_trial": next_trial})
+    return type(searcher.__name__, (searcher,), {"next_trial": next_trial})

@@ -1,6 +1,6 @@
-"""The point at which a worker starts: the newest good checkpoint, the adapter of train.start, or new factors.
+"""The starting point of a worker, and the self-test of its model there.
 
-And the self-test of the model there.
+A worker starts from the newest good checkpoint, else from the adapter of train.start, else from new factors.
 """
 
 import contextlib
@@ -45,112 +45,111 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A trainer whose adapter and optimizer are as they were after `state.step` steps."""
+    """A trainer with the adapter and the optimizer after `state.step` steps."""
 
     trainer: Trainer
     attention: str
-    """The base model's implementation, which decides how batches are laid out."""
+    """The base model's attention implementation, which decides the layout of batches."""
     state: TrainState
     best: Tensor | None
     """The flat vector of the best evaluation so far."""
     resumed: bool
-    """Whether it comes from a checkpoint of this run."""
+    """True if it comes from a checkpoint of this run."""
     trained: bool = False
-    """Whether the adapter was trained before, here or at train.start."""
+    """True if the adapter is already trained, in this run or at train.start."""
 
 
 def starting_point(
     context: WorkerContext, spec: TrainSpec, folder: str, waiting: Waiting | None = None
 ) -> StartingPoint:
-    """Build what a worker trains; `folder` has the run's checkpoints, `waiting` is as of StepLoader.
+    """Return the starting point of a worker. `folder` has the run's checkpoints; `waiting` as in StepLoader.
 
-    All workers must call it together. Raises UserError if a checkpoint, the adapter of train.start or the base
-    model cannot be used.
+    All workers must call it together. Raises UserError if the checkpoint, the adapter of train.start or the base model
+    cannot be used.
     """
-    found = restored(spec, folder)
-    start = start_adapter(spec) if found is None else None
-    state = found.state if found else TrainState()
+    restart = restored(spec, folder)
+    start = start_adapter(spec) if restart is None else None
+    state = restart.state if restart else TrainState()
     adapter, state.precision = spec.config.adapter, _precision(context, spec, state.precision)
     config = override(spec.config, {"model.dtype": state.precision})
     with context.activate({}):
         loss = context.base(replace(spec, config=config))
         model: Any = loss.model
-        known = found.adapter if found else start
+        known = restart.adapter if restart else start
         adapted = wrap(model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout)
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
         cluster = spec.config.cluster
         place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload)
         trainer = Trainer(loss, adapted, spec.config, context.device)
-    if found:
-        return StartingPoint(trainer, attention, state, resume(trainer, found), resumed=True, trained=True)
+    if restart:
+        return StartingPoint(trainer, attention, state, resume(trainer, restart), resumed=True, trained=True)
     if start:
         trainer.flat.load(trainer.flat.vector, named(start))
     return StartingPoint(trainer, attention, state, None, resumed=False, trained=start is not None)
 
 
 def _precision(context: WorkerContext, spec: TrainSpec, began: str | None) -> str:
-    """The precision of the base, by torch's name: that of the base that trials share here, else as all agree on."""
     shared = context.dtype if isinstance(context, SharedBaseContext) else None
     if shared is None:
         return str(agreed(spec.config, context.device, began).model.dtype)
     if began not in (None, shared):
         logger.warning(
-            f"model.dtype: auto: {shared}, of the base that trials share here, though this one began in {began}"
-            " elsewhere: its numbers are a mixture; use nodes of one kind, or set it"
+            f"model.dtype=auto: this trial started in {began}, but the base model that trials share here is in"
+            f" {shared}, so its numbers are a mixture; use nodes with equal hardware, or set model.dtype"
         )
     return shared
 
 
 def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
-    """The newest good checkpoint, the same on all workers; raises UserError if it is of another base, data or adapter.
+    """Return the newest good checkpoint, the same on all workers.
 
-    Worker 0 chooses: the others might see an older state of the storage. Raises StoreUnavailable, for another group of
+    Raises UserError if it belongs to another base, data or adapter, and StoreUnavailable, so that Ray restarts the
     workers, if the storage does not answer.
     """
+    # Rank 0 chooses the checkpoint, because the other workers may see an older state of the storage.
     rank = collectives.rank()
     try:
         newest = checkpoints.latest_good(folder) if rank == 0 else None
     except TryAgain as error:
         raise StoreUnavailable(str(error)) from None
-    place = collectives.from_first(newest[0] if newest else None)
-    if place is None:
+    path = collectives.from_first(newest[0] if newest else None)
+    if path is None:
         return None
-    problem, found = None, newest[1] if newest else None
+    problem, chosen = None, newest[1] if newest else None
     try:
-        found = found or checkpoints.read(place)
+        chosen = chosen or checkpoints.read(path)
     except UserError as error:
-        problem = _named(error, f"run.storage: worker {rank} cannot use what worker 0 can")
+        problem = _with_subject(error, f"run.storage: worker {rank} cannot read the checkpoint that worker 0 can read")
     try:
         collectives.raise_together(problem)
     except TryAgain as error:
         raise StoreUnavailable(str(error)) from None
-    assert found is not None
-    checkpoint.require_same(found.identity, spec.identity(), place)
-    return found
+    assert chosen is not None
+    checkpoint.require_same(chosen.identity, spec.identity(), path)
+    return chosen
 
 
-def _named(error: UserError, what: str) -> UserError:
-    """The same with what it is about: a TryAgain stays one."""
-    return (TryAgain if isinstance(error, TryAgain) else UserError)(f"{what}: {error}")
+def _with_subject(error: UserError, subject: str) -> UserError:
+    return (TryAgain if isinstance(error, TryAgain) else UserError)(f"{subject}: {error}")
 
 
 def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
-    """The adapter of train.start; raises UserError if it is of another base or has other settings."""
-    place = spec.config.train.start
-    if place is None:
+    """Return the adapter of train.start; raises UserError if it has another base model or other settings."""
+    path = spec.config.train.start
+    if path is None:
         return None
-    problem, found = None, None
+    problem, start = None, None
     try:
-        found = checkpoints.read(place)
+        start = checkpoints.read(path)
         wanted = spec.identity()
-        if other := [what for what in ("base model", "adapter") if found.identity.get(what) != wanted[what]]:
-            problem = UserError(f"train.start: {place} was trained with another {' and another '.join(other)}")
+        if other := [name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]]:
+            problem = UserError(f"train.start: {path} was trained with another {' and another '.join(other)}")
     except UserError as error:
-        problem = _named(error, "train.start")
+        problem = _with_subject(error, "train.start")
     collectives.raise_together(problem)
-    assert found is not None
-    return found.best_adapter()
+    assert start is not None
+    return start.best_adapter()
 
 
 def factors(
@@ -160,55 +159,53 @@ def factors(
     known: dict[str, AdapterWeights] | None,
     waiting: Waiting | None = None,
 ) -> dict[str, Factors]:
-    """The factors of every target: those of a known adapter, those that a search shares, or new ones."""
+    """Return the factors of every target, from the known adapter, from the search's shared folder, or new ones."""
     adapter = spec.config.adapter
     targets = find_targets(loss.model, adapter.targets, adapter.rank)
-    if known:  # its layers may be others than "all-linear" means in this version
-        places = {name: place for place, name in enumerate(targets)}
-        return {name: known[name].factors for name in sorted(known, key=lambda name: places.get(name, len(places)))}
+    if known:  # in another version of this package, "all-linear" may have meant other layers
+        order = {name: index for index, name in enumerate(targets)}
+        return {name: known[name].factors for name in sorted(known, key=lambda name: order.get(name, len(order)))}
     if spec.shared:
         began = time.perf_counter()
-        found = initialise.read(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets))
-        # What one worker cannot read now is made by all together: it would wait for the others otherwise.
-        if all(collectives.gather(bool(found))) and found:
+        shared = initialise.read(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets))
+        # All workers compute the factors if one of them cannot read them. It would wait for the others otherwise.
+        if all(collectives.gather(bool(shared))) and shared:
             logger.info(
-                f"{adapter.method} factors taken from those of the search in {time.perf_counter() - began:.2f} s"
+                f"{adapter.method} factors read from the search's folder in {time.perf_counter() - began:.2f} s"
             )
-            return at_scale(found, adapter)
+            return at_scale(shared, adapter)
     if adapter.method not in FROM_WEIGHTS:
-        # It is run before it has adapters, by all workers together where it is sharded.
+        # The method runs the base before it has adapters. A sharded base is run by all workers together.
         cluster = spec.config.cluster
         place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload)
         check_base(loss, spec, context.device, waiting)
-    made, report, of_data = new_factors(loss, targets, spec.config, spec.train, context.device, waiting)
+    new, report, of_data = new_factors(loss, targets, spec.config, spec.train, context.device, waiting)
     reached("initialise", rank=context.rank)
     logger.info(describe(adapter.method, report))
     if of_data:
         logger.info(of_data.line(adapter.method))
-    return at_scale(made, adapter)
+    return at_scale(new, adapter)
 
 
-def resume(trainer: Trainer, found: Checkpoint) -> Tensor | None:
-    """Load a checkpoint's tensors into the trainer; returns the flat vector of its best evaluation, if it has one."""
+def resume(trainer: Trainer, source: Checkpoint) -> Tensor | None:
+    """Load a checkpoint's tensors into the trainer; return the flat vector of its best evaluation, if there was one."""
     flat = trainer.flat
-    flat.load(flat.vector, named(found.adapter))
-    trainer.optimizer.load(found.optimizer, found.state.step)
-    if found.state.best_step is None:
+    flat.load(flat.vector, named(source.adapter))
+    trainer.optimizer.load(source.optimizer, source.state.step)
+    if source.state.best_step is None:
         return None
     best = flat.vector.clone()
-    if found.best is not None:
-        flat.load(best, found.best)
+    if source.best is not None:
+        flat.load(best, source.best)
     return best
 
 
 def named(adapter: dict[str, AdapterWeights]) -> dict[str, Tensor]:
-    """The trained tensors of an adapter by the names that `FlatAdapters` gives them."""
     parts = {f"{name}.da": weights.da for name, weights in adapter.items()}
     return parts | {f"{name}.db": weights.db for name, weights in adapter.items()}
 
 
 def describe(method: str, report: InitReport) -> str:
-    """A line for the log about an initialisation."""
     shares = ", ".join(
         f"worker {worker}: {plural(layers, 'layer')} in {seconds:.2f} s"
         for worker, (layers, seconds) in enumerate(zip(report.layers, report.seconds, strict=True))
@@ -216,38 +213,36 @@ def describe(method: str, report: InitReport) -> str:
     line = f"{method} initialisation: {shares}; exchange {report.exchange_seconds:.2f} s; digest {report.digest[:12]}"
     if report.deficient:
         names = ", ".join(report.deficient[:4]) + (" ..." if len(report.deficient) > 4 else "")
-        line += f"; rank-deficient, a part of their factors is arbitrary: {names}"
+        line += f"; rank-deficient layers, where a part of the factors is arbitrary: {names}"
     return line
 
 
-# The self-test of a worker's model: of the base before anything is made of what it computes, of its adapters before the
-# first step. It takes as long as some steps. What was found with the same model and settings, on such a device and
-# processor and by the same versions, is not tested again: it stands in the checkpoint from which a worker resumes, and
-# is kept on the node for the next run.
+# The self-test of a worker's model. The base is tested before factors are derived from what it computes, the adapters
+# before the first step. A test takes as long as some steps, so its result is kept, in the checkpoint and on the node.
+# It is used again with the same model, settings, device, processor and versions.
 
 
 def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence[Pack]:
-    """Return the first sequences of the training, the same on every worker; `waiting` as of StepLoader."""
     store, wanted = spec.train, 8
     until(store, lambda: store.available >= wanted or store.total is not None, waiting)
     return [store[number] for number in range(min(wanted, store.available))]
 
 
 def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device: torch.device) -> SelfTest:
-    """Test the base, and give it the attention that has passed; raises UserError.
+    """Test the base without its adapters, and give it the attention that has passed. Raises UserError if none has.
 
-    Its adapters, if it has some, take no part. All workers of a sharded base must call it together.
+    All workers of a sharded base must call it together.
     """
     if loss.tested is None:
-        with bare(loss.model), _told(loss):
+        with bare(loss.model), _as_user_error(loss):
             try:
                 loss.tested = choose_attention(loss, packs, spec.config, device)
-            except UserError:  # its advice is for causal models
+            except UserError:  # its advice fits only causal models, so look for another reason first
                 if hasattr(loss, "unshard") or not _sees_ahead(loss.model, packs, device):
                     raise
                 raise UserError(
-                    f"model.name: {type(loss.model).__name__} is no causal language model: what it makes of a token"
-                    " depends on tokens after it; name another model"
+                    f"model.name: {type(loss.model).__name__} is no causal language model: its output for a token"
+                    " depends on later tokens; name another model"
                 ) from None
         logger.info(loss.tested.line())
     else:
@@ -257,65 +252,63 @@ def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device:
 
 @torch.no_grad()
 def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool:
-    """Return True if another last token changes what the model itself says before it, by more than rounding does."""
+    # Another last token must not change the output for earlier tokens, except by rounding errors.
     model.set_attn_implementation(attention.own(model))
     ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
-    one, two = (model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1) for each in (ids, other))
-    return float((one - two).abs().sum(-1).mean()) > 0.02
+    own, changed = (model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1) for each in (ids, other))
+    return float((own - changed).abs().sum(-1).mean()) > 0.02
 
 
 @contextlib.contextmanager
-def _told(loss: SupervisedLoss) -> Iterator[None]:
-    """Raise an error of the family's code as a UserError: each worker would meet it again, as often as it is started.
-
-    What goes wrong in the exchanges of a sharded base looks the same, and may pass.
-    """
+def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
+    """Raise an error of the model's code as a UserError, because it would happen again after each restart."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError, collectives.PeerLost):
         raise
     except Exception as error:
-        if hasattr(loss, "unshard"):
+        if hasattr(loss, "unshard"):  # a failed exchange of a sharded base has the same types, and may pass
             raise
         if isinstance(error, TakenWeight):
             raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
         family, frames = type(loss.model).__name__, traceback.extract_tb(error.__traceback__)
-        place = next((each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1])
+        frame = next((each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1])
         logger.debug(f"{family} cannot be trained", exc_info=True)
         raise UserError(
             f"model.name: {family} cannot be trained here: {type(error).__name__}: {first_line(error)}"
-            f" ({Path(place.filename).name}, line {place.lineno}); name another model"
+            f" ({Path(frame.filename).name}, line {frame.lineno}); name another model"
         ) from error
 
 
 def check_base(loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None) -> None:
-    """`tested` for a base that has no adapters yet; all workers must call it together, and all raise what one does."""
+    # All workers must call it together, and all raise the UserError of one.
     problem = None
     try:
         tested(loss, spec, first_sequences(spec, waiting), device)
     except UserError as error:
         problem = str(error)
-    collectives.raise_together(problem)  # on other GPUs it may have gone well
+    collectives.raise_together(problem)  # the test may have passed on the GPUs of other workers
 
 
 def self_tested(
     context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None = None
 ) -> StartingPoint:
-    """Return the starting point with the attention that has passed; all workers must call it together.
+    """Return the starting point with the attention that has passed. All workers must call it together.
 
-    A base that several adapters share is tested once. `waiting` as of StepLoader. Raises UserError with what to set
-    instead if the model, or this kind of training of it, is not right.
+    A base that several adapters share is tested once. `waiting` as in StepLoader. Raises UserError, with what to set
+    instead, if the model or its training computes wrong numbers.
     """
     used = what_computes(context, spec, next(start.trainer.loss.model.parameters()).dtype)
     kept = _kept_at(spec, used)
     known = passed(start, used) or _kept(kept)
-    if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
+    # A sharded base needs all workers for a test, so all of them test if one has no result.
+    if all(collectives.gather(known is not None)):
         assert known is not None
         start.state.self_test = {"with": used, "found": known.to_json()}
         start = replace(start, attention=_take_over(context, spec, start, known))
         return _without(context, spec, start, known.without)
-    logger.info("self-test: comparing what training computes with the model's own attention")
+    logger.info("self-test: comparing the training step with the model's own attention")
     problem, name = None, start.attention
     without: tuple[str, ...] = ()
     loss, adapted = start.trainer.loss, start.trainer.adapted
@@ -325,29 +318,29 @@ def self_tested(
         with context.activate(adapted):
             name = tested(loss, spec, packs, context.device).attention
             new, named = not start.trained, not isinstance(spec.config.adapter.targets, str)
-            with _told(loss):
+            with _as_user_error(loss):
                 missed, off = check_adapters(loss, adapted, packs, name, context.device, new=new, named=named)
             assert loss.tested is not None
             loss.tested, without = replace(loss.tested, gradients=off), tuple(missed)
     except UserError as error:
         problem = str(error)
-    collectives.raise_together(problem)  # on other GPUs it may have gone well
+    collectives.raise_together(problem)  # the test may have passed on the GPUs of other workers
     assert loss.tested is not None
-    found = replace(loss.tested, without=without).to_json()
-    start.state.self_test = {"with": used, "found": found}
+    result = replace(loss.tested, without=without).to_json()
+    start.state.self_test = {"with": used, "found": result}
     if kept is not None:
-        node_cache.keep(kept, json.dumps(found))
+        node_cache.keep(kept, json.dumps(result))
     return _without(context, spec, replace(start, attention=name), without)
 
 
 def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, layers: Sequence[str]) -> StartingPoint:
-    """Return the starting point without the adapters of these layers; those of a trained adapter stay."""
+    # A trained adapter keeps all of its layers.
     before = start.trainer
     layers = [name for name in layers if name in before.adapted and not start.trained]
     if not layers:
         return start
     logger.info(
-        f"adapter.targets: all-linear leaves out {plural(len(layers), 'layer')}: no gradient reaches them from text of"
+        f"adapter.targets: all-linear leaves out {plural(len(layers), 'layer')}: no gradient reaches them with"
         f" data.max_length={spec.config.data.length()} (for example {layers[0]})"
     )
     kept = {name: layer for name, layer in before.adapted.items() if name not in layers}
@@ -358,12 +351,12 @@ def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, laye
 
 
 def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:
-    """Return what decides, beside a run's identity, what a worker's model of this `dtype` makes of its data."""
+    """Return what decides, beside a run's identity, the numbers that a worker computes with a base of this `dtype`."""
     model = spec.config.model.model_dump(mode="json", exclude={"name"})
     return kind_of(context.device) | {
         "code": node_cache.code(),
         "model": json.dumps(model, sort_keys=True),
-        "precision": str(dtype),  # of `auto` the other workers decide too
+        "precision": str(dtype),  # model.dtype may be `auto`, which depends on the other workers
         "strategy": spec.config.cluster.strategy,
         "recompute": str(spec.recompute),
         "micro-batch": str(spec.config.train.micro_batch),
@@ -371,25 +364,24 @@ def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -
 
 
 def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
-    """Return what a checkpoint says was found with just this; None if that was something else, or never."""
-    noted: Any = start.state.self_test
-    if not start.resumed or not isinstance(noted, dict) or noted.get("with") != used:
+    """Return the test result in the checkpoint, if it was obtained with exactly this; else None."""
+    stored: Any = start.state.self_test
+    if not start.resumed or not isinstance(stored, dict) or stored.get("with") != used:
         return None
     try:
-        return TypeAdapter(SelfTest).validate_python(noted.get("found"))
+        return TypeAdapter(SelfTest).validate_python(stored.get("found"))
     except ValidationError:
         return None
 
 
 def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
-    """Return the file of this node that keeps what was found; None if the model's digest may not have all its code."""
+    """Return this node's file for the test result; None if the model's digest does not cover all of its code."""
     if not spec.base.digest or spec.config.model.trust_remote_code:
         return None
     return node_cache.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
 
 
 def _kept(file: str | None) -> SelfTest | None:
-    """Return what an earlier run on this node has found."""
     text = node_cache.read(file) if file is not None else None
     try:
         return None if text is None else TypeAdapter(SelfTest).validate_json(text)
@@ -398,14 +390,14 @@ def _kept(file: str | None) -> SelfTest | None:
 
 
 def _take_over(context: WorkerContext, spec: TrainSpec, start: StartingPoint, known: SelfTest) -> str:
-    """Give the base the attention that has passed, unless another adapter has done so; returns its name."""
+    """Give the base the attention that has passed, unless another adapter already has. Return the attention's name."""
     loss: Any = start.trainer.loss
     train_mode(start.trainer.adapted, False)
     if loss.tested is None:
         with context.activate(start.trainer.adapted):
             loss.model.set_attn_implementation(known.attention)
         loss.given_masks, loss.tested = known.given_masks, known
-        logger.info(f"self-test: has passed before, with attention={known.attention}")
+        logger.info(f"self-test: passed earlier with attention={known.attention}")
     else:
         require_layout(loss, spec.config)
     return str(loss.tested.attention)

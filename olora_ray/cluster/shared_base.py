@@ -1,8 +1,8 @@
 """A process that trains several adapters side by side on one copy of the base model.
 
-A Ray actor with a thread for each adapter; only the one whose turn it is computes. The result of each is the
-same, bit for bit, as if it were alone: the base is frozen, every adapter has an optimizer, a data cursor and
-random numbers of its own. What is shared is the memory of the base, and the time that starting takes.
+It is a Ray actor with a thread per adapter. The threads compute in turns. Each result is the same, bit for bit, as that
+of a training alone: the base is frozen, and every adapter has its own optimizer, data cursor and random numbers. The
+adapters share the memory of the base and the time of its start.
 """
 
 import gc
@@ -29,18 +29,17 @@ from olora_ray.common.logs import quiet_transformers
 logger = logging.getLogger(__name__)
 
 SPARE_THREADS = 8
-"""Threads of an actor beyond those that train: to answer `busy`, and for a trial that ends while another starts."""
+"""Threads of an actor that do not train: they answer `busy`, and serve a trial that ends while another starts."""
 EXPECTED = 30.0
-"""Seconds for which a place is kept for a trial that has taken it and does not train yet: it may have died since."""
+"""Seconds for which a slot stays reserved for a trial that does not train yet, because the trial may have died."""
 ANSWERS = 10.0
-"""Seconds in which an actor tells its load. One whose node is lost does so when there is room for it on another one, if
-ever."""
+"""Timeout for an actor's answer. An actor whose node is lost answers only after it gets room on another node."""
 FULL = 0.5
-"""Seconds from one look for a place to the next where all are taken."""
+"""Seconds between two searches for a free slot while all are taken."""
 
 
 class SharedBaseActor:
-    """Holds the base model of `spec`."""
+    """Holder of the base model of `spec`. Each adapter that trains on it, or is about to, takes a slot."""
 
     def __init__(self, spec: TrainSpec) -> None:
         quiet_transformers()
@@ -48,18 +47,18 @@ class SharedBaseActor:
         self._shared: SharedBase | None = None
         self._loading = threading.Lock()
         self._until: dict[str, float] = {}
-        """Who trains here, or is expected to, and until when they are counted."""
+        """Name -> time at which its slot expires: infinity for an adapter that trains."""
         self._counting = threading.Lock()
 
     @ray.method(max_task_retries=-1)
     def busy(self) -> int:
-        """How many adapters are being trained; who asks one that has died waits until it is there again."""
+        """Return the number of taken slots. A call to an actor that has died waits for its restart."""
         with self._counting:
             return self._busy()
 
     @ray.method(max_task_retries=-1)
     def take(self, name: str, seen: int) -> bool:
-        """Count somebody who is about to train, unless others have come or gone since `busy` was `seen`."""
+        """Take a slot for `name`. False if the number of taken slots is no longer `seen`."""
         with self._counting:
             if name not in self._until and self._busy() != seen:
                 return False
@@ -67,7 +66,6 @@ class SharedBaseActor:
             return True
 
     def train(self, name: str, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
-        """Train one adapter from the start or from its last checkpoint; returns when it has ended."""
         with self._counting:
             self._until[name] = math.inf
         try:
@@ -77,7 +75,8 @@ class SharedBaseActor:
         finally:
             with self._counting:
                 del self._until[name]
-            gc.collect()  # a Worker refers to itself: else its adapter and optimizer would stay in memory for long
+            # A Worker refers to itself, so its adapter and optimizer would stay in memory until a later collection.
+            gc.collect()
 
     def _busy(self) -> int:
         now = time.monotonic()
@@ -92,7 +91,7 @@ class SharedBaseActor:
 
 
 def start_actors(spec: TrainSpec, wanted: Mapping[str, float], number: int, adapters: int) -> tuple[Any, ...]:
-    """So many actors for so many adapters each, with the resources of one worker; they end with this process."""
+    """Start `number` actors with `adapters` slots each and the resources of one worker. They end with this process."""
     actor: Any = ray.remote(SharedBaseActor)
     options = {
         "num_cpus": wanted.get("CPU", 0),
@@ -105,13 +104,12 @@ def start_actors(spec: TrainSpec, wanted: Mapping[str, float], number: int, adap
 
 
 def end_actors(actors: tuple[Any, ...]) -> None:
-    """End them, so that what follows gets their CPUs and GPUs."""
-    for one in actors:
-        ray.kill(one)
+    for actor in actors:
+        ray.kill(actor)
 
 
 def train_on(actors: tuple[Any, ...], adapters: int, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
-    """Train one adapter on the actor with the fewest, of those with less than `adapters`; raises SharedBaseDied."""
+    """Train one adapter on an actor with a free slot (`place_on`). Raises SharedBaseDied if the actor dies."""
     name = uuid.uuid4().hex
     try:
         actor = place_on(actors, name, adapters)
@@ -122,44 +120,45 @@ def train_on(actors: tuple[Any, ...], adapters: int, spec: TrainSpec, checkpoint
 
 
 def place_on(actors: tuple[Any, ...], name: str, adapters: int) -> Any:
-    """The actor with the fewest, which from now on counts `name` too: those who ask at the same time share them out.
+    """Take a slot for `name` on the actor with the fewest taken slots, and return the actor.
 
-    Waits until one has less than `adapters`: it has no memory for more. Those that do not answer are passed over while
-    others do; where their node is lost, they wait for another one.
+    Waits until an actor has fewer than `adapters` taken slots, because it has no memory for more. An actor that does
+    not answer is skipped while others answer.
     """
-    asked: dict[int, Any] = {}
+    calls: dict[int, Any] = {}
     while True:
-        loads = _loads(actors, asked)
-        fewest, place = min(((load, place) for place, load in loads.items()), default=(adapters, 0))
+        loads = _loads(actors, calls)
+        fewest, index = min(((load, index) for index, load in loads.items()), default=(adapters, 0))
         if fewest >= adapters:
             time.sleep(FULL)
-        elif _takes(actors[place], name, fewest):
-            return actors[place]
+        # Several trials may have read the same load. Only the first gets the slot, and the others look again.
+        elif _takes(actors[index], name, fewest):
+            return actors[index]
 
 
-def _loads(actors: tuple[Any, ...], asked: dict[int, Any]) -> dict[int, int]:
-    """Place in `actors` -> adapters, of those that answer; `asked` keeps the calls to the others."""
-    for place, actor in enumerate(actors):
-        if place not in asked:  # else its calls would pile up until it is there again
-            asked[place] = actor.busy.remote()
-    answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWERS)
-    found = {place: asked.pop(place) for place in range(len(actors)) if asked[place] in answered}
-    if found and asked:
+def _loads(actors: tuple[Any, ...], calls: dict[int, Any]) -> dict[int, int]:
+    """Return index -> taken slots of the actors that answer. `calls` keeps the pending calls to the others."""
+    for index, actor in enumerate(actors):
+        if index not in calls:  # one pending call per actor: more would pile up until it restarts
+            calls[index] = actor.busy.remote()
+    answered, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=ANSWERS)
+    answers = {index: calls.pop(index) for index in range(len(actors)) if calls[index] in answered}
+    if answers and calls:
         _tell_of_silent()
-    return {place: ray.get(call) for place, call in found.items()}
+    return {index: ray.get(call) for index, call in answers.items()}
 
 
 def _takes(actor: Any, name: str, seen: int) -> bool:
-    """Whether the actor counts `name` now; not if it was lost since it told its load."""
+    # A slow actor counts as one without a free slot.
     try:
         return bool(ray.get(actor.take.remote(name, seen), timeout=ANSWERS))
     except GetTimeoutError:
         return False
 
 
-@cache  # once a process, and not for each of its trials
+@cache  # one warning per process, not one per trial
 def _tell_of_silent() -> None:
     logger.warning(
-        "search: not every process that holds the base model answers (its node is lost, or it still starts): trials go"
-        " to the others"
+        "search: a process that holds the base model does not answer (it still starts, or its node is lost); trials"
+        " use the other processes"
     )

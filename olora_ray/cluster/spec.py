@@ -14,12 +14,12 @@ from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState
 
 LEFT = "left"
-"""`TrainResult.interrupted` of a worker that has left a training which goes on without it, or came when it was over."""
+"""`TrainResult.interrupted` of a worker that left while others train on, or that came after the end of the training."""
 
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """All that a worker needs; whatever is large lies under the storage path."""
+    """The input of a worker. It refers to large data by digests and by paths in the storage."""
 
     config: Config
     base: BaseModel
@@ -28,20 +28,20 @@ class TrainSpec:
     eos: tuple[int, ...]
     """Token ids that end an answer."""
     train: TokenStore
-    """May still be growing."""
+    """May still grow during the training."""
     eval: TokenStore | None
     start: str | None = None
-    """Digest of the checkpoint at train.start, if there is one."""
+    """Digest of the checkpoint at train.start, if it is set."""
     shared: str | None = None
-    """Folder of what the trials of a search share: the factors, and what the base model does on the held-out rows."""
+    """Folder that the trials of a search share, for factors and for the base model's loss and answers."""
     template: str | None = None
-    """The chat template that data.chat_template names; what is exported gets it."""
+    """The chat template that data.chat_template names. Exports contain it."""
     recompute: bool = False
-    """Whether blocks are run again in the backward pass: train.activation_checkpointing, on this cluster. No part of
-    the identity: it changes no number."""
+    """train.activation_checkpointing with `auto` resolved for this cluster. Not a part of the identity: it does not
+    change the numbers."""
 
     def identity(self) -> dict[str, str]:
-        """What decides the numbers of a run: digests of contents, wherever they lie, and the adapter's settings."""
+        """Return what decides the numbers of a run: digests of contents, whatever their path, and adapter settings."""
         return (
             {
                 "base model": self.base.digest,
@@ -56,22 +56,21 @@ class TrainSpec:
         )
 
     def _packed(self) -> dict[str, str]:
-        """How the base's weights are packed, and in which precision unpacked; empty if they are not."""
         model = self.config.model
         packed = {"quantization": model.quantization, "dtype": model.dtype}
         return {"quantised base": json.dumps(packed)} if model.quantization != "none" else {}
 
     def base_identity(self) -> dict[str, str]:
-        """What decides the numbers before the first step: the base model's, or those of the adapter to start from."""
-        return {what: digest for what, digest in self.identity().items() if what != "adapter"}
+        """Return what decides the numbers before the first step: the identity without the adapter's settings."""
+        return {name: digest for name, digest in self.identity().items() if name != "adapter"}
 
     def baseline_identity(self) -> dict[str, str]:
-        """What decides the loss and the answers before the first step (train/scoring.py)."""
+        """Return what decides the loss and the answers before the first step (train/scoring.py)."""
         settings = {"dtype": self.config.model.dtype, "max_new_tokens": self.config.evaluation.max_new_tokens}
         return self.base_identity() | {"settings": json.dumps(settings)}
 
     def factor_origin(self) -> dict[str, str]:
-        """What decides A~ and B~, but for their rank."""
+        """Return what decides the factors A0 and B0, except their rank."""
         adapter = self.config.adapter
         origin = {
             "base model": self.base.digest,
@@ -80,12 +79,13 @@ class TrainSpec:
             "seed": str(self.config.run.seed),
         } | {name: str(value) for name, value in adapter.options().items()}
         origin |= self._packed()
-        if adapter.method not in FROM_WEIGHTS:  # what the base computes of the data, in its precision
+        # Other methods derive the factors from what the base computes from the data, in its precision.
+        if adapter.method not in FROM_WEIGHTS:
             origin |= {"training data": self.train.digest, "dtype": self.config.model.dtype}
         return origin
 
     def factor_place(self) -> str:
-        """Folder of the factors that a search shares, for this method and, if others do not follow from it, rank."""
+        # With some methods the factors of a lower rank are a prefix of a higher rank's factors: all ranks share them.
         assert self.shared is not None
         adapter = self.config.adapter
         prefix = METHODS[adapter.method].prefix
@@ -94,8 +94,6 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """One held-out prompt with its answers, as token ids."""
-
     prompt: tuple[int, ...]
     reference: tuple[int, ...]
     before: tuple[int, ...]
@@ -104,33 +102,30 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Result of a training, as the driver gets it."""
-
     problem: str | None = None
-    """Why training stopped, if the user has to act."""
+    """Why training stopped, if the user must act."""
     passes: bool = False
-    """Whether the problem passes by itself: a store did not answer a worker."""
+    """True if the problem passes by itself: a store did not answer a worker."""
     interrupted: str | None = None
-    """Why training stopped between two steps, with a checkpoint, if it was asked to."""
+    """Why training stopped on request, with a checkpoint."""
     preempted: bool = False
-    """Whether that was because a node is preempted."""
+    """True if it stopped because a node is preempted."""
     state: TrainState | None = None
     stopped_early: bool = False
     answers: tuple[AnswerPair, ...] = ()
     self_test: dict[str, Any] | None = None
-    """What the self-test of the model has found (train/self_test.py)."""
+    """Result of the model's self-test (train/self_test.py)."""
 
     def to_json(self) -> str:
-        """The text of training.json."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "TrainResult":
-        """Read `to_json` back; raises ValueError of one line for anything else."""
+        """Return the result in a text of `to_json`; raises ValueError, with a message of one line, for another text."""
         tree = json.loads(text)
-        names, inner = ({field.name for field in fields(kind)} for kind in (cls, TrainState))
+        names, inner = ({field.name for field in fields(each)} for each in (cls, TrainState))
         if not isinstance(tree, dict) or not {"answers", "state"} <= tree.keys() <= names:
-            raise ValueError("not what a training gave")
+            raise ValueError("not the result of a training")
         if isinstance(tree["state"], dict) and (unknown := tree["state"].keys() - inner):
             raise ValueError(f"state: unknown field {min(unknown)}")
         try:

@@ -1,6 +1,5 @@
-"""A Ray Train worker, from its entry point to its result: alone, in the group it finds, or in one after the other.
-
-It trains step by step, evaluates, checkpoints, tells the driver, and ends when asked to.
+"""A training worker: it trains, evaluates, writes checkpoints, reports to the driver, and ends on request.
+It trains alone (a trial on a shared base), in a fixed group of Ray Train, or in the changing groups of a membership.
 """
 
 import contextlib
@@ -42,7 +41,7 @@ from olora_ray.train.scoring import Baseline
 logger = logging.getLogger(__name__)
 
 
-# Requests to end or to change the group, as a worker sees them: from the driver, from Ray when a node is preempted, and
+# Requests to end the training or to change the group. They come from the driver, from Ray when a node is preempted, and
 # from the membership.
 
 
@@ -50,58 +49,56 @@ SECONDS_BETWEEN_LINES = 15
 
 
 class StopRequests:
-    """Listens for stop requests between two steps, without waiting; one per worker."""
-
     def __init__(self, channel: Any, worker: WorkerContext, peers: Peers | None = None) -> None:
         self.channel, self.worker, self.peers = channel, worker, peers
         self.from_driver: str | None = None
-        self._answer: Any = None  # of a call that is answered when the driver asks to stop
+        self._stop_call: Any = None  # returns when the driver asks to stop
         self._looks = 0
         self._data_failed = False
 
     def pending(self) -> bool:
-        """Whether this worker knows of a reason to end or to meet: all do, once one does (StepResult.signal)."""
+        """True if this worker has a reason to end or to meet. The step's signal tells it to all (StepResult.signal)."""
         if self.worker.rank == 0:
             self._listen()
         meet = self.peers is not None and self.peers.orders().meet
         return meet or self.from_driver is not None or self.worker.preemption_announced()
 
     def decided(self) -> bool:
-        """Whether the training is to end, not only the group to change; all must ask after a step with a signal."""
+        """True if the training ends, False if only the group changes. All workers must call it after a signal."""
         return self.peers is None or collectives.from_first(self.from_driver) is not None
 
     def reason(self) -> tuple[str, bool]:
-        """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
-        # Where workers come and go the driver looks for such nodes, and asks: Ray's answer is a barrier of all workers
-        # that a trainer has started, and would wait for ever for one that is being replaced, or has left.
+        """Return the reason, and whether it is a preemption. All workers must call it after a step with a signal."""
+        # With a membership the driver itself looks for preempted nodes. `preempted_nodes` is a barrier of all workers
+        # that a trainer has started: it would wait for ever for a worker that is being replaced or has left.
         preempted = () if self.peers else self.worker.preempted_nodes()
-        if asked := collectives.from_first(self.from_driver):
-            return asked, False
+        if reason := collectives.from_first(self.from_driver):
+            return reason, False
         return f"node {', '.join(node[:8] for node in preempted) or '?'} is preempted", True
 
     def waiting(self, shard: int, shards: int) -> None:
-        """Called about once a second while a shard of the token store is not there yet.
+        """Check and log, about once a second, while a shard of the token store is missing.
 
-        Raises UserError when it never will be.
+        Raises UserError if the preparation of the data has failed.
         """
-        # A worker gives up at its second look only: between the two it has looked for the shard once more, so
-        # that it does not give up on one that another worker has found and trains on.
+        # Raise only at the second look after the failure. Between the two looks the caller searches the shard once
+        # more. So no worker raises for a shard that exists and that another worker already trains on.
         if self._data_failed:
             raise UserError("the preparation of the training data has failed")
         try:
             self._data_failed = bool(ray.get(self.channel.data_failed.remote(), timeout=30))
         except RayError:
-            self._data_failed = False  # Ray ends the workers of a driver that is gone
+            self._data_failed = False  # the driver has ended, so Ray ends this worker, too
         if self.worker.rank == 0 and self._looks % SECONDS_BETWEEN_LINES == 0:
             self.channel.send.remote(f"waiting for shard {shard + 1} of {shards} of the token store")
         self._looks += 1
 
     def _listen(self) -> None:
-        if self._answer is None:
-            self._answer = self.channel.wait_for_stop.remote()
-        ready, _ = ray.wait([self._answer], timeout=0)
+        if self._stop_call is None:
+            self._stop_call = self.channel.wait_for_stop.remote()
+        ready, _ = ray.wait([self._stop_call], timeout=0)
         if ready:
-            with contextlib.suppress(RayError):  # the channel is gone, and with it the driver: Ray ends its workers
+            with contextlib.suppress(RayError):  # the driver has ended with the channel, so Ray ends its workers
                 self.from_driver = ray.get(ready[0])
 
 
@@ -109,22 +106,22 @@ class StopRequests:
 
 
 class After(Enum):
-    """What follows a step."""
-
     STEP = 1
     CHANGE = 2
-    """Of the group."""
     STOP = 3
-    """The driver or Ray has asked for it."""
+    """Stop early, at the request of the driver or of Ray."""
     END = 4
 
 
 class _Left(Exception):
-    """This worker was ordered to leave."""
+    """This worker leaves, as ordered by the membership."""
 
 
 class Worker:
-    """One training process, from its starting point to its result."""
+    """A training from its starting point to its result. All workers of a group must create theirs together.
+
+    A worker that comes `late`, while others train, creates it alone. Raises UserError if the model fails its self-test.
+    """
 
     def __init__(
         self,
@@ -137,10 +134,6 @@ class Worker:
         peers: Peers | None = None,
         late: bool = False,
     ) -> None:
-        """Raises UserError if the model does not pass its self-test; all workers must make one together.
-
-        One that comes `late`, into a training that is under way, does so alone.
-        """
         self.context, self.spec, self.config = context, spec, spec.config
         self.checkpoints, self.channel, self.peers, self.late = checkpoints, channel, peers, late
         self.stop_requests = stop_requests or StopRequests(channel, context)
@@ -156,11 +149,9 @@ class Worker:
 
     @property
     def state(self) -> TrainState:
-        """Of the training."""
         return self.progress.state
 
     def run(self) -> TrainResult:
-        """The whole of a worker's work."""
         if self.late:
             self._meet()
         else:
@@ -177,40 +168,42 @@ class Worker:
                 return TrainResult(interrupted=LEFT)
 
     def _begin(self) -> None:
-        self._take_office()
+        self._update_manager()
         self._tell_driver(Took(self.evaluator.took))
         if self.resumed:
-            self._tell_where()
+            self._report_resumed()
         else:
             self._tell_driver(Started(self.context.world))
-            self._checkpoint()  # what the initialisation made is never made again
+            self._checkpoint()  # so that a restart does not repeat the initialisation
 
     def _meet(self, lost: bool = False) -> None:
-        """Go on in the next group, with the state of the worker that is furthest."""
+        """Continue in the next group, with the state of the worker that is furthest."""
         assert self.peers is not None
         while True:
             try:
                 group = self.peers.next_group(lost)
                 if group.begins:
-                    raise RuntimeError("all other workers are gone")  # Ray starts this one again, with others
+                    raise RuntimeError("all other workers are lost")  # Ray restarts this worker, together with others
                 self.progress = sync_state(self.progress, self.trainer, self.evaluator)
+                # This worker has loaded the base before a checkpoint had the run's precision. When Ray restarts it, it
+                # reads the precision from one.
                 if self.state.precision not in (None, self._precision):
-                    # It came before a checkpoint said so; started again it reads one that does.
                     raise RuntimeError(f"the others compute in {self.state.precision}, not in {self._precision}")
                 self.state.kinds = note_kinds(self.state.kinds, self.context.device)
                 break
             except PeerLost:
                 lost = True
-        led = self.manager is not None
-        self._take_office()
-        self._tell_where(group.why)
-        if not led and not self.progress.pending:
-            self._checkpoint()  # the first worker of before may have been lost with it
+        was_first = self.manager is not None
+        self._update_manager()
+        self._report_resumed(group.why)
+        # The previous rank 0 may have been lost before it wrote the checkpoint of this step.
+        if not was_first and not self.progress.pending:
+            self._checkpoint()
 
-    def _take_office(self) -> None:
-        """The first worker writes the checkpoints, which one that was it before does no longer."""
+    def _update_manager(self) -> None:
+        """Let rank 0 write the checkpoints, and stop a worker that was rank 0 in the previous group from doing so."""
         if self.context.rank > 0:
-            if self.manager:  # this worker was given up meanwhile
+            if self.manager:
                 self.manager.abandon()
             self.manager = None
         elif self.manager is None:
@@ -220,27 +213,26 @@ class Worker:
                 saved=lambda step, seconds: self._tell_driver(Saved(step, seconds)),
             )
 
-    def _tell_where(self, why: str = "") -> None:
+    def _report_resumed(self, why: str = "") -> None:
         total = self.schedule.total()
         self._tell_driver(Resumed(self.state.step, total, self.context.world, list(self.state.history), why))
 
     def _train(self) -> bool:
-        """Steps, evaluations and checkpoints until the end; True if the driver or Ray has asked to stop."""
         if self.state.step == 0 and not self.state.history and not self.progress.pending:
-            found = self.evaluator.baseline(storage.join(self.spec.shared or self.checkpoints, "baseline.json"))
-            self.state.before = found.answers
-            if found.loss is not None:
-                self._tell(self.evaluator.note(self.state, found.loss))
+            baseline = self.evaluator.baseline(storage.join(self.spec.shared or self.checkpoints, "baseline.json"))
+            self.state.before = baseline.answers
+            if baseline.loss is not None:
+                self._tell(self.evaluator.note(self.state, baseline.loss))
         while (after := self._train_in_group()) is After.CHANGE:
             self._change_group()
         return after is After.STOP
 
     def _train_in_group(self) -> After:
-        """Steps until something else follows."""
+        # The previous group may have broken between a step and its evaluation.
         pending = self.progress.pending
         if pending and (after := self._after_step(pending)) is not After.STEP:
             return after
-        # A run that had stopped early and is resumed has nothing left to train.
+        # A run that has stopped early and is resumed has nothing left to train.
         if self._stale():
             return After.END
         loader = StepLoader(
@@ -263,7 +255,6 @@ class Worker:
                     return after
 
     def _after_step(self, result: StepResult) -> After:
-        """Evaluate, tell and save what is due after a step; what follows."""
         metrics = _metrics(result)
         last = self.schedule.last(result.step)
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
@@ -283,14 +274,13 @@ class Worker:
         return After.STOP
 
     def _change_group(self) -> None:
-        """Leave, or meet the others, as was ordered."""
         assert self.peers is not None
         if self.peers.orders().leave:
             try:
                 if self.manager:
                     self.manager.finish()
-            except UserError:  # the manager has said why; that is no reason to end the others' training
-                logger.warning("the worker that leaves could not write its last checkpoint; the next rank 0 writes one")
+            except UserError:  # the manager has logged the reason, and the others must train on
+                logger.warning("this worker leaves without its last checkpoint; the next rank 0 writes one")
             raise _Left
         self._meet()
 
@@ -310,16 +300,16 @@ class Worker:
             why, preempted = self.stop_requests.reason()
             return TrainResult(interrupted=why, preempted=preempted, state=self.state)
         answers = self.evaluator.answer_pairs(self.state.before)
-        found = self.trainer.loss.tested
+        tested = self.trainer.loss.tested
         return TrainResult(
             state=self.state,
             stopped_early=not self.schedule.last(self.state.step),
             answers=answers,
-            self_test=found.to_json() if found else None,
+            self_test=tested.to_json() if tested else None,
         )
 
     def _checkpoint(self) -> None:
-        """Have the state of now saved; rank 0 writes, since all workers hold the same adapter and optimizer."""
+        # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
         if self.manager:
             write = self.trainer.snapshot(self.state, self.evaluator.best, self.spec.identity(), dump(self.config))
             self.manager.save(self.state.step, write)
@@ -350,7 +340,7 @@ def _metrics(result: StepResult) -> dict[str, float]:
 
 
 class Evaluator:
-    """Measures the adapter that a worker trains. All workers must call each method together."""
+    """Evaluation of the adapter that a worker trains. All workers must call each method together."""
 
     def __init__(self, context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> None:
         self.context, self.spec = context, spec
@@ -358,24 +348,20 @@ class Evaluator:
         self.best: Tensor | None = start.best
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
         self.took = dict[str, float]()
-        """Seconds, for the driver's estimate of the time that is left."""
+        """Durations in seconds, from which the driver estimates the remaining time."""
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        """Evaluate the adapter of now, and note the result."""
         return self.note(state, self.loss(state.step))
 
     def note(self, state: TrainState, loss: float) -> dict[str, float]:
-        """Take in a held-out loss, and keep the adapter if it is the best so far; returns the metrics to be told."""
         if state.note_evaluation(loss):
             self.best = self.trainer.flat.vector.clone()
         return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
     @contextlib.contextmanager
     def _best_in_place(self) -> Iterator[None]:
-        """The best adapter in place of the last one, for the block; without evaluations that one stays.
-
-        If other workers are lost meanwhile, the new group continues with the last adapter, and saves it.
-        """
+        """Use the best adapter during the block. Without an evaluation it is the last one."""
+        # The last adapter returns even if workers are lost meanwhile: the next group continues with it, and saves it.
         vector = self.trainer.flat.vector
         last = vector.clone()
         try:
@@ -386,13 +372,13 @@ class Evaluator:
             vector.copy_(last)
 
     @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.took[what] = time.monotonic() - began
+        self.took[name] = time.monotonic() - began
 
     def loss(self, step: int) -> float:
-        """Mean held-out loss per supervised token, after `step` steps; raises UserError if it is not finite."""
+        """Return the mean held-out loss per supervised token after `step` steps; raises UserError if not finite."""
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted), self._timed("evaluation"):
             reached("evaluate", step, self.context.rank)
@@ -400,9 +386,9 @@ class Evaluator:
             return evaluate(self.trainer, self.spec.eval, self.attention, rank, world, step)
 
     def answers(self, answering: str) -> list[list[int]]:
-        """Answers to the held-out prompts as token ids; `answering` names the model for the log.
+        """Return the answers to the held-out prompts as token ids. `answering` names the model in the log.
 
-        A model that cannot answer is asked no more, unless scores are wanted: then that is a UserError.
+        If the model cannot answer, returns no answers now and later. With evaluation.scorer this is a UserError.
         """
         logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
         limit = self.spec.config.evaluation.max_new_tokens
@@ -417,7 +403,6 @@ class Evaluator:
                 return []
 
     def answer_pairs(self, before: list[list[int]] | None) -> tuple[AnswerPair, ...]:
-        """The held-out prompts with the answers of before and of the best adapter."""
         if not self.questions:
             return ()
         with self._best_in_place():
@@ -427,18 +412,18 @@ class Evaluator:
         pairs = zip(self.questions, before or [], now, strict=True)
         return tuple(AnswerPair(each.prompt, each.reference, tuple(old), tuple(new)) for each, old, new in pairs)
 
-    def baseline(self, place: str) -> Baseline:
-        """Loss and answers before the first step: read from `place` if an earlier attempt has measured them."""
+    def baseline(self, file: str) -> Baseline:
+        """Return loss and answers before the first step, from `file` if an earlier attempt has written it."""
         origin, first = self.spec.baseline_identity(), self.context.rank == 0
-        found = collectives.from_first(Baseline.read(place, origin, len(self.questions)) if first else None)
-        if found is None:
+        baseline = collectives.from_first(Baseline.read(file, origin, len(self.questions)) if first else None)
+        if baseline is None:
             logger.info("evaluating before the first step")
             loss = self.loss(0) if self.spec.eval else None
             start = "adapter that training starts with" if self.spec.config.train.start else "base model"
-            found = Baseline(loss, self.answers(start) if self.questions else None)
+            baseline = Baseline(loss, self.answers(start) if self.questions else None)
             if first:
-                found.write(place, origin)
-        return found
+                baseline.write(file, origin)
+        return baseline
 
 
 # The entry point.
@@ -446,25 +431,25 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Entry:
-    """Entry of a worker into a training whose workers may change."""
-
     first_rank: int
-    """Number of the first worker that its trainer has started."""
+    """Number of the first worker of the same trainer."""
     attempt: int
-    """The driver's attempt."""
+    """The driver's attempt that started the worker."""
 
 
 def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry | None = None) -> TrainResult:
-    """Entry point under TorchTrainer; the same on every worker, only the first reports.
+    """Run a worker of Ray Train. All workers return the same result, and only rank 0 reports progress.
 
-    Without an `entry` the workers are, and stay, those of the process group that is there.
+    With an `entry` the workers form a membership. Without one they are a fixed group.
     """
     quiet_transformers()
     ray_internals.quiet_train_worker()
     context = RayTrainContext(spec.config)
     if entry is None:
         result = train_at(context, spec, checkpoints, channel)
-        if result.problem is not None:  # of this worker alone, perhaps: the others wait for it in an exchange then
+        # If only this worker has a problem, the others wait for it in an exchange, and Ray Train does not return. So
+        # the driver gets the problem over the channel.
+        if result.problem is not None:
             ray.get(channel.finish.remote(result))
         return result
     with Peers(through(channel), _member(entry)) as peers:
@@ -478,28 +463,27 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry |
 
 
 def _member(entry: Entry) -> Member:
-    """This worker of Ray Train."""
     from ray.util import get_node_ip_address
 
     context = ray.get_runtime_context()
     rank = entry.first_rank + ray_train.get_context().get_world_rank()
-    place = collectives.meeting_place(get_node_ip_address())
+    store = collectives.meeting_place(get_node_ip_address())
     name, node = context.get_actor_id() or "", context.get_node_id()
-    return Member(name, rank, place, node, process=os.getpid(), attempt=entry.attempt)
+    return Member(name, rank, store, node, process=os.getpid(), attempt=entry.attempt)
 
 
 def train_at(
     context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, peers: Peers | None = None
 ) -> TrainResult:
-    """Train a spec; what the user has to mend is in the result.
+    """Train a spec. A UserError becomes the `problem` of the result.
 
-    With `peers` the workers form the groups of a membership; without, they are those of the process group here.
+    With `peers` the workers form the groups of a membership. Without, they are a fixed group.
     """
     late = peers is not None and peers.running()
     try:
         with sent_to(channel, peers.leads if peers else lambda: context.rank == 0):
             if peers and not late and not peers.next_group().begins:
-                raise RuntimeError("the training has begun meanwhile")  # Ray starts this worker again
+                raise RuntimeError("the training has begun meanwhile")  # Ray restarts this worker, which then is late
             logger.info("loading the base model")
             began, requests = time.monotonic(), StopRequests(channel, context, peers)
             start = starting_point(context, spec, checkpoints, requests.waiting)
@@ -508,6 +492,6 @@ def train_at(
             return worker.run()
     except UserError as error:
         if peers and peers.group is None:
-            raise RuntimeError(str(error)) from error  # it came late and alone: the others train on
-        # Returned, not raised: a retry would meet the same problem.
+            raise RuntimeError(str(error)) from error  # this worker is late and alone: the others train on
+        # Returned, not raised: Ray would restart the worker, which would meet the same problem again.
         return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))

@@ -1,4 +1,4 @@
-"""Context of one training process: rank, world size, device and the base model it may use."""
+"""Context of a training process: rank, world size, device and base model."""
 
 import contextlib
 import logging
@@ -22,7 +22,6 @@ from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
-from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model import attention
@@ -33,56 +32,53 @@ from olora_ray.train.parallel import load_base, together
 
 logger = logging.getLogger(__name__)
 
-# Device of a Ray process: the GPU that it was given, else the CPU.
+# The device of a Ray process: the GPU that Ray has assigned to it, else the CPU.
 
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-"""Variables that hold the GPUs which a process sees, NVIDIA's and AMD's; torch counts these, from 0."""
+"""Environment variables with the GPUs that a process sees (NVIDIA, AMD). torch numbers these GPUs from 0."""
 
 
 def assigned_device() -> torch.device:
-    """Where this task or actor computes; the CPU in a driver and in a process without Ray.
+    """Return the device of this task or actor; the CPU in a driver and in a process without Ray.
 
-    A worker of Ray Train asks `ray.train.torch.get_device` instead: it sees the GPUs of all workers on its node.
-    Raises UserError if torch cannot use the GPU that this process was given.
+    A worker of Ray Train uses `ray.train.torch.get_device` instead, because it sees the GPUs of all workers on its
+    node. Raises UserError if torch cannot use the assigned GPU.
     """
-    given = [str(each) for each in ray.get_gpu_ids()] if ray.is_initialized() else []
-    device = device_of(given, os.environ)
+    assigned = [str(gpu) for gpu in ray.get_gpu_ids()] if ray.is_initialized() else []
+    device = device_of(assigned, os.environ)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"cluster.gpus_per_worker: this process was given GPU {given[0]} of its node, which torch"
-            f" {torch.__version__} cannot use; install torch for CUDA there, or set it to 0"
+            f"cluster.gpus_per_worker: torch {torch.__version__} cannot use GPU {assigned[0]} of this node; install"
+            " torch for CUDA there, or set cluster.gpus_per_worker=0"
         )
     multiply_exactly(device)
     return device
 
 
 def multiply_exactly(device: torch.device) -> None:
-    """Have this process multiply float32 as float32 on its GPU, whatever its environment says.
+    """Make this process multiply float32 in full precision on its GPU, whatever its environment says.
 
-    NVIDIA's images for torch set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: products of float32 have three digits then, with
-    which a merged weight is not base + change within one rounding, as its check has it.
+    NVIDIA's images for torch set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1. Then products of float32 have only three digits,
+    and a merged weight fails its check, which allows an error of one rounding.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
 
 
-def device_of(given: Sequence[str], environment: Mapping[str, str]) -> torch.device:
-    """The device of a process with this environment, which was given these GPUs of its node."""
-    if not given:
+def device_of(assigned: Sequence[str], environment: Mapping[str, str]) -> torch.device:
+    if not assigned:
         return torch.device("cpu")
-    seen = next((environment[name].split(",") for name in VISIBLE if environment.get(name)), None)
-    if seen is None:  # all of the node's: Ray was told not to hide them
-        return torch.device("cuda", int(given[0]))
-    return torch.device("cuda", seen.index(given[0]) if given[0] in seen else 0)
+    visible = next((environment[name].split(",") for name in VISIBLE if environment.get(name)), None)
+    if visible is None:  # Ray is configured not to hide the other GPUs of the node
+        return torch.device("cuda", int(assigned[0]))
+    return torch.device("cuda", visible.index(assigned[0]) if assigned[0] in visible else 0)
 
 
 Adapted = Mapping[str, AdaptedWeight]
 
 
 class RayTrainContext:
-    """A worker of Ray Train; the base model is its own."""
-
     def __init__(self, config: Config) -> None:
         import ray.train
         import ray.train.torch
@@ -95,27 +91,25 @@ class RayTrainContext:
 
     @property
     def rank(self) -> int:
-        """The rank of this worker in its current group."""
         return collectives.rank()
 
     @property
     def world(self) -> int:
-        """The number of workers in that group."""
         return collectives.world_size()
 
     def preemption_announced(self) -> bool:
-        """True once Ray has announced a preemption. A local read: may be called every step."""
+        # Reads only local state, so it may be called every step.
         return ray_internals.preemption_noted()
 
     def preempted_nodes(self) -> tuple[str, ...]:
-        """Return the ids of the preempted nodes. A barrier: all workers of a trainer of Ray must call it together."""
+        # A barrier of Ray Train: all workers of a trainer must call it together.
         import ray.train
 
         info = ray.train.get_preemption_info()
         return tuple(info.preempted_node_ids) if info else ()
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
-        """The base model; to be used inside `activate` only."""
+        """Return the base model, which is loaded at the first call. Use it only inside `activate`."""
         if self._loss is None:
             self._loss = load(spec, self.device)
         self._loss.recompute = spec.recompute
@@ -123,10 +117,8 @@ class RayTrainContext:
 
     @contextlib.contextmanager
     def activate(self, adapted: Adapted) -> Iterator[None]:
-        """The base model with these adapters, or untouched with none.
-
-        Adapters stay where they are put: a sharded base cannot be taken apart.
-        """
+        """Install these adapters in the base model for the block. With none, the base stays as it is."""
+        # The adapters stay installed after the block, because they cannot be removed from a sharded base.
         if adapted and not self._installed:
             assert self._loss is not None
             install(self._loss.model, adapted)
@@ -135,24 +127,21 @@ class RayTrainContext:
 
 
 class SharedBase:
-    """A base model that several adapters are trained on, one step of each in turn."""
-
     def __init__(self, loss: SupervisedLoss, device: torch.device, dtype: str | None = None) -> None:
         self.loss, self.device, self.dtype = loss.to(device), device, dtype
         self.turns = Turns()
 
     @classmethod
     def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
-        """The base model of a spec, in this process."""
         use_cpus(spec.config, device)
         config = agreed(spec.config, device)
         return cls(load(replace(spec, config=config), device), device, config.model.dtype)
 
 
 def on_cpu(spec: TrainSpec) -> TrainSpec:
-    """The spec for a process that measures in the memory of a node what is trained on GPUs, as a sharded base is.
+    """Return the spec for a process that evaluates on the CPU a model that was trained on GPUs, such as a sharded base.
 
-    An attention that needs a GPU is left to choose there.
+    model.attention becomes `auto` if its value needs a GPU.
     """
     if spec.config.model.attention not in (attention.FLASH, attention.VARLEN):
         return spec
@@ -160,21 +149,18 @@ def on_cpu(spec: TrainSpec) -> TrainSpec:
 
 
 class SharedBaseContext:
-    """The context of one adapter on a shared base; its training runs in a thread of its own."""
-
     def __init__(self, shared: SharedBase) -> None:
         self.rank, self.world = 0, 1
         self.device, self.dtype = shared.device, shared.dtype
         self._shared = shared
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
-        """The base model, which is there already, in the precision that it has."""
         self._shared.loss.recompute = spec.recompute
         return self._shared.loss
 
     @contextlib.contextmanager
     def activate(self, adapted: Adapted) -> Iterator[None]:
-        """The base model with these adapters, when it is this context's turn."""
+        """Wait for this adapter's turn, and install the adapters in the base model for the block."""
         with self._shared.turns:
             model = self._shared.loss.model
             install(model, adapted)
@@ -184,20 +170,18 @@ class SharedBaseContext:
                 remove(model)
 
     def preemption_announced(self) -> bool:
-        """False: a process outside Ray Train learns of a preemption when it dies."""
-        return False
+        return False  # only workers of Ray Train are told of a preemption; this process just dies
 
     def preempted_nodes(self) -> tuple[str, ...]:
-        """None."""
         return ()
 
 
 WorkerContext = RayTrainContext | SharedBaseContext
-"""What a Worker knows of its process: device, rank, number of workers, base model, preemption."""
+"""A Worker's process: device, rank, number of workers, base model, preemption."""
 
 
 class Turns:
-    """A fair lock: it goes to whoever has waited longest, where threading.Lock may let one thread return at once."""
+    """A fair lock: the thread that has waited longest gets it. threading.Lock may give it to the same thread again."""
 
     def __init__(self) -> None:
         self._guard, self._waiting = threading.Lock(), deque[threading.Event]()
@@ -220,20 +204,18 @@ class Turns:
 
 
 def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
-    """The base model of a spec, frozen; of a sharded one this worker's part. All workers must call it together.
+    """Load the frozen base model of a spec; of a sharded base, this worker's part. All workers must call it together.
 
-    Raises the UserError that one of them meets, whose node does not see the model, say, on all.
+    If one worker has a UserError, for example because its node has no access to the model, all workers raise it.
     """
-    base = together(lambda: _brought(spec, device))
+    base = together(lambda: _on_every_node(spec, device))
     return load_base(base.folder, agreed(spec.config, device), device)
 
 
-def _brought(spec: TrainSpec, device: torch.device) -> BaseModel:
-    """The base on this node; on GPUs returns when all workers have theirs, or an error.
-
-    From a hub a large model may take longer than an exchange waits, on nodes that do not have it yet. On CPUs workers
-    may be lost one by one, which only an exchange notices.
-    """
+def _on_every_node(spec: TrainSpec, device: torch.device) -> BaseModel:
+    """Return the base, which is downloaded to this node if needed; on GPUs, wait until all workers have theirs."""
+    # A download from a hub may take longer than the timeout of an exchange, so the workers wait without an exchange. On
+    # CPUs they must not: a worker may be lost alone there, and only an exchange notices that.
     try:
         return on_this_node(spec.base, spec.config)
     finally:
@@ -242,40 +224,40 @@ def _brought(spec: TrainSpec, device: torch.device) -> BaseModel:
 
 
 def agreed(config: Config, device: torch.device, began: str | None = None) -> Config:
-    """The config with one precision for all workers in place of `auto`: `began`, if the run began in that.
+    """Return the config with the same precision for all workers instead of `auto`.
 
-    It is float32 where `auto` means another one for one worker than for another. Else a micro-batch would have
-    another loss here than there, and shards of a base another size.
+    This is `began`, the precision in which the run started, if there is one. Otherwise it is float32 if the workers
+    differ in their choice. With several precisions, the loss of a micro-batch would depend on its worker, and the
+    shards of a base would differ in size.
     """
     if config.model.dtype != "auto":
         return config
-    found = [str(dtype).removeprefix("torch.") for dtype in collectives.gather(pick_dtype(config.model, device))]
-    dtype = began or (found[0] if len(set(found)) == 1 else "float32")
-    if began and (other := set(found) - {began}):
+    choices = [str(dtype).removeprefix("torch.") for dtype in collectives.gather(pick_dtype(config.model, device))]
+    dtype = began or (choices[0] if len(set(choices)) == 1 else "float32")
+    if began and (other := set(choices) - {began}):
         logger.warning(
-            f"model.dtype: auto: {began}, in which this run began, though {min(other)} is what its workers of now"
-            " would begin with; it is the one way to the same result"
+            f"model.dtype=auto: keeping {began}, in which this run started (its current workers would choose"
+            f" {min(other)}), so that the result stays the same"
         )
-    elif not began and len(set(found)) > 1:
+    elif not began and len(set(choices)) > 1:
         logger.warning(
-            f"model.dtype: auto: float32: {found.count('float32')} of {len(found)} workers are not fast at"
-            f" {max(set(found) - {'float32'})}; use workers of one kind, or set it"
+            f"model.dtype=auto: using float32, because {choices.count('float32')} of {len(choices)} workers are not"
+            f" fast at {max(set(choices) - {'float32'})}; use workers with equal hardware, or set model.dtype"
         )
     return override(config, {"model.dtype": dtype})
 
 
 def use_cpus(config: Config, device: torch.device) -> None:
-    """As many threads as the process has CPUs of Ray's, at least one."""
     if device.type == "cpu":
         torch.set_num_threads(max(1, math.floor(config.cluster.cpus_per_worker)))
-        # What of a sharded base is gathered is large, and comes and goes: kept, it would leave holes that nothing else
-        # fits in (a third more memory was measured), and who shards has no memory to spare.
+        # With fsdp, the gathered parts of the base are large and are freed soon. Keeping that memory would fragment it:
+        # a third more memory was measured, and a run that shards its base has none to spare.
         if config.cluster.strategy != "fsdp":
             keep_freed_memory()
 
 
-# The platform of the workers: on what, beside its config and data, the bytes of a training depend. Their number is not
-# part of it (train/tree.py).
+# The platform of the workers. Beside config and data, the bytes of a training depend on it, but not on the number of
+# workers (train/tree.py).
 
 
 Kind = dict[str, str]
@@ -283,7 +265,6 @@ Kind = dict[str, str]
 
 
 def kind_of(device: torch.device) -> Kind:
-    """Return the kind of this process, which computes on `device`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,
@@ -294,37 +275,35 @@ def kind_of(device: torch.device) -> Kind:
 
 
 def note_kinds(before: Sequence[Kind], device: torch.device) -> list[Kind]:
-    """Return the different kinds of all workers; warn of several, or of others than `before`, of a checkpoint.
+    """Return the distinct platforms of all workers. Log a warning if they differ, or differ from a checkpoint's.
 
-    All workers must call it together.
+    `before` are the platforms in the checkpoint. All workers must call it together.
     """
     every = collectives.gather(kind_of(device))
-    now = [each for place, each in enumerate(every) if each not in every[:place]]
+    now = [each for number, each in enumerate(every) if each not in every[:number]]
     if line := said(before, now):
         logger.warning(line)
     return now
 
 
 def said(before: Sequence[Kind], now: Sequence[Kind]) -> str | None:
-    """Return the warning for workers of these kinds after those of others; None if there is nothing to say."""
     if len(now) > 1:
         return (
-            f"workers of {plural(len(now), 'kind')} ({_apart(now)}): "
-            " the result may differ in its last bits with which of them computes what"
+            f"the workers differ ({_differences(now)}): the last bits of the result may depend on which worker computes"
+            " which micro-batch"
         )
     if before and list(before) != list(now):
         old = [each for each in before if each not in now]
         return (
-            f"other workers than those of the checkpoint ({_apart([*old, *now])}): from here on the result"
-            " may differ in its last bits from that of a run that went on as it began"
+            f"the workers differ from the checkpoint's workers ({_differences([*old, *now])}): the last bits of the"
+            " result may differ from a run with equal workers"
         )
     return None
 
 
-def _apart(kinds: Sequence[Kind]) -> str:
-    """In what they differ: `threads: 1, 2`."""
-    fields = {what: list(dict.fromkeys(each.get(what, "?") for each in kinds)) for what in kinds[-1]}
-    return "; ".join(f"{what}: {', '.join(values)}" for what, values in fields.items() if len(values) > 1)
+def _differences(kinds: Sequence[Kind]) -> str:
+    fields = {name: list(dict.fromkeys(each.get(name, "?") for each in kinds)) for name in kinds[-1]}
+    return "; ".join(f"{name}: {', '.join(values)}" for name, values in fields.items() if len(values) > 1)
 
 
 def _processor() -> str:

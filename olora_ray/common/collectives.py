@@ -1,10 +1,10 @@
 """Exchanges between the workers of a training: the only file that calls the collectives of torch.distributed.
 
-Every function must be called by all workers, in the same order. In a process without a process group, or alone in
-one, they return at once: one process is a group of one.
+All workers must call each function, in the same order. Without a process group, a process is a group of one, and each
+function returns at once.
 
-Where an exchange fails because another worker is gone, PeerLost is raised; what was received is worthless then. Which
-of the others notice is not certain, so all have to end what they are at (`abort`), and form another group.
+An exchange raises PeerLost if another worker is lost; the received data is invalid then. Some of the workers may not
+notice the loss by themselves, so all of them must abort their exchange (`abort`) and form another group.
 """
 
 import contextlib
@@ -25,28 +25,31 @@ Value = TypeVar("Value")
 
 _stores: list[TCPStore] = []
 PATIENCE = timedelta(minutes=30)
-"""Within which an exchange ends, the waiting for slower workers included."""
+"""Timeout of an exchange, which includes the wait for slower workers."""
 ABORT = timedelta(milliseconds=1)
 _meetings = itertools.count()
 NOBODY = 2**20 + 1
-"""A tag that no message has."""
+"""A message tag that no worker sends."""
 
 
 class PeerLost(Exception):
-    """Another worker is gone, or the connection to it."""
+    """Another worker, or the connection to it, is lost."""
 
 
 def meeting_place(host: str) -> tuple[str, int]:
-    """Host and port of a store at which groups can meet (`join_group`), as long as this process lives."""
+    """Start a TCPStore through which groups can connect (`join_group`); return its host and port.
+
+    The store lives as long as this process.
+    """
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     _stores.append(store)
     return host, store.port
 
 
 def join_group(address: tuple[str, int], name: str, rank: int, size: int, seconds: float) -> None:
-    """Connect with the other workers of a new group over gloo; all must call it together, within so many seconds.
+    """Connect with the other workers of a new group over gloo. All must call it together, within `seconds`.
 
-    They meet at the TCPStore at `address`; no other group that does so has this name. Raises PeerLost.
+    They connect through the TCPStore at `address`. Each group there needs a name of its own. Raises PeerLost.
     """
     limit = timedelta(seconds=seconds)
     with _peers():
@@ -57,9 +60,10 @@ def join_group(address: tuple[str, int], name: str, rank: int, size: int, second
 
 
 def abort() -> None:
-    """End what this process is exchanging, from another thread: it raises PeerLost there, and soon on the others too.
+    """Abort this process's current exchange from another thread: it raises PeerLost there, and soon on other workers.
 
-    gloo has no such call, but a receiver that has waited for too long closes all connections of the group.
+    gloo has no call for this. But a receive whose timeout expires closes all connections of the group, so this
+    function receives a message that nobody sends.
     """
     if world_size() > 1:
         with contextlib.suppress(RuntimeError, ValueError):
@@ -68,7 +72,6 @@ def abort() -> None:
 
 
 def leave_group() -> None:
-    """Close all connections, so that the others notice; then this process is alone."""
     if dist.is_initialized():
         abort()
         dist.destroy_process_group()
@@ -78,38 +81,36 @@ def leave_group() -> None:
 def _peers() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch has no narrower one for gloo
+    except RuntimeError as error:  # torch has no narrower type for the errors of gloo
         raise PeerLost(str(error).partition("\n")[0]) from error
 
 
 def rank() -> int:
-    """Number of this worker; 0 without a process group."""
+    """Return the rank of this worker; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of workers; 1 without a process group."""
+    """Return the number of workers; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_in_place(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over all workers."""
     if world_size() > 1:
         with _peers():
             dist.all_reduce(tensor)
 
 
 def broadcast_in_place(tensor: Tensor, source: int) -> None:
-    """Replace a tensor by that of the worker `source`."""
     if world_size() > 1:
         with _peers():
             dist.broadcast(tensor, src=source)
 
 
 def swap(outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-    """Send `outgoing[w]` (bytes, uint8, flat) to each worker w; what each worker w has sent here, of `sizes[w]` bytes.
+    """Send `outgoing[w]` (flat, uint8) to each worker w, and return the tensor received from each, of `sizes[w]` bytes.
 
-    All on one device; sizes are known beforehand, so that nothing but the bytes travels.
+    All tensors are on one device. The caller knows the sizes, so they are not sent.
     """
     here = rank()
     received = [torch.empty(size, dtype=torch.uint8, device=outgoing[here].device) for size in sizes]
@@ -120,10 +121,10 @@ def swap(outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
 
 
 def transfer(outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]) -> None:
-    """Send tensors to the workers named beside them, and fill tensors with what these workers send here.
+    """Send each outgoing tensor to the worker beside it, and fill each incoming tensor from the worker beside it.
 
-    Flat and contiguous, all on one device. Several between the same two workers arrive in the order in which they are
-    listed, so both must list the same sizes; empty ones do not travel.
+    Tensors are flat, contiguous and on one device. Tensors between the same two workers arrive in the listed order, so
+    both workers must list the same sizes. Empty tensors are not sent.
     """
     operations = [dist.P2POp(dist.isend, tensor, worker) for worker, tensor in outgoing if len(tensor)]
     operations += [dist.P2POp(dist.irecv, tensor, worker) for worker, tensor in incoming if len(tensor)]
@@ -133,12 +134,10 @@ def transfer(outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[in
 
 
 def from_first(value: Value) -> Value:
-    """The value of worker 0; it is pickled on the way."""
     return from_one(value, 0)
 
 
 def from_one(value: Value, source: int) -> Value:
-    """The value of the worker `source`; it is pickled on the way."""
     values = [value]
     if world_size() > 1:
         with _peers():
@@ -147,7 +146,7 @@ def from_one(value: Value, source: int) -> Value:
 
 
 def gather(value: Value) -> list[Value]:
-    """The values of all workers in the order of their ranks; they are pickled on the way."""
+    """Return the values of all workers in the order of their ranks. They are sent pickled."""
     values = [value] * world_size()
     if world_size() > 1:
         with _peers():
@@ -156,10 +155,10 @@ def gather(value: Value) -> list[Value]:
 
 
 def wait_for_all(seconds: float = 0.5) -> None:
-    """Return once all workers are here, however long that takes: an exchange ends after PATIENCE.
+    """Wait until all workers have called it, without the timeout of an exchange; poll every `seconds`.
 
-    For a group that is ended as a whole if one of it dies, as Ray does: nobody notices it here. Looks every so many
-    `seconds`. Raises PeerLost if the process that started the group is gone.
+    A worker that dies is not noticed here: Ray must end the whole group then. Raises PeerLost if the process that
+    holds the group's store is lost.
     """
     if world_size() == 1:
         return
@@ -172,16 +171,16 @@ def wait_for_all(seconds: float = 0.5) -> None:
 
 
 def raise_together(problem: UserError | str | None) -> None:
-    """Raise a UserError on all workers if one has a problem: alone, it would leave the others waiting.
+    """Raise the first worker's problem on all workers, as UserError or TryAgain. Does nothing if no worker has one.
 
-    It is a TryAgain if that is one.
+    If one worker raised alone, the others would wait for it in their next exchange.
     """
-    every = gather((str(problem), isinstance(problem, TryAgain)) if problem else None)
-    if found := next((each for each in every if each), None):
-        text, later = found
+    problems = gather((str(problem), isinstance(problem, TryAgain)) if problem else None)
+    if first := next((each for each in problems if each), None):
+        text, later = first
         raise (TryAgain if later else UserError)(text)
 
 
 def share(count: int, worker: int, workers: int) -> range:
-    """The part of `count` things that is a worker's; empty for some if there are more workers than things."""
+    """Return the part of `range(count)` that is for this worker. It is empty for some workers if count < workers."""
     return range(worker * count // workers, (worker + 1) * count // workers)

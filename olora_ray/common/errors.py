@@ -1,4 +1,4 @@
-"""Exceptions that are meant for a person, and the words of those that are not."""
+"""Exceptions whose message is for the user, and short messages for other exceptions."""
 
 import contextlib
 import errno
@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 class UserError(ValueError):
-    """Something the user can fix: bad config, data, model folder, cluster or address.
+    """A problem that the user can fix: a wrong config, data, model folder, cluster or address.
 
-    The message names the file, line or field and says what to do. Entry scripts print it as
-    one line and exit with a code other than 0; everything else is a bug and keeps its traceback.
+    The message names the file, line or field and says what to do. Entry scripts print it as one line and exit with
+    `exit_code`. Any other exception is a bug and keeps its traceback.
     """
 
     exit_code = 2
 
 
 class Problems(UserError):
-    """Several problems of one thing (`my.yaml has 3 problems`): an entry script prints each in a line of its own."""
+    """Several problems under a heading (`my.yaml has 3 problems`). Entry scripts print each on its own line."""
 
     def __init__(self, heading: str, *problems: str) -> None:
         super().__init__(heading, *problems)
@@ -29,34 +29,31 @@ class Problems(UserError):
 
 
 def of_problems(heading: str, problems: Sequence[str]) -> UserError:
-    """The error of one problem, or of several under a heading."""
     return Problems(heading, *problems) if len(problems) > 1 else UserError(*problems)
 
 
 class TryAgain(UserError):
-    """Something that passes by itself: the same command finishes the work later."""
+    """A problem that passes by itself: the same command completes the work later."""
 
     exit_code = 75
     """EX_TEMPFAIL of sysexits.h."""
 
 
 class StoreError(OSError):
-    """An object store refuses a request or fails; says in one line which and why. Entry scripts print that line."""
-
     exit_code = 2
 
 
 class StoreUnavailable(StoreError):
-    """An object store does not answer, or asks to come again later."""
+    """An object store does not answer, or asks for a retry later."""
 
     exit_code = 75
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to end before its end.
+    """The run was asked to stop early.
 
-    Derives from KeyboardInterrupt: `except Exception` in libraries must not swallow it, and Ray discards anything
-    else that a signal handler raises during ray.get.
+    Derives from KeyboardInterrupt because `except Exception` in libraries must not swallow it, and because Ray discards
+    any other exception that a signal handler raises during ray.get.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -65,58 +62,57 @@ class Stopped(KeyboardInterrupt):
 
 
 class TakenOver(Stopped):
-    """Another process does this work now: what it writes to is to be left as it is."""
+    """Another process has taken over this run. This process must not change the run's files any more."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def short_reason(error: BaseException) -> str:
-    """The operating system's words for an OSError (`No such file or directory`), else the first line."""
+    """Return the operating system's text for an OSError (`No such file or directory`), else the first line."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_OF_A_PLACE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE})
-_TOLD = re.compile(r"\(os error (\d+)\)$")
-"""The end of safetensors' messages, whose exception is no OSError."""
+_OF_A_FILE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE})
+_OS_ERROR = re.compile(r"\(os error (\d+)\)$")
+"""The end of a message of safetensors, which raises its own type for an error of the operating system."""
 
 
 def of_the_machine(error: BaseException) -> str | None:
-    """One line for an OSError that is nobody's bug: a full disk, or a file that may or can not be written or read."""
-    if not isinstance(error, OSError) and (told := _TOLD.search(str(error))):
-        error = OSError(int(told[1]), os.strerror(int(told[1])))
-    if not isinstance(error, OSError) or error.errno not in _FULL | _OF_A_PLACE:
+    """Return one line for a full disk, or for a file that cannot be read or written; None for any other error."""
+    if not isinstance(error, OSError) and (number := _OS_ERROR.search(str(error))):
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    if not isinstance(error, OSError) or error.errno not in _FULL | _OF_A_FILE:
         return None
     if error.errno in _FULL:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; make room, and run the same command again"
+        file = f"{error.filename}: " if error.filename else ""
+        return f"{file}{error.strerror}; make room, and run the same command again"
     if not error.filename:
         return None
-    return f"{error.filename}: {error.strerror}; mend that, and run the same command again"
+    return f"{error.filename}: {error.strerror}; fix that, and run the same command again"
 
 
-def _store_is_away(error: BaseException) -> bool:
+def _store_unavailable(error: BaseException) -> bool:
     return isinstance(error, StoreUnavailable)
 
 
 @contextlib.contextmanager
 def as_user_error(
-    what: str,
-    *kinds: type[Exception],
+    subject: str,
+    *types: type[Exception],
     reason: Callable[[BaseException], str] = first_line,
-    passes: Callable[[BaseException], bool] = _store_is_away,
+    passes: Callable[[BaseException], bool] = _store_unavailable,
 ) -> Iterator[None]:
-    """Raise an exception of these kinds as the UserError `what: reason`; a UserError passes as it is.
+    """Raise an exception of these types as the UserError `subject: reason`. A UserError is raised unchanged.
 
-    One that `passes` by itself, by default a store that does not answer now, gives TryAgain.
+    An exception that `passes` by itself, by default an unavailable store, becomes a TryAgain.
     """
     try:
         yield
-    except kinds as error:
+    except types as error:
         if isinstance(error, UserError):
             raise
-        kind = TryAgain if passes(error) else UserError
-        raise kind(f"{what}: {reason(error)}") from None
+        error_type = TryAgain if passes(error) else UserError
+        raise error_type(f"{subject}: {reason(error)}") from None

@@ -1,26 +1,25 @@
-"""Fault points: named moments of a run at which a test may let a process die, fail or stand still.
+"""Fault points: named moments of a run at which a test may make a process die, fail or hang.
 
-    shard        a shard of the token store is about to be made; step: its number
-    initialise   the adapter was initialised by all workers
+    shard        a shard of the token store will be written next; step: its number
+    initialise   all workers have initialised the adapter
     evaluate     an evaluation begins
-    step         a step was told to the driver; step 0: the measurement of the base model
+    step         a step was reported to the driver; step 0: the measurement of the base model
     checkpoint   one file of a checkpoint is written, the others are not
     export       the base model is copied into the merged folder, nothing is merged yet
     register     MLflow has the new version, its tags and alias are missing
 
-Nothing happens there unless a handler is installed: see tests/recovery/faults.
+Nothing happens there without a handler, which tests/recovery/faults installs.
 """
 
 from collections.abc import Callable
 
 Handler = Callable[[str, int | None, int | None], None]
-"""Called with the point's name, and the step and the worker's rank where they are known."""
+"""Function of the point's name, the step and the worker's rank. The last two are None where they are unknown."""
 
 handler: Handler | None = None
-"""The handler of this process."""
 
 
 def reached(point: str, step: int | None = None, rank: int | None = None) -> None:
-    """Tell the handler, if there is one, that this process is at a point; what it raises goes through."""
+    """Call the handler, if there is one, at a fault point. Raises what the handler raises."""
     if handler is not None:
         handler(point, step, rank)

@@ -1,7 +1,7 @@
-"""Log lines for people: the time of day, the message, and *** in place of secrets.
+"""Log lines for users: the time of day and the message, with *** instead of secrets.
 
-Modules write to `logging.getLogger(__name__)`. Where the lines go is decided once per process: an entry script
-prints them (`printed`), a training worker sends them to its driver, a trial of a search keeps them in a file
+Modules write to `logging.getLogger(__name__)`. Each process decides once where its lines go: an entry script prints
+them (`printed`), a training worker sends them to its driver, and a trial of a search keeps them in a file
 (`handled_by`).
 """
 
@@ -19,22 +19,19 @@ from olora_ray.common.secrets import mask
 
 PACKAGE = "olora_ray"
 _guard, _handlers = threading.Lock(), list[logging.Handler]()
-"""Those in use: several trainings may share a process."""
+"""Handlers in use. Several trainings may share a process, and each has its own."""
 _before: dict[str, Any] = {}
-"""The logger's settings before the first of them."""
+"""The logger's settings before the first handler."""
 
 
 def line(record: logging.LogRecord) -> str:
-    """The message of a record without secrets; `warning: ` or `error: ` goes before what is more than information."""
+    """Return a record's message without secrets, after `warning: ` or `error: ` if its level is above INFO."""
     prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
     return mask(prefix + record.getMessage())
 
 
 class LineFormatter(logging.Formatter):
-    """`HH:MM:SS message`."""
-
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
         return f"{self.formatTime(record, '%H:%M:%S')} {line(record)}"
 
 
@@ -42,22 +39,19 @@ class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record, beside whatever else is on the terminal."""
         with _Printer.around():
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raise what went wrong in the main thread: `python ... | head` ends the script instead of filling stderr.
-
-        Other threads lose the line and live on: the main thread meets the same problem at its next line.
-        """
+        # After `python ... | head` every line fails. Raising in the main thread ends the script, instead of a traceback
+        # per line on stderr. Other threads drop the line: the main thread meets the same problem at its next line.
         if threading.current_thread() is threading.main_thread():
             raise
 
 
 @contextlib.contextmanager
 def handled_by(handler: logging.Handler) -> Iterator[None]:
-    """Let the package's lines, from INFO on, go to this handler and, while it is there, to no handler of others."""
+    """Send the package's lines, from INFO on, to this handler during the block, and not to the root logger's."""
     logger = logging.getLogger(PACKAGE)
     with _guard:
         if not _handlers:
@@ -71,7 +65,7 @@ def handled_by(handler: logging.Handler) -> Iterator[None]:
     finally:
         with _guard:
             _handlers.remove(handler)
-            # A new list: another thread may be going through the old one.
+            # A new list, because another thread may be iterating over the old one.
             logger.handlers = [each for each in logger.handlers if each is not handler]
             if not _handlers:
                 logger.setLevel(_before["level"])
@@ -81,7 +75,7 @@ def handled_by(handler: logging.Handler) -> Iterator[None]:
 
 @contextlib.contextmanager
 def printed_within(context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
-    """Print each line inside a `context()`, which takes a progress bar off the terminal, say, and puts it back."""
+    """Print each line inside a `context()`, for example one that hides a progress bar meanwhile."""
     _Printer.around = staticmethod(context)
     try:
         yield
@@ -91,66 +85,63 @@ def printed_within(context: Callable[[], contextlib.AbstractContextManager[Any]]
 
 @contextlib.contextmanager
 def printed() -> Iterator[None]:
-    """Print the package's lines to stdout, a job's log."""
     handler = _Printer(sys.stdout)
     handler.setFormatter(LineFormatter())
     with handled_by(handler):
         yield
 
 
-# Turn off the noise of libraries at its source; errors stay.
+# Libraries' progress bars and advice are turned off where they arise. Errors stay.
 
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # each print would appear twice
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each print appears twice
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables, which `verbose=0` does not turn off
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Set before Ray is imported in the driver, and sent to all workers."""
+"""Environment variables of the driver, set before Ray is imported, and of all workers."""
 
 
 def quiet_environment() -> None:
-    """Set the variables that Ray and the hub client read when they are imported."""
+    """Set the environment variables that Ray and the hub's client read when they are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet_bitsandbytes()
-    # How soon a dead worker is noticed: 2 s by default.
+    # Notice a dead worker after 1 s instead of 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    # How long new workers may take to appear before the cluster is looked at again: a node may have gone.
+    # If workers have not started after 30 s, Ray chooses nodes again: one of the chosen nodes may be gone.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
 
 
 def quiet_transformers() -> None:
-    """No loading bars and no advice from transformers in this process."""
     from transformers.utils import logging as transformers_logging
 
     quiet_bitsandbytes()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    # PEFT asks for it by its old name.
+    # PEFT uses the old name of the property; a user can do nothing about that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def quiet_bitsandbytes() -> None:
-    """No word of a kernel that it looks for on the hub when it is imported; PEFT imports it wherever it is there."""
+    # At its import, bitsandbytes logs that it searches the hub for a kernel. PEFT imports it if it is installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quiet_gguf() -> None:
-    """No bar for the conversion of a GGUF file in a log: transformers takes tqdm as it is there."""
+    """Show transformers' progress bar of a GGUF conversion on a terminal only, not in a log."""
     from tqdm import tqdm
     from transformers import modeling_gguf_pytorch_utils
 
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: only on a terminal
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: enabled only on a terminal
 
 
 def quiet_lm_eval() -> None:
-    """No bars and no advice from lm-eval and datasets in this process."""
     import datasets
     from lm_eval.api import task
     from tqdm import tqdm

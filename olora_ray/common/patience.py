@@ -1,6 +1,6 @@
-"""Patience with an object store that has answered before: failed requests are repeated for a while, with a line each.
+"""Retries of requests to an object store that has answered before, with a log line for each failure.
 
-A store that has never answered in this process is not waited for: what is wrong there is wrong from the start.
+A store that has never answered in this process gets no retry: there the address or the credentials are probably wrong.
 """
 
 import logging
@@ -19,19 +19,19 @@ from olora_ray.common.secrets import mask
 
 logger = logging.getLogger(__name__)
 
-# Connections to file systems: one for each address and environment, kept by the process.
+# Connections to file systems: one per address and environment, kept by the process.
 
 
 CONNECT_SECONDS, ANSWER_SECONDS, ATTEMPTS = 5, 10, 3
-"""A store that accepts and never answers fails after about ATTEMPTS times ANSWER_SECONDS."""
+"""A store that accepts a connection and never answers fails after about ATTEMPTS * ANSWER_SECONDS."""
 
 
 def connect(scheme: str, bucket: str, query: str = "") -> tuple[fs.FileSystem, str]:
-    """The file system of SCHEME://BUCKET?QUERY and the path of the bucket in it; made once.
+    """Return the file system of SCHEME://BUCKET?QUERY, which is cached, and the path of the bucket in it.
 
-    Raises OSError or ValueError for what is no address, or has no bucket of that name at AWS.
+    Raises OSError or ValueError if the address is invalid, or if AWS has no bucket of that name.
     """
-    # What the variables say may change, in tests for one.
+    # The environment is a part of the cache's key because it may change within a process, for example in tests.
     names = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST")
     environment = tuple(sorted(pair for pair in os.environ.items() if pair[0].startswith(names)))
     return _connected(scheme, bucket, query, environment)
@@ -61,16 +61,13 @@ def _s3(bucket: str) -> fs.FileSystem:
         request_timeout=ANSWER_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
         allow_delayed_open=True,  # a small file is then one request
-        background_writes=False,  # else a file that is read faster than it is sent lies in memory as a whole
+        background_writes=False,  # otherwise a file that is read faster than it is sent fills the memory
         **options,
     )
 
 
 def _region_of(bucket: str, named: str | None) -> str:
-    """The region of a bucket at AWS; where that cannot be asked for, the one that the variables name.
-
-    A private network may have no way to us-east-1, which knows the regions, and in China and GovCloud it knows none.
-    """
+    # pyarrow asks us-east-1. A private network may not reach it, and it does not know buckets in China and GovCloud.
     try:
         return str(fs.resolve_s3_region(bucket))
     except OSError:
@@ -80,7 +77,7 @@ def _region_of(bucket: str, named: str | None) -> str:
 
 
 UNTRUSTED = re.compile(r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.version.number", re.IGNORECASE)
-"""Messages of requests, boto3 and pyarrow about a TLS certificate that they do not trust, or a server without TLS."""
+"""Messages of requests, boto3 and pyarrow about an untrusted TLS certificate, or about a server without TLS."""
 TRUST = (
     "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file with the certificates of your CA"
     " and of the public ones"
@@ -88,20 +85,19 @@ TRUST = (
 
 
 def follow_certificates() -> None:
-    """Let requests and boto3 read the CA file of SSL_CERT_FILE, as pyarrow and the hub's client do by themselves."""
+    """Make requests and boto3 use SSL_CERT_FILE, which pyarrow and the hub's client read by themselves."""
     if file := os.environ.get("SSL_CERT_FILE"):
         for name in ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"):
             os.environ.setdefault(name, file)
 
 
 def s3_endpoint() -> str | None:
-    """The address of the S3 store, if it is not AWS."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-Found = TypeVar("Found")
+Answer = TypeVar("Answer")
 PATIENCE = 60.0
-"""Seconds after the first failure in which a request is repeated."""
+"""Seconds of retries after the first failure of a request."""
 _PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
     r"|HTTP status 5(?!07)\d\d"  # 507: the store is full
@@ -111,7 +107,7 @@ _answered: set[str] = set()
 
 
 def passes(error: BaseException) -> bool:
-    """True if the failure passes by itself: no answer, or one that asks to come again."""
+    """True if the failure passes by itself: no answer, or an answer that asks for a retry."""
     if UNTRUSTED.search(str(error)):
         return False
     return (
@@ -119,43 +115,43 @@ def passes(error: BaseException) -> bool:
     )
 
 
-def patiently(store: str, request: Callable[[], Found]) -> Found:
-    """Return what `request` returns; repeat it for PATIENCE seconds if the store, which has answered before, fails.
+def patiently(store: str, request: Callable[[], Answer]) -> Answer:
+    """Return the answer of `request`. If `store` has answered before, retry failures for PATIENCE seconds.
 
-    Raises FileNotFoundError where nothing is there, ValueError for what is no address, and StoreError or
-    StoreUnavailable for all else: not all that pyarrow raises for gs:// is an OSError.
+    Raises FileNotFoundError for a missing file, ValueError for an invalid address, and StoreError or StoreUnavailable
+    for any other failure.
     """
     end, pause = None, PATIENCE / 60
     while True:
         try:
-            found = request()
+            answer = request()
         except FileNotFoundError:
             _answered.add(store)
             raise
-        except (OSError, ArrowException) as error:
-            if isinstance(error, ValueError):  # what is no address
+        except (OSError, ArrowException) as error:  # pyarrow raises both kinds for gs://
+            if isinstance(error, ValueError):  # an invalid address
                 raise
             end = time.monotonic() + PATIENCE if end is None else end
             left = end - time.monotonic()
             if store not in _answered or not passes(error) or left <= 0:
-                kind = StoreUnavailable if passes(error) else StoreError
+                error_type = StoreUnavailable if passes(error) else StoreError
                 untrusted = UNTRUSTED.search(str(error))
-                raise kind(f"{mask(store)}: {TRUST}" if untrusted else mask(first_line(error))) from None
-            logger.warning(f"{mask(store)} does not answer ({first_line(error)}); asked again for {left:.0f} s more")
+                raise error_type(f"{mask(store)}: {TRUST}" if untrusted else mask(first_line(error))) from None
+            logger.warning(f"{mask(store)} does not answer ({first_line(error)}); retrying for {left:.0f} s more")
             time.sleep(min(pause, left))
             pause *= 2
         else:
             _answered.add(store)
-            return found
+            return answer
 
 
-# Whether the hub of models and data sets refuses a request, or only does not answer it now.
+# Failures of the hub of models and data sets: a refusal is final, an unreachable hub is not.
 
 
 def is_away(error: BaseException) -> bool:
-    """True if an error of huggingface_hub or datasets passes by itself: no network, no answer, or a server in trouble.
+    """True if an error of huggingface_hub or datasets passes by itself: no network, no answer, or a server error.
 
-    Not so where this machine is told to stay offline.
+    False on a machine that is set to stay offline (HF_HUB_OFFLINE).
     """
     from huggingface_hub import constants, errors
 
@@ -164,8 +160,9 @@ def is_away(error: BaseException) -> bool:
     for cause in _chain(error):
         if isinstance(cause, errors.HfHubHTTPError):
             status = cause.response.status_code
-            return status == 429 or status >= 500  # too many requests, or a server in trouble
-        # All of the client's own errors but those about an answer are about the way to it. Which client it is changes.
+            return status == 429 or status >= 500  # too many requests, or a server error
+        # Any other error of the HTTP client is about the connection. huggingface_hub has changed its client (requests,
+        # httpx), so the type is taken from there.
         client: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
         if isinstance(cause, client | ConnectionError | TimeoutError):
             return True
@@ -173,8 +170,8 @@ def is_away(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and those before it, also where `datasets` hides them by raising `from None`."""
-    before: BaseException | None = error
-    while before is not None:
-        yield before
-        before = before.__cause__ or before.__context__
+    # `datasets` hides the cause of some errors with `raise ... from None`, so follow __context__, too.
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

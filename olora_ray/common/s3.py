@@ -1,6 +1,6 @@
-"""Requests to s3:// that pyarrow does not offer: conditional writes, the end of cut uploads, a check with advice.
+"""Requests to s3:// that pyarrow does not offer: conditional writes, deletion of interrupted uploads, an early check.
 
-boto3 is an extra of this project; MLflow needs it too for artifacts on s3://.
+boto3 is an optional dependency (olora-ray[s3]). MLflow also needs it for artifacts on s3://.
 """
 
 import contextlib
@@ -20,108 +20,103 @@ from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, TRUST, UN
 logger = logging.getLogger(__name__)
 
 SLOW_SECONDS = 5.0
-"""A check that takes longer is worth a line."""
+"""A check that takes longer logs a warning."""
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING = ("NoSuchKey", "404")
 _FULL = 507
-"""Insufficient Storage, as MinIO answers where its disks are full: that does not pass by itself."""
+"""HTTP status Insufficient Storage, MinIO's answer when its disks are full. A retry does not help."""
 
 
-def is_s3(place: str) -> bool:
-    """True if a place lies in an S3 store."""
-    return place.startswith("s3://")
+def is_s3(location: str) -> bool:
+    return location.startswith("s3://")
 
 
-def require_boto3(place: str, field: str) -> None:
-    """Raise UserError that says what to install if boto3 is missing; `field` is the setting that names the place."""
+def require_boto3(location: str, field: str) -> None:
     try:
         import boto3  # noqa: F401
     except ModuleNotFoundError:
         raise UserError(
-            f"{field}: {place} needs the Python package boto3, here and on all nodes: pip install 'olora-ray[s3]', or"
-            " pip install boto3"
+            f"{field}: {location} needs the Python package boto3, here and on all nodes: pip install"
+            " 'olora-ray[s3]', or pip install boto3"
         ) from None
 
 
-def check(place: str, field: str) -> None:
-    """Write, read and delete a small object below `place`, within seconds.
+def check(location: str, field: str) -> None:
+    """Write, read and delete a small object below `location`, and log a warning if that is slow.
 
-    Raises UserError that starts with `field` and says what to mend, and TryAgain for what may pass by itself. A
-    store that is slow is worth a line.
+    Raises a UserError that starts with `field` and says what to do, and TryAgain for a problem that may pass by itself.
     """
-    require_boto3(place, field)
-    bucket, key = split(f"{place.rstrip('/')}/.probe-{uuid.uuid4().hex}")
+    require_boto3(location, field)
+    bucket, key = split(f"{location.rstrip('/')}/.probe-{uuid.uuid4().hex}")
     began = time.monotonic()
     try:
-        with _told():
+        with _as_store_error():
             client = _client(attempts=1)
             client.put_object(Bucket=bucket, Key=key, Body=b"probe")
             client.get_object(Bucket=bucket, Key=key)["Body"].read()
             client.delete_object(Bucket=bucket, Key=key)
     except StoreUnavailable as error:
-        raise TryAgain(f"{field}: {place}: the store at {_where()} does not answer: {error}") from None
+        raise TryAgain(f"{field}: {location}: the store at {_where()} does not answer: {error}") from None
     except StoreError as error:
-        raise UserError(f"{field}: {place} cannot be written: {error}") from None
+        raise UserError(f"{field}: {location} cannot be written: {error}") from None
     if (seconds := time.monotonic() - began) > SLOW_SECONDS:
-        logger.warning(f"{field}: {place} is slow: writing, reading and deleting five bytes took {seconds:.0f} s")
+        logger.warning(f"{field}: {location} is slow: writing, reading and deleting five bytes took {seconds:.0f} s")
 
 
-def get(place: str) -> tuple[bytes, str] | None:
-    """Content and etag of an object; None if there is none. Raises StoreError."""
-    bucket, key = split(place)
+def get(location: str) -> tuple[bytes, str] | None:
+    bucket, key = split(location)
     try:
-        with _told():
-            found = _client().get_object(Bucket=bucket, Key=key)
-            return found["Body"].read(), str(found["ETag"])
+        with _as_store_error():
+            answer = _client().get_object(Bucket=bucket, Key=key)
+            return answer["Body"].read(), str(answer["ETag"])
     except FileNotFoundError:
         return None
 
 
-def put_if(place: str, content: bytes, etag: str | None) -> str | None:
-    """Write an object if it still has this etag, or if there is none (None); returns its new etag.
+def put_if(location: str, content: bytes, etag: str | None) -> str | None:
+    """Write an object if its etag is still `etag`, or if it does not exist (None); return its new etag.
 
-    Returns None if somebody else has written meanwhile. A store may ignore the condition, as an older Ceph does. Raises
-    StoreError.
+    Returns None if another process has written or deleted the object meanwhile. Some stores, such as an older Ceph,
+    ignore the condition and write. Raises StoreError.
     """
-    bucket, key = split(place)
+    bucket, key = split(location)
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
     try:
-        with _told():
+        with _as_store_error():
             return str(_client().put_object(Bucket=bucket, Key=key, Body=content, **condition)["ETag"])
     except (FileExistsError, FileNotFoundError):  # 404: it was deleted meanwhile
         return None
 
 
-def abort_uploads(place: str) -> None:
-    """End the uploads in parts below `place` that were never completed, which are paid for; raises StoreError."""
-    bucket, key = split(place)
-    with _told():
+def abort_uploads(location: str) -> None:
+    """Delete the parts of interrupted uploads below `location`, for which the store charges. Raises StoreError."""
+    bucket, key = split(location)
+    with _as_store_error():
         client = _client()
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/"):
             for upload in page.get("Uploads", []):
                 client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
-def split(place: str) -> tuple[str, str]:
-    """Bucket and key of an address."""
-    bucket, _, key = place.removeprefix("s3://").partition("/")
+def split(location: str) -> tuple[str, str]:
+    bucket, _, key = location.removeprefix("s3://").partition("/")
     return bucket, key
 
 
 def _client(attempts: int = 2) -> Any:
     patience.follow_certificates()
-    names = sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
-    return _made(attempts, tuple(names))
+    variables = sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
+    return _cached_client(attempts, tuple(variables))
 
 
 @lru_cache(maxsize=8)
-def _made(attempts: int, environment: tuple[tuple[str, str], ...]) -> Any:
+def _cached_client(attempts: int, environment: tuple[tuple[str, str], ...]) -> Any:
     import boto3
     from botocore.config import Config
 
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it has found the credentials
-    # Stores other than AWS rarely have a host name for each bucket; pyarrow uses paths there too.
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # at INFO it logs where the credentials come from
+    # Few stores other than AWS have a host name per bucket, so the bucket is a part of the path there, as in pyarrow.
     style = "path" if patience.s3_endpoint() else "auto"
     return boto3.session.Session().client(
         "s3",
@@ -135,8 +130,7 @@ def _made(attempts: int, environment: tuple[tuple[str, str], ...]) -> Any:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Raise what boto3 raises as an OSError with one line."""
+def _as_store_error() -> Iterator[None]:
     from botocore import exceptions
 
     try:
@@ -145,17 +139,18 @@ def _told() -> Iterator[None]:
         raise _error_of(error) from None
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
         raise StoreError(
-            f"{first_line(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the machine"
-            " a role"
+            f"{first_line(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or attach a role"
+            " to the machine"
         ) from None
     except (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, OSError) as error:
         if UNTRUSTED.search(str(error)):
             raise StoreError(f"{_where()}: {TRUST}") from None
-        why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))  # it names the probe
+        # The URL at the end names the probe, a file that the user does not know.
+        why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))
         raise StoreUnavailable(f"{why}; is AWS_ENDPOINT_URL right?") from None
     except exceptions.BotoCoreError as error:
         raise StoreError(first_line(error)) from None
-    except ValueError as error:  # what is no address or no name of a bucket
+    except ValueError as error:  # an invalid address or bucket name
         raise StoreError(first_line(error)) from None
 
 
@@ -163,7 +158,7 @@ def _error_of(error: Any) -> OSError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
-        return StoreError(f"there is no bucket of this name at {_where()}; make it, or correct the name")
+        return StoreError(f"there is no bucket of this name at {_where()}; create it, or correct the name")
     if code in _MISSING:
         return FileNotFoundError(first_line(error))
     if code in _TAKEN:
@@ -171,7 +166,7 @@ def _error_of(error: Any) -> OSError:
     if code in _REFUSED:
         return StoreError(
             f"{_where()} refuses access ({code}); check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or the"
-            " machine's role), which must be allowed to list, read, write and delete there"
+            " machine's role): they must allow to list, read, write and delete there"
         )
     if status == _FULL:
         return StoreError(f"{code} (HTTP {status}); make room in the store, and run the same command again")

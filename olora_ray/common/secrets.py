@@ -1,12 +1,12 @@
-"""Secrets: recognised, masked in logs and messages, and looked up where a config names their place.
+"""Secrets: recognise them, mask them in log lines and messages, and read those to which a config refers.
 
-A config is copied into every checkpoint and into MLflow, so it must not hold a password. It names a place
-instead: `env:NAME`, a variable, or `file:/PATH`, a file with one line. The place is looked up where it is used,
-and what it holds is never written.
+A config is copied into every checkpoint and into MLflow, so it must not contain a password. Instead it refers to one:
+`env:NAME` is an environment variable, `file:/PATH` a file with one line. The reference is resolved where the value is
+used, and the value is never written.
 
-`mask` goes over every line that is shown, and a line may hold anything: a model's answer, a server's page. So each
-pattern here takes time linear in the text: a name is tried at its first letter only, and what a quantifier took
-it does not give back (`++`), or only once.
+`mask` processes every line that is shown, and a line may have any text: a model's answer, a server's error page. So
+each pattern must take time linear in the text. A name is tried only at its first letter, and quantifiers are possessive
+(`++`), or backtrack at most once.
 """
 
 import os
@@ -19,12 +19,13 @@ from olora_ray.common.errors import UserError
 
 _HIDDEN = "***"
 _WORD_WITH_AT = re.compile(r"(?<![^\s'\"])[^\s'\"@]*+@[^\s'\"]*+")
-# user: of scheme://user:password@, up to the last @, because passwords with an @ are met; but not http://host:5000/x@y.
+# `user:` in scheme://user:password@. The password ends at the last @, because some have an @ in them. The host and port
+# in http://host:5000/x@y must not match.
 _USER = re.compile(r"[A-Za-z0-9+.-]://[^\s/@:'\"]*:(?!\d{1,5}/)")
-# https://token@host. Other schemes have names there that are no secret, such as gs://anonymous@bucket.
+# https://token@host. With other schemes the name there is no secret: gs://anonymous@bucket.
 _TOKEN = re.compile(r"(https?://)[^\s/@:'\"]+@")
 
-# pwd, token, ... as a whole part of a name only: max_new_tokens is no secret; nor is the eos_token of a tokenizer.
+# pwd, token, ... must be a complete part of the name: max_new_tokens is no secret. Nor is a tokenizer's eos_token.
 _NAME = re.compile(
     r"password|passwd|secret(?!ar)|(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
     r"(?:pwd|(?<![bec]os_)(?<!pad_)(?<!unk_)(?<!cls_)(?<!sep_)(?<!mask_)token|sig|signature|credentials?|authorization"
@@ -33,32 +34,31 @@ _NAME = re.compile(
 )
 _LONGEST_NAME = 256
 _IN_NAMES = ("password", "passwd", "secret", "pwd", "token", "sig", "credential", "authorization", "key")
-"""Every name of a secret has one of these in it, in lower case."""
+"""Parts of which every name of a secret has one: a fast test before the regular expressions."""
 _FIELD = re.compile(r"(?<![\w.-])([\w.-]++)(\\?['\"]?[ \t]*+[:=][ \t]*+)")
 _QUOTED = re.compile(r"(['\"])((?:(?!\1)[^\\\n]|\\[^\n])++)|(\\['\"])((?:[^'\"\\\n]|\\(?!['\"])[^\n])++)")
 _BARE = re.compile(r"[^\s&;#'\"]++")
-# A word with another one behind it is a sentence, `token: expected one line`, and null is no password.
+# Two words after a colon are a sentence, not a value: `token: expected one line`. And null is no password.
 _AFTER_COLON = re.compile(
     r"(?!(?:null|none|true|false)\b|[A-Za-z'-]++[.,;:!?]?[ \t]++\S)[^\s'\"]*[^\s'\",;)}\]]", re.IGNORECASE
 )
 _SCHEME = re.compile(r"\b(Bearer|Basic|Token|Digest|Negotiate|ApiKey)([ \t]++)([\w.~+/=-]++)", re.IGNORECASE)
 _AUTHORIZATION = re.compile(r"authorization\\?['\"]?[ \t]*+[:=][ \t]*+\\?['\"]?$", re.IGNORECASE)
-# --password x on a command line, also as Python shows its list of words: '--password', 'x'. The value may not begin
-# with a dash: then it is the next option.
+# `--password x` on a command line, also in Python's list of its words: '--password', 'x'. A value that begins with a
+# dash would be the next option.
 _OPTION = re.compile(r"(?<![\w.-])(--[\w-]++)((?:['\"],)?[ \t]++)(?:(')[^'\n]++|(\")[^\"\n]++|[^\s'\"-][^\s'\"]*+)")
-# curl -u user:password, -su user:password, -uuser:password, --user user:password; only in a line about curl, since
-# --user 1000:1000 of docker is no secret.
+# curl -u user:password, -su user:password, -uuser:password, --user user:password. Only in a line with `curl`, because
+# docker's `--user 1000:1000` is no secret.
 _CURL_USER = re.compile(
     r"(?<![\w.-])((?:-[A-Za-z]{0,5}u(?:['\"],)?[ \t]++|-u|--(?:proxy-)?user(?:=|(?:['\"],)?[ \t]++))"
     r"(?P<quote>['\"])?[^\s:'\"]++:)(?(quote)[^'\"\n]++|[^\s'\"]++)"
 )
-# All of a Cookie: or Set-Cookie: header, whose values may be quoted themselves.
+# The complete Cookie: or Set-Cookie: header. Its values may have quotes.
 _COOKIE = re.compile(
     r"\b((?:set-)?cookie\\?['\"]?[ \t]*+:[ \t]*+\\?['\"]?)[\w.%$-]++=(?:(?<==)['\"][^'\"\n]*+['\"]?|[^'\"\\\n])*+",
     re.IGNORECASE,
 )
-# Tokens that are known by their form: Hugging Face, AWS, Google, GitHub, GitLab, Databricks, Slack, OpenAI, JSON web
-# tokens.
+# Tokens with a known form: Hugging Face, AWS, Google, GitHub, GitLab, Databricks, Slack, OpenAI, JSON web tokens.
 _FORMS = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}+|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}+|gh[opsur]_[A-Za-z0-9]{30,}+"
     r"|github_pat_\w{30,}+|glpat-[\w-]{20,}+|dapi[0-9a-f]{32}|xox[abeprs]-[\w-]{20,}+|sk-[\w-]{32,}+"
@@ -68,11 +68,11 @@ _IN_FORMS = ("hf_", "AKIA", "ASIA", "AIza", "gh", "glpat-", "dapi", "xox", "sk-"
 
 
 def mask(text: str) -> str:
-    """The text with *** for secrets.
+    """Return the text with *** instead of secrets.
 
-    These are passwords and tokens in URIs; values of names such as secret_key, `=` or `:` before them; values of
-    options such as --password; the password of `curl -u`; what follows `Authorization:`, `Cookie:` and `Set-Cookie:`;
-    tokens that are known by their form, such as hf_...
+    Secrets are passwords and tokens in URIs, values after `secret_key=` and similar names, values of options such as
+    --password, the password of `curl -u`, the headers `Authorization:`, `Cookie:` and `Set-Cookie:`, and tokens with a
+    known form such as hf_...
     """
     if "://" in text and "@" in text:
         text = _TOKEN.sub(rf"\1{_HIDDEN}@", _WORD_WITH_AT.sub(_without_password, text))
@@ -92,17 +92,17 @@ def mask(text: str) -> str:
 
 
 def in_uri(text: str) -> bool:
-    """True if the text is a URI with a password, token or key in it."""
+    """True if the text is a URI that contains a password, token or key."""
     return "://" in text and any(mask(form) != form for form in (text, unquote(text)))
 
 
 def is_name(name: str) -> bool:
-    """True if something of this name is a secret: password, api_key, hub_token."""
+    """True if a field with this name is a secret: password, api_key, hub_token."""
     return re.fullmatch(r"[\w.-]+", name) is not None and _NAME.search(name[-_LONGEST_NAME:]) is not None
 
 
-def _without_password(found: re.Match[str]) -> str:
-    word = found[0]
+def _without_password(match: re.Match[str]) -> str:
+    word = match[0]
     last = word.rindex("@")
     for user in _USER.finditer(word, 0, last):
         if user.end() < last:
@@ -110,65 +110,64 @@ def _without_password(found: re.Match[str]) -> str:
     return word
 
 
-def _without_credentials(found: re.Match[str]) -> str:
-    scheme, blank, value = found.groups()
-    before = found.string[max(0, found.start() - 40) : found.start()]
+def _without_credentials(match: re.Match[str]) -> str:
+    scheme, blank, value = match.groups()
+    before = match.string[max(0, match.start() - 40) : match.start()]
+    # `bearer` is also a usual word: without `Authorization:` before it, only a long value with digits is a token.
     bare = scheme.lower() == "bearer" and len(value) >= 16 and any(sign.isdigit() for sign in value)
-    return f"{scheme}{blank}{_HIDDEN}" if bare or _AUTHORIZATION.search(before) else found[0]
+    return f"{scheme}{blank}{_HIDDEN}" if bare or _AUTHORIZATION.search(before) else match[0]
 
 
-def _without_value(found: re.Match[str]) -> str:
-    option, blank, *quotes = found.groups()
-    return f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}" if is_name(option) else found[0]
+def _without_value(match: re.Match[str]) -> str:
+    option, blank, *quotes = match.groups()
+    return f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}" if is_name(option) else match[0]
 
 
 def _fields_masked(text: str) -> Iterator[str]:
-    """The text in parts, with *** for what stands behind a secret's name."""
-    done = 0
+    end = 0
     for field in _FIELD.finditer(text):
-        if field.start() < done or not is_name(field[1]):
+        if field.start() < end or not is_name(field[1]):
             continue
-        if place := _value(text, field[2], field.end()):
-            yield text[done : place[0]] + _HIDDEN
-            done = place[1]
-    yield text[done:]
+        if span := _value_span(text, field[2], field.end()):
+            yield text[end : span[0]] + _HIDDEN
+            end = span[1]
+    yield text[end:]
 
 
-def _value(text: str, sign: str, begin: int) -> tuple[int, int] | None:
-    """Begin and end of the value of a name, if there is one; `sign` is what stands between name and value."""
+def _value_span(text: str, sign: str, begin: int) -> tuple[int, int] | None:
     if quoted := _QUOTED.match(text, begin):
         return quoted.span(2 if quoted[1] else 4)
     if sign == "=":
-        found = _BARE.match(text, begin)
+        value = _BARE.match(text, begin)
     elif sign[0] in "'\"\\" or sign[-1] in " \t":
-        found = _AFTER_COLON.match(text, begin)
-    else:  # tests/test_token.py:12: is a place
-        found = None
-    return found.span() if found else None
+        value = _AFTER_COLON.match(text, begin)
+    else:  # a file and a line, as in tests/test_token.py:12
+        value = None
+    return value.span() if value else None
 
 
 def looked_up(value: str, field: str) -> str:
-    """The value that `env:NAME` or `file:/PATH` holds; any other value is returned as it is.
+    """Return the content of `env:NAME` or `file:/PATH`; any other value is returned unchanged.
 
-    Raises UserError that starts with `field` if the variable or the file is not there or empty.
+    Raises a UserError that starts with `field` if the environment variable or the file is missing or empty.
     """
-    kind, _, place = value.partition(":")
-    if kind == "env":
-        if not (held := os.environ.get(place, "").strip()):
-            raise UserError(f"{field}: {value}: the variable {place} is not set where this runs")
-        return held
-    if kind == "file" and not place.startswith("//"):
-        return _line_of(Path(place).expanduser(), f"{field}: {value}")
+    scheme, _, name = value.partition(":")
+    if scheme == "env":
+        if not (content := os.environ.get(name, "").strip()):
+            raise UserError(f"{field}: {value}: the environment variable {name} is not set in this process")
+        return content
+    if scheme == "file" and not name.startswith("//"):
+        return _line_of(Path(name).expanduser(), f"{field}: {value}")
     return value
 
 
-def _line_of(path: Path, where: str) -> str:
+def _line_of(path: Path, subject: str) -> str:
     if not path.is_absolute():
-        raise UserError(f"{where}: give the file by its absolute path, file:/PATH")
+        raise UserError(f"{subject}: use the absolute path of the file, file:/PATH")
     try:
-        lines = path.read_text(encoding="utf-8").split()
+        words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    if len(lines) != 1:
-        raise UserError(f"{where}: expected one line with an address, found {len(lines)} words")
-    return lines[0]
+        raise UserError(f"{subject}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    if len(words) != 1:
+        raise UserError(f"{subject}: expected one line with an address, found {len(words)} words")
+    return words[0]

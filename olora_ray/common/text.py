@@ -3,20 +3,19 @@
 from collections.abc import Sequence
 
 
-def plural(number: int, what: str) -> str:
-    """`1 worker`, `2 workers`."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def clock(seconds: float) -> str:
-    """A time that runs down, as m:ss or h:mm:ss."""
+    """Return a remaining time as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def duration(seconds: float) -> str:
-    """A length of time: 4.2 s, 3 min 12 s, 2 h 05 min."""
+    """Return a duration as `4.2 s`, `3 min 12 s` or `2 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -26,7 +25,7 @@ def duration(seconds: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> list[str]:
-    """Each row as a line, in columns two spaces apart; `right` says which are flush right, without it none is."""
+    """Return each row as a line, with two spaces between the columns. `right`: which columns are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     flush = right or [False] * len(widths)
     return [

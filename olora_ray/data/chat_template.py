@@ -1,7 +1,7 @@
-"""Chat templates: rendered as transformers renders them, without importing transformers, and tried before that.
+"""Chat templates: rendering as in transformers, without importing it, and the check of a template before its use.
 
-A template is code from a model hub: it runs in jinja2's immutable sandbox. What a template does to a chat is found by
-rendering marked conversations, so that rows never lose a part of their chat in silence.
+A template is code from a model hub: it runs in jinja2's immutable sandbox. The form of chats that a template can
+write is detected by rendering marked conversations, so that no part of a chat is lost silently.
 """
 
 import json
@@ -28,6 +28,7 @@ from olora_ray.data.formats import REASONING, Chat, Rejected
 
 Message = Mapping[str, Any]
 
+# For base models without a chat template.
 DEFAULT = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}"
@@ -35,15 +36,15 @@ DEFAULT = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""For base models that have no template of their own."""
 
+# The value of data.chat_template that selects DEFAULT.
 PLAIN = "plain"
-"""Its name in data.chat_template."""
+# Without and with a begin token: the second is for tokenizers that put one before a text.
 DEFAULTS = (DEFAULT, "{{ bos_token }}" + DEFAULT)
-"""Without and with a begin token: the second is for tokenizers that put one before a text."""
 
+# Templates that print a date get this day, so that the tokens are the same every day. Llama 3's templates fall back to
+# it.
 TODAY = datetime(2024, 7, 26)
-"""What templates that print a date get: the same tokens every day. (Llama 3's templates fall back to this day.)"""
 
 
 class ChatTemplate:
@@ -52,7 +53,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, str], what: str = "model.name: the chat template"
     ) -> None:
-        """Compile `source`; raises UserError that begins with `what` if it is not valid."""
+        """Compile `source`; raise a UserError that begins with `what` if it is not valid."""
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _compiled(source)
@@ -67,7 +68,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The conversation as text; raises whatever the template does, mostly a jinja2.TemplateError."""
+        """Return the conversation as text; raise whatever the template raises, mostly a jinja2.TemplateError."""
         return self._template.render(
             messages=messages,
             tools=tools,
@@ -78,7 +79,7 @@ class ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """Lets {% generation %} blocks parse; they mean nothing here (see tokenize.py)."""
+    """A jinja2 extension that accepts {% generation %} blocks and ignores them: tokenize.py locates answers itself."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -96,7 +97,7 @@ def _compiled(source: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = TODAY.strftime
     template = environment.from_string(source)
-    # A chain of two, which would be gone through key by key for each rendering: a third of its time.
+    # jinja2 keeps globals in a chain of two dicts and looks them up key by key: a third of the time of a rendering.
     template.globals = dict(template.globals)
     return template
 
@@ -112,21 +113,21 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-# The check of a template in a process of its own, where its time and memory have a limit. The sandbox has none:
-# `{{ 10 ** 10 ** 9 }}` and nested loops run for ever, and operators, filters and methods of texts would each need a
-# limit of their own. A template that waits for a certain message to misbehave is not found.
+# The check of a template in a separate process with limits of time and memory. The sandbox has none: `{{ 10 ** 10 ** 9
+# }}` and nested loops run for ever, and operators, filters and string methods would each need their own limit. A
+# template that misbehaves only for certain messages is not detected.
 
 
+# CPU seconds that a template may take for two short messages; a normal template takes milliseconds.
 SECONDS = 2
-"""Processor time that two short messages may take; a template takes some milliseconds."""
 MEMORY = 2**30
 EXCHANGE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
 
 
 @lru_cache(maxsize=8)
 def refuse_hostile(sources: frozenset[str], special_tokens: frozenset[tuple[str, str]], what: str) -> None:
-    """Raise UserError if two short messages take too much time or memory, or an endless recursion, with a template."""
-    # The child imports what this process imports, and not (-P) whatever lies in the current folder.
+    """Raise UserError if a template takes too much time or memory for two short messages, or recurses without end."""
+    # The child imports from the same paths as this process; -P keeps files of the current folder out.
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)])
     asked = {"sources": sorted(sources), "special_tokens": dict(special_tokens)}
     try:
@@ -144,18 +145,18 @@ def refuse_hostile(sources: frozenset[str], special_tokens: frozenset[tuple[str,
         verdict = done.returncode
     if verdict < 0 or verdict == _TOO_MUCH:
         raise UserError(
-            f"{what} takes more than {SECONDS} s or {MEMORY // 2**30} GiB for two short messages, or calls itself"
-            " without end, so it is not used: name another one in data.chat_template"
+            f"{what} takes more than {SECONDS} s or {MEMORY // 2**30} GiB for two short messages, or recurses without"
+            " end; set data.chat_template to another template"
         )
     if verdict:
-        raise RuntimeError(f"the check of a chat template cannot run: {done.stderr.decode(errors='replace')[-1000:]}")
+        raise RuntimeError(f"the check of a chat template failed: {done.stderr.decode(errors='replace')[-1000:]}")
 
 
 _TOO_MUCH = 3
 
 
 def _render_within_limits(sources: Sequence[str], special_tokens: Mapping[str, str]) -> int:
-    """Exit code of the child. A template that raises is judged where its error can be shown."""
+    # An error that a template raises is not judged here: it is reported where the template is used.
     import resource
 
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS * len(sources), SECONDS * len(sources) + 1))
@@ -174,11 +175,11 @@ def _render_within_limits(sources: Sequence[str], special_tokens: Mapping[str, s
     return 0
 
 
-# What a template does to a chat, found by rendering marked conversations, and the chat in the form that it can write.
+# The form of chats that a template can write, detected by rendering marked conversations.
 #
-# Rows have arguments of tool calls as an object, or as JSON text, which is the form of OpenAI's API. Most templates
-# write `arguments | tojson`, which of a text makes a quoted one with escaped quotes, or go through an object's keys.
-# Servers parse texts before they render, so a model that was trained on those would see another form when it is served.
+# Rows have the arguments of tool calls as an object, or as JSON text, which is the form of OpenAI's API. Most templates
+# write `arguments | tojson`, which would quote and escape a text, or loop over the keys of an object. Servers parse the
+# text before they render. So a model that was trained on quoted text would see another form when it is served.
 
 
 _MARK = "olora_marker"
@@ -191,37 +192,36 @@ _FUNCTION = {
 
 @dataclass(frozen=True)
 class ChatForm:
-    """The form of chats for one template."""
+    """The form in which one template takes chats."""
 
+    # The template, as messages name it.
     what: str
-    """The template, in messages."""
+    # The form of arguments in which the template writes tool calls; None if both forms give the same text, or neither
+    # works.
     arguments: Literal["objects", "text"] | None
-    """What it writes tool calls from: arguments as objects, or as JSON text; None if from both the same, or neither."""
+    # The template writes a tool call only if the content is null, not "" (DeepSeek's V3 and R1).
     wants_null: bool
-    """True if it writes a tool call only beside content that is null, not "" (DeepSeek's V3 and R1)."""
+    # The template writes a content only as a list of parts (models that take images).
     wants_parts: bool
-    """True if it writes a content only as a list of parts (templates of models that see)."""
+    # The role under which the template writes developer messages; None if it drops them under both roles.
     developer: Literal["developer", "system"] | None
-    """The role under which it writes the developer's messages; None if it leaves them out under both."""
     writes_tools: bool
-    """False if it writes nothing of the tools of a conversation."""
 
     def __call__(self, chat: Chat) -> Chat:
-        """The chat in that form; raises Rejected where the template would leave a part of it out."""
+        """Return the chat in this form; raise Rejected if the template would drop a part of it."""
         messages = [_with_every_name(message) for message in chat.messages]
         if chat.tools is not None and not self.writes_tools:
             raise Rejected(
                 "template",
-                f"{self.what} leaves the tools out: name one that writes them in"
-                " data.chat_template, or take rows without tools",
+                f"{self.what} does not write the tools: set data.chat_template to one that does,"
+                " or remove the rows with tools",
             )
         if any(message["role"] == "developer" for message in messages):
             if self.developer is None:
                 raise Rejected(
                     "template",
-                    f"{self.what} leaves messages of the developer and of the system out: put"
-                    " their text into the user's first message, or name a template that writes them in"
-                    " data.chat_template",
+                    f"{self.what} writes neither developer nor system messages: move their text"
+                    " into the first user message, or set data.chat_template to one that writes them",
                 )
             if self.developer == "system":
                 messages = _with_one_system(messages)
@@ -239,40 +239,40 @@ class ChatForm:
         return replace(chat, messages=tuple(messages))
 
     def _with_arguments(self, call: Any) -> Any:
-        """A tool call with its arguments as the template wants them, where they are an object, or JSON text of one."""
+        # Only an object, or JSON text of an object, is converted; anything else stays unchanged.
         if not isinstance(call, Mapping):
             return call
         if "function" in call:
             return {**call, "function": self._with_arguments(call["function"])}
-        found = call.get("arguments")
-        if isinstance(found, str):
+        value = call.get("arguments")
+        if isinstance(value, str):
             try:
-                found = json.loads(found)
+                value = json.loads(value)
             except (ValueError, RecursionError):
                 return call
-            return {**call, "arguments": found} if isinstance(found, dict) and self.arguments == "objects" else call
-        as_text = isinstance(found, dict) and self.arguments == "text"
-        return {**call, "arguments": json.dumps(found, ensure_ascii=False)} if as_text else call
+            return {**call, "arguments": value} if isinstance(value, dict) and self.arguments == "objects" else call
+        as_text = isinstance(value, dict) and self.arguments == "text"
+        return {**call, "arguments": json.dumps(value, ensure_ascii=False)} if as_text else call
 
 
 def chat_form(source: str, special_tokens: Mapping[str, str], what: str) -> ChatForm:
-    """The form of chats for a template; `what` names it in messages."""
+    """Return the form of chats for a template, which messages call `what`."""
     return _chat_form(source, tuple(sorted(special_tokens.items())), what)
 
 
 @lru_cache(maxsize=8)
 def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], what: str) -> ChatForm:
     template = ChatTemplate(source, dict(special_tokens))
-    # A call as JSON text and as an object: some templates refuse one of them.
+    # Arguments as JSON text and as an object, because some templates refuse one of them.
     shapes: tuple[Any, Any] = ("{}", {})
     empty, null = (any(_MARK in _with_call(template, each, text) for each in shapes) for text in ("", None))
     wants_null = null and not empty and "tool_calls" in source
-    given = {"olora_argument": 1}
-    forms: tuple[Any, Any] = (given, json.dumps(given))
+    example = {"olora_argument": 1}
+    forms: tuple[Any, Any] = (example, json.dumps(example))
     from_object, from_text = (_with_call(template, each, None if wants_null else "") for each in forms)
     arguments: Literal["objects", "text"] | None = None
     if from_object != from_text:
-        if "olora_argument" in from_object and str(given) not in from_object:
+        if "olora_argument" in from_object and str(example) not in from_object:
             arguments = "objects"
         elif "olora_argument" in from_text:
             arguments = "text"
@@ -288,7 +288,7 @@ def _with_call(template: ChatTemplate, arguments: Any, content: str | None) -> s
 
 
 def _written(template: ChatTemplate, messages: Sequence[Message]) -> str:
-    """A conversation as text; "" where the template refuses it."""
+    # Text "" means that the template refuses the conversation.
     with suppress(Exception):  # a template is code: it may raise anything
         return template.render(messages)
     return ""
@@ -298,32 +298,31 @@ def _developer(template: ChatTemplate) -> Literal["developer", "system"] | None:
     roles: tuple[Literal["developer", "system"], ...] = ("developer", "system")
     for role in roles:
         texts = _exchanges(template, [{"role": role, "content": _MARK}])
-        # A template that refuses a developer keeps the role: it says why when it meets one.
+        # A template that refuses a developer message keeps the role: its error then says why the row is rejected.
         if any(_MARK in text for text in texts) or (role == "developer" and not texts):
             return role
     return None
 
 
 def _writes_tools(template: ChatTemplate) -> bool:
-    # Some templates write them only with a system message, or only before the user's last one.
+    # Some templates write tools only beside a system message, or only before the last user message.
     heads: tuple[list[Message], ...] = ([], [{"role": "system", "content": "Be brief."}])
-    # As OpenAI's API has them, and flat, as some templates read them.
+    # In the form of OpenAI's API, and flat, because some templates read that.
     tools: tuple[Message, ...] = ({"type": "function", "function": _FUNCTION}, _FUNCTION)
     texts = [text for tool in tools for head in heads for text in _exchanges(template, head, [tool])]
     return not texts or any(_MARK in text for text in texts)
 
 
 def _exchanges(template: ChatTemplate, head: Sequence[Message], tools: Sequence[Message] | None = None) -> list[str]:
-    """What a template makes of a question, and of one with its answer, after `head`; nothing where it refuses."""
-    found = []
+    texts = []
     for count in (1, 2):
         with suppress(Exception):  # a template is code: it may raise anything
-            found.append(template.render([*head, *EXCHANGE[:count]], count == 1, tools))
-    return found
+            texts.append(template.render([*head, *EXCHANGE[:count]], count == 1, tools))
+    return texts
 
 
 def _with_one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with one of the system for all that stand before the user's: some templates write no second."""
+    # Some templates write no second system message, so all that precede the user's become one.
     heads = ("developer", "system")
     text = "\n\n".join(message["content"] for message in messages if message["role"] in heads)
     return [{"role": "system", "content": text}, *(each for each in messages if each["role"] not in heads)]
@@ -334,23 +333,22 @@ def _parts(content: str | None) -> Any:
 
 
 def reasoning(message: Mapping[str, Any]) -> Any:
-    """The reasoning of a message, under whatever name or within its content; None if it has none."""
-    if (found := next((message[name] for name in REASONING if message.get(name) is not None), None)) is not None:
-        return found
+    """Return a message's reasoning, from any of its keys or <think> tags in the content; None if it has none."""
+    if (thought := next((message[name] for name in REASONING if message.get(name) is not None), None)) is not None:
+        return thought
     before, closed, _ = text_of(message).partition("</think>")
     return before.rpartition("<think>")[2] if closed else None
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """The content of a message, in whatever form, without the blanks around it."""
     content = message.get("content") or ""
     return (content if isinstance(content, str) else content[0]["text"]).strip()
 
 
 def _with_every_name(message: dict[str, Any]) -> dict[str, Any]:
-    """The message as transformers gives it to templates: its reasoning under the names that they read."""
-    found = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
+    # Templates read the reasoning under different names, so transformers gives it to them under each.
+    thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _calls_alone(message: Mapping[str, Any]) -> bool:
@@ -358,10 +356,10 @@ def _calls_alone(message: Mapping[str, Any]) -> bool:
 
 
 def left_out(message: Mapping[str, Any], text: str) -> str | None:
-    """The function of a tool call that does not stand in `text`, which a template made of the message; None if all do.
+    """Return a called function that `text`, the template's output for the message, lacks; None if all are there.
 
-    A template may write a call in any way, but writes the function's name: once for each call, beside the content,
-    which may name the function, too.
+    A template may write a call in any way, but it writes the function's name once per call. The content may name the
+    function too, so it is removed first.
     """
     own = text.replace(text_of(message), "", 1)
     names = Counter(name for call in message["tool_calls"] if (name := _called(call)))
@@ -369,9 +367,8 @@ def left_out(message: Mapping[str, Any], text: str) -> str | None:
 
 
 def _called(call: Any) -> str:
-    """The name of the function that is called; "" where the call has none."""
-    found = call.get("function", call) if isinstance(call, Mapping) else None
-    name = found.get("name") if isinstance(found, Mapping) else None
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
     return name.strip() if isinstance(name, str) else ""
 
 

@@ -1,9 +1,9 @@
-"""Text to token ids, piece by piece, as inference sees them.
+"""Text to token ids, piece by piece, as at inference.
 
-Where a model begins to write, its prompt has been tokenised already: no token spans the border. So a prompt and its
-answer are encoded apart, each token with its place in its own piece. Two things are in the way of that and are taken
-out here: post-processors that move the offsets of tokens past their leading blanks (GPT-2, Llama 3), and the blank
-that SentencePiece-like tokenizers put before every text, also before one that continues another.
+At inference the prompt is tokenised before the model writes, so no token spans the border. Here, too, a prompt and
+its answer are encoded apart, and token offsets count from the start of a piece. Two features of tokenizers get in the
+way and are removed here: post-processors that move token offsets past leading blanks (GPT-2, Llama 3), and the blank
+that SentencePiece-like tokenizers put before every text, even one that continues another.
 """
 
 import os
@@ -19,94 +19,88 @@ from olora_ray.data.formats import Rejected
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+# Texts to put before a piece that continues another one; the first with which the piece does not merge is used.
 ANCHORS = ("\n", "|", "\u2500", "0")
-"""Texts that stand before a piece that continues another one; the first with which the piece does not merge is used."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The tokens of a piece of text."""
-
     ids: list[int]
-    _found: "Encoding"
-    """Of the piece, or of it after an anchor."""
+    # Encoding of the piece, or of an anchor with the piece.
+    _encoding: "Encoding"
     _anchor_ids: int = 0
     _anchor_characters: int = 0
 
-    def starting_before(self, place: int) -> int:
-        """How many tokens start before a character of the piece: its first ones, since they are in order.
+    def starting_before(self, offset: int) -> int:
+        """Return how many tokens start before character `offset` of the piece.
 
-        Few are asked for: a list of all places takes a tenth of the time that tokenising takes.
+        The search is by bisection, because few offsets are asked for: a list of all takes a tenth of the time of
+        tokenising.
         """
         inside = range(self._anchor_ids, self._anchor_ids + len(self.ids))
-        return bisect_left(inside, place + self._anchor_characters, key=lambda number: _start(self._found, number))
+        return bisect_left(inside, offset + self._anchor_characters, key=lambda number: _start(self._encoding, number))
 
 
 class Encoder:
-    """The tokenizer of a model; no special tokens are added."""
+    """The tokenizer of a model; it adds no special tokens."""
 
     def __init__(self, content: str, name: str = "the model") -> None:
-        """`content` is the tokenizer's JSON; raises UserError that names the model if it does not load."""
+        """Load the tokenizer from its JSON text; raise a UserError that names the model if it does not load."""
         self._tokenizer = _loaded(content, name)
         self._ahead: dict[str, Encoding] = {}
         self._ids_ahead: dict[str, Encoding] = {}
         self._prefixes = self._puts_a_blank()
 
     def id_of(self, token: str | None) -> int | None:
-        """The id of a token; None if there is none."""
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def token_of(self, number: int) -> str | None:
-        """The token of an id; None if there is none."""
         token: str | None = self._tokenizer.id_to_token(number)
         return token
 
     def special_ids(self) -> frozenset[int]:
-        """The ids of special tokens: those that a decoder leaves out."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(number for number, token in added.items() if token.special)
 
     def is_blank(self, number: int) -> bool:
-        """Whether a token stands for blanks or line breaks alone."""
         try:
             text: str = self._tokenizer.decode([number], skip_special_tokens=False)
         except BaseException as error:
             if not _is_the_tokenizers_own(error):
                 raise
-            return False  # a broken decoder is no matter of training: it only reads what a model writes
+            return False  # a broken decoder does not matter here: it only reads what a model writes
         return not text.strip()
 
     def encode(self, text: str, continues: bool = False) -> Piece:
-        """The tokens of a text that starts anew, or continues another; raises Rejected for what has none."""
+        """Tokenise a text that starts anew, or that `continues` another; raise Rejected if the tokenizer cannot."""
         if continues and self._prefixes and text:
             for anchor in ANCHORS:
                 if (piece := self._after(anchor, text)) is not None:
                     return piece
-        found = self._encode(text)
-        return Piece(found.ids, found)
+        encoding = self._encode(text)
+        return Piece(encoding.ids, encoding)
 
     def ids(self, text: str, continues: bool = False) -> list[int]:
-        """The tokens of `encode` alone."""
         if continues and self._prefixes:
             return self.encode(text, continues).ids
-        found = self._ids_ahead.get(text)
-        ids: list[int] = (self._encode(text) if found is None else found).ids
+        encoding = self._ids_ahead.get(text)
+        ids: list[int] = (self._encode(text) if encoding is None else encoding).ids
         return ids
 
     def ahead(self, texts: Sequence[str], ids_of: Sequence[str]) -> None:
-        """Encode texts together for which `encode` or `ids` will be called, one by one, until this is called again.
+        """Encode in one batch the texts of later `encode` and `ids` calls; the next call of this drops them.
 
-        What lies between two texts otherwise takes the tokenizer's tables out of the processor's cache; and without
-        places, which those of `ids_of` do not have, the tokenizer takes a fifth less time.
+        Encoding texts one by one lets other work push the tokenizer's tables out of the CPU cache. The texts `ids_of`
+        are encoded without offsets, which takes a fifth less time.
         """
         self._ahead = self._ids_ahead = {}
-        if self._prefixes:  # a text is encoded alone, or after an anchor: that is not known here
+        if self._prefixes:  # it is not known here whether a text will be encoded after an anchor
             return
         self._ahead = _together(self._tokenizer.encode_batch, texts)
         self._ids_ahead = _together(self._tokenizer.encode_batch_fast, ids_of)
 
     def _after(self, anchor: str, text: str) -> Piece | None:
-        """The tokens of `text` after `anchor`; None if a token spans the border."""
+        # None means that a token spans the border.
         alone, both = self._encode(anchor).ids, self._encode(anchor + text)
         ids = both.ids[len(alone) :]
         if both.ids[: len(alone)] != alone or not ids or _start(both, len(alone)) < len(anchor):
@@ -114,17 +108,17 @@ class Encoder:
         return Piece(ids, both, len(alone), len(anchor))
 
     def _puts_a_blank(self) -> bool:
-        """Whether a text that starts anew has other tokens than one that continues another."""
+        """True if a text has other tokens when it starts anew than when it continues another."""
         try:
-            found = (self._after(anchor, "a") for anchor in ANCHORS)
-            after = next((piece for piece in found if piece is not None), None)
+            pieces = (self._after(anchor, "a") for anchor in ANCHORS)
+            after = next((piece for piece in pieces if piece is not None), None)
             return after is not None and after.ids != self._encode("a").ids
         except Rejected:
             return False
 
     def _encode(self, text: str) -> "Encoding":
-        if (found := self._ahead.get(text)) is not None:
-            return found
+        if (encoding := self._ahead.get(text)) is not None:
+            return encoding
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):  # half a surrogate pair, which JSON can hold and UTF-8 cannot
@@ -136,34 +130,32 @@ class Encoder:
 
 
 def _together(encode: Callable[..., "list[Encoding]"], texts: Sequence[str]) -> "dict[str, Encoding]":
-    """Texts -> what a tokenizer makes of them; none where it fails: which text it is shows when it is asked for."""
+    # Empty if the tokenizer fails: the later call for a single text shows which text is the cause.
     try:
-        found = encode(list(texts), add_special_tokens=False)
+        encodings = encode(list(texts), add_special_tokens=False)
     except BaseException as error:
         if not _is_the_tokenizers_own(error):
             raise
         return {}
-    return dict(zip(texts, found, strict=True))
+    return dict(zip(texts, encodings, strict=True))
 
 
 def _start(encoding: "Encoding", number: int) -> int:
-    """The character of the text at which a token starts."""
-    place = encoding.token_to_chars(number)
-    assert place is not None, "no special tokens are added: each token is of the text"
-    return place[0]
+    span = encoding.token_to_chars(number)
+    assert span is not None, "no special tokens are added, so each token has a span in the text"
+    return span[0]
 
 
 def _is_the_tokenizers_own(error: BaseException) -> bool:
-    """Errors of the Rust code: Exception itself, or a panic, which derives from BaseException."""
+    # The Rust code raises Exception itself, or a panic, which derives from BaseException.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @lru_cache(maxsize=4)
 def _loaded(content: str, name: str) -> "Tokenizer":
-    """A tokenizer, loaded once in a process."""
     from tokenizers import Tokenizer
 
-    # A task has its own core; threads of its own would only get in the way of the other tasks.
+    # Each task has one core: threads of the tokenizer would only slow down the other tasks.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         loaded: Any = Tokenizer.from_str(content)

@@ -1,4 +1,4 @@
-"""Formats of rows: each turns a raw row into an example, a chat, a prompt with its completion, or plain text.
+"""Formats of rows: each turns a raw row into an example (a chat, a prompt with its completion, or plain text).
 
 Each format is a function from a `Row` to an `Example`; it raises `Rejected` for a row that cannot be used.
 """
@@ -12,22 +12,20 @@ from typing import Any
 
 from olora_ray.common.errors import UserError
 
+# Characters of a message about a rejected row.
 LONGEST_MESSAGE = 400
-"""Characters of a message about a rejected row."""
 
 
 class Rejected(Exception):
-    """A row that cannot be used."""
-
     def __init__(self, reason: str, message: str) -> None:
-        """`reason` is a short slug to count by; `message` is for the person who looks at the row: one line."""
+        """Store a short slug to count by, and one line for the person who looks at the row."""
         self.reason = reason
         self.message = one_line(message)
         super().__init__(f"{reason}: {self.message}")
 
 
 def one_line(text: str, most: int = LONGEST_MESSAGE) -> str:
-    """Shorten what names columns or parts of a row: line breaks and half surrogate pairs may be in it."""
+    """Shorten a text to one line: names of columns and parts of rows may hold line breaks and half surrogate pairs."""
     line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= most else line[:most] + "..."
 
@@ -42,7 +40,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what follows it, without any template."""
+    """A prompt and its completion, without a chat template."""
 
     prompt: str
     completion: str
@@ -50,8 +48,6 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """A document."""
-
     text: str
 
 
@@ -62,6 +58,7 @@ Example = Chat | Completion | Text
 
 
 ROLES = {"developer", "system", "user", "assistant", "tool"}
+# Roles of format sharegpt, and their names in our chats.
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -70,65 +67,64 @@ SHAREGPT_ROLES = {
     "bot": "assistant",
     "observation": "tool",
 }
-"""Other names of roles that rows of format sharegpt have."""
+# Values of a column that count as empty.
 EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
-"""Values of columns that say nothing."""
+# Types of content parts that are text. Images may have a `text` too, and reasoning is not part of an answer.
 TEXTS = (None, "text", "input_text", "output_text")
-"""Types of the parts of a content; pictures may have a `text` too, and reasoning is no part of an answer."""
+# Keys under which messages hold the reasoning before an answer.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys under which messages have the reasoning before an answer."""
+# Keys by which Axolotl, ms-swift and LLaMA-Factory mark whether an answer is supervised.
 MARKS = ("train", "training", "loss")
-"""Keys with which Axolotl, ms-swift and LLaMA-Factory say whether an answer is supervised."""
+# Role of a tool call in format sharegpt; the turn's value is JSON text.
 CALL = "function_call"
-"""Role of a tool call in format sharegpt; its value is JSON text."""
 
 
 def chat(turns: list[Any], role: str, content: str, tools: Any) -> Chat:
-    """The chat of a list of turns, whose keys are `role` and `content`; raises Rejected."""
+    """Return the chat of turns whose keys are `role` and `content`; raise Rejected if they are not a valid chat."""
     messages = tuple(_message(turn, number, role, content) for number, turn in enumerate(turns, 1))
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise Rejected("no_answer", f"no message of the assistant; roles: {', '.join(roles) or 'none'}")
+        raise Rejected("no_answer", f"no assistant message; roles: {', '.join(roles) or 'none'}")
     first = next((name for name in roles if name not in ("system", "developer")), None)
     if first != "user":
-        raise Rejected("bad_role", f"the first message after the system's must be the user's, not the {first}'s")
+        raise Rejected("bad_role", f"the first message after the system message must be from user, not from {first}")
     for number, name in enumerate(roles[1:], 2):
         if name in ("system", "developer") and roles[number - 2] not in ("system", "developer"):
-            raise Rejected("bad_role", f"message {number}: a {name} message must stand at the start")
+            raise Rejected("bad_role", f"message {number}: a {name} message is allowed only at the start")
     return Chat(messages, _tools(tools))
 
 
 def from_sharegpt(turns: list[Any], role: str, content: str) -> list[Any]:
-    """The turns with the roles of `ROLES`; what is no turn stays as it is, for `chat` to reject."""
+    """Return the turns with the roles of `ROLES`; entries that are no turns stay as they are, for `chat` to reject."""
     return [_renamed(turn, number, role, content) for number, turn in enumerate(turns, 1)]
 
 
 def sequence(value: Any, name: str) -> list[Any]:
-    """A list, or the list in a JSON text, as csv and some parquet files hold it; raises Rejected.
+    """Return a list, or the list in a JSON text (csv and some parquet files); raise Rejected for anything else.
 
-    Also one that `datasets` has turned over, as its Sequence of objects is stored: {"role": [...], "content": [...]}.
+    Also restores a list that `datasets` has stored as a Sequence of objects: {"role": [...], "content": [...]}.
     """
     if isinstance(value, str):
         value = _parsed(value, f"field {name!r} is text, not a list of messages")
     value = _turned_back(value)
     if not isinstance(value, list):
-        raise Rejected("wrong_type", f"field {name!r} is {kind(value)}, not a list")
+        raise Rejected("wrong_type", f"field {name!r} is {type_name(value)}, not a list")
     return value
 
 
 def in_a_cell(value: Any) -> Any:
-    """The messages in a JSON text, as csv holds them, or in lists of their parts; any other value as it is."""
+    # csv holds messages as JSON text; a value that is no list of messages stays unchanged.
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return _turned_back(value)
     try:
-        found = json.loads(value)
+        turns = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return found if isinstance(found, list) and found and all(map(_has_role, found)) else value
+    return turns if isinstance(turns, list) and turns and all(map(_has_role, turns)) else value
 
 
 def _turned_back(value: Any) -> Any:
-    """A list of objects, of an object of lists of one length; any other value as it is."""
+    # {"role": [...], "content": [...]} -> [{"role": ..., "content": ...}, ...]; any other value stays unchanged.
     if not isinstance(value, dict) or not value or not all(isinstance(part, list) for part in value.values()):
         return value
     if len({len(part) for part in value.values()}) > 1:
@@ -140,23 +136,23 @@ def _has_role(turn: Any) -> bool:
     return isinstance(turn, dict) and "role" in turn and ("content" in turn or "tool_calls" in turn)
 
 
-def kind(value: Any) -> str:
-    """The type of a value in a person's words."""
+def type_name(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def listed(columns: Mapping[str, Any]) -> str:
-    """The names of columns, the first of them."""
     names = [str(name) for name in columns]
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "no fields"
 
 
 def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
-        raise Rejected("wrong_type", f"message {number} is {kind(turn)}, not an object with {role!r} and {content!r}")
+        raise Rejected(
+            "wrong_type", f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}"
+        )
     if not isinstance(turn.get(role), str):
-        hint = "; rows with from and value are of format sharegpt" if role == "role" and "from" in turn else ""
+        hint = "; rows with from and value need format: sharegpt" if role == "role" and "from" in turn else ""
         raise Rejected("missing_field", f"message {number} has no {role!r}; it has {listed(turn)}{hint}")
     if turn[role] not in ROLES:
         known = ", ".join(sorted(ROLES))
@@ -172,16 +168,16 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
         rest["weight"] = 0
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"message {number}: 'tool_calls'")
-        if not rest["tool_calls"]:  # servers write [] where there is none, and templates look for the key alone
+        if not rest["tool_calls"]:  # servers write [] without calls, but templates only check whether the key exists
             del rest["tool_calls"]
     text = _content(turn.get(content), number, content)
     if not text.strip() and not rest.get("tool_calls"):
         if turn[role] == "assistant":
-            raise Rejected("empty_answer", f"message {number}: the assistant's {content!r} is empty")
+            raise Rejected("empty_answer", f"message {number}: {content!r} of the assistant is empty")
         if content not in turn:
             raise Rejected("missing_field", f"message {number} has no {content!r}; it has {listed(turn)}")
     if rest.get("weight", 1) not in (0, 1):
-        raise Rejected("wrong_type", f"message {number}: weight is {rest['weight']!r}; only 0 and 1 are known")
+        raise Rejected("wrong_type", f"message {number}: weight must be 0 or 1, not {rest['weight']!r}")
     return {**rest, "role": turn[role], "content": text}
 
 
@@ -189,8 +185,8 @@ def _role_hint(role: str) -> str:
     if role.lower() in ROLES:
         return f" (write {role.lower()!r})"
     if role in SHAREGPT_ROLES or role == CALL:
-        return f"; {role!r} is a role of format sharegpt"
-    return " ('function' is 'tool' now)" if role == "function" else ""
+        return f"; format: sharegpt has the role {role!r}"
+    return " (write 'tool')" if role == "function" else ""
 
 
 def _renamed(turn: Any, number: int, role: str, content: str) -> Any:
@@ -202,12 +198,11 @@ def _renamed(turn: Any, number: int, role: str, content: str) -> Any:
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:
-    """The tool calls of a turn of role function_call: {name, arguments}, or a list of them."""
-    what = f"message {number}: the value of a {CALL} is not JSON text of {{name, arguments}}"
-    found = _parsed(value, what) if isinstance(value, str) else without_nulls(value)
-    calls = found if isinstance(found, list) else [found]
+    problem = f"message {number}: the value of a {CALL} is not JSON text of {{name, arguments}}"
+    parsed = _parsed(value, problem) if isinstance(value, str) else without_nulls(value)
+    calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise Rejected("wrong_type", what)
+        raise Rejected("wrong_type", problem)
     return [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
 
 
@@ -219,10 +214,10 @@ def _content(value: Any, number: int, name: str) -> str:
     if isinstance(value, list) and all(
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
     ):
-        if other := next((part["type"] for part in value if part.get("type") not in TEXTS), None):
-            raise Rejected("wrong_type", f"message {number}: {name!r} has a part of type {other!r}, which is not text")
+        if type_ := next((part["type"] for part in value if part.get("type") not in TEXTS), None):
+            raise Rejected("wrong_type", f"message {number}: {name!r} has a part of type {type_!r}, which is not text")
         return "".join(part["text"] for part in value)
-    raise Rejected("wrong_type", f"message {number}: {name!r} is {kind(value)}, not text")
+    raise Rejected("wrong_type", f"message {number}: {name!r} is {type_name(value)}, not text")
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
@@ -242,17 +237,16 @@ def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
 
 
 def _objects(values: Any, what: str) -> list[dict[str, Any]]:
-    """The values, if they are a list of objects; raises Rejected."""
     if not isinstance(values, list):
-        raise Rejected("wrong_type", f"{what} is {kind(values)}, not a list of objects")
+        raise Rejected("wrong_type", f"{what} is {type_name(values)}, not a list of objects")
     for value in values:
         if not isinstance(value, dict):
-            raise Rejected("wrong_type", f"{what} has {kind(value)} in it, not only objects")
+            raise Rejected("wrong_type", f"{what} must contain only objects, not {type_name(value)}")
     return values
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys, at any depth, whose value is null; entries of lists stay."""
+    """Return the value without the keys, at any depth, whose value is null; null entries of lists stay."""
     if isinstance(value, Mapping):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
@@ -271,52 +265,50 @@ class Row:
 
     columns: Mapping[str, Any]
     fields: Mapping[str, str]
+    # True if prompt and completion become turns of a chat (tokenize.py: as_chat).
     as_chat: bool = False
-    """Whether prompt and completion are turns of a chat (see tokenize.py: form_line)."""
 
     def column(self, name: str) -> str:
-        """The column of a field."""
         return self.fields.get(name, name)
 
     def value(self, name: str) -> Any:
-        """The value of a field; raises Rejected("missing_field") if there is no such column or it is null."""
+        """Return the value of a field; raise Rejected("missing_field") if its column is missing or null."""
         column = self.column(name)
         if self.columns.get(column) is not None:
             return self.columns[column]
         if column in self.columns:
             raise Rejected("missing_field", f"field {column!r} is null")
-        meant = f" (data fields: {name})" if column != name else ""
-        there = f"is not there; the row has {listed(self.columns)}"
-        raise Rejected("missing_field", f"field {column!r}{meant} {there}")
+        meant = f" (set as {name} in fields)" if column != name else ""
+        missing = f"is missing; the row has {listed(self.columns)}"
+        raise Rejected("missing_field", f"field {column!r}{meant} {missing}")
 
     def text(self, name: str) -> str:
-        """The value of a text field; raises Rejected for another type."""
         return self._text(name, self.value(name))
 
     def optional(self, name: str) -> Any:
-        """The value of a field, or None."""
         return self.columns.get(self.column(name))
 
     def optional_text(self, name: str) -> str:
-        """The value of a text field, or "" where it is not there or null; raises Rejected for another type."""
+        """Return a text field, or "" if it is missing or null; raise Rejected for another type."""
         value = self.optional(name)
         return "" if value is None else self._text(name, value)
 
     def _text(self, name: str, value: Any) -> str:
         if not isinstance(value, str):
-            raise Rejected("wrong_type", f"field {self.column(name)!r} is {kind(value)}, not text")
+            raise Rejected("wrong_type", f"field {self.column(name)!r} is {type_name(value)}, not text")
         return value
 
 
 def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bool = False) -> Example:
-    """Read a raw row in `format`; raises Rejected, which the row may be.
+    """Read a raw row in `format`; raise Rejected if it cannot be used.
 
-    `as_chat` makes a chat of a prompt and its completion.
+    `columns` may be a Rejected instead of a row: the reader could not read it. `as_chat` turns a prompt and its
+    completion into a chat.
     """
     if isinstance(columns, Rejected):
         raise columns
     if not isinstance(columns, Mapping):
-        raise Rejected("not_an_object", f"expected an object with fields, found {kind(columns)}")
+        raise Rejected("not_an_object", f"expected an object with fields, found {type_name(columns)}")
     try:
         return FORMATS[format](Row(columns, fields, as_chat))
     except RecursionError:
@@ -324,7 +316,7 @@ def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bo
 
 
 def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
-    """Raise UserError if `fields` maps a name that the format does not have; `where` names the setting."""
+    """Raise UserError if `fields` maps a name that the format does not have; `where` is the setting of the source."""
     known = FIELDS.get(format) or tuple(dict.fromkeys(itertools.chain(*FIELDS.values())))
     for name in fields:
         if name not in known:
@@ -332,7 +324,6 @@ def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
 
 
 def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
-    """The columns of a file that the format reads."""
     return [fields.get(name, name) for name in FIELDS[format]]
 
 
@@ -349,7 +340,7 @@ def _sharegpt(row: Row) -> Example:
             turns.insert(0, {role: "system", content: system})
         elif first.get(content) != system:
             where = f"field {row.column('system')!r} and the first message"
-            raise Rejected("bad_role", f"{where} are two different system messages")
+            raise Rejected("bad_role", f"{where} have different system messages")
     return chat(turns, role, content, row.optional("tools"))
 
 
@@ -366,12 +357,11 @@ def _alpaca(row: Row) -> Example:
 
 
 def _history(row: Row) -> list[Any]:
-    """The earlier (question, answer) pairs of an alpaca row."""
     if not (value := row.optional("history")):
         return []
     pairs = sequence(value, row.column("history"))
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise Rejected("wrong_type", f"field {row.column('history')!r} is not a list of [question, answer]")
+        raise Rejected("wrong_type", f"field {row.column('history')!r} is not a list of [question, answer] pairs")
     return pairs
 
 
@@ -385,18 +375,18 @@ def _prompt_completion(row: Row) -> Example:
     if row.as_chat:
         return chat(_turns(prompt, completion), "role", "content", row.optional("tools"))
     if row.optional("tools") not in (None, "", "[]", []):
-        raise Rejected("wrong_type", f"field {row.column('tools')!r}: a text without chat template has no place for it")
+        raise Rejected("wrong_type", f"field {row.column('tools')!r} needs a chat: set chat: true, or remove the tools")
     return Completion(prompt, completion)
 
 
 def _messages_of_two(row: Row, prompt: list[Any], completion: list[Any]) -> Example:
-    """The chat of a prompt's messages and a completion's: what the prompt has of the assistant is not trained on."""
+    # Assistant messages of the prompt are context, so they get weight 0.
     if not row.as_chat:
-        raise Rejected("wrong_type", "prompt and completion are lists of messages: a chat, which needs chat: true")
+        raise Rejected("wrong_type", "prompt and completion are lists of messages; set chat: true")
     if not any(_is_answer(turn) for turn in completion):
-        raise Rejected("no_answer", f"field {row.column('completion')!r} has no message of the assistant")
-    given = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in prompt]
-    return chat([*given, *completion], "role", "content", row.optional("tools"))
+        raise Rejected("no_answer", f"field {row.column('completion')!r} has no assistant message")
+    context = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in prompt]
+    return chat([*context, *completion], "role", "content", row.optional("tools"))
 
 
 def _is_answer(turn: Any) -> bool:
@@ -422,6 +412,7 @@ FORMATS: dict[str, Callable[[Row], Example]] = {
     "text": _text,
 }
 
+# Fields without which a format cannot use a row. The order of the formats decides between equally good ones.
 NEEDED: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -429,8 +420,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""The fields without which a row of a format cannot be used; what is told from fewest columns comes first."""
 
+# Names that a source's `fields` may map.
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "tools"),
     "prompt_completion": ("prompt", "completion", "tools"),
@@ -438,12 +429,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations", "from", "value", "system", "tools"),
     "text": ("text",),
 }
-"""The names that `fields:` can map, for each format."""
 
 
-# The format and the fields of rows whose source sets none, by the names of their columns and by what becomes of them.
+# Detection of format and fields, if a source sets none: by the names of columns, and by trying to read the rows.
 
 
+# Names that other data sets use for the fields of our formats.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "input": ("context", "article", "passage"),
     "system": ("system_prompt",),
@@ -457,78 +448,74 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "value": ("content", "text"),
     "text": ("content", "document", "body", "article", "passage"),
 }
-"""What corpora call the fields of our formats."""
 INSIDE = ("from", "value")  # keys of a turn, and no columns
+# Columns that add something to a question or a chat.
 ADDED = {"input", "system", "history", "tools", *OTHER_NAMES["input"], *OTHER_NAMES["system"]}
-"""Columns that belong to a question or a chat."""
+# Columns of preferences, classes, tests and images: such rows are more than questions with answers.
 OTHER_TASKS = {"chosen", "rejected", "label", "labels", "kto_tag", "choices", "options", "image", "images", "audios"}
-"""Columns of preferences, classes, tests and pictures: their rows are more than questions with answers."""
+# A text beside one of these columns is an example of a class, or a message of a tree, not a document.
 NO_DOCUMENTS = {*OTHER_NAMES["completion"], *OTHER_TASKS, "summary", "highlights", "role", "parent_id"}
-"""Columns beside which a text is an example of a class, or a message of a tree."""
 KNOWN = {*ADDED, *OTHER_TASKS, *OTHER_NAMES, *itertools.chain(*OTHER_NAMES.values())} - {*INSIDE}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A way to read some rows."""
+    """One way to read some rows."""
 
     format: str
+    # In the form of a source's `fields`.
     fields: dict[str, str]
-    """As a source sets them."""
+    # Columns of the fields that the format needs.
     columns: tuple[str, ...]
-    """Those of the fields that its format needs."""
+    # One per row; None if the row cannot be used.
     examples: tuple[Example | None, ...]
-    """What the rows are; None: cannot be used."""
+    # Lower is better: certainty of the names, known columns that are ignored, fields to set, order of the formats.
     rank: tuple[int, ...]
-    """The lower, the better: how sure its names are, known columns left out, fields that it sets, its format."""
+    # Columns that this reading ignores although they matter.
     lost: tuple[str, ...]
-    """Columns that it leaves out though they matter."""
 
     @property
     def used(self) -> int:
-        """Rows that it can use."""
         return len(self.examples) - self.examples.count(None)
 
     def settings(self) -> str:
-        """As `format: alpaca, fields: {output: answer}`."""
         shown = ", ".join(f"{field}: {column}" for field, column in self.fields.items())
         return f"format: {self.format}" + f", fields: {{{shown}}}" * bool(shown)
 
 
 def find(rows: Sequence[Any], given: Mapping[str, str], chat: object = "auto") -> Reading | None:
-    """Find the way in which rows are meant; None if no format can use any of them.
+    """Detect how rows are meant; return None if no format can use any of them.
 
-    `given` are the fields, and `chat` the choice, that their source sets. Raises UserError if two ways are as good, or
-    the best one leaves out what matters.
+    `given` are the fields, and `chat` the choice, that their source sets. Raise UserError if two readings are equally
+    good, or the best reading ignores columns that matter.
     """
     rows = [row for row in rows if isinstance(row, Mapping)]
-    found = [
+    candidates = [
         _reading(format, fields, rows, given)
         for format in NEEDED
         if given.keys() <= set(FIELDS[format]) and (format == "prompt_completion" or chat is not (format == "text"))
         for fields in _assignments(format, rows, given)
     ]
-    # Of rows of two kinds those that are far fewer do not decide.
-    most = max((reading.used for reading in found if reading), default=0)
-    readings = sorted((one for one in found if one and 2 * one.used > most), key=lambda one: one.rank)
+    # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
+    most = max((reading.used for reading in candidates if reading), default=0)
+    readings = sorted((each for each in candidates if each and 2 * each.used > most), key=lambda each: each.rank)
     if not readings:
         return None
     best = readings[0]
-    rivals = [one for one in readings if one.rank[:2] == best.rank[:2] and set(one.columns) != set(best.columns)]
-    # Messages in a column of that name have always been read so, whatever stands beside them.
-    plain = next((one for one in readings if one.rank[0] == 0 and one.format == "messages"), best)
+    rivals = [each for each in readings if each.rank[:2] == best.rank[:2] and set(each.columns) != set(best.columns)]
+    # A column `messages` has always been read as a chat, whatever other columns there are.
+    plain = next((each for each in readings if each.rank[0] == 0 and each.format == "messages"), best)
     if plain is not best:
         best, rivals = plain, [best] * (best.examples != plain.examples)
     if rivals:
         raise UserError(f"the rows can be read in two ways; set {best.settings()}, or {rivals[0].settings()}")
     if best.lost:
         lost = ", ".join(best.lost)
-        raise UserError(f"the rows have {lost}; to train on them without that, set {best.settings()}")
+        raise UserError(f"the rows have {lost}, which would be ignored; to train without it, set {best.settings()}")
     return best
 
 
 def why_not(row: Any, given: Mapping[str, str]) -> Rejected:
-    """Why no format can use a row."""
     try:
         if not isinstance(row, Mapping):
             to_example("text", row, {})
@@ -537,16 +524,14 @@ def why_not(row: Any, given: Mapping[str, str]) -> Rejected:
                 to_example(format, row, fields, as_chat=True)
     except Rejected as why:
         return why
-    return Rejected("missing_field", f"its columns, {listed(row)}, are those of no format; set format and fields")
+    return Rejected("missing_field", f"no format has its columns ({listed(row)}); set format and fields")
 
 
 def _assignments(format: str, rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Each way to take columns of rows for the fields of a format, by their names."""
-
     def called(field: str, columns: Iterable[Any]) -> list[str]:
-        there = {str(column).lower().strip(): str(column) for column in columns} | {name: name for name in columns}
+        by_name = {str(column).lower().strip(): str(column) for column in columns} | {name: name for name in columns}
         names = (field, *OTHER_NAMES.get(field, ()))
-        return [given[field]] if field in given else [there[name] for name in names if name in there]
+        return [given[field]] if field in given else [by_name[name] for name in names if name in by_name]
 
     columns = list(itertools.chain(*rows))
     for needed in itertools.product(*(called(field, columns) for field in NEEDED[format])):
@@ -560,7 +545,6 @@ def _assignments(format: str, rows: Sequence[Mapping[Any, Any]], given: Mapping[
 
 
 def _keys(rows: Iterable[Mapping[Any, Any]], column: str) -> Iterable[Any]:
-    """The keys of the first turn in a column."""
     for row in rows:
         with contextlib.suppress(Rejected):
             if (turns := sequence(row.get(column), column)) and isinstance(turns[0], Mapping):
@@ -571,7 +555,7 @@ def _keys(rows: Iterable[Mapping[Any, Any]], column: str) -> Iterable[Any]:
 def _reading(
     format: str, fields: dict[str, str], rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]
 ) -> Reading | None:
-    """The reading with these columns; None where they are no documents."""
+    """Return the reading with these columns; None if format text would read rows that are no documents."""
     used = {column for field, column in fields.items() if field not in INSIDE}
     left = {str(name): str(name).lower().strip() for row in rows for name, value in row.items() if value not in EMPTY}
     left = {name: lower for name, lower in left.items() if name not in used}

@@ -1,8 +1,8 @@
-"""Readers of files: each yields the raw rows of a piece of a file, with their places in it.
+"""Readers of files: each yields the raw rows of a unit of a file, with their positions.
 
-A place is a line (from 0) in jsonl and csv, and a row (from 0) elsewhere. Files of lines are read by
-byte ranges of their uncompressed content, the others by row numbers. What is read is what the scan saw: files of
-lines and json files are checked by CRC-32, the others by size and time of change, and by CRC-32 where these differ.
+A position is a line (from 0) in jsonl and csv files, and a row (from 0) elsewhere. Files of lines are read by byte
+ranges of their uncompressed content, the others by row numbers. Each read checks that the file is what the scan saw:
+files of lines and json files by CRC-32, the others by size and modification time, and by CRC-32 if these differ.
 """
 
 import contextlib
@@ -36,40 +36,39 @@ from olora_ray.data.formats import Rejected
 from olora_ray.data.sources import Changed, File, as_scanned, asked, open_filesystem
 from olora_ray.data.text_files import BOM, DELIMITERS
 
-# Units: the smallest pieces of files that are read at once, in arrays of 40 bytes each; and the scan of a file.
+# Units, the smallest pieces of files that are read at once, in arrays with 40 bytes per unit; and the scan of a file.
 
 
+# A unit in an array: the fields of `Unit`, and the number of its file if the array holds units of several files.
 UNIT = np.dtype(
     {
         "names": ["first", "rows", "offset", "size", "before", "after", "file"],
         "formats": ["<i8", "<u4", "<i8", "<i8", "<u4", "<u4", "<u4"],
     }
 )
-"""A unit in an array: the fields of `Unit`, and the number of its file where units of several stand in one array."""
+# Array of UNIT.
 Table = NDArray[np.void]
-"""Array of UNIT."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A piece of a file: the smallest thing that is read at once."""
+    """The smallest piece of a file that is read at once."""
 
+    # Position of the first row.
     first: int
-    """Place of its first row."""
+    # Blank lines included.
     rows: int
-    """Rows, blank lines included."""
+    # Files of lines: the first byte. Arrow files: the first byte of the batch with the first row. Others: 0.
     offset: int
-    """First byte, in files of lines; in Arrow files that of the batch with its first row; elsewhere 0."""
+    # Uncompressed bytes; an estimate if the borders of rows are known only after reading.
     size: int
-    """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
+    # Files of lines: CRC-32 of everything before the unit. Arrow files: rows of that batch before the unit. Others: 0.
     before: int = 0
-    """CRC-32 of everything before it, in files of lines; rows of that batch before it, in Arrow files; elsewhere 0."""
+    # Files of lines: CRC-32 of everything up to the unit's end. Others: of the whole uncompressed file.
     after: int = 0
-    """CRC-32 of everything up to its end, in files of lines; elsewhere of the whole file, uncompressed."""
 
     @property
     def end(self) -> int:
-        """The byte after its last, in files of lines."""
         return self.offset + self.size
 
 
@@ -81,12 +80,10 @@ class Units(Sequence[Unit]):
 
     @classmethod
     def of(cls, units: Iterable[Unit]) -> "Units":
-        """The same units as an array."""
         return cls(np.fromiter(((*astuple(unit), 0) for unit in units), dtype=UNIT))
 
     @property
     def rows(self) -> int:
-        """Rows of all."""
         return int(self.table["rows"].sum(dtype=np.int64))
 
     def __len__(self) -> int:
@@ -110,85 +107,82 @@ class Units(Sequence[Unit]):
 
 @dataclass(frozen=True)
 class FileScan:
-    """Digest, size and units of a file."""
-
     sha256: str
+    # Blank lines included.
     rows: int
-    """Rows, blank lines included."""
+    # Names of the columns if the file has a header or schema.
     columns: tuple[str, ...]
-    """Names of the columns where the file has a header or schema."""
     units: Units
+    # The file with the type and encoding of its content; None: those of its name.
     file: File | None = None
-    """The file as it is written; None: as its name says."""
 
 
 def as_unit(entry: Any) -> Unit:
-    """The unit of an entry of an array."""
     return Unit(*entry.item()[:6])
 
 
-# Files of Arrow's stream form, as `datasets` saves them: where their batches begin, and reading from one of them on.
+# Files in Arrow's stream format, as `datasets` saves them: the offsets of their batches, and reading from a batch on.
 
 
 @dataclass
 class Batches:
-    """Where the batches of a file begin."""
-
     columns: tuple[str, ...]
+    # Rows per batch.
     rows: list[int] = field(default_factory=list)
-    """Of each batch."""
+    # First byte of each batch; empty if the file can be read only from its start.
     offsets: list[int] = field(default_factory=list)
-    """First byte of each; empty if they cannot be read from the middle on."""
 
     def placed(self, units: Iterable[Unit]) -> Iterator[Unit]:
-        """The units with the places of their first batches."""
         starts = [0, *accumulate(self.rows)]
         for unit in units:
             number = bisect_right(starts, unit.first) - 1
-            place = (self.offsets[number], unit.first - starts[number]) if self.offsets else (0, 0)
-            yield replace(unit, offset=place[0], before=place[1])
+            start = (self.offsets[number], unit.first - starts[number]) if self.offsets else (0, 0)
+            yield replace(unit, offset=start[0], before=start[1])
 
 
 def look(stream: Any, position: Callable[[], int], most: int | None) -> Batches:
-    """Read a stream of which `position` tells how much has been read: all of it, or about `most` bytes."""
+    """Read the batches of a stream: all of them, or those of about the first `most` bytes.
+
+    `position` returns how many bytes have been read.
+    """
     reader = ipc.open_stream(pa.PythonFile(stream, mode="r"))
-    found = Batches(tuple(reader.schema.names))
+    batches = Batches(tuple(reader.schema.names))
     offsets = [position()]
     raw = pa.schema([each.with_type(_as_bytes(each.type)) for each in reader.schema])
     for batch in reader:
-        # Reading values at damaged offsets kills the process. Letters are looked at row by row (`rows`).
+        # Reading values at damaged offsets would kill the process. Texts are checked later, row by row (`rows`).
         batch.validate()
         batch.cast(raw).validate(full=True)
-        found.rows.append(batch.num_rows)
+        batches.rows.append(batch.num_rows)
         offsets.append(position())
         if most is not None and position() >= most:
             break
-    # The values of a dictionary stand before the first batch alone.
+    # A dictionary's values are stored before the first batch only, so reading cannot begin in the middle.
     if not any(map(_has_dictionary, reader.schema.types)):
-        found.offsets = offsets[:-1]
-    return found
+        batches.offsets = offsets[:-1]
+    return batches
 
 
-def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type with bytes in place of texts, in objects and lists too."""
-    if pa.types.is_string(kind):
+def _as_bytes(type_: pa.DataType) -> pa.DataType:
+    # Texts become bytes, also in objects and lists, because validating bytes does not decode them.
+    if pa.types.is_string(type_):
         return pa.binary()
-    if pa.types.is_struct(kind):
-        return pa.struct([each.with_type(_as_bytes(each.type)) for each in kind])
-    return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type))) if pa.types.is_list(kind) else kind
+    if pa.types.is_struct(type_):
+        return pa.struct([each.with_type(_as_bytes(each.type)) for each in type_])
+    return pa.list_(type_.value_field.with_type(_as_bytes(type_.value_type))) if pa.types.is_list(type_) else type_
 
 
-def _has_dictionary(kind: pa.DataType) -> bool:
-    parts = (kind.field(number).type for number in range(kind.num_fields))
-    return pa.types.is_dictionary(kind) or any(map(_has_dictionary, parts))
+def _has_dictionary(type_: pa.DataType) -> bool:
+    parts = (type_.field(number).type for number in range(type_.num_fields))
+    return pa.types.is_dictionary(type_) or any(map(_has_dictionary, parts))
 
 
 @contextlib.contextmanager
 def opened(file: File, unit: Unit) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-    """The schema of a file, and its batches from the first of the unit on; from its start where that is not known."""
+    """Yield a file's schema and its batches, from the unit's first batch on if its offset is known."""
     system, path = open_filesystem(file.uri)
     with pa.memory_map(path) if system.type_name == "local" else system.open_input_file(path) as stream:
-        # Of a unit in the middle the schema alone is read from the start.
+        # For a unit in the middle only the schema is read from the start, so a small buffer is enough.
         reader = ipc.open_stream(buffered(stream, 2**16 if unit.offset else 2**20))
         if not unit.offset:
             yield reader.schema, iter(reader)
@@ -204,7 +198,7 @@ def _messages(stream: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def buffered(stream: Any, at_once: int = 2**20) -> Any:
-    """A stream that asks for so many bytes at a time: in a bucket each read is a request."""
+    """Return a stream that reads `at_once` bytes at a time: in an object store each read is a request."""
     if isinstance(stream, pa.MemoryMappedFile):
         return stream
     return pa.BufferedInputStream(_native(stream), at_once)
@@ -214,7 +208,10 @@ def buffered(stream: Any, at_once: int = 2**20) -> Any:
 
 
 def rows(batch: Any) -> list[Any]:
-    """The rows of a batch; one with a text that is none is rejected alone: Arrow looks at texts only here."""
+    """Return the rows of a batch, with a Rejected in place of each row whose text is not UTF-8.
+
+    Arrow checks texts only when they are converted, which happens here.
+    """
     names = batch.schema.names
     try:
         return [dict(zip(names, row, strict=True)) for row in zip(*map(_values, batch.columns), strict=True)]
@@ -226,52 +223,52 @@ def rows(batch: Any) -> list[Any]:
 
 def _values(column: Any) -> list[Any]:
     try:
-        found = column.to_pylist()
-        return [_with_objects(value, column.type) for value in found] if _has_maps(column.type) else found
+        values = column.to_pylist()
+        return [_with_objects(value, column.type) for value in values] if _has_maps(column.type) else values
     except UnicodeDecodeError:
         raise
-    except (OverflowError, ValueError, LookupError) as error:  # a time that Python has not, such as year 10000
+    except (OverflowError, ValueError, LookupError) as error:  # a time that Python does not have, such as year 10000
         return [f"<{first_line(error)}>"] * len(column)
 
 
-def _has_maps(kind: Any) -> bool:
-    return pa.types.is_map(kind) or any(_has_maps(kind.field(number).type) for number in range(kind.num_fields))
+def _has_maps(type_: Any) -> bool:
+    return pa.types.is_map(type_) or any(_has_maps(type_.field(number).type) for number in range(type_.num_fields))
 
 
-def _with_objects(value: Any, kind: Any) -> Any:
-    """A value of an Arrow type with its maps as objects; Spark makes one of each dict, pyarrow pairs of each."""
+def _with_objects(value: Any, type_: Any) -> Any:
+    # Spark writes each dict as a map, and pyarrow returns a map as a list of pairs.
     if value is None:
         return None
-    if pa.types.is_map(kind):
-        return {key: _with_objects(each, kind.item_type) for key, each in value}
-    if pa.types.is_struct(kind):
-        inner = {field.name: field.type for field in kind}
+    if pa.types.is_map(type_):
+        return {key: _with_objects(each, type_.item_type) for key, each in value}
+    if pa.types.is_struct(type_):
+        inner = {field.name: field.type for field in type_}
         return {name: _with_objects(each, inner[name]) for name, each in value.items()}
     if isinstance(value, list):
-        return [_with_objects(each, kind.value_type) for each in value]
+        return [_with_objects(each, type_.value_type) for each in value]
     return value
 
 
-# json files: read as a whole, up to a limit.
+# json files: read completely, up to a limit.
 
 
+# Largest json file, uncompressed. Each process that prepares it holds all of it, and its rows take several times more.
 JSON_BYTES = 2**30
-"""Largest json file, uncompressed: as many processes as prepare it hold it, and its rows take several times more."""
 
 
 def read_whole(stream: Any, file: File) -> bytes:
-    """The content of a json file; raises UserError for one that is too large to be read as a whole."""
+    """Return the content of a json file; raise UserError if it is too large to be read at once."""
     content: bytes = stream.read(JSON_BYTES + 1)
     if len(content) > JSON_BYTES:
         raise UserError(
-            f"{file.uri}: more than {JSON_BYTES >> 20} MiB of JSON, which is read as a whole;"
-            " write it as .jsonl, with one object a line"
+            f"{file.uri}: more than {JSON_BYTES >> 20} MiB, the limit of a JSON file;"
+            " write it as .jsonl, with one object per line"
         )
     return content
 
 
 def rows_of(file: File, content: bytes) -> list[Any]:
-    """The rows of a json file: a list of them, or an object of columns; raises UserError for anything else."""
+    """Return the rows of a json file, a list of rows or an object of columns; raise UserError for anything else."""
     try:
         tree = json.loads(content.removeprefix(BOM).decode())
     except json.JSONDecodeError as error:
@@ -280,18 +277,18 @@ def rows_of(file: File, content: bytes) -> list[Any]:
         raise UserError(f"{file.uri}: not UTF-8 text") from None
     except RecursionError:
         raise UserError(f"{file.uri}: broken JSON: nested too deeply") from None
-    except ValueError as error:  # a number of more digits than Python takes
+    except ValueError as error:  # a number with more digits than Python parses
         raise UserError(f"{file.uri}: broken JSON: {first_line(error)}") from None
     except MemoryError:
         raise UserError(
-            f"{file.uri}: not enough memory for its {len(content) / 1e6:,.0f} MB of JSON, which are read as a whole;"
-            " write it as .jsonl, with one object a line"
+            f"{file.uri}: not enough memory for its {len(content) / 1e6:,.0f} MB of JSON;"
+            " write it as .jsonl, with one object per line"
         ) from None
     if isinstance(tree, list):
         return tree
     parts = list(tree.values()) if isinstance(tree, dict) else []
     if parts and all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts):
-        # As pandas writes them, rows by their numbers: either in each column, or each with its columns.
+        # pandas writes rows by their numbers: either the rows inside each column, or the columns inside each row.
         by_number = [all(map(str.isdigit, names)) for names in (tree, parts[0])]
         if by_number == [True, False]:
             return parts
@@ -302,16 +299,15 @@ def rows_of(file: File, content: bytes) -> list[Any]:
     raise UserError(f"{file.uri}: expected a list of rows, or an object of columns of equal length")
 
 
-# Copies of large compressed files, uncompressed: made once on a node, instead of a pass up to each unit.
+# Uncompressed copies of large compressed files: one per node, instead of decompressing the file up to each unit.
 
 
+# Bytes before a unit from which a copy is worth it: tokenising takes several hundred times as long as decompressing.
 WORTH_IT = 256 * 2**20
-"""Bytes before a unit from which on a copy is made: tokenising takes several hundred times as long as decompressing."""
 
 
 def _copy(file: File) -> Path | None:
-    """This node's copy of a file; None where the disk has no room for it."""
-
+    # None means that the disk has no room for a copy.
     def unpack(partial: Path) -> None:
         folder = partial.parent
         node_cache.make_room(folder, folder.glob("*.raw"))
@@ -323,29 +319,29 @@ def _copy(file: File) -> Path | None:
     try:
         folder = storage.private_folder("olora_ray") / "unpacked"
         return node_cache.cached(folder / f"{digest(file.uri, file.size, file.modified, length=32)}.raw", unpack)
-    except OSError:  # a full disk, no folder; a file that cannot be read is told by whoever reads it without a copy
+    except OSError:  # a full disk, or no folder; if the file itself is unreadable, reading without a copy says so
         return None
 
 
-# Rows of a unit, of each kind of file.
+# Rows of a unit, by type of file.
 
 
+# Rows that are asked for at a time.
 BATCH = 256
-"""Rows that are asked for at a time."""
 ESCAPED = '\\"'
+# Exceptions that a damaged container or compression raises.
 UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
-"""What a damaged container or compression raises."""
 
 
+# Position and row; the row is a `Rejected` if it could not be read.
 Located = tuple[int, Any]
-"""Place and row; the row is a `Rejected` if it could not be read."""
 
 
 def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    """The rows of a unit.
+    """Yield the rows of a unit with their positions.
 
-    `header` names the columns of a csv file; of files that have columns only `columns` are read.
-    Raises UserError for a file that is broken as a whole, Changed if it is not what the scan saw, and StoreUnavailable.
+    `header` names the columns of a csv file; of files that have columns only `columns` are read. Raise UserError for
+    a broken file, Changed if it is not what the scan saw, and StoreUnavailable.
     """
     try:
         yield from _patiently(file.uri, lambda: READERS[file.kind](file, unit, header, columns))
@@ -356,7 +352,7 @@ def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[s
 
 
 def _patiently(uri: str, read: Callable[[], Iterator[Located]]) -> Iterator[Located]:
-    """The rows that `read` gives; where an object store fails on the way they are read anew, up to where they were."""
+    # If an object store fails in between, the unit is read again, and the rows that were yielded already are skipped.
     rows: Iterator[Located] | None = None
     done = 0
 
@@ -369,21 +365,20 @@ def _patiently(uri: str, read: Callable[[], Iterator[Located]]) -> Iterator[Loca
             rows = None
             raise
 
-    while some := asked(uri, more):
-        yield from some
-        done += len(some)
+    while batch := asked(uri, more):
+        yield from batch
+        done += len(batch)
 
 
 def not_here(file: File) -> UserError:
-    """The message for a file that the driver has listed, and this process, on another node perhaps, does not find."""
+    # The driver has listed the file, but this process, perhaps on another node, cannot see it.
     return UserError(
-        f"{file.uri}: not there on node {socket.gethostname()}: it is gone since it was listed, or not every node sees"
-        " it by this path; put it where all nodes do"
+        f"{file.uri}: missing on node {socket.gethostname()}: it was removed after it was listed, or this node cannot"
+        " see this path; put the file where all nodes see it"
     )
 
 
 def broken(file: File, error: Exception) -> UserError | StoreUnavailable:
-    """The error for a file whose container or compression is damaged, or whose store does not answer."""
     if isinstance(error, StoreUnavailable):
         return StoreUnavailable(f"{file.uri}: {error}")
     kind = file.compression or file.kind
@@ -391,7 +386,7 @@ def broken(file: File, error: Exception) -> UserError | StoreUnavailable:
 
 
 def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) -> Any:
-    """The content as a stream, uncompressed and in UTF-8; `wrap` sees the bytes as they lie on disk."""
+    """Open the content as a stream, uncompressed and in UTF-8; `wrap` gets the stream of the bytes on disk."""
     system, path = open_filesystem(file.uri)
     raw = wrap(system.open_input_stream(path, compression=None))
     if file.compression == "xz":
@@ -406,7 +401,6 @@ def _native(stream: Any) -> pa.NativeFile:
 
 
 def _bytes(file: File, unit: Unit) -> bytes:
-    """The bytes of a unit of lines; raises Changed if they are not those that the scan saw."""
     content = _range(file, unit)
     if zlib.crc32(content, unit.before) != unit.after:
         raise Changed(file)
@@ -419,13 +413,13 @@ def _range(file: File, unit: Unit) -> bytes:
         with system.open_input_file(path) as stream:
             stream.seek(unit.offset)
             return bytes(stream.read(unit.size))
-    if unit.offset >= WORTH_IT and (kept := _copy(file)) is not None:
-        with contextlib.suppress(FileNotFoundError), kept.open("rb") as copy:
+    if unit.offset >= WORTH_IT and (copied := _copy(file)) is not None:
+        with contextlib.suppress(FileNotFoundError), copied.open("rb") as copy:
             copy.seek(unit.offset)
             content = copy.read(unit.size)
             if zlib.crc32(content, unit.before) == unit.after:
                 return content
-            kept.unlink()  # it is damaged, or of other content
+            copied.unlink()  # damaged, or a copy of other content
     with open_stream(file) as stream:
         left = unit.offset
         while left > 0 and (skipped := len(stream.read(min(2**23, left)))):
@@ -450,35 +444,33 @@ def _parsed(line: bytes) -> Any:
         return Rejected("not_utf8", "not UTF-8 text")
     except RecursionError:
         return Rejected("broken_json", "nested too deeply")
-    except ValueError as error:  # a number of more digits than Python takes
+    except ValueError as error:  # a number with more digits than Python parses
         return Rejected("broken_json", first_line(error))
 
 
 def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    csv.field_size_limit(2**31 - 1)  # none: the scan has its own
+    csv.field_size_limit(2**31 - 1)  # no limit here: the scan has one
     text = _bytes(file, unit).decode("utf-8", "surrogateescape")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[file.kind])
     lines = list(io.StringIO(text, newline="")) if ESCAPED in text else []
     start = 0
     for cells in reader:
-        place, first, start = unit.first + start, start, reader.line_num
+        position, first, start = unit.first + start, start, reader.line_num
         if not cells:
             continue
         if len(cells) != len(header):
-            yield place, Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
+            yield position, Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
         elif lines and (problem := _strictly("".join(lines[first:start]), file)):
-            yield place, problem
+            yield position, problem
         elif not all(map(_is_utf8, cells)):
-            yield place, Rejected("not_utf8", "not UTF-8 text")
+            yield position, Rejected("not_utf8", "not UTF-8 text")
         else:
-            yield place, dict(zip(header, cells, strict=True))
+            yield position, dict(zip(header, cells, strict=True))
 
 
 def _strictly(record: str, file: File) -> Rejected | None:
-    """What is wrong with a record that csv.reader reads all the same: a quoted cell that ends before its end.
-
-    Spark and MySQL write a quote inside a quoted cell with a backslash, where csv has it doubled.
-    """
+    # csv.reader accepts a quoted cell that ends before its end. Spark and MySQL write a quote inside a quoted cell with
+    # a backslash, where csv doubles it.
     if ESCAPED not in record:
         return None
     try:
@@ -489,7 +481,7 @@ def _strictly(record: str, file: File) -> Rejected | None:
 
 
 def _is_utf8(cell: str) -> bool:
-    """Whether a cell has no half surrogate, by which "surrogateescape" stands for a byte that is not UTF-8."""
+    # "surrogateescape" puts a half surrogate in place of each byte that is not UTF-8.
     try:
         cell.encode()
     except UnicodeEncodeError:
@@ -502,7 +494,7 @@ def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str])
     try:
         yield unit.first, {"text": content.removeprefix(BOM if unit.offset == 0 else b"").decode()}
     except UnicodeDecodeError:
-        yield unit.first, Rejected("not_utf8", "not UTF-8 text; a table is called .csv")
+        yield unit.first, Rejected("not_utf8", "not UTF-8 text; if it is a table, name it .csv")
 
 
 def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
@@ -525,12 +517,12 @@ def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[st
 
 @lru_cache(maxsize=4)
 def _row_groups(file: File, crc: int) -> tuple[parquet.FileMetaData, list[int]]:
-    """What stands at the end of a parquet file, and the first row of each row group: of 2,000 groups it takes long."""
+    # Cached, because reading the metadata of 2,000 row groups takes long; `crc` is a key of the cache.
     system, path = open_filesystem(file.uri)
     with system.open_input_file(path) as stream:
-        found = parquet.ParquetFile(stream).metadata
-    sizes = (found.row_group(group).num_rows for group in range(found.num_row_groups))
-    return found, list(accumulate(sizes, initial=0))[:-1]
+        metadata = parquet.ParquetFile(stream).metadata
+    sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return metadata, list(accumulate(sizes, initial=0))[:-1]
 
 
 def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
@@ -541,13 +533,12 @@ def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
 
 
 def _present(schema: Any, columns: Sequence[str]) -> list[str]:
-    """The wanted columns; all if none is there, so that the message about it can name them."""
+    # All columns if none of the wanted ones exists, so that the message about it can name them.
     present = [name for name in columns if name in schema.names]
     return present or list(schema.names)
 
 
 def _slice(file: File, batches: Any, start: int, unit: Unit) -> Iterator[Located]:
-    """The rows of a unit, of batches from row `start` on; raises Changed where they end before it does."""
     stop = unit.first + unit.rows
     for batch in batches:
         if start >= stop:

@@ -1,4 +1,4 @@
-"""Scan of a file in one pass: the digest of its content, and the units by which it can be read from anywhere.
+"""Scan of a file in one pass: the digest of its content, and its units, each of which can be read on its own.
 
 Scanning costs about as much as reading, so the results are kept.
 """
@@ -31,22 +31,22 @@ from olora_ray.data.reader import UNIT, FileScan, Unit, Units
 from olora_ray.data.sources import File, asked, open_filesystem, steady
 from olora_ray.data.text_files import BOM, DELIMITERS, as_written
 
-# Files of lines: where a unit may end, and the units; found in one pass. The rules of units are part of the bytes of
-# token stores: each of the next numbers decides which rows are shuffled together.
+# Files of lines: the offsets at which a unit may end, and the units, in one pass. Each of the next numbers decides
+# which rows are shuffled together, so changing one changes the bytes of token stores.
 
 
 CHUNK = 8 * 2**20
 UNIT_ROWS = 256
+# A small file has smaller units, so that it mixes evenly with others.
 UNITS_WANTED = 64
-"""A small file has smaller units, so that it can be mixed evenly with others."""
 UNIT_BYTES = 4 * 2**20
+# Units of a file that can be read only from its start.
 SLOW_UNITS = 8
-"""Units of a file that can only be read from its start."""
 SLOW_UNIT_BYTES = 32 * 2**20
+# A larger text file is cut at line ends into several documents.
 DOCUMENT_BYTES = 2**20
-"""A text file above this size is cut at line ends into several documents."""
+# Longest line or csv record: it is read at once, and a few MB of .gz unpack to gigabytes.
 LINE_BYTES = 128 * 2**20
-"""Largest line or csv record: it is read as a whole, and a few MB of .gz unpack to gigabytes."""
 _BEGUN_ROW = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*("|\Z)')
 
 Numbers = NDArray[np.int64]
@@ -54,24 +54,24 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Marks:
-    """The places at which a unit may end, each the end of a record; one entry a place."""
+    """The offsets at which a unit may end, each the end of a record; each array has one entry per mark."""
 
+    # Records up to the mark.
     records: Numbers
-    """Records up to there."""
+    # Lines up to the mark.
     lines: Numbers
-    """Lines up to there."""
+    # Bytes up to the mark.
     offsets: Numbers
-    """Bytes up to there."""
+    # CRC-32 of these bytes.
     crcs: Numbers
-    """CRC-32 of these bytes."""
+    # Records before the first row: the header of a csv file.
     skipped: int = 0
-    """Records before the first row: the header of a csv file."""
 
 
 def _mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
-    """Mark the lines of a stream, or those of about its first `limit` bytes.
+    """Mark the lines of a stream, or of about its first `limit` bytes.
 
-    Raises UserError for a line that is too long to be a row, and for a jsonl file that ends in the middle of a row.
+    Raise UserError for a line that is too long, and for a jsonl file that ends in the middle of a row.
     """
     parts: list[Numbers] = []
     total = lines = crc = line_start = document = 0
@@ -111,9 +111,8 @@ def _marks(parts: list[Numbers], skipped: int = 0) -> Marks:
 
 
 def _too_long(file: File, line: int) -> UserError:
-    """The message for a line, or a csv record that begins in it, that is too long to be a row."""
     hint = "" if file.kind in ("jsonl", "text") else " (is a quoted cell not closed?)"
-    return UserError(f"{file.uri}:{line}: a row of more than {LINE_BYTES >> 20} MiB, which is not read{hint}")
+    return UserError(f"{file.uri}:{line}: a row of more than {LINE_BYTES >> 20} MiB; split or remove it{hint}")
 
 
 def _is_cut_row(line: bytes) -> bool:
@@ -133,44 +132,42 @@ def _is_cut_row(line: bytes) -> bool:
 def _cut_off(file: File, line: int) -> UserError:
     return UserError(
         f"{file.uri}:{line}: the file ends in the middle of a row: it is incomplete, or still being copied; copy it"
-        " again, or call again when it is whole"
+        " completely, then run the same command again"
     )
 
 
 def _may_end_units(numbers: Numbers, sizes: Numbers) -> NDArray[np.bool_]:
-    """The lines of a chunk at which a unit may end: of a large file few, which saves nearly all of the memory.
+    """Return which lines of a chunk may end a unit.
 
-    A unit of a large file ends after each UNIT_ROWS lines, and anywhere in such a block if the block is large.
+    A unit of a large file ends after each UNIT_ROWS lines, and anywhere in such a block if the block is large: so few
+    marks are kept, which saves nearly all of the memory.
     """
     block = (numbers - 1) // UNIT_ROWS
     block -= block[:1].sum()
     large = np.bincount(block, weights=sizes) > UNIT_BYTES
-    large[:1] = large[-1:] = True  # they may go on in the next chunk
+    large[:1] = large[-1:] = True  # these blocks may continue in another chunk
     kept: NDArray[np.bool_] = (numbers <= UNITS_WANTED * UNIT_ROWS) | (numbers % UNIT_ROWS == 0) | large[block]
     return kept
 
 
 def _document_ends(ends: Numbers, start: int) -> Numbers:
-    """Indices of the line ends of a chunk at which a document ends; the one under way begins at `start`."""
-    found = []
-    while (place := int(np.searchsorted(ends, start + DOCUMENT_BYTES))) < len(ends):
-        found.append(place)
-        start = int(ends[place])
-    return np.array(found, dtype=np.int64)
+    indices = []
+    while (index := int(np.searchsorted(ends, start + DOCUMENT_BYTES))) < len(ends):
+        indices.append(index)
+        start = int(ends[index])
+    return np.array(indices, dtype=np.int64)
 
 
 def _running_crcs(chunk: bytes, ends: Numbers, crc: int) -> tuple[Numbers, int]:
-    """The CRC-32 of everything up to each of the ends, and up to the end of the chunk."""
-    view, found, start = memoryview(chunk), [], 0
+    view, crcs, start = memoryview(chunk), [], 0
     for end in ends.tolist():
         crc = zlib.crc32(view[start:end], crc)
-        found.append(crc)
+        crcs.append(crc)
         start = end
-    return np.array(found, dtype=np.int64), zlib.crc32(view[start:], crc)
+    return np.array(crcs, dtype=np.int64), zlib.crc32(view[start:], crc)
 
 
 def _row_units(marks: Marks, file: File) -> Iterator[Unit]:
-    """Units of about as many records each; long lines make them smaller."""
     if not len(marks.records) or marks.records[-1] <= marks.skipped:
         return
     step, most = _unit_step(int(marks.lines[-1]), int(marks.offsets[-1]), bool(file.compression or file.encoding))
@@ -186,57 +183,55 @@ def _row_units(marks: Marks, file: File) -> Iterator[Unit]:
 
 
 def _documents(marks: Marks) -> Iterator[Unit]:
-    """A text file is one document, or several of about DOCUMENT_BYTES, cut at line ends."""
     for number in range(len(marks.offsets)):
         cut = _unit(marks, number, number)
         yield Unit(number, 1, cut.offset, cut.size, cut.before, cut.after)
 
 
 def _unit(marks: Marks, first: int, last: int) -> Unit:
-    """The unit of the lines after mark `first` - 1 up to mark `last`."""
     line, start, crc = (int(numbers[first - 1]) if first else 0 for numbers in (marks.lines, marks.offsets, marks.crcs))
     rows, size = int(marks.lines[last]) - line, int(marks.offsets[last]) - start
     return Unit(line, rows, start, size, crc, int(marks.crcs[last]))
 
 
 def _unit_step(lines: int, total: int, slow: bool) -> tuple[int, int]:
-    """Records of a unit, and the bytes from which on it is cut earlier."""
+    # The second number is the bytes above which a unit is cut earlier.
     if slow:
         count = max(min(SLOW_UNITS, lines // UNIT_ROWS), -(-total // SLOW_UNIT_BYTES), 1)
         step = -(-lines // count)
-        # Of a large file a unit may end at few lines (`_may_end_units`).
+        # In a large file a unit may end at few lines only (`_may_end_units`).
         return step if lines <= UNITS_WANTED * UNIT_ROWS else -(-step // UNIT_ROWS) * UNIT_ROWS, 2 * SLOW_UNIT_BYTES
     return int(np.clip(-(-lines // UNITS_WANTED) // 16 * 16, 16, UNIT_ROWS)), UNIT_BYTES
 
 
-# Records of a csv or tsv file: where they end, as csv.reader itself tells them apart.
+# The ends of the records of a csv or tsv file, as csv.reader itself tells them apart.
 
 
 def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tuple[str, ...]]:
-    """Mark the records of a stream, or those of about its first `limit` bytes, and read the header.
+    """Mark the records of a stream, or of about its first `limit` bytes, and read the header.
 
-    The header is the first record that is not blank. Raises UserError for a record that is too long to be a row,
-    for a quoted cell that is never closed, and for a file that ends in the middle of a row.
+    The header is the first record that is not blank. Raise UserError for a record that is too long, for a quoted cell
+    that is never closed, and for a file that ends in the middle of a row.
     """
     source = _Lines(stream, file, limit)
     header: list[str] | None = None
     parts: list[Numbers] = []
-    some: list[tuple[int, int, int, int]] = []
+    marks: list[tuple[int, int, int, int]] = []
     records = skipped = 0
 
     def keep_some() -> None:
-        """Keep the marks at which units may end, which saves nearly all of the memory for a large file."""
-        part = np.array(some, dtype=np.int64).reshape(-1, 4).T
+        # Only the marks at which units may end are kept: for a large file this saves nearly all of the memory.
+        part = np.array(marks, dtype=np.int64).reshape(-1, 4).T
         if header is not None:
             before = parts[-1][2, -1] if parts and parts[-1].size else 0
             part = part[:, _may_end_units(part[0] - skipped, np.diff(part[2], prepend=before))]
         parts.append(part)
-        some.clear()
+        marks.clear()
 
-    csv.field_size_limit(2**31 - 1)  # none: LINE_BYTES is the limit of a record
+    csv.field_size_limit(2**31 - 1)  # no limit here: LINE_BYTES limits a record
     try:
         for cells in csv.reader(source, delimiter=DELIMITERS[file.kind]):
-            if source.ended:  # the lines have, but not the record
+            if source.ended:  # the lines have ended, but not the record
                 if limit is None:
                     raise _not_closed(file, source.record_line)
                 break
@@ -248,8 +243,8 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
             else:
                 source.has_row = True
             records += 1
-            some.append((records, source.lines, source.total, source.crc))
-            if len(some) == 2**14:
+            marks.append((records, source.lines, source.total, source.crc))
+            if len(marks) == 2**14:
                 keep_some()
             source.begin_record()
     except csv.Error as error:
@@ -260,20 +255,17 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
 
 
 class _Lines:
-    """The lines of a stream one by one, counted as they are taken."""
-
     def __init__(self, stream: Any, file: File, limit: int | None) -> None:
         self.lines = self.total = self.crc = 0
         self.record_line, self._record_start = 1, 0
         self.ended = False
+        # True from the last line on if it has no line end.
         self.unfinished = False
-        """True from the last line on if it has no line end."""
+        # A limit ends the lines only after the first row.
         self.has_row = False
-        """Whether there is a row yet: without one a limit does not end the lines."""
         self._stream, self._file, self._limit = stream, file, limit
 
     def begin_record(self) -> None:
-        """The next line begins a record."""
         self.record_line, self._record_start = self.lines + 1, self.total
 
     def __iter__(self) -> Iterator[str]:
@@ -283,7 +275,7 @@ class _Lines:
             self.crc = zlib.crc32(line, self.crc)
             if self.total - self._record_start > LINE_BYTES:
                 raise _too_long(self._file, self.record_line)
-            # Latin-1 is fast and has a letter for each byte; quotes, delimiters and line ends are those of UTF-8.
+            # Latin-1 is fast and has a character for each byte; quotes, delimiters and line ends are those of UTF-8.
             yield (line.removeprefix(BOM) if self.lines == 1 else line).decode("latin-1")
         self.ended = True
 
@@ -291,10 +283,10 @@ class _Lines:
         rest, seen = b"", 0
         while chunk := self._stream.read(CHUNK):
             seen += len(chunk)
-            found = (rest + chunk).splitlines(keepends=True)
-            # The last line may go on in the next chunk, and so may "\r" with its "\n".
-            rest = b"" if found[-1].endswith(b"\n") else found.pop()
-            yield from found
+            lines = (rest + chunk).splitlines(keepends=True)
+            # The last line may continue in the next chunk, and so may "\r" with its "\n".
+            rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
+            yield from lines
             if len(rest) > LINE_BYTES:
                 raise _too_long(self._file, self.record_line)
             if self._limit is not None and seen >= self._limit and self.has_row:
@@ -306,13 +298,13 @@ class _Lines:
 
 def _not_closed(file: File, line: int) -> UserError:
     return UserError(
-        f"{file.uri}:{line}: a quoted cell of the record that begins here is not closed before the end of the file:"
-        " a cell that begins with a quote ends with one, and each quote inside it is doubled"
+        f"{file.uri}:{line}: the record that begins here has a quoted cell that is not closed; end the cell with a"
+        " quote, and double each quote inside it"
     )
 
 
 def scan(file: File, storage_root: str, keep: bool = True) -> FileScan:
-    """Scan a file, or take the kept result; raises UserError for one that is broken, and StoreUnavailable."""
+    """Scan a file, or return its kept scan; raise UserError for a broken file, and StoreUnavailable."""
     if (kept := kept_scan(file, storage_root)) is not None:
         return kept
     state = state_of(file)
@@ -323,15 +315,15 @@ def scan(file: File, storage_root: str, keep: bool = True) -> FileScan:
 
 
 def head(file: File) -> FileScan:
-    """A cheap look at a file: without digest, with the units at its start, and an estimate of its rows."""
+    """Scan the beginning of a file: its first units, an estimate of its rows, no digest."""
     return dataclasses.replace(_scan(file, limit=CHUNK), sha256="")
 
 
 def _scan(file: File, limit: int | None = None) -> FileScan:
-    """Scan a file; with a limit only about that many bytes of a file of lines, and no digest of others."""
+    # With a limit, about so many bytes of a file of lines are read, and other files get no digest.
     try:
         written = asked(file.uri, lambda: _written(file))
-        found = asked(file.uri, lambda: _scanned(written, limit))
+        result = asked(file.uri, lambda: _scanned(written, limit))
     except FileNotFoundError:
         raise reader.not_here(file) from None
     except PermissionError:
@@ -340,11 +332,11 @@ def _scan(file: File, limit: int | None = None) -> FileScan:
         if isinstance(error, UserError):
             raise
         raise reader.broken(file, error) from None
-    named = [name for name in found.columns if name]
+    named = [name for name in result.columns if name]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
-        raise UserError(f"{file.uri}: the column {twice!r} is there more than once; give each a name of its own")
-    return dataclasses.replace(found, file=written)
+        raise UserError(f"{file.uri}: several columns are named {twice!r}; give each column a different name")
+    return dataclasses.replace(result, file=written)
 
 
 def _written(file: File) -> File:
@@ -367,8 +359,6 @@ def _scanned(file: File, limit: int | None) -> FileScan:
 
 
 class _Hashed:
-    """A stream that hashes what is read from it."""
-
     def __init__(self, stream: Any, with_crc: bool = False) -> None:
         self._stream = stream
         self._with_crc = with_crc
@@ -386,7 +376,7 @@ class _Hashed:
         return content
 
     def finish(self) -> None:
-        """Read on to the end: whatever stands after the content that was wanted."""
+        # The digest covers all bytes of the file, also those after the last row.
         while self.read(CHUNK):
             pass
 
@@ -406,19 +396,17 @@ class _Hashed:
 
 @contextlib.contextmanager
 def _hashed(file: File) -> Iterator[tuple[Any, _Hashed]]:
-    """The uncompressed content of a file as a stream, and what counts and hashes the bytes on disk beneath it."""
-    found: list[_Hashed] = []
+    streams: list[_Hashed] = []
 
     def wrap(stream: Any) -> _Hashed:
-        found.append(_Hashed(stream))
-        return found[0]
+        streams.append(_Hashed(stream))
+        return streams[0]
 
     with reader.open_stream(file, wrap) as stream:
-        yield stream, found[0]
+        yield stream, streams[0]
 
 
 def _lines(file: File, limit: int | None = None) -> FileScan:
-    """Scan a file of lines; only about its first `limit` bytes if there is a limit."""
     columns: tuple[str, ...] = ()
     with _hashed(file) as (stream, hashed):
         if file.kind in DELIMITERS:
@@ -444,7 +432,6 @@ def _json(file: File) -> FileScan:
 
 
 def _slices(first: int, rows: int, size: int, wanted: int) -> Iterator[Unit]:
-    """Equal parts of `rows` rows of `size` bytes: about `wanted`, more if they would be large."""
     count = max(min(wanted, rows // UNIT_ROWS), -(-size // SLOW_UNIT_BYTES), 1)
     borders = [rows * number // count for number in range(count + 1)]
     for low, high in itertools.pairwise(borders):
@@ -472,41 +459,39 @@ def _parquet(file: File, whole: bool) -> FileScan:
 
 
 def _arrow(file: File, limit: int | None) -> FileScan:
-    """Scan a file that `datasets` has saved, in one pass; only about its first `limit` bytes if there is a limit."""
     with _buffered(file) as hashed:
-        found = reader.look(hashed, lambda: hashed.bytes, limit)
+        batches = reader.look(hashed, lambda: hashed.bytes, limit)
         seen = hashed.bytes
         if limit is None:
             hashed.finish()
-    rows = sum(found.rows)
-    units = found.placed(_slices(0, rows, file.size if limit is None else seen, UNITS_WANTED))
+    rows = sum(batches.rows)
+    units = batches.placed(_slices(0, rows, file.size if limit is None else seen, UNITS_WANTED))
     if limit is None:
-        return _of_whole(hashed, hashed.crc, rows, found.columns, units)
-    return FileScan("", round(rows * max(1.0, file.size / max(seen, 1))), found.columns, Units.of(units))
+        return _of_whole(hashed, hashed.crc, rows, batches.columns, units)
+    return FileScan("", round(rows * max(1.0, file.size / max(seen, 1))), batches.columns, Units.of(units))
 
 
 def _buffered(file: File) -> _Hashed:
-    """A stream of a file that is not compressed, of which little may be asked at a time."""
+    # Little may be asked at a time, and in an object store each read is a request.
     system, path = open_filesystem(file.uri)
     return _Hashed(reader.buffered(system.open_input_stream(path, compression=None)), with_crc=True)
 
 
 def _of_whole(hashed: _Hashed, crc: int, rows: int, columns: tuple[str, ...], units: Iterable[Unit]) -> FileScan:
-    """The scan of a file whose units are checked by the CRC-32 of all that it has."""
     units = (dataclasses.replace(unit, after=crc) for unit in units)
     return FileScan(hashed.sha256.hexdigest(), rows, columns, Units.of(units))
 
 
-# Scans that are kept: below the storage path there is one for each file, so an unchanged file is not read again.
+# Kept scans: one per file below the storage path, so that an unchanged file is not read again.
 
 
+# A file of this size or larger counts as unchanged even if its inode is another.
 BELIEVED_FROM = 64 * 2**20
-"""Bytes from which a file is believed to be unchanged though its inode is another."""
 
 
 def kept_scan(file: File, storage_root: str) -> FileScan | None:
-    """The kept scan of a file; None if there is none, or the file has changed since."""
-    if not (storage_root and file.modified) or (tree := read_sealed(_place(file, storage_root))) is None:
+    """Return the kept scan of a file; None if there is none, or the file has changed since."""
+    if not (storage_root and file.modified) or (tree := read_sealed(_kept_path(file, storage_root))) is None:
         return None
     if [tree.get("size"), tree.get("modified")] != [file.size, file.modified]:
         return None
@@ -518,29 +503,28 @@ def kept_scan(file: File, storage_root: str) -> FileScan | None:
 
 
 def kept_scans(files: Sequence[File], storage_root: str) -> list[FileScan | None]:
-    """The kept scan of each of the files."""
     with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
         return list(pool.map(lambda file: kept_scan(file, storage_root), files))
 
 
 def state_of(file: File) -> list[int] | None:
-    """Inode and the time of its last change, of a local file."""
+    """Return inode and change time of a local file; None for other files."""
     system, path = open_filesystem(file.uri)
     with contextlib.suppress(OSError):
         if system.type_name == "local":
-            found = os.stat(path)
-            return [found.st_ino, found.st_ctime_ns]
+            info = os.stat(path)
+            return [info.st_ino, info.st_ctime_ns]
     return None
 
 
 def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | None) -> None:
-    """Keep a scan; `state` is that of the file before it was scanned.
+    """Keep a scan; `state` is the state of the file from before the scan.
 
-    Not of a file that was changed less than 10 seconds ago: clocks of storages are coarse, and a file that changes
-    twice within a tick shows one time.
+    A file that changed less than 10 seconds ago is not kept: clocks of storages are coarse, and two changes within
+    one tick show the same time.
     """
     if storage_root and file.modified and time.time() - file.modified / 1e9 >= 10:
-        found = {
+        tree = {
             "size": file.size,
             "modified": file.modified,
             "state": state,
@@ -551,15 +535,15 @@ def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | 
             "columns": scan.columns,
             "units": base64.b64encode(scan.units.table.tobytes()).decode(),
         }
-        storage.write_text(_place(file, storage_root), seal(found), durable=False)
+        storage.write_text(_kept_path(file, storage_root), seal(tree), durable=False)
 
 
 def forget_scan(file: File, storage_root: str) -> None:
-    """Drop the kept scan of a file that has other content, though size and time of change are the same."""
+    """Drop the kept scan of a file whose content has changed although its size and modification time have not."""
     if storage_root:
-        storage.remove(_place(file, storage_root))
+        storage.remove(_kept_path(file, storage_root))
 
 
-def _place(file: File, storage_root: str) -> str:
-    # The number changes whenever a kept scan would be another.
+def _kept_path(file: File, storage_root: str) -> str:
+    # Raise the number whenever a new scan would differ from a kept one.
     return storage.join(storage_root, "tokens", "scans", f"{digest(7, file.uri, length=32)}.json")

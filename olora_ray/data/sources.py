@@ -1,7 +1,7 @@
 """Resolver of configured sources to the files that hold their rows.
 
-A source is a file, a folder, a glob, a folder of `Dataset.save_to_disk`, hf://ORG/NAME, or any of the
-first four at s3:// or gs://. All end up as files that every node can read.
+A source is a file, a folder, a glob, a folder of `Dataset.save_to_disk`, hf://ORG/NAME, or any of the first four at
+s3:// or gs://. All of them become files that every node can read.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ Found = TypeVar("Found")
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a file and the path in it; connections are kept."""
+    """Return the filesystem of a file and the path in it; connections are kept."""
     if not storage.is_uri(uri):
         return fs.LocalFileSystem(), uri
     scheme, bucket, key, query = _parts(uri)
@@ -52,14 +52,14 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def asked(uri: str, request: Callable[[], Found]) -> Found:
-    """What a request to the storage of a file returns; an object store that fails is asked again (patience.py)."""
+    """Return the result of a request to the storage of a file; retry if an object store fails (patience.py)."""
     if not storage.is_uri(uri) or uri.startswith("file://"):
         return request()
     return patience.patiently("/".join(uri.partition("?")[0].split("/")[:3]), request)
 
 
 def uri_beside(uri: str, path: str) -> str:
-    """The URI of a path in the filesystem of `uri`; raises ValueError for a key that no URI can name."""
+    """Return the URI of a path in the filesystem of `uri`; raise ValueError for a key that no URI can name."""
     scheme, bucket, _, query = _parts(uri)
     _, root = patience.connect(scheme, bucket, query)
     key = path.removeprefix(root)
@@ -71,28 +71,27 @@ def uri_beside(uri: str, path: str) -> str:
 
 
 def _parts(uri: str) -> tuple[str, str, str, str]:
-    """Scheme, bucket, key with its leading slash, and query. `urlsplit` would end the key at '#'."""
+    # Not `urlsplit`, because it would end the key at '#'.
     scheme, _, rest = uri.partition("://")
-    place, _, query = rest.partition("?")
-    bucket, slash, key = place.partition("/")
+    address, _, query = rest.partition("?")
+    bucket, slash, key = address.partition("/")
     return scheme, bucket, slash + key, query
 
 
-# What a glob matches, on a disk and in the listing of an object store: in both the same, as `glob.glob` has it.
+# The matches of a glob are the same on a disk and in the listing of an object store: those of `glob.glob`.
 
 
+# Log folders of tables: the log says which of a folder's Parquet files hold the current rows of the table.
 TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}
-"""Folders that make a table of a folder of Parquet files: they say which of these have its rows as they are now."""
 
+# A file of a listing, and its path below the listed folder.
 Below = tuple[Any, str]
-"""A file of a listing, and its path below the folder that is listed."""
 
 
 def _matching(path: str) -> list[str]:
-    """What matches a glob, by name."""
     fixed, pattern = _split_pattern(path)
-    found = sorted(glob.glob(path, recursive=True))
-    below = [(name, name[len(fixed) :].strip("/")) for name in found]
+    matches = sorted(glob.glob(path, recursive=True))
+    below = [(name, name[len(fixed) :].strip("/")) for name in matches]
     return [
         name
         for name, relative in below
@@ -101,7 +100,7 @@ def _matching(path: str) -> list[str]:
 
 
 def _table_of(path: str) -> str:
-    """The folder that is a table if the file at `path` is one of its."""
+    # Files of a table may lie in folders of partitions, such as day=1.
     table = os.path.dirname(path)
     while "=" in os.path.basename(table):  # of a partition
         table = os.path.dirname(table)
@@ -109,24 +108,22 @@ def _table_of(path: str) -> str:
 
 
 def _split_pattern(path: str) -> tuple[str, str]:
-    """The folder before the first wildcard of a glob, and the pattern behind it."""
     wildcard = re.search(r"[*?\[]", path)
     fixed = path[: wildcard.start()].rpartition("/")[0] if wildcard else path
     return fixed, path[len(fixed) :].strip("/")
 
 
 def _unasked(name: str, pattern: str) -> bool:
-    """Whether a folder that matches a glob is passed over, as one in a folder is: `_delta_log`, unless it is named."""
+    # As in a folder, a name such as `_delta_log` is read only if the glob has it.
     return not _visible(name) and _visible(pattern)
 
 
 def _in_log(name: str, pattern: str) -> bool:
-    """Whether what matches a glob belongs to what a table writes about itself, which the glob does not name."""
     return any(f"/{log}/" in f"/{name}/" and log not in pattern.split("/") for log in TABLES)
 
 
 def _files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str, list[Below]]]:
-    """The files that match a glob, and by the names of the folders that match it what else lies in these."""
+    """Return the files that match a glob, and for each folder that matches it the files below that folder."""
     parts = pattern.split("/")
     files, folders = list[Any](), dict[str, list[Below]]()
     for item, name in below:
@@ -143,7 +140,7 @@ def _files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], di
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob, as `glob.glob` takes both: a hidden name by its dot alone."""
+    """True if the parts of a path match those of a glob, as in `glob.glob`: only a leading dot hides a name."""
     if not parts or not names:
         return not names and all(part == "**" for part in parts)
     hidden = names[0].startswith(".") and not parts[0].startswith(".")
@@ -153,7 +150,6 @@ def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
 
 
 def _visible(relative: str) -> bool:
-    """Whether no part of a path begins with a dot or an underscore."""
     return not any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
@@ -165,40 +161,40 @@ OPTIONS = {"split", "name", "revision"}
 
 
 def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
-    """Write a data set of the hub below `storage_root`, unless it is there, and list its files.
+    """Write a data set of the hub below `storage_root`, unless it is there, and return its files.
 
-    Raises UserError that starts with `field` if the hub does not deliver it.
+    Raise a UserError that starts with `field` if the hub does not deliver it.
     """
     parts = urlsplit(uri)
     query = parts.query.replace("+", "%2B")  # of `split=train+test`: in a form's query it would be a space
     options = {key: values[0] for key, values in parse_qs(query).items()}
     if unknown := sorted(set(options) - OPTIONS):
-        raise UserError(f"{field}: {uri}: unknown option {unknown[0]!r}; there are {', '.join(sorted(OPTIONS))}")
+        raise UserError(f"{field}: {uri}: unknown option {unknown[0]!r}; known: {', '.join(sorted(OPTIONS))}")
     name = parts.netloc + parts.path
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         # `datasets` would take a path for a folder of this machine.
-        raise UserError(f"{field}: {uri}: {name!r} is no data set of the hub; write hf://ORG/NAME")
+        raise UserError(f"{field}: {uri}: {name!r} is not the name of a data set of the hub; write hf://ORG/NAME")
     dataset = _load(name, options, uri, field)
     key = digest(uri, dataset._fingerprint, length=32)
-    place = storage.join(storage_root, "tokens", "hub", key)
-    listing = storage.join(place, "files.json")
+    folder = storage.join(storage_root, "tokens", "hub", key)
+    listing = storage.join(folder, "files.json")
     if not storage.exists(listing):
-        storage.write_text(listing, json.dumps(_write(dataset, place)))
-    return [storage.join(place, name) for name in json.loads(storage.read_text(listing))]
+        storage.write_text(listing, json.dumps(_write(dataset, folder)))
+    return [storage.join(folder, name) for name in json.loads(storage.read_text(listing))]
 
 
 def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    # Exception: the hub, the network and the data set's own files each raise their own kinds.
+    # Exception: the hub, the network and the data set's own files each raise their own exceptions.
     with as_user_error(f"{field}: {uri}", Exception, passes=is_away):
         return datasets.load_dataset(
             name, options.get("name"), split=options.get("split", "train"), revision=options.get("revision")
         )
 
 
-def _write(dataset: Any, place: str) -> list[str]:
+def _write(dataset: Any, folder: str) -> list[str]:
     pieces = max(1, -(-len(dataset) // ROWS_PER_FILE))
     names = [f"part-{number:05d}.parquet" for number in range(pieces)]
     temporary = tempfile.mkdtemp(prefix="olora-hub-")
@@ -206,7 +202,7 @@ def _write(dataset: Any, place: str) -> list[str]:
         for number, name in enumerate(names):
             file = Path(temporary, name)
             dataset.shard(pieces, number, contiguous=True).to_parquet(str(file))
-            storage.write_bytes(storage.join(place, name), file.read_bytes())
+            storage.write_bytes(storage.join(folder, name), file.read_bytes())
             file.unlink()
     finally:
         shutil.rmtree(temporary)
@@ -217,18 +213,18 @@ def _write(dataset: Any, place: str) -> list[str]:
 
 
 SPLITS, STATE = "dataset_dict.json", "state.json"
+# A saved folder has one of these files.
 SAVED = (SPLITS, STATE)
-"""Files of such a folder, one of which it has."""
 
 
 def _saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
-    """The Arrow files of a folder that `datasets` has saved; empty if it is no such folder."""
+    """Return the Arrow files of a folder that `datasets` has saved; empty if it is no such folder."""
     try:
         if (splits := _json_file(system, f"{folder}/{SPLITS}")) is not None:
-            there = [str(name) for name in splits["splits"]]
-            if split not in there:
+            names = [str(name) for name in splits["splits"]]
+            if split not in names:
                 raise UserError(
-                    f"{field}: {folder} has no split {split!r}; it has {', '.join(there)} (choose with ?split=...)"
+                    f"{field}: {folder} has no split {split!r}; it has {', '.join(names)} (choose with ?split=...)"
                 )
             folder = f"{folder}/{_inside(split, folder, field)}"
         state = _json_file(system, f"{folder}/{STATE}")
@@ -236,19 +232,19 @@ def _saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{field}: {folder}: what Dataset.save_to_disk wrote there is damaged") from None
+        raise UserError(f"{field}: {folder}: a file of Dataset.save_to_disk is damaged; save it again") from None
     names = [_inside(name, folder, field) for name in entries]
     infos = system.get_file_info([f"{folder}/{name}" for name in names])
     for info in infos:
         if not info.is_file:
-            raise UserError(f"{field}: {info.path} belongs to the saved data set, but is not there")
+            raise UserError(f"{field}: {info.path} belongs to the saved data set, but is missing; save it again")
     return list(infos)
 
 
 def _inside(name: str, folder: str, field: str) -> str:
-    """The name, if it is that of something in the folder: a data set may come from anybody."""
+    # A data set may come from anybody, so its names must not lead out of its folder.
     if name in (".", "..") or posixpath.basename(name) != name:
-        raise UserError(f"{field}: {folder} names {name!r}, which does not lie in it")
+        raise UserError(f"{field}: {folder} names {name!r}, which is not in this folder")
     return name
 
 
@@ -281,57 +277,54 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class File:
-    """One file of rows."""
-
     uri: str
+    # jsonl, json, parquet, arrow, text (one document) or one of text_files.DELIMITERS; before the scan, from the name.
     kind: str
-    """jsonl, json, parquet, arrow, text (one document) or one of text_files.DELIMITERS; at first by its name."""
     compression: str | None = None
+    # Bytes.
     size: int = 0
-    """Bytes."""
+    # Nanoseconds; 0 if unknown.
     modified: int = 0
-    """Nanoseconds; 0 if unknown."""
+    # utf-16 or cp1252 if the content is not UTF-8 (text_files.py).
     encoding: str | None = None
-    """utf-16 or cp1252, where the content is not UTF-8 (text_files.py)."""
 
     @property
     def form(self) -> str:
-        """Kind and encoding, as `semicolon csv, cp1252`."""
+        """Type and encoding, such as `semicolon csv, cp1252`."""
         return self.kind + f", {self.encoding}" * bool(self.encoding)
 
 
 def list_files(source: Source, where: str, storage_root: str) -> list[File]:
-    """The files of a source, sorted by name.
+    """Return the files of a source, sorted by name.
 
-    `where` is the setting that messages name, such as data.train.0; a hub data set is written below
-    `storage_root`. Raises UserError for a path without files or with files of an unknown kind.
+    `where` is the setting that messages name, such as data.train.0; a hub data set is written below `storage_root`.
+    Raise UserError for a path without files, or with files of an unknown type.
     """
     check_fields(source.format, source.fields, where)
-    found = _all_files(source, f"{where}.path", storage_root)
+    files = _all_files(source, f"{where}.path", storage_root)
     if not source.only:
-        return _of_split(found, source.path, where)
-    if missing := sorted(set(source.only) - {file.uri for file in found}):
+        return _of_split(files, source.path, where)
+    if missing := sorted(set(source.only) - {file.uri for file in files}):
         raise UserError(f"{where}.only: {missing[0]} is not among the files of {source.path}")
-    return [file for file in found if file.uri in source.only]
+    return [file for file in files if file.uri in source.only]
 
 
 def _of_split(files: list[File], path: str, where: str) -> list[File]:
-    """The files without those that belong to another split by their names, and without notes on a data set."""
     folder = posixpath.commonprefix([file.uri for file in files]).rpartition("/")[0]
     names = {file: file.uri[len(folder) :] for file in files}
     training = [file for file in files if _TRAINING.search(names[file])]
-    # Where no file is for training by its name, a word inside of a name may mean something else.
+    # If no name marks a training file, such a word inside a name may mean something else.
     held_out = [file for file in files if (_HELD_OUT if training else _HELD_OUT_FIRST).search(names[file])]
     others = training if where.startswith("data.eval") else held_out
     for left_out, what in (
         ([file for file in files if _NOTES.search(names[file])], "no rows"),
-        (others, "another split by name; to use them here, give them a path of their own"),
+        (others, "another split by name; to use them here, add a source for them"),
     ):
         out = set(left_out)
         if kept := [file for file in files if file not in out]:
             shown = ", ".join(names[file][1:] for file in left_out[:3]) + ", ..." * (len(left_out) > 3)
             if left_out:
-                _say_once(f"{where}.path: left out of {path}: {shown} ({what})", logging.WARNING)
+                _say_once(f"{where}.path: ignored in {path}: {shown} ({what})", logging.WARNING)
             files = kept
     return files
 
@@ -342,18 +335,18 @@ def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     if storage.is_uri(source.path):
         return _remote(source.path, field)
     path, split = _split_of(source.path)
-    found = _matching(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
-    files = [file for name in found for file in _local(name, split, field, alone=len(found) == 1)]
+    paths = _matching(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
+    files = [file for name in paths for file in _local(name, split, field, alone=len(paths) == 1)]
     _warn_of_tables([file.uri for file in files], os.path.isdir, field)
-    # A glob with ** matches a folder and also what lies in it.
+    # A glob with ** matches a folder and also the files in it.
     once = {os.path.normpath(file.uri): file for file in files}
     return _some(list(once.values()), source.path, field)
 
 
 def _split_of(path: str) -> tuple[str, str]:
-    """`folder?split=test` -> folder, test."""
-    found = re.fullmatch(r"(.+)\?split=([\w.-]+)", path)
-    return (found[1], found[2]) if found and not os.path.exists(path) else (path, "train")
+    # `folder?split=test` -> folder, test.
+    match = re.fullmatch(r"(.+)\?split=([\w.-]+)", path)
+    return (match[1], match[2]) if match and not os.path.exists(path) else (path, "train")
 
 
 def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
@@ -370,8 +363,6 @@ def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
 
 
 def _below(path: str, field: str) -> tuple[list[str], int]:
-    """All visible files below a local folder, and the number of linked folders, which are not entered."""
-
     def unreadable(error: OSError) -> None:
         raise UserError(f"{field}: {error.filename}: {error.strerror}")
 
@@ -393,21 +384,20 @@ def _file(path: str, field: str) -> File:
     kind, compression = _known(path, field)
     try:
         path.encode()
-    except UnicodeEncodeError:  # pyarrow opens none, and no manifest can name it
-        raise UserError(f"{field}: {path!r}: a name that is not UTF-8; rename the file or folder") from None
-    if not os.path.isfile(path):  # a pipe would be waited for, and can be read only once
+    except UnicodeEncodeError:  # pyarrow cannot open it, and a manifest cannot name it
+        raise UserError(f"{field}: {path!r}: the name is not UTF-8; rename the file or folder") from None
+    if not os.path.isfile(path):  # reading a pipe would block, and works only once
         raise UserError(f"{field}: {path}: neither a file nor a link to one")
     info = os.stat(path)
     return File(path, kind, compression, info.st_size, info.st_mtime_ns)
 
 
-def _say_passed_over(names: Sequence[str], linked: int, place: str, field: str) -> None:
-    """Say which files of a folder are not read, once in a process: the files are listed several times."""
+def _say_passed_over(names: Sequence[str], linked: int, folder: str, field: str) -> None:
     endings = Counter(_ending(name) for name in names)
     parts = [f"{count:,} {ending}" for ending, count in sorted(endings.items())]
     parts += [plural(linked, "linked folder")] if linked else []
     if parts:
-        _say_once(f"{field}: not read in {place}: {', '.join(parts)}; supported: {SUPPORTED}")
+        _say_once(f"{field}: not read in {folder}: {', '.join(parts)}; supported: {SUPPORTED}")
 
 
 @lru_cache(maxsize=1024)
@@ -419,18 +409,17 @@ def _warn_of_tables(paths: Sequence[str], is_folder: Callable[[str], bool], fiel
     for table, log in itertools.product(sorted(set(map(_table_of, paths))), TABLES):
         if is_folder(f"{table}/{log}"):
             _say_once(
-                f"{field}: {table} is a table of {TABLES[log]} ({log}), and is read as the files that lie there: also"
-                " those of rows that were changed or deleted; write the rows as they are now to a folder of their own",
+                f"{field}: {table} is a {TABLES[log]} table ({log}), but all its files are read, with changed and"
+                " deleted rows; export its current rows to another folder",
                 logging.WARNING,
             )
 
 
 def _ending(name: str) -> str:
-    """What stands for the kind of a file in a message: .tar, .parquet.gz, or that there is nothing."""
     stem, suffix = posixpath.splitext(posixpath.basename(name.lower()))
     if suffix in COMPRESSIONS:
         suffix = posixpath.splitext(stem)[1] + suffix
-    return suffix or "without an ending"
+    return suffix or "without suffix"
 
 
 def _kind(name: str) -> tuple[str, str | None] | None:
@@ -443,7 +432,7 @@ def _kind(name: str) -> tuple[str, str | None] | None:
 def _known(path: str, field: str) -> tuple[str, str | None]:
     kind = _kind(path)
     if kind is None:
-        raise UserError(f"{field}: {path}: unknown kind of file; supported: {SUPPORTED}")
+        raise UserError(f"{field}: {path}: unknown file type; supported: {SUPPORTED}")
     return kind
 
 
@@ -452,7 +441,7 @@ def _remote(uri: str, field: str) -> list[File]:
     options = [option for option in query.split("&") if option and not option.startswith("split=")]
     if any("=" not in option for option in options):
         raise UserError(
-            f"{field}: {uri}: options such as region=... follow a '?'; no file with a '?' in its name is read"
+            f"{field}: {uri}: after a '?' come options such as region=...; rename a file with a '?' in its name"
         )
     split = next((option[6:] for option in query.split("&") if option.startswith("split=")), "train")
     suffix = "?" + "&".join(options) if options else ""
@@ -491,27 +480,24 @@ def _remote(uri: str, field: str) -> list[File]:
 
 
 def _listed(system: Any, path: str) -> list[Below]:
-    """All files below a path."""
     listing = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     files = sorted((item for item in listing if item.is_file), key=lambda item: item.path)
     return [(item, item.path[len(path) :].strip("/")) for item in files]
 
 
-def _readable(below: Sequence[Below], place: str, field: str) -> list[Any]:
-    """The visible files of a folder whose kind is known; says which are passed over."""
+def _readable(below: Sequence[Below], folder: str, field: str) -> list[Any]:
     files = [item for item, name in below if _visible(name)]
-    _say_passed_over([item.path for item in files if not _kind(item.path)], 0, place, field)
+    _say_passed_over([item.path for item in files if not _kind(item.path)], 0, folder, field)
     return [item for item in files if _kind(item.path)]
 
 
 def _remote_file(info: Any, uri: str, kind: tuple[str, str | None]) -> File:
-    """The file of an entry in a listing of `uri`."""
     return File(uri_beside(uri, info.path), *kind, info.size, info.mtime_ns or 0)
 
 
 def _some(files: list[File], path: str, field: str) -> list[File]:
     if not files:
-        raise UserError(f"{field}: {path}: no such file or folder, or nothing there that can be read")
+        raise UserError(f"{field}: {path}: no such file or folder, or it has no file that can be read")
     return files
 
 
@@ -525,7 +511,6 @@ def _stored(uri: str) -> File:
 
 
 def total_bytes(files: Sequence[File]) -> int:
-    """Bytes of all files as they lie on disk."""
     return sum(file.size for file in files)
 
 
@@ -536,12 +521,12 @@ CHUNK = 8 * 2**20
 
 
 class Changed(UserError):
-    """A file, or what its storage returns of it, is not what the scan saw."""
+    """The error for a file that is not, or not on this node, what the scan saw."""
 
     def __init__(self, file: File) -> None:
         super().__init__(
-            f"{file.uri}: changed since it was looked at; run the same command again, and if it says the same, give all"
-            " nodes the same file by this path"
+            f"{file.uri}: changed after it was scanned; run the same command again. If the error stays, give all nodes"
+            " the same file at this path"
         )
         self.file = file
 
@@ -551,7 +536,7 @@ class Changed(UserError):
 
 @contextlib.contextmanager
 def steady(file: File) -> Iterator[tuple[int, int]]:
-    """Size and time of change of a file, which must not change within the block; raises Changed."""
+    """Yield size and modification time of a file; raise Changed if they change within the block."""
     state = _state(file)
     yield state
     if _state(file) != state:
@@ -568,9 +553,9 @@ def _state(file: File) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def as_scanned(file: File, crc: int) -> Iterator[None]:
-    """Check that a file that is not read in bytes is what the scan saw, and stays so in the block; raises Changed."""
+    """Check that a file that is not read by byte ranges is what the scan saw, and stays so; raise Changed."""
     with steady(file) as (size, modified):
-        # A copy on another node may have another time: then its content decides.
+        # A copy on another node may have another modification time: then the content decides.
         known = size == file.size and modified and modified == file.modified
         if not known and (size != file.size or _crc(file.uri, size, modified) != crc):
             raise Changed(file)
@@ -579,7 +564,7 @@ def as_scanned(file: File, crc: int) -> Iterator[None]:
 
 @lru_cache(maxsize=4096)
 def _crc(uri: str, size: int, modified: int) -> int:
-    """CRC-32 of a whole file as it is now; size and time of change are there for the cache."""
+    # `size` and `modified` are keys of the cache: a file that changes is read again.
     system, path = open_filesystem(uri)
     crc = 0
     with system.open_input_stream(path, compression=None) as stream:

@@ -1,6 +1,6 @@
-"""What a text file is by its first bytes: its encoding, what separates its cells, one JSON value or one per line.
+"""Detection of a text file's form by its first bytes: encoding, delimiter, one JSON value or one per line.
 
-Only the scan looks at them; what it finds is kept with the scan and is part of the name of the token store.
+Only the scan detects it; the result is kept with the scan and is part of the name of the token store.
 """
 
 import codecs
@@ -12,15 +12,15 @@ import re
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = {"csv": ",", "tsv": "\t", "semicolon csv": ";", "pipe csv": "|"}
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# Letters of Western Europe, dashes and quotes, as UTF-8 writes them.
 _IN_UTF_8 = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80")
-"""The letters of Western Europe, and dashes and quotes."""
-# What cp1252 shows of other code pages: Icelandic letters (of Turkish, Czech, Croatian, Vietnamese), signs inside of
-# words (Polish).
+# Marks of a text in another code page that is read as cp1252: Icelandic letters (Turkish, Czech, Croatian, Vietnamese),
+# signs inside words (Polish).
 _FOREIGN = re.compile(r"[ÐÝÞðýþÿŸ]|[^\W\d_][¡-©«-´¶¸¹»-¿×÷][^\W\d_]")
 
 
 def as_written(kind: str, begin: bytes) -> tuple[str, str | None]:
-    """Kind and encoding of a file that begins so; `kind` is that of its name, which stands where there is a doubt."""
+    """Return type and encoding of a file that starts with `begin`; in doubt its type is `kind`, from its name."""
     encoding = "utf-16" if begin.startswith(_UTF_16) else None
     if kind in DELIMITERS and encoding is None and _is_cp1252(begin):
         encoding = "cp1252"
@@ -31,7 +31,7 @@ def as_written(kind: str, begin: bytes) -> tuple[str, str | None]:
 
 
 def _is_cp1252(begin: bytes) -> bool:
-    """True for text that is not UTF-8 and reads well as cp1252, in which Excel writes csv in Western Europe."""
+    # Excel writes csv in this encoding in Western Europe.
     try:
         codecs.getincrementaldecoder("utf-8")().decode(begin)
     except UnicodeDecodeError:
@@ -45,27 +45,25 @@ def _is_cp1252(begin: bytes) -> bool:
         text = begin.decode("cp1252")
     except UnicodeDecodeError:
         return False
-    # In Greek, Cyrillic and the languages of Asia nearly all letters lie beyond ASCII.
+    # In Greek, Cyrillic and the languages of Asia nearly all letters are outside ASCII.
     ascii_letters = sum(letter.isascii() for letter in text if letter.isalpha())
     return not _FOREIGN.search(text) and len(broken) <= ascii_letters
 
 
 def _by_cells(text: str) -> str:
-    """The kind of a csv file by its header: commas, or else the only other delimiter that separates its names."""
-
+    # Commas, or the only other delimiter that separates the names of the header.
     def names(kind: str) -> int:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[kind])
         return sum(bool(cell.strip()) for cell in next(filter(None, rows), ()))
 
     try:
         several = [kind for kind in DELIMITERS if names(kind) > 1]
-    except csv.Error:  # the scan says which line
+    except csv.Error:  # the scan reports the line
         return "csv"
     return several[0] if len(several) == 1 else "csv"
 
 
 def _by_values(text: str, kind: str) -> str:
-    """`jsonl` for one value per line, `json` for a list of objects; `kind` in any other case."""
     text = text.lstrip()
     first, _, rest = text.partition("\n")
     if rest.strip():

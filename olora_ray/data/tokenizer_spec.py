@@ -1,4 +1,4 @@
-"""What tokenising takes of a model: its tokenizer, its chat templates, its special tokens."""
+"""The parts of a model that tokenising needs: its tokenizer, its chat templates, its special tokens."""
 
 import logging
 from dataclasses import asdict, dataclass, field
@@ -16,88 +16,85 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """All that tokenising needs, as plain data: it travels to tasks that do not import transformers."""
+    """Everything that tokenising needs, as plain data: it travels to tasks that do not import transformers."""
 
+    # The tokenizer in the JSON form of the `tokenizers` package.
     json: str
-    """The tokenizer in the JSON form of the `tokenizers` package."""
+    # Jinja source.
     chat_template: str
-    """Jinja source."""
+    # bos_token, eos_token and so on, as the template sees them.
     special_tokens: dict[str, str]
-    """bos_token, eos_token and so on, as the template sees them."""
+    # Ends an answer or a document.
     eos_id: int
-    """Ends an answer or a document."""
     bos_id: int | None = None
+    # True if plain text starts with the begin token.
     add_bos: bool = False
-    """Whether plain text starts with the begin token."""
+    # Jinja source for conversations with tools, if it is another one.
     tool_template: str | None = None
-    """Jinja source for conversations with tools, where that is another."""
+    # Rows of the model's embeddings, if the tokenizer has tokens beyond them; None: each token has one.
     embeddings: int | None = None
-    """Rows of the model's embeddings, if the tokenizer has tokens beyond them; None: each token has one."""
+    # The model's name in messages; not part of the digest.
     name: str = field(default="the model", compare=False)
-    """Name of the model in messages; not part of the digest."""
+    # Why data.packing=auto gives each example its own sequence; a plan's digest has the decision.
     apart: str | None = field(default=None, compare=False)
-    """Why data.packing=auto gives each example a sequence of its own; a plan's digest has what follows from it."""
+    # Ids at which the model stops, by its own files; a plan's digest has what follows from them.
     ends: tuple[int, ...] = field(default=(), compare=False)
-    """Ids at which the model stops, by its own files; a plan's digest has what follows from them."""
+    # The value of data.chat_template; empty: the template is the model's.
     chosen: str = field(default="", compare=False)
-    """What data.chat_template names; empty: the template is the model's."""
 
     def packing(self, wanted: Literal["auto"] | bool) -> bool:
-        """Whether several examples share a sequence, for data.packing."""
         return self.apart is None if wanted == "auto" else wanted
 
     @property
     def has_template(self) -> bool:
-        """Whether the model comes with a chat template, or is given one."""
+        """True if the model comes with a chat template, or data.chat_template names one."""
         return bool(self.chosen) or self.chat_template not in chat_template.DEFAULTS
 
     @property
     def what(self) -> str:
-        """The template, in messages."""
         return f"the chat template {self.chosen}" if self.chosen else f"the chat template of {self.name}"
 
     @property
     def setting(self) -> str:
-        """The template after the setting that it comes from, in errors."""
         return f"{'data.chat_template' if self.chosen else 'model.name'}: {self.what}"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that has an influence on tokens."""
+        """SHA-256 over everything that influences tokens."""
         content = asdict(self)
         del content["name"], content["apart"], content["ends"], content["chosen"]
-        if self.tool_template is None:  # so that others are called as they were before there was this field
+        if self.tool_template is None:  # other tokenizers keep the digest that they had before this field existed
             del content["tool_template"]
         if self.embeddings is None:
             del content["embeddings"]
         return digest_json(content)
 
     def template(self, tools: bool) -> str:
-        """The Jinja source for conversations with tools, or without."""
         return self.tool_template or self.chat_template if tools else self.chat_template
 
     def check_templates(self) -> None:
-        """Raise UserError for a template that takes too much for two short messages; for a chosen one, if not valid."""
+        """Raise UserError for a template that takes too much time or memory, and for a chosen one that is not valid."""
         sources = frozenset(self.template(tools) for tools in (False, True))
         chat_template.refuse_hostile(sources, frozenset(self.special_tokens.items()), self.setting)
         if self.chosen:
             self.compiled(tools=False)
 
     def compiled(self, tools: bool) -> ChatTemplate:
-        """The template for conversations with tools, or without; raises UserError if it is not valid."""
+        """Compile the template for conversations with tools, or without; raise UserError if it is not valid."""
         return ChatTemplate(self.template(tools), self.special_tokens, self.setting)
 
     def chat_form(self, tools: bool) -> ChatForm:
-        """The form of chats with tools, or without; raises UserError for a template that is not valid."""
+        """Return the form of chats with tools, or without; raise UserError if the template is not valid."""
         self.compiled(tools)
         return chat_template.chat_form(self.template(tools), self.special_tokens, self.what)
 
 
 def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = "") -> TokenizerSpec:
-    """The spec of a transformers tokenizer, with the template that `chosen` (data.chat_template) names if it does.
+    """Return the spec of a transformers tokenizer, with the template that `chosen` (data.chat_template) names.
 
-    Raises UserError if it is not a fast one, has no end token, a token of an absurd id, or a template that takes too
-    much time or memory. A tokenizer without chat template gets one of `chat_template.DEFAULTS`, with a warning.
+    Raise UserError if it is not a fast tokenizer, has no end token, has a token with an absurd id, or has a template
+    that takes too much time or memory. A tokenizer without chat template gets one of `chat_template.DEFAULTS`, with a
+    warning.
     """
     name = name or str(getattr(tokenizer, "name_or_path", "") or "the model")
     if chosen:
@@ -110,7 +107,7 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = 
     # A tokenizer as JSON takes memory for every id up to the largest; real vocabularies have some hundred thousand.
     if (largest := _largest_id(tokenizer)) > 2**24:
         raise UserError(
-            f"model.name: tokenizer.json of {name} has the token id {largest}, and no model has so many tokens: put the"
+            f"model.name: tokenizer.json of {name} has the token id {largest}, but no model has so many tokens; put the"
             " right tokenizer.json in its folder"
         )
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
@@ -138,7 +135,7 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = 
 
 
 def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
-    """True if a transformers tokenizer has tokens to which no row of so many embeddings belongs."""
+    """True if a transformers tokenizer has tokens without a row in so many embeddings."""
     return _largest_id(tokenizer) >= embeddings
 
 
@@ -153,12 +150,12 @@ def _choose_template(tokenizer: Any, chosen: str) -> None:
         with as_user_error(what, OSError, UnicodeDecodeError, reason=short_reason):
             source = storage.read_text(chosen) if storage.exists(chosen) else ""
         if not source.strip():
-            raise UserError(f"{what} is not there, or empty; name a file of Jinja, or {chat_template.PLAIN}")
+            raise UserError(f"{what} is missing or empty; name a Jinja file, or {chat_template.PLAIN}")
     tokenizer.chat_template = source
 
 
 def plain_template(tokenizer: Any) -> str:
-    """The chat template of a transformers tokenizer that has none of its own."""
+    """Return the chat template for a transformers tokenizer that has none of its own."""
     return chat_template.DEFAULTS[adds_begin_token(tokenizer)]
 
 

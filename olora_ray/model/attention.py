@@ -1,7 +1,6 @@
-"""Choice of a model's attention: what its family has, what the precision and the device can, the fastest first.
+"""Choice of a model's attention: what its family, its precision and the device support, the fastest first.
 
-Whether an implementation computes what the model's own does is not believed here: the self-test looks
-(train/self_test.py).
+The self-test (train/self_test.py) checks whether an implementation computes the same as the model's own.
 """
 
 import importlib
@@ -22,15 +21,15 @@ from torch import Tensor, nn
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Model as ModelConfig
 
-# Attention inside segments by the kernel for variable lengths that torch brings along: on GPUs, without a package.
+# Attention inside segments by torch's own kernel for variable lengths: on GPUs, without another package.
 
 
 VARLEN = "varlen"
 _TAKES = frozenset({"scale", "window_size", "enable_gqa"})
+# Segments, heads, head size and window of the trial; some segments are longer than the window.
 _LENGTHS, _HEADS, _SIZE, _WINDOW = (3, 17, 40), (4, 2), 64, 5
-"""Of the trial; some segments are longer than the window."""
+# Relative. bfloat16 explains less than a fifth of it, and a window of one token too many gives ten times as much.
 _TOLERANCE = 0.03
-"""Relative; bfloat16 explains less than a fifth of it, and a window of one token too many is ten times as far off."""
 
 
 def varlen_attention(
@@ -47,24 +46,24 @@ def varlen_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each segment, and within a window of `sliding_window` tokens if there is one.
+    """Compute causal attention within each segment, and within a window of `sliding_window` tokens if it is set.
 
-    query (1, H, T, D), key and value (1, H', T, D), of which the values may be narrower; `cu_seq_lens_q` (int32) holds
-    the segments' borders 0 = c0 < c1 < ... = T, `max_length_q` is the longest; the result is (1, T, H, D). Raises
-    UserError for what a family asks for and the kernel does not do, and where the borders do not arrive.
+    query (1, H, T, D), key and value (1, H', T, D), of which the values may be narrower; `cu_seq_lens_q` (int32)
+    holds the segments' borders 0 = c0 < c1 < ... = T, `max_length_q` is the longest; the result is (1, T, H, D).
+    Raise UserError for what a family asks for and the kernel does not do, and if the borders do not arrive.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        raise UserError("model.attention: this model does not tell its attention where examples begin; set it to sdpa")
+        raise UserError("model.attention: this model's attention does not get the examples' borders; set it to sdpa")
     if softcap is not None or s_aux is not None:
-        raise UserError("model.attention: this model caps or sinks its attention; set it to eager")
+        raise UserError("model.attention: this model uses a softcap or attention sinks; set it to eager")
     size, narrow = query.shape[-1], value.shape[-1]
-    if size % 8 or size > 256 or 192 < size <= 224 or narrow > size:  # the last: not backward, on some GPUs
-        raise UserError(f"model.attention: heads of {size} and {narrow} are not for its kernel; set it to sdpa")
+    if size % 8 or size > 256 or 192 < size <= 224 or narrow > size:  # 200 to 224: no backward on some GPUs
+        raise UserError(f"model.attention: its kernel cannot take heads of {size} and {narrow}; set it to sdpa")
     left = -1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, F.pad(value, (0, size - narrow)) if narrow < size else value))
     attend = kernel()
     assert attend is not None
-    found = attend(
+    output = attend(
         q,
         k,
         v,
@@ -76,26 +75,26 @@ def varlen_attention(
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return found[None, :, :, :narrow], None
+    return output[None, :, :, :narrow], None
 
 
 @lru_cache(maxsize=1)
 def kernel() -> Callable[..., Tensor] | None:
-    """torch.nn.attention.varlen.varlen_attn; None where torch does not have it, or not yet as a whole."""
+    """Return torch.nn.attention.varlen.varlen_attn; None if torch lacks it, or a parameter of it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    found: Any = varlen_attn
-    return found if inspect.signature(found).parameters.keys() >= _TAKES else None
+    function: Any = varlen_attn
+    return function if inspect.signature(function).parameters.keys() >= _TAKES else None
 
 
 @lru_cache(maxsize=8)
 def trial(dtype: torch.dtype, device: torch.device) -> str | None:
-    """What is wrong with the kernel on this device, or None: outputs and gradients of a few short segments.
+    """Run the kernel forward and backward on a few short segments; return what is wrong on this device, or None.
 
-    The self-test (train/self_test.py) looks at outputs of the model alone; a kernel that fails, or errs, in the
-    backward pass would be met in the first step.
+    The self-test (train/self_test.py) sees only outputs of the model. Without this trial, the first step would be the
+    first to meet a kernel that fails or errs in the backward pass.
     """
     try:
         worst = max(_difference(dtype, device, window) for window in (None, _WINDOW))
@@ -103,24 +102,23 @@ def trial(dtype: torch.dtype, device: torch.device) -> str | None:
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         return f"its kernel fails here: {first_line(error)}"
-    return None if worst <= _TOLERANCE else f"its kernel is off by {worst:.2g} here"
+    return None if worst <= _TOLERANCE else f"its kernel has a relative error of {worst:.2g} here"
 
 
 def _difference(dtype: torch.dtype, device: torch.device, window: int | None) -> float:
-    """The largest relative difference of output and gradients from the definition in float32."""
     generator = torch.Generator().manual_seed(0)
     total, (ours, theirs) = sum(_LENGTHS), _HEADS
     drawn = [torch.randn(1, heads, total, _SIZE, generator=generator) for heads in (ours, theirs, theirs, ours)]
     q, k, v, weights = (x.to(device, dtype).requires_grad_() for x in drawn)
     borders = torch.tensor([0, *_LENGTHS]).cumsum(0).to(device, torch.int32)
-    found, _ = varlen_attention(
+    output, _ = varlen_attention(
         nn.Module(), q, k, v, None, cu_seq_lens_q=borders, max_length_q=max(_LENGTHS), sliding_window=window
     )
     exact = q_, k_, v_ = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
     expected = _definition(q_, k_, v_, window)
     w = weights.detach().transpose(1, 2)
     pairs = zip(
-        (found, *torch.autograd.grad(found, (q, k, v), w)),
+        (output, *torch.autograd.grad(output, (q, k, v), w)),
         (expected, *torch.autograd.grad(expected, exact, w.float())),
         strict=True,
     )
@@ -129,33 +127,32 @@ def _difference(dtype: torch.dtype, device: torch.device, window: int | None) ->
 
 
 def _definition(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """The trial's attention with a mask over everything; (1, T, H, D)."""
     lengths = torch.tensor(_LENGTHS, device=query.device)
     segment = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
-    place = torch.arange(len(segment), device=query.device)
-    back = place[:, None] - place
+    position = torch.arange(len(segment), device=query.device)
+    back = position[:, None] - position
     sees = (segment[:, None] == segment) & (back >= 0) & (back < (window or len(segment)))
     ways = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(ways, 1).mT * query.shape[-1] ** -0.5
     weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
-    found: Tensor = weights @ value.repeat_interleave(ways, 1)
-    return found.transpose(1, 2)
+    output: Tensor = weights @ value.repeat_interleave(ways, 1)
+    return output.transpose(1, 2)
 
 
 FLASH = "flash_attention_2"
+# The class property by which transformers marks that a model supports an implementation; all support eager.
 _SUPPORT = {
     "segments": "_supports_attention_backend",
     VARLEN: "_supports_attention_backend",
     FLASH: "_supports_flash_attn",
     "sdpa": "_supports_sdpa",
 }
-"""What a class of transformers calls the property of taking an implementation; every one has eager."""
 
 
 def candidates(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
-    """Implementations to be tried, in this order; the one of the config alone if it names one.
+    """Return the implementations to be tried, in this order; if the config names one, only that one.
 
-    Raises UserError if the config names one that the family, the precision or the device does not have.
+    Raise UserError if the config names one that the family, the precision or the device does not have.
     """
     if config.attention != "auto":
         if problem := _unusable(model, config.attention, dtype, device):
@@ -165,29 +162,27 @@ def candidates(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device
 
 
 def left_out(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
-    """Why faster implementations are no candidates on a GPU; none where the config names one."""
-    found = _in_order(model, dtype, device) if config.attention == "auto" and device.type != "cpu" else {}
-    return {name: problem for name, problem in found.items() if problem is not None}
+    """Return the faster implementations that are no candidates on a GPU, and why; none if the config names one."""
+    problems = _in_order(model, dtype, device) if config.attention == "auto" and device.type != "cpu" else {}
+    return {name: problem for name, problem in problems.items() if problem is not None}
 
 
 def _in_order(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
-    """The implementations for a device, the fastest first, and why one cannot be used."""
     wanted = ("segments", "sdpa", "eager") if device.type == "cpu" else (FLASH, VARLEN, "sdpa", "eager")
     return {name: _unusable(model, name, dtype, device) for name in wanted}
 
 
 def own(model: Any) -> str:
-    """The implementation that takes masks and is the family's own: sdpa, or eager where it has none (Gemma 2)."""
+    """Return the family's own implementation that takes masks: sdpa, or eager if it has no sdpa (Gemma 2)."""
     return "sdpa" if model._supports_sdpa else "eager"
 
 
 def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why an implementation cannot be used, or None."""
     if not getattr(model, _SUPPORT.get(name, ""), True):
-        return f"{type(model).__name__} does not have it"
-    # transformers would take one of these in its place: a kernel that it fetches from the hub, or fails to.
+        return f"{type(model).__name__} does not support it"
+    # transformers would replace it by a kernel that it downloads from the hub, or fails to download.
     if name == FLASH and FLASH not in (getattr(model, "_compatible_flash_implementations", None) or (FLASH,)):
-        return f"{type(model).__name__} is made for other kernels"
+        return f"{type(model).__name__} supports only other kernels"
     if name not in (FLASH, VARLEN):
         return None
     if device.type != "cuda":
@@ -202,16 +197,15 @@ def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.dev
 
 
 def _missing(name: str) -> str | None:
-    """The code that an implementation needs and that is not here, or None."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     if name == VARLEN:
-        return None if kernel() else f"torch has it since 2.12, this is {torch.__version__}"
+        return None if kernel() else f"it needs torch 2.12 or later, this is {torch.__version__}"
     if not is_flash_attn_2_available():
         return "the package flash-attn is not installed"
-    try:  # it is built for one torch, and installed beside any
+    try:  # it is built for one version of torch, but can be installed beside any
         importlib.import_module("flash_attn.flash_attn_interface")
-    except Exception as error:  # ImportError of a library, or whatever its code does there
+    except Exception as error:  # ImportError of a library, or any error of its own code
         return f"the package flash-attn does not import: {first_line(error)}"
     return None
 
@@ -219,17 +213,17 @@ def _missing(name: str) -> str | None:
 # Attention that stays inside segments: nothing is computed between segments, so nothing is masked.
 
 
+# Longest segment for `_Batched`: its memory is quadratic, and beyond this length it is slower.
 SHORT = 512
-"""Longest segment for `_Batched`: its memory is quadratic, and it saves less than nothing beyond."""
+# Segments are padded to multiples of this, so that there are few shapes and many segments per product.
 STEP = 16
-"""Segments are padded to multiples of this: few shapes, so many segments per product."""
 
+# True if `_Batched` may be used.
 _products: ContextVar[bool] = ContextVar("products", default=True)
-"""Whether `_Batched` may be used."""
 
 
 def register() -> None:
-    """Make `attn_implementation="segments"` known to transformers, and "varlen": neither takes a mask."""
+    """Register "segments" and "varlen" as attention implementations with transformers; neither takes a mask."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -252,39 +246,39 @@ def segment_attention(
     position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each segment.
+    """Compute causal attention within each segment.
 
-    query (1, H, T, D), key and value (1, H', T, D); `cu_seq_lens_q` holds the segments' borders
-    0 = c0 < c1 < ... = T; the result is (1, T, H, D). Without them a segment begins where `position_ids` (1, T) do
-    not go on by one. Raises UserError for what a family asks for and this does not do, and where neither arrives:
-    some families do not hand them on.
+    query (1, H, T, D), key and value (1, H', T, D); `cu_seq_lens_q` holds the segments' borders 0 = c0 < c1 < ... =
+    T; the result is (1, T, H, D). Without borders a segment begins where `position_ids` (1, T) do not increase by
+    one. Raise UserError for what a family asks for and this does not do, and if neither arrives: some families do not
+    pass them on.
     """
     borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else _borders(position_ids)
     lengths = [stop - start for start, stop in pairwise(borders)]
     if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
-        raise UserError("model.attention: this model caps, windows or sinks its attention; set it to eager")
+        raise UserError("model.attention: this model uses a softcap, window or attention sinks; set it to eager")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     batched = _products.get() and query.device.type == "cpu" and query.dtype == torch.bfloat16
-    parts, place = [], 0
+    parts, offset = [], 0
     for short, run in groupby(lengths, lambda length: batched and length <= SHORT):
         sizes = tuple(run)
-        q, k, v = (x.narrow(2, place, sum(sizes)) for x in (query, key, value))
+        q, k, v = (x.narrow(2, offset, sum(sizes)) for x in (query, key, value))
         batch: Any = _Batched.apply if short else _fused
         parts.append(batch(q, k, v, sizes, scale))
-        place += sum(sizes)
+        offset += sum(sizes)
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
 
 
 def _borders(positions: Tensor | None) -> list[int]:
     if positions is None or len(positions) > 1:
-        raise UserError("model.attention: this model does not tell its attention where examples begin; set it to sdpa")
+        raise UserError("model.attention: this model's attention does not get the examples' borders; set it to sdpa")
     starts = (positions[0].diff() != 1).nonzero().flatten() + 1
     return [0, *starts.tolist(), positions.shape[1]]
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """While it is entered, this thread has no `_Batched`: fake tensors for a GPU say that they are on a CPU."""
+    """Turn `_Batched` off for this thread within the block: fake tensors for a GPU say that they are on a CPU."""
     before = _products.set(False)
     try:
         yield
@@ -293,7 +287,7 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Drop the layouts that are kept: after a run with fake tensors, which no real one can use."""
+    """Drop the cached layouts after a run with fake tensors: no real run can use them."""
     _layout.cache_clear()
     _causal.cache_clear()
 
@@ -354,16 +348,16 @@ class _Batched(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How rows of (1, H, T, D) are sorted into groups; `groups` holds (segments, padded length)."""
+    """The order of rows of (1, H, T, D) in their groups; `groups` holds (segments, padded length)."""
 
     groups: tuple[tuple[int, int], ...]
     heads: int
+    # For each row of the groups its row in the flat order (token, head); padding repeats the last token.
     source: Tensor
-    """For each row of the groups its row in the flat order (token, head); padding repeats the last token."""
-    place: Tensor
-    """For each row of the flat order its row in the groups."""
+    # For each row of the flat order its row in the groups.
+    target: Tensor
+    # Rows of the groups that are padding.
     padding: Tensor
-    """Rows of the groups that are padding."""
 
     def gather(self, x: Tensor) -> Tensor:
         """(1, H, T, D) -> rows of the groups."""
@@ -371,7 +365,7 @@ class _Layout:
 
     def scatter(self, rows: Tensor) -> Tensor:
         """Rows of the groups -> (1, T, H, D)."""
-        return rows.index_select(0, self.place).view(1, -1, self.heads, rows.shape[-1])
+        return rows.index_select(0, self.target).view(1, -1, self.heads, rows.shape[-1])
 
 
 @lru_cache(maxsize=8)  # all layers of a model ask for the same
@@ -381,19 +375,19 @@ def _layout(lengths: tuple[int, ...], heads: int) -> _Layout:
     by_size = sorted(range(len(lengths)), key=lambda i: padded[i])
     head = np.arange(heads)[:, None]
     source, padding, base = [], [], 0
-    place = np.empty((sum(lengths), heads), dtype=np.int64)
+    target = np.empty((sum(lengths), heads), dtype=np.int64)
     for i in by_size:
         position = np.arange(padded[i])
         row = base + head * padded[i] + position
         source.append((starts[i] + np.minimum(position, lengths[i] - 1)) * heads + head)
-        place[starts[i] : starts[i + 1]] = row[:, : lengths[i]].T
+        target[starts[i] : starts[i + 1]] = row[:, : lengths[i]].T
         padding.append(row[:, lengths[i] :])
         base += row.size
     return _Layout(
         groups=tuple((len(list(same)), size) for size, same in groupby(padded[i] for i in by_size)),
         heads=heads,
         source=_flat(source),
-        place=_flat([place]),
+        target=_flat([target]),
         padding=_flat(padding),
     )
 

@@ -1,4 +1,4 @@
-"""Conversion of base models in other formats to a folder with safetensors, once; nothing else reads those formats."""
+"""Conversion of base models in other formats to safetensors, once; no other module reads those formats."""
 
 import logging
 import math
@@ -30,39 +30,41 @@ from olora_ray.model.folder import (
 
 logger = logging.getLogger(__name__)
 
-# What a GGUF file says, and transformers passes by.
+# Fields of a GGUF file that transformers ignores.
 
 
 _LARGEST_NUMBER = 2**31
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+# Tensors that divide the frequencies of rotary positions.
 _DIVISORS, _OTHER_DIVISORS = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
-"""Tensors by which the frequencies of rotary positions are divided."""
+# The architecture whose scaled positions transformers reads.
 _READS_SCALING = "gpt-oss"
-"""The architecture whose scaled positions transformers reads."""
+# Architectures whose base of the frequencies transformers ignores: it then takes 10,000, but StarCoder 2 has up to a
+# million.
 _PASSES_BASE_BY = ("starcoder2", "stablelm")
-"""Those whose base of the frequencies it passes by: it is 10,000 then, where StarCoder 2 has up to a million."""
+# Architectures whose window of attention transformers ignores: Phi-3's models of 4k see 2,047 tokens. Phi-4's files say
+# 0, for none.
 _PASSES_WINDOW_BY = ("phi3",)
-"""Those whose window of attention it passes by: Phi-3's models of 4k see 2,047 tokens. Phi-4's says 0, for none."""
+# Architectures whose attention transformers divides by the root of this number, because no GGUF file has the divisor.
+# It is the size of a head, except in the 27B models: 144 and 168, with heads of 128.
 _GUESSES_SCALE, _SCALE = ("gemma2", "gemma3"), 256
-"""Those whose attention transformers divides by the root of this, since no such file says by what. It is the size of
-a head, but in the models of 27B: 144 and 168, with heads of 128."""
+# Of Llama 3.1 to 3.3, whose files have the divisors that follow from these numbers and a factor.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
-"""Of Llama 3.1 to 3.3, whose files have the divisors that follow from them, and a factor."""
-_INSTEAD = "name the folder or hub id that it was made from, with safetensors"
+_INSTEAD = "name the folder or hub id with its original safetensors"
 
 
 def check(file: Path) -> dict[str, Any]:
-    """Raise UserError unless all that the header counts is there, and its sizes are those of its tensors.
+    """Raise UserError unless a file has everything that its header counts, and its sizes are those of its tensors.
 
-    Returns what transformers passes by of the model's rotary positions and window, as fields of its config, for the
-    caller to set. Raises UserError also where they cannot be told.
+    Return the rotary positions and the window that transformers ignores, as fields of its config, for the caller to
+    set. Raise UserError also if these cannot be determined.
     """
     with foreign(f"model.name: {file} is not a GGUF model that loads"):
         return _passed_by(_reader(file))
 
 
 def _reader(file: Path) -> Any:
-    """gguf's reader, which takes what lies beyond the end of a file for nothing, up to 2^64 times; not this one."""
+    # gguf's own reader accepts values beyond the end of a file, up to 2^64 of them; this one raises.
     from gguf import GGUFReader
 
     class Bounded(GGUFReader):
@@ -80,54 +82,53 @@ def _passed_by(reader: Any) -> dict[str, Any]:
     _check_sizes(values, tensors)
     architecture = values["general.architecture"]
     if architecture in _GUESSES_SCALE and values.get(f"{architecture}.attention.key_length", _SCALE) != _SCALE:
-        raise ValueError(f"by what its attention is divided is not in such a file; {_INSTEAD}")
-    found: dict[str, Any] = {}
+        raise ValueError(f"a GGUF file does not have the scale of its attention; {_INSTEAD}")
+    fields: dict[str, Any] = {}
     theta = values.get(f"{architecture}.rope.freq_base")
     rope = {"rope_theta": theta} if isinstance(theta, int | float) and architecture in _PASSES_BASE_BY else {}
     if rope := rope | (_scaling(values, tensors) or {}):
-        found["rope_parameters"] = rope
+        fields["rope_parameters"] = rope
     window = values.get(f"{architecture}.attention.sliding_window")
     if architecture in _PASSES_WINDOW_BY and type(window) is int and window > 0:
-        found["sliding_window"] = window
-    return found
+        fields["sliding_window"] = window
+    return fields
 
 
 def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """A model of this size is built before its tensors are read."""
+    # transformers builds a model of these sizes before it reads the tensors, so a wrong size could fill the memory.
     architecture = values.get("general.architecture")
     if not isinstance(architecture, str):
-        raise ValueError("it does not say its general.architecture")
+        raise ValueError("it has no general.architecture")
     for key, value in values.items():
         if key.startswith(f"{architecture}.") and isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
             raise ValueError(f"{key[:60]} cannot be {value}")
-    blocks = {found[1] for name in tensors if (found := _BLOCK.match(name))}
+    blocks = {match[1] for name in tensors if (match := _BLOCK.match(name))}
     largest = max((int(tensor.shape.max()) for tensor in tensors.values()), default=0)
-    for name, most, what in (
+    for name, most, unit in (
         ("block_count", len(blocks), "blocks"),
-        ("embedding_length", largest, "numbers in a row at most"),
-        ("feed_forward_length", largest, "numbers in a row at most"),
+        ("embedding_length", largest, "numbers per row at most"),
+        ("feed_forward_length", largest, "numbers per row at most"),
     ):
         value = values.get(f"{architecture}.{name}", 0)
         if not isinstance(value, int) or value > most:
-            raise ValueError(f"{architecture}.{name} is {str(value)[:40]}, but its tensors have {most} {what}")
+            raise ValueError(f"{architecture}.{name} is {str(value)[:40]}, but its tensors have {most} {unit}")
 
 
 def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scaling of rotary positions, as `check` returns it."""
     architecture = values["general.architecture"]
     rope = f"{architecture}.rope"
     kind = values.get(f"{rope}.scaling.type", "linear")  # as llama.cpp takes it
     factor = values.get(f"{rope}.scaling.factor", values.get(f"{rope}.scale_linear", 1))
-    other = next((name for name in _OTHER_DIVISORS if name in tensors), None)
+    unsupported = next((name for name in _OTHER_DIVISORS if name in tensors), None)
     if architecture != _READS_SCALING and kind != "none" and factor not in (0, 1):
-        other = str(kind)[:40]
+        unsupported = str(kind)[:40]
     divisors = np.ones(1, np.float32) if _DIVISORS not in tensors else tensors[_DIVISORS].data
     theta, largest = values.get(f"{rope}.freq_base", 10_000.0), float(divisors.max())
     scaled = not bool((divisors == 1).all())
-    if scaled and other is None and not (architecture == "llama" and _are_of_llama3(divisors, theta, largest)):
-        other = _DIVISORS
-    if other is not None:
-        raise ValueError(f"it scales its rotary positions ({other}), which is not read from such a file; {_INSTEAD}")
+    if scaled and unsupported is None and not (architecture == "llama" and _are_of_llama3(divisors, theta, largest)):
+        unsupported = _DIVISORS
+    if unsupported is not None:
+        raise ValueError(f"scaled rotary positions ({unsupported}) are not read from a GGUF file; {_INSTEAD}")
     if not scaled:
         return None
     return {
@@ -140,7 +141,6 @@ def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str,
 
 
 def _are_of_llama3(divisors: Any, theta: Any, factor: float) -> bool:
-    """True for the divisors of Llama 3.1 (transformers.modeling_rope_utils) for this theta and factor."""
     if divisors.ndim > 1 or divisors.dtype != np.float32:
         return False
     if not isinstance(theta, int | float) or not (1 < theta < 1e12 and 1 < factor < 1e6):
@@ -157,12 +157,11 @@ def _are_of_llama3(divisors: Any, theta: Any, factor: float) -> bool:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Files of a tokenizer, a generation config or, if it is allowed, code.
 TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
-"""Files of a tokenizer, a generation config or, where that is allowed, code."""
 
 
 def gguf(file: Path, config: AnyConfig) -> Path:
-    """The folder with the dequantised weights of a GGUF file; raises UserError if it is broken."""
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     announcement = f"model: dequantising {file.name} to {dtype}, once"
     write = partial(_dequantise, file, DTYPES[dtype])
@@ -170,20 +169,19 @@ def gguf(file: Path, config: AnyConfig) -> Path:
 
 
 def pickled(folder: Path, config: AnyConfig) -> Path:
-    """The folder with the converted weights of one that has no safetensors, where `model.allow_pickle` is set.
+    """Return the folder with the converted weights of a folder without safetensors.
 
-    Raises UserError if it is not, or if there are no such weights.
+    Raise UserError if `model.allow_pickle` is not set, or if there are no such weights.
     """
     files = _pickles(folder, config.model)
     announcement = f"model: converting {files[0].name} to safetensors, once"
     trusted = config.model.trust_remote_code
-    # With the files that are copied: a config or a template that was mended since is a part of the model too.
+    # The key includes the copied files, because a config or a template that was fixed later makes another model.
     key = f"{of_weights(files)}/{of_folder(folder, trusted)}"
     return _converted(partial(_unpickle, folder, trusted), folder.name, key, config, announcement)
 
 
 def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:
-    """The folder beside the storage that `write` has filled, once for each `key`."""
     root = config.run.storage if not storage.is_uri(config.run.storage) else node_cache.CACHE
     target = Path(root) / "models" / f"{name}-{storage.digest(key, length=16)}"
     if (target / "config.json").exists():
@@ -192,14 +190,13 @@ def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyCo
     with storage.staged(target) as unfinished:
         write(unfinished)
     if not (target / "config.json").exists():
-        raise UserError(f"model.name: {target} is there, but has no config.json; delete that folder")
+        raise UserError(f"model.name: {target} has no config.json; delete that folder")
     return target
 
 
 def _pickles(folder: Path, config: Model) -> list[Path]:
-    """The pickled weights of a folder without safetensors, if the config allows them; else raises UserError."""
-    found = list(dict.fromkeys(file for pattern in PICKLES for file in sorted(folder.glob(pattern))))
-    names = [file.name for file in found] or _not_fetched(config)
+    files = list(dict.fromkeys(file for pattern in PICKLES for file in sorted(folder.glob(pattern))))
+    names = [file.name for file in files] or _not_fetched(config)
     if not names:
         raise UserError(f"model.name: {folder} has no usable weights: no *.safetensors")
     if not config.allow_pickle:
@@ -207,14 +204,14 @@ def _pickles(folder: Path, config: Model) -> list[Path]:
             f"model.name: {config.name} has no usable weights: only {names[0]}, a pickle, which can run code when it is"
             " loaded; use a model with safetensors, or set model.allow_pickle: true to have its tensors converted"
         )
-    weights = [file for file in found if file.match(PICKLES[0])]
+    weights = [file for file in files if file.match(PICKLES[0])]
     if not weights:
         raise UserError(f"model.name: {config.name}: {names[0]} cannot be converted, only {PICKLES[0]} can")
     return weights
 
 
 def _not_fetched(config: Model) -> list[str]:
-    """The pickles of a hub model: they are not downloaded."""
+    # Pickles are not downloaded, so the hub is asked for their names.
     from huggingface_hub import list_repo_files
 
     try:
@@ -249,9 +246,9 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
 
 
 def _check_biases(file: Path, model: Any) -> None:
-    """Raise UserError for a bias of a layer that transformers makes without: such a file has no word of it.
+    """Raise UserError for a bias that transformers ignores, because a GGUF file does not say that layers have one.
 
-    Granite's code models are of the architecture llama, and have them.
+    Granite's code models are of the architecture llama, and have such biases.
     """
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
@@ -260,16 +257,16 @@ def _check_biases(file: Path, model: Any) -> None:
         layer, _, last = tensor.name.rpartition(".")
         if last == "bias" and tensor.name not in known and f"{layer}.weight" in known and tensor.data.any():
             raise UserError(
-                f"model.name: {file} has {tensor.name}, which transformers does not read for {type(model).__name__}: it"
-                " would be trained without; name the folder or hub id that the file was made from, with safetensors"
+                f"model.name: {file} has {tensor.name}, which transformers ignores for {type(model).__name__};"
+                f" {_INSTEAD}"
             )
 
 
 def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
-    """Convert the pytorch_model*.bin of a model folder; its other files are copied.
+    """Convert the pytorch_model*.bin of a model folder; copy its other files.
 
-    Only tensors are unpickled, as transformers does by default and `weights_only` asks for: raises UserError for
-    a file that holds anything else, and runs nothing in it.
+    Only tensors are unpickled (`weights_only`, the default of transformers): raise UserError for a file that holds
+    anything else, and run nothing in it.
     """
     what = f"model.name: {folder} does not load"
     with foreign(what):
@@ -290,33 +287,33 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
     _readable(out)
 
 
+# Ends of names of tensors that earlier versions of transformers stored in float32, although they follow from the
+# config.
 _COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
-"""Ends of names of what earlier versions of transformers stored, in float32, though it follows from the config."""
 
 
 def _precision(folder: Path, trust_remote_code: bool) -> torch.dtype | str:
-    """The widest of the config's and of the weights': what config.json says need not be what they are stored in.
+    """Return the widest precision of config and weights: config.json may name another than that of the weights.
 
-    Raises UserError for numbers of 8 bits, or less, without what says how they are meant.
+    Raise UserError for numbers of 8 bits or less without a quantization_config that says how they are meant.
     """
     from transformers import AutoConfig
 
     shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(shape, "quantization_config", None) is not None:
         return "auto"
-    found = {declared} if isinstance(declared := getattr(shape, "dtype", None), torch.dtype) else set()
+    dtypes = {declared} if isinstance(declared := getattr(shape, "dtype", None), torch.dtype) else set()
     for name, tensor in _tensors(folder, "meta"):
         if tensor.dtype in _FLOATS:
             if tensor.dim() and not name.endswith(_COMPUTED):
-                found.add(tensor.dtype)
+                dtypes.add(tensor.dtype)
         elif name.endswith("weight"):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"model.name: {folder} {unsupported_packing(name, kind)}")
-    return reduce(torch.promote_types, found) if found else "auto"
+    return reduce(torch.promote_types, dtypes) if dtypes else "auto"
 
 
 def _check_left_out(folder: Path, model: Any, names: Sequence[str]) -> None:
-    """Say which tensors have no place in the model; raises UserError for a bias that its config turns off."""
     biases = tuple(name for name in names if is_unknown_bias(model, name))
     for name, tensor in _tensors(folder, "cpu") if biases else ():
         if name.endswith(biases) and bool(tensor.any()):
@@ -326,7 +323,7 @@ def _check_left_out(folder: Path, model: Any, names: Sequence[str]) -> None:
 
 
 def _tensors(folder: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the pickles that are converted; from a file in torch's format of today none is read at once."""
+    # A file in torch's present format is mapped: its tensors are not read all at once.
     from transformers.modeling_utils import load_state_dict
 
     for file in sorted(folder.glob(PICKLES[0])):

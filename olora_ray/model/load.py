@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def computed_buffers(model: "PreTrainedModel") -> None:
-    """Give the buffers that no file holds their values, on the CPU; weights and other buffers stay as they are."""
+    """Compute the buffers that no file holds, on the CPU; weights and other buffers stay as they are."""
     loaded: list[Any] = [*model.parameters(), *stored_buffers(model).values()]
     for tensor in loaded:
         tensor._is_hf_initialized = True  # so transformers knows what was loaded
@@ -33,48 +33,47 @@ def computed_buffers(model: "PreTrainedModel") -> None:
 
 
 def stored_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> buffer, of those that the files hold."""
-    found = {}
+    """Return name -> buffer for the buffers that the files hold."""
+    buffers = {}
     for name, module in model.named_modules():
         for own, buffer in module.named_buffers(name, recurse=False):
             if own.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                found[own] = buffer
-    return found
+                buffers[own] = buffer
+    return buffers
 
 
 def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer; raises UserError if there is none."""
     with foreign(f"model.name: {base.name} has no tokenizer that loads"):
         return tokenizer_in(Path(base.folder), config.trust_remote_code)
 
 
 def tokenizer_in(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder as its tokenizer.json has it; raises what transformers raises."""
+    """Return the tokenizer of a folder as its tokenizer.json has it; raise what transformers raises."""
     from transformers import AutoTokenizer
     from transformers.models.auto import tokenization_auto
 
-    # Where mistral-common is installed, Mistral's own format would go first: another tokenizer than on other machines.
-    known = hasattr(tokenization_auto, "_use_mistral_format")
-    form = {"mistral_format": False} if known else {}
+    # Where mistral-common is installed, transformers prefers Mistral's own format: another tokenizer than elsewhere.
+    has_switch = hasattr(tokenization_auto, "_use_mistral_format")
+    form = {"mistral_format": False} if has_switch else {}
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **form)
     return found
 
 
 def end_tokens(base: BaseModel, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's end token and those of generation_config.json."""
-    found = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
+    """Return the ids that end an answer: the tokenizer's end token and those of generation_config.json."""
+    ends = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
     file = Path(base.folder) / "generation_config.json"
     if file.is_file():
         ids = read_json(file).get("eos_token_id")
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(number) is int and number >= 0 for number in listed):
-            raise UserError(f"model.name: {file}: eos_token_id is no token id, or list of them")
-        found.update(listed)
-    return tuple(sorted(found))
+            raise UserError(f"model.name: {file}: eos_token_id must be a token id or a list of them")
+        ends.update(listed)
+    return tuple(sorted(ends))
 
 
 def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
-    """The model without weights (on the meta device): names and shapes only."""
+    """Return the model without weights (on the meta device): names and shapes only."""
     with foreign(f"model.name: {base.folder} does not load"):
         return _on_meta(base.folder, config)
 
@@ -90,22 +89,22 @@ def _on_meta(folder: str | Path, config: ModelConfig, **options: Any) -> "PreTra
 
 
 def _check_size(base: BaseModel, model: "PreTrainedModel") -> None:
-    """Raise UserError if config.json describes a far larger model than its weights are: it would fill the memory."""
+    # A config.json that describes a far larger model than its weights are would fill the memory.
     described = sum(parameter.numel() for parameter in model.parameters())
     stored = parameters(base.folder)
-    # Twice as many where input and output share a matrix, 8 times as many where 4 bits are packed.
+    # Correct are twice as many if input and output share a matrix, and 8 times as many if 4 bits are packed.
     if described > 16 * stored:
         raise UserError(
-            f"model.name: {base.folder} does not load: config.json describes {described:,} parameters, its weights are"
+            f"model.name: {base.folder} does not load: config.json describes {described:,} parameters, its weights have"
             f" {stored:,}"
         )
 
 
 def load_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
-    """The frozen base model in the precision of `config`, in evaluation mode, with the first attention to be tried.
+    """Return the frozen base model in evaluation mode, with the precision and the first attention for `config`.
 
-    It stays in evaluation mode during training: the base's own dropout would make the loss depend on
-    how a batch is split. Raises UserError for weights that do not fit the config, and as `attention.candidates`.
+    It stays in evaluation mode during training, because its own dropout would make the loss depend on how a batch is
+    split. Raise UserError for weights that do not fit the config, and as `attention.candidates`.
     """
     dtype, first_attention = _start(folder, config, device)
     model, _ = whole_model(
@@ -121,9 +120,9 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
 
 
 def empty_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
-    """What `load_model` returns, but with weights and stored buffers on the meta device; other buffers are there.
+    """Return what `load_model` returns, but with weights and stored buffers on the meta device.
 
-    Raises UserError as `load_model`, but for weights.
+    Other buffers have their values. Raise UserError as `load_model`, but not for weights.
     """
     dtype, first_attention = _start(folder, config, device)
     with foreign(f"model.name: {folder} does not load"):
@@ -134,7 +133,6 @@ def empty_model(folder: str | Path, config: ModelConfig, device: torch.device) -
 
 
 def _start(folder: str | Path, config: ModelConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """Precision and first attention of a base, which is checked as far as its files tell without being loaded."""
     attention.register()
     check(Path(folder))
     base, dtype = BaseModel(str(folder), str(folder), ""), pick_dtype(config, device)
@@ -144,7 +142,7 @@ def _start(folder: str | Path, config: ModelConfig, device: torch.device) -> tup
 
 
 def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The precision of the base: as configured, else bfloat16 where `device` multiplies it natively."""
+    """Return the precision of the base: as configured, otherwise bfloat16 if `device` multiplies it natively."""
     if config.dtype != "auto":
         return convert.DTYPES[config.dtype]
     if device.type == "cuda":
@@ -154,19 +152,18 @@ def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     )
 
 
-# How much memory is free for a model that is to be loaded besides.
+# The free memory for one more model.
 
 
 _PROC, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a model of so many parameters is not to be loaded on the device, or None."""
     need, where = parameters * dtype.itemsize, None
-    if need > 0.4 * free(device):  # the rest is for what is measured
+    if need > 0.4 * free(device):  # the rest is for the measurement
         where = f"the memory of one {device.type}"
-    elif device.type != "cpu" and need > 0.8 * free(torch.device("cpu")):  # nothing more is made of it there
-        where = f"the memory of the node, by which it comes to the {device.type}"
+    elif device.type != "cpu" and need > 0.8 * free(torch.device("cpu")):  # the CPU only passes it on
+        where = f"the memory of the node, through which it is loaded to the {device.type}"
     if where is None:
         return None
     kind = str(dtype).removeprefix("torch.")
@@ -174,20 +171,20 @@ def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str 
 
 
 def free(device: torch.device) -> int:
-    """Bytes that are free on the device; of a CPU, what the machine has and a container's limit leaves."""
+    """Return the free bytes of a device; for a CPU, those of the machine within the limit of a container."""
     if device.type == "cuda":
-        # What torch keeps of memory that it has given up counts as used, and is taken first.
+        # Memory that torch has freed but keeps counts as used, and is taken first.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    found = _of_machine()
+    available = _of_machine()
     try:
         limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        # The cache of files counts as used, and is given up when it is asked for.
+        # The file cache counts as used, but Linux gives it up when memory is needed.
         cached = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
-        found = min(found, limit - used + int(cached.get("inactive_file", 0)))
+        available = min(available, limit - used + int(cached.get("inactive_file", 0)))
     except (OSError, ValueError):  # no container, or no limit ("max")
         pass
-    return max(found, 0)
+    return max(available, 0)
 
 
 def _of_machine() -> int:

@@ -1,8 +1,8 @@
-"""Whether a model can take several examples in one sequence, as far as its structure tells.
+"""Packing of several examples into one sequence: which models allow it, as far as their structure tells.
 
-Attention is kept inside an example by positions that start anew. What else carries something from one token to the
-next does not stop there: convolutions, state spaces, linear attention; nor does attention that is not told the
-positions. What the structure does not tell, the self-test finds before the first step (train/self_test.py).
+Attention stays inside an example because positions start anew with it. Convolutions, state spaces and linear attention
+do not stop at an example's border, nor does attention without positions. The self-test detects other cases before the
+first step (train/self_test.py).
 """
 
 import inspect
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
 
-# The two halves of a causal language model: the backbone that makes hidden states, and what makes logits of them.
+# The two parts of a causal language model: the backbone, which computes hidden states, and the head, for logits.
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The model without its output head; raises UserError for a model that is not made of these two."""
-    return getattr(model, _place(model))  # type: ignore[no-any-return]
+    """Return the model without its output head; raise UserError for a model that does not have these two parts."""
+    return getattr(model, _backbone_name(model))  # type: ignore[no-any-return]
 
 
-def _place(model: nn.Module) -> str:
-    """The attribute of the backbone."""
+def _backbone_name(model: nn.Module) -> str:
     from transformers import PreTrainedModel
 
     prefix = getattr(model, "base_model_prefix", "")
@@ -33,8 +32,7 @@ def _place(model: nn.Module) -> str:
         if isinstance(getattr(model, name, None) if name else None, nn.Module):
             return str(name)
     raise UserError(
-        f"model.name: {type(model).__name__} is not a backbone with an output head, as a causal language model is:"
-        " it cannot be trained here"
+        f"model.name: {type(model).__name__} has no backbone with an output head; name a causal language model"
     )
 
 
@@ -42,12 +40,11 @@ class OutputHead:
     """A model as a function from hidden states to logits; it shares all modules and parameters with the model."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises UserError as `backbone`."""
-        place = _place(model)
+        name = _backbone_name(model)
         # A second object of the same class: its dictionaries are its own, what they hold is the model's.
         shell: Any = type(model).__new__(type(model))
         shell.__dict__ = dict(model.__dict__)
-        shell.__dict__["_modules"] = model._modules | {place: _Given(backbone(model))}
+        shell.__dict__["_modules"] = model._modules | {name: _Given(backbone(model))}
         self._shell = shell
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -57,7 +54,7 @@ class OutputHead:
 
 
 class _Given(nn.Module):
-    """Stands where the backbone is, and gives back what it is given as embeddings."""
+    """A stand-in for the backbone that returns the embeddings that it gets."""
 
     def __init__(self, real: nn.Module) -> None:
         super().__init__()
@@ -68,16 +65,14 @@ class _Given(nn.Module):
         return _Output(inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the model reads of its backbone; a part that is a model too stands for the whole (OPT)."""
+        # The model may read anything of its backbone. A part that is a model too is replaced as well (OPT).
         from transformers import PreTrainedModel
 
-        found = getattr(self.__dict__["real"], name)
-        return self if isinstance(found, PreTrainedModel) else found
+        part = getattr(self.__dict__["real"], name)
+        return self if isinstance(part, PreTrainedModel) else part
 
 
 class _Output:
-    """What a backbone returns: its last hidden state, and nothing else."""
-
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
 
@@ -92,14 +87,14 @@ class _Output:
             raise AttributeError(name)
 
 
+# Types of layers, in configs of transformers, that pass something between tokens by attention only.
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe")
-"""Kinds of layers, as configs of transformers list them, that carry nothing over but by attention."""
+# The function of transformers by which a family keeps padding out of everything that is not attention.
 _MASKS_PADDING = "apply_mask_to_padding_states"
-"""What transformers calls the function by which a family leaves padding out of all that is not attention."""
 
 
 def why_apart(model: Any) -> str | None:
-    """Why every example of this model needs a row of its own, in words that follow "the model"; None: it does not."""
+    """Return why each example needs its own row, in words that follow "the model", or None."""
     config = model.config.get_text_config()
     if why := _carries_over(model):
         return why
@@ -109,7 +104,7 @@ def why_apart(model: Any) -> str | None:
 
 
 def _carries_over(model: Any) -> str | None:
-    """What beside attention carries something from one token to the next, in words that follow "the model"."""
+    """Return what, beside attention, passes something between tokens, in words that follow "the model", or None."""
     kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(_ATTENTION))
     if getattr(model, "_is_stateful", False) or kinds:
         return f"keeps a state from token to token ({', '.join(kinds) or type(model).__name__})"
@@ -119,44 +114,44 @@ def _carries_over(model: Any) -> str | None:
 
 
 def takes_padding(model: Any) -> bool:
-    """Whether a prompt may have padding before it.
+    """True if a prompt may have padding before it.
 
-    Attention leaves that out; a state or convolution does if the family's code sees to it (not RWKV's or xLSTM's).
+    Attention leaves padding out; a state or convolution does so only if the family's code handles it (not RWKV's or
+    xLSTM's).
     """
     return _carries_over(model) is None or hasattr(sys.modules.get(type(model).__module__), _MASKS_PADDING)
 
 
 def why_scaled(model: Any, tokens: int) -> str | None:
-    """As `why_apart`, of a row of so many tokens.
+    """Return, as `why_apart`, why a row of so many tokens cannot have several examples.
 
-    Where a layer of Llama 4 has no positions it takes the place in the row for them, whatever it is told.
+    Layers of Llama 4 without positions use the position in the row instead of the position in the example.
     """
     shape = model.config.get_text_config()
     step = getattr(shape, "floor_scale", None)
     if not step or not getattr(shape, "attn_temperature_tuning", None) or tokens < step:
         return None
-    return f"scales its attention by the place in a row, from {int(step)} tokens on"
+    return f"scales its attention by the position in a row, from {int(step)} tokens on"
 
 
 def why_not_in_one_row(model: Any, tokens: int) -> str | None:
-    """As `why_apart`, but for the examples of a micro-batch of so many tokens that follow each other in one row."""
+    """Return, as `why_apart`, why the examples of a micro-batch of so many tokens cannot share one row."""
     return why_apart(model) or why_scaled(model, tokens)
 
 
 def shares_sequences(model: Any, config: AnyConfig) -> bool:
-    """Whether data.packing puts several examples of this model in one sequence, where they have room."""
     return config.data.packing is True or (config.data.packing == "auto" and why_apart(model) is None)
 
 
 def check_lengths(model: Any, config: AnyConfig) -> None:
-    """Raise UserError where sequences may be so long that the loss of one of this model depends on its neighbours.
+    """Raise UserError if sequences may exceed the model's positions, or make a loss depend on neighbours.
 
-    Or longer than its positions. The self-test has too few tokens to see it.
+    The self-test has too few tokens to detect this.
     """
     family, most = type(model).__name__, config.data.length()
-    if (there := positions(model)) is not None and most > there:
+    if (rows := positions(model)) is not None and most > rows:
         raise UserError(
-            f"data.max_length={most}: {family} has positions for {there} tokens; set data.max_length to {there} at most"
+            f"data.max_length={most}: {family} has positions for {rows} tokens; set data.max_length to {rows} at most"
         )
     packed = shares_sequences(model, config)
     for kind, limit in _limits_of_positions(model.config.get_text_config()):
@@ -165,26 +160,26 @@ def check_lengths(model: Any, config: AnyConfig) -> None:
         shorter = f"set data.max_length to {limit} at most"
         if "dynamic" in kind:
             raise UserError(
-                f"data.max_length={most}: {family} encodes positions by the longest sequence so far once one has more"
-                f" than {limit} tokens ({kind}), so that a loss would depend on the sequences before; {shorter}"
+                f"data.max_length={most}: once a sequence has more than {limit} tokens, {family} changes the positions"
+                f" of all later ones ({kind}), so a loss would depend on earlier sequences; {shorter}"
             )
         if packed or config.train.micro_batch > 1:
             raise UserError(
-                f"data.max_length={most}: {family} encodes positions otherwise in all of a micro-batch if one of its"
-                f" examples has more than {limit} tokens ({kind}), so that a loss would depend on the neighbours;"
-                f" {shorter}, or train.micro_batch to 1 and data.packing to false"
+                f"data.max_length={most}: above {limit} tokens {family} changes the positions ({kind}) of the whole"
+                f" micro-batch, so one long example would change the loss of the others; {shorter}, or"
+                " train.micro_batch to 1 and data.packing to false"
             )
     if packed and (why := why_scaled(model, most)):
         raise UserError(
-            f"data.packing: {family} {why}, so that a loss would depend on how many examples come before; set"
+            f"data.packing: {family} {why}, so a loss would depend on how many examples precede it; set"
             " data.packing: false"
         )
 
 
 def positions(model: Any) -> int | None:
-    """Tokens for which a model has positions, where it looks these up in a table; None where there is no end of them.
+    """Return for how many tokens a model has positions in a table; None if it has no such limit.
 
-    One token more is an index out of range: of learned positions (GPT-2, OPT), and of kept rotary ones (GPT-J).
+    One token more is an index out of range: of learned positions (GPT-2, OPT), and of stored rotary ones (GPT-J).
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     language = _language(model)
@@ -194,32 +189,32 @@ def positions(model: Any) -> int | None:
         if isinstance(part, nn.Embedding) and ("pos" in last or last == "wpe"):
             tables.append(part.weight)
     tables += [kept for name, kept in language.named_buffers() if name.endswith("embed_positions")]
-    # Those of OPT and BioGPT have two rows more.
+    # The tables of OPT and BioGPT have two more rows.
     return most if type(most) is int and any(most <= table.shape[0] <= most + 2 for table in tables) else None
 
 
 def most_tokens(model: Any) -> int:
-    """Tokens of the longest example that a model is made for; 131,072 where nothing says so."""
+    """Return the tokens of the longest example that a model is made for; 131,072 if nothing says so."""
     shape = model.config.get_text_config()
     most = getattr(shape, "max_position_embeddings", None)
     return min(most if type(most) is int else 2**17, *(limit for _, limit in _limits_of_positions(shape)), 2**17)
 
 
 def _limits_of_positions(shape: Any) -> list[tuple[str, int]]:
-    """(kind, tokens) of rotary positions whose frequencies follow from the longest example, beyond so many tokens."""
+    """Return (type, tokens) of rotary positions whose frequencies depend on the longest example above so many."""
     stored = getattr(shape, "rope_parameters", None)
     stored = stored if isinstance(stored, dict) else {}
-    found = []
-    for each in (stored, *stored.values()):  # of the model, or of each kind of its layers
+    limits = []
+    for each in (stored, *stored.values()):  # of the model, or of each type of its layers
         kind = str(each.get("rope_type")) if isinstance(each, dict) else ""
         if kind == "longrope":
-            found.append((kind, int(each["original_max_position_embeddings"])))
+            limits.append((kind, int(each["original_max_position_embeddings"])))
         elif "dynamic" in kind:
-            found.append((kind, int(shape.max_position_embeddings)))
-    return found
+            limits.append((kind, int(shape.max_position_embeddings)))
+    return limits
 
 
 def _language(model: Any) -> nn.Module:
-    """The part that works on text: a tower for sounds or images may have convolutions."""
+    # A tower for sounds or images may have convolutions, which do not matter for text.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return decoder if isinstance(decoder, nn.Module) else model

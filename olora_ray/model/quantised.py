@@ -1,15 +1,15 @@
-"""Linear layers whose weight is kept packed, in 4 or 8 bits a number, and unpacked for each product.
+"""Linear layers whose weight is kept packed, in 4 or 8 bits per number, and unpacked for each product.
 
     W (m x n)  ->  codes, scales  ->  W' (m x n, in the model's precision)        y = W' x + b
 
-All that computes with such a layer computes with W': its forward and backward pass, and whoever asks for its weight.
+Everything that uses such a layer computes with W': the forward pass, the backward pass, and readers of its weight.
 
-    nf4    the 16 codes of QLoRA (arXiv 2305.14314, section 3), a float32 scale for each 64 numbers    4.5 bits a number
-    int8   -127 ... 127, a float32 scale for each row                                                  8 bits
-    fp8    float8 e4m3, a float32 scale for each row                                                   8 bits
+    nf4    the 16 codes of QLoRA (arXiv 2305.14314, section 3), a float32 scale per 64 numbers    4.5 bits per number
+    int8   -127 ... 127, a float32 scale per row                                                  8 bits
+    fp8    float8 e4m3, a float32 scale per row                                                   8 bits
 
 nf4 and int8 are bitsandbytes'; fp8 is a type of torch. A weight is packed on the CPU, so that its bytes are the same
-whatever device it is for.
+for every device.
 """
 
 import importlib.util
@@ -24,31 +24,29 @@ from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError
 
+# Numbers of a weight, row after row, that share a scale in nf4.
 BLOCK = 64
-"""Numbers of a weight, row after row, that share a scale in nf4."""
+# Numbers that are packed at once, because packing takes several times their memory. Rows are taken by the block, so
+# that each scale sees the same numbers as if the whole weight were packed at once.
 AT_ONCE = 2**24
-"""Numbers that are packed at once: packing takes several times their memory. Rows are taken by the block, so that each
-scale sees the numbers that it would see in the whole weight."""
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 
+# Codes and scales.
 Packed = tuple[Tensor, Tensor]
-"""Codes and scales."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to pack weights."""
-
+    # A weight (m x n, float32, on the CPU) -> its codes and scales; parts of whole blocks of rows may be joined.
     pack: Callable[[Tensor], Packed]
-    """A weight (m x n, float32, on the CPU) -> its codes and scales; parts of whole blocks of rows may be joined."""
+    # (codes, scales, (m, n), precision) -> the weight.
     unpack: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
-    """(codes, scales, (m, n), precision) -> the weight."""
+    # (m, n) -> bytes of codes and scales.
     size: Callable[[int, int], int]
-    """(m, n) -> bytes of codes and scales."""
+    # Bytes per number of the model's precision -> bytes per number that unpacking takes at its peak, with the result.
     unpacking: Callable[[int], int]
-    """Bytes a number of the model's precision -> bytes a number that unpacking takes at its most, with the result."""
+    # The package that it needs.
     library: str | None = None
-    """The package that it needs."""
 
 
 def _nf4(weight: Tensor) -> Packed:
@@ -58,8 +56,8 @@ def _nf4(weight: Tensor) -> Packed:
 
 def _from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     library, count = _functional(), shape.numel()
-    # On CPUs bitsandbytes (0.50) begins a block anew with each row, though it was packed without regard to rows: the
-    # weight is unpacked as rows of one block, or as a single row.
+    # On CPUs bitsandbytes (0.50) begins a new block with each row when it unpacks, but not when it packs. So the weight
+    # is unpacked as rows of one block, or as a single row.
     rows = torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
     state = library.QuantState(absmax=scales, shape=rows, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
     weight: Tensor = library.dequantize_4bit(codes, state)
@@ -77,7 +75,7 @@ def _from_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dt
 
 
 def _fp8(weight: Tensor) -> Packed:
-    # A row of zeros has no size to divide by.
+    # A row of zeros has the scale 0, by which nothing can be divided.
     scales = (weight.abs().amax(dim=1) / LARGEST_FP8).clamp_(min=torch.finfo(torch.float32).tiny)
     return (weight / scales[:, None]).to(torch.float8_e4m3fn), scales
 
@@ -90,6 +88,7 @@ def _by_rows(m: int, n: int) -> int:
     return m * n + 4 * m
 
 
+# By the values of `model.quantization`.
 KINDS = {
     "nf4": Kind(
         _nf4, _from_nf4, lambda m, n: -(-m * n // 2) + 4 * -(-m * n // BLOCK), lambda width: width, "bitsandbytes"
@@ -97,11 +96,10 @@ KINDS = {
     "int8": Kind(_int8, _from_int8, _by_rows, lambda width: 8, "bitsandbytes"),
     "fp8": Kind(_fp8, _from_fp8, _by_rows, lambda width: 4 if width == 4 else 4 + width),
 }
-"""By the names of `model.quantization`."""
 
 
 def require(kind: str) -> None:
-    """Raise UserError if the package that a kind needs is not installed; it is not imported."""
+    """Raise UserError if the package for this quantization is not installed; it is not imported."""
     library = KINDS[kind].library
     if library is not None and importlib.util.find_spec(library) is None:
         raise UserError(
@@ -111,19 +109,19 @@ def require(kind: str) -> None:
 
 
 def _functional() -> Any:
-    """bitsandbytes' functions; imported when a weight is packed, since that takes seconds."""
-    told = logging.getLogger("bitsandbytes")
-    before = told.level
-    told.setLevel(logging.ERROR)  # it warns of a kernel for inference that is not used here
+    # Imported only when a weight is packed, because that takes seconds.
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # it warns about a kernel for inference that is not used here
     try:
         import bitsandbytes.functional as functional
     finally:
-        told.setLevel(before)
+        logger.setLevel(before)
     return functional
 
 
 def pack(weight: Tensor, kind: str) -> Packed:
-    """Codes and scales of a weight (m x n), on the CPU."""
+    """Return codes and scales of a weight (m x n), on the CPU."""
     rows = BLOCK * max(1, AT_ONCE // (BLOCK * max(1, weight.shape[1])))
     parts = [KINDS[kind].pack(part.to("cpu", torch.float32).contiguous()) for part in weight.detach().split(rows)]
     codes, scales = zip(*parts, strict=True)
@@ -131,7 +129,7 @@ def pack(weight: Tensor, kind: str) -> Packed:
 
 
 class QuantisedLinear(nn.Linear):
-    """A frozen linear layer with a packed weight; `weight` is what that unpacks to, made anew each time."""
+    """A frozen linear layer with a packed weight; `weight` is unpacked anew at each access."""
 
     codes: Tensor
     scales: Tensor
@@ -144,11 +142,11 @@ class QuantisedLinear(nn.Linear):
         device: torch.device | None = None,
         packed: Packed | None = None,
     ) -> None:
-        """Pack a weight (m x n), for `device`; the layer computes in the weight's precision.
+        """Pack a weight (m x n) for `device`; the layer computes in the weight's precision.
 
-        Of one that is `packed` already the numbers are not looked at.
+        If it is `packed` already, the numbers of `weight` are not read.
         """
-        nn.Module.__init__(self)  # not that of Linear, which makes a weight
+        nn.Module.__init__(self)  # not Linear's, which would create a weight
         self.out_features, self.in_features = weight.shape
         self.kind, self.dtype = kind, weight.dtype
         codes, scales = packed or pack(weight, kind)
@@ -169,14 +167,14 @@ class QuantisedLinear(nn.Linear):
         return y.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """As Linear's, with the kind."""
         return f"{super().extra_repr()}, {self.kind}"
 
 
 class _Product(torch.autograd.Function):
-    """y (T x m) = W' x + b of x (T x n), with a gradient for x only. W' is made again for that: autograd would keep it.
+    """y (T x m) = W' x + b of x (T x n), with a gradient for x only.
 
-    With more dimensions torch would return a view, to which nothing may be added in place (adapter/layer.py).
+    The backward pass unpacks W' again, because autograd would keep it in memory. With more dimensions torch would
+    return a view, to which nothing may be added in place (adapter/layer.py).
     """
 
     @staticmethod

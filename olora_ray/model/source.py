@@ -1,8 +1,8 @@
 """Resolver of `model.name` to a folder of safetensors with a digest.
 
-`obtain` runs once, in the driver: whatever the name means (hub id, folder, package, GGUF file, registered
-model), afterwards there is a folder with config.json, safetensors and tokenizer files, and a digest of
-all of them. Workers and the export read that folder.
+`obtain` runs once, in the driver. Whatever the name is (hub id, folder, package, GGUF file, registered model), the
+result is a folder with config.json, safetensors and tokenizer files, and a digest of all of them. Workers and the
+export read that folder.
 """
 
 from dataclasses import dataclass
@@ -20,26 +20,23 @@ from olora_ray.model import folder
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model on disk."""
-
+    # The name in the config.
     name: str
-    """As the config names it."""
+    # Local folder with config.json, safetensors and tokenizer files; see `on_this_node`.
     folder: str
-    """Local folder with config.json, safetensors and tokenizer files; see `on_this_node`."""
+    # Of all files that decide what the model computes; the same for the same model.
     digest: str
-    """Of all its files that decide what it computes; the same model has the same."""
+    # Digest of a glance at the folder (`folder.look`), by which each process compares its folder; empty: none compares.
     look: str = ""
-    """What a glance at the folder tells (`folder.look`), so that each process can compare; empty: none does."""
 
     def to_json(self) -> dict[str, str]:
-        """For a result: which model it was."""
         return {"name": self.name, "folder": self.folder, "digest": self.digest}
 
 
 def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     """Find, download or convert the base model of a run; `registered` is the folder of a models:/ name.
 
-    Raises UserError for a name that leads nowhere, a folder without safetensors or with files that do not hold
+    Raise UserError for a name without a model, a folder without safetensors or with files that are not valid
     (`folder.check`), or a broken GGUF file.
     """
     from olora_ray.model import convert  # with torch
@@ -60,7 +57,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
 
 
 def glance(config: AnyConfig) -> str | None:
-    """Identify the files that `obtain` would read, without torch; None where it alone can tell which they are."""
+    """Identify the files that `obtain` would read, without torch; None if only `obtain` can tell which they are."""
     if config.model.name.startswith("models:/") or config.model.trust_remote_code:
         return None
     source = _source_folder(config)
@@ -73,13 +70,13 @@ def _what_it_is(source: Path) -> str:
     if not command_line.is_there(source / folder.ADAPTER, "model.name"):
         return "it is not a model folder"
     return (
-        "it is an adapter, not a model; name its base, or its merged model (export/merged of a run); train.start takes"
-        " a checkpoint of a run to train on from"
+        "it is an adapter, not a model; name its base model, or its merged model (export/merged of a run), or set"
+        " train.start to a run's checkpoint"
     )
 
 
 def _keep(source: Path) -> None:
-    """Of a model in this node's cache: keep it while this process lives, and make room where others are."""
+    # A model in this node's cache is kept while this process lives; unused ones make room.
     root = Path(node_cache.CACHE) / "models"
     if root in source.parents:
         node_cache.hold(root / source.relative_to(root).parts[0])
@@ -87,32 +84,30 @@ def _keep(source: Path) -> None:
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
-    """The base model where this process can read it: the driver's folder if this node sees it, else fetched anew.
+    """Return the base model where this process can read it: in the driver's folder, otherwise fetched anew.
 
-    That a folder is there says little: one of the hub's is from its first file on, while another process fetches the
-    rest, and one on a node's own disk may be another version. Raises UserError if it cannot be fetched here, or is not
-    the same here.
+    A folder that exists proves little: another process may still be downloading it, or a node's own disk may have
+    another version. Raise UserError if it cannot be fetched here, or is not the same here.
     """
-    place = Path(base.folder)
-    if _is_same(place, base, config):
-        _keep(place)
+    path = Path(base.folder)
+    if _is_same(path, base, config):
+        _keep(path)
         return base
     if base.name.startswith("models:/") or Path(base.name).is_absolute():
-        what = "has other files on this node than on the driver's" if place.is_dir() else "is not on every node"
-        raise UserError(f"model.name: {base.folder} {what}; put it, or run.storage, where all nodes see it")
-    found = obtain(config)
-    if found.digest != base.digest:
+        problem = "has other files on this node than on the driver's" if path.is_dir() else "is not on every node"
+        raise UserError(f"model.name: {base.folder} {problem}; put it, or run.storage, where all nodes see it")
+    fetched = obtain(config)
+    if fetched.digest != base.digest:
         raise UserError(
             f"model.name: {base.name} has other files on this node than on the driver's; set model.revision"
         )
-    return found
+    return fetched
 
 
-def _is_same(place: Path, base: BaseModel, config: AnyConfig) -> bool:
-    """Whether a folder of this node is that of the driver, as far as a glance tells."""
+def _is_same(path: Path, base: BaseModel, config: AnyConfig) -> bool:
     try:
-        return place.is_dir() and base.look in ("", folder.look(place, config.model.trust_remote_code))
-    except OSError:  # a file that is gone by now, or closed to this user
+        return path.is_dir() and base.look in ("", folder.look(path, config.model.trust_remote_code))
+    except OSError:  # a file that was removed meanwhile, or that this user may not read
         return False
 
 
@@ -122,7 +117,7 @@ def _source_folder(config: AnyConfig) -> Path:
         return command_line.package_file(name)
     if storage.is_uri(name):
         with as_user_error(f"model.name: {name}", OSError, reason=short_reason):
-            # A folder for each address and what lies there now: a model may be replaced by another.
+            # One folder per address and version, because the model at an address may be replaced.
             key = storage.digest(name, storage.version(name), length=16)
             return node_cache.local_copy(name, f"{node_cache.CACHE}/models/{key}")
     path = command_line.at_home(name, "model.name")
@@ -141,11 +136,11 @@ def _from_hub(config: ModelConfig) -> Path:
         patterns.append("*.py")
     if config.allow_pickle:
         patterns += ["pytorch_model*.bin"]
-    # A pattern's * goes through folders too, and there lie the same weights in other forms (gpt-oss: original/);
-    # Mistral's lie beside them.
+    # A pattern's * matches folders too, which may have the same weights in other forms (gpt-oss: original/).
+    # Mistral has its own form beside the weights.
     others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
     what = f"model.name: {config.name}: not a folder here"
-    # Exception: its client's errors about a broken connection are of no kind that Python knows.
+    # Exception: its client's errors about a broken connection are of no type of the standard library.
     with as_user_error(what, Exception, reason=_hub_problem, passes=is_away):
         return Path(
             snapshot_download(config.name, revision=config.revision, allow_patterns=patterns, ignore_patterns=others)
@@ -153,19 +148,16 @@ def _from_hub(config: ModelConfig) -> Path:
 
 
 def _hub_problem(error: BaseException) -> str:
-    """Why the hub did not deliver a model: no such name, no access, or no answer."""
     from huggingface_hub import errors
 
     match error:
         case errors.GatedRepoError():
-            return (
-                "the model hub gives it to those only who were granted access: ask for that on its page, set HF_TOKEN"
-            )
+            return "the model hub grants access to it on request: request it on the model's page, then set HF_TOKEN"
         case errors.RevisionNotFoundError():
             return "the model hub has the model, but not this model.revision"
-        case errors.HfHubHTTPError() if error.response.status_code in (401, 404):  # 401: without a token it tells less
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 404):  # 401: the answer without a token
             return "the model hub has no model of this name, or it is private: correct the name, or set HF_TOKEN"
         case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
             why = first_line(error.__cause__)
-            return f"the model hub cannot be asked ({why}), and this machine's cache does not have the model"
+            return f"the model hub is unreachable ({why}), and this machine's cache does not have the model"
     return f"the model hub did not deliver it: {first_line(error)}"

@@ -1,4 +1,4 @@
-"""Comparison of challenger and champion on the same held-out rows, each as it lies in the registry."""
+"""Comparison of challenger and champion, as they are in the registry, on the same held-out rows."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def about_rows(config: Config, inputs: Inputs, rows: RowResults, champion: Version | None) -> HeldOut:
-    """The groups of the held-out rows, and those that the champion was not trained on."""
+    """Return the groups of the held-out rows, and the rows that the champion was not trained on."""
     groups = group_numbers(config.gate.group, inputs.held_out, rows.origins)
     if champion is None:
         return HeldOut(groups)
@@ -53,80 +53,74 @@ class NotComparable(UserError):
 
 
 def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[RowResults]:
-    """The held-out results of each version; what was measured before, by a run that was cut off too, is read again.
+    """Return the held-out results of each version. Results that an earlier or interrupted call stored are read again.
 
-    Starts Ray, and opens versions, if any are left to be measured. Raises NotComparable for versions with different
-    tokenizers.
+    Starts Ray and opens versions only if a result is missing. Raises NotComparable if the tokenizers differ.
     """
     notes = [note_file(config, inputs, version) for version in versions]
     known = [_read(note) for note in notes]
     _same_tokens([each.tokenizer for each in known if each])
     if None in known:
         with connection.connect(config):
-            found = {place: _opened(config, versions[place]) for place, each in enumerate(known) if each is None}
-            _same_tokens([*(each.tokenizer for each in known if each), *(each.tokenizer for each in found.values())])
+            opened = {index: _opened(config, versions[index]) for index, each in enumerate(known) if each is None}
+            _same_tokens([*(each.tokenizer for each in known if each), *(each.tokenizer for each in opened.values())])
             with user_errors():
                 held_out = prepare(config, inputs.base.spec, "eval")
-            for place, each in found.items():
-                logger.info(f"measuring version {versions[place].number} on the held-out rows")
+            for index, each in opened.items():
+                logger.info(f"measuring version {versions[index].number} on the held-out rows")
                 with user_errors():
-                    # Answers of both end with the same tokens: those of the config's base.
+                    # The answers of both versions end at the same tokens, which the config's base model defines.
                     base = replace(inputs.base, model=each.base.model)
                     rows = measure(base, each.adapter, held_out, each.config)
-                known[place] = done = Measured(each.tokenizer, rows)
-                storage.write_text(notes[place], done.to_json())
+                known[index] = done = Measured(each.tokenizer, rows)
+                storage.write_text(notes[index], done.to_json())
     return [each.rows for each in known if each is not None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of a version, as they are kept."""
+    """The results of a version, as they are stored."""
 
     tokenizer: str
-    """Digest of the version's tokenizer: who knows the results need not open the version for it."""
+    """Digest of the version's tokenizer, so that stored results can be compared without opening the version."""
     rows: RowResults
 
     def to_json(self) -> str:
-        """As JSON text."""
         return json.dumps({"tokenizer": self.tokenizer, "rows": self.rows.to_json()})
 
     @classmethod
     def from_json(cls, text: str) -> "Measured":
-        """Read `to_json` back; raises as RowResults.from_json for others."""
         tree = json.loads(text)
         return cls(str(tree["tokenizer"]), RowResults.from_json(tree["rows"]))
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A registered version, ready to be measured."""
-
     config: AnyConfig
-    """Names the model of `base`."""
+    """Its `model` names the model of `base`."""
     base: Base
     adapter: str | None
-    """Of an adapter-only version."""
+    """The adapter's folder, for an adapter-only version."""
 
     @property
     def tokenizer(self) -> str:
-        """Digest of its tokenizer."""
         return self.base.spec.digest
 
 
 def _opened(config: Config, version: Version) -> _Opened:
     named = _with_model(config, f"models:/{version.name}/{version.number}")
     if storage.is_uri(config.run.storage) and version.tags.get(EXPORT) != ADAPTER_ONLY:
-        # Each node fetches it by itself, and none but this one from MLflow.
+        # The nodes read the model from the storage. Only the driver reads from MLflow.
         named = _with_model(config, _in_run_folder(config, version) or _copied(named, version))
         base = with_tokenizer(find_model(named), named)
         if checksums.TAG in version.tags:
             Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
         return _Opened(named, base, None)
-    found = models.of_config(named)
-    if found is not None and found.base is not None:
-        own, model, adapter = parts(found, found.base, named)
+    registered = models.of_config(named)
+    if registered is not None and registered.base is not None:
+        own, model, adapter = parts(registered, registered.base, named)
         return _Opened(own, with_tokenizer(model, own), adapter)
-    return _Opened(named, with_tokenizer(find_model(named, found), named), None)
+    return _Opened(named, with_tokenizer(find_model(named, registered), named), None)
 
 
 def _with_model(config: Config, name: str) -> Config:
@@ -134,30 +128,30 @@ def _with_model(config: Config, name: str) -> Config:
 
 
 def _in_run_folder(config: Config, version: Version) -> str | None:
-    """The address of a merged version in its run's folder; None if it is not there: that folder may be deleted."""
+    """Return the address of a merged version in its run folder; None if that folder was deleted."""
     folder = where_now(version.tags.get(RUN, ""), config.run.storage)
-    place = storage.join(folder, "export", "merged")
-    return place if storage.is_uri(folder) and storage.exists(storage.join(place, CONFIG)) else None
+    merged = storage.join(folder, "export", "merged")
+    return merged if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)) else None
 
 
 def _copied(named: Config, version: Version) -> str:
-    """The address of a copy of MLflow's files of a merged version in the storage; it is made once."""
+    # The copy is made once, under a name that identifies the version.
     key = digest(resolve_uri(named), version.name, version.number, version.tags.get(checksums.TAG, ""), length=16)
-    place = storage.join(named.run.storage, "models", key)
-    if not storage.exists(storage.join(place, CONFIG)):
-        found = models.of_config(named)
-        assert found is not None
-        node_cache.upload(found.folder, place, last=CONFIG)
-    return place
+    copy = storage.join(named.run.storage, "models", key)
+    if not storage.exists(storage.join(copy, CONFIG)):
+        registered = models.of_config(named)
+        assert registered is not None
+        node_cache.upload(registered.folder, copy, last=CONFIG)
+    return copy
 
 
 def _same_tokens(tokenizers: Sequence[str]) -> None:
     if len(set(tokenizers)) > 1:
-        raise NotComparable("the champion has another tokenizer, so nothing is measured on the same tokens")
+        raise NotComparable("the champion has another tokenizer, so the two losses cannot be compared")
 
 
 def note_file(config: Config, inputs: Inputs, version: Version) -> str:
-    """The file of a version's results; its name is a hash of all that they depend on."""
+    """Return the file of a version's results; its name is a hash of everything that the results depend on."""
     scorer = config.evaluation.scorer
     parts = [
         [version.name, version.number, version.run_id, version.tags.get(checksums.TAG)],
@@ -172,19 +166,17 @@ def note_file(config: Config, inputs: Inputs, version: Version) -> str:
 
 
 def _computed_by(config: Config) -> list[str]:
-    """Precision, attention, and what they are computed on, as far as that is known before Ray is asked.
-
-    Two that were measured by bfloat16 on a GPU and by float32 on a CPU are not measured by one yardstick.
-    """
+    """Return precision, attention and device of the measurement, as far as they are known without Ray."""
+    # These are part of the key, because a result in bfloat16 on a GPU cannot be compared with one in float32 on a CPU.
     gpus = config.cluster.gpus_per_worker
     device = torch.device("cuda", 0) if gpus and torch.cuda.is_available() else torch.device("cpu")
-    kind = {what: text for what, text in kind_of(device).items() if what != "threads"}
-    # Which attention follows from `auto` is the same for the same device, precision, libraries and files.
-    return [str(pick_dtype(config.model, device)), config.model.attention, str(gpus), *kind.values()]
+    hardware = {name: text for name, text in kind_of(device).items() if name != "threads"}
+    # attention=auto needs no resolution here: it depends only on device, precision, libraries and files.
+    return [str(pick_dtype(config.model, device)), config.model.attention, str(gpus), *hardware.values()]
 
 
 def _read(note: str) -> Measured | None:
     try:
         return Measured.from_json(storage.read_text(note))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return None  # not there, damaged, or of an older release
+        return None  # missing, damaged, or written by an older release

@@ -1,4 +1,4 @@
-"""MLflow runs of a retraining's decisions: what was decided, why, and about which versions."""
+"""MLflow runs of a retraining's decisions: the decision, its reason, and the versions."""
 
 import json
 import time
@@ -14,30 +14,28 @@ from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect, reachable
 from olora_ray.tracking.start import resolve_uri, start_run
 
+# Tag of a version: the numbers behind the gate's decision, as JSON.
 DETAILS = "olora.gate_details"
-"""Tag of a version: the numbers behind the gate's decision, as JSON."""
+# Tag of a version: the MLflow run of the gate's decision on it; empty while that run does not exist.
 RECORDED = "olora.decision_run"
-"""Tag of a version: the MLflow run that tells of the gate's decision on it; empty until there is one."""
+# Tag of a decision's run: the number of calls with this decision, if there were several.
 CALLS = "olora.calls"
-"""Tag of the run of a decision: how many calls have come to it, if there were several."""
 What = Literal["unchanged", "promoted", "refused", "failed"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One decision."""
-
     decision: What
     reason: str
     challenger: str | None = None
-    """Version."""
+    """Number of the version."""
     champion: str | None = None
-    """Version that was the champion before."""
+    """Number of the version that was the champion before."""
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
-    """Make the MLflow run of a decision, or complete `run_id`; returns its id.
+    """Create the MLflow run of a decision, or complete `run_id`; return its id.
 
     Raises TrackingUnavailable if MLflow does not answer.
     """
@@ -62,9 +60,9 @@ def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
 
 
 def of_version(config: Config, version: Version) -> Entry | None:
-    """Write the gate's decision on a version, once, from the version's own tags: a crash in between loses nothing.
+    """Write the gate's decision on a version once. It is read from the version's tags, so a crash loses nothing.
 
-    Returns the decision, or None if there is none or it is written already.
+    Returns the decision, or None if there is none or it was written before.
     """
     tags = version.tags
     if GATE not in tags or AGAINST not in tags or tags.get(RECORDED):
@@ -82,17 +80,14 @@ def of_version(config: Config, version: Version) -> Entry | None:
 
 
 def _verdict(entry: Entry) -> str:
-    """The gate's decision as a line of the version's description."""
     against = f"against version {entry.champion}" if entry.champion else "without a champion to compare with"
     return f"The gate, {against}: **{entry.decision}**. {entry.reason}"
 
 
 def unchanged(config: Config, entry: Entry) -> None:
-    """Write that nothing has changed; the run of the call before says so again if it has said the same.
-
-    A scheduler may call every minute: each stretch of calls that find nothing is one run, with their number and the
-    time of the last.
-    """
+    """Write that nothing has changed. If the latest run says the same, count this call there."""
+    # A scheduler may call every minute. A series of calls without changes is one run, with their number and the time
+    # of the last.
     uri = resolve_uri(config)
     with reachable(uri):
         last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)})
@@ -108,25 +103,23 @@ def unchanged(config: Config, entry: Entry) -> None:
 
 
 def _begun(config: Config, entry: Entry) -> str | None:
-    """The run of this decision, if a call that was cut off has made it already."""
     uri, name = resolve_uri(config), config.registry.model
     wanted = {"olora.kind": "retraining", "olora.decision": entry.decision}
     wanted |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
     with reachable(uri):
-        found = _latest(config, wanted)
-    return str(found.info.run_id) if found else None
+        latest = _latest(config, wanted)
+    return str(latest.info.run_id) if latest else None
 
 
 def _latest(config: Config, wanted: Mapping[str, str]) -> Any:
-    """The latest run of MLflow with these tags; None if there is none."""
     words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())
     client = connect(resolve_uri(config))
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
         return None
     newest = ["attributes.start_time DESC"]
-    found = client.search_runs([experiment.experiment_id], words, max_results=1, order_by=newest)
-    return found[0] if found else None
+    runs = client.search_runs([experiment.experiment_id], words, max_results=1, order_by=newest)
+    return runs[0] if runs else None
 
 
 def _roles(entry: Entry) -> list[tuple[str, str | None]]:
@@ -134,7 +127,6 @@ def _roles(entry: Entry) -> list[tuple[str, str | None]]:
 
 
 def _note(name: str, entry: Entry) -> str:
-    """Markdown for the run's page, with links to the versions' pages."""
     links = [
         f"{role}: [{name} version {number}](#/models/{name}/versions/{number})"
         for role, number in _roles(entry)
@@ -144,9 +136,9 @@ def _note(name: str, entry: Entry) -> str:
 
 
 def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
-    found = {
+    roles = {
         f"{role}/{metric}": float(value)
         for role in ("challenger", CHAMPION)
         for metric, value in (details.get(role) or {}).items()
     }
-    return found | {f"improvement/{bound}": float(value) for bound, value in (details.get("improvement") or {}).items()}
+    return roles | {f"improvement/{bound}": float(value) for bound, value in (details.get("improvement") or {}).items()}

@@ -1,14 +1,14 @@
-"""Gate for a new version: a pure function of what two models do on the same held-out rows.
+"""Gate for a new version: a pure function of the results of two models on the same held-out rows.
 
     improvement  how much better the challenger's metric is than the champion's: losses and perplexity count
                  downwards, scores upwards
     passed       the lower end of its paired bootstrap interval lies above gate.must_improve_by, and every condition
                  of gate.and holds
 
-So a pass is more than luck of the rows: a challenger that is as good as the champion passes in about one of forty
-nights. With `gate.confident: false` the improvement itself decides, at every second night for such a challenger.
-Without a champion only the conditions count. Whatever is not a number passes nothing, and nothing is compared on
-fewer than gate.min_rows independent rows.
+So chance alone rarely passes: a challenger that is as good as the champion passes in about one of forty nights. With
+`gate.confident: false` the improvement itself decides, and such a challenger passes every second night. Without a
+champion only the conditions count. A value that is not a number never passes, and fewer than gate.min_rows independent
+rows are not compared.
 """
 
 from collections import Counter
@@ -20,37 +20,35 @@ from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY, Comparison, Interval, RowResults, compare
 
+# Confidence of the improvement's interval, and of the test for missing scores.
 LEVEL = 0.95
-"""Confidence of the improvement's interval, and of the test for fewer scores."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The gate's verdict."""
-
     passed: bool
     reason: str
-    """One line for a person."""
+    """One line for people."""
     details: dict[str, Any]
-    """The numbers behind it, as JSON has them."""
+    """The numbers behind the decision, as JSON types."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is known of the held-out rows beside what the models did on them."""
+    """Facts about the held-out rows that the models' results do not contain."""
 
     groups: Sequence[int] | None = None
-    """Number of the group of each row; None: each row of a file is one."""
+    """Number of the group of each row; None: each row is its own group."""
     unseen: Sequence[int] | None = None
-    """Numbers of the rows that the champion was surely not trained on; None: all."""
+    """Numbers of the rows that the champion was certainly not trained on; None: all."""
 
 
 def decide(
     gate: Gate, challenger: RowResults, champion: RowResults | None, held_out: HeldOut | None = None
 ) -> Decision:
-    """Apply the gate; `champion` is None if there is none yet.
+    """Return the gate's decision; `champion` is None if there is none yet.
 
-    Raises UserError for a metric that was not measured, or for results on other rows.
+    Raises UserError for a metric that was not measured, or for results on different rows.
     """
     checks = [_check(condition, challenger) for condition in gate.conditions]
     details: dict[str, Any] = {
@@ -64,69 +62,65 @@ def decide(
         value = f"{gate.metric} {challenger.metric(gate.metric):.4f}, no champion to compare with"
         checks.insert(0, (True, value))
     else:
-        holds, text, found = _compared(gate, challenger, champion, held_out or HeldOut())
+        holds, text, numbers = _compared(gate, challenger, champion, held_out or HeldOut())
         checks.insert(0, (holds, text))
-        details |= found
+        details |= numbers
     passed = all(holds for holds, _ in checks)
-    shown = [text for holds, text in checks if holds is passed]  # of a refusal only what failed
+    shown = [text for holds, text in checks if holds is passed]  # a refusal names only the failed checks
     return Decision(passed, "; ".join(shown), details)
 
 
 def improvement(
     gate: Gate, challenger: RowResults, champion: RowResults, groups: Sequence[int] | None = None
 ) -> Comparison:
-    """Improvement of the challenger's metric over the champion's, with its paired interval; above 0 is better."""
-    found = compare(gate.metric, challenger, champion, LEVEL, groups=groups)
+    """Return how much better the challenger is (above 0: better), with the paired interval."""
+    comparison = compare(gate.metric, challenger, champion, LEVEL, groups=groups)
     if not lower_is_better(gate.metric):
-        return found
-    was = found.interval
-    return replace(found, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low))  # not -x: it gives -0.0
+        return comparison
+    was = comparison.interval
+    return replace(comparison, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low))  # -x would give -0.0
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a small value of the metric is good."""
     return metric in (LOSS, PERPLEXITY)
 
 
 def _compared(
     gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
 ) -> tuple[bool, str, dict[str, Any]]:
-    """Whether the comparison passes, a line about it, and its numbers."""
     groups, unseen, left_out = held_out.groups, held_out.unseen, ""
     if unseen is not None and len(unseen) < len(challenger.losses):
         left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
         challenger, champion = challenger.only(unseen), champion.only(unseen)
         groups = [groups[row] for row in unseen] if groups is not None else None
     if unseen is not None and not _shared_rows(gate.metric, challenger, champion):
-        of_those = "" if lower_is_better(gate.metric) else " of those that are answered (evaluation.rows)"
-        return False, f"{gate.metric}: there is no held-out row{of_those} to compare on{left_out}", {"groups": 0}
+        of_those = "" if lower_is_better(gate.metric) else " among the answered rows (evaluation.rows)"
+        return False, f"{gate.metric}: no held-out row{of_those} is left to compare on{left_out}", {"groups": 0}
     if (less := _scored_less(gate.metric, challenger, champion, groups)) is not None:
         return False, f"{less}{left_out}", {"groups": 0}
-    found = improvement(gate, challenger, champion, groups)
-    interval = found.interval
-    rows = plural(found.rows, "row") + (f" in {plural(found.groups, 'group')}" if found.groups < found.rows else "")
+    gain = improvement(gate, challenger, champion, groups)
+    interval = gain.interval
+    rows = plural(gain.rows, "row") + (f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else "")
     both = sorted(_shared_rows(gate.metric, challenger, champion))
     ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
     text = (
         f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}: improved by {interval.mean:.4f}"
         f" ({LEVEL:.0%} interval {interval.low:.4f} to {interval.high:.4f}, {rows}){left_out}"
     )
-    numbers = {"improvement": asdict(interval), "level": LEVEL, "groups": found.groups}
-    if found.groups < gate.min_rows:
-        return False, f"{text}, but gate.min_rows asks for {gate.min_rows} independent ones", numbers
+    numbers = {"improvement": asdict(interval), "level": LEVEL, "groups": gain.groups}
+    if gain.groups < gate.min_rows:
+        return False, f"{text}, but gate.min_rows={gate.min_rows} needs more independent rows", numbers
     if gate.confident:
         passed, missed = interval.low > gate.must_improve_by, "the interval must begin above"
     else:
-        passed, missed = interval.mean >= gate.must_improve_by, "it must improve at least by"
+        passed, missed = interval.mean >= gate.must_improve_by, "the improvement must be at least"
     return passed, text if passed else f"{text}, but {missed} {gate.must_improve_by:g}", numbers
 
 
 def _scored_less(metric: str, challenger: RowResults, champion: RowResults, groups: Sequence[int] | None) -> str | None:
-    """Why the rows that both have a metric on tell nothing: the challenger has it on fewer, and not by chance.
-
-    A scorer may leave a score out where an answer cannot be read. On the rest alone whoever answers only what is easy
-    would win. By a sign test over groups of rows, one-sided, 2.5%.
-    """
+    """Return why the scores cannot be compared if the challenger lacks clearly more of them; else None."""
+    # A scorer may leave out an answer that it cannot read. On the other rows alone, a model that answers only easy
+    # questions would win. The test is a one-sided sign test at 2.5 % over groups of rows.
     ours, theirs = (set(each.column(metric).rows.tolist()) for each in (challenger, champion))
     own = groups if groups is not None else range(len(challenger.losses))
     net = Counter(own[row] for row in ours - theirs)
@@ -137,13 +131,13 @@ def _scored_less(metric: str, challenger: RowResults, champion: RowResults, grou
     if binom.cdf(more, more + fewer, 0.5) > (1 - LEVEL) / 2:
         return None
     return (
-        f"{metric}: the scorer gives it for {plural(len(theirs - ours), 'row')} of the champion's that the challenger"
-        " has none for; on the others alone nothing can be compared: have it give 0 for an answer that it cannot read"
+        f"{metric}: the challenger has no score on {plural(len(theirs - ours), 'row')} where the champion has one, so"
+        " the scores cannot be compared; let the scorer return 0 for an answer that it cannot read"
     )
 
 
 def _shared_rows(metric: str, ours: RowResults, theirs: RowResults) -> set[int]:
-    """The rows on which both have a metric; raises UserError if one of them has it nowhere."""
+    """Return the rows on which both have the metric; raise UserError if one model has it nowhere."""
     return set(ours.column(metric).rows.tolist()) & set(theirs.column(metric).rows.tolist())
 
 

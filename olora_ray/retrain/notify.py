@@ -1,4 +1,4 @@
-"""Notifications of how a retraining ended, to a webhook and to a command (the config's notify section)."""
+"""Notifications of a retraining's result, to a webhook and to a command (the config's notify section)."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def tell(config: Config, event: str, reason: str, version: str | None = None, champion: str | None = None) -> None:
-    """Send an event to the config's webhook and command. Log a warning where that fails, and raise nothing."""
+    """Send an event to the config's webhook and command; on failure log a warning and raise nothing."""
     reason = " ".join(mask(reason).split())
     subject = f"version {version} " if version else ""
     message = {
@@ -31,13 +31,13 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
         "text": f"{config.registry.model or config.run.name}: {subject}{event}: {reason}",
     }
     for field, value, send in (("url", config.notify.url, _post), ("command", config.notify.command, _run)):
-        for pause in (1.0, 3.0, None) if value else ():  # seconds between the tries
+        for pause in (1.0, 3.0, None) if value else ():  # seconds before the next try
             try:
                 send(str(value), json.dumps(message))
                 break
-            except Exception as error:  # the retraining ends as it would without notifications
+            except Exception as error:  # a failed notification must not change the result of the retraining
                 if pause is None or isinstance(error, UserError):
-                    logger.warning(f"notify.{field}: nobody was told {event!r}: {_failure_reason(error)}")
+                    logger.warning(f"notify.{field}: the event {event!r} was not sent: {_failure_reason(error)}")
                     break
                 time.sleep(pause)
 
@@ -45,8 +45,8 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
 def _post(url: str, body: str) -> None:
     patience.follow_certificates()
     headers = {"Content-Type": "application/json"}
-    found = looked_up(url, "its address")
-    requests.post(found, data=body, headers=headers, timeout=5.0).raise_for_status()
+    address = looked_up(url, "its address")
+    requests.post(address, data=body, headers=headers, timeout=5.0).raise_for_status()
 
 
 def _run(command: str, body: str) -> None:
@@ -54,7 +54,7 @@ def _run(command: str, body: str) -> None:
 
 
 def _failure_reason(error: Exception) -> str:
-    """The reason of a failure, without the webhook's address: that is a secret, and errors of requests contain it."""
+    # Never the text of an error of requests: it contains the webhook's address, which is a secret.
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, requests.HTTPError) and error.response is not None:

@@ -1,14 +1,14 @@
-"""Recipe of the next version: from the base on everything, or from the champion on what is new.
+"""Recipe of the next version: from the base model on all data, or from the champion on the new data.
 
-    retrain.from: base       all rows, the adapter starts as its method says
-    retrain.from: champion   the champion's adapter continues; all rows of the files that it does not know, and the
-                             share retrain.replay of the rows of those that it knows, drawn anew each night
-                             since the draw follows from all the files (tokens/plan.py)
+    retrain.from: base       all rows; the adapter starts as its method says
+    retrain.from: champion   the champion's adapter continues, on all rows of the new files, and on the share
+                             retrain.replay of the rows of the known files, drawn anew each night because the draw
+                             depends on all files (tokens/plan.py)
 
-A file is new if no file of the champion's training data has the same bytes: a file that has grown is new as a
-whole. Rows that are held out by data.eval_fraction stay held out, since the draw follows from a file's content.
-Where the champion cannot be continued (another base model or adapter, no new file, its checkpoint is gone) a
-version is made from the base, and the log says why.
+A file is new if no file of the champion's training data has the same bytes. So a file that has grown is new with all
+its rows. Rows that data.eval_fraction holds out stay held out, because the draw follows from a file's content. If the
+champion cannot be continued (another base model or adapter, no new file, a missing checkpoint), the version starts from
+the base model, and the log says why.
 """
 
 import json
@@ -37,31 +37,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Search for changes since the champion was made, by digests of contents and without Ray.
+# Changes since the champion was made: found by digests of the contents, without Ray.
 
-
+# Tag of a version: the version that it had to beat when the gate decided; empty if there was none.
 AGAINST = "olora.gate_against"
-"""Tag of a version: the version that it had to beat when the gate decided; empty if there was none."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a retraining, as they are now."""
-
     base: "Base"
-    plan: Plan
-    """Of the training data."""
+    plan: Plan  # of the training data
     held_out: Plan
-    """Of the held-out rows."""
     fingerprint: Fingerprint
     config: Config
-    """With the formats that the sources have."""
+    """The user's config, with the formats that were recognised in the sources."""
 
 
 def look(config: Config) -> Inputs:
-    """Read base model and data as far as their digests need it; files that were scanned before are not read again.
+    """Read base model and data as far as their digests need it. Files that were scanned before are not read again.
 
-    Raises UserError for what training would refuse: missing files, a model that is none, nothing held out.
+    Raises UserError for problems that would stop the training: missing files, an invalid model, no held-out rows.
     """
     if not config.data.holds_out():
         raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
@@ -80,17 +75,15 @@ def look(config: Config) -> Inputs:
 
 
 def look_again(config: Config) -> Fingerprint | None:
-    """The fingerprint that an earlier `look` on this node found for the same config and files; None if there is none.
-
-    It takes none of the imports that opening a base takes, which is most of a night without changes.
-    """
+    """Return the fingerprint that an earlier `look` on this node stored for the same config and files; else None."""
+    # Without opening the base model: its imports are most of the time of a night without changes.
     if not config.data.holds_out() or not (model := glance(config)):
         return None
     seen, files = prepare.look_here(config), []
     for split in get_args(Split):
         _, listed, scanned = seen(*sources_of(config, split))
-        for found, scans in zip(listed, scanned, strict=True):
-            files += [(file.uri, scan.sha256) for file, scan in zip(found, scans, strict=True)]
+        for matches, scans in zip(listed, scanned, strict=True):
+            files += [(file.uri, scan.sha256) for file, scan in zip(matches, scans, strict=True)]
     kept = node_cache.read(_kept_at(config, model, files))
     return Fingerprint.from_tags(json.loads(kept)) if kept else None
 
@@ -102,10 +95,11 @@ def _kept_at(config: Config, model: str, files: Sequence[tuple[str, str]]) -> st
 
 
 def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
-    """The version that makes another training of the same useless.
+    """Return the version that makes another training with the same inputs useless; None if there is none.
 
-    That is the champion, or its substitute, if it was made of the same; else a version made of the same that was rolled
-    back, or that was judged against this champion. If it was judged against another one, the gate decides again.
+    That is the champion or its substitute if it has the same inputs. Otherwise it is a version with the same inputs
+    that was rolled back, or judged against this champion. A version that was judged against another champion is judged
+    again.
     """
     if champion is not None and not now.changes(Fingerprint.from_tags(champion.tags)):
         return champion
@@ -123,20 +117,20 @@ def find_decision(versions: Sequence[Version], champion: Version | None, now: Fi
 
 @dataclass(frozen=True)
 class ToBeat:
-    """The version that a challenger must beat, and the registry in which it was found."""
+    """The version that a challenger must beat, and the state of the registry."""
 
     version: Version | None
     """None: the model has never had a champion."""
     role: str
-    """Of this version, for the log: the champion, or what it was."""
+    """The role of this version, for the log: the champion, or a substitute."""
     champion: str
-    """Version with the alias `champion`; empty if there is no such alias."""
+    """Version with the alias `champion`; empty if that alias is missing."""
     versions: Sequence[Version]
     """All versions of the model, the oldest first."""
 
 
 def version_to_beat(aliases: Aliases) -> ToBeat:
-    """Find the version that a challenger must beat; raises UserError if there was a champion and nothing is left."""
+    """Return the version that a challenger must beat; raise UserError if the champion and all substitutes are lost."""
     last, named, versions = aliases.last_champion(), aliases.current(), aliases.versions()
     there, champion = {version.number: version for version in versions}, named.get(CHAMPION, "")
     if champion in there:
@@ -145,7 +139,7 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
     substitutes = {
         "the last champion": there.get(last or ""),
         "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
-        "the champion before": there.get(named.get(PREVIOUS, "")),
+        "the previous champion": there.get(named.get(PREVIOUS, "")),
     }
     deleted = last is not None and last not in there
     gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
@@ -160,63 +154,60 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
         raise UserError(
             f"registry.model={aliases.name}: {gone}, and no other version that passed is left to compare with; set a"
             f" champion with: olora-ray registry promote {aliases.name} VERSION, or delete the registered model to"
-            " begin anew"
+            " start again"
         )
     return ToBeat(None, "no champion", champion, versions)
 
 
 def _passed(version: Version) -> bool:
-    """True if the version has been a champion, by its verdict: it passed, or a person promoted it."""
+    """True if the version has been a champion, by its verdict: it passed, or was promoted by hand."""
     return GATE in version.tags and not version.tags[GATE].startswith("refused")
 
 
-# What a version was trained on: the files, by digest, and how the held-out rows were drawn from them.
+# The training data of a version: its files, by digest, and how the held-out rows were drawn from them.
 
 
 @dataclass(frozen=True)
 class KnownFiles:
-    """The files that a version was trained on."""
-
-    digests: frozenset[str]
-    """SHA-256 of each."""
+    digests: frozenset[str]  # SHA-256
     draw: tuple[Any, Any]
-    """Seed and fraction by which rows were held out of them."""
+    """Seed and fraction by which rows of the files were held out."""
 
 
 def note(config: Config, plan: Plan) -> None:
-    """Keep the files behind a data digest: continuing trains on a part of them only."""
-    place = _note(config, plan.digest())
-    if not storage.exists(place):
+    # Continuing the champion later trains only on the files that are not in this note.
+    path = _note(config, plan.digest())
+    if not storage.exists(path):
         content = {"files": sorted({each.sha256 for each in plan.files}), "draw": [plan.seed, plan.eval_fraction]}
-        storage.write_text(place, storage.seal(content, indent=1))
+        storage.write_text(path, storage.seal(content, indent=1))
 
 
 def of_version(config: Config, version: Version) -> KnownFiles | None:
-    """The files behind a version's data digest: as noted by an earlier retraining, or by its token store."""
+    """Return the files behind a version's data digest, from an earlier note or from its token store; else None."""
     digest = version.tags.get(TAGS["data"], "")
     if noted := storage.read_sealed(_note(config, digest)):
         return KnownFiles(frozenset(noted["files"]), (noted["draw"][0], noted["draw"][1]))
-    # No note under this storage: the version's training was not a retraining. Its token store may be left.
+    # No note in this storage: the version does not come from a retraining. Its token store may still exist.
     try:
         inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
-    except (FileNotFoundError, ValueError):  # a storage that does not answer now is no store that is gone
+    except (FileNotFoundError, ValueError):  # other errors are raised: an unreachable storage is no missing file
         return None
     files = frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
     return KnownFiles(files, (inputs["seed"], inputs["eval_fraction"]))
 
 
 def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> frozenset[int] | None:
-    """Numbers of the files in the plan of the held-out rows on whose rows a version was surely not trained.
+    """Return the numbers of the held-out files whose rows the version was certainly not trained on; None: all files.
 
-    None: on none of them all. `known` are the files it was trained on; None: that is not known.
+    `known` are the files of its training; None: unknown.
     """
     if config.data.eval_fraction is None:
         return None
     if known is None or known.draw != (held_out.seed, held_out.eval_fraction):
         return frozenset()
     if known.digests <= {each.sha256 for each in held_out.files}:
-        return None  # files were added only: what is held out of the others is the same as then
-    # A file has changed or is gone. What is new may be it, under whatever name.
+        return None  # files were only added, so the old files hold out the same rows as before
+    # A file was changed, renamed or deleted. Any new file may be its successor, so only unchanged files count.
     return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.digests)
 
 
@@ -225,56 +216,52 @@ def _note(config: Config, digest: str) -> str:
 
 
 ORIGIN = "olora.retrained_from"
+# Tag of a version: rows of the files behind its data digest.
 ROWS = "olora.data_rows"
-"""Tag of a version: rows of the files behind its data digest."""
 _CONTINUED = "champion, version "
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Config and tags of the run that makes the version."""
-
     config: Config
     tags: dict[str, str]
-    """For the version: what it stands on, whatever of it was trained on this time."""
+    """Tags of the version. They describe all its data, even if this training used only a part."""
 
 
 @dataclass(frozen=True)
 class _Start:
-    """The champion, ready to be continued."""
-
     checkpoint: str
     sources: tuple[Source, ...]
     version: str
 
 
 def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
-    """Build the recipe. The run name is a hash of its inputs, so an interrupted run is found and resumed.
+    """Return the recipe. The run name is a hash of its inputs, so that an interrupted run is resumed.
 
-    Raises UserError for a gate that nothing could pass, or that cannot be applied to the held-out rows, and for data of
-    which much is missing since the champion was made.
+    Raises UserError for a gate that nothing could pass or that does not fit the held-out rows, and if many rows of the
+    champion's data are missing.
     """
-    check_column(config.gate.group, inputs.held_out)  # else the gate would say so, after the training
+    check_column(config.gate.group, inputs.held_out)  # otherwise the gate would say so only after the training
     note(config, inputs.plan)
     if champion is not None:
         _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
         unseen = _unseen(config, inputs, champion)
         _refuse_if_too_few(config, inputs, unseen)
-    start = None  # from the base, unless the champion can be continued
+    start = None  # None: from the base model
     if config.retrain.origin == "champion" and champion is not None:
-        found = _continued(config, inputs, champion)
-        if isinstance(found, str):
+        result = _continued(config, inputs, champion)
+        if isinstance(result, str):
             logger.info(
-                f"retrain.from=champion: version {champion.number} is not continued, {found}: training from the base"
+                f"retrain.from=champion: version {champion.number} is not continued, {result}: using the base model"
             )
         else:
-            start = found
+            start = result
     wanted = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})})
     if start:
         train = config.train.model_copy(update={"start": start.checkpoint})
         data = config.data.model_copy(update={"train": start.sources})
         wanted = wanted.model_copy(update={"train": train, "data": data})
-    # The name follows from contents, the version to start from, and all settings that a run's folder is bound to.
+    # The name depends on the contents, the start version, and all settings that a run folder is bound to.
     parts = [inputs.fingerprint.tags(), start.version if start else None, bound_settings(flatten(wanted))]
     name = extended(config.run.name, digest_json(parts, length=8))
     origin = f"{_CONTINUED}{start.version}" if start else "base"
@@ -285,32 +272,32 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
 
 
 def continued_version(version: Version) -> str | None:
-    """The version whose adapter this one continues; None if it was made from the base."""
+    """Return the version whose adapter this version continues; None if it started from the base model."""
     origin = version.tags.get(ORIGIN, "")
     return origin.removeprefix(_CONTINUED) if origin.startswith(_CONTINUED) else None
 
 
 def _refuse_if_shrunk(config: Config, rows: int, champion: Version) -> None:
-    """Raise UserError if many rows are missing: a copy or an export of the data may have failed."""
+    # Many missing rows are usually a failed copy or export of the data.
     if not (had := champion.tags.get(ROWS)):
-        return  # its run was not a retraining
+        return  # the champion does not come from a retraining
     if rows < int(had) * (1 - config.retrain.may_shrink):
         raise UserError(
-            f"data.train: {rows:,} rows, but the champion, version {champion.number}, had {int(had):,}: more than the"
-            f" share retrain.may_shrink={config.retrain.may_shrink:g} is missing; complete the files, or, if this is"
-            " right, call once with retrain.may_shrink=1"
+            f"data.train: {rows:,} rows, but the champion, version {champion.number}, had {int(had):,}: more than"
+            f" the share retrain.may_shrink={config.retrain.may_shrink:g} is missing; restore the files or, if this is"
+            " right, run once with retrain.may_shrink=1"
         )
 
 
 def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int] | None:
-    """Numbers of the held-out files on which the gate compares; None: on all.
+    """Return the numbers of the held-out files on which the gate compares; None: all.
 
-    Raises UserError if there is none: it would refuse whatever is trained.
+    Raises UserError if none is left, because the gate would then refuse every version.
     """
     unseen = unseen_rows(config, inputs.held_out, of_version(config, champion))
     why = (
-        f"data.eval_fraction: version {champion.number}, the champion, may have been trained on rows that are held out"
-        " now, because a file of its training data, run.seed or the fraction has changed or is not known any more"
+        f"data.eval_fraction: the champion, version {champion.number}, may have been trained on rows that are held out"
+        " now, because a file of its training data, run.seed or the fraction has changed or is unknown"
     )
     if unseen is not None and not unseen:
         raise UserError(
@@ -318,54 +305,53 @@ def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int]
             " run of finetune.py by hand"
         )
     if unseen is not None:
-        logger.warning(f"{why}; the gate compares on those of {plural(len(unseen), 'unchanged file')} only")
+        logger.warning(f"{why}; the gate uses only the held-out rows of {plural(len(unseen), 'unchanged file')}")
     return unseen
 
 
 def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | None) -> None:
-    """Raise UserError if there are fewer independent held-out rows than the gate asks for: it would refuse anything."""
+    """Raise UserError if gate.min_rows needs more independent held-out rows than there are."""
     gate, scored = config.gate, config.gate.metric not in (LOSS, PERPLEXITY)
-    asked = f"gate.min_rows asks for {gate.min_rows}"
+    asked = f"gate.min_rows needs {gate.min_rows}"
     if scored and config.evaluation.rows < gate.min_rows:
         raise UserError(
-            f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but {asked}, so that nothing"
-            " could be promoted; set it higher, or gate.min_rows lower"
+            f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but {asked}, so nothing"
+            " could be promoted; set evaluation.rows higher or gate.min_rows lower"
         )
-    found = count_planned(gate.group, inputs.held_out, gate.min_rows, unseen)
-    if found < gate.min_rows:
-        what = plural(found, "held-out row") if gate.group is None else f"{plural(found, 'group')} of held-out rows"
+    rows = count_planned(gate.group, inputs.held_out, gate.min_rows, unseen)
+    if rows < gate.min_rows:
+        what = plural(rows, "held-out row") if gate.group is None else f"{plural(rows, 'group')} of held-out rows"
         raise UserError(
-            f"gate.min_rows: the champion is compared with on {what}, but it asks for {gate.min_rows}, so that nothing"
-            " could be promoted; hold out more, or set it lower"
+            f"gate.min_rows: the comparison with the champion has {what}, but needs {gate.min_rows}, so nothing could"
+            " be promoted; hold out more rows, or set it lower"
         )
 
 
 def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
-    """The champion, ready to be continued, or the reason why it cannot be."""
     if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
-        return "its base model is another"
+        return "it has another base model"
     known = of_version(config, champion)
     if known is None:
-        return f"what it was trained on is not known under {config.run.storage}"
+        return f"{config.run.storage} does not know its training files"
     if unseen_rows(config, inputs.held_out, known) is not None:
         return "it may have been trained on rows that are held out now"
     folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
     from olora_ray.train import checkpoints
 
-    found = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
-    if found is None:
-        return f"there is no checkpoint of it in {folder or 'its run folder'}"
-    place, checkpoint = found
+    latest = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
+    if latest is None:
+        return f"{folder or 'its run folder'} has no checkpoint of it"
+    path, checkpoint = latest
     if checkpoint.identity.get("adapter") != config.adapter.identity():
         return "its adapter has other settings"
     sources = _split(config, inputs.plan, known.digests)
-    return _Start(place, sources, champion.number) if sources else "there is no new file"
+    return _Start(path, sources, champion.number) if sources else "there is no new file"
 
 
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:
-    """Each source as one of its new files and one, at a lower weight, of those that are known; empty if none is new."""
+    """Split each source into its new files and, at a lower weight, its known files; empty if no file is new."""
     parts, replay, some = [], config.retrain.replay, False
-    # `only` is set where a source is split: a source that is new, or known, as a whole keeps its own.
+    # `only` is set for split sources. A source whose files are all new, or all known, keeps its own `only`.
     for number, source in enumerate(config.data.train):
         files = [each for each in plan.files if each.source == number]
         new = tuple(each.file.uri for each in files if each.sha256 not in known)

@@ -1,12 +1,12 @@
-"""Retraining, from a look at the data to the moved alias; safe to call at any time and as often as one likes.
+"""Retraining, from a look at the data to the moved alias. It may be called at any time and any number of times.
 
-    unchanged    data, base model and settings are those of the champion: nothing is done
+    unchanged    the champion has the same data, base model and settings: nothing is done
     promoted     the new version has passed the gate and is the champion
-    refused      it has not: it stays challenger, the reason is its tag
-    failed       something went wrong that calling again does not mend
+    refused      the new version has not passed: it stays challenger, the reason is its tag
+    failed       an error that another call does not fix
 
-Each of the stages leaves something that the next call finds: the run's folder under the storage, the version in
-the registry, the measured rows, the gate's verdict as a tag. So the next call resumes one that was cut off.
+Each stage leaves something that the next call uses: the run folder in the storage, the version in the registry, the
+measured rows, the gate's verdict as a tag. So the next call resumes an interrupted one.
 """
 
 import contextlib
@@ -30,31 +30,30 @@ from olora_ray.tracking.start import resolve_uri
 
 logger = logging.getLogger(__name__)
 
-# The end of a retraining: the gate compares with the current champion, and the aliases follow.
+# The end of a retraining: the gate compares with the current champion, then the aliases are moved.
 
-
+# The gate's decision on a challenger against the version to beat (None if there is none).
 Decide = Callable[[Version, Version | None], Decision]
-"""The gate's decision on a challenger against the version to beat; None if there is none."""
 
 
 def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callable[[], None]) -> None:
-    """Decide on version `number` and let aliases and tags follow; `check` raises if this process must not do that.
+    """Decide on version `number`, then set aliases and tags; `check` raises if another process has taken over.
 
-    A person's decision on the version itself stands. Raises TryAgain if the champion moves each time.
+    A decision by hand on this version is kept. Raises TryAgain if the champion is moved during every attempt.
     """
     for _ in range(5):
         challenger, to_beat = aliases.version(number), version_to_beat(aliases)
         if to_beat.version is not None and to_beat.version.number == number:
-            logger.info(f"version {number} was made the champion by hand meanwhile: nothing is left to decide")
+            logger.info(f"version {number} was promoted by hand meanwhile: nothing is left to decide")
             return
         if rolled_back(challenger):
-            logger.info(f"version {number} was rolled back by hand meanwhile: it stays back")
+            logger.info(f"version {number} was rolled back by hand meanwhile: it stays rolled back")
             return
         against = to_beat.version.number if to_beat.version else ""
         parent = continued_version(challenger)
         back = {version.number for version in to_beat.versions if rolled_back(version)}
         if parent is not None and parent != against and parent in back:
-            # The current champion is another one: the next call trains a version that continues it.
+            # The champion has changed: the next call trains a version that continues the current champion.
             why = f"it continues version {parent}, which was rolled back meanwhile; promote it by hand if it is good"
             against, decision = parent, Decision(False, why, {})
         else:
@@ -84,15 +83,15 @@ def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, de
 
 
 NOTHING_LEARNED = Decision(
-    False, "no step on the new rows made the held-out loss better, so this is the champion's adapter again", {}
+    False, "no step on the new rows lowered the held-out loss, so this is the champion's adapter again", {}
 )
 
 
 def run(config: Config) -> None:
-    """Retrain the config's registered model if there is a reason to, and tell the config's notify section how it ended.
+    """Retrain the config's registered model if there is a reason, and send the result to the config's notify section.
 
-    Raises UserError for what the user can fix, TryAgain if another retraining of the model is running or
-    MLflow does not answer, and Stopped after a signal: of these two deploy/night.py tells.
+    Raises UserError for problems that the user can fix, TryAgain if another retraining of the model runs or MLflow does
+    not answer, and Stopped after a signal. For the last two deploy/night.py sends the notification.
     """
     try:
         decided = _locked(config)
@@ -106,26 +105,25 @@ def run(config: Config) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The message of the last line that the command prints."""
     if isinstance(error, UserError | StoreError):
         return str(error)
     return of_the_machine(error) or f"{type(error).__name__}: {error}"
 
 
 def _locked(config: Config) -> Entry | None:
-    """Retrain under the model's lock; returns the decision on a version, if this call has recorded one."""
+    """Retrain under the model's lock; return the decision on a version, if this call has recorded one."""
     name = config.registry.model
     if name is None:
-        raise UserError("registry.model: retraining compares with a registered model; set its name")
+        raise UserError("registry.model: not set; retraining needs the name of a registered model")
     client.check(resolve_uri(config))
     start.follow(config.run.storage)
-    place = storage.join(config.run.storage, "locks", f"{name}.json")
-    with lock.held(place, f"the retraining of {name}") as lease:
+    path = storage.join(config.run.storage, "locks", f"{name}.json")
+    with lock.held(path, f"the retraining of {name}") as lease:
         try:
             return _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:
             if not isinstance(error, TryAgain | StoreUnavailable):
-                with contextlib.suppress(Exception):  # what happened matters more than that it cannot be recorded
+                with contextlib.suppress(Exception):  # the error itself matters more than a failure to record it
                     decision_run.write(config, Entry("failed", f"{type(error).__name__}: {error}"))
             raise
 
@@ -138,7 +136,8 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None
         now = inputs.fingerprint
     to_beat = version_to_beat(aliases)
     if (done := recipe.find_decision(to_beat.versions, to_beat.version, now)) is not None:
-        late = decision_run.of_version(config, done)  # the call that decided was cut off before it told
+        # The call that decided may have been interrupted before it wrote the decision's MLflow run.
+        late = decision_run.of_version(config, done)
         which = to_beat.role if done is to_beat.version else done.tags[GATE]
         reason = f"nothing changed since version {done.number} of {done.name} ({which})"
         logger.info(reason)
@@ -156,24 +155,22 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None
     def decide(challenger: Version, against: Version | None) -> Decision:
         return _decide(config, inputs, challenger, against) if learned else NOTHING_LEARNED
 
-    apply_decision(aliases, version.number, decide, lease.check)  # whoever has taken over decides by himself
+    apply_decision(aliases, version.number, decide, lease.check)  # if another process has taken the lock, it decides
     return decision_run.of_version(config, aliases.version(version.number))
 
 
 def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None) -> tuple[Version, bool]:
-    """Train, export and register, or resume what an earlier call has begun of that.
-
-    Returns the version, and whether it is another model than the one that training started with: the best
-    adapter is exported, and that is the champion's if no step was better.
-    """
-    from olora_ray.pipeline import run as pipeline  # with Ray, which a call that finds nothing changed does not need
+    """Train, export and register, or resume that. Return the version, and False if training improved nothing."""
+    # Imported here, because it imports Ray, which a call without changes does not need.
+    from olora_ray.pipeline import run as pipeline
 
     wanted = recipe.make(config, inputs, champion)
     folder = RunFolder(wanted.config)
     if (done := folder.finished()) and _version_of(aliases, done) is None:
-        logger.info(f"the version of the finished run {done.get('run')} is not in this registry: it is registered anew")
+        logger.info(f"the finished run {done.get('run')} has no version in this registry: it is registered again")
         folder.drop_result()
     result = pipeline.run(wanted.config, wanted.tags)
+    # The best adapter is exported. If no step was better, that is the champion's adapter, from which it started.
     learned = wanted.config.train.start is None or result["best_step"] > 0
     version = _version_of(aliases, result)
     assert version is not None
@@ -181,11 +178,8 @@ def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version
 
 
 def _version_of(aliases: Aliases, result: Mapping[str, Any]) -> Version | None:
-    """The version of a finished run in the registry of now.
-
-    Not by its number in result.json: tracking.uri or registry.model may have been changed since, and that number be
-    another model's.
-    """
+    # Not by its number in result.json: after a change of tracking.uri or registry.model, that number may belong to
+    # another model.
     run_id = (result.get("mlflow") or {}).get("run_id")
     return aliases.of_run(str(run_id)) if run_id else None
 
@@ -196,6 +190,6 @@ def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Versi
     try:
         ours, *theirs = compare.measured(config, inputs, [challenger, *([champion] if champion else [])])
     except compare.NotComparable as error:
-        return Decision(False, f"{error}; promote it by hand if it is good", {})
-    about = compare.about_rows(config, inputs, ours, champion)
-    return gate.decide(config.gate, ours, theirs[0] if theirs else None, about)
+        return Decision(False, f"{error}; promote the challenger by hand if it is good", {})
+    held_out = compare.about_rows(config, inputs, ours, champion)
+    return gate.decide(config.gate, ours, theirs[0] if theirs else None, held_out)

@@ -1,8 +1,8 @@
-"""A search: Ray Tune over trainings that share tokens, factors and the base's evaluation.
+"""A search: Ray Tune over trainings that share tokens, factors and the base model's evaluation.
 
 <storage>/<name>/
-    trials/trial-007/                          a run folder like any other
-    shared/                                    factors of each method, what the base model does
+    trials/trial-007/                          a run folder, like that of any other run
+    shared/                                    factors of each method, results of the base model
     tune/ search.json progress.json            see search_folder.py
     best.yaml leaderboard.json report.html *.png
 """
@@ -40,9 +40,9 @@ MICRO = "train.micro_batch"
 
 
 def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, float]:
-    """The specification that all trials vary, and the seconds its tokens took.
+    """Return the specification that all trials vary, and the seconds of preparing its tokens.
 
-    Raises UserError for a score as the metric that no trial would have: each would say so after its training.
+    Raises UserError if the metric is a score that no trial would have: otherwise only a finished trial would say so.
     """
     began = time.monotonic()
     prepared = prepare_tokens(config, base, wait=True)
@@ -51,11 +51,12 @@ def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, flo
     largest = max(space.possible(MICRO, config.train.micro_batch))
     if spec.recompute or largest <= config.train.micro_batch:
         return spec, seconds
-    # In all trials or in none, since it changes no number; in one that does not need it, it costs time alone.
+    # One choice for all trials, because recomputing changes no result. In a trial that has memory enough it only costs
+    # time.
     if again := preflight.recomputes(override(config, {MICRO: largest}), base.model):
         logger.info(
-            "train.activation_checkpointing: auto: blocks are run again in the backward pass: a trial with"
-            f" {MICRO}={largest} would not fit"
+            "train.activation_checkpointing=auto: on for all trials, because a trial with"
+            f" {MICRO}={largest} would not fit in memory without it"
         )
     return replace(spec, recompute=again), seconds
 
@@ -66,36 +67,35 @@ def _check_score(config: Config, space: Space, names: Collection[str]) -> None:
         return
     given = ", ".join(f"score/{name}" for name in sorted(names)) or "nothing"
     raise UserError(
-        f"metric: {space.metric} is not measured: {config.evaluation.scorer} gives {given} for the held-out rows"
-        " that are answered"
+        f"metric: {space.metric} is not measured: {config.evaluation.scorer} returns {given} for the answers to the"
+        " held-out rows; set another metric"
     )
 
 
 def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, float]:
-    """Make what the trials share; returns the spec that knows of it, and the seconds each trial is spared.
+    """Make what the trials share. Return the spec that points to it, and the seconds saved per trial.
 
-    `seconds` is what the tokens took. Raises UserError for a rank or targets that the model does not have, and for
-    a search that was begun with another model or other data.
+    `seconds` is the time of the tokens. Raises UserError for a rank or targets that the model does not have, and for a
+    search that started with another model or other data.
     """
     search_folder.begin(spec.config, space, spec.base_identity())
-    place = storage.join(spec.config.folder(), "shared")
-    kinds = shared_work.kinds(spec.config, space)
-    made = shared_work.made(spec, place, kinds, "what all trials share")
-    spared = seconds + made.init / max(1, len(kinds)) + made.base
+    folder = storage.join(spec.config.folder(), "shared")
+    kinds = shared_work.factor_keys(spec.config, space)
+    work = shared_work.made(spec, folder, kinds, "what all trials share")
+    spared = seconds + work.init / max(1, len(kinds)) + work.base
     logger.info(
-        f"shared by all trials: tokens {seconds:.1f} s, {_shown(kinds)} {made.init:.1f} s, the base model on the"
-        f" held-out rows {made.base:.1f} s; each trial is spared {spared:.1f} s"
+        f"shared by all trials: tokens {seconds:.1f} s, {_shown(kinds)} {work.init:.1f} s, the base model on the"
+        f" held-out rows {work.base:.1f} s; each trial is spared {spared:.1f} s"
     )
-    return replace(spec, shared=place), spared
+    return replace(spec, shared=folder), spared
 
 
-def _shown(kinds: Sequence[shared_work.Kind]) -> str:
+def _shown(kinds: Sequence[shared_work.FactorKey]) -> str:
     return ", ".join(f"{method} factors at rank {rank}" for method, rank in kinds) or "no factors"
 
 
 @contextlib.contextmanager
 def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
-    """The search's own MLflow run, the parent of its trials' runs."""
     config = spec.config
     tags = {"olora.kind": "search", "olora.base_digest": spec.base.digest}
     params = flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()}
@@ -104,67 +104,62 @@ def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
 
 
 def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple[SweepSpec, SearchRecord]:
-    """Search until all trials have ended, or a limit of the space is reached; resumes one that was interrupted.
+    """Run the search until all trials have ended or a limit of the space is reached; resume an interrupted one.
 
-    Raises UserError if not even one trial fits in the cluster, or if none of them has measured the metric.
+    Raises UserError if not even one trial fits in the cluster, or if no trial has measured the metric.
     """
     config = spec.config
     sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
     search(sweep_spec)
-    found = outcome.record(sweep_spec)
-    if found.best() is None:
+    record = outcome.record(sweep_spec)
+    if record.best() is None:
         raise UserError(
-            f"no trial has measured {space.metric}: {_reasons(found)}; remove the cause, and choose another run.name"
-            f" or delete {sweep_spec.folder}"
+            f"metric: no trial has measured {space.metric}: {_reasons(record)}; remove the cause, then set another"
+            f" run.name or delete {sweep_spec.folder}"
         )
-    return sweep_spec, found
+    return sweep_spec, record
 
 
-def _reasons(found: SearchRecord) -> str:
-    """Why trials have failed, the most frequent reasons first."""
-    counts = Counter(trial.reason for trial in found.trials if trial.reason).most_common()
+def _reasons(search: SearchRecord) -> str:
+    counts = Counter(trial.reason for trial in search.trials if trial.reason).most_common()
     if not counts:
-        return f"{plural(len(found.trials), 'trial')} ran"
+        return f"{plural(len(search.trials), 'trial')} ran"
     shown = [f"{reason} ({plural(number, 'trial')})" for reason, number in counts[:3]]
     return "; ".join([*shown, *([f"{len(counts) - 3} other reasons"] if len(counts) > 3 else [])])
 
 
 def search(sweep_spec: SweepSpec) -> None:
-    """Run the trials that have not ended; none of a search that is over.
+    """Run the trials that have not ended.
 
-    Raises UserError if not even one trial fits in the cluster.
+    Raises UserError if not even one trial fits in the cluster, or if Tune cannot resume.
     """
     if search_folder.progress(sweep_spec.folder).complete:
-        logger.info("search: it has ended; its trials are reported, none is run")
+        logger.info("search: already complete; no trial runs, the report is written again")
     else:
         _search(sweep_spec)
 
 
 def _search(sweep_spec: SweepSpec) -> None:
-    """Run the trials that have not ended; raises UserError if Tune cannot resume."""
     folder, space = sweep_spec.folder, sweep_spec.space
     concurrent, shared_bases = _concurrent_trials(sweep_spec)
     callback = tuner.SweepCallback(folder, space)
-    place = start.everywhere(sweep_spec.train_spec.config)
-    travelling = replace(sweep_spec, shared_bases=shared_bases, tracking=place)
-    ended = tuner.build(travelling, callback, concurrent).fit()
-    # A search may have come to its limit and been killed before that was noted: Tune resumes it with nothing to do.
-    if len(ended) < space.count() and not callback.stop_all():
+    tracking_uri = start.everywhere(sweep_spec.train_spec.config)
+    travelling = replace(sweep_spec, shared_bases=shared_bases, tracking=tracking_uri)
+    results = tuner.build(travelling, callback, concurrent).fit()
+    # A killed search may have reached its limit before progress.json said so. Then Tune resumes it and has nothing to
+    # do, which is no failure.
+    if len(results) < space.count() and not callback.stop_all():
         raise search_folder.not_resumed(folder)
     note = f"The search ended early: {callback.over}." if callback.over else ""
     cut = tuple(sorted(callback.cut))
     search_folder.keep(folder, Progress(callback.seconds(), callback.complete(), note, cut))
-    # Not after an error or a signal: trials would find their shared base dead and end as failed before they
-    # are ended with this process.
+    # Not after an error or a signal: the trials would lose their shared base model, and be recorded as failed before
+    # this process ends them.
     shared_base.end_actors(shared_bases)
 
 
 def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
-    """How many trials run at the same time, and the actors that train them where several share one base model.
-
-    Side by side, or one after the other: then what is saved is the start of each, which takes longer than a short
-    training.
-    """
+    """Return how many trials run at the same time, and the actors for trials that share one base model."""
     spec, space = sweep_spec.train_spec, sweep_spec.space
     config, count = spec.config, space.count()
     wanted, workers = worker_resources(config), config.cluster.min_workers()
@@ -172,8 +167,10 @@ def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
     each, asked = min(space.trials_per_worker, count), min(space.concurrency or count, count)
     if config.cluster.max_workers() > 1 or not sweep_spec.shares_data():
         concurrent = min(fitting // workers, asked)
-        logger.info(f"search: {count} trials, {concurrent} at the same time, {workers} worker(s) each")
+        logger.info(f"search: {count} trials, {concurrent} at the same time, {plural(workers, 'worker')} per trial")
         return concurrent, ()
+    # The actors serve trials that run one after another, too: they save the start of each trial, which takes longer
+    # than a short training.
     number = min(fitting, -(-asked // each))
     side = f"up to {each} side by side" if each > 1 else "one after the other"
     copies = "one copy" if number == 1 else f"each of {number} copies"
@@ -182,19 +179,19 @@ def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
 
 
 def _fitting(wanted: Mapping[str, float], workers: int) -> int:
-    """Workers that fit; waits where a trial needs more nodes than there are, and the autoscaler may start them.
+    """Return how many workers fit; wait for the autoscaler if a trial needs more nodes than the cluster has now.
 
-    Raises UserError if not even one trial fits, and none will.
+    Raises UserError if not even one trial fits, and the cluster cannot grow enough.
     """
     fitting = room(wanted)
     if fitting >= workers:
         return fitting
-    there, most = (resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum()))
-    if not there < workers <= most:
+    now, most = (resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum()))
+    if not now < workers <= most:
         raise UserError(
-            f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {fitting} now"
+            f"cluster.workers={workers}: a trial needs {workers}, but the cluster has room for {fitting}; set it lower"
         )
-    logger.info(f"search: waits for the cluster to grow: a trial needs {workers} workers, there is room for {fitting}")
+    logger.info(f"search: waiting for more nodes: a trial needs {workers} workers, the cluster has room for {fitting}")
     with PlacementRequest(wanted, workers, after=3.0) as request:
         while (fitting := free_workers(wanted)) < workers:
             request.look()
@@ -203,7 +200,7 @@ def _fitting(wanted: Mapping[str, float], workers: int) -> int:
 
 
 def room(wanted: Mapping[str, float]) -> int:
-    """Workers that fit; tasks that have ended give back what they held a moment later."""
+    # Tasks that have just ended give their CPUs and GPUs back a moment later.
     seen = []
     for _ in range(8):
         seen.append(free_workers(wanted))

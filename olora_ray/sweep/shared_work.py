@@ -1,8 +1,8 @@
-"""Work that the trials of a search share beside the tokens: done once, before the first of them.
+"""Work that all trials of a search share beside the tokens: it is done once, before the first trial.
 
 <search>/shared/METHOD/factors.safetensors, factors.json     of each method of the space, at the largest rank
-<search>/shared/METHOD-RANK/ ...                             of a method whose smaller ranks do not follow from that
-<search>/shared/baseline.json                                what the base model does on the held-out rows
+<search>/shared/METHOD-RANK/ ...                             of a method whose smaller ranks are no part of it
+<search>/shared/baseline.json                                loss and answers of the base model on the held-out rows
 """
 
 import logging
@@ -34,27 +34,24 @@ from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
 
-Kind = tuple[str, int]
-"""Method and rank of factors."""
+# Method and rank of factors.
+FactorKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What the work has come to."""
-
     init: float = 0.0
-    """Seconds of all factors; 0 if they were there."""
+    """Seconds for all factors; 0 if they existed."""
     base: float = 0.0
-    """Seconds of what the base model does on the held-out rows."""
-    told: tuple[str, ...] = ()
-    """Of each method that looks at data, how much it has looked at; for the log."""
+    """Seconds of the base model's evaluation on the held-out rows; 0 if the result existed."""
+    lines: tuple[str, ...] = ()
+    """For the log: how much data each method has read, if it reads data."""
 
 
-def kinds(config: Config, space: Space) -> list[Kind]:
-    """The factors that are made for all trials: of each method, at the largest rank.
-
-    Of a method whose smaller ranks are no prefix, at every rank; at none if the space has a range of them.
-    """
+def factor_keys(config: Config, space: Space) -> list[FactorKey]:
+    """Return the factors that all trials share: for each method, the factors of the largest rank."""
+    # Smaller ranks are a prefix of the largest for most methods. Other methods need factors of every rank. If the space
+    # has a range of ranks, each trial makes these itself.
     ranks = sorted(space.possible("adapter.rank", config.adapter.rank))
     every = [] if space.is_range("adapter.rank") else ranks
     methods = dict.fromkeys(space.listed("adapter.method", config.adapter.method))
@@ -62,14 +59,13 @@ def kinds(config: Config, space: Space) -> list[Kind]:
 
 
 def check_ranks(config: Config, space: Space, shapes: Mapping[str, Shape]) -> None:
-    """Raise UserError that names the layer in which a method cannot have the largest rank of the space."""
     rank = max(space.possible("adapter.rank", config.adapter.rank))
     for method in space.listed("adapter.method", config.adapter.method):
         check(shapes, method, rank)
 
 
-def make(spec: TrainSpec, place: str, wanted: Sequence[Kind]) -> Shared:
-    """Factors of these kinds and the base's held-out loss and answers, in the folder `place`.
+def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
+    """Write the `wanted` factors, and the base model's held-out loss and answers, into `folder`.
 
     Needs the memory of one worker. Raises UserError for targets or a rank that the model does not have.
     """
@@ -77,37 +73,36 @@ def make(spec: TrainSpec, place: str, wanted: Sequence[Kind]) -> Shared:
 
     quiet_transformers()
     if spec.config.train.start:
-        return Shared()  # then the factors are those of another run
-    # A base that is to be spread over several GPUs need not fit on one.
+        return Shared()  # the trials continue the adapter of another run, with its factors
+    # With fsdp the base model may be too large for one GPU.
     sharded = spec.config.cluster.strategy == "fsdp"
-    spec = replace(on_cpu(spec) if sharded else spec, shared=place)
-    missing = [one for one in _of_kinds(spec, wanted) if not _is_there(one)]
+    spec = replace(on_cpu(spec) if sharded else spec, shared=folder)
+    missing = [factors for factors in _specs_of(spec, wanted) if not _exists(factors)]
     asked = wanted_questions(spec.config.evaluation, spec.eval)
-    known = Baseline.read(storage.join(place, "baseline.json"), spec.baseline_identity(), len(asked))
+    known = Baseline.read(storage.join(folder, "baseline.json"), spec.baseline_identity(), len(asked))
     if not missing and (known or sharded):
         return Shared()
     device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
     began = time.perf_counter()
-    told = [line for one in missing if (line := _make_factors(one, shared))]
+    lines = [line for factors in missing if (line := _make_factors(factors, shared))]
     between = time.perf_counter()
     if not known and not sharded:
         check_base(shared.loss, spec, shared.device)  # with the attention that the trials will have
-        _measure(spec, shared, place)
-    return Shared(between - began, time.perf_counter() - between, tuple(told))
+        _measure(spec, shared, folder)
+    return Shared(between - began, time.perf_counter() - between, tuple(lines))
 
 
-def _of_kinds(spec: TrainSpec, wanted: Sequence[Kind]) -> Iterator[TrainSpec]:
+def _specs_of(spec: TrainSpec, wanted: Sequence[FactorKey]) -> Iterator[TrainSpec]:
     for method, rank in wanted:
         yield replace(spec, config=override(spec.config, {"adapter.method": method, "adapter.rank": rank}))
 
 
-def _is_there(spec: TrainSpec) -> bool:
+def _exists(spec: TrainSpec) -> bool:
     return factor_cache.has(spec.factor_place(), spec.factor_origin(), spec.config.adapter.rank)
 
 
 def _make_factors(spec: TrainSpec, shared: SharedBase) -> str | None:
-    """Makes and keeps them; returns how much data was looked at, if any was."""
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, adapter.rank)
     if adapter.method not in FROM_WEIGHTS:
@@ -118,9 +113,9 @@ def _make_factors(spec: TrainSpec, shared: SharedBase) -> str | None:
     return of_data.line(adapter.method) if of_data else None
 
 
-def _measure(spec: TrainSpec, shared: SharedBase, place: str) -> None:
-    """An adapter at its start changes nothing: with it, here the smallest, the base measures as without."""
+def _measure(spec: TrainSpec, shared: SharedBase, folder: str) -> None:
     config, model = spec.config, shared.loss.model
+    # An adapter changes nothing at its start. So the smallest adapter gives the results of the base model.
     targets = find_targets(model, config.adapter.targets, 1)
     factors, _ = initialise(targets, "lora", 1, 0, shared.device)
     adapted = inject(model, factors, 1.0)
@@ -130,19 +125,19 @@ def _measure(spec: TrainSpec, shared: SharedBase, place: str) -> None:
     asked = wanted_questions(config.evaluation, spec.eval)
     loss = evaluate(trainer, spec.eval, attention) if spec.eval else None
     answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos) if asked else None
-    Baseline(loss, answers).write(storage.join(place, "baseline.json"), spec.baseline_identity())
+    Baseline(loss, answers).write(storage.join(folder, "baseline.json"), spec.baseline_identity())
 
 
-def made(spec: TrainSpec, place: str, wanted: Sequence[Kind], what: str) -> Shared:
-    """Have `make` run in the place of one worker, with a line a minute; `what` it is, for the log."""
+def made(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey], what: str) -> Shared:
+    """Run `make` as a Ray task with the resources of one worker; log a line named `what` every minute."""
     resources = worker_resources(spec.config)
     began = time.monotonic()
     remote = ray.remote(make).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
-    task = remote.remote(spec, place, wanted)
+    task = remote.remote(spec, folder, wanted)
     while not ray.wait([task], timeout=60)[0]:
         logger.info(f"{what}: {duration(time.monotonic() - began)} so far")
     with user_errors():
-        found: Shared = ray.get(task)
-    for line in found.told:
+        shared: Shared = ray.get(task)
+    for line in shared.lines:
         logger.info(line)
-    return found
+    return shared

@@ -6,9 +6,8 @@
       train.lr: {loguniform: [1.0e-4, 2.0e-3]}
     metric: eval/loss
 
-A trial's values are a function of its *draws*: field -> drawn value, and `FIELD:times` -> drawn factor. Random
-and grid searches draw with a generator seeded by (seed, number of the trial), so that a search that starts
-again has the same trials.
+A trial's values are a function of its *draws*: field -> drawn value, and `FIELD:times` -> drawn factor. Random and grid
+searches draw with a generator seeded by (seed, number of the trial). So a resumed search has the same trials.
 """
 
 import itertools
@@ -22,24 +21,22 @@ from pydantic import Field, model_validator
 from olora_ray.config.load import at, override
 from olora_ray.config.schema import Config, PositiveInt, Section
 
+# `FIELD:times` is the draw of the factor for a field with `of`.
 TIMES = ":times"
-"""`FIELD:times` is the name of the factor that is drawn for a field with `of`."""
+# Returned by `Domain.draw_of` for a value that the domain does not have. None cannot say this: it is a valid value.
 MISSING = object()
-"""What `Domain.draw_of` returns for a value that the domain does not have; None is a value like others."""
 
 
 class Chooser(Protocol):
-    """Draws values; the searchers differ in this only."""
+    """The source of a trial's draws: the searchers differ in this only."""
 
-    def choice(self, name: str, options: tuple[Any, ...]) -> Any:
-        """One of `options`."""
+    def choice(self, name: str, options: tuple[Any, ...]) -> Any: ...
 
-    def number(self, name: str, domain: "Domain") -> Any:
-        """A number of the domain's range."""
+    def number(self, name: str, domain: "Domain") -> Any: ...
 
 
+# An int or float; strict, so that a text like '1e-3' is refused.
 Number = Annotated[float, Field(strict=True)]
-"""An int or float; no text that looks like a number."""
 Listed = Annotated[tuple[Any, ...], Field(min_length=1)]
 
 
@@ -47,68 +44,64 @@ class Domain(Section):
     """The values of one field; exactly one of choice, grid, uniform, loguniform, quniform, of."""
 
     choice: Listed | None = None
-    """One of these."""
+    """One of these values."""
     grid: Listed | None = None
-    """Each of these in turn, crossed with the other grids."""
+    """Each of these values in turn, combined with every value of the other grids."""
     uniform: tuple[Number, Number] | None = None
-    """A number between [low, high]."""
+    """[low, high]: a number between them."""
     loguniform: tuple[Number, Number] | None = None
-    """The same, with a uniform logarithm."""
+    """[low, high]: a number between them whose logarithm is uniform."""
     quniform: tuple[Number, Number, Number] | None = None
-    """[low, high, step]: low, low + step, low + 2 step, ..., up to high."""
+    """[low, high, step]: low, low + step, low + 2 step, ..., at most high."""
     of: str | None = None
-    """The value of this other field, times `times`."""
+    """Name of another searched field; the value is that field's value times `times`."""
     times: Number | Annotated[tuple[Number, ...], Field(min_length=1)] = 1.0
     """Factor for `of`, or a list of factors of which one is drawn."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "Domain":
-        kinds = [name for name in KINDS if getattr(self, name) is not None]
-        if len(kinds) != 1:
-            raise ValueError(f"needs exactly one of {', '.join(KINDS)}")
-        for problem in _problems(self, kinds[0]):
+    def _one_form(self) -> "Domain":
+        forms = [name for name in FORMS if getattr(self, name) is not None]
+        if len(forms) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(FORMS)}")
+        for problem in _problems(self, forms[0]):
             raise ValueError(problem)
         return self
 
     def options(self) -> tuple[Any, ...]:
-        """The listed values; empty for a range."""
         return self.choice or self.grid or ()
 
     def interval(self) -> tuple[float, float] | None:
-        """(low, high) of a range."""
-        found = self.uniform or self.loguniform or self.quniform
-        return (found[0], found[1]) if found else None
+        bounds = self.uniform or self.loguniform or self.quniform
+        return (bounds[0], bounds[1]) if bounds else None
 
     def steps(self) -> int:
-        """How many values a quniform has; 0 for all others."""
         if self.quniform is None:
             return 0
         low, high, step = self.quniform
         return math.floor((high - low) / step + 1e-9) + 1
 
-    def at(self, place: int) -> Any:
-        """The value of a quniform after so many steps; an int where low and step are whole."""
+    def at(self, position: int) -> Any:
+        """Return the value of a quniform after `position` steps; an int if low and step are whole numbers."""
         assert self.quniform is not None
         low, _, step = self.quniform
         if float(low).is_integer() and float(step).is_integer():
-            return int(low) + place * int(step)
-        return float(f"{low + place * step:.12g}")  # 0.3, not 0.30000000000000004
+            return int(low) + position * int(step)
+        return float(f"{low + position * step:.12g}")  # 0.3, not 0.30000000000000004
 
     def extremes(self) -> tuple[Any, ...]:
-        """Every listed value, or both ends of a range; empty for `of`."""
+        """Return every listed value, or both ends of a range; empty for `of`."""
         if self.quniform:
             return self.at(0), self.at(self.steps() - 1)
         return self.options() or self.interval() or ()
 
     def probes(self) -> tuple[Any, ...]:
-        """Values that must be valid if all are: the extremes, and of a range one that lies between them."""
+        """Return values that stand for all: the extremes, and for a range one value between them."""
         if self.quniform:
             return *self.extremes(), self.at(1)
         interval = self.interval()
         return (*interval, between(interval)) if interval else self.options()
 
     def draw(self, field: str, chooser: Chooser) -> dict[str, Any]:
-        """The draws that the field's value follows from."""
         if self.of is not None:
             return {field + TIMES: chooser.choice(field + TIMES, self.factors())}
         if options := self.options():
@@ -116,7 +109,7 @@ class Domain(Section):
         return {field: chooser.number(field, self)}
 
     def draw_of(self, value: Any) -> Any:
-        """The draw that gives `value`, for a field without `of`; MISSING if there is none."""
+        """Return the draw that gives `value`, for a field without `of`; MISSING if there is none."""
         if options := self.options():
             return value if value in options else MISSING
         interval = self.interval()
@@ -125,70 +118,67 @@ class Domain(Section):
             return MISSING
         if self.quniform is None:
             return value
-        place = round((value - self.quniform[0]) / self.quniform[2])
-        return self.at(place) if place < self.steps() and math.isclose(self.at(place), value, abs_tol=0) else MISSING
+        step = round((value - self.quniform[0]) / self.quniform[2])
+        return self.at(step) if step < self.steps() and math.isclose(self.at(step), value, abs_tol=0) else MISSING
 
     def factors(self) -> tuple[float, ...]:
-        """The factors that `of` may be multiplied by."""
         return self.times if isinstance(self.times, tuple) else (self.times,)
 
 
-KINDS = ("choice", "grid", "uniform", "loguniform", "quniform", "of")
+FORMS = ("choice", "grid", "uniform", "loguniform", "quniform", "of")
 
 
 def between(interval: tuple[float, float]) -> float:
-    """A number inside of the range, with a fractional part wherever most of the range has one."""
+    """Return a number inside the range, with a fractional part wherever most of the range has one."""
     low, high = interval
     return rounded(low + (high - low) * 0.6180339887, low, high)
 
 
 def rounded(value: float, low: float, high: float) -> float:
-    """A number of a range with four digits that tell it from its neighbours: a person can read them."""
+    """Return the number with four digits that tell it from its neighbours in the range, for readability."""
     beside = max(abs(low), abs(high)) / (high - low)  # large for a narrow range far from 0
     digits = min(17, 4 + max(0, math.floor(math.log10(beside))))
     return min(max(float(f"{value:.{digits}g}"), low), high)
 
 
-def _problems(domain: Domain, kind: str) -> Iterator[str]:
+def _problems(domain: Domain, form: str) -> Iterator[str]:
     if domain.of is None and "times" in domain.model_fields_set:
-        yield "times: only goes with of"
-    for name, values in ((kind, domain.options()), ("times", domain.factors())):
+        yield "times: set without of; set of too, or leave times out"
+    for name, values in ((form, domain.options()), ("times", domain.factors())):
         seen = set[str]()
         for value in values:
             # 8 and 8.0 are the same training, 1 and true are not.
             number = isinstance(value, int | float) and not isinstance(value, bool)
             same = repr(float(value) if number else value)
             if same in seen:
-                yield f"{name} has {value!r} twice"
+                yield f"{name} has {value!r} twice; leave one out"
             seen.add(same)
     if interval := domain.interval():
         if not interval[0] < interval[1]:
-            yield f"{kind} {list(interval)} is an empty range: the first number must be the smaller one"
-        if kind == "loguniform" and interval[0] <= 0:
+            yield f"{form} {list(interval)} is an empty range; the first number must be smaller than the second"
+        if form == "loguniform" and interval[0] <= 0:
             yield "loguniform needs numbers greater than 0"
         if domain.quniform and not 0 < domain.quniform[2] <= interval[1] - interval[0]:
-            yield f"quniform {list(domain.quniform)}: the step must be positive and fit between the others"
+            yield f"quniform {list(domain.quniform)}: the step must be positive, and at most high - low"
 
 
-# What draws the values of a trial: numbers that follow from a seed, or an Optuna trial.
+# Two sources of draws: a generator with a seed, and an Optuna trial.
 
 
 class Seeded:
-    """Draws that follow from a seed alone; what is listed `in_turn` is taken one by one, not by chance."""
+    """Draws that follow from a seed alone. The fields `in_turn` take their listed values one after another."""
 
     def __init__(self, seed: tuple[int, ...], turn: int = 0, in_turn: Container[str] = ()) -> None:
-        """`turn` counts the combinations of the fields `in_turn`, from 0."""
+        # `turn` counts the combinations of the fields `in_turn`, from 0.
         self.random, self.rest, self.in_turn = np.random.default_rng(seed), turn, in_turn
 
     def choice(self, name: str, options: tuple[Any, ...]) -> Any:
-        """One of `options`; of a grid the one whose turn it is."""
         if name.removesuffix(TIMES) in self.in_turn:
-            self.rest, place = divmod(self.rest, len(options))
-            return options[place]
+            self.rest, position = divmod(self.rest, len(options))
+            return options[position]
         return options[int(self.random.integers(len(options)))]
 
     def number(self, name: str, domain: Domain) -> Any:
-        """A number of the domain's range."""
         if domain.quniform:
             return domain.at(int(self.random.integers(domain.steps())))
         low, high = domain.extremes()
@@ -198,17 +188,13 @@ class Seeded:
 
 
 class Suggested:
-    """Draws made by an Optuna trial."""
-
     def __init__(self, trial: Any) -> None:
         self.trial = trial
 
     def choice(self, name: str, options: tuple[Any, ...]) -> Any:
-        """One of `options`."""
         return self.trial.suggest_categorical(name, list(options))
 
     def number(self, name: str, domain: Domain) -> Any:
-        """A number of the domain's range."""
         low, high = domain.extremes()
         if domain.quniform is None:
             return self.trial.suggest_float(name, low, high, log=domain.loguniform is not None)
@@ -219,11 +205,12 @@ class Suggested:
 
 
 Draws = Mapping[str, Any]
+# Trials that vary only these can share one base model and its data.
 SAME_BASE = ("adapter.", "train.")
-"""What adapters that share one base model may differ in."""
 LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "train/loss")
+# Ray Tune keeps all trials of a search in memory and in its state, and each trial is a training.
 MOST_TRIALS = 10_000
-"""Ray Tune keeps all trials of a search in its memory and state, and each is a training."""
+# All members of a population have these in common, because they take over each other's state at the same step.
 LENGTHS = (
     "train.steps",
     "train.epochs",
@@ -234,31 +221,30 @@ LENGTHS = (
     "train.keep",
     "train.start",
 )
-"""What all members of a population have in common: they take over each other's state at the same step."""
 
 
 class Scheduler(Section):
-    """Which trials are stopped before their end. Its time is the share of a trial's own steps that is done."""
+    """The rule that stops trials early. It compares trials at the same share of their own steps."""
 
     kind: Literal["asha", "median", "population", "none"] = "asha"
-    """asha: successive halving; median: below the others' median; population: PBT; none: all run to the end."""
+    """asha: successive halving; median: stop trials below the median; population: PBT; none: stop no trial."""
     grace: PositiveInt | None = None
-    """asha, median: steps of the config that every trial may do, a longer one as many more; null: train.eval_every."""
+    """asha, median: steps before a trial may be stopped (more for longer trials); null: train.eval_every."""
     reduction: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 3.0
-    """asha: of so many trials that come to a rung one continues."""
+    """asha: at each rung, one trial of this many continues."""
     interval: PositiveInt | None = None
-    """population: steps between two looks at the others; null: train.eval_every."""
+    """population: steps between two comparisons of the members; null: train.eval_every."""
 
     @model_validator(mode="after")
-    def _for_its_kind(self) -> "Scheduler":
+    def _only_its_settings(self) -> "Scheduler":
         used = {"asha": {"grace", "reduction"}, "median": {"grace"}, "population": {"interval"}, "none": set[str]()}
         for name in sorted(self.model_fields_set - used[self.kind] - {"kind"}):
-            raise ValueError(f"{name}: {self.kind} has no such setting; leave it out")
+            raise ValueError(f"{name}: not used by kind: {self.kind}; leave it out")
         return self
 
 
 class Space(Section):
-    """A search, whole."""
+    """All settings of a search."""
 
     search: Annotated[dict[str, Domain], Field(min_length=1)]
     """Dotted config field -> its values."""
@@ -267,24 +253,24 @@ class Space(Section):
     metric: str = "eval/loss"
     """eval/loss, eval/perplexity, train/loss, or score/NAME of the config's scorer (measured at the end only)."""
     mode: Literal["min", "max"] | None = None
-    """null: min for losses, max for scores."""
+    """null: min for losses and perplexity, max for scores."""
     searcher: Literal["random", "grid", "tpe"] = "random"
-    """random; grid: every combination once; tpe: Optuna's tree-structured Parzen estimator."""
+    """random: random values; grid: every combination once; tpe: Optuna's tree-structured Parzen estimator."""
     scheduler: Scheduler = Scheduler()
     trials: Annotated[int, Field(ge=1, le=MOST_TRIALS)] | None = None
-    """Number of trials, the default one included; null: 16, or every combination of a grid."""
+    """Number of trials, including the default one; null: 16, or every combination of a grid."""
     concurrency: PositiveInt | None = None
-    """Trials at the same time; null: as many as the cluster has room for."""
+    """Trials that run at the same time; null: as many as the cluster has room for."""
     trials_per_worker: PositiveInt = 1
     """Adapters that one worker trains side by side on one copy of the base model."""
     include_default: bool = True
-    """Whether the config as it is is one of the trials, the first."""
+    """true: the first trial is the unchanged config."""
     time_budget: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """Seconds after which no trial continues, over all attempts of an interrupted search."""
+    """Seconds after which the search ends, over all attempts of an interrupted search."""
     patience: PositiveInt | None = None
-    """End the search when so many trials in a row have ended without a better value."""
+    """End the search after this many trials in a row without a better value."""
     min_improvement: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    """By how much a value must be better to count for `patience`."""
+    """A value must be better by more than this to count for `patience`."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
 
     @model_validator(mode="after")
@@ -294,97 +280,90 @@ class Space(Section):
         return self
 
     def better(self) -> Literal["min", "max"]:
-        """In which direction the metric improves."""
         return self.mode or ("min" if self.metric in LOWER_IS_BETTER else "max")
 
     def cells(self) -> int:
-        """Combinations of the grids; 1 without any."""
+        """Return the number of combinations of the grids; 1 without grids."""
         listed = [domain for domain in self.search.values() if domain.grid or self.searcher == "grid"]
         return math.prod(len(domain.options() or domain.factors()) for domain in listed)
 
     def has_default(self) -> bool:
-        """Whether trial 0 is the config as it is, and not drawn."""
+        """True if trial 0 is the unchanged config."""
         return self.include_default and self.scheduler.kind != "population" and self.searcher != "tpe"
 
     def follows_from_numbers(self) -> bool:
-        """Whether a trial's values follow from its number, and not from what others have measured."""
+        """True if a trial's values follow from its number alone, not from the results of others."""
         return self.searcher != "tpe" and self.scheduler.kind != "population"
 
     def count(self) -> int:
-        """Number of trials."""
         return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)
 
     def drawn(self, number: int) -> dict[str, Any]:
-        """The draws of a trial of a random or grid search; empty for the default."""
-        place = number - self.has_default()
-        if place < 0:
+        """Return the draws of a trial of a random or grid search; empty for the default."""
+        position = number - self.has_default()
+        if position < 0:
             return {}
         in_turn = {name for name, domain in self.search.items() if domain.grid or self.searcher == "grid"}
-        return self.draw(Seeded((self.seed, place), place % self.cells(), in_turn))
+        return self.draw(Seeded((self.seed, position), position % self.cells(), in_turn))
 
     def draw(self, chooser: Chooser) -> dict[str, Any]:
-        """Draws for every field, in the order of the file."""
-        found: dict[str, Any] = {}
+        draws: dict[str, Any] = {}
         for field, domain in self.search.items():
-            found |= domain.draw(field, chooser)
-        return found
+            draws |= domain.draw(field, chooser)
+        return draws
 
     def draw_names(self) -> list[str]:
-        """The keys of the draws."""
         return [field if domain.of is None else field + TIMES for field, domain in self.search.items()]
 
     def values(self, draws: Draws) -> dict[str, Any]:
-        """Field -> value that follows from the draws; nothing from no draws."""
         if not any(name in draws for name in self.draw_names()):
             return {}
-        found = {field: _settled(domain, draws[field]) for field, domain in self.search.items() if field in draws}
+        values = {field: _settled(domain, draws[field]) for field, domain in self.search.items() if field in draws}
         for field, domain in self.search.items():
             if domain.of is not None:
-                found[field] = multiple(found[domain.of], draws[field + TIMES])
-        return {field: found[field] for field in self.search}
+                values[field] = multiple(values[domain.of], draws[field + TIMES])
+        return {field: values[field] for field in self.search}
 
     def possible(self, field: str, configured: float) -> list[Any]:
-        """The ends of the values that a field of numbers may have; `configured` is that of the config."""
+        """Return the extreme values of a numeric field; `configured` is the value in the config."""
         domain = self.search.get(field)
         if domain is None:
             return [configured]
         base = domain if domain.of is None else self.search[domain.of]
-        found = [multiple(value, factor) for value in base.extremes() for factor in domain.factors()]  # else times 1
-        return [*found, configured] if self.has_default() else found
+        # Without `of` the only factor is 1.
+        values = [multiple(value, factor) for value in base.extremes() for factor in domain.factors()]
+        return [*values, configured] if self.has_default() else values
 
     def listed(self, field: str, configured: Any) -> list[Any]:
-        """The values that a field without a range may have; `configured` is that of the config."""
+        """Return the values of a field without a range; `configured` is the value in the config."""
         domain = self.search.get(field)
         if domain is None:
             return [configured]
         return [*domain.options(), *([configured] if self.has_default() else [])]
 
     def is_range(self, field: str) -> bool:
-        """Whether the values of a field come from a range, or are multiples of such."""
         domain = self.search.get(field)
         base = self.search[domain.of] if domain and domain.of else domain
         return base is not None and base.interval() is not None
 
     def as_draws(self, config: Config) -> dict[str, Any] | None:
-        """The draws that give the config as it is; None if the space does not contain it."""
-        found: dict[str, Any] = {}
+        """Return the draws that give the unchanged config; None if the space does not contain it."""
+        draws: dict[str, Any] = {}
         for field, domain in self.search.items():
             value: Any = at(config, field, MISSING)
             if domain.of is not None:
                 base = at(config, domain.of)
-                # A base that is null (train.clip) has no multiple.
+                # A field that is null (train.clip) has no multiple.
                 fitting = (factor for factor in domain.factors() if base is not None and base * factor == value)
-                found[field + TIMES] = next(fitting, MISSING)
+                draws[field + TIMES] = next(fitting, MISSING)
             else:
-                found[field] = _draw_of(domain, config, field, value)
-        return None if any(value is MISSING for value in found.values()) else found
+                draws[field] = _draw_of(domain, config, field, value)
+        return None if any(value is MISSING for value in draws.values()) else draws
 
 
 def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
-    """The draw that gives `value`, which the config has; MISSING if there is none.
-
-    Of a section or a list of mappings an option need not have what is left at its default.
-    """
+    # An option that is a section may leave out what is at its default. So it is compared after the config has completed
+    # it.
     parts = value if isinstance(value, list) else [value]
     if not domain.options() or not any(isinstance(part, dict) for part in parts):
         return domain.draw_of(value)
@@ -393,15 +372,15 @@ def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
 
 
 def multiple(base: float, factor: float) -> float:
-    """The value of a field with `of`: a whole number stays one, 16 times 0.5 is 8."""
+    """Return base times factor; a whole result is an int, because fields such as adapter.rank need one."""
     product = base * factor
     return int(product) if float(product).is_integer() else product
 
 
 def _settled(domain: Domain, value: Any) -> Any:
-    """A drawn value as it is used: Optuna gives 16.0 or 0.30000000000000004 for a step of a quniform."""
-    found = domain.draw_of(value) if domain.quniform else value
-    return value if found is MISSING else found
+    # Optuna gives 16.0, or 0.30000000000000004, for a step of a quniform.
+    settled = domain.draw_of(value) if domain.quniform else value
+    return value if settled is MISSING else settled
 
 
 def _contradictions(space: Space) -> Iterator[str]:
@@ -410,31 +389,30 @@ def _contradictions(space: Space) -> Iterator[str]:
         if domain.of is not None:
             yield from _base_problems(space, field, domain.of)
         if domain.grid and space.searcher == "tpe":
-            yield f"search.{field}: the tpe searcher has no grid; use choice"
+            yield f"search.{field}: searcher: tpe has no grid; use choice"
         if space.searcher == "grid" and domain.of is None and not domain.options():
-            yield f"search.{field}: a grid search needs choice or grid, a range has no end of values"
+            yield f"search.{field}: searcher: grid needs listed values; use choice or grid instead of a range"
     if space.scheduler.kind == "population":
         yield from _population_problems(space)
     if space.mode == "max" and space.metric in LOWER_IS_BETTER:
-        yield f"mode: max would search for the worst {space.metric}; leave it out"
+        yield f"mode: max searches for the worst {space.metric}; leave it out"
     if space.searcher == "grid":
         yield from _grid_problems(space)
 
 
 def _field_problems(space: Space) -> Iterator[str]:
-    """Two places that set the same field, or a part of it."""
-    places = [("search", field) for field in space.search] + [("set", field) for field in space.set]
-    for place, field in places:
+    settings = [("search", field) for field in space.search] + [("set", field) for field in space.set]
+    for section, field in settings:
         if not all(field.split(".")):
-            yield f"{place}: {field!r} is no field of a config"
-    for (place, field), (other_place, other) in itertools.permutations(places, 2):
+            yield f"{section}: {field!r} is not a config field; --help lists the fields"
+    for (section, field), (other_section, other) in itertools.permutations(settings, 2):
         if other == field or other.startswith(f"{field}."):
-            yield f"{other_place}.{other}: {place}.{field} sets it too; leave one out"
+            yield f"{other_section}.{other}: {section}.{field} sets it too; leave one out"
 
 
 def _base_problems(space: Space, field: str, base: str) -> Iterator[str]:
     if base not in space.search or space.search[base].of is not None:
-        yield f"search.{field}: of: {base} is not searched by itself"
+        yield f"search.{field}: of: {base} must be searched too, with values of its own"
     elif any(isinstance(value, bool) or not isinstance(value, int | float) for value in space.search[base].extremes()):
         yield f"search.{field}: of: {base} has values that are not numbers"
 
@@ -442,21 +420,21 @@ def _base_problems(space: Space, field: str, base: str) -> Iterator[str]:
 def _population_problems(space: Space) -> Iterator[str]:
     for field, domain in space.search.items():
         if not field.startswith("train."):
-            yield f"search.{field}: a population shares everything but train.*: its members take over others' adapters"
+            yield f"search.{field}: a population varies only train.*: its members take over each other's adapters"
         if field in LENGTHS:
-            yield f"search.{field}: a population's members take over each other at the same step; put it under set"
-        if domain.steps() > 10_000:  # Tune keeps them as a list
+            yield f"search.{field}: the members of a population must have it in common; put it under set"
+        if domain.steps() > 10_000:  # Tune keeps all values as a list
             yield f"search.{field}: quniform has more than 10,000 values for a population; use uniform"
     if space.searcher != "random":
         yield "scheduler.kind: population needs searcher: random"
 
 
 def _grid_problems(space: Space) -> Iterator[str]:
-    whole = space.cells() + space.has_default()
-    also = ", the unchanged config included" if space.has_default() else ""
-    if whole > MOST_TRIALS:
-        yield f"search: the grid has {whole:,} combinations{also}, more than {MOST_TRIALS:,}; leave values out"
-    elif space.trials and space.trials < whole:
-        yield f"trials: {space.trials} is less than the grid's {whole} combinations{also}; leave it out for all"
-    elif space.trials and space.trials > whole:
-        yield f"trials: {space.trials} is more than the grid's {whole} combinations{also}; leave it out for all"
+    needed = space.cells() + space.has_default()
+    also = ", including the unchanged config" if space.has_default() else ""
+    if needed > MOST_TRIALS:
+        yield f"search: the grid has {needed:,} combinations{also}, more than {MOST_TRIALS:,}; list fewer values"
+    elif space.trials and space.trials < needed:
+        yield f"trials: {space.trials} is below the grid's {needed} combinations{also}; leave it out to run them all"
+    elif space.trials and space.trials > needed:
+        yield f"trials: {space.trials} is above the grid's {needed} combinations{also}; leave it out to run them once"

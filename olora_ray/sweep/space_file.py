@@ -1,4 +1,4 @@
-"""Space files: their reader, which checks a space against the config that it varies, and the plan of a search."""
+"""Space files: reading one, checking it against the config that it varies, and the plan of a search."""
 
 import itertools
 import json
@@ -15,12 +15,12 @@ from olora_ray.pipeline.base import open_base
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space, multiple
 
+# A space cannot change these sections: they decide where a run is and what it is called, not its result.
 FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.")
-"""Sections that a space cannot change: they say where and under which name, not what comes out."""
+# A space can set these but not search them: all trials are measured in the same way, on the same rows.
 MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
-"""Fields that a space can set, but not search: all trials are measured in the same way, on the same rows."""
+# A space can set these but not search them: they do not change the result of a training.
 IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
-"""Fields that a space can set, but not search: they change no number of a training."""
 METHOD, RANK = "adapter.method", "adapter.rank"
 """Fields that are checked together."""
 
@@ -28,8 +28,8 @@ METHOD, RANK = "adapter.method", "adapter.rank"
 def load(path: str | Path, config: Config) -> Space:
     """Read a space file and check it against a config.
 
-    Raises UserError that names the field of the file for unknown fields, empty ranges, values that the config
-    refuses, and a metric that no trial would report.
+    Raises UserError that names the field for unknown fields, empty ranges, values that the config refuses, and a metric
+    that no trial would report.
     """
     try:
         tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
@@ -38,37 +38,37 @@ def load(path: str | Path, config: Config) -> Space:
     except UnicodeDecodeError:
         raise UserError(f"space file {path}: not UTF-8 text") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected fields (search:, metric:, ...), found {type(tree).__name__}")
+        raise UserError(f"{path}: expected fields (search:, metric:, ...), but it holds a {type(tree).__name__}")
     space = validated(Space, tree, str(path))
     check(space, config, str(path))
     return space
 
 
 def check(space: Space, config: Config, where: str = "space") -> None:
-    """Raise UserError unless every value the space can give is valid in the config, and its metric is reported."""
-    for place, fields in (("search", space.search), ("set", space.set)):
+    """Raise UserError unless the config accepts every value of the space, and trials report its metric."""
+    for part, fields in (("search", space.search), ("set", space.set)):
         for field in fields:
             if f"{field}.".startswith(FIXED):
-                raise UserError(f"{where}: {place}.{field}: a search cannot vary {field.partition('.')[0]}.*")
+                raise UserError(f"{where}: {part}.{field}: set it in the config; a search cannot vary this section")
     for field in space.search:
         if field.startswith(MEASURE) or any(name.startswith(f"{field}.") for name in MEASURE):
-            raise UserError(f"{where}: search.{field}: all trials are measured in the same way; put it under set")
+            raise UserError(f"{where}: search.{field}: all trials must be measured in the same way; put it under set")
         if lost := _lost(config, field, space.search[field].options()):
             raise UserError(
-                f"{where}: search.{field}: of a whole section all that an option does not name is at its default, and"
-                f" the config sets {', '.join(lost)}; name {'it' if len(lost) == 1 else 'them'} in each option, or"
-                " search fields"
+                f"{where}: search.{field}: an option replaces the complete section, so it would reset"
+                f" {', '.join(lost)} to the default; name {'it' if len(lost) == 1 else 'them'} in each option, or"
+                " search single fields"
             )
         if field in IDLE:
-            raise UserError(f"{where}: search.{field}: it does not change what a training gives; put it under set")
+            raise UserError(f"{where}: search.{field}: it does not change the result of a training; put it under set")
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
-            raise UserError(f"{where}: search.{field}: with trials_per_worker all trials share one base and its data")
+            raise UserError(f"{where}: search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here")
     for field, value in space.set.items():
         if field in Config.model_fields:
             part = next(iter(value), "FIELD") if isinstance(value, dict) else "FIELD"
             raise UserError(
-                f"{where}: set.{field}: a whole section, of which all that is not named would be at its default; name"
-                f" fields, e.g. {field}.{part}"
+                f"{where}: set.{field}: a section would reset its other fields to their defaults; name single fields,"
+                f" e.g. {field}.{part}"
             )
     base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
     known = flatten(base)
@@ -77,13 +77,13 @@ def check(space: Space, config: Config, where: str = "space") -> None:
         if not any(overlap(field, name) for name in known):  # e.g. data.train.00.weight
             raise UserError(f"{where}: search.{field}: unknown field; --help lists the fields")
     if space.searcher != "tpe":
-        for number in range(min(space.count(), 200)):  # of the others each field is checked
+        for number in range(min(space.count(), 200)):  # enough: each field was checked above
             _override(base, space.values(space.drawn(number)), f"{where}: search: trial {number}")
     _check_metric(space, base, where)
 
 
 def _lost(config: Config, field: str, options: Sequence[Any]) -> list[str]:
-    """What the config sets of a section, and an option of that section does not name."""
+    """Return the settings of a section that the config changes and an option of the section does not name."""
     if field not in Config.model_fields:
         return []
     section = getattr(config, field)
@@ -96,9 +96,8 @@ def _lost(config: Config, field: str, options: Sequence[Any]) -> list[str]:
     return [f"{field}.{name}" for name in unnamed]
 
 
-def overlap(one: str, other: str) -> bool:
-    """Whether one field is the other, or a part of it."""
-    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+def overlap(field: str, other: str) -> bool:
+    return field == other or field.startswith(f"{other}.") or other.startswith(f"{field}.")
 
 
 def _check_metric(space: Space, config: Config, where: str) -> None:
@@ -108,29 +107,28 @@ def _check_metric(space: Space, config: Config, where: str) -> None:
         if not scorer or not held_out:
             raise UserError(f"{where}: metric: {space.metric} needs evaluation.scorer and held-out rows in the config")
         if space.scheduler.kind != "none":
-            raise UserError(f"{where}: metric: {space.metric} is measured once, at the end: use scheduler.kind: none")
+            raise UserError(f"{where}: metric: {space.metric} is measured once, at the end; set scheduler.kind: none")
     elif space.metric not in LOWER_IS_BETTER:
         known = ", ".join(LOWER_IS_BETTER)
-        raise UserError(f"{where}: metric: {space.metric!r} is never reported; use {known} or score/NAME")
+        raise UserError(f"{where}: metric: no trial reports {space.metric!r}; use {known} or score/NAME")
     elif space.metric.startswith("eval/") and not held_out:
         raise UserError(f"{where}: metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction")
 
 
 def _probes(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(field, changes) such that all values are valid if these are: each field at its extremes, and between them."""
+    """Yield (field, changes). If the config accepts all of these, it accepts every value of the space."""
     by_method = METHOD in space.search
     for field in space.search:
-        if field == METHOD:  # a method may have something against a rank
+        if field == METHOD:  # with every rank, because a method may refuse a rank
             ranks = list(_changes(space, RANK)) if RANK in space.search else [{}]
-            for one, other in itertools.product(_changes(space, METHOD), ranks):
-                yield field, one | other
+            for change, other in itertools.product(_changes(space, METHOD), ranks):
+                yield field, change | other
         elif field != RANK or not by_method:
             for changes in _changes(space, field):
                 yield field, changes
 
 
 def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
-    """One field at its extremes, and between them."""
     domain = space.search[field]
     if domain.of is None:
         for value in domain.probes():
@@ -141,7 +139,7 @@ def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
 
 
 def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any, float]]:
-    """Each with each; of very many, all of one side with the ends of the other."""
+    """Yield each base with each factor; if there are very many, each only with the ends of the other list."""
     if len(bases) * len(factors) <= 1_000:
         yield from itertools.product(bases, factors)
         return
@@ -150,7 +148,7 @@ def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any
 
 
 def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a text that the config has taken for a number: here numbers are compared with others."""
+    # The config turns the text '8' into the number 8, but a search compares values as the file has them.
     for field, value in changes.items():
         taken = at(config, field)
         if isinstance(value, str) and isinstance(taken, int | float):
@@ -166,43 +164,41 @@ def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         raise UserError(f"{where}: {text}{hint}") from None
 
 
+# These decide whether a model can be trained and exported, because some methods do not support every layer.
 DECIDE = ("model.name", "model.revision", "model.quantization", "adapter.method", "adapter.targets", "export.merged")
-"""Fields on which it depends whether something can be trained and exported: not every method takes every layer."""
 
 
 def plan(config: Config, space: Space, base: BaseModel) -> None:
-    """Say what the trials adapt and how large they are, at the largest rank of the space.
+    """Log which layers the trials adapt and how large the adapters are, at the largest rank of the space.
 
-    `base` is the model of the config. Raises one UserError with all that cannot be: a scorer that there is not, and
-    for each setting that trials have, targets or a rank that the model does not have, and layers that could be
-    trained and not be exported.
+    `base` is the model of the config. Raises one UserError with all problems: an unknown scorer and, for each setting
+    of the trials, unknown targets, an impossible rank, or layers that could be trained but not exported.
     """
     prepare.check_scorer(config)
     problems: dict[str, str] = {}
-    found = []
+    sizes = []
     for where, changes in _settings(config, space):
         try:
             trial = override(config, changes)
             model = base if trial.model == config.model else open_base(trial).model
             size = prepare.deliverable(trial, model)
             shared_work.check_ranks(trial, space, size.targets)
-            found.append((where, trial, size))
+            sizes.append((where, trial, size))
         except UserError as error:
-            problems.setdefault(str(error), f"{where}{error}")  # of several settings the same once
+            problems.setdefault(str(error), f"{where}{error}")  # the same error of several settings is shown once
     if problems:
         raise of_problems("the search cannot start", list(problems.values()))
-    for where, trial, size in found:
+    for where, trial, size in sizes:
         prepare.say(trial, size, where)
 
 
 def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each setting that is to be tried: its name for a message, and its changes of the config."""
     searched = "adapter.rank" in space.search
     largest = {"adapter.rank": max(space.possible("adapter.rank", config.adapter.rank))} if searched else {}
     options = {field: domain.options() for field, domain in space.search.items() if _decides(field)}
     drawn = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     of_config: list[dict[str, Any]] = [{}] if space.has_default() and options else []
-    for changes in [*of_config, *drawn][:50]:  # each takes as long as the same look at a single run
+    for changes in [*of_config, *drawn][:50]:  # a check takes as long as the preflight of a run
         shown = ", ".join(f"search.{field}={value}" for field, value in changes.items())
         yield f"{shown}: " if shown else "", changes | largest
 

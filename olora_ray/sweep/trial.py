@@ -1,4 +1,4 @@
-"""One trial of a search: a training like any other, in a thread that hands its evaluations over one by one."""
+"""One trial of a search: an ordinary training, in a thread that hands over its evaluations one by one."""
 
 import contextlib
 import logging
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) -> TrainSpec:
-    """What a trial with this config trains; raises UserError as `open_base` and `prepare_tokens`.
+    """Return the specification of a trial; raise UserError as `open_base` and `prepare_tokens` do.
 
-    Where `model.*` or `data.*` are searched the tokens are made if they are not there, beside what others hold.
+    If the search varies `model.*` or `data.*`, missing tokens are made while other trials hold their CPUs.
     """
     if sweep_spec.shares_data():
         return sweep_spec.spec_of(config)
@@ -43,23 +43,17 @@ def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) ->
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation."""
-
     step: int
     value: float
 
 
 @dataclass(frozen=True)
 class Ended:
-    """There is no more."""
-
     status: Status
     reason: str = ""
 
 
 class TrialRun:
-    """A trial's training in a thread of this process."""
-
     def __init__(self, sweep_spec: SweepSpec, number: int, draws: dict[str, Any]) -> None:
         self.sweep_spec = sweep_spec
         self.config = sweep_spec.config(number, draws)
@@ -80,7 +74,7 @@ class TrialRun:
         self._file = TrialFile(trial_place(sweep_spec.folder, number), begun, sweep_spec.space.better())
 
     def next(self) -> Measured | Ended:
-        """Wait for the next evaluation or the end; starts the training."""
+        """Return the next evaluation or the end. The first call starts the training."""
         if self._thread is None:
             self._file.begin()
             self._thread = threading.Thread(target=self._work, name="trial", daemon=True)
@@ -88,22 +82,21 @@ class TrialRun:
         return self._items.get()
 
     def resume_from(self, number: int, step: int) -> None:
-        """Put a checkpoint of a trial, this or another, where the training will find it; must come before `next`."""
+        """Copy a checkpoint of this or another trial to where the training resumes; call it before `next`."""
         self._reported = step
         owner = self.sweep_spec.trial_folder(number, self.config)
         self._file.resume_from(step, record.read(owner.root) if owner.root != self.folder.root else None)
         if step:
-            # Another trial's checkpoint may still be on its way to the storage, for a minute.
+            # Another trial may still be writing its checkpoint: wait for it up to a minute.
             copy_from(owner.checkpoints, self.folder.checkpoints, step, 60.0)
         storage.remove(self.folder.training)
 
     def last(self) -> Measured | None:
-        """The evaluation that it goes on from, or came to."""
         step, value = self._file.record.curve[-1] if self._file.record.curve else (0, 0.0)
         return Measured(step, value) if step else None
 
     def end(self) -> None:
-        """Stop after the step that is under way, with a checkpoint; waits for that."""
+        """Stop after the current step, and wait for the checkpoint of that step."""
         if self._thread is not None:
             self._stop.asked = "SIGTERM"
             self._thread.join(120.0)
@@ -120,7 +113,7 @@ class TrialRun:
             ended = Ended("failed", f"{type(error).__name__}: {reason(error)}")
         try:
             self._file.ended(ended.status, ended.reason)
-        finally:  # whatever happens: `next` would wait for ever
+        finally:  # otherwise `next` would wait for ever
             self._items.put(ended)
 
     def _train(self) -> None:
@@ -134,23 +127,21 @@ class TrialRun:
         ):
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
-                logger.warning(f"this trial had other values before the search was resumed, and begins anew: {others}")
+                logger.warning(f"the resumed search gave this trial other values, so it starts again: {others}")
             self.folder.claim()
             result = fit.finished_training(spec, self.folder)
             if result is None:
-                self._file.goes_on(last_step(self.folder.checkpoints))
+                self._file.keep_curve(last_step(self.folder.checkpoints))
                 result = self._fitted(spec, tracker)
             assert result.state is not None
-            for row in result.state.history:  # those of a training that had ended before
+            for row in result.state.history:  # the rows of a training that had ended before, too
                 self._on_row(int(row["step"]), row)
             self._score(spec, result)
 
     def _drop_other_values(self) -> str:
-        """Remove what a trial of this number has left that had other values, if there was one; which these are.
-
-        Optuna draws anew what Tune had not noted when it was killed, after what others have measured by then. The
-        training would go on from a checkpoint of the other values.
-        """
+        """Remove the files of a trial that had this number and other values; return which values differ."""
+        # A killed Tune forgets the latest draws of Optuna. After the restart Optuna draws again, from the results so
+        # far, and the training must not resume from a checkpoint of the old values.
         if self.sweep_spec.space.searcher != "tpe" or not (others := self.folder.other_settings()):
             return ""
         storage.remove(self.folder.root)
@@ -182,7 +173,6 @@ class TrialRun:
             self._items.put(Measured(step, row[metric]))
 
     def _score(self, spec: TrainSpec, result: TrainResult) -> None:
-        """Report a metric that is measured at the end."""
         from olora_ray.pipeline import answers
 
         metric = self.sweep_spec.space.metric
@@ -191,19 +181,19 @@ class TrialRun:
         tokenizer = load.load_tokenizer(spec.base, spec.config.model)
         scores = answers.score(spec.config, answers.answered(result, tokenizer)).get("after", {})
         if (value := scores.get(metric.removeprefix("score/"))) is None:
-            raise UserError(f"metric: the scorer gives no {metric}; it gives {', '.join(scores) or 'nothing'}")
+            raise UserError(f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}")
         step = result.state.step if result.state else 0
         self._file.measured(step, value)
         self._items.put(Measured(step, value))
 
 
 class _LogFile(logging.Handler):
-    """Writes the trial's log.txt: line by line in a local folder, all at the end where the storage is a URI."""
+    """The trial's log.txt: written line by line in a local folder, at the end if the storage is a URI."""
 
     def __init__(self, root: str) -> None:
         super().__init__()
         self.setFormatter(logs.LineFormatter())
-        self.place = storage.join(root, "log.txt")
+        self.path = storage.join(root, "log.txt")
         self._remote = storage.is_uri(root)
         self._lines: list[str] = []
 
@@ -213,14 +203,14 @@ class _LogFile(logging.Handler):
             self._lines.append(text)
             return
         try:
-            with open(self.place, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
-        except OSError:  # a line is lost, not the trial
+        except OSError:  # losing a line must not end the trial
             self.handleError(record)
 
     def close(self) -> None:
         if self._lines:
             with contextlib.suppress(OSError):  # as above
-                storage.write_text(self.place, "".join(self._lines))
+                storage.write_text(self.path, "".join(self._lines))
             self._lines = []
         super().close()

@@ -1,9 +1,9 @@
 """Collation of packs into one micro-batch of tensors.
 
-Two layouts of the same examples: *flat* (1, T) without any padding, for attention that is told the
-segments' borders; *padded* (B, L), for attention that takes masks. In both the positions start anew with each
-example, and where a mask is needed the model makes it of these positions (transformers.masking_utils): so it is
-the family's own, windows and chunks included.
+Two layouts of the same examples: *flat* (1, T) without any padding, for attention that is told the segments' borders;
+*padded* (B, L), for attention that takes masks. In both, positions start anew with each example. Where a mask is
+needed the model builds it from these positions (transformers.masking_utils), so it is the family's own, with windows
+and chunks.
 """
 
 from collections.abc import Sequence
@@ -21,30 +21,28 @@ FLAT_ATTENTION = ("segments", "varlen", "flash_attention_2")
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch."""
-
+    # Arguments of the model's backbone.
     inputs: dict[str, Tensor | int]
-    """Arguments of the model's backbone."""
+    # Flat positions (int64) whose hidden state predicts a supervised token, in order.
     predicts: Tensor
-    """Flat positions (int64) whose hidden state predicts a supervised token, in order."""
+    # The supervised tokens (int64), one per entry of `predicts`.
     labels: Tensor
-    """The supervised tokens (int64), one for each entry of `predicts`."""
+    # Without padding.
     tokens: int
-    """Tokens without padding."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device: all of it is one copy, which the program does not wait for."""
+        """Return the batch on another device: all of it is one copy, for which the program does not wait."""
         if device.type == "cpu":
             return self
         named = {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
-        each = {id(part): part for part in (*named.values(), self.predicts, self.labels)}  # borders stand there twice
+        each = {id(part): part for part in (*named.values(), self.predicts, self.labels)}  # the borders are in it twice
         moved = dict(zip(each, _moved(list(each.values()), device), strict=True))
         inputs = self.inputs | {name: moved[id(part)] for name, part in named.items()}
         return Batch(inputs, moved[id(self.predicts)], moved[id(self.labels)], self.tokens)
 
 
 def _moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Integers on a device, each of its own type, through one buffer; for CUDA in memory from which it can copy."""
+    """Copy integer tensors to a device, each with its own type, through one buffer; for CUDA, in pinned memory."""
     whole = torch.empty(sum(part.numel() for part in parts), dtype=torch.int64, pin_memory=device.type == "cuda")
     torch.cat([part.reshape(-1) for part in parts], out=whole)
     cut = whole.to(device, non_blocking=True).split([part.numel() for part in parts])
@@ -52,7 +50,7 @@ def _moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def collate(packs: Sequence[Pack], attention: str) -> Batch:
-    """The batch of `packs` in the layout that the attention implementation takes."""
+    """Return the batch of `packs` in the layout that the attention implementation takes."""
     return _flat(packs) if attention in FLAT_ATTENTION else _padded(packs)
 
 
@@ -86,7 +84,7 @@ def _padded(packs: Sequence[Pack]) -> Batch:
         size = len(pack.input_ids)
         ids[row, :size] = pack.input_ids
         supervised[row, :size] = pack.supervised
-        # Padding goes on where the last example ends: it comes after every token, so none attends to it.
+        # Padding continues the positions of the last example: it follows every token, so no token attends to it.
         last = longest - size + pack.segments[-1]
         positions[row] = _positions([*pack.segments[:-1], last])
     inputs: dict[str, Tensor | int] = {

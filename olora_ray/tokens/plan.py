@@ -1,6 +1,6 @@
-"""Plan of a token store, made before a row is tokenised: which units, in which order, in which shard.
+"""Plan of a token store, computed before a row is tokenised: which units, in which order, in which shard.
 
-A shard is a fixed list of units, so any process can make any shard, in any order, with the same bytes.
+A shard is a fixed list of units, so any process can build any shard, in any order, with the same bytes.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 class Pack:
     """One sequence of a store: several examples side by side that do not see each other."""
 
+    # (tokens,)
     input_ids: NDArray[np.int32]
-    """(tokens,)"""
+    # (tokens,) True for tokens that count in the loss; never the first of a segment.
     supervised: NDArray[np.bool_]
-    """(tokens,) which tokens count in the loss; never the first of a segment."""
+    # Tokens of each example; they sum up to the length of the sequence.
     segments: tuple[int, ...]
-    """Tokens of each example; they sum up to the length of the sequence."""
 
 
-# Pseudo-random numbers as functions of a key and a counter: the same with every machine, numpy and Ray.
+# Pseudo-random numbers as functions of a key and a counter: the same on every machine, with every numpy and Ray.
 
 
 Words = NDArray[np.uint64]
@@ -44,12 +44,12 @@ Indices = NDArray[np.int64]
 
 
 def key(*parts: object) -> int:
-    """A 64-bit key from anything that has a stable `str`."""
+    """Return a 64-bit key of values that have a stable `str`."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
 def mix(seed: int, counters: Words) -> Words:
-    """One uniform 64-bit word for each counter (splitmix64)."""
+    """Return one uniform 64-bit word per counter (splitmix64)."""
     word = (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -57,23 +57,23 @@ def mix(seed: int, counters: Words) -> Words:
 
 
 def permutation(size: int, seed: int) -> Indices:
-    """A permutation of range(size) that depends on the seed alone."""
+    """Return a permutation of range(size) that depends only on the seed."""
     return np.argsort(mix(seed, np.arange(size, dtype=np.uint64)), kind="stable").astype(np.int64)
 
 
 def bernoulli_mask(share: float, seed: int, counters: Indices) -> NDArray[np.bool_]:
-    """Mask of the counters that fall into a random `share` of all; depends on each counter and the seed alone."""
+    """Return the mask of a random `share` of the counters; each entry depends only on its counter and the seed."""
     return mix(seed, counters.astype(np.uint64)) < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
 
 
-def permute_at(places: Indices, size: int, seed: int) -> Indices:
-    """The elements of a permutation of range(size) at `places`, without making the whole permutation.
+def permute_at(positions: Indices, size: int, seed: int) -> Indices:
+    """Return the elements at `positions` of a permutation of range(size), without computing all of it.
 
-    A Feistel network permutes the next power of four; what falls outside the range walks on until
-    it is inside, which keeps it a permutation of the range.
+    A Feistel network permutes the next power of four; a result outside the range is permuted again until it is
+    inside, which keeps it a permutation of the range.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    result = _feistel(places.astype(np.uint64), half, seed)
+    result = _feistel(positions.astype(np.uint64), half, seed)
     while (outside := result >= np.uint64(size)).any():
         result[outside] = _feistel(result[outside], half, seed)
     return result.astype(np.int64)
@@ -82,63 +82,60 @@ def permute_at(places: Indices, size: int, seed: int) -> Indices:
 def _feistel(words: Words, half: np.uint64, seed: int) -> Words:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = words >> half, words & mask
-    for turn in range(8):  # four make a pseudo-random permutation, and the rest costs nothing
+    for turn in range(8):  # four rounds make a pseudo-random permutation, and four more cost nothing
         left, right = right, left ^ (mix(key(seed, turn), right) & mask)
     return (left << half) | right
 
 
-# Layout: which units make which shard, as arrays. A billion rows are four million units; a unit takes 40 bytes and each
-# use of it 8 more, and `Piece` objects are made of one shard at a time.
+# Layout: the units of each shard, as arrays. A billion rows are four million units; a unit takes 40 bytes, and each use
+# of it 8 more. `Piece` objects are created for one shard at a time.
 
 
+# The part of a unit to use: number of the pass over its source (in a `sample` -1 - the rows before), and share of the
+# rows.
 Take = tuple[int, float]
-"""What is taken of a unit: number of the pass over its source (in a `sample` -1 - the rows before), and the share of
-the rows."""
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One entry of the plan: a unit, and what of it is taken."""
+    """One entry of the plan: a unit, and the part of it to use."""
 
+    # Index into `Plan.files`.
     file: int
-    """Index into `Plan.files`."""
     unit: Unit
+    # Number of the pass over the source.
     turn: int
-    """Number of the pass over the source."""
+    # Share of the rows that is used; below 1 the rows are drawn (`taken`).
     share: float
-    """Of the rows; below 1 they are drawn (`taken`)."""
 
 
 class Pieces(Sequence[Piece]):
-    """A sequence of pieces, kept as arrays."""
-
     def __init__(self, units: Table, unit: NDArray[np.uint32], take: NDArray[np.uint32], takes: Sequence[Take]) -> None:
-        """Piece k is `units[unit[k]]`, of which `takes[take[k]]` is taken."""
+        """Store the pieces: piece k is `units[unit[k]]`, of which `takes[take[k]]` is used."""
         self.units, self.unit, self.take, self.takes = units, unit, take, tuple(takes)
 
     @property
     def files(self) -> NDArray[np.uint32]:
-        """(pieces,) the file of each."""
+        """(pieces,) number of the file of each."""
         return self.units["file"][self.unit]
 
     @property
     def rows(self) -> Floats:
-        """(pieces,) rows that are taken of each, about."""
+        """(pieces,) approximate rows that are used of each."""
         return self._taken("rows")
 
     @property
     def sizes(self) -> Floats:
-        """(pieces,) bytes that are taken of each, about."""
+        """(pieces,) approximate bytes that are used of each."""
         return self._taken("size")
 
     @property
     def bytes(self) -> int:
-        """Bytes that are read, once for each piece."""
+        """Bytes to read, counted once per piece."""
         return int(self.units["size"][self.unit].sum(dtype=np.int64))
 
     def compact(self) -> "Pieces":
-        """The same with only the units that it uses."""
         used, unit = np.unique(self.unit, return_inverse=True)
         return Pieces(self.units[used], unit.astype(np.uint32), self.take, self.takes)
 
@@ -161,10 +158,8 @@ class Pieces(Sequence[Piece]):
 
 
 class Shards(Sequence[Pieces]):
-    """The pieces of each shard."""
-
     def __init__(self, pieces: Pieces, cuts: NDArray[np.int64]) -> None:
-        """Shard k has the pieces `cuts[k]` to `cuts[k + 1]`."""
+        """Store the shards: shard k has the pieces `cuts[k]` to `cuts[k + 1]`."""
         self.pieces, self.cuts = pieces, cuts
 
     def __len__(self) -> int:
@@ -182,21 +177,20 @@ class Shards(Sequence[Pieces]):
 
 
 def joined(parts: Sequence[Units]) -> Table:
-    """The units of several files in one array, each with the number of its file."""
     table = np.concatenate([np.empty(0, UNIT), *(part.table for part in parts)])
     table["file"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     return table
 
 
 def turns(weight: float) -> list[float]:
-    """The share of the rows in each pass: 2.5 -> 1, 1, 0.5."""
+    """Return the share of the rows in each pass, for weight 2.5: 1, 1, 0.5."""
     whole = int(weight)
     rest = weight - whole
     return [1.0] * whole + ([rest] if rest > 1e-9 or not whole else [])
 
 
 def in_turn(units: Table, borders: Sequence[int], weights: Sequence[float]) -> Pieces:
-    """The sources one after the other, in the order of their files.
+    """Return the sources one after the other, in the order of their files.
 
     Source k has the units `borders[k]` to `borders[k + 1]`, and is used as often as `weights[k]` says.
     """
@@ -204,7 +198,7 @@ def in_turn(units: Table, borders: Sequence[int], weights: Sequence[float]) -> P
 
 
 def mixed(units: Table, borders: Sequence[int], weights: Sequence[float], seed: int) -> Pieces:
-    """Each source shuffled, each of its turns in an order of its own; all interleaved, each spread over the whole."""
+    """Return the sources interleaved, each spread over the whole, and shuffled differently in each pass."""
     sources = [
         _source(units, low, high, weight, (seed, number))
         for number, (low, high, weight) in enumerate(_each(borders, weights))
@@ -219,7 +213,6 @@ def _each(borders: Sequence[int], weights: Sequence[float]) -> list[tuple[int, i
 
 
 def _source(units: Table, low: int, high: int, weight: float, seed: tuple[int, int] | None) -> Pieces:
-    """The units low..high-1 as often as the weight says; each turn in an order of its own, if there is a seed."""
     takes = list(enumerate(turns(weight)))
     orders = [_order(high - low, seed, turn) + np.uint32(low) for turn, _ in takes]
     return Pieces(units, np.concatenate(orders), np.repeat(np.arange(len(takes), dtype=np.uint32), high - low), takes)
@@ -232,7 +225,7 @@ def _order(count: int, seed: tuple[int, int] | None, turn: int) -> NDArray[np.ui
 
 
 def _middles(rows: Floats) -> Floats:
-    """Where the middle of each piece lies in its source, from 0 to 1."""
+    # From 0 to 1, so that sources of different sizes can be interleaved evenly.
     return (np.cumsum(rows) - rows / 2) / rows.sum()  # type: ignore[no-any-return]
 
 
@@ -249,23 +242,21 @@ def _together(units: Table, sources: Sequence[Pieces]) -> Pieces:
 # The plan: inputs of a store, its digest, and the pieces of its shards.
 
 
+# Raised whenever the same input would give other shards.
 VERSION = 2
-"""Changes whenever the same input would give other shards."""
+# Rows of a shard, at least and at most: it is shuffled and packed at once.
 SHARD_ROWS = (4096, 32768)
-"""Rows of a shard, at least and at most: it is shuffled and packed as a whole."""
 Split = Literal["train", "eval"]
+# Scans the files of each source.
 Scanner = Callable[[Sequence[Sequence[File]]], list[list[FileScan]]]
-"""Scans the files of each source."""
+# The sources with their formats, the files of each, and their scans.
 Found = tuple[tuple[Source, ...], list[list[File]], list[list[FileScan]]]
-"""The sources with their formats, the files of each, and their scans."""
+# Lists and scans the files of sources; the text is the setting that holds them.
 Look = Callable[[str, Sequence[Source]], Found]
-"""Lists and scans the files of sources; the text is the setting that holds them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A file and how its rows are read."""
-
     file: File
     source: int
     sha256: str
@@ -274,7 +265,7 @@ class PlannedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How rows become sequences: what all shards of a store have in common."""
+    """The rules by which rows become sequences: what all shards of a store have in common."""
 
     split: Split
     spec: TokenizerSpec
@@ -285,56 +276,54 @@ class Rules:
     eval_fraction: float | None
     last_turn_only: bool = False
     too_long: str = "reject"
+    # Digest of all files: other data, as every night, draws other rows if a weight is not an integer.
     draw: str = ""
-    """Digest of all files: other data, as every night, draw other rows where a weight is not whole."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One shard of a plan and the files that it reads: all that a task needs beside the rules."""
 
+    # Number of the shard.
     number: int
-    """Of the shard."""
     pieces: Pieces
+    # By their numbers in the plan.
     files: Mapping[int, PlannedFile]
-    """By their numbers in the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Rules):
-    """Everything that the shards of a store follow from."""
+    """Everything that determines the shards of a store."""
 
     files: tuple[PlannedFile, ...]
     shards: Shards
 
     def part(self, number: int) -> Part:
-        """What one shard is made of."""
         pieces = self.shards[number].compact()
         return Part(number, pieces, {file: self.files[file] for file in np.unique(pieces.files).tolist()})
 
     def rules(self) -> Rules:
-        """The plan without its files and shards."""
         return Rules(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Rules)})
 
     @cached_property
     def rows(self) -> float:
-        """Rows that will be read, about: blank lines and what the draws choose are not known yet."""
+        """Approximate number of rows to read: blank lines and the results of draws are not known yet."""
         return float(self.shards.pieces.rows.sum()) * self.kept_share
 
     @property
     def file_rows(self) -> int:
-        """Rows of all files, held-out rows and blank lines included, whatever the weights of their sources."""
+        """Rows of all files, held-out rows and blank lines included, without regard to the weights of sources."""
         return int(self.shards.pieces.units["rows"].sum())
 
     @property
     def kept_share(self) -> float:
-        """The share of the rows that belongs to this split."""
+        """Share of the rows that belongs to this split."""
         if self.eval_fraction is None:
             return 1.0
         return self.eval_fraction if self.split == "eval" else 1.0 - self.eval_fraction
 
     def inputs(self) -> dict[str, object]:
-        """The inputs of the store's digest: contents, no paths."""
+        """Return the inputs of the store's digest: contents, no paths."""
         return {
             "version": VERSION,
             "split": self.split,
@@ -361,38 +350,38 @@ class Plan(Rules):
         }
 
     def digest(self) -> str:
-        """Name of the store."""
         return digest_json(self.inputs(), length=32)
 
 
 def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]]:
-    """The sources of a split and the setting that holds them."""
     if split == "train" or config.data.eval_fraction is not None:
         return "data.train", config.data.train
     return "data.eval", config.data.eval
 
 
 def as_found(config: Config, *plans: Plan) -> Config:
-    """The config with the formats and fields that its sources have in these plans."""
-    found = {
+    sources = {
         sources_of(config, plan.split)[0]: [source.model_dump(mode="json") for source in plan.sources] for plan in plans
     }
-    return override(config, found)
+    return override(config, sources)
 
 
 def looking(storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]) -> Look:
-    """A look at the files as they are now; `read_as` finds the formats that sources do not set."""
+    """Return a Look at the files as they are now; `read_as` detects the formats that sources do not set."""
 
     def look(setting: str, sources: Sequence[Source]) -> Found:
-        found = tuple(read_as(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources))
-        listed = [list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(found)]
-        return found, listed, scan(listed)
+        known = tuple(read_as(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources))
+        listed = [list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(known)]
+        return known, listed, scan(listed)
 
     return look
 
 
 def once(look: Look) -> Look:
-    """The same look for both splits of the same sources: a file that grows meanwhile would be split in two ways."""
+    """Return a Look that gives both splits of the same sources the same files.
+
+    Otherwise a file that grows in between would be split in two ways.
+    """
     kept: dict[str, Found] = {}
 
     def kept_look(setting: str, sources: Sequence[Source]) -> Found:
@@ -402,7 +391,7 @@ def once(look: Look) -> Look:
 
 
 def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) -> Plan:
-    """Look at the files of a split and lay out the shards; raises UserError for missing or empty sources."""
+    """List the files of a split and lay out the shards; raise UserError for missing or empty sources."""
     setting, sources = sources_of(config, split)
     if not sources:
         raise UserError(f"{setting}: no source is set")
@@ -417,7 +406,7 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
     table, weights = joined(units), [source.weight for source in sources]
-    del listed, scanned, found, scans, units  # of a billion rows they take as much as all the rest
+    del listed, scanned, found, scans, units  # for a billion rows they take as much memory as everything else
     pieces = mixed(table, borders, weights, config.run.seed) if split == "train" else in_turn(table, borders, weights)
     shards = _shards(pieces)
     return Plan(
@@ -437,7 +426,6 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
 
 
 def _shards(pieces: Pieces) -> Shards:
-    """Consecutive pieces, cut by rows and bytes into shards of about equal size."""
     rows, size = pieces.rows, pieces.sizes
     all_rows, all_bytes = rows.sum(), size.sum()
     wanted = float(np.clip(all_rows / 512, *SHARD_ROWS))
@@ -449,18 +437,18 @@ def _shards(pieces: Pieces) -> Shards:
 
 
 def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
-    """The plan cut down to about `limit` rows, as one shard, and (sources, 2) how many lines and bytes these are.
+    """Return the plan cut to about `limit` rows in one shard, and the lines and bytes of these, (sources, 2).
 
-    A file may be sorted: the rows are some of each of many pieces, which are spread evenly over the files.
+    A file may be sorted: the rows are a few of each of many pieces, which are spread evenly over the files.
     """
     pieces, kept_share = plan.shards.pieces, plan.kept_share
     # About 64 MB or 131,072 rows are read.
     count = max(8, int(len(pieces) * min(2**26 / max(pieces.bytes, 1), 2**17 / pieces.rows.sum())))
-    places = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
+    by_file = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
     chosen = np.unique(np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64))
-    kept = pieces[places[chosen]]
+    kept = pieces[by_file[chosen]]
     rows, size = float(kept.rows.sum()) * kept_share, float(kept.sizes.sum()) * kept_share
-    # Of long rows fewer, since 4 MB take some seconds; not too few, since other columns may be what makes them long.
+    # Fewer rows if they are long, because 4 MB take some seconds; but not too few, because other columns may be long.
     share = min(limit, max(limit / 20, 2**22 * rows / max(size, 1.0))) / max(rows, 1.0)
     if share < 1.0:
         before = np.cumsum([0, *kept.units["rows"][kept.unit][:-1].tolist()]).tolist()
@@ -474,31 +462,31 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
     return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)]))), drawn
 
 
-# Draws of rows: which are held out, and which are used where a weight is not whole.
+# Draws of rows: which are held out, and which are used if a weight is not an integer.
 
 
-def taken(rules: Rules, planned: PlannedFile, piece: Piece, places: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The rows of a piece of a file that belong to the split and are used in its turn.
+def taken(rules: Rules, planned: PlannedFile, piece: Piece, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return the mask of the rows of a piece that belong to the split and are used in its turn.
 
-    Whether a row is held out depends on the seed, the content of its file and its place there. Where a weight is
-    not whole, each row is drawn by itself, by a hash of its place: never by a rule that a file's layout could meet.
+    Whether a row is held out depends on the seed, the content of its file and its position there. If a weight is not
+    an integer, each row is drawn by a hash of its position, never by a rule that could match the layout of a file.
     """
-    keep = np.ones(len(places), dtype=bool)
+    keep = np.ones(len(positions), dtype=bool)
     if rules.eval_fraction is not None:
-        held_out = bernoulli_mask(rules.eval_fraction, key("eval", rules.seed, planned.sha256), places)
+        held_out = bernoulli_mask(rules.eval_fraction, key("eval", rules.seed, planned.sha256), positions)
         keep = held_out if rules.split == "eval" else ~held_out
     if piece.turn < 0:
-        # Of a sample one row, by chance, of each so many in a row: drawn one by one, too many might be long ones.
-        low = (places - piece.unit.first - 1 - piece.turn) * piece.share
+        # A sample has one random row of each run of so many rows: independent draws might take too many long rows.
+        low = (positions - piece.unit.first - 1 - piece.turn) * piece.share
         points = [whole + mix(0, whole.astype(np.uint64)) / 2.0**64 for whole in (np.floor(low), np.floor(low) + 1)]
         keep = keep & np.any([(low <= point) & (point < low + piece.share) for point in points], axis=0)
     elif piece.share < 1.0:
-        keep = keep & bernoulli_mask(piece.share, _draw_key(rules, planned.sha256, piece), places)
+        keep = keep & bernoulli_mask(piece.share, _draw_key(rules, planned.sha256, piece), positions)
     return keep
 
 
 def _draw_key(rules: Rules, sha256: str, piece: Piece) -> int:
     if rules.split == "eval":
-        # The same held-out rows with every seed, and whatever else is there: results are compared over time.
+        # The held-out rows depend neither on the seed nor on other files, because results are compared over time.
         return key("share", sha256, piece.turn)
     return key("share", rules.seed, rules.draw, piece.file, sha256, piece.turn)

@@ -1,4 +1,4 @@
-"""Preparation of a token store, at once or beside the training that reads it already."""
+"""Preparation of a token store, at once or beside a training that reads it already."""
 
 import contextlib
 import itertools
@@ -54,13 +54,11 @@ Result = TypeVar("Result")
 # Map over the cluster by Ray Data, with the results as an ordered stream.
 
 
+# Most tasks; with more items than that a task works on several.
 TASKS = 4000
-"""Tasks at most; with more items than that a task works on several."""
 
 
 class Lazy(Sequence[Item]):
-    """Items that are made one at a time, when they are looked at."""
-
     def __init__(self, make: Callable[[Any], Item], sources: Sequence[Any]) -> None:
         self._make, self._sources = make, sources
 
@@ -74,11 +72,11 @@ class Lazy(Sequence[Item]):
 def map_ordered(
     work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], cpus_held: float = 0.0
 ) -> Generator[Result, None, None]:
-    """The results of `work(shared, item)`, in the order of `items`, made by Ray Data's tasks.
+    """Yield `work(shared, item)` for all items, in their order, computed by Ray Data's tasks.
 
-    `shared` travels once to each node and is unpacked once in each process, an item to its own task only. `work`
-    must be a module's function and give the same result whenever it is repeated: Ray repeats it after a failure.
-    `cpus_held` are CPUs that others hold all the time. Needs ray.init; close the generator to stop early.
+    `shared` travels once to each node and is unpacked once in each process, an item only to its own task. `work` must
+    be a function of a module and give the same result whenever Ray repeats it after a failure. `cpus_held` are CPUs
+    that others hold all the time. Needs ray.init; close the generator to stop early.
     """
     import ray
     import ray.data
@@ -94,7 +92,7 @@ def map_ordered(
     with quiet_stream():
         blocks = min(len(items), TASKS)
         results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
-        # Closed here, in the thread that reads: Ray Data cannot stop its threads from a collector's call.
+        # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
         stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
         with contextlib.closing(stream) as batches:
             for batch in batches:
@@ -106,7 +104,7 @@ _last: tuple[Any, Any] = (None, None)
 
 
 def _fetched(reference: Any) -> Any:
-    """The shared object, unpacked once in a process."""
+    # Unpacked once per process, because it may be large.
     global _last
     import ray
 
@@ -116,10 +114,10 @@ def _fetched(reference: Any) -> Any:
 
 
 def _resources(cpus_held: float) -> dict[str, Any]:
-    """Resources of a task: half a CPU where others leave less than two, and none where they leave none.
+    """Return the resources of a task: half a CPU if others leave less than two, and none if they leave none.
 
-    They wait for the tasks then, so the tasks must not wait for them. A process for each CPU and no more: each takes
-    seconds of a CPU to start.
+    The others that hold the CPUs wait for the tasks, so the tasks must not wait for a CPU. Tasks without CPUs are few,
+    because each process takes seconds of a CPU to start.
     """
     import ray
     import ray.data
@@ -133,7 +131,7 @@ def _resources(cpus_held: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet_stream() -> Iterator[None]:
-    """Ordered execution without progress bars and logs, for the time of the stream."""
+    """Run Ray Data in order within the block, without progress bars and logs."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -165,107 +163,101 @@ def quiet_stream() -> Iterator[None]:
         loud.setLevel(level)
 
 
-# Writer of token stores: finds the shards that are missing or damaged, and makes them, spread over the cluster.
+# Writer of token stores: it builds the shards that are missing or damaged, spread over the cluster.
 
 
+# Input bytes up to which the driver tokenises by itself: starting Ray Data would take longer.
 MAKE_HERE = 4 * 2**20
-"""Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan."""
+    """The input that all tasks that build a store's shards share; each also gets its own `Part` of the plan."""
 
     rules: Rules
     uri: str
+    # `run.storage`, where scans of files are kept.
     storage_root: str
-    """`run.storage`, where scans of files are kept."""
 
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """A store to be made."""
-
     plan: Plan
     uri: str
+    # `run.storage`.
     storage_root: str
-    """`run.storage`."""
 
     def for_tasks(self) -> ShardSpec:
-        """Without the plan, which is large."""
+        """Return the spec without the plan, which is large."""
         return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
 
     def outline(self) -> Outline:
-        """The store's outline, known before it is made."""
         files = tuple(each.file.uri for each in self.plan.files)
         return Outline(self.plan.digest(), len(self.plan.shards), self.plan.max_length, files)
 
 
 @dataclass
 class StoreStatus:
-    """The good parts of a store, by sizes and seals; readers check the digests of shards."""
+    """The intact parts of a store, judged by sizes and seals; readers check the digests of shards."""
 
+    # Rejected rows of the shards that are done.
     rejected: RejectedRows
-    """Those of the shards that are done."""
     manifest: Manifest | None = None
+    # Sidecars of the intact shards without their rejected rows; none if the store is complete.
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Sidecars of the good shards without their rejected rows; none if the store is complete."""
+    # Numbers of the shards to build.
     missing: list[int] = field(default_factory=list)
-    """Numbers of the shards to be made."""
+    # Files that are damaged or missing.
     damaged: list[str] = field(default_factory=list)
-    """Files that are there, or should be, and are not good."""
+    # True if nothing is left to do.
     complete: bool = False
-    """True if nothing is left to do."""
 
     def size(self, plan: Plan) -> int:
-        """Bytes of input from which the missing shards are made."""
         return sum(plan.shards[number].bytes for number in self.missing)
 
     def lines(self, count: int) -> list[str]:
-        """Log lines about damaged and finished shards."""
         lines = []
         if self.damaged:
             more = f" and {len(self.damaged) - 4:,} more" if len(self.damaged) > 4 else ""
-            lines.append(f"tokens: damaged or lost, will be made again: {', '.join(self.damaged[:4])}{more}")
+            lines.append(f"tokens: damaged or missing, will be rebuilt: {', '.join(self.damaged[:4])}{more}")
         if 0 < len(self.missing) < count:
-            lines.append(f"tokens: {count - len(self.missing):,} of {count:,} shards are there already")
+            lines.append(f"tokens: {count - len(self.missing):,} of {count:,} shards exist already")
         return lines
 
 
 def store_status(job: StoreSpec) -> StoreStatus:
-    """Look at what is there of a store."""
-    found = StoreStatus(RejectedRows(job.plan))
+    status = StoreStatus(RejectedRows(job.plan))
     sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
-        found.manifest = _good_manifest(job)
-        if found.manifest is None:
-            found.damaged.append(MANIFEST)
-        elif not _rejected_good(job, found.manifest):
-            found.damaged.append(REJECTED)
+        status.manifest = _good_manifest(job)
+        if status.manifest is None:
+            status.damaged.append(MANIFEST)
+        elif not _rejected_good(job, status.manifest):
+            status.damaged.append(REJECTED)
         else:
-            shards = enumerate(found.manifest.shards)
-            found.complete = all(sizes.get(shard_name(number)) == shard.bytes for number, shard in shards)
-    if found.complete:
-        return found
-    # Several sidecars are read at once, and no more than those are held: each may list many rejected rows.
+            shards = enumerate(status.manifest.shards)
+            status.complete = all(sizes.get(shard_name(number)) == shard.bytes for number, shard in shards)
+    if status.complete:
+        return status
+    # 32 sidecars are read and held at a time, not all of them, because each may list many rejected rows.
     with ThreadPoolExecutor(32) as pool:
         numbers = range(len(job.plan.shards))
         for start in numbers[::32]:
-            some = numbers[start : start + 32]
-            read = pool.map(lambda number: _sidecar(job, number) if sidecar_name(number) in sizes else None, some)
-            for number, sidecar in zip(some, read, strict=True):
+            batch = numbers[start : start + 32]
+            read = pool.map(lambda number: _sidecar(job, number) if sidecar_name(number) in sizes else None, batch)
+            for number, sidecar in zip(batch, read, strict=True):
                 if sidecar is None:
-                    found.damaged += [sidecar_name(number)] if sidecar_name(number) in sizes else []
-                    found.missing.append(number)
+                    status.damaged += [sidecar_name(number)] if sidecar_name(number) in sizes else []
+                    status.missing.append(number)
                 elif sizes.get(shard_name(number)) != sidecar["bytes"]:
-                    found.damaged.append(shard_name(number))
-                    found.missing.append(number)
+                    status.damaged.append(shard_name(number))
+                    status.missing.append(number)
                 else:
-                    found.done[number] = sidecar
+                    status.done[number] = sidecar
                 if sidecar:
-                    del sidecar["digests"]  # there may be a billion
-                found.rejected.put(number, sidecar.pop("rejected") if sidecar else ())
-    return found
+                    del sidecar["digests"]  # there may be a billion, too many to hold
+                status.rejected.put(number, sidecar.pop("rejected") if sidecar else ())
+    return status
 
 
 def _sidecar(job: StoreSpec | ShardSpec, number: int) -> dict[str, Any] | None:
@@ -274,24 +266,24 @@ def _sidecar(job: StoreSpec | ShardSpec, number: int) -> dict[str, Any] | None:
 
 def make(
     job: StoreSpec,
-    found: StoreStatus,
+    status: StoreStatus,
     limits: Limits,
     stopped: Callable[[], bool],
     cpus_held: float = 0.0,
     held_out: HeldOut | None = None,
 ) -> bool:
-    """Make what `found` lacks, in the order of the shards; False if `stopped` ended it between two.
+    """Build what `status` lacks, in the order of the shards; return False if `stopped` ended it between two.
 
-    `cpus_held` are CPUs of the cluster that others hold for as long as this takes. Raises UserError for data
-    that cannot be used, for rows that are among those `held_out`, and for a shard that cannot be made again as it was.
+    `cpus_held` are CPUs of the cluster that others hold meanwhile. Raise UserError for data that cannot be used, for
+    rows that are among those `held_out`, and for a shard that cannot be rebuilt as it was.
     """
-    totals = Totals(job.plan, found.rejected)
-    with contextlib.closing(_made(job, found, cpus_held)) as made:
+    totals = Totals(job.plan, status.rejected)
+    with contextlib.closing(_made(job, status, cpus_held)) as made:
         for number in range(len(job.plan.shards)):
             if stopped():
                 return False
-            fresh = number not in found.done
-            sidecar = _checked(job, found.manifest, number, next(made) if fresh else found.done[number])
+            fresh = number not in status.done
+            sidecar = _checked(job, status.manifest, number, next(made) if fresh else status.done[number])
             totals.add(sidecar, fresh)
             if held_out:
                 held_out.meet(row_digests(sidecar if fresh else _sidecar(job, number)))
@@ -307,9 +299,9 @@ def make(
 
 
 def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
-    """Make one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
+    """Build one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
 
-    A shard that another preparation has finished meanwhile is taken as it is.
+    A shard that another preparation has finished meanwhile is used as it is.
     """
     number = part.number
     reached("shard", number)
@@ -323,7 +315,7 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
         return {"error": str(error)}
     except UserError as error:
         return {"error": str(error)}
-    # The sidecar after the shard: readers take a shard with a sidecar for whole.
+    # The sidecar is written after the shard: for readers a shard with a sidecar is complete.
     content = shards.file_bytes(shard.table())
     sidecar = shard.sidecar(content)
     storage.write_bytes(storage.join(job.uri, shard_name(number)), content)
@@ -331,38 +323,37 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     return sidecar
 
 
-def _made(job: StoreSpec, found: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
-    """The sidecars of the missing shards, in their order, as they are made."""
-    if small(job, found):
+def _made(job: StoreSpec, status: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+    if small(job, status):
         shared = job.for_tasks()
-        return (make_shard(shared, job.plan.part(number)) for number in found.missing)
-    parts = Lazy(job.plan.part, found.missing)
+        return (make_shard(shared, job.plan.part(number)) for number in status.missing)
+    parts = Lazy(job.plan.part, status.missing)
     return map_ordered(make_shard, job.for_tasks(), parts, cpus_held)
 
 
-def small(job: StoreSpec, found: StoreStatus) -> bool:
-    """Whether the missing shards are made in this process, without Ray."""
-    return len(found.missing) <= 1 or found.size(job.plan) <= MAKE_HERE
+def small(job: StoreSpec, status: StoreStatus) -> bool:
+    """True if the missing shards are built in this process, without Ray."""
+    return len(status.missing) <= 1 or status.size(job.plan) <= MAKE_HERE
 
 
 def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
-    """The sidecar, if it is no error and what an earlier manifest says of the shard."""
+    """Return the sidecar; raise UserError if it is an error, or differs from an earlier manifest."""
     if "error" in sidecar:
         raise UserError(sidecar["error"])
     if manifest and manifest.shards[number] != ShardInfo.of(sidecar):
         raise UserError(
-            f"token store {job.uri}: {shard_name(number)}, made again, is not what it was (made by other versions of"
-            " the libraries?); delete the folder to make all of it again"
+            f"token store {job.uri}: the rebuilt {shard_name(number)} differs from the original (were libraries"
+            " updated?); delete the folder to rebuild all shards"
         )
     return sidecar
 
 
 def _good_manifest(job: StoreSpec) -> Manifest | None:
     try:
-        found = read_manifest(job.uri)
+        manifest = read_manifest(job.uri)
     except (FileNotFoundError, ValueError):
         return None
-    return found if found.digest == job.plan.digest() and len(found.shards) == len(job.plan.shards) else None
+    return manifest if manifest.digest == job.plan.digest() and len(manifest.shards) == len(job.plan.shards) else None
 
 
 def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
@@ -373,38 +364,35 @@ def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
 
 
 def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
-    """The rejected rows of a store that is there."""
     with fetched(storage.join(job.uri, REJECTED)) as path, path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
+# Bytes up to which the driver scans by itself.
 SCAN_HERE = 64 * 2**20
-"""Bytes up to which the driver scans by itself."""
 
 
 @dataclass(frozen=True)
 class CompleteStore:
-    """A token store that needs no more work."""
-
     store: TokenStore
     problem: None = None
 
     def join(self) -> None:
-        """There is nothing to wait for."""
+        """Return at once: there is nothing to wait for."""
 
 
 class StoreBuild:
     """A token store and the work that is left to complete it.
 
-    Either `run`, or `start` and later `join`; with the latter `stop` and `join` before Ray is shut down.
+    Call `run`, or `start` and later `join`; with the latter, `stop` and `join` before Ray is shut down.
     """
 
-    def __init__(self, job: StoreSpec, found: StoreStatus, limits: Limits) -> None:
-        """Use `begin`."""
+    def __init__(self, job: StoreSpec, status: StoreStatus, limits: Limits) -> None:
+        """Call `begin` instead."""
         self.store = TokenStore.growing(job.uri, job.outline())
+        # The exception that ended the work of `start`.
         self.problem: Exception | None = None
-        """The exception that ended the work of `start`."""
-        self._job, self._found, self._limits = job, found, limits
+        self._job, self._status, self._limits = job, status, limits
         self._stop, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._held_out: StoreBuild | None = None
@@ -413,56 +401,54 @@ class StoreBuild:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop and wait for the end; a problem was either reported already, or nobody needs it any more."""
+        # A problem was either reported already, or nobody needs it any more.
         self.stop()
         with contextlib.suppress(Exception):
             self.join()
 
     def hold_apart(self, held_out: "StoreBuild") -> None:
-        """Have `run` look for rows that are held out too; their store is complete."""
+        """Make `run` check that no held-out row is a training row; `held_out` has a complete store."""
         self._held_out = held_out
 
     def _rows(self) -> Iterator[NDArray[np.uint64]]:
-        """The digests of the rows, shard by shard."""
         return (row_digests(_sidecar(self._job, number)) for number in range(len(self._job.plan.shards)))
 
     @property
     def plan(self) -> Plan:
-        """The plan by which the store is made."""
         return self._job.plan
 
     @property
     def complete(self) -> bool:
-        """Whether there was nothing left to do when it began."""
-        return self._found.complete
+        """True if there was nothing left to do at the start."""
+        return self._status.complete
 
     @property
     def small(self) -> bool:
-        """Whether `run` takes a moment and needs no Ray."""
-        return small(self._job, self._found)
+        """True if `run` takes a moment and needs no Ray."""
+        return small(self._job, self._status)
 
     @property
     def done(self) -> bool:
-        """Whether the work has ended, in whatever way, or there was none."""
+        """True if the work has ended, in whatever way, or there was none."""
         return self.complete or self._ended.is_set()
 
     def run(self, cpus_held: float = 0.0) -> None:
-        """Make what is missing, in this thread; returns early after `stop`.
+        """Build what is missing, in this thread; return early after `stop`.
 
-        `cpus_held` are CPUs of the cluster that others hold meanwhile: where they are about all, the work
-        continues without asking Ray for any. Raises UserError for data that cannot be used.
+        `cpus_held` are CPUs of the cluster that others hold meanwhile: if they hold almost all, the work continues
+        without asking Ray for any. Raise UserError for data that cannot be used.
         """
         try:
-            # Ray Data's stream is made, read and closed in one thread: it cannot be closed from another.
-            apart, line, other = None, None, self._held_out
-            if other:
-                # The rows of both stores are read once, not at each start: there may be a billion.
-                kept = node_cache.place("held-apart", self.store.uri, other.store.uri)
+            # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
+            apart, line, held_out = None, None, self._held_out
+            if held_out:
+                # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
+                kept = node_cache.place("held-apart", self.store.uri, held_out.store.uri)
                 line = node_cache.read(kept) if self.complete else None
                 if line is None:
-                    apart = HeldOut(np.concatenate(list(other._rows())), other._limits.setting)
+                    apart = HeldOut(np.concatenate(list(held_out._rows())), held_out._limits.setting)
             if not self.complete:
-                if not make(self._job, self._found, self._limits, self._stop.is_set, cpus_held, apart):
+                if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart):
                     return
                 _say(self._job.plan.split, self.store.manifest)
             elif apart:
@@ -476,17 +462,16 @@ class StoreBuild:
             self._ended.set()
 
     def start(self, cpus_held: float = 0.0) -> None:
-        """`run` in a thread of its own."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._work, args=(cpus_held,), name="tokens", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the work after the shard that it waits for; what is made stays and is used by the next preparation."""
+        """End the work after the current shard; the next preparation uses the finished shards."""
         self._stop.set()
 
     def join(self) -> None:
-        """Wait until the work of `start` has ended; raises its problem."""
+        """Wait until the work of `start` has ended; raise its problem."""
         if self._thread:
             self._thread.join()
         if self.problem:
@@ -500,44 +485,44 @@ class StoreBuild:
 
 
 def look_there(config: AnyConfig) -> Look:
-    """A look at the data, which reads what was not read before, with Ray if it is large."""
+    """Return a Look that reads the data that was not read before, with Ray if it is large."""
     return _look(config, _scan_there)
 
 
 def look_here(config: AnyConfig) -> Look:
-    """A look at the data by this process, without Ray; files that were scanned before are not read again."""
+    """Return a Look that reads, in this process and without Ray, the data that was not read before."""
     return _look(config, _scan_here)
 
 
 def begin(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None) -> StoreBuild:
-    """Look at the data and at what is there of its token store; the StoreBuild makes the rest.
+    """List the data and the existing parts of its token store; return the StoreBuild that builds the rest.
 
-    Whoever makes both splits gives the same `look` (by default `look_there`) to both. Raises UserError for data that
+    For both splits, pass the same `look` (by default `look_there`) to both calls. Raise UserError for data that
     cannot be used, as far as that is known before tokenising.
     """
     plan = make_plan(config, spec, split, look or look_there(config))
     root = config.run.storage
     job = StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
-    found = store_status(job)
-    for line in (*notes.form_lines(plan), *found.lines(len(plan.shards))):
+    status = store_status(job)
+    for line in (*notes.form_lines(plan), *status.lines(len(plan.shards))):
         logger.info(line)
-    if found.manifest and found.complete:
-        limits.check(found.manifest.rejected, found.manifest.rows, lambda: rejected_rows(job))
-        _say(split, found.manifest, " (made before)")
-    return StoreBuild(job, found, limits)
+    if status.manifest and status.complete:
+        limits.check(status.manifest.rejected, status.manifest.rows, lambda: rejected_rows(job))
+        _say(split, status.manifest, " (built earlier)")
+    return StoreBuild(job, status, limits)
 
 
-def _say(split: Split, found: Manifest, when: str = "") -> None:
-    logger.info(f"tokens: {split}: {summary(found)}{when}")
-    for line in notes.lines(found.notes):
+def _say(split: Split, manifest: Manifest, when: str = "") -> None:
+    logger.info(f"tokens: {split}: {summary(manifest)}{when}")
+    for line in notes.lines(manifest.notes):
         logger.info(f"tokens: {split}: {line}")
 
 
 def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split) -> TokenStore:
-    """The complete token store of a split: opened, or what is missing or damaged of it made first.
+    """Return the complete token store of a split; first build what is missing or damaged.
 
-    Needs ray.init unless the data is small. Raises UserError for data that cannot be used.
+    Needs ray.init unless the data is small. Raise UserError for data that cannot be used.
     """
     preparation = begin(config, spec, split)
     preparation.run()
@@ -545,10 +530,10 @@ def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split) -> TokenStore:
 
 
 def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None) -> Plan:
-    """The plan of a split's store, whose digest says what it is made of.
+    """Return the plan of a split's store; its digest identifies the content.
 
-    Whoever makes both splits gives the same `look` (by default `look_here`) to both. Raises UserError for missing or
-    empty sources.
+    For both splits, pass the same `look` (by default `look_here`) to both calls. Raise UserError for missing or empty
+    sources.
     """
     return make_plan(config, spec, split, look or look_here(config))
 
@@ -560,7 +545,7 @@ def _look(config: AnyConfig, scan_files: Callable[[Sequence[File], str], "Result
 
 
 def scan_file(storage_root: str, file: File) -> FileScan | str:
-    """Scan one file; an error for the user is returned as text."""
+    """Scan one file; return an error for the user as text."""
     try:
         return scan(file, storage_root)
     except UserError as error:
@@ -575,7 +560,6 @@ def _scan_here(files: Sequence[File], storage_root: str) -> Results:
 
 
 def _scan_there(files: Sequence[File], storage_root: str) -> Results:
-    """Scans by tasks of Ray, if they would take long here."""
     if (size := total_bytes(files)) <= SCAN_HERE:
         return _scan_here(files, storage_root)
     logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
@@ -585,7 +569,6 @@ def _scan_there(files: Sequence[File], storage_root: str) -> Results:
 def _scan_all(
     sources: Sequence[Sequence[File]], storage_root: str, scan_files: Callable[[Sequence[File], str], Results]
 ) -> list[list[FileScan]]:
-    """The scans of the files of each source; only those that are not kept are made, by `scan_files`."""
     files = [file for source in sources for file in source]
     scans = kept_scans(files, storage_root)
     missing = [number for number, found in enumerate(scans) if found is None]

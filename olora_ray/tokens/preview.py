@@ -1,8 +1,8 @@
 """Preview of a token store for --dry-run: what preparing it would give, without Ray and without writing a file.
 
-Small data is read as a whole, and judged as the run judges it; of large data some rows of many places are read,
-and what they say is scaled up. A file may be sorted by length: the places are spread evenly over its bytes, and at
-each all rows count that begin in a window of the same size, however long they are.
+Small data is read completely, and judged as a run judges it. Of large data some rows at many positions are read, and
+the results are scaled up. A file may be sorted by length: the positions are spread evenly over its bytes, and at each
+one all rows count that begin in a window of fixed size, however long they are.
 """
 
 import itertools
@@ -31,83 +31,77 @@ from olora_ray.tokens.plan import Floats, Pack, Plan, Split, looking, make_plan,
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
+# Bytes up to which all files are scanned, which takes some seconds; of larger data some positions are sampled.
 SCAN_ALL = 2 * 2**30
-"""Bytes up to which all files are scanned, some seconds; of larger data some places are looked at."""
+# Factor on the bytes of a file of this type: reading it takes longer, or samples from its middle say as much. A
+# compressed jsonl or text file has the factor 4.
 SLOW = {"csv": 16, "tsv": 16, "json": 16, "jsonl": 16, "parquet": 16}
-"""As how many bytes one of these kinds counts: it takes longer, or places in the middle say as much. A compressed one
-counts as 4."""
+# Sampled positions of all files of lines together.
 PLACES = 256
-"""Places of all files of lines, when the data is larger."""
+# Sampled other files per source, and sampled positions of these.
 FILES_LOOKED_AT = 32
-"""Other files of each source, and places of these."""
+# Bytes of text up to which all rows are tokenised, at about a second per megabyte.
 READ_ALL = 8 * 2**20
-"""Bytes of text up to which all rows are tokenised; it takes about a second per megabyte."""
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example as the model sees it."""
-
+    # In the form file:line.
     origin: str
-    """As file:line."""
     input_ids: NDArray[np.int32]
+    # Its supervised tokens.
     mask: NDArray[np.bool_]
-    """Its supervised tokens."""
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows of one source that were read."""
-
+    # Such as data.train.0.
     setting: str
-    """As data.train.0."""
     source: Source
+    # Rejected ones included.
     rows: int
-    """Rejected ones included."""
     rejected: int
 
 
 @dataclass(frozen=True)
 class Preview:
-    """One pass over the rows of a split."""
-
     limits: Limits
+    # Rejected ones included.
     rows: int
-    """Rejected ones included."""
     packs: int
     tokens: int
     supervised: int
+    # Tokens / (packs * max_length).
     fill: float
-    """Tokens / (packs * max_length)."""
+    # Rows that were read: all, if `exact`.
     read: int
-    """Rows that were read: all, if `exact`."""
+    # Rejected ones of the rows that were read, by reason.
     rejected: dict[str, int]
-    """Of the rows that were read, by reason."""
+    # False: rows, packs, tokens and supervised are estimates.
     exact: bool
-    """False: rows, packs, tokens and supervised are estimates."""
+    # Facts that are unknown because not all files were scanned.
     note: str
-    """What is not known since not all files were scanned."""
+    # Tokens of an example, at the QUANTILES of the examples.
     lengths: tuple[int, ...]
-    """Tokens of an example, at the QUANTILES of the examples."""
+    # Tokens of the longest example that is no plain text, because that is cut in pieces; 0 if there is none.
     longest: int
-    """Tokens of the longest example that is no plain text, which is cut in pieces; 0 if there is none."""
     sources: tuple[SourceRows, ...]
+    # The first training example, and the next from another source if there is one.
     examples: tuple[Example, ...]
-    """The first that is trained on, and the next from another source if there is one."""
+    # Digests of the rows that were read.
     digests: NDArray[np.uint64]
-    """Of the rows that were read."""
+    # The first sequences.
     some_packs: tuple[Pack, ...]
-    """The first sequences."""
 
 
 def describe(
     config: Config, spec: TokenizerSpec, split: Split = "train", limit: int = 2000, tell: bool = True
 ) -> Preview:
-    """Preview a split, of large data from about `limit` rows, and `tell` in the log what is odd.
+    """Preview a split, of large data from about `limit` rows; `tell` logs notes about unusual rows.
 
-    Raises UserError as the preparation would.
-    Of large data too many rejected rows are an error if they are too many of those that were read.
+    Raise UserError as the preparation would. For large data, the limit on rejected rows applies to the rows that were
+    read.
     """
     look = _Look(config.run.storage)
     plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
@@ -118,17 +112,17 @@ def describe(
         for line in manifest.form_lines(plan):
             logger.info(line)
     note = "; ".join(sorted(look.notes))
-    which = "; ".join(["of the rows that a dry run reads of so much data", *sorted(look.notes)])
+    which = "; ".join(["of the rows that a dry run reads of large data", *sorted(look.notes)])
     made, totals = _made(part, limits, "" if exact else f" ({which})")
     for line in manifest.lines(totals.notes) if tell else ():
-        logger.info(f"of the rows that were read, {line}")
+        logger.info(f"of the rows read, {line}")
     weights = np.array([[1.0 if exact else source.weight * plan.kept_share] for source in plan.sources])
-    found = _preview(part, limits, made, totals, look.sizes * weights / np.maximum(drawn, 1.0))
-    return replace(found, exact=exact, note=note)
+    preview = _preview(part, limits, made, totals, look.sizes * weights / np.maximum(drawn, 1.0))
+    return replace(preview, exact=exact, note=note)
 
 
 def _made(plan: Plan, limits: Limits, which: str) -> tuple[list[shards.Shard], Totals]:
-    """The shards of the plan, in memory, judged as `prepare.make` judges them; `which` ends an error: of which rows."""
+    # As `prepare.make` does it, but in memory; `which` ends the error, because only some rows may have been read.
     totals, made = Totals(plan, RejectedRows(plan)), []
     for number in range(len(plan.shards)):
         made.append(shards.build(plan, plan.part(number)))
@@ -143,11 +137,11 @@ def _made(plan: Plan, limits: Limits, which: str) -> tuple[list[shards.Shard], T
 
 
 def _preview(plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: Totals, times: Floats) -> Preview:
-    """The preview; `times`: (sources, 2) how many rows each of a source stands for, and how many bytes each of them."""
+    """Return the preview; `times` (sources, 2) are the factors that scale up rows and bytes of each source."""
     total = totals.total
     examples = [example for shard in made for example in shard.examples]
     counts = np.array([(len(example.ids), np.count_nonzero(example.supervised)) for example in examples])
-    source = [plan.files[origin >> manifest.PLACE_BITS].source for shard in made for origin in shard.origins]
+    source = [plan.files[origin >> manifest.POSITION_BITS].source for shard in made for origin in shard.origins]
     tokens, supervised = times[source, 1] @ counts
     first = next(shard for shard in made if shard.packs)  # the first of all may have no held-out row
     return Preview(
@@ -180,14 +174,14 @@ def _examples(plan: Plan, shard: shards.Shard) -> tuple[Example, ...]:
     first, *rest = (number for members in shard.packs for number in members)
 
     def source(number: int) -> int:
-        return plan.files[shard.origins[number] >> manifest.PLACE_BITS].source
+        return plan.files[shard.origins[number] >> manifest.POSITION_BITS].source
 
     others = [number for number in rest if source(number) != source(first)] or rest
-    files, found = [each.file.uri for each in plan.files], list[Example]()
+    files, examples = [each.file.uri for each in plan.files], list[Example]()
     for number in (first, *others[:1]):
         tokens = shard.examples[number]
-        found.append(Example(manifest.place_name(files, shard.origins[number]), tokens.ids, tokens.supervised))
-    return tuple(found)
+        examples.append(Example(manifest.origin_name(files, shard.origins[number]), tokens.ids, tokens.supervised))
+    return tuple(examples)
 
 
 def _pack(shard: shards.Shard, members: Sequence[int]) -> Pack:
@@ -198,15 +192,15 @@ def _pack(shard: shards.Shard, members: Sequence[int]) -> Pack:
 
 
 class _Look:
-    """Scans small data as a whole, and looks at some places of large data."""
+    """Scans small data completely, and samples large data."""
 
     def __init__(self, storage_root: str) -> None:
         self._storage = storage_root
         self.complete = True
+        # (sources, 2) rows and bytes of each.
         self.sizes: Floats = np.zeros((0, 2))
-        """(sources, 2) rows and bytes of each."""
+        # Facts that are unknown about large data.
         self.notes: set[str] = set()
-        """What is not known of large data."""
 
     def __call__(self, sources: Sequence[Sequence[File]]) -> list[list[FileScan]]:
         every = [file for files in sources for file in files]
@@ -228,19 +222,18 @@ class _Look:
         seen = _spread(others, FILES_LOOKED_AT)
         size = total_bytes([files[number] for number in seen])
         for number in seen:
-            one = self._start(files[number], max(1, FILES_LOOKED_AT * files[number].size // max(size, 1)))
+            scanned = self._start(files[number], max(1, FILES_LOOKED_AT * files[number].size // max(size, 1)))
             times = total_bytes([files[number] for number in others]) / max(size, 1)
-            found[number] = replace(one, rows=round(one.rows * times))
+            found[number] = replace(scanned, rows=round(scanned.rows * times))
         return [found.get(number, FileScan("", 0, (), Units.of(()))) for number in range(len(files))]
 
-    def _start(self, file: File, places: int) -> FileScan:
-        """A cheap look at a file: at some units of its beginning, or at some places of all of parquet."""
+    def _start(self, file: File, count: int) -> FileScan:
         found = head(file)
         if file.kind != "parquet":
-            self.notes.add(f"of {file.compression or file.kind} files the beginnings alone, so sorted ones mislead")
-            return replace(found, units=Units.of(_spread(found.units, places)))
+            self.notes.add(f"only the beginnings of {file.compression or file.kind} files, so sorted files mislead")
+            return replace(found, units=Units.of(_spread(found.units, count)))
         units = []
-        for first in _spread(range(found.rows), places):
+        for first in _spread(range(found.rows), count):
             unit = found.units[int(np.searchsorted(found.units.table["first"], first, "right")) - 1]
             rows = min(256, unit.first + unit.rows - first)
             units.append(replace(unit, first=first, rows=rows, size=unit.size * rows // unit.rows))
@@ -251,13 +244,13 @@ def _cost(file: File) -> int:
     return 4 if file.compression and file.kind == "jsonl" else SLOW.get(file.kind, 4 if file.compression else 1)
 
 
-def _size(found: FileScan) -> tuple[float, float]:
-    """Rows of a file, and their bytes, by those of its units."""
-    return found.rows, found.rows * float(found.units.table["size"].sum()) / max(found.units.rows, 1)
+def _size(scan: FileScan) -> tuple[float, float]:
+    # Rows of a file, and their bytes, estimated from its units.
+    return scan.rows, scan.rows * float(scan.units.table["size"].sum()) / max(scan.units.rows, 1)
 
 
 def _windows(files: Mapping[int, File], density: float) -> Iterator[tuple[int, FileScan]]:
-    """Looks at rows of files of lines: those that begin in windows of up to 64 KiB, `density` of them a byte."""
+    """Sample files of lines: the rows that begin in windows of up to 64 KiB, with `density` windows per byte."""
     ends = np.cumsum([0, *(file.size for file in files.values())])
     if not (total := int(ends[-1])):
         return
@@ -265,9 +258,9 @@ def _windows(files: Mapping[int, File], density: float) -> Iterator[tuple[int, F
     half, numbers, parts = min(2**16, total / count) / 2, list(files), []
     for middle in (np.arange(count) + 0.5) * total / count:
         low, high = round(middle - half), round(middle + half)
-        for place in range(int(np.searchsorted(ends, low, "right")), int(np.searchsorted(ends, high)) + 1):
-            start, end = ends[place - 1 : place + 1].tolist()
-            parts.append((numbers[place - 1], max(low - start, 0), min(high, end) - start))
+        for number in range(int(np.searchsorted(ends, low, "right")), int(np.searchsorted(ends, high)) + 1):
+            start, end = ends[number - 1 : number + 1].tolist()
+            parts.append((numbers[number - 1], max(low - start, 0), min(high, end) - start))
     with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
         contents = list(pool.map(lambda part: _begun(files[part[0]], *part[1:]), parts))
     times = total / count / (2 * half)
@@ -275,14 +268,14 @@ def _windows(files: Mapping[int, File], density: float) -> Iterator[tuple[int, F
         units, before = list[Unit](), 0
         for _, (rows, offset, content) in own:
             if rows:
-                # The number of the line is a guess: nobody has counted those before it.
+                # The line number is an estimate, because the lines before it are not counted.
                 units.append(Unit(round(before * times), rows, offset, len(content), 0, zlib.crc32(content)))
                 before += rows
         yield number, FileScan("", round(before * times), (), Units.of(units))
 
 
 def _begun(file: File, low: int, high: int) -> tuple[int, int, bytes]:
-    """The lines that begin at bytes low..high-1 of a file: their number, where the first does, and their content."""
+    """Return the lines that begin at bytes low..high-1 of a file: their number, the first offset, their content."""
 
     def read() -> tuple[int, int, bytes]:
         system, path = open_filesystem(file.uri)
@@ -292,7 +285,7 @@ def _begun(file: File, low: int, high: int) -> tuple[int, int, bytes]:
             first = content.find(b"\n") + 1 if low else 0
             if first == len(content) or (low and not first):
                 return 0, low, b""
-            # The last line to its end, which no row of more than 128 MiB has.
+            # The last line is read to its end; a row has at most 128 MiB.
             while not content.endswith(b"\n") and len(content) < 2**27:
                 if not (more := bytes(stream.read(max(len(content), 2**16)))):
                     break
@@ -305,6 +298,5 @@ def _begun(file: File, low: int, high: int) -> tuple[int, int, bytes]:
 
 
 def _spread(items: Sequence[Item], most: int) -> list[Item]:
-    """Up to so many of the items, spread evenly over all."""
     count = min(most, len(items))
     return [items[int((number + 0.5) * len(items) / count)] for number in range(count)]

@@ -1,4 +1,4 @@
-"""One shard of a token store: its rows tokenised, shuffled and packed, and its file."""
+"""One shard of a token store: its rows are tokenised, shuffled and packed, and written to its file."""
 
 import base64
 import hashlib
@@ -17,51 +17,50 @@ from olora_ray.data.formats import Rejected, Text, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
 from olora_ray.tokens import manifest
-from olora_ray.tokens.manifest import PLACE_BITS
+from olora_ray.tokens.manifest import POSITION_BITS
 from olora_ray.tokens.plan import Part, Piece, PlannedFile, Rules, key, permutation, taken
 
 # Packing of examples into fixed-length packs: first-fit decreasing in O(n log n).
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distribute items over as few packs of `capacity` as first-fit decreasing needs.
+    """Distribute items over packs of `capacity`, over as few as first-fit decreasing needs.
 
-    Returns the indices of the items in each pack, in the order in which they were put there. Equal
-    lengths keep their order, so the result depends on `lengths` alone. At most 11/9 of the optimum
-    + 1 packs. A length must lie in 1..capacity.
+    Return the indices of the items in each pack, in the order in which they were added. Equal lengths keep their
+    order, so the result depends only on `lengths`. At most 11/9 of the optimum + 1 packs. A length must lie in
+    1..capacity.
     """
     by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     free = _FirstFit(len(lengths), capacity)
     packs: list[list[int]] = []
     for index in by_length:
         assert 1 <= lengths[index] <= capacity, (lengths[index], capacity)
-        place = free.take(lengths[index])
-        if place == len(packs):
+        number = free.take(lengths[index])
+        if number == len(packs):
             packs.append([])
-        packs[place].append(index)
+        packs[number].append(index)
     return packs
 
 
 class _FirstFit:
-    """The free space of each pack, with the largest of every subtree: the first fit in O(log n)."""
+    """The free space of each pack, in a tree of maxima that finds the first fit in O(log n)."""
 
     def __init__(self, size: int, capacity: int) -> None:
         self._leaves = 1 << max(0, (size - 1).bit_length())
         self._free = [capacity] * (2 * self._leaves)
 
     def take(self, length: int) -> int:
-        """Take `length` from the first pack that has it; returns the pack's number."""
         node, free = 1, self._free
         while node < self._leaves:
             node *= 2
             if free[node] < length:
                 node += 1
         free[node] -= length
-        place = node - self._leaves
+        number = node - self._leaves
         while node > 1:
             node //= 2
             free[node] = max(free[2 * node], free[2 * node + 1])
-        return place
+        return number
 
 
 SCHEMA = pa.schema(
@@ -74,31 +73,29 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Characters that are tokenised together: their encodings are several dozen times as large.
 TOGETHER = 2**17
-"""Characters that are tokenised together: their encodings are some dozen times as large."""
 
 
 @dataclass
 class Shard:
-    """The content of a shard, one entry of `packs` a sequence."""
-
     examples: list[Tokens] = field(default_factory=list)
+    # One per example.
     origins: list[int] = field(default_factory=list)
-    """Of each example."""
+    # Numbers of the examples in each sequence.
     packs: list[list[int]] = field(default_factory=list)
-    """Numbers of the examples in each sequence."""
+    # Rows read, rejected ones included.
     rows: int = 0
-    """Rows read, rejected ones included."""
+    # Rows read, by the number of their source.
     rows_of: "Counter[int]" = field(default_factory=Counter)
-    """The same by the number of their source."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    # One per row, of its tokens.
     digests: list[bytes] = field(default_factory=list)
-    """Of the tokens of each row."""
+    # Counts of unusual rows.
     notes: "Counter[str]" = field(default_factory=Counter)
-    """Counts of what is odd."""
 
     def table(self) -> pa.Table:
-        """The columns of the shard's file, one row a pack."""
+        """Return the columns of the shard's file, one row per pack."""
         packs = [[self.examples[number] for number in chosen] for chosen in self.packs]
         flat = [example for members in packs for example in members]
         ids = np.concatenate([np.zeros(0, np.int32), *[example.ids for example in flat]])
@@ -118,7 +115,7 @@ class Shard:
         return pa.Table.from_arrays(columns, schema=SCHEMA)
 
     def sidecar(self, content: bytes) -> dict[str, Any]:
-        """Describe the shard for those that do not open it; `content` is the file's."""
+        """Describe the shard for readers that do not open it; `content` is the content of the file."""
         chosen = [self.examples[number] for members in self.packs for number in members]
         return {
             "rows": self.rows,
@@ -136,7 +133,7 @@ class Shard:
 
 
 def build(rules: Rules, part: Part) -> Shard:
-    """Make a shard in memory; raises UserError for a broken file, tokenizer or template."""
+    """Build a shard in memory; raise UserError for a broken file, tokenizer or template."""
     shard = Shard()
     tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only, rules.too_long)
     for piece in part.pieces:
@@ -146,7 +143,7 @@ def build(rules: Rules, part: Part) -> Shard:
 
 
 def file_bytes(table: pa.Table) -> bytes:
-    """The table as an Arrow file, uncompressed so that it can be memory-mapped."""
+    """Return the table as an Arrow file, uncompressed so that it can be memory-mapped."""
     sink = io.BytesIO()
     with ipc.new_file(sink, table.schema) as writer:
         for batch in table.combine_chunks().to_batches():
@@ -157,58 +154,55 @@ def file_bytes(table: pa.Table) -> bytes:
 def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
     end = rules.spec.eos_id
     for group in _begun(shard, rules, planned, piece, tokenize):
-        tokenize.ahead([one for _, one in group if isinstance(one, Begun)])
-        for place, one in group:
+        tokenize.ahead([begun for _, begun in group if isinstance(begun, Begun)])
+        for position, begun in group:
             shard.rows += 1
             shard.rows_of[planned.source] += 1
             try:
-                if isinstance(one, Rejected):
-                    raise one
-                found = one.finish()
-                if isinstance(one.example, Text) and all((each.ids[each.supervised] == end).all() for each in found):
-                    raise Rejected(
-                        "no_supervised_token", "a text of one token: the end token alone is left to train on"
-                    )
+                if isinstance(begun, Rejected):
+                    raise begun
+                tokens = begun.finish()
+                if isinstance(begun.example, Text) and all((each.ids[each.supervised] == end).all() for each in tokens):
+                    raise Rejected("no_supervised_token", "a text of one token: only the end token is left to train on")
             except Rejected as why:
                 shard.rejected.append(
                     {
                         "source": planned.source,
                         "file": planned.file.uri,
-                        "line": place + 1,
+                        "line": position + 1,
                         "reason": why.reason,
                         "message": why.message,
                     }
                 )
                 continue
-            manifest.count(shard.notes, one.example, found, tokenize, rules.spec)
+            manifest.count(shard.notes, begun.example, tokens, tokenize, rules.spec)
             shard.digests.append(
-                hashlib.blake2b(b"".join(each.ids.tobytes() for each in found), digest_size=8).digest()
+                hashlib.blake2b(b"".join(each.ids.tobytes() for each in tokens), digest_size=8).digest()
             )
-            shard.examples.extend(found)
-            shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
+            shard.examples.extend(tokens)
+            shard.origins.extend([(piece.file << POSITION_BITS) + position] * len(tokens))
 
 
 def _begun(
     shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
-    """The places and examples of a piece, in groups whose texts are tokenised together."""
     source = rules.sources[planned.source]
     chat, wanted = as_chat(source, rules.spec), set(columns_of(source.format, source.fields))
-    # A token has a few letters: what is far too long is not tokenised, which takes 200 times its memory.
+    # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
     most = 1000 * rules.max_length
     group: list[tuple[int, Begun | Rejected]] = []
     size = 0
-    for place, row in _rows(rules, planned, piece):
+    for position, row in _rows(rules, planned, piece):
         try:
             if isinstance(row, Mapping):
                 manifest.count_unread(shard.notes, "column", row.keys() - wanted)
-            one = tokenize.begin(to_example(source.format, row, source.fields, chat))
-            if not isinstance(one.example, Text) and max(map(len, (*one.answers, *one.texts))) > most:
-                raise Rejected("too_long", f"more than {most:,} characters, for data.max_length = {rules.max_length}")
-            size += one.size
-            group.append((place, one))
+            begun = tokenize.begin(to_example(source.format, row, source.fields, chat))
+            if not isinstance(begun.example, Text) and max(map(len, (*begun.answers, *begun.texts))) > most:
+                raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {rules.max_length}")
+            size += begun.size
+            group.append((position, begun))
         except Rejected as why:
-            group.append((place, why))
+            group.append((position, why))
         if size >= TOGETHER:
             yield group
             group, size = [], 0
@@ -221,20 +215,20 @@ def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[in
     rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
     first = piece.unit.first
     keep = taken(rules, planned, piece, np.arange(first, first + piece.unit.rows, dtype=np.int64))
-    for place, row in rows:
-        if keep[place - first]:
-            yield place, _with_columns(row, planned.columns)
+    for position, row in rows:
+        if keep[position - first]:
+            yield position, _with_columns(row, planned.columns)
 
 
 def _with_columns(row: Any, columns: Sequence[str]) -> Any:
-    """Columns that were not read still count as there, so that a message can name them."""
+    # Columns that were not read count as existing, so that a message can name them.
     if not isinstance(row, Mapping) or len(row) == len(columns):
         return row
     return {**dict.fromkeys(columns), **row}
 
 
 def _arrange(shard: Shard, rules: Rules, number: int) -> None:
-    """Shuffle (training) and pack the examples; evaluation keeps the order of the rows as far as packing lets it."""
+    """Shuffle (training only) and pack the examples; evaluation keeps the order of rows as far as packing allows."""
     count = len(shard.examples)
     order = np.arange(count, dtype=np.int64)
     if rules.split == "train":
@@ -243,11 +237,11 @@ def _arrange(shard: Shard, rules: Rules, number: int) -> None:
         lengths = [len(shard.examples[index].ids) for index in order]
         chosen = [sorted(members) for members in pack(lengths, rules.max_length)]
     else:
-        chosen = [[place] for place in range(count)]
+        chosen = [[index] for index in range(count)]
     chosen.sort()
-    packs = [[int(order[place]) for place in members] for members in chosen]
+    packs = [[int(order[index]) for index in members] for members in chosen]
     if rules.split == "train":
-        # Packing filled the packs from the longest example down: shuffle what the sort has left of that.
+        # Packing filled the packs from the longest example down, so their order still follows the lengths: shuffle.
         packs = [packs[index] for index in permutation(len(packs), key("packs", rules.seed, number))]
     shard.packs = packs
 

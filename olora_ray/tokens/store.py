@@ -1,4 +1,4 @@
-"""The token store: packed sequences on disk, addressed by what they were made of, read by number.
+"""The token store: packed sequences on disk, named by the digest of their inputs, and read by number.
 
     <storage>/tokens/<digest>/
         shard-00000.arrow    packs, one row each (see shard.SCHEMA); memory-mapped
@@ -6,8 +6,8 @@
         manifest.json        written last: the store is complete
         rejected.jsonl       the rows that could not be used, with the reason
 
-A store is read while it grows: shards are made in order, and those at its front are there long before
-the last. Reading needs neither Ray nor the tokenizer.
+A store can be read while it grows: shards are built in order, and the first ones exist long before the
+last. Reading needs neither Ray nor the tokenizer.
 """
 
 import itertools
@@ -32,7 +32,7 @@ from olora_ray.tokens.manifest import (
     Outline,
     ShardInfo,
     file_size,
-    place_name,
+    origin_name,
     read_manifest,
     shard_name,
     sidecar_name,
@@ -42,7 +42,7 @@ from olora_ray.tokens.plan import Pack, key, permutation, permute_at
 
 @dataclass(frozen=True)
 class Front:
-    """The known shards at the start of a store; replaced as a whole, since threads read it meanwhile."""
+    """The known shards at the start of a store; replaced as one object, because threads read it meanwhile."""
 
     shards: tuple[ShardInfo, ...]
 
@@ -52,38 +52,37 @@ class Front:
         return np.cumsum([0, *(shard.packs for shard in self.shards)], dtype=np.int64)
 
 
-# Order in which a training meets the sequences of a store: a function of the seed and the place, without state.
+# The order of a training over the sequences of a store: a function of the seed and the position, without state.
 
 
+# Shards up to which every pass permutes the whole store. Changing this number or the next one changes the order in
+# which resumed runs train.
 FEW_SHARDS = 512
-"""Shards up to which every pass permutes the whole store. This and the next are a part of what a run is repeated by."""
+# Most shards of a window.
 WINDOW = 256
-"""Shards of a window, at most."""
 
 Places = NDArray[np.int64]
 
 
 def order(num_packs: int, seed: int, start: int, stop: int) -> Places:
-    """The sequences at places start..stop-1 of the endless order over a store of few shards, (stop - start,).
+    """Return the sequences start..stop-1 of the endless order over a store of few shards, (stop - start,).
 
     Any range costs only its own length.
     """
-    epoch, place = np.divmod(np.arange(start, stop, dtype=np.int64), num_packs)
+    epoch, position = np.divmod(np.arange(start, stop, dtype=np.int64), num_packs)
     for number in np.unique(epoch[epoch > 0]):
         inside = epoch == number
-        place[inside] = permute_at(place[inside], num_packs, key("order", seed, number))
-    return place
+        position[inside] = permute_at(position[inside], num_packs, key("order", seed, number))
+    return position
 
 
 @dataclass(frozen=True, eq=False)
 class WindowedPass:
-    """A later pass over a store of many shards."""
-
+    # (shards + 1,) sequences before each shard, and in all.
     ends: Places
-    """(shards + 1,) sequences before each shard, and in all."""
     seed: int
+    # Number of the pass, from 1.
     number: int
-    """Of the pass, from 1."""
 
     @cached_property
     def shards(self) -> Places:
@@ -92,25 +91,25 @@ class WindowedPass:
 
     @cached_property
     def starts(self) -> Places:
-        """(shards + 1,) places before each of these, and in all."""
+        """(shards + 1,) positions at which these shards begin, and the end."""
         return np.concatenate([[0], np.cumsum(np.diff(self.ends)[self.shards])])
 
     @cached_property
     def windows(self) -> Places:
-        """(windows + 1,) the places at which windows begin, and the end."""
+        """(windows + 1,) positions at which windows begin, and the end."""
         shards = len(self.shards)
         count = -(-shards // WINDOW)
         return self.starts[np.arange(count + 1) * shards // count]
 
-    def at(self, places: Places) -> Places:
-        """The sequences at places of the pass, each below the number of sequences of the store."""
-        window = np.searchsorted(self.windows, places, side="right") - 1
-        inside = np.empty_like(places)
+    def at(self, positions: Places) -> Places:
+        """Return the sequences at positions of the pass, each below the number of sequences of the store."""
+        window = np.searchsorted(self.windows, positions, side="right") - 1
+        inside = np.empty_like(positions)
         for number in np.unique(window).tolist():
             start, end = self.windows[number : number + 2].tolist()
             own = window == number
             seed = key("window", self.seed, self.number, number)
-            inside[own] = start + permute_at(places[own] - start, end - start, seed)
+            inside[own] = start + permute_at(positions[own] - start, end - start, seed)
         shard = np.searchsorted(self.starts, inside, side="right") - 1
         return self.ends[self.shards[shard]] + inside - self.starts[shard]
 
@@ -119,15 +118,13 @@ class WindowedPass:
 
 
 class ShardFiles:
-    """The shards of a store as files of this node."""
-
     def __init__(self, uri: str, digest: str) -> None:
         self.uri, self.digest = uri, digest
+        # Shards that this process has hashed.
         self._verified = set[int]()
-        """Shards that this process has hashed."""
 
     def open(self, number: int, info: ShardInfo) -> Any:
-        """The shard, mapped into memory; raises UserError if it is missing or not what `info` says."""
+        """Return the shard, mapped into memory; raise UserError if it is missing or differs from `info`."""
         try:
             path = self._local(number, info)
             intact = number in self._verified or digest_file(path) == info.sha256
@@ -141,16 +138,16 @@ class ShardFiles:
             ) from None
         if not intact:
             raise UserError(
-                f"token store {self.uri}: {shard_name(number)} is damaged; delete this file and start the run again"
+                f"token store {self.uri}: {shard_name(number)} is damaged; delete it, then run the same command again"
             )
         self._verified.add(number)
         batch = ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         if batch.num_rows != info.packs:
-            raise UserError(f"token store {self.uri}: {shard_name(number)} does not belong to its manifest.json")
+            raise UserError(f"token store {self.uri}: {shard_name(number)} does not match its manifest.json")
         return batch
 
     def _local(self, number: int, info: ShardInfo, again: bool = False) -> Path:
-        """The shard as a local file; a remote one is downloaded once for all processes of the node."""
+        """Return the shard as a local file; a remote one is downloaded once for all processes of the node."""
         uri = storage.join(self.uri, shard_name(number))
         if not storage.is_uri(uri):
             return Path(uri)
@@ -168,16 +165,16 @@ class ShardFiles:
 
 
 class TokenStore:
-    """A store, read by the number of the sequence; made by `open` or `growing`.
+    """A store, read by the number of the sequence; created by `open` or `growing`.
 
-    Of a growing store the sequences of the shards at its front are known, and `refresh` looks for more.
-    Pickles as its address and what is known. Threads may share it.
+    Of a growing store the sequences of the first shards are known, and `refresh` looks for more. It pickles as its
+    address and what is known. Threads may share it.
     """
 
     def __init__(
         self, uri: str, outline: Outline, shards: tuple[ShardInfo, ...] = (), manifest: Manifest | None = None
     ) -> None:
-        """Use `open` or `growing`; `shards` are those at the front that are known."""
+        """Use `open` or `growing`; `shards` are the known ones at the front."""
         self.uri, self.digest, self.shard_count = uri, outline.digest, outline.shards
         self.max_length, self.files = outline.max_length, outline.files
         self._outline, self._manifest = outline, manifest
@@ -185,46 +182,47 @@ class TokenStore:
         self._lock = threading.Lock()
         self._files = ShardFiles(uri, outline.digest)
         self._map = lru_cache(max(FEW_SHARDS, 2 * WINDOW))(self._opened)
-        self._pass = lru_cache(2)(self._windowed)  # a step may lie in two
+        self._pass = lru_cache(2)(self._windowed)  # a step may cover two passes
 
     @classmethod
     def open(cls, uri: str) -> "TokenStore":
-        """Open a complete store; raises UserError if it is not complete or a shard is not what it was."""
+        """Open a complete store; raise UserError if it is incomplete, or a shard's size is not the manifest's."""
         try:
-            found = read_manifest(uri)
+            manifest = read_manifest(uri)
         except FileNotFoundError:
-            raise UserError(f"token store {uri}: not there, or not complete (no manifest.json)") from None
+            raise UserError(f"token store {uri}: missing or incomplete (no manifest.json)") from None
         except ValueError as error:
-            raise UserError(f"token store {uri}: manifest.json is damaged ({error}); start the run again") from None
-        if problem := _wrong_size(uri, found):
-            raise UserError(f"token store {uri}: {problem}; start the run again to have it made again")
-        return cls(uri, found.outline(), (), found)
+            raise UserError(
+                f"token store {uri}: manifest.json is damaged ({error}); run the same command again to rebuild it"
+            ) from None
+        if problem := _wrong_size(uri, manifest):
+            raise UserError(f"token store {uri}: {problem}; run the same command again to rebuild it")
+        return cls(uri, manifest.outline(), (), manifest)
 
     @classmethod
     def growing(cls, uri: str, outline: Outline) -> "TokenStore":
-        """A store of which any part may be there, or nothing."""
+        """Open a store of which any part may exist, or nothing."""
         store = cls(uri, outline)
         store.refresh()
         return store
 
     def __reduce__(self) -> tuple[Callable[..., "TokenStore"], tuple[Any, ...]]:
-        """The address and what is known; shards are mapped again where it arrives."""
+        # Memory maps do not travel: shards are mapped again on arrival.
         shards = () if self._manifest else self._known.shards
         return TokenStore, (self.uri, self._outline, shards, self._manifest)
 
     @property
     def complete(self) -> bool:
-        """Whether the manifest was there at the last look."""
+        """True if the manifest existed at the last `refresh`."""
         return self._manifest is not None
 
     @property
     def available_shards(self) -> int:
-        """Number of shards at the front that were there at the last look."""
+        """Number of shards at the front that existed at the last `refresh`."""
         return len(self._known.shards)
 
     @property
     def available(self) -> int:
-        """Number of sequences in those shards."""
         return int(self._known.ends[-1])
 
     @property
@@ -238,17 +236,17 @@ class TokenStore:
         """The manifest; looks for it, and raises UserError if the store is not complete."""
         self.refresh()
         if self._manifest is None:
-            raise UserError(f"token store {self.uri}: not complete; start the run again to have it completed")
+            raise UserError(f"token store {self.uri}: incomplete; run the same command again to complete it")
         return self._manifest
 
     def refresh(self) -> None:
         """Look for the manifest and for more shards; two requests to the storage when there is nothing new.
 
-        A shard that is new costs two or three requests, of which many are under way at the same time.
+        A new shard costs two or three requests, of which many run at the same time.
         """
         with self._lock:
-            if self._manifest is None and (found := self._found_manifest()):
-                self._known, self._manifest = Front(found.shards), found
+            if self._manifest is None and (manifest := self._found_manifest()):
+                self._known, self._manifest = Front(manifest.shards), manifest
             found_all, width = self._manifest is not None, 1
             while not found_all:
                 infos = self._next_shards(width)
@@ -256,7 +254,7 @@ class TokenStore:
                 found_all, width = len(infos) < width, min(2 * width, 32)
 
     def order(self, seed: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The sequences at places start..stop-1 of the endless training order, (stop - start,).
+        """Return the sequences start..stop-1 of the endless training order, (stop - start,).
 
         Any range costs about its own length. While shards are missing only the first pass is known.
         """
@@ -264,15 +262,14 @@ class TokenStore:
             return np.arange(start, stop, dtype=np.int64)
         if not self.windowed:
             return order(self.total, seed, start, stop)
-        epoch, place = np.divmod(np.arange(start, stop, dtype=np.int64), self.total)
+        epoch, position = np.divmod(np.arange(start, stop, dtype=np.int64), self.total)
         for number in np.unique(epoch[epoch > 0]).tolist():
             inside = epoch == number
-            place[inside] = self._pass(seed, number).at(place[inside])
-        return place
+            position[inside] = self._pass(seed, number).at(position[inside])
+        return position
 
     @property
     def windowed(self) -> bool:
-        """Whether later passes go through the store window by window."""
         return self.shard_count > FEW_SHARDS
 
     def _opened(self, number: int) -> Any:
@@ -282,12 +279,11 @@ class TokenStore:
         return WindowedPass(self._known.ends, seed, number)
 
     def __len__(self) -> int:
-        """Number of sequences, once all shards are there."""
         assert self.total is not None, "a growing store has no length yet"
         return self.total
 
     def __getitem__(self, index: int) -> Pack:
-        """Sequence `index`, 0 <= index < available; a copy, so that it may be changed."""
+        """Return sequence `index`, 0 <= index < available; a copy, so that it may be changed."""
         batch, row = self._find(index)
         return Pack(
             input_ids=_slice(batch, "input_ids", row).to_numpy().copy(),
@@ -296,7 +292,6 @@ class TokenStore:
         )
 
     def supervised(self, indices: Iterable[int]) -> int:
-        """Number of tokens of these sequences that count in the loss."""
         total = 0
         for index in indices:
             batch, row = self._find(int(index))
@@ -304,13 +299,13 @@ class TokenStore:
         return total
 
     def origins(self, index: int) -> list[str]:
-        """Origins of a sequence's examples, as file:line (a row number where there are no lines)."""
+        """Return the origins of a sequence's examples as file:line (a row number if there are no lines)."""
         batch, row = self._find(index)
-        return [place_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
+        return [origin_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
 
     def locate(self, index: int) -> tuple[int, int, int]:
-        """Place of sequence `index`: number of its shard, place in it, sequences of the shard."""
-        known = self._known  # once: `refresh` in another thread may replace it between two looks
+        """Return the number of the shard of sequence `index`, its position in it, and the sequences of the shard."""
+        known = self._known  # read once, because `refresh` in another thread may replace it
         if not 0 <= index < known.ends[-1]:
             raise IndexError(f"sequence {index} of {known.ends[-1]}")
         number = int(np.searchsorted(known.ends, index, side="right")) - 1
@@ -321,21 +316,20 @@ class TokenStore:
         return self._map(number), row
 
     def _found_manifest(self) -> Manifest | None:
-        """The manifest, if all is as it says; a store that is being repaired counts as growing."""
+        """Return the manifest if the store matches it; a store under repair counts as growing."""
         try:
-            found = read_manifest(self.uri)
+            manifest = read_manifest(self.uri)
         except (FileNotFoundError, ValueError):
             return None
-        fits = found.digest == self.digest and len(found.shards) == self.shard_count
-        return found if fits and not _wrong_size(self.uri, found) else None
+        fits = manifest.digest == self.digest and len(manifest.shards) == self.shard_count
+        return manifest if fits and not _wrong_size(self.uri, manifest) else None
 
     def _next_shards(self, width: int) -> list[ShardInfo]:
-        """The next shards that are there, at most `width`."""
         front = self.available_shards
         numbers = range(front, min(front + width, self.shard_count))
         with ThreadPoolExecutor(width) as pool:
-            found = list(pool.map(self._shard_info, numbers))
-        return [info for info in itertools.takewhile(lambda info: info is not None, found) if info]
+            infos = list(pool.map(self._shard_info, numbers))
+        return [info for info in itertools.takewhile(lambda info: info is not None, infos) if info]
 
     def _shard_info(self, number: int) -> ShardInfo | None:
         sidecar = storage.read_sealed(storage.join(self.uri, sidecar_name(number)))
@@ -345,10 +339,9 @@ class TokenStore:
 
 
 def _wrong_size(uri: str, wanted: Manifest) -> str | None:
-    """The first shard whose size is not the manifest's, in words; None if there is none."""
-    found = storage.files_below(uri)
+    sizes = storage.files_below(uri)
     for number, shard in enumerate(wanted.shards):
-        size = found.get(shard_name(number))
+        size = sizes.get(shard_name(number))
         if size is None:
             return f"{shard_name(number)} is missing (does every node see this folder?)"
         if size != shard.bytes:

@@ -1,7 +1,7 @@
 """MLflow's clients, one per server or database, and the test whether MLflow answers.
 
-MLflow asks an HTTP server for minutes by default (7 retries of up to 120 s) and a SQLite database that is
-locked for 20 s per statement. Here a server gets two tries of 8 s, and a database is asked by a probe first.
+By default MLflow retries an HTTP server for minutes (7 retries of up to 120 s), and waits 20 s per statement for a
+locked SQLite database. Here a server gets two tries of 8 s, and a probe asks a database first.
 """
 
 import fcntl
@@ -25,40 +25,39 @@ from olora_ray.common.secrets import mask
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# Errors of MLflow, of its database and of the store of its files that a person must mend, and what to do about each.
-
+# Errors of MLflow, its database and its artifact store that a person must fix, and the remedy for each.
 
 _STATUS = (401, 403)
+# Texts of PostgreSQL, MySQL, SQL Server and SQLite. Their error type is the same as for an unreachable database.
 _OF_DATABASES = re.compile(
     r"authentication failed|no password supplied|no pg_hba\.conf entry|permission denied"
     r"|(database|role) \S+ does not exist|access denied for user|is not allowed to connect|unknown database"
     r"|login failed for user|attempt to write a readonly database",
     re.IGNORECASE,
 )
-"""What PostgreSQL, MySQL, SQL Server and SQLite say under the same kind of error as that nobody answers."""
+# Texts of SQLite, PostgreSQL and the operating system, direct or inside a server's answer.
 _FULL = re.compile(r"database or disk is full|No space left on device|disk quota exceeded", re.IGNORECASE)
-"""What SQLite, PostgreSQL and the operating system say, at first hand or in a server's answer."""
 
 
 def remedy(error: BaseException) -> str | None:
-    """Return what is wrong and what to do, or None for an error that may pass or that nobody expects."""
+    """Return the cause of an error and what to do; None for an error that may pass or is unknown."""
     for cause in causes(error):
         if UNTRUSTED.search(str(cause)):
             return TRUST
-        if _FULL.search(str(cause)) and getattr(cause, "errno", None) is None:  # else it is this machine's own disk
+        # An error with an errno is about the disk of this machine, not about MLflow's.
+        if _FULL.search(str(cause)) and getattr(cause, "errno", None) is None:
             return "the disk there is full; make room, and run the same command again"
         if _status(cause) == 413:
             return (
-                "the server, or a proxy before it, takes no file of this size (HTTP 413); raise its limit to the size"
+                "the server, or a proxy before it, refuses a file of this size (HTTP 413); raise its limit to the size"
                 " of the largest model file (nginx: client_max_body_size), and run the same command again"
             )
         if _is_denial(cause):
-            return "access is refused; correct the credentials or what they may do, and run the same command again"
+            return "access is refused; correct the credentials or their permissions, and run the same command again"
     return None
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield the error, the error that it was raised from, and so on."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -67,22 +66,20 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status that a server of files answered with."""
     import requests
 
-    found = getattr(error.response, "status_code", None) if isinstance(error, requests.HTTPError) else None
-    return found if isinstance(found, int) else None
+    status = getattr(error.response, "status_code", None) if isinstance(error, requests.HTTPError) else None
+    return status if isinstance(status, int) else None
 
 
 def _is_denial(error: BaseException) -> bool:
-    """True if MLflow, a server of files, an object store or a database says that access is denied."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy import exc
 
     if isinstance(error, MlflowException):
         return error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
     if isinstance(error, exc.OperationalError | exc.ProgrammingError | sqlite3.OperationalError):
-        # The database's own words: SQLAlchemy's have the statement and its values too.
+        # Only the database's own text: SQLAlchemy's contains the statement and its values, too.
         return _OF_DATABASES.search(str(getattr(error, "orig", error))) is not None
     if "botocore" in sys.modules:  # boto3 is optional
         from botocore import exceptions
@@ -90,7 +87,7 @@ def _is_denial(error: BaseException) -> bool:
         if isinstance(error, exceptions.ClientError):
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = error.response.get("Error", {}).get("Code")
-            return status in _STATUS or code in ("ExpiredToken", "InvalidToken")  # these come with another status
+            return status in _STATUS or code in ("ExpiredToken", "InvalidToken")  # these have another HTTP status
         if isinstance(error, exceptions.NoCredentialsError):
             return True
     return _status(error) in _STATUS
@@ -102,7 +99,7 @@ _asked: set[str] = set()
 _TIMEOUT, _SHORT = "MLFLOW_HTTP_REQUEST_TIMEOUT", "8"
 _SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # One retry: a kept connection that the server has closed meanwhile is no failure.
+    # One retry, because the server may have closed a kept connection meanwhile.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     _TIMEOUT: _SHORT,
@@ -117,7 +114,7 @@ class TrackingUnavailable(TryAgain):
 def check(uri: str) -> None:
     """Raise UserError within seconds if no MLflow server or database answers at `uri`.
 
-    It is a TrackingUnavailable where it may answer later, and a plain UserError where the address is wrong.
+    Raises its subclass TrackingUnavailable if MLflow may answer later.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -129,21 +126,22 @@ def check(uri: str) -> None:
         raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}{install}") from None
     except UserError:
         raise
-    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:  # [::1 is a ValueError
-        kind = TrackingUnavailable if is_unavailable(error) and remedy(error) is None else UserError
-        raise kind(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
+    # ValueError: an address such as [::1
+    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:
+        error_type = TrackingUnavailable if is_unavailable(error) and remedy(error) is None else UserError
+        raise error_type(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 
 
 @cache
 def connect(uri: str) -> "MlflowClient":
-    """MLflow's client for a server or database, kept quiet and impatient; what the user has set stays."""
+    """Return MLflow's client for a server or database, with short timeouts; settings of the user stay."""
     patience.follow_certificates()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    # They tell of set-up at INFO, of a locked database with a traceback, and of each retry. What matters
-    # comes as an exception too.
+    # They log set-up at INFO, a locked database with a traceback, and every retry. Everything that matters is raised as
+    # an exception, too.
     for logger in ("mlflow.store", "mlflow.system_metrics", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -153,17 +151,18 @@ def connect(uri: str) -> "MlflowClient":
 
 @contextmanager
 def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
-    """Raise TrackingUnavailable if MLflow does not answer: before the block within 16 s, or when a call in it fails so.
+    """Raise TrackingUnavailable if MLflow does not answer: within 16 s before the block, or from a call in it.
 
-    Raises UserError if a call is refused, by MLflow or the store of its files. With `upload` MLflow may take 120 s for
-    an answer inside the block: a server that stores a large file answers when it has done so.
+    Raises UserError if MLflow or its artifact store refuses a call. With `upload` an answer may take 120 s inside the
+    block, because a server answers only when it has stored a large file.
     """
     try:
         _ask(uri)
         with _time_for_uploads() if upload else nullcontext():
             yield
     except Exception as error:
-        # First: an untrusted certificate and a database's denial are of the same kind as that nobody answers.
+        # Before is_unavailable: an untrusted certificate and a database's denial have the error types of an unreachable
+        # server.
         if not isinstance(error, UserError) and (text := remedy(error)):
             raise UserError(f"tracking.uri={shown_uri(uri)}: {text} ({reason(error)})") from None
         if is_unavailable(error):
@@ -172,15 +171,12 @@ def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
 
 
 def unavailable(uri: str, why: str) -> TrackingUnavailable:
-    """The exception for a server that does not answer."""
     return TrackingUnavailable(f"tracking.uri={shown_uri(uri)}: MLflow does not answer ({why})")
 
 
 def probe(uri: str) -> None:
-    """Raise within 5 s if a database cannot be written to; do nothing for an HTTP server.
-
-    SQLAlchemy under MLflow tries a database that is not there for minutes.
-    """
+    """Raise within 5 s if a database cannot be written; do nothing for an HTTP server."""
+    # SQLAlchemy, under MLflow, retries an unreachable database for minutes.
     from sqlalchemy.engine import make_url
 
     parts = urlsplit(uri)
@@ -195,20 +191,19 @@ def probe(uri: str) -> None:
 
 
 def is_unavailable(error: BaseException) -> bool:
-    """Whether the error, or what it was raised from, says that nobody answers now."""
+    """True if the error, or a cause of it, says that MLflow or a store does not answer now."""
     import requests
     from sqlalchemy import exc
 
     if isinstance(error, UserError):
         return isinstance(error, TrackingUnavailable)
-    kinds = (ConnectionError, TimeoutError, socket.gaierror, sqlite3.OperationalError)
+    local = (ConnectionError, TimeoutError, socket.gaierror, sqlite3.OperationalError)
     remote = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
     broken = (requests.exceptions.ChunkedEncodingError, exc.OperationalError, exc.TimeoutError)
-    return any(isinstance(cause, kinds + remote + broken) or _store_is_away(cause) for cause in causes(error))
+    return any(isinstance(cause, local + remote + broken) or _store_is_unreachable(cause) for cause in causes(error))
 
 
-def _store_is_away(error: BaseException) -> bool:
-    """Whether boto3 says that the object store of the artifacts does not answer now."""
+def _store_is_unreachable(error: BaseException) -> bool:
     if "botocore" not in sys.modules:
         return False
     from botocore import exceptions
@@ -219,32 +214,30 @@ def _store_is_away(error: BaseException) -> bool:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether MLflow itself says no, so that asking again is useless.
-
-    A proxy's page or a token that has expired is no refusal: both are mended without a change here.
-    """
+    """True if MLflow itself refuses the call, so that a retry is useless."""
     from mlflow.exceptions import MlflowException
 
     if is_unavailable(error):
         return False
     if not isinstance(error, MlflowException):
         return True
+    # The page of a proxy, or an expired token, is no refusal: a later retry may succeed.
     return error.error_code in _REFUSALS and "Response body" not in str(error)
 
 
 def is_answer(error: Exception) -> bool:
-    """True if the server has answered with an error that nobody can mend, such as HTTP 500."""
+    """True if the server answered with an error that the user cannot fix, such as HTTP 500."""
     import requests
 
-    # requests raises RetryError for answers alone, not for connections.
+    # requests raises RetryError only for answers, never for failed connections.
     answered = any(isinstance(cause, requests.exceptions.RetryError) for cause in causes(error))
     return remedy(error) is None and (answered or not is_unavailable(error))
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, and of MLflow's and urllib3's onion only the core; no password is in it."""
+    """Return an error's first line without passwords; of nested MLflow and urllib3 errors only the innermost."""
     text = mask(first_line(error)).partition(" Response text: ")[0]
-    if broken := re.search(r"""(['"])(Connection broken: .*?)\1, """, text):  # urllib3 says the rest twice
+    if broken := re.search(r"""(['"])(Connection broken: .*?)\1, """, text):  # urllib3 repeats the rest
         return broken[2][:300]
     core = text.rpartition("(Caused by ")[2]
     if core == text:
@@ -254,7 +247,6 @@ def reason(error: BaseException) -> str:
 
 
 def shown_uri(uri: str) -> str:
-    """The URI without a password."""
     return mask(uri)
 
 
@@ -267,11 +259,9 @@ def _ask(uri: str) -> None:
 
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
-    """One process at a time, where MLflow is a SQLite file: it makes the tables of a new one in steps that collide.
-
-    MLflow's own lock covers some of the steps. This one is on the file's folder, so that nothing is left behind; a file
-    system without such locks does without.
-    """
+    """Let one process at a time open a SQLite file: MLflow creates its tables in steps that collide."""
+    # MLflow's own lock covers only some of the steps. This lock is on the file's folder, so no lock file stays behind.
+    # On a file system without such locks there is no lock.
     with ExitStack() as held:
         with suppress(OSError):
             if uri.startswith("sqlite:////"):
@@ -285,7 +275,7 @@ def _alone(uri: str) -> Iterator[None]:
 
 @contextmanager
 def _time_for_uploads() -> Iterator[None]:
-    # MLflow reads the variable at each request. Others that run meanwhile get more time too, which is harmless.
+    # MLflow reads the environment variable at each request. Other requests get more time, too, which is harmless.
     ours = os.environ.get(_TIMEOUT) == _SHORT
     os.environ.update({_TIMEOUT: "120"} if ours else {})
     try:
@@ -297,18 +287,18 @@ def _time_for_uploads() -> Iterator[None]:
 def _reason(uri: str, error: Exception) -> str:
     text = str(error)
     if "maintenance mode" in text:
-        return "MLflow keeps runs in a database or on a server; use sqlite:////PATH/mlflow.db or http://HOST:PORT"
+        return "MLflow no longer keeps runs in a folder; use sqlite:////PATH/mlflow.db or http://HOST:PORT"
     if "unsupported URI" in text:
-        return "not an address MLflow knows; use http://HOST:PORT, sqlite:////PATH/mlflow.db or another database"
+        return "MLflow cannot use this address; use http://HOST:PORT, sqlite:////PATH/mlflow.db or another database"
     if uri.startswith("http") and "Invalid Host header" in text:
         host = urlsplit(uri).netloc.rpartition("@")[2]
-        return f"MLflow there takes no requests under the name {host}; start it with --allowed-hosts '{host}'"
+        return f"the MLflow server refuses the host name {host}; start it with --allowed-hosts '{host}'"
     if uri.startswith("http") and ("error code 401" in text or "error code 403" in text):
         return "the server refuses access; set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    if found := remedy(error):
-        return f"{found} ({reason(error)})"
+    if fix := remedy(error):
+        return f"{fix} ({reason(error)})"
     if uri.startswith("http") and ("error code" in text or "response body" in text):
-        return f"something answers, but not an MLflow server with this path: {reason(error)}"
+        return f"a server answers, but not an MLflow server with this path: {reason(error)}"
     if uri.startswith("http"):
         return f"no MLflow server answers: {reason(error)}"
     return f"the database cannot be used: {reason(error)}"

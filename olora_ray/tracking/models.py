@@ -1,11 +1,11 @@
-"""Versions of registered MLflow models: a merged folder or an adapter is written as one, and found again by its name.
+"""Versions of registered MLflow models: writing a merged folder or an adapter as one, and reading it by its name.
 
-The weights go from the folder to the artifact store in one copy, and no model is loaded. What is logged:
+The weights are copied once, from the folder to the artifact store, and no model is loaded. Logged are:
 
-    MLmodel, requirements.txt, python_env.yaml, input_example.json     mlmodel.py
+    MLmodel, requirements.txt, python_env.yaml, input_example.json
     model/                   the merged folder; or
     peft/                    the adapter's folder, of an adapter-only version
-    components/tokenizer/    its tokenizer files again, where the flavour looks for them
+    components/tokenizer/    its tokenizer files again, where MLflow's transformers flavour reads them
     checksums.json           size and SHA-256 of all of these; see checksums.py
 """
 
@@ -41,55 +41,50 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Contents of a version: which folder is registered, and what is said of it.
+# Contents of a version: the registered folder, and its description.
 
-
+# Value of the tag EXPORT for a version that needs its base model.
 ADAPTER_ONLY = "adapter only"
-"""Value of the tag EXPORT of a version that needs its base model to be loaded."""
 EXPORT = "olora.export"
+# Folders of a merged model and of an adapter in a logged model. The names are MLflow's.
 MODEL_PLACE, ADAPTER_PLACE = "model", "peft"
-"""Where a merged model and an adapter lie in a logged model; MLflow's own names."""
 
 
 @dataclass(frozen=True)
 class BaseOfAdapter:
-    """The base model that an adapter-only version stands on, as the version keeps it."""
+    """The base model of an adapter-only version, as the version stores it."""
 
     name: str
-    """As a config names it: hub id, path, package://, s3://, models:/NAME/VERSION."""
+    """Name for a config: hub id, path, package://, s3://, models:/NAME/VERSION."""
     digest: str
-    """Of all its files that decide what it computes (model/folder.py)."""
+    """Digest of all files that decide the model's results (model/folder.py)."""
     folder: str
-    """Where it lies on the machines of this cluster."""
+    """Its folder on the machines of this cluster."""
     revision: str | None = None
-    """Of a hub id: the commit."""
+    """The commit of a hub id."""
     on_hub: bool = False
-    """Whether the name is a hub id under which anybody finds the model and the adapter's own tokenizer."""
+    """True if the name is a hub id with the model and the adapter's own tokenizer."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is logged as one model."""
-
     folder: Path
-    """A merged model, or an adapter in PEFT's form with tokenizer."""
+    """A merged model, or an adapter in PEFT's format, with its tokenizer."""
     base: BaseOfAdapter | None = None
-    """Of an adapter; None: the folder is a merged model."""
+    """The adapter's base model; None: the folder is a merged model."""
     answers_as: str = ""
-    """What the model's answers name as their model when it is served."""
+    """The served model's name in its answers."""
     description: str = ""
-    """Markdown for the page of the version, or of the logged model; {uri} stands for its models:/ address."""
+    """Markdown for the page of the version or the logged model; {uri} stands for its models:/ address."""
     example: Mapping[str, Any] | None = None
-    """Input example: a request to the served model; None: one that says hello."""
+    """Input example: a request to the served model; None: a request that says hello."""
 
     @property
     def name(self) -> str:
-        """Name of the logged model in its run."""
         return "merged" if self.base is None else "adapter"
 
     @property
     def place(self) -> str:
-        """Where the folder lies in the logged model."""
         return MODEL_PLACE if self.base is None else ADAPTER_PLACE
 
 
@@ -97,8 +92,8 @@ class Contents:
 
 
 FILE = "MLmodel"
+# Key in an MLmodel's metadata, with the fields of BaseOfAdapter.
 BASE = "base_model"
-"""Key of an MLmodel's metadata: the fields of BaseOfAdapter."""
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _NOT_OF_A_TOKENIZER = ("adapter_config.json", "README.md")
 _PACKAGES = ("mlflow", "torch", "transformers")
@@ -107,7 +102,7 @@ _EXAMPLE, _SERVED = "input_example.json", "serving_input_example.json"
 
 
 def write(folder: Path, contents: Contents, logged: "LoggedModel", run_id: str) -> None:
-    """Write all files but the model itself into `folder`, the root of the logged model."""
+    """Write all files except the model itself into `folder`, the root of the logged model."""
     _write_tokenizer(folder / "components" / "tokenizer", contents)
     packages = (*_PACKAGES, *(("peft",) if contents.base else ()))
     lines = [f"{name}=={installed(name).partition('+')[0]}" for name in packages]
@@ -120,21 +115,19 @@ def write(folder: Path, contents: Contents, logged: "LoggedModel", run_id: str) 
 
 
 def check_adapter_only() -> None:
-    """Raise UserError if this MLflow cannot load an adapter whose base is a folder: it can since spring 2026."""
+    """Raise UserError if this MLflow cannot load an adapter whose base model is a folder."""
     from mlflow.transformers.flavor_config import FlavorKey
 
     if not hasattr(FlavorKey, "MODEL_LOCAL_BASE"):
         raise UserError(
-            f"export.merged: MLflow {installed('mlflow')} loads no adapter on a base folder; install a newer one, or"
+            f"export.merged: MLflow {installed('mlflow')} cannot load an adapter on a local base model; upgrade it, or"
             " leave export.merged at true"
         )
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the folder's tokenizer has a chat template: served as a chat, else as completions.
-
-    chat_template.json is a processor's, of pictures and text: no tokenizer reads it.
-    """
+    """True if the folder's tokenizer has a chat template: then the model is served as a chat, else as completions."""
+    # chat_template.json does not count: it belongs to processors of images and text, and no tokenizer reads it.
     settings = folder / "tokenizer_config.json"
     inside = settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
     return inside or (folder / "chat_template.jinja").is_file()
@@ -145,12 +138,11 @@ def _write_tokenizer(tokenizer: Path, contents: Contents) -> None:
     for file in contents.folder.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _NOT_OF_A_TOKENIZER:
             shutil.copyfile(file, tokenizer / file.name)
-    if contents.base:  # transformers asks it for the class of a tokenizer that does not name its own
+    if contents.base:  # transformers reads the tokenizer's class there if the tokenizer does not name it
         shutil.copyfile(_config(contents), tokenizer / "config.json")
 
 
 def _write_example(folder: Path, contents: Contents) -> dict[str, str]:
-    """An input example, as MLflow's _save_example writes it; returns what the MLmodel says of it."""
     hello = {"messages": [{"role": "user", "content": "Hello"}]} if has_chat_template(contents.folder) else _HELLO
     example = contents.example or {**hello, "max_tokens": 64}
     (folder / _EXAMPLE).write_text(json.dumps(example), encoding="utf-8")
@@ -195,30 +187,30 @@ def _mlmodel(contents: Contents, logged: "LoggedModel", run_id: str) -> "Model":
 
 
 def _of_the_model(contents: Contents) -> dict[str, str]:
-    """The fields of the flavour that say what is loaded, and from where."""
     config: dict[str, Any] = json.loads(_config(contents).read_text(encoding="utf-8"))
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    found = {
+    fields = {
         "pipeline_model_type": _class(config),
         "torch_dtype": f"torch.{dtype}",
         "source_model_name": contents.answers_as,
     }
     if (base := contents.base) is None:
-        return {**found, "model_binary": contents.place}
-    found["peft_adaptor"] = contents.place
+        return {**fields, "model_binary": contents.place}
+    fields["peft_adaptor"] = contents.place
     if base.on_hub and base.revision:
         hub = {"source_model_name": base.name, "source_model_revision": base.revision}
-        return {**found, **hub, "tokenizer_name": base.name, "tokenizer_revision": base.revision}
-    return {**found, "local_base_model_path": base.folder}
+        return {**fields, **hub, "tokenizer_name": base.name, "tokenizer_revision": base.revision}
+    return {**fields, "local_base_model_path": base.folder}
 
 
 def _class(config: dict[str, Any]) -> str:
-    """The class that AutoModelForCausalLM gives; some folders name the headless model as their architecture."""
+    """Return the class that AutoModelForCausalLM would load."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    # Not simply the folder's `architectures`: some folders name the model without its head there.
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
     own: list[str] = config.get("architectures") or []
-    # Code that comes with the model has a class of its own under a type that transformers may know too.
+    # A model with its own code may use a model_type that transformers knows, but has its own class.
     return str(own[0] if own and ("auto_map" in config or not isinstance(known, str)) else known)
 
 
@@ -226,53 +218,52 @@ def _config(contents: Contents) -> Path:
     return (Path(contents.base.folder) if contents.base else contents.folder) / "config.json"
 
 
+# Tag that MLflow shows as the description of a run or a logged model.
 NOTE = "mlflow.note.content"
-"""Tag that MLflow shows as the description of a run or a logged model."""
+# Limit of MLflow's column for versions and models. PostgreSQL and MySQL enforce it.
 DESCRIPTION_LENGTH = 5000
-"""Of a version and a registered model: MLflow's column, which PostgreSQL and MySQL enforce."""
-ABOUT = """The versions of this model were trained by olora_ray. Each has a description of its own: what it was trained\
- on, how it did, and how to load it.
+ABOUT = """olora_ray trained the versions of this model. The description of each version has its training data, its\
+ results, and how to load it.
 
 - `champion`: the version in use
-- `previous`: the champion before it, to which a rollback returns
+- `previous`: the champion before it; a rollback returns to it
 - `challenger`: the newest retrained version, if it has not passed the gate
 """
 
 
 def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: Mapping[str, object]) -> int:
-    """Log `contents` as a model of the tracker's run, register it under `name`, set `alias`; returns the version.
+    """Log `contents` as a model of the tracker's run, register it under `name`, set `alias`; return the version.
 
-    Safe to repeat: whatever an interrupted call has made for this run, with these settings, is resumed. An alias never
-    goes back from a newer version, nor to one that was judged or rolled back. Raises UserError for a name that MLflow
-    refuses.
+    Safe to repeat: a registration of this run with the same settings is resumed. An alias never moves from a newer to
+    an older version, nor to a version that was judged or rolled back. Raises UserError for a name that MLflow refuses.
     """
     client = tracker.client()
     texts = _texts(contents, tags)
     versions = client.search_model_versions(f"run_id = '{tracker.run_id}'")
-    found = next((each for each in versions if each.name == name and _is_of(each, texts)), None)
-    if found is None:
+    version = next((each for each in versions if each.name == name and _is_of(each, texts)), None)
+    if version is None:
         _create(client, name)
         model = client.get_logged_model(log_model(tracker, contents, tags))
         # Not models:/ID as source: MLflow would look it up in its global tracking store.
-        place = model.artifact_location
+        location = model.artifact_location
         texts |= {checksums.TAG: model.tags[checksums.TAG]}
-        found = client.create_model_version(name, place, tracker.run_id, texts, model_id=model.model_id)
+        version = client.create_model_version(name, location, tracker.run_id, texts, model_id=model.model_id)
         reached("register")
-        link = json.dumps([{"name": name, "version": found.version}])
-        client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": link})  # the page's link
+        link = json.dumps([{"name": name, "version": version.version}])
+        client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": link})  # for the link on the page
     for key, text in texts.items():
-        client.set_model_version_tag(name, found.version, key, text)
-    number = str(found.version)
-    if contents.description and not found.description:  # else the gate may have added its verdict
+        client.set_model_version_tag(name, version.version, key, text)
+    number = str(version.version)
+    if contents.description and not version.description:  # an existing one may have the gate's verdict
         client.update_model_version(name, number, _description(contents, f"models:/{name}/{number}"))
     _set_alias(Aliases(tracker.uri, name), alias, number)
     return int(number)
 
 
 def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) -> str:
-    """Log `contents` as a model of the tracker's run without registering it; returns the logged model's id.
+    """Log `contents` as a model of the tracker's run without registering it; return the logged model's id.
 
-    Safe to repeat: a model that is there already is returned, one that was left pending is filled again.
+    Safe to repeat: a complete model is returned as it is, a pending one is filled again.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -280,10 +271,10 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     experiment = client.get_run(run_id).info.experiment_id
     texts = _texts(contents, tags)
     of_run = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'")
-    there = [each for each in of_run if _is_of(each, texts)]
-    if there and str(there[0].status) == "READY" and checksums.TAG in there[0].tags:
-        return str(there[0].model_id)
-    model = there[0] if there else client.create_logged_model(experiment, contents.name, run_id, texts)
+    existing = [each for each in of_run if _is_of(each, texts)]
+    if existing and str(existing[0].status) == "READY" and checksums.TAG in existing[0].tags:
+        return str(existing[0].model_id)
+    model = existing[0] if existing else client.create_logged_model(experiment, contents.name, run_id, texts)
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -301,32 +292,30 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
 
 
 def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
-    """Let the alias name the version, unless that would undo what was done since the version was registered."""
-    aliases.repair()  # a promotion that was cut off behind the alias has its verdict to come
+    """Set the alias, unless that would undo a change made since the version was registered."""
+    aliases.repair()  # an interrupted promotion may have set the alias, but not yet the verdict
     now = aliases.current().get(alias)
     verdict = aliases.version(number).tags.get(GATE)
     if alias == CHAMPION and verdict is not None:
         if now != number:
             logger.info(
-                f"version {number} does not become {alias} by being registered again, it has a verdict: {verdict}"
+                f"version {number} is registered again, but does not become {alias}, because of its verdict: {verdict}"
             )
     elif now is not None and int(now) > int(number):
         logger.info(f"{alias} stays version {now}, which is newer than version {number}")
-    elif alias == CHAMPION:  # `previous` follows, and a gate that decides now decides again
+    elif alias == CHAMPION:  # sets `previous` too, and makes a concurrent gate decide again
         aliases.promote(number, "registered with registry.alias=champion")
     else:
         aliases.client.set_registered_model_alias(aliases.name, alias, number)
 
 
 def _is_of(made: "ModelVersion | LoggedModel", texts: Mapping[str, str]) -> bool:
-    """True if a version or logged model of a run was made with the settings in `texts`."""
     return bool(made.tags.get(SETTINGS) == texts.get(SETTINGS))
 
 
 def _texts(contents: Contents, tags: Mapping[str, object]) -> dict[str, str]:
-    """The tags as texts, without those that say nothing."""
-    found = {key: str(value) for key, value in tags.items() if str(value)}
-    return found | ({EXPORT: ADAPTER_ONLY} if contents.base else {})
+    texts = {key: str(value) for key, value in tags.items() if str(value)}
+    return texts | ({EXPORT: ADAPTER_ONLY} if contents.base else {})
 
 
 def _description(contents: Contents, uri: str) -> str:
@@ -334,7 +323,7 @@ def _description(contents: Contents, uri: str) -> str:
 
 
 def _create(client: "MlflowClient", name: str) -> None:
-    """Make the registered model, if it is not there; raises UserError for a name that MLflow refuses."""
+    """Create the registered model if it is missing; raise UserError for a name that MLflow refuses."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -346,16 +335,15 @@ def _create(client: "MlflowClient", name: str) -> None:
             raise UserError(f"registry.model={name}: {first_line(error)}") from None
 
 
-# Verdicts on a version in its description: what the gate and people have decided, for the readers of MLflow's page.
-
+# Verdicts in a version's description: the decisions of the gate and of people, for MLflow's page of the version.
 
 HEADING = "### Verdicts"
+# Characters of all verdicts on a version; only the latest are kept.
 _LONGEST = 2000
-"""Characters of all verdicts on a version; of more the latest are kept."""
 
 
 def add(tracking_uri: str, name: str, number: str, line: str) -> None:
-    """Add a line to a version's description, unless it is the last already; raises TrackingUnavailable."""
+    """Add a line to a version's description, unless it is the last line; raise TrackingUnavailable."""
     with reachable(tracking_uri):
         client = connect(tracking_uri)
         text = client.get_model_version(name, number).description or ""
@@ -363,7 +351,6 @@ def add(tracking_uri: str, name: str, number: str, line: str) -> None:
 
 
 def with_line(description: str, line: str) -> str:
-    """The description with one more verdict at its end."""
     body, _, verdicts = description.partition(HEADING)
     lines = [each for each in verdicts.split("\n") if each]
     new = "- " + " ".join(line.split())[:_LONGEST]
@@ -375,8 +362,7 @@ def with_line(description: str, line: str) -> str:
     return f"{body.rstrip()[: DESCRIPTION_LENGTH - len(section) - 2]}\n\n{section}".lstrip()
 
 
-# From models:/NAME@ALIAS or models:/NAME/VERSION to files on this machine, checked against their checksums.
-
+# From models:/NAME@ALIAS or models:/NAME/VERSION to local files, checked against their checksums.
 
 SCHEME = "models:/"
 _BASE = TypeAdapter(BaseOfAdapter)
@@ -384,21 +370,18 @@ _BASE = TypeAdapter(BaseOfAdapter)
 
 @dataclass(frozen=True)
 class Registered:
-    """A version of a registered model on this machine."""
-
     version: Version
     folder: Path
-    """With config.json and safetensors; of an adapter-only version the adapter in PEFT's form, with tokenizer."""
+    """The model with config.json and safetensors, or the adapter in PEFT's format; with the tokenizer."""
     base: BaseOfAdapter | None
-    """Of an adapter-only version."""
+    """The base model of an adapter-only version."""
 
 
 def find(uri: str, tracking_uri: str, cache: Path) -> Registered:
-    """The version that `uri` names.
+    """Return the version that `uri` names.
 
-    Where the artifacts lie on this machine's disks its folder is they themselves; else they are downloaded
-    once into `cache`. Raises UserError for a name, alias or version that is not
-    there, with those that are, and for files that are not those of its registration.
+    Artifacts on a local disk are used directly, others are downloaded once into `cache`. Raises UserError for an
+    unknown name, alias or version, with the known ones, and for files that were changed after the registration.
     """
     with reachable(tracking_uri, upload=True):
         version = Version.of(_resolve(connect(tracking_uri), uri))
@@ -407,7 +390,7 @@ def find(uri: str, tracking_uri: str, cache: Path) -> Registered:
 
 
 def of_config(config: AnyConfig) -> Registered | None:
-    """The registered version that a config names as its model (models:/...) in this run's MLflow; else None."""
+    """Return the registered version that a config names as its model (models:/...); else None."""
     if not config.model.name.startswith(SCHEME):
         return None
     start.follow(config.run.storage)
@@ -415,18 +398,16 @@ def of_config(config: AnyConfig) -> Registered | None:
 
 
 def cache_folder(config: AnyConfig) -> Path:
-    """Return the folder for copies of registered models: under the storage, so that the workers see them too."""
+    """Return the folder for copies of registered models: under the storage, where workers see it, too."""
     place = config.run.storage
     return (Path.home() / ".cache" / "olora_ray" if storage.is_uri(place) else Path(place)) / "models"
 
 
 def pinned(name: str, config: AnyConfig) -> str:
-    """The name of a base, of models:/NAME@ALIAS that of the version: an alias moves.
-
-    If it has moved since the base was opened the name is wrong, and who follows it sees that by the digest.
-    """
+    """Return the name of a base model with a version instead of an alias, because an alias may move."""
     if not name.startswith(SCHEME) or "@" not in name:
         return name
+    # If the alias has moved since the base model was opened, this is the wrong version. Its digest shows that later.
     with reachable(resolve_uri(config)):
         version = Version.of(_resolve(connect(resolve_uri(config)), name))
     return f"{SCHEME}{version.name}/{version.number}"
@@ -440,7 +421,7 @@ def _checked(version: Version, place: str, tracking_uri: str, cache: Path) -> Pa
     except UserError:
         if folder != copy:
             raise
-        storage.remove(str(copy))  # is it the copy alone that is damaged?
+        storage.remove(str(copy))  # only the copy may be damaged: download it again
         folder = _fetch(place, tracking_uri, copy)
         _verify(version, folder, tracking_uri)
     return folder
@@ -451,7 +432,7 @@ def _inside(uri: str, version: Version, folder: Path) -> Registered:
         if (candidate / "config.json").is_file():
             return Registered(version, candidate, None)
     if not (folder / ADAPTER_PLACE / "adapter_config.json").is_file():
-        raise UserError(f"model.name: {uri} is registered, but has no config.json: it is not a transformers model")
+        raise UserError(f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model")
     return Registered(version, folder / ADAPTER_PLACE, _base(uri, folder))
 
 
@@ -460,10 +441,10 @@ def _base(uri: str, folder: Path) -> BaseOfAdapter:
 
     try:
         return _BASE.validate_python((Model.load(str(folder / FILE)).metadata or {})[BASE])
-    except Exception:  # others may have written anything
+    except Exception:  # another program may have written anything here
         raise UserError(
-            f"model.name: {uri} is an adapter that was registered by something else, so its base model cannot be"
-            " checked; register it with this project, or merged into its base"
+            f"model.name: {uri} is an adapter that another program registered, so its base model cannot be checked;"
+            " register it with this project, or register the merged model"
         ) from None
 
 
@@ -472,8 +453,8 @@ def _verify(version: Version, folder: Path, tracking_uri: str) -> None:
         checksums.verify(version, str(folder), tracking_uri)
     else:
         logger.warning(
-            f"model.name: {version.name} version {version.number} was registered by something else and has no"
-            " checksums: its files are not checked"
+            f"model.name: {version.name} version {version.number} has no checksums, because another program"
+            " registered it: its files are not checked"
         )
 
 
@@ -491,10 +472,10 @@ def _resolve(client: "MlflowClient", uri: str) -> "ModelVersion":
     except MlflowException as error:
         if is_unavailable(error):
             raise
-        raise UserError(f"model.name: {uri}: {_what_there_is(client, name, error)}") from None
+        raise UserError(f"model.name: {uri}: {_known_names(client, name, error)}") from None
 
 
-def _what_there_is(client: "MlflowClient", name: str, error: Exception) -> str:
+def _known_names(client: "MlflowClient", name: str, error: Exception) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -515,7 +496,7 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
     local = Path(place.removeprefix("file://"))
     if local.is_absolute():
         if not local.is_dir():
-            raise UserError(f"model.name: the registered model's files are not at {local} on this machine")
+            raise UserError(f"model.name: the registered model's folder {local} is missing on this machine")
         return local
     if target.is_dir():
         return target
@@ -527,7 +508,7 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
             downloads = str(Path(parts) / "files")
             Path(download_artifacts(artifact_uri=place, dst_path=downloads, tracking_uri=tracking_uri)).replace(folder)
     except (MlflowException, OSError) as error:
-        if target.is_dir():  # another process of this node was faster
+        if target.is_dir():  # another process on this node was faster
             return target
         if is_unavailable(error):
             raise

@@ -1,10 +1,10 @@
-"""Writer of one MLflow run: one run per fine-tuning, whatever was restarted meanwhile.
+"""Writer of one MLflow run: one run per fine-tuning, however often it restarts.
 
-The driver makes the run (start.py); whatever else writes to it does so through a `Tracker`, which is only a
-URI and a run id and so travels by pickle. No global MLflow state is used: no active run, no set_tracking_uri.
+The driver creates the run (start.py). Everything else writes to it through a `Tracker`, which is only a URI and a run
+id and so can be pickled. No global MLflow state is used: no active run, no set_tracking_uri.
 
-MLflow may be unreachable for a while. Metrics, parameters, tags and datasets then wait (see write_queue.py) and
-training continues; what is read or uploaded at the end of a run raises TrackingUnavailable and can be called again.
+MLflow may be unreachable for a while. Then metrics, parameters, tags and datasets wait (write_queue.py) and training
+continues. Reads and uploads at the end of a run raise TrackingUnavailable and can be repeated.
 """
 
 import json
@@ -31,14 +31,14 @@ Points = Sequence[tuple[int, float]]
 
 
 def watch_system(uri: str, run_id: str, seconds: float, queue: WriteQueue, stop: threading.Event) -> None:
-    """Sample with MLflow's samplers every `seconds`. MLflow's own loop ends for good when one request fails."""
+    # MLflow's own loop is not used, because it ends for good when one request fails.
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     make: Any = SystemMetricsMonitor
     monitor: Any = None
     while not stop.wait(seconds):
         if not queue.online:
-            continue  # making the monitor would wait for a locked database
+            continue  # creating the monitor would block on a locked database
         try:
             monitor = monitor or make(run_id, seconds, tracking_uri=uri)
             monitor.collect_metrics()
@@ -46,7 +46,7 @@ def watch_system(uri: str, run_id: str, seconds: float, queue: WriteQueue, stop:
             for sampler in monitor.monitors:
                 sampler.clear_metrics()
         except Exception as error:
-            logger.warning("no more metrics of this machine: %s", reason(error))
+            logger.warning("the metrics of this machine are no longer logged: %s", reason(error))
             return
 
 
@@ -57,16 +57,16 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker:
-    """One MLflow run, by address and id. Pickling keeps these two and nothing else.
+    """One MLflow run, by address and id. Only these two are pickled.
 
-    `metrics`, `params`, `tags`, `dataset` and `watch_system` return at once: a thread writes in their order.
-    All others raise TrackingUnavailable if MLflow does not answer.
+    `metrics`, `params`, `tags`, `dataset` and `watch_system` return immediately: a thread writes in their order. All
+    other methods raise TrackingUnavailable if MLflow does not answer.
     """
 
     def __init__(self, uri: str, run_id: str, *, fresh: bool = False) -> None:
-        """`fresh` promises that the run has no metrics yet; else MLflow is asked before any is written."""
         self.uri = uri
         self.run_id = run_id
+        # `fresh` promises that the run has no metrics yet. Otherwise MLflow is asked before any metric is written.
         self._queue = WriteQueue(uri, run_id, fresh=fresh)
         self._stop_watching = threading.Event()
         self._watch: threading.Thread | None = None
@@ -76,22 +76,21 @@ class Tracker:
 
     @property
     def pending(self) -> int:
-        """Number of metric values that wait to be written."""
         return self._queue.pending
 
     def client(self) -> "MlflowClient":
-        """MLflow's client for this run's server; call it inside `reachable(tracker.uri)`."""
+        """Return MLflow's client for this run's server; call it inside `reachable(tracker.uri)`."""
         return connect(self.uri)
 
     def metrics(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """Log step -> {name: value}, in the order of the calls; never waits, never raises.
+        """Log step -> {name: value}, in the order of the calls; never wait, never raise.
 
-        A (name, step) that MLflow has, or that was given before, is ignored. After `end` all are.
+        A pair (name, step) that was given before or that MLflow has is ignored. After `end` all pairs are ignored.
         """
         self._queue.rows(rows)
 
     def last_step(self, name: str) -> int | None:
-        """The highest step that MLflow has of a metric; None if it has none, or does not answer."""
+        """Return the highest step of a metric in MLflow; None if there is none, or MLflow does not answer."""
         try:
             with reachable(self.uri):
                 return max((item.step for item in self.client().get_metric_history(self.run_id, name)), default=None)
@@ -99,34 +98,31 @@ class Tracker:
             return None
 
     def reopen(self) -> None:
-        """Let the run be RUNNING again."""
         self._queue.write("to reopen the run", lambda client: client.update_run(self.run_id, status="RUNNING"))
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Log parameters, cut to MLflow's length; one that has another value already (a resumed run) becomes a tag."""
+        """Log parameters, cut to MLflow's length; in a resumed run a changed parameter becomes a tag."""
         texts = {name: str(value)[:_PARAM_LENGTH] for name, value in values.items()}
         self._queue.write("parameters", lambda client: _write_params(client, self.run_id, texts))
 
     def tags(self, values: Mapping[str, object]) -> None:
-        """Set tags of the run."""
         texts = {name: str(value) for name, value in values.items()}
         self._queue.write("tags", lambda client: _write_tags(client, self.run_id, texts))
 
     def dataset(self, name: str, digest: str, source: str, rows: int, context: str = "training") -> None:
         """Record a dataset as an input; `context` is training or evaluation, the digest is cut to 36 characters."""
-        kind = "local" if not storage.is_uri(source) else source.partition("://")[0]
+        source_type = "local" if not storage.is_uri(source) else source.partition("://")[0]
         profile = json.dumps({"num_rows": rows})
 
         def write(client: "MlflowClient") -> None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
-            data = Dataset(name, digest[:_DIGEST_LENGTH], kind, json.dumps({"uri": source}), profile=profile)
+            data = Dataset(name, digest[:_DIGEST_LENGTH], source_type, json.dumps({"uri": source}), profile=profile)
             client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
         self._queue.write(f"the dataset {name}", write)
 
     def learning_curve(self, train: Points, evaluation: Points) -> None:
-        """Log a figure of the losses; both are (step, loss) in order of steps."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -134,7 +130,7 @@ class Tracker:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         steps, losses = [step for step, _ in train], [loss for _, loss in train]
-        few = "." if len(train) < 3 else None  # with few points a line alone shows nothing
+        few = "." if len(train) < 3 else None  # a line with few points is hard to see
         axes.plot(steps, losses, color="#9bb7d4", linewidth=1.2, label="train", marker=few)
         steps, losses = [step for step, _ in evaluation], [loss for _, loss in evaluation]
         axes.plot(steps, losses, color="#c44e52", linewidth=1.8, label="eval", marker="o", markersize=4)
@@ -147,11 +143,11 @@ class Tracker:
             self.client().log_figure(self.run_id, figure, "learning_curve.png", save_kwargs={"dpi": 150})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Log a table as the artifact `name`.json, which MLflow shows as one; a table of that name is replaced."""
+        """Log a table as the artifact `name`.json; replace a table of that name."""
         file = f"{name}.json"
         with reachable(self.uri):
             if file in {item.path for item in self.client().list_artifacts(self.run_id)}:
-                # log_table would append to it.
+                # log_table would append to the existing table.
                 content = {"columns": list(columns), "data": [list(row) for row in rows]}
                 self.client().log_dict(self.run_id, content, file)
                 return
@@ -159,18 +155,16 @@ class Tracker:
             self.client().log_table(self.run_id, data, file)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Log a file, or everything in a folder, under the artifact folder `folder`."""
         with reachable(self.uri, upload=True):
             log = self.client().log_artifacts if path.is_dir() else self.client().log_artifact
             log(self.run_id, str(path), folder)
 
     def text(self, content: str, name: str) -> None:
-        """Log text as the artifact `name`."""
         with reachable(self.uri):
             self.client().log_text(self.run_id, content, name)
 
     def watch_system(self, seconds: float = 10.0) -> None:
-        """Log this machine's CPU, memory, disk, network and GPUs as system/... until `end`, while MLflow answers."""
+        """Log this machine's CPU, memory, disk, network and GPUs as system/... until `end`."""
         if self._watch is None:
             self._queue.start()
             self._watch = threading.Thread(
@@ -182,7 +176,7 @@ class Tracker:
             self._watch.start()
 
     def url(self) -> str | None:
-        """The run's page, if a server shows it."""
+        """Return the address of the run's page; None if no server shows it."""
         if not self.uri.startswith("http"):
             return None
         with reachable(self.uri):
@@ -190,13 +184,13 @@ class Tracker:
         return f"{shown_uri(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
 
     def flush(self, seconds: float) -> bool:
-        """Wait until all that waits is written, at most so long; False if some is left."""
+        """Wait at most `seconds` until everything is written; return False if something still waits."""
         return self._queue.flush(seconds)
 
     def end(self, status: Status = "FINISHED", seconds: float = 30.0) -> None:
-        """Write what waits, close the run and end its threads.
+        """Write everything that waits, close the run and end its threads.
 
-        Raises TrackingUnavailable if MLflow does not answer for `seconds`; what waited is lost then.
+        Raises TrackingUnavailable if MLflow does not answer for `seconds`; then everything that waits is lost.
         """
         self._stop_watching.set()
         if self._watch is not None:
@@ -212,11 +206,11 @@ class Tracker:
 def _write_params(client: "MlflowClient", run_id: str, texts: Mapping[str, str]) -> None:
     from mlflow.entities import Param
 
-    there = client.get_run(run_id).data.params
-    new = [Param(name, text) for name, text in texts.items() if name not in there]
+    existing = client.get_run(run_id).data.params
+    new = [Param(name, text) for name, text in texts.items() if name not in existing]
     for begin in range(0, len(new), _PARAMS_PER_BATCH):
         client.log_batch(run_id, params=new[begin : begin + _PARAMS_PER_BATCH])
-    changed = {f"resumed.{name}": text for name, text in texts.items() if there.get(name, text) != text}
+    changed = {f"resumed.{name}": text for name, text in texts.items() if existing.get(name, text) != text}
     _write_tags(client, run_id, changed)
 
 

@@ -1,4 +1,4 @@
-"""Start of an MLflow run: its address, its experiment, and the run itself, made or resumed."""
+"""Start of an MLflow run: its address, its experiment, and the new or resumed run."""
 
 import contextlib
 import getpass
@@ -35,13 +35,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The database beside run.storage when the storage lies elsewhere than before: MLflow keeps paths of artifacts in it.
-
+# The SQLite database of a moved run.storage. MLflow keeps absolute paths of artifacts in it.
 
 FOLDER = "mlartifacts"
-"""The artifacts' folder in run.storage."""
 DATABASE = "mlflow.db"
-"""The database's name there."""
+# The columns in which MLflow 3.17 stores paths of artifacts. It has no call to change them.
 COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -49,17 +47,16 @@ COLUMNS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Where MLflow 3.17 keeps a path of an artifact; it has no call to change one."""
 
 
-def follow(place: str) -> None:
-    """Let the SQLite database in a storage name the artifacts in that storage, after it was moved or copied there.
+def follow(folder: str) -> None:
+    """Correct the artifact paths in the storage's SQLite database after the storage was moved or copied.
 
-    Artifacts that lie elsewhere on purpose, in a storage that has no database, keep their places. Call it before files
-    are read: the model that the first run in the new place starts from may be registered.
+    Artifacts that lie in another folder on purpose keep their paths. Call it before files are read, because the first
+    run in the new place may start from a registered model.
     """
-    file, now = Path(place) / DATABASE, os.path.join(os.path.abspath(place), FOLDER)
-    if storage.is_uri(place) or not file.is_file():
+    file, now = Path(folder) / DATABASE, os.path.join(os.path.abspath(folder), FOLDER)
+    if storage.is_uri(folder) or not file.is_file():
         return
     moved: list[str] = []
     with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as database:
@@ -78,33 +75,32 @@ def follow(place: str) -> None:
                             (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
                         )
         except sqlite3.DatabaseError as error:
-            if moved:  # else none of MLflow yet, or none at all, which MLflow itself says better
-                logger.warning(f"run.storage has moved, but MLflow's artifacts keep their places, {moved[0]}: {error}")
+            if moved:  # otherwise MLflow itself reports the broken database better
+                logger.warning(f"run.storage was moved, but MLflow still expects its artifacts in {moved[0]}: {error}")
             return
     for before in moved:
-        logger.info(f"run.storage has moved: MLflow's artifacts are in {now}, no longer in {before}")
+        logger.info(f"run.storage was moved: MLflow's artifacts are now in {now}, no longer in {before}")
 
 
-# MLflow's artifact store: a test, before a training, that it takes files.
-
+# MLflow's artifact store: before a training, a test file is written to it.
 
 PROBE = ".probe"
+# Larger than the default limit of a proxy (nginx: 1 MB).
 PROBE_BYTES = 4 * 2**20
-"""More than a proxy takes by default: 1 MB, for nginx."""
 PROBE_SECONDS = 30.0
 FIELD = "MLflow's artifact store"
 
 
 def default_place(config: AnyConfig) -> str:
-    """Return where the files of a new experiment lie if MLflow is a database: beside the storage."""
-    place = config.run.storage
-    return storage.join(place if storage.is_uri(place) else os.path.abspath(place), FOLDER)
+    """Return the folder of a new experiment's files if MLflow is a database: beside the storage."""
+    root = config.run.storage
+    return storage.join(root if storage.is_uri(root) else os.path.abspath(root), FOLDER)
 
 
 def probe(place: str, uri: str) -> None:
-    """Write and delete a file of PROBE_BYTES at `place`, an experiment's artifact location in the MLflow at `uri`.
+    """Write and delete a file of PROBE_BYTES at `place`, the artifact location of an experiment in the MLflow at `uri`.
 
-    Raises UserError that says what to mend, or TrackingUnavailable if the store does not answer, within PROBE_SECONDS.
+    Raises UserError with the remedy, or TrackingUnavailable if the store does not answer within PROBE_SECONDS.
     """
     use_paths()
     if place.startswith("s3://") and not os.environ.get("MLFLOW_S3_ENDPOINT_URL"):
@@ -117,7 +113,8 @@ def probe(place: str, uri: str) -> None:
         except Exception as error:
             failed.append(error)
 
-    thread = threading.Thread(target=work, name="artifacts", daemon=True)  # a call that hangs does not hold up the end
+    # A daemon, because a hanging call must not keep the process alive.
+    thread = threading.Thread(target=work, name="artifacts", daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
     if thread.is_alive():
@@ -128,55 +125,51 @@ def probe(place: str, uri: str) -> None:
         if isinstance(error, ModuleNotFoundError):
             raise UserError(f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}")
         text = remedy(error)
-        kind = TrackingUnavailable if text is None and is_unavailable(error) else UserError
+        error_type = TrackingUnavailable if text is None and is_unavailable(error) else UserError
         why = f"{text} ({reason(error)})" if text else reason(error)
-        raise kind(f"{FIELD}: {place} at {shown_uri(uri)} cannot be written: {why}")
+        raise error_type(f"{FIELD}: {place} at {shown_uri(uri)} cannot be written: {why}")
 
 
 def use_paths() -> None:
-    """Let MLflow address buckets as the rest of this project does: by path, where the S3 store is not AWS."""
+    """Let MLflow address buckets by path if the S3 store is not AWS, like the rest of this project."""
     if patience.s3_endpoint():
         os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
 
 
-def _write(place: str, uri: str) -> None:
+def _write(location: str, uri: str) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-    repository: Any = get_artifact_repository(place, tracking_uri=uri)
+    repository: Any = get_artifact_repository(location, tracking_uri=uri)
     if uri.startswith("http") and isinstance(repository, LocalArtifactRepository):
         _refuse_a_folder_of_the_server(Path(repository.artifact_dir), uri)
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         file = Path(folder) / PROBE
         file.write_bytes(os.urandom(PROBE_BYTES))
         repository.log_artifact(str(file))
-    with contextlib.suppress(Exception):  # who may write need not be allowed to delete
+    with contextlib.suppress(Exception):  # the credentials may allow writing, but not deleting
         repository.delete_artifacts(PROBE)
 
 
 def _refuse_a_folder_of_the_server(folder: Path, uri: str) -> None:
-    """Raise UserError for a server that names a folder which is not there on this machine.
-
-    MLflow's client would make it here, and nobody would find the model.
-    """
+    # MLflow's client would create the server's folder on this machine, where nobody looks for the model.
     if not folder.exists() and not folder.parent.exists():
         raise UserError(
-            f"{FIELD}: the server at {shown_uri(uri)} keeps files in its folder {folder}, which is not there on this"
+            f"{FIELD}: the server at {shown_uri(uri)} keeps files in its folder {folder}, which is missing on this"
             " machine. If it is a shared folder, mount it here. Otherwise start the server with --artifacts-destination"
             " and without --no-serve-artifacts, and set another tracking.experiment: an experiment keeps its folder"
         )
 
 
+# The environment variable from which MLflow itself takes its address.
 VARIABLE = "MLFLOW_TRACKING_URI"
-"""Where MLflow itself looks for its address."""
 
 
 def resolve_uri(config: AnyConfig) -> str:
-    """The address of MLflow: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
+    """Return the address of MLflow: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
 
-    A relative SQLite path is made absolute (see `absolute`). The address may hold a
-    password: show it with `shown_uri` only. Raises UserError when nothing is set and the storage is a URI,
-    beside which no database can lie, or when what env:NAME or file:/PATH means is not there.
+    Makes a relative SQLite path absolute (see `absolute`). The address may contain a password: show it with `shown_uri`
+    only. Raises UserError if nothing is set and the storage is a URI, or if env:NAME or file:/PATH cannot be read.
     """
     named = looked_up(config.tracking.uri, "tracking.uri") if config.tracking.uri else None
     if uri := named or os.environ.get(VARIABLE):
@@ -190,64 +183,62 @@ def resolve_uri(config: AnyConfig) -> str:
 
 
 def everywhere(config: AnyConfig) -> str:
-    """The `tracking.uri` that means this MLflow to other processes too, whatever their folder and variables are.
+    """Return a `tracking.uri` that means this MLflow in other processes, whatever their folder and environment.
 
-    Of an address with a secret in it the place is named, which every node then must have. Raises UserError as
-    `resolve_uri`.
+    An address with a secret is returned as its env: or file: reference, which every node must have. Raises UserError as
+    `resolve_uri` does.
     """
     uri = resolve_uri(config)
     return (config.tracking.uri or f"env:{VARIABLE}") if in_uri(uri) else uri
 
 
 def absolute(uri: str) -> str:
-    """An address with a relative SQLite path as one with an absolute path, because workers run in another folder.
-
-    In a job it lies where a relative run.storage does: the job's own folder is deleted after it, with all runs and
-    registered models in it.
-    """
+    """Return the address with an absolute SQLite path, because workers run in another folder."""
     if not uri.startswith("sqlite:///") or uri.startswith(("sqlite:////", "sqlite:///:memory:")):
         return uri
+    # A submitted job has its own folder, which is deleted after the job. So the path is made relative to the folder of
+    # a relative run.storage, to keep the runs and registered models.
     here = Path.cwd()
-    place = command_line.absolute(uri.removeprefix("sqlite:///"), command_line.lasting(here))
+    path = command_line.absolute(uri.removeprefix("sqlite:///"), command_line.lasting(here))
     if command_line.lasting(here) != here:
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-    return f"sqlite:///{place}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    return f"sqlite:///{path}"
 
 
 def check_artifacts(config: AnyConfig, uri: str) -> None:
-    """Raise UserError within seconds if files of the config's experiment cannot be written, or models not be logged.
+    """Raise UserError within seconds if the config's experiment accepts no files, or the server no logged models.
 
-    Makes the experiment at `uri` if it is not there. Raises TrackingUnavailable if MLflow or the store does not answer.
+    Creates the experiment at `uri` if it is missing. Raises TrackingUnavailable if MLflow or the store does not answer.
     """
     with reachable(uri):
         client = connect(uri)
         experiment = _experiment(client, config, uri)
         _refuse_older(client, experiment, uri)
-        place = str(client.get_experiment(experiment).artifact_location)
-    probe(place, uri)
+        location = str(client.get_experiment(experiment).artifact_location)
+    probe(location, uri)
 
 
 def _refuse_older(client: "MlflowClient", experiment: str, uri: str) -> None:
-    """A server of MLflow 2 takes runs, but not the model at their end."""
     from mlflow.exceptions import MlflowException
 
+    # A server of MLflow 2 accepts runs, but refuses the model at their end.
     try:
         client.search_logged_models([experiment], max_results=1)
     except MlflowException as error:
         if error.error_code != "ENDPOINT_NOT_FOUND":
             raise
         raise UserError(
-            f"tracking.uri={shown_uri(uri)}: this server has no logged models, as those before MLflow 3;"
-            " install a newer one, or name another in tracking.uri"
+            f"tracking.uri={shown_uri(uri)}: this server is older than MLflow 3 and cannot store models;"
+            " upgrade it, or set another server"
         ) from None
 
 
 def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id: str | None = None) -> "Tracker":
-    """Make the run, in an experiment that is made if needed, or continue with `run_id` if it is still there.
+    """Create the run (and its experiment if needed), or resume `run_id` if it still exists.
 
-    Call it in one process, the driver: several processes that meet a new database at once collide.
-    Raises UserError if the experiment has been deleted or the address is wrong. If the server does not
-    answer now, a new run raises TrackingUnavailable; one with a `run_id` is resumed as soon as it answers.
+    Call it in one process, the driver: processes that open a new database at the same time collide. Raises UserError
+    for a deleted experiment or a wrong address. If the server does not answer, a new run raises TrackingUnavailable; a
+    run with a `run_id` is resumed as soon as the server answers.
     """
     uri = resolve_uri(config)
     use_paths()
@@ -278,19 +269,19 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     name = config.tracking.experiment
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        # A server knows where artifacts go; without one MLflow would take the current folder.
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # A server has its own place for artifacts. Without a server MLflow would use the current folder.
         served = uri.startswith(("http://", "https://", "databricks"))
         try:
             return str(client.create_experiment(name, artifact_location=None if served else default_place(config)))
         except MlflowException as error:
-            found = client.get_experiment_by_name(name)  # made by another driver in the meantime?
-            if found is None:
+            experiment = client.get_experiment_by_name(name)  # another driver may have created it meanwhile
+            if experiment is None:
                 raise UserError(f"tracking.experiment={name}: {reason(error)}") from None
-    if found.lifecycle_stage == "deleted":
-        raise UserError(f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or choose another name")
-    return str(found.experiment_id)
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(f"tracking.experiment: {name!r} was deleted in MLflow; restore it there, or set another name")
+    return str(experiment.experiment_id)
 
 
 def _reopen(client: "MlflowClient", run_id: str) -> bool:
@@ -303,12 +294,12 @@ def _reopen(client: "MlflowClient", run_id: str) -> bool:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-    logger.warning("MLflow run %s is gone: the rest of this run is tracked in a new one", run_id)
+    logger.warning("MLflow run %s no longer exists: the rest of this run is logged to a new MLflow run", run_id)
     return False
 
 
 def _context_tags() -> dict[str, str]:
-    # What mlflow.start_run would add; the commit without GitPython, which warns where git is missing.
+    # The tags that mlflow.start_run would add. The commit comes from git, because GitPython warns if git is missing.
     script = Path(sys.argv[0] or ".").absolute()
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": script.name}
     try:
@@ -321,17 +312,15 @@ def _context_tags() -> dict[str, str]:
     return tags
 
 
-# The MLflow run around a piece of work: made or resumed before it, closed as FINISHED, FAILED or KILLED after it.
+# The MLflow run around a piece of work: created or resumed before it, closed as FINISHED, FAILED or KILLED after it.
 
 
 class RunIds(Protocol):
-    """Remembers which MLflow run belongs to the work, so that the next attempt resumes it."""
+    """Remembers the MLflow run of the work, so that the next attempt resumes it."""
 
-    def tracking_run(self, uri: str) -> str | None:
-        """The id of the run in the MLflow at `uri`; None if there is none yet."""
+    def tracking_run(self, uri: str) -> str | None: ...
 
-    def keep_tracking_run(self, uri: str, run_id: str) -> None:
-        """Remember the id."""
+    def keep_tracking_run(self, uri: str, run_id: str) -> None: ...
 
 
 @contextlib.contextmanager
@@ -345,11 +334,12 @@ def mlflow_run(
     after_error: Status = "FAILED",
     advice: str = "",
 ) -> Iterator[Tracker]:
-    """The MLflow run named as the config's run, for the block; a KeyboardInterrupt or Stopped leaves it KILLED,
-    TakenOver as it is.
+    """Keep the config's MLflow run open for the block, then close it.
 
-    `parent` is the id of the run that it is shown below. If MLflow is unreachable at the end the run stays open
-    until the next attempt, and TrackingUnavailable is raised, with `advice`; TryAgain if somebody has deleted the run.
+    An interrupted run ends as KILLED, one that was TakenOver is left as it is, any other error ends it as
+    `after_error`. `parent` is the id of the run below which it is shown. If MLflow is unreachable at the end, the run
+    stays open until the next attempt, and TrackingUnavailable is raised, with `advice`. Raises TryAgain if the run was
+    deleted meanwhile.
     """
     from mlflow.exceptions import MlflowException
 
@@ -362,7 +352,7 @@ def mlflow_run(
         try:
             yield tracker
         except TakenOver:
-            raise  # the run is another driver's now
+            raise  # the run now belongs to another driver
         except BaseException as error:
             with contextlib.suppress(TrackingUnavailable):
                 tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)
@@ -374,13 +364,13 @@ def mlflow_run(
         if not _is_deleted(tracker):
             raise
         raise TryAgain(
-            f"tracking: the MLflow run {tracker.run_id} was deleted while it was written to ({reason(error)});"
-            " run the same command again: it goes on with what is done, in a new MLflow run"
+            f"tracking: the MLflow run {tracker.run_id} was deleted during this run ({reason(error)});"
+            " run the same command again to resume; it logs to a new MLflow run"
         ) from None
 
 
 def _is_deleted(tracker: Tracker) -> bool:
-    """Whether the run is there no more, or only in MLflow's trash, and its experiment perhaps with it."""
+    """True if the run is deleted, for good or in MLflow's trash, perhaps with its experiment."""
     from mlflow.exceptions import MlflowException
 
     try:

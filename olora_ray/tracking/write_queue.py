@@ -1,9 +1,9 @@
 """Queue of writes to one MLflow run, and the thread that sends them in order.
 
-A series has no gap and no step twice. A (name, step) is accepted once, and of a run that was there before MLflow is
-asked for the pairs it has before anything is sent. A point keeps its timestamp: MLflow stores a batch that is sent
-again, because its answer was lost, as the same rows, and keeps them once. The history of a training is in its
-checkpoints and is given as a whole when a training resumes and when it ends: the queue lets through what MLflow lacks.
+A metric series has no gap and no step twice. The queue accepts a pair (name, step) once; for an existing run it first
+asks MLflow for the pairs that it has. A point keeps its timestamp: if a batch is sent again because its answer was
+lost, MLflow stores the same rows and keeps them once. The complete history of a training is in its checkpoints. It is
+given again when a training resumes and when it ends, and the queue lets through only the points that MLflow lacks.
 """
 
 import logging
@@ -20,18 +20,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Prefix of a machine's own metrics (CPU, memory, GPUs). They have their own steps.
 SYSTEM = "system/"
-"""Prefix of a machine's own metrics (CPU, memory, GPUs); they have steps of their own."""
+# MLflow's limit (mlflow/utils/validation.py): it refuses a longer request.
 METRICS_PER_BATCH = 1000
-"""MLflow's limit (mlflow/utils/validation.py): a longer request is refused."""
+# A write is dropped after this many failures, if MLflow accepts another write meanwhile.
 _ATTEMPTS = 5
-"""Drop a write that MLflow has failed at so often, while it takes another one."""
 _TAG = "olora.can_be_written"
 
 
 class Point(NamedTuple):
-    """A value of a metric."""
-
     name: str
     value: float
     timestamp: int
@@ -40,7 +38,7 @@ class Point(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Another write, which is safe to repeat."""
+    """A write other than a metric; it must be safe to repeat."""
 
     what: str
     """Its name in a warning."""
@@ -48,23 +46,22 @@ class Write(NamedTuple):
 
 
 class WriteQueue:
-    """Metrics and other writes for one run. Adding never waits for the network; the thread starts with the first.
+    """Metrics and other writes for one run. Adding never waits for the network; the thread starts with the first write.
 
-    What MLflow refuses for good is dropped with a warning: tracking does not stop a training. Everything else waits
-    until MLflow takes it.
+    A write that MLflow refuses for good is dropped with a warning, because tracking must not stop a training.
+    Everything else waits until MLflow accepts it.
     """
 
     def __init__(self, uri: str, run_id: str, *, fresh: bool = False) -> None:
-        """`fresh` promises that the run has no metrics yet."""
         self._uri = uri
         self._run_id = run_id
         self._changed = threading.Condition()  # guards all that follows
         self._queue: deque[Point | Write] = deque()
         self._accepted: defaultdict[str, set[int]] = defaultdict(set)
-        self._loaded = fresh
+        self._loaded = fresh  # True: the metrics that MLflow has are known; a fresh run has none
         self._system_step = 0
         self._away = ""
-        self._written_late = 0  # points since MLflow went away
+        self._written_late = 0  # points written since an outage began
         self._flushing = 0
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -74,7 +71,6 @@ class WriteQueue:
 
     @property
     def pending(self) -> int:
-        """Number of metric values that wait."""
         with self._changed:
             return sum(isinstance(item, Point) for item in self._queue)
 
@@ -85,7 +81,6 @@ class WriteQueue:
 
     @property
     def away(self) -> str:
-        """The reason why MLflow does not answer; empty while it does."""
         return self._away
 
     def rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
@@ -99,7 +94,7 @@ class WriteQueue:
                         self._add(Point(name, float(value), now, int(step)))
 
     def system(self, values: Mapping[str, float]) -> None:
-        """Add this machine's metrics as the next step of theirs; nothing while MLflow is unreachable."""
+        """Add this machine's metrics as their next step; nothing while MLflow is unreachable."""
         with self._changed:
             if self.online:
                 now = int(time.time() * 1000)
@@ -108,20 +103,19 @@ class WriteQueue:
                 self._system_step += 1
 
     def write(self, what: str, write: Callable[["MlflowClient"], object]) -> None:
-        """Add another write; `what` names it in a warning."""
         with self._changed:
             if not self._closed:
                 self._add(Write(what, write))
 
     def start(self) -> None:
-        """Start the thread now: it asks what MLflow has, even if nothing waits."""
+        """Start the thread now, so that it asks for MLflow's points even if nothing waits."""
         with self._changed:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
                 self._thread.start()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until nothing waits any more, at most so long; True if nothing does. MLflow is tried more often."""
+        """Wait at most `seconds` until everything is written, with shorter pauses; return True if it is."""
         with self._changed:
             self._flushing += 1
             self._changed.notify_all()
@@ -131,7 +125,7 @@ class WriteQueue:
                 self._flushing -= 1
 
     def close(self) -> None:
-        """End the thread after its current request. What waits still is lost, and so is what is added later."""
+        """End the thread after its current request. Waiting and later writes are lost."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -143,7 +137,7 @@ class WriteQueue:
         self.start()
         self._changed.notify_all()
 
-    # From here on: the thread.
+    # The methods below run in the thread.
 
     def _run(self) -> None:
         while self._wait_for_work():
@@ -165,7 +159,6 @@ class WriteQueue:
             return not self._closed
 
     def _load(self, client: "MlflowClient") -> None:
-        """Ask what MLflow has of this run, and drop that from what waits."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -177,7 +170,7 @@ class WriteQueue:
         if run is None or run.info.lifecycle_stage != "active":
             self._note_gone()
             return
-        # All metrics of the machine have the same steps: one of them tells.
+        # All metrics of a machine have the same steps, so one of them is enough.
         of_machine = sorted(name for name in run.data.metrics if name.startswith(SYSTEM))
         stored = {
             name: {item.step for item in client.get_metric_history(self._run_id, name)}
@@ -194,15 +187,13 @@ class WriteQueue:
             self._loaded = True
 
     def _note_gone(self) -> None:
-        """Drop what waits and take nothing more: the run has been deleted."""
-        logger.warning("MLflow run %s is gone: nothing more is tracked", self._run_id)
+        logger.warning("MLflow run %s no longer exists: nothing more is logged to MLflow", self._run_id)
         with self._changed:
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
 
     def _next_batch(self) -> list[Point | Write]:
-        """The next items to send: points of one request, or another write."""
         with self._changed:
             batch: list[Point | Write] = []
             for item in self._queue:
@@ -214,7 +205,7 @@ class WriteQueue:
             return batch
 
     def _send(self, client: "MlflowClient", batch: Sequence[Point | Write]) -> None:
-        """Send a batch; leave out, with a warning, what MLflow refuses for good. Raises what may pass."""
+        """Send a batch; drop what MLflow refuses for good, with a warning. Raise errors that may pass."""
         from mlflow.entities import Metric
 
         points = [item for item in batch if isinstance(item, Point) and item.name not in self._refused]
@@ -230,7 +221,7 @@ class WriteQueue:
             names = dict.fromkeys(point.name for point in points)
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                 self._note_gone()
-            elif len(names) > 1:  # one metric whose name MLflow does not allow must not take the others with it
+            elif len(names) > 1:  # one forbidden metric name must not block the other metrics
                 for name in names:
                     self._send(client, [point for point in points if point.name == name])
             else:
@@ -239,11 +230,9 @@ class WriteQueue:
                 logger.warning("MLflow refuses %s: %s", what, reason(error))
 
     def _always_fails(self, client: "MlflowClient", first: Point | Write, error: Exception) -> bool:
-        """True for a write that the server fails at each time, such as HTTP 500 for an emoji in a MySQL column.
-
-        It must not block what comes after it. But a database that is read-only or full fails at all writes, and they
-        have to wait: so another write is tried, and its error is raised.
-        """
+        """True for a write on which the server always fails, such as HTTP 500 for an emoji in MySQL."""
+        # Such a write must not block later ones. But a read-only or full database fails on all writes, and they must
+        # wait. So another write is tried, and its error is raised.
         self._failures[first] += is_answer(error)
         if not is_answer(error) or self._failures[first] < _ATTEMPTS:
             return False
@@ -257,7 +246,7 @@ class WriteQueue:
                 logger.warning("MLflow does not answer (%s); metrics wait and training continues", why)
             self._away = why
             before = self._flushing
-            seconds = 1.0 if before else 10.0  # who flushes waits for it
+            seconds = 1.0 if before else 10.0  # shorter, because a caller of flush waits
             self._changed.wait_for(lambda: self._closed or self._flushing > before, seconds)
 
     def _note_sent(self, batch: Sequence[Point | Write]) -> None:

@@ -1,4 +1,4 @@
-"""The comparison of methods: pipelines/compare.py in parts. It uses olora_ray, which never imports it.
+"""The comparison of methods: the parts of pipelines/compare.py. It uses olora_ray, which never imports it.
 
-Its log lines go where those of olora_ray go, so all modules write to the logger `olora_ray.comparison`.
+All modules log to `olora_ray.comparison`, so that their lines appear with those of olora_ray.
 """

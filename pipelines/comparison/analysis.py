@@ -17,12 +17,11 @@ from olora_ray.pipeline import answers
 
 
 def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> ComparisonRecord:
-    """All that was measured, and what follows."""
     comparison, config = run.comparison, run.config
     against = differences(comparison.methods, finals, run.rows.groups)
     bases = [base for each in finals if (base := each.ended.base()) is not None]
-    some = next((each for each in finals if each.losses), None)
-    counts, groups = _counts(run, tuning, some)
+    measured = next((each for each in finals if each.losses), None)
+    counts, groups = _counts(run, tuning, measured)
     return ComparisonRecord(
         name=config.run.name,
         model=run.base.model.name,
@@ -34,7 +33,7 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
         rank=config.adapter.rank,
         alpha=float(config.adapter.alpha),
         lr=config.train.lr,
-        steps=some.ended.record.total if some else 0,
+        steps=measured.ended.record.total if measured else 0,
         global_batch=config.train.global_batch,
         rows=counts,
         groups=groups,
@@ -49,7 +48,8 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
 
 
 def _counts(run: Run, tuning: Tuning, measured: Final | None) -> tuple[dict[str, int], int]:
-    """(rows of each set, groups of test rows); what is too long was not measured, and does not count."""
+    """Return (rows of each set, groups of test rows)."""
+    # A test row that is too long has no loss, so it is left out of the counts.
     groups = run.rows.groups
     if measured is None or measured.losses is None:
         rows, independent = run.rows.counts["test"], len({number for each in groups.values() for number in each})
@@ -61,33 +61,35 @@ def _counts(run: Run, tuning: Tuning, measured: Final | None) -> tuple[dict[str,
 def differences(
     methods: Sequence[str], finals: Sequence[Final], groups: Mapping[str, Sequence[int]]
 ) -> dict[str, Against]:
-    """Method -> its difference to the baseline, of those that have losses with every seed, as the baseline has."""
-    found = {method: measured for method in methods if (measured := _losses(finals, method, groups)) is not None}
-    if BASELINE not in found:
+    """Return method -> its difference to the baseline, for methods that have losses with every seed."""
+    measured = {method: pair for method in methods if (pair := _losses(finals, method, groups)) is not None}
+    if BASELINE not in measured:
         return {}
-    losses, tokens = found.pop(BASELINE)
-    against = {method: crossed(per_token(own - losses, tokens)) for method, (own, _) in found.items()}
+    losses, tokens = measured.pop(BASELINE)
+    # Differences row by row and seed by seed: most of the spread between rows is common to both methods and cancels.
+    against = {method: crossed(per_token(own - losses, tokens)) for method, (own, _) in measured.items()}
     p_values = [each.p() for each in against.values()]
     together = simultaneous(LEVEL, len(against))
     adjusted = zip(against.items(), p_values, holm(p_values), strict=True)
     return {method: _against(each, p, p_holm, together) for (method, each), p, p_holm in adjusted}
 
 
-def _against(found: Difference, p: float, p_holm: float, level: float) -> Against:
+def _against(difference: Difference, p: float, p_holm: float, level: float) -> Against:
     return Against(
-        mean=found.mean,
-        error=found.error,
-        freedom=found.freedom,
-        interval=found.interval(LEVEL),
-        adjusted=found.interval(level),
+        mean=difference.mean,
+        error=difference.error,
+        freedom=difference.freedom,
+        interval=difference.interval(LEVEL),
+        adjusted=difference.interval(level),
         p=p,
         p_holm=p_holm,
     )
 
 
 def _losses(finals: Sequence[Final], method: str, groups: Mapping[str, Sequence[int]]) -> tuple[Values, Values] | None:
-    """(losses (seeds, groups), tokens (groups,)) of a method; None unless every training has come to its end."""
+    """Return a method's (losses (seeds, groups), tokens (groups,))."""
     rows = [each.losses for each in sorted(finals, key=lambda each: each.seed) if each.method == method]
+    # A mean over the seeds that did not break off would favour a method that often does, so there is none.
     if not rows or None in rows:
         return None
     summed = [each.by_group(groups) for each in rows if each is not None]
@@ -114,21 +116,21 @@ def _method(run: Run, tuning: Tuning, method: str, finals: Sequence[Final], agai
 
 
 def _training(run: Run, final: Final, target: float, init: float) -> Training:
-    found = final.ended.record
-    result = _result(found.folder)
+    record = final.ended.record
+    result = _result(record.folder)
     course = Course.of(result.state.history if result and result.state else ())
     loss = final.losses.mean() if final.losses else math.inf
     scored = result and run.config.evaluation.scorer
     return Training(
         seed=final.seed,
         loss=loss,
-        curve=course.points() or found.curve,
+        curve=course.points() or record.curve,
         reached=_reached(course, target, init) if math.isfinite(loss) and math.isfinite(target) else None,
         scores=answers.score(final.spec.config, answers.answered(result, run.base.tokenizer)).get("after", {})
         if scored and result
         else {},
-        folder=found.folder,
-        mlflow_run=found.mlflow_run,
+        folder=record.folder,
+        mlflow_run=record.mlflow_run,
     )
 
 
@@ -137,7 +139,7 @@ def _reached(course: Course, target: float, init: float) -> Reached | None:
 
 
 def _result(folder: str) -> TrainResult | None:
-    """What a training has left; None of one that broke off."""
+    # A training that broke off has no result.
     try:
         return TrainResult.from_json(storage.read_text(storage.join(folder, "training.json")))
     except (OSError, ValueError, KeyError, TypeError):
@@ -145,7 +147,6 @@ def _result(folder: str) -> TrainResult | None:
 
 
 def _points(run: Run, tuning: Tuning) -> tuple[Point, ...]:
-    """The trials of the tuning, those of the grids first."""
     on_grid = tried(run.comparison.arms(), tuning.losses)
-    found = [Point(cell.method, cell.alpha, cell.lr, loss, cell in on_grid) for cell, loss in tuning.losses.items()]
-    return tuple(sorted(found, key=lambda point: (not point.grid, point.method, point.alpha, point.lr)))
+    points = [Point(cell.method, cell.alpha, cell.lr, loss, cell in on_grid) for cell, loss in tuning.losses.items()]
+    return tuple(sorted(points, key=lambda point: (not point.grid, point.method, point.alpha, point.lr)))

@@ -1,6 +1,6 @@
-"""Record of a comparison, the content of comparison.json: what was tuned, trained and measured, and what follows.
+"""Record of a comparison, the content of comparison.json: tuning, trainings, losses, and the differences that follow.
 
-How soon a training comes to a loss is told in steps, supervised tokens, and seconds that include its initialisation.
+The time until a training reaches a loss is given in steps, supervised tokens, and seconds with its initialisation.
 """
 
 import json
@@ -19,38 +19,35 @@ from comparison.statistics import Interval
 
 @dataclass(frozen=True)
 class Course:
-    """The evaluations of a training, and what it had spent at each."""
+    """The evaluations of a training, with the tokens and seconds spent before each."""
 
     steps: tuple[int, ...]
     losses: tuple[float, ...]
     tokens: tuple[float, ...]
-    """Supervised tokens trained on so far."""
     seconds: tuple[float, ...]
-    """Of its steps so far; evaluations and checkpoints are not in it."""
+    """Seconds of the steps so far, without evaluations and checkpoints."""
 
     @classmethod
     def of(cls, history: Sequence[Mapping[str, float]]) -> "Course":
-        """From the rows of a training's history, one a step."""
         rows = sorted(history, key=lambda row: row["step"])
         seconds = [row.get("train/step_seconds", 0.0) for row in rows]
         tokens = [row.get("train/tokens_per_second", 0.0) * each for row, each in zip(rows, seconds, strict=True)]
         spent = zip(rows, accumulate(tokens), accumulate(seconds), strict=True)
-        found = [(row, used, took) for row, used, took in spent if "eval/loss" in row]
+        evaluated = [(row, used, took) for row, used, took in spent if "eval/loss" in row]
         return cls(
-            tuple(int(row["step"]) for row, _, _ in found),
-            tuple(row["eval/loss"] for row, _, _ in found),
-            tuple(used for _, used, _ in found),
-            tuple(took for _, _, took in found),
+            tuple(int(row["step"]) for row, _, _ in evaluated),
+            tuple(row["eval/loss"] for row, _, _ in evaluated),
+            tuple(used for _, used, _ in evaluated),
+            tuple(took for _, _, took in evaluated),
         )
 
     def points(self) -> tuple[tuple[int, float], ...]:
-        """(step, loss) of each evaluation."""
         return tuple(zip(self.steps, self.losses, strict=True))
 
 
 @dataclass(frozen=True)
 class Reached:
-    """What a training needed to come to a loss; if it never did, what it had spent at its end."""
+    """The effort until a training reached a loss; its whole effort if it never did."""
 
     reached: bool
     steps: float
@@ -58,14 +55,14 @@ class Reached:
     seconds: float
 
     def shown(self, value: float, unit: str = "") -> str:
-        """A value of these as text; `>64` where the loss was not reached."""
+        """Return one of these values as text; `>64` if the loss was not reached."""
         return f"{'' if self.reached else '>'}{value:,.0f}{unit}"
 
 
 def reached(course: Course, target: float, initialisation: float) -> Reached:
-    """When the lowest loss so far first is `target` or less, interpolated between two evaluations.
+    """Return the effort until the lowest loss so far is at most `target`, interpolated between two evaluations.
 
-    `initialisation` are the seconds before the first step.
+    `initialisation` is the time in seconds before the first step.
     """
     step = _step(course, target)
     at = course.steps[-1] if step is None else step
@@ -75,11 +72,12 @@ def reached(course: Course, target: float, initialisation: float) -> Reached:
 
 def _step(course: Course, target: float) -> float | None:
     lowest = math.inf
-    for place, (step, loss) in enumerate(course.points()):
+    for index, (step, loss) in enumerate(course.points()):
         if loss <= target:
-            if place == 0:
+            if index == 0:
                 return float(step)
-            before = course.steps[place - 1]
+            # Linear between the lowest loss so far and this one: a loss in between may have risen again.
+            before = course.steps[index - 1]
             return before + (step - before) * (lowest - target) / (lowest - loss)
         lowest = min(lowest, loss)
     return None
@@ -87,7 +85,7 @@ def _step(course: Course, target: float) -> float | None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Steps of a method / steps of the baseline, over the seeds; infinite where the loss was not reached."""
+    """Steps of a method / steps of the baseline, over the seeds; infinite if the loss was not reached."""
 
     median: float
     low: float
@@ -95,97 +93,91 @@ class Ratio:
 
     @classmethod
     def of(cls, own: Sequence[Reached], baseline: Sequence[Reached]) -> "Ratio | None":
-        """Seed by seed; None without seeds."""
         if not own:
             return None
-        found = sorted(_ratio(mine, other) for mine, other in zip(own, baseline, strict=True))
-        return cls(median(found), found[0], found[-1])
+        ratios = sorted(_ratio(mine, base) for mine, base in zip(own, baseline, strict=True))
+        return cls(median(ratios), ratios[0], ratios[-1])
 
     def shown(self) -> str:
-        """As `0.62 (0.50 .. 0.80)`."""
+        """Return text such as `0.62 (0.50 .. 0.80)`."""
         low, middle, high = (f"{value:.2f}" if math.isfinite(value) else "never" for value in
                              (self.low, self.median, self.high))  # fmt: skip
         return f"{middle} ({low} .. {high})"
 
 
 def _ratio(own: Reached, baseline: Reached) -> float:
-    """Not reached in as many steps as the baseline has in all: no number is known."""
+    # Both train the same number of steps. If the method did not reach the loss in them, its true number is unknown.
     return own.steps / max(baseline.steps, 1e-9) if own.reached else math.inf
 
 
 @dataclass(frozen=True)
 class Point:
-    """A trial of the tuning."""
+    """A trial of the tuning; its loss is on the tuning rows, infinite if the training broke off."""
 
     method: str
     alpha: float
     lr: float
     loss: float
-    """On the tuning rows; infinite if the training broke off."""
     grid: bool = True
-    """False: the untuned point, at the config's own learning rate."""
+    """False for the untuned point, at the config's own learning rate."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training of a method at its tuned learning rate, with a fresh seed."""
+    """A training of a method at its tuned learning rate, with a new seed."""
 
     seed: int
     loss: float
-    """On the test rows, after the last step; infinite if the training broke off."""
+    """Loss on the test rows after the last step; infinite if the training broke off."""
     curve: tuple[tuple[int, float], ...]
     """(step, loss on the test rows)."""
     reached: Reached | None
-    """When it came to the baseline's last loss of the same seed; None if one of the two broke off."""
+    """The effort until the baseline's last loss of the same seed; None if one of the two broke off."""
     scores: Mapping[str, float]
-    """Of the answers of its best adapter, if the config has a scorer."""
+    """Scores of the answers of its best adapter, if the config has a scorer."""
     folder: str = ""
     mlflow_run: str = ""
 
 
 @dataclass(frozen=True)
 class Against:
-    """A method against the baseline: loss - the baseline's, in nats per supervised token."""
+    """A method's loss minus the baseline's, in nats per supervised token."""
 
     mean: float
     error: float
     """Standard error of the mean over seeds and rows."""
     freedom: float
     interval: Interval
-    """Of 95%, for this comparison alone."""
+    """95% interval, for this comparison alone."""
     adjusted: Interval
-    """Such that those of all comparisons hold together with 95%."""
+    """Wider interval: the adjusted intervals of all comparisons hold together with 95%."""
     p: float
     p_holm: float
 
 
 @dataclass(frozen=True)
 class MethodRecord:
-    """All of one method."""
-
     method: str
     tuned: Tuned | None
-    """None: every trial of the tuning broke off."""
+    """None if every trial of the tuning broke off."""
     trainings: tuple[Training, ...]
     loss: float | None
-    """Mean over seeds and test rows, per supervised token; None unless every training has come to its end."""
+    """Mean over seeds and test rows, per supervised token; None if a training did not finish."""
     half: float | None
-    """Half of its interval's width."""
+    """Half of the width of the loss's interval."""
     against: Against | None
-    """None for the baseline, and where one of the two has no loss."""
+    """None for the baseline, and if one of the two has no loss."""
     init_seconds: float
-    """Of the initialisation, in one process."""
+    """Time of the initialisation in one process."""
     exchanged: int
-    """Bytes of the factors, which worker sends to worker."""
+    """Bytes of the factors that workers send to each other."""
     trainable: int
-    """Numbers that are trained."""
+    """Number of trained parameters."""
 
     def broke_off(self) -> int:
-        """Trainings that broke off."""
         return sum(not math.isfinite(each.loss) for each in self.trainings)
 
     def scores(self) -> dict[str, float]:
-        """Mean over the seeds of each score."""
         names = dict.fromkeys(name for each in self.trainings for name in each.scores)
         return {
             name: sum(values) / len(values)
@@ -196,25 +188,22 @@ class MethodRecord:
 
 @dataclass(frozen=True)
 class ComparisonRecord:
-    """A whole comparison."""
-
     name: str
     model: str
     task: str
-    """The training sources."""
     machine: str
     seconds: float
-    """Of all trainings, over all attempts."""
+    """Time of all trainings, over all attempts."""
     tuning_seed: int
     seeds: tuple[int, ...]
     rank: int
     alpha: float
     lr: float
-    """The config's own, of the untuned points."""
+    """The config's own learning rate, which the untuned points have."""
     steps: int
     global_batch: int
     rows: Mapping[str, int]
-    """Number of train, tuning and test rows."""
+    """Numbers of train, tuning and test rows."""
     groups: int
     """Independent groups of test rows; without gate.group each row is one."""
     relevant: float
@@ -228,38 +217,33 @@ class ComparisonRecord:
     notes: tuple[str, ...] = ()
 
     def of(self, method: str) -> MethodRecord:
-        """The record of a method."""
         return next(each for each in self.methods if each.method == method)
 
     def others(self) -> list[MethodRecord]:
-        """All but the baseline."""
         return [each for each in self.methods if each.method != BASELINE]
 
     def untuned(self, method: str) -> Point | None:
-        """The point at the config's own learning rate and alpha."""
         own = [point for point in self.points if point.method == method]
         return next((point for point in own if (point.lr, point.alpha) == (self.lr, self.alpha)), None)
 
     def ratio(self, method: str) -> Ratio | None:
-        """Steps to the baseline's last loss / those of the baseline; None if a training broke off, or was not run."""
+        """Return the ratios of steps to the baseline's last loss; None if a training is missing or broke off."""
         own, base = ([each.reached for each in self.of(name).trainings] for name in (method, BASELINE))
-        if not own or None in own or None in base:  # none: every trial of its tuning broke off
+        if not own or None in own or None in base:
             return None
         return Ratio.of([each for each in own if each], [each for each in base if each])
 
     def typical(self, method: str) -> Reached | None:
-        """When a training of a method comes to the baseline's last loss: that with the median number of steps.
-
-        Of an even number the later of the middle two: not reached if half of them did not reach it.
-        """
-        found = [each.reached for each in self.of(method).trainings]
-        if not found or None in found:
+        """Return the effort of the training with the median number of steps to the baseline's last loss."""
+        efforts = [each.reached for each in self.of(method).trainings]
+        if not efforts or None in efforts:
             return None
-        ordered = sorted((each for each in found if each), key=lambda each: (not each.reached, each.steps))
+        ordered = sorted((each for each in efforts if each), key=lambda each: (not each.reached, each.steps))
+        # Of an even number this is the later of the middle two: not reached if half of them did not reach the loss.
         return ordered[len(ordered) // 2]
 
     def to_json(self) -> str:
-        """The text of comparison.json; infinity becomes null, as JSON has none."""
+        # JSON has no infinity, so it becomes null.
         return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n"
 
 

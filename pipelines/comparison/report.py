@@ -1,6 +1,6 @@
-"""The report of a comparison: its verdict in sentences, a table, figures, one page that needs nothing else, and MLflow.
+"""The report of a comparison: its verdict in sentences, a table, figures, one self-contained page, and MLflow.
 
-A difference is never named without its interval, and without the rows, seeds and model that it was measured on.
+No difference is named without its interval, and without the rows, seeds and model that it was measured on.
 """
 
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("olora_ray.comparison")
 
 ERROR = 0.05
-"""p value below which a difference is named."""
+"""A difference counts if its p value is below this."""
 HEAD = (
     "method",
     "tuned lr",
@@ -43,26 +43,26 @@ HEAD = (
 )
 MEANS = (
     "adapter.method",
-    "learning rate with the lowest loss on the tuning rows; * at the end of the grid",
+    "train.lr with the lowest loss on the tuning rows; * means that it lies at the end of the grid",
     "adapter.alpha",
-    "loss per supervised token after the last step, mean over seeds and test rows, with half of its 95% interval",
-    "difference of the losses in nats per supervised token, on the same rows with the same seeds",
-    "of that difference; those of all methods hold together with 95% (Bonferroni)",
-    "p value of no difference, adjusted for the number of comparisons (Holm)",
-    f"steps until the lowest test loss so far is {BASELINE}'s last of the same seed: the median, of an even"
-    " number of seeds the later of the middle two; > if not reached",
-    f"the same, divided by {BASELINE}'s: median (lowest .. highest) over seeds",
-    "seconds of the initialisation and of these steps, in that training",
+    "loss per supervised token after the last step: mean over seeds and test rows, ± half of its 95% interval",
+    f"this method's loss minus {BASELINE}'s, in nats per supervised token, on the same rows with the same seeds",
+    "95% interval of this difference, wide enough to hold for all methods together (Bonferroni)",
+    "p value: chance of such a difference if there were none, adjusted for the number of comparisons (Holm)",
+    f"steps until the test loss is down to {BASELINE}'s last loss with the same seed: the median over seeds (the"
+    " later of the middle two); > means that it was not reached in so many",
+    f"these steps divided by {BASELINE}'s: median (lowest .. highest) over seeds",
+    "seconds of the initialisation and of these steps, in the median training",
     "seconds of the initialisation in one process",
-    "megabytes of the factors, which workers exchange",
-    "numbers that are trained, in millions",
-    "trials; those that broke off or ended above the base model; largest / smallest rate as good as the best",
+    "megabytes of factors that workers exchange",
+    "trained parameters, in millions",
+    "trials; trials that broke off or ended above the base model; largest / smallest rate as good as the best",
 )
-"""What each column has."""
+"""The meaning of each column."""
 
 
 def conclude(record: ComparisonRecord, folder: str, tracker: Tracker) -> None:
-    """Write page, figures and comparison.json, log them to MLflow, and say what came out."""
+    """Write page, figures and comparison.json, log them to MLflow, and log the verdict."""
     for file in write(record, folder):
         with node_cache.fetched(file) as local:
             tracker.artifact(local)
@@ -75,53 +75,54 @@ def conclude(record: ComparisonRecord, folder: str, tracker: Tracker) -> None:
 
 
 def metrics(record: ComparisonRecord) -> dict[str, float]:
-    """Numbers for MLflow: loss/METHOD, difference/METHOD and the bounds of its adjusted interval."""
-    found = {f"loss/{each.method}": each.loss for each in record.methods if each.loss is not None}
+    """Return numbers for MLflow: loss/METHOD, difference/METHOD and the bounds of its adjusted interval."""
+    numbers = {f"loss/{each.method}": each.loss for each in record.methods if each.loss is not None}
     for each in record.others():
         if each.against is not None:
             bounds = each.against.adjusted
-            found |= {f"difference/{each.method}": each.against.mean}
-            found |= {f"difference_low/{each.method}": bounds.low, f"difference_high/{each.method}": bounds.high}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+            numbers |= {f"difference/{each.method}": each.against.mean}
+            numbers |= {f"difference_low/{each.method}": bounds.low, f"difference_high/{each.method}": bounds.high}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def sentences(record: ComparisonRecord) -> list[str]:
-    """One for each method but the baseline."""
     return [sentence(record, each) for each in record.others()]
 
 
 def sentence(record: ComparisonRecord, method: MethodRecord) -> str:
-    """What the comparison says of a method, and of what it says it."""
+    """Return the verdict on a method, with the rows, seeds and model that it holds for."""
     if method.against is None:
-        return f"{method.method} against {BASELINE}: no difference can be named: {_why_not(record, method)}."
-    found = method.against
+        return f"{method.method} against {BASELINE}: not compared, because {_why_not(record, method)}."
+    difference = method.against
     rates = f"each at the learning rate that was best on {record.rows['tuning']} other rows"
     return (
-        f"{method.method} - {BASELINE} = {found.mean:+.4f} nats per token, {_interval(record, found)}, over"
-        f" {plural(len(record.seeds), 'seed')} x {_rows(record)} of {record.task} with {record.model}, {rates}:"
-        f" {conclusion(found, record.relevant)}.{_reservations(record, method)}"
+        f"Loss of {method.method} minus loss of {BASELINE} = {difference.mean:+.4f} nats per token"
+        f" ({_interval(record, difference)}): {conclusion(difference, record.relevant)}. Measured with"
+        f" {plural(len(record.seeds), 'seed')} x {_rows(record)} of {record.task} with {record.model}, {rates}."
+        f"{_reservations(record, method)}"
     )
 
 
-def conclusion(found: Against, relevant: float) -> str:
-    """What the comparison shows, in words: that there is a difference by Holm's p value, how large by the interval."""
-    low, high = found.adjusted.low, found.adjusted.high
-    bound, lower, differs = f"{relevant:g}", found.mean < 0, found.p_holm < ERROR
-    if found.adjusted.inside(relevant):
-        which = f"; the loss is {'lower' if lower else 'higher'} by less than that" if differs else ""
-        return f"equivalent within the {bound} that was fixed beforehand as the smallest difference that matters{which}"
+def conclusion(difference: Against, relevant: float) -> str:
+    """Return the result in words: Holm's p value says if there is a difference, the interval how large it is."""
+    low, high = difference.adjusted.low, difference.adjusted.high
+    bound, lower, differs = f"{relevant:g}", difference.mean < 0, difference.p_holm < ERROR
+    if difference.adjusted.inside(relevant):
+        which = f"; the loss is {'lower' if lower else 'higher'}, but by less than that" if differs else ""
+        return f"equivalent within {bound}, which compare.relevant sets as the smallest difference that matters{which}"
     if not differs:
-        return f"undecided: neither a difference nor equivalence within {bound} is shown"
+        return f"undecided: neither a difference nor equivalence within {bound} is shown; use more seeds or test rows"
     word = "lower" if lower else "higher"
     if high <= -relevant or low >= relevant:
-        return f"the loss is {word}, by {bound} or more"
-    return f"the loss is {word}; whether by the {bound} that matters is undecided"
+        return f"the loss is {word} by at least {bound}, so the difference matters"
+    return f"the loss is {word}, but perhaps by less than {bound}, the smallest difference that matters"
 
 
-def _interval(record: ComparisonRecord, found: Against) -> str:
-    low, high = found.adjusted.low, found.adjusted.high
+def _interval(record: ComparisonRecord, difference: Against) -> str:
+    low, high = difference.adjusted.low, difference.adjusted.high
     others = len([each for each in record.others() if each.against])
-    adjusted = f" for {others} comparisons together, p = {text.number(found.p_holm, 2)} (Holm)" if others > 1 else ""
+    p_value = text.number(difference.p_holm, 2)
+    adjusted = f" for {others} comparisons together, p = {p_value} (Holm)" if others > 1 else ""
     return f"{record.level:.0%} interval {low:+.4f} .. {high:+.4f}{adjusted}"
 
 
@@ -133,27 +134,25 @@ def _rows(record: ComparisonRecord) -> str:
 def _why_not(record: ComparisonRecord, method: MethodRecord) -> str:
     for each in (record.of(BASELINE), method):
         if each.tuned is None:
-            return f"every trial of {each.method} broke off in the tuning"
+            return f"every tuning trial of {each.method} broke off"
         if broken := each.broke_off():
             return f"{plural(broken, 'training')} of {len(each.trainings)} of {each.method} broke off"
     return "nothing was measured"
 
 
 def _reservations(record: ComparisonRecord, method: MethodRecord) -> str:
-    """What weakens the sentence."""
-    found = []
+    reservations = []
     for each in (record.of(BASELINE), method):
         if each.tuned is not None and not each.tuned.inside:
-            found.append(f"the best learning rate of {each.method} lies at the end of its grid, so it is not tuned")
+            reservations.append(f"the best learning rate of {each.method} is at the end of its grid, not inside it")
         if each.loss is not None and math.isfinite(record.base_test) and each.loss > record.base_test:
-            found.append(f"{each.method} ends above the base model")
+            reservations.append(f"{each.method} ends with a higher loss than the base model")
     if len(record.seeds) < 4:
-        found.append(f"{len(record.seeds)} seeds are few")
-    return f" But {'; '.join(found)}." if found else ""
+        reservations.append(f"{len(record.seeds)} seeds are few, use 4 or more")
+    return f" But {'; '.join(reservations)}." if reservations else ""
 
 
 def cells(record: ComparisonRecord, method: MethodRecord) -> list[str]:
-    """A method's row."""
     tuned, against = method.tuned, method.against
     reached, ratio = record.typical(method.method), record.ratio(method.method)
     return [
@@ -182,13 +181,11 @@ def _loss(method: MethodRecord) -> str:
 
 
 def lines(record: ComparisonRecord) -> list[str]:
-    """The table for a terminal."""
     rows = [list(HEAD), *(cells(record, each) for each in record.methods)]
     return aligned(rows, [False, *[True] * (len(HEAD) - 1)])
 
 
 def summary(record: ComparisonRecord) -> list[str]:
-    """What it was of, the scores and the untuned points, and the verdict: a line each."""
     return [
         f"of: {about(record)}",
         *(f"scores: {line}" for line in scores(record)),
@@ -198,8 +195,7 @@ def summary(record: ComparisonRecord) -> list[str]:
 
 
 def about(record: ComparisonRecord) -> str:
-    """Everything that the numbers are of."""
-    rows = ", ".join(f"{count:,} {kind}" for kind, count in record.rows.items())
+    rows = ", ".join(f"{count:,} {name}" for name, count in record.rows.items())
     return (
         f"{record.model} on {record.task}; rows {rows}; {plural(record.steps, 'step')} of {record.global_batch}"
         f" sequences, rank {record.rank}; tuned with seed {record.tuning_seed}, compared with seeds"
@@ -209,17 +205,16 @@ def about(record: ComparisonRecord) -> str:
 
 
 def scores(record: ComparisonRecord) -> list[str]:
-    """The mean scores of each method; descriptive, and of the best adapter of each training."""
-    found = {each.method: each.scores() for each in record.methods}
-    names = dict.fromkeys(name for of_method in found.values() for name in of_method)
+    by_method = {each.method: each.scores() for each in record.methods}
+    names = dict.fromkeys(name for of_method in by_method.values() for name in of_method)
     return [
-        f"{name}: {', '.join(f'{method} {each[name]:.3f}' for method, each in found.items() if name in each)}"
+        f"{name}: {', '.join(f'{method} {each[name]:.3f}' for method, each in by_method.items() if name in each)}"
         for name in names
     ]
 
 
 def untuned(record: ComparisonRecord) -> str:
-    """What a comparison at the config's own learning rate would have shown."""
+    """Return the losses of a comparison at the config's own learning rate; empty if it was not asked for."""
     points = [point for each in record.methods if (point := record.untuned(each.method))]
     if len(points) < 2:
         return ""
@@ -229,16 +224,15 @@ def untuned(record: ComparisonRecord) -> str:
 
 
 def rates(record: ComparisonRecord) -> "Figure":
-    """Loss on the tuning rows against the learning rate, a line for each grid."""
     points = [point for point in record.points if point.grid]
     losses = [point.loss for point in points if math.isfinite(point.loss)]
-    # Beside a base model that is far worse all losses would lie on one line.
+    # If the base model is far worse and were in the picture, all other losses would lie on one line.
     spread = max(losses) - min(losses) if losses else 0.0
     far = math.isfinite(record.base_tuning) and spread > 0 and record.base_tuning > max(losses) + 3 * spread
     above = f"; base model: {record.base_tuning:.3f}, above the picture" if far else ""
     figure, axes = figures.new(
         "Learning rate and loss",
-        f"tuning rows, seed {record.tuning_seed}; ring: the tuned point; x: broke off or above the picture{above}",
+        f"tuning rows, seed {record.tuning_seed}; ring: the tuned point; x: broke off, or above the picture{above}",
         width=12.0,
         height=4.8,
     )
@@ -248,12 +242,12 @@ def rates(record: ComparisonRecord) -> "Figure":
     low, top = min(losses), max(losses) if far else _top(record.base_tuning, losses)
     for number, method in enumerate(record.methods):
         colour, own = _colour(number), [point for point in points if point.method == method.method]
-        for place, alpha in enumerate(dict.fromkeys(point.alpha for point in own)):
+        for index, alpha in enumerate(dict.fromkeys(point.alpha for point in own)):
             grid = sorted((point for point in own if point.alpha == alpha), key=lambda point: point.lr)
             inside = [(point.lr, point.loss) for point in grid if point.loss <= top]
             outside = [point.lr for point in grid if not point.loss <= top]
             label = f"{method.method}, alpha {alpha:g}"
-            look: dict[str, Any] = {"color": colour, "linestyle": ("-", "--", ":")[place % 3], "marker": "o"}
+            look: dict[str, Any] = {"color": colour, "linestyle": ("-", "--", ":")[index % 3], "marker": "o"}
             axes.plot([lr for lr, _ in inside], [loss for _, loss in inside], label=label, **look)
             axes.plot(outside, [top] * len(outside), "x", color=colour, markersize=8, markeredgewidth=2)
         if method.tuned is not None:
@@ -270,7 +264,7 @@ def rates(record: ComparisonRecord) -> "Figure":
 
 
 def _top(base: float, losses: Sequence[float]) -> float:
-    """The upper end of a picture: the base model, or what is only a little worse."""
+    # The picture ends at the base model, or a little above: diverged trainings would flatten all other lines.
     low, high = min(losses), max(losses)
     if not math.isfinite(base) or base <= low:
         return high
@@ -278,16 +272,16 @@ def _top(base: float, losses: Sequence[float]) -> float:
 
 
 def curves(record: ComparisonRecord) -> "Figure":
-    """Held-out loss over the steps at the tuned learning rates: mean and range over the seeds."""
+    """Draw the held-out loss over the steps at the tuned learning rates: mean and range over the seeds."""
     caption = f"test rows; line: mean over {len(record.seeds)} seeds, band: their range"
     figure, axes = figures.new("Learning curves", caption)
     last: list[float] = []
     for number, method in enumerate(record.methods):
-        whole = [each.curve for each in method.trainings if math.isfinite(each.loss)]
-        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in whole)) if whole else ())
+        finished = [each.curve for each in method.trainings if math.isfinite(each.loss)]
+        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in finished)) if finished else ())
         if not steps:
             continue
-        values = [[dict(curve)[step] for curve in whole] for step in steps]
+        values = [[dict(curve)[step] for curve in finished] for step in steps]
         means = [sum(each) / len(each) for each in values]
         axes.plot(steps, means, color=_colour(number), linewidth=2, label=method.method)
         axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=_colour(number), alpha=0.18)
@@ -300,29 +294,28 @@ def curves(record: ComparisonRecord) -> "Figure":
 
 
 def forest(record: ComparisonRecord) -> "Figure":
-    """The difference of each method to the baseline with its adjusted interval."""
-    caption = f"nats per token, {record.level:.0%} intervals over seeds and rows, together; band: ±{record.relevant:g}"
+    """Draw the difference of each method to the baseline with its adjusted interval."""
+    caption = f"nats per token; {record.level:.0%} intervals that hold together; band: too small to matter"
     figure, axes = figures.new(f"Difference to {BASELINE}", caption)
-    found = [(each.method, each.against) for each in reversed(record.others()) if each.against]
-    if not found:
+    measured = [(each.method, each.against) for each in reversed(record.others()) if each.against]
+    if not measured:
         figures.say(axes, "no difference was measured")
         return figure
     axes.axvspan(-record.relevant, record.relevant, color=figures.GRID, zorder=0)
     axes.axvline(0, color=figures.MUTED, linewidth=1)
-    for place, (_, against) in enumerate(found):
+    for height, (_, against) in enumerate(measured):
         colour = figures.BEST if against.p_holm < ERROR else figures.GOOD
-        axes.plot([against.adjusted.low, against.adjusted.high], [place, place], color=colour, linewidth=2.4)
-        axes.plot(against.mean, place, "o", color=colour, markersize=8)
-    ends = [abs(end) for _, each in found for end in (each.adjusted.low, each.adjusted.high) if math.isfinite(end)]
+        axes.plot([against.adjusted.low, against.adjusted.high], [height, height], color=colour, linewidth=2.4)
+        axes.plot(against.mean, height, "o", color=colour, markersize=8)
+    ends = [abs(end) for _, each in measured for end in (each.adjusted.low, each.adjusted.high) if math.isfinite(end)]
     reach = 1.12 * max([record.relevant, *ends])
-    axes.set_yticks(range(len(found)), [method for method, _ in found])
-    axes.set(ylim=(-0.6, len(found) - 0.4), xlim=(-reach, reach))
-    axes.set_xlabel(f"loss - {BASELINE}'s  (left of the band: lower by what matters)")
+    axes.set_yticks(range(len(measured)), [method for method, _ in measured])
+    axes.set(ylim=(-0.6, len(measured) - 0.4), xlim=(-reach, reach))
+    axes.set_xlabel(f"loss minus {BASELINE}'s  (left of the band: better than {BASELINE} by what matters)")
     return figure
 
 
 def _finish(axes: "Axes", base: float, top: float, x: str) -> None:
-    """Draw the base model's loss where it is in the picture, and name axes and lines."""
     if math.isfinite(base) and base <= top:
         axes.axhline(base, color=figures.MUTED, linestyle="--", label="base model")
     axes.set(xlabel=x, ylabel="loss per token")
@@ -339,45 +332,43 @@ FIGURES = {
     "curves": (curves, "Held-out loss over the steps at the tuned learning rates", False),
     "differences": (forest, f"Differences to {BASELINE} with their intervals", False),
 }
-"""File name without its ending -> (the function that draws it, text for screen readers, True if it has the page's
-width), in the order of the page."""
+"""File name -> (drawing function, text for screen readers, True if as wide as the page), in page order."""
 
 
 def write(record: ComparisonRecord, folder: str) -> list[str]:
-    """Write report.html, the figures as PNG and comparison.json into `folder`, a path or URI; what was written."""
+    """Write report.html, comparison.json and the figures into `folder`, a path or URI; return the written files."""
     pictures = figures.render({name: partial(draw, record) for name, (draw, *_) in FIGURES.items()})
     return page.files(folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures)})
 
 
 def html(record: ComparisonRecord, pictures: dict[str, bytes]) -> str:
-    """The page; `pictures` are PNGs by the names of FIGURES."""
+    """Return the page; `pictures` are PNGs by the names of FIGURES."""
     shown = "\n".join(page.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
     verdicts = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(record))
-    also = [*((f"score {line.partition(':')[0]}", line.partition(": ")[2]) for line in scores(record))]
-    also += [("untuned", line) for line in [untuned(record)] if line]
-    also += [("note", note) for note in record.notes]
-    aside = f'<div class="card">{page.terms(also)}</div>' if also else ""
+    further = [*((f"score {line.partition(':')[0]}", line.partition(": ")[2]) for line in scores(record))]
+    further += [("untuned", line) for line in [untuned(record)] if line]
+    further += [("note", note) for note in record.notes]
+    aside = f'<div class="card">{page.terms(further)}</div>' if further else ""
     return page.document(
         f"{record.name}: comparison",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about(record))}</p>\n'
         f'<div class="card best">{verdicts}</div>\n{aside}\n<h2>Methods</h2>\n{_methods(record)}\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n<h2>Tuning</h2>\n{_points(record)}\n'
-        "<footer>A click on a column's name sorts the first table, the pointer on it says what it has. All numbers,"
-        " also of each seed, are in comparison.json.</footer>",
+        "<footer>Click a column's name to sort the first table, or point at it to see its meaning. comparison.json has"
+        " all numbers, also for each seed.</footer>",
     )
 
 
 def _methods(record: ComparisonRecord) -> str:
-    heads = [page.head(name, place > 0, means) for place, (name, means) in enumerate(zip(HEAD, MEANS, strict=True))]
+    heads = [page.head(name, column > 0, means) for column, (name, means) in enumerate(zip(HEAD, MEANS, strict=True))]
     rows = [
-        "".join(page.cell(shown, kind="number" if place else "") for place, shown in enumerate(cells(record, each)))
+        "".join(page.cell(shown, kind="number" if column else "") for column, shown in enumerate(cells(record, each)))
         for each in record.methods
     ]
     return page.table(heads, [f"<tr>{row}</tr>" for row in rows])
 
 
 def _points(record: ComparisonRecord) -> str:
-    """Every trial of the tuning, so that a reader can judge the grids."""
     heads = [f'<th scope="col">{name}</th>' for name in ("method", "alpha", "train.lr", "loss on the tuning rows", "")]
     rows = [f"<tr>{''.join(map(page.cell, _point(record, point)))}</tr>" for point in record.points]
     return page.table(heads, rows)

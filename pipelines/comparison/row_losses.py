@@ -1,4 +1,4 @@
-"""The losses of finished trainings on each test row, of their adapters as they were after the last step.
+"""The losses of finished trainings on each test row, for the adapter after the last step.
 
 trials/trial-003/rows.json     data, places, tokens, losses
 """
@@ -35,68 +35,69 @@ FILE = "rows.json"
 TRIED = 8
 """Sequences from which the self-test takes its examples."""
 ROUNDING = 0.02
-"""How far the loss of these rows may be from what the training has measured last: other batches round otherwise."""
+"""Relative difference to the training's last loss that is still rounding: the batches differ."""
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Losses of one adapter, an entry for each example of the store, in its order."""
+    """Losses of one adapter: one entry for each example of the store, in its order."""
 
     data: str
-    """Digest of the store of test rows."""
+    """Digest of the token store of the test rows."""
     places: tuple[str, ...]
-    """As file:line, without folders."""
+    """file:line of each example, without folders."""
     tokens: tuple[int, ...]
-    """Supervised tokens."""
+    """Supervised tokens of each example."""
     losses: tuple[float, ...]
-    """Summed over these tokens."""
+    """Losses, each summed over these tokens."""
 
     def mean(self) -> float:
-        """Loss per supervised token."""
         return sum(self.losses) / sum(self.tokens)
 
     def by_group(self, groups: Mapping[str, Sequence[int]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(losses, tokens), each (groups,), summed over the examples of a group; `groups` by file and line."""
-        there = np.unique(group_numbers(self.places, groups), return_inverse=True)[1]
+        """Return (losses, tokens), each (groups,), summed over the examples of a group; `groups` by file and line."""
+        # Numbers of groups may have gaps where a group's rows were too long, so they are renumbered.
+        columns_of = np.unique(group_numbers(self.places, groups), return_inverse=True)[1]
         columns = (np.asarray(each, dtype=np.float64) for each in (self.losses, self.tokens))
-        losses, tokens = (np.bincount(there, column).astype(np.float64) for column in columns)
+        losses, tokens = (np.bincount(columns_of, column).astype(np.float64) for column in columns)
         return losses, tokens
 
     def counts(self, groups: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-        """(rows, groups of them) that it is of: what is too long has no tokens, and so no loss."""
+        """Return (rows, groups) that have losses: a row that is too long has no tokens."""
         return len(set(self.places)), len(set(group_numbers(self.places, groups)))
 
     @classmethod
     def read(cls, folder: str, data: str) -> "RowLosses | None":
-        """What was measured of the trial in a folder on this store; None if there is nothing, or it is damaged."""
+        """Return the losses of a trial's folder on this store; None if they are missing or damaged."""
         try:
             tree = json.loads(storage.read_text(storage.join(folder, FILE)))
             places, tokens = tuple(map(str, tree["places"])), tuple(map(int, tree["tokens"]))
-            found = cls(str(tree["data"]), places, tokens, tuple(map(float, tree["losses"])))
+            losses = cls(str(tree["data"]), places, tokens, tuple(map(float, tree["losses"])))
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
-        whole = len(found.places) == len(found.tokens) == len(found.losses)
-        return found if whole and found.data == data else None
+        complete = len(losses.places) == len(losses.tokens) == len(losses.losses)
+        return losses if complete and losses.data == data else None
 
 
 def places_of(store: TokenStore) -> tuple[str, ...]:
-    """Place of each example of a store, as file:line without folders."""
     return tuple(place.rpartition("/")[2] for number in range(len(store)) for place in store.origins(number))
 
 
 def group_numbers(places: Sequence[str], groups: Mapping[str, Sequence[int]]) -> list[int]:
-    """The group of each place; `groups` by file and line."""
+    """Return the group of each place; `groups` by file and line."""
     return [groups[name][int(line) - 1] for name, _, line in (place.rpartition(":") for place in places)]
 
 
 def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
     """Measure the trials in these folders, all on one copy of the base model, in this process.
 
-    Needs the memory of one worker. Raises UserError for a trial whose last checkpoint is lost.
+    Needs the memory of one worker. Raises UserError if a trial's last checkpoint is lost.
     """
     quiet_transformers()
+    # All trials have the same base model and test rows, so the first one's specification serves for all.
     spec = trials[0][1]
-    if spec.config.cluster.strategy == "fsdp":  # a base that is spread over several GPUs need not fit on one
+    # A base model that is sharded over several GPUs need not fit on one of them.
+    if spec.config.cluster.strategy == "fsdp":
         spec, device = on_cpu(spec), torch.device("cpu")
     else:
         device = assigned_device()
@@ -105,28 +106,27 @@ def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
     packs = [spec.eval[number] for number in range(min(TRIED, len(spec.eval)))]
     attention = choose_attention(shared.loss, packs, spec.config, shared.device).attention
     for folder, each in trials:
-        found = of_trial(shared, each, folder, attention)
-        storage.write_text(storage.join(folder, FILE), json.dumps(asdict(found)))
+        losses = of_trial(shared, each, folder, attention)
+        storage.write_text(storage.join(folder, FILE), json.dumps(asdict(losses)))
 
 
 def of_trial(shared: SharedBase, spec: TrainSpec, folder: str, attention: str) -> RowLosses:
-    """The losses of one trial's last adapter, and of no earlier one."""
-    place = storage.join(folder, "checkpoints")
-    newest = checkpoints.latest_good(place)
+    newest = checkpoints.latest_good(storage.join(folder, "checkpoints"))
+    # An older checkpoint would make this method's loss higher than it is.
     if newest is None or newest[1].state.step < total_steps(spec.config.train, len(spec.train)):
-        raise UserError(f"{place}: the last checkpoint is lost; delete {folder} and run the same command again")
-    found = newest[1]
-    if shared.dtype not in (None, began := found.state.precision) and began is not None:
+        raise UserError(f"{folder}: the last checkpoint is lost; delete {folder} and run the same command again")
+    last = newest[1]
+    if shared.dtype not in (None, began := last.state.precision) and began is not None:
         logger.warning(
-            f"{folder}: trained in {began}, and measured in {shared.dtype}, which model.dtype: auto means on this node;"
-            " differences of methods may be differences of nodes: use nodes of one kind, or set it"
+            f"{folder}: trained in {began}, but measured in {shared.dtype}, because model.dtype is auto; differences"
+            " between methods may be differences between nodes: set model.dtype, or use equal nodes"
         )
-    checkpoint.require_same(found.identity, spec.identity(), newest[0])
+    checkpoint.require_same(last.identity, spec.identity(), newest[0])
     model: Any = shared.loss.model
-    factors = {name: weights.factors for name, weights in found.adapter.items()}
+    factors = {name: weights.factors for name, weights in last.adapter.items()}
     adapted = wrap(model, factors, spec.config.adapter.scale())
     trainer = Trainer(shared.loss, adapted, spec.config, shared.device)
-    trainer.flat.load(trainer.flat.vector, named(found.adapter))
+    trainer.flat.load(trainer.flat.vector, named(last.adapter))
     train_mode(adapted, False)
     install(model, adapted)
     try:
@@ -134,13 +134,12 @@ def of_trial(shared: SharedBase, spec: TrainSpec, folder: str, attention: str) -
         losses = losses_of(trainer, spec.eval, attention)
     finally:
         remove(model)
-    _compare(losses, found.state.history, folder)
+    _compare(losses, last.state.history, folder)
     return losses
 
 
 @torch.no_grad()
 def losses_of(trainer: Trainer, store: TokenStore, attention: str) -> RowLosses:
-    """The loss of each example of a store, with the adapters that are installed."""
     width, losses, tokens = trainer.config.train.micro_batch, list[float](), list[int]()
     for start in range(0, len(store), width):
         packs = [store[number] for number in range(start, min(start + width, len(store)))]
@@ -152,13 +151,12 @@ def losses_of(trainer: Trainer, store: TokenStore, attention: str) -> RowLosses:
 
 
 def _supervised(pack: Pack) -> list[int]:
-    """Number of supervised tokens of each example of a sequence."""
     borders = np.cumsum([0, *pack.segments])
     return [int(pack.supervised[start:stop].sum()) for start, stop in itertools.pairwise(borders)]
 
 
-def _compare(found: RowLosses, history: Sequence[Mapping[str, float]], folder: str) -> None:
-    """Say so if these rows add up to another loss than the training has measured of the same adapter."""
+def _compare(losses: RowLosses, history: Sequence[Mapping[str, float]], folder: str) -> None:
+    # Both are losses of the same adapter on the same rows, so a larger difference is a sign of an error.
     last = next((row["eval/loss"] for row in reversed(history) if "eval/loss" in row), None)
-    if last is not None and abs(found.mean() - last) > ROUNDING * max(1.0, abs(last)):
-        logger.warning(f"{folder}: its rows have the loss {found.mean():.4f}, but its training has measured {last:.4f}")
+    if last is not None and abs(losses.mean() - last) > ROUNDING * max(1.0, abs(last)):
+        logger.warning(f"{folder}: its rows have the loss {losses.mean():.4f}, but its training measured {last:.4f}")

@@ -1,7 +1,7 @@
-"""A comparison of methods: learning rates are tuned for each, then all are trained with fresh seeds and compared.
+"""A comparison of methods: the learning rate is tuned for each; then all are trained with new seeds and compared.
 
-Every phase is a search of fixed trials, so what has ended is never run again: a comparison that was interrupted
-asks the grid anew, gets the same trials, and finds them in their folders.
+Every phase is a search with fixed trials, and no finished trial runs again. An interrupted comparison computes the
+grids again, gets the same trials, and finds the finished ones in their folders.
 """
 
 import contextlib
@@ -45,39 +45,35 @@ from olora_ray.train.loader import total_steps
 logger = logging.getLogger("olora_ray.comparison")
 
 QUIET = {**NO_GATE, "evaluation.scorer": None, "evaluation.samples": 0}
-"""Of trainings whose answers nobody looks at."""
+"""Settings of trainings whose answers are not needed."""
 INIT = "init.json"
 SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The tuning at its end."""
-
     losses: Mapping[Cell, float]
     base: float
     """Loss of the base model on the tuning rows."""
     best: Mapping[str, Tuned]
-    """Method -> its best point; without methods whose every trial broke off."""
+    """Method -> its best point, for methods with a trial that did not break off."""
     rows: int
-    """Tuning rows that were measured."""
+    """Number of tuning rows that were measured."""
 
 
 @dataclass(frozen=True)
 class Final:
-    """A training of the final phase at its end."""
-
     method: str
     seed: int
     spec: TrainSpec
     ended: Ended
     losses: RowLosses | None
-    """On the test rows; None if it broke off."""
+    """Losses on the test rows; None if it broke off."""
 
 
 @contextlib.contextmanager
 def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
-    """The comparison's own MLflow run, the parent of all trainings' runs."""
+    """Yield the comparison's own MLflow run, the parent of all trainings' runs."""
     config = comparison.config
     tags = {"olora.kind": "comparison", "olora.base_digest": base.model.digest}
     asked = {"methods": ",".join(comparison.methods), "seeds": len(comparison.seeds)}
@@ -87,7 +83,7 @@ def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
 
 
 def sizes(comparison: Comparison, base: Base) -> dict[str, MemoryEstimate]:
-    """Method -> the size of a training; raises UserError for a method that the model or the rank does not allow."""
+    """Return method -> size of a training; raises UserError if the model or the rank does not allow a method."""
     return {
         method: plan(override(comparison.config, {"adapter.method": method}), base.model)
         for method in comparison.methods
@@ -95,20 +91,17 @@ def sizes(comparison: Comparison, base: Base) -> dict[str, MemoryEstimate]:
 
 
 def machine() -> str:
-    """What the cluster has, for the record; needs ray.init."""
-    found = ray.cluster_resources()
-    gpus = f", {found['GPU']:g} GPUs" if found.get("GPU") else ""
-    return f"{found.get('CPU', 0):g} CPUs{gpus}"
+    resources = ray.cluster_resources()
+    gpus = f", {resources['GPU']:g} GPUs" if resources.get("GPU") else ""
+    return f"{resources.get('CPU', 0):g} CPUs{gpus}"
 
 
 class Run:
-    """The work of a comparison, in its order."""
-
     def __init__(
         self, comparison: Comparison, base: Base, rows: RowSets, sizes: Mapping[str, MemoryEstimate], parent: str
     ) -> None:
-        """`sizes` by method, `parent` is the id of the comparison's MLflow run; needs ray.init."""
-        # Workers have olora_ray, and pipelines/ not at all or elsewhere: what they run of it travels with the tasks.
+        """`sizes` is by method, `parent` the id of the comparison's MLflow run; needs ray.init."""
+        # Workers have olora_ray, but pipelines/ is missing there or in another folder. So tasks carry this code.
         ray.cloudpickle.register_pickle_by_value(sys.modules["comparison"])
         self.comparison, self.base, self.rows, self.sizes, self.parent = comparison, base, rows, sizes, parent
         self.config, self.folder = comparison.config, comparison.config.folder()
@@ -116,14 +109,13 @@ class Run:
         self._phases: list[str] = []
 
     def seconds(self) -> float:
-        """Seconds of all phases so far, over all attempts."""
         return phase.seconds(self._phases)
 
     def tune(self) -> Tuning:
-        """Rounds of trials until every grid is complete."""
+        """Run rounds of trials until every grid is complete."""
         spec = self._tokens(self.rows.config(override(self.config, QUIET), "tuning"))
         steps = total_steps(spec.config.train, len(spec.train))
-        # The loss after the last step decides, so none is measured on the way: half the time of a training, or more.
+        # Only the loss after the last step counts, so none is measured before: that would take half the time or more.
         spec = replace(spec, config=override(spec.config, {"train.eval_every": steps}))
         self._share(spec)
         self._estimate(spec)
@@ -132,51 +124,52 @@ class Run:
         extra = self.comparison.untuned()
         while wanted := following(self.comparison.arms(), losses):
             cells = [*wanted, *(each for each in extra if each not in wanted and each not in losses)]
+            # Untuned points run with the first round only.
             extra = []
             number = len(self._phases) + 1
             logger.info(f"tuning, round {number}: {plural(len(cells), 'trial')}")
-            found = self._phase(tuning_name(number), [each.changes() for each in cells], {spec.config.run.seed: spec})
-            losses |= {cell: each.loss for cell, each in zip(cells, found, strict=True)}
-            bases += [base for each in found if (base := each.base()) is not None]
-            self._again(found, losses)
+            trials = self._phase(tuning_name(number), [each.changes() for each in cells], {spec.config.run.seed: spec})
+            losses |= {cell: each.loss for cell, each in zip(cells, trials, strict=True)}
+            bases += [base for each in trials if (base := each.base()) is not None]
+            self._again(trials, losses)
         assert spec.eval is not None
         rows = len(set(row_losses.places_of(spec.eval)))
         return self._tuned(losses, bases[0] if bases else math.inf, rows)
 
     def train(self, tuning: Tuning) -> list[Final]:
-        """Every method at its best point, with every seed; their losses on the test rows."""
-        cells = {method: found.cell for method, found in tuning.best.items()}
+        """Train every method at its best point with every seed, and measure it on the test rows."""
+        cells = {method: best.cell for method, best in tuning.best.items()}
+        # Without the baseline, or with it alone, there is nothing to compare.
         if BASELINE not in cells or len(cells) < 2:
-            return []  # there is nothing to be compared with
+            return []
         pairs = [(seed, method) for seed in self.comparison.seeds for method in cells]
         specs = {seed: self._tokens(self._seeded(seed)) for seed in self.comparison.seeds}
         self._check_groups(next(iter(specs.values())))
         trials = [{**cells[method].changes(), "run.seed": seed} for seed, method in pairs]
         logger.info(f"final trainings: {', '.join(cells)} with {plural(len(specs), 'fresh seed')} each")
-        found = self._phase(FINAL, trials, specs)
+        ended = self._phase(FINAL, trials, specs)
         trained = [
             Final(method, seed, replace(specs[seed], config=override(specs[seed].config, trial)), each, None)
-            for (seed, method), trial, each in zip(pairs, trials, found, strict=True)
+            for (seed, method), trial, each in zip(pairs, trials, ended, strict=True)
         ]
         self._measure([each for each in trained if math.isfinite(each.ended.loss)])
         return [replace(each, losses=_read(each)) for each in trained]
 
     def _check_groups(self, spec: TrainSpec) -> None:
-        """Raise UserError if what is left of the test rows as tokens is of one group: nothing follows from that."""
         assert spec.eval is not None
+        # Rows that are too long have no tokens. If one group is left, the result would hold for this group alone.
         places = row_losses.places_of(spec.eval)
         if len(set(row_losses.group_numbers(places, self.rows.groups))) < 2:
             raise UserError(
-                f"compare.test_rows: {len(set(places))} of the {self.rows.counts['test']} test rows are left as tokens,"
-                " all of one group, which says nothing of others; set data.max_length or compare.test_rows higher, and"
+                f"compare.test_rows: only {len(set(places))} of the {self.rows.counts['test']} test rows fit in"
+                " data.max_length, and all are of one group; set data.max_length or compare.test_rows higher, and"
                 " choose another run.name"
             )
 
     def initialisation(self, method: str) -> tuple[float, int]:
-        """(seconds, bytes of the factors) of a method's initialisation."""
-        place = shared_place(self.folder, method)
-        found = json.loads(storage.read_text(storage.join(place, INIT)))
-        return float(found["seconds"]), int(found["bytes"])
+        """Return (seconds, bytes of the factors) of a method's initialisation."""
+        noted = json.loads(storage.read_text(storage.join(shared_place(self.folder, method), INIT)))
+        return float(noted["seconds"]), int(noted["bytes"])
 
     def _seeded(self, seed: int) -> Config:
         return override(self.rows.config(self.config, "test"), {"run.seed": seed})
@@ -185,23 +178,24 @@ class Run:
         return prepare_tokens(config, self.base, wait=True).spec
 
     def _share(self, spec: TrainSpec) -> None:
-        """The factors of each method, and the base model's loss, made once for all rounds."""
+        # All rounds of the tuning use the same factors and the same loss of the base model, so they are computed once.
         baseline = ""
         for method in self.comparison.methods:
-            place = shared_place(self.folder, method)
-            if not storage.exists(storage.join(place, INIT)):
-                storage.remove(place)  # else the factors of an attempt that was cut would take no time
+            folder = shared_place(self.folder, method)
+            if not storage.exists(storage.join(folder, INIT)):
+                # Factors of an interrupted attempt would be reused, and the noted time would be too short.
+                storage.remove(folder)
                 if baseline:
-                    storage.write_text(storage.join(place, "baseline.json"), baseline)
-                own = replace(spec, config=override(spec.config, {"adapter.method": method}), shared=place)
-                kinds = [(method, self.config.adapter.rank)]
+                    storage.write_text(storage.join(folder, "baseline.json"), baseline)
+                own = replace(spec, config=override(spec.config, {"adapter.method": method}), shared=folder)
+                wanted = [(method, self.config.adapter.rank)]
                 seconds = shared_work.made(
-                    own, place, kinds, f"{method} factors, shared by the trials of the tuning"
+                    own, folder, wanted, f"{method} factors, shared by the trials of the tuning"
                 ).init
                 size = storage.size(storage.join(own.factor_place(), initialise.TENSORS)) or 0
-                storage.write_text(storage.join(place, INIT), json.dumps({"seconds": seconds, "bytes": size}) + "\n")
+                storage.write_text(storage.join(folder, INIT), json.dumps({"seconds": seconds, "bytes": size}) + "\n")
                 logger.info(f"{method} factors, shared by the trials of the tuning: {seconds:.2f} s")
-            baseline = baseline or _text(storage.join(place, "baseline.json"))
+            baseline = baseline or _text(storage.join(folder, "baseline.json"))
 
     def _phase(self, name: str, trials: Sequence[Mapping[str, Any]], specs: Mapping[int, TrainSpec]) -> list[Ended]:
         folder = storage.join(self.folder, name)
@@ -224,20 +218,20 @@ class Run:
         curve_every = self.config.train.eval_every
         self._pace = estimate.measured(spec, self.sizes[BASELINE], side_by_side, curve_every)
         logger.info(estimate.line(self.comparison, self._pace, [], self._before()))
+        # A comparison that has begun is checked in `_again`, which knows the time it has spent.
         if not has_begun(self.folder):
             estimate.check_budget(self.comparison, self._pace, 0.0, [])
 
-    def _again(self, found: Sequence[Ended], losses: Mapping[Cell, float]) -> None:
-        """The estimate, with the time that trainings really take."""
+    def _again(self, trials: Sequence[Ended], losses: Mapping[Cell, float]) -> None:
         tried = list(losses)
-        self._pace = estimate.of_records([each.record for each in found], self._pace)
+        self._pace = estimate.of_records([each.record for each in trials], self._pace)
         before = replace(self._before(), tuned=not following(self.comparison.arms(), losses))
         logger.info(estimate.line(self.comparison, self._pace, tried, before))
         if not storage.exists(storage.join(self.folder, FINAL)):
             estimate.check_budget(self.comparison, self._pace, self.seconds(), tried, before, began=True)
 
     def _before(self) -> Before:
-        """What an earlier attempt has done of the phases that come."""
+        # An earlier attempt may have finished trials of the phases that come.
         number, tuning = len(self._phases) + 1, 0
         while ended := phase.ended_before(storage.join(self.folder, tuning_name(number))):
             number, tuning = number + 1, tuning + ended
@@ -246,20 +240,20 @@ class Run:
     def _tuned(self, losses: Mapping[Cell, float], base: float, rows: int) -> Tuning:
         best = {}
         for method in self.comparison.methods:
-            found = tuned(method, self.comparison.arms(), losses, base, self.comparison.compare.relevant)
-            if found is None:
-                logger.warning(f"{method}: every trial broke off, so it is not trained further")
+            point = tuned(method, self.comparison.arms(), losses, base, self.comparison.compare.relevant)
+            if point is None:
+                logger.warning(f"{method}: every trial broke off, so the method is not compared")
                 continue
-            best[method] = found
-            edge = "" if found.inside else "; it lies at the end of the grid, so a better one may lie beyond"
+            best[method] = point
+            edge = "" if point.inside else "; it lies at the end of the grid, so a better one may lie beyond"
             logger.info(
-                f"{method}: best of {found.points} trials at train.lr={found.cell.lr:g}"
-                f" adapter.alpha={found.cell.alpha:g} with {found.loss:.4f} on the tuning rows{edge}"
+                f"{method}: best of {point.points} trials at train.lr={point.cell.lr:g}"
+                f" adapter.alpha={point.cell.alpha:g}, loss {point.loss:.4f} on the tuning rows{edge}"
             )
         return Tuning(losses, base, best, rows)
 
     def _measure(self, trained: Sequence[Final]) -> None:
-        """Have the losses on each test row measured where they are not known yet, spread over the cluster."""
+        # Losses that an earlier attempt has measured are kept in the trials' folders.
         left = [(each.ended.record.folder, each.spec) for each in trained if _read(each) is None]
         if not left:
             return
@@ -268,14 +262,14 @@ class Run:
         number = max(1, min(len(left), search.room(wanted)))
         task = ray.remote(row_losses.measure).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
         tasks = [task.remote(left[first::number]) for first in range(number)]
-        told = 0
+        logged = 0
         while tasks:
             ready, tasks = ray.wait(tasks, timeout=SECONDS_BETWEEN_LINES)
             with user_errors():
                 ray.get(ready)
             done = sum(storage.exists(storage.join(folder, row_losses.FILE)) for folder, _ in left)
-            if tasks and done > told:
-                told = done
+            if tasks and done > logged:
+                logged = done
                 logger.info(f"measured {done} of {plural(len(left), 'adapter')}")
 
 
@@ -284,9 +278,9 @@ def _read(trained: Final) -> RowLosses | None:
     return RowLosses.read(trained.ended.record.folder, trained.spec.eval.digest)
 
 
-def _text(place: str) -> str:
-    """The text of a file; empty if it is not there: a sharded base is measured by the trials."""
+def _text(file: str) -> str:
+    # The file is missing for a sharded base model, whose loss the trials measure.
     try:
-        return storage.read_text(place)
+        return storage.read_text(file)
     except OSError:
         return ""

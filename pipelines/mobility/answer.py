@@ -1,6 +1,7 @@
-"""The answer that a model shall write, and how it is read: MoBLLM's (2503.16553) form and rule.
+"""The form of a model's answer, and how it is read: MoBLLM's (2503.16553) form and rule.
 
-The commands in pipelines/ import the scorer as mobility.answer:next_place, so this module imports none of its folder.
+The commands in pipelines/ import the scorer as mobility.answer:next_place, so this module imports nothing from its
+folder.
 """
 
 import ast
@@ -11,26 +12,26 @@ from olora_ray.common.errors import UserError
 
 KEY = "prediction"
 LONGEST = 400
-"""Characters of braces that are looked into: Python's parser is not for more of what a model may write."""
+"""Longest braces that are parsed, in characters: Python's parser may fail on longer output of a model."""
 BOUND = 10**18
-"""No place has so large a number: a model that repeats a digit names none, and arrays hold no larger ones."""
+"""Larger numbers are no place: a model may repeat a digit without end, and arrays of int64 hold no larger numbers."""
 
 
 def write(place: int) -> str:
-    """`{"prediction": 12}`."""
+    """Return `{"prediction": 12}`."""
     return json.dumps({KEY: place})
 
 
 def read(text: str) -> int | None:
-    """The place that an answer names; None if it names none.
+    """Return the place that an answer names; None if it names none.
 
-    The first {...} of the text is read as a Python or JSON object, and of several places with commas between them the
-    first counts. Whatever is not a whole number of 18 digits at most then is no place, and so is wrong.
+    The first {...} of the text is read as a Python or JSON object. If its value lists several places with commas, the
+    first counts. A value that is no whole number of at most 18 digits is no place, and so is wrong.
     """
-    found = re.search(r"\{[^{}]*\}", text)
-    if not found or len(found[0]) > LONGEST:
+    braces = re.search(r"\{[^{}]*\}", text)
+    if not braces or len(braces[0]) > LONGEST:
         return None
-    value = _object(found[0]).get(KEY)
+    value = _object(braces[0]).get(KEY)
     if isinstance(value, str):
         value = value.split(",")[0].strip()
         return int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else None
@@ -38,7 +39,7 @@ def read(text: str) -> int | None:
 
 
 def next_place(prediction: str, reference: str) -> dict[str, float]:
-    """The scorer of next places: `acc_at_1` (Acc@1 of the row, 0 or 1) and `valid` (1 if the answer names a place).
+    """Score a next place: `acc_at_1` (Acc@1 of the row, 0 or 1) and `valid` (1 if the answer names a place).
 
     Raises UserError for a reference that names none.
     """
@@ -52,6 +53,7 @@ def _object(text: str) -> dict[str, object]:
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
+        # A model writes anything. Python's parser answers some of it with a RecursionError or MemoryError.
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(value, dict):

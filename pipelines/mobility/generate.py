@@ -1,18 +1,20 @@
-"""Generate mobility records whose law is known, and with it the best that any model can do.
+"""Generate mobility records by a known law, and with them the best result that any model can reach.
 
     python pipelines/mobility/generate.py --out FOLDER [--people 120] [--days 80] [--places 90] [--variety 1.0]
         [--explore 0.6] [--gamma 0.21] [--busy 0.3] [--seed 0]
 
-writes check_ins.csv (for prepare.py --format checkins) and law.csv (for report.py), always the same bytes.
-
---people   how many, with --days days each
---places   in the town
---variety  factor of the number of favourite places of a person
---explore  and --gamma: the probability of a place that is no favourite is explore / visited^gamma, 1/2 at most
+--out      folder for check_ins.csv (for prepare.py --format checkins) and law.csv (for report.py)
+--people   number of people; each has records of --days days
+--places   number of places in the town
+--variety  factor of the number of a person's favourite places
+--explore  and --gamma: the probability of a place that is no favourite is explore / visited^gamma, at most 1/2
 --busy     probability of a stay in each hour from 7 to 23
+--seed     the same options with the same seed write the same bytes
 
-The docstring of the class Law, in this file, has the formula of the law. law.csv has, for each stay, the place that was
-most probable given all before it, and its probability.
+The docstring of the class Law, in this file, has the formula of the law. For each stay, law.csv has the most probable
+place after all earlier stays, and its probability.
+
+Exit codes: 0 the records are written; 2 an error that you can fix.
 """
 
 import csv
@@ -32,19 +34,19 @@ from olora_ray.config import command_line
 CHECK_INS = ("id", "user_id", "location_id", "start_day", "start_min", "weekday")
 LAW = ("user_id", "stay", "best", "chance")
 Bump = tuple[float, float, float]
-"""Hour, width in hours, height."""
+"""(hour, width in hours, height)."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of place: when people go there, on weekdays and at weekends, and how many there are."""
+    """A kind of place: the times of its visits on weekdays and weekends, and the number of such places."""
 
     weekday: tuple[Bump, ...]
     weekend: tuple[Bump, ...]
     places: int
-    """Number of such places in a town of 90."""
+    """Number of such places in a town of 90 places."""
     favourites: int
-    """Number of such favourites of one person, before Settings.variety multiplies it."""
+    """Number of such favourites per person, before the factor Settings.variety."""
 
 
 KINDS = {
@@ -66,33 +68,28 @@ AFTER = {
     ("gym", "home"): 3.0,
     ("shop", "home"): 3.0,
 }
-"""Factor of a kind (second) right after another (first)."""
+"""Factor for a kind (second) directly after another (first)."""
 OTHER_DAY = 0.05
-"""Factor of a favourite on a weekday that is not its own."""
+"""Factor for a favourite on other weekdays than its own."""
 WITH_DAYS = 0.6
-"""Share of the favourites that have weekdays of their own; home and work have none."""
+"""Share of favourites with their own weekdays; home and work have none."""
 FIRST_PLACE = 10
 HOURS = tuple(range(7, 24))
-"""At which stays begin."""
+"""Hours in which stays begin."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of the command."""
-
     people: int = 120
     days: int = 80
     places: int = 90
     variety: float = 1.0
-    """Factor of the number of favourites of each kind."""
     explore: float = 0.6
     gamma: float = 0.21
     busy: float = 0.3
-    """Probability of a stay in each hour."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers of which nothing can be generated."""
         least = {"people": 1, "days": 1, "places": len(KINDS) * 3, "variety": 0, "explore": 0, "gamma": 0, "busy": 0,
                  "seed": 0}  # fmt: skip
         for name, bound in least.items():
@@ -104,8 +101,6 @@ class Settings:
 
 @dataclass(frozen=True)
 class Person:
-    """One person: favourite places and habits."""
-
     places: NDArray[np.int64]
     """The favourites, all different."""
     kinds: tuple[str, ...]
@@ -113,12 +108,12 @@ class Person:
     days: NDArray[np.float64]
     """(favourites, 7): 1 on a favourite's own weekdays, OTHER_DAY on others."""
     late: float
-    """Hours by which the day of this person is later than others'."""
+    """Hours by which this person's day starts later than others'."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One generated stay, with what the law said before it."""
+    """One generated stay, with the law's prediction for it."""
 
     person: int
     day: int
@@ -127,21 +122,21 @@ class Visit:
     best: int
     """The most probable place."""
     chance: float
-    """Its probability, and so that of the best possible answer to be right."""
+    """The probability of this place, and so of the best possible answer being right."""
 
 
 class Law:
-    """The people of a town and the law by which they move; the same settings give the same law.
+    """The people of a town and the law of their movements; the same settings give the same law.
 
         p(place | person, weekday, hour, previous) =
             (1 - e) favourite(place) weight(place) curve(kind, hour) day(place, weekday) after(kind, previous) / sum
             + e [place is no favourite] / number of such places            e = min(1/2, explore / visited^gamma)
 
-    A person has favourites of each kind (home, work, lunch ...): the j-th of a kind weighs 1 / (1 + j), and a part of
-    them have weekdays of their own. Nobody goes where he is, some kinds often follow others, and other places are
-    explored less the more different places have been visited (the exploration of Song et al., "Modelling the scaling
-    properties of human mobility", Nature Physics 6, 2010). Because the law is explicit, so is the best possible
-    accuracy: whoever knows it names the most probable place, and is right with its probability.
+    A person has favourites of each kind (home, work, lunch ...): the j-th of a kind has the weight 1 / (1 + j), and
+    some favourites have their own weekdays. Nobody goes to the place where they are. Some kinds often follow others.
+    The more different places a person has visited, the rarer is a new one (the exploration of Song et al., "Modelling
+    the scaling properties of human mobility", Nature Physics 6, 2010). Because the law is explicit, the best possible
+    accuracy is known: the best answer is the most probable place, and it is right with that place's probability.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -152,29 +147,29 @@ class Law:
         self.people = tuple(self._person(rng) for _ in range(settings.people))
 
     def probabilities(self, person: int, when: When, previous: int | None, visited: int) -> dict[int, float]:
-        """The probability of each place that may come next.
+        """Return the probability of each place that may come next.
 
-        `previous` is the place before (None: the first stay), `visited` the number of different places so far.
+        `previous` is the last place (None: this is the first stay), `visited` the number of different places so far.
         """
-        one, strength = self.people[person], self._strength(person, when, previous)
+        own, strength = self.people[person], self._strength(person, when, previous)
         explore = min(0.5, self.settings.explore * max(visited, 1) ** -self.settings.gamma)
-        favourites = set(one.places.tolist())
+        favourites = set(own.places.tolist())
         others = [place for place in self.kind_of if place not in favourites and place != previous]
-        known = zip(one.places.tolist(), (strength / strength.sum()).tolist(), strict=True)
+        known = zip(own.places.tolist(), (strength / strength.sum()).tolist(), strict=True)
         explore = explore if others else 0.0
         return {place: (1 - explore) * share for place, share in known if share} | {
             place: explore / len(others) for place in others
         }
 
     def _strength(self, person: int, when: When, previous: int | None) -> NDArray[np.float64]:
-        """(favourites,) what each favourite weighs, before it is made a probability."""
-        one, hour = self.people[person], when.minute // 60
-        curves = {kind: _curve(kind, when.weekend, hour - one.late) for kind in KINDS}
-        rising = np.array([curves[kind] for kind in one.kinds])
+        """Return (favourites,): the weight of each favourite, not normalised."""
+        own, hour = self.people[person], when.minute // 60
+        curves = {kind: _curve(kind, when.weekend, hour - own.late) for kind in KINDS}
+        rising = np.array([curves[kind] for kind in own.kinds])
         if previous is not None:
-            rising *= [AFTER.get((self.kind_of[previous], kind), 1.0) for kind in one.kinds]
-        found: NDArray[np.float64] = one.weights * rising * one.days[:, when.weekday] * (one.places != previous)
-        return found
+            rising *= [AFTER.get((self.kind_of[previous], kind), 1.0) for kind in own.kinds]
+        strength: NDArray[np.float64] = own.weights * rising * own.days[:, when.weekday] * (own.places != previous)
+        return strength
 
     def _person(self, rng: np.random.Generator) -> Person:
         places, kinds, weights, days = [], [], [], []
@@ -190,8 +185,9 @@ class Law:
 
 
 def visits(law: Law) -> Iterator[Visit]:
-    """The stays of all people, one person after the other, in the order of time; always the same for a law."""
+    """Yield the stays of all people, person by person in the order of time; the same law gives the same stays."""
     for person in range(len(law.people)):
+        # A generator per person, so that more people do not change the stays of the first ones.
         rng = np.random.default_rng([law.settings.seed, 1, person])
         previous, seen = None, set[int]()
         for day, hour in _hours(law.settings, rng):
@@ -211,7 +207,6 @@ def _hours(settings: Settings, rng: np.random.Generator) -> Iterator[tuple[int, 
 
 
 def _town(places: int) -> dict[str, tuple[int, ...]]:
-    """The places of each kind, numbered kind by kind."""
     shares = np.array([kind.places for kind in KINDS.values()])
     counts = np.maximum(2, np.floor(places * shares / shares.sum())).astype(int)
     counts[0] += places - counts.sum()
@@ -227,29 +222,29 @@ def _own_days(rng: np.random.Generator) -> NDArray[np.float64]:
 def _curve(kind: str, weekend: bool, hour: float) -> float:
     bumps = KINDS[kind].weekend if weekend else KINDS[kind].weekday
     apart = [(abs(hour - middle) % 24, width, height) for middle, width, height in bumps]
+    # 1e-3 keeps every hour possible, so that the weights of all favourites never sum to 0.
     return 1e-3 + sum(h * math.exp(-0.5 * (min(d, 24 - d) / w) ** 2) for d, w, h in apart)
 
 
 def main(argv: list[str]) -> None:
-    """Write both files."""
     kinds = {field.name: type(field.default) for field in fields(Settings)}
-    found = command_line.parse(argv, __doc__ or "", options=("--out", *(f"--{name}" for name in kinds)))
-    if found.words or "--out" not in found.options:
-        raise UserError("argument --out: missing, or more than options is given; --help shows how")
-    changes = {name: _value(found.options, name, kind) for name, kind in kinds.items() if f"--{name}" in found.options}
+    args = command_line.parse(argv, __doc__ or "", options=("--out", *(f"--{name}" for name in kinds)))
+    if args.words or "--out" not in args.options:
+        raise UserError("argument --out: missing, or there are words that are no options; --help shows how")
+    changes = {name: _value(args.options, name, kind) for name, kind in kinds.items() if f"--{name}" in args.options}
     law = Law(Settings(**changes))  # type: ignore[arg-type]
-    folder = Path(found.options["--out"])
+    folder = Path(args.options["--out"])
     with as_user_error(f"argument --out: {folder}: cannot be written", OSError, reason=short_reason):
         folder.mkdir(parents=True, exist_ok=True)
         chances = list(_write(folder, law))
     if not chances:
-        raise UserError("argument --busy: no stay has come of it; set it, --days or --people higher")
+        raise UserError("argument --busy: no stay was generated; set --busy, --days or --people higher")
     mean = sum(chances) / len(chances)
     print(f"written: {len(chances)} stays of {len(law.people)} people to {folder}; best possible Acc@1 {mean:.3f}")
 
 
 def _write(folder: Path, law: Law) -> Iterator[float]:
-    """Write the stays one by one; yields the probability of the best answer to each."""
+    """Write the stays one by one; yield the probability of the best answer to each."""
     with (
         (folder / "check_ins.csv").open("w", newline="") as first,
         (folder / "law.csv").open("w", newline="") as second,
@@ -261,16 +256,17 @@ def _write(folder: Path, law: Law) -> Iterator[float]:
         minutes: dict[int, int] = {}
         for number, visit in enumerate(visits(law)):
             own = numbers.setdefault(visit.person, count())
-            assert visit.day * MINUTES + visit.minute > minutes.get(visit.person, -1)  # prepare.py numbers them alike
+            # prepare.py sorts stays by time and numbers them, so law.csv must have the same order.
+            assert visit.day * MINUTES + visit.minute > minutes.get(visit.person, -1)
             minutes[visit.person] = visit.day * MINUTES + visit.minute
             records.writerow((number, visit.person, visit.place, visit.day, visit.minute, visit.day % 7))
             best.writerow((visit.person, next(own), visit.best, f"{visit.chance:.6f}"))
             yield visit.chance
 
 
-def _value(options: Mapping[str, str], name: str, kind: type) -> float:
+def _value(options: Mapping[str, str], name: str, number_type: type) -> float:
     try:
-        value: float = kind(options[f"--{name}"])
+        value: float = number_type(options[f"--{name}"])
     except ValueError:
         raise UserError(f"argument --{name}: expected a number, not {options[f'--{name}']!r}") from None
     return value

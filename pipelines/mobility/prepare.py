@@ -1,4 +1,4 @@
-"""Turn records of where people were into rows that ask for the next place, for pipelines/finetune.py.
+"""Convert records of people's places into rows that ask for the next place, for pipelines/finetune.py.
 
     python pipelines/mobility/prepare.py RECORDS [RECORDS ...] --format checkins|foursquare|geolife --out FOLDER
         [--history 40] [--context 5] [--form short|hours|tuple] [--config CONFIG.yaml]
@@ -6,19 +6,23 @@
         [--repair broken,unsorted,duplicates]
 
 RECORDS    files or folders: csv of processed check-ins, TSMC2014's text files, or Geolife's Data folder
---out      gets train.jsonl, eval.jsonl, test.jsonl (rows of format messages with a column user), stays.csv, places.csv
-           and template.json
---history  most earlier stays in a question, before the --context latest ones
---form     of a stay: short: Mon 07:30 12; hours: Mon 7h 12; tuple: ('07:30 AM', 'Monday', 12), as MoBLLM has it
---config   the oldest stays are left out of questions that would be longer than data.max_length of this config, counted
-           by its model's tokenizer
---rows     draw so many rows of a split; default: all
---turns    stays that a row of train.jsonl asks for, one after the other: each is trained on as if it had a row of its
-           own, at a fraction of the tokens; rows of the other files ask for one, as a server does
---least    stays that a target needs before it; default: one more than --context
---repair   what is put right instead of stopping: broken and duplicates are left out, unsorted is sorted; all is counted
+--out      folder for train.jsonl, eval.jsonl, test.jsonl (rows of format messages with a column user), stays.csv,
+           places.csv and template.json
+--history  largest number of earlier stays in a question, before the --context latest ones
+--form     form of a stay: short: Mon 07:30 12; hours: Mon 7h 12; tuple: ('07:30 AM', 'Monday', 12), as in MoBLLM
+--config   leave the oldest stays out of questions that are longer than this config's data.max_length in tokens of its
+           model
+--rows     number of rows to draw for a split; default: all
+--turns    stays that a row of train.jsonl asks for, one after the other: the model trains on each of them, for a
+           fraction of the tokens of separate rows. Rows of the other files ask for one stay, as a server does
+--least    number of earlier stays that a target needs; default: one more than --context
+--seed     seed of the drawing of --rows
+--repair   faults to repair instead of stopping: broken and duplicates are left out, unsorted is sorted; the command
+           prints how many
 
-Each person's first 60 % of stays are targets of training, the next 20 % of eval.jsonl, the last of test.jsonl.
+Each person's first 60 % of stays are targets in train.jsonl, the next 20 % in eval.jsonl, the rest in test.jsonl.
+
+Exit codes: 0 the rows are written; 2 an error that you can fix.
 """
 
 from collections.abc import Mapping
@@ -40,31 +44,33 @@ OPTIONS = (
 
 
 def main(argv: list[str]) -> None:
-    """Read the arguments and all records, then write the rows."""
-    found = command_line.parse(argv, __doc__ or "", options=OPTIONS)
-    paths, options = found.names(), found.options
+    parsed = command_line.parse(argv, __doc__ or "", options=OPTIONS)
+    paths, options = parsed.names(), parsed.options
     if not paths or "--out" not in options or "--format" not in options:
         raise UserError("arguments RECORDS, --format and --out: needed; --help shows how")
     history, context = whole(options, "--history", 40), whole(options, "--context", 5)
     least, seed = whole(options, "--least", context + 1), whole(options, "--seed", 0)
     if not (turns := whole(options, "--turns", 1)):
-        raise UserError("argument --turns: a row asks for one stay at least")
+        raise UserError("argument --turns: a row asks for one stay or more; set it to 1 or more")
     limits = row_limits(options.get("--rows", ""))
     repairs = Repairs([name for name in options.get("--repair", "").split(",") if name])
     settings = {"form": options.get("--form", "short"), "history": history, "context": context}
-    prompt.Template(**settings)  # type: ignore[arg-type]  # refused before the records are read
+    # Wrong options are refused before the records are read, which may take minutes.
+    prompt.Template(**settings)  # type: ignore[arg-type]
     records = readers.read(paths, options["--format"], repairs)
     timed = all(stay.duration is not None for stays in records.people.values() for stay in stays)
     template = prompt.Template(**settings, duration=timed and settings["form"] == "tuple")  # type: ignore[arg-type]
     fits = fitting(options["--config"]) if "--config" in options else None
     selection = rows.select(records.people, least, limits, seed, turns)
     if empty := [name for name in rows.SPLITS if not selection.targets[name]]:
-        raise UserError(f"argument RECORDS: no row for {empty[0]}.jsonl: nobody has enough stays; see --least")
+        raise UserError(
+            f"argument RECORDS: no row for {empty[0]}.jsonl: no person has enough stays; lower --least or add records"
+        )
     print("\n".join([f"read: {plural(len(records), 'stay')} of {len(records.people)} people", *repairs.lines()]))
     if records.counted():
         print(
-            "places: numbered as they first appear, so that a model that counts names places where nobody has been yet;"
-            " number them in another order"
+            "places: numbered as they first appear, so a model can guess new places by counting; number them in another"
+            " order"
         )
     with as_user_error(f"argument --out: {options['--out']}: cannot be written", OSError, reason=short_reason):
         written = rows.write(Path(options["--out"]), records, selection, template, fits)
@@ -72,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def fitting(config_file: str) -> prompt.Fits:
-    """Return the test that a question has room in data.max_length, by the tokenizer of the config's model."""
+    """Return the test that a question fits in data.max_length, in tokens of the config's model."""
     from olora_ray.config.command_line import resolved
     from olora_ray.config.load import load
     from olora_ray.pipeline.base import open_base
@@ -82,7 +88,6 @@ def fitting(config_file: str) -> prompt.Fits:
 
 
 def whole(options: Mapping[str, str], name: str, default: int) -> int:
-    """The number of an option; raises UserError for what is none."""
     text = options.get(name, str(default))
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise UserError(f"argument {name}: expected a whole number from 0 on, not {text!r}")
@@ -90,14 +95,14 @@ def whole(options: Mapping[str, str], name: str, default: int) -> int:
 
 
 def row_limits(text: str) -> dict[str, int]:
-    """`train=2000,test=600` -> numbers of rows; raises UserError for another form."""
+    """Return the numbers of rows in `train=2000,test=600`; raises UserError for another form."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     if wrong := [name for name, _, _ in pairs if name not in rows.SPLITS]:
         raise UserError(f"argument --rows: {wrong[0]!r} is no split; expected one like train=2000,eval=64,test=600")
-    found = {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
-    if none := [name for name, count in found.items() if not count]:
+    limits = {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
+    if none := [name for name, count in limits.items() if not count]:
         raise UserError(f"argument --rows: {none[0]}=0: each split needs a row; leave it out for all")
-    return found
+    return limits
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""The question that a model is asked about a person's next place: one template for training and for serving.
+"""The question about a person's next place: one template for training and for serving.
 
-    system  <what is asked, and the form of the answer>
+    system  <the task, and the form of the answer>
     user    <history>: Mon 07:30 12, Mon 12:15 4, ...
             <context>: Tue 09:00 7, ...
             <target>: Tue 12:10
 
-History and context are the latest stays before the target, so what has no room is cut off at the left, where it is
-oldest, and never at the right, where the question is. `rows.py` writes the training rows with `example`, which is
-`question` and the answer after it; a server calls `question` with the same settings. A training row may have
-further turns: each has a <target> alone, the stay after the one that was asked for.
+History and context are the latest stays before the target. A question that is too long loses its oldest stays, at the
+left, and never its end. `rows.py` writes the training rows with `example`: the question and the answer. A server calls
+`question` with the same settings. A training row may have further turns, each with a <target> alone: the next stay.
 """
 
 import json
@@ -39,39 +38,38 @@ SHORT = {"short": "weekday, time, place", "hours": "weekday, hour, place"}
 TUPLES = {False: "(time, weekday, place)", True: "(time, weekday, minutes, place)"}
 Message = dict[str, str]
 Fits = Callable[[Sequence[Message]], bool]
-"""True if a question, with its answer, has room in a model's sequence."""
+"""True if a question with its answer fits in a model's sequence."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How the stays before a target become a question."""
+    """The settings that turn the stays before a target into a question."""
 
     form: Form = "short"
     history: int = 40
-    """Most stays of the history."""
+    """Largest number of stays in the history."""
     context: int = 5
-    """Stays of the context, the latest ones."""
+    """Number of stays in the context, the latest ones."""
     duration: bool = False
-    """True if stays of the form `tuple` have their minutes."""
+    """True if stays of the form `tuple` include their minutes."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for what cannot be a template."""
         if self.form not in FORMS:
-            raise UserError(f"argument --form: {self.form!r} is not known; there are {', '.join(FORMS)}")
+            raise UserError(f"argument --form: {self.form!r} is not known; use one of {', '.join(FORMS)}")
         if self.history < 0 or self.context < 1:
-            raise UserError("arguments --history, --context: a history of 0 or more and a context of 1 or more needed")
+            raise UserError("arguments --history, --context: set --history to 0 or more, and --context to 1 or more")
 
     def question(self, past: Sequence[Stay], when: When, fits: Fits | None = None) -> list[Message]:
-        """The messages that ask for the place of a stay at `when`, after the stays `past`, oldest first.
+        """Return the messages that ask for the place of a stay at `when`, after the stays `past`, oldest first.
 
-        With `fits` the oldest stays are left out until it holds. Raises UserError if it does not hold without any.
+        With `fits` the oldest stays are left out until it is True. Raises UserError if it is False without any stay.
         """
         return self._messages(past[len(past) - self.room(past, when, fits) :], when)
 
     def room(self, past: Sequence[Stay], when: When, fits: Fits | None = None, rest: Sequence[Message] = ()) -> int:
-        """The number of stays, the latest of `past`, that the question shows; raises UserError as `question`.
+        """Return the number of stays, the latest of `past`, that the question shows; raises UserError like `question`.
 
-        With `rest` there must be room for these messages after the question too.
+        With `rest` these messages must fit after the question too.
         """
         shown = min(len(past), self.history + self.context)
 
@@ -80,36 +78,36 @@ class Template:
 
         if fit(shown):
             return shown
+        # Binary search: if some stays do not fit, more stays do not fit either.
         least, most = 0, max(0, shown - 1)
         while least < most:
             middle = (least + most + 1) // 2
             least, most = (middle, most) if fit(middle) else (least, middle - 1)
         if not fit(least):
-            raise UserError("data.max_length: a question without any stay has no room; set a larger one")
+            raise UserError("data.max_length: too small for a question without any stay; set it higher")
         return least
 
     def example(self, past: Sequence[Stay], *targets: Stay, fits: Fits | None = None) -> list[Message]:
-        """The question about the first of `targets` and the answer, then the others, each in a turn of its own."""
+        """Return the question about the first of `targets` and its answer, then the others, each in its own turn."""
         rest = self.turns(targets)
         shown = self.room(past, targets[0].when, fits, rest[:-1])
         return [*self._messages(past[len(past) - shown :], targets[0].when), *rest]
 
     def turns(self, targets: Sequence[Stay]) -> list[Message]:
-        """Return what follows the question about the first of `targets`: answers, and questions about the others."""
-        found: list[Message] = []
+        """Return the messages after the question: the answer, then questions and answers for the other targets."""
+        messages: list[Message] = []
         for target in targets:
-            if found:
-                found.append({"role": "user", "content": f"<target>: {self._target(target.when)}"})
-            found.append({"role": "assistant", "content": answer.write(target.place)})
-        return found
+            if messages:
+                messages.append({"role": "user", "content": f"<target>: {self._target(target.when)}"})
+            messages.append({"role": "assistant", "content": answer.write(target.place)})
+        return messages
 
     def save(self, file: Path) -> None:
-        """Write the settings, for a server."""
         file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, file: Path) -> "Template":
-        """Read `save` back; raises UserError for another file."""
+        """Read a file of `save`; raises UserError for another file."""
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
@@ -118,9 +116,9 @@ class Template:
     def _messages(self, kept: Sequence[Stay], when: When) -> list[Message]:
         split = max(0, len(kept) - self.context)
         earlier, latest = (self._stays(part) for part in (kept[:split], kept[split:]))
-        told = SHORT.get(self.form) or TUPLES[self.duration]
+        form = SHORT.get(self.form) or TUPLES[self.duration]
         lines = f"<history>: {earlier}\n<context>: {latest}\n<target>: {self._target(when)}"
-        return [{"role": "system", "content": TASK.format(stay=told)}, {"role": "user", "content": lines}]
+        return [{"role": "system", "content": TASK.format(stay=form)}, {"role": "user", "content": lines}]
 
     def _stays(self, stays: Sequence[Stay]) -> str:
         if self.form == "tuple":
@@ -147,11 +145,11 @@ def _clock(when: When) -> str:
 
 
 def fits(spec: TokenizerSpec, max_length: int) -> Fits:
-    """Return the test that a question and the longest answer are at most `max_length` tokens.
+    """Return the test that a question and the longest answer have at most `max_length` tokens.
 
-    The tokenizer and chat template are those of training. The longest answer stands for the real one, which a server
-    does not know, so that training and serving show the same stays. The test raises UserError for questions that the
-    tokenizer or its chat template refuses.
+    Tokenizer and chat template are those of training. A server does not know the real answer, so the longest one takes
+    its place: training and serving then show the same stays. The test raises UserError for questions that the tokenizer
+    or its chat template refuses.
     """
     tokenize = ExampleTokenizer(spec, max_length)
     last = {"role": "assistant", "content": answer.write(LARGEST_PLACE)}

@@ -5,26 +5,26 @@ Processed check-ins are csv files, the form that LLM-Mob (2308.15197) and MoBLLM
     id,user_id,location_id,latitude,longitude,start_day,start_min,weekday                    Foursquare
     id,user_id,location_id,duration,start_day,end_day,start_min,end_min,weekday              Geolife
 
-Columns are found by their names in the first line; of these, user_id, location_id, start_day, start_min and weekday
-are needed, and duration is used where it is there. start_day counts days from any day, start_min minutes from
-midnight, weekday from 0 (Monday), duration minutes.
+The names in the first line identify the columns. user_id, location_id, start_day, start_min and weekday are needed;
+duration is optional. start_day counts days from any day, start_min minutes from midnight, weekday from 0 (Monday),
+duration minutes.
 
-Check-ins of Foursquare are text files as TSMC2014 has them (Yang et al., "Modeling user activity preference ...",
-2015). One check-in a line, eight columns with tabs between them, in latin-1, without a first line of names:
+Check-ins of Foursquare are text files as in TSMC2014 (Yang et al., "Modeling user activity preference ...", 2015): one
+check-in per line, eight columns with tabs between them, in latin-1, without a first line of names:
 
     user  venue  category id  category  latitude  longitude  minutes from UTC to local time  UTC time
 
 with times as `Tue Apr 03 18:00:09 +0000 2012`. Venues are numbered from 1 in the order of a hash (stays.numbered).
 
-Trajectories of Geolife (Zheng et al., 2010) are FOLDER/USER/Trajectory/*.plt, after six lines of preamble points as
-latitude, longitude, 0, altitude in feet, days, date, time in UTC. Points become stays by a simple rule, not that of
-any paper to the last letter:
+Trajectories of Geolife (Zheng et al., 2010) are FOLDER/USER/Trajectory/*.plt: six lines of preamble, then points as
+latitude, longitude, 0, altitude in feet, days, date, time in UTC. Points become stays by a simple rule, close to those
+of papers but equal to none:
 
-- A stay begins at a point and lasts as long as the following ones lie within RADIUS metres of it, without a gap of more
-  than GAP minutes between two of them; it counts from LEAST minutes on. Otherwise the next stay begins at the point
-  that broke the rule. All files of a person are one trajectory, so a night without points is part of a stay.
-- Its place is the cell of a grid of CELL metres in which the mean of its points lies. A place on the border of two
-  cells becomes two places.
+- A stay begins at a point, and lasts while the following points are within RADIUS metres of it, without a gap of more
+  than GAP minutes between two of them. It counts if it lasts LEAST minutes. The next stay begins at the first point
+  that breaks the rule. All files of a person are one trajectory, so a night without points is part of a stay.
+- The place of a stay is the cell of a grid of CELL metres that contains the mean of its points. A place on the border
+  of two cells becomes two places.
 """
 
 import csv
@@ -46,12 +46,12 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 RADIUS, CELL = 200.0, 250.0
 LEAST, GAP = 20, MINUTES
 DEGREE = 111_195.0
-"""Metres of a degree of latitude."""
+"""Metres per degree of latitude."""
 PREAMBLE = 6
 BEIJING = timedelta(hours=8)
-"""Local time of nearly all records; the data do not say where a point's clock stood."""
+"""Local time of nearly all records; the data have no time zone."""
 Reader = Callable[[Sequence[Path], Repairs], Iterator[Named]]
-"""Reads files, record by record, in their order; raises UserError by way of the repairs."""
+"""Reads files, record by record, in their order; raises UserError for faults that are not repaired."""
 
 
 class Broken(ValueError):
@@ -59,9 +59,9 @@ class Broken(ValueError):
 
 
 def read(paths: Sequence[str], format: str, repairs: Repairs) -> Records:
-    """Read the records in files and folders; raises UserError for what is not there or cannot be read."""
+    """Read the records in files and folders; raises UserError if one is missing or cannot be read."""
     if format not in READERS:
-        raise UserError(f"argument --format: {format or 'nothing'!r} is not known; there are {', '.join(READERS)}")
+        raise UserError(f"argument --format: {format or 'nothing'!r} is not known; use one of {', '.join(READERS)}")
     reader, endings = READERS[format]
     files = [file for path in paths for file in _files(Path(path), endings)]
     with as_user_error("argument RECORDS", OSError):
@@ -73,22 +73,21 @@ def _files(path: Path, endings: Sequence[str]) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"argument RECORDS: {path}: no such file or folder")
-    if found := sorted(
+    if matches := sorted(
         file for file in path.rglob("*") if file.name.lower().endswith(tuple(endings)) and file.is_file()
     ):
-        return found
+        return matches
     raise UserError(f"argument RECORDS: {path}: no file ends in {' or '.join(endings)}")
 
 
 def read_check_ins(files: Sequence[Path], repairs: Repairs) -> Iterator[Named]:
-    """Read the records of csv files; raises UserError that names file and line for what cannot be read."""
+    """Read the records of csv files; raises UserError that names file and line for a record that cannot be read."""
     first_days: dict[str, int] = {}
     for file in files:
         yield from _check_ins(file, repairs, first_days)
 
 
 def _check_ins(file: Path, repairs: Repairs, first_days: dict[str, int]) -> Iterator[Named]:
-    """Read one file; `first_days` has the weekday of day 0 of each person, from the first record."""
     reads = gzip.open if file.suffix.lower() == ".gz" else open
     with reads(file, "rt", encoding="utf-8-sig", newline="") as opened:
         rows = csv.reader(opened, strict=True)
@@ -99,6 +98,7 @@ def _check_ins(file: Path, repairs: Repairs, first_days: dict[str, int]) -> Iter
                     continue
                 try:
                     person, venue, stay = _check_in(row, columns, str(file), rows.line_num)
+                    # A person's first record sets the weekday of day 0; later records must agree with it.
                     day = stay.at // MINUTES
                     meant = (first_days.setdefault(person, (stay.when.weekday - day) % 7) + day) % 7
                     if stay.when.weekday != meant:
@@ -106,24 +106,25 @@ def _check_ins(file: Path, repairs: Repairs, first_days: dict[str, int]) -> Iter
                     yield person, venue, stay
                 except Broken as broken:
                     repairs.found(BROKEN, str(file), rows.line_num, str(broken))
-        except (csv.Error, UnicodeDecodeError, EOFError) as error:  # what follows cannot be told apart
+        # After such an error the borders of the following records are not known, so no repair is possible.
+        except (csv.Error, UnicodeDecodeError, EOFError) as error:
             raise UserError(f"{file}:{rows.line_num + 1}: no csv in UTF-8: {error}; correct the file") from None
 
 
 def _columns(header: Sequence[str], file: Path) -> dict[str, int]:
     names = [name.strip() for name in header]
     if missing := [name for name in NEEDED if name not in names]:
-        there = ", ".join(names) or "nothing"
-        raise UserError(f"{file}:1: no column {missing[0]!r} in the first line; it has {there}")
+        present = ", ".join(names) or "nothing"
+        raise UserError(f"{file}:1: no column {missing[0]!r} in the first line; it has {present}")
     if twice := [name for name in (*NEEDED, "duration") if names.count(name) > 1]:
-        raise UserError(f"{file}:1: the column {twice[0]!r} is there twice; remove one")
+        raise UserError(f"{file}:1: the first line has the column {twice[0]!r} twice; remove one")
     return {name: names.index(name) for name in (*NEEDED, "duration") if name in names}
 
 
 def _check_in(row: Sequence[str], columns: Mapping[str, int], file: str, line: int) -> Named:
     if len(row) <= max(columns.values()):
         raise Broken(f"{len(row)} cells, but the first line names more columns")
-    cell = {name: row[place] for name, place in columns.items()}
+    cell = {name: row[index] for name, index in columns.items()}
     if not (person := cell["user_id"].strip()):
         raise Broken("user_id is empty")
     place = _place(cell["location_id"])
@@ -141,7 +142,6 @@ def _place(text: str) -> int:
 
 
 def _duration(text: str) -> int | None:
-    """Whole minutes; None for an empty cell."""
     if not text.strip():
         return None
     try:
@@ -154,7 +154,7 @@ def _duration(text: str) -> int | None:
 
 
 def read_foursquare(files: Sequence[Path], repairs: Repairs) -> Iterator[Named]:
-    """Read the check-ins of files; raises UserError that names file and line for what cannot be read."""
+    """Read the check-ins of files; raises UserError that names file and line for one that cannot be read."""
     for file in files:
         with file.open(encoding="latin-1", newline="\n") as lines:
             for line, text in enumerate(lines, 1):
@@ -182,7 +182,7 @@ def _venue_visit(text: str, file: str, line: int) -> Named:
 
 
 def _foursquare_time(text: str) -> datetime:
-    """Read `Tue Apr 03 18:00:09 +0000 2012`, without the locale of this machine."""
+    # strptime would read names of months in the locale of this machine.
     parts = text.split()
     try:
         _, month, day, clock, zone, year = parts
@@ -196,8 +196,6 @@ def _foursquare_time(text: str) -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point of a trajectory."""
-
     latitude: float
     longitude: float
     time: datetime
@@ -218,7 +216,7 @@ def read_geolife(files: Sequence[Path], repairs: Repairs) -> Iterator[Named]:
 
 
 def _stays(points: Iterator[Point]) -> Iterator[tuple[str, Stay]]:
-    """Yield the name of the place and the stay, for the points of one person in the order of time."""
+    # The points of one person, in the order of time.
     together: list[Point] = []
     for point in points:
         if together and not _near(together[0], together[-1], point):
@@ -233,7 +231,6 @@ def _near(first: Point, before: Point, point: Point) -> bool:
 
 
 def _stay(points: Sequence[Point]) -> Iterator[tuple[str, Stay]]:
-    """The stay of points that lie together, if it lasted."""
     minutes = int((points[-1].time - points[0].time).total_seconds()) // 60 if points else 0
     if minutes < LEAST:
         return
@@ -247,12 +244,13 @@ def _stay(points: Sequence[Point]) -> Iterator[tuple[str, Stay]]:
 
 def _cell(latitude: float, longitude: float) -> str:
     row = math.floor(latitude * DEGREE / CELL)
-    middle = math.radians((row + 0.5) * CELL / DEGREE)  # of the row, so that all its cells are equally wide
+    # The row's middle latitude gives all its cells the same width.
+    middle = math.radians((row + 0.5) * CELL / DEGREE)
     return f"{row}/{math.floor(longitude * DEGREE * math.cos(middle) / CELL)}"
 
 
 def _metres(first: Point, second: Point) -> float:
-    """Distance of points that are near each other."""
+    # A plane is exact enough, because the points are close to each other.
     north = (second.latitude - first.latitude) * DEGREE
     east = (second.longitude - first.longitude) * DEGREE * math.cos(math.radians(first.latitude))
     return math.hypot(north, east)
@@ -268,7 +266,7 @@ def _points(files: Sequence[Path], repairs: Repairs) -> Iterator[Point]:
                 try:
                     point = _point(text, str(file), line)
                     if before and point.time < before.time:
-                        raise Broken(f"the time lies before that of the point at {before.file}:{before.line}")
+                        raise Broken(f"the time is before that of the point at {before.file}:{before.line}")
                 except Broken as broken:
                     repairs.found(BROKEN, str(file), line, str(broken))
                 else:
@@ -292,13 +290,14 @@ def _point(text: str, file: str, line: int) -> Point:
     return Point(latitude, longitude, time, file, line)
 
 
-def _number(text: str, what: str, least: int, most: int) -> int:
-    """Return a whole number within bounds; raises Broken that says what is wrong with it."""
-    value = text.strip().removesuffix(".0")  # as a table with gaps is written
+def _number(text: str, name: str, least: int, most: int) -> int:
+    """Return a whole number within bounds; raises Broken if it is none."""
+    # pandas writes the whole numbers of a column with gaps as 12.0.
+    value = text.strip().removesuffix(".0")
     if not value.removeprefix("-").isascii() or not value.removeprefix("-").isdigit() or len(value) > 18:
-        raise Broken(f"{what} is {text!r}, not a whole number")
+        raise Broken(f"{name} is {text!r}, not a whole number")
     if not least <= int(value) <= most:
-        raise Broken(f"{what} is {value}, not {least} to {most}")
+        raise Broken(f"{name} is {value}, not {least} to {most}")
     return int(value)
 
 
@@ -307,4 +306,4 @@ READERS: Mapping[str, tuple[Reader, tuple[str, ...]]] = {
     "foursquare": (read_foursquare, (".txt", ".tsv")),
     "geolife": (read_geolife, (".plt",)),
 }
-"""Name of a format -> its reader, and the endings of its files in a folder."""
+"""Name of a format -> its reader, and the suffixes of its files in a folder."""

@@ -1,13 +1,16 @@
-"""Print a model's answers beside simple baselines and, for generated records, the best possible.
+"""Print a model's answers beside simple baselines and, for generated records, the best possible result.
 
     python pipelines/mobility/report.py FOLDER ANSWERS.jsonl [--law LAW.csv]
 
-FOLDER         what prepare.py wrote
-ANSWERS.jsonl  what pipelines/evaluate.py wrote for FOLDER/test.jsonl with the scorer mobility.answer:next_place
---law          law.csv of generate.py, if the records come from there
+FOLDER         the folder that prepare.py wrote
+ANSWERS.jsonl  the answers that pipelines/evaluate.py wrote for FOLDER/test.jsonl, with the scorer
+               mobility.answer:next_place
+--law          law.csv of generate.py, if generate.py made the records
 
-The baselines look at exactly the stays that the model was shown, and at all that came before a target. The widths of
-the time kernel are chosen on the stays between training and test. Intervals draw people, not rows.
+Each baseline predicts twice: from exactly the stays that the model saw, and from all stays before a target. The widths
+of the time kernel are chosen on the stays between training and test. Intervals resample people, not rows.
+
+Exit codes: 0 the table is printed; 2 an error that you can fix.
 """
 
 import csv
@@ -33,29 +36,28 @@ from olora_ray.evaluation.rows import Interval, difference, numbered
 KERNEL, MOVING = "time kernel", "time kernel, never the last place"
 LEVEL = 0.95
 TUNED_ON = 2000
-"""Most stays on which a time kernel is chosen."""
+"""Largest number of stays on which a time kernel is chosen."""
 NOWHERE = -1
-"""Stands for an answer that names no place."""
+"""The place of an answer that names none."""
 
 
 def main(argv: list[str]) -> None:
-    """Read the files and print the table."""
-    found = command_line.parse(argv, __doc__ or "", options=("--law",))
-    names = found.names()
+    parsed = command_line.parse(argv, __doc__ or "", options=("--law",))
+    names = parsed.names()
     if len(names) != 2:
-        raise UserError("arguments FOLDER and ANSWERS.jsonl: both are needed, and no more; --help shows how")
-    law = Path(found.options["--law"]) if "--law" in found.options else None
+        raise UserError("arguments: expected FOLDER and ANSWERS.jsonl; --help shows how")
+    law = Path(parsed.options["--law"]) if "--law" in parsed.options else None
     print("\n".join(make_report(Path(names[0]), Path(names[1]), law).lines()))
 
 
-# Simple predictors of the next place: what a model must beat before it has learned anything worth its cost. Each looks
-# at the stays before the one to be predicted and at nothing else, so it can be asked about exactly the stays that a
-# model sees, or about all that came before. Of equally good places the one visited last is named.
+# Simple predictors of the next place, which a model must beat to be worth its cost. Each uses the stays before the
+# target and nothing else, so it can predict from exactly the stays that a model sees, or from all earlier ones. Among
+# equally good places it names the one visited last.
 
 
 @dataclass(frozen=True)
 class Past:
-    """The stays before one that is to be predicted, oldest first, at least one; all arrays (stays,)."""
+    """The stays before a target, oldest first, at least one; all arrays are (stays,)."""
 
     places: NDArray[np.int64]
     minutes: NDArray[np.int64]
@@ -63,7 +65,6 @@ class Past:
 
     @classmethod
     def of(cls, stays: Sequence[Stay]) -> "Past":
-        """The columns of a list of stays."""
         minutes = np.array([stay.when.minute for stay in stays], dtype=np.int64)
         return cls(np.array([stay.place for stay in stays]), minutes, np.array([stay.when.weekend for stay in stays]))
 
@@ -75,17 +76,15 @@ Baseline = Callable[[Past, When], int]
 
 
 def last(past: Past, when: When) -> int:
-    """The place visited last."""
     return int(past.places[-1])
 
 
 def most_frequent(past: Past, when: When) -> int:
-    """The place visited most often."""
     return _heaviest(past.places, np.ones(len(past.places)))
 
 
 def markov(past: Past, when: When) -> int:
-    """The place that followed most often on the place visited last; without one, the most frequent."""
+    """Return the place that most often followed the last place; if none did, the most frequent place."""
     after = past.places[1:][past.places[:-1] == past.places[-1]]
     return _heaviest(after, np.ones(len(after))) if len(after) else most_frequent(past, when)
 
@@ -97,19 +96,19 @@ class TimeKernel:
     hours: float = 1.0
     """Standard deviation."""
     other_days: float = 0.25
-    """Factor for weekdays where the weekend is asked for, and the other way round."""
+    """Factor for weekdays if the target is at the weekend, and the reverse."""
     moving: bool = False
-    """Never name the place visited last, where there is another: a rule that not everybody would call simple."""
+    """Never name the last place, if there is another: a rule that not everybody would call simple."""
 
     def __call__(self, past: Past, when: When) -> int:
-        """The heaviest place."""
         if self.moving and (elsewhere := past.places != past.places[-1]).any():
             past = Past(past.places[elsewhere], past.minutes[elsewhere], past.weekend[elsewhere])
         apart = np.abs(past.minutes - when.minute)
         hours = np.minimum(apart, MINUTES - apart) / 60
         exponent = -0.5 * (hours / self.hours) ** 2
         exponent += np.where(past.weekend == when.weekend, 0.0, math.log(self.other_days))
-        return _heaviest(past.places, np.exp(exponent - exponent.max()))  # else all weights may be 0
+        # Without the largest exponent all weights could underflow to 0.
+        return _heaviest(past.places, np.exp(exponent - exponent.max()))
 
 
 BASELINES: dict[str, Baseline] = {
@@ -119,36 +118,32 @@ BASELINES: dict[str, Baseline] = {
     "time kernel": TimeKernel(),
 }
 GRID = tuple(TimeKernel(hours, other_days) for hours in (0.5, 1.0, 2.0, 4.0) for other_days in (0.05, 0.25, 1.0))
-"""Time kernels of which the best on other rows is used, so that the baseline is not weak for want of a choice."""
+"""Candidates for the time kernel; the best on other rows is used, so that the baseline is strong."""
 
 
 def _heaviest(places: NDArray[np.int64], weights: NDArray[np.float64]) -> int:
-    """The place with the largest sum of weights; of several the one that stands last."""
+    """Return the place with the largest sum of weights; among equal ones the last visited."""
     names, place = np.unique(places, return_inverse=True)
     sums = np.bincount(place, weights)
     best = np.flatnonzero(np.isclose(sums, sums.max(), rtol=1e-9, atol=0))
     return int(names[place[np.flatnonzero(np.isin(place, best))[-1]]])
 
 
-# The model and the baselines on the same rows. Accuracies are compared by paired intervals in which people are drawn,
-# not rows: the rows of one person are alike.
+# The model and the baselines on the same rows. Paired intervals compare their accuracies. They resample people and not
+# rows, because the rows of one person are similar.
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A row that was asked."""
-
     person: str
     stay: int
-    """Number of the target among the person's stays."""
+    """Index of the target among the person's stays."""
     shown: int
-    """Stays in the question."""
+    """Number of stays in the question."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model or a baseline, and the places that it predicted."""
-
     name: str
     sees: str
     places: tuple[int, ...]
@@ -162,13 +157,11 @@ class Best:
 
     places: tuple[int, ...]
     chances: tuple[float, ...]
-    """Probability of each to be right."""
+    """Probability of each answer being right."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Predictions of the same rows."""
-
     asked: Sequence[Asked]
     truth: tuple[int, ...]
     model: Predictor
@@ -177,36 +170,34 @@ class Report:
 
     @cached_property
     def groups(self) -> list[int]:
-        """The number of each row's person."""
         return numbered([row.person for row in self.asked])
 
     def of_several(self) -> bool:
-        """True if the rows are of more than one person; of one alone there is no interval over people."""
+        """True if the rows are of more than one person; for one person there is no interval over people."""
         return len(set(self.groups)) > 1
 
     def accuracy(self, places: Sequence[int]) -> float:
-        """Acc@1: the share of the rows whose place is named."""
+        """Return Acc@1: the share of rows whose place is named."""
         return float(np.mean(np.equal(places, self.truth)))
 
     def weighted_f1(self, places: Sequence[int]) -> float:
-        """Mean of the F1 of the places that occur, weighted by how often they do."""
+        """Return the mean F1 of the places that occur, weighted by their counts."""
         from sklearn.metrics import f1_score  # type: ignore[import-untyped]  # a second
 
         return float(f1_score(self.truth, places, average="weighted", zero_division=0))
 
     def over(self, other: Predictor, level: float = LEVEL) -> Interval:
-        """By how much the model's Acc@1 is above another's, with an interval over people."""
+        """Return the model's Acc@1 minus another's, with an interval over people."""
         ours, theirs = (np.equal(each.places, self.truth).astype(float) for each in (self.model, other))
         return difference(ours, theirs, level=level, groups=self.groups)
 
     def lines(self) -> list[str]:
-        """The table and what follows from it."""
-        table = [("", "sees", "Acc@1", "weighted F1", "model - it", "95% interval over people")]
+        table = [("", "sees", "Acc@1", "weighted F1", "model minus it", "95% interval over people")]
         table.append((self.model.name, self.model.sees, *self._scores(self.model.places), "", ""))
         for each in self.baselines:
-            found = self.over(each)
-            interval = f"[{found.low:+.3f}, {found.high:+.3f}]" if self.of_several() else "one person: none"
-            table.append((each.name, each.sees, *self._scores(each.places), f"{found.mean:+.3f}", interval))
+            gain = self.over(each)
+            interval = f"[{gain.low:+.3f}, {gain.high:+.3f}]" if self.of_several() else "one person: none"
+            table.append((each.name, each.sees, *self._scores(each.places), f"{gain.mean:+.3f}", interval))
         if self.best:
             table.append(("best possible", "the law", *self._scores(self.best.places), "", ""))
         shown = aligned(table, right=[number > 1 for number in range(6)])
@@ -215,45 +206,46 @@ class Report:
         return [size, "", shown[0], "-" * len(shown[0]), *shown[1:], "", *self.verdict()]
 
     def verdict(self) -> list[str]:
-        """Say in words if the model beats the best simple baseline, and the other rule."""
+        """Return sentences: does the model beat the best simple baseline, and the other rule?"""
         simple = [each for each in self.baselines if each.simple]
         strongest = [max(simple, key=lambda each: self.accuracy(each.places))]
         others = [each for each in self.baselines if not each.simple]
         strongest += [max(others, key=lambda each: self.accuracy(each.places))] if others else []
         lines = [self._against(each) for each in strongest]
         if self.best:
-            expected, found = float(np.mean(self.best.chances)), self.accuracy(self.model.places)
+            expected, reached = float(np.mean(self.best.chances)), self.accuracy(self.model.places)
             right = self.accuracy(self.best.places)
             lines.append(
-                f"Whoever knows the law is right on {expected:.3f} of such rows (on these: {right:.3f}), the model on"
-                f" {found:.3f}."
+                f"The best possible answers are right on {expected:.3f} of such rows (on these: {right:.3f}), the model"
+                f" on {reached:.3f}."
             )
         return lines
 
     def _against(self, other: Predictor) -> str:
-        what = "the best simple baseline" if other.simple else "a rule less simple"
-        found = self.over(other)
+        rival = "the best simple baseline" if other.simple else "the best less simple rule"
+        gain = self.over(other)
         if not self.of_several():
             return (
-                f"It is not shown that the model beats {what}, {other.name} on {other.sees}: Acc@1 {found.mean:+.3f},"
-                " but one person says nothing of others."
+                f"It is not shown that the model beats {rival}, {other.name} on {other.sees}: Acc@1 {gain.mean:+.3f},"
+                " but one person shows nothing about others."
             )
-        bounds = f"{found.mean:+.3f} (95% interval over people {found.low:+.3f} to {found.high:+.3f})"
-        # The baseline was chosen on these very rows, which makes the best of several look better than it is.
+        bounds = f"{gain.mean:+.3f} (95% interval over people {gain.low:+.3f} to {gain.high:+.3f})"
+        # The baseline was chosen on these rows, so the best of several looks better than it is. To say that the model
+        # loses, the interval must hold for all of them together (Bonferroni).
         alike = sum(each.simple == other.simple for each in self.baselines)
-        loses = found.high < 0 and self.over(other, 1 - (1 - LEVEL) / alike).high < 0
+        loses = gain.high < 0 and self.over(other, 1 - (1 - LEVEL) / alike).high < 0
         lost = "The model loses to" if loses else "It is not shown that the model beats"
-        word = "The model beats" if found.low > 0 else lost
-        return f"{word} {what}, {other.name} on {other.sees}: Acc@1 {bounds}."
+        word = "The model beats" if gain.low > 0 else lost
+        return f"{word} {rival}, {other.name} on {other.sees}: Acc@1 {bounds}."
 
     def _scores(self, places: Sequence[int]) -> tuple[str, str]:
         return f"{self.accuracy(places):.3f}", f"{self.weighted_f1(places):.3f}"
 
 
 def make_report(folder: Path, answers: Path, law: Path | None = None) -> Report:
-    """The report on the answers to FOLDER/test.jsonl in `answers` (answers.jsonl of pipelines/evaluate.py).
+    """Return the report on the answers to FOLDER/test.jsonl in `answers` (answers.jsonl of pipelines/evaluate.py).
 
-    Raises UserError for files that are not there or do not fit together.
+    Raises UserError for files that are missing or do not fit together.
     """
     people = rows.read_stays(folder)
     given = _answers(answers)
@@ -265,18 +257,19 @@ def make_report(folder: Path, answers: Path, law: Path | None = None) -> Report:
 
 
 def baselines(people: Mapping[str, Sequence[Stay]], asked: Sequence[Asked]) -> list[Predictor]:
-    """Each simple baseline on exactly the stays that the model was shown, and on all before the target."""
+    """Return each simple baseline on exactly the stays that the model saw, and on all stays before the target."""
     pasts = {person: Past.of(stays) for person, stays in people.items()}
+    # A baseline that sees as many stays as the model is a fair rival; one that sees all shows the worth of more stays.
     shown = max(1, *(row.shown for row in asked), 1)
-    found = []
+    predictors = []
     for sees, most in (("stays shown", shown), ("full past", None)):
         kernel = _tuned(people, pasts, most)
         chosen: dict[str, Baseline] = {**BASELINES, KERNEL: kernel, MOVING: replace(kernel, moving=True)}
         for name, baseline in chosen.items():
             targets = [(row.person, row.stay, max(1, row.shown) if most else None) for row in asked]
             guesses = _predict(baseline, people, pasts, targets)
-            found.append(Predictor(name, sees, guesses, simple=name != MOVING))
-    return found
+            predictors.append(Predictor(name, sees, guesses, simple=name != MOVING))
+    return predictors
 
 
 def _predict(
@@ -285,10 +278,8 @@ def _predict(
     pasts: Mapping[str, Past],
     targets: Iterable[tuple[str, int, int | None]],
 ) -> tuple[int, ...]:
-    """Predictions for (person, number of a stay, how many stays before it are seen; None: all).
-
-    Of a first stay (`prepare.py --least 0`) none names a place: nothing came before it.
-    """
+    """Return predictions for (person, index of a stay, number of earlier stays that are seen; None: all)."""
+    # Nothing comes before a first stay (`prepare.py --least 0`), so no baseline names a place for it.
     return tuple(
         baseline(pasts[person][max(0, stay - most) if most else 0 : stay], people[person][stay].when)
         if stay
@@ -298,7 +289,7 @@ def _predict(
 
 
 def _tuned(people: Mapping[str, Sequence[Stay]], pasts: Mapping[str, Past], most: int | None) -> TimeKernel:
-    """The time kernel that is best on stays that are neither trained on nor tested."""
+    # The stays between training and test, so that the choice uses neither.
     middle = rows.select(people, 1, {"eval": TUNED_ON}).targets["eval"]
     if not middle:
         return GRID[0]
@@ -308,7 +299,7 @@ def _tuned(people: Mapping[str, Sequence[Stay]], pasts: Mapping[str, Past], most
 
 
 def _answers(file: Path) -> dict[int, tuple[int, int | None]]:
-    """Line of a row -> the place that was answered (NOWHERE for none) and that of the reference."""
+    """Return line of a row -> the answered place (NOWHERE for none) and the reference's."""
     given: dict[int, tuple[int, int | None]] = {}
     for number, item in enumerate(_lines(file), 1):
         with as_user_error(
@@ -317,7 +308,7 @@ def _answers(file: Path) -> dict[int, tuple[int, int | None]]:
             name, _, line = item["origin"].rpartition(":")
             place, reference = answer.read(item["text"]), answer.read(item["reference"])
             if int(line) in given:
-                raise UserError(f"{file}:{number}: {name}:{line} was answered before; give the answers of one model")
+                raise UserError(f"{file}:{number}: {name}:{line} was answered before; use the answers of one model")
             given[int(line)] = (NOWHERE if place is None else place, reference)
     if not given:
         raise UserError(f"{file}: no answers; evaluate with a scorer, and evaluation.rows above 0")
@@ -327,31 +318,29 @@ def _answers(file: Path) -> dict[int, tuple[int, int | None]]:
 def _asked(
     file: Path, given: Mapping[int, tuple[int, int | None]], people: Mapping[str, Sequence[Stay]]
 ) -> tuple[Asked, ...]:
-    """The rows that were answered, in their order."""
     asked = []
     for number, row in enumerate(_lines(file), 1):
         if number not in given:
             continue
         with as_user_error(f"{file}:{number}: no row of prepare.py", KeyError, TypeError, ValueError, IndexError):
-            found = Asked(row["user"], int(row["stay"]), int(row["shown"]))
-            place = people[found.person][found.stay].place
+            answered = Asked(row["user"], int(row["stay"]), int(row["shown"]))
+            place = people[answered.person][answered.stay].place
         if place != given[number][1]:
             raise UserError(f"{file}:{number}: the answers are to other rows: evaluate on this file")
-        asked.append(found)
+        asked.append(answered)
     if len(asked) < len(given):
         raise UserError(f"{file}: {len(given)} rows were answered, but it has {len(asked)} of them")
     return tuple(asked)
 
 
 def _best(file: Path, asked: Sequence[Asked]) -> Best:
-    """The best answers to rows, from the law.csv of generate.py."""
     known: dict[tuple[str, int], tuple[int, float]] = {}
     with as_user_error(f"{file}: not as generate.py writes it", OSError, ValueError, KeyError, TypeError, csv.Error):
         with file.open(encoding="utf-8") as opened:
             for row in csv.DictReader(opened):
                 known[row["user_id"], int(row["stay"])] = (int(row["best"]), float(row["chance"]))
-        found = [known[row.person, row.stay] for row in asked]
-    return Best(tuple(place for place, _ in found), tuple(chance for _, chance in found))
+        best = [known[row.person, row.stay] for row in asked]
+    return Best(tuple(place for place, _ in best), tuple(chance for _, chance in best))
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

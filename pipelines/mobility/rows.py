@@ -1,7 +1,7 @@
-"""Rows of a mobility corpus: who is trained on, and tested on, in which stays, and the files that say so.
+"""Rows of a mobility corpus: the stays to train on, to choose on and to test on, and the files that record them.
 
-Each person's stays are split in time: the first 60 % are targets of training, the next 20 % are held out for choices,
-the last 20 % for the result. A target's question may have stays of all that came before it, as it will when served.
+Each person's stays are split by time: the first 60 % are targets of training, the next 20 % are held out for choices,
+the last 20 % for the result. A target's question may show all earlier stays, as it will when it is served.
 """
 
 import csv
@@ -23,34 +23,29 @@ SPLITS = ("train", "eval", "test")
 SHARES = (0.6, 0.8)
 STAYS, PLACES, TEMPLATE = "stays.csv", "places.csv", "template.json"
 COLUMNS = ("user", "place", "at", "weekday", "minute", "duration")
-"""Columns of stays.csv, as in Stay."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A stay that is asked for."""
-
     person: str
     number: int
-    """Number of the stay among the person's, from 0."""
+    """Index of the stay among the person's stays."""
     count: int = 1
-    """So many stays are asked for in one row, from that one on."""
+    """Number of stays that the row asks for, starting at this one."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which stays are targets."""
-
     targets: Mapping[str, Sequence[Target]]
     """train, eval and test -> targets, person by person in the order of time."""
     too_early: int
-    """Stays with fewer than `least` before them."""
+    """Number of stays with fewer than `least` earlier ones."""
     not_drawn: Mapping[str, int]
-    """Stays of each split beyond its limit."""
+    """Number of stays of each split beyond its limit."""
 
 
 def split_of(number: int, count: int) -> str:
-    """The split of a stay: its number, from 0, among the `count` of a person."""
+    """Return the split of stay `number`, from 0, among the `count` stays of a person."""
     return SPLITS[sum(number >= int(share * count) for share in SHARES)]
 
 
@@ -61,12 +56,12 @@ def select(
     seed: int = 0,
     turns: int = 1,
 ) -> Selection:
-    """The targets of each split: all stays with at least `least` before them, of a split with a limit so many rows.
+    """Return the targets of each split: all stays with at least `least` earlier ones, or as many rows as its limit.
 
-    Those are drawn by a hash of seed, person and number: the same for any order of the records. A row of train asks for
-    up to `turns` stays, one after the other.
+    A hash of seed, person and number draws the rows, so that the order of the records does not matter. A row of train
+    asks for up to `turns` stays, one after the other.
     """
-    found: dict[str, list[Target]] = {name: [] for name in SPLITS}
+    targets_of: dict[str, list[Target]] = {name: [] for name in SPLITS}
     for person, stays in people.items():
         splits = [split_of(number, len(stays)) for number in range(len(stays))]
         ends = {name: len(stays) - splits[::-1].index(name) for name in set(splits)}
@@ -74,21 +69,21 @@ def select(
         while number < len(stays):
             name = splits[number]
             count = min(turns if name == "train" else 1, ends[name] - number)
-            found[name].append(Target(person, number, count))
+            targets_of[name].append(Target(person, number, count))
             number += count
-    kept = {name: _drawn(targets, (limits or {}).get(name), seed) for name, targets in found.items()}
+    kept = {name: _drawn(targets, (limits or {}).get(name), seed) for name, targets in targets_of.items()}
     return Selection(
         kept,
         sum(min(least, len(stays)) for stays in people.values()),
-        {name: len(found[name]) - len(kept[name]) for name in SPLITS},
+        {name: len(targets_of[name]) - len(kept[name]) for name in SPLITS},
     )
 
 
 def write(folder: Path, records: Records, selection: Selection, template: Template, fits: Fits | None) -> list[str]:
     """Write train.jsonl, eval.jsonl and test.jsonl, all stays, the names of the places and the template.
 
-    Rows are written one by one, and files take their names when all are complete. Returns lines about what was
-    written. Raises UserError if a question has no room.
+    Rows are written one by one; the files get their names when all are complete. Returns lines about the written files.
+    Raises UserError if a question does not fit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cut: Counter[str] = Counter()
@@ -107,11 +102,11 @@ def write(folder: Path, records: Records, selection: Selection, template: Templa
 
 
 def read_stays(folder: Path) -> dict[str, list[Stay]]:
-    """The stays of each person as `write` left them; raises UserError if it did not."""
+    """Return each person's stays from the file of `write`; raises UserError if it is missing or another file."""
     people: dict[str, list[Stay]] = {}
-    what = f"{folder / STAYS}: not as prepare.py writes it"
+    message = f"{folder / STAYS}: not as prepare.py writes it"
     with (
-        as_user_error(what, OSError, ValueError, KeyError, TypeError, csv.Error),
+        as_user_error(message, OSError, ValueError, KeyError, TypeError, csv.Error),
         (folder / STAYS).open(encoding="utf-8") as opened,
     ):
         for row in csv.DictReader(opened):
@@ -122,7 +117,6 @@ def read_stays(folder: Path) -> dict[str, list[Stay]]:
 
 
 def _row(records: Records, target: Target, template: Template, fits: Fits | None) -> dict[str, Any]:
-    """A row: its messages, and what a report needs to know of it."""
     stays = records.people[target.person]
     past, asked = stays[: target.number], stays[target.number : target.number + target.count]
     shown = template.room(past, asked[0].when, fits, template.turns(asked)[:-1])
@@ -139,6 +133,7 @@ def _cells(records: Records) -> Iterator[tuple[object, ...]]:
 def _drawn(targets: Sequence[Target], limit: int | None, seed: int) -> list[Target]:
     if limit is None or len(targets) <= limit:
         return list(targets)
+    # Drawn by hash, then returned in their own order, person by person.
     chosen = set(sorted(targets, key=lambda target: _hash(seed, target))[:limit])
     return [target for target in targets if target in chosen]
 
@@ -154,7 +149,7 @@ def _line(name: str, selection: Selection, cut: int) -> str:
     asked = sum(target.count for target in targets)
     parts += [f"which ask for {asked} stays"] if asked > len(targets) else []
     parts += [f"{left} more were not drawn"] if (left := selection.not_drawn[name]) else []
-    parts += [f"of {cut} the oldest stays had no room"] if cut else []
+    parts += [f"{cut} without their oldest stays, which did not fit"] if cut else []
     return ", ".join(parts)
 
 

@@ -1,10 +1,10 @@
-"""Write the quickstart corpus: customer messages and the JSON that a model shall make of them.
+"""Write the quickstart corpus: customer messages, and the JSON that a model should answer.
 
     python pipelines/quickstart/make_corpus.py
 
-writes `train.jsonl` and `heldout.jsonl` next to this file, always the same bytes. The two halves of
-`vocabulary.json` share no product word, name, frame or phrase, so a good score on the held-out rows
-is a skill and not a memory. A frame may hold choices, `[this|that]`, and the fields in braces.
+Writes `train.jsonl` and `heldout.jsonl` beside this file, always with the same bytes. The two halves of
+`vocabulary.json` share no product word, name, frame or phrase, so that a model cannot answer the held-out rows from
+memory. A frame may contain choices, `[this|that]`, and fields in braces.
 """
 
 import json
@@ -35,7 +35,7 @@ Row = dict[str, list[dict[str, str]]]
 
 
 class Deck:
-    """Deals its cards in random order, and shuffles them again only when all have been dealt."""
+    """A deck that deals its cards in random order, and shuffles them again when all have been dealt."""
 
     def __init__(self, cards: Sequence[str], rng: random.Random) -> None:
         self._cards = tuple(cards)
@@ -43,7 +43,7 @@ class Deck:
         self._left: list[str] = []
 
     def deal(self) -> str:
-        """The next card, with its `[this|that]` choices made."""
+        """Return the next card, with its `[this|that]` choices made."""
         if not self._left:
             self._left = self._rng.sample(self._cards, len(self._cards))
         return re.sub(r"\[([^]]+)\]", self._choose, self._left.pop())
@@ -55,15 +55,12 @@ class Deck:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a message says, and what the model shall find in it."""
-
     category: str
     product: str
     urgency: str
     order: str | None
 
     def answer(self) -> str:
-        """One line of JSON."""
         return json.dumps(
             {
                 "category": self.category,
@@ -75,8 +72,6 @@ class Facts:
 
 
 class Writer:
-    """Writes rows from one half of the vocabulary."""
-
     def __init__(self, half: str, seed: int = SEED) -> None:
         words = json.loads((HERE / "vocabulary.json").read_text(encoding="utf-8"))[half]
         self.rng = random.Random(f"{seed}/{half}")
@@ -84,9 +79,9 @@ class Writer:
         self.decks = {name: Deck(cards, self.rng) for name, cards in words.items()}
 
     def rows(self, count: int) -> list[Row]:
-        """`count` rows, every pair of category and urgency equally often, in random order."""
-        kinds = [(category, urgency) for category in self.frames for urgency in ("high", "low")]
-        rows = [self._row(*kinds[i % len(kinds)]) for i in range(count)]
+        """Return `count` rows in random order, with every pair of category and urgency equally often."""
+        pairs = [(category, urgency) for category in self.frames for urgency in ("high", "low")]
+        rows = [self._row(*pairs[i % len(pairs)]) for i in range(count)]
         self.rng.shuffle(rows)
         return rows
 
@@ -110,12 +105,12 @@ class Writer:
         return "\n".join(lines).replace("{name}", self._deal("names"))
 
     def _body(self, facts: Facts) -> Iterator[str]:
-        """The sentences between greeting and closing, the fields still in braces."""
         mention = "{product}"
         if facts.order and self._happens(INLINE_ORDER_SHARE):
             mention = self._deal("order_inline")
         elif facts.order:
             yield self._deal("order_sentences")
+        # `_row` fills in the fields in braces at the end, so that typos and lower case do not change them.
         yield self.frames[facts.category].deal().replace("{product}", mention)
         if facts.urgency == "high" or not self._happens(SILENT_LOW_SHARE):
             yield self._deal(facts.urgency)
@@ -141,7 +136,7 @@ class Writer:
         return self.rng.choice("ABCDEFGHKLMNPRSTUVWXYZ" if kind[1] == "A" else "0123456789")
 
     def _with_typo(self, text: str) -> str:
-        """Two letters swapped in one long word; the fields in braces stay as they are."""
+        # The fields in braces stay as they are: they are filled in later.
         words = re.findall(r"(?<![{\w])[a-z]{5,}", text)
         if not words:
             return text
@@ -157,7 +152,6 @@ class Writer:
 
 
 def chat(message: str, answer: str) -> Row:
-    """One example in the chat format."""
     return {
         "messages": [
             {"role": "system", "content": INSTRUCTION},
@@ -168,12 +162,10 @@ def chat(message: str, answer: str) -> Row:
 
 
 def corpus(half: str) -> str:
-    """The text of `train.jsonl` or `heldout.jsonl`."""
     return "".join(json.dumps(row) + "\n" for row in Writer(half).rows(ROWS[half]))
 
 
 def main() -> None:
-    """Write both files."""
     for half in ROWS:
         (HERE / f"{half}.jsonl").write_text(corpus(half), encoding="utf-8")
 

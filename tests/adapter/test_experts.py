@@ -1,4 +1,4 @@
-"""Experts whose weights are one parameter: they start as the base, and are adapted by their formula."""
+"""Experts whose weights are one parameter: the first output is the base's, and each expert follows its formula."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_the_start_equals_the_base_exactly(family: str, implementation: str, dty
 @IMPLEMENTATION
 @pytest.mark.parametrize("method", FROM_WEIGHTS)
 def test_outputs_and_gradients_are_those_of_the_dense_formula(family: str, implementation: str, method: str) -> None:
-    """Every layer and expert against a base whose weights are W + s (B A - B0 A0), by autograd."""
+    """Compare every layer and expert, by autograd, with a base whose weights are W + s (B A - B0 A0)."""
     model = zoo.make(ALL[family], experts=implementation)
     targets = find_targets(model, "all-linear", RANK)
     factors, _ = initialise(targets, method, RANK, 0, CPU)
@@ -165,8 +165,6 @@ def test_several_adapters_share_the_experts_of_one_base() -> None:
 
 
 class Own(nn.Module):
-    """Experts of a family that has its own ideas."""
-
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.num_experts = how, 2

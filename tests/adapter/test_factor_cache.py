@@ -40,7 +40,7 @@ def test_without_a_prefix_the_rank_must_be_that_of_the_factors(tmp_path: Path) -
 
 
 def factors(full_rank: bool = True) -> dict[str, Factors]:
-    """Two layers, one without B0, and a stack of experts."""
+    """Return two layers, one of them without B0, and a stack of experts."""
     made = {}
     for name, shape, method in (
         ("layer0", (20, 24), "olora"),

@@ -1,4 +1,4 @@
-"""However many workers compute the factors, all end with the same bytes."""
+"""Any number of workers computes the factors, and all end with the same bytes."""
 
 import hashlib
 import math
@@ -121,7 +121,7 @@ def test_layers_of_one_shape_start_differently() -> None:
 
 
 def mixture() -> dict[str, Target]:
-    """Linear layers beside two stacks of experts, one of them kept as E x n x m."""
+    """Return linear layers beside two stacks of experts, one of them stored as E x n x m."""
     found = layers(count=3)
     generator = torch.Generator().manual_seed(6)
     for name, transposed in (("experts.up", False), ("experts.down", True)):

@@ -1,4 +1,4 @@
-"""The adapted layer starts as its base, has the gradients of its formula, and exports what it computes."""
+"""The adapted layer starts as its base, has its formula's gradients, and exports what it computes."""
 
 import copy
 from typing import Any
@@ -38,7 +38,6 @@ def one_layer(m: int, n: int, method: str = "olora", rank: int = RANK, **options
 
 
 def formula(y: Tensor, x: Tensor, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None) -> Tensor:
-    """The layer by its formula, for autograd."""
     if b0 is None:
         return y + SCALE * (x @ (a0 + da).T) @ db.T
     return y + SCALE * ((x @ a0.T) @ db.T + (x @ da.T) @ (b0 + db).T)

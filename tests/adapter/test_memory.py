@@ -1,4 +1,4 @@
-"""An export takes the memory of a few weights, whatever the model has: under a limit that the whole would break."""
+"""An export runs within a memory limit that the whole model would exceed."""
 
 import subprocess
 import sys

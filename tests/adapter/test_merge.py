@@ -38,7 +38,7 @@ def load(folder: Path) -> nn.Module:
 @pytest.mark.lengthy
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
 def test_what_transformers_puts_together_is_taken_apart_again(tmp_path: Path, family: str) -> None:
-    """Experts stored one by one, fused or transposed, other names: the files are the base's with the change."""
+    """Experts stored one by one, fused, transposed or renamed: the files are the base's plus the change."""
     case = make_stacked_case(tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6))
     case.write_merged(tmp_path / "merged")
     found = stored.groups(case.base, case.model, case.adapter)
@@ -119,7 +119,7 @@ def test_shards_keep_their_layout_and_other_files_come_along(tmp_path: Path) -> 
 
 
 def test_of_two_sets_of_weights_the_one_is_merged_that_is_trained_on(tmp_path: Path) -> None:
-    """transformers loads model.safetensors where shards of an earlier save lie beside it."""
+    """transformers loads model.safetensors even if shards of an earlier save lie beside it."""
     case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
     tiny.llama(initializer_range=0.2).save_pretrained(tmp_path / "other", max_shard_size="100KB")
     for file in list((tmp_path / "other").glob("model*")):
@@ -187,7 +187,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
         (lambda tensors: tensors.update({f"a.{Q}": tensors.pop(Q), f"b.{Q}": torch.ones(2)}), "has its weight twice"),
         (
             lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)}),
-            rf"{re.escape(Q)} is stored as I8, which is not",
+            rf"{re.escape(Q)} is stored as I8",
         ),
     ],
     ids=["missing", "twice", "quantised"],
@@ -213,7 +213,7 @@ def test_tied_weights_are_named(llama: Case, tmp_path: Path) -> None:
 
 
 def test_two_layers_on_one_stored_weight_are_named(llama: Case, tmp_path: Path) -> None:
-    """Their names end alike, and transformers would read neither."""
+    """Their names have the same end, and transformers would read neither."""
     for side in ("left", "right"):
         inner = nn.ModuleDict({"up": nn.Linear(2, 2, device="meta")})
         llama.model.add_module(side, nn.ModuleDict({"h": nn.ModuleList([inner])}))
@@ -303,7 +303,7 @@ def test_one_wrong_layer_is_caught_and_named(case: Case, tmp_path: Path, kind: s
 
 @pytest.mark.parametrize("number", ["its neighbour", float("nan"), float("inf")])
 def test_another_number_is_wrong(tmp_path: Path, number: str | float) -> None:
-    """Also one unit in the last place of one weight, in the precision where that is least: bfloat16."""
+    """The check also finds one unit in the last place of one weight, in the coarsest precision, bfloat16."""
     case = make_case(tmp_path / "base", tiny.llama(dtype=torch.bfloat16), SETTINGS)
     folder = case.write_merged(tmp_path / "merged")
 
@@ -336,7 +336,9 @@ def test_one_byte_elsewhere_is_caught_and_named(case: Case, tmp_path: Path) -> N
         file.seek(place.start + 7)
         file.write(bytes([byte[0] ^ 1]))
     assert check(case, folder).error <= 1
-    assert changed(case, folder) == [f"{place.file}: byte {place.start + 7} (of model.norm.weight) is not the base's"]
+    assert changed(case, folder) == [
+        f"{place.file}: byte {place.start + 7} (model.norm.weight) differs from the base's"
+    ]
 
 
 def test_files_that_are_not_the_bases_are_caught(case: Case, tmp_path: Path) -> None:
@@ -346,7 +348,7 @@ def test_files_that_are_not_the_bases_are_caught(case: Case, tmp_path: Path) -> 
     (folder / "old.safetensors").unlink()
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    assert changed(case, folder) == ["config.json is not the base's"]
+    assert changed(case, folder) == ["config.json differs from the base model's"]
 
 
 @given(

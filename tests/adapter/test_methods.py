@@ -1,4 +1,4 @@
-"""What every method of the family promises, what each says of itself, and PEFT or the formula as its oracle."""
+"""The promises and settings of each method, checked against PEFT or the formula."""
 
 import contextlib
 from collections.abc import Callable
@@ -287,14 +287,14 @@ SHAPES = pytest.mark.parametrize(("m", "n"), [(192, 192), (64, 192), (192, 64), 
 
 
 def spectral_weight(m: int, n: int) -> Tensor:
-    """As flat a spectrum as those of trained layers, with some directions that stand out."""
+    """Return a weight with a spectrum as flat as a trained layer's, and some directions that stand out."""
     generator = torch.Generator().manual_seed(m * 1000 + n)
     few = torch.randn(m, 5, generator=generator) @ torch.randn(5, n, generator=generator)
     return 0.05 * torch.randn(m, n, generator=generator) + 0.01 * few
 
 
 def pefts(weight: Tensor, init: str) -> Any:
-    """PEFT's layer of this weight, initialised; its base is changed as PEFT does."""
+    """Return PEFT's initialised layer of this weight; its base is changed as PEFT changes it."""
     model = nn.Sequential()
     model.add_module("proj", nn.Linear(weight.shape[1], weight.shape[0], bias=False))
     model.proj.weight.data = weight.clone()

@@ -1,4 +1,4 @@
-"""The verdict: what is exact decides, and its words say where."""
+"""The verdict: the exact checks decide, and its words name the error."""
 
 import json
 from dataclasses import replace
@@ -39,14 +39,14 @@ def test_a_run_without_merged_folder_or_logits_is_judged_by_the_adapter() -> Non
 
 def test_each_error_is_one_line_that_names_the_layer() -> None:
     wrong = Parity(
-        MergedFolder(Worst(3.5, "a.up", "bfloat16"), ("x.safetensors: byte 9 (of norm) is not the base's",)),
+        MergedFolder(Worst(3.5, "a.up", "bfloat16"), ("x.safetensors: byte 9 (norm) differs from the base's",)),
         AsPeftReads(0.5, "a.down", ()),
         LOGITS,
     )
     first, second, third = wrong.problems()
-    assert first == "merged folder: x.safetensors: byte 9 (of norm) is not the base's"
+    assert first == "merged folder: x.safetensors: byte 9 (norm) differs from the base's"
     assert "the merged weight of a.up is 3.5 roundings" in second
-    assert "the change of a.down is off by 0.5 of its size" in third
+    assert "the change of a.down with an error of 0.5 of its size" in third
 
     # Layers that PEFT reads otherwise are told instead of an error of theirs.
     wrong = replace(RIGHT, peft=AsPeftReads(float("inf"), "", ("PEFT does not adapt a.up",)))
@@ -71,7 +71,6 @@ SETTINGS = Adapter(method="olora", rank=4, alpha=6)
 
 
 def measure(case: Case, folder: Path, merged: bool = True) -> Logits | str:
-    """Export as a run does, unless a test has written a folder already."""
     if merged and not (folder / "merged").exists():
         case.write_merged(folder / "merged")
     if not (folder / "adapter").exists():
@@ -111,7 +110,7 @@ def test_conv1d_and_a_run_without_a_merged_folder(tmp_path: Path) -> None:
 
 
 class Unused(nn.Module):
-    """Stands for a layer whose weight the model reads without calling it: its adapter takes no part."""
+    """A layer whose weight the model reads without calling it, so that its adapter takes no part."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()

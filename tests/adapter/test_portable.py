@@ -1,4 +1,4 @@
-"""The files of an exported folder load elsewhere, and say nothing of where they were made."""
+"""The files of an exported folder load elsewhere, and do not say where they were made."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tests.export_parts import save_tokenizer
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A folder with a tokenizer as transformers 5 writes one that it loaded from a folder."""
+    """Return a folder with a tokenizer that transformers 5 loaded from a folder and saved."""
     save_tokenizer(tmp_path / "first")
     AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "base")
     settings = tmp_path / "base" / "tokenizer_config.json"
@@ -99,7 +99,7 @@ def test_a_config_without_places_keeps_its_bytes_and_nothing_is_made(tmp_path: P
 
 
 def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: Path) -> None:
-    """A server goes on past the end of an answer that only the chat template names."""
+    """Without this a server continues after the end of an answer that only the chat template names."""
     for there in (True, False):
         base, merged = tmp_path / f"base-{there}", tmp_path / f"merged-{there}"
         for folder in (base, merged):
@@ -115,7 +115,7 @@ def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: P
         )
         assert merge.changed_files(base, merged) == []
         (merged / "generation_config.json").write_text(json.dumps({**found, "temperature": 1.0}))
-        assert merge.changed_files(base, merged) == ["generation_config.json is not the base's"]
+        assert merge.changed_files(base, merged) == ["generation_config.json differs from the base model's"]
 
 
 def test_positions_are_told_by_the_names_of_transformers_4_too() -> None:
@@ -172,7 +172,7 @@ def test_a_card_says_what_the_adapter_is_and_how_to_load_it() -> None:
 def test_a_card_tells_nothing_of_the_machine() -> None:
     text = model_card(replace(CARD, base_name="/home/someone/models/SmolLM2", eval_loss=None))
     assert not any(word in text for word in ("/home", "someone", "secret-bucket", "None"))
-    assert "`SmolLM2`, untouched; a folder where this was trained" in text
+    assert "`SmolLM2`, untouched; a folder on the machine that trained" in text
     assert yaml.safe_load(text.split("---\n")[1]).get("base_model") is None
 
 
@@ -182,7 +182,7 @@ def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
         assert f"--max-lora-rank {taken} " in text
         assert f"a plain LoRA of rank {rank}\n" in text
     text = model_card(replace(CARD, rank=1024))
-    assert "vLLM takes no adapter of rank 1024, but up to 512" in text
+    assert "vLLM takes adapters up to rank 512, and this one has 1024" in text
     assert "vllm serve" not in text
 
 

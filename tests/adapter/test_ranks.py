@@ -1,4 +1,4 @@
-"""Every layer has a rank of its own: in the exchange, the model, the export, the merge and a checkpoint."""
+"""Each layer has its own rank: in the exchange, the model, the export, the merge and a checkpoint."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,6 @@ SHARES = (["a", "c"], ["b", "stack"], ["none"])
 
 
 def uneven(seed: int = 0) -> dict[str, Factors]:
-    """Layers of ranks 3, 5 and 0, with and without B0, and a stack of three experts."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -86,7 +85,6 @@ def test_a_layer_of_rank_0_is_not_wrapped() -> None:
 
 
 def ranked_start(model: Any) -> dict[str, Factors]:
-    """Factors of the ranks 1, 2, ... 5 in turn; every third without B0."""
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:-1]
     found = {}
     for number, name in enumerate(names):
@@ -96,7 +94,7 @@ def ranked_start(model: Any) -> dict[str, Factors]:
 
 
 def ranked_case(folder: Path, model: Any, settings: Adapter) -> Case:
-    """A base folder and an adapter of it, trained-looking, in which every layer has another rank."""
+    """Return a base folder and an adapter as after a training, in which the ranks of layers differ."""
     model.save_pretrained(folder)
     stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "experts" in name]
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

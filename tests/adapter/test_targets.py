@@ -1,4 +1,4 @@
-"""all-linear means the linear layers of the language model, experts included; names mean what they name."""
+"""The names in adapter.targets: which layers each selects, and which "all-linear" leaves out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +56,6 @@ def test_routers_and_gates_of_one_row_are_left_out(family: str, routers: int, ga
 
 
 def test_a_layer_that_has_no_weight_any_more_is_packed() -> None:
-    """As compressed-tensors leaves it."""
     model = nn.ModuleDict({"up": nn.Linear(8, 6), "down": nn.Linear(6, 8)})
     layer: Any = model["up"]
     del layer.weight
@@ -112,7 +111,7 @@ def test_layers_whose_weight_the_code_takes_are_left_out_and_refused_by_name() -
 
 
 def test_a_weight_that_the_code_takes_for_itself_is_refused_before_the_first_step() -> None:
-    """In silence its adapter would take no part in the training, and part in the export."""
+    """Otherwise its adapter would silently take no part in the training, but part in the export."""
     model, config = tiny.llama(), tiny.config()
 
     def forward(x: Tensor) -> Tensor:
@@ -132,22 +131,16 @@ def test_a_weight_that_the_code_takes_for_itself_is_refused_before_the_first_ste
 
 
 class Scaled(nn.Linear):
-    """Not a linear map of its input alone."""
-
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
 
 
 class Pair(nn.Linear):
-    """Returns what a linear layer does not."""
-
     def forward(self, x: Tensor) -> Any:
         return super().forward(x), x
 
 
 class Same(nn.Linear):
-    """Written differently."""
-
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T + self.bias
 
@@ -164,7 +157,7 @@ def test_a_subclass_counts_as_linear_if_it_computes_a_linear_map(device: str) ->
 
 
 class Crop(torch.autograd.Function):
-    """A kernel that computes more rows than are asked for, and returns a view."""
+    """A kernel that computes more rows than asked for, and returns a view."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, whole: Tensor) -> Tensor:
@@ -176,8 +169,6 @@ class Crop(torch.autograd.Function):
 
 
 class Packed(nn.Linear):
-    """Four bits a weight, as quantisers keep them."""
-
     def __init__(self, n: int, m: int) -> None:
         super().__init__(n, m)
         self.weight = nn.Parameter(torch.zeros(n * m // 2, 1, dtype=torch.uint8), requires_grad=False)
@@ -227,7 +218,7 @@ def test_the_weight_of_an_adapted_layer_tells_facts_and_nothing_else() -> None:
 
 
 class DbrxExperts(nn.Module):
-    """Experts as one matrix, in views of which the code multiplies."""
+    """Experts as one matrix; the code multiplies with views of it."""
 
     def __init__(self) -> None:
         super().__init__()

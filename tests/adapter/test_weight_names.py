@@ -1,4 +1,4 @@
-"""Stored tensors that transformers cuts or shuffles at loading: a change goes back to where its numbers came from."""
+"""Tensors that transformers splits or shuffles at loading: a change goes back to where its numbers came from."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ LAYERS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"
 
 
 def mapping(*_: Any, **__: Any) -> list[Any]:
-    """As families have it: fused projections, rows of gate and up in turn, and another name."""
+    """Return a family's conversion: fused projections, alternating rows of gate and up, and another name."""
     return [
         WeightRenaming(r"^backbone\.", "model."),
         WeightConverter("self_attn.qkv.weight", list(QKV), [Split(dim=0)]),
@@ -32,7 +32,6 @@ def mapping(*_: Any, **__: Any) -> list[Any]:
 
 
 def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors as such a family stores them."""
     found = {name.replace("model.", "backbone.", 1): part for name, part in tensors.items() if "layers" not in name}
     for number in range(2):
         place = f"model.layers.{number}."
@@ -85,7 +84,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def looked(folder: Path, change: dict[str, torch.Tensor], prefix: str = "") -> stored.Fit:
-    """At a Llama whose file has other tensors, by names without `prefix`."""
+    """Read a Llama whose file has other tensors, by names without `prefix`."""
     model = tiny.llama()
     model.save_pretrained(folder)
     file = folder / "model.safetensors"
@@ -106,7 +105,7 @@ def test_a_bias_that_the_config_turns_off_is_another_model(tmp_path: Path, prefi
     found = looked(tmp_path, {f"{Q}.bias": torch.ones(64)}, prefix)
     assert found.problem is not None
     assert found.problem.startswith(f"has {Q}.bias".replace(f" {prefix}", " "))
-    assert "LlamaForCausalLM has no such bias" in found.problem
+    assert "LlamaForCausalLM no such bias" in found.problem
     assert looked(tmp_path, {f"{Q}.bias": torch.zeros(64)}, prefix).problem is None
 
 

@@ -91,7 +91,7 @@ def test_what_answers_and_is_no_ray_is_named(monkeypatch: pytest.MonkeyPatch) ->
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection, and never says a word
         given = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", given)
-        with pytest.raises(UserError, match=f"RAY_ADDRESS={given}: what answers there is no Ray head"):
+        with pytest.raises(UserError, match=f"RAY_ADDRESS={given}: no Ray head answers there"):
             address.find(patience=1)
 
 
@@ -105,7 +105,7 @@ def test_a_ray_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_a_ray_that_asks_for_another_token_is_refused(tmp_path: Path) -> None:
     with fake_head.head(token="theirs") as port:
         started(tmp_path, port)
-        with pytest.raises(UserError, match=rf"at 127.0.0.1:{port}: asks for a token, .*auth_token: copy"):
+        with pytest.raises(UserError, match=rf"at 127.0.0.1:{port}: requires a token, .*auth_token has none: copy"):
             address.find()
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").write_text("theirs\n")

@@ -56,7 +56,7 @@ def preempted() -> Exception:
         (WorkerGroupError("", {0: raised(GLOO), 1: preempted()}), "worker 1 died with its preempted node", False),
         (PreemptionError(PreemptionInfo(None, {"n": [0]}), False), "workers were preempted", False),
         (RayActorError(), "Train's controller died", True),
-        (SharedBaseDied(), "the process of several trials died", True),
+        (SharedBaseDied(), "the process that several trials share died", True),
         (ControllerError(RuntimeError("gloo failed to connect")), "gloo failed to connect", True),
         (ControllerError(WorkerGroupStartupTimeoutError(2)), None, False),
     ],

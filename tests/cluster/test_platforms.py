@@ -30,10 +30,10 @@ def test_a_worker_tells_device_processor_threads_and_torch() -> None:
     [
         ([], [ONE], None),
         ([ONE], [ONE], None),
-        ([ONE], [ONE | {"threads": "2"}], "other workers than those of the checkpoint (threads: 1, 2)"),
+        ([ONE], [ONE | {"threads": "2"}], "from the checkpoint's workers (threads: 1, 2)"),
         ([ONE], [OTHER | {"torch": "3.0"}], "(processor: A (AVX512), B (AVX2); torch: 2.9.0, 3.0)"),
-        ([ONE, OTHER], [ONE], "other workers than those of the checkpoint (processor: B (AVX2), A (AVX512))"),
-        ([ONE], [ONE, OTHER], "workers of 2 kinds (processor: A (AVX512), B (AVX2))"),
+        ([ONE, OTHER], [ONE], "from the checkpoint's workers (processor: B (AVX2), A (AVX512))"),
+        ([ONE], [ONE, OTHER], "the workers differ (processor: A (AVX512), B (AVX2))"),
         ([{}], [ONE], "(device: ?, cpu; processor: ?, A (AVX512); threads: ?, 1; torch: ?, 2.9.0)"),
     ],
 )

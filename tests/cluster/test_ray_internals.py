@@ -213,7 +213,7 @@ def test_every_private_part_is_there() -> None:
                     assert hasattr(importlib.import_module(node.module), alias.name), f"{node.module}.{alias.name}"
                 found += 1
     assert found > 10
-    assert ray_internals.replaces_one_by_one() is None
+    assert ray_internals.replacement_problem() is None
     assert callable(ray_internals.train_parts().bundle_to_remote_args)
 
 

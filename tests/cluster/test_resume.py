@@ -72,7 +72,7 @@ def test_a_checkpoint_that_a_worker_cannot_fetch_now_is_for_another_group_of_wor
     put(monkeypatch, resume.collectives, rank=lambda: 1, from_first=lambda _: "s3://b/step-3")
     put(monkeypatch, resume.checkpoints, read=read)
     spec: Any = SimpleNamespace(config=tiny.config(train__start="s3://b/step-3"))
-    with pytest.raises(Exception, match="worker 1 cannot use what worker 0 can: slow down") as caught:
+    with pytest.raises(Exception, match=r"worker 1 cannot read .*: slow down") as caught:
         restored(spec, "s3://b")
     assert type(caught.value) is raised
     with pytest.raises(UserError, match=r"^train.start: slow down$") as caught:

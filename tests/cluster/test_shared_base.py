@@ -115,10 +115,9 @@ def test_a_process_whose_node_is_lost_holds_up_no_trial(slept: Slept) -> None:
         assert shared_base.place_on(actors, "b", adapters=4) is actors[2]
     assert not slept
     assert [actor.asked for actor in actors] == [2, 3, 3, 3]
-    assert lines == [
-        "warning: search: not every process that holds the base model answers (its node is lost, or it still starts):"
-        " trials go to the others"
-    ]
+    [line] = lines
+    assert line.startswith("warning: search: ")
+    assert "does not answer" in line
 
 
 def test_no_process_gets_more_adapters_than_it_has_room_for(slept: Slept) -> None:

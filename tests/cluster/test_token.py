@@ -53,13 +53,13 @@ def test_a_ray_is_joined_as_it_wants_or_refused_with_a_reason(
     monkeypatch.setattr(ray_internals, "set_auth_mode", chosen.append)
     problem = None
     if theirs is None and wished == "token":
-        problem = "asks for no token, and RAY_AUTH_MODE=token is set here: unset it"
+        problem = "uses no token, but RAY_AUTH_MODE=token is set here: unset it"
     elif theirs and wished == "disabled":
-        problem = "asks for a token, and RAY_AUTH_MODE=disabled is set here: unset it"
+        problem = "requires a token, but RAY_AUTH_MODE=disabled is set here: unset it"
     elif theirs and ours is None:
-        problem = f"asks for a token, and there is none in {home}/.ray/auth_token"
+        problem = f"requires a token, but {home}/.ray/auth_token has none"
     elif theirs and ours != theirs:
-        problem = f"does not take the token of {home}/.ray/auth_token"
+        problem = f"rejects the token of {home}/.ray/auth_token"
     with fake_head.head(token=theirs) as port:
         if problem is None:
             address.join(f"127.0.0.1:{port}", 10)

@@ -195,7 +195,7 @@ def test_a_channel_that_died_is_one_line(ray_with: Callable[[int], None]) -> Non
     channel = make_channel(ray.get_runtime_context().get_node_id())
     assert given(channel) is None
     ray.kill(channel)
-    with pytest.raises(TryAgain, match="the same command resumes the run"):
+    with pytest.raises(TryAgain, match="same command again to resume"):
         given(channel)
 
 
@@ -215,7 +215,7 @@ def test_on_a_ray_that_is_other_inside_a_lost_worker_restarts_all(
         assert not in_place(tiny.config(), {"CPU": 1.0, "GPU": 1.0})
         assert not in_place(tiny.config(cluster__strategy="fsdp"), {"CPU": 1.0})
     assert len(lines) == (missing is not None)
-    assert all(words in line and line.endswith("all restart from the newest checkpoint") for line in lines)
+    assert all(words in line and "newest checkpoint" in line for line in lines)
 
 
 # Workers that stand still.

@@ -71,9 +71,9 @@ def test_a_trial_on_a_shared_base_has_the_precision_of_that(tmp_path: Path) -> N
         assert checkpoints.precision_now(str(tmp_path)) == "bfloat16"
         (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
         patch.setattr(SharedBase, "dtype", property(lambda _: "float32", lambda *_: None), raising=False)
-        assert not [line for line in lines if "mixture" in line]
+        assert not [line for line in lines if "model.dtype=auto" in line]
         train(tmp_path)
-    assert len([line for line in lines if "model.dtype: auto" in line]) == 1
+    assert len([line for line in lines if "model.dtype=auto" in line]) == 1
     assert checkpoints.precision_now(str(tmp_path)) == "float32"
 
 
@@ -183,7 +183,7 @@ def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(1)
     assert kinds(result) == ["2"]
-    said = [message for message in channel.messages if "other workers than those of the checkpoint" in str(message)]
+    said = [message for message in channel.messages if "from the checkpoint's workers" in str(message)]
     assert len(said) == 1
     assert "(threads: 1, 2)" in str(said[0])
 
@@ -321,7 +321,7 @@ def test_who_is_no_longer_the_first_writes_no_checkpoint(tmp_path: Path) -> None
     manager = CheckpointManager(str(tmp_path), 1)
     given_up: Any = Worker.__new__(Worker)
     given_up.context, given_up.manager = SimpleNamespace(rank=1), manager
-    given_up._take_office()
+    given_up._update_manager()
     assert given_up.manager is None
     manager.save(3, lambda folder: folder.mkdir())
     manager.finish()

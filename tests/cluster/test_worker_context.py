@@ -165,7 +165,8 @@ def test_a_run_stays_in_the_precision_that_it_began_in(crew: Callable[[int], Cre
         for dtype, lines in crew(2).run(_agreed, fast, "auto", began):
             assert dtype == began
             [line] = lines
-            assert f"{began}, in which this run began, though {other}" in line
+            assert f"keeping {began}, " in line
+            assert f"would choose {other}" in line
     assert crew(2).run(_agreed, (True, True), "auto", "bfloat16") == [("bfloat16", [])] * 2
     assert crew(2).run(_agreed, (False, False), "bfloat16", "float32") == [("bfloat16", [])] * 2
 

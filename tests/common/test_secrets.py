@@ -83,7 +83,7 @@ PLAIN = [
     "evaluation.max_new_tokens=5 tokens=7, https://host and ann@host:3",
     'mlflow.set_tracking_uri("http://127.0.0.1:5000"); load_model("models:/support@champion")',
     "config: tracking.password: unknown field; a config holds no secrets, they come from the environment or a file",
-    "tracking.uri: env:MY_TOKEN: the variable MY_TOKEN is not set where this runs",
+    "tracking.uri: env:MY_TOKEN: the environment variable MY_TOKEN is not set in this process",
     "tracking.uri: file:/run/secret: cannot be read: No such file",
     "tests/common/test_secret.py:12: AssertionError",
     "tokens: train: 1,000 rows in 12 sequences, fill 97 %; supervised tokens: 5",
@@ -234,7 +234,7 @@ def test_an_address_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("named", "problem"),
     [
-        ("env:NOT_SET", "the variable NOT_SET is not set where this runs"),
+        ("env:NOT_SET", "the environment variable NOT_SET is not set in this process"),
         ("file:/no/such/file", "cannot be read: No such file"),
         ("file:uri", "absolute path"),
         ("file:{folder}/two", "expected one line with an address, found 2 words"),

@@ -29,7 +29,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (patience, s3):
         monkeypatch.setattr(module, "ANSWER_SECONDS", 1)
     patience._connected.cache_clear()
-    s3._made.cache_clear()
+    s3._cached_client.cache_clear()
     monkeypatch.setattr(patience, "PATIENCE", 5.0)
 
 
@@ -124,7 +124,7 @@ class TestCheck:
     def test_a_store_that_reads_parts_of_files_wrongly(self, server: Server, place: str) -> None:
         """As an RGW on dbstore does: shards and weights, which are read in parts, would be others."""
         server.faults = Faults(wrong_ranges=True)
-        with pytest.raises(UserError, match=r"run.storage: s3://\S+: the store answers a read of a part"):
+        with pytest.raises(UserError, match=r"run.storage: s3://\S+: .*HTTP ranges"):
             storage.check(place, "run.storage")
 
     def test_a_good_store_passes_and_nothing_is_left(self, server: Server, place: str) -> None:
@@ -206,7 +206,7 @@ class TestPatience:
             assert storage.read_text(storage.join(place, "a")) == "x"
         assert len(lines) == 2
         assert lines[0].startswith(f"warning: {place.removesuffix('/runs')} does not answer (")
-        assert lines[0].endswith("; asked again for 5 s more")
+        assert lines[0].endswith("; retrying for 5 s more")
 
     @pytest.mark.lengthy
     def test_one_that_never_has_is_not(self, server: Server, place: str) -> None:

@@ -1,4 +1,4 @@
-"""The modules of pipelines/comparison are found as they are by pipelines/compare.py, whose folder Python searches."""
+"""Put pipelines/ on the path, where pipelines/compare.py finds the modules of pipelines/comparison."""
 
 import sys
 from pathlib import Path

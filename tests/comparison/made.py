@@ -1,4 +1,4 @@
-"""Comparisons whose trainings are made up: the files that trainings leave, written as they would write them."""
+"""Comparisons with invented trainings, which leave the same files as real ones."""
 
 import json
 import math
@@ -36,7 +36,7 @@ BEST = {"lora": (1.6e-3 * 2, 0.92), "olora": (2e-4, 0.93)}
 
 
 def loss(config: Config) -> float:
-    """As measured: each method has its best elsewhere, and breaks off above."""
+    """Return a loss as measured: each method has its best rate elsewhere, and breaks off above a rate."""
     best, floor = BEST[config.adapter.method]
     if config.train.lr > 16 * best:
         return math.inf
@@ -63,7 +63,7 @@ def row_sets(rows: int = ROWS) -> RowSets:
 
 
 def course(last: float, total: int = STEPS) -> list[dict[str, float]]:
-    """The history of a training that comes to a loss."""
+    """Return the history of a training that reaches a loss."""
     history = [{"step": 0.0, "eval/loss": BASE}]
     for step in range(1, total + 1):
         row = {"step": float(step), "train/step_seconds": 0.5, "train/tokens_per_second": 200.0}
@@ -74,7 +74,7 @@ def course(last: float, total: int = STEPS) -> list[dict[str, float]]:
 
 
 def rows_of(config: Config, mean: float, rows: int = ROWS) -> RowLosses:
-    """Losses of each row around a mean; a row is as hard for one method as for the other, but for a little."""
+    """Return losses of each row around a mean; a row is about as hard for each method."""
     tokens = np.random.default_rng(1).integers(5, 40, rows)
     hard = 0.3 * np.random.default_rng(2).standard_normal(rows)
     own = 0.05 * np.random.default_rng([config.run.seed, len(config.adapter.method)]).standard_normal(rows)
@@ -85,7 +85,7 @@ def rows_of(config: Config, mean: float, rows: int = ROWS) -> RowLosses:
 
 @dataclass
 class Cluster:
-    """Stands for Ray in tests of the order of things: writes what the trainings of a phase would leave."""
+    """A stand-in for Ray that writes the files of a phase's trainings."""
 
     last: Loss = loss
     trained: list[dict[str, Any]] = field(default_factory=list)
@@ -97,12 +97,11 @@ class Cluster:
     stop_after: int | None = None
     """Trainings after which the driver stops."""
     stop: Callable[[], None] = lambda: signal.raise_signal(signal.SIGINT)
-    """How it stops."""
+    """The way it stops."""
     reasons: dict[int, str] = field(default_factory=dict)
     """Number of a trial of a phase -> why it fails, once."""
 
     def search(self, spec: PhaseSpec) -> None:
-        """In place of olora_ray.sweep.run.search."""
         if search_folder.progress(spec.folder).complete:
             return
         for number in range(spec.space.count()):
@@ -145,7 +144,7 @@ class Cluster:
 
 @dataclass
 class Tokens:
-    """Stands for a store of tokens, of which only the size is asked."""
+    """A stand-in for a token store, which only has a size."""
 
     digest: str = "test"
     total: int = 400
@@ -155,19 +154,17 @@ class Tokens:
         return self.total
 
     def origins(self, index: int) -> list[str]:
-        """A row of two examples for each of the first sequences."""
+        """Return rows of two examples for the first sequences."""
         return [f"rows/test-0.jsonl:{index + 1}"] * 2 if index < self.rows else []
 
 
 class AllRows(RowSets):
-    """Rows that no config has to name."""
-
     def config(self, config: Config, held_out: str) -> Config:
         return config
 
 
 class MadeRun(Run):
-    """The work of a comparison without tokens and models: what is tested is what it asks for and concludes."""
+    """A comparison without tokens and models: the tests look at its requests and conclusions."""
 
     cluster: Cluster
 
@@ -190,7 +187,6 @@ class MadeRun(Run):
 
 
 def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:
-    """The work of a comparison whose trials this cluster runs."""
     monkeypatch.setattr(run, "search", cluster.search)
     base: Any = SimpleNamespace(model=SimpleNamespace(name="SmolLM2-135M"), tokenizer=None)
     sizes: Any = {method: SimpleNamespace(trainable=4_884_480) for method in found.methods}

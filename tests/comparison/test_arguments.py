@@ -1,4 +1,4 @@
-"""A comparison as it is asked for: words of the command line, and a section of the config."""
+"""The command line of a comparison, and its section of the config."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_a_comparison_has_a_name_of_its_own_and_the_same_rules_for_all(
     assert (config.run.name, config.run.seed, config.train.lr) == ("task-compare", 17, 1e-4)
     assert (config.adapter.dropout, config.train.early_stop, config.registry.model) == (0.0, None, None)
     assert config.cluster.workers == 1
-    assert "adapter.dropout: 0 in all trainings of a comparison, instead of 0.1" in caplog.text
+    assert "adapter.dropout: 0 in all trainings of a comparison, instead of the config's 0.1" in caplog.text
     assert "train.early_stop: null in all trainings" in caplog.text
     assert "registry.model" not in caplog.text
     assert config.run.seed not in found.seeds
@@ -55,14 +55,14 @@ def test_a_comparison_without_a_name_has_one_of_its_settings(file: str) -> None:
     [
         ([], r"arguments \(none\): expected a config file"),
         (["FILE", "FILE"], "expected a config file"),
-        (["FILE", "--methods", "lora,pisa"], "argument --methods: 'pisa' is no adapter.method; there are "),
-        (["FILE", "--methods", "olora"], "argument --methods: lora is missing, which the others are compared with"),
+        (["FILE", "--methods", "lora,pisa"], "argument --methods: 'pisa' is no adapter.method; use some of "),
+        (["FILE", "--methods", "olora"], "argument --methods: lora is missing"),
         (["FILE", "--methods", "lora"], "argument --methods: name at least one besides lora"),
-        (["FILE", "--seeds", "1"], "argument --seeds: expected 2 to 100 seeds, not '1'"),
-        (["FILE", "--seeds", "four"], "argument --seeds: expected 2 to 100 seeds"),
+        (["FILE", "--seeds", "1"], "argument --seeds: expected 2 to 100, not '1'"),
+        (["FILE", "--seeds", "four"], "argument --seeds: expected 2 to 100"),
         (["FILE", "--budget", "soon"], "argument --budget: expected a time such as 3h, 90m or 1h30m, not 'soon'"),
         (["FILE", "--budget", "0h"], "argument --budget: expected a time"),
-        (["FILE", "train.start=/x"], r"train\.start: a comparison is of ways to start"),
+        (["FILE", "train.start=/x"], r"train\.start: .*set it to null"),
         (["FILE", "compare.test_rows=1"], r"compare\.test_rows: "),
         (["FILE", "compare.test_row=9"], r"compare\.test_row: unknown field; did you mean compare\.test_rows\?$"),
         (["FILE", "compare=9"], r"argument 'compare=9': expected section\.field=value"),

@@ -1,4 +1,4 @@
-"""The number of trainings, their time, and a budget that does not suffice."""
+"""The number of trainings, their time, and a budget that is too small."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_the_line_and_the_budget(tmp_path: Path) -> None:
     assert line(asked, curves, []).endswith("about 22 min 20 s, at most 30 min 40 s")
     check_budget(asked, pace, 0.0, [])
     check_budget(replace(asked, budget=1101.0), pace, 0.0, [])
-    with pytest.raises(UserError, match=r"--budget: the comparison takes about 18 min 20 s more, and may take"):
+    with pytest.raises(UserError, match=r"--budget: the comparison needs about 18 min 20 s more, and its limit"):
         check_budget(replace(asked, budget=1099.0), pace, 0.0, [])
     tried: list[Cell] = []
     check_budget(replace(asked, budget=1099.0), pace, 100.0, tried, began=True)  # a little more than it said

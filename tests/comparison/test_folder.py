@@ -1,4 +1,4 @@
-"""The folder of a comparison is that of one comparison: what it was begun with is fixed."""
+"""The folder of a comparison belongs to one comparison, whose settings are fixed once it has begun."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_what_is_compared_is_fixed_before_it_begins(
     methods: tuple[str, ...],
     message: str,
 ) -> None:
-    """More seeds once the result is known would be a search for one that pleases."""
+    """More seeds after the result is known would be a search for a result that pleases."""
     other = Comparison(override(begun.config, changes), Compare(**compare), methods, tuple(range(4, 4 + seeds)), None)
     with pytest.raises(UserError, match=message):
         folder.check(other)
@@ -57,7 +57,6 @@ def test_what_is_compared_is_fixed_before_it_begins(
 
 @pytest.mark.lengthy
 def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -> None:
-    """Refused for its budget, say."""
     place = Path(begun.config.folder())
     (place / "tuning-1").rmdir()
     (place / "shared" / "lora").mkdir(parents=True)
@@ -79,5 +78,5 @@ def test_other_rows_and_damage_are_refused(begun: Comparison) -> None:
     with pytest.raises(UserError, match="another test rows"):
         folder.begin(begun, {"test rows": "other", "base model": "b"})
     (Path(begun.config.folder()) / "compare.json").write_text("{")
-    with pytest.raises(UserError, match=r"compare\.json: cannot be read; put it back, or delete "):
+    with pytest.raises(UserError, match=r"compare\.json: cannot be read; restore it .*, or delete "):
         folder.check(begun)

@@ -1,4 +1,4 @@
-"""The adaptive grid, played against made-up landscapes of the loss."""
+"""The growing grid, on invented losses."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Landscape = Callable[[Cell], float]
 
 
 def play(grids: list[Arm], landscape: Landscape) -> tuple[dict[Cell, float], list[int]]:
-    """All losses at the end, and how many trials each round had."""
+    """Return all losses at the end, and the number of trials of each round."""
     losses: dict[Cell, float] = {}
     rounds = []
     while wanted := following(grids, losses):
@@ -26,7 +26,7 @@ def play(grids: list[Arm], landscape: Landscape) -> tuple[dict[Cell, float], lis
 
 
 def bowl(best: float, alpha: float | None = None, edge: float = math.inf) -> Landscape:
-    """Lowest at a rate, and with an alpha if one is given; above the edge trainings break off."""
+    """Return a loss that is lowest at a rate, and at an alpha if one is given; above the edge trainings break off."""
 
     def loss(cell: Cell) -> float:
         if cell.lr > edge:
@@ -120,7 +120,7 @@ def test_lora_at_its_best_has_the_better_alpha() -> None:
 
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_what_is_tried_follows_from_the_losses_alone(cut: int) -> None:
-    """Interrupted in a round: what is missing of it is asked for again, and nothing else."""
+    """After an interruption in a round, the grid asks for the missing trials of that round and for no others."""
     grids, landscape = arms(["lora", "olora"], 16, 16), bowl(3.2e-3)
     first = following(grids, {})
     some = {cell: landscape(cell) for cell in first[:cut]}

@@ -1,4 +1,4 @@
-"""A phase is a search of fixed trials, as Tune, its trials and a resumed driver see it."""
+"""A phase is a search with fixed trials for Tune, for the trials and for a resumed driver."""
 
 import pickle
 import subprocess

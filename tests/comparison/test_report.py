@@ -1,4 +1,4 @@
-"""Sentences that a statistician would sign, and figures in which differences are seen."""
+"""The sentences of the report are statistically right, and its figures show the differences."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,12 @@ def against(low: float, high: float) -> Against:
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (-0.05, -0.02, "the loss is lower, by 0.01 or more"),
-        (0.02, 0.05, "the loss is higher, by 0.01 or more"),
-        (-0.03, -0.002, "the loss is lower; whether by the 0.01 that matters is undecided"),
-        (0.002, 0.03, "the loss is higher; whether by the 0.01 that matters is undecided"),
-        (-0.006, 0.008, "equivalent within the 0.01 that was fixed beforehand as the smallest difference that matters"),
-        (-0.006, -0.001, "as the smallest difference that matters; the loss is lower by less than that"),
+        (-0.05, -0.02, "the loss is lower by at least 0.01"),
+        (0.02, 0.05, "the loss is higher by at least 0.01"),
+        (-0.03, -0.002, "the loss is lower, but perhaps by less than 0.01"),
+        (0.002, 0.03, "the loss is higher, but perhaps by less than 0.01"),
+        (-0.006, 0.008, "equivalent within 0.01, which compare.relevant sets"),
+        (-0.006, -0.001, "that matters; the loss is lower, but by less"),
         (-0.02, 0.008, "undecided: neither a difference nor equivalence within 0.01 is shown"),
         (float("-inf"), float("inf"), "undecided"),
     ],
@@ -37,7 +37,7 @@ def test_conclusions(low: float, high: float, said: str) -> None:
 
 
 def test_the_method_nearest_to_the_baseline_is_corrected_for_too() -> None:
-    """Holm's steps go easiest on it, and it was called equivalent by an interval of its own."""
+    """Holm corrects it least, so its own interval would call it equivalent."""
     three, near = Difference(0.02, 0.002, 30.0), Difference(0.0055, 0.002, 30.0)
     p_values = [each.p() for each in (three, three, three, near)]
     level = simultaneous(0.95, 4)
@@ -46,8 +46,8 @@ def test_the_method_nearest_to_the_baseline_is_corrected_for_too() -> None:
         for each, p, p_holm in zip((three, three, three, near), p_values, holm(p_values), strict=True)
     ]
     assert near.interval(0.95).inside(0.01)
-    assert report.conclusion(found[3], 0.01) == "the loss is higher; whether by the 0.01 that matters is undecided"
-    assert report.conclusion(found[0], 0.01) == "the loss is higher, by 0.01 or more"
+    assert report.conclusion(found[3], 0.01).startswith("the loss is higher, but perhaps by less than 0.01")
+    assert report.conclusion(found[0], 0.01).startswith("the loss is higher by at least 0.01")
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +80,15 @@ def test_reservations(record: ComparisonRecord) -> None:
     edge = replace(olora, tuned=replace(olora.tuned, inside=False))
     few = replace(record, seeds=(4, 5), methods=(lora, edge), base_test=0.5)
     said = report.sentence(few, edge)
-    assert "But lora ends above the base model; the best learning rate of olora lies at the end of its grid" in said
-    assert "2 seeds are few." in said
+    assert "But lora ends with a higher loss than the base model; the best learning rate of olora is at the end" in said
+    assert "2 seeds are few" in said
 
 
 LOSSES = (0.35, 0.33, 0.38)
 
 
 def drawn(base: float) -> Any:
-    """The axes of losses against learning rates, beside a base model with this loss."""
+    """Return the axes of losses against learning rates, with a base model of this loss."""
     points = [Point("lora", 16.0, 2.0**number * 1e-3, loss, True) for number, loss in enumerate(LOSSES)]
     methods = [SimpleNamespace(method="lora", tuned=None)]
     record: Any = SimpleNamespace(tuning_seed=17, points=points, base_tuning=base, methods=methods)
@@ -97,7 +97,7 @@ def drawn(base: float) -> Any:
 
 @pytest.mark.parametrize(("base", "shown"), [(0.45, True), (2.58, False), (float("inf"), False)])
 def test_learning_rates_can_be_told_apart_however_much_worse_the_base_model_is(base: float, shown: bool) -> None:
-    """Beside a base model with 2.58 all of them lay on one line."""
+    """With a base model at 2.58 in the picture, all other losses lay on one line."""
     axes = drawn(base)
     low, high = axes.get_ylim()
     assert (high > base) == shown

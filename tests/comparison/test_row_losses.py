@@ -1,4 +1,4 @@
-"""The losses on each test row are those of the adapter after the last step, also where an earlier one was better."""
+"""The losses on each test row are those of the adapter after the last step, even if an earlier one was better."""
 
 import json
 import logging
@@ -28,12 +28,11 @@ def shared() -> SharedBase:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was warned of; lines of lower levels come or not, by what other tests set before."""
+    """Return the warnings; lines of lower levels depend on other tests."""
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, lr: float) -> tuple[TrainSpec, TrainResult]:
-    """A training in this process; the spec, and what it gave."""
     monkeypatch.setattr(StopRequests, "_listen", lambda self: None)
     store: Any = tiny.store(8)
     held_out: Any = tiny.store(5, seed=9)
@@ -72,7 +71,7 @@ def test_they_add_up_to_the_last_evaluation(
 
 @pytest.mark.lengthy
 def test_those_of_a_sharded_base_are_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the trainings have an attention that needs a GPU."""
+    """The trainings may use an attention that needs a GPU."""
     spec, _ = trained(tmp_path, monkeypatch, "olora", 1e-3)
     asked: list[tuple[str, str]] = []
 

@@ -1,4 +1,4 @@
-"""The three sets of rows: disjoint, decided by content alone, enough of them, and written as they were."""
+"""The three sets of rows are disjoint, decided by content alone, large enough, and written unchanged."""
 
 import json
 import random
@@ -25,7 +25,7 @@ SPEC: Any = SimpleNamespace(digest="tokenizer", packing=lambda setting: True)
 
 @pytest.fixture(autouse=True)
 def without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What rows there are has nothing to do with tokens; the digest of a plan is not asked for."""
+    """Replace the tokenizer: the rows do not depend on it, and no digest of a plan is needed."""
 
     def plan(config: Any, spec: Any, split: Any) -> Any:
         scans = prepare.scan
@@ -127,7 +127,7 @@ def test_the_rows_of_a_group_stay_together_and_count_as_one(tmp_path: Path) -> N
 
 
 def test_groups_of_held_out_rows_may_be_those_of_training(tmp_path: Path) -> None:
-    """Split by time: all users are in all sets, and users are what is drawn."""
+    """With a split by time all users are in all sets, and the statistics resample users."""
     train = written(tmp_path / "train.jsonl", [row(number, f"user {number % 5}") for number in range(20)])
     held = written(tmp_path / "held.jsonl", [row(100 + number, f"user {number % 5}") for number in range(30)])
     found = split(config(tmp_path, train, held, **{"gate.group": "user"}), Compare(tuning_rows=4, test_rows=8))
@@ -165,7 +165,7 @@ def test_too_few_rows_are_one_line(
 def test_a_column_that_no_row_has_is_refused_and_rows_without_it_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else a slip in its name makes rows of one customer independent, lying in all three sets."""
+    """Otherwise a typing error would make rows of one customer independent, and put them into all three sets."""
     some = [row(number, f"user {number % 20}" if number < 37 else None) for number in range(40)]
     file = written(tmp_path / "a.jsonl", some)
     with pytest.raises(UserError, match=r"gate\.group: no row of data\.train has a column 'usr'; set it to") as error:
@@ -173,14 +173,14 @@ def test_a_column_that_no_row_has_is_refused_and_rows_without_it_are_said(
     assert "\n" not in str(error.value)
     assert "gate.group" not in caplog.text
     split(config(tmp_path, file, **{"gate.group": "user"}))
-    assert "gate.group: 3 rows of data.train without 'user': each is a group of its own" in caplog.text
+    assert "gate.group: 3 rows of data.train have no 'user'" in caplog.text
 
 
 def test_rows_that_cannot_be_read_are_said_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = written(tmp_path / "a.jsonl", [row(number) for number in range(200)])
     file.write_text(file.read_text() + "{broken\n")
     split(config(tmp_path, file))
-    assert "data.train: rows that cannot be read, and are in no set: 1" in caplog.text
+    assert "data.train: 1 row left out" in caplog.text
     file.write_text(file.read_text() + "{broken\n" * 40)
     with pytest.raises(UserError, match=r"data\.train\.0: 41 of 241 rows cannot be used"):
         split(override(config(tmp_path, file), {"run.name": "other"}))
@@ -198,5 +198,5 @@ def test_the_same_rows_are_found_again_and_others_refused(tmp_path: Path) -> Non
     (Path(given.folder()) / "rows" / "test-0.jsonl").unlink()
     assert lines(split(given), "test")
     written(file, [row(number) for number in range(31)])
-    with pytest.raises(UserError, match="rows are not those that this comparison was begun with"):
+    with pytest.raises(UserError, match="rows differ from those that this comparison began with"):
         split(given)

@@ -1,4 +1,4 @@
-"""A comparison from its first trial to its page, on made-up trainings that leave real files."""
+"""A comparison from its first trial to its page, with invented trainings that leave real files."""
 
 import json
 import math
@@ -65,7 +65,6 @@ def test_the_difference_is_that_of_the_losses_with_its_interval(
 
 
 def test_the_rows_that_are_told_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not those that are too long for the model."""
     cluster = Cluster(left=made.ROWS - 3)
     record = compared(monkeypatch, made.comparison(tmp_path), cluster)
     assert record.rows == {"train": 1000, "tuning": 57, "test": 57}
@@ -83,9 +82,7 @@ def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
     work = made.running(monkeypatch, made.comparison(tmp_path), cluster := Cluster(left=left))
     tuning = work.tune()
     trained = len(cluster.trained)
-    with pytest.raises(
-        UserError, match=rf"compare\.test_rows: {left} of the 60 test rows are left as tokens, all of one"
-    ):
+    with pytest.raises(UserError, match=rf"compare\.test_rows: only {left} of the 60 test rows fit"):
         work.train(tuning)
     assert len(cluster.trained) == trained
 
@@ -121,7 +118,7 @@ def test_what_half_of_the_seeds_do_not_reach_is_not_reached(tmp_path: Path, monk
 
 @pytest.mark.lengthy
 def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses of one version were compared with those of another, in silence."""
+    """Once, losses of one version were silently compared with those of another."""
     asked, cluster = made.comparison(tmp_path), Cluster(stop_after=5)
     with pytest.raises(KeyboardInterrupt):
         compared(monkeypatch, asked, cluster)
@@ -142,7 +139,7 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
 def test_a_driver_that_is_killed_has_noted_its_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, code: str, notes: tuple[str, ...]
 ) -> None:
-    """Killed in the first phase it had noted none, which was taken for another; in a later one it was missed."""
+    """A driver that was killed in a phase had noted no version, so the next version was not reported."""
     asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=14), ["one"]
     monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
     if killed_at > 14:
@@ -159,12 +156,12 @@ def test_a_driver_that_is_killed_has_noted_its_version(
 
 
 def test_trials_of_a_grid_that_began_elsewhere_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are found by their numbers: the loss of one rate was taken for that of another."""
+    """Trials are found by number, so the loss of one rate was once taken for another's."""
     asked, cluster = made.comparison(tmp_path), Cluster()
     made.running(monkeypatch, asked, cluster).tune()
     monkeypatch.setitem(grid.CENTRES, "olora", 1e-5)
     with pytest.raises(
-        UserError, match=r"tuning-1: trial-\d+ has other values than .*; go on with that one, or choose"
+        UserError, match=r"tuning-1: trial-\d+ has other values than .*; resume with that version, or choose"
     ):
         made.running(monkeypatch, asked, cluster).tune()
 
@@ -228,9 +225,7 @@ def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster(last))
     assert record.of("olora").against is None
     assert record.of("olora").broke_off() == 1
-    assert report.sentences(record) == [
-        "olora against lora: no difference can be named: 1 training of 4 of olora broke off."
-    ]
+    assert report.sentences(record) == ["olora against lora: not compared, because 1 training of 4 of olora broke off."]
     assert "1 of 4 broke off" in report.cells(record, record.of("olora"))
     report.write(record, str(tmp_path))
 
@@ -239,7 +234,7 @@ def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
 def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The table asked for as many trainings of it as of the baseline, and the comparison ended without its page."""
+    """The table once asked for its trainings, and the comparison ended without its page."""
 
     def last(config: Config) -> float:
         return math.inf if config.adapter.method == "pissa" else made.loss(config)
@@ -251,7 +246,7 @@ def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
     assert report.cells(record, pissa)[-1] == "all broke off"
     assert record.of("olora").against is not None
     assert report.sentences(record)[1] == (
-        "pissa against lora: no difference can be named: every trial of pissa broke off in the tuning."
+        "pissa against lora: not compared, because every tuning trial of pissa broke off."
     )
     report.write(record, str(tmp_path / "out"))
     assert "all broke off" in (tmp_path / "out" / "report.html").read_text()
@@ -287,4 +282,4 @@ def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.M
     assert tree["methods"][0]["tuned"]["cell"]["lr"] == 3.2e-3
     shown = "\n".join([*report.lines(record), *report.summary(record)])
     assert "0.0032" in shown
-    assert "verdict: olora - lora = +0.0100 nats per token, 95% interval" in shown
+    assert "verdict: Loss of olora minus loss of lora = +0.0100 nats per token (95% interval" in shown

@@ -1,4 +1,4 @@
-"""The interval of a comparison: its algebra, and how often it holds the truth."""
+"""The interval of a comparison: its algebra, and how often it contains the truth."""
 
 import math
 
@@ -20,13 +20,12 @@ def drawn(
     row: float = 0.03,
     rest: float = 0.05,
 ) -> NDArray[np.float64]:
-    """Differences around 0, with these standard deviations."""
     parts = seed * rng.standard_normal((seeds, 1)) + row * rng.standard_normal((1, rows))
     return np.asarray(parts + rest * rng.standard_normal((seeds, rows)))
 
 
 def coverage(times: int, **spread: float | int) -> dict[str, float]:
-    """How often each interval of 95% holds the truth, which is 0."""
+    """Return how often each 95% interval contains the truth, which is 0."""
     rng, held = np.random.default_rng(17), dict.fromkeys(("crossed", "rows alone", "seeds alone"), 0)
     for _ in range(times):
         values = drawn(rng, **spread)  # type: ignore[arg-type]
@@ -61,7 +60,7 @@ def test_coverage_over_many_worlds(seed: float, seeds: int, rows: int) -> None:
 
 
 def test_the_protocols_example_can_see_what_matters() -> None:
-    """4 seeds x 192 rows of the spread that was measured: half of the width is below 0.01 nats."""
+    """4 seeds x 192 rows with the measured spread: half of the interval's width is below 0.01 nats."""
     rng = np.random.default_rng(0)
     halves = [crossed(drawn(rng)).half() for _ in range(100)]
     assert 0.005 < float(np.median(halves)) < 0.009

@@ -1,12 +1,12 @@
-"""Files as other tools write them, with the rows that their documentation describes, and what becomes of each.
+"""Files in the forms of other tools, with the rows of their documentation, and the result of reading each.
 
-    right     all rows are the conversations that they are meant to be, with these answers supervised
+    right     all rows become the intended conversations, with the intended answers supervised
     refused   the first look or the dry run ends with one line
     WRONG     anything else
 
-pandas, Hugging Face's datasets, TRL's helpers and Python's json and csv write them themselves; of Excel its dialect,
-its separators and its encodings are taken. Axolotl, LLaMA-Factory, ms-swift and OpenAI read files and write none: of
-these the rows are taken.
+pandas, Hugging Face's datasets, TRL's helpers and Python's json and csv write the files themselves. Excel's dialect,
+separators and encodings are imitated. Axolotl, LLaMA-Factory, ms-swift and OpenAI read files but write none, so only
+their rows are imitated.
 """
 
 import csv
@@ -28,7 +28,7 @@ from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers
 
-# What the rows say: with quotes, separators and line ends in them, and letters that encodings write in their own ways.
+# Texts of the rows: with quotes, separators and line ends, and with letters that differ between encodings.
 
 
 ASK = [
@@ -48,18 +48,16 @@ ROWS = range(len(ASK))
 TOOL = {"type": "function", "function": {"name": "wetter", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"name": "wetter", "arguments": {"ort": "Köln"}}
 
+# Role and text. The role is `context` for an answer that is not trained on, and `call` for a tool call.
 Turn = tuple[str, str]
-"""Role and text; of an answer that is not trained on the role is `context`, of a tool call `call`."""
 Row = dict[str, Any]
 
 
 def once(n: int, system: str = "") -> list[Turn]:
-    """A question and its answer."""
     return [*([("system", system)] if system else []), ("user", ASK[n]), ("assistant", SAY[n])]
 
 
 def twice(n: int, system: str = "", first: str = "assistant") -> list[Turn]:
-    """Two questions and their answers."""
     return [*once(n - 1, system)[:-1], (first, SAY[n - 1]), *once(n)]
 
 
@@ -69,7 +67,7 @@ def called(n: int) -> list[Turn]:
 
 
 def messages(turns: Sequence[Turn], role: str = "role", content: str = "content", **names: str) -> list[Row]:
-    """The turns as messages, whose roles have other names where `names` says so."""
+    # `names` maps roles to other names.
     named = {"context": names.get("assistant", "assistant"), **names}
     return [{role: named.get(who, who), content: text} for who, text in turns]
 
@@ -87,7 +85,7 @@ def marked(turns: Sequence[Turn], key: str, no: Any, yes: Any, **names: str) -> 
 
 
 def openai_calls(n: int) -> list[Row]:
-    """Messages with a tool call as OpenAI's API has it: its arguments are JSON text."""
+    """Messages with a tool call in the form of OpenAI's API: its arguments are JSON text."""
     user, _, tool, answer = messages(called(n))
     function = {"name": CALL["name"], "arguments": json.dumps(CALL["arguments"], ensure_ascii=False)}
     call = {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": function}]}
@@ -95,7 +93,7 @@ def openai_calls(n: int) -> list[Row]:
 
 
 def sharegpt_calls(n: int) -> list[Row]:
-    """The same as LLaMA-Factory has it."""
+    """Messages with a tool call in the form of LLaMA-Factory."""
     user, _, tool, answer = sharegpt(called(n), tool="observation")
     return [user, {"from": "function_call", "value": json.dumps(CALL)}, tool, answer]
 
@@ -105,23 +103,22 @@ def sharegpt_calls(n: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of one kind."""
+    """Rows of one form."""
 
+    # Row number n.
     row: Callable[[int], Row]
-    """The n-th."""
+    # The intended conversation or document; None: nothing to train on, or nothing clear.
     turns: Callable[[int], list[Turn] | str] | None = once
-    """What it is meant to be: a conversation, or a document; None: nothing to train on, or nothing that is clear."""
+    # Settings that are detected, and would be needed otherwise; without them format messages.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What a source would have to set, which is found; without it format messages."""
     tools: bool = False
+    # A column that is ignored, which the dry run reports.
     unread: str = ""
-    """A column that is not read, which the dry run tells."""
+    # A part of the line that refuses such rows.
     says: str = ""
-    """A part of the line with which such rows are refused."""
 
 
 def fields(format: str, **names: str) -> dict[str, Any]:
-    """The settings of a source."""
     return {"format": format, **({"fields": names} if names else {})}
 
 
@@ -135,7 +132,7 @@ def unpaired(n: int) -> Row:
 
 
 def chatml(n: int) -> Row:
-    """A dump of ShareGPT as TRL's helper turns it round."""
+    """A dump of ShareGPT, converted by TRL's helper."""
     from trl.data_utils import maybe_convert_to_chatml
 
     found: Row = maybe_convert_to_chatml({"conversations": sharegpt(twice(n))})
@@ -328,10 +325,8 @@ SHAPES: dict[str, dict[str, Shape]] = {
             None,
             says="it has human, assistant",
         ),
-        "pretraining": Shape(lambda n: {"messages": messages(once(n)[1:])}, None, says="must be the user's"),
-        "classes": Shape(
-            lambda n: {"messages": messages(once(n)[:1]), "label": 1}, None, says="no message of the assistant"
-        ),
+        "pretraining": Shape(lambda n: {"messages": messages(once(n)[1:])}, None, says="must be from user"),
+        "classes": Shape(lambda n: {"messages": messages(once(n)[:1]), "label": 1}, None, says="no assistant message"),
         "kto": Shape(lambda n: {"messages": messages(once(n)), "label": n > 1}, None, says="have label"),
     },
     "TRL": {
@@ -425,13 +420,11 @@ SHAPES: dict[str, dict[str, Shape]] = {
 
 
 def lines(path: Path, rows: Sequence[Row], encoding: str = "utf-8", end: str = "\n", ascii: bool = False) -> None:
-    """One object per line."""
     text = "".join(json.dumps(row, ensure_ascii=ascii) + end for row in rows)
     path.write_bytes(text.encode(encoding))
 
 
 def listed(path: Path, rows: Sequence[Row], indent: int | None = 2) -> None:
-    """One JSON list."""
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=indent), encoding="utf-8")
 
 
@@ -444,17 +437,14 @@ def sheet(path: Path, rows: Sequence[Row], delimiter: str, encoding: str) -> Non
 
 
 def frame(method: str, **options: Any) -> Callable[[Path, Sequence[Row]], None]:
-    """A method of pandas' DataFrame."""
     return lambda path, rows: getattr(pd.DataFrame(list(rows)), method)(path, **options)
 
 
 def dataset(method: str, **options: Any) -> Callable[[Path, Sequence[Row]], None]:
-    """A method of Hugging Face's Dataset."""
     return lambda path, rows: getattr(Dataset.from_list(list(rows)), method)(str(path), **options)
 
 
 def splits(path: Path, rows: Sequence[Row]) -> None:
-    """A DatasetDict with two splits."""
     other = Dataset.from_list([dict.fromkeys(rows[0])] * 2, Dataset.from_list(list(rows)).features)
     DatasetDict({"train": Dataset.from_list(list(rows)), "test": other}).save_to_disk(str(path))
 
@@ -520,35 +510,33 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Sequence[Row]], None]]] = {
 
 @dataclass(frozen=True)
 class File:
-    """One file of the bar."""
+    """One file of the test."""
 
     tool: str
     shape: str
     writer: str
+    # A part of the line that refuses such a file, although its rows alone would be read.
     cannot: str = ""
-    """A part of the line with which such a file is refused, where its rows alone would be read."""
 
     @property
     def name(self) -> str:
-        """The name of its row in the table."""
         return f"{self.tool}: {self.shape} | {self.writer}"
 
     @property
     def rows(self) -> Shape:
-        """What is in it."""
         return SHAPES[self.tool][self.shape]
 
     def write(self, folder: Path) -> Path:
-        """Write it; returns its path."""
         name, write = WRITERS[self.writer]
         write(folder / name, [self.rows.row(n) for n in ROWS])
         return folder / name
 
 
+# Writers of tables only.
 SHEETS = [name for name, (file, _) in WRITERS.items() if ".csv" in file or ".tsv" in file]
-"""Writers of tables alone."""
+# Files that are refused, whatever rows they have.
 CANNOT = {"pandas.to_json split": "expected a list of rows", "Excel, Unicode text": "not UTF-8 text"}
-"""Files that are refused, whatever rows they have."""
+# The writers for each form of rows; other forms are written as JSON lines.
 WRITTEN: dict[tuple[str, str], Sequence[str]] = {
     ("table", "qa"): [*SHEETS, *(name for name in WRITERS if name.startswith("pandas.to_json")), *CANNOT],
     ("OpenAI", "chat"): [name for name in WRITERS if name.startswith(("json", "datasets.to_json"))],
@@ -576,7 +564,6 @@ WRITTEN: dict[tuple[str, str], Sequence[str]] = {
     ("table", "German"): ["Excel, German"],
     ("table", "repr"): ["pandas.to_csv"],
 }
-"""The writers of each kind of rows; the others are written as JSON lines."""
 FILES = [
     File(tool, shape, writer, CANNOT.get(writer, ""))
     for tool, shapes in SHAPES.items()
@@ -585,7 +572,7 @@ FILES = [
 ]
 
 
-# What becomes of a file.
+# The result of reading a file.
 
 
 TEMPLATE = (
@@ -600,7 +587,7 @@ WRITTEN_CALL = f"<call>{CALL['name']} {json.dumps(CALL['arguments'], ensure_asci
 
 
 def _json() -> str:
-    """The tokenizer of one token a letter, with the letters that Windows has beyond Latin-1."""
+    """The tokenizer with one token per letter, with the letters that Windows has beyond Latin-1."""
     tree = json.loads(helpers.spec().json)
     vocabulary = tree["model"]["vocab"]
     vocabulary.update({letter: len(vocabulary) + n for n, letter in enumerate("€–„“’…")})
@@ -612,7 +599,7 @@ TOKENIZER = Tokenizer.from_str(SPEC.json)
 
 
 def expected(shape: Shape) -> Iterator[tuple[str, str]]:
-    """The text of each row as the model should see it, and what of it is trained on."""
+    """The text of each row as the model should see it, and its supervised part."""
     assert shape.turns is not None
     for n in ROWS:
         turns = shape.turns(n)
@@ -629,7 +616,7 @@ def expected(shape: Shape) -> Iterator[tuple[str, str]]:
 
 
 def outcome(file: File, folder: Path) -> str:
-    """What becomes of a file whose source sets its path alone: right, refused or WRONG, and what is said of it."""
+    """The result for a file whose source sets only its path (right, refused or WRONG), and the message."""
     config = helpers.config(folder / "runs", str(file.write(folder)), max_length=600, max_rejected=0)
     try:
         with said() as lines:
@@ -650,13 +637,13 @@ def outcome(file: File, folder: Path) -> str:
 
 
 def _is_meant(file: File, line: str) -> bool:
-    """True if a file is refused that should be, in one line that says why."""
+    """True if the file should be refused, and the one-line message says why."""
     wanted = file.cannot or file.rows.says
     return bool(wanted) and wanted in line and "\n" not in line
 
 
 def _read(config: Config) -> Iterator[tuple[str, str]]:
-    """The same as `expected`, as the dry run finds it; raises UserError."""
+    """The same as `expected`, from a dry run; raise UserError."""
     for pack in describe(config, SPEC).some_packs:
         start = 0
         for length in pack.segments:

@@ -1,4 +1,4 @@
-"""Small trained tokenizers of the kinds that models have, as specs."""
+"""Specs of small trained tokenizers, of the types that models have."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,7 +17,7 @@ CORPUS = [
 
 
 def byte_level(trim_offsets: bool, normalizer: Any = None) -> Tokenizer:
-    """As GPT-2 and Llama 3 (offsets without leading blanks), Qwen and SmolLM2 (offsets as they are)."""
+    """Like GPT-2 and Llama 3 (offsets without leading blanks), or Qwen and SmolLM2 (unchanged offsets)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +28,7 @@ def byte_level(trim_offsets: bool, normalizer: Any = None) -> Tokenizer:
 
 
 def metaspace(scheme: str) -> Tokenizer:
-    """As recent SentencePiece-like tokenizers."""
+    """Like recent SentencePiece-like tokenizers."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -36,7 +36,7 @@ def metaspace(scheme: str) -> Tokenizer:
 
 
 def prepend() -> Tokenizer:
-    """As Llama 2: the blank before a text is the normalizer's."""
+    """Like Llama 2: the normalizer puts the blank before a text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -46,7 +46,7 @@ def prepend() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """As T5's and ALBERT's kind of SentencePiece."""
+    """Like the SentencePiece of T5 and ALBERT."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -72,7 +72,6 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 
 @lru_cache
 def tokenizer(kind: str) -> Tokenizer:
-    """A tokenizer of KINDS."""
     return KINDS[kind]()
 
 

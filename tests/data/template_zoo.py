@@ -1,7 +1,7 @@
-"""Chat templates of model families, as TRL's package has them, and what becomes of conversations under each.
+"""Chat templates of model families from TRL's package, and the result of training conversations with each.
 
     right     each answer follows the ids that a server feeds before it, and ends with a token at which the model stops
-    refused   the row is rejected, with what to do
+    refused   the row is rejected, with a remedy
 
 The templates are TRL's copies of the originals (Apache-2.0), read from its package, which is not imported.
 """
@@ -24,11 +24,12 @@ from olora_ray.data.formats import Chat, Rejected, to_example
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
+# Writes a conversation as servers do.
 RENDER: Any = chat_template_utils.render_jinja_template
-"""Writes a conversation as servers do."""
+# Suffix of the twins in which TRL has marked the answers.
 TRAINING = "_training"
-"""Ends the names of the twins in which TRL has marked the answers."""
 CHATML = ("<|im_end|>",)
+# Longest fitting beginning of a name -> the stop tokens in the family's generation_config.json; others stop as ChatML.
 STOPS: dict[str, tuple[str, ...]] = {
     "cohere": ("<|END_OF_TURN_TOKEN|>",),
     "deepseek": ("<｜end▁of▁sentence｜>",),
@@ -44,11 +45,10 @@ STOPS: dict[str, tuple[str, ...]] = {
     "phi3": ("<|end|>",),
     "smolvlm": ("<end_of_utterance>",),
 }
-"""Beginning of a name, the longest that fits -> where the family's generation_config.json stops; others as ChatML."""
+# Beginning of a name -> the tokenizer's end token, if it differs from the first stop.
 ENDS = {"glm4": "<|endoftext|>", "phi3": "<|endoftext|>", "gemma": "<eos>", "diffusion_gemma": "<eos>"}
-"""The same -> the tokenizer's end token, where that is another one than the first stop."""
+# Special tokens of these families; <think> and <tool_call> are not special.
 CONTROL = re.compile(r"<\|[^|<>\s]+\|?>|<｜[^｜]+｜>|<[a-z_]+\|>|<(?:start|end)_of_[a-z]+>|</s>|\[gMASK\]|<sop>")
-"""Tokens that are special in these families; <think> and <tool_call> are none."""
 
 TOOL = {
     "type": "function",
@@ -81,6 +81,7 @@ def _thinks(name: str) -> list[dict[str, Any]]:
     return [USER, {**HI, name: WHY}, MORE[0], {**MORE[1], name: WHY}]
 
 
+# Name -> the messages of a row. Cases with tool calls have tools, except the case of a call alone.
 CASES: dict[str, list[dict[str, Any]]] = {
     "plain": [USER, HI],
     "system": [{"role": "system", "content": "Be brief."}, USER, HI],
@@ -94,7 +95,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "reasoning": _thinks("reasoning"),
     "in content": [USER, {**HI, "content": f"<think>\n{WHY}\n</think>\n\nHi there"}],
 }
-"""Name -> the messages of a row; those with tool calls have tools, too, but for the one of a call alone."""
 
 
 def sources() -> dict[str, str]:
@@ -103,7 +103,7 @@ def sources() -> dict[str, str]:
 
 
 def twin(name: str) -> str | None:
-    """The source in which the answers are marked, if TRL has one."""
+    """The template in which TRL has marked the answers, if there is one."""
     return _sources().get(name + TRAINING)
 
 
@@ -116,12 +116,11 @@ def _sources() -> dict[str, str]:
 
 
 def stops(name: str) -> tuple[str, ...]:
-    """The tokens at which a family's models stop, that of a plain answer first."""
+    """The tokens at which a family's models stop; the first one ends a plain answer."""
     return tuple(_of_family(name, STOPS) or CHATML)
 
 
 def ids(name: str) -> dict[str, int]:
-    """Token -> id."""
     return dict(Tokenizer.from_str(spec(name).json).get_vocab())
 
 
@@ -132,7 +131,7 @@ def _of_family(name: str, table: dict[str, Any]) -> Any:
 
 @lru_cache
 def spec(name: str) -> TokenizerSpec:
-    """One token a character, and the template's special ones."""
+    """A spec with one token per character, and the template's special tokens."""
     end = _of_family(name, ENDS) or stops(name)[0]
     special = sorted({*CONTROL.findall(sources()[name]), *stops(name), end, "<bos>"})
     vocabulary = {token: number for number, token in enumerate(["<unk>", *special, *map(chr, range(9, 256))])}
@@ -155,17 +154,16 @@ class Trained:
     """An example: its text, and for each character whether it is supervised."""
 
     text: str
+    # x: supervised.
     mask: str
-    """x: supervised."""
 
     def answers(self) -> Iterator[tuple[str, str]]:
-        """Each answer, and what stands before it."""
+        """Each answer, after the text that precedes it."""
         for found in re.finditer("x+", self.mask):
             yield self.text[: found.start()], self.text[found.start() : found.end()]
 
 
 def chat(case: str) -> Chat:
-    """The conversation of a case, read from a row."""
     row = {"messages": CASES[case], "tools": [TOOL] if case.startswith(("tools", "beside")) else None}
     found = to_example("messages", row, {})
     assert isinstance(found, Chat)
@@ -173,7 +171,7 @@ def chat(case: str) -> Chat:
 
 
 def train(name: str, conversation: Chat) -> list[Trained]:
-    """What is trained on of a conversation; raises Rejected."""
+    """The training text of a conversation; raise Rejected."""
     return [_trained(name, tokens) for tokens in ExampleTokenizer(spec(name), 10**6)(conversation)]
 
 
@@ -186,7 +184,7 @@ def _trained(name: str, tokens: Tokens) -> Trained:
 
 
 def prompt(name: str, conversation: Chat, number: int) -> str:
-    """What a server feeds before message `number`, written by transformers."""
+    """The text that a server feeds before message `number`, written by transformers."""
     messages = list(spec(name).chat_form(conversation.tools is not None)(conversation).messages[:number])
     tools = list(conversation.tools) if conversation.tools else None
     rendered, _ = RENDER(
@@ -199,7 +197,7 @@ def prompt(name: str, conversation: Chat, number: int) -> str:
 
 
 def outcome(name: str, case: str) -> str:
-    """right, refused: and why, or wrong: and what."""
+    """ "right", "refused: " with the reason, or "wrong: " with the fault."""
     conversation = chat(case)
     try:
         found = train(name, conversation)
@@ -242,7 +240,7 @@ def marked_by_twin(name: str, case: str) -> Trained | None:
 
 
 def table() -> str:
-    """The outcomes as Markdown: a row for each template, and below what is said to those that are refused."""
+    """The outcomes as Markdown: a row for each template, and below them the messages of the refusals."""
     said: list[str] = []
     lines = [["template", *CASES], ["---"] * (len(CASES) + 1)]
     for name in sources():

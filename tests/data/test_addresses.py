@@ -1,4 +1,4 @@
-"""Names of files with letters that mean something in a URI."""
+"""Names of files with characters that have a meaning in a URI."""
 
 from pathlib import Path
 
@@ -40,7 +40,10 @@ def test_percent_signs_in_a_file_uri_are_those_of_uris(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("s3://bucket/is?it.jsonl", "options such as region=... follow a '?'; no file with a '?' in its name is read"),
+        (
+            "s3://bucket/is?it.jsonl",
+            "after a '?' come options such as region=...; rename a file with a '?' in its name",
+        ),
         ("s3://bucket/is?it.jsonl=1", "Unexpected query parameter in S3 URI: 'it.jsonl'"),
     ],
 )

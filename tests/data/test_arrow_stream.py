@@ -1,4 +1,4 @@
-"""Arrow files that `datasets` saves: each unit is read from where its first batch lies."""
+"""Arrow files that `datasets` saves: each unit is read from the offset of its first batch."""
 
 import dataclasses
 from itertools import pairwise
@@ -24,7 +24,7 @@ def texts(rows: int) -> list[str]:
 
 
 def write(path: Path, batches: list[int], column: pa.Array) -> File:
-    """A stream of batches of so many rows each."""
+    """Write a stream of batches with so many rows each."""
     schema = pa.schema([("text", column.type), ("number", pa.int64())])
     borders = np.cumsum([0, *batches]).tolist()
     with pa.OSFile(str(path), "wb") as file, ipc.new_stream(file, schema) as stream:
@@ -42,7 +42,7 @@ def read(file: File, units: Units | list[Unit]) -> list[tuple[int, Any]]:
 def test_units_are_all_rows_in_any_order(
     batches: list[int], dictionary: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Of batches of any lengths, and where the values of a column stand before all batches."""
+    """Batches have any lengths; the values of a dictionary column stand before all batches."""
     wanted = texts(sum(batches))
     column = pa.array(wanted, pa.string())
     file = write(
@@ -55,7 +55,7 @@ def test_units_are_all_rows_in_any_order(
     assert read(file, found.units) == rows
     assert sorted(read(file, list(found.units)[::-1]), key=lambda each: each[0]) == rows
     assert all((unit.offset > 0) != dictionary for unit in found.units)
-    # As a scan has them that an earlier version kept.
+    # Earlier versions kept scans without offsets.
     assert read(file, [dataclasses.replace(unit, offset=0, before=0) for unit in found.units]) == rows
 
 
@@ -72,7 +72,7 @@ def test_a_look_at_a_file_reads_its_start(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("cut", [-1, -9, -3000])
 def test_a_file_that_ends_too_early_is_refused(cut: int, tmp_path: Path) -> None:
-    """Eight bytes less, and it has all its rows still: they say that there are no more."""
+    # Without its last eight bytes, which mark the end of the batches, the file still has all its rows.
     whole = write(tmp_path / "a.arrow", [100] * 5, pa.array(texts(500)))
     path = Path(whole.uri)
     path.write_bytes(path.read_bytes()[:cut])
@@ -82,7 +82,7 @@ def test_a_file_that_ends_too_early_is_refused(cut: int, tmp_path: Path) -> None
 
 
 def test_a_file_that_is_damaged_inside_is_refused(tmp_path: Path) -> None:
-    """Reading from it killed the process (SIGSEGV), or ended in a SystemError."""
+    # Reading from such a file killed the process (SIGSEGV), or ended in a SystemError.
     turns = [[{"role": "user", "content": f"question {number}"}] for number in range(300)]
     whole = write(tmp_path / "whole.arrow", [100] * 3, pa.array(turns))
     content = Path(whole.uri).read_bytes()
@@ -105,7 +105,7 @@ def test_a_text_of_a_saved_data_set_that_is_none_rejects_its_row_alone(tmp_path:
 
 
 def test_a_stream_that_ends_before_the_unit_does_is_no_end_of_rows(tmp_path: Path) -> None:
-    """A store that returns less than it was asked for: the rest of the unit's rows was lost in silence."""
+    # A store may return less than asked for: the rest of the unit's rows was lost silently.
     file = write(tmp_path / "a.arrow", [100] * 50, pa.array(texts(5000)))
     first, *_, last = scan.scan(file, "").units
     for unit in (dataclasses.replace(last, rows=last.rows + 1), dataclasses.replace(first, offset=0, rows=5001)):
@@ -115,7 +115,7 @@ def test_a_stream_that_ends_before_the_unit_does_is_no_end_of_rows(tmp_path: Pat
 
 @pytest.mark.lengthy
 def test_in_a_bucket_little_more_is_read_than_there_is(s3_server: Server, bucket: str, tmp_path: Path) -> None:
-    """Each unit was read from the start of the file: half of it for each of 64 units."""
+    # Each of 64 units was read from the start of the file, on average half of it.
     local = write(tmp_path / "a.arrow", [100] * 100, pa.array([text * 100 for text in texts(10_000)]))
     name, _, prefix = bucket.removeprefix("s3://").partition("/")
     s3_server.client().put_object(Bucket=name, Key=f"{prefix}/a.arrow", Body=Path(local.uri).read_bytes())

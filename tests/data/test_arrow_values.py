@@ -1,4 +1,4 @@
-"""Values of parquet files that Python has no words of its own for."""
+"""Values of parquet files that Python has no type for."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from olora_ray.tokens import first_look
 
 
 def rows(path: Path) -> list[Any]:
-    """All columns of all rows."""
     [file] = sources.list_files(Source(path=str(path)), "data.train.0", "")
     found = scan.scan(file, "")
     return [row for unit in found.units for _, row in read_unit(file, unit, found.columns, found.columns)]
@@ -34,7 +33,7 @@ def rows(path: Path) -> list[Any]:
     ids=lambda values: str(values.type),
 )
 def test_a_time_that_python_does_not_have_is_a_text(values: pa.Array, tmp_path: Path) -> None:
-    """As a time without end in a database (infinity); the first look reads all columns."""
+    # Databases have such a time (infinity), and the first look reads all columns.
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["a", "b"], "until": values}), path)
     found = rows(path)
@@ -52,7 +51,7 @@ TEXT = pa.string()
 
 
 def test_maps_are_objects(tmp_path: Path) -> None:
-    """Spark makes a map of each dict; pairs of key and value were no messages, and arguments of calls another JSON."""
+    # Spark writes each dict as a map. Pairs of key and value were no messages, and tool arguments were other JSON.
     function = pa.struct({"name": TEXT, "arguments": as_maps(TEXT)})
     call = pa.struct({"type": TEXT, "function": function})
     turn = pa.struct({"role": TEXT, "content": TEXT, "tool_calls": pa.list_(call)})

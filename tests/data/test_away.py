@@ -1,4 +1,4 @@
-"""Files of rows on an object store that fails while they are looked at and read."""
+"""Files of rows on an object store that fails while they are listed and read."""
 
 import gzip
 import io
@@ -25,14 +25,14 @@ TEXTS = [f"row {number:04d}" for number in range(1000)]
 
 
 class Store:
-    """A folder of this machine as an object store, each of whose reads and listings may fail."""
+    """A local folder as an object store; each of its reads and listings may fail."""
 
     type_name = "s3"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Returns whether a request fails, by its number.
         self.fails: Callable[[int], bool] = lambda number: False
-        """Whether a request fails, by its number."""
         self.requests = 0
 
     def request(self) -> None:
@@ -82,7 +82,7 @@ def texts(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "*.parquet"])
 def test_it_is_asked_again(name: str, store: Store) -> None:
-    """Else a moment's failure of the network, in a night of reading, ended the run."""
+    # Without retries, a moment's failure of the network, in a night of reading, ended the run.
     assert texts(name) == TEXTS
     requests, store.requests = store.requests, 0
     failed = set[int]()
@@ -96,12 +96,12 @@ def test_it_is_asked_again(name: str, store: Store) -> None:
     store.fails = once_at_each
     with said() as lines:
         assert texts(name) == TEXTS
-    assert f"warning: s3://bucket does not answer ({AWAY}); asked again for 1 s more" in lines
+    assert f"warning: s3://bucket does not answer ({AWAY}); retrying for 1 s more" in lines
 
 
 @pytest.mark.lengthy
 def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
-    """Exit code 75, after which the same command is started again; it was 2, and the file "not readable"."""
+    # Exit code 75 lets the caller start the same command again; it was 2, with the message "not readable".
     [file] = sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
     unit = scan.scan(file, "").units[0]
     store.fails = lambda number: True

@@ -1,4 +1,4 @@
-"""What is read of a csv file is what csv.reader reads of it."""
+"""A csv file has the rows that csv.reader reads from it."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ def file_of(folder: Path, content: bytes, name: str = "a.csv") -> File:
 
 
 def read(file: File) -> tuple[tuple[str, ...], list[tuple[int, Any]]]:
-    """Header and rows, unit by unit from the last to the first."""
+    """Return header and rows, read unit by unit from the last to the first."""
     found = scan.scan(file, "")
     file = found.file or file
     parts = [list(reader.read_unit(file, unit, found.columns, ())) for unit in reversed(found.units)]
@@ -36,7 +36,7 @@ def read(file: File) -> tuple[tuple[str, ...], list[tuple[int, Any]]]:
 
 
 def expected(text: str, delimiter: str = ",") -> tuple[tuple[str, ...], list[tuple[int, Any]]]:
-    """The same by csv.reader alone, as its documentation says that it is used."""
+    """Return header and rows, read by csv.reader alone, as its documentation says."""
     rows, place = [], 0
     parsed = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     for cells in parsed:
@@ -47,7 +47,7 @@ def expected(text: str, delimiter: str = ",") -> tuple[tuple[str, ...], list[tup
 
 
 def closed(text: str, delimiter: str = ",") -> bool:
-    """Whether all quoted cells end: only then is a record that is put behind the text one of its own."""
+    """True if all quoted cells end: only then is a record after the text a separate one."""
     end = text if text.endswith(("\n", "\r")) or not text else f"{text}\n"
     cells = list(csv.reader(io.StringIO(f"{end}{delimiter}", newline=""), delimiter=delimiter))
     return bool(cells) and cells[-1] == ["", ""]
@@ -61,14 +61,14 @@ def check(folder: Path, text: str, name: str = "a.csv", start: bytes = b"") -> N
     named = [cell for cell in header if cell]
     if not closed(text, delimiter):
         with pytest.raises(
-            UserError, match=r"a\.[ct]sv:\d+: a quoted cell of the record that begins here is not closed"
+            UserError, match=r"a\.[ct]sv:\d+: the record that begins here has a quoted cell that is not closed"
         ):
             scan.scan(file, "")
     elif rows and not text.endswith(("\n", "\r")) and len(rows[-1][1]) < len(header):
         with pytest.raises(UserError, match=r"a\.[ct]sv:\d+: the file ends in the middle of a row"):
             scan.scan(file, "")
     elif len(set(named)) < len(named):
-        with pytest.raises(UserError, match="there more than once"):
+        with pytest.raises(UserError, match="several columns are named"):
             scan.scan(file, "")
     else:
         assert read(file)[0] == header
@@ -128,11 +128,11 @@ def test_a_large_file_keeps_few_marks_and_all_its_rows(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("header", ["a,b,a", '"a","b","a"', "a,b,a,,"])
 def test_a_column_name_that_is_there_twice_is_refused(header: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.csv: the column 'a' is there more than once") as caught:
+    with pytest.raises(UserError, match=r"a\.csv: several columns are named 'a'") as caught:
         scan.scan(file_of(tmp_path, f"{header}\n1,2,3\n".encode()), "")
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_was_cut_inside_a_quoted_cell_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.csv:4: a quoted cell .* is not closed before the end of the file"):
+    with pytest.raises(UserError, match=r"a\.csv:4: .* a quoted cell that is not closed"):
         scan.scan(file_of(tmp_path, b'a,b\n1,"x\ny"\n2,"cut off\nhere'), "")

@@ -1,4 +1,4 @@
-"""A file that ends in the middle of a row, as one does that is still being copied, is trained on by no command."""
+"""No command trains on a file that ends in the middle of a row, such as one that is still being copied."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ def test_a_file_that_ends_in_the_middle_of_a_row_is_refused(look: str, name: str
         LOOKS[look](config_of(tmp_path, name, content))
     assert str(caught.value) == (
         f"{tmp_path / name}:{line}: the file ends in the middle of a row: it is incomplete, or still being copied;"
-        " copy it again, or call again when it is whole"
+        " copy it completely, then run the same command again"
     )
 
 

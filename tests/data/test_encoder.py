@@ -1,4 +1,4 @@
-"""What is trained is what inference sees: prompts and answers tokenised apart, whatever the tokenizer."""
+"""Training sees the tokens of inference: prompts and answers are tokenised apart, with any tokenizer."""
 
 import json
 import unicodedata
@@ -31,7 +31,7 @@ def make(kind: str, add_bos: bool = False) -> ExampleTokenizer:
 
 
 def plain(kind: str, text: str) -> list[int]:
-    """What a server feeds: the tokens of the text alone."""
+    """The tokens of the text alone, which a server feeds."""
     return list(small_tokenizers.tokenizer(kind).encode(text, add_special_tokens=False).ids)
 
 
@@ -44,7 +44,7 @@ def read(kind: str, ids: Any) -> str:
 
 
 def known(kind: str, text: str) -> bool:
-    """Whether the tokenizer has a token for every character (byte-level ones have)."""
+    """True if the tokenizer has a token for every character, as byte-level tokenizers have."""
     return small_tokenizers.tokenizer(kind).token_to_id("<unk>") not in plain(kind, text)
 
 
@@ -109,7 +109,7 @@ def test_an_answer_of_a_chat_starts_where_its_prompt_ends(kind: str, asked: str,
 def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
     kind: str, pairs: list[tuple[str, str]], broken: bool
 ) -> None:
-    """Also beside a text that no tokenizer takes."""
+    # This holds also beside a text that no tokenizer accepts.
     tokenizer = make(kind)
     examples: list[Example] = [Completion(*pair) for pair in pairs]
     examples += [Chat(tuple(conversation(*pair))) for pair in pairs] + [Text(prompt) for prompt, _ in pairs]
@@ -143,7 +143,7 @@ def test_a_token_starts_with_its_leading_blank() -> None:
 @example("prepend", "hello there", True, 6)
 @example("metaspace-always", "hello", True, 1)
 def test_tokens_that_start_before_a_place_are_the_first_ones(kind: str, text: str, continues: bool, place: int) -> None:
-    """They are found by halving, which needs the places in order; also those of a text that was put after another."""
+    # Bisection needs sorted offsets, also for a text that was encoded after an anchor.
     encoder, tokenizer = Encoder(small_tokenizers.spec(kind).json), small_tokenizers.tokenizer(kind)
     piece = encoder.encode(text, continues)
     for anchor in ("", *ANCHORS):
@@ -159,7 +159,7 @@ def test_tokens_that_start_before_a_place_are_the_first_ones(kind: str, text: st
 
 
 def test_a_token_that_begins_in_the_answer_and_ends_behind_it_is_supervised() -> None:
-    """Templates without an end token: the line break behind an answer may be one token with its full stop."""
+    # Templates without an end token: the line break after an answer may share a token with its full stop.
     inner = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "Q": 2, "A": 3, "yes": 4, ".\n": 5}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\.\n|yes|[\s\S]"), "isolated")
     template = (

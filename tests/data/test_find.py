@@ -1,4 +1,4 @@
-"""The format and the fields of rows whose source sets none."""
+"""Detection of format and fields for rows whose source sets none."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from olora_ray.data.formats import find, why_not
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 QUESTION = {"question": "q", "answer": "a"}
+# One message of a tree, which is not a document.
 OASST = {"message_id": "m", "parent_id": None, "text": "hello", "role": "prompter"}
-"""One message of a tree: no document."""
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None
             "set format: alpaca, or format: prompt_",
         ),
         ({"system": "s", "messages": MESSAGES}, "set format: messages, or format: sharegpt, fields: {conversations: m"),
-        ({"prompt": "p", "completion": "c", "label": True}, "the rows have label; to train on them without that, set"),
+        ({"prompt": "p", "completion": "c", "label": True}, "the rows have label, which would be ignored; .* set"),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "the rows have rejected"),
-        ({"messages": MESSAGES, "label": False}, "the rows have label; .* set format: messages"),
+        ({"messages": MESSAGES, "label": False}, "the rows have label, .* set format: messages"),
         ({"input": "i", "output": "o", "context": "c"}, "the rows have context"),
         ({**QUESTION, "text": "t"}, "the rows have text"),
     ],
@@ -69,14 +69,14 @@ def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"a": 1, "b": 2}, "its columns, a, b, are those of no format; set format and fields"),
-        ({"prompt": "q"}, "are those of no format"),
+        ({"a": 1, "b": 2}, "no format has its columns (a, b); set format and fields"),
+        ({"prompt": "q"}, "no format has its columns"),
         ([1], "expected an object with fields, found a list"),
-        ({"messages": []}, "no message of the assistant"),
+        ({"messages": []}, "no assistant message"),
         ({"question": "q", "answer": 4}, "field 'answer' is a number, not text"),
-        (OASST, "are those of no format"),
-        ({"text": "t", "label": 1}, "are those of no format"),
-        ({"document": "d", "summary": "s"}, "are those of no format"),
+        (OASST, "no format has its columns"),
+        ({"text": "t", "label": 1}, "no format has its columns"),
+        ({"document": "d", "summary": "s"}, "no format has its columns"),
     ],
 )
 def test_nothing_is_found_that_does_not_help(row: Any, reason: str) -> None:

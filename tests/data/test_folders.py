@@ -1,4 +1,4 @@
-"""Folders and globs: what is passed over is said, nothing is read twice, and nothing is waited for."""
+"""Folders and globs: ignored files are reported, no file is read twice, and no pipe is waited for."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def test_what_a_folder_has_beside_is_said_once(scheme: str, tmp_path: Path) -> N
     assert len(lines) == 1
     assert lines[0].startswith(
         f"data.train.0.path: not read in {scheme}{tmp_path}: 1 .gz.gz, 1 .parquet.gz, 1 .rar, 1 .xlsx,"
-        " 2 without an ending; supported: .jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz)"
+        " 2 without suffix; supported: .jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz)"
     )
 
 
@@ -67,7 +67,7 @@ SPLITS: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize("scheme", ["", "file://"])
 @pytest.mark.parametrize("case", SPLITS)
 def test_files_of_another_split_are_left_out_and_named(case: str, scheme: str, pattern: str, tmp_path: Path) -> None:
-    """A test split was trained on without a word."""
+    # A test split was trained on without a warning.
     names, out = SPLITS[case]
     touch(tmp_path, *names)
     with said() as lines:
@@ -76,7 +76,7 @@ def test_files_of_another_split_are_left_out_and_named(case: str, scheme: str, p
     assert {name for name in left_out if name.startswith(tuple(out))} == left_out
     assert len(left_out) == len(out)
     assert all(any(f"{name} (" in line or f"{name}, " in line for line in lines) for name in left_out)
-    # Named for themselves, or on the other side, they are used.
+    # They are used in a source of their own, and in data.eval.
     for name in names:
         assert listed(f"{scheme}{tmp_path}/{name}") == [name.rpartition("/")[2]]
     other = Source(path=str(tmp_path), format="text")
@@ -95,7 +95,7 @@ def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], None], tmp_pat
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
-    """os.walk passes over such a folder in silence unless it is asked; the tests may run as root, who may list all."""
+    # os.walk ignores such a folder by default. The tests may run as root, who may list all folders.
     with pytest.raises(UserError, match=r"^data\.train\.0\.path: .*closed: No such file or directory$"):
         sources._below(str(tmp_path / "closed"), "data.train.0.path")
 
@@ -105,5 +105,5 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_saved_data_set_that_is_damaged(scheme: str, content: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, "latin-1")
-    with pytest.raises(UserError, match=r"data\.train\.0\.path: .*what Dataset\.save_to_disk wrote there is damaged"):
+    with pytest.raises(UserError, match=r"data\.train\.0\.path: .*Dataset\.save_to_disk is damaged"):
         listed(f"{scheme}{tmp_path}")

@@ -1,4 +1,4 @@
-"""The form of prompt_completion rows, and what of it is in the name of a token store."""
+"""The form of prompt_completion rows, and its influence on the name of a token store."""
 
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,20 @@ def source(chat: Any = "auto", format: str = "prompt_completion", **more: Any) -
             helpers.spec(),
             "auto",
             "<|im_start|>user\ntwo and two? <|im_end|>\n<|im_start|>assistant\nfour<|im_end|>\n",
-            "are turns of a chat; tiny gets them through its chat template",
+            "become turns of a chat; tiny gets them in its own chat template",
         ),
         (
             helpers.spec(),
             False,
             "<s>two and two? four</s>",
-            "are joined as they are, without a chat template, but tiny has one and is served with it",
+            "are joined without a chat template, but servers of tiny apply one",
         ),
-        (PLAIN, "auto", "<s>two and two? four</s>", "are joined as they are, without a chat template: tiny has none"),
+        (PLAIN, "auto", "<s>two and two? four</s>", "are joined without a chat template: tiny has none"),
         (
             PLAIN,
             True,
             "User: two and two? \n\nAssistant: four</s>\n\n",
-            "are turns of a chat; tiny gets them through the plain chat template, since it has none",
+            "become turns of a chat; tiny gets them in the plain chat template, because it has none",
         ),
     ],
 )
@@ -96,7 +96,7 @@ def inputs(tmp_path: Path, chat: Any, format: str, spec: TokenizerSpec, **data: 
 
 
 def test_the_store_of_messages_has_the_name_that_it_had(tmp_path: Path) -> None:
-    """Runs that were interrupted before there was a choice of forms find their tokens."""
+    # Runs that were interrupted before this choice existed must find their tokens.
     before = {"version", "split", "sources", "tokenizer", "max_length", "packing", "seed", "eval_fraction"}
     found = inputs(tmp_path, "auto", "messages", helpers.spec())
     assert found.keys() == before | {"format", "fields", "weight", "files"}

@@ -38,7 +38,8 @@ def test_messages() -> None:
 
 @pytest.mark.parametrize(("content", "given"), [(None, [{"id": "1"}]), ("a", []), ("a", ""), ("a", "[]"), ("a", None)])
 def test_a_tool_call_is_an_answer_and_no_calls_are_no_key(content: Any, given: Any) -> None:
-    """Servers answer with `"tool_calls": []`; Llama 3.1's template refuses each message with the key but one call."""
+    # Servers answer with `"tool_calls": []`; Llama 3.1's template refuses each message with this key unless it has one
+    # call.
     calls = {"tool_calls": given} if content is None else {}
     turns = [USER, {"role": "assistant", "content": content, "tool_calls": given}]
     assert read("messages", {"messages": turns}).messages[1] == {"role": "assistant", "content": content or "", **calls}
@@ -52,9 +53,9 @@ def test_prompt_completion() -> None:
     messages = chat("q", "a")["messages"]
     lists = {"prompt": messages[:1], "completion": messages[1:]}
     assert roles("prompt_completion", lists) == QA
-    with pytest.raises(Rejected, match="lists of messages: a chat, which needs chat: true"):
+    with pytest.raises(Rejected, match="lists of messages; set chat: true"):
         to_example("prompt_completion", lists, {})
-    with pytest.raises(Rejected, match="'tools': a text without chat template has no place for it"):
+    with pytest.raises(Rejected, match="'tools' needs a chat: set chat: true"):
         to_example("prompt_completion", row, fields)
     assert to_example("prompt_completion", {**row, "tools": "[]"}, fields) == Completion("q ", "a")
 
@@ -66,18 +67,17 @@ def test_answers_in_a_prompt_of_messages_are_given_and_one_of_the_completion_is_
         answers = [each for each in read("prompt_completion", row).messages if each["role"] == "assistant"]
         assert [answer.get("weight", 1) for answer in answers] == [0, 1]
     for none in ([], turns[2:3]):
-        with pytest.raises(Rejected, match="no_answer: field 'completion' has no message of the assistant"):
+        with pytest.raises(Rejected, match="no_answer: field 'completion' has no assistant message"):
             read("prompt_completion", {"prompt": turns[:2], "completion": none})
     for text in ("[1, 2]", "[{]", '[{"role": "user"}]', "[]"):
         assert roles("prompt_completion", {"prompt": text, "completion": "x"}) == [("user", text), ("assistant", "x")]
-    # The message of a call alone has no content, in a cell too.
+    # A message with only a tool call has no content, also in a csv cell.
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     cells = {"prompt": json.dumps([USER]), "completion": json.dumps([{"role": "assistant", "tool_calls": [call]}])}
     assert read("prompt_completion", cells).messages[1]["tool_calls"] == [call]
 
 
 def test_turns_as_a_sequence_of_datasets_are_stored(tmp_path: Path) -> None:
-    """An object of lists, in place of a list of objects."""
     turns = {"role": ["user", "assistant"], "content": ["q", "a"]}
     text = datasets.Value("string")
     features = datasets.Features({"messages": datasets.Sequence({"role": text, "content": text})})
@@ -114,7 +114,7 @@ def test_the_history_of_alpaca_is_earlier_turns() -> None:
     [({"train": False}, 0), ({"training": False}, 0), ({"loss": False}, 0), ({"train": True}, 1), ({"loss": 0.7}, 1)],
 )
 def test_an_answer_that_other_tools_do_not_train_on_is_not_supervised(mark: dict[str, Any], weight: int) -> None:
-    """Axolotl's, ms-swift's and LLaMA-Factory's keys; a number is a measurement."""
+    # Keys of Axolotl, ms-swift and LLaMA-Factory; a number under such a key is a measurement.
     for format, field, turns in (
         ("messages", "messages", [USER, {**ANSWER, **mark}, USER, ANSWER]),
         ("sharegpt", "conversations", [TURNS[0], {"from": "gpt", "value": "a", **mark}, TURNS[0], TURNS[1]]),
@@ -141,7 +141,7 @@ def test_sharegpt() -> None:
     assert read("sharegpt", {"conversations": TURNS, "system": 3}, system="none") == Chat(example.messages[1:])
     twice = [{"from": "system", "value": "s"}, *TURNS]
     assert read("sharegpt", {**row, "conversations": twice}) == example
-    with pytest.raises(Rejected, match="field 'system' and the first message are two different system messages"):
+    with pytest.raises(Rejected, match="field 'system' and the first message have different system messages"):
         read("sharegpt", {**row, "conversations": twice, "system": "other"})
     renamed = {"turns": [{"role": "user", "text": "q"}, {"role": "model", "text": "a"}]}
     assert roles("sharegpt", renamed, **{"conversations": "turns", "from": "role", "value": "text"}) == QA
@@ -196,7 +196,7 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
     ("format", "row", "reason", "message"),
     [
         ("messages", [1], "not_an_object", "expected an object with fields, found a list"),
-        ("messages", {"text": "x", "id": 1}, "missing_field", "field 'messages' is not there; the row has text, id"),
+        ("messages", {"text": "x", "id": 1}, "missing_field", "field 'messages' is missing; the row has text, id"),
         ("messages", {"messages": None}, "missing_field", "field 'messages' is null"),
         ("messages", {"messages": 3}, "wrong_type", "field 'messages' is a number, not a list"),
         ("messages", {"messages": "hello"}, "wrong_type", "field 'messages' is text, not a list of messages"),
@@ -205,23 +205,23 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
         ("messages", turns("x"), "wrong_type", "message 1 is text, not an object"),
         ("messages", turns({"content": "x"}), "missing_field", "message 1 has no 'role'; it has content"),
         ("messages", turns({"role": "bot"}), "bad_role", "unknown role 'bot'; known: assistant"),
-        ("messages", turns({"role": "human"}), "bad_role", "'human' is a role of format sharegpt"),
+        ("messages", turns({"role": "human"}), "bad_role", "format: sharegpt has the role 'human'"),
         ("messages", turns({"role": "User"}), "bad_role", "(write 'user')"),
         ("messages", turns(USER, {**ANSWER, "content": " "}), "empty_answer", "message 2"),
         ("messages", turns(USER, {**ANSWER, "content": {}}), "wrong_type", "'content' is an object"),
         ("messages", turns({"role": "user"}, ANSWER), "missing_field", "message 1 has no 'content'"),
-        ("messages", turns(USER), "no_answer", "no message of the assistant; roles: user"),
+        ("messages", turns(USER), "no_answer", "no assistant message; roles: user"),
         ("messages", turns(), "no_answer", "roles: none"),
-        ("messages", turns(ANSWER, USER, ANSWER), "bad_role", "must be the user's, not the assistant's"),
+        ("messages", turns(ANSWER, USER, ANSWER), "bad_role", "must be from user, not from assistant"),
         ("messages", turns(USER, {**USER, "role": "system"}, ANSWER), "bad_role", "message 2: a system"),
-        ("messages", turns(USER, {**ANSWER, "weight": 0.5}), "wrong_type", "message 2: weight is 0.5"),
+        ("messages", turns(USER, {**ANSWER, "weight": 0.5}), "wrong_type", "message 2: weight must be 0 or 1, not 0.5"),
         ("messages", turns(PICTURE, ANSWER), "wrong_type", "message 1: 'content' has a part of type 'image', which is"),
         ("messages", turns(USER, {**ANSWER, "tool_calls": "f()"}), "wrong_type", "is text, but not JSON"),
         ("messages", turns(USER, {**ANSWER, "tool_calls": {}}), "wrong_type", "an object, not a list of objects"),
-        ("messages", turns(*TURNS), "missing_field", "rows with from and value are of format sharegpt"),
+        ("messages", turns(*TURNS), "missing_field", "rows with from and value need format: sharegpt"),
         ("prompt_completion", {"prompt": "x", "completion": ""}, "empty_answer", "'completion' is empty"),
         ("prompt_completion", {"prompt": 1, "completion": "y"}, "wrong_type", "field 'prompt' is a number, not text"),
-        ("alpaca", {"instruction": "x"}, "missing_field", "field 'output' is not there; the row has instruction"),
+        ("alpaca", {"instruction": "x"}, "missing_field", "field 'output' is missing; the row has instruction"),
         ("alpaca", {"instruction": "x", "output": ""}, "empty_answer", "empty"),
         ("alpaca", {"instruction": "x", "output": "y", "input": [1]}, "wrong_type", "'input' is a list"),
         ("alpaca", {"instruction": "x", "output": "y", "history": [["q"]]}, "wrong_type", "not a list of [question,"),
@@ -229,7 +229,7 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
         ("sharegpt", said({"from": ["gpt"], "value": "x"}), "missing_field", "message 1 has no 'from'"),
         ("sharegpt", said(*TURNS, system=1), "wrong_type", "field 'system' is a number, not text"),
         ("sharegpt", said(*TURNS, tools="f"), "wrong_type", "field 'tools' is text, but not JSON"),
-        ("sharegpt", said(*TURNS, tools=[1]), "wrong_type", "field 'tools' has a number in it"),
+        ("sharegpt", said(*TURNS, tools=[1]), "wrong_type", "field 'tools' must contain only objects, not a number"),
         ("text", {"text": " \n"}, "empty_text", "empty"),
     ],
 )
@@ -243,12 +243,12 @@ def test_rows_that_cannot_be_used(format: str, row: Any, reason: str, message: s
 def test_a_message_about_a_row_is_one_line() -> None:
     with pytest.raises(Rejected) as caught:
         to_example("messages", {"a\nb\ud800": 1, "c" * 900: 2}, {})
-    assert caught.value.message.startswith("field 'messages' is not there; the row has a b\\ud800, ccc")
+    assert caught.value.message.startswith("field 'messages' is missing; the row has a b\\ud800, ccc")
     assert len(caught.value.message) < 500
 
 
 def test_a_mapped_field_is_named_as_in_the_file() -> None:
-    with pytest.raises(Rejected, match=r"field 'question' \(data fields: prompt\) is not there; the row has q, a"):
+    with pytest.raises(Rejected, match=r"field 'question' \(set as prompt in fields\) is missing; the row has q, a"):
         to_example("prompt_completion", {"q": "x", "a": "y"}, {"prompt": "question"})
 
 

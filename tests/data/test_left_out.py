@@ -1,4 +1,4 @@
-"""What a chat template would leave out is written in another way, or its row is rejected."""
+"""A part of a chat that a template would drop is written in another form, or its row is rejected."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
 def only(*roles: str) -> str:
-    """ChatML for messages of these roles alone, as Qwen's templates; others are passed over."""
+    """ChatML for messages of these roles only, like Qwen's templates, which skip others."""
     begin, end = "{% for message in messages %}", "{% endfor %}"
     inside = helpers.CHATML.split(begin)[1].split(end)[0]
     return helpers.CHATML.replace(inside, f"{{% if message['role'] in {list(roles)} %}}{inside}{{% endif %}}")
@@ -39,7 +39,7 @@ def text(template: str, *heads: tuple[str, str], tools: Any = None, **changes: A
     ],
 )
 def test_the_role_under_which_a_template_writes_a_developer(template: str, role: str | None) -> None:
-    """One that refuses the role says why itself."""
+    # A template that refuses the role says why itself.
     assert helpers.spec(template).chat_form(tools=False).developer == role
 
 
@@ -49,7 +49,7 @@ def test_the_role_under_which_a_template_writes_a_developer(template: str, role:
         (KNOWN, [("developer", "short")], "system", "short"),
         (KNOWN, [("system", "short")], "system", "short"),
         (helpers.CHATML, [("developer", "short")], "developer", "short"),
-        # Templates write the first message of the system, and not each writes a second one.
+        # All templates write the first system message, but some write no second one.
         (KNOWN, [("system", "short"), ("developer", "in English")], "system", "short\n\nin English"),
     ],
 )
@@ -62,7 +62,7 @@ def test_a_developer_whom_the_template_does_not_know_is_the_system(
 
 def test_a_developer_whom_no_role_writes_is_rejected() -> None:
     silent = only("user", "assistant")
-    with pytest.raises(Rejected, match="of tiny leaves messages of the developer and of the system out: put") as caught:
+    with pytest.raises(Rejected, match="of tiny writes neither developer nor system messages: move") as caught:
         text(silent, ("developer", "short"))
     assert caught.value.reason == "template"
     assert text(silent).startswith("<|im_start|>user\nhi")
@@ -70,7 +70,7 @@ def test_a_developer_whom_no_role_writes_is_rejected() -> None:
 
 @pytest.mark.parametrize("template", [helpers.CHATML, ALL["default"], "{% set tools = none %}" + helpers.CHATML])
 def test_tools_that_the_template_leaves_out_reject_the_row(template: str) -> None:
-    with pytest.raises(Rejected, match="of tiny leaves the tools out: name one that writes them in") as caught:
+    with pytest.raises(Rejected, match="of tiny does not write the tools: set") as caught:
         text(template, tools=(TOOL,))
     assert caught.value.reason == "template"
     assert text(template).count("hello") == 1

@@ -1,4 +1,4 @@
-"""Sources on a real object store: keys with letters that mean something in a URI, and objects that change."""
+"""Sources on a real object store: keys with characters that have a meaning in a URI, and objects that change."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_what_a_folder_has_beside_is_said(s3_server: Server, bucket: str) -> Non
         put(s3_server, bucket, f"folder/{name}", row("x"))
     with said() as lines:
         assert len(listed(f"{bucket}/folder")) == 1
-    assert f"not read in {bucket}/folder: 1 .xlsx, 1 without an ending;" in lines[0]
+    assert f"not read in {bucket}/folder: 1 .xlsx, 1 without suffix;" in lines[0]
 
 
 @pytest.mark.lengthy
@@ -83,7 +83,7 @@ def test_an_object_that_changes_after_the_scan_is_not_read(
     found = scan.scan(file, "")
     assert texts([file]) == ["old"] * 100
     put(s3_server, bucket, f"a.{kind}", content("newer"))
-    with pytest.raises(UserError, match="changed since it was looked at; run the same command again"):
+    with pytest.raises(UserError, match="changed after it was scanned; run the same command again"):
         list(read_unit(file, found.units[0], found.columns, ["text"]))
 
 
@@ -92,5 +92,5 @@ def test_a_server_that_returns_another_range_is_noticed(s3_server: Server, bucke
     found = scan.scan(file, "")
     s3_server.faults = Faults(wrong_ranges=True)
     assert len(list(read_unit(file, found.units[0], (), ["text"]))) == found.units[0].rows
-    with pytest.raises(UserError, match="changed since it was looked at"):
+    with pytest.raises(UserError, match="changed after it was scanned"):
         list(read_unit(file, found.units[-1], (), ["text"]))

@@ -1,4 +1,4 @@
-"""Files as other tools write them are read right with nothing but their paths, or refused with one line."""
+"""Files as other tools write them are read right from their paths alone, or refused with one line."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,8 +12,6 @@ pytestmark = pytest.mark.lengthy
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bar.File], str]:
-    """What becomes of a file."""
-
     @lru_cache(None)
     def told(file: bar.File) -> str:
         if file.tool == "TRL":
@@ -30,7 +28,7 @@ def test_a_file_is_read_right_or_refused(file: bar.File, outcome: Callable[[bar.
 
 
 def test_the_table(outcome: Callable[[bar.File], str]) -> None:
-    """Printed by pytest -rP."""
+    # pytest -rP prints it.
     for file in bar.FILES:
         print(f"{file.name} | {outcome(file)}")
     right = sum(outcome(file).startswith("right: ") for file in bar.FILES)

@@ -1,4 +1,4 @@
-"""Every kind of source, with real files, down to the tokens."""
+"""Every type of source, with real files, down to the tokens."""
 
 import bz2
 import csv
@@ -94,7 +94,7 @@ def test_every_kind_gives_the_same_rows(name: str, tmp_path: Path, tiny_spec: To
 
 
 def places(path: Path) -> list[tuple[int, Any]]:
-    """All rows of a file with their places, read unit by unit from the last to the first."""
+    """Return all rows of a file with their positions, read unit by unit from the last to the first."""
     [file] = sources.list_files(source(path), "data.train.0", str(path.parent))
     found = scan.scan(file, str(path.parent))
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -163,7 +163,7 @@ def test_lines_that_cannot_be_read_do_not_harm_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "mark"), [("csv", ","), ("tsv", "\t")])
 def test_quotes_that_are_written_with_backslashes_are_refused(kind: str, mark: str, tmp_path: Path) -> None:
-    """As Spark's and MySQL's exports have them: csv.reader takes letters away and moves quotes, and says nothing."""
+    # Exports of Spark and MySQL have them: csv.reader silently removes characters and moves quotes.
     path = tmp_path / f"a.{kind}"
     lines = [
         "prompt|completion",
@@ -187,7 +187,7 @@ def test_quotes_that_are_written_with_backslashes_are_refused(kind: str, mark: s
 
 
 def test_each_unit_of_a_parquet_file_is_read_from_its_row_group(tmp_path: Path) -> None:
-    """Finding it among 2,000 groups took longer than reading it."""
+    # Finding the group among 2,000 took longer than reading it.
     schema = pa.schema([("prompt", pa.string())])
     with parquet.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
         for low, high in pairwise([0, 3, 3, 4, 600, 600, 601]):
@@ -235,20 +235,19 @@ def test_folders_and_globs(scheme: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9/a.jsonl"])
 def test_a_name_that_is_not_utf8_is_told(name: bytes, tmp_path: Path) -> None:
-    """Of many files the first look sees three: the scan of another ended with a traceback."""
+    # The first look sees three of many files: the scan of another one ended with a traceback.
     path = os.fsencode(tmp_path) + b"/" + name
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
         file.write("{}\n")
-    with pytest.raises(UserError, match=r"^data\.train\.0\.path: '.*/caf\\udce9.*': a name that is not UTF-8; rename"):
+    with pytest.raises(UserError, match=r"^data\.train\.0\.path: '.*/caf\\udce9.*': the name is not UTF-8; rename"):
         listed(tmp_path)
 
 
 @pytest.mark.parametrize(("log", "kind"), [("_delta_log", "Delta"), (".hoodie", "Hudi")])
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_table_whose_log_is_not_read_is_told(scheme: str, log: str, kind: str, tmp_path: Path) -> None:
-    """Files of earlier versions lie beside those of now: rows that were deleted are trained on."""
-
+    # Old and current files are in one folder, so deleted rows would be trained on.
     def table(number: int) -> Path:
         folder = tmp_path / str(number) / "table"
         (folder / log).mkdir(parents=True)
@@ -259,12 +258,14 @@ def test_a_table_whose_log_is_not_read_is_told(scheme: str, log: str, kind: str,
     place = f"{scheme}{table(0)}"
     with said() as lines:
         assert names(place) == ["part-0.parquet"]
-    assert lines[0].startswith(f"warning: data.train.0.path: {place} is a table of {kind} ({log}), and is read as")
+    assert lines[0].startswith(
+        f"warning: data.train.0.path: {place} is a {kind} table ({log}), but all its files are read"
+    )
     for number, pattern in enumerate(("*", "*.parquet", "part-*", "**", "**/*", "**/*.parquet"), 1):
         as_parquet(table(number) / log / "0.checkpoint.parquet")
         with said() as lines:
             assert names(f"{scheme}{tmp_path}/{number}/table/{pattern}") == ["part-0.parquet"], "nor is the log read"
-        assert any(line.startswith("warning: ") and f"table is a table of {kind} ({log})" in line for line in lines)
+        assert any(line.startswith("warning: ") and f"table is a {kind} table ({log})" in line for line in lines)
 
 
 PLACES = ["a.csv", "b-0.csv", "b-1.csv", "[a].csv", "x/c.csv", "x/y/d.csv"]
@@ -321,22 +322,22 @@ def test_a_saved_data_set_does_not_lead_out_of_its_folder(scheme: str, tmp_path:
     [entry] = json.loads(state.read_text())["_data_files"]
     outside = f"../mine/{entry['filename']}"
     state.write_text(json.dumps({"_data_files": [{"filename": outside}]}))
-    with pytest.raises(UserError, match=r"data.train.0.path: .*saved names '\.\./mine/.*does not lie in it"):
+    with pytest.raises(UserError, match=r"data.train.0.path: .*saved names '\.\./mine/.*is not in this folder"):
         listed(f"{scheme}{tmp_path}/saved")
     (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [".."]}))
-    with pytest.raises(UserError, match=r"names '\.\.', which does not lie in it"):
+    with pytest.raises(UserError, match=r"names '\.\.', which is not in this folder"):
         listed(f"{scheme}{tmp_path}/saved?split=..")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "/etc", "a//b", ".hidden/x", "~/x", "org/.."])
 def test_a_data_set_of_the_hub_is_no_path(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.train.0.path: .*no data set of the hub|cannot go up"):
+    with pytest.raises(UserError, match=r"data.train.0.path: .*not the name of a data set of the hub|cannot go up"):
         sources.list_files(source(f"hf://{name}"), "data.train.0", str(tmp_path))
 
 
 @pytest.mark.lengthy
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_spec: TokenizerSpec) -> None:
-    """`datasets` takes a folder of that name as it takes a name of the hub, and no hub is reachable here."""
+    # No hub is reachable here, but `datasets` accepts a folder of that name in place of a name of the hub.
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     helpers.write_jsonl(tmp_path / "org/name/train.jsonl", ROWS[:50])
@@ -353,7 +354,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert prepare(config, tiny_spec, "train").manifest.rows == 60
     with pytest.raises(UserError, match=r"data.train.0.path: hf://org/other: "):
         sources.list_files(source("hf://org/other"), "data.train.0", str(tmp_path))
-    with pytest.raises(UserError, match="unknown option 'splits'; there are name, revision, split"):
+    with pytest.raises(UserError, match="unknown option 'splits'; known: name, revision, split"):
         sources.list_files(source("hf://org/name?splits=x"), "data.train.0", str(tmp_path))
 
 
@@ -368,8 +369,8 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a.jsonl.bz2": (b"no bz2 at all, but long enough", r"a.jsonl.bz2: not a readable bz2 file"),
     "b.jsonl.xz": (lzma.compress(os.urandom(4000))[:2000], r"b.jsonl.xz: not a readable xz file"),
     "f.json": (b"[" * 10**6, r"f.json: broken JSON: nested too deeply"),
-    "a.docx": (b"x", r"data.train.0.path: .*a.docx: unknown kind of file; supported: .jsonl, .json, "),
-    "a.parquet.gz": (b"x", r"a.parquet.gz: unknown kind of file"),
+    "a.docx": (b"x", r"data.train.0.path: .*a.docx: unknown file type; supported: .jsonl, .json, "),
+    "a.parquet.gz": (b"x", r"a.parquet.gz: unknown file type"),
     "empty.jsonl": (b"", r"data.train.0.path: .*empty.jsonl is empty: it has no rows"),
     "empty.csv": (b"prompt,completion\n", r"empty.csv is empty"),
     "empty.json": (b"[]", r"empty.json is empty"),

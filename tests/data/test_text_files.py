@@ -1,4 +1,4 @@
-"""What a text file is by its first bytes, and what stays as its name says."""
+"""The form of a text file by its first bytes, and cases in which the form by its name stays."""
 
 from pathlib import Path
 

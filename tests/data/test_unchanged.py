@@ -1,4 +1,4 @@
-"""What is tokenised is what was hashed: a file that changes in between is refused, of every kind."""
+"""Training uses the content that was hashed: a file of any type that changes in between is refused."""
 
 import bz2
 import gzip
@@ -26,8 +26,8 @@ from olora_ray.tokens import prepare, preview
 from tests.tokens import helpers
 
 MESSAGE = (
-    "changed since it was looked at; run the same command again, and if it says the same, give all nodes the same file"
-    " by this path"
+    "changed after it was scanned; run the same command again. If the error stays, give all nodes the same file"
+    " at this path"
 )
 
 
@@ -60,7 +60,7 @@ KINDS: dict[str, Callable[[str], Callable[[Path], Any]]] = {
 
 
 def test_a_file_that_one_node_does_not_see_is_told_with_the_node(tmp_path: Path) -> None:
-    """It was "gone while it was read", and its owner saw it where it was."""
+    # The message was "gone while it was read", although its owner saw the file.
     path = tmp_path / "a.jsonl"
     lines_of("word")(path)
     file = only(path)
@@ -70,8 +70,8 @@ def test_a_file_that_one_node_does_not_see_is_told_with_the_node(tmp_path: Path)
         with pytest.raises(UserError) as caught:
             attempt()
         assert str(caught.value) == (
-            f"{path}: not there on node {socket.gethostname()}: it is gone since it was listed, or not every node sees"
-            " it by this path; put it where all nodes do"
+            f"{path}: missing on node {socket.gethostname()}: it was removed after it was listed, or this node cannot"
+            " see this path; put the file where all nodes see it"
         )
 
 
@@ -153,7 +153,7 @@ def believed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.lengthy
 @pytest.mark.usefixtures("believed")
 def test_the_kept_scan_of_a_large_file_does_not_outlive_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
-    """As `cp -p` and `rsync -t` leave it: without forgetting, the same command would fail for ever."""
+    # `cp -p` and `rsync -t` leave such files: without forgetting the scan, the same command would fail for ever.
     path = tmp_path / "a.jsonl"
     lines_of("old")(path)
     os.utime(path, (5, 5))  # a scan is not kept of a file that was changed a moment ago
@@ -168,7 +168,7 @@ def test_the_kept_scan_of_a_large_file_does_not_outlive_other_content_of_the_sam
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Config:
-    """A folder of small files that nobody has changed for an hour."""
+    """A folder of small files that have not changed for an hour."""
     for number in range(5):
         aged(helpers.write_jsonl(tmp_path / "chats" / f"{number}.jsonl", helpers.rows(20 + number)))
     return helpers.config(tmp_path / "runs", tmp_path / "chats")
@@ -203,7 +203,7 @@ def test_an_unchanged_corpus_is_not_read_again(size: str | None, corpus: Config,
 
 @pytest.mark.parametrize("seconds", [1.0, -3600.0], ids=["a moment ago", "by a clock that is ahead"])
 def test_no_scan_is_kept_of_a_file_that_was_just_changed(seconds: float, corpus: Config) -> None:
-    """The time of its next change may be the same: clocks of file systems are coarse."""
+    # The next change may show the same time, because clocks of file systems are coarse.
     aged(Path(corpus.data.train[0].path, "3.jsonl"), seconds)
     digests(corpus)
     assert len(kept(corpus)) == 4
@@ -211,7 +211,7 @@ def test_no_scan_is_kept_of_a_file_that_was_just_changed(seconds: float, corpus:
 
 @pytest.mark.parametrize("size", [None, "believed"])
 def test_other_content_of_the_same_size_and_time(size: str | None, corpus: Config, request: Any) -> None:
-    """As `cp -p` and `rsync -t` leave it: seen by the inode, of a small file."""
+    # `cp -p` and `rsync -t` leave such files; for a small file the inode shows it.
     request.getfixturevalue(size) if size else None
     path = Path(corpus.data.train[0].path, "3.jsonl")
     first, before = digests(corpus), path.stat()

@@ -1,4 +1,4 @@
-"""A large compressed file is decompressed once a node, and a copy of it is never trusted."""
+"""A large compressed file is decompressed once per node, and a copy of it is never trusted."""
 
 import bz2
 import dataclasses
@@ -35,7 +35,7 @@ def content(rows: list[Any]) -> bytes:
 
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are large from 10 kB on."""
+    """Count files as large from 10 kB on."""
     monkeypatch.setattr(reader, "WORTH_IT", 10_000)
     monkeypatch.setattr(scan, "SLOW_UNIT_BYTES", 10_000)
 

@@ -1,4 +1,4 @@
-"""The dashboard shows what the project exports, all of it and nothing else."""
+"""The dashboard shows every metric that the project exports, and no others."""
 
 import json
 import re
@@ -18,7 +18,7 @@ def queries() -> list[str]:
 
 
 def series() -> dict[str, str]:
-    """Name of each series that Prometheus has -> the metric that it belongs to."""
+    """Return the name of each Prometheus series -> the metric that it belongs to."""
     return {f"{name}{end}": name for name, kind in prometheus.exported().items() for end in ENDINGS[kind]}
 
 

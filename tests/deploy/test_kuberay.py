@@ -1,4 +1,4 @@
-"""The manifests fit KubeRay's schemas, hold no secret, and are careful with what they run."""
+"""The manifests fit KubeRay's schemas, contain no secret, and run with few rights."""
 
 import json
 import re
@@ -26,7 +26,6 @@ def manifest(name: str) -> Tree:
 
 
 def cluster(name: str) -> Tree:
-    """The RayCluster spec in a manifest."""
     spec: Tree = manifest(name)["spec"]
     spec = spec.get("jobTemplate", spec)
     found: Tree = spec.get("rayClusterSpec", spec)
@@ -34,7 +33,6 @@ def cluster(name: str) -> Tree:
 
 
 def pods(tree: Any) -> Iterator[Tree]:
-    """Specs of all pods in a manifest."""
     if isinstance(tree, dict):
         if "containers" in tree:
             yield tree
@@ -46,7 +44,6 @@ def pods(tree: Any) -> Iterator[Tree]:
 
 
 def found_under(tree: Any, key: str) -> Iterator[Any]:
-    """Every value of a key, at any depth."""
     if isinstance(tree, dict):
         if key in tree:
             yield tree[key]
@@ -88,7 +85,7 @@ def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits() -> None:
 
 
 def merge(tree: Tree, patch: Tree) -> Tree:
-    """What Kustomize makes of a patch without lists."""
+    """Return Kustomize's result for a patch without lists."""
     both = {key: merge(tree[key], value) for key, value in patch.items() if isinstance(tree.get(key), dict)}
     return {**tree, **patch, **both}
 

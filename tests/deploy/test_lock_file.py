@@ -1,4 +1,4 @@
-"""What nodes install fits what the project asks for, and what the manifests say."""
+"""The locked packages fit the project's requirements and the manifests."""
 
 import re
 import tomllib
@@ -25,14 +25,13 @@ NODE |= {"platform_python_implementation": "CPython", "implementation_name": "cp
 
 
 def wanted() -> list[Requirement]:
-    """What pyproject.toml asks for on a node."""
     extras = PROJECT["optional-dependencies"]
     more = [text for extra in write_lock.EXTRAS for text in extras[extra]]
     return [Requirement(text) for text in PROJECT["dependencies"] + more]
 
 
 def unmet(requirement: Requirement) -> str | None:
-    """Why the lock does not meet a requirement."""
+    """Return the reason why the lock does not meet a requirement."""
     version = LOCKED.get(canonicalize_name(requirement.name))
     if version is None:
         return f"{requirement}: not in the lock"
@@ -41,7 +40,7 @@ def unmet(requirement: Requirement) -> str | None:
 
 
 def below(requirement: Requirement) -> Iterator[Requirement]:
-    """What a requirement's package asks for itself, where that version is installed here."""
+    """Return the requirements of a requirement's package, if that version is installed here."""
     try:
         found = distribution(requirement.name)
     except PackageNotFoundError:
@@ -102,7 +101,6 @@ def test_the_manifests_name_the_locks_ray(file: Path) -> None:
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield key, value

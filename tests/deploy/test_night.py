@@ -1,4 +1,4 @@
-"""One night of a command: retries, a time limit, signals, exit codes, and who is told."""
+"""One night of a command: retries, a time limit, signals, exit codes, and notifications."""
 
 import signal
 import subprocess
@@ -23,7 +23,6 @@ def hook() -> Iterator[Receiver]:
 
 @pytest.fixture
 def config(tmp_path: Path, hook: Receiver) -> Path:
-    """A config that notifies `hook`."""
     tree = {"run": {"name": "nightly"}, "model": {"name": "m"}, "data": {"train": ["rows.jsonl"]}}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(tree | {"registry": {"model": "support"}, "notify": {"url": hook.url}}))
@@ -35,7 +34,7 @@ def words(config: Path, script: str, *options: str) -> list[str]:
 
 
 def night(config: Path, script: str, *options: str) -> tuple[int, list[str]]:
-    """(exit code, lines of the output)."""
+    """Return (exit code, lines of the output)."""
     command = words(config, script, *options)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, (done.stdout + done.stderr).splitlines()

@@ -1,4 +1,4 @@
-"""What the recipes copy and call is there."""
+"""The files that the recipes copy and call exist."""
 
 import re
 import shlex
@@ -15,17 +15,16 @@ from olora_ray.config.load import parse_assignments
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 IMAGE = "/opt/olora_ray/"
-"""Where the image has the project."""
+"""The folder of the project in the image."""
 
 
 def dockerfile() -> list[list[str]]:
-    """The instructions, as words."""
     text = re.sub(r"\\\n", " ", (DEPLOY / "Dockerfile").read_text())
     return [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """(file, words) of each command that a manifest or the crontab runs."""
+    """Return (file, words) of each command that a manifest or the crontab runs."""
     for file in sorted((DEPLOY / "kuberay").glob("*job.yaml")):
         spec = yaml.safe_load(file.read_text())["spec"]
         spec = spec.get("jobTemplate", spec)
@@ -38,7 +37,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def crontab() -> tuple[list[str], str]:
-    """(settings, command without the five fields of the time)."""
+    """Return (settings, command without the five fields of the time)."""
     lines = [text for text in (DEPLOY / "crontab").read_text().splitlines() if text and not text.startswith("#")]
     assert re.match(r"(\S+ ){5}\(", lines[-1])
     return lines[:-1], lines[-1].split(maxsplit=5)[5]
@@ -79,7 +78,7 @@ def test_jobs_call_scripts_of_the_project_with_fields_that_exist() -> None:
 
 
 def cron(tmp_path: Path, code: int, config: str = "c.yaml", **changes: str) -> subprocess.CompletedProcess[str]:
-    """What cron does with the line; a stand-in for submit.py's job ends with `code`."""
+    """Run the crontab's line as cron does; a stand-in for submit.py's job ends with `code`."""
     settings, command = crontab()
     assert "%" not in command  # cron takes it for the end of the line
     recorder(
@@ -120,14 +119,13 @@ def test_cron_mails_why_nothing_began(tmp_path: Path) -> None:
 
 
 def test_make_clean_leaves_what_was_trained() -> None:
-    """The default run.storage is ./runs: models, checkpoints and the registry's database."""
+    """The default run.storage is ./runs, with models, checkpoints and the registry's database."""
     recipe = (ROOT / "Makefile").read_text().partition("\nclean:")[2].splitlines()[1]
     assert shlex.split(recipe)[:2] == ["rm", "-rf"]
     assert "runs" not in shlex.split(recipe)
 
 
 def recorder(file: Path, text: str) -> None:
-    """A program in place of another one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"#!/bin/bash\n{text}\n")
     file.chmod(0o755)

@@ -1,8 +1,9 @@
-"""One model through the whole of a run without Ray, beside what the model itself says (oracle.py).
+"""One model through a complete run without Ray, compared with the model's own results (oracle.py).
 
-The product's own functions in the order of a run: the base is opened and its size estimated, a worker makes its
-starting point, trains, evaluates and answers, and the export writes, merges and compares. What is measured in between
-knows nothing of a family. Where a call into the product may change, it stands in one function of this file.
+The checks call the product's own functions in the order of a run. The base is opened and its size is estimated. A
+worker creates its starting point, trains, evaluates and answers. The export writes, merges and compares. The
+measurements in between know nothing of a family. Each call into the product that may change is in one function of
+this file.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -38,22 +39,22 @@ from tests.families.variants import LONGEST, Variant
 CPU = torch.device("cpu")
 STEPS = 4
 PACKS = [tiny.pack(26, 21, 15, seed=1), tiny.pack(12, 30, seed=2), tiny.pack(19, 9, 18, 14, seed=3)]
+# Rows that are trained on: random rows teach nothing about others, so the first adapter would be the best.
 HELD_OUT = PACKS[:2]
-"""Rows that are trained on: of random ones nothing is learnt for others, and the best adapter would be the first."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model itself says to PACKS, in float32."""
+    """The model's own results for PACKS, in float32."""
 
     losses: Tensor
+    # Gradients of the mean loss by the weights that are adapted.
     slopes: dict[str, Tensor]
-    """Gradients of the mean loss by the weights that are adapted."""
 
 
 @dataclass
 class State:
-    """What the stages of one check hand on."""
+    """The data that the stages of one check pass on."""
 
     folder: Path
     config: Config
@@ -62,18 +63,18 @@ class State:
     spec: TrainSpec = field(init=False)
     context: SharedBaseContext = field(init=False)
     worker: Worker = field(init=False)
+    # Losses with the adapter that is exported: the best one.
     trained: Tensor = field(init=False)
-    """Losses with the adapter that is exported: the best one."""
     step: int = 0
 
     @property
     def packs(self) -> list[Any]:
-        """The training data as the run lays it out."""
+        # The training data in the layout of the run.
         return PACKS if self.row.packs else tiny.unpacked(PACKS)
 
 
 def check(variant: Variant, precision: str, folder: Path, build: Callable[..., None] = zoo.build) -> Row:
-    """Everything about one variant; `folder` is empty and may be deleted afterwards."""
+    """Check everything about one variant; `folder` is empty and may be deleted afterwards."""
     quiet_transformers()
     build(variant, folder / "model", PRECISIONS[precision])
     row = Row(variant.name, precision)
@@ -86,7 +87,7 @@ def check(variant: Variant, precision: str, folder: Path, build: Callable[..., N
 
 
 def _ends_well(state: State, *stages: Callable[[State], None]) -> bool:
-    """Go through stages of the product; False, with the reason noted, if one ends in an error."""
+    """Run stages of the product; return False, with the reason noted, if one ends in an error."""
     row = state.row
     for stage in stages:
         row.stage = getattr(stage, "func", stage).__name__.strip("_")
@@ -119,18 +120,18 @@ def _config(folder: Path, precision: str) -> Config:
 
 
 def _shown(error: object, state: State) -> str:
-    """A message without the places of this machine."""
+    """A message without the paths of this machine."""
     return str(error).replace(str(state.folder / "model"), "MODEL").replace(str(state.folder), "FOLDER")
 
 
 def _open(state: State) -> None:
-    """What the driver does with a model before it starts anything."""
+    """Do what the driver does with a model before it starts anything."""
     state.base = open_base(state.config)
     prepare.plan(state.config, state.base.model)
 
 
 def _start(state: State) -> None:
-    """A worker up to the first step."""
+    """Run a worker up to the first step."""
     row, config, base = state.row, state.config, state.base
     decide = getattr(base.spec, "packing", None)
     row.packs = bool(decide(config.data.packing) if decide else config.data.packing)
@@ -145,11 +146,11 @@ def _start(state: State) -> None:
 
 
 def _ask_model(state: State) -> Reference:
-    """What the model itself says; nothing of the product is at work here."""
+    """Measure the model itself, without the product."""
     row, folder, shapes = state.row, state.folder / "model", _shapes(state)
     model = oracle.load(folder)
     meant = find_targets(model, "all-linear", state.config.adapter.rank)
-    # The part of a head that makes no logits alone is left out, for want of a way to train it.
+    # A layer inside an output head does not count as missed, because it cannot be trained.
     left_out = {name: item.whole_shape for name, item in meant.items() if name not in shapes and "head" not in name}
     slopes = oracle.gradients(model, PACKS, shapes | left_out)
     found = Reference(oracle.losses(model, PACKS), {name: slopes[name] for name in shapes})
@@ -164,7 +165,7 @@ def _ask_model(state: State) -> Reference:
 
 
 def _measure(reference: Reference, state: State) -> None:
-    """Start, losses and gradients beside the model's own; nothing of the run is changed."""
+    """Measure start, losses and gradients beside the model's own; nothing of the run is changed."""
     row = state.row
     with state.context.activate({}):
         untouched = _losses(state, state.packs)
@@ -181,7 +182,7 @@ def _measure(reference: Reference, state: State) -> None:
 
 
 def _train(state: State) -> None:
-    """The rest of the worker: evaluations, answers, steps and a checkpoint."""
+    """Run the rest of the worker: evaluations, answers, steps and a checkpoint."""
     before = state.trained = _of_trainer(state)
     with _nobody_asks_to_stop():
         result = state.worker.run()
@@ -195,7 +196,7 @@ def _train(state: State) -> None:
 
 
 def _export(state: State) -> None:
-    """The export, and what transformers and PEFT make of it."""
+    """Export, then load the results with transformers and PEFT."""
     folder = RunFolder(state.config)
     parity = export_run(state.spec, folder, state.step)
     state.row.parity = "ok" if parity["ok"] else "; ".join(parity["problems"])
@@ -220,7 +221,7 @@ def _of_trainer(state: State) -> Tensor:
 
 
 def _losses(state: State, packs: list[Any]) -> Tensor:
-    """The training loss of each supervised token, the packs as one micro-batch."""
+    """The training loss of each supervised token, with the packs as one micro-batch."""
     return state.worker.trainer.loss.each(collate(packs, state.worker.attention))
 
 
@@ -235,7 +236,7 @@ def _gradients(state: State) -> dict[str, Tensor]:
 
 
 def _expected(state: State, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What dA and dB should get from the gradients G of the weights: at the start s B0^T G and s G A0^T."""
+    """The gradients for dA and dB from the gradients G of the weights: at the start s B0^T G and s G A0^T."""
     expected = {}
     for name, layer in state.worker.trainer.adapted.items():
         start, scale = layer.weights().factors, state.config.adapter.scale()
@@ -255,21 +256,21 @@ def _shapes(state: State) -> dict[str, tuple[int, ...]]:
 
 
 def _covered(model: Any, names: Collection[str]) -> float:
-    """Share of the parameters behind an adapter; embeddings and head, which nobody adapts, are left out."""
+    """Share of the parameters with an adapter; embeddings and head, which nobody adapts, do not count."""
     ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
     inner: dict[str, int] = {name: part.numel() for name, part in model.named_parameters() if id(part) not in ends}
     return sum(inner.get(f"{name}.weight", inner.get(name, 0)) for name in names) / sum(inner.values())
 
 
 def _experts(model: Any, names: Collection[str]) -> str:
-    """Whether the parameters of experts are adapted; those that hold all of a layer's have three dimensions."""
+    """True if the parameters of experts are adapted; a parameter with all experts of a layer has three dimensions."""
     stacks = [name for name, part in model.named_parameters() if "experts" in name and part.dim() == 3]
     adapted = sum(name in names for name in stacks)
     return "none" if not stacks else "yes" if adapted == len(stacks) else "some" if adapted else "no"
 
 
 class _Channel:
-    """Stands for the driver's: notes how many steps were done."""
+    """A stand-in for the driver's channel; it records how many steps were done."""
 
     def __init__(self, state: State) -> None:
         self.state = state

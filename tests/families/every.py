@@ -1,4 +1,4 @@
-"""A tiny model of each of transformers' causal families: the zoo's, else the family's own config, made small."""
+"""A tiny model of each of transformers' causal families: the zoo's, otherwise from the family's own config."""
 
 import re
 import tempfile
@@ -15,6 +15,7 @@ from tests.families.check import check
 from tests.families.row import Row
 from tests.families.variants import ALL, IDS, Variant
 
+# Names of size fields in configs -> their values in a tiny model; the first that fits.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size(_per_layer_input)?|(un)?padded_vocab_size|decoder_vocab_size", IDS["vocab_size"]),
     (r"(bos|decoder_start)_token_id", 0),
@@ -39,7 +40,6 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"image_size", 32),
     (r"patch_size", 8),
 )
-"""Names of the fields of configs that are sizes -> what they are in a tiny model; the first that fits."""
 
 _ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _INDEXER = {
@@ -52,6 +52,7 @@ _INDEXER = {
 }
 _DOTS = {"head_dim": 24, "num_key_value_heads": 4, "per_layer_config": {}}
 _MROPE = {"text_config.rope_parameters.mrope_section": [2, 3, 3]}
+# Fields of a family's config that do not follow from their names.
 _OF_A_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 50, "cross_attn_k": 1},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -89,7 +90,6 @@ _OF_A_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "zamba": {"num_hidden_layers": 6, "layers_block_type": 2 * ["linear_attention", "linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""Fields of a family's config that do not follow from their names."""
 
 
 def families() -> list[str]:
@@ -99,6 +99,7 @@ def families() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+# Vision families outside of that mapping: their language models are trained.
 SEEING = (
     "qwen2_vl",
     "qwen2_5_vl",
@@ -118,24 +119,23 @@ SEEING = (
     "glm4v",
     "lfm2_vl",
 )
-"""Families that see, outside of that mapping: their language models are trained."""
 
 
 def others() -> list[str]:
-    """The causal families that the zoo has no variant of, and some that see."""
+    """The causal families without a variant in the zoo, and some vision families."""
     known = {each.model_type for each in ALL.values()}
     return [family for family in (*families(), *SEEING) if family not in known]
 
 
 def row(family: str) -> Row:
-    """What becomes of a tiny model of a family, in float32."""
+    """The result for a tiny model of a family, in float32."""
     variant = variant_of(family)
     with tempfile.TemporaryDirectory() as folder:
         return check(variant, "fp32", Path(folder), _build)
 
 
 def _build(variant: Variant, folder: Path, dtype: torch.dtype) -> None:
-    """The model; a folder with its config alone where transformers makes none, for want of a package, say."""
+    """The model; a folder with its config only if transformers cannot build it, for example without a package."""
     from transformers import AutoConfig
 
     try:
@@ -147,7 +147,7 @@ def _build(variant: Variant, folder: Path, dtype: torch.dtype) -> None:
 
 
 def variant_of(family: str) -> Variant:
-    """The family's first variant of the zoo, else one made of its default config."""
+    """The family's first variant of the zoo, otherwise one from its default config."""
     for each in ALL.values():
         if each.model_type == family:
             return each
@@ -202,7 +202,7 @@ def _size(name: str, value: Any) -> Any:
 
 
 def _of_each_kind(tree: Mapping[str, Any], layers: int) -> Iterator[int]:
-    """The first layer of each kind, as the config lists kinds; two at least."""
+    """The first layer of each type, as the config lists types; two at least."""
     lists = [value for value in tree.values() if isinstance(value, list) and len(value) == layers]
     lists = [value for value in lists if len(set(map(str, value))) < 5]  # not the numbers of layers
     kinds = [str([each[layer] for each in lists]) for layer in range(layers)]

@@ -1,8 +1,8 @@
-"""What a model itself says: losses, gradients and leaks by its own forward pass, without anything of olora_ray.
+"""A model's own results: losses, gradients and leaks by its own forward pass, without anything of olora_ray.
 
-Examples are looked at one by one, in the attention that transformers itself picks, so that nothing here depends on how
-examples are laid out, masked or packed. (Eager attention says the same in all families of the zoo but Falcon with
-ALiBi, to which transformers 5.24 adds the bias twice.)
+Examples are evaluated one by one, in the attention that transformers itself picks, so that nothing here depends on
+how examples are laid out, masked or packed. (Eager attention gives the same in all families of the zoo but Falcon
+with ALiBi, to which transformers 5.24 adds the bias twice.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
-    """The model of a folder, frozen; with the attention that transformers picks unless it is named."""
+    """The frozen model of a folder, with the attention that transformers picks unless it is named."""
     from olora_ray.model.folder import text_class
 
     model = text_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
@@ -54,7 +54,7 @@ def gradients(model: Any, packs: Sequence[Any], shapes: Mapping[str, Shape]) -> 
 
 @torch.no_grad()
 def leaks(model: Any, packs: Sequence[Any]) -> float | None:
-    """Mean difference of a token's loss, relative to the mean loss, if packs are told apart by positions alone.
+    """Mean difference of a token's loss, relative to the mean loss, if only positions separate examples.
 
     None for a model that takes no positions.
     """
@@ -76,7 +76,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Norm of the difference of all gradients together, relative to the norm of those that are right."""
+    """Norm of the difference of all gradients together, relative to the norm of the correct ones."""
     assert found.keys() == wanted.keys()
     apart = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
     whole = sum(float(part.square().sum()) for part in wanted.values())
@@ -89,7 +89,7 @@ def _losses(model: Any, example: Any) -> Tensor:
 
 
 def _supervised(pack: Any) -> Tensor:
-    """Positions of supervised tokens; the first token of an example is none."""
+    """Positions of supervised tokens; the first token of an example is never one."""
     marked = np.flatnonzero(pack.supervised)
     assert not set(marked) & {0, *accumulate(pack.segments)}
     return torch.from_numpy(marked)
@@ -100,13 +100,13 @@ def _cross_entropy(logits: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
-    """A linear module's weight; or the parameter of that name, which holds the weights of many experts."""
+    """A linear module's weight, or the parameter of that name, which holds the weights of many experts."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return parameters[f"{name}.weight"] if f"{name}.weight" in parameters else parameters[name]
 
 
 def _is_stored_transposed(model: nn.Module, name: str, weight: Tensor, shape: Shape) -> bool:
-    """Whether a weight is kept as n x m; where both are equal, as GPT-2's Conv1D does."""
+    """True if a weight is stored as n x m; if both are equal, for GPT-2's Conv1D."""
     if weight.shape[-1] != weight.shape[-2]:
         return tuple(weight.shape) != shape
     return weight.dim() == 2 and type(model.get_submodule(name)).__name__ == "Conv1D"

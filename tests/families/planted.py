@@ -1,4 +1,4 @@
-"""Mistakes of an attention or a model, and whether the self-test finds them before the first step."""
+"""Planted mistakes of an attention or a model, and whether the self-test finds them before the first step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ Attend = Callable[..., tuple[Tensor, None]]
 
 @dataclass(frozen=True)
 class Planted:
-    """A mistake: an attention of this name that is wrong, or a model."""
+    """A mistake: a wrong attention of this name, or a wrong model."""
 
     what: str
     attend: Attend = attention.segment_attention
@@ -34,7 +34,7 @@ class Planted:
 
 
 def windowed(shorter: int) -> Attend:
-    """Attention in segments that knows windows, these many tokens too short."""
+    """Attention in segments with windows that are these many tokens too short."""
 
     def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, None]:
         ways = query.shape[1] // key.shape[1]
@@ -55,18 +55,18 @@ def steeper(*rest: Any, scaling: float, **named: Any) -> tuple[Tensor, None]:
 
 
 def without_a_head(*rest: Any, **named: Any) -> tuple[Tensor, None]:
-    """The last head left out."""
+    """Attention without the last head."""
     found, _ = attention.segment_attention(*rest, **named)
     return torch.cat([found[:, :, :-1], 0 * found[:, :, -1:]], 2), None
 
 
 def wrong_backward(module: Any, query: Tensor, key: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, None]:
-    """The gradient of the keys 10 % too large."""
+    """A gradient of the keys that is 10 % too large."""
     return attention.segment_attention(module, query, 1.1 * key - 0.1 * key.detach(), *rest, **named)
 
 
 def reaching(distance: int) -> Callable[[Any], None]:
-    """Each token of a block takes something from the one so far before it, whatever example that belongs to."""
+    """A block that adds to each token something from the token so far before it, across examples."""
 
     def leak(_module: Any, _inputs: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -112,7 +112,7 @@ def is_refused(planted: Planted, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def _in_place(attend: Attend) -> Iterator[None]:
-    """An attention under the name of another."""
+    """Register an attention under the name of another."""
     from transformers import AttentionInterface
 
     attention.register()

@@ -29,7 +29,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many of the variants in these rows are right, refused, or neither."""
+    """The number of these rows that are right, refused, or neither."""
     right, refused = sum(row.right for row in rows), sum(row.refused for row in rows)
     return f"{right} of {len(rows)} right to the end, {refused} refused before the first step" + (
         f", {bad} neither" if (bad := len(rows) - right - refused) else ""
@@ -37,7 +37,6 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def of_review(rows: Iterable[Row]) -> list[Row]:
-    """Those of the 56 variants that the review names."""
     return [row for row in rows if row.name in NAMED]
 
 
@@ -59,7 +58,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def shown(difference: float | None) -> str:
-    """The power of ten below which a difference lies: its digits are other ones on another processor."""
+    """The power of ten below which a difference is: its digits differ on another processor."""
     if difference is None:
         return "–"
     if difference == 0:

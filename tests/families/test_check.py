@@ -1,4 +1,4 @@
-"""The check finds what it is there for: each error is planted once in a family that is right without it."""
+"""The check finds the errors for which it exists: each is planted once in a family that is right without it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +22,8 @@ from tests.families.variants import ALL, DENSE, variant
 LLAMA = ALL["llama"]
 
 
+# Owner and name of a function, and a function that makes it wrong.
 Plant = tuple[Any, str, Callable[[Any], Any]]
-"""Owner and name of a function, and what makes a wrong one of it."""
 
 
 def over_borders(attend: Any) -> Any:
@@ -53,7 +53,7 @@ def at_another_scale(merged: Any) -> Any:
 
 
 def blind(export: Any) -> Any:
-    """The product's own comparison, which says nothing."""
+    """Turn off the product's own comparison."""
 
     def wrong(*arguments: Any) -> dict[str, Any]:
         with pytest.raises(UserError):
@@ -63,7 +63,7 @@ def blind(export: Any) -> Any:
     return wrong
 
 
-# The self-test would take another attention.
+# Without this the self-test would choose another attention.
 ATTENTION: list[Plant] = [
     (attention, "segment_attention", over_borders),
     (resume, "choose_attention", lambda _: lambda *_: SelfTest("segments")),

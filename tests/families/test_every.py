@@ -6,8 +6,8 @@ from tests.families import every
 from tests.families.variants import ALL
 from tools import write_models
 
+# One vision family, and one with a layer that no gradient reaches.
 RIGHT = ("llava", "modernbert-decoder")
-"""One that sees, and one with a layer that no gradient reaches."""
 QUICK = (*RIGHT, "rwkv", "musicgen", "bert")
 
 
@@ -32,9 +32,9 @@ def test_a_family_is_right_or_refused_before_the_first_step(family: str) -> None
 @pytest.mark.parametrize(
     ("family", "line"),
     [
-        ("bert", "refused: model.name: BertLMHeadModel is no causal language model: what it makes of a token depends"),
+        ("bert", "refused: model.name: BertLMHeadModel is no causal language model: its output for a token"),
         ("rwkv", "refused: adapter.targets: rwkv.blocks.0.attention.output: an adapter cannot follow .weight.div_"),
-        ("t5", "refused: model.name: MODEL is an encoder-decoder (t5), which is not trained here; name a"),
+        ("t5", "refused: model.name: MODEL is an encoder-decoder (t5), which cannot be trained; name a"),
         ("clip", "refused: model.name: MODEL does not load: transformers has no causal language model of its type"),
     ],
 )

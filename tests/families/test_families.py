@@ -14,14 +14,14 @@ from tests.families.row import PRECISIONS, Row
 from tests.families.variants import ALL, MORE, NAMED
 from tools import write_models
 
+# Families whose layers, heads, positions or files differ in some way.
 QUICK = ("llama", "gpt2", "cohere", "gemma3_text", "opt 350m", "gpt_bigcode", "granite", "phi3")
-"""Families whose layers, heads, positions or files differ in one way or another."""
 MOSTLY_SLOW = [pytest.param(name, marks=() if name in QUICK[:2] else pytest.mark.slow) for name in ALL]
 
 
 @cache
 def row(name: str, precision: str) -> Row:
-    """What is known of a variant; measured once."""
+    """The results for a variant; measured once."""
     with tempfile.TemporaryDirectory() as folder:
         return check(ALL[name], precision, Path(folder))
 
@@ -47,7 +47,7 @@ def test_what_came_before_matters_in_a_model_of_the_zoo(name: str) -> None:
 
 @pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_two_attentions_of_transformers_say_the_same(name: str, tmp_path: Path) -> None:
-    """What the check holds a run against does not hang on the attention; see oracle.py for the exception."""
+    # The reference of the check does not depend on the attention; see oracle.py for the exception.
     zoo.build(ALL[name], tmp_path)
     picked, eager = oracle.load(tmp_path), oracle.load(tmp_path, attention="eager")
     off = oracle.difference(oracle.losses(picked, PACKS), oracle.losses(eager, PACKS))
@@ -83,19 +83,19 @@ def test_the_table(precision: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_page_says_what_is_measured(precision: str) -> None:
-    """If it does not: make models."""
+    # If this fails, run: make models.
     told = {name: verdict.partition(":")[0] for name, verdict in _told(precision).items()}
     assert told == {each.name: each.verdict.partition(":")[0] for each in rows(precision)}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_page_names_every_variant(precision: str) -> None:
-    """If it does not: make models."""
+    # If this fails, run: make models.
     assert list(_told(precision)) == list(ALL)
 
 
 def _told(precision: str) -> dict[str, str]:
-    """Model -> verdict in the section of docs/generated/models.md on a precision."""
+    """Model -> verdict in the section of docs/generated/models.md for a precision."""
     page, heading = write_models.PAGE.read_text(encoding="utf-8"), write_models.heading(precision)
     section = page.split(f"{heading}\n")[1].split("\n## ")[0]
     found = [re.split(r"(?<!\\)\|", line.strip("|")) for line in section.splitlines() if line.startswith("| ")]

@@ -1,4 +1,4 @@
-"""The self-test has the power that docs/generated/models.md says, in both precisions."""
+"""The self-test has the power that docs/generated/models.md reports, in both precisions."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The self-test finds what was once wrong in silence, with all that is known of families turned off."""
+"""The self-test finds errors that were once silent, with all knowledge of families turned off."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ NO_BORDERS = ("stablelm", "nemotron")
 
 @pytest.fixture(autouse=True)
 def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither which models keep a state, nor which have an attention of their own."""
+    """Forget which models keep a state, and which have their own attention."""
     monkeypatch.setattr(self_test, "why_not_in_one_row", lambda model, tokens: None)
     monkeypatch.setattr(attention, "_SUPPORT", {"sdpa": "_supports_sdpa"})
 
@@ -56,7 +56,7 @@ def test_packed_examples_of_models_with_a_state(name: str, tmp_path: Path) -> No
 @pytest.mark.lengthy
 @pytest.mark.parametrize("name", STATES)
 def test_packed_examples_of_models_with_a_state_in_bfloat16(name: str, tmp_path: Path) -> None:
-    """Without experts: where rounding decides on experts, a leak may be smaller than what it explains."""
+    # Without experts: if rounding decides on experts, a leak may be smaller than the effect of rounding.
     with pytest.raises(UserError, match=r"^data\.packing: .*set data\.packing: false$"):
         chosen(name, tmp_path, torch.bfloat16)
 
@@ -85,7 +85,7 @@ def test_borders_that_do_not_reach_the_attention(
 @pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_an_attention_that_the_family_does_not_call(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Bloom makes no mask for an attention it does not know: every token would see what comes after."""
+    # Bloom makes no mask for an attention that it does not know: every token would see later ones.
     made, config = model("bloom", tmp_path, dtype)
     for packs in (PACKS, tiny.unpacked(PACKS)):
         with pytest.raises(UserError, match=r"BloomForCausalLM .* the output of transformer\.h\.0\.self_attention"):

@@ -10,13 +10,14 @@ from typing import Any
 
 from tests import tiny
 
+# Fields of a family's config.
 Sizes = Mapping[str, Any]
-"""Fields of a family's config."""
 
+# Most tokens of a sequence, the run's data.max_length.
 LONGEST = 64
-"""Most tokens of a sequence, the run's data.max_length."""
 IDS: Sizes = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 COMMON: Sizes = {**IDS, "hidden_size": 64, "num_hidden_layers": 2}
+# A decoder whose config names its sizes like Llama's.
 DENSE: Sizes = {
     **COMMON,
     "intermediate_size": 96,
@@ -24,10 +25,9 @@ DENSE: Sizes = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-"""A decoder whose config spells its sizes as Llama's."""
 GPT: Sizes = {**IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+# A window longer than any sequence, so without effect.
 WIDE: Sizes = {"sliding_window": 128}
-"""A window longer than any sequence, as if there were none."""
 NARROW: Sizes = {"sliding_window": 16}
 BOTH: Sizes = {"layer_types": ["sliding_attention", "full_attention"]}
 HEADS: Sizes = {"head_dim": 16}
@@ -45,6 +45,7 @@ EXPERTS: Sizes = {**FEW, "num_experts": 4}
 LOCAL_EXPERTS: Sizes = {**FEW, "num_local_experts": 4}
 ROUTED: Sizes = {**FEW, **SMALL_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1}
 GROUPS: Sizes = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 2}
+# Latent attention: the head of a query (24) is larger than that of a value (16).
 MLA: Sizes = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
@@ -53,7 +54,6 @@ MLA: Sizes = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
-"""Latent attention: the head of a query (24) is larger than that of a value (16)."""
 SSM: Sizes = {
     "mamba_n_heads": 4,
     "mamba_d_head": 32,
@@ -61,6 +61,7 @@ SSM: Sizes = {
     "mamba_d_state": 16,
     "mamba_chunk_size": 16,
 }
+# Linear attention by the gated delta rule.
 DELTA: Sizes = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -68,7 +69,6 @@ DELTA: Sizes = {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }
-"""Linear attention by the gated delta rule."""
 VISION: Sizes = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -86,8 +86,8 @@ class Variant:
     name: str
     model_type: str
     sizes: Sizes = field(hash=False)
+    # True if its tokenizer has a chat template.
     chat: bool = True
-    """Whether its tokenizer has a chat template."""
 
 
 def variant(name: str, *parts: Sizes, kind: str | None = None, chat: bool = True, **more: Any) -> Variant:
@@ -100,6 +100,7 @@ def _by_name(*variants: Variant) -> dict[str, Variant]:
     return {each.name: each for each in variants}
 
 
+# The variants of the review.
 NAMED = _by_name(
     # Dense decoders.
     variant("llama", DENSE),
@@ -219,8 +220,8 @@ NAMED = _by_name(
         pad_token_id=1,
     ),
 )
-"""The variants of the review."""
 
+# Families that the review does not name.
 MORE = _by_name(
     variant("ernie4_5", DENSE, HEADS),
     variant("ernie4_5_moe", DENSE, SMALL_EXPERTS, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1),
@@ -266,10 +267,10 @@ MORE = _by_name(
     variant("qwen3_5_text", DENSE, HEADS, DELTA),
     variant("olmo_hybrid", DENSE, DELTA),
 )
-"""Families that the review does not name."""
 
 ALL = NAMED | MORE
 
+# Mixtures of experts without a state, one for each way in which transformers stores experts.
 MIXTURES = (
     "mixtral",
     "qwen2_moe",
@@ -284,4 +285,3 @@ MIXTURES = (
     "phimoe",
     "llama4_text",
 )
-"""Mixtures of experts without a state, one of each way in which transformers keeps experts."""

@@ -1,6 +1,6 @@
 """The tiny models of the families in variants.py: random weights with which attention, state and experts matter.
 
-With the usual initialisation (standard deviation 0.02) a tiny model says about the same to whatever came before.
+With the usual initialisation (standard deviation 0.02) a tiny model gives almost the same output after any context.
 """
 
 import json
@@ -14,8 +14,8 @@ from olora_ray.common.logs import quiet_transformers
 from tests.export_parts import save_tokenizer
 from tests.families.variants import Variant
 
+# Parts of the names of parameters whose values are times or rates, which a family draws in its own range.
 _STATE = ("A_log", "dt_bias", "recurrent_param", "time_step")
-"""Parts of the names of parameters whose values are times or rates, which a family draws in a range of its own."""
 
 
 def build(variant: Variant, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -43,7 +43,7 @@ def make(
 
     quiet_transformers()
     shape = AutoConfig.for_model(variant.model_type, **variant.sizes)
-    # As their files are published: of such a checkpoint the causal class takes a part.
+    # Vision families are saved with all parts, as their checkpoints are published; the causal class loads some of them.
     sees = variant.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.random.fork_rng():
@@ -60,13 +60,12 @@ def make(
 
 
 def on_meta(variant: Variant) -> Any:
-    """The model without weights."""
     with torch.device("meta"):
         return make(variant)
 
 
 def _draw(name: str, parameter: Tensor) -> None:
-    """Large matrices, and vectors off the values with which they do nothing."""
+    """Draw large matrices, and vectors off the values with which they have no effect."""
     if any(part in name for part in _STATE):
         return
     if parameter.dim() < 2:  # norms, biases, sinks

@@ -1,4 +1,4 @@
-"""The modules of pipelines/mobility import each other by name, as Python finds them for a command there."""
+"""Put pipelines/mobility on the path, because its modules import each other by name."""
 
 import sys
 from pathlib import Path

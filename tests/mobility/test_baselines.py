@@ -5,7 +5,6 @@ NOON = When(2, 12 * 60)
 
 
 def past(*stays: tuple[int, int, int]) -> Past:
-    """Stays as (place, weekday, hour)."""
     return Past.of([Stay(place, n, When(day, hour * 60)) for n, (place, day, hour) in enumerate(stays)])
 
 

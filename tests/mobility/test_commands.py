@@ -1,4 +1,4 @@
-"""The scripts of the mobility recipe: from nothing to rows and a table, and lines for what is wrong."""
+"""The mobility scripts, from nothing to rows and a table, and their errors."""
 
 import csv
 import json
@@ -139,7 +139,7 @@ def test_arguments_that_cannot_be_are_refused(records: Path, tmp_path: Path, opt
 
 
 def test_turns_and_places_that_can_be_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Records of somebody else, whose places have the numbers in which they appear."""
+    """Records of another tool, whose places are numbered as they first appear."""
     rows = [f"{n},7,{n + 1},{n // 10},{n % 10 * 60},{n // 10 % 7}" for n in range(60)]
     file, out = tmp_path / "check_ins.csv", tmp_path / "data"
     file.write_text("\n".join(["id,user_id,location_id,start_day,start_min,weekday", *rows]) + "\n")
@@ -175,13 +175,13 @@ def test_the_scripts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
         ("--places=5", "argument --places: 5 is below"),
         ("--explore=nan", "argument --explore: nan is below 0"),
         ("--busy=0", "argument --busy: 0 is not a probability above 0"),
-        ("--busy=1e-12", "argument --busy: no stay has come of it; set it, --days or"),
+        ("--busy=1e-12", "argument --busy: no stay was generated; set --busy, --days or"),
     ):
         with pytest.raises(UserError, match=problem):
             generate.main(["--out", str(tmp_path), "--days=1", option])
     with pytest.raises(UserError, match="argument --out: missing"):
         generate.main([])
-    with pytest.raises(UserError, match="arguments FOLDER and ANSWERS"):
+    with pytest.raises(UserError, match="FOLDER and ANSWERS"):
         report.main([str(tmp_path)])
     with pytest.raises(UserError, match=r"arguments FILE\.csv and --out: needed"):
         mat_data.main([])
@@ -201,7 +201,7 @@ def test_a_place_that_cannot_be_written_is_one_line(records: Path, tmp_path: Pat
 
 @pytest.fixture
 def cells_as_a_new_process_takes_them() -> Iterator[None]:
-    """csv.reader's limit is the whole process's, and the readers of training data raise it in tests before this."""
+    """Reset csv's limit, which is global and which readers of training data raise in other tests."""
     before = csv.field_size_limit(131_072)
     yield
     csv.field_size_limit(before)

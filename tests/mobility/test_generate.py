@@ -1,4 +1,4 @@
-"""What is generated follows the law that is written down, and the best answer is right as often as the law says."""
+"""The generated stays follow the written law, and the best answer is right as often as the law says."""
 
 import math
 from collections import Counter
@@ -48,7 +48,6 @@ def test_the_chances_are_the_formula_of_the_docstring(law: Law) -> None:
 
 
 def curve(kind: str, hour: float) -> float:
-    """The bumps of a weekday, around the clock."""
     bumps = [(((hour - middle + 12) % 24 - 12) / width, height) for middle, width, height in KINDS[kind].weekday]
     return 1e-3 + sum(height * math.exp(-0.5 * off**2) for off, height in bumps)
 

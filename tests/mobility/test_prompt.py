@@ -1,4 +1,4 @@
-"""One template asks in training and serving, and what has no room is cut off at the left."""
+"""Training and serving ask by the same template; a question that is too long loses its oldest stays."""
 
 import json
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ def test_the_room_is_that_of_the_model() -> None:
         assert 0 < shown < 45
         more = [*template.question(PAST[len(PAST) - shown - 1 :], WHEN), longest]
         assert len(ExampleTokenizer(spec, 4096)(Chat(tuple(more)))[0].ids) > length
-    with pytest.raises(UserError, match=r"data\.max_length: a question without any stay has no room"):
+    with pytest.raises(UserError, match=r"data\.max_length: too small for a question without any stay"):
         template.question(PAST, WHEN, prompt.fits(spec, 64))
 
 
@@ -136,7 +136,7 @@ def test_the_template_is_kept_for_a_server(tmp_path: Path) -> None:
     (tmp_path / "template.json").write_text('{"shape": 3}')
     with pytest.raises(UserError, match="no template of mobility"):
         Template.load(tmp_path / "template.json")
-    with pytest.raises(UserError, match="argument --form: 'long' is not known; there are short, hours, tuple"):
+    with pytest.raises(UserError, match="argument --form: 'long' is not known; use one of short, hours, tuple"):
         Template("long")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--history, --context"):
         Template("short", 3, 0)

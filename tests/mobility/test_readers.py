@@ -1,4 +1,4 @@
-"""Records become stays, each of them accounted for; what is wrong with one is a line that names it."""
+"""Records become stays, and every record counts; an error names the record's line."""
 
 import csv
 import gzip
@@ -71,7 +71,7 @@ def test_a_broken_check_in_names_its_line_and_can_be_left_out(tmp_path: Path, ro
 
 
 def test_a_weekday_that_contradicts_the_day_is_broken(tmp_path: Path) -> None:
-    """The days of each person count from a day of his own, over all files."""
+    """Each person has a day 0 of their own, over all files."""
     rows = "0,1,7,,,3,450,4\n1,9,8,,,0,0,6\n2,1,8,,,10,450,4\n3,1,8,,,11,450,4\n"
     with pytest.raises(UserError, match=r"a\.csv:5: weekday is 4, but by earlier records day 11 has 5"):
         check_ins(tmp_path, HEADER + rows)
@@ -79,7 +79,7 @@ def test_a_weekday_that_contradicts_the_day_is_broken(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_with_a_point_and_compressed_files_are_read(tmp_path: Path) -> None:
-    """pandas writes a column with gaps so."""
+    """pandas writes whole numbers with a point if the column has gaps."""
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(f"{HEADER}0,10,7.0,,,3.0,450.0,4.0\n".encode()))
     for place in (tmp_path / "a.csv.gz", tmp_path):
         found = read([str(place)], "checkins", Repairs())
@@ -100,9 +100,9 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         check_ins(tmp_path, "")
     with pytest.raises(UserError, match=r"a\.csv:1: no column 'weekday'"):
         check_ins(tmp_path, "user_id,location_id,start_day,start_min\n")
-    with pytest.raises(UserError, match=r"a\.csv:1: the column 'weekday' is there twice"):
+    with pytest.raises(UserError, match=r"a\.csv:1: the first line has the column 'weekday' twice"):
         check_ins(tmp_path, HEADER.replace("id,user_id", "weekday,user_id"))
-    with pytest.raises(UserError, match="no record is there"):
+    with pytest.raises(UserError, match="no usable record"):
         check_ins(tmp_path, HEADER)
     (tmp_path / "a.csv").write_bytes(HEADER.encode() + b"0,1,2,\xff,,0,0,0\n")
     with pytest.raises(UserError, match=r"a\.csv:\d+: no csv in UTF-8"):
@@ -112,18 +112,18 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file ends in \.plt"):
         read([str(tmp_path)], "geolife", Repairs())
     with pytest.raises(
-        UserError, match="argument --format: 'gpx' is not known; there are checkins, foursquare, geolife"
+        UserError, match="argument --format: 'gpx' is not known; use one of checkins, foursquare, geolife"
     ):
         read([str(tmp_path)], "gpx", Repairs())
     with pytest.raises(
-        UserError, match="argument --repair: 'all' is not known; there are broken, unsorted, duplicates"
+        UserError, match="argument --repair: 'all' is not known; use one of broken, unsorted, duplicates"
     ):
         Repairs(["all"])
 
 
 def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
     text = HEADER + "0,1,2,,,1,0,1\n1,1,3,,,0,0,0\n2,2,2,,,0,0,0\n3,1,2,,,1,0,1\n4,1,9,,,1,0,1\n"
-    with pytest.raises(UserError, match=r"a\.csv:3: person 1: the time lies before that of the record at .*a\.csv:2;"):
+    with pytest.raises(UserError, match=r"a\.csv:3: person 1: the time is before that of the record at .*a\.csv:2;"):
         check_ins(tmp_path, text)
     with pytest.raises(UserError, match=r"a\.csv:5: person 1: the same time and place as the record at .*a\.csv:2;"):
         check_ins(tmp_path, text, "unsorted")
@@ -134,7 +134,7 @@ def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
 
 
 def test_a_places_number_does_not_tell_when_it_was_seen_first(tmp_path: Path) -> None:
-    """Else whoever counts names places where nobody has been yet."""
+    """Otherwise a model could name new places by counting."""
     lines = [
         VENUE.format(venue=f"v{n:03d}", minutes=0, time=f"Tue Apr 03 {n // 60:02d}:{n % 60:02d}:00 +0000 2012")
         for n in range(200)
@@ -219,7 +219,7 @@ def test_a_night_between_two_files_is_part_of_a_stay_but_no_week(tmp_path: Path)
         ("400.1,116.3,0,1,1,2008-10-23,03:00:00", "unknown place: latitude '400.1'"),
         ("nan,116.3,0,1,1,2008-10-23,03:00:00", "unknown place"),
         ("39.9,116.3,0,1,1,2008-10-23,24:00:00", "the time is '2008-10-23', '24:00:00'"),
-        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time lies before that of the point at"),
+        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time is before that of the point at"),
         ("39.9,116.3", "2 cells with commas"),
     ],
 )

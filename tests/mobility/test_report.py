@@ -1,4 +1,4 @@
-"""A model beside the simple baselines: the same rows, people drawn as wholes, the best possible from the law."""
+"""A model beside the simple baselines: the same rows, people resampled as a whole, the best possible by the law."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from olora_ray.common.errors import UserError
 
 
 def write(folder: Path, people: int = 6) -> None:
-    """Everybody is at 1 and 2 in turn, at noon, but for the last 8 stays: always at 3, at midnight."""
+    """Write people who are at 1 and 2 in turn, at noon, except the last 8 stays: always at 3, at midnight."""
     known = {
         str(person): [
             Stay(3 if n >= 32 else 1 + n % 2, n * 1440, When(n % 5, 0 if n >= 32 else 720)) for n in range(40)
@@ -28,7 +28,7 @@ def write(folder: Path, people: int = 6) -> None:
 
 
 def answers(folder: Path, *texts: str, skip: int = 0) -> Path:
-    """Answers to the rows of test.jsonl after the first `skip`; the last text is given to all that remain."""
+    """Write answers to the rows of test.jsonl after the first `skip`; the last text answers all remaining rows."""
     lines = (folder / "test.jsonl").read_text().splitlines()
     given = []
     for number, line in enumerate(lines[skip:], skip + 1):
@@ -59,7 +59,7 @@ def test_the_model_and_each_baseline_on_the_same_rows(tmp_path: Path) -> None:
 
 @pytest.mark.lengthy
 def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
-    """The weighted F1 of a number that no array holds ended the report with a traceback."""
+    """The weighted F1 of a number that no array holds once ended the report with a traceback."""
     write(tmp_path)
     found = make_report(tmp_path, answers(tmp_path, f'{{"prediction": {"1" * 40}}}', answer.write(3)))
     assert found.model.places == (report.NOWHERE, *[3] * 47)
@@ -67,7 +67,7 @@ def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
 
 
 def test_a_first_stay_can_be_asked_for(tmp_path: Path) -> None:
-    """With --least 0 somebody with one stay is asked for it; the baselines looked for a stay before it."""
+    """With --least 0 a row may ask for a first stay; the baselines once looked for a stay before it."""
     known = {str(person): [Stay(3, n * 1440, When(0, 0)) for n in range(1 + 9 * person)] for person in range(2)}
     rows.write(tmp_path, Records(known, {}), rows.select(known, 0), Template("short", 2, 2), None)
     found = make_report(tmp_path, answers(tmp_path, answer.write(3)))
@@ -91,7 +91,7 @@ def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     found = make_report(tmp_path, answers(tmp_path, answer.write(3)), law)
     assert found.best == Best((9, 3) * 4, (0.5,) * 8)
     assert found.lines()[-1] == (
-        "Whoever knows the law is right on 0.500 of such rows (on these: 0.500), the model on 1.000."
+        "The best possible answers are right on 0.500 of such rows (on these: 0.500), the model on 1.000."
     )
     for cut in ("", "0,1", "x" * 200_000):
         law.write_text(f"user_id,stay,best,chance\n{cut}")
@@ -111,7 +111,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     text = answers(tmp_path, answer.write(3)).read_text()
     found = refused(tmp_path, text.replace('"reference": "{\\"prediction\\": 3', '"reference": "{\\"prediction\\": 4'))
     assert f"{tmp_path}/test.jsonl:1: the answers are to other rows: evaluate on this file" in found
-    assert "answers.jsonl:49: x/test.jsonl:48 was answered before; give the answers of one" in refused(
+    assert "answers.jsonl:49: x/test.jsonl:48 was answered before; use the answers of one" in refused(
         tmp_path, 2 * text
     )
     last = text.splitlines()[0].replace("jsonl:48", "jsonl:99")
@@ -124,7 +124,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
 
 
 def made(right: list[list[bool]], simple: list[list[bool]], other: list[list[bool]]) -> Report:
-    """A report in which place 1 is right; a list for each person."""
+    """Return a report in which place 1 is right, with a list of answers for each person."""
     asked = [Asked(str(person), n, 4) for person, own in enumerate(right) for n in range(len(own))]
 
     def predictor(name: str, found: list[list[bool]], simple: bool) -> Predictor:
@@ -148,12 +148,12 @@ def test_people_are_drawn_not_rows() -> None:
 
 
 def test_one_person_says_nothing_of_others(tmp_path: Path) -> None:
-    """The interval over one person has no width, and the verdict was that the model wins, or loses."""
+    """The interval over one person has no width, so the verdict once was that the model wins, or loses."""
     for ours, theirs in ((True, False), (False, True)):
         found = made([[ours] * 50], [[theirs] * 50], [[theirs] * 50])
         assert found.verdict()[0] == (
             "It is not shown that the model beats the best simple baseline, last on full past: Acc@1"
-            f" {1 if ours else -1:+.3f}, but one person says nothing of others."
+            f" {1 if ours else -1:+.3f}, but one person shows nothing about others."
         )
     write(tmp_path, people=1)
     lines = make_report(tmp_path, answers(tmp_path, answer.write(3))).lines()
@@ -166,7 +166,11 @@ def test_the_verdict_says_who_wins() -> None:
     good, poor = ([(rng.random(10) < share).tolist() for _ in range(60)] for share in (0.8, 0.4))
     assert made(good, poor, good).verdict()[0].startswith("The model beats the best simple baseline, last on full past")
     assert made(poor, good, good).verdict()[0].startswith("The model loses to the best simple baseline")
-    assert made(good, poor, good).verdict()[1].startswith("It is not shown that the model beats a rule less simple, x")
+    assert (
+        made(good, poor, good)
+        .verdict()[1]
+        .startswith("It is not shown that the model beats the best less simple rule, x")
+    )
 
 
 def test_a_baseline_that_was_chosen_of_several_has_to_be_further_ahead() -> None:

@@ -1,4 +1,4 @@
-"""Each person is split in time, draws do not depend on the order of records, and rows say all that a report needs."""
+"""Each person's stays are split by time, draws do not depend on the order of records, and rows suffice for a report."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ People = dict[str, list[Stay]]
 
 
 def people(counts: list[int]) -> People:
-    """Stays in which place and number are the same, of persons called 0, 1, ..."""
+    """Return stays of people called 0, 1, ..., whose place equals their number."""
     return {
         str(person): [Stay(n, n * 500 + person, When(n % 7, (n * 500) % 1440)) for n in range(count)]
         for person, count in enumerate(counts)
@@ -66,7 +66,7 @@ def test_a_draw_is_that_of_any_order_of_people(sizes: list[int], limit: int, see
 
 
 def six(messages: Sequence[Message]) -> bool:
-    """Room for six stays: each has a colon, and so have the target and the three names."""
+    """Return True for at most six stays: each has a colon, and so have the target and the three names."""
     return messages[1]["content"].count(":") <= 10
 
 
@@ -76,8 +76,8 @@ def test_the_files(tmp_path: Path) -> None:
     template = Template("short", 6, 3)
     records = Records(known, {"cafe, corner": 1})
     said = rows.write(tmp_path, records, selection, template, six)
-    assert said[0] == "train: 22 rows of 2 people, of 16 the oldest stays had no room"
-    assert said[2] == "test: 5 rows of 2 people, 5 more were not drawn, of 5 the oldest stays had no room"
+    assert said[0] == "train: 22 rows of 2 people, 16 without their oldest stays, which did not fit"
+    assert said[2] == "test: 5 rows of 2 people, 5 more were not drawn, 5 without their oldest stays, which did not fit"
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     assert (row["user"], row["stay"], row["shown"]) == ("0", 4, 4)

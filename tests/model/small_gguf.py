@@ -17,9 +17,10 @@ def write(
     head: int | None = None,
     window: int | None = None,
 ) -> Path:
-    """Write it; always the same bytes. `scaling` are values of rope.*, `more` are tensors beside the model's.
+    """Write the file, always with the same bytes.
 
-    With another `architecture` only the header is right.
+    `scaling` are values of rope.*, `more` are tensors beside the model's. With another `architecture` only the header
+    is right.
     """
     import gguf
     from tokenizers import pre_tokenizers

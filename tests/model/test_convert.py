@@ -1,4 +1,4 @@
-"""Only tensors come out of a pickle, only where they are asked for, and no code of a model runs unasked."""
+"""Only tensors are read from a pickle, only if the config asks for it, and no code of a model runs without consent."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.said import said
 
 
 class Trap:
-    """Makes the file `mark` when it is unpickled."""
+    """Creates the file `mark` when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -30,7 +30,7 @@ class Trap:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny Llama with pickled weights only, as a model of some years ago."""
+    """A tiny Llama with pickled weights only, like old models."""
     folder = tmp_path / "old"
     llama = tiny.llama(tie_word_embeddings=True)
     llama.save_pretrained(folder)
@@ -80,7 +80,7 @@ def test_what_was_changed_beside_the_weights_is_converted_again(folder: Path) ->
 
 
 def test_weights_keep_their_precision_whatever_the_config_says(folder: Path) -> None:
-    """Conversions of the first LLaMA have a table of float32 beside weights of float16: all became float32."""
+    # Conversions of the first LLaMA have a float32 table beside float16 weights: all became float32.
     shape = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(shape | {"dtype": "float16"}))
     base = source.obtain(named(folder, model__allow_pickle=True))
@@ -101,18 +101,18 @@ def test_pickled_tensors_without_a_place_are_told_or_refused(folder: Path) -> No
     torch.save(weights | {bias: torch.zeros(64), "mtp.weight": torch.ones(2)}, folder / "pytorch_model.bin")
     with said() as lines:
         source.obtain(named(folder, model__allow_pickle=True))
-    assert f"no place for 2 tensors in the files of {folder}" in lines[-1]
+    assert f"does not use 2 tensors in the files of {folder}" in lines[-1]
     torch.save(weights | {bias: torch.ones(64)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"q_proj\.bias, but by its config\.json LlamaForCausalLM has no such bias"):
+    with pytest.raises(UserError, match=r"q_proj\.bias, but config\.json gives LlamaForCausalLM no such bias"):
         source.obtain(named(folder, model__allow_pickle=True))
     packed = {"model.layers.0.mlp.up_proj.weight": torch.ones(112, 64, dtype=torch.int8)}
     torch.save(weights | packed, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"up_proj\.weight as int8, and no quantization_config"):
+    with pytest.raises(UserError, match=r"up_proj\.weight as int8, but .* no quantization_config"):
         source.obtain(named(folder, model__allow_pickle=True))
 
 
 def test_a_pickle_that_holds_more_than_tensors_runs_nothing(folder: Path, tmp_path: Path) -> None:
-    """In torch's format, and in the old one."""
+    # In torch's format, and in the old one.
     mark, file = tmp_path / "it-ran", folder / "pytorch_model.bin"
     weights = torch.load(file, weights_only=True)
     file.write_bytes(pickle.dumps({"trap": Trap(mark)}))
@@ -157,7 +157,7 @@ class Ours(LlamaForCausalLM):
 def test_code_of_a_model_runs_only_where_it_is_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where transformers copies such code.
+    # transformers copies such code to this folder.
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path)  # afterwards the path is as it was
     mark = tmp_path / "it-ran"
@@ -172,9 +172,9 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
     config = named(folder)
     base = source.obtain(config)
     for load in (load_module.load_tokenizer, load_module.skeleton):
-        with pytest.raises(UserError, match=r"brings Python code of its own.*model\.trust_remote_code: true"):
+        with pytest.raises(UserError, match=r"needs its own Python code.*model\.trust_remote_code: true"):
             load(base, config.model)
-    with pytest.raises(UserError, match="brings Python code of its own"):
+    with pytest.raises(UserError, match="needs its own Python code"):
         load_module.load_model(folder, config.model, torch.device("cpu"))
     assert not mark.exists()
     trusted = named(folder, model__trust_remote_code=True).model

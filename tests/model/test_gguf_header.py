@@ -1,4 +1,4 @@
-"""A GGUF file whose header does not fit the file is refused before a reader believes it."""
+"""A GGUF file whose header does not fit the file is refused before a reader trusts it."""
 
 import json
 import struct
@@ -27,7 +27,7 @@ def obtain(folder: Path, content: bytes) -> source.BaseModel:
 
 
 def value_of(content: bytes, key: str) -> int:
-    """Where the value of a key stands: behind its name and its type."""
+    """The offset of a key's value: after its name and its type."""
     return content.index(key.encode()) + len(key) + 4
 
 
@@ -51,7 +51,7 @@ def test_biases_that_transformers_leaves_out_are_refused(tmp_path: Path, layer: 
     file = small_gguf.write(tmp_path / "zeros.gguf", more=zeros)
     obtain(tmp_path, file.read_bytes())
     file = small_gguf.write(tmp_path / "ones.gguf", more=ones)
-    with pytest.raises(UserError, match=rf"has blk\.0\.{layer}\.bias, which transformers does not read"):
+    with pytest.raises(UserError, match=rf"has blk\.0\.{layer}\.bias, which transformers ignores"):
         obtain(tmp_path, file.read_bytes())
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_cut_off_is_refused(whole: bytes, tmp_path: Path, length:
 
 @pytest.mark.parametrize(("offset", "kind", "number"), [(0, "I", 99), (4, "Q", 2**62), (20, "I", 77), (24, "Q", 2**60)])
 def test_a_tensor_lies_within_the_file(whole: bytes, tmp_path: Path, offset: int, kind: str, number: int) -> None:
-    """Its number of dimensions, the first of them, its type, its place."""
+    # The header has its number of dimensions, the first of them, its type, and its offset.
     name = b"blk.0.attn_q.weight"
     refused_at_once(tmp_path, with_number(whole, whole.index(name) + len(name) + offset, kind, number), "")
 
@@ -121,7 +121,7 @@ LLAMA3 = {
 
 
 def divisors() -> list[float]:
-    """By which Llama 3.1 divides the frequencies of the small model's heads, as transformers computes them."""
+    """The numbers by which Llama 3.1 divides the frequencies of the small model's heads, computed by transformers."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -163,7 +163,7 @@ def test_positions_that_would_be_others_are_refused(
 ) -> None:
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)
-    with pytest.raises(UserError, match=rf"model\.gguf .* it scales its rotary positions \({what}\), .*safetensors"):
+    with pytest.raises(UserError, match=rf"model\.gguf .* scaled rotary positions \({what}\) .*safetensors"):
         convert.check(file)
 
 
@@ -198,7 +198,7 @@ def test_an_attention_that_is_divided_by_what_the_file_does_not_say_is_refused(t
     file = small_gguf.write(tmp_path / "small.gguf", architecture=family, head=256)
     assert convert.check(file) == {}
     file = small_gguf.write(tmp_path / "27b.gguf", architecture=family, head=128)
-    with pytest.raises(UserError, match=r"27b\.gguf .* by what its attention is divided is not in such a file; name"):
+    with pytest.raises(UserError, match=r"27b\.gguf .* does not have the scale of its attention; name"):
         convert.check(file)
 
 

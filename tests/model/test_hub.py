@@ -1,4 +1,4 @@
-"""Why the hub does not deliver a model: asked of a server on this machine that answers as the hub does."""
+"""The reasons why the hub does not deliver a model, from a local server that answers like the hub."""
 
 import json
 import threading
@@ -19,20 +19,20 @@ COMMIT = "0" * 40
 ANSWERS = {
     "none": (404, "RepoNotFound", "the model hub has no model of this name, or it is private: correct the name"),
     "unauthorised": (401, "", "the model hub has no model of this name, or it is private: correct the name"),
-    "gated": (403, "GatedRepo", "to those only who were granted access"),
+    "gated": (403, "GatedRepo", "access to it on request"),
     "revision": (404, "RevisionNotFound", "the model hub has the model, but not this model.revision"),
-    "broken": (500, "", "the model hub cannot be asked (Server error '500"),
-    "busy": (429, "", "the model hub cannot be asked ("),
+    "broken": (500, "", "the model hub is unreachable (Server error '500"),
+    "busy": (429, "", "the model hub is unreachable ("),
 }
+# Failures that another start may not meet.
 PASS = ("broken", "busy")
-"""Those that another start may not meet."""
 
 
 class Hub(BaseHTTPRequestHandler):
     """Answers by the name of the model."""
 
     def do_GET(self) -> None:
-        """One of ANSWERS, or a model with a file of which only the half comes."""
+        """Send one of ANSWERS, or a model with a file of which only half arrives."""
         if "/org/cut" in self.path:
             self.cut_off()
             return
@@ -46,7 +46,7 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def cut_off(self) -> None:
-        """Say what there is, and then break off."""
+        """Announce the whole content, then break off."""
         if "/api/" in self.path:
             content, length = json.dumps(self.what_there_is()).encode(), None
         else:
@@ -62,13 +62,13 @@ class Hub(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def what_there_is(self) -> object:
-        """One file, as both of the hub's lists have it."""
+        """One file, in the form of both lists of the hub."""
         if "/tree/" in self.path:
             return [{"type": "file", "path": "config.json", "size": 20, "oid": "1234"}]
         return {"id": "org/cut", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]}
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`told(ENDPOINT=...)` sets what the hub's client has read of the environment."""
+    """`told(ENDPOINT=...)` sets what the hub's client has read from the environment."""
 
     def set_constants(**changes: object) -> None:
         for name, value in changes.items():
@@ -111,7 +111,7 @@ def test_what_the_hub_answers_is_told_in_words(name: str, address: str, told: Ca
 def test_a_file_that_breaks_off_is_no_bug(
     address: str, told: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client's error is none of Python's kinds: it was a traceback."""
+    # The client's own exception ended in a traceback.
     told(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(time, "sleep", lambda _: None)  # before its client asks again
     assert "the model hub did not deliver it: " in refusal("org/cut", passes=True)
@@ -141,7 +141,7 @@ def test_weights_in_folders_of_a_repository_are_left_there(
 def test_a_hub_that_cannot_be_asked_is_no_wrong_name(told: Callable[..., None]) -> None:
     told(ENDPOINT="http://127.0.0.1:9")
     message = refusal("org/none", passes=True)
-    assert "the model hub cannot be asked (" in message
+    assert "the model hub is unreachable (" in message
     assert "and this machine's cache does not have the model" in message
 
 

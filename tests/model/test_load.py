@@ -1,4 +1,4 @@
-"""A model that was built without weights has the buffers of one that was loaded."""
+"""A model that is built without weights has the same buffers as a loaded one."""
 
 from pathlib import Path
 from typing import Any

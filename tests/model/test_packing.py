@@ -1,4 +1,4 @@
-"""Which models can take several examples in one sequence, by their structure."""
+"""The models that can take several examples in one sequence, by their structure."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ def test_positions_that_are_encoded_by_the_longest_of_a_micro_batch_are_refused_
     alone = {"train__micro_batch": 1, "data__packing": False}
     assert refusal("phi3", LONG_ROPE, 64) is None
     told = str(refusal("phi3", LONG_ROPE, 65))
-    assert told.startswith("data.max_length=65: Phi3ForCausalLM encodes positions otherwise in all of a micro-batch")
+    assert told.startswith("data.max_length=65: above 64 tokens Phi3ForCausalLM changes the positions")
     assert told.endswith("set data.max_length to 64 at most, or train.micro_batch to 1 and data.packing to false")
     assert refusal("phi3", LONG_ROPE, 512, **alone) is None
     assert refusal("phi3", LONG_ROPE, 512, **(alone | {"data__packing": "auto"})) == told.replace("65", "512")
@@ -97,7 +97,7 @@ def test_positions_that_are_encoded_by_the_longest_so_far_are_refused(kind: str,
     made = SMALL | {"head_dim": 8, "max_position_embeddings": 64} | sizes
     assert refusal(kind, made, 64) is None
     told = str(refusal(kind, made, 65, train__micro_batch=1, data__packing=False))
-    assert "by the longest sequence so far once one has more than 64 tokens (dynamic)" in told
+    assert "once a sequence has more than 64 tokens" in told
     assert told.endswith("; set data.max_length to 64 at most")
 
 
@@ -127,7 +127,7 @@ def test_attention_that_is_scaled_by_the_place_in_a_row() -> None:
     with torch.device("meta"):
         made, other = of_kind("llama4_text", sizes), of_kind("llama4_text", sizes | {"attn_temperature_tuning": False})
     assert why_not_in_one_row(made, 63) is None
-    assert "scales its attention by the place in a row, from 64 tokens on" in str(why_not_in_one_row(made, 64))
+    assert "scales its attention by the position in a row, from 64 tokens on" in str(why_not_in_one_row(made, 64))
     assert why_not_in_one_row(other, 64) is None
     assert refusal("llama4_text", sizes, 63) is None
     assert str(refusal("llama4_text", sizes, 64)).endswith("; set data.packing: false")
@@ -162,5 +162,5 @@ def test_the_head_is_the_models_own_also_after_a_change() -> None:
 
 
 def test_what_has_no_backbone_is_refused() -> None:
-    with pytest.raises(UserError, match="Linear is not a backbone with an output head"):
+    with pytest.raises(UserError, match="Linear has no backbone with an output head"):
         OutputHead(nn.Linear(2, 2))

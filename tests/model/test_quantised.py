@@ -1,4 +1,4 @@
-"""A layer with a packed weight is, bit for bit, the layer with the weight that it unpacks to."""
+"""A layer with a packed weight equals, bit for bit, a layer with the weight that it unpacks to."""
 
 import sys
 from typing import Any
@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def made(m: int, n: int, kind: str, dtype: torch.dtype = torch.float32, bias: bool = False) -> tuple[Tensor, Any]:
-    """A weight, and the layer that it is packed in."""
+    """A weight, and the layer in which it is packed."""
     generator = torch.Generator().manual_seed(m * n)
     weight = torch.randn(m, n, generator=generator).to(dtype)
     own = nn.Parameter(torch.randn(m, generator=generator).to(dtype), requires_grad=False) if bias else None
@@ -75,7 +75,7 @@ def test_rows_of_zeros_stay_and_what_is_not_finite_is_seen(kind: str) -> None:
 @needs_bitsandbytes
 @pytest.mark.parametrize(("m", "n"), [(96, 64), (130, 96), (50, 36), (7, 14)])
 def test_nf4_is_by_its_formula(m: int, n: int) -> None:
-    """Also where a block of 64 goes from one row to the next, which bitsandbytes itself gets wrong on CPUs."""
+    # This includes blocks of 64 that span two rows, which bitsandbytes itself gets wrong on CPUs.
     import bitsandbytes.functional as library
 
     weight, layer = made(m, n, "nf4")

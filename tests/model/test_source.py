@@ -35,7 +35,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What is kept on this node."""
+    """The cache of this node."""
     monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -131,7 +131,7 @@ def test_code_is_a_part_of_a_model_where_it_would_be_run(copy: Path) -> None:
 
 
 def indexed(folder: Path, name: str) -> None:
-    """Let the index say that the weights lie in `name`."""
+    """Write an index that puts the weights into `name`."""
     with safe_open(folder / "model.safetensors", "pt") as weights:
         places = dict.fromkeys(weights.keys(), name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
@@ -171,7 +171,7 @@ def test_weights_that_the_index_names_must_be_there(copy: Path) -> None:
 
 
 def test_a_model_saved_as_one_file_over_its_shards_is_a_model(copy: Path) -> None:
-    """transformers removes the shards then, and leaves their index."""
+    # transformers then removes the shards, and leaves their index.
     tiny.llama().save_pretrained(copy, max_shard_size="100KB")
     tiny.llama().save_pretrained(copy)
     there = sorted(file.name for file in copy.glob("model*"))
@@ -195,7 +195,7 @@ def test_the_hub_s_cache_of_links_into_its_blobs_is_a_model(copy: Path, tmp_path
 
 def test_a_folder_with_an_adapter_in_it_is_no_base_model(copy: Path) -> None:
     (copy / "adapter_config.json").write_text("{}")
-    assert "holds an adapter (adapter_config.json)" in refusal(copy)
+    assert "has an adapter (adapter_config.json)" in refusal(copy)
 
 
 def with_header(folder: Path, header: bytes, length: int | None = None) -> None:
@@ -325,7 +325,10 @@ def test_the_fastest_precision_that_is_there_is_chosen(model_folder: Path) -> No
     [
         ({"hidden_size": 32}, "does not load: "),
         ({"num_hidden_layers": 3}, "does not load: "),  # no random numbers
-        ({"num_hidden_layers": 500}, r"config\.json describes .* parameters, its weights are "),  # they fill the memory
+        (
+            {"num_hidden_layers": 500},
+            r"config\.json describes .* parameters, its weights have ",
+        ),  # they fill the memory
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_an_error(copy: Path, fields: dict[str, int], problem: str) -> None:
@@ -347,7 +350,7 @@ def test_parameters_are_counted_from_the_headers(model_folder: Path) -> None:
 
 
 def test_weights_that_lie_there_twice_are_counted_once(model_folder: Path, copy: Path) -> None:
-    """As Mistral's are: in shards, and in one file for its own code."""
+    # Mistral has its weights in shards, and in one file for its own code.
     count = folder.parameters(model_folder)
     shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
     assert folder.parameters(copy) == count
@@ -404,7 +407,7 @@ def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_another_version_at_the_same_place_of_a_node_is_refused(copy: Path, name: str) -> None:
-    """Its workers trained the adapter on another base than the rest, in silence."""
+    # The workers of that node silently trained the adapter on another base than the rest.
     found = source.obtain(named(copy))
     content = bytearray((copy / name).read_bytes())
     content[content.rindex(b"}") - 1 if name == "config.json" else -1] ^= 1
@@ -417,7 +420,7 @@ def test_another_version_at_the_same_place_of_a_node_is_refused(copy: Path, name
 def test_a_hub_model_of_which_files_are_missing_on_a_node_is_fetched_to_its_end(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the workers of a node the first fetches it: those that came a second later took the folder for whole."""
+    # The first worker of a node downloads the model; workers a second later took the folder for complete.
     config, fetched = named("org/model"), list[Path]()
 
     def download(*_: object, **__: object) -> str:

@@ -193,7 +193,7 @@ def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:
 @pytest.mark.parametrize("name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "MLmodel"])
 def test_a_damaged_adapter_is_one_line(run: FinishedRun, spoilt: Path, name: str) -> None:
     (spoilt / name).write_bytes((spoilt / name).read_bytes()[:-1] + b"x")
-    line = f"^small version 1: {name} has other content than when it was registered"
+    line = f"^small version 1: {name} was changed after the registration"
     for use in (lambda: find_model(named(run)), lambda: targets.resolve("models:/small/1", run.config)):
         with pytest.raises(UserError, match=line):
             use()

@@ -200,7 +200,7 @@ def test_a_training_whose_place_is_kept_waits_for_no_room(training: Training) ->
     attempts = training.attempts(died, changing=False, placed=True, cluster__max_failures=1)
     assert attempts.run() == TrainResult()
     assert training.groups == [WorkerGroup(1, 1), WorkerGroup(1, 2)]
-    assert attempts.cause == "the process of several trials died"
+    assert attempts.cause == "the process that several trials share died"
 
 
 @pytest.mark.lengthy

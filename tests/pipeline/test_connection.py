@@ -107,8 +107,8 @@ def test_a_head_with_a_token_is_joined_or_refused_in_one_line(home: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(rf"^own \S+:{head.port} True$", done.stdout, re.MULTILINE)  # Ray may name 127.0.0.1 otherwise
     for change, problem in (
-        ({}, "asks for a token, and there is none in "),
-        ({"RAY_AUTH_TOKEN": "another"}, "does not take the token of RAY_AUTH_TOKEN"),
+        ({}, "requires a token, but "),
+        ({"RAY_AUTH_TOKEN": "another"}, "rejects the token of RAY_AUTH_TOKEN"),
         ({"RAY_AUTH_TOKEN": head.token, "RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled is set here: unset it"),
     ):
         refused = connected({**there, **change})

@@ -85,5 +85,5 @@ def test_a_storage_that_does_not_answer_for_a_while_ends_nothing_that_can_be_don
         lock_of(config).rmdir()
     assert caught.value.exit_code == 75
     told = str(caught.value)
-    assert told.startswith("run.name: 'mine': whether its lock still holds cannot be read: ")
+    assert told.startswith("run.name: 'mine': its lock cannot be read: ")
     assert told.endswith("is a directory; the same command resumes the run")

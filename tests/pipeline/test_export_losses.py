@@ -117,7 +117,7 @@ def test_the_template_that_was_trained_with_goes_into_all_that_is_exported(run: 
         assert AutoTokenizer.from_pretrained(folder).chat_template == own
 
 
-CHECKED = "Checked when it was exported: PEFT computes each layer's change within 1e-05 of its size; "
+CHECKED = "Checks of the export: PEFT computes each layer's change within 1e-05 of its size; "
 
 
 @pytest.mark.lengthy
@@ -125,9 +125,10 @@ CHECKED = "Checked when it was exported: PEFT computes each layer's change withi
 def test_the_card_says_what_the_checks_found(run: Run, merged: bool) -> None:
     export.export_run(spec_of(run, export__merged=merged), run.folder, STEP)
     card = (Path(run.folder.adapter) / "README.md").read_text()
-    weights = "each merged weight is base + change within one rounding to bfloat16, and all others are the base's; "
+    weights = "each merged weight is base + change within one rounding to bfloat16, and all other weights"
+    weights += " are the base model's; "
     models = "the merged model and of the adapter in PEFT" if merged else "the adapter in PEFT"
-    logits = f"the logits of {models} are those of the training but for rounding\n"
+    logits = f"the logits of {models} equal those of the training except for rounding\n"
     assert f"{CHECKED}{weights if merged else ''}{logits}" in card
 
 
@@ -139,9 +140,9 @@ def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: py
         return real(adapter, settings.model_copy(update={"alpha": 2 * settings.alpha}), *rest)
 
     monkeypatch.setattr(export, "new_adapter", scaled)
-    with pytest.raises(UserError, match="as PEFT computes it"):
+    with pytest.raises(UserError, match="PEFT computes the change of"):
         export.export_run(spec_of(run), run.folder, STEP)
-    assert "exported: NOT right, see parity.json" in (Path(run.folder.adapter) / "README.md").read_text()
+    assert "export: NOT right" in (Path(run.folder.adapter) / "README.md").read_text()
 
 
 @pytest.mark.lengthy
@@ -176,8 +177,8 @@ def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -
     assert abs(found["loss"]["difference"]) > 1e-4
     text = f"trained on the base as fp8, exported for the original weights: held-out loss {on_both[0]:.4f} on the"
     card = (Path(run.folder.adapter) / "README.md").read_text()
-    assert f"- Base in the training: {text}" in card
-    assert "are those of the trained adapter on the original weights but for rounding" in card
+    assert f"- Base model in the training: {text}" in card
+    assert "those of the trained adapter on the original weights" in card
     assert [line for line in lines if line.startswith(f"adapter: {text}")]
     assert found["in_words"].startswith(text)
 

@@ -81,7 +81,7 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     assert all(math.isfinite(each["reached"]["steps"]) for each in lora["trainings"])
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "verdict: olora - lora = " in done.stdout
+    assert "verdict: Loss of olora minus loss of lora = " in done.stdout
     assert "left to do: " in done.stdout
     _mlflow(folder)
 
@@ -103,7 +103,7 @@ def _mlflow(folder: Path) -> None:
     runs = client.search_runs([client.get_experiment_by_name("olora").experiment_id])
     [parent] = [run for run in runs if run.data.tags.get("olora.kind") == "comparison"]
     assert parent.info.status == "FINISHED"
-    assert "olora - lora" in parent.data.tags["olora.verdict.olora"]
+    assert "minus loss of lora" in parent.data.tags["olora.verdict.olora"]
     assert {"loss/lora", "loss/olora", "difference/olora"} <= parent.data.metrics.keys()
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(runs) - 1 == len(list(folder.glob("*/trials/*")))
@@ -143,7 +143,7 @@ def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
         head.start()
         code, log = head.submit("pipelines/compare.py", file, "--methods", "lora,olora", "--seeds", "2")
     assert code == 0, log
-    assert "verdict: olora - lora = " in log
+    assert "verdict: Loss of olora minus loss of lora = " in log
     found = json.loads((corpus / "runs" / "small-compare" / "comparison.json").read_text())
     assert all(len(each["trainings"]) == 2 for each in found["methods"])
 
@@ -164,7 +164,7 @@ def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
         (("adapter.rank=4000",), "error: adapter.rank"),
         pytest.param(
             ("--budget", "2s"),
-            "error: argument --budget: the comparison takes about",
+            "error: argument --budget: the comparison needs about",
             marks=[pytest.mark.ray, pytest.mark.slow],
         ),
     ],

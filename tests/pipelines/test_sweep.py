@@ -127,7 +127,7 @@ def test_the_trials_share_what_is_the_same_for_all(searched: tuple[Path, str]) -
     folder, log = searched
     assert "olora factors at rank 4" in log
     texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(7)]
-    assert all("factors taken from those of the search" in text for text in texts)
+    assert all("factors read from the search" in text for text in texts)
     assert not any("initialisation" in text for text in texts)
     starts = {trial["curve"][0][1] for trial in records(folder).values() if trial["curve"]}
     assert len(starts) == 1  # the base was measured once
@@ -139,7 +139,7 @@ def test_the_same_command_again_trains_nothing(searched: tuple[Path, str], tiny_
     project_folder = folder.parents[1]
     again = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "search: it has ended; its trials are reported, none is run" in again.stdout
+    assert "search: already complete; no trial runs" in again.stdout
     assert json.loads((folder / "leaderboard.json").read_text()) == before  # the duration too
     assert (said := re.search(r" trials: +(7 in .*)", log))
     assert said[1] in again.stdout
@@ -330,7 +330,7 @@ def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tin
     found = records(folder)
     assert [found[number]["status"] for number in range(4)] == ["finished"] * 4
     texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(4)]
-    assert all("the process of several trials died: training continues after step" in text for text in texts)
+    assert all("the process that several trials share died: training continues after step" in text for text in texts)
     assert all([step for step, _ in found[number]["curve"]] == list(range(0, 201, 20)) for number in range(4))
 
 
@@ -384,7 +384,7 @@ def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: P
     first = {trial["curve"][0][1] for trial in found.values()}
     assert len(first) == 1
     assert values[-1] < first.pop() - 0.1
-    assert "continues" in done.stdout
+    assert "resumes after step" in done.stdout
 
 
 @pytest.mark.slow

@@ -9,12 +9,11 @@ from tests.recovery.processes import scratch
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model folder with tokenizer."""
     return project.make_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder whose path marks the processes that are started in it."""
+    """A folder whose path marks the processes started in it."""
     with scratch() as place:
         yield place

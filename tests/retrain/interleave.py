@@ -1,7 +1,7 @@
-"""Drivers of one registered model that take turns at MLflow, in an order drawn from a seed; MLflow is a real one.
+"""Drivers of one registered model that take turns at a real MLflow, in an order drawn from a seed.
 
-Each driver is a thread that waits for its turn before every call of MLflow's client. Time passes by turns, too: the
-lock's clock is moved on by its pauses.
+Each driver is a thread that waits for its turn before every call of MLflow's client. Time passes in turns, too: each
+pause of the lock moves its clock.
 """
 
 import random
@@ -19,15 +19,15 @@ from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect
 
 CALL, PAUSE = 0.01, 2.0
-"""Seconds by the lock's clock."""
+"""Seconds of the lock's clock per call and per pause."""
 
 
 class Killed(BaseException):
-    """Stands for a process that ends between two calls of MLflow."""
+    """Stands for a process that dies between two calls of MLflow."""
 
 
 class Turns:
-    """Lets one thread go on at a time."""
+    """Lets one thread run at a time."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -37,7 +37,7 @@ class Turns:
         self.changed = threading.Condition()
 
     def wait(self) -> None:
-        """Wait for the turn of this thread; does nothing in a thread that is not played."""
+        """Wait for the turn of this thread; do nothing in a thread outside the game."""
         name = threading.current_thread().name
         with self.changed:
             if name not in self.running:
@@ -47,7 +47,7 @@ class Turns:
         mine.wait()
 
     def play(self, drivers: dict[str, Callable[[], None]]) -> None:
-        """Run the drivers to their ends; raises what one of them raises."""
+        """Run the drivers to their ends; raise the error of any of them."""
         problems: list[BaseException] = []
 
         def run(name: str, act: Callable[[], None]) -> None:
@@ -76,14 +76,14 @@ class Turns:
 
 @dataclass
 class Tally:
-    """What happened in all interleavings."""
+    """Counts over all interleavings."""
 
     interleavings: int = 0
     promoted: int = 0
-    """By a gate."""
+    """Promotions by a gate."""
     refused: int = 0
     again: int = 0
-    """Decisions that were made again, because the champion had moved."""
+    """Decisions that were repeated because the champion had changed."""
     by_hand: int = 0
     rolled_back: int = 0
     killed: int = 0
@@ -95,7 +95,7 @@ class Tally:
 
 
 class Game:
-    """One interleaving: champion 2, previous 1; the versions from 3 on want their place."""
+    """One interleaving: champion 2, previous 1; the versions from 3 on want to become champion."""
 
     def __init__(self, aliases: Aliases, seed: int, tally: Tally) -> None:
         self.aliases, self.tally, self.turns = PlayedAliases(aliases, self), tally, Turns(seed)
@@ -111,7 +111,7 @@ class Game:
         self.calls: dict[str, int] = {}
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """One call of MLflow's client, in its turn."""
+        """Make one call of MLflow's client, in its turn."""
         self.turns.wait()
         self.turns.clock += CALL
         driver = threading.current_thread().name
@@ -123,7 +123,7 @@ class Game:
         return getattr(self.real, method)(*arguments)
 
     def note_move(self, driver: str, to: str) -> None:
-        """Look whether a move of the champion is right, at the moment when it is made."""
+        """Check a move of the champion at the moment when it is made."""
         there = self.real.get_registered_model(self.aliases.name).aliases
         before = str(there[CHAMPION])
         if driver.startswith("gate"):
@@ -140,14 +140,14 @@ class Game:
         self.expected.append((to, previous))
 
     def gate(self, number: str) -> Callable[[], None]:
-        """A retraining that has trained version `number`; called again until it has decided."""
+        """Judge version `number` as a retraining does; called again until it has decided."""
 
         def decide(challenger: Version, champion: Version | None) -> Decision:
             driver = threading.current_thread().name
             assert champion is not None
             self.tally.again += driver in self.against
             self.against[driver] = champion.number
-            for _ in range(self.random.randrange(12)):  # it takes long
+            for _ in range(self.random.randrange(12)):  # a long training
                 self.turns.wait()
             passed = self.loss[challenger.number] < self.loss[champion.number]
             return Decision(passed, "by its loss", {})
@@ -155,7 +155,7 @@ class Game:
         return lambda: self.until_done(lambda: apply_decision(self.aliases, number, decide, lambda: None))
 
     def until_done(self, act: Callable[[], object]) -> None:
-        """Call it again after it was killed; a mistake in one line is an end."""
+        """Repeat the call after it was killed; an error for users ends it."""
         driver = threading.current_thread().name
         while True:
             try:
@@ -170,7 +170,7 @@ class Game:
             return
 
     def play(self) -> None:
-        """Play it and look at what is left."""
+        """Play the game and check the final state."""
         drivers: dict[str, Callable[[], None]] = {
             "gate 3": self.gate("3"),
             "gate 4": self.gate("4"),
@@ -187,7 +187,7 @@ class Game:
         self.tally.inconsistent += self.problems()
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with what is left."""
+        """Return the errors of the final state."""
         found = self.real.get_registered_model(self.aliases.name)
         there = self.aliases.current()
         state = there.get(CHAMPION), there.get(PREVIOUS)
@@ -205,7 +205,7 @@ class Game:
                 yield f"version {version.number} was rolled back, and its tag says {gate!r}"
 
     def reset(self) -> None:
-        """The state that each interleaving begins with."""
+        """Set the state with which each interleaving starts."""
         name = self.aliases.name
         for alias in self.aliases.current():
             self.real.delete_registered_model_alias(name, alias)
@@ -218,7 +218,7 @@ class Game:
 
 
 class PlayedLock(RegistryLock):
-    """Waits by turns, and by their clock."""
+    """A lock that waits in turns and has their clock."""
 
     def now(self) -> float:
         return self.client.game.turns.clock
@@ -229,7 +229,7 @@ class PlayedLock(RegistryLock):
 
 
 class PlayedAliases(Aliases):
-    """Aliases of which every call of MLflow goes through the game, in its turn."""
+    """Aliases whose every call of MLflow waits for its turn."""
 
     lock = PlayedLock
 

@@ -1,4 +1,4 @@
-"""A small project that is retrained again and again, as a scheduler does it: through the entry script."""
+"""A small project that is retrained again and again through the entry script, as a scheduler does."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.pipelines import project
 from tests.recovery.processes import kill_all
 
 MARKS = ".?!,"
-"""Stand before what is asked in training; held-out rows, which have "-" there, are no training rows then."""
+"""Written before the questions of training rows. Held-out rows have '-' there, so that no row is in both sets."""
 ANSWERS = {"one": "1111", "two": "2222", "three": "3333"}
 
 
@@ -25,7 +25,6 @@ class Nightly:
     """A folder with a config, data that grow by files, and a registry."""
 
     def __init__(self, folder: Path, model: Path, **changes: Any) -> None:
-        """The folder's path marks the processes; a short one, since sockets lie below it."""
         self.folder, self.data = folder, folder / "data"
         self.data.mkdir()
         self.add("0-first", ["one", "two"], 40)
@@ -43,9 +42,9 @@ class Nightly:
         self.aliases = Aliases(f"sqlite:///{folder}/runs/mlflow.db", "nightly")
 
     def add(self, name: str, words: Sequence[str], rows: int, shuffled: bool = False) -> None:
-        """One more file of rows; `shuffled` ones have each other's answers."""
+        """Add one file of rows; in a `shuffled` file the rows have each other's answers."""
         asked = [words[number % len(words)] for number in range(rows)]
-        random.Random(1).shuffle(asked)  # every second row is to have all the words
+        random.Random(1).shuffle(asked)  # so that every second row has all the words
         answers = [ANSWERS[word] for word in asked]
         if shuffled:
             random.Random(0).shuffle(answers)
@@ -61,7 +60,7 @@ class Nightly:
         return {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")} | own
 
     def call(self, *arguments: str, code: int = 0) -> str:
-        """One night; returns what it printed."""
+        """Run one night; return its output."""
         done = subprocess.run(
             self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=300, check=False
         )
@@ -69,7 +68,7 @@ class Nightly:
         return done.stdout + done.stderr
 
     def call_until(self, line: str) -> str:
-        """One night in which everything is killed as soon as `line` is printed; returns what was printed."""
+        """Run one night, kill everything as soon as `line` is printed, and return the output."""
         seen = ""
         with subprocess.Popen(
             self.command(),
@@ -91,7 +90,7 @@ class Nightly:
         return seen
 
     def decisions(self) -> list[Run]:
-        """The runs in MLflow that tell of decisions, the oldest first."""
+        """Return MLflow's runs of decisions, the oldest first."""
         client = MlflowClient(self.aliases.uri)
         experiment = client.get_experiment_by_name("olora").experiment_id
         found = client.search_runs(
@@ -100,7 +99,7 @@ class Nightly:
         return list(found)
 
     def made(self) -> int:
-        """How many versions there are."""
+        """Return the number of versions."""
         return len(self.aliases.versions())
 
 

@@ -1,4 +1,4 @@
-"""Nights of a gate, simulated: held-out rows, what two models do on them, and how often the challenger is promoted."""
+"""Simulated nights of a gate: held-out rows, results of two models, and how often the challenger is promoted."""
 
 from dataclasses import dataclass
 
@@ -14,23 +14,23 @@ BETTER = 0.25
 
 @dataclass(frozen=True)
 class Kind:
-    """One way in which held-out rows may be."""
+    """A type of held-out rows."""
 
     name: str
     clusters: int
     rows: int
-    """Of each cluster."""
+    """Rows per cluster."""
     alike: float = 0.0
     """Share of the variance of the differences that the rows of a cluster have in common."""
     metric: str = "eval/loss"
     uneven: bool = False
     """Clusters of very different sizes."""
     best_of: int = 1
-    """The challenger is the best of so many equal ones on the same rows; so is the champion."""
+    """Challenger and champion are each the best of this many equal models on the same rows."""
     new_rows: bool = False
     """The champion was chosen on other held-out rows than these."""
     skewed: bool = False
-    """The challenger is a little better on most rows, and much worse on a few."""
+    """The challenger is slightly better on most rows, and much worse on a few."""
 
 
 KINDS = (
@@ -47,23 +47,22 @@ ABOVE = (
     Kind("80 rows, much worse on a few", 80, 1, skewed=True),
     Kind("80 rows, new since the champion, best of 5 steps", 80, 1, best_of=5, new_rows=True),
 )
-"""Known to be above 5 %: the bootstrap knows nothing of rows that are rare and not among the held-out ones, and steps
-as different as these, chosen on the rows that are compared on, flatter the challenger alone."""
+"""Above 5 %, as expected: the bootstrap knows no rare rows that are not held out, and chosen versions look better."""
 
 
 def night(kind: Kind, seed: int, effect: float) -> tuple[RowResults, RowResults, list[int]]:
-    """What challenger and champion do on the rows of a night, and the cluster of each row."""
+    """Return the results of challenger and champion on the rows of a night, and the cluster of each row."""
     rng = np.random.default_rng([seed, *map(ord, kind.name)])
     sizes = np.full(kind.clusters, kind.rows)
     if kind.uneven:
         sizes = np.clip(rng.lognormal(np.log(kind.rows), 1.0, kind.clusters).astype(int), 1, 100)
     cluster = np.repeat(np.arange(kind.clusters), sizes)
     count = len(cluster)
-    hard = rng.normal(3.0, 0.5, count)  # for both models
+    hard = rng.normal(3.0, 0.5, count)  # hard for both models
     tokens = rng.integers(5, 200, count)
 
     def model() -> np.ndarray:
-        """Deviations of a model's rows from what they are to all models; variance 1/2, so that differences have 1."""
+        """Return a model's deviations from the mean of all models; with variance 1/2, differences have variance 1."""
         if kind.skewed:
             return (rng.lognormal(0.0, 1.0, count) - np.exp(0.5)) * 0.4
         common, own = rng.normal(size=kind.clusters)[cluster], rng.normal(size=count)
@@ -85,7 +84,7 @@ def _results(kind: Kind, hard: np.ndarray, deviation: np.ndarray, tokens: np.nda
 
 
 def promoted(kind: Kind, nights: int, effect: float, grouped: bool = True, gate: Gate | None = None) -> float:
-    """The share of the nights at which the challenger is promoted."""
+    """Return the share of the nights in which the challenger is promoted."""
     gate, passed = gate or Gate.model_validate({"metric": kind.metric}), 0
     for seed in range(nights):
         challenger, champion, clusters = night(kind, seed, effect)
@@ -94,7 +93,7 @@ def promoted(kind: Kind, nights: int, effect: float, grouped: bool = True, gate:
 
 
 def table(nights: int, kinds: tuple[Kind, ...] = KINDS) -> tuple[str, dict[str, float]]:
-    """For a person, and kind -> the share of the nights at which an equal challenger is promoted."""
+    """Return a text for people, and kind -> the share of nights in which an equal challenger is promoted."""
     lines = [f"{'held-out rows':<46} {'nights':>6} {'equal':>7} {'before':>7} {'rows alone':>10} {'better':>7}"]
     equal: dict[str, float] = {}
     for kind in kinds:

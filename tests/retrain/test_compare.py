@@ -1,4 +1,4 @@
-"""The comparison of challenger and champion: which results are kept for which, without Ray."""
+"""The comparison of challenger and champion: for which inputs stored results are reused, without Ray."""
 
 import sys
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tests import tiny
 
 
 class Inputs:
-    """What the name of a note reads of the inputs."""
+    """The inputs that the name of a note depends on."""
 
     fingerprint = Fingerprint("base", "data", "held", "s")
 
@@ -33,11 +33,11 @@ VERSION = Version("m", "1", {checksums.TAG: "abc"}, "run")
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """With a scorer in a file of its own."""
+    """A config with a scorer in a file."""
     (tmp_path / "scorer_of_a_test.py").write_text("def score(a, b):\n    return {'x': 1.0}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("scorer_of_a_test", "names_it"):
-        monkeypatch.delitem(sys.modules, name, raising=False)  # of another test, from another folder
+        monkeypatch.delitem(sys.modules, name, raising=False)  # another test imported it from another folder
     return tiny.config(run__storage=str(tmp_path / "runs"), evaluation__scorer="scorer_of_a_test:score")
 
 
@@ -84,7 +84,7 @@ def rows(data: str = "d") -> RowResults:
 
 
 def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None:
-    """Their files may be gone; their tokenizers are still compared."""
+    """Their files may be deleted, but their tokenizers are still compared."""
     inputs: Any = Inputs()
     other = replace(VERSION, number="2")
     for version, tokenizer in ((VERSION, "tokenizer"), (other, "tokenizer")):

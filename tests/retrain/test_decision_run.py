@@ -1,4 +1,4 @@
-"""Decisions in a real MLflow: each once, whatever was cut off."""
+"""Decisions in a real MLflow: each is written once, even after an interruption."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def add(config: Config) -> Callable[..., Version]:
-    """A version with tags, without files."""
+    """Create a version with tags, without files."""
     start_run(config, "other", {}).end()
     client = connect(resolve_uri(config))
     client.create_registered_model("m")

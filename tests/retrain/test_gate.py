@@ -1,4 +1,4 @@
-"""The gate: monotone in both models, deaf to noise only where it is told to be, and clear about why."""
+"""The gate: monotone in both models, insensitive to noise unless configured otherwise, and clear about its reasons."""
 
 import math
 from dataclasses import replace
@@ -28,12 +28,12 @@ def results(losses: Any, tokens: int = 1, data: str = "rows", **scores: Any) -> 
 
 
 def gate(**fields: Any) -> Gate:
-    """A gate on which few rows are enough."""
+    """Return a gate that accepts few rows."""
     return Gate.model_validate({"min_rows": 2, **fields})
 
 
 def lax(**fields: Any) -> Gate:
-    """A gate that decides by the middle of the interval alone."""
+    """Return a gate that decides by the mean improvement alone."""
     return gate(confident=False, **fields)
 
 
@@ -73,7 +73,7 @@ def test_losses_count_downwards_and_scores_upwards() -> None:
         assert decide(lax(metric=metric), good, bad).passed, metric
         refused = decide(lax(metric=metric), bad, good)
         assert not refused.passed, metric
-        assert "must improve at least by 0" in refused.reason
+        assert "the improvement must be at least 0" in refused.reason
     assert improvement(gate(), good, bad).interval.mean == pytest.approx(1.1)
     assert improvement(gate(metric="eval/match"), good, bad).interval.mean == pytest.approx(0.5)
 
@@ -131,12 +131,12 @@ def test_few_rows_or_groups_are_not_enough() -> None:
     for default in (Gate(), Gate(confident=False)):
         few = decide(default, better, champion)
         assert not few.passed
-        assert "19 rows), but gate.min_rows asks for 20 independent ones" in few.reason
+        assert "19 rows), but gate.min_rows=20 needs more" in few.reason
     many = [results(np.linspace(low, low + 1, 60)) for low in (1.0, 2.0)]
     assert decide(Gate(), *many).passed
     alike = decide(Gate(), *many, HeldOut(groups=[row // 4 for row in range(60)]))
     assert not alike.passed
-    assert "60 rows in 15 groups), but gate.min_rows asks for 20" in alike.reason
+    assert "60 rows in 15 groups), but gate.min_rows=20" in alike.reason
     assert decide(Gate(), *many, HeldOut(groups=[row // 3 for row in range(60)])).passed
 
 
@@ -152,7 +152,7 @@ def test_rows_that_are_alike_widen_the_interval() -> None:
 
 
 def test_rows_that_the_champion_was_trained_on_are_left_out() -> None:
-    champion = results([0.01] * 40 + [2.0, 2.2] * 15)  # it knows the first forty by heart
+    champion = results([0.01] * 40 + [2.0, 2.2] * 15)  # it has memorised the first forty rows
     better = results([1.0, 1.1] * 20 + [1.0, 1.1] * 15)
     assert not decide(Gate(), better, champion).passed
     fair = decide(Gate(), better, champion, HeldOut(unseen=list(range(40, 70))))
@@ -161,17 +161,17 @@ def test_rows_that_the_champion_was_trained_on_are_left_out() -> None:
     assert not decide(Gate(), better, champion, HeldOut(unseen=list(range(60, 70)))).passed
     none = decide(Gate(), better, champion, HeldOut(unseen=[]))
     assert none.reason == (
-        "eval/loss: there is no held-out row to compare on (left out: 70 that the champion may have been trained on)"
+        "eval/loss: no held-out row is left to compare on (left out: 70 that the champion may have been trained on)"
     )
 
 
 def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal() -> None:
-    """The first file has changed, and all answers are to its rows: each night trained, and then ended with an error."""
+    """Regression: the first file has changed and all answers are to its rows. Each night trained, then failed."""
     better, champion = (results([1.0] * 70, first=[score] * 40) for score in (1.0, 0.0))
     found = decide(Gate(metric="eval/first"), better, champion, HeldOut(unseen=list(range(40, 70))))
     assert not found.passed
     assert found.reason == (
-        "eval/first: there is no held-out row of those that are answered (evaluation.rows) to compare on (left out: 40"
+        "eval/first: no held-out row among the answered rows (evaluation.rows) is left to compare on (left out: 40"
         " that the champion may have been trained on)"
     )
     some = decide(Gate(metric="eval/first"), better, champion, HeldOut(unseen=list(range(20, 70))))
@@ -181,7 +181,7 @@ def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal() 
 
 
 def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
-    """Fails where scores are lists: pairs of other rows, or lists of different lengths."""
+    """Lists of scores would be paired with other rows, or have different lengths."""
 
     def scored(found: dict[int, float]) -> RowResults:
         plain = results([1.0] * 6)
@@ -197,17 +197,17 @@ def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
 
 
 def test_whoever_answers_only_what_is_easy_does_not_win() -> None:
-    """A scorer left out the answers that it could not read, and the two were compared on the few that were left."""
+    """Regression: a scorer left out unreadable answers, and only the few other rows were compared."""
     champion, challenger = results([1.0] * 200, acc=[1.0] * 150 + [0.0] * 50), results([1.0] * 200, acc=[1.0] * 200)
     few = replace(challenger, scores={"acc": dict.fromkeys(range(0, 200, 7), 1.0)})
     decision = decide(gate(metric="eval/acc"), few, champion)
     assert not decision.passed
-    assert "for 171 rows of the champion's that the challenger has none for" in decision.reason
+    assert "the challenger has no score on 171 rows" in decision.reason
     assert decide(gate(metric="eval/acc"), challenger, champion).passed
     both = replace(champion, scores={"acc": {row: champion.scores["acc"][row] for row in few.scores["acc"]}})
     assert decide(gate(metric="eval/acc"), few, both).passed
-    one = HeldOut(groups=[row // 100 for row in range(200)])  # two groups, fewer in both of them: may be chance
-    assert "the challenger has none for" not in decide(gate(metric="eval/acc"), few, champion, one).reason
+    one = HeldOut(groups=[row // 100 for row in range(200)])  # fewer in both of two groups may be chance
+    assert "the challenger has no score" not in decide(gate(metric="eval/acc"), few, champion, one).reason
 
 
 def test_the_means_that_are_told_are_of_the_rows_that_are_compared() -> None:
@@ -221,7 +221,7 @@ def test_the_means_that_are_told_are_of_the_rows_that_are_compared() -> None:
 
 @pytest.mark.lengthy
 def test_a_challenger_that_is_as_good_rarely_passes_on_few_rows_either() -> None:
-    """Both of two rows are better by luck every fourth night, and that was enough where gate.min_rows is set so low."""
+    """By chance both of two rows are better every fourth night, which was enough with such a low gate.min_rows."""
     rng = np.random.default_rng(6)
     for rows in (2, 3, 4, 5):
         pairs = rng.normal(2.0, 0.3, (200, 2, rows))

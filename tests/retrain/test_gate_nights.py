@@ -1,4 +1,4 @@
-"""How often the gate's default promotes a challenger that is as good as the champion, and one that is better."""
+"""Frequency with which the default gate promotes a challenger that is as good as the champion, and a better one."""
 
 import time
 
@@ -10,7 +10,7 @@ from tests.retrain.nights import ABOVE, KINDS
 
 @pytest.mark.lengthy
 def test_an_equal_challenger_is_rarely_promoted_and_a_better_one_often() -> None:
-    """A slice of the table; 60 nights at 2.5 % have more than 7 promotions once in 10,000 times."""
+    """A part of the table; 60 nights at 2.5 % have more than 7 promotions once in 10,000 times."""
     for kind in (KINDS[1], KINDS[5]):
         assert nights.promoted(kind, 60, 0.0) * 60 <= 7, kind.name
     assert nights.promoted(KINDS[2], 20, nights.BETTER) >= 0.9

@@ -1,4 +1,4 @@
-"""Which held-out rows a version was surely not trained on."""
+"""The held-out rows on which a version was certainly not trained."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def plan(config: Config) -> Plan:
 
 
 def noted(config: Config) -> KnownFiles:
-    """What is known of a version that is trained now."""
+    """Return the note of a version that is trained now."""
     train = prepare.plan_here(config, SPEC, "train")
     recipe.note(config, train)
     found = recipe.of_version(config, Version("m", "1", {TAGS["data"]: train.digest()}))
@@ -81,7 +81,7 @@ def test_rows_of_their_own_are_never_those_of_the_training(config: Config, tmp_p
 
 
 def test_a_store_that_does_not_answer_is_no_store_that_is_gone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files counted as not known, and the gate refused what the night had trained."""
+    """Regression: its files counted as unknown, and the gate refused the version that the night had trained."""
     version = Version("m", "1", {TAGS["data"]: "digest"})
     assert recipe.of_version(config, version) is None
 

@@ -1,7 +1,7 @@
 """Nights after the champion's alias or version was deleted in MLflow: a worse version never becomes champion.
 
-MLflow is a real one. Training and measuring are replaced: a night registers a version of one small file, and what it
-is to lose on the held-out rows is a tag of it.
+MLflow is real. Training and measurement are replaced: a night registers a version of one small file, with a tag that
+holds its loss on the held-out rows.
 """
 
 import re
@@ -39,7 +39,7 @@ WORSE, BETTER = 1.41, 0.50
 
 
 class Nights:
-    """Nights of one model in a folder of their own."""
+    """Nights of one model in its own folder."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class Nights:
         """Happens when the challenger is trained, and nothing is measured yet."""
 
     def call(self, loss: float | None = None) -> str:
-        """A night on a new file, whose version is to have this loss; None: on the same files. Returns the log."""
+        """Run a night on a new file with a version of this loss (None: on the same files); return the log."""
         if loss is not None:
             self.loss = loss
             file = self.folder / f"{len(self.config.data.train)}.jsonl"
@@ -71,7 +71,7 @@ class Nights:
         return str(caught.value)
 
     def register(self, loss: float, tags: dict[str, str], run_id: str | None = None) -> str:
-        """One more version, without an alias, as finetune.py registers it; returns its number."""
+        """Register one more version without an alias, as finetune.py does; return its number."""
         files = self.folder / "files" / f"{len(list(self.folder.glob('files/*')))}"
         files.mkdir(parents=True)
         (files / "MLmodel").write_text(str(loss))
@@ -105,7 +105,7 @@ def measured(_: object, __: object, versions: list[Version]) -> list[RowResults]
 
 @dataclass(frozen=True)
 class Begun:
-    """A project whose three nights each made a better version."""
+    """A project after three nights that each improved the model."""
 
     folder: Path
     config: Config
@@ -159,7 +159,7 @@ def without_verdicts(nights: Nights) -> None:
 
 
 def without_record(nights: Nights) -> None:
-    """As a registry of an older release."""
+    """Return a registry as an older release left it."""
     nights.client.delete_registered_model_tag(NAME, LAST)
 
 
@@ -217,7 +217,7 @@ def test_without_any_to_compare_with_a_night_ends_before_it_trains(
     before, versions = nights.aliases.current(), nights.made()
     problem = nights.stops(WORSE)
     assert re.match(r"registry.model=nightly: the champion, version \d, was deleted, and no other version", problem)
-    assert "promote nightly VERSION, or delete the registered model to begin anew" in problem
+    assert "promote nightly VERSION, or delete the registered model" in problem
     assert (nights.aliases.current(), nights.made()) == (before, versions)
 
 
@@ -258,7 +258,7 @@ def test_a_champion_that_is_deleted_while_it_is_measured(
 
     monkeypatch.setattr(compare, "measured", measures)
     log = nights.call(1.0)  # better than version 2
-    assert "the champion was version 3, and is none by now: the gate decides again" in log
+    assert "the champion was version 3, and is now none: the gate decides again" in log
     promoted = delete is not without_alias
     assert nights.aliases.current().get("champion") == ("4" if promoted else None)
     assert nights.aliases.current()["previous"] == "2"
@@ -279,7 +279,7 @@ def test_a_challenger_that_is_deleted_before_it_is_judged_is_registered_again(
 
 
 def test_by_hand_after_it_was_deleted(nights: Nights, capsys: pytest.CaptureFixture[str]) -> None:
-    """`promote` keeps `previous`, and a rollback needs it."""
+    """`promote` keeps `previous`, which a rollback needs."""
     at = ("--tracking-uri", nights.aliases.uri)
     without_alias(nights)
     with pytest.raises(UserError, match="nothing to roll back to: there is no champion"):
@@ -291,6 +291,6 @@ def test_by_hand_after_it_was_deleted(nights: Nights, capsys: pytest.CaptureFixt
     assert nights.aliases.current() == {"champion": "2"}, "no version is the one before itself"
     registry.main(["promote", NAME, "3", *at])
     without_version("2")(nights)
-    with pytest.raises(UserError, match=r"nothing to roll back to: .* the version before it was deleted"):
+    with pytest.raises(UserError, match=r"nothing to roll back to: .* its previous version was deleted"):
         registry.main(["rollback", NAME, *at])
     assert nights.aliases.current() == {"champion": "3"}

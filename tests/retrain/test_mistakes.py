@@ -1,4 +1,4 @@
-"""What a user can fix is said before anything expensive starts, and recorded as a failed decision."""
+"""Mistakes of users are reported before anything expensive starts, and recorded as a failed decision."""
 
 from pathlib import Path
 

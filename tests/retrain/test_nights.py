@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 
 
 def last(nightly: Nightly) -> dict[str, str]:
-    """The tags of the latest decision."""
+    """Return the tags of the latest decision."""
     tags: dict[str, str] = nightly.decisions()[-1].data.tags
     return tags
 
@@ -38,7 +38,7 @@ def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(fold
     assert "nothing changed since version 1" in again
     assert "ray:" not in again
     assert nightly.made() == 1
-    message = json.loads(told.read_text())  # the promotion, and nothing else
+    message = json.loads(told.read_text())  # only the promotion
     assert (message["event"], message["version"], message["champion"]) == ("promoted", "1", None)
     nightly.add("0-first", ["one", "two"], 19)  # of 40
     refused = nightly.call(code=2)
@@ -64,7 +64,7 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
 
     nightly.add("2-poison", ["one", "two", "three"], 240, shuffled=True)
     log = nightly.call()
-    why = "eval/loss" if origin == "base" else "no step on the new rows made the held-out loss better"
+    why = "eval/loss" if origin == "base" else "no step on the new rows lowered the held-out loss"
     assert f"refused: {why}" in log, log
     assert nightly.aliases.current() == {"champion": "2", "previous": "1", "challenger": "3"}
     assert nightly.aliases.version("3").tags[GATE].startswith(f"refused: {why}")
@@ -81,7 +81,7 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
 
 
 def longer(model: Path) -> dict[str, Any]:
-    """Training in which the tiny model learns which answer belongs to which question."""
+    """Settings with which the tiny model learns the answer to each question."""
     settings: dict[str, Any] = project.settings(model, model)["train"]
     return settings | {"steps": 60, "eval_every": 20, "checkpoint_every": 20, "global_batch": 4, "lr": 1e-2}
 
@@ -114,13 +114,13 @@ def test_nights_of_adapters_alone(folder: Path, model: Path, origin: str) -> Non
 
 
 def weights(nightly: Nightly, number: str) -> list[str]:
-    """The files of weights that a version has."""
+    """Return the weight files of a version."""
     place = Path(MlflowClient(nightly.aliases.uri).get_model_version("nightly", number).source)
     return sorted(file.relative_to(place).as_posix() for file in place.rglob("*.safetensors"))
 
 
 def evaluated(nightly: Nightly, name: str) -> dict[str, float]:
-    """What pipelines/evaluate.py measures of a registered version on the held-out rows."""
+    """Return what pipelines/evaluate.py measures for a registered version on the held-out rows."""
     out = nightly.folder / "out"
     arguments = (name, "--config", nightly.config, "--out", out)
     ended = project.run_script("evaluate.py", *arguments, env=nightly.environment())

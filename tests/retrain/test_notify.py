@@ -1,4 +1,4 @@
-"""A webhook and a command are told how a retraining ended; through the entry script, without a training."""
+"""A webhook and a command get the result of a retraining; through the entry script, without a training."""
 
 import json
 import logging
@@ -34,11 +34,11 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
     found = recipe.look(load(nightly.config))
     assert found.config.data.train[0].format == "messages", "what the config leaves open"
     now = found.fingerprint
-    # As a call leaves it that is cut off between the gate's decision and its record.
+    # The state after an interruption between the gate's decision and its record.
     tags = {**now.tags(), GATE: f"{verdict}: eval/loss 0.5", AGAINST: ""}
     client.create_model_version("nightly", "/nowhere", tags=tags)
     with receiver() as hook:
-        for _ in range(2):  # the second finds nothing changed, which is not told
+        for _ in range(2):  # the second call finds no change and sends nothing
             retrain.main([str(nightly.config), f"notify.url={hook.url}"])
     (message,) = hook.got
     assert datetime.fromisoformat(message.pop("time")).tzinfo
@@ -58,7 +58,7 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
     ("change", "why"),
     [
         ("tracking.uri=nonsense://", "tracking.uri=nonsense://"),
-        ("registry.model=null", "registry.model: retraining compares with a registered model"),
+        ("registry.model=null", "registry.model: not set"),
         ("data.eval=[]", "data.eval: retraining compares"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_failure_is_told_also_without_mlflow(nightly: Nightly, change: str, wh
 
 
 def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The warnings of a notification."""
+    """Return the warnings of a notification."""
     with caplog.at_level(logging.WARNING, logger="olora_ray"):
         notify.tell(config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer")
     return [record.getMessage() for record in caplog.records]
@@ -94,8 +94,8 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(
         monkeypatch.setenv("NOTIFY_URL", hook.url)
         (line,) = told(tiny.config(notify__url="env:NOTIFY_URL", notify__command="exit 3"), caplog)[:1]
     assert hook.events() == ["failed"] * 3
-    assert line == "notify.url: nobody was told 'failed': HTTP status 500"
-    assert caplog.messages[1:] == ["notify.command: nobody was told 'failed': exit code 3"]
+    assert line == "notify.url: the event 'failed' was not sent: HTTP status 500"
+    assert caplog.messages[1:] == ["notify.command: the event 'failed' was not sent: exit code 3"]
 
 
 @pytest.mark.lengthy
@@ -104,7 +104,7 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(
     [
         ("http://127.0.0.1:1/hook/s3cr3tOfTheHook", "ConnectionError"),
         ("s3cr3tOfTheHook", "MissingSchema"),
-        ("", "its address: env:NOTIFY_URL: the variable NOTIFY_URL is not set where this runs"),
+        ("", "its address: env:NOTIFY_URL: the environment variable NOTIFY_URL is not set in this process"),
     ],
 )
 def test_a_webhook_that_is_not_there_is_one_warning_without_its_address(
@@ -112,7 +112,7 @@ def test_a_webhook_that_is_not_there_is_one_warning_without_its_address(
 ) -> None:
     monkeypatch.setenv("NOTIFY_URL", address)
     (line,) = told(tiny.config(notify__url="env:NOTIFY_URL"), caplog)
-    assert line == f"notify.url: nobody was told 'failed': {why}"
+    assert line == f"notify.url: the event 'failed' was not sent: {why}"
 
 
 @pytest.mark.parametrize(

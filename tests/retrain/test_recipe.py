@@ -1,4 +1,4 @@
-"""What the next version is trained on, and whether there is to be one; without Ray and MLflow."""
+"""The training data of the next version, and whether it is needed; without Ray and MLflow."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_a_version_that_was_rolled_back_stays_back() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """Two sources: a folder with two files, and a file."""
+    """A config with two sources: a folder with two files, and a file."""
     (tmp_path / "chats").mkdir()
     for name in ("chats/a.jsonl", "chats/b.jsonl", "other.jsonl"):
         write(tmp_path / name)
@@ -104,7 +104,7 @@ def inputs(config: Config) -> Inputs:
 
 
 def champion_of(config: Config, folder: Path, **identity: str) -> Version:
-    """A champion with a real checkpoint, made of the data as they are now."""
+    """Return a champion with a real checkpoint, made from the current data."""
     found = inputs(config)
     recipe.make(config, found, None)  # notes the files
     weights = AdapterWeights(Factors(torch.ones(2, 3), torch.ones(4, 2)), torch.zeros(2, 3), torch.zeros(4, 2))
@@ -172,7 +172,7 @@ def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config: Con
 
 
 def test_replay_takes_other_rows_each_night_and_some_of_each_kind(config: Config, tmp_path: Path) -> None:
-    """The kinds of rows come in turn in the known file; a rule by their places would take one kind, always the same."""
+    """The rows of the known file alternate by type: a choice by position would always take the same type."""
     kinds = [json.dumps({"text": f"{number % 5} {number}"}) for number in range(2000)]
     (tmp_path / "chats" / "a.jsonl").write_text("\n".join(kinds))
     champion = champion_of(override(config, {"retrain.replay": 0.2}), tmp_path / "run")
@@ -209,8 +209,8 @@ def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(con
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
     found, said = made(drawn, champion)
-    assert "warning: data.eval_fraction: version 1, the champion, may have been trained on rows" in said
-    assert "the gate compares on those of 2 unchanged files only" in said
+    assert "warning: data.eval_fraction: the champion, version 1, may have been trained on rows" in said
+    assert "the gate uses only the held-out rows of 2 unchanged files" in said
     assert "is not continued, it may have been trained on rows that are held out now" in said
     assert found.config.train.start is None, "what it has seen does not pass on to its child"
     for changed in ({"run.seed": 5}, {"data.eval_fraction": 0.3}):
@@ -226,27 +226,25 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config:
     apart = override(config, {"data.eval": [{"path": str(held_out)}], "retrain.from": "base"})
     champion = champion_of(apart, tmp_path / "run")
     made(apart, champion)  # 20 rows are enough
-    with pytest.raises(
-        UserError, match=r"gate\.min_rows: the champion is compared with on 20 held-out rows, but it asks for 21"
-    ):
+    with pytest.raises(UserError, match=r"gate\.min_rows: .* 20 held-out rows, but needs 21"):
         made(override(apart, {"gate.min_rows": 21}), champion)
-    made(override(apart, {"gate.min_rows": 21}), None)  # there is nothing to compare with
+    made(override(apart, {"gate.min_rows": 21}), None)  # without a champion there is no comparison
     one_file, one_row = {"gate.group": "@file"}, {"gate.group": "text"}
-    with pytest.raises(UserError, match=r"on 1 group of held-out rows"):
+    with pytest.raises(UserError, match=r"has 1 group of held-out rows, but needs 20"):
         made(override(apart, one_file), champion)
     made(override(apart, one_row), champion)
     held_out.write_text("".join(json.dumps({"text": f"{number % 7}"}) + "\n" for number in range(40)))
-    with pytest.raises(UserError, match=r"on 7 groups of held-out rows"):
+    with pytest.raises(UserError, match=r"has 7 groups of held-out rows"):
         made(override(apart, one_row), champion)
     made(override(apart, one_row | {"gate.min_rows": 7}), champion)
     score = {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match", "evaluation.rows": 19}
-    with pytest.raises(UserError, match=r"evaluation\.rows: 19 rows with eval/exact_match, but gate\.min_rows asks"):
+    with pytest.raises(UserError, match=r"evaluation\.rows: 19 rows with eval/exact_match, but gate\.min_rows needs"):
         made(override(apart, score), champion)
     made(override(apart, score | {"evaluation.rows": 20}), champion)
 
 
 def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(config: Config, tmp_path: Path) -> None:
-    """It was said by the gate, when the night's training was over and its version registered; the first one too."""
+    """Regression: only the gate said so, after the version was trained and registered."""
     write(tmp_path / "held_out.jsonl")
     apart = {"data.eval": [{"path": str(tmp_path / "held_out.jsonl")}], "retrain.from": "base"}
     for held_out in (apart, {"data.eval_fraction": 0.2}):
@@ -264,9 +262,9 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config:
     wider = override(config, {"adapter.rank": 4})
     cases = [
         (config, good, "there is no new file"),
-        (config, other, "its base model is another"),
-        (config, lost, "there is no checkpoint of it in"),
-        (config, foreign, "what it was trained on is not known"),
+        (config, other, "it has another base model"),
+        (config, lost, "has no checkpoint of it"),
+        (config, foreign, "does not know its training files"),
         (wider, good, "its adapter has other settings"),
     ]
     for settings, champion, why in cases:
@@ -280,7 +278,7 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config:
 def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config: Config, tmp_path: Path) -> None:
     known = champion_of(config, tmp_path / "run")
     champion = version(1, Fingerprint.from_tags(known.tags), **made(config, None)[0].tags)
-    made(override(config, {"data.train.1.weight": 0.1}), champion)  # fewer rows of an epoch, all of the files
+    made(override(config, {"data.train.1.weight": 0.1}), champion)  # fewer rows per epoch, but the same files
     name = made(config, champion)[0].config.run.name
     assert made(override(config, {"retrain.may_shrink": 0.1}), champion)[0].config.run.name == name
     (tmp_path / "chats" / "a.jsonl").unlink()
@@ -291,10 +289,10 @@ def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config: C
             made(chosen, champion)
         assert str(caught.value) == (
             "data.train: 29 rows, but the champion, version 1, had 60: more than the share retrain.may_shrink=0.5 is"
-            " missing; complete the files, or, if this is right, call once with retrain.may_shrink=1"
+            " missing; restore the files or, if this is right, run once with retrain.may_shrink=1"
         )
     made(override(config, {"retrain.may_shrink": 1}), champion)
-    made(config, known)  # made by an older release
+    made(config, known)  # a version of an older release
 
 
 def test_the_champions_run_is_found_where_the_storage_lies_now(config: Config, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which version a finished run has made, in the registry of now; without a training."""
+"""The version of a finished run in the current registry; without a training."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests import mlflow_database, registered, tiny
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Of a run whose training registers a version, and is over at once."""
+    """Config of a run whose training ends immediately and registers a version."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     found = tiny.config(run__storage=str(mlflow_database.place(tmp_path / "runs")), registry__model="m")
     folder = RunFolder(found)
@@ -36,7 +36,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def add(config: Config, run_id: str) -> str:
-    """A version that the MLflow run has registered; its number."""
+    """Create a version that the MLflow run has registered; return its number."""
     client = Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m").client
     return str(client.create_model_version("m", "/nowhere", run_id).version)
 
@@ -46,7 +46,7 @@ def result(run_id: str, version: str) -> dict[str, Any]:
 
 
 def trained(config: Config) -> tuple[str, str | None]:
-    """Number and MLflow run of the version that a night judges."""
+    """Return number and MLflow run of the version that a night judges."""
     aliases = Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m")
     inputs: Any = None
     version, _ = retraining._trained(config, aliases, inputs, None)

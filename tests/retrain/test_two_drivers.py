@@ -1,5 +1,4 @@
-"""Retrainings, rollback and promotion at the same time, on a real MLflow: the champion that a gate compared with is
-the one that it replaces."""
+"""Retraining, rollback and promotion at the same time, on a real MLflow: a gate replaces only what it compared with."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Searches that went as searches should not, or searched what is rarely searched."""
+"""Unusual searches: failed, empty, or over rare types of values."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ NASTY = "<script>alert('x')</script> & \"$a$ $b_$\""
 
 
 def search(rows: list[tuple[dict[str, Any], float | None]], **changes: Any) -> SearchRecord:
-    """A search of trials with these (params, value): finished if there is a value, else failed."""
+    """Return a search of trials with these (params, value); a trial without a value has failed."""
     trials = tuple(_trial(number, params, value) for number, (params, value) in enumerate(rows))
     fields = tuple(dict.fromkeys(name for params, _ in rows for name in params))
     whole = SearchRecord("odd", "eval/loss", "min", "random", "none", 60.0, trials, fields, default=None)

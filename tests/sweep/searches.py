@@ -1,4 +1,4 @@
-"""Searches as a tuner would record them, made up but like real ones."""
+"""Made-up searches that look like real ones."""
 
 import math
 import random
@@ -9,7 +9,7 @@ RANKS = (8, 16, 32, 64)
 
 
 def realistic(trials: int = 12) -> SearchRecord:
-    """Rank, alpha = 2 x rank, and learning rate under ASHA: some trials finish, most are stopped, one fails."""
+    """Return a search over rank, alpha = 2 x rank and rate with ASHA: some trials finish, most stop, one fails."""
     rng = random.Random(7)
     made = [_trial(number, rng) for number in range(trials)]
     return SearchRecord(

@@ -1,4 +1,4 @@
-"""What the driver of a search says and counts while Tune runs its trials."""
+"""Log lines and counts of the driver while Tune runs the trials."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ NAN = float("nan")
 
 
 class Trial:
-    """What Tune tells of a trial."""
+    """The attributes of Tune's trial that the callback reads."""
 
     def __init__(self, number: int, **result: Any) -> None:
         self.trial_id, self.config = f"id{number}", {NUMBER: number, "train.lr": 1e-3}
@@ -37,7 +37,7 @@ def search(folder: Path, **tree: Any) -> SweepCallback:
 
 
 def ends(watch: SweepCallback, number: int, *values: float) -> None:
-    """A trial has measured these values, one after the other, and has finished."""
+    """Let a trial measure these values in turn, and finish."""
     kept = TrialFile(trial_place(watch.folder, number), TrialRecord(number, {}, "unfinished"), watch.space.better())
     for place, value in enumerate(values, 1):
         kept.measured(4 * place, value)
@@ -46,7 +46,7 @@ def ends(watch: SweepCallback, number: int, *values: float) -> None:
 
 
 def test_a_first_value_of_nan_does_not_hide_what_comes_after(tmp_path: Path) -> None:
-    """It stayed the best for ever, and patience ended the search at the third trial that was better."""
+    """Regression: NaN stayed the best value, and patience ended the search although trials were better."""
     watch = search(tmp_path, metric="score/f1", mode="max", scheduler={"kind": "none"}, patience=3)
     for number, value in enumerate([NAN, 0.1, 0.2, 0.3, 0.4]):
         ends(watch, number, value)
@@ -62,34 +62,33 @@ def test_trials_that_bring_nothing_better_end_the_search(tmp_path: Path) -> None
     with said() as lines:
         assert watch.stop_all()
         assert watch.stop_all()
-    assert lines == ["the search ends: 3 trials in a row have brought nothing better"]
+    assert lines == ["the search ends: 3 trials in a row had no better value"]
 
 
 def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) -> None:
-    """And not its last."""
     watch = search(tmp_path)
     with said() as lines:
         ends(watch, 0, 0.5, 0.9)
         ends(watch, 1, 0.7, 0.6)
     assert watch.best == (0.5, 0)
     assert lines == [
-        "trial 0 finished with eval/loss 0.5000; 1 of 16 trials have ended, the best of them trial 0 with 0.5000",
-        "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best of them trial 0 with 0.5000",
+        "trial 0 finished with eval/loss 0.5000; 1 of 16 trials have ended, the best is trial 0 with 0.5000",
+        "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best is trial 0 with 0.5000",
     ]
     assert record.read_all(str(tmp_path))[0].value == 0.5
 
 
 def test_a_storage_that_fails_costs_a_value_in_a_line_alone(tmp_path: Path) -> None:
-    """An error of a callback is a failure of the trial to Tune."""
+    """Tune would count an error of the callback as a failure of the trial."""
     watch = search(tmp_path)
-    Path(trial_place(watch.folder, 1), "trial.json").mkdir(parents=True)  # cannot be read
+    Path(trial_place(watch.folder, 1), "trial.json").mkdir(parents=True)  # a folder in place of the file cannot be read
     with said() as lines:
         watch.on_trial_complete(0, [], Trial(1))
     assert lines == ["trial 1 finished; 1 of 16 trials have ended"]
 
 
 def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path: Path) -> None:
-    search_folder.keep(str(tmp_path), Progress(40.0))  # of an attempt that was killed
+    search_folder.keep(str(tmp_path), Progress(40.0))  # an earlier attempt that was killed
     watch = search(tmp_path, time_budget=60)
     watch.on_trial_start(0, [], Trial(0))
     assert not watch.stop_all()
@@ -104,7 +103,7 @@ def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path: Pat
 
 
 def test_what_a_limit_has_cut_is_known(tmp_path: Path) -> None:
-    """Tune stops these trials without a word to its callbacks: they were shown as stopped by the scheduler."""
+    """Regression: Tune stops these trials without calling a callback, and the report blamed the scheduler."""
     watch = search(tmp_path, patience=3)
     trials = [Trial(number) for number in range(5)]
     watch.on_step_begin(0, trials)
@@ -121,8 +120,8 @@ def test_what_a_limit_has_cut_is_known(tmp_path: Path) -> None:
 
 
 def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_path: Path) -> None:
-    """A state that it cannot read is an error in its own log: it ran one trial, and the search was complete."""
+    """Regression: Tune only logs a state that it cannot read. It ran one trial, and the search counted as complete."""
     watch = search(tmp_path, searcher="tpe")
     watch.setup(stop=watch, num_samples=1, total_num_samples=16)
-    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; choose another run.name"):
+    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
         watch.setup(stop=watch, num_samples=1, total_num_samples=1)

@@ -1,4 +1,4 @@
-"""What a search leaves and says, from the files that its trials have written."""
+"""The report and the log lines of a search, from the files of its trials."""
 
 import json
 from dataclasses import asdict, replace
@@ -38,7 +38,7 @@ SPACE = Space.model_validate(
 
 @pytest.fixture
 def ended(tmp_path: Path) -> tuple[Any, Any]:
-    """A search that has ended, as it lies on disk: what run.run is given, (spec, tracker)."""
+    """The files of a search that has ended, and the arguments of run.run: (spec, tracker)."""
     config = override(tiny.config(), {"run.storage": str(tmp_path)})
     folder = Path(config.folder())
     folder.mkdir()
@@ -47,7 +47,7 @@ def ended(tmp_path: Path) -> tuple[Any, Any]:
 
 
 def keep(config: Config, *trials: TrialRecord) -> None:
-    """Write the records, as the trials do."""
+    """Write the records as the trials do."""
     for trial in trials:
         place = Path(config.folder(), "trials", trial_name(trial.number), "trial.json")
         place.parent.mkdir(parents=True)
@@ -62,18 +62,18 @@ def trial(number: int, value: float | None, **changes: Any) -> TrialRecord:
 
 
 def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(ended: tuple[Any, Any]) -> None:
-    """Those of the report were 0, and Ray Tune was started to find that there is nothing to do."""
+    """Regression: the report had 0 seconds, and Ray Tune started although nothing was left to do."""
     spec, tracker = ended
     keep(spec.config, trial(0, 1.0), trial(1, 0.5))
     with said() as lines:
         _, found = run.run(spec, SPACE, 0.0, tracker)
-    assert lines == ["search: it has ended; its trials are reported, none is run"]
+    assert lines == ["search: already complete; no trial runs, the report is written again"]
     assert found.seconds == 318.0
     assert dict(text.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
 
 
 class Grid:
-    """What Tune gives in the end: so many trials."""
+    """Tune's result, with this many trials."""
 
     def __init__(self, trials: int) -> None:
         self.trials = trials
@@ -91,7 +91,7 @@ class Grid:
 def test_a_search_that_lacks_trials_is_complete_at_a_limit_alone(
     ended: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, over: str | None, since_better: int, trials: int
 ) -> None:
-    """Also where it was killed at the limit, which is known from what Tune restores."""
+    """Also if it was killed at the limit: then the restored state of Tune shows it."""
     spec, tracker = ended
     space = SPACE.model_copy(update={"patience": 5})
     Path(spec.config.folder(), "progress.json").unlink()
@@ -123,9 +123,9 @@ def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     assert [(one.status, one.reason) for one in found.trials] == [
         ("finished", ""),
         ("stopped", "asha after 50% of its 8 steps"),
-        ("unfinished", "the search ended before it"),
-        ("finished", ""),  # all its steps were done before the decision reached it
-        ("unfinished", "the search ended before it"),
+        ("unfinished", "the search ended before the trial did"),
+        ("finished", ""),  # all steps were done before the stop reached it
+        ("unfinished", "the search ended before the trial did"),
         ("unfinished", ""),  # its process died
     ]
     assert found.notes == ("The search ended early: why.",)
@@ -140,8 +140,8 @@ def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(ended:
         run.run(spec, SPACE, 0.0, tracker)
     folder = spec.config.folder()
     assert str(error.value) == (
-        "no trial has measured train/loss: out of memory (5 trials); loss is not finite (3 trials); reason 0 (1 trial);"
-        f" 39 other reasons; remove the cause, and choose another run.name or delete {folder}"
+        "metric: no trial has measured train/loss: out of memory (5 trials); loss is not finite (3 trials); reason 0 (1"
+        f" trial); 39 other reasons; remove the cause, then set another run.name or delete {folder}"
     )
 
 
@@ -156,7 +156,7 @@ def test_values_that_are_not_numbers_are_no_best(ended: tuple[Any, Any]) -> None
     ("field", "other"), [("data.train", [{"path": "other.jsonl"}]), ("adapter", {"rank": 2}), ("train.lr", 1e-5)]
 )
 def test_a_default_that_is_a_list_or_a_section_can_win(tmp_path: Path, field: str, other: Any) -> None:
-    """It was null in the record: best.yaml could not be written after all trials had run."""
+    """Regression: the value was null in the record, and best.yaml could not be written after all trials."""
     space = Space.model_validate({"search": {field: {"choice": [other]}}, "metric": "train/loss"})
     config = tiny.config(run__storage=str(tmp_path))
     store: Any = tiny.store()
@@ -171,7 +171,7 @@ CURVE = ((0, 2.0), (4, 1.5), (8, 0.9))
 
 
 def with_checkpoint(folder: Path, state: TrainState) -> SweepSpec:
-    """A search whose trial 0 has ended before its end with this state in its last checkpoint."""
+    """Return a search whose trial 0 ended early, with this state in its last checkpoint."""
     store: Any = tiny.store()
     config = tiny.config(run__storage=str(folder))
     train_spec = TrainSpec(config, BaseModel("tiny", str(folder), "digest"), "digest", (0,), store, None)
@@ -183,7 +183,7 @@ def with_checkpoint(folder: Path, state: TrainState) -> SweepSpec:
 
 
 def registered(spec: SweepSpec, metric: str = "eval/loss", **changes: Any) -> None:
-    """Register the best of a search of one trial that has ended before its end."""
+    """Register the best trial of a search of one trial that ended early."""
     one = trial(
         0, 0.9, params={"adapter.rank": 4}, curve=CURVE, folder=str(Path(spec.folder, "trials", "trial-000")), **changes
     )
@@ -193,7 +193,7 @@ def registered(spec: SweepSpec, metric: str = "eval/loss", **changes: Any) -> No
 
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps of what was exported; nothing is."""
+    """The steps of the exported adapters; nothing is really exported."""
     steps: list[int] = []
     monkeypatch.setattr(outcome.run, "register", lambda _, folder, result, *__: steps.append(result.state.step) or 1)
     return steps
@@ -203,27 +203,27 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_no_other_adapter_is_registered_than_that_of_the_value(
     tmp_path: Path, exported: list[int], status: str
 ) -> None:
-    """A trial that failed after its best evaluation left the checkpoint before; that was registered."""
+    """Regression: a trial failed after its best evaluation, and the checkpoint before that was registered."""
     spec = with_checkpoint(tmp_path, TrainState(4, best_loss=1.5, best_step=4))
     for metric in ("eval/loss", "train/loss"):
         with pytest.raises(UserError) as error:
             registered(spec, metric, status=status)
         assert str(error.value).endswith(
-            "step-0000004: the last checkpoint of trial 0 is of step 4 with its best loss 1.5000 of step 4, and the"
-            " value that the trial is ranked by, 0.9000, is of step 8; train best.yaml instead (--refit)"
+            "step-0000004: trial 0 has its best value 0.9000 at step 8, but its last checkpoint is of step 4 with the"
+            " best loss 1.5000 of step 4; pass --refit to train best.yaml instead"
         )
     assert exported == []
 
 
 def test_an_untouched_base_is_not_registered(tmp_path: Path, exported: list[int]) -> None:
     spec = with_checkpoint(tmp_path, TrainState(12, best_loss=0.8, best_step=0))
-    with pytest.raises(UserError, match=r"is of step 12 with its best loss 0\.8000 of step 0"):
+    with pytest.raises(UserError, match=r"is of step 12 with the best loss 0\.8000 of step 0"):
         registered(spec, status="stopped")
     assert exported == []
 
 
 def test_a_stopped_trial_is_registered_whose_checkpoint_has_its_best(tmp_path: Path, exported: list[int]) -> None:
-    """Also where other workers have measured it again."""
+    """Also if other workers have measured the adapter again."""
     spec = with_checkpoint(tmp_path, TrainState(9, best_loss=0.90001, best_step=8))
     registered(spec, status="stopped")
     registered(spec, "train/loss", status="stopped")

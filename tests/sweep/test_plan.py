@@ -1,4 +1,4 @@
-"""The plan of a search: what a trial could train and not export is one line before anything is prepared."""
+"""The plan of a search: a trial that could not be exported is one error line before anything is prepared."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from tests.said import said
 
 MICRO = "train.micro_batch"
 PACKED = ("q_proj", "v_proj")
-"""Layers whose weights are stored as what no change can be added to."""
+"""Layers with packed weights, to which no change can be added."""
 
 
 def spoil(folder: Path) -> Path:
@@ -42,14 +42,14 @@ def spoil(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of which some layers can be exported, and PACKED cannot."""
+    """A Llama with layers that can be exported, except PACKED."""
     folder = tmp_path_factory.mktemp("model")
     tiny.llama().save_pretrained(folder)
     return spoil(folder)
 
 
 def planned(model: Path, space: dict[str, Any], **changes: Any) -> list[str]:
-    """What is said of a search over the model, or the error."""
+    """Return the log lines about a search over the model, or the error."""
     config = tiny.config(model__name=str(model), model__dtype="float32", **changes)
     with said() as lines:
         plan(config, Space.model_validate(space), BaseModel(str(model), str(model), ""))
@@ -57,13 +57,12 @@ def planned(model: Path, space: dict[str, Any], **changes: Any) -> list[str]:
 
 
 def over(*targets: Any, **more: Any) -> dict[str, Any]:
-    """A space over adapter.targets."""
     return {"search": {"adapter.targets": {"choice": list(targets)}}, **more}
 
 
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that are there."""
+    """Existing tokens."""
 
     def prepare(config: Config, base: Any, wait: bool) -> Prepared:
         store: Any = tiny.store()
@@ -110,7 +109,7 @@ def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it
 def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
     metric: str, rows: int, given: str | None, prepared: None
 ) -> None:
-    """Each trial was trained to its end, failed there, and the search ended with nothing."""
+    """Regression: each trial failed after its complete training, and the search ended without a result."""
     config = tiny.config(evaluation__scorer="exact_match", evaluation__rows=rows, evaluation__samples=0)
     base: Any = SimpleNamespace(
         model=BaseModel("m", "/m", ""), tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))
@@ -123,7 +122,8 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
     with pytest.raises(UserError) as found:
         run.train_spec(config, space, base)
     assert str(found.value) == (
-        f"metric: {metric} is not measured: exact_match gives {given} for the held-out rows that are answered"
+        f"metric: {metric} is not measured: exact_match returns {given} for the answers to the"
+        " held-out rows; set another metric"
     )
 
 
@@ -203,6 +203,6 @@ def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path, monkeypatch:
     mlflow_database.place(tmp_path / "runs")
     tree = project.settings(tmp_path, tmp_path / "model", adapter__targets=["up_proj"], evaluation={})
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(over(["up_proj"], ["lm_head"])))
-    with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head, which is not"):
+    with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head"):
         sweep.main([str(project.write_config(tmp_path, tree)), str(tmp_path / "space.yaml")])
     assert not (tmp_path / "runs" / "tokens").exists()

@@ -19,7 +19,7 @@ def test_the_best_comes_first_by_the_mode() -> None:
 
 
 def test_what_failed_comes_after_all_that_has_a_value() -> None:
-    """Its best adapter may be lost."""
+    """The best adapter of a failed trial may be lost."""
     record = search([({"a": 1}, 2.0), ({"a": 2}, 1.0), ({"a": 3}, None), ({"a": 4}, 0.5)])
     trials = tuple(replace(one, status="failed") if one.number in (1, 3) else one for one in record.trials)
     assert numbers(replace(record, trials=trials).ordered()) == [0, 3, 1, 2]

@@ -1,4 +1,4 @@
-"""Ray Tune's own schedulers, driven without a cluster: what they decide for the trials of a search."""
+"""Decisions of Ray Tune's own schedulers for the trials of a search, without a cluster."""
 
 import random
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ RANGES: dict[str, dict[str, Any]] = {
     "train.weight_decay": {"uniform": [0.0, 0.2]},
     "train.lr_ratio": {"of": "train.micro_batch", "times": [1, 2.0]},
 }
-"""A field of each kind of range."""
+"""One field per type of range."""
 
 
 class Controller:
-    """What schedulers ask Tune's controller for."""
+    """The part of Tune's controller that schedulers use."""
 
     search_alg = None
 
@@ -58,7 +58,7 @@ def tune_trial(number: int, draws: Mapping[str, Any] | None = None) -> Trial:
 
 
 def result(step: int, total: int, value: float) -> dict[str, Any]:
-    """What a trial of so many steps reports."""
+    """Return the report of a trial with this many steps."""
     return {"step": step, "total": total, PROGRESS: WHOLE * step / total, "eval/loss": value}
 
 
@@ -67,7 +67,7 @@ def space(search: Mapping[str, Any], **tree: Any) -> Space:
 
 
 def asha(folder: Path, total: int, kind: str = "asha", **settings: Any) -> Any:
-    """The scheduler of a search whose config has `total` steps and evaluates after each sixth."""
+    """Return the scheduler of a search whose config has `total` steps and evaluates after each sixth of them."""
     config = override(tiny.config(), {"train.steps": total, "train.eval_every": max(1, total // 6)})
     found = space({"train.steps": {"choice": [60, 120, 240]}}, scheduler={"kind": kind, **settings})
     spec: Any = SimpleNamespace(
@@ -79,7 +79,7 @@ def asha(folder: Path, total: int, kind: str = "asha", **settings: Any) -> Any:
 
 
 def test_a_longer_trial_that_is_the_best_is_not_cut_as_if_it_were_finished(tmp_path: Path) -> None:
-    """By the steps of the config it was, at step 150 of its 240."""
+    """Regression: it was stopped at step 150 of its 240, where a trial of the config's length ends."""
     made, controller = asha(tmp_path, 120), Controller([])
     assert isinstance(made, Halving)
     trials = [tune_trial(number) for number in range(3)]
@@ -120,7 +120,7 @@ def test_equal_lengths_have_the_rungs_that_steps_have(tmp_path: Path, total: int
 
 
 def test_the_median_is_that_of_trials_that_are_as_far(tmp_path: Path) -> None:
-    """By steps, a trial of 60 would never be compared with those of 240, which are slower."""
+    """Counted in steps, a trial of 60 would never be compared with slower ones of 240."""
     made, controller = asha(tmp_path, 240, kind="median"), Controller([])
     assert isinstance(made, Median)
     for number in range(3):
@@ -135,7 +135,7 @@ def test_the_median_is_that_of_trials_that_are_as_far(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["asha", "median"])
 def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path: Path, kind: str) -> None:
-    """Tune forgets its schedulers: without the records the first trial of the second attempt had no rival."""
+    """Tune does not save schedulers: without the records, the first trial after a restart had no rival."""
     for number in range(4):
         kept = TrialFile(trial_place(str(tmp_path), number), TrialRecord(number, {}, "unfinished", total=60), "min")
         for step in (0, 10, 20, 30, 40):
@@ -149,7 +149,7 @@ def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path: Path,
 
 
 def evolved(found: Space, rounds: int, interference: int = 0) -> list[list[dict[str, Any]]]:
-    """The draws of all members after each round of a population whose later members are the better ones."""
+    """Return the draws of all members after each round of a population whose later members are better."""
     trials = [tune_trial(number, found.drawn(number)) for number in range(found.count())]
     controller, made = Controller(trials), Population(found, 5)
     assert made.set_search_properties(found.metric, "min")
@@ -175,7 +175,7 @@ def _draws(trial: Trial) -> dict[str, Any]:
 
 
 def inside(found: Space, draws: Mapping[str, Any]) -> None:
-    """Each value is one that the space gives, of the type that it gives."""
+    """True if the space contains each value, with the same type."""
     assert list(draws) == found.draw_names()
     for field, domain in found.search.items():
         if domain.of is not None:
@@ -224,12 +224,12 @@ def test_a_population_explores_each_kind_of_range() -> None:
     found = space(search, scheduler={"kind": "population"}, trials=12, seed=1)
     rounds = evolved(found, 30)
     for name in found.draw_names():
-        # Whoever only takes over others has what one of them had at the start.
+        # A member that only takes over others has the start values of one of them.
         assert {draws[name] for draws in rounds[-1]} - {draws[name] for draws in rounds[0]}, name
 
 
 def population(members: int) -> tuple[Any, Controller, list[Trial]]:
-    """Its scheduler, with looks at the others after each fourth step, and its members."""
+    """Return a scheduler that compares after each fourth step, and its members."""
     found = space({"train.lr": {"loguniform": [1e-4, 1e-2]}}, scheduler={"kind": "population"}, trials=members)
     trials = [tune_trial(number, found.drawn(number)) for number in range(members)]
     controller, made = Controller(trials), Population(found, 4)
@@ -238,10 +238,10 @@ def population(members: int) -> tuple[Any, Controller, list[Trial]]:
 
 
 def comes_to(made: Any, controller: Controller, trial: Trial, step: int, value: float = 1.0) -> None:
-    """A member reports an evaluation and, as Tune has it do then, pauses with a checkpoint."""
+    """Let a member report an evaluation and pause with a checkpoint, as Tune does."""
     trial.set_status(Trial.RUNNING)
     decided = made.on_trial_result(controller, trial, result(step, 20, value))
-    assert decided in (TrialScheduler.PAUSE, TrialScheduler.NOOP)  # the second: it takes over another, and is paused
+    assert decided in (TrialScheduler.PAUSE, TrialScheduler.NOOP)  # NOOP: it takes over another member, and is paused
     trial.set_status(Trial.PAUSED)
     trial.run_metadata.checkpoint_manager._latest_checkpoint_result = SimpleNamespace(
         checkpoint=f"checkpoint of {trial}", metrics={}
@@ -249,7 +249,7 @@ def comes_to(made: Any, controller: Controller, trial: Trial, step: int, value: 
 
 
 def ends(made: Any, controller: Controller, trial: Trial, fails: bool) -> None:
-    """As Tune does: the scheduler is told before the trial has its new state."""
+    """Tell the scheduler before the trial has its new state, as Tune does."""
     trial.set_status(Trial.RUNNING)
     if fails:
         made.on_trial_error(controller, trial)
@@ -261,7 +261,7 @@ def ends(made: Any, controller: Controller, trial: Trial, fails: bool) -> None:
 @pytest.mark.parametrize("fails", [True, False])
 @pytest.mark.parametrize("last", [True, False])
 def test_a_population_does_not_wait_for_a_member_that_has_left(last: bool, fails: bool) -> None:
-    """All others waited for it for ever: a failed trial stays live for Tune, and nobody looked at those that wait."""
+    """Regression: all others waited for ever, because a failed trial stays live for Tune."""
     made, controller, trials = population(4)
     for trial in trials:
         made.on_trial_add(controller, trial)
@@ -284,7 +284,7 @@ def test_a_population_does_not_wait_for_a_member_that_has_left(last: bool, fails
 
 @pytest.mark.parametrize("steps", [(4, 4, 4), (8, 8, 8), (8, 4, 8)])
 def test_a_population_that_is_resumed_goes_on_after_its_next_comparison(steps: tuple[int, ...]) -> None:
-    """Tune forgets its schedulers: after the first comparison nobody was behind, and all waited for ever."""
+    """Regression: Tune forgets its schedulers, so after the first comparison all members waited for ever."""
     made, controller, trials = population(3)
     for trial, step in zip(trials, steps, strict=True):
         trial.run_metadata.last_result = result(step, 20, 1.0)

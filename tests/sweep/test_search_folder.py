@@ -1,4 +1,4 @@
-"""A search's folder is its own: the settings that it was begun with, and the state from which it resumes."""
+"""The folder of a search: the settings that it started with, and the state from which it resumes."""
 
 import pickle
 from pathlib import Path
@@ -23,9 +23,9 @@ TREE: dict[str, Any] = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}, "metri
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Of a search in an empty storage."""
+    """Config of a search in an empty storage."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(search_folder.address, "find", lambda: "local")  # whatever runs on this machine
+    monkeypatch.setattr(search_folder.address, "find", lambda: "local")  # whether or not Ray runs on this machine
     return override(tiny.config(), {"run.storage": str(tmp_path), "run.name": "quick-space"})
 
 
@@ -45,8 +45,8 @@ def begun(config: Config) -> Path:
         ({"trials": 5}, "(space.trials was 4, is 5)"),
         ({"seed": 3}, "(space.seed was 17, is 3)"),
         ({"search": {"train.lr": {"choice": [1e-3, 1e-5]}}}, "(space.search.train.lr.choice was [0.001, 0.0001], is ["),
-        ({"search": {**TREE["search"], "train.warmup": {"choice": [0.1]}}}, "train.warmup.choice was not there, is [0"),
-        ({"set": {"train.warmup": 0.1}}, "space.set.train.warmup was not there, is 0.1"),
+        ({"search": {**TREE["search"], "train.warmup": {"choice": [0.1]}}}, "train.warmup.choice was not set, is [0"),
+        ({"set": {"train.warmup": 0.1}}, "space.set.train.warmup was not set, is 0.1"),
         ({"scheduler": {"kind": "none"}}, "(space.scheduler.kind was 'asha', is 'none')"),
     ],
 )
@@ -59,7 +59,7 @@ def test_a_search_with_another_space_is_refused_and_the_difference_told(
     text = str(error.value)
     assert text.startswith(f"run.name: {config.folder()} holds a search with different settings (")
     assert said in text
-    assert text.endswith("; choose another run.name or space file, or delete it")
+    assert text.endswith("; set another run.name, use another space file, or delete the folder")
     assert "\n" not in text
     assert len(text) < 1000
 
@@ -95,7 +95,9 @@ def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: Con
 
 @pytest.mark.parametrize("file", ["my space.yaml", "ünter.yaml", "a;b.yaml", "trailing..yaml"])
 def test_a_space_file_whose_name_cannot_be_part_of_a_name_is_refused_by_its_name(config: Config, file: str) -> None:
-    with pytest.raises(UserError, match=rf"^space file {file}: its name becomes a part of the search's; rename it"):
+    with pytest.raises(
+        UserError, match=rf"^space file {file}: the name of the search contains the file's name; use only"
+    ):
         search_folder.search_config(config, space(), file, registers=False)
     assert search_folder.search_config(config, space(), "lr_only.v2.yaml", False).run.name == "quick-space-lr_only.v2"
 
@@ -111,14 +113,14 @@ def test_progress_is_kept_and_damage_is_a_new_search(tmp_path: Path, damage: str
 
 
 def test_what_tune_unpickles_is_the_one_callback_with_the_limits_of_today(tmp_path: Path) -> None:
-    """Tune pickles it twice, as callback and as stopper: the copy that stops must be the one that counts."""
+    """Tune pickles the callback twice, as callback and as stopper. The stopper must be the callback that counts."""
     before = SweepCallback(str(tmp_path), space(patience=5))
     kept = cloudpickle.dumps({"callbacks": [before], "stop": before})
     today = SweepCallback(str(tmp_path), space(patience=2))
     restored = pickle.loads(kept)
     assert restored["callbacks"][0] is restored["stop"] is today
     moved = SweepCallback(str(tmp_path / "moved"), space())
-    assert pickle.loads(kept)["stop"] is moved  # the search lies elsewhere now
+    assert pickle.loads(kept)["stop"] is moved  # the search was moved
     today.since_better = 2
     assert restored["stop"].stop_all()
-    assert today.over == "2 trials in a row have brought nothing better"
+    assert today.over == "2 trials in a row had no better value"

@@ -1,4 +1,4 @@
-"""A search makes the factors of each of its methods once; a trial starts with those that it would make itself."""
+"""A search makes the factors of each method once; they equal those that a trial would make itself."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ METHODS = ["lora", "olora", "pissa", "pissa_fast", "milora", "orthogonal", "nora
         ),
         (
             {"adapter.method": {"choice": ["orthogonal", "lora"]}, "adapter.rank": {"quniform": [2, 32, 2]}},
-            [("lora", 32), ("olora", 32)],  # each trial makes its own
+            [("lora", 32), ("olora", 32)],  # each trial makes its own factors
         ),
         (
             {
@@ -53,7 +53,7 @@ METHODS = ["lora", "olora", "pissa", "pissa_fast", "milora", "orthogonal", "nora
 )
 def test_what_is_made_for_a_space(search: dict[str, Any], expected: list[tuple[str, int]]) -> None:
     config = tiny.config(adapter__rank=8, adapter__alpha=8)
-    assert shared_work.kinds(config, Space.model_validate({"search": search})) == expected
+    assert shared_work.factor_keys(config, Space.model_validate({"search": search})) == expected
 
 
 def test_a_rank_that_a_layer_does_not_allow_is_refused_for_every_method_of_the_space() -> None:
@@ -66,7 +66,7 @@ def test_a_rank_that_a_layer_does_not_allow_is_refused_for_every_method_of_the_s
 
 @pytest.fixture
 def bases(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What each call of `make` has loaded, which is a process of its own: a model of `family`; (attention, device)."""
+    """The models of `family` that each call of `make` loads, as (attention, device); each call stands for a process."""
     made = SimpleNamespace(family=lambda: tiny.llama(attention="segments"), asked=[])
 
     def of(cls: type[SharedBase], spec: TrainSpec, device: torch.device) -> SharedBase:
@@ -79,7 +79,6 @@ def bases(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def base(bases: Any) -> SharedBase:
-    """A base for the trials."""
     return SharedBase(SupervisedLoss(bases.family()), torch.device("cpu"))
 
 
@@ -100,7 +99,7 @@ def test_every_trial_starts_with_the_factors_that_it_would_make(
 ) -> None:
     space = Space.model_validate({"search": {"adapter.method": {"grid": METHODS}, "adapter.rank": {"choice": [4, 8]}}})
     spec = spec_of()
-    shared_work.make(spec, str(tmp_path), shared_work.kinds(spec.config, space))
+    shared_work.make(spec, str(tmp_path), shared_work.factor_keys(spec.config, space))
     trials = [
         replace(spec, config=override(spec.config, {"adapter.method": name, "adapter.rank": rank, "adapter.alpha": 3}))
         for name in METHODS
@@ -139,7 +138,7 @@ def test_another_sigma_makes_its_own(base: SharedBase, tmp_path: Path) -> None:
 
 
 def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, bases: Any) -> None:
-    """Gemma 2 caps its attention, which the one that is tried first does not."""
+    """Gemma 2 caps its attention, which the first attention that is tried does not support."""
     segment_attention.register()
     bases.family = lambda: zoo.make(ALL["gemma2"], attention="segments")
     spec = spec_of()
@@ -155,9 +154,9 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, ba
 
 @pytest.mark.lengthy
 def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, bases: Any) -> None:
-    """With another attention than its trials', where they have one that needs a GPU."""
+    """With another attention than the trials if theirs needs a GPU."""
     for number, attention in enumerate(("varlen", "flash_attention_2", "sdpa")):
         spec = spec_of(cluster__strategy="fsdp", model__attention=attention)
-        shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # for eva the model is run
+        shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # eva runs the model
         shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # there is nothing left to do
     assert bases.asked == [("auto", "cpu"), ("auto", "cpu"), ("sdpa", "cpu")]

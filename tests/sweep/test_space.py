@@ -47,7 +47,7 @@ GATED = override(
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
-    """A search decides nothing, and some of them have no answers scored; the best config has its gate again."""
+    """A search has no gate, and some spaces answer no rows. The best config has its gate again."""
     found = space_file.load(path, GATED)
     search = search_folder.search_config(GATED, found, path, registers=False)
     spec: Any = SimpleNamespace(space=found, name="search")
@@ -76,11 +76,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "search.train.lr: uniform [0.001, 0.0001] is an empty range",
     ),
     "logarithm of zero": ({"search": {"train.lr": {"loguniform": [0, 1]}}}, "loguniform needs numbers greater than 0"),
-    "step too large": ({"search": {"adapter.rank": {"quniform": [8, 16, 20]}}}, "the step must be positive and fit"),
-    "a field that decides nothing": ({"search": {"run.seed": {"choice": [1]}}}, "a search cannot vary run.*"),
+    "step too large": (
+        {"search": {"adapter.rank": {"quniform": [8, 16, 20]}}},
+        "quniform [8.0, 16.0, 20.0]: the step must be positive",
+    ),
+    "a field that decides nothing": (
+        {"search": {"run.seed": {"choice": [1]}}},
+        "search.run.seed: set it in the config",
+    ),
     "depends on nothing": (
         {"search": {"adapter.alpha": {"of": "adapter.rank"}}},
-        "search.adapter.alpha: of: adapter.rank is not searched by itself",
+        "search.adapter.alpha: of: adapter.rank must be searched",
     ),
     "factor too small": (
         {"search": {"adapter.rank": {"choice": [8]}, "adapter.alpha": {"of": "adapter.rank", "times": [1, 0]}}},
@@ -88,23 +94,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metric that nobody reports": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "eval/los"},
-        "metric: 'eval/los' is never reported; use eval/loss, eval/perplexity, train/loss or score/NAME",
+        "'eval/los'; use eval/loss, eval/perplexity, train/loss or score/NAME",
     ),
     "score with a scheduler": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact_match"},
-        "score/exact_match is measured once, at the end: use scheduler.kind: none",
+        "metric: score/exact_match is measured once, at the end; set scheduler.kind: none",
     ),
     "grid over a range": (
         {"search": {"train.lr": {"uniform": [1e-4, 1e-3]}}, "searcher": "grid"},
-        "a grid search needs choice or grid",
+        "search.train.lr: searcher: grid needs listed values",
     ),
     "population over rank": (
         {"search": {"adapter.rank": {"choice": [8, 16]}}, "scheduler": {"kind": "population"}},
-        "a population shares everything but train.*",
+        "search.adapter.rank: a population varies only train.*",
     ),
     "shared base and another model": (
         {"search": {"data.max_length": {"choice": [64, 128]}}, "trials_per_worker": 2},
-        "with trials_per_worker all trials share one base and its data",
+        "search.data.max_length: trials_per_worker > 1",
     ),
 }
 
@@ -136,7 +142,7 @@ def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
-    # Values that YAML can have and a field cannot.
+    # Values that YAML allows and a field does not.
     "nan listed": (
         of({"choice": [1e-3, math.nan]}),
         "search.train.lr: train.lr: input should be a finite number (got nan)",
@@ -151,19 +157,19 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "twice": (of({"choice": [8, 16, 8]}, "adapter.rank"), "search.adapter.rank: choice has 8 twice"),
     "twice, as another type": (of({"grid": [8, 8.0]}, "adapter.rank"), "search.adapter.rank: grid has 8.0 twice"),
     "beyond 64 bits": (of({"choice": [8, 2**63]}, "adapter.rank"), f"line 5: not valid YAML: '{2**63}' is too large"),
-    "step of 0": (of({"quniform": [1, 8, 0]}), "the step must be positive and fit"),
+    "step of 0": (of({"quniform": [1, 8, 0]}), "quniform [1.0, 8.0, 0.0]: the step must be positive"),
     "fractions for a whole number": (
         of({"uniform": [1, 16]}, "train.micro_batch"),
         "search.train.micro_batch: train.micro_batch: input should be a valid integer, got a number with a fractional"
         " part (got 10.27); use quniform with whole numbers, or choice",
     ),
     "half steps for a whole number": (of({"quniform": [1, 16, 0.5]}, "adapter.rank"), "; use quniform with whole"),
-    # A field that follows another.
-    "times without of": (of({"choice": [1e-3], "times": 2}), "search.train.lr: times: only goes with of"),
-    "itself": (of({"of": "train.lr"}), "search.train.lr: of: train.lr is not searched by itself"),
+    # A field that depends on another.
+    "times without of": (of({"choice": [1e-3], "times": 2}), "search.train.lr: times: set without of"),
+    "itself": (of({"of": "train.lr"}), "search.train.lr: of: train.lr must be searched"),
     "a chain": (
         {"search": {**LR, "train.clip": {"of": "train.lr"}, "train.weight_decay": {"of": "train.clip"}}},
-        "search.train.weight_decay: of: train.clip is not searched by itself",
+        "search.train.weight_decay: of: train.clip must be searched",
     ),
     "a base that may be null": (
         {"search": {"train.clip": {"choice": [None, 1.0]}, "train.weight_decay": {"of": "train.clip"}}},
@@ -180,35 +186,39 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # Fields that must not vary, or not twice.
     **{
-        f"{field} must not vary": (of({"choice": ["x"]}, field), f"search.{field}: a search cannot vary {section}.*")
-        for field, section in {
-            "run.name": "run",
-            "run.storage": "run",
-            "tracking.uri": "tracking",
-            "registry.model": "registry",
-            "cluster.workers": "cluster",
-            "gate.metric": "gate",
-            "retrain.replay": "retrain",
-            "notify.command": "notify",
-        }.items()
+        f"{field} must not vary": (of({"choice": ["x"]}, field), f"search.{field}: set it in the config")
+        for field in (
+            "run.name",
+            "run.storage",
+            "tracking.uri",
+            "registry.model",
+            "cluster.workers",
+            "gate.metric",
+            "retrain.replay",
+            "notify.command",
+        )
     },
-    "a name set for all": ({"search": LR, "set": {"run.name": "x"}}, "set.run.name: a search cannot vary run.*"),
-    "held-out rows": (of({"choice": [0.1, 0.2]}, "data.eval_fraction"), "all trials are measured in the same way"),
+    "a name set for all": ({"search": LR, "set": {"run.name": "x"}}, "set.run.name: set it in the config"),
+    "held-out rows": (
+        of({"choice": [0.1, 0.2]}, "data.eval_fraction"),
+        "search.data.eval_fraction: all trials must be measured in the same way",
+    ),
     "a field and its section": (
         {"search": {**LR, "train": {"choice": [{"lr": 1}]}}},
         "search.train.lr: search.train sets it too; leave one out",
     ),
     "a section set for all": (
         {"search": LR, "set": {"data": {"max_length": 64}}},
-        "set.data: a whole section, of which all that is not named would be at its default; name fields, e.g."
-        " data.max_length",
+        "set.data: a section would reset its other fields to their defaults; name single fields, e.g. data.max_length",
     ),
     "a section of which the config sets more": (
         of({"choice": [{"lr": 1e-4, "steps": 5}, {"lr": 1e-3}]}, "train"),
-        "search.train: of a whole section all that an option does not name is at its default, and the config sets"
-        " train.",
+        "search.train: an option replaces the complete section, so it would reset train.",
     ),
-    "a section by which all are measured": (of({"choice": [{}]}, "evaluation"), "all trials are measured in the same"),
+    "a section by which all are measured": (
+        of({"choice": [{}]}, "evaluation"),
+        "search.evaluation: all trials must be",
+    ),
     "searched and set": (
         {"search": LR, "set": {"train.lr": 1e-4}},
         "set.train.lr: search.train.lr sets it too; leave one out",
@@ -221,26 +231,26 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "a grid without end": (
         {"search": {f"train.{x}": {"grid": [i / 100 for i in range(1, 100)]} for x in ("lr", "clip", "warmup")}}
         | {"searcher": "grid"},
-        "search: the grid has 970,300 combinations, the unchanged config included, more than 10,000",
+        "search: the grid has 970,300 combinations, including the unchanged config, more than 10,000",
     ),
     "a grid and fewer trials": (
         {"search": {"train.lr": {"grid": [1, 2, 3]}}, "searcher": "grid", "trials": 3},
-        "trials: 3 is less than the grid's 4 combinations, the unchanged config included; leave it out for all",
+        "trials: 3 is below the grid's 4 combinations, including the unchanged config; leave it out",
     ),
     "a grid and more trials": (
         {"search": {"train.lr": {"grid": [1, 2]}}, "searcher": "grid", "trials": 7, "include_default": False},
-        "trials: 7 is more than the grid's 2 combinations; leave it out for all",
+        "trials: 7 is above the grid's 2 combinations; leave it out",
     ),
-    "the worst loss": ({"search": LR, "mode": "max"}, "mode: max would search for the worst eval/loss"),
+    "the worst loss": ({"search": LR, "mode": "max"}, "mode: max searches for the worst eval/loss"),
     "a setting of another scheduler": (
         {"search": LR, "scheduler": {"kind": "median", "reduction": 4}},
-        "scheduler: reduction: median has no such setting; leave it out",
+        "scheduler: reduction: not used by kind: median; leave it out",
     ),
     # Populations.
     **{
         f"a population over {field}": (
             {"search": {field: {"choice": [4, 8]}}, "scheduler": {"kind": "population"}},
-            f"search.{field}: a population's members take over each other at the same step; put it under set",
+            f"search.{field}: the members of a population must have it in common; put it under set",
         )
         for field in ("train.steps", "train.epochs", "train.global_batch", "train.eval_every", "train.early_stop")
     },
@@ -268,7 +278,7 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
 
 
 def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
-    """A method with even ranks only."""
+    """With a method that allows even ranks only."""
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"adapter.rank": {"choice": [2, 3]}}}))
     space_file.load(file, CONFIG)
@@ -277,7 +287,7 @@ def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path: Path) -> None:
-    """The config is then not one of the space, which both searchers that look for it are told."""
+    """Then the space does not contain the config, and the two searchers that need to know are told."""
     tree = {
         "search": {"train.clip": {"uniform": [0.5, 2]}, "train.weight_decay": {"of": "train.clip", "times": [0, 1]}}
     }
@@ -291,9 +301,9 @@ def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path:
 @pytest.mark.parametrize(
     ("domain", "field", "value", "contains"),
     [
-        ({"choice": [None, 1.0]}, "train.clip", None, True),  # null is a value like others
+        ({"choice": [None, 1.0]}, "train.clip", None, True),  # null is a value like any other
         ({"quniform": [4, 64, 4]}, "adapter.rank", 12, True),
-        ({"quniform": [4, 64, 4]}, "adapter.rank", 13, False),  # Optuna would take another instead, silently
+        ({"quniform": [4, 64, 4]}, "adapter.rank", 13, False),  # Optuna would silently use another value
         ({"quniform": [1, 16, 4]}, "adapter.rank", 16, False),
         ({"uniform": [1e-4, 1e-3]}, "train.lr", 2e-3, False),
     ],
@@ -320,7 +330,7 @@ SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
 def test_a_list_or_a_section_of_the_config_is_found_among_the_options(
     field: str, options: list[Any], own: Any, tmp_path: Path
 ) -> None:
-    """They have their defaults in a config, and need not in a space."""
+    """They contain their defaults in a config, but not necessarily in a space."""
     config = override(CONFIG, {"adapter": {"rank": 16}})
     for searcher in ("random", "tpe"):
         found = space(tmp_path, search={field: {"choice": options}}, searcher=searcher)
@@ -351,7 +361,7 @@ def test_steps_end_at_the_last_that_fits_and_stay_whole() -> None:
 
 
 def test_draws_of_a_narrow_range_differ() -> None:
-    """Four digits made each of them the lower end."""
+    """With four digits only, every draw would be the lower end."""
     found = Space.model_validate({"search": {"train.lr": {"uniform": [1.00001, 1.00002]}}, "include_default": False})
     drawn = {found.drawn(number)["train.lr"] for number in range(20)}
     assert len(drawn) == 20
@@ -434,7 +444,7 @@ def test_draws_repeat_lie_inside_and_depend_on_the_number(seed: int, number: int
     assert isinstance(values["adapter.rank"], int)
     assert values["adapter.alpha"] in (values["adapter.rank"] * 0.5, values["adapter.rank"] * 2)
     assert 0 <= values["adapter.dropout"] <= 0.2
-    # What a config holds is found again as draws.
+    # The values of a config are draws of the space.
     config = override(build(CONFIG.model_dump(mode="json")), values)
     assert found.as_draws(config) == draws
     assert {field: flatten(config)[field] for field in values} == values

@@ -42,29 +42,29 @@ def test_a_trial_that_resumes_keeps_what_was_measured_before(tmp_path: Path) -> 
     for step, value in ((4, 1.5), (8, 1.0), (12, 0.8)):
         first.measured(step, value)
     second = trial_file.TrialFile(str(tmp_path), record(), "min")
-    assert second.record.curve == ()  # it is told again what the checkpoint knows
+    assert second.record.curve == ()  # the training reports the checkpoint's history again
     second.resume_from(8)
     assert second.record.curve == ((4, 1.5), (8, 1.0))
     assert second.record.value == 1.0
 
 
 def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Path) -> None:
-    """Its training goes on from there, and measures only what comes after it."""
+    """Its training resumes from the checkpoint, and measures only later steps."""
     first = trial_file.TrialFile(str(tmp_path), record(), "min")
     for step, value in ((4, 0.5), (8, 1.0), (12, 0.8)):
         first.measured(step, value)
     second = trial_file.TrialFile(str(tmp_path), record(), "min")
-    second.goes_on(8)
+    second.keep_curve(8)
     second.measured(16, 0.9)
     assert second.record.curve == ((4, 0.5), (8, 1.0), (16, 0.9))
     assert second.record.value == 0.5
     other = trial_file.TrialFile(str(tmp_path), replace(record(), params={"train.lr": 2e-3}), "min")
-    other.goes_on(16)
+    other.keep_curve(16)
     assert other.record.curve == ()
 
 
 def test_a_trial_that_takes_over_another_has_its_values(tmp_path: Path) -> None:
-    """Its own best adapter is gone with its own checkpoint: it would be ranked by what nobody can export."""
+    """Its own best adapter is gone with its checkpoint, so its old value must not rank it."""
     other = trial_file.TrialFile(str(tmp_path / "other"), record(1), "min")
     for step, value in ((4, 1.4), (8, 0.9), (12, 0.7)):
         other.measured(step, value)
@@ -78,7 +78,7 @@ def test_a_trial_that_takes_over_another_has_its_values(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_a_record_is_where_it_lies(tmp_path: Path) -> None:
-    """That of the file may be where the search was before it was moved: the best trial was exported from there."""
+    """Regression: after a search was moved, the best trial was exported from the old folder."""
     trial_file.TrialFile(str(tmp_path / "old" / "trials" / "trial-003"), record(), "min").begin()
     (tmp_path / "old").rename(tmp_path / "new")
     [found] = trial_file.read_all(str(tmp_path / "new")).values()
@@ -86,7 +86,7 @@ def test_the_folder_of_a_record_is_where_it_lies(tmp_path: Path) -> None:
 
 
 def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) -> None:
-    """Tune runs a trial in a process that is free before the one that it has started for it."""
+    """Tune may run a trial in a free process before the process that it started for the trial is ready."""
     kept = trial_file.TrialFile(str(tmp_path), record(), "min")
     kept.begin()
     kept.ended("failed", "step 2: the loss is not finite")
@@ -104,7 +104,7 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
     with said() as lines:
         kept.begin()
         kept.measured(4, 0.5)
-    assert lines == [f"warning: {tmp_path}/trial.json cannot be written now, the trial continues: Is a directory"] * 2
+    assert lines == [f"warning: {tmp_path}/trial.json: cannot be written now (Is a directory); the trial continues"] * 2
     (tmp_path / "trial.json").rmdir()
     kept.measured(8, 0.4)
     found = trial_file.read(str(tmp_path))
@@ -119,7 +119,7 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
 def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[UserError], code: int
 ) -> None:
-    """A report that was made while the storage failed lacked trials without a word."""
+    """Regression: a report silently lacked trials while the storage failed."""
     place = tmp_path / "trials" / "trial-003"
     trial_file.TrialFile(str(place), record(), "min").begin()
 
@@ -129,7 +129,7 @@ def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
     monkeypatch.setattr(trial_file.storage, "read_text", fail)
     with pytest.raises(OSError, match=str(error.args[-1])):
         trial_file.read(str(place))
-    with pytest.raises(kind, match=r"trials: the records of the trials cannot be read now: ") as told:
+    with pytest.raises(kind, match=r"trials: cannot read the records of the trials: ") as told:
         trial_file.read_all(str(tmp_path))
     assert told.value.exit_code == code
 

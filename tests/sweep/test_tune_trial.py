@@ -1,4 +1,4 @@
-"""A process of Tune's becomes one trial after the other."""
+"""A process of Tune runs one trial after another."""
 
 import contextlib
 import json
@@ -46,14 +46,14 @@ def test_the_trials_of_a_search_with_a_long_name_have_names(tmp_path: Path) -> N
 
 
 def record_of(search: SweepSpec, number: int = 1, **changes: Any) -> TrialFile:
-    """The file that a trial of this rate writes."""
+    """Return the trial.json of a trial with this rate."""
     return TrialFile(
         trial_place(search.folder, number), TrialRecord(number, {"train.lr": 1e-3}, "unfinished", **changes), "min"
     )
 
 
 def process(search: SweepSpec, number: int) -> Any:
-    """The process in which Tune runs a trial."""
+    """Return the process in which Tune runs a trial."""
     trial: Any = SearchTrial.__new__(SearchTrial)
     trial._trial_info = SimpleNamespace(trial_name=trial_name(number))
     trial.setup({NUMBER: number, "train.lr": 1e-3}, sweep_spec=search)
@@ -62,7 +62,7 @@ def process(search: SweepSpec, number: int) -> Any:
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """In place of trainings: those that have ended have left `result`, another one measures `losses` by their steps."""
+    """Replaces trainings: a finished one has `result`, another one measures `losses` at their steps."""
     ended = SimpleNamespace(state=SimpleNamespace(history=[]))
     fake = SimpleNamespace(result=ended, losses={}, tracked=[], copied=[])
 
@@ -98,10 +98,10 @@ def test_the_next_trial_takes_over_with_a_record_of_its_own(tmp_path: Path, trai
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path: Path, training: Any, fails: bool) -> None:
-    """Its thread died at the write of its last record, and the search waited for ever."""
+    """Regression: the thread died while writing its last record, and the search waited for ever."""
     training.result, training.losses = None, {"a bug" if fails else 2: 0.5}
     run = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
-    Path(run.folder.root, "trial.json").mkdir(parents=True)  # cannot be written
+    Path(run.folder.root, "trial.json").mkdir(parents=True)  # a folder in place of the file cannot be written
     if fails:
         found = run.next()
         assert isinstance(found, Ended)
@@ -114,7 +114,7 @@ def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path: Path, tr
 def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(
     present: int, most: int, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search from no nodes ended when all was prepared: the shared work, of one worker, had brought one node."""
+    """Regression: a search without nodes failed after its preparation, which had brought only one node."""
     free = iter([1] * 10 + [2])
     monkeypatch.setattr(search_run, "free_workers", lambda wanted: next(free))
     monkeypatch.setattr(search_run.time, "sleep", lambda seconds: None)
@@ -131,7 +131,7 @@ def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(
             assert search_run._fitting({"CPU": 1.0}, 2) == 2
         else:
             with pytest.raises(
-                UserError, match=r"^cluster\.workers=2: a trial needs 2 workers, and there is room for 1"
+                UserError, match=r"^cluster\.workers=2: a trial needs 2, but the cluster has room for 1"
             ):
                 search_run._fitting({"CPU": 1.0}, 2)
     assert asked == ([2, 2] if waits else [])
@@ -139,10 +139,12 @@ def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(
 
 
 def test_no_key_of_the_driver_is_told_to_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tune wrote them into what Ray shows of each trial's process, and from there they came into the nodes' logs."""
+    """Regression: Tune passed keys as environment variables, which Ray shows and writes to the logs of its nodes."""
     from ray.tune.execution import class_cache
 
-    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", class_cache.ENV_VARS_TO_PROPAGATE)  # put back afterwards
+    monkeypatch.setattr(
+        class_cache, "ENV_VARS_TO_PROPAGATE", class_cache.ENV_VARS_TO_PROPAGATE
+    )  # monkeypatch restores it
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, "c4n4ry")
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "1")
@@ -151,24 +153,24 @@ def test_no_key_of_the_driver_is_told_to_ray(tmp_path: Path, monkeypatch: pytest
     told: Any = class_cache._ActorClassCache().get(SearchTrial)
     variables = told._default_options["runtime_env"]["env_vars"]
     assert "c4n4ry" not in variables.values()
-    assert variables["RAY_CHDIR_TO_TRIAL_DIR"] == "1"  # what Tune needs is told
+    assert variables["RAY_CHDIR_TO_TRIAL_DIR"] == "1"  # Tune's own variable is passed on
 
 
 def begun(search: SweepSpec, state: str | None, concurrent: int = 1) -> Any:
-    """Tune's settings of a search that was interrupted and left this state."""
+    """Return Tune's settings of an interrupted search that left this state."""
     tuner.build(search, SweepCallback(search.folder, search.space), concurrent)
     if state is not None:
         Path(search.folder, "tune", "experiment_state-2026-11-27_04-00-00.json").write_text(state)
 
 
 def again(search: SweepSpec, concurrent: int = 1) -> Any:
-    """The Tuner of the next attempt."""
+    """Return the Tuner of the next attempt."""
     made: Any = tuner.build(search, SweepCallback(search.folder, search.space), concurrent)
     return made._local_tuner
 
 
 def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(tmp_path: Path, training: Any) -> None:
-    """Tune has forgotten it: it begins as if it were new, and its training resumes."""
+    """Tune has forgotten the trial and starts it as a new one, but its training resumes."""
     first = record_of(search := spec(tmp_path))
     for step, value in ((1, 0.5), (2, 0.6)):
         first.measured(step, value)
@@ -184,7 +186,7 @@ def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(tmp_path:
 def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
     tmp_path: Path, training: Any, rate: float, kept: bool
 ) -> None:
-    """Optuna draws anew what Tune had not noted: the training went on from that of the other rate, in silence."""
+    """Regression: Optuna drew another rate after a kill, and the training silently resumed with the old one."""
     search = spec(tmp_path, searcher="tpe")
     first = TrialRun(search, 1, {"train.lr": 1e-3})
     first.folder.claim()
@@ -197,13 +199,13 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
     assert read_all(search.folder)[1].params == {"train.lr": rate}
     log = Path(second.folder.root, "log.txt")
     assert log.exists() != kept
-    assert kept or "begins anew: train.lr was 0.001, is 0.002" in log.read_text()
+    assert kept or "starts again: train.lr was 0.001, is 0.002" in log.read_text()
 
 
 def test_trials_are_tracked_where_the_search_is_wherever_they_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: Any
 ) -> None:
-    """Tune puts each into a folder of its own, whose mlflow.db went with it; other nodes have other variables."""
+    """Tune runs each trial in its own folder, where a relative mlflow.db is lost; other nodes have other variables."""
     (driver := tmp_path / "driver").mkdir()
     monkeypatch.chdir(driver)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
@@ -228,7 +230,7 @@ def test_trials_are_tracked_where_the_search_is_wherever_they_run(
 @pytest.mark.parametrize("state", [None, '{"trial_data": [["{}", "', '{"trial_data": []}'])
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
 def test_a_search_whose_state_is_lost_begins_anew(tmp_path: Path, searcher: str, state: str | None) -> None:
-    """Tune ran one trial of Optuna's and called the search complete."""
+    """Regression: Tune ran one trial of Optuna and called the search complete."""
     search = spec(tmp_path, searcher=searcher)
     begun(search, state)
     kept = Path(search.folder, "trials", "trial-000", "kept")
@@ -240,26 +242,26 @@ def test_a_search_whose_state_is_lost_begins_anew(tmp_path: Path, searcher: str,
     assert made._tune_config.num_samples == (3 if searcher == "tpe" else 1)
     assert not list(Path(search.folder, "tune").glob("experiment_state-*"))
     assert lines == [
-        "warning: search: Ray Tune's state of it is lost; it begins anew, with what its trials have done so far"
+        "warning: search: Ray Tune's state is lost; the search starts again, its trials resume from checkpoints"
     ]
     assert kept.exists() == (searcher == "random")
 
 
 @pytest.mark.parametrize("changes", [{"searcher": "tpe"}, {"scheduler": {"kind": "population"}}])
 def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Trials that begin anew draw others, and would find the results of those of before in their folders."""
+    """Trials that start again have other draws, but their folders hold results of the old draws."""
     search = spec(tmp_path, **changes)
     begun(search, None)
     kept = record_of(search, 0)
     kept.measured(2, 0.5)
-    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; choose another run.name"):
+    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
         again(search)
     assert read(trial_place(search.folder, 0)) == kept.record
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
 def test_a_search_that_resumes_has_the_concurrency_of_today(tmp_path: Path, searcher: str) -> None:
-    """It kept that of its first attempt, and the log told the new one."""
+    """Regression: it kept the concurrency of the first attempt, while the log named the new one."""
     search = spec(tmp_path, searcher=searcher)
     begun(search, '{"trial_data": [["{}", "{}"]]}', concurrent=2)
     made = again(search, concurrent=5)
@@ -278,7 +280,7 @@ def test_a_search_that_resumes_has_the_concurrency_of_today(tmp_path: Path, sear
 
 
 def handed_on(first: Any, second: Any, folder: Path) -> None:
-    """Restore one of Tune's searchers from the state of another."""
+    """Restore one of Tune's searchers from the state of another one."""
     place = folder / "driver"
     place.mkdir()
     first.save_to_dir(str(place), "2026-11-27_04-00-00")
@@ -287,7 +289,7 @@ def handed_on(first: Any, second: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
 def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(tmp_path: Path, searcher: str) -> None:
-    """Each was trained, and then counted as failed: Tune's note of it could not be written to the old place."""
+    """Regression: each trial was trained and then counted as failed, because Tune wrote its note to the old folder."""
     search = spec(tmp_path, searcher=searcher)
     begun(search, '{"trial_data": [["{}", "{}"]]}')
     found = again(search, concurrent=2)._tune_config.search_alg
@@ -306,7 +308,7 @@ def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(t
 
 @pytest.mark.parametrize("kind", ["asha", "median"])
 def test_a_search_that_was_moved_compares_with_what_was_measured_before(tmp_path: Path, kind: str) -> None:
-    """Its scheduler looked for the trials at the old place, found none, and compared with nothing."""
+    """Regression: the scheduler read the trials' records in the old folder and so had nothing to compare with."""
     old, now = (spec(tmp_path / name, scheduler={"kind": kind}) for name in ("old", "now"))
     begun(old, '{"trial_data": [["{}", "{}"]]}')
     (tmp_path / "old").rename(tmp_path / "now")
@@ -328,7 +330,7 @@ def test_a_trial_of_a_moved_search_goes_on_from_the_checkpoint_that_was_moved_wi
 
 
 def test_a_trial_that_had_stopped_early_ends_with_what_it_had_measured(tmp_path: Path, training: Any) -> None:
-    """A population pauses it first; then it had no result with the metric, for which Tune ended the whole search."""
+    """A population pauses the trial first. Then its result had no metric, and Tune ended the whole search."""
     search = spec(tmp_path, scheduler={"kind": "population"})
     record_of(search, total=2).measured(1, 0.5)
     trial = process(search, 1)

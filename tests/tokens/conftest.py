@@ -24,7 +24,7 @@ def corpus(tmp_path: Path, small_shards: None) -> Config:
 
 @pytest.fixture
 def spread(monkeypatch: pytest.MonkeyPatch, ray_with: Callable[[int], None]) -> Callable[..., None]:
-    """`spread(cpus, scans)`: from then on Ray's tasks make even small shards, and scan small files if `scans`."""
+    """`spread(cpus, scans)` makes Ray's tasks build even small shards, and scan small files if `scans`."""
 
     def start(cpus: int, scans: bool = False) -> None:
         monkeypatch.setattr(writer, "MAKE_HERE", 0)

@@ -1,4 +1,4 @@
-"""Small corpora and a tokenizer with one token a character."""
+"""Small corpora, and a tokenizer with one token per character."""
 
 import json
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def spec(chat_template: str = CHATML, **changes: Any) -> TokenizerSpec:
-    """One token a character; `<s>` begins and `</s>` ends."""
+    """A spec with one token per character; `<s>` begins and `</s>` ends."""
     letters = [chr(code) for code in range(9, 256)]
     vocabulary = {token: number for number, token in enumerate(SPECIAL + letters)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -47,17 +47,15 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
-    """A row of format messages."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def rows(count: int) -> list[Any]:
-    """Chats of uneven length."""
+    """Chats of different lengths."""
     return [chat(f"q{n}" * (n % 5), f"a{n}" * (1 + n % 7)) for n in range(count)]
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
-    """One row a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -83,5 +81,4 @@ def texts(store: TokenStore) -> list[str]:
 
 
 def content(uri: str) -> dict[str, bytes]:
-    """Every file of a store."""
     return {path.name: path.read_bytes() for path in sorted(Path(uri).iterdir())}

@@ -79,8 +79,6 @@ def _form(part: object) -> tuple[str, torch.Size, torch.dtype]:
 
 
 class _Copies(TorchDispatchMode):
-    """Counts copies to another device."""
-
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
@@ -110,7 +108,7 @@ def test_nothing_that_is_made_for_a_batch_is_quadratic(attention: str) -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """The numbers of the largest tensor that is made."""
+    """Records the size of the largest tensor that is created."""
 
     def __init__(self) -> None:
         super().__init__()

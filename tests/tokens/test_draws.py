@@ -1,4 +1,4 @@
-"""The rows that a weight takes of a source: the right share of them, whatever the layout of the file."""
+"""The rows that a weight draws from a source: the right share, for any layout of the file."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def source(path: Path, weight: float, **more: Any) -> dict[str, Any]:
 
 
 def used(plan: Plan) -> Counter[str]:
-    """How often each row is used, by its first line."""
+    """Return how often each row is used, by its first line."""
     found: Counter[str] = Counter()
     for piece in (piece for shard in plan.shards for piece in shard):
         planned = plan.files[piece.file]
@@ -60,7 +60,7 @@ def drawn(config: Config, split: Any = "train") -> Counter[str]:
 
 
 def is_share(count: int, of: int, share: float) -> bool:
-    """Within five standard deviations of a draw of each by itself."""
+    """True within five standard deviations of independent draws."""
     return abs(count - of * share) <= 5 * (of * share * (1 - share)) ** 0.5
 
 
@@ -89,7 +89,7 @@ def test_a_source_among_others_has_its_share(tmp_path: Path, tiny_spec: Tokenize
 
 
 def test_another_night_draws_other_rows(tmp_path: Path) -> None:
-    """As retrain.replay makes it: the known file at a low weight, beside files that are new."""
+    # retrain.replay does this: the known file with a low weight, beside new files.
     known = as_lines(tmp_path / "known.jsonl", [f"{n % 5} {n}" for n in range(ROWS)])
     nights = []
     for night in range(3):
@@ -138,7 +138,7 @@ def test_a_draw_does_not_follow_the_draw_of_held_out_rows(tmp_path: Path) -> Non
 
 
 def test_only_a_weight_that_is_not_whole_is_another_store_than_before(tmp_path: Path) -> None:
-    """A store of before is used again where its rows are those of today, and nowhere else."""
+    # An old store is used again only if a new one would have the same rows.
     path, table = as_lines(tmp_path / "a.jsonl", ["x"]), as_csv(tmp_path / "a.csv", ["x"])
 
     def described(path: Path, weight: float) -> Any:

@@ -1,4 +1,4 @@
-"""Mistakes in the data are told before anything heavy is imported."""
+"""Mistakes in the data are reported before anything heavy is imported."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ from tests.tokens import helpers
 
 
 def config(folder: Path, train: Any, **data: Any) -> Config:
-    """A config of a model that is not there, on this training source."""
+    """A config of a missing model, with this training source."""
     run = {"name": "a", "storage": str(folder / "runs")}
     return build({"run": run, "model": {"name": "/no/such/model"}, "data": {"train": train, **data}})
 
@@ -37,13 +37,18 @@ def refusal(config: Config) -> str:
 
 
 def lines(*rows: Any) -> Callable[[Path], None]:
-    """A writer of a file of JSON lines."""
+    """Return a function that writes a file of JSON lines."""
     return lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)) and None
 
 
 MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]]] = {
     "no such file": ("a.jsonl", lambda file: None, {}, ["data.train.0.path: ", "a.jsonl: no such file or folder"]),
-    "unknown kind": ("a.xyz", lambda file: file.write_text("x") and None, {}, ["data.train.0.path: ", "unknown kind"]),
+    "unknown type": (
+        "a.xyz",
+        lambda file: file.write_text("x") and None,
+        {},
+        ["data.train.0.path: ", "unknown file type"],
+    ),
     "empty": ("a.jsonl", lambda file: file.write_text("") and None, {}, ["data.train.0.path: ", "has no rows"]),
     "unknown field": (
         "a.jsonl",
@@ -58,27 +63,27 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         [
             "none of the 28 rows",
             "a.jsonl:1: missing_field",
-            "; leave out format and fields to have them found",
+            "; remove format and fields to have them detected",
         ],
     ),
     "another format": (
         "a.jsonl",
         lines({"instruction": "q", "output": "a"}),
         {"format": "text"},
-        ["none of the 1 rows that were", "a.jsonl:1: missing_field", "; leave out format"],
+        ["none of the 1 rows read", "a.jsonl:1: missing_field", "; remove format"],
     ),
     "columns of a parquet file": (
         "a.parquet",
         lambda file: parquet.write_table(pa.Table.from_pylist([{"q": "x", "answer": "y", "id": 1}]), file),
         {"format": "alpaca"},
-        ["field 'instruction' is not there; the row has q, answer, id"],
+        ["field 'instruction' is missing; the row has q, answer, id"],
     ),
     "not compressed": ("a.jsonl.gz", lines({}), {}, ["a.jsonl.gz: not a readable gzip file"]),
     "roles of sharegpt": (
         "a.jsonl",
         lines({"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}),
         {"format": "messages"},
-        ["unknown role 'human'", "'human' is a role of format sharegpt"],
+        ["unknown role 'human'", "format: sharegpt has the role 'human'"],
     ),
 }
 
@@ -95,7 +100,7 @@ def test_held_out_sources_are_looked_at_too(tmp_path: Path) -> None:
     good = project.make_corpus(tmp_path / "good.jsonl", 3)
     lines({"x": "text"})(tmp_path / "bad.jsonl")
     message = refusal(config(tmp_path, str(good), eval=[str(good), str(tmp_path / "bad.jsonl")]))
-    assert message.startswith("data.eval.1: none of the 1 rows that were looked at can be used; ")
+    assert message.startswith("data.eval.1: none of the 1 rows read can be used; ")
 
 
 @pytest.mark.parametrize("place", [0, 20, 39])
@@ -176,7 +181,7 @@ def test_the_preparation_finds_the_same_and_makes_the_same_store(split: Split, t
 
 
 def test_a_config_gets_the_formats_that_its_plans_have_found(tmp_path: Path) -> None:
-    """As for the trials of a search over sources, which no command looks at."""
+    # The trials of a search over sources need this, because no command looks at their sources.
     for name in ("train", "eval"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "One, two, three."}\n' * 3)
     given = config(tmp_path, str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
@@ -194,7 +199,7 @@ def test_a_run_continues_whether_its_format_was_set_or_found(now: dict[str, Any]
         RunFolder(first_look.check(config(tmp_path, {"path": str(path), **before}))).claim()
         (tmp_path / "runs/a/checkpoints/step-0000001").mkdir(parents=True, exist_ok=True)
         RunFolder(first_look.check(config(tmp_path, {"path": str(path), **now}))).check()
-    # A run that is finished has found its format, and looks for it no more.
+    # A finished run has its format, and does not detect it again.
     (tmp_path / "runs/a/result.json").write_text("{}")
     path.unlink()
     again = first_look.check(config(tmp_path, {"path": str(path), **now}))
@@ -215,7 +220,7 @@ def test_a_file_of_another_kind_turns_no_source_round_in_silence(tmp_path: Path)
     lines(*[{"instruction": "q", "output": "a"}] * 20)(tmp_path / "a.jsonl")
     found = first_look.check(config(tmp_path, f"{tmp_path}/*.jsonl"))
     assert found.data.train[0].format == "messages"
-    with pytest.raises(UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is not there"):
+    with pytest.raises(UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is missing"):
         preview.describe(found, helpers.spec())
 
 

@@ -1,4 +1,4 @@
-"""A store is read while it is made."""
+"""A store is read while it is built."""
 
 import pickle
 import threading
@@ -19,8 +19,8 @@ from tests.said import said
 from tests.tokens import helpers
 from tests.tokens.helpers import content, rows
 
+# Seconds after which a test counts as hung.
 LIMIT = 60.0
-"""Seconds after which a test counts as hung."""
 
 
 def same(one: Pack, other: Pack) -> bool:
@@ -33,13 +33,13 @@ def same(one: Pack, other: Pack) -> bool:
 
 @pytest.fixture
 def made(corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path) -> TokenStore:
-    """The complete store, in another place."""
+    """The complete store, in another folder."""
     run = corpus.run.model_copy(update={"storage": str(tmp_path / "made")})
     return prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train")
 
 
 def put(made: TokenStore, store: TokenStore, *names: str) -> None:
-    """Let files of the complete store arrive."""
+    """Copy files of the complete store."""
     folder = Path(store.uri)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -71,7 +71,7 @@ def test_what_is_there_at_the_front_is_known(corpus: Config, tiny_spec: Tokenize
         store[store.available]
     with pytest.raises(AssertionError):
         len(store)
-    with pytest.raises(UserError, match="not complete"):
+    with pytest.raises(UserError, match="incomplete"):
         _ = store.manifest
 
 
@@ -144,7 +144,7 @@ def test_a_stopped_preparation_is_finished_by_the_next(
     assert set(content(preparation.store.uri)) == wanted
     with said() as lines:
         assert content(prepare(corpus, tiny_spec, "train").uri) == content(made.uri)
-    assert any("5 of 12 shards are there already" in line for line in lines)
+    assert any("5 of 12 shards exist already" in line for line in lines)
 
 
 def test_a_problem_ends_the_work_and_is_passed_on(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
@@ -199,7 +199,7 @@ def test_stopping_ray_datas_work_leaves_nothing_half_written(
     reached, stopped = threading.Event(), threading.Event()
 
     def hold(line: str) -> None:
-        """Holds the work at its first line about shards, however fast this machine is."""
+        # The work stops at its first line about shards, however fast this machine is.
         if "of 12 shards" in line:
             reached.set()
             assert stopped.wait(LIMIT)
@@ -218,9 +218,10 @@ def test_stopping_ray_datas_work_leaves_nothing_half_written(
 
 
 def _settled(uri: str) -> dict[str, bytes]:
-    """The store's files once nothing is being written: a task that Ray Data began before the stop ends its shard.
+    """Return the store's files once nothing is being written.
 
-    It may begin its next file just after a look, so that one has to be followed by another that finds the same.
+    A task that Ray Data started before the stop finishes its shard. It may begin its next file just after a look, so
+    the next look must show the same files.
     """
     deadline, seen, calm = time.monotonic() + LIMIT, None, 0
     while seen is None or calm < 5:
@@ -232,7 +233,7 @@ def _settled(uri: str) -> dict[str, bytes]:
 
 
 def _look(uri: str) -> dict[str, bytes] | None:
-    """The store's files; None while one of them is being written."""
+    """Return the store's files; None while one of them is being written."""
     try:
         found = content(uri)
     except FileNotFoundError:  # it got its final name meanwhile

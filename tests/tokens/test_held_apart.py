@@ -1,4 +1,4 @@
-"""Held-out rows that are trained on are found by what is trained of them, and refused if they are many."""
+"""Held-out rows among the training rows are detected by their tokens, and refused if there are many."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ from tests.tokens import helpers
 
 
 def prepared(config: Config, spec: TokenizerSpec) -> str:
-    """What is said of held-out rows that are trained on, as a warning or an error."""
+    """Return the warning or error about held-out rows that are training rows too."""
     held_out = begin(config, spec, "eval")
     held_out.run()
     build = begin(config, spec, "train")
@@ -71,7 +71,7 @@ def test_rows_of_the_training_data_among_those_held_out(
     tiny_spec: TokenizerSpec,
     small_shards: None,
 ) -> None:
-    """They are known by what is trained of them: other columns do not matter."""
+    # Rows are compared by their tokens, so other columns do not matter.
     rows = [{**row, "id": number} for number, row in enumerate(unlike(180, 200))]
     config = config_of(tmp_path, [*unlike(0, 180), *rows], unlike(380 - shared, held_out))
     before(config, tiny_spec)
@@ -86,4 +86,4 @@ def test_the_same_row_several_times_is_on_both_sides_of_a_fraction(tmp_path: Pat
     path = helpers.write_jsonl(tmp_path / "a.jsonl", unlike(0, 5) * 40)
     told = prepared(helpers.config(tmp_path / "runs", path, eval_fraction=0.2), tiny_spec)
     assert told.startswith("held out of data.train: ")
-    assert told.endswith("remove what is repeated from data.train, or hold out other rows with data.eval")
+    assert told.endswith("remove the repeated rows from data.train, or set data.eval to other rows")

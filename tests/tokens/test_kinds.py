@@ -79,7 +79,7 @@ def prompts(row: dict[str, Any]) -> dict[str, Any]:
 def test_parquet_and_jsonl_of_the_same_rows_have_the_same_tokens(
     format: str, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Arrow gives every tool the parameters of all tools, and every call the arguments of all calls."""
+    # Arrow gives every tool the parameters of all tools, and every call the arguments of all calls.
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = parquet.read_table(tmp_path / "a.parquet").to_pylist()
     assert '"expr": null' in json.dumps(read)
@@ -87,12 +87,12 @@ def test_parquet_and_jsonl_of_the_same_rows_have_the_same_tokens(
     assert len(expected) == 3
     assert tokens(tmp_path, tmp_path / "a.parquet", format) == expected
     assert "null" not in "".join(expected)
-    # And rows that have been through Arrow once, written as jsonl with its nulls.
+    # Rows that were converted by Arrow once, and written as jsonl with Arrow's nulls.
     assert tokens(tmp_path, helpers.write_jsonl(tmp_path / "b.jsonl", read), format) == expected
 
 
 def test_json_text_in_parquet_keeps_what_columns_lose(tmp_path: Path) -> None:
-    """Nulls that are meant, the order of keys, and values of several types."""
+    # Intended nulls, the order of keys, and values of several types.
     tools = [[tool("f", x={"default": None, "enum": [1, "a"]})], [tool("g", y=1, x="b")], [tool("h", x="b", y=1)]]
     rows = [{"messages": ROWS[2]["messages"], "tools": json.dumps(each)} for each in tools]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")

@@ -1,4 +1,4 @@
-"""The plan is arrays, and a task gets its own shard's part of them."""
+"""The plan is arrays, and a task gets only the part for its shard."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from tests.tokens import helpers
 
 @pytest.fixture
 def made(tmp_path: Path, small_shards: None) -> Plan:
-    """Three sources, of one several turns are used and of one a part."""
+    """Three sources; several turns of one are used, and a part of another."""
     a, b, c = (helpers.write_jsonl(tmp_path / f"{n}.jsonl", helpers.rows(n)) for n in (900, 300, 100))
     weighted = [{"path": str(b), "weight": 2.5}, {"path": str(c), "weight": 0.25}]
     return plan_here(helpers.config(tmp_path / "runs", a, *weighted), helpers.spec(), "train")
 
 
 def test_the_plan_of_the_same_data_never_changes(made: Plan) -> None:
-    """Else a store that is half made would be completed with other shards than it was begun with."""
+    # Otherwise a half-built store would be completed with other shards than it was started with.
     pieces = [[[p.file, p.unit.first, p.unit.rows, p.turn, p.share] for p in found] for found in made.shards]
     assert hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16] == GOLDEN_PLAN
     assert made.digest() == GOLDEN_STORE
@@ -55,7 +55,7 @@ def test_a_plan_takes_48_bytes_a_unit_and_a_part_of_it_only_its_own(config_of_ma
 
 @pytest.fixture
 def config_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """A plan of 51 million rows, of which no file is read."""
+    """A plan of 51 million rows; none of its files is read."""
     table = np.zeros(200_000, UNIT)
     table["rows"], table["size"] = 256, 100_000
     table["first"] = np.arange(len(table)) * 256

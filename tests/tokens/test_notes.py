@@ -1,4 +1,4 @@
-"""What is odd about rows is counted and said once."""
+"""Unusual rows are counted, and reported once."""
 
 import json
 from dataclasses import replace
@@ -24,17 +24,17 @@ def write(folder: Path, *chats: list[str]) -> Path:
 
 LONG = [f"turn {number}" for number in range(10)]
 SPLIT = (
-    "2 of 3 chats were split by the chat template, one example an answer, into 3.2 times the tokens; with"
-    " data.last_turn_only: true only the last answer of a chat is trained"
+    "2 of 3 chats were split by the chat template, one example per answer, into 3.2 times the tokens; to"
+    " train only the last answer of a chat, set data.last_turn_only: true"
 )
 
 
 def test_chats_that_a_template_splits(tmp_path: Path) -> None:
-    """Qwen3 drops the reasoning of earlier turns: 5 answers are 5 examples with all that is before them."""
+    # Qwen3 drops the reasoning of earlier turns, so 5 answers become 5 examples with the whole chat before each.
     spec = helpers.spec(ALL["qwen3"])
     path = write(tmp_path, LONG, LONG, ["hi", "one"])
     config = helpers.config(tmp_path / "runs", path, max_length=1000)
-    for when in ("", " (made before)"):
+    for when in ("", " (built earlier)"):
         with said() as printed:
             store = prepare(config, spec, "train")
         assert [line for line in printed if "split" in line] == [f"tokens: train: {SPLIT}"]
@@ -42,7 +42,7 @@ def test_chats_that_a_template_splits(tmp_path: Path) -> None:
     assert store.manifest.examples == 11
     with said() as printed:
         describe(config, spec)
-    assert f"of the rows that were read, {SPLIT}" in printed
+    assert f"of the rows read, {SPLIT}" in printed
 
 
 def test_with_the_last_turn_only_nothing_is_split(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_columns_and_keys_that_nothing_reads_are_counted_and_said(tmp_path: Path
     assert [line for line in printed if "the format" in line] == [f"tokens: train: {line}" for line in expected]
     with said() as printed:
         describe(config, spec)
-    assert [f"of the rows that were read, {line}" for line in expected] == printed[-2:]
+    assert [f"of the rows read, {line}" for line in expected] == printed[-2:]
 
 
 def test_columns_of_parquet_that_are_not_read_are_said_too(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:

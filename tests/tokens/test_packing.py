@@ -8,7 +8,7 @@ from olora_ray.tokens.shard import pack
 
 
 def first_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The textbook's version, quadratic."""
+    """The quadratic textbook version."""
     packs: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -37,7 +37,7 @@ def scanned(found: Sequence[Sequence[File]]) -> list[list[FileScan]]:
 
 
 def test_a_file_that_grows_between_the_splits_is_split_once(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    """Which rows are held out depends on the file's content: of two states of it, most would be in both splits."""
+    # Held-out rows depend on the file's content: with two states of the file, most would be in both splits.
     path = corpus(tmp_path / "a.jsonl", "a", 400)
     config, seen = helpers.config(tmp_path / "runs", text(path), eval_fraction=0.2), []
     look = look_here(config)

@@ -1,4 +1,4 @@
-"""What a dry run says of the data is what the preparation does with it."""
+"""A dry run reports about the data what the preparation does with it."""
 
 import base64
 import json
@@ -48,7 +48,7 @@ def test_held_out_rows_are_described_as_they_are_prepared(tmp_path: Path, tiny_s
 
 @pytest.mark.usefixtures("small_shards")
 def test_held_out_rows_may_begin_in_a_later_shard(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    """Few are held out of many: the dry run ended with a traceback."""
+    # If few of many rows are held out, the dry run ended with a traceback.
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(400))
     config = helpers.config(tmp_path / "runs", path, eval_fraction=0.01)
     manifest = prepare(config, tiny_spec, "eval").manifest
@@ -114,7 +114,7 @@ def test_a_dry_run_ends_as_the_run_would_end(
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No corpus is small enough to be read as a whole."""
+    """Make every corpus too large to be read completely."""
     monkeypatch.setattr(previews, "READ_ALL", 0)
 
 
@@ -137,7 +137,7 @@ def test_a_large_corpus_is_estimated_from_a_part(
 def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
     split: Literal["train", "eval"], times: int, tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
-    """Of 100 MB with short rows first it was said that there are five times as many, and that none is too long."""
+    # For 100 MB with short rows first, the dry run reported five times as many rows, and no long one.
     answers = [20] * 20_000 + [200 + number * 10 % 800 for number in range(12_000)]
     if times > 1:  # 200 MB, of which nobody looks at all
         answers = sorted(answers * times)
@@ -176,13 +176,13 @@ def test_of_a_large_file_that_is_read_from_its_beginning_only_that_is_said(
         assert found.rows == 20_000
         assert found.rejected["too_long"] / found.read == pytest.approx(0.335, rel=0.1)
     else:
-        assert found.note == "of csv files the beginnings alone, so sorted ones mislead"
+        assert found.note == "only the beginnings of csv files, so sorted files mislead"
 
 
 @pytest.mark.usefixtures("large")
 def test_too_many_rejected_rows_in_a_part_are_said_to_be_of_that_part(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [row for one in rows(400) for row in (one, {"x": 1})])
     with pytest.raises(
-        UserError, match=r"\d+ of 2\d\d rows cannot.*\(of the rows that a dry run reads of so much data\)"
+        UserError, match=r"\d+ of 2\d\d rows cannot.*\(of the rows that a dry run reads of large data\)"
     ):
         describe(helpers.config(tmp_path / "runs", path), tiny_spec, limit=200)

@@ -1,4 +1,4 @@
-"""rejected.jsonl is written from a temporary file: the same lines, without holding them."""
+"""rejected.jsonl is written from a temporary file: the same lines, without holding them in memory."""
 
 import json
 import tracemalloc
@@ -16,7 +16,7 @@ from tests.tokens import helpers
 
 @pytest.fixture
 def config(tmp_path: Path, small_shards: None) -> Config:
-    """Many bad rows, of sources that are used one, three and a half times."""
+    """Many bad rows, from sources that are used one, three and a half times."""
     rows = [row for one in helpers.rows(300) for row in (one, {"x": one})]
     sources = [
         {"path": str(helpers.write_jsonl(tmp_path / f"{weight}.jsonl", rows)), "weight": weight}
@@ -26,7 +26,7 @@ def config(tmp_path: Path, small_shards: None) -> Config:
 
 
 def expected(uri: str) -> str:
-    """The entries of all sidecars in their order, each line where it comes first."""
+    """The entries of all sidecars in their order, each line at its first occurrence."""
     sidecars = [json.loads(path.read_text()) for path in sorted(Path(uri).glob("shard-*.json"))]
     lines = dict.fromkeys(json.dumps(entry) for sidecar in sidecars for entry in sidecar["rejected"])
     return "".join(f"{line}\n" for line in lines)

@@ -1,4 +1,4 @@
-"""What a crash or a disk has damaged is made again with the same bytes, or named; it never gives wrong data."""
+"""A file that a crash or a disk has damaged is rebuilt with the same bytes, or named; it never gives wrong data."""
 
 import contextlib
 import multiprocessing
@@ -24,8 +24,8 @@ from tests.tokens import helpers
 from tests.tokens.helpers import content, rows
 from tests.tokens.test_growing import same
 
+# New content of files; None: the file is missing.
 Damage = dict[str, bytes | None]
-"""New content of files; None: the file is gone."""
 
 
 def kept(folder: Path) -> dict[str, int]:
@@ -61,11 +61,11 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
         if damage == "gone":
             path.unlink()
         else:
-            # A digit becomes another: still JSON, but not what was written.
+            # Another digit: still JSON, but other content than was written.
             path.write_bytes(text[:-20] if damage == "truncated" else text.replace(b"1", b"2", 1))
     with said() as lines:
         store = prepare(corpus, tiny_spec, "train")
-    warned = [line for line in lines if "damaged or lost" in line]
+    warned = [line for line in lines if "damaged or missing" in line]
     if complete and name == "shard-00003.json":  # nothing needs it while the manifest is good
         assert warned == []
         return
@@ -88,7 +88,7 @@ def test_a_shard_that_is_not_what_it_was_is_refused(corpus: Config, tiny_spec: T
     (folder / "manifest.json").write_text(sealed.seal(tree))
     (folder / "shard-00003.arrow").unlink()
     for _ in range(2):  # now, and when the next run finds it
-        with pytest.raises(UserError, match=r"shard-00003\.arrow, made again, is not what it was"):
+        with pytest.raises(UserError, match=r"rebuilt shard-00003\.arrow differs from the original"):
             prepare(corpus, tiny_spec, "train")
 
 
@@ -155,7 +155,7 @@ class Small:
                 Path(self.store.uri, name).write_bytes(found)
 
     def check(self, store: TokenStore, known: int) -> None:
-        """Every sequence is right, or reading it is a UserError."""
+        # Every sequence is right, or reading it is a UserError.
         for index in range(known):
             try:
                 found, origins = store[index], store.origins(index)
@@ -176,7 +176,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
 
 
 def broken(content: bytes, data: st.DataObject) -> bytes | None:
-    """The content truncated, with some bytes changed, or gone."""
+    """The content truncated, with some bytes changed, or missing."""
     kind = data.draw(st.sampled_from(["gone", "truncated", "changed", "changed"]))
     if kind == "gone":
         return None
@@ -209,12 +209,12 @@ def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names:
         return
     assert store.manifest == small.store.manifest
     small.check(store, len(store))
-    # What is not checked at the start: the bytes of a shard of the right size, and sidecars that nobody needs.
+    # The start does not check the bytes of a shard of the right size, nor sidecars of a complete store.
     unseen = {name for name in names if name.startswith("shard")}
     found = content(store.uri)
     assert {name for name in found if found[name] != small.files.get(name)} <= unseen
     if any(found[name] != small.files[name] for name in unseen if name.endswith("arrow")):
-        with pytest.raises(UserError, match=r"is damaged; delete this file"):
+        with pytest.raises(UserError, match=r"is damaged; delete it"):
             _ = [store[index] for index in range(len(store))]
 
 
@@ -244,7 +244,7 @@ def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataOb
 
 @pytest.mark.lengthy
 def test_a_half_written_shard_is_not_taken_for_good(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    """The sidecar of a shard is believed only together with a shard of that size."""
+    # The sidecar of a shard counts only together with a shard of the right size.
     store = prepare(corpus, tiny_spec, "train")
     path = Path(store.uri, "shard-00000.arrow")
     path.write_bytes(path.read_bytes()[:-1])

@@ -71,13 +71,13 @@ def test_a_complete_store_is_opened_without_work(corpus: Config, tiny_spec: Toke
     made = {path: path.stat().st_mtime_ns for path in Path(store.uri).iterdir()}
     with said() as lines:
         assert prepare(corpus, tiny_spec, "train").uri == store.uri
-    assert any("made before" in line for line in lines)
+    assert any("built earlier" in line for line in lines)
     assert {path: path.stat().st_mtime_ns for path in Path(store.uri).iterdir()} == made
 
 
 @pytest.mark.lengthy
 def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    """As after a kill: no manifest, a shard without its sidecar, shards that are not there."""
+    # The state after a kill: no manifest, a shard without its sidecar, missing shards.
     store = prepare(corpus, tiny_spec, "train")
     before = content(store.uri)
     folder = Path(store.uri)
@@ -89,7 +89,7 @@ def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec
         prepare(corpus, tiny_spec, "train")
     assert content(store.uri) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert any("10 of 12 shards are there already" in line for line in lines)
+    assert any("10 of 12 shards exist already" in line for line in lines)
 
 
 @pytest.mark.lengthy
@@ -135,7 +135,7 @@ def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
 def test_the_copies_of_a_node_have_a_bound(
     corpus: Config, tiny_spec: TokenizerSpec, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards that nobody has opened for a while make room for others."""
+    # Shards that were not opened for a while make room for others.
     local = prepare(corpus, tiny_spec, "train")
     tokens = temporary / f"olora_ray-{os.getuid()}" / "tokens"
     old = tokens / "another" / "shard-00000.arrow"
@@ -159,7 +159,7 @@ def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: Tokeni
         path.unlink()
     else:
         path.write_bytes(before[:-100] if damage == "truncated" else before[:1000] + b"\xff" + before[1001:])
-    with pytest.raises(UserError, match=r"shard-00002.arrow .*start the run again"):
+    with pytest.raises(UserError, match=r"shard-00002.arrow .*run the same command again"):
         TokenStore.open(store.uri)[sum(shard.packs for shard in store.manifest.shards[:2])]
 
 
@@ -169,7 +169,7 @@ def test_a_damaged_manifest_is_an_error(corpus: Config, tiny_spec: TokenizerSpec
     Path(store.uri, "manifest.json").write_text('{"digest": 1}')
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         TokenStore.open(store.uri)
-    with pytest.raises(UserError, match="not there, or not complete"):
+    with pytest.raises(UserError, match="missing or incomplete"):
         TokenStore.open(f"{store.uri}/nothing")
 
 
@@ -191,7 +191,7 @@ def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path,
         f" (broken_json 1, empty_answer 4, too_long 1); {path}:"
     )
     assert message.count(f"{path}:") == 3
-    assert message.endswith("; mend or remove them, or allow as many with data.max_rejected=0.063")
+    assert message.endswith("; fix or remove them, or allow so many with data.max_rejected=0.063")
     [listed] = (tmp_path / "runs/tokens").glob("*/rejected.jsonl")
     entries = [json.loads(line) for line in listed.read_text().splitlines()]
     assert {(entry["line"], entry["reason"]) for entry in entries} == {
@@ -206,14 +206,14 @@ def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path,
         "empty_answer": 4,
         "too_long": 1,
     }
-    # The same store, now complete, does not get round a stricter limit.
+    # A stricter limit also applies to the same store once it is complete.
     assert failure(config, tiny_spec) == message
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "x", "answer": "y"}, r"missing_field 5\).*is not there; the row has question, answer"),
+        ({"question": "x", "answer": "y"}, r"missing_field 5\).*is missing; the row has question, answer"),
         (chat("q" * 500, "a"), r"too_long 5\).*more than data.max_length = 128"),
         (chat("q", " "), r"empty_answer 5\)"),
     ],
@@ -242,7 +242,7 @@ def test_columns_of_a_parquet_file_are_named(tmp_path: Path, tiny_spec: Tokenize
 
     parquet.write_table(pa.Table.from_pylist([{"instruction": "x", "answer": "y", "id": 1}]), tmp_path / "a.parquet")
     config = helpers.config(tmp_path / "runs", {"path": str(tmp_path / "a.parquet"), "format": "alpaca"})
-    assert "field 'output' is not there; the row has instruction, answer, id" in failure(config, tiny_spec)
+    assert "field 'output' is missing; the row has instruction, answer, id" in failure(config, tiny_spec)
 
 
 def test_a_template_that_refuses_all_rows_is_named(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_template_that_refuses_all_rows_is_named(tmp_path: Path) -> None:
 
 
 def test_one_row_that_the_template_refuses_does_not_stop_the_run(tmp_path: Path) -> None:
-    """Two answers in a row, in a template that wants roles in turns."""
+    # The row has two answers in a row, but the template wants alternating roles.
     strict = "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}" + helpers.CHATML
     odd = {"messages": [*chat("q", "a")["messages"], {"role": "assistant", "content": "b"}]}
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(120), odd])
@@ -263,7 +263,7 @@ def test_one_row_that_the_template_refuses_does_not_stop_the_run(tmp_path: Path)
     assert store.manifest.rejected == {"template": 1}
     [entry] = map(json.loads, Path(store.uri, "rejected.jsonl").read_text().splitlines())
     assert (entry["file"], entry["line"]) == (str(path), 121)
-    assert entry["message"].startswith("the chat template of tiny refuses the conversation: roles must alternate: ")
+    assert entry["message"].startswith("the chat template of tiny refuses the conversation: roles must alternate")
 
 
 def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
@@ -322,7 +322,7 @@ def test_a_text_of_one_token_is_used_if_the_token_itself_is_trained(add_bos: boo
 def test_a_row_that_is_far_too_long_is_rejected_before_it_is_tokenised(
     tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
-    """A csv cell of 60 MB took 88 seconds and 11 GB."""
+    # A csv cell of 60 MB took 88 seconds and 11 GB.
     for letters, reason in ((8000, "tokens, more than data.max_length = 8"), (8001, "more than 8,000 characters")):
         row = {"prompt": "q" * letters, "completion": "a"}
         source = {"path": str(helpers.write_jsonl(tmp_path / "a.jsonl", [row])), "format": "prompt_completion"}

@@ -26,7 +26,7 @@ THINKS = FIRST.replace("one", "<think></think>\none")
 def left(
     example: Example, too_long: str, most: int, template: str = helpers.CHATML, last_turn_only: bool = False
 ) -> list[str]:
-    """What is left of an example, with [[supervised]] parts in brackets."""
+    """The tokens that are left of an example, with [[supervised]] parts in brackets."""
     tokenize = ExampleTokenizer(helpers.spec(template), most, last_turn_only, too_long)
     return [marked(tokens) for tokens in tokenize(example)]
 
@@ -100,7 +100,7 @@ def test_shortened_rows_are_counted_and_told_and_none_of_their_answers_is_asked_
     assert not store.manifest.rejected
     assert store.manifest.notes[too_long] == 2
     assert line.startswith("tokens: eval: ")
-    assert line.replace("tokens: eval:", "of the rows that were read,") in shown
+    assert line.replace("tokens: eval:", "of the rows read,") in shown
     assert store.digest == plan.digest() != whole.digest
     asked = [helpers.decode(question.reference) for question in questions(store, 9)]
     dropped = [] if too_long == "cut" else ["one 3<|im_end|>", "one 4<|im_end|>"]

@@ -1,4 +1,4 @@
-"""How many rows may be rejected, and what a person is told about them."""
+"""The limit on rejected rows, and the message about them."""
 
 import contextlib
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     with pytest.raises(UserError) as caught:
         prepare(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
     told = str(caught.value)
-    longer = "; raise data.max_length (up to 222) or set data.too_long to drop_turns or cut, or allow as many with "
+    longer = "; raise data.max_length (up to 222) or set data.too_long to drop_turns or cut, or allow so many with "
     assert longer in told
     share = float(told.split("data.max_rejected=")[1])
     for data in ({"max_rejected": share}, {"max_length": 222, "max_rejected": 0.0}):
@@ -80,7 +80,7 @@ def test_that_most_rows_are_rejected_is_never_to_be_allowed(bad: int, allowed: b
 def test_the_remedy_is_that_of_the_most_frequent_reason() -> None:
     assert "fields of data.train.2, or" in remedy({"missing_field": 3, "too_long": 1}, 100, "held out of data.train.2")
     assert "own tokenizer" in remedy({"no_embedding": 2, "too_long": 1}, 3, "x")
-    assert remedy({"empty_answer": 3}, 3, "x") == "mend or remove them"
+    assert remedy({"empty_answer": 3}, 3, "x") == "fix or remove them"
 
 
 @pytest.mark.parametrize(

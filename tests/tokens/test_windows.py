@@ -1,7 +1,7 @@
-"""Later passes over a store of many shards: exact, the same whenever they are asked for, few shards open, and random.
+"""Later passes over a store of many shards: exact, repeatable, with few open shards, and random.
 
-How random is measured as a reader of the loss would notice it: where a sequence lies, what lies beside it, and whether
-what was beside it in one pass still is in the next.
+Randomness is measured by what a reader of the loss would notice: the position of a sequence, its neighbours, and
+whether neighbours in one pass are still neighbours in the next.
 """
 
 import itertools
@@ -22,13 +22,13 @@ SEED = 17
 
 
 def store(packs: list[int]) -> TokenStore:
-    """A store with so many sequences in each of its shards, whose files nobody opens."""
+    """A store with so many sequences in each of its shards; its files do not exist."""
     infos = tuple(ShardInfo(count, count, count, 1, "") for count in packs)
     return TokenStore("/nowhere", Outline("0" * 32, len(packs), 8, ("a",)), infos)
 
 
+# Sequences per shard, for shards of different sizes; shards of bad rows are empty.
 PACKS = np.random.default_rng(0).integers(0, 12, 2000)
-"""Sequences of shards of uneven size; some are empty, as those of bad rows are."""
 
 
 @cache
@@ -46,7 +46,7 @@ def shards_of(sequences: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> "np.nd
 
 
 def test_a_store_of_few_shards_keeps_its_order() -> None:
-    """Runs of before go on as they began."""
+    # Existing runs resume in the order in which they started.
     few = store([3] * FEW_SHARDS)
     assert not few.windowed
     total = len(few)
@@ -82,7 +82,7 @@ def test_any_split_into_ranges_gives_the_same_stream(seed: int, cuts: list[int])
 
 
 def test_orders_never_change() -> None:
-    """They are part of what makes a run repeatable: a new version must not change them."""
+    # A run is repeatable only if a new version keeps the orders.
     total = len(large())
     assert large().order(SEED, total + 5_000, total + 5_004).tolist() == GOLDEN_FIRST
     assert large().order(SEED, 5 * total - 4, 5 * total).tolist() == GOLDEN_FIFTH
@@ -93,7 +93,7 @@ GOLDEN_FIFTH = [1547, 2206, 10152, 5636]
 
 
 def test_few_shards_are_open_at_a_time_and_each_is_opened_once() -> None:
-    """By a reader that keeps two windows, and takes every third sequence, as one of three workers does."""
+    # The reader keeps two windows, and takes every third sequence, like one of three workers.
     opened, kept = 0, OrderedDict[int, None]()
     for shard in shards_of(pass_of(1))[::3].tolist():
         if shard not in kept:
@@ -107,14 +107,14 @@ def test_few_shards_are_open_at_a_time_and_each_is_opened_once() -> None:
     shards = shards_of(pass_of(1))
     most = max(len(np.unique(shards[at : at + step])) for at in range(0, len(shards) - step, 97))
     assert most <= 2 * WINDOW
-    # What this replaces:
+    # The simpler order that windows replace:
     whole = order(len(large()), SEED, len(large()), 2 * len(large()))
     assert len(np.unique(shards_of(whole[:step]))) > 2.5 * WINDOW
 
 
 @pytest.mark.lengthy
 def test_a_sequence_may_lie_anywhere_in_a_pass() -> None:
-    """Its places in 100 passes, for each of 12 sequences: each tenth of the pass has a tenth of them."""
+    # Positions of 12 sequences in 100 passes: each tenth of the pass has a tenth of them.
     total = len(large())
     chosen = np.linspace(0, total - 1, 12).astype(int)
     counts = np.zeros((len(chosen), 10))
@@ -128,7 +128,7 @@ def test_a_sequence_may_lie_anywhere_in_a_pass() -> None:
 
 
 def test_neighbours_of_the_store_are_far_apart() -> None:
-    """Within a shard: a third of a window on average, as in an urn of the window; across shards a third of all."""
+    # Within a shard: a third of a window on average, as for independent draws; across shards a third of the store.
     total = len(large())
     inverse = np.empty(total, dtype=np.int64)
     inverse[pass_of(1)] = np.arange(total)
@@ -140,7 +140,7 @@ def test_neighbours_of_the_store_are_far_apart() -> None:
 
 
 def test_rows_of_one_shard_do_not_stay_together() -> None:
-    """A shard's share of any stretch of a pass is what an urn of its window gives; the next one is another's."""
+    # The share of a shard in any part of a pass is that of draws from its window; the next part has another window.
     shard = shards_of(pass_of(1))
     windows = -(-large().shard_count // WINDOW)
     together = (shard[1:] == shard[:-1]).mean()
@@ -154,7 +154,7 @@ def test_what_is_beside_a_sequence_changes_from_pass_to_pass() -> None:
         inverse = np.empty(total, dtype=np.int64)
         inverse[pass_of(number)] = np.arange(total)
         places.append(inverse)
-    # Of so many shards at random a correlation is 0 give or take 1 / sqrt(shards).
+    # For so many random shards a correlation is 0 with a standard deviation of 1 / sqrt(shards).
     for one, other in ((places[0], places[1]), (places[0], np.arange(total)), (places[1], np.arange(total))):
         assert abs(np.corrcoef(one, other)[0, 1]) < 4 / large().shard_count ** 0.5
     after = pass_of(1)

@@ -14,7 +14,7 @@ from tests import mlflow_database, tiny
 from tests.export_parts import Case, make_case, save_tokenizer
 
 TAGS = {"olora.method": "olora", "olora.rank": 4, "olora.eval_loss": ""}
-"""Of the version that `triage` has."""
+"""Tags of the version of `triage`."""
 
 
 @pytest.fixture(scope="session")
@@ -33,20 +33,19 @@ def merged(case: Case) -> Path:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A storage with MLflow's database beside it."""
+    """A storage with MLflow's database."""
     return mlflow_database.place(tmp_path_factory.mktemp("versions") / "runs")
 
 
 @pytest.fixture
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """MLflow's address of an empty database."""
+    """The address of an MLflow with an empty database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
 
 
 @pytest.fixture
 def tracker(database: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
-    """A new run."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return start_run(tiny.config(run__storage=str(database)), "test", {})
 

@@ -1,4 +1,4 @@
-"""A run in a database of its own, what is written to it, and what MLflow has of it."""
+"""A run in its own database, with its writes and the values that MLflow has."""
 
 import contextlib
 import sqlite3
@@ -32,7 +32,7 @@ def rows(begin: int, end: int) -> dict[int, dict[str, float]]:
 
 
 def series(tracker: run.Tracker, name: str) -> Series:
-    """In the order of the time stamps."""
+    """Return a metric's values in the order of their timestamps."""
     return [(item.step, item.value) for item in tracker.client().get_metric_history(tracker.run_id, name)]
 
 

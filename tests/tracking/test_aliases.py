@@ -1,4 +1,4 @@
-"""Moving the champion: never none, never half, never a version whose files have changed."""
+"""Moving the champion: there is always one, no move stays half done, no changed file becomes champion."""
 
 import json
 from collections.abc import Callable
@@ -19,11 +19,11 @@ Add = Callable[[str], tuple[str, str]]
 
 
 class Killed(BaseException):
-    """Stands for a process that ends between two requests to MLflow."""
+    """Stands for a process that dies between two requests to MLflow."""
 
 
 def made(add: Add, name: str, count: int) -> Aliases:
-    """A model with so many versions; the last one is challenger."""
+    """Create a model with this many versions; the last one is challenger."""
     uri = [add(name) for _ in range(count)][-1][0]
     return Aliases(uri, name)
 
@@ -61,7 +61,7 @@ def test_rollback_and_back_again_by_hand(add: Add) -> None:
 
 
 class ClockedLock(RegistryLock):
-    """The lock of somebody who has died is waited for by a clock that only the waiting moves."""
+    """A lock whose clock only its own waiting moves, to wait for a dead holder."""
 
     seconds = 0.0
 
@@ -154,7 +154,7 @@ def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(database: P
 
 
 def large(against: str) -> dict[str, str]:
-    """What a verdict stands on: two models with 80 scores each, more than a registered model's tag can have."""
+    """Return the evidence of a verdict: two models with 80 scores each, too much for a tag of a registered model."""
     scores = {f"eval/field/number_{number}": 0.123456789012345 for number in range(80)}
     return {"olora.gate_against": against, "olora.gate_details": json.dumps({"challenger": scores, "champion": scores})}
 
@@ -173,7 +173,7 @@ def test_a_long_verdict_and_what_it_stands_on_are_kept(database: Path) -> None:
 
 @pytest.mark.lengthy
 def test_a_promotion_that_was_cut_off_counts_as_a_whole_or_not_at_all(database: Path) -> None:
-    """A verdict of before, against another champion, does not become one against the champion of now."""
+    """An old verdict, against another champion, does not count against the current champion."""
     aliases = Clocked(registered.model(database, "cut-off-record", 2).uri, "cut-off-record")
     real, seen = aliases.client, set()
     for left in range(20):
@@ -188,14 +188,14 @@ def test_a_promotion_that_was_cut_off_counts_as_a_whole_or_not_at_all(database: 
             break
         aliases.repair()
         with held(ClockedLock(real, aliases.name)):
-            pass  # the dead one's tag is removed
+            pass  # the tag of the dead holder is removed
         tags = aliases.version("2").tags
         seen.add((aliases.current()["champion"], tags.get(GATE), tags["olora.gate_against"] if GATE in tags else ""))
     assert seen == {("1", "refused: before", "7"), ("1", None, ""), ("2", "passed: now", "1")}
 
 
 def announced(aliases: Aliases, number: str, text: str) -> None:
-    """A move to a version that was cut off, as MLflow has it."""
+    """Create an interrupted move to a version, as MLflow has it."""
     aliases.client.set_model_version_tag(aliases.name, number, MOVE, text)
 
 
@@ -234,7 +234,7 @@ def test_an_announcement_that_cannot_be_read_is_removed(database: Path) -> None:
         announced(aliases, "1", text)
         with said() as lines:
             aliases.repair()
-        assert "its tag olora.move cannot be read" in "".join(lines), text
+        assert "the tag olora.move cannot be read" in "".join(lines), text
         assert aliases.current() == {"champion": "1"}
         assert MOVE not in aliases.version("1").tags
 
@@ -243,7 +243,7 @@ def test_an_announcement_that_cannot_be_read_is_removed(database: Path) -> None:
 def test_a_decision_against_another_champion_is_not_carried_out(database: Path) -> None:
     aliases = registered.model(database, "overtaken", 3)
     aliases.promote("1", "passed", instead_of="")
-    for instead_of, why in (("2", "was version 2, and is version 1"), ("", "was none, and is version 1")):
+    for instead_of, why in (("2", "was version 2, and is now version 1"), ("", "was none, and is now version 1")):
         with pytest.raises(Overtaken, match=why):
             aliases.promote("3", "passed", instead_of=instead_of)
         with pytest.raises(Overtaken, match=why):
@@ -265,7 +265,7 @@ def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_prom
     for name in ("model/adapter_config.json", "adapter_config.json", "model.safetensors", ".hidden"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
-        with pytest.raises(UserError, match=f"added version 2: {name} was added since it was registered"):
+        with pytest.raises(UserError, match=f"added version 2: {name} was added after the registration"):
             aliases.promote("2", "passed")
         (folder / name).unlink()
     (folder / "link").symlink_to("/tmp")
@@ -290,14 +290,14 @@ def test_checksums_that_are_none_are_one_line(database: Path) -> None:
     for content in FOREIGN:
         (files_of(aliases, "1") / checksums.FILE).write_bytes(content)
         aliases.client.set_model_version_tag("no-list", "1", checksums.TAG, digest_bytes(content))
-        with pytest.raises(UserError, match=r"^no-list version 1: checksums\.json is no list of files"):
+        with pytest.raises(UserError, match=r"^no-list version 1: checksums\.json is not a list of files"):
             aliases.verify("1")
 
 
 def test_files_that_are_reached_through_mlflow_are_listed_and_checked_like_those_on_a_disk(database: Path) -> None:
     aliases = registered.model(database, "remote", 1)
     folder, version = files_of(aliases, "1"), aliases.version("1")
-    elsewhere = f"file:{folder}"  # an address to this project, which does not take it for a folder
+    elsewhere = f"file:{folder}"  # this project treats it as an address, not as a folder
     assert checksums.verify(version, elsewhere, aliases.uri) == 1
     (folder / "model" / "inner").mkdir(parents=True)
     (folder / "model" / "inner" / "weights.bin").write_text("")
@@ -325,13 +325,13 @@ def test_a_version_whose_files_have_changed_is_never_promoted(add: Add, spoil: s
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
-    if spoil == "checksums":  # whoever changes the files may change the list beside them
+    if spoil == "checksums":  # an attacker may change the list beside the files, too
         listed.unlink()
         listed.write_text(checksums.of_folders({"": folder}))
     expected = {
-        "content": "model/model.safetensors has other content",
+        "content": "model/model.safetensors was changed",
         "missing": "is missing",
-        "checksums": "json is not that",
+        "checksums": r"checksums\.json was changed",
     }
     with pytest.raises(UserError, match=expected[spoil]):
         aliases.promote("2", "passed")
@@ -344,7 +344,7 @@ def test_a_rollback_checks_the_files_too(add: Add) -> None:
     aliases.promote("1", "passed")
     aliases.promote("2", "passed")
     (files_of(aliases, "1") / "model" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"model/config\.json has other content"):
+    with pytest.raises(UserError, match=r"model/config\.json was changed"):
         aliases.rollback("bad")
     assert aliases.current() == {"champion": "2", "previous": "1"}
 

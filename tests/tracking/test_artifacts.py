@@ -1,4 +1,4 @@
-"""MLflow's files on an object store: they arrive there, and what keeps them away is told before a training."""
+"""MLflow's files in an object store: they arrive, and a problem is reported before the training."""
 
 import shutil
 import sys
@@ -52,9 +52,9 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
 
 @pytest.mark.parametrize("host", ["mlflow.internal", "127.0.0.1"])
 def test_a_folder_of_the_servers_machine_is_told_before_a_training(tmp_path: Path, host: str) -> None:
-    """With --no-serve-artifacts MLflow makes the server's folder on the client: as root, that of a container."""
+    """With --no-serve-artifacts MLflow creates the server's folder on the client; as root in a container this works."""
     place, uri = tmp_path / "server" / "artifacts" / "1", f"http://{host}:5000"
-    with pytest.raises(UserError, match=rf"{uri} keeps files in its folder {place}, which is not there"):
+    with pytest.raises(UserError, match=rf"{uri} keeps files in its folder {place}, which is missing"):
         start.probe(place.as_uri(), uri)
     assert list(tmp_path.iterdir()) == []
     place.parent.mkdir(parents=True)  # a shared folder
@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_training(tmp_path: Pat
 
 
 def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path: Path) -> None:
-    """MLflow names the store of such a server mlflow-artifacts:/ID, whatever the server's own name is."""
+    """MLflow calls the store of such a server mlflow-artifacts:/ID, without the server's name."""
     server = Server(tmp_path)
     server.wait()
     try:
@@ -86,7 +86,7 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
 
 @pytest.mark.lengthy
 def test_an_experiment_whose_bucket_is_gone(config: Config) -> None:
-    """It was made when the storage was another."""
+    """The experiment was created while another store was configured."""
     connect(start.resolve_uri(config)).create_experiment("on s3", artifact_location="s3://gone/mlartifacts")
     with pytest.raises(
         UserError, match=r"MLflow's artifact store: s3://gone/mlartifacts cannot be written: there is no"

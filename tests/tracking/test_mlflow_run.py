@@ -14,7 +14,7 @@ from tests import mlflow_database, tiny
 
 
 class Ids(dict[str, str]):
-    """Those of one piece of work."""
+    """The MLflow runs of one piece of work."""
 
     def tracking_run(self, uri: str) -> str | None:
         return self.get(uri)
@@ -91,10 +91,10 @@ def delete_and_write(tracker: Tracker, experiment: bool) -> None:
 def test_a_run_that_somebody_deletes_is_one_line_and_the_next_attempt_has_a_new_one(
     tmp_path: Path, experiment: bool
 ) -> None:
-    """MLflow takes the model of no deleted run, which is found out when the training is done."""
+    """MLflow refuses the model of a deleted run, which shows only after the training."""
     config = tiny.config(run__storage=str(mlflow_database.place(tmp_path)))
     ids = Ids()
-    expected = r"^tracking: the MLflow run \w+ was deleted while it was written to \(.*; run the same command again"
+    expected = r"^tracking: the MLflow run \w+ was deleted during this run \(.*; run the same command again"
     with pytest.raises(TryAgain, match=expected) as caught, mlflow_run(config, {}, ids, {}) as tracker:
         delete_and_write(tracker, experiment)
     assert caught.value.exit_code == 75

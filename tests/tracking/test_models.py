@@ -55,7 +55,7 @@ def test_mlflow_serves_it_as_a_chat_model() -> None:
     from mlflow.pyfunc.scoring_server import init
     from starlette.testclient import TestClient
 
-    # What `mlflow models serve` runs, without the process around it.
+    # The code that `mlflow models serve` runs, in this process.
     model = mlflow.pyfunc.load_model("models:/triage@candidate")
     request = {"messages": QUESTION, "max_tokens": 4}
     with TestClient(init(model)) as client:
@@ -85,7 +85,7 @@ def test_one_copy_of_the_weights(triage: run.Tracker, merged: Path, database: Pa
 
 def test_registering_again_gives_the_same_version(triage: run.Tracker, merged: Path) -> None:
     client = triage.client()
-    client.delete_registered_model_alias("triage", "candidate")  # killed before it was set
+    client.delete_registered_model_alias("triage", "candidate")  # as if killed before setting it
     assert models.register(triage, Contents(merged), "triage", "candidate", TAGS) == 1
     assert client.get_model_version_by_alias("triage", "candidate").version in ("1", 1)
     assert len(client.search_model_versions("name = 'triage'")) == 1

@@ -1,4 +1,4 @@
-"""A storage that was moved or copied: MLflow writes and reads artifacts there, and nowhere else."""
+"""A moved or copied storage: MLflow reads and writes artifacts there, and nowhere else."""
 
 import contextlib
 import shutil
@@ -24,7 +24,7 @@ def settings(place: Path) -> Config:
 
 @pytest.fixture
 def ids() -> Ids:
-    """Of the run, under whatever address."""
+    """The ids of the run, under any address."""
 
     class Same(Ids):
         def tracking_run(self, uri: str) -> str | None:
@@ -39,8 +39,8 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tracked(place: Path, ids: Ids) -> str:
-    """A run with an artifact, a model and a version of it; its artifacts' folder."""
-    utils._artifact_repos_cache.clear()  # as in a process that has not seen the run before
+    """A run with an artifact, a model and a version of it; returns the folder of its artifacts."""
+    utils._artifact_repos_cache.clear()  # as in a new process
     with mlflow_run(settings(place), {}, ids, {}) as tracker:
         tracker.text("hello", "note.txt")
         client = tracker.client()
@@ -65,7 +65,7 @@ def test_the_run_continues_where_the_storage_lies_now(tmp_path: Path, ids: Ids, 
     assert (Path(moved) / "note.txt").read_text() == "hello"
     assert not (Path(first) / "note.txt").exists()
     assert before.exists() is copied
-    assert sum("run.storage has moved" in line for line in lines) == 1
+    assert sum("run.storage was moved" in line for line in lines) == 1
     (version,) = MlflowClient(f"sqlite:///{now}/mlflow.db").search_model_versions()
     assert version.source.startswith(f"{now}/mlartifacts/")
     with said() as lines:
@@ -74,7 +74,7 @@ def test_the_run_continues_where_the_storage_lies_now(tmp_path: Path, ids: Ids, 
 
 
 def test_a_registered_model_is_found_where_the_storage_lies_now(tmp_path: Path, ids: Ids) -> None:
-    """Before any run there: it may be the base of that run, and no run could begin without it."""
+    """Even before the first run there, because that run may use it as its base model."""
     before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
     tracked(before, ids)
     [version] = MlflowClient(f"sqlite:///{before}/mlflow.db").search_model_versions()
@@ -90,7 +90,7 @@ def test_the_registrys_command_finds_versions_where_the_storage_lies_now(tmp_pat
     before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
     tracked(before, ids)
     shutil.move(before, now)
-    for action, place in ((["list", "m"], before), (["show", "m", "1"], now)):  # a list reads no file
+    for action, place in ((["list", "m"], before), (["show", "m", "1"], now)):  # `list` reads no file
         with contextlib.suppress(UserError):  # the version has no files
             registry.main([*action, "--tracking-uri", f"sqlite:///{now}/mlflow.db"])
         [version] = MlflowClient(f"sqlite:///{now}/mlflow.db").search_model_versions()

@@ -1,4 +1,4 @@
-"""Two runs that begin at the same time on a storage in which nothing is yet."""
+"""Two runs that start at the same time on an empty storage."""
 
 import subprocess
 import sys

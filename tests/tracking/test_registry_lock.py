@@ -1,4 +1,4 @@
-"""The lock of a registered model, on a real MLflow: one at a time, dead holders are passed over, live ones are not."""
+"""The lock of a registered model, on a real MLflow: one holder at a time; dead holders lose it, live ones do not."""
 
 import itertools
 import random
@@ -26,7 +26,7 @@ def tags(client: Any) -> dict[str, str]:
 
 
 class Clocked(RegistryLock):
-    """A lock whose clock runs with the looks at it."""
+    """A lock whose clock advances with each look."""
 
     def __init__(self, client: Any) -> None:
         super().__init__(client, "m")
@@ -40,7 +40,7 @@ class Clocked(RegistryLock):
 
 
 class Other(Clocked):
-    """The same, while another process takes and gives back the lock all the time."""
+    """The same, while another process takes and releases the lock all the time."""
 
     tag = ""
 

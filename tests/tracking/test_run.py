@@ -27,7 +27,7 @@ CLOSED = "http://127.0.0.1:9"
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One SQLite for all tests here."""
+    """One SQLite database for all tests here."""
     return mlflow_database.place(tmp_path_factory.mktemp("tracking") / "runs")
 
 
@@ -111,7 +111,7 @@ def test_a_remote_storage_needs_a_server() -> None:
 
 @contextlib.contextmanager
 def answering(status: int, text: bytes) -> Iterator[str]:
-    """The address of a server that is not MLflow, or not for us."""
+    """The address of a server that is not MLflow, or refuses us."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -138,7 +138,7 @@ def answering(status: int, text: bytes) -> Iterator[str]:
         (CLOSED, "no MLflow server answers: .*Connection refused"),
         ("http://no-such-host.invalid:5000", "no MLflow server answers: .*resolve"),
         ("postgresql://me:secret@127.0.0.1:9/db", r"me:\*\*\*@.*Connection refused"),
-        ("foo://somewhere", "not an address MLflow knows"),
+        ("foo://somewhere", "MLflow cannot use this address"),
         ("./mlruns", r"use sqlite:////PATH/mlflow\.db or http://HOST:PORT"),
         ("sqlite:////proc/none/mlflow.db", "the database cannot be used: "),
         ("sqlite:////etc/hostname", "the database cannot be used: .*not a database"),
@@ -159,7 +159,7 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
 @pytest.mark.parametrize(
     ("status", "text", "message"),
     [
-        (404, b"<html>\nno such page", "something answers, but not an MLflow server with this path"),
+        (404, b"<html>\nno such page", "a server answers, but not an MLflow server with this path"),
         (403, b"Invalid Host header - possible DNS rebinding attack", "start it with --allowed-hosts '127.0.0.1:"),
     ],
 )

@@ -1,4 +1,4 @@
-"""MLflow goes away and comes back: with a real server that is killed, a cut connection, a locked database."""
+"""MLflow becomes unreachable and reachable again: a real server that is killed, a cut connection, a locked database."""
 
 import errno
 import logging
@@ -68,16 +68,16 @@ def seconds(call: Callable[[], object]) -> float:
 
 @dataclass
 class Outage:
-    """What was seen while the server was away."""
+    """The observations during the outage."""
 
     training: run.Tracker
     """A run that continues training."""
     taken_up: run.Tracker
-    """A run whose driver was killed, resumed while the server was away."""
+    """A run whose driver was killed, resumed during the outage."""
     asked_here: int = 0
-    """Requests of the thread that trains."""
+    """Requests from the thread that trains."""
     others: list[str] = field(default_factory=list)
-    """Threads of other tests' trackers."""
+    """Threads of the trackers of other tests."""
     upload: float = 0.0
     pending: int = 0
     flushed_while_away: bool = True
@@ -96,7 +96,7 @@ class Kept(logging.Handler):
 
 @pytest.fixture(scope="module")
 def outage(server: Server) -> Iterator[Outage]:
-    """The story: two runs are written to, the server is killed, both continue, the server comes back."""
+    """The story: two runs write, the server is killed, both runs continue, the server starts again."""
     config, kept, others = settings(server.uri), Kept(), threads()
     logging.getLogger().addHandler(kept)
     try:
@@ -108,7 +108,7 @@ def outage(server: Server) -> Iterator[Outage]:
         killed.metrics(rows(0, 30))
         assert training.flush(20)
         assert killed.flush(20)
-        killed._queue.close()  # its driver has gone, its run is still RUNNING
+        killed._queue.close()  # its driver is dead, its run is still RUNNING
         until(lambda: steps(training, SYSTEM))
         server.kill()
         seen = Outage(training, start_run(config, "killed driver", {}, killed.run_id))
@@ -138,11 +138,11 @@ def _away(seen: Outage) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(requests.Session, "send", noted)
         for begin in range(20, 40, 4):
-            # Steps done again after a failure come again.
+            # Steps that are repeated after a failure are logged again.
             seen.training.metrics(rows(begin - 6, begin + 4))
             time.sleep(0.3)  # a step takes a while
     seen.taken_up.params({"a": 1, "b": 2})
-    seen.taken_up.metrics(rows(0, 50))  # the whole history
+    seen.taken_up.metrics(rows(0, 50))  # the complete history
     seen.pending = seen.taken_up.pending
 
     def upload() -> None:
@@ -171,7 +171,7 @@ def test_a_run_taken_up_while_the_server_is_away_has_no_step_twice(outage: Outag
 
 def test_training_does_not_wait(outage: Outage) -> None:
     assert outage.asked_here == 0
-    assert outage.pending == 100  # it is not known yet what MLflow has
+    assert outage.pending == 100  # MLflow has not been asked yet for its values
     assert not outage.flushed_while_away
     assert outage.upload < 15
 
@@ -179,8 +179,8 @@ def test_training_does_not_wait(outage: Outage) -> None:
 def test_one_line_when_it_goes_and_one_when_it_is_back(outage: Outage) -> None:
     gone = [line for line in outage.messages if line.startswith("MLflow does not answer (")]
     back = [line for line in outage.messages if line.startswith("MLflow answers again, ")]
-    assert len(gone) == len(back) == 2  # one a tracker
-    assert "MLflow answers again, 40 values written" in back  # of the 100, those it did not have
+    assert len(gone) == len(back) == 2  # one per tracker
+    assert "MLflow answers again, 40 values written" in back  # of 100, the values that MLflow lacked
     assert set(outage.messages) == {*gone, *back}
     assert all(line.endswith("); metrics wait and training continues") and len(line) < 160 for line in gone), gone
 
@@ -189,7 +189,7 @@ def test_after_the_end_no_thread_is_left(outage: Outage) -> None:
     assert threads() == outage.others
 
 
-@pytest.mark.slow  # SQLite's own patience, three times
+@pytest.mark.slow  # waits for SQLite's own timeout three times
 def test_a_locked_database_is_waited_for(
     address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,7 +284,7 @@ def test_inside_reachable_other_errors_stay_as_they_are(address: str) -> None:
 
 
 def answer(status: int, text: str) -> requests.Response:
-    """What a server says."""
+    """Return the answer of a server."""
     found = requests.Response()
     found.status_code, found._content = status, text.encode()
     return found
@@ -299,7 +299,7 @@ def sent_by_boto3() -> None:
 
 
 def said_by_a_database(text: str) -> Callable[[], None]:
-    """What SQLAlchemy raises for a database's driver; MLflow raises its own error for it, without `from`."""
+    """Return SQLAlchemy's error for a database driver, under MLflow's own error, raised without `from`."""
 
     def fail() -> None:
         try:
@@ -321,7 +321,7 @@ DENIALS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("case", DENIALS)
 def test_a_refused_access_is_one_line(address: str, case: str) -> None:
-    """Not a bug with a traceback: a token may have expired while the run trained, or the rights not go so far."""
+    """No traceback: a token may have expired during the run, or lack a permission."""
     local(address).end()
     expected = r"^tracking\.uri=sqlite.*: access is refused; .* \("
     with pytest.raises(UserError, match=expected) as caught, reach.reachable(address):
@@ -331,7 +331,7 @@ def test_a_refused_access_is_one_line(address: str, case: str) -> None:
 
 
 def test_a_database_that_has_no_room_for_another_client_is_waited_for(address: str) -> None:
-    """Unlike one that refuses a password: with exit code 75 a night is tried again."""
+    """Unlike a refused password, it may pass: with exit code 75 a night is tried again."""
     local(address).end()
     with pytest.raises(reach.TrackingUnavailable, match="too many clients"), reach.reachable(address):
         said_by_a_database("FATAL:  too many clients already")()
@@ -341,7 +341,7 @@ def test_a_database_that_has_no_room_for_another_client_is_waited_for(address: s
 
 
 def test_the_driver_of_a_database_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for driver in ("psycopg", "psycopg2"):  # SQLAlchemy before 2.1 takes the second one
+    for driver in ("psycopg", "psycopg2"):  # psycopg2 for SQLAlchemy before 2.1
         monkeypatch.setitem(sys.modules, driver, None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"postgresql://127.0.0.1:{server.getsockname()[1]}/mlflow"
@@ -351,7 +351,7 @@ def test_the_driver_of_a_database_that_is_not_installed_is_named(monkeypatch: py
 
 
 def test_a_server_of_mlflow_2_is_refused_before_a_training(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It knows no logged models, which was found out when the model was to be registered."""
+    """It has no logged models, which showed only when the model was registered."""
 
     def search(*_: object, **__: object) -> object:
         return rest_utils.verify_rest_response(answer(404, "<!doctype html>"), "/api/2.0/mlflow/logged-models/search")
@@ -359,7 +359,5 @@ def test_a_server_of_mlflow_2_is_refused_before_a_training(address: str, monkeyp
     config = tiny.config(tracking__uri=address, run__storage="unused")
     check_artifacts(config, address)
     monkeypatch.setattr(reach.connect(address).__class__, "search_logged_models", search)
-    with pytest.raises(
-        UserError, match=r"^tracking\.uri=.*: this server has no logged models, as those before MLflow 3"
-    ):
+    with pytest.raises(UserError, match=r"^tracking\.uri=.*: this server is older than MLflow 3"):
         check_artifacts(config, address)

@@ -1,4 +1,4 @@
-"""What waits for MLflow is written once, in order, whoever adds it."""
+"""Waiting values are written to MLflow once, in order, by any number of writers."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ SYSTEM = "system/cpu_utilization_percentage"
 
 
 def test_mlflow_keeps_one_of_two_identical_rows(address: str) -> None:
-    """What sending a batch again rests on."""
+    """Sending a batch again relies on this."""
     from mlflow.entities import Metric
 
     tracker = local(address)
@@ -69,7 +69,7 @@ def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
     tracker = local(address)
     tracker.params({"not?allowed": 1})
     tracker.metrics({step: {"a": 1.0, "not?allowed": 2.0, "b": 3.0} for step in range(3)})
-    assert tracker.flush(10)  # a refused name is asked for once, also if it comes in another request
+    assert tracker.flush(10)  # a refused name is sent once, even if later requests contain it
     tracker.metrics({3: {"a": 1.0, "not?allowed": 2.0}})
     tracker.end()
     assert (steps(tracker, "a"), steps(tracker, "b")) == ([0, 1, 2, 3], [0, 1, 2])
@@ -79,7 +79,7 @@ def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
 
 @pytest.mark.lengthy
 def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    """HTTP 500 for one key, as for an emoji in a MySQL column: the run ended with exit code 75 each time."""
+    """Regression: HTTP 500 for one key, as for an emoji in a MySQL column, ended every run with exit code 75."""
     written: dict[str, list[int]] = {}
     with mlflow_that_fails_at({"bad"}, written) as uri:
         tracker = run.Tracker(uri, "0" * 32, fresh=True)
@@ -95,12 +95,12 @@ def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCa
 
 @pytest.mark.lengthy
 def test_a_server_that_fails_at_all_writes_for_a_while_loses_none(caplog: pytest.LogCaptureFixture) -> None:
-    """A database that is read-only answers what is read, and is no reason to drop a metric."""
+    """A read-only database answers reads, and is no reason to drop a metric."""
     written: dict[str, list[int]] = {}
     with mlflow_that_fails_at(failing := {"a", "olora.can_be_written"}, written) as uri:
         tracker = run.Tracker(uri, "0" * 32, fresh=True)
         tracker.metrics({step: {"a": 1.0} for step in range(3)})
-        assert not tracker.flush(8)  # more than the attempts after which one write is dropped
+        assert not tracker.flush(8)  # longer than the attempts after which a single write is dropped
         failing.clear()
         tracker.end(seconds=60)
     assert set(written["a"]) == {0, 1, 2}
@@ -109,7 +109,7 @@ def test_a_server_that_fails_at_all_writes_for_a_while_loses_none(caplog: pytest
 
 @contextlib.contextmanager
 def mlflow_that_fails_at(keys: set[str], written: dict[str, list[int]]) -> Iterator[str]:
-    """The address of a server that answers 500 to requests with these keys, and keeps the steps of all others."""
+    """The address of a server that answers 500 to requests with these keys, and stores the steps of all others."""
     info = {"run_id": "0" * 32, "experiment_id": "0", "status": "RUNNING", "lifecycle_stage": "active"}
 
     class Handler(BaseHTTPRequestHandler):
@@ -141,6 +141,6 @@ def test_a_run_that_was_deleted_meanwhile(address: str, caplog: pytest.LogCaptur
         other = run.Tracker(address, gone)
         other.metrics(rows(0, 3))
         assert other.flush(10)
-        assert caplog.text.count(f"MLflow run {gone} is gone: nothing more is tracked") == 1
+        assert caplog.text.count(f"MLflow run {gone} no longer exists: nothing more is logged") == 1
         other.end()
     tracker.end()

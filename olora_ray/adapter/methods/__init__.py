@@ -1,4 +1,4 @@
-"""The family: one file per method, in the terms of method.py."""
+"""The methods: one file per method, in the terms of method.py."""
 
 from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, olora_even, orthogonal, pissa
 from olora_ray.adapter.methods.eva import Components as Components
@@ -25,4 +25,4 @@ METHODS: dict[str, Method] = {
 }
 
 FROM_WEIGHTS = tuple(name for name, method in METHODS.items() if method.needs == "weight")
-"""Those whose factors follow from the weight alone."""
+"""Methods whose factors need the weight alone, and no data."""

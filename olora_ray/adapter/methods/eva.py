@@ -4,10 +4,10 @@ The rows X (T x n) are a layer's inputs at T supervised tokens, mu their mean:
 
     X - mu = U S V^T     A0 = V[:r]  (r x n, orthonormal rows)     B0 = 0
 
-The paper's text says SVD of the activations; its code and PEFT's take the mean away, and so does this. Ranks are
-redistributed: every layer offers its first rho r components, each with its share of the layer's variance,
-S_i^2 / sum_j S_j^2; of all layers' together the (layers x r) largest are kept (section 3.2). The scale s stays that of
-rank r for every layer, as in the paper, whose alpha_i is alpha r_i / r.
+The paper's text takes the SVD of the activations; its code and PEFT's subtract the mean first, and so does this code.
+Ranks are redistributed (section 3.2): every layer offers its first rho r components, each with its share of the layer's
+variance, S_i^2 / sum_j S_j^2; the (layers x r) largest shares of all layers are kept. The scale s of every layer stays
+the scale of rank r, as in the paper, whose alpha_i is alpha r_i / r.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,15 @@ class Components:
     """The first principal components of some rows."""
 
     vectors: Tensor
-    """k x n, float64, orthonormal rows, the largest first; the largest entry of each is positive."""
+    """k x n, float64, orthonormal rows, the largest component first; the largest entry of each row is positive."""
     shares: tuple[float, ...]
-    """Of the variance, one each."""
+    """Each component's share of the variance."""
 
 
 def principal(rows: Tensor, count: int) -> Components:
-    """The first `count` components of rows (T x n), computed in float64; fewer where the rows vary in fewer.
+    """Return the first `count` components of rows (T x n), in float64; fewer if the rows vary in fewer directions.
 
-    Exact: by the eigenvectors of the smaller of the two Gram matrices, T x T or n x n.
+    Exact: from the eigenvectors of the smaller of the two Gram matrices, T x T or n x n.
     """
     x = rows.double()
     x = x - x.mean(0)
@@ -50,30 +50,30 @@ def principal(rows: Tensor, count: int) -> Components:
 
 
 def redistributed(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
-    """How many of its components each layer keeps: the `budget` largest of all shares.
+    """Return the number of components that each layer keeps: those of the `budget` largest of all shares.
 
-    `shares` has each layer's, falling, in the order of the layers. Of equal ones the earlier component goes first,
-    then the earlier layer.
+    `shares` has each layer's shares, falling, in the order of the layers. Among equal shares the earlier component
+    comes first, then the earlier layer.
     """
     offers = [
-        (-share, index, place, name)
-        for place, (name, layer) in enumerate(shares.items())
+        (-share, index, layer_index, name)
+        for layer_index, (name, layer) in enumerate(shares.items())
         for index, share in enumerate(layer)
     ]
-    found = dict.fromkeys(shares, 0)
+    kept = dict.fromkeys(shares, 0)
     for *_, name in sorted(offers)[:budget]:
-        found[name] += 1
-    return found
+        kept[name] += 1
+    return kept
 
 
 def overlap(now: Components, before: Components, rank: int) -> float:
-    """The share of the space of the first `rank` components of now that those of before span; 1: all of it."""
+    """Return the part, 0 to 1, of the space of the first `rank` components of `now` that those of `before` span."""
     new, old = now.vectors[:rank], before.vectors[:rank]
     return float((new @ old.mT).square().sum()) / max(1, len(new))
 
 
 def factors(rows: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
-    """A0 (r x n) of a layer's inputs (T x n) without redistribution; `seed` is not used."""
+    """Return A0 (r x n) for a layer's inputs (T x n), without redistribution; `seed` is not used."""
     return Factors(principal(rows, rank).vectors.to(torch.float32), None)
 
 
@@ -81,7 +81,7 @@ METHOD = Method(
     name="eva",
     source="arXiv 2410.07170, section 3",
     about="A0 spans the directions in which the layer's inputs vary most at supervised tokens of the data; B0 = 0.\n"
-    "Ranks go where few components explain much: up to rho x rank, the same sum over all layers.",
+    "Layers whose components explain more of their inputs get more rank: up to rho x rank, with the same total.",
     factors=factors,
     cost=lambda m, n, rank: float(min(n, 1024) ** 2 * (n + min(n, 1024))),  # of as many tokens
     needs="activations",

@@ -10,10 +10,10 @@ from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 
 def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
-    """A0 (r x n) as torch initialises a linear layer (Kaiming uniform, a = sqrt(5)); B0 = 0.
+    """Return A0 (r x n) as torch initialises a linear layer (Kaiming uniform, a = sqrt(5)); B0 = 0.
 
-    `weight` is m x n; the same `seed` gives the same A0 on every device. Of a stack, E x m x n, expert
-    number e has the A0 of the seed `seed` + e.
+    `weight` is m x n, or E x m x n for a stack, whose expert number e gets the A0 of the seed `seed` + e. The same seed
+    gives the same A0 on every device.
     """
     if weight.dim() == 3:
         a0 = torch.stack([_random(rank, weight.shape[-1], seed + expert) for expert in range(len(weight))])
@@ -31,8 +31,8 @@ METHOD = Method(
     name="lora",
     source="arXiv 2106.09685, section 4.1",
     about="Plain LoRA: A0 as torch initialises a linear layer (Kaiming uniform), B0 = 0.\n"
-    "What every other is compared to.",
+    "Every other method is compared with it.",
     factors=factors,
-    cost=lambda m, n, rank: m * rank**2 + m * n * rank,  # as olora's: it is next to nothing
+    cost=lambda m, n, rank: m * rank**2 + m * n * rank,  # olora's: the true cost is close to zero
     has_b0=False,
 )

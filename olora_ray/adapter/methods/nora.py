@@ -2,9 +2,9 @@
 
     A0 = sigma / s  Omega W        Omega ~ N(0, 1)^(r x m)
 
-A row of A0 is about sigma / s times as long as all of W (its Frobenius norm): with the same sigma, models and scales
-start differently. sigma "matched" makes rows as long as plain LoRA's, 1 / sqrt(3), whatever W and s are. NoRA+ is this
-method with `train.precondition`.
+A row of A0 is about sigma / s times as long as all of W (its Frobenius norm), so with the same sigma the size of A0
+depends on the model and the scale. sigma "matched" gives each row the length of plain LoRA's, 1 / sqrt(3), whatever W
+and s are. NoRA+ is this method with `train.precondition`.
 """
 
 import math
@@ -16,11 +16,11 @@ from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 ROW = 1 / math.sqrt(3)
-"""Length of a row of plain LoRA's A0, whatever its width: n numbers of variance 1 / (3 n)."""
+"""Length of a row of plain LoRA's A0 for any width: n numbers of variance 1 / (3 n)."""
 
 
 def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
-    """A~ (r x n), for s = 1, or for any s where sigma is matched; B~ = 0.
+    """Return A~ (r x n) for s = 1, or for every s if sigma is matched; B~ = 0.
 
     `weight` is m x n in float32, or E x m x n. `full_rank` is False for a weight of zeros, which gives A~ = 0: such an
     adapter never trains.
@@ -32,7 +32,6 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
 
 
 def _omega(weight: Tensor, rank: int, seed: int) -> Tensor:
-    """(E x) r x m."""
     m = weight.shape[-2]
     if weight.dim() == 2:
         return _rows(rank, m, seed).to(weight)
@@ -40,7 +39,7 @@ def _omega(weight: Tensor, rank: int, seed: int) -> Tensor:
 
 
 def _rows(rank: int, m: int, seed: int) -> Tensor:
-    """Row by row, so that a smaller rank has the first of them."""
+    # Drawn row by row, so that a smaller rank has the first rows of a larger one.
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randn(m, generator=generator) for _ in range(rank)])
 
@@ -52,9 +51,9 @@ def _powers(options: Options) -> tuple[float, float]:
 METHOD = Method(
     name="nora",
     source="arXiv 2410.18965, formula of the authors' code",
-    about="A0 = sigma / s Omega W with random Omega, B0 = 0: a start in the row space of W, in the proportions of W.\n"
-    "adapter.sigma: 0.02 is the authors' for LLaMA; matched gives A0 the size that plain LoRA's has, so that only\n"
-    "its directions differ. With train.precondition it is NoRA+.",
+    about="A0 = sigma / s Omega W with random Omega, B0 = 0: A0 lies in the row space of W, in the proportions of W.\n"
+    "adapter.sigma: 0.02 is the authors' value for LLaMA; matched gives A0 the size of plain LoRA's, so that only its\n"
+    "directions differ. With train.precondition it is NoRA+.",
     factors=factors,
     cost=lambda m, n, rank: m * n * rank,
     has_b0=False,

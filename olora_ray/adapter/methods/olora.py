@@ -1,8 +1,8 @@
 """OLoRA: orthonormal start from the QR decomposition of the weight (arXiv 2406.01775, algorithm 1).
 
-The paper takes the first r columns of Q and rows of R of the full QR of W. Those columns depend only
-on W[:, :r], and R[:r] = Q1^T W, so the QR of an m x r slice gives the same factors (same Householder
-reflectors, same signs) in O(m r^2 + m n r) instead of O(m n min(m, n)) operations.
+The paper takes the first r columns of Q and rows of R of the full QR of W. Those columns depend only on W[:, :r], and
+R[:r] = Q1^T W. So the QR of an m x r slice gives the same factors (same Householder reflectors, same signs) in O(m r^2
++ m n r) instead of O(m n min(m, n)) operations.
 """
 
 import torch
@@ -13,14 +13,13 @@ from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 
 def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
-    """B0 = QR(W[:, :r]).Q (m x r, orthonormal columns) and A0 = B0^T W (r x n).
+    """Return B0 = QR(W[:, :r]).Q (m x r, orthonormal columns) and A0 = B0^T W (r x n).
 
-    `weight` is m x n in float32 with r <= min(m, n), or E x m x n for a stack of experts, each with a
-    QR of its own; `seed` is not used. If the slice is rank-deficient the Householder Q is still
-    orthonormal and the start is still exact, but some of its columns are arbitrary: `full_rank` is
-    then False.
+    `weight` is m x n in float32 with r <= min(m, n), or E x m x n for a stack of experts, each with its own QR; `seed`
+    is not used. If the slice is rank-deficient, the Householder Q is still orthonormal and the start still exact, but
+    some of its columns are arbitrary: then `full_rank` is False.
     """
-    # The slice in float64: it costs next to nothing, and B0 is then orthonormal to float32's last bit.
+    # float64 costs little for a slice, and makes B0 orthonormal to float32's last bit.
     q1, r1 = torch.linalg.qr(weight[..., :rank].double())
     b0 = q1.to(weight.dtype)
     pivots = r1.diagonal(dim1=-2, dim2=-1).abs()
@@ -32,7 +31,7 @@ METHOD = Method(
     name="olora",
     source="arXiv 2406.01775, algorithm 1",
     about="B0 and A0 are the first r columns of Q and rows of R in W = Q R: B0 is orthonormal, B0 A0 projects W.\n"
-    "Made from the m x r slice of W that decides them, so that it costs seconds for any model.",
+    "Computed from the QR of W's first r columns, which gives the same factors and takes seconds for any model.",
     factors=factors,
     cost=lambda m, n, rank: m * rank**2 + m * n * rank,
 )

@@ -14,9 +14,9 @@ from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 
 def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
-    """A0 (r x n) and B0 (m x r), of rank r / 2 each, B0 A0 = 0 but for rounding; of `weight` its shape alone counts.
+    """Return A0 (r x n) and B0 (m x r), of rank r / 2 each, with B0 A0 = 0 except for rounding.
 
-    The rank is even. Not a prefix over ranks: Q is a rotation of r dimensions.
+    Only the shape of `weight` matters. The rank is even. Not a prefix over ranks: Q is a rotation of r dimensions.
     """
     m, n = weight.shape[-2:]
     if weight.dim() == 2:
@@ -39,7 +39,7 @@ METHOD = Method(
     name="orthogonal",
     source="PEFT 0.21, init_lora_weights='orthogonal'; no paper",
     about="Random A0 and B0 on complementary halves of r dimensions, so that B0 A0 = 0 although neither is zero.\n"
-    "Needs an even rank, and nothing of the weight.",
+    "Needs an even rank; does not use the weight.",
     factors=factors,
     cost=lambda m, n, rank: rank**3 + (m + n) * rank**2,
     prefix=False,

@@ -9,7 +9,7 @@ from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 
 def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
-    """A~ = sqrt(S_r) V_r^T (r x n) and B~ = U_r sqrt(S_r) (m x r), the largest singular value first.
+    """Return A~ = sqrt(S_r) V_r^T (r x n) and B~ = U_r sqrt(S_r) (m x r), the largest singular value first.
 
     `weight` is m x n in float32 with r <= min(m, n), or E x m x n; `seed` is not used.
     """
@@ -17,7 +17,7 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
 
 
 def root_of_scale(options: Options) -> tuple[float, float]:
-    """A0 = A~ / sqrt(s), B0 = B~ / sqrt(s), so that s B0 A0 is the same part of W whatever s is."""
+    """Return the powers of s for A0 = A~ / sqrt(s), B0 = B~ / sqrt(s): then s B0 A0 does not depend on s."""
     return 0.5, 0.5
 
 
@@ -37,12 +37,12 @@ METHOD = Method(
 
 
 OVERSAMPLING = 4
-"""Dimensions of the space that is searched, by rank."""
+"""Dimensions of the searched space per rank."""
 ITERATIONS = 8
 
 
 def fast_factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
-    """As pissa's, approximately. Not a prefix over ranks: the space that is searched grows with the rank."""
+    """Return pissa's factors approximately. Not a prefix over ranks: the searched space grows with the rank."""
     m, n = weight.shape[-2:]
     size = min(OVERSAMPLING * rank, m, n)
     z = _start(weight, size, seed)
@@ -54,7 +54,6 @@ def fast_factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAUL
 
 
 def _start(weight: Tensor, size: int, seed: int) -> Tensor:
-    """(E x) n x `size` random numbers, for each expert from a seed of its own."""
     n, experts = weight.shape[-1], weight.shape[0] if weight.dim() == 3 else 1
     drawn = [torch.randn(n, size, generator=torch.Generator().manual_seed(seed + expert)) for expert in range(experts)]
     return (torch.stack(drawn) if weight.dim() == 3 else drawn[0]).to(weight)
@@ -68,8 +67,8 @@ def _orthonormal(columns: Tensor) -> Tensor:
 FAST = Method(
     name="pissa_fast",
     source="arXiv 2404.02948; arXiv 0909.4061, algorithm 4.4",
-    about="pissa by a randomised SVD: 8 iterations in a space of 4 r dimensions, from a seed of each layer's own.\n"
-    "For layers that are too large for the exact one.",
+    about="pissa by a randomised SVD: 8 iterations in a space of 4 r dimensions, with a seed for each layer.\n"
+    "For layers that are too large for pissa.",
     factors=fast_factors,
     cost=lambda m, n, rank: (2 * ITERATIONS + 2) * m * n * min(OVERSAMPLING * rank, m, n),
     prefix=False,

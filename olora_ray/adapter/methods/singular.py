@@ -1,8 +1,8 @@
-"""Factors from singular vectors: W = U S V^T, and of some of them A~ = sqrt(S) V^T and B~ = U sqrt(S).
+"""Factors from singular vectors: W = U S V^T, and from some of them A~ = sqrt(S) V^T and B~ = U sqrt(S).
 
-The vectors of the smaller side are eigenvectors of the smaller Gram matrix (W W^T or W^T W), in float64; those of the
-other side follow by a product with W. Singular values down to sigma_max sqrt(max(m, n) eps) are told apart so, about
-1e-6 of the largest. Each vector's sign is chosen such that its largest entry is positive.
+The vectors of the smaller side are eigenvectors of the smaller Gram matrix (W W^T or W^T W), in float64; the vectors of
+the other side follow by a product with W. This resolves singular values down to sigma_max sqrt(max(m, n) eps), about
+1e-6 of the largest. The sign of each vector is chosen so that its largest entry is positive.
 """
 
 import torch
@@ -12,13 +12,12 @@ from olora_ray.adapter.layer import Factors
 
 
 def exact_cost(m: int, n: int, rank: int) -> int:
-    """Multiplications of `exact`, about: the Gram matrix, its eigenvectors, one product."""
     small, large = sorted((m, n))
     return small**2 * large + 9 * small**3 + m * n * rank
 
 
 def exact(weight: Tensor, rank: int, smallest: bool = False) -> Factors:
-    """A~ (r x n) and B~ (m x r) of the `rank` largest, or smallest, singular values, the most extreme first.
+    """Return A~ (r x n) and B~ (m x r) of the `rank` largest or smallest singular values, the most extreme first.
 
     `weight` is m x n in float32 with r <= min(m, n), or E x m x n for a stack. `full_rank` is False if a chosen
     singular value is too small for its vectors to be known. A weight with NaN or infinite values gives NaN.
@@ -28,15 +27,15 @@ def exact(weight: Tensor, rank: int, smallest: bool = False) -> Factors:
     values, vectors = _eigen(w @ w.mT)
     chosen = vectors[..., :rank] if smallest else vectors.flip(-1)[..., :rank]
     a, b, sizes = split(w, _signed(chosen))
-    found = (a, b) if wide else (b.mT, a.mT)
+    parts = (a, b) if wide else (b.mT, a.mT)
     limit = (values[..., -1].clamp_min(0) * max(weight.shape[-2:]) * torch.finfo(w.dtype).eps).sqrt()
     known = bool((sizes.amin(-1) > limit).all())
-    a0, b0 = (part.to(weight.dtype).contiguous() for part in found)
+    a0, b0 = (part.to(weight.dtype).contiguous() for part in parts)
     return Factors(a0, b0, full_rank=known)
 
 
 def within(weight: Tensor, basis: Tensor, rank: int) -> Factors:
-    """The same of the largest singular values of the part of W in the space of `basis` (m x q, orthonormal)."""
+    """Return `exact` for the largest singular values of the part of W in the space of `basis` (m x q, orthonormal)."""
     inside = (basis.mT @ weight).double()
     _, vectors = _eigen(inside @ inside.mT)
     rotation = vectors.flip(-1)[..., :rank]
@@ -48,7 +47,7 @@ def within(weight: Tensor, basis: Tensor, rank: int) -> Factors:
 
 
 def split(w: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(A~, B~, S) for left singular vectors (m x r) of w (m x n): B~ A~ is the projection of w onto them."""
+    """Return (A~, B~, S) for left singular vectors (m x r) of w (m x n); B~ A~ is the projection of w onto them."""
     right = left.mT @ w
     sizes = right.norm(dim=-1)
     roots = sizes.sqrt()
@@ -56,7 +55,7 @@ def split(w: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and vectors of a Gram matrix; NaN if it has values that are not finite."""
+    # eigh raises for NaN and infinite values. NaN instead lets the caller name the layer and the model.
     if not torch.isfinite(gram).all():
         return torch.full_like(gram[..., 0], torch.nan), torch.full_like(gram, torch.nan)
     values, vectors = torch.linalg.eigh(gram)
@@ -68,7 +67,6 @@ def _signed(vectors: Tensor) -> Tensor:
 
 
 def _signs(vectors: Tensor) -> Tensor:
-    """(1 x r): the sign of each column's entry of the largest size; 1 for a column of zeros."""
-    places = vectors.abs().argmax(dim=-2, keepdim=True)
-    signs = vectors.gather(-2, places).sign()
-    return torch.where(signs == 0, 1.0, signs)
+    largest = vectors.abs().argmax(dim=-2, keepdim=True)
+    signs = vectors.gather(-2, largest).sign()
+    return torch.where(signs == 0, 1.0, signs)  # 0 only for a column of zeros

@@ -1,7 +1,8 @@
-"""The driver's side of the membership: start workers, have more of them join, end those that hang.
+"""The driver's side of a membership: start workers, start more of them later, and kill those that hang.
 
-The driver starts one trainer of Ray's for the first workers and another one for those that come later. Each trainer has
-a thread here; which workers train together is decided by the membership (state.py), not by the trainers.
+The driver starts a trainer of Ray Train for the first workers, and another trainer for each set of workers that joins
+later. Each trainer has a thread here. Which workers train together is decided by the membership (state.py), not by the
+trainers.
 """
 
 import contextlib
@@ -37,132 +38,130 @@ from olora_ray.config.schema import Config
 logger = logging.getLogger(__name__)
 
 ENDING = 10.0
-"""Seconds after the end of a training in which its trainers end; one that waits for room for a worker does not."""
+"""Seconds in which trainers end by themselves after a training. A trainer that waits for room for a worker does not."""
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """Workers that one trainer of Ray's starts."""
+    """Workers that one trainer of Ray Train starts."""
 
     workers: int
     attempt: int
-    """The driver's attempt that starts them, from 1."""
+    """The driver's attempt that starts them, counted from 1."""
     first_rank: int = 0
-    """Number of the first of them, where others train already."""
+    """Number of the first of these workers, so that later trainers do not reuse a number."""
     spare: bool = False
-    """True if they stand by, and take nothing but memory until they are needed."""
+    """True if the workers are spares, which take only memory until they are needed."""
 
 
 Fit = Callable[[WorkerGroup], TrainResult]
-"""Trains once with these workers, from the latest checkpoint, or has them join those that train."""
+"""Function that trains with these workers from the newest checkpoint, or lets them join the current group."""
 
 
 @dataclass(eq=False)
 class _Started:
-    """A trainer of Ray's in its thread."""
-
     group: WorkerGroup
     future: "Future[TrainResult]"
     seen_ended: int = 0
-    """How often the driver has looked at it since its end."""
+    """Number of times that the driver has looked at the trainer since its end."""
 
 
 class Trainers:
-    """The trainers of Ray's that supply one attempt with workers: the first, and those whose workers join it later."""
+    """The trainers of Ray Train in one attempt: the first trainer, and later ones whose workers join its workers.
+
+    The constructor starts the first trainer with `workers` workers.
+    """
 
     def __init__(self, fit: Fit, channel: Any, attempt: int, workers: int) -> None:
-        """Start the first, with so many workers."""
         self.fit, self.channel, self.attempt = fit, channel, attempt
         self.workers = workers
-        """Workers that were started to train and have not ended, spares not counted."""
+        """Workers that were started to train and have not ended. Spares are not counted."""
         self.failures = 0
-        """Failures of workers that joined: those that count, as in `Attempts`."""
+        """Failures of workers that joined, as far as they count against cluster.max_failures."""
         self._named = 0
         self._others: list[_Started] = []
         self._first = self._start(workers)
 
     def add(self, workers: int) -> None:
-        """Start more workers, which join those that train when they are ready."""
+        """Start more workers. They join the group when they are ready."""
         self.channel.want.remote(workers)
         self.workers += workers
         self._others.append(self._start(workers))
 
     def stand_by(self, spares: int) -> None:
-        """Start spares."""
         self._others.append(self._start(spares, spare=True))
 
     def ended(self, result: TrainResult | None) -> bool:
-        """True if nobody trains any more, or the workers have given the `result`; waits 0.2 s at most."""
+        """True if no trainer trains any more, or if the workers have sent `result`. Waits up to 0.2 s."""
         first = self._first.future
         wait([first], 0.2)
         if result is None:
-            self._look()
+            self._count_ended()
         if result or not first.done():
             return result is not None
         if _leaves_others(first):
             time.sleep(0.2)
-            return all(one.future.done() for one in self._others)
+            return all(trainer.future.done() for trainer in self._others)
         return True
 
     def result(self) -> TrainResult:
-        """Return what the first returned; raises what it raised."""
         return self._first.future.result()
 
     def end(self, at_once: bool = False) -> None:
-        """End all of them: none may hold what comes after the training needs. `at_once`: without asking the workers."""
-        every = [one.future for one in (self._first, *self._others)]
-        if any(not one.done() for one in every) and not at_once:
+        """End all trainers, so that they free their CPUs and memory. `at_once`: kill them without asking first."""
+        futures = [trainer.future for trainer in (self._first, *self._others)]
+        if any(not future.done() for future in futures) and not at_once:
             self.channel.request_stop.remote("training has ended")
-            wait(every, ENDING)
-        if any(not one.done() for one in every):
+            wait(futures, ENDING)
+        if any(not future.done() for future in futures):
             ray_internals.end_train_controllers()
-            wait(every, ENDING)
-            free_abandoned()  # what they had reserved
+            wait(futures, ENDING)
+            free_abandoned()  # killed controllers leave their placement groups behind
 
     def _start(self, workers: int, spare: bool = False) -> _Started:
         group = WorkerGroup(workers, self.attempt, self._named, spare)
         self._named += workers
         return _Started(group, _in_thread(partial(self.fit, group)))
 
-    def _look(self) -> None:
-        """Count out the trainers that have ended while others train on."""
-        for one in (self._first, *self._others):
-            one.seen_ended += one.future.done()
-            if one.seen_ended == 2:  # else it may have been the end of the training, whose result comes before it
-                self._count_out(one)
+    def _count_ended(self) -> None:
+        for trainer in (self._first, *self._others):
+            trainer.seen_ended += trainer.future.done()
+            # At the end of a training the workers send the result before their trainer ends. The driver reads it
+            # between two looks, so a trainer that is still here at the second look has ended without a result.
+            if trainer.seen_ended == 2:
+                self._count_out(trainer)
 
-    def _count_out(self, one: _Started) -> None:
-        """Wait for its workers no longer: there is room for others."""
-        workers, error = one.group.workers, one.future.exception()
+    def _count_out(self, trainer: _Started) -> None:
+        # Do not expect these workers any more, so that the driver may start others in their room.
+        workers, error = trainer.group.workers, trainer.future.exception()
         if error is not None:
             self.failures += counts(error)
             why = "Ray has no room for them any more" if _no_room(error) else cause(error)
             logger.warning(f"{plural(workers, 'worker')} will not come back: {why}")
-        if not one.group.spare:
+        if not trainer.group.spare:
             self.workers -= workers
             self.channel.want.remote(-workers)
 
 
 def given(channel: Any) -> TrainResult | None:
-    """Return the result that the workers have given the channel; None before their end. Raises as `answer`."""
-    found: TrainResult | None = answer(channel.result.remote())
-    return found
+    result: TrainResult | None = answer(channel.result.remote())
+    return result
 
 
 def answer(call: Any) -> Any:
-    """Return a channel's answer; raises TryAgain if it has died: without it workers do not find each other."""
+    """Return the channel's answer to a call; raises TryAgain if the channel has died."""
     try:
         return ray.get(call)
     except RayActorError as error:
         raise TryAgain(
-            "the process between the driver and its workers died; the same command resumes the run"
+            "the process that connects the driver with its workers died; run the same command again to resume"
         ) from error
 
 
 def _leaves_others(first: "Future[TrainResult]") -> bool:
-    """True if others may train on without the first trainer, which has ended.
+    """True if the first trainer has ended and other workers may still train.
 
-    Its workers have left, or could not start again, since their node is gone.
+    Its workers have left, or could not restart because their node is gone.
     """
     error = first.exception()
     if error is None:
@@ -171,12 +170,11 @@ def _leaves_others(first: "Future[TrainResult]") -> bool:
 
 
 def _no_room(error: BaseException) -> bool:
-    """True if a trainer has ended with this error because its workers could not start."""
     return isinstance(error, ControllerError) and not counts(error)
 
 
 def _in_thread(work: Callable[[], TrainResult]) -> "Future[TrainResult]":
-    """Run `work` in a thread that does not keep the process alive; the main thread stays free for signals."""
+    # A daemon thread does not keep the process alive, and leaves the main thread free for signals.
     future: Future[TrainResult] = Future()
 
     def run() -> None:
@@ -190,16 +188,17 @@ def _in_thread(work: Callable[[], TrainResult]) -> "Future[TrainResult]":
 
 
 def in_place(config: Config, worker: Resources) -> bool:
-    """True if the workers of a training may come and go while it runs; a line says so if only this Ray cannot.
+    """True if workers may join and leave during a training: with strategy ddp, on CPUs, and a Ray that supports it.
 
-    Each must hold the whole base, and be connected over gloo: NCCL's collectives would have to be ended differently.
+    With ddp each worker has the complete base. On CPUs the workers connect over gloo; an exchange over NCCL cannot be
+    aborted like one over gloo. Logs a warning if only the version of Ray prevents it.
     """
     if config.cluster.strategy != "ddp" or "GPU" in worker:
         return False
-    if problem := ray_internals.replaces_one_by_one():
+    if problem := ray_internals.replacement_problem():
         logger.warning(
-            f"Ray {ray.__version__} is other than 2.60 inside ({problem}): when a worker is lost, all restart from the"
-            " newest checkpoint"
+            f"Ray {ray.__version__} differs from 2.60 inside ({problem}): when a worker is lost, all workers restart"
+            " from the newest checkpoint"
         )
     return problem is None
 
@@ -209,14 +208,15 @@ def ray_trainer(
 ) -> Any:
     """Return Ray's trainer for a group of workers, each with the resources of `worker`.
 
-    `root` is the run's folder; `changing`: the workers may come and go (`in_place`).
+    `root` is the run folder. `changing`: workers may join and leave during the training (`in_place`).
     """
     from ray.train.torch import TorchTrainer
 
-    # Ray's stubs describe Train V1; V2, which runs, has more arguments.
+    # Ray's stubs describe Train V1. Train V2, which runs here, has more arguments.
     ray_train: Any = ray.train
-    # Groups that do not change in place are of another size at each attempt where they are elastic, so Ray must not
-    # retry: every failure returns to `Attempts`, as does any of a group's whole if its room is gone.
+    # Ray would retry with the same number of workers. A group of an elastic run that does not change in place gets
+    # another number at each attempt, so every failure must return to `Attempts`, which chooses that number. A failure
+    # of the controller returns there in all elastic runs: it means that the room for the group is gone.
     cluster = spec.config.cluster
     limits = {"max_failures": cluster.max_failures}
     if cluster.is_elastic():
@@ -225,14 +225,14 @@ def ray_trainer(
         limits |= {"max_failures": 0, "max_preemption_failures": 0}
     torch_config: Any = InPlace() if changing else Together()
     checkpoints = storage.join(root, "checkpoints")
-    # Not as train_loop_config, which the controller unpacks too: it would import torch for the spec.
+    # Not as train_loop_config: the controller unpickles that too, and would import torch for the spec.
     work: Any = partial(train_worker, spec, checkpoints, channel)
     if changing:
         entry = Entry(group.first_rank, group.attempt)
         work = LateStart(channel, ray.cloudpickle.dumps(partial(train_worker, spec, checkpoints, entry=entry)))
-    # A spare takes no CPU, but Ray wants to set something aside for it.
+    # A spare takes no CPU, but Ray requires at least one resource above 0: one byte of memory.
     resources = {"CPU": 0.0, "memory": 1.0} if group.spare else dict(worker)
-    made = TorchTrainer(
+    trainer = TorchTrainer(
         work,
         torch_config=torch_config,
         scaling_config=ray_train.ScalingConfig(
@@ -246,28 +246,28 @@ def ray_trainer(
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    if ray_internals.replaces_one_by_one():
-        return made
+    if ray_internals.replacement_problem():
+        return trainer
     from olora_ray.cluster.membership.places import with_own_places
 
-    return with_own_places(made)
+    return with_own_places(trainer)
 
 
 def end_hung(member: Member) -> None:
-    """Kill the process of a member that stands still, by a task on its node; returns at once.
+    """Kill the process of a member that hangs, by a task on its node, without waiting for the task.
 
-    Ray keeps the room of such a worker for ten minutes, and its own kill asks the worker itself.
+    Ray would keep the CPUs of such a worker for ten minutes: its own kill is a request to the process that hangs.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    place = NodeAffinitySchedulingStrategy(node_id=member.node, soft=False)
-    ray.remote(kill_worker).options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(member.process)
+    on_node = NodeAffinitySchedulingStrategy(node_id=member.node, soft=False)
+    ray.remote(kill_worker).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node).remote(member.process)
 
 
 def kill_worker(process: int) -> bool:
-    """Send SIGKILL to a process of this node if it is a worker of Ray Train; returns whether it was."""
     with contextlib.suppress(OSError):
-        if b"RayTrainWorker" in Path(f"/proc/{process}/cmdline").read_bytes():  # as Ray writes it
+        # Ray names its processes so. The number may belong to another process by now.
+        if b"RayTrainWorker" in Path(f"/proc/{process}/cmdline").read_bytes():
             os.kill(process, signal.SIGKILL)
             return True
     return False

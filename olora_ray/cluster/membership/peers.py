@@ -1,4 +1,4 @@
-"""A worker's side of the membership: meet the others, connect with them, take the state of whoever is furthest."""
+"""The worker's side of a membership: meet the other members, connect with them, and copy the state of the furthest."""
 
 import contextlib
 import logging
@@ -22,12 +22,10 @@ from olora_ray.train.loop import StepResult, Trainer
 logger = logging.getLogger(__name__)
 
 Call = Callable[..., Any]
-"""Calls a method of the Membership: its name, and the arguments."""
+"""Function that calls a method of the Membership, by its name and arguments."""
 
 
 def through(channel: Any) -> Call:
-    """Return the way to the membership in the actor of a training's channel."""
-
     def call(name: str, *arguments: Any) -> Any:
         try:
             return ray.get(getattr(channel, name).remote(*arguments))
@@ -38,15 +36,17 @@ def through(channel: Any) -> Call:
 
 
 class Peers:
-    """Connections of this process with the others of its group, one group after the other. Entered: it is a member."""
+    """Connections of this process (`member`) with the other members of its group; each new group replaces them.
+
+    While the context is entered, a thread sends beats to the membership and takes its orders.
+    """
 
     def __init__(self, call: Call, member: Member) -> None:
-        """`member` is this process."""
         self.call, self.member = call, member
         self.group: Group | None = None
         self._orders = Orders()
+        # Two threads change the group and its connections: the one that trains, and the one that listens.
         self._guard = threading.Lock()
-        """Of the group and its connections."""
         self._closed = threading.Event()
 
     def __enter__(self) -> "Peers":
@@ -54,22 +54,23 @@ class Peers:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Leave; the others train on without this worker."""
         self._closed.set()
-        with contextlib.suppress(RayError):  # the driver is gone
+        with contextlib.suppress(RayError):  # the channel is unreachable: the driver has ended
             self.call("leave", self.member.name, "failed" if error else "left")
         self._disconnect()
 
     def running(self) -> bool:
-        """True if a group trains already."""
         return bool(self.call("running"))
 
     def next_group(self, lost: bool = False) -> Group:
-        """Leave this group and wait for the next one; returns when it is connected.
+        """Disconnect from this group, wait for the next one, and connect with it.
 
-        Raises Finished if there will be none, and ConnectionError if this worker was given up meanwhile.
+        `lost`: an exchange in this group has failed. Raises Finished if no group will form any more, and
+        ConnectionError if the membership has removed this worker.
         """
-        for seconds in (10, 20, 40, 80, 160):  # to connect: others may be lost meanwhile, so not long at first
+        # A member may die while the others connect with it. The first timeout is short, so that they soon meet
+        # without it; it doubles because a slow network may need more.
+        for seconds in (10, 20, 40, 80, 160):
             self._disconnect()
             group: Group = self.call("meet", self.member, lost)
             with self._guard:
@@ -81,14 +82,14 @@ class Peers:
                 return group
             except PeerLost:
                 lost = True
-        raise ConnectionError("the workers cannot be connected")
+        raise ConnectionError("this worker cannot connect with the other workers")
 
     def orders(self) -> Orders:
-        """Return the orders for after the step under way. A local read: may be called every step."""
+        """Return the orders for the end of the current step, without a call to the membership."""
         return self._orders
 
     def leads(self) -> bool:
-        """True if this worker is the first of a group, which speaks for it."""
+        """True if this worker has rank 0 in its group. Only rank 0 sends log lines to the driver."""
         return self.group is not None and self.group.members[0] == self.member
 
     def _disconnect(self) -> None:
@@ -97,13 +98,13 @@ class Peers:
             collectives.leave_group()
 
     def _listen(self) -> None:
-        """Give signs of life; end the exchange that is under way when the group is over."""
+        """Send beats; when the group is over, abort the exchange in which the training thread waits."""
         ended = 0
         while not self._closed.is_set():
             number = self.group.number if self.group else 0
             try:
                 orders: Orders = self.call("beat", self.member.name, number)
-            except (RayError, OSError, EOFError):  # the driver is gone, and soon this process is
+            except (RayError, OSError, EOFError):  # the driver has ended, so Ray soon ends this process
                 time.sleep(0.2)
                 continue
             with self._guard:
@@ -114,61 +115,59 @@ class Peers:
                     ended = number
                     collectives.abort()
             if orders != Orders():
-                self._closed.wait(0.2)  # the orders are not followed yet: `beat` would return at once
+                self._closed.wait(0.2)  # until the training thread follows the orders, `beat` returns at once
 
 
-# The state of a training goes from the worker that is furthest to all others of a new group. When a group breaks, some
-# members may have done a step or an evaluation that others have not; a newcomer comes from a checkpoint. Since all
-# compute the same, workers that are equally far have the same state.
+# In a new group, the member that is furthest sends its state to all others. When a group breaks, some members may have
+# done a step or an evaluation that others have not, and a newcomer starts from an older checkpoint. All members compute
+# the same bytes, so members with the same mark have the same state, and any of them may be the source.
 
 
 @dataclass
 class Progress:
-    """Progress of a worker between two steps, beside its tensors."""
+    """Progress of a worker between two steps, without its tensors."""
 
     state: TrainState
     pending: StepResult | None = None
-    """The step that is done, and neither evaluated nor told."""
+    """The last step, if it is not yet evaluated and reported."""
     torn: bool = False
-    """True if the tensors are a mixture: another worker's did not arrive as a whole."""
+    """True if the tensors mix two states: the transfer from the furthest member broke off."""
 
     def mark(self) -> tuple[int, int]:
-        """Return a mark that grows with each step and each row that is told."""
+        """Return a number that grows with each step and each reported row; TORN for a torn state."""
         return TORN if self.torn else (self.state.step, len(self.state.history))
 
 
 TORN = (-1, 0)
-"""The mark of a state with which nobody may go on."""
+"""Mark of a torn state. It is the lowest, so such a member never becomes the source."""
 
 
 class HasBest(Protocol):
-    """The part of an Evaluator that is state."""
-
     best: Tensor | None
 
 
 def sync_state(here: Progress, trainer: Trainer, evaluator: HasBest) -> Progress:
-    """Give all of a group the state of the furthest, adapter and optimizer included; all must call it together.
+    """Copy the state of the furthest member, with adapter and optimizer, to all others; return the common progress.
 
-    Returns the common progress. Raises PeerLost, after which it is to be called again in the next group, and
-    RuntimeError if nobody has a whole state: the only worker that had it was lost while it gave it to the others.
+    All members of the group must call it together. Raises PeerLost if a member is lost; call it again in the next
+    group. Raises RuntimeError if every state is torn: the only source was lost during its transfer.
     """
     marks = collectives.gather(here.mark())
     furthest = max(marks)
     if furthest == TORN:
-        raise RuntimeError("no worker is left that has the state of the training")
+        raise RuntimeError("no remaining worker has a complete state of the training")
     if min(marks) == furthest:
         return here
     source = marks.index(furthest)
     own = collectives.rank() == source
-    found: Any = collectives.from_one((here, evaluator.best is not None) if own else None, source)
-    progress, has_best = found
-    here.torn = not own  # until all of it is here
+    sent: Any = collectives.from_one((here, evaluator.best is not None) if own else None, source)
+    progress, has_best = sent
+    here.torn = not own  # until all tensors have arrived
     flat = trainer.flat
     if not has_best:
         evaluator.best = None
     elif not own:
-        # Not in place: a thread that writes a checkpoint may still read the tensor of before.
+        # A new tensor: the thread that writes a checkpoint may still read the previous one.
         evaluator.best = torch.empty_like(flat.vector)
     best = [] if evaluator.best is None else [evaluator.best]
     for tensor in [flat.vector, *trainer.optimizer.moments.values(), *best]:

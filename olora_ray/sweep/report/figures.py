@@ -1,7 +1,7 @@
 """The figures of a search: parallel coordinates, learning curves, learning rate, importances.
 
-All are functions of a SearchRecord, and cope with what a search may be: one trial, none that worked, equal values, a
-field that is a number in one trial and a word in another. `render` gives them the style that all reports share.
+All are functions of a SearchRecord. They also work for unusual searches: one trial, no successful trial, equal values,
+or a field that is a number in one trial and a text in another. `render` gives them the style of all reports.
 """
 
 import io
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Only the best trial has the colour BEST, in figures and on pages.
 BEST, INK, MUTED, GRID, GOOD, FAILED = "#d55e00", "#1f2933", "#5f6c7b", "#e4e7eb", "#2f7fb5", "#8c2d72"
-"""Nothing but what is best has the colour BEST, in figures and on pages."""
+# Okabe and Ito's palette without BEST. Colour-blind people can tell these colours apart.
 COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e0a100", "#56b4e9", "#4d4d4d")
-"""Okabe and Ito's palette without BEST, which colour-blind people can tell apart."""
 NOTHING = "no trial has a value"
-_MISSING = float("nan")  # the value of a field that a trial does not have
+_MISSING = float("nan")  # stands for a field that a trial does not have
 
 Draw = Callable[[], "Figure"]
 
 
 def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
-    """Draw figures in the style of the reports; PNGs by their names."""
+    """Return PNGs by the names of their figures, drawn in the style of the reports."""
     import matplotlib
 
     style: Any = {
-        "text.parse_math": False,  # a `$` in a name is no mathematics
+        "text.parse_math": False,  # a `$` in a name must not start a formula
         "text.color": INK,
         "axes.edgecolor": MUTED,
         "axes.spines.top": False,
@@ -52,7 +52,6 @@ def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
 
 
 def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tuple["Figure", "Axes"]:
-    """A figure of so many inches with its heading and a caption below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -62,30 +61,28 @@ def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tu
 
 
 def say(axes: "Axes", sentence: str) -> None:
-    """Say why there is no picture, in its place."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED)
 
 
 def legend(axes: "Axes", title: str = "") -> None:
-    """Name what has a label, to the right of the axes, where it hides nothing."""
+    # To the right of the axes, where it hides no line.
     if axes.get_legend_handles_labels()[0]:
         axes.legend(title=title or None, loc="upper left", bbox_to_anchor=(1.01, 1.0), alignment="left")
 
 
 def parallel(record: SearchRecord) -> "Figure":
-    """Draw one line per trial through its parameters to its value."""
     best, default = record.best(), record.of(record.default)
     low, high, beyond = _metric_range(record)
-    caption = f"one line per trial, the darker the better ({_better(record)}); dashed: the default config"
+    caption = f"one line per trial, darker for better trials ({_better(record)}); dashed: the default config"
     figure, axes = new(f"Parameters and {_metric(record)}", caption + _orange(best) + beyond, width=12.0, height=4.8)
     if not record.trials:
         say(axes, NOTHING)
         return figure
     fields = _fields(record)
-    columns = [_places([trial.params.get(name, _MISSING) for trial in record.trials]) for name in fields]
+    columns = [_positions([trial.params.get(name, _MISSING) for trial in record.trials]) for name in fields]
     values = [_clipped(trial, low, high) for trial in record.trials]
-    columns.append(_places(values))
+    columns.append(_positions(values))
     for trial, *places in zip(record.trials, *(places for places, _ in columns), strict=True):
         look: dict[str, Any] = {"color": _shade(record, trial, low, high), "linewidth": 1.3, "zorder": 2}
         if trial is best:
@@ -94,7 +91,7 @@ def parallel(record: SearchRecord) -> "Figure":
             look = {"color": INK, "linewidth": 1.8, "zorder": 3, "linestyle": "--"}
         axes.plot(range(len(places)), places, **look)
     names = [*(text.value(name, 22) for name in text.short(fields).values()), text.value(record.metric, 22)]
-    # A bold letter is 0.68 of its size wide, and the picture has 11.5 inches.
+    # A bold letter is 0.68 of its size wide, and the axis is 11.5 inches long.
     size = min(10.0, 72 * 11.5 / len(names) / (0.68 * max(map(len, names))))
     axes.set_xticks(range(len(names)), names, weight="bold", size=size)
     axes.tick_params(axis="x", length=0, pad=8)
@@ -103,17 +100,16 @@ def parallel(record: SearchRecord) -> "Figure":
     behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for number, (_, ticks) in enumerate(columns):
         axes.vlines(number, 0, 1, color=MUTED, linewidth=1)
-        for place, shown in ticks:
-            axes.text(number + 0.015 * len(names), place, shown, va="center", bbox=behind, zorder=5)
+        for position, shown in ticks:
+            axes.text(number + 0.015 * len(names), position, shown, va="center", bbox=behind, zorder=5)
     return figure
 
 
 def curves(record: SearchRecord) -> "Figure":
-    """Draw the metric over the steps, one line per trial with a mark where it was cut."""
     best, default = record.best(), record.of(record.default)
     drawn = {trial.number: points for trial in record.trials if (points := _points(trial))}
     low, high, beyond = _range(record, [[value for _, value in points] for points in drawn.values()])
-    caption = f"one line per trial, the darker the better{_orange(best)}{beyond}"
+    caption = f"one line per trial, darker for better trials{_orange(best)}{beyond}"
     figure, axes = new("Learning curves", caption, width=12.0, height=4.8)
     if not drawn:
         say(axes, NOTHING)
@@ -133,7 +129,7 @@ def curves(record: SearchRecord) -> "Figure":
             also = ", the default config" if trial is default else ""
             colour, width, named = BEST, 3.2, f"trial {trial.number}, the best{also}"
         steps, values = zip(*drawn[trial.number], strict=True)
-        # A line through one point shows nothing.
+        # A line through a single point is invisible.
         mark = marks[trial.status] or ("." if len(steps) == 1 else "")
         axes.plot(steps, values, color=colour, linewidth=width, linestyle="--" if trial is default else "-",
                   marker=mark, markevery=[-1], label=named or None)  # fmt: skip
@@ -146,7 +142,7 @@ def curves(record: SearchRecord) -> "Figure":
 
 
 def rate(record: SearchRecord) -> "Figure":
-    """Draw the learning rate against the metric by rank; of other searches the most important fields."""
+    """Draw the learning rate against the metric, by rank. Without these fields: the two most important ones."""
     field, group = _rate_fields(record)
     best = record.best()
     low, high, beyond = _metric_range(record)
@@ -158,16 +154,16 @@ def rate(record: SearchRecord) -> "Figure":
         say(axes, NOTHING if field else "no field is searched")
         return figure
     trials = record.ranked()
-    across, ticks = _places([trial.params.get(field, _MISSING) for trial in trials])
+    across, ticks = _positions([trial.params.get(field, _MISSING) for trial in trials])
     groups = [text.value(trial.params.get(group, "")) if group else "" for trial in trials]
-    kinds = sorted(dict.fromkeys(groups), key=lambda kind: (len(kind), kind))
-    for number, kind in enumerate(kinds):
+    values = sorted(dict.fromkeys(groups), key=lambda value: (len(value), value))
+    for number, value in enumerate(values):
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot([], [], "o", color=colour, label=text.value(kind, 18) if group and number < 12 else None)
-        for trial, place, own in zip(trials, across, groups, strict=True):
-            if own == kind:
+        axes.plot([], [], "o", color=colour, label=text.value(value, 18) if group and number < 12 else None)
+        for trial, position, own in zip(trials, across, groups, strict=True):
+            if own == value:
                 face = colour if trial.status == "finished" else "white"
-                axes.plot(place, _clipped(trial, low, high), "o", color=colour, markerfacecolor=face, markersize=8)
+                axes.plot(position, _clipped(trial, low, high), "o", color=colour, markerfacecolor=face, markersize=8)
     axes.plot(across[0], _clipped(best, low, high), "o", markersize=17, markerfacecolor="none", markeredgecolor=BEST,
               markeredgewidth=2.4)  # fmt: skip
     default = record.of(record.default)
@@ -175,7 +171,7 @@ def rate(record: SearchRecord) -> "Figure":
         at = (across[trials.index(default)], _clipped(default, low, high))
         if math.isfinite(at[0]):
             axes.annotate("default", at, (11, 0), textcoords="offset points", va="center", color=MUTED)
-    axes.set_xticks([place for place, _ in ticks], [shown for _, shown in ticks])
+    axes.set_xticks([position for position, _ in ticks], [shown for _, shown in ticks])
     axes.set(xlim=(-0.06, 1.06), xlabel=text.value(field, 60), ylabel=f"{_metric(record)} ({_better(record)})")
     axes.grid()
     legend(axes, text.value(names[group], 22) if group else "")
@@ -183,10 +179,9 @@ def rate(record: SearchRecord) -> "Figure":
 
 
 def importances(record: SearchRecord) -> "Figure":
-    """Draw how much each field decided, as bars, or say why that cannot be computed."""
     shares, trials = importance(record)
-    caption = f"share of the differences that a field explains alone (fANOVA, {plural(trials, 'trial')})"
-    figure, axes = new(f"What mattered for {_metric(record)}", caption)
+    caption = f"share of the variance that a field alone explains (fANOVA, {plural(trials, 'trial')})"
+    figure, axes = new(f"Importance for {_metric(record)}", caption)
     if isinstance(shares, str):
         say(axes, shares)
         return figure
@@ -200,31 +195,33 @@ def importances(record: SearchRecord) -> "Figure":
     return figure
 
 
+# File name without its ending -> the function that draws it, in the order of the page.
 FIGURES: dict[str, Callable[[SearchRecord], "Figure"]] = {
     "parallel_coordinates": parallel,
     "learning_curves": curves,
     "learning_rate": rate,
     "importance": importances,
 }
-"""File name without its ending -> what draws it, in the order of the page."""
 
 
 def importance(record: SearchRecord) -> tuple[dict[tuple[str, ...], float] | str, int]:
-    """Share of the metric's variance per group of fields, the greatest first, or why there is none; of how many trials.
+    """Return the share of the metric's variance per group of fields, the greatest first, and the number of trials.
 
-    By Optuna's fANOVA, which gives the same numbers for the same record. Fields that put the trials in the same order,
-    e.g. alpha = 2 x rank, are one group: nothing tells them apart but the default config, which is one trial.
+    A sentence replaces the shares if there are none. Optuna's fANOVA computes the shares, and gives the same numbers
+    for the same record.
     """
     fields = _fields(record)
     trials = [trial for trial in record.ranked() if trial.status in ("finished", "stopped")]
-    columns = {name: _places([trial.params.get(name, _MISSING) for trial in trials])[0] for name in fields}
-    # A forest takes no gaps.
+    columns = {name: _positions([trial.params.get(name, _MISSING) for trial in trials])[0] for name in fields}
+    # fANOVA's random forest needs a number for every field.
     kept = [number for number in range(len(trials)) if all(math.isfinite(columns[name][number]) for name in fields)]
     if len(kept) < 5:
-        return f"too few trials: {len(kept)}, and 5 are needed", len(kept)
+        return f"too few trials: {len(kept)}, but 5 are needed", len(kept)
     low, high, _ = _range(record, [[trials[number].value or 0.0] for number in kept])
     if low == high:
         return "all trials have the same value", len(kept)
+    # Fields that put the trials in the same order, e.g. alpha = 2 x rank, are one group. Only the default config could
+    # tell them apart, and it is a single trial.
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, column in columns.items():
         searched = [column[number] for number in kept if trials[number].number != record.default]
@@ -236,15 +233,15 @@ def importance(record: SearchRecord) -> tuple[dict[tuple[str, ...], float] | str
     if not groups:
         return "every field has one value only", len(kept)
     rows = [{names[0]: columns[names[0]][number] for names in groups.values()} for number in kept]
-    found = _fanova(rows, [_clipped(trials[number], low, high) for number in kept])
-    shares = {tuple(names): found[names[0]] for names in groups.values()}
+    fanova = _fanova(rows, [_clipped(trials[number], low, high) for number in kept])
+    shares = {tuple(names): fanova[names[0]] for names in groups.values()}
     if not any(share > 0 for share in shares.values()):
         return "no field explains the differences", len(kept)
     return dict(sorted(shares.items(), key=lambda item: -item[1])), len(kept)
 
 
 def _fanova(rows: Sequence[Mapping[str, float]], values: Sequence[float]) -> dict[str, float]:
-    """Optuna's importances over positions: it weighs a logarithmic field by its plain values."""
+    # Rows hold positions on the axes, not values: Optuna would weigh a logarithmic field by its plain values.
     import optuna
 
     level = optuna.logging.get_verbosity()
@@ -253,9 +250,9 @@ def _fanova(rows: Sequence[Mapping[str, float]], values: Sequence[float]) -> dic
         study = optuna.create_study()
     finally:
         optuna.logging.set_verbosity(level)
-    kinds: dict[str, Any] = dict.fromkeys(rows[0], optuna.distributions.FloatDistribution(0.0, 1.0))
+    distributions: dict[str, Any] = dict.fromkeys(rows[0], optuna.distributions.FloatDistribution(0.0, 1.0))
     for row, value in zip(rows, values, strict=True):
-        study.add_trial(optuna.trial.create_trial(params=dict(row), distributions=kinds, value=value))
+        study.add_trial(optuna.trial.create_trial(params=dict(row), distributions=distributions, value=value))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return {
         name: float(share)
@@ -263,10 +260,10 @@ def _fanova(rows: Sequence[Mapping[str, float]], values: Sequence[float]) -> dic
     }
 
 
-def _places(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Where values lie on an axis from 0 to 1, NaN for NaN and infinity, and its ticks.
+def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Return the positions of values on an axis from 0 to 1 (NaN for NaN and infinity), and the ticks of the axis.
 
-    Numbers that differ by a factor of 8 are put on a logarithmic axis; mixed types are categories.
+    Numbers that differ by a factor of 8 or more get a logarithmic axis; mixed types become categories.
     """
     known = [value for value in values if not (isinstance(value, float) and not math.isfinite(value))]
     if known and all(text.is_number(value) for value in known):
@@ -274,7 +271,7 @@ def _places(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]
         to, back = (math.log, math.exp) if logarithmic else (float, float)
         low, high = to(min(known)), to(max(known))
         low, width = (low, high - low) if high > low else (low - 0.5, 1.0)
-        places = [min(1.0, max(0.0, (to(value) - low) / width)) if text.is_number(value) else math.nan
+        positions = [min(1.0, max(0.0, (to(value) - low) / width)) if text.is_number(value) else math.nan
                   for value in values]  # fmt: skip
         distinct = sorted({float(value) for value in known})
         shown = distinct if len(distinct) <= 5 else [back(low + width * part / 4) for part in range(5)]
@@ -282,32 +279,30 @@ def _places(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]
     else:
         names = list(dict.fromkeys(map(text.value, known)))
         at = {name: number / (len(names) - 1) if len(names) > 1 else 0.5 for number, name in enumerate(names)}
-        places = [at.get(text.value(value), math.nan) for value in values]
-        ticks = [(place, text.value(name, 16)) for name, place in at.items()]
+        positions = [at.get(text.value(value), math.nan) for value in values]
+        ticks = [(position, text.value(name, 16)) for name, position in at.items()]
     apart: list[tuple[float, str]] = []
     for tick in ticks:
         if not apart or tick[0] - apart[-1][0] >= 0.07:  # nearer labels would overlap
             apart.append(tick)
-    return places, apart
+    return positions, apart
 
 
 def _range(record: SearchRecord, values: Sequence[Sequence[float]]) -> tuple[float, float, str]:
-    """(low, high) of the values to draw, given per trial, and what to say of trials beyond.
-
-    A trial that diverged would flatten all others: the bad end is at most three times as far from the better three
-    quarters of the trials as these are from the best value.
-    """
+    """Return (low, high) of the values to draw, given per trial, and a sentence about trials beyond."""
+    # A diverged trial would flatten all others. So the bad end is at most three times as far from the better three
+    # quarters of the trials as these are from the best value.
     if not values:
         return 0.0, 0.0, ""
     sign = 1 if record.mode == "min" else -1
     losses = [[sign * value for value in each] for each in values]
     worst = sorted(max(each) for each in losses)
     best, quarter = min(map(min, losses)), worst[3 * (len(worst) - 1) // 4]
-    # Equal values have no spread to measure an outlier by.
+    # Without a spread, nothing is an outlier.
     fence = quarter + 3 * (quarter - best) if quarter > best else worst[-1]
     bad = max(loss for each in losses for loss in each if loss <= fence)
     beyond = sum(each > bad for each in worst)
-    said = f"; far worse, and so at the edge or beyond: {plural(beyond, 'trial')}" if beyond else ""
+    said = f"; far worse, drawn at the edge or outside: {plural(beyond, 'trial')}" if beyond else ""
     return (best, bad, said) if record.mode == "min" else (-bad, -best, said)
 
 
@@ -320,13 +315,12 @@ def _clipped(trial: TrialRecord, low: float, high: float) -> float:
 
 
 def _points(trial: TrialRecord) -> list[tuple[int, float]]:
-    """The curve without values that are none; of a long one about 500 points, evenly, and the last."""
+    """Return the finite points of the curve; of a long curve about 500, evenly, and the last."""
     points = [(step, value) for step, value in trial.curve if math.isfinite(value)]
     return [*points[: -1 : 1 + len(points) // 500], *points[-1:]]
 
 
 def _rate_fields(record: SearchRecord) -> tuple[str | None, str | None]:
-    """The field of the x axis and that of the colours."""
     fields = _fields(record)
     if not {"train.lr", "adapter.rank"} <= set(fields):
         shares, _ = importance(record)
@@ -342,13 +336,13 @@ def _fields(record: SearchRecord) -> list[str]:
 
 
 def _shade(record: SearchRecord, trial: TrialRecord, low: float, high: float) -> Any:
-    """One hue from dark (good) to light (bad), so that order shows without telling colours apart."""
+    # One hue from dark (good) to light (bad): the order shows even to those who cannot tell colours apart.
     import matplotlib
 
     if trial.status == "failed" or not trial.measured():
         return FAILED
-    place = (_clipped(trial, low, high) - low) / (high - low) if high > low else 0.0
-    return matplotlib.colormaps["Blues"](0.95 - 0.65 * (place if record.mode == "min" else 1 - place))
+    position = (_clipped(trial, low, high) - low) / (high - low) if high > low else 0.0
+    return matplotlib.colormaps["Blues"](0.95 - 0.65 * (position if record.mode == "min" else 1 - position))
 
 
 def _metric(record: SearchRecord) -> str:

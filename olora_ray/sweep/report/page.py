@@ -1,4 +1,4 @@
-"""The report of a search: one page that needs nothing else, its figures as files, and leaderboard.json."""
+"""The report of a search: one self-contained page, its figures as files, and leaderboard.json."""
 
 import base64
 from collections.abc import Iterable, Mapping
@@ -12,17 +12,17 @@ from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import text
 from olora_ray.sweep.report.figures import FIGURES, render
 
+# Most trials in a figure, where more lines would hide each other, and most rows of the table on the page.
 DRAWN, ROWS = 300, 500
-"""Most trials in a figure, where more lines hide each other, and in the page's table, which would be megabytes."""
+# Name of a figure -> (text for screen readers, True if it takes the page's full width).
 _DESCRIBED = {
     "parallel_coordinates": ("Parallel coordinates: the parameters of each trial and its value", True),
     "learning_curves": ("Learning curves of all trials", True),
     "learning_rate": ("Learning rate against the metric, by rank", False),
     "importance": ("Importance of each parameter", False),
 }
-"""Name of the figure -> (what a screen reader says, whether it takes the page's width)."""
 
-# The policy has the browser itself refuse whatever would be fetched from elsewhere.
+# The Content-Security-Policy makes the browser refuse anything that is not in the page itself.
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -59,7 +59,7 @@ th[aria-sort=descending] button::after { content: "\\2193"; }
 <body>
 $body
 <script>
-// A click on a column's name sorts by it, another turns the order around. Cells without a value stay last.
+// A click on a column's name sorts by it, a second click reverses the order. Cells without a value stay last.
 const table = document.querySelector("table");
 table.querySelectorAll("th").forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
   const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
@@ -79,35 +79,32 @@ table.querySelectorAll("th").forEach((head, column) => head.querySelector("butto
 
 
 def document(title: str, body: str) -> str:
-    """The whole page; `body` is HTML whose first table is sorted by a click."""
+    """Return the complete page; `body` is HTML, and a click sorts its first table."""
     return _PAGE.substitute(title=escape(title), body=body)
 
 
 def image(png: bytes, described: str, wide: bool) -> str:
-    """A figure with the picture inside of the page."""
     data = base64.b64encode(png).decode()
     kind = ' class="wide"' if wide else ""
     return f'<figure{kind}><img alt="{escape(described)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def terms(pairs: Iterable[tuple[str, str]]) -> str:
-    """A list of names and what is said of them."""
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs) + "</dl>"
 
 
 def cell(shown: str, sort: object = None, kind: str = "") -> str:
-    """A cell of a table; `sort` is what it is sorted by, if not by the text."""
+    """Return a cell of a table; `sort` is the value to sort by, if it is not the text."""
     return f'<td class="{kind}" data-sort="{escape(shown if sort is None else str(sort))}">{escape(shown)}</td>'
 
 
 def head(name: str, numeric: bool, full: str = "") -> str:
-    """A column's name, which sorts; `full` is shown where the pointer rests on it."""
+    """Return a column's head, which sorts on a click; `full` is shown under the pointer."""
     kind = "number" if numeric else ""
     return f'<th scope="col" class="{kind}" title="{escape(full)}"><button type="button">{escape(name)}</button></th>'
 
 
 def table(heads: Iterable[str], rows: Iterable[str]) -> str:
-    """A table of rows `<tr>...</tr>`."""
     body = "\n".join(rows)
     return (
         f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
@@ -115,9 +112,9 @@ def table(heads: Iterable[str], rows: Iterable[str]) -> str:
 
 
 def write(record: SearchRecord, folder: str) -> list[str]:
-    """Write report.html, the figures as PNG and leaderboard.json into `folder`, a path or URI; what was written.
+    """Write report.html, the figures as PNG and leaderboard.json into `folder`, a path or URI; return the files.
 
-    Files of an earlier report are replaced.
+    Replaces the files of an earlier report.
     """
     some = record.thinned(DRAWN)
     pictures = render({name: partial(draw, some) for name, draw in FIGURES.items()})
@@ -125,7 +122,7 @@ def write(record: SearchRecord, folder: str) -> list[str]:
 
 
 def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) -> list[str]:
-    """Write PNGs by the names of their figures, and texts by those of their files; what was written."""
+    """Write PNGs by the names of their figures, and texts by their file names; return the files."""
     contents = {f"{name}.png": png for name, png in pictures.items()}
     contents |= {name: content.encode() for name, content in texts.items()}
     for name, content in contents.items():
@@ -134,7 +131,6 @@ def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) 
 
 
 def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
-    """The page; `pictures` are PNGs by the names of FIGURES."""
     figures = "\n".join(image(png, *_DESCRIBED[name]) for name, png in pictures.items())
     about = (
         f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"
@@ -147,8 +143,8 @@ def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
         f"{record.name}: search",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about)}</p>\n{_cards(record)}\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{_table(record)}\n'
-        f"<footer>A click on a column's name sorts.{thinned} The same figures are PNG files beside this page,"
-        " the numbers are in leaderboard.json.</footer>",
+        f"<footer>Click a column's name to sort.{thinned} The figures are also PNG files beside this page,"
+        " and leaderboard.json has the numbers.</footer>",
     )
 
 
@@ -180,10 +176,10 @@ def _table(record: SearchRecord) -> str:
     shown = ordered[:ROWS]
     if default is not None and default not in shown:
         shown.append(default)
-    found = table(heads, (_row(record, trial, numeric, trial is best) for trial in shown))
+    rows = table(heads, (_row(record, trial, numeric, trial is best) for trial in shown))
     left = len(ordered) - len(shown)
-    more = f"{left:,} more, all worse, failed or without a value, are in leaderboard.json."
-    return found + (f'<p class="about">{more}</p>' if left else "")
+    more = f"{left:,} more trials (worse, failed or without a value) are in leaderboard.json."
+    return rows + (f'<p class="about">{more}</p>' if left else "")
 
 
 def _row(record: SearchRecord, trial: TrialRecord, numeric: Mapping[str, bool], best: bool) -> str:

@@ -1,4 +1,4 @@
-"""A search in words: its values as a person reads them, the ranked trials as a table, and the outcome in sentences."""
+"""A search in words: readable values, the ranked trials as a table, and the outcome in sentences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from olora_ray.sweep.record import SearchRecord, TrialRecord
 
 
 def number(value: float, digits: int = 4) -> str:
-    """At most so many significant digits, without padding: 0.25, 3e-4, 1.5e+6."""
+    """Return a number with at most `digits` significant digits, without padding: 0.25, 3e-4, 1.5e+6."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     if 1e-3 <= abs(value) < 1e6:
@@ -25,7 +25,7 @@ def _scientific(value: float, digits: int) -> str:
 
 
 def numbers(values: Sequence[float], digits: int = 4) -> list[str]:
-    """Each as `number`, with as many digits as tell different values apart."""
+    """Return the numbers as texts, with as many digits as tell different values apart."""
     # One notation for all: 5e-4, 1e-3, 2e-3.
     small = any(0 < abs(value) < 1e-3 for value in values)
     texts: list[str] = []
@@ -39,7 +39,7 @@ def numbers(values: Sequence[float], digits: int = 4) -> list[str]:
 
 
 def value(item: Any, longest: int | None = None) -> str:
-    """A value of a config field, as YAML would have it; cut if longer than `longest`."""
+    """Return a config value as in YAML, cut to `longest` characters."""
     if isinstance(item, bool) or item is None:
         shown = {True: "true", False: "false", None: "null"}[item]
     elif isinstance(item, int | float):
@@ -52,28 +52,27 @@ def value(item: Any, longest: int | None = None) -> str:
 
 
 def steps(done: int, total: int) -> str:
-    """Steps of a trial: 14, or 7 of 14 where it was cut."""
+    """Return the steps of a trial: 14, or 7 of 14 if it ended early."""
     return f"{done} of {total}" if done < total else str(done)
 
 
 def params(values: Mapping[str, Any]) -> str:
-    """All parameters in one line; numbers are shortened."""
     return " ".join(f"{name}={value(item)}" for name, item in values.items())
 
 
 def is_number(item: Any) -> bool:
-    """A finite number; true and false are none."""
+    """True for a finite number; true and false are not numbers here."""
     return isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
 
 
 def short(fields: Sequence[str]) -> dict[str, str]:
-    """Field -> its last part, or the whole where two fields share that."""
+    """Return field -> its last part, or the full name if two fields share the last part."""
     last = [name.rsplit(".", 1)[-1] for name in fields]
     return {name: end if last.count(end) == 1 else name for name, end in zip(fields, last, strict=True)}
 
 
 def lines(record: SearchRecord, top: int = 10) -> list[str]:
-    """The `top` best trials as aligned columns, then those without a value where there is room."""
+    """Return the `top` best trials as aligned columns, then trials without a value if there is room."""
     names = short(record.columns())
     head = [
         "",
@@ -86,7 +85,7 @@ def lines(record: SearchRecord, top: int = 10) -> list[str]:
         "",
     ]
     ordered = record.ordered()
-    rows = [_row(record, trial, list(names), place) for place, trial in enumerate(ordered[:top], 1)]
+    rows = [_row(record, trial, list(names), rank) for rank, trial in enumerate(ordered[:top], 1)]
     right = [True, True, *(_numeric(ordered, name) for name in names), True, True, True, False, False]
     shown = aligned([head, *rows], right)
     if len(ordered) > top:
@@ -95,13 +94,11 @@ def lines(record: SearchRecord, top: int = 10) -> list[str]:
 
 
 def summary(record: SearchRecord) -> list[str]:
-    """The closing lines: the best, against the default config, the spread, how trials ended, what was spared."""
     return aligned([[f"{name}:", sentence] for name, sentence in facts(record)], [False, False])
 
 
 def facts(record: SearchRecord) -> list[tuple[str, str]]:
-    """What came out as (name, sentence)."""
-    found = [
+    all_facts = [
         ("best", _best(record)),
         ("default", against_default(record)),
         ("spread", spread(record)),
@@ -109,40 +106,38 @@ def facts(record: SearchRecord) -> list[tuple[str, str]]:
         ("start", _start(record)),
         *(("note", note) for note in record.notes),
     ]
-    return [(name, sentence) for name, sentence in found if sentence]
+    return [(name, sentence) for name, sentence in all_facts if sentence]
 
 
 def against_default(record: SearchRecord) -> str:
-    """How the best value compares to that of the config as it is."""
     best, default = record.best(), record.of(record.default)
     if best is None:
         return ""
     if default is None:
-        return "the config as it is was not tried, so the best has nothing to be compared with"
+        return "the unchanged config was not tried, so the best trial has nothing to be compared with"
     if not default.measured() or default.value is None or best.value is None:
-        return f"the config as it is (trial {default.number}, {default.status}) has no value{_because(default)}"
+        return f"the unchanged config (trial {default.number}, {default.status}) has no value{_because(default)}"
     if default.number == best.number:
-        return f"the config as it is (trial {default.number}) was beaten by no other trial"
-    other = f"the config as it is: {number(default.value)} (trial {default.number}{_cut(default)})"
+        return f"no other trial was better than the unchanged config (trial {default.number})"
+    other = f"the unchanged config: {number(default.value)} (trial {default.number}{_cut(default)})"
     gain = (default.value - best.value) * (1 if record.mode == "min" else -1)
-    if gain < 0:  # only what failed is ranked behind what is worse
+    if gain < 0:  # a failed trial is ranked last, even if its value is better
         return f"the best is not as good as {other}{_because(default)}"
     relative = f" ({gain / abs(default.value):.1%})" if default.value else ""
     return f"the best is {number(gain)}{relative} better than {other}" if gain else f"no better than {other}"
 
 
 def spread(record: SearchRecord) -> str:
-    """How far the top trials are apart, and how many are too near to the best to be told from it."""
     ranked = record.ranked()
-    # A stopped trial is behind for want of steps too.
+    # Only finished trials: a stopped one is also behind because it had fewer steps.
     top = ([trial for trial in ranked if trial.status == "finished"] or ranked)[:5]
     values = [trial.value for trial in top if trial.value is not None]
     if len(values) < 2:
         return ""
-    # Values as near to the best as another seed moves a loss count as equal.
+    # Another seed moves a loss by about 0.5%. So values that near to the best count as equally good.
     near = sum(abs(value - values[0]) <= 0.005 * abs(values[0]) for value in values[1:])
     low, high = numbers([min(values), max(values)])
-    far = "within 0.5% of the best (another seed may move it as far)"
+    far = "within 0.5% of the best (another seed can move a value as far)"
     return (
         f"{low} .. {high} over the top {len(values)}, standard deviation {number(pstdev(values), 2)};"
         f" {_count(near, len(values) - 1)} of the other {len(values) - 1} {far}"
@@ -150,7 +145,7 @@ def spread(record: SearchRecord) -> str:
 
 
 def table(record: SearchRecord) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows) of plain values for a table artifact, the best trial first; NaN becomes None."""
+    """Return (columns, rows) of plain values for a table artifact, the best trial first; NaN becomes None."""
     fields = record.columns()
     columns = ["trial", "status", record.metric, *fields, "steps", "seconds", "reason", "mlflow_run"]
     rows = [
@@ -177,7 +172,6 @@ def _best(record: SearchRecord) -> str:
 
 
 def _cut(trial: TrialRecord) -> str:
-    """Where a trial was cut, whose value could have become better, or whose last adapter may be lost."""
     if trial.status == "finished":
         return ""
     return f", {trial.status} at step {steps(trial.step, trial.total)}"
@@ -201,10 +195,10 @@ def _start(record: SearchRecord) -> str:
     spared = [trial.spared for trial in record.trials if trial.spared > 0]
     parts = []
     if first:
-        parts.append(f"first step {duration(median(first))} after a trial's start (median)")
+        parts.append(f"first step {duration(median(first))} after the start of a trial (median)")
     if spared:
         parts.append(
-            f"{duration(median(spared))} of preparation and initialisation spared per trial,"
+            f"{duration(median(spared))} of preparation and initialisation saved per trial,"
             f" {duration(sum(spared))} in all"
         )
     return "; ".join(parts)
@@ -214,10 +208,10 @@ def _because(trial: TrialRecord) -> str:
     return f": {value(trial.reason, 100)}" if trial.reason else ""
 
 
-def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], place: int) -> list[str]:
+def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], rank: int) -> list[str]:
     mark = " (default)" if trial.number == record.default else ""
     return [
-        f"{place}." if trial.measured() else "",
+        f"{rank}." if trial.measured() else "",
         str(trial.number),
         *(value(trial.params[name], 24) if name in trial.params else "" for name in fields),
         "-" if trial.value is None else f"{trial.value:.4f}" if 1e-2 <= abs(trial.value) < 1e4 else number(trial.value),

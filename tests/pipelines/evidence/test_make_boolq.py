@@ -90,7 +90,7 @@ def test_what_a_constant_answer_reaches(script: Script, answers: list[str], shar
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "argument --heldout 448: only 60 rows are left for it"),
+        ([], "argument --heldout 448: only 60 rows are left"),
         (["--heldout", "20"], "argument --rows 1024: only 3"),
         (["--seed", "-7"], "argument --seed: expected a whole number from 1, not '-7'"),
         (["more"], "argument more: not known"),

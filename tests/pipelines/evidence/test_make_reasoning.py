@@ -110,7 +110,7 @@ def test_a_wrong_sign_of_the_packages_verifier_is_counted(make: Make, tmp_path: 
         (["--split-by", "names"], "argument --split-by: expected questions or templates, not 'names'"),
         (["--row", "1"], "argument --row: not known; did you mean --rows"),
         (["rows.jsonl"], "argument rows.jsonl: not known"),
-        (["--longest", "10"], "argument --heldout 448: only 0 rows are left for it; ask for fewer, or set --longest"),
+        (["--longest", "10"], "argument --heldout 448: only 0 rows are left; ask for fewer, or set --longest"),
     ],
 )
 def test_a_mistake_is_one_line(make: Make, arguments: list[str], message: str) -> None:

