@@ -42,7 +42,7 @@ def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> Non
         (["finetune", "nowhere.yaml"], 2, "error: config file nowhere.yaml: No such file or directory"),
         (["init", "nothing.jsonl"], 2, r"error: data\.train\.0\.path: /.*nothing\.jsonl: no such file .*"),
         (["evaluate", "--help"], 0, "Evaluate a model, .*"),
-        (["chat", "nothing"], 2, "error: run nothing: no such folder, .*"),
+        (["chat", "nothing"], 2, "error: run nothing: no such run folder; .*"),
         (["registry", "promote", "m"], 2, r"error: usage: olora-ray registry promote NAME VERSION .*"),
     ],
 )

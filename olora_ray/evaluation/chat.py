@@ -1,12 +1,12 @@
-"""Put a prompt to the base model of a run and to its fine-tuned model, and show both answers. Starts no Ray.
+"""Send a prompt to the base model and to the fine-tuned model of a run, and show both answers. Starts no Ray.
 
     olora-ray chat RUN [PROMPT] [--system TEXT] [section.field=value ...]
 
 RUN       name of a finished run in ./runs, or its folder
-PROMPT    in quotes; without it each line that is typed is a prompt of its own, until Ctrl-D
---system  system message that goes before the prompt
+PROMPT    in quotes; without it, each line that you type is a prompt, until Ctrl-D
+--system  system message before the prompt
 
-Answers are greedy, like the sample answers of a run, and have up to evaluation.max_new_tokens tokens.
+Decoding is greedy, as in the sample answers of a run. An answer has at most evaluation.max_new_tokens tokens.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ FIELD = re.compile(r"\w+(\.\w+)+=")
 
 
 def main(argv: list[str]) -> None:
-    """Answer one prompt, or each line of standard input."""
-    found = command_line.parse(argv, usage=__doc__ or "", options=["--system"])
-    settings = [word for word in found.words if FIELD.match(word)]  # a prompt may have a = in it
-    run, *prompts = [word for word in found.words if word not in settings] or [""]
+    arguments = command_line.parse(argv, usage=__doc__ or "", options=["--system"])
+    # A prompt may contain a "=", so only words of the form section.field=value are settings.
+    settings = [word for word in arguments.words if FIELD.match(word)]
+    run, *prompts = [word for word in arguments.words if word not in settings] or [""]
     if not run or len(prompts) > 1:
-        raise UserError("arguments: expected a run, and a prompt in quotes; --help shows how")
+        raise UserError("arguments: expected RUN and at most one PROMPT in quotes; --help shows how")
     folder = _finished(run)
-    logger.info(f"{folder}: loading its base model and adapter")
-    answers = Answers(folder, parse_assignments(settings), found.options.get("--system"))
+    logger.info(f"{folder}: loading the base model and the adapter")
+    answers = Answers(folder, parse_assignments(settings), arguments.options.get("--system"))
     for prompt in prompts or _lines():
         for name, adapted in (("base", False), ("fine-tuned", True)):
             text = answers(prompt, adapted) or "(nothing)"
@@ -45,20 +45,18 @@ def main(argv: list[str]) -> None:
 
 
 def _finished(name: str) -> str:
-    """The folder of a finished run; raises UserError for another, with the runs that there are."""
     root = command_line.absolute("runs", Path.cwd())
-    places = (command_line.absolute(name, Path.cwd()), storage.join(root, name))
-    place = next((each for each in places if storage.exists(storage.join(each, "config.yaml"))), None)
-    if place is None:
-        there = [each for each in storage.names(root) if storage.exists(storage.join(root, each, "config.yaml"))]
-        raise UserError(f"run {name}: no such folder, and none in {root}; there is {', '.join(there) or 'no run'}")
-    if not storage.exists(storage.join(place, "result.json")):
-        raise UserError(f"run {name}: is not finished; the command that began it continues it")
-    return place
+    folders = (command_line.absolute(name, Path.cwd()), storage.join(root, name))
+    folder = next((each for each in folders if storage.exists(storage.join(each, "config.yaml"))), None)
+    if folder is None:
+        runs = [each for each in storage.names(root) if storage.exists(storage.join(root, each, "config.yaml"))]
+        raise UserError(f"run {name}: no such run folder; {root} has {', '.join(runs) or 'no runs'}")
+    if not storage.exists(storage.join(folder, "result.json")):
+        raise UserError(f"run {name}: not finished; run the command that started it again to resume it")
+    return folder
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, or comes through a pipe."""
     with contextlib.suppress(EOFError):
         while True:
             if (line := input("> " if sys.stdin.isatty() else "")).strip():
@@ -66,10 +64,9 @@ def _lines() -> Iterator[str]:
 
 
 class Answers:
-    """A run's base model with the exported adapter, which can be switched off."""
+    """The base model of a run with its exported adapter, which can be switched off."""
 
     def __init__(self, run: str, changes: Mapping[str, Any], system: str | None) -> None:
-        """Load both; raises UserError for what does not load."""
         import torch
 
         from olora_ray.common.logs import quiet_transformers
@@ -88,12 +85,15 @@ class Answers:
             for source in target.config.data.train
         )
         if system and not self.chat:
-            raise UserError(f"argument --system: {run} was trained on texts without a chat template")
+            raise UserError(f"argument --system: {run} was trained on texts without a chat template; leave it out")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = held_out.load(target.base, adapter, target.config, self.device)
 
     def __call__(self, prompt: str, adapted: bool) -> str:
-        """The answer of the fine-tuned model, or of the base; raises UserError for a prompt the template refuses."""
+        """Return the answer of the fine-tuned model (`adapted`) or of the base model.
+
+        Raises UserError if the chat template refuses the prompt.
+        """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         from olora_ray.pipeline.answers import as_text
@@ -103,18 +103,18 @@ class Answers:
             if isinstance(layer, BaseTunerLayer):
                 layer.enable_adapters(adapted)
         with decoding(self.model):
-            (found,) = greedy(self.model, [self._asked(prompt)], self.limit, self.base.eos, self.device)
-        return as_text(self.base.tokenizer, found)
+            (answer,) = greedy(self.model, [self._asked(prompt)], self.limit, self.base.eos, self.device)
+        return as_text(self.base.tokenizer, answer)
 
     def _asked(self, prompt: str) -> tuple[int, ...]:
-        """The tokens before an answer, as an example of the training has them."""
         from olora_ray.data.formats import Chat, Completion, Rejected
 
         asked = [{"role": "system", "content": self.system}] if self.system else []
-        # Its answer could be any text of which the tokenizer makes tokens.
+        # The tokenizer of examples needs an answer, and the tokens from the answer on are cut off below. So any text
+        # that is not empty will do as the answer; the prompt itself is at hand.
         turns = (*asked, {"role": "user", "content": prompt}, {"role": "assistant", "content": prompt})
         try:
             (tokens,) = self.tokens(Chat(turns) if self.chat else Completion(prompt, prompt))
         except Rejected as why:
-            raise UserError(f"the prompt cannot be put: {why.message}") from None
+            raise UserError(f"this prompt does not fit the chat template: {why.message}") from None
         return tuple(tokens.ids[: int(tokens.supervised.argmax())].tolist())

@@ -1,4 +1,4 @@
-"""Groups of held-out rows: rows of one document or customer are alike, so a comparison takes all of them or none."""
+"""Groups of held-out rows: rows of one document or customer are alike, so a comparison draws all of them or none."""
 
 import json
 import logging
@@ -17,21 +17,22 @@ from olora_ray.tokens.store import TokenStore
 logger = logging.getLogger(__name__)
 
 FILE = "@file"
-"""The setting by which the rows of a file are a group."""
+"""The value of gate.group that makes the rows of each file one group."""
 
 
 def origins(store: TokenStore) -> tuple[Origin, ...]:
-    """The number of its file, and its place in that, of each example of a store, in the order of the store."""
-    number = {name: place for place, name in reversed(list(enumerate(store.files)))}
-    found = (name.rpartition(":") for index in range(len(store)) for name in store.origins(index))
-    return tuple((number[file], int(line) - 1) for file, _, line in found)
+    """Return (number of the file, position of the row in it) for each example, in the order of the store."""
+    # A file that is listed twice has its first number: reversed, so that the first entry overwrites the second.
+    numbers = {name: number for number, name in reversed(list(enumerate(store.files)))}
+    names = (name.rpartition(":") for index in range(len(store)) for name in store.origins(index))
+    return tuple((numbers[file], int(line) - 1) for file, _, line in names)
 
 
 def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[int] | None:
-    """The number of each row's group, by gate.group; None without that setting: each row of a file is one.
+    """Return the group number of each row by gate.group (`setting`); None without it: each row is its own group.
 
-    `plan` is that of the store from which the rows come. The column is read from the files again; rows in which it
-    is empty are groups of their own. Raises UserError if no row has it.
+    `plan` is the plan of the store from which the rows come. Reads the column from the source files again. A row with
+    an empty column is its own group. Raises UserError if no row has the column.
     """
     if setting is None:
         return None
@@ -48,14 +49,14 @@ def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) ->
     if not values:
         raise _no_column(setting, plan)
     if missing := len(wanted) - len(values):
-        logger.warning(f"gate.group: {plural(missing, 'held-out row')} without {setting!r}: each is a group of its own")
+        logger.warning(f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each is its own group")
     return numbered([(values[origin],) if origin in values else origin for origin in origins])
 
 
 def check_column(setting: str | None, plan: Plan) -> None:
-    """Raise UserError if no row of a plan's files has the column of gate.group, before anything is made of them.
+    """Raise UserError if no row of a plan's files has the column of gate.group.
 
-    Reads no further than to the first row that has it.
+    Stops reading at the first row that has it, so the check is cheap enough to run before tokenisation.
     """
     if setting is None or setting == FILE:
         return
@@ -66,46 +67,45 @@ def check_column(setting: str | None, plan: Plan) -> None:
 
 
 def count_planned(setting: str | None, plan: Plan, enough: int, files: Collection[int] | None = None) -> int:
-    """How many groups the rows of a plan are, at most, before one is tokenised; counting ends at `enough`.
+    """Return an upper bound for the number of groups, without tokenising; counting stops at `enough`.
 
-    Rows that cannot be used count too. `files` are the numbers of those whose rows count; None: all.
+    It is an upper bound because rows that tokenisation would reject count too. `files` limits the count to rows of the
+    files with these numbers; None: all files.
     """
-    found: set[object] = set()
+    groups: set[object] = set()
     for piece in (piece for shard in plan.shards for piece in shard if files is None or piece.file in files):
         for group in _groups(setting, plan, piece):
-            found.add(group)
-            if len(found) >= enough:
+            groups.add(group)
+            if len(groups) >= enough:
                 return enough
-    return len(found)
+    return len(groups)
 
 
 def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
-    """The group of each held-out row of a piece; a row of a file is one, and so is each without the column."""
     first = piece.unit.first
-    places = np.arange(first, first + piece.unit.rows, dtype=np.int64)
-    chosen: list[int] = places[taken(plan, plan.files[piece.file], piece, places)].tolist()
+    positions = np.arange(first, first + piece.unit.rows, dtype=np.int64)
+    chosen: list[int] = positions[taken(plan, plan.files[piece.file], piece, positions)].tolist()
     if setting == FILE:
-        yield from [piece.file][: len(chosen)]
+        yield from [piece.file][: len(chosen)]  # nothing if no row of the piece is held out
     elif setting is None:
-        yield from ((piece.file, place) for place in chosen)
+        yield from ((piece.file, position) for position in chosen)
     else:
         wanted = set(chosen)
-        for (number, place), value in _column(setting, plan, piece.file, piece.unit):
-            if place in wanted:
-                yield (number, place) if value is None else (value,)
+        for (number, position), value in _column(setting, plan, piece.file, piece.unit):
+            if position in wanted:
+                yield (number, position) if value is None else (value,)
 
 
 def _column(setting: str, plan: Plan, number: int, unit: Unit) -> Iterator[tuple[Origin, str | None]]:
-    """The column of every row of a part of a file, as JSON text."""
     planned = plan.files[number]
     column = plan.sources[planned.source].fields.get(setting, setting)
-    for place, row in read_unit(planned.file, unit, planned.columns, [column]):
-        yield (number, place), _text(row.get(column) if isinstance(row, dict) else None)
+    for position, row in read_unit(planned.file, unit, planned.columns, [column]):
+        yield (number, position), _text(row.get(column) if isinstance(row, dict) else None)
 
 
 def _no_column(setting: str, plan: Plan) -> UserError:
-    seen = ", ".join(sorted({name for file in plan.files for name in file.columns})) or "other fields"
-    return UserError(f"gate.group: no held-out row has a column {setting!r}; there are {seen}")
+    columns = ", ".join(sorted({name for file in plan.files for name in file.columns})) or "the fields of your rows"
+    return UserError(f"gate.group: no held-out row has a column {setting!r}; use one of {columns}")
 
 
 def _text(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Held-out loss and answers of one model, row by row, spread over the cluster."""
+"""Held-out loss and answers of one model, row by row, computed by actors all over the cluster."""
 
 import logging
 import math
@@ -35,8 +35,8 @@ from olora_ray.train.self_test import choose_attention
 
 logger = logging.getLogger(__name__)
 
-# Pieces of work spread over the cluster, done by actors that load a model once. Not by Ray Data: it gives its actors
-# arguments in Ray's store, and Ray's C++ log warns of each such actor.
+# Actors load the model once and then do pieces of work. Ray Data is not used, because it passes the arguments of its
+# actors through Ray's object store, and Ray's C++ log prints a warning for each such actor.
 
 
 Work = TypeVar("Work")
@@ -46,67 +46,68 @@ Result = TypeVar("Result")
 def map_over_actors(
     make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: AnyConfig
 ) -> list[Result]:
-    """The results of all `works`, in their order; each actor calls `make` once, and what it returns once per work.
+    """Return the results of all `works`, in their order.
 
-    At most cluster.workers actors, each with cluster.cpus_per_worker CPUs (its number of threads) and
-    cluster.gpus_per_worker GPUs; fewer if the cluster has no room for more. `make` pickles; what it makes
-    must give the same result on any actor; says so where they cannot, since `auto` means several precisions. Needs
-    ray.init; raises the UserError of a work.
+    Each actor calls `make` once, and calls the function that it returns once per work. `make` must pickle, and its
+    function must give the same result on every actor; a warning is logged if model.dtype=auto picks several precisions.
+    Starts at most cluster.workers actors, fewer if the cluster has no room. Each has cluster.cpus_per_worker CPUs (and
+    as many threads) and cluster.gpus_per_worker GPUs. Needs ray.init; raises the UserError of a work.
     """
     if not works:
         return []
     import ray
 
-    wanted, found, precisions = worker_resources(config), dict[int, Result](), set()
+    wanted, results, precisions = worker_resources(config), dict[int, Result](), set()
     threads = max(1, math.floor(config.cluster.cpus_per_worker))
-    # What is made comes with each work, not with the start: an actor that is started again may find it lost by then.
-    kind: Any = ray.remote(max_restarts=-1, max_task_retries=-1)(_Actor)
-    kind = kind.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-    actors = [kind.remote() for _ in range(min(len(works), config.cluster.max_workers()))]
+    # `make` travels with each work instead of with the actor's start: when Ray restarts an actor after a node died, the
+    # arguments of the start may be lost with that node.
+    actor_type: Any = ray.remote(max_restarts=-1, max_task_retries=-1)(_Actor)
+    actor_type = actor_type.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
+    actors = [actor_type.remote() for _ in range(min(len(works), config.cluster.max_workers()))]
     made_of, numbers = ray.put((make, threads, config.model)), iter(range(len(works)))
-    # Those for which there is no room never answer, and get no work.
-    waiting: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
+    # An actor without room in the cluster never answers `ready`, so it is never given work.
+    pending: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
     try:
-        while len(found) < len(works):
-            [answer], _ = ray.wait(list(waiting))
-            actor, number = waiting.pop(answer)
+        while len(results) < len(works):
+            [answer], _ = ray.wait(list(pending))
+            actor, number = pending.pop(answer)
             if number is not None:
                 result, precision = ray.get(answer)
                 if isinstance(result, UserError):
-                    # Ray would say that it repeats what is cut off here.
-                    if busy := [each for each, (_, number) in waiting.items() if number is not None]:
+                    # Killing actors while they work would make Ray log that it retries their tasks. So wait for them.
+                    if busy := [each for each, (_, number) in pending.items() if number is not None]:
                         ray.wait(busy, num_returns=len(busy))
                     raise result
-                before, found[number] = 10 * len(found) // len(works), result
+                before, results[number] = 10 * len(results) // len(works), result
                 precisions.add(precision)
-                if len(works) >= 10 and 10 * len(found) // len(works) > before:
-                    logger.info(f"evaluation: {len(found) / len(works):.0%} done")
+                if len(works) >= 10 and 10 * len(results) // len(works) > before:
+                    logger.info(f"evaluation: {len(results) / len(works):.0%} done")
             if (number := next(numbers, None)) is not None:
-                waiting[actor.run.remote(made_of, works[number])] = actor, number
+                pending[actor.run.remote(made_of, works[number])] = actor, number
             else:
-                ray.kill(actor)  # makes room for one that is started again
+                # No work is left for this actor. An actor that Ray restarts elsewhere may need the room.
+                ray.kill(actor)
     finally:
         for actor in actors:
             ray.kill(actor)
     if len(precisions) > 1:
         logger.warning(
-            f"model.dtype: auto: measured in {' and '.join(sorted(precisions))}, each row in that of the node which"
-            " measured it; use nodes of one kind, or set it"
+            f"model.dtype=auto: some rows were measured in {' and others in '.join(sorted(precisions))}, depending on"
+            " the node; set model.dtype, or use nodes with the same hardware"
         )
-    return [found[number] for number in range(len(works))]
+    return [results[number] for number in range(len(works))]
 
 
 class _Actor:
-    """Runs one work after the other; a UserError is a result, so that Ray does not wrap it."""
+    """Actor that runs one work after the other; it returns a UserError as a result, so that Ray does not wrap it."""
 
     made: Callable[[Any], Any] | None = None
     precision = ""
 
     def ready(self) -> None:
-        """Answer, once there is room for this actor."""
+        """Return as soon as the cluster has room for this actor."""
 
     def run(self, made_of: tuple[Callable[[], Callable[[Any], Any]], int, Model], work: Any) -> tuple[Any, str]:
-        """The result of a work, and the precision in which it was made."""
         make, threads, model = made_of
         try:
             if self.made is None:
@@ -124,10 +125,8 @@ ANSWERS_AT_ONCE = 20
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote to a held-out prompt."""
-
     row: int
-    """Number of the example in the store."""
+    """Index of the example in the store."""
     origin: str
     """FILE:LINE of the row."""
     text: str
@@ -136,37 +135,37 @@ class Answer:
 
 
 def measure(base: Base, adapter: str | None, store: TokenStore, config: AnyConfig) -> RowResults:
-    """The numbers of `measure_and_answer` alone."""
     return measure_and_answer(base, adapter, store, config)[0]
 
 
 def measure_and_answer(
     base: Base, adapter: str | None, store: TokenStore, config: AnyConfig
 ) -> tuple[RowResults, tuple[Answer, ...]]:
-    """Loss of each held-out example in `store`, and scored answers to the first evaluation.rows of them.
+    """Return the loss of each held-out example in `store`, and scored answers to the first evaluation.rows of them.
 
-    `base` may be a merged model; `adapter` is an exported plain-LoRA folder for it, or None; both lie where
-    every node sees them. Uses the config's model, cluster and evaluation sections and train.micro_batch.
-    The result does not depend on the number of actors. Needs ray.init; raises UserError for what does not load, and
-    for a reference that the scorer cannot score.
+    `base` may be a merged model; `adapter` is an exported plain-LoRA folder for it, or None. Every node must be able to
+    read both. Uses the config's model, cluster and evaluation sections and train.micro_batch. The result does not
+    depend on the number of actors. Needs ray.init. Raises UserError if a file does not load, or if the scorer cannot
+    score a reference.
     """
     check(config, store, base.tokenizer)
     width = config.train.micro_batch
     packs = [store[number] for number in range(len(store))]
     asked = questions(store, config.evaluation.rows) if config.evaluation.scorer else []
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))  # similar lengths: less padding
+    # Prompts of similar length are answered together, because shorter ones are padded to the longest.
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
     groups = [order[i : i + ANSWERS_AT_ONCE] for i in range(0, len(order), ANSWERS_AT_ONCE)]
-    # Answers take longest: first come, first served.
+    # Answers take longest, so actors start with them; otherwise the last actor would answer while all others idle.
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
-    logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
+    logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}; {len(asked)} of them are answered")
     done = map_over_actors(partial(Measurer, base.model, adapter, config, base.eos, packs[:8]), works, config)
-    answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
+    answers = dict(pair for group, part in zip(groups, done, strict=False) for pair in zip(group, part, strict=True))
     judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
     results = RowResults(
         data=store.digest,
         tokens=tuple(size for pack in packs for size in _supervised(pack)),
-        losses=tuple(loss for found in done[len(groups) :] for loss in found),
+        losses=tuple(loss for part in done[len(groups) :] for loss in part),
         scores={
             name: {item.row: item.scores[name] for item in judged if name in item.scores}
             for name in scoring.means([item.scores for item in judged])
@@ -177,27 +176,27 @@ def measure_and_answer(
 
 
 Works = tuple[Pack, ...] | tuple[Question, ...]
-"""One piece of work: sequences whose examples' losses are wanted, or questions to be answered."""
+"""One piece of work: sequences whose losses to measure, or questions to answer."""
 
 
 class Measurer:
-    """One model in an actor, which gives losses and answers."""
+    """One model in an actor, which computes losses and answers."""
 
     def __init__(
         self, base: BaseModel, adapter: str | None, config: AnyConfig, eos: tuple[int, ...], tried: Sequence[Pack]
     ) -> None:
-        """Load the model where this process computes, and test it on sequences.
+        """Load the model on this process's device, and test it on the sequences `tried`.
 
-        Raises UserError if it does not load, or does not pass its self-test.
+        Raises UserError if it does not load, or fails its self-test.
         """
         self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, assigned_device()
         self.model = load(base, adapter, config, self.device)
         self.loss = SupervisedLoss(self.model)
-        # The same examples on every actor, so that all choose the same attention.
+        # All actors test the same examples, so that all choose the same attention and compute the same bits.
         self.attention = choose_attention(self.loss, tried, config, self.device).attention
 
     def __call__(self, work: Works) -> list[Any]:
-        """The summed loss of each example of the sequences, or an answer (token ids) to each question."""
+        """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""
         questions = [item for item in work if isinstance(item, Question)]
         if questions:
             with decoding(self.model):
@@ -208,17 +207,17 @@ class Measurer:
 
 
 def load(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device) -> Any:
-    """The frozen model, with the plain-LoRA adapter in its layers if one is given, on `device`.
+    """Return the frozen model on `device`, with the plain-LoRA adapter in its layers if one is set.
 
-    With its weights as they are stored, whatever `model.quantization` says: exports are for these.
-    Raises UserError if either does not load or they do not fit.
+    Loads the weights as they are stored and ignores model.quantization, because exports are made for these weights.
+    Raises UserError if either does not load, or if the adapter does not fit the model.
     """
-    found: Any = load_model(on_this_node(base, config).folder, config.model, device)
+    model: Any = load_model(on_this_node(base, config).folder, config.model, device)
     if adapter is not None:
         unreadable = as_user_error(f"adapter {adapter}: cannot be read", OSError, reason=short_reason)
         with unreadable, node_cache.fetched(adapter) as folder:
-            found = _with_adapter(found, folder, adapter)
-    return found.to(device)
+            model = _with_adapter(model, folder, adapter)
+    return model.to(device)
 
 
 def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
@@ -226,30 +225,28 @@ def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"adapter {adapter}: no {name} (does every node see this folder? pickles are not loaded)")
-    with as_user_error(f"adapter {adapter}: does not fit the model", ValueError, RuntimeError, KeyError, TypeError):
+            raise UserError(f"adapter {adapter}: no {name}; use a PEFT folder with safetensors that all nodes can read")
+    with as_user_error(f"adapter {adapter}: does not fit its model", ValueError, RuntimeError, KeyError, TypeError):
         wrapped: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
-    # The model itself, with adapted layers in it.
+    # PEFT puts the adapted layers into the model itself. Its wrapper is dropped, because the loss needs the backbone.
     return wrapped.get_base_model().requires_grad_(False).eval()
 
 
 def _supervised(pack: Pack) -> list[int]:
-    """Number of supervised tokens of each example of a sequence."""
     return [int(part.sum()) for part in np.split(pack.supervised, np.cumsum(pack.segments)[:-1])]
 
 
 def _judged(
     config: AnyConfig, store: TokenStore, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: Any
 ) -> tuple[Answer, ...]:
-    """The answers as text, with their scores."""
     if not asked or config.evaluation.scorer is None:
         return ()
     judge = scoring.Judge(config.evaluation.scorer)
-    places = [name for index in range(len(store)) for name in store.origins(index)]
-    found = []
+    origin_of = [origin for index in range(len(store)) for origin in store.origins(index)]
+    judged = []
     for item, ids in zip(asked, answers, strict=True):
         text, reference = as_text(tokenizer, ids), as_text(tokenizer, item.reference)
-        found.append(Answer(item.row, places[item.row], text, reference, judge(text, reference)))
-    for line in scoring.partial_scores([item.scores for item in found]):
+        judged.append(Answer(item.row, origin_of[item.row], text, reference, judge(text, reference)))
+    for line in scoring.partial_scores([item.scores for item in judged]):
         logger.info(line)
-    return tuple(found)
+    return tuple(judged)

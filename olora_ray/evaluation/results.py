@@ -1,4 +1,7 @@
-"""Results of an evaluation: metrics by name, for one model or for two side by side."""
+"""An evaluation of one model, or of two side by side: its command line, its results as lines, and where they are kept.
+
+Results go to evaluation.json, scored answers line by line to answers.jsonl, and metrics to an MLflow run per model.
+"""
 
 import json
 import logging
@@ -37,31 +40,30 @@ OPTIONS = ("--config", "--tasks", "--task-data", "--limit", "--scorer", "--out")
 
 @dataclass(frozen=True)
 class Request:
-    """An evaluation as the command line asks for it."""
-
     models: tuple[str, ...]
     """One or two."""
     config: str | None
     changes: Mapping[str, Any]
-    """Dotted field -> value, to be changed in the config."""
+    """Dotted field of the config -> its new value."""
     tasks: tuple[str, ...]
     task_data: str | None
     limit: int | None
-    """Rows of each task; None: all."""
+    """Number of rows of each task; None: all."""
     out: str | None
 
 
 def read(argv: Sequence[str], usage: str) -> Request:
-    """The request in `argv`; --help prints `usage` and exits. Raises UserError for what it does not know."""
-    found = command_line.parse(argv, usage, options=OPTIONS)
-    models, changes, options = tuple(found.names()), found.changes(), found.options
+    """Parse `argv`; --help prints `usage` and exits. Raises UserError for unknown or wrong arguments."""
+    arguments = command_line.parse(argv, usage, options=OPTIONS)
+    models, changes, options = tuple(arguments.names()), arguments.changes(), arguments.options
     names = [name for part in options.get("--tasks", "").split(",") if (name := part.strip())]
     limit = options.get("--limit", "")
     if not 1 <= len(models) <= 2:
-        raise UserError(f"expected one model, or two to compare, not {len(models)}; --help shows how")
+        raise UserError(f"arguments: expected one model, or two to compare, not {len(models)}; --help shows how")
     if "--limit" in options and not (limit.isdecimal() and int(limit)):
         raise UserError(f"argument --limit: expected a number of rows, not {limit!r}")
-    if scorer := options.get("--scorer"):  # an unset variable of a script is no wish for none
+    # A script with an unset variable passes an empty --scorer; the scorer of the config then stays.
+    if scorer := options.get("--scorer"):
         changes["evaluation.scorer"] = scorer
     return Request(
         models=models,
@@ -76,29 +78,25 @@ def read(argv: Sequence[str], usage: str) -> Request:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's results."""
-
     target: Target
     held_out: RowResults | None
     tasks: Mapping[str, TaskResult]
     groups: Sequence[int] | None = None
-    """Number of the group of each held-out row, by gate.group; None: each row of a file is one."""
+    """Group number of each held-out row by gate.group; None: each row of a file is its own group."""
     answers: Sequence[Answer] = ()
-    """To the held-out prompts, where there is a scorer."""
+    """Answers to held-out prompts; empty without evaluation.scorer."""
 
     def metrics(self) -> dict[str, float]:
-        """eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
+        """Return eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
         held_out = {name: self.held_out.metric(name) for name in self.held_out.names()} if self.held_out else {}
         return held_out | {
             f"{task}/{name}": item.metrics[name] for task, item in self.tasks.items() for name in item.metrics
         }
 
     def errors(self) -> dict[str, float]:
-        """Standard errors of the tasks' metrics, under the same names."""
         return {f"{task}/{name}": error for task, item in self.tasks.items() for name, error in item.stderr.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return {
             "model": self.target.name,
             "base": self.target.base.to_json(),
@@ -111,24 +109,24 @@ class Evaluation:
 
 
 def check(request: Request, config: AnyConfig) -> None:
-    """Raise UserError if nothing is to be done, the scorer cannot be, or Ray does not answer."""
-    config.data.length()  # raises an error for auto, before anything starts
+    """Raise UserError if there is nothing to evaluate, the scorer cannot be used, or Ray does not answer."""
+    config.data.length()  # raises UserError for data.max_length=auto
     if config.evaluation.scorer:
         scoring.resolve(config.evaluation.scorer)
     if not request.tasks and not config.data.holds_out():
         raise UserError(
-            f"{request.models[0]}: nothing to evaluate it on: give --tasks, or --config with data.eval or"
+            f"{request.models[0]}: no rows to evaluate it on; set --tasks, or --config with data.eval or"
             " data.eval_fraction"
         )
     if config.evaluation.scorer and not config.data.holds_out():
-        logger.warning("evaluation.scorer: nothing is scored: no rows are held out")
+        logger.warning("evaluation.scorer: no answers to score, because no rows are held out; set data.eval")
     if storage.is_uri(config.run.storage):
         storage.check(config.run.storage, "run.storage")
     address.find()
 
 
 def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
-    """Everything about one model; needs ray.init. Raises UserError for what the user can fix."""
+    """Measure one model on held-out rows and tasks; needs ray.init. Raises UserError for what the user can fix."""
     logger.info(f"evaluating {target.name}")
     config, adapter = target.config, target.adapter
     held_out, groups = None, None
@@ -137,23 +135,24 @@ def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
         base = with_tokenizer(target.base, config)
         store = prepare.prepare(config, base.spec, "eval")
         if isinstance(config, Config) and config.gate.group is not None:
-            # Before anything is measured: a column that no row has would cost all of it.
+            # Groups come first: a gate.group that no row has must fail before the long measurement, not after it.
             groups = group_numbers(config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store))
         held_out, answers = measure_and_answer(base, adapter, store, config)
     return Evaluation(target, held_out, lm_eval_tasks.run(sets, limit, target.base, adapter, config), groups, answers)
 
 
 def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
-    """First - second with a paired interval, for each metric that both have row by row on the same rows."""
+    """Return first - second with a paired interval, for each metric that both have row by row on the same rows."""
     intervals = {}
     ours, theirs = first.held_out, second.held_out
-    if ours and theirs and ours.data == theirs.data:  # else tokens differ, and losses per token cannot be compared
+    # Models with different tokenizers have different tokens, so their losses per token cannot be compared.
+    if ours and theirs and ours.data == theirs.data:
         for name in ours.names():
             if name not in theirs.names() or not set(ours.column(name).rows) & set(theirs.column(name).rows):
                 continue
-            found = rows.compare(name, ours, theirs, groups=first.groups)
-            if found.groups > 1:  # one alone says nothing of the others
-                intervals[name] = found.interval
+            comparison = rows.compare(name, ours, theirs, groups=first.groups)
+            if comparison.groups > 1:  # a single group shows no variation, so its interval would have width 0
+                intervals[name] = comparison.interval
     for task, mine in first.tasks.items():
         for name, values in mine.values.items():
             other = second.tasks[task].values.get(name, ())
@@ -166,15 +165,14 @@ def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
 
 
 def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> list[str]:
-    """One model: value and standard error; two: both values, and the difference with its interval."""
     if len(results) == 1:
         return _one(results[0])
     first, second = results
     table: list[tuple[str, ...]] = [("metric", "rows", "first", "second", "first - second", "95% interval")]
     ours, theirs = first.metrics(), second.metrics()
     for name in ours | theirs:
-        found = intervals.get(name)
-        interval = f"[{found.low:+.4f}, {found.high:+.4f}]" if found else "not paired"
+        bounds = intervals.get(name)
+        interval = f"[{bounds.low:+.4f}, {bounds.high:+.4f}]" if bounds else "not paired"
         values = (f"{each[name]:.4f}" if name in each else "-" for each in (ours, theirs))
         change = f"{ours[name] - theirs[name]:+.4f}" if name in ours and name in theirs else "-"
         table.append((name, _rows_cell(first if name in ours else second, name), *values, change, interval))
@@ -203,24 +201,24 @@ def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
     return [shown[0], "-" * len(shown[0]), *shown[1:]]
 
 
-# Saves results: in evaluation.json, answers line by line in answers.jsonl, and in an MLflow run per model.
+# Results are kept in evaluation.json, answers.jsonl and an MLflow run per model.
 
 
 FILE = "evaluation.json"
 ANSWERS = "answers.jsonl"
-"""One line for each answer that was scored."""
+"""One line of JSON per scored answer."""
 
 
 def check_tracking(request: Request) -> None:
-    """Raise UserError if results could not be written where they go: nothing is measured for a file that cannot be."""
+    """Raise UserError if the results cannot be written, before anything is measured."""
     if folder := _folder(request):
         storage.check(folder, "argument --out")
 
 
 def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
-    """The MLflow that results go to; None if none is configured: no config, no run, no MLFLOW_TRACKING_URI.
+    """Return the address of MLflow; None if no config, no run and no MLFLOW_TRACKING_URI sets one.
 
-    Raises UserError or TrackingUnavailable if it does not answer.
+    Raises UserError or TrackingUnavailable if MLflow does not answer.
     """
     configured = request.config or any(run_of(name) for name in request.models)
     if not (configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")):
@@ -236,14 +234,14 @@ def write(
     intervals: Mapping[str, Interval],
     uri: str | None,
 ) -> None:
-    """Keep the results in --out or the first model's run folder, and in the MLflow at `uri`.
+    """Write the results to --out or the first model's run folder, and then to the MLflow at `uri`.
 
-    Raises TrackingUnavailable if MLflow does not answer; the file is written by then.
+    Raises TrackingUnavailable if MLflow does not answer; the files are written by then.
     """
     tree = {
         "models": [result.to_json() for result in results],
         "limit": request.limit,
-        "differences": {name: asdict(found) for name, found in intervals.items()},
+        "differences": {name: asdict(interval) for name, interval in intervals.items()},
     }
     text = json.dumps(tree, indent=2) + "\n"
     if folder := _folder(request):
@@ -252,8 +250,8 @@ def write(
         for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
             storage.write_text(storage.join(folder, name), content)
             logger.info(f"written: {storage.join(folder, name)}")
-        if not lines and storage.exists(left := storage.join(folder, ANSWERS)):
-            logger.warning(f"{left}: is of an earlier evaluation; this one has scored no answers")
+        if not lines and storage.exists(stale := storage.join(folder, ANSWERS)):
+            logger.warning(f"{stale}: left by an earlier evaluation; this evaluation scored no answers")
     if uri is None:
         return
     for result in results:
@@ -262,8 +260,7 @@ def write(
 
 
 def _folder(request: Request) -> str | None:
-    """Where the files of an evaluation go; None: nowhere."""
-    # In a job not below its own folder, which is deleted after it.
+    # In a Ray job the working directory is deleted after the job, so `lasting` replaces it.
     return (
         command_line.absolute(request.out, command_line.lasting(Path.cwd()))
         if request.out

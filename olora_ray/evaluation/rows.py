@@ -1,4 +1,4 @@
-"""Held-out results of one model, row by row: the numbers that a comparison of two models is made of."""
+"""Held-out results of one model, row by row, and the comparison of two models by a paired bootstrap."""
 
 import json
 import math
@@ -10,19 +10,17 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
 
-# Paired bootstrap: the interval of a difference between two models, over the rows that both were measured on.
+# Paired bootstrap: the interval of a difference between two models, over the rows on which both were measured.
 
 
 Values = NDArray[np.float64]
 
 DRAWN = 2**20
-"""Groups drawn at once: 8 MiB of indices."""
+"""Number of groups drawn at once: 8 MiB of indices."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference and the bounds between which it lies with the asked confidence."""
-
     mean: float
     low: float
     high: float
@@ -38,23 +36,24 @@ def difference(
     of: Callable[[Values], Values] | None = None,
     groups: Sequence[int] | NDArray[np.int64] | None = None,
 ) -> Interval:
-    """The difference of the means, ours - theirs, with its bootstrap interval of this level.
+    """Return the difference of the means, ours - theirs, with its bootstrap interval of confidence `level`.
 
-    All sequences have one value per row, rows in the same order; `weights` are positive (None: all equal), `groups`
-    number the group of each row (None: each row is one). `of` is applied to each mean before the difference is taken
-    (np.exp of a mean loss: perplexity). One group alone gives an interval of width 0. The same arguments give the same
-    bits. Raises ValueError for sequences that are empty or differ in length.
+    All sequences have one value per row, in the same order of rows. `weights` are positive (None: all equal). `groups`
+    has the group number of each row (None: each row is its own group). `of` is applied to each mean before the
+    difference is taken (np.exp of a mean loss: perplexity). A single group gives an interval of width 0. The same
+    arguments give the same bits. Raises ValueError if sequences are empty or differ in length.
     """
     pair = np.array([ours, theirs], dtype=np.float64)  # (2, rows)
     weight = np.ones(pair.shape[-1]) if weights is None else np.asarray(weights, dtype=np.float64)
     group = np.arange(weight.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if pair.ndim != 2 or not pair.size or weight.shape != pair.shape[1:] or group.shape != weight.shape:
         raise ValueError(
-            f"paired rows needed, not {len(ours)}, {len(theirs)}, {weight.size} weights and {group.size} groups"
+            f"paired rows differ in number: {len(ours)}, {len(theirs)}, {weight.size} weights, {group.size} groups"
         )
     rng = np.random.default_rng(seed)
     count = int(group.max()) + 1
-    if count > 2000:  # put together at random until there are so many, which leaves them independent
+    # At most 2000 groups, to bound the time of the draws. Groups that are merged at random stay independent.
+    if count > 2000:
         group, count = (rng.permutation(count) % 2000)[group], 2000
     rows = np.stack([*(pair * weight), weight])
     # (3, groups): over each group, the weighted values of both models and the weights.
@@ -62,23 +61,25 @@ def difference(
     curve = of or (lambda means: means)
     drawn = curve(_means(sums, draws, rng))  # (2, draws)
     mean = curve(pair @ weight / weight.sum())
-    found, middle = drawn[0] - drawn[1], float(mean[0] - mean[1])
+    spread, middle = drawn[0] - drawn[1], float(mean[0] - mean[1])
     tail, widening, quantile = (1 - level) / 2, 1.0, 0.0
     if count > 1:
         from scipy.special import ndtr, stdtrit  # type: ignore[import-untyped] # half a second
 
-        # The share of the draws beyond each bound: fewer groups spread less than what they are drawn from.
+        # Draws from few groups spread less than the groups' population, by sqrt((count - 1) / count), and have normal
+        # tails instead of Student's. So fewer draws than (1 - level) / 2 may lie beyond each bound.
         widening, quantile = math.sqrt(count / (count - 1)), float(stdtrit(count - 1, tail))
         tail = float(ndtr(widening * quantile))
-    low, high = map(float, np.quantile(found, [tail, 1 - tail]))
-    if count > 1 and 2.0 ** (1 - count) > 1 - level:  # so few that the draws end before the bounds: Student's t
-        half = float(found.std() * widening * -quantile)
+    low, high = map(float, np.quantile(spread, [tail, 1 - tail]))
+    # With very few groups no draw lies beyond such bounds, so Student's t gives them instead.
+    if count > 1 and 2.0 ** (1 - count) > 1 - level:
+        half = float(spread.std() * widening * -quantile)
         low, high = min(low, middle - half), max(high, middle + half)
     return Interval(middle, low, high)
 
 
 def _means(sums: Values, draws: int, rng: np.random.Generator) -> Values:
-    """(2, draws) weighted means of both models over groups drawn with replacement."""
+    """Return the weighted means of both models (2, draws) over groups drawn with replacement."""
     count = sums.shape[1]
     at_once = max(1, DRAWN // count)
     parts = []
@@ -91,70 +92,69 @@ def _means(sums: Values, draws: int, rng: np.random.Generator) -> Values:
 
 LOSS, PERPLEXITY, SCORE = "eval/loss", "eval/perplexity", "eval/"
 HIGHEST = 80.0
-"""Loss from which on the perplexity stays the same: its exponential would soon not be a number."""
+"""A larger loss counts as this in a perplexity, because its exponential would soon overflow."""
 
 Origin = tuple[int, int]
-"""Number of a file, and the place of a row in it."""
+"""(number of a file, position of a row in it)."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric, row by row; all arrays (rows,)."""
+    """A metric, row by row; all arrays have shape (rows,)."""
 
     rows: NDArray[np.int64]
-    """Numbers of the rows that have it, ascending."""
+    """Indices of the rows that have the metric, ascending."""
     values: NDArray[np.float64]
     weights: NDArray[np.float64]
-    """The metric is the mean of the values with these weights; of eval/perplexity it is the exponential of that."""
+    """The metric is the weighted mean of the values; eval/perplexity is the exponential of the weighted mean."""
 
 
 @dataclass(frozen=True)
 class RowResults:
-    """Held-out rows, in the order of their token store."""
+    """Results on the held-out rows, in the order of their token store."""
 
     data: str
-    """Digest of the token store: rows of two results are the same only if this is."""
+    """Digest of the token store; rows of two results are the same only if their digests are equal."""
     tokens: tuple[int, ...]
-    """Supervised tokens of each row."""
+    """Number of supervised tokens of each row."""
     losses: tuple[float, ...]
     """Loss of each row, summed over its supervised tokens."""
     scores: Mapping[str, Mapping[int, float]]
-    """Name of a score -> number of a row -> its score, of the rows that were answered and have it."""
+    """Name of a score -> index of a row -> value, for the rows that were answered and have the score."""
     origins: tuple[Origin, ...]
-    """Where each row comes from; several rows of the store may come from one row of a file."""
+    """Origin of each row; several rows of the store may come from one row of a file."""
 
     def names(self) -> list[str]:
-        """The metrics that there are."""
         return [LOSS, PERPLEXITY, *(f"{SCORE}{name}" for name in self.scores)]
 
     def metric(self, name: str) -> float:
-        """The mean over all rows that have it: eval/loss (per token), eval/perplexity or eval/NAME of a score.
+        """Return the mean over all rows that have the metric: eval/loss (per token), eval/perplexity or eval/SCORE.
 
-        Not a number if no row has it. Raises UserError for a name that there is not.
+        NaN if no row has it. Raises UserError if the metric was not measured.
         """
-        found = self.column(name)
-        if not len(found.rows):
+        column = self.column(name)
+        if not len(column.rows):
             return math.nan
-        mean = math.fsum(found.values * found.weights) / math.fsum(found.weights)
+        mean = math.fsum(column.values * column.weights) / math.fsum(column.weights)
         return math.exp(min(mean, HIGHEST)) if name == PERPLEXITY else mean
 
     def column(self, name: str) -> Column:
-        """A metric's values; raises UserError for a name that there is not."""
+        """Return the values of a metric; raises UserError if it was not measured."""
         if name in (LOSS, PERPLEXITY):
             sizes = np.array(self.tokens, dtype=np.float64)
             return Column(np.arange(len(sizes)), np.array(self.losses, dtype=np.float64) / sizes, sizes)
-        found = self.scores.get(name.removeprefix(SCORE)) if name.startswith(SCORE) else None
-        if found is None:
-            raise UserError(f"metric {name}: not measured on the held-out rows; there are {', '.join(self.names())}")
-        rows = np.array(sorted(found), dtype=np.int64)
-        return Column(rows, np.array([found[row] for row in rows.tolist()], dtype=np.float64), np.ones(len(rows)))
+        values = self.scores.get(name.removeprefix(SCORE)) if name.startswith(SCORE) else None
+        if values is None:
+            raise UserError(f"metric {name}: not measured on the held-out rows; use one of {', '.join(self.names())}")
+        rows = np.array(sorted(values), dtype=np.int64)
+        return Column(rows, np.array([values[row] for row in rows.tolist()], dtype=np.float64), np.ones(len(rows)))
 
     def only(self, rows: Sequence[int]) -> "RowResults":
-        """The results of some rows, given by their numbers; they are numbered anew."""
-        place = {row: number for number, row in enumerate(rows)}
+        """Return the results of the rows with these indices, which are numbered 0, 1, ... in the given order."""
+        position = {row: number for number, row in enumerate(rows)}
         scores = {
-            name: {place[row]: value for row, value in found.items() if row in place}
-            for name, found in self.scores.items()
+            name: {position[row]: value for row, value in values.items() if row in position}
+            for name, values in self.scores.items()
         }
         return RowResults(
             self.data,
@@ -165,19 +165,21 @@ class RowResults:
         )
 
     def to_json(self) -> str:
-        """The results as JSON text."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "RowResults":
-        """Read `to_json` back; raises ValueError, KeyError, TypeError, AttributeError or OverflowError for others."""
+        """Read the text of `to_json`.
+
+        Raises ValueError, KeyError, TypeError, AttributeError or OverflowError for any other text.
+        """
         tree = json.loads(text)
         scores = {
-            str(name): {int(row): float(value) for row, value in dict(found).items()}
-            for name, found in dict(tree["scores"]).items()
+            str(name): {int(row): float(value) for row, value in dict(values).items()}
+            for name, values in dict(tree["scores"]).items()
         }
         tokens, losses = tuple(map(int, tree["tokens"])), tuple(map(float, tree["losses"]))
-        origins = tuple((int(file), int(place)) for file, place in tree["origins"])
+        origins = tuple((int(file), int(position)) for file, position in tree["origins"])
         if not len(tokens) == len(losses) == len(origins):
             raise ValueError("columns of different lengths")
         return cls(str(tree["data"]), tokens, losses, scores, origins)
@@ -185,13 +187,11 @@ class RowResults:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric of two models on the rows that both have it on."""
-
     interval: Interval
     """Ours - theirs."""
     rows: int
     groups: int
-    """Independent groups of these rows."""
+    """Number of independent groups of these rows."""
 
 
 def compare(
@@ -202,30 +202,29 @@ def compare(
     seed: int = 0,
     groups: Sequence[int] | None = None,
 ) -> Comparison:
-    """The difference of a metric with its paired interval, over the rows that both models have it on.
+    """Return the difference of a metric with its paired interval, over the rows that have it for both models.
 
-    `groups` number the group of each row of the store; None: rows of the store that come from one row of a file are a
-    group. Raises UserError for a metric that one of them has not, or if they were measured on other rows or tokens, or
-    have the metric on no row both.
+    `groups` has the group number of each row of the store; None: rows of the store from the same row of a file are a
+    group. Raises UserError if one model lacks the metric, if the rows or their tokens differ, or if no row has the
+    metric for both models.
     """
     if ours.data != theirs.data or ours.origins != theirs.origins:
         raise UserError(
-            "the two models were measured on other held-out tokens (other data, tokenizer or data settings):"
-            " measure both on the same"
+            "held-out rows: the two models were measured on different tokens; evaluate both with the same data,"
+            " tokenizer and data settings"
         )
-    mine, other = ours.column(name), theirs.column(name)
-    rows, here, there = np.intersect1d(mine.rows, other.rows, assume_unique=True, return_indices=True)
+    first, second = ours.column(name), theirs.column(name)
+    rows, at_first, at_second = np.intersect1d(first.rows, second.rows, assume_unique=True, return_indices=True)
     if not len(rows):
-        raise UserError(f"metric {name}: there is no held-out row on which both models have it")
+        raise UserError(f"metric {name}: no held-out row has it for both models; choose another metric")
     group = np.asarray(groups if groups is not None else numbered(ours.origins))[rows]
     curve = (lambda means: np.exp(np.minimum(means, HIGHEST))) if name == PERPLEXITY else None
-    found = difference(
-        mine.values[here], other.values[there], mine.weights[here], level, seed=seed, of=curve, groups=group
-    )
-    return Comparison(found, len(rows), len(np.unique(group)))
+    values, others, weights = first.values[at_first], second.values[at_second], first.weights[at_first]
+    shift = difference(values, others, weights, level, seed=seed, of=curve, groups=group)
+    return Comparison(shift, len(rows), len(np.unique(group)))
 
 
 def numbered(keys: Sequence[object]) -> list[int]:
-    """A number for each key, equal ones for equal keys: 0, 1, ... in the order in which they come."""
+    """Number the distinct keys 0, 1, ... in the order of their first appearance; return the number of each key."""
     known: dict[object, int] = {}
     return [known.setdefault(key, len(known)) for key in keys]

@@ -1,4 +1,4 @@
-"""Resolves the MODEL argument of evaluate.py to base model, adapter and config.
+"""The MODEL argument of evaluate.py, resolved to a base model, an adapter and a config.
 
 a base model         hub id, folder, package://PACKAGE/FILE
 a registered model   models:/NAME@ALIAS or models:/NAME/VERSION: merged, or an adapter on its base
@@ -39,29 +39,27 @@ SETTINGS = "config.yaml"
 
 @dataclass(frozen=True)
 class Target:
-    """One model to evaluate."""
-
     name: str
-    """As it was asked for."""
+    """The name on the command line."""
     base: BaseModel
     adapter: str | None
-    """A plain-LoRA folder for the base."""
+    """Folder of a plain LoRA for the base."""
     config: AnyConfig
-    """The settings of the evaluation, with the base as their model."""
+    """The settings of the evaluation, with the base as `model`."""
 
 
 def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
-    """The settings of an evaluation: of the file, else of the first run that the models come from, else defaults.
+    """Return the settings of the file, otherwise of the first model that belongs to a run, otherwise the defaults.
 
-    Raises UserError for a config that cannot be.
+    Raises UserError for a wrong config, or a path that does not exist.
     """
     for name in names:
         _refuse_nowhere(name)
-    found = _settings(names, file, changes)
-    if (kind := found.model.quantization) != "none":
-        logger.info(f"model.quantization: models are measured on their weights as they are stored, not as {kind}")
-        return override(found, {"model.quantization": "none"})
-    return found
+    config = _settings(names, file, changes)
+    if (quantization := config.model.quantization) != "none":
+        logger.info(f"model.quantization={quantization}: ignored; models are evaluated with their stored weights")
+        return override(config, {"model.quantization": "none"})
+    return config
 
 
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
@@ -69,55 +67,59 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
         return command_line.resolved(load(file, {**NO_GATE, **changes}), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
         own = _read(storage.join(run, SETTINGS))
-        place, _, name = run.rpartition("/")
-        if name == own.run.name and run != own.folder():  # its storage was moved
-            own = override(own, {"run.storage": place})
+        parent, _, name = run.rpartition("/")
+        # The user has moved the run's storage, so the config still names the old path.
+        if name == own.run.name and run != own.folder():
+            own = override(own, {"run.storage": parent})
         return override(own, {**NO_GATE, **changes})
     defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
     return command_line.resolved(override(defaults, changes), Path.cwd())
 
 
 def _refuse_nowhere(name: str) -> None:
-    """Raise UserError for a path to nothing; one with a single slash is a hub id, unless its first part is a folder."""
-    place = _absolute(name)
-    if not place or storage.is_uri(place) or storage.exists(place):
+    """Raise UserError for a path that does not exist.
+
+    A name with a single slash is a hub id, unless its first part is a folder.
+    """
+    path = _absolute(name)
+    if not path or storage.is_uri(path) or storage.exists(path):
         return
-    parent = Path(place).parent
+    parent = Path(path).parent
     is_path = name.startswith(("/", ".", "~")) or name.strip("/").count("/") != 1
     if is_path or parent.is_dir():
-        beside = sorted(each.name for each in parent.iterdir()) if "/" in name and parent.is_dir() else []
-        there = ", ".join(beside[:8])
-        hint = f"; {parent} has {there}" if there else ""
+        siblings = sorted(each.name for each in parent.iterdir()) if "/" in name and parent.is_dir() else []
+        shown = ", ".join(siblings[:8])
+        hint = f"; {parent} has {shown}" if shown else ""
         raise UserError(f"{name}: no such file or folder{hint}")
 
 
 def run_of(name: str) -> str | None:
-    """The folder of the run that a run, checkpoint or export belongs to; None if it belongs to none.
+    """Return the folder of the run that a run, checkpoint or export belongs to; None if there is no such run.
 
-    Raises UserError for an address that cannot be looked at.
+    Raises UserError if the storage does not answer.
     """
-    place = _absolute(name)
-    if not place or not _readable(name, place):
+    path = _absolute(name)
+    if not path or not _readable(name, path):
         return None
-    for folder in (place, place.rsplit("/", 2)[0]):
+    for folder in (path, path.rsplit("/", 2)[0]):
         if _exists(folder, SETTINGS) and (_exists(folder, "checkpoints") or _exists(folder, "export")):
             return folder
     return None
 
 
 def resolve(name: str, shared: AnyConfig) -> Target:
-    """Find the model; whatever has to be downloaded, converted or exported for it is made here.
+    """Find the model, and download, convert or export what it needs.
 
-    `shared` are the settings of the evaluation, whose model is replaced. Raises UserError for a name that
-    leads nowhere, or an adapter of another base model.
+    `shared` are the settings of the evaluation; the result has them with another `model`. Raises UserError if nothing
+    has this name, or if the adapter belongs to another base model.
     """
     match kind_of(name):
         case "run":
             return _of_run(name, shared)
         case "checkpoint":
-            found = checkpoints.read(_absolute(name))
+            saved = checkpoints.read(_absolute(name))
             own = _read(storage.join(_absolute(name), SETTINGS))
-            return _of_checkpoint(name, found, found.adapter, own, shared)
+            return _of_checkpoint(name, saved, saved.adapter, own, shared)
         case "adapter":
             return _of_adapter(name, shared)
         case "model":
@@ -130,20 +132,19 @@ def resolve(name: str, shared: AnyConfig) -> Target:
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of model that a name means, by the files that lie there."""
-    place = _absolute(name)
-    if not place or not _readable(name, place):
+    path = _absolute(name)
+    if not path or not _readable(name, path):
         return "model"
-    if _exists(place, checkpoint.MANIFEST) and _exists(place, checkpoint.ADAPTER):
+    if _exists(path, checkpoint.MANIFEST) and _exists(path, checkpoint.ADAPTER):
         return "checkpoint"
-    if _exists(place, ADAPTER_CONFIG):
+    if _exists(path, ADAPTER_CONFIG):
         return "adapter"
-    return "run" if _exists(place, SETTINGS) and not _exists(place, "config.json") else "model"
+    return "run" if _exists(path, SETTINGS) and not _exists(path, "config.json") else "model"
 
 
 def _of_run(name: str, shared: AnyConfig) -> Target:
     root = _absolute(name)
-    storage_path, _, run = root.rpartition("/")  # it may have been moved
+    storage_path, _, run = root.rpartition("/")  # from the path, because the folder may have been moved or renamed
     own = override(_read(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
     folder = RunFolder(own)
     newest = checkpoints.latest_good(folder.checkpoints)
@@ -156,71 +157,69 @@ def _of_run(name: str, shared: AnyConfig) -> Target:
         config = _with_model(shared, folder.merged)
         return Target(name, find_model(config), None, config)
     if newest is None:
-        raise UserError(f"{name}: this run has neither exports nor a complete checkpoint yet")
-    logger.info(f"{name}: not exported yet: its best adapter up to step {newest[1].state.step} is evaluated")
+        raise UserError(f"{name}: this run has no export and no complete checkpoint yet; train it first")
+    logger.info(f"{name}: not exported yet; evaluating its best adapter up to step {newest[1].state.step}")
     return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared)
 
 
 def _base_of(name: str, known: str | None, own: Config, shared: AnyConfig) -> tuple[BaseModel, AnyConfig]:
-    """The base of a run, and the settings with it; raises UserError unless it has the digest `known` still."""
+    """Return the base of a run and the settings with it; raises UserError if its digest is no longer `known`."""
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
     if known != base.digest:
-        raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
+        raise UserError(f"{name}: its base model {own.model.name} has changed since the training; set model.revision")
     return base, config
 
 
 def _of_checkpoint(
-    name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: AnyConfig
+    name: str, saved: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: AnyConfig
 ) -> Target:
-    base, config = _base_of(name, found.identity.get("base model"), own, shared)
-    text = json.dumps([name, found.state.step, found.identity, own.adapter.identity()])
+    base, config = _base_of(name, saved.identity.get("base model"), own, shared)
+    text = json.dumps([name, saved.state.step, saved.identity, own.adapter.identity()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")
-    with node_cache.local_folder(place) as folder:
+    path = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{saved.state.step}-{key}")
+    with node_cache.local_folder(path) as folder:
         write_adapter(adapter, own.adapter, base.folder, folder, skeleton(base, config.model))
-    return Target(name, base, place, config)
+    return Target(name, base, path, config)
 
 
 def _of_adapter(name: str, shared: AnyConfig) -> Target:
-    place = _absolute(name)
+    path = _absolute(name)
     run = run_of(name)
     if run is not None:
         own = _read(storage.join(run, SETTINGS)).model
         base_name, revision = own.name, own.revision
     else:
         try:
-            fields = json.loads(storage.read_text(storage.join(place, ADAPTER_CONFIG)))
+            fields = json.loads(storage.read_text(storage.join(path, ADAPTER_CONFIG)))
             base_name, revision = str(fields["base_model_name_or_path"]), fields.get("revision")
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{place}/{ADAPTER_CONFIG}: does not name its base_model_name_or_path") from None
+            raise UserError(f"{path}/{ADAPTER_CONFIG}: no base_model_name_or_path; set it to the base model") from None
     config = _with_model(shared, base_name, revision)
-    return Target(name, find_model(config), place, config)
+    return Target(name, find_model(config), path, config)
 
 
-def _read(place: str) -> Config:
-    return build(parse_yaml(storage.read_text(place), place), place)
+def _read(path: str) -> Config:
+    return build(parse_yaml(storage.read_text(path), path), path)
 
 
 def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:
     known = revision or (shared.model.revision if shared.model.name == name else None)
-    found = override(shared, {"model.name": name, "model.revision": known})
-    return command_line.resolved(found, Path.cwd())
+    changed = override(shared, {"model.name": name, "model.revision": known})
+    return command_line.resolved(changed, Path.cwd())
 
 
 def _absolute(name: str) -> str:
-    """The place a name means if it is a path or URI; '' for other names."""
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
     return command_line.left(name, Path.cwd()).rstrip("/")
 
 
-def _readable(name: str, place: str) -> bool:
-    """Whether something is there; raises UserError if the storage does not say."""
-    if storage.is_uri(place) and ".." in place.partition("?")[0].split("/"):
-        raise UserError(f"{name}: a URI cannot go up with '..'; write the address without it")
-    with as_user_error(f"{name}: cannot be looked at", OSError, ValueError):
-        return storage.exists(place)
+def _readable(name: str, path: str) -> bool:
+    if storage.is_uri(path) and ".." in path.partition("?")[0].split("/"):
+        raise UserError(f"{name}: '..' does not work in a URI; write the URI without it")
+    with as_user_error(f"{name}: cannot be read", OSError, ValueError):
+        return storage.exists(path)
 
 
 def _exists(folder: str, name: str) -> bool:

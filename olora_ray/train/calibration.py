@@ -1,4 +1,8 @@
-"""Inputs of layers at a run's first supervised tokens, for data-driven methods, brought to their owners."""
+"""Inputs of layers at the first supervised tokens of a run, for data-driven methods.
+
+Each input has an owner: the worker that makes the factors of its layers. The workers compute the inputs of different
+sequences, and send them to the owners.
+"""
 
 import logging
 import time
@@ -22,40 +26,40 @@ from olora_ray.train.loss import SupervisedLoss
 
 logger = logging.getLogger(__name__)
 
-# The inputs of layers as the model runs: which layers have one in common, and its rows at chosen tokens.
+# The inputs of layers while the model runs: the layers that share an input, and its rows at chosen tokens.
 
 
 See = Callable[[str, Tensor, Tensor], None]
-"""Takes the name of a layer, its input and its output."""
+"""Called with the name of a layer, its input and its output."""
 
 
+# An input with a row for each token, and the layers that share it (q, k and v; gate and up).
 @dataclass(frozen=True)
 class LayerInput:
-    """One input, with a row for each token, and the layers that it goes to (q, k and v; gate and up)."""
-
     layers: tuple[str, ...]
     size: int
-    """n."""
+    """Features of a row, n."""
     dtype: torch.dtype
 
     @property
     def name(self) -> str:
-        """The name of the first layer."""
         return self.layers[0]
 
 
 @torch.no_grad()
 def inputs_of(loss: SupervisedLoss, targets: Mapping[str, Target], probe: Batch) -> list[LayerInput]:
-    """The inputs of all targets, in the order of their first layers, found by running the model on a few tokens.
+    """Run the model on a few tokens, and return the inputs of all targets in the order of their first layers.
 
-    Raises UserError for a layer that does not see each token once, as an expert of a mixture. All workers of a sharded
-    base must call it together; `probe` is the same everywhere.
+    Raises UserError for a layer that does not see each token once, such as an expert of a mixture. All workers of a
+    sharded base must call it together, with the same `probe`.
     """
-    kept: dict[str, Tensor] = {}  # alive till the end, so that no two have the same memory
+    # Layers share an input if the memory is the same. All inputs are kept alive until they are compared; otherwise
+    # torch would use the memory of one input for a later one.
+    kept: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor, _: Tensor) -> None:
         if name in kept:
-            raise UserError(_refusal(name, "is used several times for a token"))
+            raise UserError(_refusal(name, "runs several times per token"))
         kept[name] = x
 
     with watched({name: target.module for name, target in targets.items()}, see):
@@ -63,7 +67,7 @@ def inputs_of(loss: SupervisedLoss, targets: Mapping[str, Target], probe: Batch)
     groups: dict[Any, list[str]] = {}
     for name in targets:
         if name not in kept:
-            raise UserError(_refusal(name, "is not used for text"))
+            raise UserError(_refusal(name, "does not run on text"))
         _check_rows(name, kept[name], probe)
         x = kept[name]
         groups.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype), []).append(name)
@@ -72,36 +76,35 @@ def inputs_of(loss: SupervisedLoss, targets: Mapping[str, Target], probe: Batch)
 
 @torch.no_grad()
 def rows_of(
-    loss: SupervisedLoss, targets: Mapping[str, Target], inputs: Sequence[LayerInput], batch: Batch, places: Tensor
+    loss: SupervisedLoss, targets: Mapping[str, Target], inputs: Sequence[LayerInput], batch: Batch, positions: Tensor
 ) -> list[Tensor]:
-    """The rows (tokens x n) of each input at flat places (int64) of the batch, on the CPU.
+    """Return the rows (tokens x n) of each input at flat positions (int64) of the batch, on the CPU.
 
-    Raises UserError for a layer that does not see each token, or sees numbers that are not finite, once the model has
-    run: of a sharded one the other workers need this one for all of its layers.
+    Raises UserError for a layer that does not see each token, or whose input is not finite.
     """
-    found: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     problems: list[UserError] = []
 
     def see(name: str, x: Tensor, _: Tensor) -> None:
         try:
             _check_rows(name, x, batch)
-            rows = x.reshape(-1, x.shape[-1])[places]
+            rows = x.reshape(-1, x.shape[-1])[positions]
             if not torch.isfinite(rows).all():
                 raise UserError(f"model.name: the input of {name} has NaN or infinite values on the training data")
-            found[name] = rows.cpu()
+            kept[name] = rows.cpu()
         except UserError as error:
             problems.append(error)
 
+    # Errors are raised after the model has run: with a sharded base all workers must run all of its blocks together.
     with watched({each.name: targets[each.name].module for each in inputs}, see):
         loss(batch)
     if problems:
         raise problems[0]
-    return [found[each.name] for each in inputs]
+    return [kept[each.name] for each in inputs]
 
 
 @contextmanager
 def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Have `see` called each time that one of these modules has run."""
     handles = [
         module.register_forward_hook(partial(_hand_over, name, see), with_kwargs=True)
         for name, module in modules.items()
@@ -128,58 +131,56 @@ def _check_rows(name: str, x: Tensor, batch: Batch) -> None:
 
 def _refusal(name: str, why: str) -> str:
     return (
-        f"adapter.method: it needs the input of {name} at each token, and that layer {why}; leave it out of"
+        f"adapter.method: needs the input of {name} at each token, but that layer {why}; leave it out of"
         " adapter.targets, or use another method"
     )
 
 
-# The first supervised tokens of a run's order.
+# The first supervised tokens, in the order of the store.
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A sequence with the supervised tokens of it that are wanted: its first `count`."""
+    """The first `count` supervised tokens of a sequence."""
 
     sequence: int
-    """Its number in the store."""
+    """Index in the store."""
     first: int
-    """The place of the first of them among all that are wanted."""
+    """Position of the first of these tokens among the tokens of all pieces."""
     count: int
 
     @property
     def end(self) -> int:
-        """The place after the last of them."""
         return self.first + self.count
 
 
 def first_tokens(store: TokenStore, limit: int, waiting: Waiting | None = None) -> list[Piece]:
-    """The sequences that have the first `limit` supervised tokens of the store, or all if it has fewer.
+    """Return pieces with the first `limit` supervised tokens of the store, or with all if it has fewer.
 
-    Waits for the shards that it needs; `waiting` as of StepLoader.
+    Waits for the shards that it needs; `waiting` is as in StepLoader.
     """
-    found: list[Piece] = []
-    place = sequence = 0
-    while place < limit:
+    pieces: list[Piece] = []
+    position = sequence = 0
+    while position < limit:
         until(store, lambda: store.available > sequence or store.total is not None, waiting)  # noqa: B023  # called now
         if sequence >= store.available:
             break
-        count = min(store.supervised([sequence]), limit - place)
+        count = min(store.supervised([sequence]), limit - position)
         if count:
-            found.append(Piece(sequence, place, count))
-        place, sequence = place + count, sequence + 1
-    return found
+            pieces.append(Piece(sequence, position, count))
+        position, sequence = position + count, sequence + 1
+    return pieces
 
 
-# Sequences spread over the workers: each computes rows of its part, and sends them to the workers that own them.
+# Sequences spread over the workers: each computes the rows of its sequences, and sends them to their owners.
 
 
 Item = TypeVar("Item")
 AT_ONCE = 2**26
-"""Bytes that a worker sends at once."""
+"""Bytes that a worker sends in one exchange."""
 
 
 def in_parts(items: Iterable[Item], size: Callable[[Item], int], room: int) -> Iterator[list[Item]]:
-    """The items in parts of at most `room` bytes, or of one item."""
     part: list[Item] = []
     taken = 0
     for item in items:
@@ -193,30 +194,30 @@ def in_parts(items: Iterable[Item], size: Callable[[Item], int], room: int) -> I
 
 @dataclass(frozen=True)
 class Rows:
-    """A kind of rows: those of one input, for example."""
-
     size: int
-    """Numbers of a row."""
+    """Elements of a row."""
     dtype: torch.dtype
     owner: int
-    """The worker that they go to."""
+    """Rank of the worker that gets the rows."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of one row."""
         return self.size * self.dtype.itemsize
 
 
 class RowExchange(ABC):
-    """Makes rows of all kinds of sequences, and brings them to their owners by `device`."""
+    """Exchange of rows: each worker computes rows of several types from sequences, and sends them to their owners.
 
-    def __init__(self, kinds: Sequence[Rows], device: torch.device) -> None:
-        self.kinds, self.device = kinds, device
+    `device` is the device over which the workers of the group exchange tensors.
+    """
+
+    def __init__(self, types: Sequence[Rows], device: torch.device) -> None:
+        self.types, self.device = types, device
         self.sent = 0
-        """Bytes that went to other workers."""
+        """Bytes sent to other workers."""
         self._here, self._workers = collectives.rank(), collectives.world_size()
-        self.own = [number for number, kind in enumerate(kinds) if kind.owner == self._here]
-        """The kinds that this worker owns, by number."""
+        self.own = [number for number, rows_type in enumerate(types) if rows_type.owner == self._here]
+        """Indices of the types that this worker owns."""
 
     @abstractmethod
     def count(self, piece: Piece) -> int:
@@ -224,55 +225,55 @@ class RowExchange(ABC):
 
     @abstractmethod
     def make(self, piece: Piece) -> list[Tensor]:
-        """The rows (count x size) of each kind of a sequence, on the CPU; raises UserError."""
+        """Return the rows (count x size) of each type for a sequence, on the CPU; may raise UserError."""
 
     @abstractmethod
     def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
-        """Take the rows (count x size) of an own kind, by its number, of a sequence."""
+        """Store the rows (count x size) of type `number`, which this worker owns, of a sequence."""
 
     def run(self, pieces: Sequence[Piece]) -> None:
-        """Make the rows of these sequences and bring them to their owners; raises what `make` raises, everywhere.
+        """Compute the rows of these sequences and send them to their owners.
 
-        All workers must call it together.
+        All workers must call it together. A UserError of `make` is raised on all of them.
         """
         told = time.monotonic()
         for turn in range(0, len(pieces), self._workers):
             self._round(pieces[turn : turn + self._workers])
             if time.monotonic() - told > 30:
                 told, done = time.monotonic(), min(turn + self._workers, len(pieces))
-                logger.info(f"initialisation: {done:,} of {len(pieces):,} sequences looked at")
+                logger.info(f"initialisation: {done:,} of {len(pieces):,} sequences processed")
 
     def _round(self, pieces: Sequence[Piece]) -> None:
-        """One sequence for each worker, as far as there are some."""
         problem, rows = None, []
         try:
-            # Every worker runs the model, since those of a sharded base have to; one too many repeats another's.
+            # Every worker runs the model, because the blocks of a sharded base need all workers. A worker without a
+            # sequence repeats the last one, and sends nothing.
             rows = self.make(pieces[min(self._here, len(pieces) - 1)])
         except UserError as error:
             problem = str(error)
         collectives.raise_together(problem)
         most = max(map(self.count, pieces))
-        for numbers in in_parts(range(len(self.kinds)), lambda number: most * self.kinds[number].bytes, AT_ONCE):
+        for numbers in in_parts(range(len(self.types)), lambda number: most * self.types[number].bytes, AT_ONCE):
             self._send(numbers, pieces, rows)
 
     def _send(self, numbers: Sequence[int], pieces: Sequence[Piece], rows: Sequence[Tensor]) -> None:
-        """Send the rows of some kinds to their owners, and keep what comes from the others."""
         sends = self._here < len(pieces)
         outgoing = [
-            _as_bytes([rows[number] for number in numbers if sends and self.kinds[number].owner == worker])
+            _as_bytes([rows[number] for number in numbers if sends and self.types[number].owner == worker])
             for worker in range(self._workers)
         ]
         self.sent += sum(len(part) for worker, part in enumerate(outgoing) if worker != self._here)
-        mine = [number for number in numbers if self.kinds[number].owner == self._here]
-        width = sum(self.kinds[number].bytes for number in mine)
+        mine = [number for number in numbers if self.types[number].owner == self._here]
+        width = sum(self.types[number].bytes for number in mine)
         sizes = [width * self.count(piece) for piece in pieces] + [0] * (self._workers - len(pieces))
         received = collectives.swap([part.to(self.device) for part in outgoing], sizes)
         for piece, part in zip(pieces, received, strict=False):
             count = self.count(piece)
-            lengths = [count * self.kinds[number].bytes for number in mine]
+            lengths = [count * self.types[number].bytes for number in mine]
             for number, flat in zip(mine, part.cpu().split(lengths), strict=True):
-                # A copy: its memory is its own, and begins where numbers may.
-                self.keep(number, piece, flat.clone().view(self.kinds[number].dtype).view(count, -1))
+                # A copy, because a slice keeps the whole buffer alive and may start at an address that is not a
+                # multiple of the element size.
+                self.keep(number, piece, flat.clone().view(self.types[number].dtype).view(count, -1))
 
 
 def _as_bytes(parts: Sequence[Tensor]) -> Tensor:

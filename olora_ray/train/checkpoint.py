@@ -1,13 +1,13 @@
-"""Checkpoint: a training's state as a directory of safetensors and JSON, complete or ignored.
+"""Checkpoint: the state of a training as a folder of safetensors and JSON, without pickles.
 
     adapter.safetensors      a0, b0, da, db of every layer, float32
-    best.safetensors         da, db of the best step so far, if that is an earlier one
+    best.safetensors         da, db of the best step so far, if that is an earlier step
     optimizer.safetensors    AdamW's moments
     state.json               step, best, history, identity of base, data and adapter
-    config.yaml              the config that made it
-    manifest.json            size and SHA-256 of all others, written last
+    config.yaml              the config of the run
+    manifest.json            size and SHA-256 of all other files, written last
 
-A directory whose manifest is missing or does not hold is not a checkpoint. Nothing in it is a pickle.
+A folder is a checkpoint only if it has a manifest, and all files have the size and SHA-256 in it.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.model import folder as model_identity
 
-# State of a run: all that resuming needs beside the tensors of adapter and optimizer.
+# State of a run: all that a resume needs beside the tensors of adapter and optimizer.
 
 
 @dataclass
 class TrainState:
-    """Where a run is.
+    """Progress of a run.
 
     The data cursor is `step` alone: global step k reads sequences [k G, (k + 1) G) of the order. Random
     numbers (dropout) are seeded anew from (seed, step, micro-batch) for each micro-batch, so there is no
@@ -44,30 +44,28 @@ class TrainState:
     step: int = 0
     """Optimizer steps done."""
     best_loss: float | None = None
-    """Lowest held-out loss so far."""
     best_step: int | None = None
-    """The step it was measured at."""
+    """Step at which `best_loss` was measured."""
     stale: int = 0
-    """Evaluations since then."""
+    """Number of evaluations since `best_step`."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Every metric logged so far, one row per step, `step` among the columns."""
+    """Every metric logged so far: one row per step, with `step` as a column."""
     kinds: list[dict[str, str]] = field(default_factory=list)
-    """The kinds of the workers that have trained last (cluster/worker_context.py)."""
+    """Hardware and software of the workers that trained last (cluster/worker_context.py)."""
     precision: str | None = None
-    """The base's, by torch's name: what `model.dtype: auto` meant where the run began."""
+    """Precision of the base by torch's name: the meaning of `model.dtype: auto` when the run started."""
     self_test: dict[str, Any] | None = None
     """Result of the model's self-test, and its inputs (cluster/resume.py)."""
     before: list[list[int]] | None = None
-    """Answers to held-out prompts before training, as token ids; None until they were made."""
+    """Answers to held-out prompts before training, as token ids; None until they are generated."""
 
     def record(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Add a row to the history and return it."""
         row = {"step": float(step), **metrics}
         self.history.append(row)
         return row
 
     def note_evaluation(self, loss: float) -> bool:
-        """Take in a held-out loss; True if it is the best so far. One that is not finite never is, nor stays it."""
+        """Record a held-out loss; return True if it is the best so far, which a loss that is not finite never is."""
         best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else self.best_loss
         if loss < best:
             self.best_loss, self.best_step, self.stale = loss, self.step, 0
@@ -77,7 +75,6 @@ class TrainState:
 
 
 def perplexity(loss: float) -> float:
-    """The perplexity of a mean loss per token; a finite number whatever the loss."""
     return math.exp(min(loss, 80.0))
 
 
@@ -98,18 +95,15 @@ _STATE = TypeAdapter(TrainState)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back."""
-
     adapter: dict[str, AdapterWeights]
     best: dict[str, Tensor] | None
-    """`NAME.da` and `NAME.db` of the best step so far; None if that is this one, or there is none."""
+    """`NAME.da` and `NAME.db` of the best step so far; None if it is this step, or nothing was evaluated."""
     optimizer: dict[str, Tensor]
     state: TrainState
     identity: dict[str, str]
-    """Digests of what the run is made of: base model, tokenizer, data and adapter."""
+    """Digests of base model, tokenizer, data and adapter; a run resumes only if they are the same."""
 
     def best_adapter(self) -> dict[str, AdapterWeights]:
-        """The best adapter up to this checkpoint."""
         if self.best is None:
             return self.adapter
         return {
@@ -127,10 +121,10 @@ def save(
     identity: Mapping[str, str],
     config_yaml: str,
 ) -> None:
-    """Write a complete checkpoint into an empty folder, and wait until the disk has it.
+    """Write a complete checkpoint into an empty folder, and flush it to the disk.
 
-    Tensors lie on the CPU. Raises OSError or SafetensorError if a file cannot be written; the manifest
-    is missing then.
+    All tensors must be on the CPU. Raises OSError or SafetensorError if a file cannot be written; the folder then has
+    no manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_tensors(adapter), folder / ADAPTER)
@@ -148,71 +142,72 @@ def save(
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint; raises UserError that names the file if anything in it does not hold."""
+    """Read and verify a checkpoint; raises UserError with the name of the file that is wrong."""
     verify(folder)
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         identity, state = _TEXTS.validate_python(state["identity"]), {**state}
         del state["format"], state["identity"]
         if unknown := state.keys() - {field.name for field in fields(TrainState)}:
-            raise ValueError(f"{STATE} has {min(unknown)!r}, which no state has")
+            raise ValueError(f"{STATE} has the unknown field {min(unknown)!r}")
         best = load_file(folder / BEST) if (folder / BEST).exists() else None
         adapter, optimizer = _weights(load_file(folder / ADAPTER)), load_file(folder / OPTIMIZER)
         if best is not None:
             _check_best(best, adapter)
         return Checkpoint(adapter, best, optimizer, _STATE.validate_python(state), identity)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {folder}: does not read back: {first_line(error)}") from None
+        raise UserError(f"checkpoint {folder}: cannot be loaded: {first_line(error)}") from None
 
 
-def require_same(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
-    """Raise UserError that names what is another base, tokenizer, data or adapter than in a checkpoint's identity."""
-    changed = [what for what in wanted if found.get(what) != wanted[what]]
-    if "tokenizer" in changed:  # tokens are a consequence of it
-        changed = [what for what in changed if not what.endswith("data")]
+def require_same(saved: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
+    """Raise UserError if base, tokenizer, data or adapter differ from the identity in a checkpoint (`saved`)."""
+    changed = [part for part in wanted if saved.get(part) != wanted[part]]
+    # Another tokenizer makes other tokens, so the digest of the data differs too. Only the cause is reported.
+    if "tokenizer" in changed:
+        changed = [part for part in changed if not part.endswith("data")]
     if changed:
-        shown = "; ".join(f"another {what} ({_difference(found.get(what, ''), wanted[what])})" for what in changed)
-        raise UserError(f"run.name: {where} was trained with {shown}; use a new run.name, or what was used then")
+        shown = "; ".join(f"another {part} ({_difference(saved.get(part, ''), wanted[part])})" for part in changed)
+        raise UserError(f"run.name: {where} was trained with {shown}; use a new run.name, or undo the change")
 
 
 def _difference(old: str, new: str) -> str:
     try:
         before, now = json.loads(old), json.loads(new)
         fields = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        return ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in fields)
+        return ", ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in fields)
     except (ValueError, AttributeError):
         if old and model_identity.weights(old) == model_identity.weights(new):
-            return "the same weights, but config.json, the tokenizer or another file beside them has changed"
-        return f"{old[:12] or 'none'} then, {new[:12] or 'none'} now"
+            return "same weights, but its config.json, tokenizer or another file has changed"
+        return f"was {old[:12] or 'none'}, is now {new[:12] or 'none'}"
 
 
 def verify(folder: Path) -> None:
     """Raise UserError unless the folder is a complete checkpoint with the bytes that were written.
 
-    Raises OSError if the storage does not give a file that is there: it may be good.
+    Raises OSError if the storage cannot read a file now; the checkpoint may still be good.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
-        whole = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
+        complete = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
-    if not whole or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):
-        raise UserError(f"{folder / MANIFEST}: not the manifest of this checkpoint, or of another version of olora_ray")
+        raise UserError(f"{folder / MANIFEST}: not a valid manifest of a checkpoint") from None
+    if not complete or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):
+        raise UserError(f"{folder / MANIFEST}: does not fit this folder, or comes from another version of olora_ray")
     for name, expected in files.items():
         if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
             raise UserError(f"checkpoint {folder}: {name} is missing or damaged")
 
 
 def sizes(manifest: bytes) -> dict[str, int]:
-    """Bytes of each file that a manifest names; empty if it is not a checkpoint's manifest."""
+    """Return the bytes of each file in a manifest; empty if it is not a manifest of a checkpoint."""
     try:
         tree = json.loads(manifest)
-        found = {str(name): int(one["bytes"]) for name, one in tree["files"].items()}
-        return found if tree["format"] == FORMAT else {}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # the last: of 1e999
+        files = {str(name): int(file["bytes"]) for name, file in tree["files"].items()}
+        return files if tree["format"] == FORMAT else {}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # int(1e999) raises OverflowError
         return {}
 
 
@@ -227,33 +222,33 @@ def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
 
 
 def _publish(file: Path) -> None:
-    """Let others read a file, and have it on the disk."""
+    # Another user may resume or export the run from a shared storage, and the disk must have all files before the
+    # manifest, which says that they are complete.
     storage.open_up(file)
     storage.flush_to_disk(file)
 
 
 def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
-    """The adapter in the tensors of a file; raises KeyError for a part that is missing, ValueError for wrong shapes."""
     names = [key.removesuffix(".da") for key in parts if key.endswith(".da")]
-    found = {
+    adapter = {
         name: AdapterWeights(
             Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")), parts[f"{name}.da"], parts[f"{name}.db"]
         )
         for name in names
     }
-    for name, weights in found.items():
+    for name, weights in adapter.items():
         a0, b0, da, db = weights.factors.a0, weights.factors.b0, weights.da, weights.db
-        same = da.shape[:-2] == db.shape[:-2] and da.shape[-2:-1] == db.shape[-1:]  # of a stack: E as well
+        same = da.shape[:-2] == db.shape[:-2] and da.shape[-2:-1] == db.shape[-1:]  # same E and same rank
         fits = da.dim() == db.dim() in (2, 3) and a0.shape == da.shape and same
         if not fits or (b0 is not None and b0.shape != db.shape):
-            raise ValueError(f"{name}: its factors and changes do not fit each other")
-    return found
+            raise ValueError(f"{name}: the shapes of its a0, b0, da and db do not fit each other")
+    return adapter
 
 
 def _check_best(best: Mapping[str, Tensor], adapter: Mapping[str, AdapterWeights]) -> None:
     for name, weights in adapter.items():
         if (best[f"{name}.da"].shape, best[f"{name}.db"].shape) != (weights.da.shape, weights.db.shape):
-            raise ValueError(f"{name}: its best changes have another shape than the last")
+            raise ValueError(f"{name}: its da and db have other shapes in {BEST} than in {ADAPTER}")
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Factors that are made of the training data: EVA's (adapter/methods/eva.py), by all workers together.
+"""Factors from the training data, made by all workers together: EVA's and LoRA-GA's (adapter/methods/).
 
-Looked at are the first T supervised tokens of the run's order, T = L / 4, L / 2 and L for the limit L =
-adapter.init_tokens (or all there are): as soon as two successive T agree in the space that they find, or at L, it is
-done. Which worker computes what decides nothing but the time: the same bytes come of any number of workers.
+EVA looks at the first T supervised tokens of the store, for T = L / 4, L / 2 and L, where L is adapter.init_tokens, or
+all tokens if there are fewer. It stops as soon as the spaces of two successive T agree, or at L. The number of workers
+changes the time only: the bytes of the factors are the same for any number.
 """
 
 import time
@@ -42,60 +42,56 @@ from olora_ray.train.loss import SupervisedLoss
 
 Value = TypeVar("Value")
 AGREEMENT = 0.99
-"""The share of each input's space at which more tokens would find the same."""
+"""Share of an input's space from which on more tokens are taken to give the same space."""
 GRADIENTS_AT_ONCE = 2**30
-"""Bytes of gradients that a worker holds at once, about; for more the model is run again for the next layers."""
+"""Bytes of gradients that a worker holds at once, about; for the layers beyond it the model runs again."""
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """Report of a data-driven initialisation, beside `InitReport`; the same on every worker."""
-
     tokens: int
-    """Supervised tokens that were looked at."""
     sequences: int
     agreement: tuple[float, float] | None
-    """Mean and smallest share of the space that half as many tokens find too; None if there were too few to tell."""
+    """Mean and smallest share of the space that half as many tokens give too; None if there were too few tokens."""
     held: int
-    """Bytes of activations, on the worker with the most."""
+    """Bytes held by the worker with the most."""
     sent: int
-    """Bytes between workers, over all of them."""
+    """Bytes sent between workers, over all of them."""
     ranks: Mapping[str, int]
     what: str = "activations"
-    """The kind of tensors in `held`."""
+    """The tensors counted in `held`: activations or gradients."""
 
     def line(self, method: str) -> str:
-        """For the log."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
         without = [name for name, rank in self.ranks.items() if rank == 0]
-        agree = self.agreement and f"; half of them span {self.agreement[0]:.0%} of its space ({self.agreement[1]:.0%}"
+        agree = self.agreement and f"; half of them give {self.agreement[0]:.0%} of the same space ("
         return (
             f"{method}: {plural(self.tokens, 'supervised token')} of {plural(self.sequences, 'sequence')}"
-            + (f"{agree} at least)" if agree else "")
+            + (f"{agree}at least {self.agreement[1]:.0%})" if self.agreement else "")
             + (f"; ranks {low} to {high}" if low < high else "")
             + (f", none for {', '.join(without[:3])}{' ...' * (len(without) > 3)}" if without else "")
-            + f"; {self.what} {self.held / 2**20:,.1f} MiB a worker, {self.sent / 2**20:,.1f} MiB sent"
+            + f"; {self.what} {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
         )
 
 
 def refuse(targets: Mapping[str, Target], method: str) -> None:
-    """Raise UserError for layers that a data-driven method cannot have: experts whose weights are one parameter."""
+    """Raise UserError for experts whose weights are one parameter, which data-driven methods do not support."""
     for name, target in targets.items():
         if target.experts is not None:
             raise UserError(
-                f"adapter.method={method}: {name} is a stack of experts, each of which sees other tokens; name layers"
-                " without it in adapter.targets, or use another method"
+                f"adapter.method={method}: {name} is a stack of experts, which this method does not support; leave it"
+                " out of adapter.targets, or use another method"
             )
 
 
 def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None) -> list[Piece]:
-    """The sequences to use; raises UserError if these have too few tokens for `count` components and the mean."""
     problem, pieces = None, []
     try:
         pieces = first_tokens(store, adapter.init_tokens, waiting)
+        # `count` components and the mean need more than `count` tokens.
         if (total := pieces[-1].end if pieces else 0) <= count:
             problem = (
-                f"adapter.method={adapter.method}: the training data has {plural(total, 'supervised token')}, and"
+                f"adapter.method={adapter.method}: the training data has {plural(total, 'supervised token')}, but"
                 f" {count} components (rho x rank) need more than {count}; use more data, lower adapter.rank or"
                 " adapter.rho, or use another method"
             )
@@ -106,8 +102,7 @@ def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | 
 
 
 def probe(loss: SupervisedLoss, pack: Pack) -> Batch:
-    """A few tokens to see with which layers have an input in common."""
-    length = min(8, pack.segments[0])
+    length = min(8, pack.segments[0])  # a few tokens are enough to see which layers share an input
     return collate([Pack(pack.input_ids[:length], np.arange(length) > 0, (length,))], _attention(loss))
 
 
@@ -117,7 +112,6 @@ def _attention(loss: SupervisedLoss) -> str:
 
 
 def _owners(inputs: Sequence[LayerInput], targets: Mapping[str, Target], adapter: Adapter) -> list[int]:
-    """The worker of each input, so that all have about as much to do."""
     shapes = {each.name: (sum(targets[name].shape[0] for name in each.layers), each.size) for each in inputs}
     shares = assign(shapes, adapter.rank, collectives.world_size(), adapter.method)
     owner = {name: worker for worker, share in enumerate(shares) for name in share}
@@ -131,7 +125,6 @@ def _shared(
     seconds: float,
     device: torch.device,
 ) -> tuple[dict[str, Factors], InitReport]:
-    """The factors of all targets, of which each worker has made those of its share."""
     began = time.perf_counter()
     merged, digest = exchange(own, shares, device)
     every = {name: merged[name] for name in targets}
@@ -144,7 +137,7 @@ def _shared(
     )
 
 
-# EVA's factors: of the activations, each input's on the worker that owns it.
+# EVA's factors: from the activations of each input, on the worker that owns the input.
 
 
 def eva_factors(
@@ -155,22 +148,22 @@ def eva_factors(
     device: torch.device,
     waiting: Waiting | None = None,
 ) -> tuple[dict[str, Factors], InitReport, DataReport]:
-    """A0 of every target, with ranks redistributed: a layer may get 0. All workers must call it together.
+    """Return A0 of every target, with ranks redistributed; a layer may get rank 0.
 
-    `loss` is the base, in place on `device` and untouched by adapters, with the attention that it will be trained with.
-    `waiting` as of StepLoader. Raises UserError for too few supervised tokens, for layers that do not see every token,
-    and for activations that are not finite.
+    All workers must call it together. `loss` is the base on `device`, without adapters, with the attention of the
+    training. `waiting` is as in StepLoader. Raises UserError for too few supervised tokens, for layers that do not see
+    every token, and for activations that are not finite.
     """
     refuse(targets, adapter.method)
     began, count = time.perf_counter(), adapter.largest_rank()
     pieces = _pieces(store, adapter, count, waiting)
     inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
     owners = _owners(inputs, targets, adapter)
-    found = _Activations(loss, targets, inputs, owners, store, device)
-    own, tokens, agreement = _until_stable(found, pieces, count, adapter.rank)
+    activations = _Activations(loss, targets, inputs, owners, store, device)
+    own, tokens, agreement = _until_stable(activations, pieces, count, adapter.rank)
     seconds = time.perf_counter() - began
 
-    # Each layer's rank: they sum up to what the same rank for all would, unless inputs vary in fewer directions.
+    # The ranks of all layers sum up to targets x adapter.rank, unless the inputs vary in fewer directions.
     shares_of = _gathered({number: item.shares for number, item in own.items()})
     of_layer = {name: shares_of[number] for number, each in enumerate(inputs) for name in each.layers}
     offers = {name: of_layer[name][: min(count, *target.shape)] for name, target in targets.items()}
@@ -186,14 +179,12 @@ def eva_factors(
         shares[owner].extend(each.layers)
     every, report = _shared(made, targets, shares, seconds, device)
     used = [piece for piece in pieces if piece.first < tokens]
-    held, sent = zip(*collectives.gather((found.held(), found.sent)), strict=True)
-    about = DataReport(tokens, len(used), agreement, max(held), sum(sent), ranks)
-    return every, report, about
+    held, sent = zip(*collectives.gather((activations.held(), activations.sent)), strict=True)
+    data_report = DataReport(tokens, len(used), agreement, max(held), sum(sent), ranks)
+    return every, report, data_report
 
 
 class _Activations(RowExchange):
-    """The rows of the inputs that this worker owns, in the order of the tokens."""
-
     def __init__(
         self,
         loss: SupervisedLoss,
@@ -208,7 +199,6 @@ class _Activations(RowExchange):
         self._rows: dict[int, dict[int, Tensor]] = {number: {} for number in self.own}
 
     def rows(self, number: int, count: int) -> Tensor:
-        """The first `count` rows of an own input (count x n), as the model has computed them."""
         pieces = self._rows[number]
         return torch.cat([pieces[first] for first in sorted(pieces)])[:count]
 
@@ -220,31 +210,31 @@ class _Activations(RowExchange):
 
     def make(self, piece: Piece) -> list[Tensor]:
         batch = collate([self.store[piece.sequence]], _attention(self.loss))
-        # The tokens that are supervised themselves, as PEFT's label mask has it, not those that predict them.
-        places = batch.predicts[: piece.count] + 1
-        return rows_of(self.loss, self.targets, self.inputs, batch.to(self.device), places.to(self.device))
+        # As in PEFT's label mask: the positions of the supervised tokens themselves, not those that predict them.
+        positions = batch.predicts[: piece.count] + 1
+        return rows_of(self.loss, self.targets, self.inputs, batch.to(self.device), positions.to(self.device))
 
     def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
         self._rows[number][piece.first] = rows
 
 
 def _until_stable(
-    found: _Activations, pieces: Sequence[Piece], count: int, rank: int
+    acts: _Activations, pieces: Sequence[Piece], count: int, rank: int
 ) -> tuple[dict[int, Components], int, tuple[float, float] | None]:
-    """Components of the own inputs, the tokens they are of, and how far those of half as many agree."""
+    """Return the components of the own inputs, the number of tokens used, and the agreement with half as many."""
     total = pieces[-1].end
-    # L / 4, L / 2 and L, rounded down, without those that have too few tokens for so many components.
+    # L / 4, L / 2 and L, rounded down, without stages that have too few tokens for `count` components.
     stages = [tokens for tokens in (total // 4, total // 2, total) if tokens > count]
     before: dict[int, Components] | None = None
     agreement, done = None, 0
     for tokens in stages:
         needed = [piece for piece in pieces if piece.first < tokens]
-        found.run(needed[done:])
+        acts.run(needed[done:])
         done = len(needed)
-        now = {number: principal(found.rows(number, tokens).to(found.device), count) for number in found.own}
+        now = {number: principal(acts.rows(number, tokens).to(acts.device), count) for number in acts.own}
         if before is not None:
             every = _gathered({number: overlap(now[number], before[number], rank) for number in now})
-            # In the order of the inputs, so that the sum has the same bits everywhere.
+            # Summed in the order of the inputs, so that every worker gets the same bits and stops at the same stage.
             values = [every[number] for number in sorted(every)]
             agreement = sum(values) / len(values), min(values)
             if agreement[1] >= AGREEMENT:
@@ -254,11 +244,10 @@ def _until_stable(
 
 
 def _gathered(own: Mapping[int, Value]) -> dict[int, Value]:
-    """Merge the entries of all workers."""
     return dict(pair for part in collectives.gather(list(own.items())) for pair in part)
 
 
-# LoRA-GA's factors (adapter/methods/lora_ga.py): of the gradient of each layer's weight, on the worker that owns it.
+# LoRA-GA's factors (adapter/methods/lora_ga.py): from the gradient of each weight, on the worker that owns the input.
 
 
 def gradient_factors(
@@ -269,7 +258,7 @@ def gradient_factors(
     device: torch.device,
     waiting: Waiting | None = None,
 ) -> tuple[dict[str, Factors], InitReport, DataReport]:
-    """A0 and B0 of every target; see `eva_factors` for arguments and errors."""
+    """Return A0 and B0 of every target; arguments and errors are as in `eva_factors`."""
     refuse(targets, adapter.method)
     began = time.perf_counter()
     pieces = _pieces(store, adapter, 0, waiting)
@@ -284,10 +273,10 @@ def gradient_factors(
 
     for part in in_parts(inputs, size, GRADIENTS_AT_ONCE * collectives.world_size()):
         owners = _owners(part, targets, adapter)
-        found = _Gradients(loss, targets, part, owners, store, device)
-        found.run(pieces)
-        held, sent = max(held, sum(gradient.nbytes for gradient in found.sums.values())), sent + found.sent
-        for name, gradient in found.sums.items():
+        grads = _Gradients(loss, targets, part, owners, store, device)
+        grads.run(pieces)
+        held, sent = max(held, sum(gradient.nbytes for gradient in grads.sums.values())), sent + grads.sent
+        for name, gradient in grads.sums.items():
             item = method(gradient, adapter.rank, 0, options)
             own[name] = Factors(item.a0.cpu(), None if item.b0 is None else item.b0.cpu(), item.full_rank)
         for each, owner in zip(part, owners, strict=True):
@@ -295,13 +284,11 @@ def gradient_factors(
     every, report = _shared(own, targets, shares, time.perf_counter() - began, device)
     most, total = zip(*collectives.gather((held, sent)), strict=True)
     ranks = dict.fromkeys(targets, adapter.rank)
-    about = DataReport(pieces[-1].end, len(pieces), None, max(most), sum(total), ranks, "gradients")
-    return every, report, about
+    data_report = DataReport(pieces[-1].end, len(pieces), None, max(most), sum(total), ranks, "gradients")
+    return every, report, data_report
 
 
 class _Gradients(RowExchange):
-    """Gradients of the summed loss of the wanted tokens, by layer, for the inputs that this worker owns."""
-
     def __init__(
         self,
         loss: SupervisedLoss,
@@ -314,19 +301,19 @@ class _Gradients(RowExchange):
         self.loss, self.inputs, self.store = loss, inputs, store
         self.modules = {name: targets[name].module for each in inputs for name in each.layers}
         self._names: list[tuple[int, str | None]] = []
-        """For each kind of rows, the input, and the layer whose gradient it is; None: the input itself."""
-        kinds = []
+        """For each type of rows, the index of the input, and the layer whose gradient it is; None: the input itself."""
+        types = []
         for number, (each, owner) in enumerate(zip(inputs, owners, strict=True)):
             for name in (None, *each.layers):
                 self._names.append((number, name))
-                kinds.append(Rows(each.size if name is None else targets[name].shape[0], each.dtype, owner))
-        super().__init__(kinds, device)
+                types.append(Rows(each.size if name is None else targets[name].shape[0], each.dtype, owner))
+        super().__init__(types, device)
         self.sums: dict[str, Tensor] = {}
-        """Name of an own layer -> m x n, float32."""
+        """Name of an own layer -> gradient (m x n), float32."""
         self._x: dict[tuple[int, int], Tensor] = {}
 
     def count(self, piece: Piece) -> int:
-        """All tokens of a sequence: what is not supervised is attended to."""
+        # All tokens of a sequence: the loss of a supervised token has a gradient at every token that it attends to.
         return len(self.store[piece.sequence].input_ids)
 
     def make(self, piece: Piece) -> list[Tensor]:
@@ -350,7 +337,6 @@ class _Gradients(RowExchange):
 def _flows(
     loss: SupervisedLoss, modules: Mapping[str, nn.Module], wanted: set[str], batch: Batch
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The wanted layers' inputs (tokens x n) and the gradient at all outputs (tokens x m), on the CPU."""
     x: dict[str, Tensor] = {}
     g: dict[str, Tensor] = {}
 
@@ -363,7 +349,7 @@ def _flows(
         g[name] = gradient.reshape(-1, gradient.shape[-1]).cpu()
 
     model: Any = loss.model
-    # Nothing of the base is trained: gradients flow because its first hidden states are said to want one.
+    # The base is frozen, so autograd would build no graph. It does if the first hidden states require a gradient.
     start = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     try:
         with torch.enable_grad(), watched(modules, see):
@@ -378,7 +364,7 @@ def _flows(
     return x, g
 
 
-# New factors for a training, by whichever way its method makes them: of the weights, or of the training data.
+# New factors for a training: from the weights or from the training data, as the method needs.
 
 
 def new_factors(
@@ -389,17 +375,17 @@ def new_factors(
     device: torch.device,
     waiting: Waiting | None = None,
 ) -> tuple[dict[str, Factors], InitReport, DataReport | None]:
-    """A~ and B~ of every target; all workers must call it together.
+    """Return A~ and B~ of every target; all workers must call it together.
 
-    See `initialise`, `eva_factors` and `gradient_factors`. For a method that looks at data the base must be where it is
-    trained, tested, and without adapters.
+    See `initialise`, `eva_factors` and `gradient_factors`. For a data-driven method, the base must be on the device
+    where it will be trained, must have passed its self-test, and must have no adapters yet.
     """
     adapter = config.adapter
     if adapter.method not in FROM_WEIGHTS:
         make = gradient_factors if METHODS[adapter.method].needs == "gradients" else eva_factors
         return make(loss, targets, adapter, store, device, waiting)
     if (read := loss.read_rows) is not None:
-        # A sharded base has all numbers of a layer in its files alone, which are read for whom they are asked.
+        # No worker holds all rows of a sharded layer, so the worker that makes its factors reads the layer's files.
         names = {name: parameter_of(loss.model, name) for name in targets}
         targets = {name: replace(each, read=partial(read, names[name])) for name, each in targets.items()}
     seed, options = config.run.seed, options_of(adapter)

@@ -1,4 +1,7 @@
-"""Estimate of a run: targets, coverage, trainable parameters, memory per worker. Needs no weights and no Ray."""
+"""Estimate of a run: targets, coverage, trainable parameters, memory per worker, and pace on a CPU.
+
+All but the pace need no weights. Nothing here needs Ray.
+"""
 
 import importlib.util
 import inspect
@@ -40,7 +43,7 @@ from olora_ray.train.loss import SupervisedLoss, chunk_rows
 from olora_ray.train.parallel import load_frozen, packed_size
 from olora_ray.train.tree import most_held
 
-# What a training takes beside the base and the adapter: found by running a step, and answers, with fake tensors.
+# Memory beside the base and the adapter: measured by running a step, and answers, with fake tensors.
 
 
 @dataclass(frozen=True)
@@ -48,28 +51,28 @@ class Measured:
     """Peak bytes of a run on fake tensors."""
 
     step: int
-    """Forward and backward pass of a micro-batch; with recomputation if that is on."""
+    """Forward and backward pass of a micro-batch, with recomputation if it is on."""
     answers: int
-    """Answers to held-out prompts."""
     problem: str | None = None
-    """The part that is not counted, and why: the model's code does not run without numbers."""
+    """The part that is not counted, and the reason: the model's code does not run on fake tensors."""
 
 
 def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: torch.dtype, gpu: bool) -> Measured:
-    """Run a step and answers without memory; the model is on the meta device, and used up by this."""
+    """Run a step and answers on fake tensors; the model must be on the meta device, and is unusable afterwards."""
     config, times = _small_enough(config)
-    problem = "activations (there is no attention to try them with)"
+    problem = "activations (no attention can be tried)"
     attention.register()
     try:
         fake = FakeModel(model, targets, config.adapter, dtype)
         rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
-        fake.loss.__dict__["chunk"] = lambda _: rows  # fake tensors say that they are on a CPU
+        # Fake tensors claim to be on a CPU, where the head's chunks are smaller than on a GPU.
+        fake.loss.__dict__["chunk"] = lambda _: rows
         for name in _implementations(model, config, dtype, gpu):
             try:
                 model.set_attn_implementation(name)
                 with attention.as_on_gpu() if gpu else nullcontext():
                     step = _step_bytes(fake, _batch(config, name), config.train.activation_checkpointing is True)
-            except Exception as error:  # the family's code may do anything
+            except Exception as error:  # the family's code may raise anything on fake tensors
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
                 continue
             try:
@@ -78,14 +81,14 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
                 why = f"answers to held-out prompts ({type(error).__name__}: {first_line(error)})"
                 return Measured(int(times * step), 0, why)
     finally:
-        attention.forget()  # what it has kept of fake tensors
+        attention.forget()  # its caches hold fake tensors now, which must not reach a real model
     return Measured(0, 0, problem)
 
 
 def _small_enough(config: Config) -> tuple[Config, float]:
-    """The config with a micro-batch that can be tried, and how many times its tokens the real one has.
+    """Return the config with a micro-batch that is small enough to try, and the factor to the tokens of the real one.
 
-    Tokens and borders of segments have memory and take time even here.
+    Token ids and segment borders are not fake: they take memory and time.
     """
     length, most = config.data.length(), 2**16
     tokens = config.train.micro_batch * length
@@ -96,28 +99,28 @@ def _small_enough(config: Config) -> tuple[Config, float]:
 
 
 def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
-    """Attentions that may be used, the likeliest first; nobody asks a GPU, which may be on another machine."""
     wanted: str = config.model.attention
     apart = why_scaled(model, config.train.micro_batch * config.data.length())
     if not gpu:
         try:
-            found = attention.candidates(model, config.model, dtype, torch.device("cpu"))
-        except UserError:  # said when it is loaded
-            found = ()
-        return tuple(name for name in found if not apart or name not in FLAT_ATTENTION) or (attention.own(model),)
+            names = attention.candidates(model, config.model, dtype, torch.device("cpu"))
+        except UserError:  # raised again when the workers load the model
+            names = ()
+        return tuple(name for name in names if not apart or name not in FLAT_ATTENTION) or (attention.own(model),)
+    # The workers' GPU may be on another machine, so it is not asked. The choice follows what is installed here.
     if wanted == "auto":
-        there = importlib.util.find_spec("flash_attn") or attention.kernel()
-        flat = there and not apart and dtype in (torch.bfloat16, torch.float16)
+        installed = importlib.util.find_spec("flash_attn") or attention.kernel()
+        flat = installed and not apart and dtype in (torch.bfloat16, torch.float16)
         wanted = attention.FLASH if flat else "sdpa"
-    # Flash attention, and torch's for variable lengths, keep what torch's fused kernel keeps, of the same layout.
+    # Flash attention and torch's attention for variable lengths keep the same tensors as torch's fused kernel, in the
+    # same layout. So "segments", which uses that kernel, stands in for them.
     first = "segments" if wanted in (attention.FLASH, attention.VARLEN) else wanted
     return (first, attention.own(model))
 
 
 def _batch(config: Config, name: str) -> Batch:
-    """A micro-batch of sequences that are full; every token but the first of an example is supervised."""
     length = config.data.length()
-    # Short segments take most, where their attention is by products (model/attention.py).
+    # Short segments need the most memory, because their attention is computed by products (model/attention.py).
     size = min(length, attention.SHORT)
     segments = (*[size] * (length // size), *([rest] if (rest := length % size) else []))
     supervised = np.ones(length, dtype=bool)
@@ -127,10 +130,9 @@ def _batch(config: Config, name: str) -> Batch:
 
 
 def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
-    """The most that is alive in a step, were all blocks run."""
     fake.run_again(recompute)
-    # Two chunks of the head are run, the second while what the first has made is there. Of all others there are hidden
-    # states that are to be predicted from, and their gradients.
+    # Only two chunks of the head are run, because the peak is in the second, while the results of the first are alive.
+    # The other chunks are counted by hand: each has the hidden states of its positions, and their gradients.
     model: Any = fake.loss.model
     rows = 2 * fake.loss.chunk(batch.labels.device)
     numbers = 2 * max(0, len(batch.labels) - rows) * int(model.config.get_text_config().hidden_size)
@@ -140,24 +142,23 @@ def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
         few = fake.without_numbers(few)
         with live, GroupedProducts():
             fake.loss(few).backward()
-    # The most comes when all blocks have kept theirs: at the head, or in the last block's backward pass.
+    # The peak is when all blocks have kept their activations: at the head, or in the backward pass of the last block.
     size: int = live.most + _of_skipped(fake, before) + numbers * model.dtype.itemsize
     return size
 
 
 def _of_skipped(fake: FakeModel, before: Sequence[int]) -> int:
-    """Bytes that the blocks that are not run would keep, from the bytes alive before each block."""
+    """Return the bytes that the skipped blocks would keep; `before` has the bytes alive before each block."""
     kept = [stop - start for start, stop in pairwise(before[: len(fake.blocks) + 1])]
-    return sum(more * kept[place] for place, more in fake.more.items())
+    return sum(more * kept[position] for position, more in fake.more.items())
 
 
 def answers_at_once(config: Config) -> int:
-    """Held-out prompts that a worker answers together, at most."""
+    """Return the largest number of held-out prompts that a worker answers together."""
     return min(AT_ONCE, wanted(config.evaluation)) if config.data.holds_out() else 0
 
 
 def _answer_bytes(fake: FakeModel, config: Config) -> int:
-    """Bytes that answers take at their most: while prompts are read, or at the last token."""
     rows, prompt = answers_at_once(config), config.data.length()
     if not rows:
         return 0
@@ -168,12 +169,12 @@ def _answer_bytes(fake: FakeModel, config: Config) -> int:
 
 
 def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
-    """The most that is alive while so many tokens are read; `decode`: while one more is, after these."""
+    """Return the peak bytes while `tokens` tokens are read, or with `decode` while one more token follows them."""
     model: Any = fake.loss.model
     live = LiveBytes(fake.tensors())
     takes = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    name = "cache" if "cache" in takes else "past_key_values"  # its older word, and that of the output
+    name = "cache" if "cache" in takes else "past_key_values"  # families name this argument differently
     with at_blocks(fake.blocks, live) as before, live, GroupedProducts():
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **last).past_key_values
@@ -186,23 +187,21 @@ def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
 
 COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
-so far; and three more while AdamW computes, or while a checkpoint is written on a CPU."""
+so far. Three more exist while AdamW computes, or while a checkpoint is written on a CPU."""
 PROCESS_BYTES = 2**30
-"""Bytes of Python, torch and Ray in a worker, or of CUDA on its GPU; about."""
+"""Approximate bytes of Python, torch and Ray in a worker, or of CUDA on its GPU."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of one worker, by what takes it."""
-
     targets: dict[str, tuple[int, ...]]
-    """Adapted layers with their m x n, stacks of experts with their E x m x n."""
+    """Adapted layer -> (m, n); stack of experts -> (E, m, n)."""
     trainable: int
-    """Trainable numbers; an upper bound where ranks differ from layer to layer."""
+    """Trainable numbers; an upper bound if ranks differ between layers."""
     parameters: int
     base_bytes: int
     adapter_bytes: int
-    """Factors, `COPIES` of what is trained, and what the sum of a step's gradients sets aside."""
+    """Bytes of the factors, `COPIES` of the trainable numbers, and the partial sums of a step's gradients."""
     activation_bytes: int
     """Peak bytes of a forward and backward pass."""
     selection: Selection
@@ -212,25 +211,25 @@ class MemoryEstimate:
     recompute: bool = False
     """True if blocks are run again in the backward pass."""
     gathered_bytes: int = 0
-    """Bytes of a sharded base that are whole on each worker at once; of a packed base, its largest unpacked layer."""
+    """Bytes of gathered blocks of a sharded base; for a packed base, bytes of its largest unpacked layer."""
     problem: str | None = None
-    """The part that is not counted, and why (`Measured.problem`)."""
+    """The part that is not counted, and the reason (`Measured.problem`)."""
     offloaded_bytes: int = 0
-    """Bytes of a sharded base in the memory of the node instead of the GPU's; not in `base_bytes`."""
+    """Bytes of a sharded base in the node's memory instead of the GPU's; not in `base_bytes`."""
     by_rows: bool = False
-    """True if no worker ever holds the whole base: each reads its shard alone, or packs layer by layer."""
+    """True if no worker ever holds the whole base: each reads only its shard, or packs layer by layer."""
 
     def total_bytes(self) -> int:
-        """All of it where the model is, but `PROCESS_BYTES`."""
+        """Return the bytes on the device of the model, without `PROCESS_BYTES`."""
         return (
             self.base_bytes + self.gathered_bytes + self.adapter_bytes + max(self.activation_bytes, self.answer_bytes)
         )
 
 
 def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> MemoryEstimate:
-    """The size of a run; raises UserError for targets, a rank or a length of sequences that are not for the model.
+    """Estimate a run; raises UserError if targets, rank or sequence length do not fit the model.
 
-    `gpu` says whether the workers have GPUs; None: if this machine has.
+    `gpu` is True if the workers have GPUs; None: as this machine.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     asked = (config.model, config.adapter, config.data.length(), config.data.packing, config.train.micro_batch)
@@ -243,17 +242,16 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
     return _estimate(question) if base.digest else _estimate.__wrapped__(question)
 
 
+# The key of the cache: two questions are equal if their estimates are.
 @dataclass(frozen=True)
 class _Question:
-    """Equal to another if the answer is the same."""
-
     key: str
     config: Config = field(compare=False)
     base: BaseModel = field(compare=False)
     gpu: bool = field(compare=False)
 
 
-@lru_cache(maxsize=16)  # it is asked for people, for the cluster, and for the workers
+@lru_cache(maxsize=16)  # a run estimates itself several times: for the report, the preflight and the workers
 def _estimate(question: _Question) -> MemoryEstimate:
     config, base = question.config, question.base
     model: Any = skeleton(base, config.model)
@@ -264,8 +262,8 @@ def _estimate(question: _Question) -> MemoryEstimate:
     if config.adapter.method not in FROM_WEIGHTS:
         refuse(selection.targets, config.adapter.method)
     trainable = _trainable(targets.values(), config.adapter)
-    # GPUs are taken to be fast at bfloat16 (cluster/preflight.py: as_loaded): to ask one of this machine, torch would
-    # take memory on it, which is for the workers; and theirs may be elsewhere.
+    # GPUs are assumed to be fast at bfloat16 (cluster/preflight.py: as_loaded). Asking a GPU of this machine would make
+    # torch take memory on it that the workers need, and the workers' GPUs may be on other machines.
     fast = question.gpu and config.model.dtype == "auto"
     dtype = torch.bfloat16 if fast else pick_dtype(config.model, torch.device("cpu"))
     count = parameters(base.folder)
@@ -294,21 +292,18 @@ def _estimate(question: _Question) -> MemoryEstimate:
 
 
 def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu: bool) -> tuple[int, int, int]:
-    """(bytes of a worker's part of the base, of what of it is whole beside that, of what lies in the node's memory).
-
-    `count` are the numbers in the files.
-    """
-    kind, width, shards = config.model.quantization, dtype.itemsize, _shards(config)
-    if kind != "none":
-        require(kind)
-        numbers, size, unpacked = packed_size(model, kind, dtype)
+    """Return MemoryEstimate's (base_bytes, gathered_bytes, offloaded_bytes); `count` is the numbers in the files."""
+    quantization, width, shards = config.model.quantization, dtype.itemsize, _shards(config)
+    if quantization != "none":
+        require(quantization)
+        numbers, size, unpacked = packed_size(model, quantization, dtype)
         return (count - numbers) * width + size, unpacked, 0
     if shards == 1:
         return count * width, 0, 0
     sizes = [sum(weight.numel() for weight in block.parameters()) * width for block in blocks_to_shard(model)]
     root, block = sum(weight.numel() for weight in model.parameters()) * width - sum(sizes), max(sizes, default=0)
-    # What is gathered is there twice for a moment, as it came and in the weights' own places; the next block is
-    # gathered while one is used.
+    # A gathered block exists twice for a moment: as received, and copied into its weights. The third copy is the next
+    # block, which FSDP gathers while this one is used.
     part = (count * width - root) // shards
     if not (config.cluster.fsdp_offload and gpu):
         return root + part, 3 * block, 0
@@ -316,18 +311,16 @@ def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu:
 
 
 def _set_aside(config: Config) -> int:
-    """Gradients of parts of a step that a worker holds beside their sum (train/tree.py)."""
     return most_held(config.train.micro_batches(), config.cluster.min_workers())
 
 
 def _shards(config: Config) -> int:
-    """Parts of the base, of which each worker holds one."""
     cluster = config.cluster
     return max(1, cluster.min_workers() // cluster.fsdp_replicas) if cluster.strategy == "fsdp" else 1
 
 
 def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
-    """Trainable numbers, at most: where ranks move between layers, the widest get as much as they can."""
+    # An upper bound: if the method moves ranks between layers, the widest layers get the largest ranks.
     sizes = [(math.prod(experts) * (m + n), min(m, n, adapter.largest_rank())) for *experts, m, n in shapes]
     left, total = adapter.rank * len(sizes), 0
     for size, most in sorted(sizes, reverse=True):
@@ -336,26 +329,26 @@ def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
     return total
 
 
-# Pace of a training, measured: one micro-batch forward and backward through the real model on this machine's CPU.
+# Pace of a training: one micro-batch forward and backward, measured with the real model on this machine's CPU.
 
 
 MOST_WORK = 5e11
-"""Weights times tokens of a micro-batch, up to which it is measured: half a minute on a slow core, and that twice."""
+"""Largest weights x tokens of a micro-batch that is measured: half a minute on a slow core, and it runs twice."""
 
 
 def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str | None:
-    """Why a training of this size is not measured here; None if it is. `elsewhere`: it runs on other machines."""
+    """Return the reason why the pace is not measured here, or None. `elsewhere`: the run is on other machines."""
     if elsewhere:
         return "the workers run on another machine"
     if torch.cuda.is_available():
-        return "it is measured on CPUs only"
+        return "only CPUs are measured"
     if size.parameters * config.train.micro_batch * config.data.length() > MOST_WORK:
         return "one micro-batch of this model and length would take a minute or more"
     return None
 
 
 def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack]) -> float:
-    """Seconds for these sequences, forward and backward, in one process with a worker's number of threads."""
+    """Return the seconds for these sequences, forward and backward, in one process with a worker's threads."""
     device = torch.device("cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -363,14 +356,15 @@ def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pac
         model: Any = load_frozen(base.folder, config.model, device)
         targets = find_targets(model, config.adapter.targets, config.adapter.rank)
         adapter = config.adapter
-        method = adapter.method if adapter.method in FROM_WEIGHTS else "lora"  # as fast, and needs no data
+        # Steps take the same time with any method, and a data-driven one would need training data for its factors.
+        method = adapter.method if adapter.method in FROM_WEIGHTS else "lora"
         factors, _ = initialise(targets, method, adapter.rank, config.run.seed, device, options_of(adapter))
         inject(model, at_scale(factors, adapter), adapter.scale())
         loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
         loss.recompute = config.train.activation_checkpointing is True
         parallel.install(loss)
         times = []
-        for _ in range(2):  # the first has to get its memory
+        for _ in range(2):  # the first pass is slower, because it allocates its memory
             began = time.perf_counter()
             loss(batch).backward()
             times.append(time.perf_counter() - began)

@@ -1,7 +1,7 @@
-"""A model without memory that trains: fake tensors instead of weights, and only as many blocks as differ.
+"""A model that trains without memory: its tensors are fake, and only one of each set of equal blocks runs.
 
-The other blocks hand their input on. Which tokens are sent to which expert, no fake tensor tells: each expert is taken
-to get as many.
+The other blocks return their input. Fake tensors have no values that could send tokens to experts, so each expert is
+assumed to get the same number of tokens.
 """
 
 import weakref
@@ -30,11 +30,11 @@ from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss
 
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"})
-"""Names of a block's number in the families' code; two equal blocks differ in it."""
+"""Attributes with the index of a block in the families' code; equal blocks differ in it."""
 
 
 class FakeModel:
-    """A model on the meta device, made to train with fake tensors; it is used up by that."""
+    """A model from the meta device that trains with fake tensors; the original is unusable afterwards."""
 
     def __init__(self, model: Any, targets: Mapping[str, Target], adapter: Adapter, dtype: torch.dtype) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -44,7 +44,7 @@ class FakeModel:
         self.loss = SupervisedLoss(model.requires_grad_(False).eval())
         self.blocks = decoder_layers(model)
         self._choose(model)
-        hidden = {id(part) for place in self.skipped for part in self.blocks[place].modules()}
+        hidden = {id(part) for index in self.skipped for part in self.blocks[index].modules()}
         run = {name for name, module in model.named_modules() if id(module) not in hidden}
         with self.mode:
             for name in run:
@@ -63,25 +63,25 @@ class FakeModel:
         train_mode(self.adapted, True)
 
     def _choose(self, model: Any) -> None:
-        """Which blocks are run: the first, whose input wants no gradient, and one of each kind of the others."""
-        kinds = [_kind(model, place, block) for place, block in enumerate(self.blocks)]
+        # One block of each type runs, and also the first block, which differs because its input needs no gradient.
+        types = [_type(model, index, block) for index, block in enumerate(self.blocks)]
         first: dict[Any, int] = {}
-        for place, kind in enumerate(kinds[1:], 1):
-            first.setdefault(kind, place)
-        counts = Counter(kinds[1:])
-        self.more = {place: counts[kind] - 1 for kind, place in first.items()}
-        """Place of a block that is run -> how many more there are of its kind."""
+        for index, block_type in enumerate(types[1:], 1):
+            first.setdefault(block_type, index)
+        counts = Counter(types[1:])
+        self.more = {index: counts[block_type] - 1 for block_type, index in first.items()}
+        """Index of a block that runs -> number of skipped blocks of its type."""
         self.skipped = sorted(set(range(1, len(self.blocks))) - set(self.more))
 
     def tensors(self) -> list[Tensor]:
-        """Weights, buffers and gradients: what is there before a step."""
-        found = [*self.loss.parameters(), *self.loss.buffers()]
-        return found + [part.grad for part in found if part.grad is not None]
+        tensors = [*self.loss.parameters(), *self.loss.buffers()]
+        return tensors + [part.grad for part in tensors if part.grad is not None]
 
     def without_numbers(self, batch: Batch) -> Batch:
-        """The batch with fake tokens and positions, by which transformers knows not to look at their values.
+        """Return the batch with fake tokens and positions.
 
-        The borders of segments stay: segment attention is a program of their values.
+        transformers checks their values only if they are not fake. The borders of segments stay real, because segment
+        attention runs by their values.
         """
         inputs = {
             name: torch.empty_like(value) if isinstance(value, Tensor) and value.dtype == torch.int64 else value
@@ -90,15 +90,15 @@ class FakeModel:
         return replace(batch, inputs=inputs)
 
     def run_again(self, on: bool) -> None:
-        """Turn recomputation of blocks in the backward pass on or off (train/parallel.py)."""
         self.loss.recompute = on
         parallel.install(self.loss)
-        for place in self.skipped:
-            self.blocks[place].__dict__["forward"] = _Skipped(self.blocks[place - 1])
+        # `install` may have wrapped the forwards of skipped blocks too, so they are replaced after it.
+        for index in self.skipped:
+            self.blocks[index].__dict__["forward"] = _Skipped(self.blocks[index - 1])
 
 
+# Replaces the module's own weights and buffers by fake tensors on a CPU.
 def _materialise(module: nn.Module) -> None:
-    """Own weights and buffers become fake tensors on a CPU."""
     for name, weight in module._parameters.items():
         if weight is not None:
             fake = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
@@ -116,14 +116,13 @@ def _factors(target: Target, adapter: Adapter) -> Factors:
 
 
 def _even(rows: int, _ends: Tensor, experts: int) -> list[int]:
-    """The ends of the experts' rows, if all have about as many."""
     return [rows * (expert + 1) // experts for expert in range(experts)]
 
 
 class GroupedProducts(TorchDispatchMode):
-    """While it is entered, products of all experts at once give a result of their form in every precision.
+    """Mode in which the grouped product of all experts returns an empty result of the right shape.
 
-    torch refuses all but bfloat16 of tensors that have no numbers, and computes others of those that have.
+    On fake tensors torch computes this product in bfloat16 only, although it accepts other precisions on real ones.
     """
 
     def __init__(self) -> None:
@@ -132,14 +131,13 @@ class GroupedProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """See torch's documentation, "Extending all torch API with Modes"."""
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
             return args[0].new_empty(len(args[0]), args[1].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
-def _kind(model: Any, place: int, block: nn.Module) -> tuple[Any, ...]:
-    """The same for blocks that do the same: classes, sizes and settings of their parts, and what the config says."""
+def _type(model: Any, index: int, block: nn.Module) -> tuple[Any, ...]:
+    """Return a key that equal blocks share: classes, sizes and settings of their parts, and the type in the config."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     parts = tuple(
         (
@@ -154,34 +152,33 @@ def _kind(model: Any, place: int, block: nn.Module) -> tuple[Any, ...]:
         )
         for name, part in block.named_modules()
     )
-    return parts, types[place] if place < len(types) else None
+    return parts, types[index] if index < len(types) else None
 
 
 class _Skipped:
-    """The forward of a block that is not run: its input, in the form in which the block before it answers."""
+    """Forward of a skipped block: returns its input, in the same form as the previous block."""
 
     def __init__(self, before: nn.Module) -> None:
         self.length: int | None = None
-        """Length of the tuple that the block before returns; None: it returns a tensor."""
+        """Length of the tuple that the previous block returns; None: it returns a tensor."""
         before.register_forward_hook(self._look)
 
     def _look(self, _module: nn.Module, _inputs: object, output: Any) -> None:
         self.length = len(output) if isinstance(output, tuple) else None
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """The hidden states that it is given."""
         hidden = inputs[0] if inputs else named["hidden_states"]
         return hidden if self.length is None else (hidden, *[None] * (self.length - 1))
 
 
-# Bytes of the tensors that are alive while something runs: how many now, and how many at most.
+# Bytes of the tensors that are alive while a model runs: the current number and the peak.
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is entered, counts the memory behind every tensor that an operation makes, until that is freed.
+    """Mode that counts the memory of every tensor that an operation creates, until it is freed.
 
-    Views and results in place have the memory of another tensor, which counts once; `known` are tensors whose memory
-    does not count. Works with fake tensors, whose memory is not there. What a kernel takes for itself is not seen.
+    Memory that several tensors share, such as views, counts once. The memory of the tensors `known` does not count.
+    Fake tensors count as if they were real. Scratch memory inside a kernel is not seen.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -190,12 +187,11 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, Any] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
-            self._seen[storage._cdata] = storage  # kept, so that no other memory gets its number
+            self._seen[storage._cdata] = storage  # kept alive, so that no other storage gets this address
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """See torch's documentation, "Extending all torch API with Modes"."""
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
@@ -218,7 +214,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def at_blocks(blocks: Sequence[nn.Module], live: LiveBytes) -> Iterator[list[int]]:
-    """While it is entered, the list gets the bytes that are alive as each block begins, and after the last."""
+    """Yield a list that gets the bytes alive at the start of each block, and after the last block."""
     before: list[int] = []
 
     def note(*_: object) -> None:

@@ -17,48 +17,48 @@ from olora_ray.train.loop import Trainer
 from olora_ray.train.parallel import begin_at_root
 
 AT_ONCE = 20
-"""Prompts that are answered together, the same ones for any number of workers."""
+"""Prompts that are answered together; the groups are the same for any number of workers."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out prompt and the answer that its row gives, as token ids."""
+    """A held-out prompt and the answer in its row (`reference`), as token ids."""
 
     prompt: tuple[int, ...]
     reference: tuple[int, ...]
     row: int = 0
-    """Number of its example in the store."""
+    """Index of the example in the store."""
 
 
 def wanted_questions(evaluation: Evaluation, store: TokenStore | None) -> list[Question]:
-    """The held-out prompts that a run answers: as many as are scored or shown."""
+    """Return the held-out prompts that a run answers: as many as it scores or shows."""
     return questions(store, wanted(evaluation)) if store else []
 
 
 def wanted(evaluation: Evaluation) -> int:
-    """The number of held-out prompts that a run answers, if it has so many."""
     return max(evaluation.samples, evaluation.rows) if evaluation.scorer else evaluation.samples
 
 
 def questions(store: TokenStore, limit: int) -> list[Question]:
-    """The first `limit` held-out examples: everything before the last supervised run is the prompt.
+    """Return questions from the first `limit` suitable held-out examples.
 
-    Not those whose answer `data.too_long: cut` has cut: no answer could be right by what is left of it.
+    The prompt is everything before the last run of supervised tokens. An example whose answer was cut by
+    `data.too_long: cut` is left out, because no answer could match an incomplete reference.
     """
-    found: list[Question] = []
+    chosen: list[Question] = []
     row, cuts = 0, store.manifest.inputs.get("too_long") == "cut"
     for index in range(len(store)):
-        pack, place = store[index], 0
+        pack, start = store[index], 0
         for size in pack.segments:
-            if len(found) >= limit:
-                return found
-            part = slice(place, place + size)
-            place += size
+            if len(chosen) >= limit:
+                return chosen
+            part = slice(start, start + size)
+            start += size
             cut = cuts and size == store.max_length and bool(pack.supervised[part][-1])
             if not cut and (question := _split(row, pack.input_ids[part].tolist(), pack.supervised[part])):
-                found.append(question)
+                chosen.append(question)
             row += 1
-    return found
+    return chosen
 
 
 def _split(row: int, ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bool_]]") -> Question | None:
@@ -66,7 +66,7 @@ def _split(row: int, ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bo
     breaks = np.flatnonzero(np.diff(marked) > 1)
     start = int(marked[breaks[-1] + 1] if len(breaks) else marked[0])
     stop = int(marked[-1]) + 1
-    # Plain text is supervised from its second token on: there is no question in it.
+    # Plain text is supervised from its second token on, so only its first token is left: no prompt to answer.
     return Question(tuple(ids[:start]), tuple(ids[start:stop]), row) if start > 1 else None
 
 
@@ -80,21 +80,22 @@ def answer(
     workers: int = 1,
     batch: int = AT_ONCE,
 ) -> list[list[int]]:
-    """Greedy continuations in the order of `asked`, without prompt and end token; all workers get all.
+    """Return greedy continuations in the order of `asked`, without prompt and end token; every worker gets all.
 
-    `batch` prompts are answered together. Raises UserError, the same on all workers, if the family's code cannot.
+    `batch` prompts are answered together. Raises UserError, the same on all workers, if the family's code fails.
     """
     model: Any = trainer.loss.model
     own: list[tuple[int, list[int]]] = []
     problem = None
     sharded = hasattr(trainer.loss, "unshard")
     if sharded and not takes_padding(model):
-        batch = 1  # of other lengths than the others' a worker would run more often
-    # Similar lengths together: less padding. With a sharded base all workers run equally many rounds.
+        batch = 1  # otherwise a worker with prompts of several lengths would run the model more often than the others
+    # Prompts of similar length are answered together, because they need less padding.
     by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
     groups = [by_length[first : first + batch] for first in range(0, len(asked), batch)]
     mine = groups[worker::workers]
-    if sharded:  # all run until the last is done
+    # All workers of a sharded base run until the last prompt is done, so the longest prompt sets the limit for all.
+    if sharded:
         max_new_tokens = _within(model, [question.prompt for question in asked], max_new_tokens)
     rounds = -(-len(groups) // workers) if sharded else len(mine)
     if sharded:
@@ -106,9 +107,10 @@ def answer(
             try:
                 outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
             except Exception as error:
-                if sharded or isinstance(error, torch.OutOfMemoryError):  # it may be another worker's, and pass
+                # With a sharded base the error may be another worker's failure, which a restart may fix.
+                if sharded or isinstance(error, torch.OutOfMemoryError):
                     raise
-                problem = f"{type(model).__name__} cannot answer ({type(error).__name__}: {first_line(error)})"
+                problem = f"{type(model).__name__} cannot generate ({type(error).__name__}: {first_line(error)})"
                 break
             own.extend(zip(group, outputs, strict=False))
     collectives.raise_together(problem)
@@ -117,15 +119,14 @@ def answer(
 
 @contextlib.contextmanager
 def decoding(model: Any) -> Iterator[None]:
-    """Attention that takes masks, which decoding with a cache needs, and none of the model's own generation settings.
+    """Switch to an attention that takes masks, which decoding with a cache needs, and drop generation_config.json.
 
-    Not every family has sdpa (Gemma 2). The settings are those of its generation_config.json, by which transformers
-    completes those of a call: beams, penalties, tokens that are suppressed or forced.
+    transformers would complete a call by the settings in that file: beams, penalties, suppressed or forced tokens.
     """
     from transformers import GenerationConfig
 
     attention, settings = model.config._attn_implementation, model.generation_config
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 has no sdpa
     model.generation_config = GenerationConfig()
     try:
         yield
@@ -143,21 +144,20 @@ def greedy(
     device: torch.device,
     together: bool = False,
 ) -> list[list[int]]:
-    """Greedy continuations of token ids, without prompt and end token; call it inside `decoding(model)`.
+    """Return greedy continuations of token ids, without prompt and end token; call it inside `decoding(model)`.
 
-    Each token is the likeliest one, whatever the model's generation_config.json says. Without end tokens (`eos` is
-    empty) each continuation has `max_new_tokens`, or fewer where the model has no positions for more.
-    `together`: all workers run until the last of them is done, because each holds a part of the model.
-    Prompts of different lengths are answered one length after the other where the model would take padding for text.
+    Without end tokens (`eos` is empty) each continuation has `max_new_tokens`, or fewer if the model has no positions
+    for more. `together`: all workers run until the last of them is done, because each holds a shard of the model. If
+    the model would treat padding as text, prompts of different lengths run one length after the other.
     """
     lengths = sorted({len(prompt) for prompt in prompts})
     if len(lengths) > 1 and not takes_padding(model):
         answers: dict[int, list[int]] = {}
         for length in lengths:
-            places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
-            alike = [prompts[place] for place in places]
-            answers |= zip(places, greedy(model, alike, max_new_tokens, eos, device, together), strict=True)
-        return [answers[place] for place in range(len(prompts))]
+            indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+            alike = [prompts[index] for index in indices]
+            answers |= zip(indices, greedy(model, alike, max_new_tokens, eos, device, together), strict=True)
+        return [answers[index] for index in range(len(prompts))]
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -183,10 +183,8 @@ def greedy(
 
 
 def _within(model: Any, prompts: Sequence[tuple[int, ...]], wanted: int) -> int:
-    """So many new tokens, or as many as a model that looks positions up in a table has some for: at least one.
-
-    The last new token has no position, since nothing is made of it.
-    """
-    there = positions(model)
+    """Return the number of new tokens that the model has positions for, at least 1 and at most `wanted`."""
+    limit = positions(model)
     longest = max(map(len, prompts), default=0)
-    return wanted if there is None else max(1, min(wanted, there + 1 - longest))
+    # The last new token needs no position, because it is never an input.
+    return wanted if limit is None else max(1, min(wanted, limit + 1 - longest))

@@ -1,12 +1,12 @@
-"""Schedule of a run and loader of one worker: reads its micro-batches of global step k from the token store.
+"""Schedule of a run, and loader of the micro-batches of one worker from the token store.
 
-Global step k takes sequences [k G, (k + 1) G) of the order, cut into M micro-batches of which the last may be shorter:
-what is computed together depends on the step alone. Worker w of W takes whole micro-batches, those from w M // W to
-(w + 1) M // W; of more workers than micro-batches some have none. The last step of a run is filled up from the next
-pass, so no step is short.
+Global step k takes sequences [k G, (k + 1) G) of the order, cut into M micro-batches, of which the last may be shorter.
+So the micro-batches depend on the step alone. Worker w of W takes the micro-batches from w M // W to (w + 1) M // W;
+with more workers than micro-batches some workers have none. The last step of a run is filled up from the next pass, so
+no step is short.
 
-The store may still be growing: the first pass goes through it in its own order, so a step needs the shards
-up to its own only; a later pass needs all.
+The store may still be growing. The first pass reads it in its own order, so a step needs no shard beyond its own; a
+later pass needs all shards.
 """
 
 import itertools
@@ -23,33 +23,31 @@ from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
 
 Waiting = Callable[[int, int], None]
-"""Told about once a second what is waited for: number of the shard, shards of the store. May raise to give up."""
+"""Called about once a second during a wait, with the awaited shard and the number of shards. May raise to give up."""
 
 PAUSES = (0.3, 1.0)
-"""Seconds between two looks at a growing store: at first, and at most."""
+"""First and longest pause in seconds between two looks at a growing store."""
 
 
 @dataclass(frozen=True)
 class StepData:
-    """One worker's data of one step."""
-
     micro: tuple[Batch, ...]
     sequences: tuple[tuple[int, ...], ...]
     """Indices in the store, one group per micro-batch."""
     first: int
-    """Number of the first of these micro-batches among those of the step."""
+    """Index in the step of this worker's first micro-batch."""
     count: int
-    """Micro-batches of the step, over all workers."""
+    """Number of micro-batches of the step, over all workers."""
     supervised: int
-    """Supervised tokens of the global batch, over all workers."""
+    """Number of supervised tokens of the global batch, over all workers."""
     padding_batches: int
-    """Micro-batches fewer than the worker that has the most."""
+    """Number of micro-batches that this worker has less than the worker with the most."""
     padding: Batch
-    """A micro-batch of this step, to be run in their place where all workers must run the model equally often."""
+    """A micro-batch of this step, for the `padding_batches` extra runs of the model with a sharded base."""
 
 
 class StepLoader:
-    """Reads steps of one worker, one step ahead of the training."""
+    """Loader of the data of one worker, one step ahead of the training."""
 
     def __init__(
         self,
@@ -61,68 +59,66 @@ class StepLoader:
         workers: int = 1,
         waiting: Waiting | None = None,
     ) -> None:
-        """`waiting` is called while a step waits for shards of a growing store."""
         assert 0 <= worker < workers
         self.store, self.train, self.seed, self.attention = store, train, seed, attention
         self.worker, self.workers, self.waiting = worker, workers, waiting
 
     def read(self, step: int) -> StepData:
-        """The data of global step `step`, counted from 0; waits for the shards that it needs."""
-        until(self.store, lambda: self._there(step), self.waiting)
+        """Return the data of global step `step`, counted from 0; waits for the shards that it needs."""
+        until(self.store, lambda: self._available(step), self.waiting)
         return self._read(step)
 
     def steps(self, start: int, ends: Callable[[int], bool | None]) -> Iterator[tuple[StepData, float]]:
-        """The steps from `start` on, each with the seconds that were spent waiting for it.
+        """Yield the data of the steps from `start` on, each with the seconds spent waiting for it.
 
-        `ends(n)` says whether the run is over after n steps, None while the store does not tell yet. The
-        next step is read while the caller works on this one, and asked for only when the caller comes back.
+        `ends(n)` is True if the run is over after n steps, and None while the store is too short to tell. The next
+        step is read in the background while the caller works on the current one.
         """
-        left = threading.Event()
+        stopped = threading.Event()
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
             try:
-                ahead = reader.submit(self._next, start, ends, left)
+                ahead = reader.submit(self._next, start, ends, stopped)
                 for following in itertools.count(start + 1):
                     began = time.perf_counter()
                     data = self._result(ahead)
                     if data is None:
                         return
                     waited = time.perf_counter() - began
-                    ahead = reader.submit(self._next, following, ends, left)
+                    ahead = reader.submit(self._next, following, ends, stopped)
                     yield data, waited
             finally:
-                left.set()  # else the pool would wait here for its reader, which may be waiting for a shard
+                stopped.set()  # otherwise the pool would wait here for its reader, which may be waiting for a shard
 
-    def _next(self, step: int, ends: Callable[[int], bool | None], left: threading.Event) -> StepData | None:
-        """The data of a step once the store has it; None after the last step, or when the caller has left."""
-        until(self.store, lambda: left.is_set() or ends(step) is not None, pause=left.wait)
-        if left.is_set() or ends(step):
+    def _next(self, step: int, ends: Callable[[int], bool | None], stopped: threading.Event) -> StepData | None:
+        until(self.store, lambda: stopped.is_set() or ends(step) is not None, pause=stopped.wait)
+        if stopped.is_set() or ends(step):
             return None
-        until(self.store, lambda: left.is_set() or self._there(step), pause=left.wait)
-        return None if left.is_set() else self._read(step)
+        until(self.store, lambda: stopped.is_set() or self._available(step), pause=stopped.wait)
+        return None if stopped.is_set() else self._read(step)
 
     def _result(self, ahead: "Future[StepData | None]") -> StepData | None:
-        """The reader's result. `waiting` is called here, in the caller's thread, when the caller really waits."""
+        # `waiting` is called in the caller's thread, and not by the reader, which waits for shards ahead of need.
         while not wait([ahead], PAUSES[1]).done:
             tell(self.store, self.waiting)
         return ahead.result()
 
-    def _there(self, step: int) -> bool:
+    def _available(self, step: int) -> bool:
         return (step + 1) * self.train.global_batch <= self.store.available or self.store.total is not None
 
     def _read(self, step: int) -> StepData:
         size, width = self.train.global_batch, self.train.micro_batch
         sequences = [int(i) for i in self.store.order(self.seed, step * size, (step + 1) * size)]
-        every = [tuple(sequences[i : i + width]) for i in range(0, size, width)]
-        own = collectives.share(len(every), self.worker, self.workers)
-        micro = tuple(self._batch(group) for group in every[own.start : own.stop])
+        groups = [tuple(sequences[i : i + width]) for i in range(0, size, width)]
+        own = collectives.share(len(groups), self.worker, self.workers)
+        micro = tuple(self._batch(group) for group in groups[own.start : own.stop])
         return StepData(
             micro=micro,
-            sequences=tuple(every[own.start : own.stop]),
+            sequences=tuple(groups[own.start : own.stop]),
             first=own.start,
-            count=len(every),
+            count=len(groups),
             supervised=self.store.supervised(sequences),
-            padding_batches=-(-len(every) // self.workers) - len(own),
-            padding=micro[-1] if micro else self._batch(every[0]),
+            padding_batches=-(-len(groups) // self.workers) - len(own),
+            padding=micro[-1] if micro else self._batch(groups[0]),
         )
 
     def _batch(self, group: Sequence[int]) -> Batch:
@@ -135,7 +131,7 @@ def until(
     waiting: Waiting | None = None,
     pause: Callable[[float], object] = time.sleep,
 ) -> None:
-    """Wait until `ready()`, looking for more of the store now and then; raises what `waiting` raises."""
+    """Wait until `ready()`, with looks for new shards in between; raises what `waiting` raises."""
     seconds, told = PAUSES[0], time.monotonic()
     while not ready():
         store.refresh()
@@ -149,21 +145,20 @@ def until(
 
 
 def tell(store: TokenStore, waiting: Waiting | None) -> None:
-    """Call `waiting`, unless all shards are there: then something else takes its time."""
+    """Call `waiting` if shards are missing; otherwise the wait has another reason."""
     if waiting and store.total is None:
         waiting(store.available_shards, store.shard_count)
 
 
 def total_steps(train: Train, packs: int) -> int:
-    """Optimizer steps of a run over `packs` sequences."""
     return train.steps or max(1, -(-round(train.epochs * packs) // train.global_batch))
 
 
-# Schedule of a run: its length and the learning rate of each step, also while the token store is still growing.
+# Schedule of a run: its length and the learning rate of each step, even while the token store is still growing.
 
 
 def lr_at(step: int, steps: int, config: Train) -> float:
-    """Learning rate of update number `step` (from 0) of `steps`: linear warm-up, then the schedule.
+    """Return the learning rate of update `step` (from 0) of `steps`: linear warm-up, then the schedule.
 
     cosine and linear reach 0 after the last step.
     """
@@ -174,7 +169,7 @@ def lr_at(step: int, steps: int, config: Train) -> float:
 
 
 def shape(schedule: str, progress: float) -> float:
-    """The share of the peak rate at `progress`, 0 to 1, between the end of the warm-up and that of the run."""
+    """Return the share of the peak rate at `progress`: 0 at the end of the warm-up, 1 at the end of the run."""
     shapes = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
@@ -184,39 +179,38 @@ def shape(schedule: str, progress: float) -> float:
 
 
 class Schedule:
-    """Length and learning rates of a run."""
-
     def __init__(self, train: Train, store: TokenStore, waiting: Waiting | None = None) -> None:
-        """`waiting` is called while `last` and `lr` wait for shards."""
         self.train, self.store, self.waiting = train, store, waiting
 
     def total(self) -> int | None:
-        """Steps of the run; None while the store does not tell yet."""
+        """Return the steps of the run; None while the store is too short to tell."""
         if self.train.steps is None and self.store.total is None:
             self.store.refresh()
         return self._total()
 
     def ends(self, steps_done: int) -> bool | None:
-        """True if the run is over after so many steps; None while that is not certain. Does not look for shards."""
+        """Return True if the run is over after `steps_done` steps, None while this is unknown; looks for no shards."""
         total = self._total()
         if total is not None:
             return steps_done >= total
-        # More sequences never make fewer steps.
+        # More sequences never make fewer steps, so the shards that exist give a lower bound.
         return False if steps_done < total_steps(self.train, self.store.available) else None
 
     def last(self, steps_done: int) -> bool:
-        """True if the run is over after so many steps; waits for shards until it is certain."""
+        """Return True if the run is over after `steps_done` steps; waits for shards until this is known."""
         until(self.store, lambda: self.ends(steps_done) is not None, self.waiting)
         return bool(self.ends(steps_done))
 
     def lr(self, step: int) -> float:
-        """Learning rate of update number `step`, from 0; waits for the shards that the step reads."""
+        """Return the learning rate of update `step`, counted from 0; waits for the shards that the step reads."""
         size = self.train.global_batch
         if self.train.steps is None:
             until(self.store, lambda: self._knows((step + 1) * size), self.waiting)
         total = self._total()
         if total is not None and (self.train.steps is not None or self.store.shard_count == 1):
             return lr_at(step, total, self.train)
+        # With several shards the progress counts shards, even if all are written already. Otherwise the learning rates
+        # would depend on how fast the shards were written.
         warmup, begin = self.train.warmup, self._progress(step * size, after=False)
         if begin < warmup:
             return self.train.lr * min(1.0, self._progress((step + 1) * size - 1, after=True) / warmup)
@@ -226,18 +220,17 @@ class Schedule:
         packs = self.store.total
         return self.train.steps or (None if packs is None else total_steps(self.train, packs))
 
-    def _knows(self, places: int) -> bool:
-        return self.store.total is not None or (self.store.shard_count > 1 and places <= self.store.available)
+    def _knows(self, sequences: int) -> bool:
+        return self.store.total is not None or (self.store.shard_count > 1 and sequences <= self.store.available)
 
-    def _progress(self, place: int, after: bool) -> float:
-        """Progress at, or just after, a place of the training order; 0 to 1."""
+    def _progress(self, position: int, after: bool) -> float:
         packs = self.store.total
-        epoch, inside = divmod(place, packs) if packs else (0, place)
+        epoch, inside = divmod(position, packs) if packs else (0, position)
         if epoch == 0:
             shard, row, rows = self.store.locate(inside)
             fraction = (shard + (row + after) / rows) / self.store.shard_count
         else:
             assert packs is not None
             fraction = (inside + after) / packs
-        # A part of an epoch can lie in shards that are smaller than the others.
+        # Above 1 if the last, partial epoch reads shards that are smaller than the others.
         return min(1.0, (epoch + fraction) / self.train.epochs)

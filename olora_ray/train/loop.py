@@ -24,36 +24,32 @@ from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optim import AdamW, FlatAdapters, precondition
 
 
+# The result of an optimizer step is the same on every worker, except for the times.
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every worker but for the times."""
-
     step: int
-    """Steps done, this one included."""
+    """Number of steps done, this step included."""
     loss: float
     """Mean loss per supervised token of the global batch, before the update."""
     lr: float
     grad_norm: float
-    """Before clipping, of what is clipped: after the preconditioner if there is one."""
+    """Norm after the preconditioner, if there is one, and before clipping."""
     supervised: int
-    """Supervised tokens of the global batch."""
     seconds: float
     waited: float
-    """Seconds of it spent waiting for data."""
+    """Seconds spent waiting for data, included in `seconds`."""
     signal: bool
-    """True if `Trainer.signal` of some worker was true when it had computed its part of the step."""
+    """True if `Trainer.signal` of some worker was true when the worker had computed its part of the step."""
 
 
 @dataclass
 class Trainer:
-    """The training of a worker."""
-
     loss: SupervisedLoss
     adapted: dict[str, AdaptedWeight]
     config: Config
     device: torch.device
     signal: Callable[[], bool] = lambda: False
-    """Asked in each step, on each worker, as late as all workers can still be told by the result of that step."""
+    """Called in each step on each worker, at the last moment at which the result can still reach all workers."""
 
     def __post_init__(self) -> None:
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
@@ -61,9 +57,9 @@ class Trainer:
         self.gradient = tree.TreeSum(self.flat.grad)
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
-        """Run the steps from number `start` (from 0) to the end of the schedule.
+        """Run the steps from `start` (counted from 0) to the end of the schedule.
 
-        Raises UserError when the loss or the gradient is not finite, naming step and sources.
+        Raises UserError with the step and the source rows if the loss or the gradient is not finite.
         """
         began = time.perf_counter()
         for number, (data, waited) in enumerate(loader.steps(start, schedule.ends), start):
@@ -72,9 +68,9 @@ class Trainer:
             self.gradient.finish()
             if self.config.train.precondition:
                 precondition(self.adapted)
-            # The only time in a step that the device is waited for.
-            told = torch.cat([shared, self.flat.grad.norm()[None]]).cpu()
-            loss, (signal, norm) = float(tree.total(told[:-2])), told[-2:].tolist()
+            # The only wait for the device in a step: losses, signal and norm come to the CPU in one copy.
+            numbers = torch.cat([shared, self.flat.grad.norm()[None]]).cpu()
+            loss, (signal, norm) = float(tree.total(numbers[:-2])), numbers[-2:].tolist()
             if not math.isfinite(loss):
                 raise UserError(f"step {number + 1}: {_diverged(losses, data, loader)}")
             if not math.isfinite(norm):
@@ -88,7 +84,7 @@ class Trainer:
     def snapshot(
         self, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str
     ) -> Callable[[Path], None]:
-        """Return a function that writes the current state into a folder later: what training changes is copied.
+        """Copy the current state, and return a function that writes it into a folder, later or in another thread.
 
         `best` is the flat vector of the best evaluation so far.
         """
@@ -98,24 +94,25 @@ class Trainer:
             for name, factors in self._frozen.items()
         }
         optimizer = self.optimizer.state(copied_to="cpu")
-        other = None
+        best_parts = None
         if best is not None and state.best_step != state.step:
-            other = self.flat.named(best.to("cpu"))  # not copied on a CPU: a better adapter gets a vector of its own
+            # Not copied if it is on the CPU, because a better adapter gets a new vector instead of changing this one.
+            best_parts = self.flat.named(best.to("cpu"))
         state = replace(state, history=list(state.history))
-        return lambda folder: checkpoint.save(folder, adapter, other, optimizer, state, identity, config_yaml)
+        return lambda folder: checkpoint.save(folder, adapter, best_parts, optimizer, state, identity, config_yaml)
 
     @cached_property
     def _frozen(self) -> dict[str, Factors]:
-        """The factors on the CPU, copied there once."""
+        # The factors do not change, so they are copied to the CPU once for all checkpoints.
         return {name: layer.weights().factors.on_cpu() for name, layer in self.adapted.items()}
 
     def _accumulate(self, number: int, data: StepData) -> list[Tensor]:
-        """Sum up this worker's part of the gradient of the global mean loss; return its micro-batches' parts of it."""
+        """Sum this worker's part of the gradient of the global mean loss; return the parts of its micro-batches."""
         losses = []
         self.gradient.begin(data.count)
         train_mode(self.adapted, True)
-        # With a sharded base all workers must run the model equally often: run it for the sake of the others. This
-        # comes first: each micro-batch begins with a gradient and random numbers of its own.
+        # With a sharded base all workers must run the model equally often, so a worker with fewer micro-batches runs
+        # it on padding. This comes first, because each real micro-batch starts with a new gradient and a new seed.
         if self.config.cluster.strategy == "fsdp" and collectives.world_size() > 1:
             for _ in range(data.padding_batches):
                 self._backward(data.padding, data.supervised)
@@ -128,26 +125,25 @@ class Trainer:
         return losses
 
     def _backward(self, batch: Batch, supervised: int) -> Tensor:
-        """Add to the gradient that of a micro-batch's part of the loss; returns that part."""
         loss: Tensor = self.loss(batch.to(self.device)) / supervised
         if loss.requires_grad:
             loss.backward()
         return loss.detach()
 
     def _shared(self, losses: list[Tensor], data: StepData) -> Tensor:
-        """The losses of the step's micro-batches, on the device; the last number is above 0 if some worker signals."""
-        # The signal travels with the losses: a second exchange per step would cost more. One worker has the loss of a
-        # micro-batch and all others zero, so that no order of this sum changes it.
+        """Return the losses of the step's micro-batches, and a last number that is above 0 if some worker signals."""
+        # The signal travels with the losses, because a second exchange per step would cost more. The order of this sum
+        # does not change its bits, because only one worker has a loss for a micro-batch, and all others have 0.
         shared = torch.zeros(data.count + 1, device=self.device)
-        for place, loss in enumerate(losses, data.first):
-            shared[place] = loss
+        for index, loss in enumerate(losses, data.first):
+            shared[index] = loss
         shared[-1] = float(self.signal())
         collectives.sum_in_place(shared)
         return shared
 
 
+# Only the dropout of adapters is turned on or off; the base stays in evaluation mode.
 def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
-    """Turn adapter dropout on or off; the base stays in evaluation mode."""
     for layer in adapted.values():
         layer.training = on
 
@@ -156,15 +152,16 @@ def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
 def evaluate(
     trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1, step: int = 0
 ) -> float:
-    """Mean loss per supervised token over the whole store, its groups of micro_batch sequences spread over the workers.
+    """Return the mean loss per supervised token over the whole store; all workers must call it together.
 
-    The groups and the order in which they are summed do not depend on the workers. Raises UserError, the same on all
-    workers, when it is not finite, naming the step after which it is measured, and sources.
+    The workers share groups of train.micro_batch sequences. The groups, and the order of their sum, do not depend on
+    the number of workers. `step` is the number of steps done, for messages. Raises UserError on all workers, with the
+    step and the source rows, if the loss is not finite.
     """
     width = trainer.config.train.micro_batch
     groups = [range(len(store))[first : first + width] for first in range(0, len(store), width)]
     losses = torch.zeros(len(groups), dtype=torch.float64, device=trainer.device)
-    # With a sharded base all workers must run the model equally often: who has fewer groups repeats the first of all.
+    # With a sharded base all workers must run the model equally often, so a worker with fewer groups repeats group 0.
     rounds = -(-len(groups) // workers) if hasattr(trainer.loss, "unshard") else len(groups[worker::workers])
     for number in range(worker, worker + rounds * workers, workers):
         group = groups[number] if number < len(groups) else groups[0]
@@ -172,12 +169,12 @@ def evaluate(
         if number < len(groups):
             losses[number] = loss
     collectives.sum_in_place(losses)
-    found = losses.cpu()
-    total = float(tree.total(found))
+    summed = losses.cpu()
+    total = float(tree.total(summed))
     if not math.isfinite(total):
-        bad = [number for number, loss in enumerate(found.tolist()) if not math.isfinite(loss)]
-        origins = [origin for number in bad for index in groups[number] for origin in store.origins(index)]
-        # Before the first step there is nothing that another learning rate would change.
+        failed = [number for number, loss in enumerate(summed.tolist()) if not math.isfinite(loss)]
+        origins = [origin for number in failed for index in groups[number] for origin in store.origins(index)]
+        # Before the first step another learning rate would change nothing.
         raise UserError(f"step {step}: the held-out {_not_finite(origins)}{', or lower train.lr' if step else ''}")
     return total / store.manifest.supervised
 
@@ -196,4 +193,4 @@ def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:
 
 def _not_finite(origins: Sequence[str]) -> str:
     shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
-    return f"loss is not finite; it comes from {shown or 'the sum over all workers'}; look at these rows"
+    return f"loss is not finite; it comes from {shown or 'the sum over all workers'}; check these rows"

@@ -25,28 +25,25 @@ from olora_ray.tokens.collate import Batch
 
 
 def patch_rms_norm(model: nn.Module) -> int:
-    """Let the model's RMSNorms use this backward pass; returns how many do.
-
-    A family may compute the same name differently: a norm is only replaced if its output for random
-    input has the same bits.
-    """
-    found = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    chosen = [module for module in found if _same(module)]
+    """Let the model's RMSNorms use this backward pass; return how many do."""
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    # A family may compute something else under this name. So a norm is replaced only if LightRMSNorm gives the same
+    # bits for random input.
+    chosen = [module for module in norms if _same(module)]
     for module in chosen:
         module.__dict__["family"], module.__class__ = type(module), LightRMSNorm
     return len(chosen)
 
 
 class LightRMSNorm(nn.Module):
-    """Stands in for a family's RMSNorm."""
+    """Replacement of a family's RMSNorm, with the same forward pass."""
 
     weight: Tensor
     variance_epsilon: float
     family: type[nn.Module]
-    """The class that it stands in for."""
+    """The class that it replaces."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) -> y (..., n)."""
         return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -71,7 +68,8 @@ def _same(module: nn.Module) -> bool:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or eps is None or weight.requires_grad:
         return False
-    if weight.is_meta:  # a model without weights: a copy is asked that has some
+    # A model on the meta device has no weights to compute with, so a copy of the norm gets random ones.
+    if weight.is_meta:
         weight, module = _some_like(weight), copy.copy(module)
         module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
@@ -82,110 +80,104 @@ def _some_like(weight: Tensor) -> Tensor:
     return torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
 
 
-# Result of a model's self-test (train/self_test.py).
+# The result of a model's self-test (train/self_test.py).
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The largest differences under one attention, relative."""
+    """The largest relative differences with one attention implementation."""
 
     output: float
-    """Of a part's output on the same input, from that in the model's own attention."""
+    """Difference of a part's output from its output in the model's own attention, on the same input."""
     part: str
+    """Name of the part with the largest `output`."""
     loss: float
-    """From the cross-entropy of the model's own logits, mean over tokens."""
+    """Difference from the cross-entropy of the model's own logits, mean over tokens."""
     change: float
-    """Of a part's output by what the other examples say, or what comes after."""
+    """Change of a part's output when the other examples, or later tokens, change."""
     changed: str
-    """The part whose output it is."""
+    """Name of the part with the largest `change`."""
     tolerance: float
-    """What is allowed for rounding, of `output` and `loss`; nothing of `change`."""
+    """Largest `output` and `loss` that rounding explains; `change` must be 0."""
 
     def problem(self, beside: str | None = None) -> str | None:
-        """Return the problem in one line, or None; `beside` says where other examples are, if these are to blame."""
+        """Return the problem in one line, or None; `beside` says where the other examples are that cause it."""
         allowed = f"(rounding explains {self.tolerance:.2g})"
         if self.change > 0:
-            what = f"the others {beside}" if beside else "what comes after it"
-            return f"the output of {self.changed} for an example changes by {self.change:.2g} with {what}"
+            cause = f"the other examples {beside}" if beside else "later tokens"
+            return f"the output of {self.changed} for an example changes by {self.change:.2g} with {cause}"
         if not self.output <= self.tolerance:
-            what = f"without the others {beside}" if beside else "in the model's own attention"
-            return f"the output of {self.part} differs by {self.output:.2g} from that {what} {allowed}"
+            reference = f"its output without the other examples {beside}" if beside else "the model's own attention"
+            return f"the output of {self.part} differs by {self.output:.2g} from {reference} {allowed}"
         if not self.loss <= self.tolerance:
-            return f"the losses differ by {self.loss:.2g} from those of the model's own logits {allowed}"
+            return f"the losses differ by {self.loss:.2g} from the losses of the model's own logits {allowed}"
         return None
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The result of a self-test that has passed."""
-
     attention: str
-    """The implementation that is used."""
     given_masks: bool = False
-    """True if the model needs masks as inputs: its own ignore the positions."""
+    """True if the model needs masks as inputs, because its own masks ignore the positions."""
     passed_over: Mapping[str, str] = field(default_factory=dict)
-    """Faster implementations -> the problem of each."""
+    """Faster implementation -> the problem that it has."""
     differences: Differences | None = None
     gradients: float | None = None
-    """The largest relative difference of an adapter's gradient from that in the model's own attention."""
+    """Largest relative difference of an adapter's gradient from its gradient in the model's own attention."""
     seconds: float = 0.0
     without: tuple[str, ...] = ()
-    """Layers of "all-linear" that no gradient reaches, which are not adapted."""
+    """Layers of "all-linear" that are not adapted, because no gradient reaches them."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for result.json."""
         return asdict(self)
 
     def line(self) -> str:
-        """A line for the log."""
         line = f"self-test: passed with attention={self.attention}, in {self.seconds:.1f} s"
-        if (found := self.differences) is None:
+        if (differences := self.differences) is None:
             return line
         return (
-            f"{line}; each part of a block computes what it does in the model's own attention, up to rounding (relative"
-            f" difference {found.output:.1g}, allowed {found.tolerance:.1g})"
+            f"{line}; all blocks agree with the model's own attention up to rounding (relative difference"
+            f" {differences.output:.1g}, allowed {differences.tolerance:.1g})"
         )
 
 
 CHUNK_LOGITS = 2**23
-"""Logits in one chunk on a CPU: 32 MiB in float32. They decide its rows, and so the bits of the loss."""
+"""Logits in one chunk on a CPU: 32 MiB in float32. Another value would change the bits of the loss."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """The number of positions that go through an output head at once."""
-    # Each chunk reads the head's weights, twice, and a GPU can do 300 multiplications for each byte that it reads. The
-    # logits of a large vocabulary, 128k, take 512 MiB then in float32.
+    # Each chunk reads the head's weights twice, and a GPU can do 300 multiplications per byte that it reads. So smaller
+    # chunks would leave it idle. With a vocabulary of 128k the logits of a chunk take 512 MiB in float32.
     return max(1024 if device.type == "cuda" else 64, CHUNK_LOGITS // vocabulary)
 
 
 class SupervisedLoss(nn.Module):
-    """A causal language model as a function from a batch to its summed loss.
+    """Causal language model as a function from a batch to its summed loss.
 
-    It is the root that parallel strategies shard, so that backbone and head are used in one forward.
-    The model's frozen norms are given a lighter backward pass (`patch_rms_norm`).
+    FSDP shards this module as the root, so that one forward uses backbone and head. The model's frozen norms get a
+    lighter backward pass (`patch_rms_norm`).
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises UserError for a model that is not a backbone with an output head."""
+        """Wrap `model`; raises UserError if it is not a backbone with an output head."""
         super().__init__()
         self.model = model
         self.logits = OutputHead(model)
-        """Output head over rows of hidden states, with all that the family does to its logits."""
+        """Output head over rows of hidden states, with everything that the family does to its logits."""
         self.tested: SelfTest | None = None
-        """The self-test's result for the base."""
         self.read_rows: Callable[[str, int, int], Tensor] | None = None
-        """Reads rows first..last of a parameter from the files of a base that no worker holds whole."""
+        """Reads rows first..last of a parameter from the files of a sharded base; None if the base is not sharded."""
         self.offloaded: list[nn.Module] = []
-        """Blocks of a sharded base that lie in the memory of the node instead of the GPU's."""
+        """Blocks of a sharded base that are in the node's memory instead of the GPU's."""
         self.given_masks = False
-        """True if the model is given masks made of the positions, which some families ignore in their own."""
+        """True if the model gets masks made of the positions, because its own masks ignore the positions."""
         self.recompute = False
-        """True if the blocks are run again in the backward pass, once `parallel.install` was called."""
+        """True if the backward pass runs the blocks again; has no effect before `parallel.install`."""
         self._takes = _arguments(backbone(model))
         patch_rms_norm(model)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The summed loss in float32, a scalar."""
+        """Return the summed loss, a float32 scalar."""
         hidden = self.hidden(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
         chunked: Any = _ChunkedLoss  # torch leaves `apply` untyped
@@ -194,7 +186,7 @@ class SupervisedLoss(nn.Module):
 
     @torch.no_grad()
     def each(self, batch: Batch) -> Tensor:
-        """The loss of each supervised token in float32, in the order of `batch.labels`."""
+        """Return the loss of each supervised token in float32, in the order of `batch.labels`."""
         hidden = self.hidden(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
         size = self.chunk(rows.device)
@@ -204,22 +196,18 @@ class SupervisedLoss(nn.Module):
         )
 
     def chunk(self, device: torch.device) -> int:
-        """The number of positions that go through the output head at once."""
         model: Any = self.model
         return chunk_rows(int(model.config.get_text_config().vocab_size), device)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The backbone's output for every position."""
         output: Tensor = backbone(self.model)(**self.taken(batch), use_cache=False).last_hidden_state
         return output
 
     def taken(self, batch: Batch) -> dict[str, Any]:
-        """The arguments of the backbone: those of a batch's inputs that it takes."""
-        found = {name: value for name, value in batch.inputs.items() if self._takes is None or name in self._takes}
-        return found | {"attention_mask": self._masks(batch)} if self.given_masks else found
+        inputs = {name: value for name, value in batch.inputs.items() if self._takes is None or name in self._takes}
+        return inputs | {"attention_mask": self._masks(batch)} if self.given_masks else inputs
 
     def _masks(self, batch: Batch) -> Any:
-        """The masks of a batch's positions, one for each kind of layer, as the model itself takes them."""
         from transformers.masking_utils import create_masks_for_generate
 
         model: Any = self.model
@@ -230,7 +218,7 @@ class SupervisedLoss(nn.Module):
 
 
 def _arguments(module: nn.Module) -> frozenset[str] | None:
-    """Names of the arguments of a backbone's forward; None: any. A recurrent backbone takes no positions."""
+    # Backbones take different inputs; a recurrent one takes no positions, for example. None: it takes any name.
     parameters = inspect.signature(module.forward).parameters
     if any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values()):
         return None
@@ -251,7 +239,7 @@ class _ChunkedLoss(torch.autograd.Function):
             log_p = F.log_softmax(logits.detach().float(), dim=-1)
             total -= log_p.gather(1, target[:, None]).sum()
             if wants_grad:
-                # d(-log p_target) / d logits = p - onehot(target), made in place
+                # d(-log p_target) / d logits = p - onehot(target), in place, because it is as large as the logits
                 grad = log_p.exp_()
                 grad.scatter_add_(1, target[:, None], grad.new_full((len(target), 1), -1.0))
                 grads.append(torch.autograd.grad(logits, part, grad.to(logits.dtype))[0])
@@ -262,5 +250,5 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad_hidden,) = ctx.saved_tensors
-        # A factor that is rounded to bfloat16 first would change the size of all gradients, by up to 0.4 %.
+        # The product is in float32. A factor rounded to bfloat16 would change the size of all gradients by up to 0.4 %.
         return (grad_hidden.float() * grads[0]).to(grad_hidden.dtype), None, None

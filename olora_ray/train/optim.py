@@ -1,8 +1,9 @@
 """The trainable parameters as one flat vector, and AdamW over it.
 
-All dA and dB of a model are views of one float32 vector, and so are their gradients: what is summed over micro-batches
-and workers (train/tree.py) is one vector, clipping one norm, the optimizer one tensor, whatever the layers.
-With another learning rate for B than for A (LoRA+, arXiv 2402.12354) it is two: all dA, then all dB.
+All dA and dB of a model are views of one float32 vector, and their gradients are views of another. So the sum over
+micro-batches and workers (train/tree.py) is the sum of one vector, clipping needs one norm, and the optimizer has one
+tensor, whatever the layers. If B has another learning rate than A (LoRA+, arXiv 2402.12354), the optimizer has two
+tensors: all dA, then all dB.
 """
 
 import itertools
@@ -16,9 +17,9 @@ from olora_ray.config.schema import Train
 
 
 class FlatAdapters:
-    """Parameters and gradients of all adapters, laid out in the order of the names.
+    """Parameters and gradients of all adapters, in the order of the names.
 
-    `apart`: all dA come before all dB; else each dB follows its dA.
+    `apart`: all dA come before all dB; otherwise each dB follows its dA.
     """
 
     def __init__(self, adapted: Mapping[str, AdaptedWeight], apart: bool = False) -> None:
@@ -35,15 +36,14 @@ class FlatAdapters:
             slot.grad = self.view(self.grad, name)
         size, of_a = sum(sizes), sum(layer.da.numel() for layer in adapted.values())
         self.groups = [slice(0, of_a), slice(of_a, size)] if apart else [slice(0, size)]
-        """Parts of the vector with a learning rate each."""
+        """Slices of the vector that have a learning rate of their own."""
 
     def view(self, vector: Tensor, name: str) -> Tensor:
-        """The part of a flat vector that belongs to the parameter `name`, in its shape."""
+        """Return the part of a flat vector that belongs to the parameter `name`, in its shape."""
         slot = self.slots[name]
         return vector[self._starts[name] :][: slot.numel()].view(slot.shape)
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """A flat vector as named tensors (views)."""
         return {name: self.view(vector, name) for name in self.slots}
 
     def load(self, vector: Tensor, named: Mapping[str, Tensor]) -> None:
@@ -55,15 +55,16 @@ class FlatAdapters:
 class AdamW:
     """AdamW (arXiv 1711.05101) on the flat vector; decay pulls the adapter towards its start.
 
-    The vector is laid out `apart` if `config.lr_ratio` is not 1.
+    If `config.lr_ratio` is not 1, `flat` must be laid out `apart`.
     """
 
     def __init__(self, flat: FlatAdapters, config: Train, fused: bool | None = None) -> None:
-        """`fused`: an update is one kernel; by default on GPUs alone, since that of CPUs differs in the last bits."""
+        """Prepare the moments. `fused`: an update is one kernel; None: on GPUs only."""
         self.flat, self.config = flat, config
         self.moments = {key: torch.zeros_like(flat.vector) for key in ("exp_avg", "exp_avg_sq")}
         self.parameters = [torch.nn.Parameter(flat.vector[group]) for group in flat.groups]
         groups = [{"params": [parameter]} for parameter in self.parameters]
+        # On CPUs the fused kernel differs from the plain update in the last bits, so resumed runs would change.
         fused = flat.vector.device.type == "cuda" if fused is None else fused
         self.inner = torch.optim.AdamW(
             groups, lr=config.lr, weight_decay=config.weight_decay, fused=True if fused else None
@@ -76,9 +77,9 @@ class AdamW:
         self.ratios = [1.0] if config.lr_ratio == 1 else [1.0, config.lr_ratio]
 
     def step(self, lr: float, norm: float | None = None) -> float:
-        """Clip and update with learning rate `lr` (of dA); returns the norm before clipping.
+        """Clip and update with learning rate `lr` (of dA); return the norm before clipping.
 
-        Where the gradient's `norm` is known, nothing waits for the device.
+        Pass the gradient's `norm` if it is known, so that the CPU does not wait for the device.
         """
         norm = float(self.flat.grad.norm()) if norm is None else norm
         if self.config.clip is not None and norm > self.config.clip:
@@ -89,7 +90,10 @@ class AdamW:
         return norm
 
     def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
-        """The moments as named tensors (views, of copies on a device if that is given), without the step count."""
+        """Return the moments as named tensors, without the step count.
+
+        They are views of the moments, or with `copied_to` of copies on that device.
+        """
         return {
             f"{name}.{key}": part
             for key, moment in self.moments.items()
@@ -97,12 +101,11 @@ class AdamW:
         }
 
     def at(self, step: int) -> None:
-        """Count `step` updates as done."""
         for parameter in self.parameters:
             self.inner.state[parameter]["step"].fill_(float(step))
 
     def load(self, named: Mapping[str, Tensor], step: int) -> None:
-        """Resume with the moments of `state` after `step` updates."""
+        """Take over the moments that `state` returned after `step` updates."""
         self.at(step)
         for key, moment in self.moments.items():
             part = {name: named[f"{name}.{key}"] for name in self.flat.slots}
@@ -128,11 +131,12 @@ def precondition(adapted: Mapping[str, AdaptedWeight], epsilon: float = 1e-6, un
 
 
 def _solve(rows: Tensor, right: Tensor, epsilon: float) -> Tensor:
-    """(rows rows^T + eps I)^-1 right in float64, for `rows` ((E x) r x k) and `right` ((E x) r x l)."""
+    """Return (rows rows^T + eps I)^-1 right in float64, for `rows` ((E x) r x k) and `right` ((E x) r x l)."""
     wide = rows.double()
     gram = wide @ wide.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(epsilon)
-    # Without a check: what is not finite shows in the norm of the gradient, which is looked at after each step.
+    # cholesky_ex does not check for errors, which would wait for the device. A failure makes the norm of the gradient
+    # not finite, and each step checks this norm.
     return torch.cholesky_solve(right.double(), torch.linalg.cholesky_ex(gram).L)
 
 

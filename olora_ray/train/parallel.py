@@ -1,10 +1,12 @@
 """Placement of a model on the workers: ddp or fsdp.
 
-ddp: every worker holds the whole base. fsdp: FSDP2 shards the blocks of the frozen base; `load_base` loads
-them so that nobody ever holds the whole. What is in no block, embeddings and head above all, is whole on every worker:
-each needs it in every step, and gathering it would take room for it twice. In both the adapters are whole on every
-worker (they are small) and their gradients are summed once a step in one fixed tree (train/tree.py), so accumulation
-needs no `no_sync`, a step has the same bits whatever the number of workers, and a checkpoint is the same file for both.
+ddp: every worker holds the whole base. fsdp: FSDP2 shards the blocks of the frozen base, and `load_base` loads them so
+that no worker ever holds the whole base. Weights outside the blocks, above all embeddings and head, are whole on every
+worker: every step needs them, and gathering them would take their memory twice.
+
+In both strategies every worker has the whole adapters, which are small, and their gradients are summed once per step in
+one fixed tree (train/tree.py). So accumulation needs no `no_sync`, the bits of a step do not depend on the number of
+workers, and both strategies write the same checkpoint.
 """
 
 import logging
@@ -42,13 +44,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Recomputation of activations: of each block the input alone is kept, and the backward pass runs the block again.
+# Recomputation of activations: only the input of each block is kept, and the backward pass runs the block again.
 
 
 def install(loss: SupervisedLoss) -> None:
-    """Let the blocks of the model be run again, if `loss.recompute` says so; may be called again.
+    """Wrap the blocks so that the backward pass runs them again, if `loss.recompute` is true; may be called again.
 
-    From then on `loss.recompute` is a switch. Works inside FSDP2 too: a block is gathered before its backward pass.
+    Afterwards `loss.recompute` turns recomputation on and off. It works with FSDP2, which gathers a block before its
+    backward pass.
     """
     if not loss.recompute:
         return
@@ -58,17 +61,17 @@ def install(loss: SupervisedLoss) -> None:
 
 
 class _Recomputed:
-    """The forward of a block, which keeps its inputs alone where a gradient is wanted."""
+    """Forward of a block that keeps only its inputs if a gradient is needed."""
 
     def __init__(self, forward: Callable[..., Any], loss: SupervisedLoss) -> None:
-        self.__wrapped__ = forward  # whoever asks for its signature gets that
+        self.__wrapped__ = forward  # inspect.signature follows this attribute to the arguments of the block
         self._loss = loss
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """Return the block's output."""
         if not (self._loss.recompute and torch.is_grad_enabled()) or _has_cache((*inputs, *named.values())):
             return self.__wrapped__(*inputs, **named)
-        # Named inputs too are handed over as inputs: on the devices of these the random numbers are kept.
+        # `checkpoint` keeps the random state of the devices of its positional arguments, so named inputs are passed as
+        # positional ones too.
         return checkpoint(self._run, inputs, named, use_reentrant=False, preserve_rng_state=True)
 
     def _run(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
@@ -76,7 +79,7 @@ class _Recomputed:
 
 
 def _has_cache(values: Sequence[Any]) -> bool:
-    """True if keys and values are kept for later tokens: a second run would add them again."""
+    # With a cache of keys and values a second run of the block would add the same tokens again.
     from transformers import Cache
 
     return any(isinstance(value, Cache) for value in values)
@@ -84,7 +87,7 @@ def _has_cache(values: Sequence[Any]) -> bool:
 
 @contextmanager
 def switched(loss: SupervisedLoss, on: bool) -> Iterator[None]:
-    """Turn recomputation on or off for the block; on has an effect only after `install`."""
+    """Turn recomputation on or off inside a `with` block; turning it on has no effect before `install`."""
     before, loss.recompute = loss.recompute, on
     try:
         yield
@@ -93,46 +96,41 @@ def switched(loss: SupervisedLoss, on: bool) -> Iterator[None]:
 
 
 def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]) -> None:
-    """Raise UserError unless the gradients with recomputation are those without it: the same bits on CPUs.
-
-    A block that changes its inputs, or something outside, would do it twice.
-    """
+    """Raise UserError unless the gradients are the same with and without recomputation; on CPUs bit by bit."""
+    # They differ if a block changes its inputs or an outer state, because the second run changes it again.
     if all(torch.equal(one, other) for one, other in zip(with_it, without, strict=True)):
         return
     off, norm = (
         float(torch.stack([part.float().norm() for part in parts]).norm())
         for parts in ([one - other for one, other in zip(with_it, without, strict=True)], without)
     )
-    # Kernels of other devices do not add in a fixed order.
+    # GPU kernels do not add in a fixed order, so their gradients may differ by rounding.
     if without[0].device.type == "cpu" or not off <= 1e-3 * norm:
         raise UserError(
-            f"train.activation_checkpointing: the gradients of {family} differ by {off / norm:.2g} when its blocks are"
-            " run again; set it to false, and lower train.micro_batch or data.max_length if memory is short"
+            f"train.activation_checkpointing: it changes the gradients of {family} by {off / norm:.2g}; set it to"
+            " false, and lower train.micro_batch or data.max_length if memory is short"
         )
 
 
 def place_model(
     loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1, offload: bool = False
 ) -> None:
-    """Move the model to `device`, and shard the frozen base over the workers for "fsdp", `replicas` and `offload` as of
-    `shard`.
+    """Move the model to `device`, and with "fsdp" shard the frozen base; `replicas` and `offload` are as in `shard`.
 
-    May be called again with adapters in place: a base that is sharded stays so.
+    May be called again after adapters are added; a sharded base stays sharded.
     """
     install(loss)
     if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
         shard(loss, device, replicas, offload)
-    # Sharding moves the base; adapters and buffers are ignored by it.
+    # FSDP has moved the shards of the base, but not adapters and buffers.
     root: Any = loss  # torch leaves `_apply` untyped
-    place = places(loss, device)
-    root._apply(lambda part: part.to(place(part)))
+    target = target_device(loss, device)
+    root._apply(lambda part: part.to(target(part)))
 
 
-def places(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
-    """Return a function from a parameter or buffer to its place: `device`, or the CPU for shards of offloaded blocks.
-
-    Module.to would move these too, and FSDP then refuses to run.
-    """
+def target_device(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
+    """Return a function from a parameter or buffer to its device: `device`, or the CPU for offloaded shards."""
+    # Module.to would move offloaded shards too, and FSDP would then refuse to run.
     from torch.distributed.tensor import DTensor
 
     for block in loss.offloaded:
@@ -142,10 +140,11 @@ def places(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
 
 
 def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload: bool = False) -> None:
-    """Shard the blocks of the frozen base; adapters and what is in no block stay whole. Weights may still be meta.
+    """Shard the blocks of the frozen base; adapters and weights outside the blocks stay whole. Weights may be meta.
 
-    Each of the copies is spread over workers of consecutive ranks, which Ray gives to the workers of a node.
-    `offload`: shards stay in the memory of the node, and are copied to the device each time they are gathered.
+    Each of the `replicas` copies is spread over workers with consecutive ranks, which are on the same node as far as
+    possible, because Ray numbers the workers node by node. `offload`: shards stay in the memory of the node, and are
+    copied to the device each time they are gathered.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -160,7 +159,7 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload
         for parameter in (module.da, module.db)
     }
     apart = offload and has_own_memory(device)
-    # Pinned memory is copied to a GPU while it computes.
+    # Pinned memory can be copied to a GPU while the GPU computes.
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if apart else OffloadPolicy()
     blocks = blocks_to_shard(loss.model)
     whole = adapters | outside(loss, blocks)
@@ -171,21 +170,18 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload
 
 
 def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
-    """The parameters that are in none of the blocks."""
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     return {parameter for parameter in model.parameters() if id(parameter) not in inside}
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """True if tensors of the device lie elsewhere than in the memory of the node."""
+    """True if the device has memory of its own, outside the memory of the node."""
     return device.type != "cpu"
 
 
 def own_rows(parameter: "DTensor") -> tuple[int, int]:
-    """The rows first..last of a sharded parameter that this worker has; none where there are fewer rows than workers.
-
-    As torch.chunk cuts them: all parts but the last have the same size.
-    """
+    """Return the rows first..last of a sharded parameter that this worker has; may be empty if there are few rows."""
+    # FSDP cuts rows like torch.chunk: all parts but the last have the same size.
     mesh, rows = parameter.device_mesh, parameter.shape[0]
     size = math.ceil(rows / mesh.size(-1))
     first = min(size * mesh.get_local_rank(mesh.ndim - 1), rows)
@@ -193,10 +189,9 @@ def own_rows(parameter: "DTensor") -> tuple[int, int]:
 
 
 def begin_at_root(loss: Any) -> None:
-    """Before a part of a sharded base is asked alone: FSDP takes the module that runs first for the root of the whole.
-
-    Then the first loss would fail: an empty method of the root runs first.
-    """
+    """Make `loss` FSDP's root; call it before a part of a sharded base runs alone."""
+    # FSDP takes the first module that runs for the root. If that were a part, the first loss would fail. So an empty
+    # method of the root runs first.
     if not hasattr(loss, "unshard"):
         return
     from torch.distributed.fsdp import register_fsdp_forward_method
@@ -207,13 +202,13 @@ def begin_at_root(loss: Any) -> None:
     del loss.nothing
 
 
-# The frozen base as a training computes with it: as its files have it, or with packed linear layers.
+# The frozen base of a training: with the weights of its files, or with packed (quantised) linear layers.
 
 
 def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
-    """Load a model as `load_model` does, with `model.quantization`; packed layers are on `device` already.
+    """Load a model with `load_model`, and pack its layers by `model.quantization`; packed layers are on `device`.
 
-    Raises UserError as `load_model` and `to_pack`.
+    Raises the UserErrors of `load_model` and `to_pack`.
     """
     if config.quantization == "none":
         return load_model(folder, config, device)
@@ -221,46 +216,43 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
     require(config.quantization)
     model: Any = empty_model(folder, config, device)
     names = to_pack(model)
-    found = base_files.find(Path(folder), model)
-    problem = found if isinstance(found, str) else found.differs(0, 1)
+    files = base_files.find(Path(folder), model)
+    problem = files if isinstance(files, str) else files.differs(0, 1)
     if problem is None:
-        assert isinstance(found, BaseFiles)
-        place = _packed(Path(folder), found, names, config.quantization)
+        assert isinstance(files, BaseFiles)
+        packed_folder = _packed(Path(folder), files, names, config.quantization)
         for number, name in enumerate(names):
-            if place is None:
-                _pack(model, name, found.whole(f"{name}.weight"), config.quantization, device)
+            if packed_folder is None:
+                _pack(model, name, files.whole(f"{name}.weight"), config.quantization, device)
             else:
-                part = load_file(place / str(number))
+                part = load_file(packed_folder / str(number))
                 weight = model.get_submodule(name).weight
                 _pack(model, name, weight, config.quantization, device, (part["codes"], part["scales"]))
-        base_files.fill(model, found, lambda _: True)
+        base_files.fill(model, files, lambda _: True)
     else:
-        logger.info(f"quantization: the whole base is loaded before it is packed: {problem}")
+        logger.info(f"quantization: loading the whole base before packing it, because {problem}")
         model = load_model(folder, config, device)
-        names = to_pack(model)  # of one that is quantised already there is none
+        names = to_pack(model)  # raises UserError for a base that is quantised already
         for name in names:
             _pack(model, name, model.get_submodule(name).weight, config.quantization, device)
-    taken = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     logger.info(
-        f"quantization: {len(names)} linear layers are kept as {config.quantization}, packed or read in {taken:.2f} s"
+        f"quantization: {len(names)} linear layers are kept as {config.quantization}, packed or read in {seconds:.2f} s"
     )
     frozen: PreTrainedModel = model
     return frozen
 
 
-def _packed(folder: Path, found: BaseFiles, names: Sequence[str], kind: str) -> Path | None:
-    """Return the folder of this node with codes and scales of these layers, by their numbers; None if none is written.
-
-    Packing takes minutes: one process of a node does it, once for all runs.
-    """
-    dtypes = sorted({str(found.dtypes[f"{name}.weight"]) for name in names})
-    key = storage.digest(of_folder(folder, code=False), kind, *dtypes, *names, node_cache.code(), length=32)
+def _packed(folder: Path, files: BaseFiles, names: Sequence[str], quantization: str) -> Path | None:
+    # Packing takes minutes. So one process per node does it, and all later runs read the result.
+    dtypes = sorted({str(files.dtypes[f"{name}.weight"]) for name in names})
+    key = storage.digest(of_folder(folder, code=False), quantization, *dtypes, *names, node_cache.code(), length=32)
     root = Path(node_cache.CACHE) / "packed"
 
     def make(partial: Path) -> None:
         partial.mkdir(exist_ok=True)
         for number, name in enumerate(names):
-            codes, scales = pack(found.whole(f"{name}.weight"), kind)
+            codes, scales = pack(files.whole(f"{name}.weight"), quantization)
             save_file({"codes": codes, "scales": scales}, partial / str(number))
 
     try:
@@ -268,34 +260,34 @@ def _packed(folder: Path, found: BaseFiles, names: Sequence[str], kind: str) -> 
         node_cache.hold(entry)
         node_cache.make_room(root, (each for each in root.iterdir() if not each.name.startswith(".")))
     except (OSError, SafetensorError) as error:
-        logger.info(f"quantization: the packed base is not kept on this node: {short_reason(error)}")
+        logger.info(f"quantization: the packed base cannot be cached on this node: {short_reason(error)}")
         return None
     return entry
 
 
 def to_pack(model: nn.Module) -> list[str]:
-    """The layers that are packed, in the model's order; raises UserError if there is none."""
+    """Return the names of the layers to pack, in the model's order; raises UserError if there is none."""
     inside = {id(part) for block in decoder_layers(model) for part in block.modules()}
     shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    found = []
+    names = []
     for name, item in candidates(model).items():
         module: Any = item.target.module
         plain = type(module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
         even = plain and module.weight.numel() % 2 == 0  # two numbers share a byte
         if even and id(module) in inside and shared[id(module.weight)] == 1:
-            found.append(name)
-    if not found:
+            names.append(name)
+    if not names:
         raise UserError(
-            f"model.quantization: {type(model).__name__} has no layers of torch's class Linear in its blocks, which"
-            " alone are packed; set it to none"
+            f"model.quantization: only torch.nn.Linear layers in blocks can be packed, and {type(model).__name__} has"
+            " none; set it to none"
         )
-    return found
+    return names
 
 
-def packed_size(model: nn.Module, kind: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(numbers that are packed, their bytes, bytes that the largest layer takes while it is unpacked)."""
+def packed_size(model: nn.Module, quantization: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return (numbers to pack, their packed bytes, bytes that the largest layer takes while it is unpacked)."""
     shapes = [tuple(model.get_parameter(f"{name}.weight").shape) for name in to_pack(model)]
-    use = KINDS[kind]
+    use = KINDS[quantization]
     return (
         sum(m * n for m, n in shapes),
         sum(use.size(m, n) for m, n in shapes),
@@ -304,83 +296,87 @@ def packed_size(model: nn.Module, kind: str, dtype: torch.dtype) -> tuple[int, i
 
 
 def _pack(
-    model: nn.Module, name: str, weight: Tensor, kind: str, device: torch.device, packed: Packed | None = None
+    model: nn.Module, name: str, weight: Tensor, quantization: str, device: torch.device, packed: Packed | None = None
 ) -> None:
-    """Put a packed layer in the place of one; its bias may still be without numbers."""
+    # The bias is passed on as it is, and may still be on the meta device.
     parent, _, attribute = name.rpartition(".")
     module: Any = model.get_submodule(name)
-    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, kind, device, packed))
+    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, quantization, device, packed))
 
 
-# A base that no worker ever holds whole: built without weights, sharded, and filled from its files, rows by rows.
+# A base that no worker ever holds whole: built on the meta device, sharded, and filled from its files by rows.
 
 
 Value = TypeVar("Value")
 
 
 def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLoss:
-    """The frozen base of a worker: sharded if the config says so, there are several, and its files can be read so.
+    """Load the frozen base of a worker.
 
-    All workers must call it together. Raises UserError as `load_frozen`.
+    With fsdp and several workers each reads its shard only, if the files can be read by rows; otherwise every worker
+    loads the whole base, and `place_model` shards it. All workers must call it together. Raises the UserErrors of
+    `load_frozen`.
     """
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
         return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
     if config.cluster.fsdp_offload and not has_own_memory(device):
-        logger.info("cluster.fsdp_offload: without a GPU the base lies in the memory of the node as it is")
+        logger.info("cluster.fsdp_offload: no effect without a GPU, because the base is in the node's memory anyway")
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
-        logger.info(f"fsdp: each worker loads the whole base before it is sharded: {loss}")
+        logger.info(f"fsdp: each worker loads the whole base before sharding it, because {loss}")
         return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
-    logger.info(f"fsdp: each worker has read its part of the base, in {time.perf_counter() - began:.2f} s")
+    logger.info(f"fsdp: each worker has read its part of the base in {time.perf_counter() - began:.2f} s")
     return loss
 
 
 def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLoss | str:
-    """The base with this worker's part of it, or why its files cannot be read by rows; the same on all workers."""
+    """Return the base with this worker's shard, or the reason why its files cannot be read by rows.
+
+    All workers return the same type, and the same reason.
+    """
     model = together(lambda: empty_model(folder, config.model, device))
-    found = together(lambda: base_files.find(Path(folder), model))
-    if isinstance(found := _agreed(found), str):
-        return found
+    files = together(lambda: base_files.find(Path(folder), model))
+    if isinstance(files := _agreed(files), str):
+        return files
     whole = outside(model, blocks_to_shard(model))
     wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
-    together(lambda: base_files.fill(model, found, wanted.__contains__, partial(_whole, found, device)))
+    together(lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device)))
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
-    loss.read_rows = found.rows
+    loss.read_rows = files.rows
     shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
-    place = places(loss, device)
-    # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
-    loss._apply(lambda part: torch.empty_like(part, device=place(part)) if part.is_meta else part.to(place(part)))
-    together(lambda: _read_shards(model, found))
+    target = target_device(loss, device)
+    # Tensors on the meta device, above all shards of weights, get memory here; all others already have their values.
+    loss._apply(lambda part: torch.empty_like(part, device=target(part)) if part.is_meta else part.to(target(part)))
+    together(lambda: _read_shards(model, files))
     sharded: SupervisedLoss = loss
     return sharded
 
 
-def _agreed(found: BaseFiles | str) -> BaseFiles | str:
-    """The files, if all workers have found that they can be read by rows; else the first reason why not."""
-    problems = collectives.gather(found if isinstance(found, str) else None)
-    if isinstance(found, BaseFiles) and not any(problems):
-        differs = partial(found.differs, collectives.rank(), collectives.world_size())
+def _agreed(files: BaseFiles | str) -> BaseFiles | str:
+    problems = collectives.gather(files if isinstance(files, str) else None)
+    if isinstance(files, BaseFiles) and not any(problems):
+        differs = partial(files.differs, collectives.rank(), collectives.world_size())
         problems = collectives.gather(together(differs))
     first = next((problem for problem in problems if problem), None)
-    return found if first is None else first
+    return files if first is None else first
 
 
 def together(work: Callable[[], Value]) -> Value:
-    """Return the result of `work`; a UserError of one worker is raised on all, which would wait for it otherwise."""
+    """Return the result of `work`; a UserError of one worker is raised on all workers."""
+    # Otherwise the other workers would wait for the failed one in their next exchange.
     problem: UserError | None = None
-    found = []
+    results = []
     try:
-        found.append(work())
+        results.append(work())
     except UserError as error:
         problem = error
     collectives.raise_together(problem)
-    return found[0]
+    return results[0]
 
 
 @torch.no_grad()
 def _read_shards(model: nn.Module, files: BaseFiles) -> None:
-    """Fill this worker's rows of all other weights."""
     from torch.distributed.tensor import DTensor
 
     for name, parameter in model.named_parameters():
@@ -393,18 +389,18 @@ def _read_shards(model: nn.Module, files: BaseFiles) -> None:
 
 
 def _whole(files: BaseFiles, device: torch.device, name: str) -> Tensor:
-    """All of a weight, a large one on the device: the node's memory never holds more than some rows of it."""
+    # A large weight is read into the device's memory, so that the node's memory never holds more than a few rows of it.
     if len(files.shapes[name]) < 2:
         return files.whole(name)
     if device.type == "cpu" and (mapped := files.mapped(name)) is not None:
         return mapped
-    found = torch.empty(files.shapes[name], dtype=files.dtypes[name], device=device)
-    _read_rows(files, name, 0, found)
-    return found
+    weight = torch.empty(files.shapes[name], dtype=files.dtypes[name], device=device)
+    _read_rows(files, name, 0, weight)
+    return weight
 
 
 def _read_rows(files: BaseFiles, name: str, first: int, to: Tensor) -> None:
-    """Fill a tensor with as many rows of a weight, from row `first` on, 64 MiB or one row at a time."""
+    """Fill the tensor `to` with rows of a weight from row `first` on, at most 64 MiB (or one row) at a time."""
     count = max(1, 2**26 * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
     for start in range(0, len(to), count):
         stop = min(start + count, len(to))

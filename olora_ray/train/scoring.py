@@ -1,6 +1,6 @@
 """Scorers of generated answers: each maps (prediction, reference) to named scores in [0, 1].
 
-A scorer may leave a name out where it does not apply: the mean of that score is over the answers that have it.
+A scorer may leave out a score that does not apply to an answer; its mean is over the answers that have it.
 """
 
 import importlib
@@ -22,23 +22,23 @@ Scorer = Callable[[str, str], dict[str, float]]
 
 
 def exact_match(prediction: str, reference: str) -> dict[str, float]:
-    """1 where both texts are the same but for white space around them."""
+    """Score 1 if both texts are the same, except for white space around them."""
     return {"exact_match": float(prediction.strip() == reference.strip())}
 
 
 def json_fields(prediction: str, reference: str) -> dict[str, float]:
-    """Compare two JSON objects field by field; a prediction that is not one scores 0 everywhere."""
+    """Compare two JSON objects field by field; a prediction that is not a JSON object scores 0 everywhere."""
     expected = _json_object(reference)
     if expected is None:
         raise UserError(f"evaluation.scorer: json_fields needs a JSON object as the reference, not {_short(reference)}")
-    found = _json_object(prediction)
+    predicted = _json_object(prediction)
     fields = {
-        f"field/{name}": float(found is not None and name in found and _same(found[name], value))
+        f"field/{name}": float(predicted is not None and name in predicted and _same(predicted[name], value))
         for name, value in expected.items()
     }
     return {
-        "valid_json": float(found is not None),
-        "exact_match": float(found is not None and _same(found, expected)),
+        "valid_json": float(predicted is not None),
+        "exact_match": float(predicted is not None and _same(predicted, expected)),
         **fields,
     }
 
@@ -47,9 +47,9 @@ SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "json_fields": json_fi
 
 
 def resolve(name: str) -> Scorer:
-    """The scorer called `name`: one of SCORERS, `package.module:function` or `package.module.function`.
+    """Return the scorer `name`: one of SCORERS, `package.module:function` or `package.module.function`.
 
-    The module is imported, so its code runs. Raises UserError for a name that leads to no function.
+    Imports the module, so its code runs. Raises UserError if there is no such function.
     """
     if name in SCORERS:
         return SCORERS[name]
@@ -61,9 +61,9 @@ def resolve(name: str) -> Scorer:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError) as error:  # TypeError: a relative name
         raise UserError(f"evaluation.scorer: {name!r}: cannot import {module_name!r}: {error}") from error
-    except Exception as error:  # whatever the module does while it is imported
-        kind = type(error).__name__
-        raise UserError(f"evaluation.scorer: {name!r}: importing {module_name!r} fails: {kind}: {error}") from error
+    except Exception as error:  # the code of the user's module may raise anything
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"evaluation.scorer: {name!r}: importing {module_name!r} fails: {cause}") from error
     scorer = getattr(module, function_name, None)
     if not callable(scorer):
         raise UserError(f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}")
@@ -71,9 +71,9 @@ def resolve(name: str) -> Scorer:
 
 
 def source_digest(name: str) -> str:
-    """Digest of the files that have the scorer: the module of its name, and the one that the function is written in.
+    """Return a digest of the scorer's files: the module in its name, and the module that defines the function.
 
-    A module that these import is not looked at. Raises UserError as `resolve`.
+    Modules that these import are not included. Raises the UserErrors of `resolve`.
     """
     scorer = resolve(name)
     named = name.rpartition(":" if ":" in name else ".")[0]
@@ -83,62 +83,58 @@ def source_digest(name: str) -> str:
 
 
 TAKEN = ("loss", "perplexity")
-"""Names that no score can have: gate and evaluation call it eval/NAME, as they do what is no score."""
+"""Reserved names: a score is reported as eval/NAME, and these are metrics of the held-out rows."""
 
 
 class Judge:
-    """A scorer by its name, whose mistakes are one line each."""
+    """A scorer whose mistakes become UserErrors of one line; creating it raises the UserErrors of `resolve`."""
 
     def __init__(self, name: str) -> None:
-        """Raises UserError as `resolve`."""
         self.name, self._scorer = name, resolve(name)
 
     def __call__(self, prediction: str, reference: str) -> dict[str, float]:
-        """The scores of an answer; raises UserError if the scorer fails, or gives no numbers by names of their own.
-
-        What is not finite is no number: it would be the mean of all answers.
-        """
+        """Return the scores of an answer; raises UserError if the scorer fails, or a score is not a finite number."""
         try:
-            found = self._scorer(prediction, reference)
+            raw = self._scorer(prediction, reference)
         except UserError:
             raise
-        except Exception as error:  # whatever a function of the user does
-            what = f"{type(error).__name__}: {first_line(error)}"
+        except Exception as error:  # the user's function may raise anything
+            cause = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(
-                f"evaluation.scorer: {self.name} fails on the answer {_short(prediction)} to the reference"
-                f" {_short(reference)}: {what}"
+                f"evaluation.scorer: {self.name} fails on the answer {_short(prediction)} and the reference"
+                f" {_short(reference)}: {cause}"
             ) from error
         try:
-            if not isinstance(found, Mapping) or not all(isinstance(name, str) and name for name in found):
+            if not isinstance(raw, Mapping) or not all(isinstance(name, str) and name for name in raw):
                 raise TypeError
-            scores = {name: float(value) for name, value in found.items()}
+            scores = {name: float(value) for name, value in raw.items()}
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"evaluation.scorer: {self.name} must give {{name: number}}, not {_short(found)}") from None
+            raise UserError(f"evaluation.scorer: {self.name} must return {{name: number}}, not {_short(raw)}") from None
         if taken := [name for name in TAKEN if name in scores]:
             raise UserError(
-                f"evaluation.scorer: {self.name} gives a score called {taken[0]!r}, but eval/{taken[0]} is that of the"
-                " held-out rows; give it another name"
+                f"evaluation.scorer: {self.name} returns a score {taken[0]!r}, but eval/{taken[0]} is a metric of the"
+                " held-out rows; give the score another name"
             )
+        # One value that is not finite would make the mean of all answers useless.
         if odd := next((name for name, value in scores.items() if not math.isfinite(value)), None):
             raise UserError(
-                f"evaluation.scorer: {self.name} gives {scores[odd]} as {odd!r} for the answer {_short(prediction)} to"
-                f" the reference {_short(reference)}; a score that does not apply to an answer is left out"
+                f"evaluation.scorer: {self.name} returns {scores[odd]} as {odd!r} for the answer {_short(prediction)}"
+                f" and the reference {_short(reference)}; leave out a score that does not apply"
             )
         return scores
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each score over the answers that have it."""
+    """Return the mean of each score over the answers that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
-    found = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    values_of = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in values_of.items()}
 
 
 def partial_scores(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    """A line for each score that not all answers have."""
     counts = {name: sum(name in row for row in rows) for name in means(rows)}
     return [
-        f"score {name}: {count} of {len(rows)} answers have it, its mean is over these"
+        f"score {name}: only {count} of {len(rows)} answers have it, and its mean is over these"
         for name, count in counts.items()
         if count < len(rows)
     ]
@@ -158,38 +154,37 @@ def _json_object(text: str) -> dict[str, object] | None:
 
 
 def _same(left: object, right: object) -> bool:
-    """Equality as JSON sees it: true is not 1."""
+    # Compared as JSON text, because true == 1 in Python.
     return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
 
 
-# Baseline of a run: loss and answers of the untouched base model, measured once and kept beside the checkpoints.
+# Baseline of a run: loss and answers of the untrained base model, measured once and kept beside the checkpoints.
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Loss and answers of the base model."""
-
     loss: float | None
     """Mean held-out loss per supervised token; None without held-out rows."""
     answers: list[list[int]] | None
-    """Answers to the held-out prompts, as token ids; None if none were asked for."""
+    """Answers to the held-out prompts, as token ids; None if there are no prompts."""
 
-    def write(self, place: str, identity: Mapping[str, str]) -> None:
-        """Keep it. If the storage cannot be written, a resumed run measures again: no error."""
+    def write(self, path: str, identity: Mapping[str, str]) -> None:
+        """Write the baseline; if the storage fails, nothing is raised, and a resumed run measures again."""
         try:
             text = json.dumps({"identity": dict(identity), "loss": self.loss, "answers": self.answers})
-            storage.write_text(place, text)
+            storage.write_text(path, text)
         except OSError:
             pass
 
     @classmethod
-    def read(cls, place: str, identity: Mapping[str, str], questions: int) -> "Baseline | None":
-        """Read the baseline of the same run and number of questions; None if there is none or it is damaged."""
+    def read(cls, path: str, identity: Mapping[str, str], questions: int) -> "Baseline | None":
+        """Read the baseline; None if it is missing, damaged, or of another identity or number of questions."""
         try:
-            tree = json.loads(storage.read_text(place))
+            tree = json.loads(storage.read_text(path))
             same = tree.pop("identity") == dict(identity)
-            found = TypeAdapter(cls).validate_python(tree)
+            baseline = TypeAdapter(cls).validate_python(tree)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        finite = found.loss is None or math.isfinite(found.loss)  # what is not is said when it is measured
-        return found if same and finite and len(found.answers or []) == questions else None
+        # A loss that is not finite is measured again, because the measurement raises the error that says why.
+        finite = baseline.loss is None or math.isfinite(baseline.loss)
+        return baseline if same and finite and len(baseline.answers or []) == questions else None

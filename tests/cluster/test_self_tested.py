@@ -55,7 +55,7 @@ def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Callable[[int], C
     for wrong in (0, 1):
         errors = crew(2).run(_tested, wrong)
         assert [type(error) for error in errors] == [UserError, UserError]
-        assert "with untrained adapters differs by" in str(errors[0])
+        assert "untrained adapters change the loss" in str(errors[0])
         assert str(errors[0]) == str(errors[1])
     assert crew(2).run(collectives.rank) == [0, 1], "nobody waits for another"
 
@@ -144,7 +144,7 @@ def test_all_linear_leaves_out_what_no_gradient_reaches(node: Path) -> None:
         assert "model.layers.0.mlp.gate_proj" not in start.trainer.adapted
         assert not hasattr(start.trainer.loss.model.get_submodule("model.layers.0.mlp.gate_proj"), "da")
         assert len([line for line in lines if "all-linear leaves out 1 layer: no gradient" in line]) == 1
-    with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj take no part"):
+    with pytest.raises(UserError, match=r"no gradient reaches .*layers\.0\.mlp\.gate_proj,"):
         _partly_unused(_without_gate, adapter__targets=("gate_proj", "up_proj"))
 
 

@@ -87,7 +87,7 @@ def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -
         result, channel = train(tmp_path / "one", model=model)
     assert (result.problem, result.answers) == (None, ())
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
-    why = "LlamaForCausalLM cannot answer (ValueError: no cache of this shape)"
+    why = "LlamaForCausalLM cannot generate (ValueError: no cache of this shape)"
     assert [line for line in lines if "cannot" in line] == [
         f"warning: evaluation.samples: {why}: the training continues without answers"
     ]

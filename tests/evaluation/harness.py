@@ -1,11 +1,11 @@
-"""lm-eval alone on small sets, with its own loading of data (the arrow files), models and tasks."""
+"""lm-eval alone on small data sets, with its own loading of data (the arrow files), models and tasks."""
 
 from pathlib import Path
 from typing import Any
 
 
 def by_lm_eval(model: Path, data: Path, folder: Path, tasks: tuple[str, ...], limit: int) -> dict[str, dict[str, Any]]:
-    """Its results for a model folder on the first rows of `data` (see sets.write); `folder` is for its files."""
+    """Return lm-eval's results for a model folder on the first rows of `data` (see sets.write), using `folder`."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -7,7 +7,7 @@ ROWS = 14
 
 
 def write(folder: Path, split: str = "validation") -> Path:
-    """ARC-Easy and BoolQ with ROWS rows each."""
+    """Write ARC-Easy and BoolQ with ROWS rows each."""
     from datasets import Dataset
 
     for place, rows in (("ai2_arc/ARC-Easy", _arc()), ("boolq/none", _boolq())):

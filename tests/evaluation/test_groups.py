@@ -1,4 +1,4 @@
-"""Groups of held-out rows come from the files again, by any kind of file and under the source's names."""
+"""Groups of held-out rows are read again from the files, for every file type and under the source's field names."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def places(found: Plan) -> list[tuple[int, int]]:
-    """The origin of each row, as a token store has them."""
+    """Return the origin of each row, as a token store has it."""
     from olora_ray.data.reader import read_unit
 
     return [
@@ -82,7 +82,7 @@ def test_rows_of_a_file_are_a_group(folder: Path) -> None:
 
 def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
     found = plan(folder)
-    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'client'; there are "):
+    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'client'; use one of \w"):
         group_numbers("client", found, places(found))
 
 

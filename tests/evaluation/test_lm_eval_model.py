@@ -1,4 +1,4 @@
-"""lm-eval over requests that were taken apart and put together again says what lm-eval says by itself."""
+"""lm-eval gives the same results if its requests are split over actors and put together again."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def in_turn(make: Callable[[], Any], works: Sequence[Any], *_: Any) -> list[Any]:
-    """What Ray's actors do, one work after the other and the last one first."""
+    """Do the work of Ray's actors, one work after the other and the last one first."""
     worker = make()
     return list(reversed([worker(work) for work in reversed(works)]))
 

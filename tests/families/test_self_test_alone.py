@@ -65,9 +65,7 @@ def test_packed_examples_of_models_with_a_state_in_bfloat16(name: str, tmp_path:
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_whose_scaling_is_left_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "OutputHead", lambda made: made.get_output_embeddings())
-    with pytest.raises(
-        UserError, match=r"^model\.name: .*the losses differ by .* from those of the model's own logits"
-    ):
+    with pytest.raises(UserError, match=r"^model\.name: .*the losses differ by .* the model's own logits"):
         chosen(name, tmp_path)
 
 

@@ -208,7 +208,7 @@ def test_other_contents_are_refused_wherever_they_lie(config: Config, what: str)
     folder = trained(config)
     other = {**CONTENTS, what: "0" * 32}
     with pytest.raises(
-        UserError, match=rf"^run.name: {folder.root} was trained with another {what} \(.* 000000000000 now"
+        UserError, match=rf"^run.name: {folder.root} was trained with another {what} \(.* is now 000000000000\)"
     ):
         folder.require_same(other)
     moved = RunFolder(override(config, {"data.train.0.path": "/moved/rows.jsonl"}))

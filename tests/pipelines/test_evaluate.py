@@ -77,7 +77,7 @@ def logged(database: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{model}"], "nothing to evaluate it on: give --tasks, or --config"),
+        (["{model}"], "no rows to evaluate it on; set --tasks, or --config"),
         ([], "expected one model, or two to compare, not 0"),
         (["{model}", "--limit", "0", "--tasks", "boolq"], "--limit: expected a number of rows, not '0'"),
         (["{model}", "--task", "boolq"], "argument --task: not known; did you mean --tasks?"),

@@ -122,7 +122,7 @@ def test_what_is_not_a_number_passes_nothing() -> None:
 def test_a_metric_or_rows_that_were_not_measured() -> None:
     with pytest.raises(UserError, match=r"eval/match: not measured .* eval/loss, eval/perplexity"):
         decide(gate(metric="eval/match"), results([1.0]), results([1.0]))
-    with pytest.raises(UserError, match="other held-out tokens"):
+    with pytest.raises(UserError, match=r"held-out rows: .* different tokens"):
         decide(gate(), results([1.0]), results([1.0], data="others"))
 
 
@@ -192,7 +192,7 @@ def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
     assert (found.rows, found.interval.mean, found.interval.high) == (2, 0.0, 0.0), "the same on the rows of both"
     assert (ours.metric("eval/first"), theirs.metric("eval/first")) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     decide(gate(metric="eval/first"), scored({0: 1.0, 1: 1.0, 2: 1.0}), scored({0: 1.0, 1: 0.0}))
-    with pytest.raises(UserError, match="eval/first: there is no held-out row on which both models have it"):
+    with pytest.raises(UserError, match="eval/first: no held-out row has it for both models"):
         decide(gate(metric="eval/first"), scored({0: 1.0}), scored({1: 1.0}))
 
 

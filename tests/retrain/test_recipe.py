@@ -248,7 +248,7 @@ def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(config:
     write(tmp_path / "held_out.jsonl")
     apart = {"data.eval": [{"path": str(tmp_path / "held_out.jsonl")}], "retrain.from": "base"}
     for held_out in (apart, {"data.eval_fraction": 0.2}):
-        with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'txt'; there are other fields"):
+        with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'txt'; use one of the fields"):
             made(override(config, {"gate.group": "txt", **held_out}), None)
     for group in ("text", "@file", None):
         made(override(config, {"gate.group": group, **apart}), None)

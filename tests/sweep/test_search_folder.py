@@ -88,7 +88,9 @@ def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: Con
     kept = (file := Path(config.folder(), "search.json")).read_text()
     store: Any = tiny.store()
     spec = TrainSpec(config, BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None)
-    with pytest.raises(UserError, match=rf"{config.folder()} was trained with another training data \(old then, list"):
+    with pytest.raises(
+        UserError, match=rf"{config.folder()} was trained with another training data \(was old, is now list"
+    ):
         run.share(spec, space(), 0.0)
     assert file.read_text() == kept
 

@@ -49,7 +49,7 @@ class Case:
 
 
 def drawn(number: int) -> Case:
-    """Every second case has dropout, and every third no packing."""
+    """Draw a case; every second case has dropout, and every third no packing."""
     chance = random.Random(number + 5)  # such that there are cases of all kinds
     changes = {
         "adapter__dropout": 0.2 if number % 2 else 0.0,
@@ -63,7 +63,7 @@ def drawn(number: int) -> Case:
 
 @dataclass
 class Outcome:
-    """What must be the same."""
+    """The results that must be the same."""
 
     steps: list[tuple[float, float]]
     """Loss and norm of the gradient."""
@@ -82,7 +82,7 @@ class Outcome:
 
 
 def trained(case: Case, strategy: str, start: Path | None, stop: int, end: Path | None = None) -> Outcome:
-    """Train from the checkpoint `start`, if given, up to a step, with all workers of this process's group."""
+    """Train up to a step, from the checkpoint `start` if it is set, with all workers of this process's group."""
     attention = "segments" if case.packing else "sdpa"
     store = tiny.store(8)
     if not case.packing:
@@ -113,7 +113,7 @@ def trained(case: Case, strategy: str, start: Path | None, stop: int, end: Path 
 
 @contextmanager
 def group_of(workers: int) -> Iterator[Crew]:
-    """Ended at once, since several groups together take much memory."""
+    """Start a group, and end it at once afterwards, because several groups together take much memory."""
     crew = Crew(workers)
     try:
         yield crew
@@ -126,7 +126,7 @@ Known = list[tuple[Case, Path, Outcome]]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Known:
-    """The cases, their checkpoints, and what one process has trained in the end."""
+    """The cases, their checkpoints, and the final results of a single process."""
     found = []
     for case in map(drawn, range(CASES)):
         place = tmp_path_factory.mktemp("alone") / "checkpoint"
@@ -148,7 +148,7 @@ def test_the_cases_are_of_all_kinds(alone: Known) -> None:
 
 @pytest.mark.parametrize("workers", [3, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 4, 5))])
 def test_any_number_of_workers_gives_the_same_bytes(alone: Known, workers: int) -> None:
-    """From the start with ddp, and from the checkpoint with fsdp, so that any change on the way is one of these."""
+    """From the start with ddp and from the checkpoint with fsdp, so that any change in between is covered."""
     jobs = [(case, "ddp", None) for case, *_ in alone] + [(case, "fsdp", place) for case, place, _ in alone]
     with group_of(workers) as crew:
         found = crew.run(_all_trained, jobs)
@@ -158,7 +158,7 @@ def test_any_number_of_workers_gives_the_same_bytes(alone: Known, workers: int) 
 
 
 def test_workers_may_come_and_go(alone: Known, tmp_path: Path) -> None:
-    """One step each with three, with two, and with one."""
+    """One step each with three workers, with two, and with one."""
     case, _, end = max(alone, key=lambda known: known[0].config("ddp").train.micro_batches())
     places = [tmp_path / str(step) for step in (1, 2)]
     with group_of(3) as crew:

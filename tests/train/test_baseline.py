@@ -1,4 +1,4 @@
-"""The base model's results are kept, and only for the same run."""
+"""The base model's results are kept, and read only by the same run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A checkpoint comes back bit for bit, or not at all."""
+"""A checkpoint is read back bit for bit, or not at all."""
 
 import json
 import shutil
@@ -175,7 +175,7 @@ def test_a_truncated_file_is_named(saved: Path, tmp_path: Path, name: str, keep:
 
 
 def resealed(folder: Path, name: str, content: bytes) -> None:
-    """Change a file, and the manifest with it."""
+    """Change a file, and its entry in the manifest."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = storage.size_and_digest(folder / name)
@@ -202,7 +202,7 @@ def resealed(folder: Path, name: str, content: bytes) -> None:
 def test_a_state_that_is_none_is_an_error(saved: Path, tmp_path: Path, text: str) -> None:
     folder = damaged(saved, tmp_path)
     resealed(folder, "state.json", text.encode("latin-1"))
-    with pytest.raises(UserError, match="does not read back") as caught:
+    with pytest.raises(UserError, match=r"^checkpoint .*: cannot be loaded: ") as caught:
         checkpoint.load(folder)
     assert "\n" not in str(caught.value)
 
@@ -219,7 +219,7 @@ def test_parts_that_do_not_fit_each_other_are_an_error(
     resealed(folder, "adapter.safetensors", save_bytes(parts))
     if other is None and part in ("b0", "da"):  # an adapter of plain LoRA, or of fewer layers
         return
-    with pytest.raises(UserError, match="does not read back"):
+    with pytest.raises(UserError, match=r"^checkpoint .*: cannot be loaded: "):
         checkpoint.load(folder)
 
 
@@ -231,7 +231,7 @@ def test_a_manifest_names_files_of_a_checkpoint_only(saved: Path, tmp_path: Path
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = storage.size_and_digest(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="not the manifest of this checkpoint"):
+    with pytest.raises(UserError, match=r"manifest\.json: does not fit this folder"):
         checkpoint.load(folder)
 
 
@@ -239,7 +239,7 @@ def test_what_has_changed_beside_the_weights_is_said() -> None:
     weights, now = "a" * 64, f"{'a' * 64}+{'b' * 64}"
     with pytest.raises(UserError, match="another base model"):
         checkpoint.require_same({"base model": "c" * 64}, {"base model": now}, "it")
-    with pytest.raises(UserError, match=r"the same weights, but config\.json, the tokenizer or another file"):
+    with pytest.raises(UserError, match=r"same weights, but .*config\.json"):
         checkpoint.require_same({"base model": f"{weights}+{'c' * 64}"}, {"base model": now}, "it")
 
 
@@ -294,10 +294,10 @@ NOW = {"base model": "b1", "tokenizer": "t1", "training data": "d1", "adapter": 
 @pytest.mark.parametrize(
     ("then", "expected"),
     [
-        ({"base model": "b0"}, "another base model (b0 then, b1 now)"),
-        ({"training data": "d0"}, "another training data (d0 then, d1 now)"),
-        ({"tokenizer": "t0", "training data": "d0"}, "another tokenizer (t0 then, t1 now);"),
-        ({"adapter": '{"rank": 2, "alpha": 8.0}'}, "another adapter (rank was 2, is 4)"),
+        ({"base model": "b0"}, "another base model (was b0, is now b1)"),
+        ({"training data": "d0"}, "another training data (was d0, is now d1)"),
+        ({"tokenizer": "t0", "training data": "d0"}, "another tokenizer (was t0, is now t1);"),
+        ({"adapter": '{"rank": 2, "alpha": 8.0}'}, "another adapter (rank was 2, is now 4)"),
     ],
 )
 def test_another_identity_is_refused_with_the_difference(then: dict[str, str], expected: str) -> None:

@@ -1,4 +1,4 @@
-"""EVA: the exact principal components of the run's first supervised tokens, whoever computes them."""
+"""EVA: the exact principal components of the run's first supervised tokens, for any number of workers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,14 +52,14 @@ def store(count: int = 8) -> Any:
 
 
 def exact(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Right singular vectors and shares of the variance, by the SVD of the centred rows."""
+    """Return right singular vectors and shares of the variance, by the SVD of the centred rows."""
     x = rows.double() - rows.double().mean(0)
     _, values, right = torch.linalg.svd(x, full_matrices=False)
     return right, values.square() / values.square().sum()
 
 
 def recorded(model: Any, packs: list[Pack], limit: int) -> dict[str, Tensor]:
-    """Each layer's inputs at the first `limit` supervised tokens, one example at a time through the whole model."""
+    """Return each layer's inputs at the first `limit` supervised tokens; each example runs alone."""
     seen: dict[str, list[Tensor]] = {}
     mask: Tensor = torch.empty(0)
     handles = [
@@ -78,7 +78,7 @@ def recorded(model: Any, packs: list[Pack], limit: int) -> dict[str, Tensor]:
 
 
 def sine(a: Tensor, b: Tensor) -> float:
-    """Of the largest angle between the spaces of the rows."""
+    """Return the sine of the largest angle between the spaces of the rows."""
     cosines = torch.linalg.svdvals(a.double() @ b.double().mT)
     return float((1 - cosines.min().clamp(max=1) ** 2).sqrt())
 
@@ -133,7 +133,7 @@ def test_parts_that_are_sent_after_each_other_make_the_same_bytes(crew: Callable
 
 
 def test_each_row_travels_once_and_only_to_its_owner(crew: Callable[[int], Crew]) -> None:
-    """In all, each of T rows of each input goes to one owner, and about half of them are there already."""
+    """Each of T rows of each input goes to one owner, and about half of them are there already."""
     answers = crew(2).run(_bytes)
     model = tiny.llama()
     inputs = inputs_of(
@@ -186,7 +186,7 @@ def test_adapters_are_put_into_a_base_that_is_sharded_already(crew: Callable[[in
 
 
 def _trained(strategy: str) -> list[float]:
-    """Losses of three steps of an adapter whose factors are those of the placed base."""
+    """Return the losses of three steps of an adapter whose factors are made from the placed base."""
     config = tiny.config(
         adapter__method="eva", adapter__init_tokens=96, cluster__workers=2, cluster__strategy=strategy, train__lr=0.05
     )
@@ -205,7 +205,7 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest
     assert about.agreement is not None
     mean, least = about.agreement
     assert 0 < least <= mean < 0.99
-    assert f"half of them span {mean:.0%} of its space ({least:.0%} at least)" in about.line("eva")
+    assert f"half of them give {mean:.0%} of the same space (at least {least:.0%})" in about.line("eva")
     monkeypatch.setattr(data_driven, "AGREEMENT", least / 2)
     early, _, sooner = make(init_tokens=128)
     assert sooner.tokens == 64
@@ -216,7 +216,7 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest
 
 
 def test_too_few_tokens_are_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match=r"the training data has \d+ supervised tokens, and 48 components") as caught:
+    with pytest.raises(UserError, match=r"the training data has \d+ supervised tokens, but 48 components") as caught:
         make(count=1, rank=16, rho=3.0)
     assert str(caught.value).endswith(
         " (rho x rank) need more than 48; use more data, lower adapter.rank or adapter.rho, or use another method"
@@ -237,7 +237,7 @@ def test_a_layer_that_no_text_reaches_is_named() -> None:
     targets = find_targets(model, ("q_proj",), RANK)
     spare = torch.nn.Linear(8, 8)
     targets["spare"] = type(next(iter(targets.values())))(spare, "weight", False)
-    with pytest.raises(UserError, match="the input of spare at each token, and that layer is not used for text"):
+    with pytest.raises(UserError, match="the input of spare at each token, but that layer does not run on text"):
         eva_factors(SupervisedLoss(model), targets, settings(), store(), CPU)
 
 

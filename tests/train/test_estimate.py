@@ -1,4 +1,4 @@
-"""The estimate of a run: what it refuses, and what of a worker's memory follows from sizes."""
+"""The estimate of a run: its errors, and the parts of a worker's memory that follow from sizes."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_no_gpu_is_asked_and_bfloat16_is_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    """What asks one of this machine starts CUDA in the driver, which takes memory from the workers."""
+    """Asking a GPU of this machine would start CUDA in the driver, which takes memory from the workers."""
 
     def started() -> None:
         raise AssertionError("CUDA was started")

@@ -1,4 +1,4 @@
-"""EVA is PEFT's, where that is well defined: one batch, of which it computes the same components to its own error.
+"""EVA equals PEFT's where PEFT is well defined: on one batch, up to PEFT's own error.
 
 Over several batches PEFT's incremental, truncated decomposition is not the one of the data, and its ranks of layers
 with equal inputs depend on an unstable sort: what is compared are spaces, shares of variance, and each group's ranks.
@@ -28,7 +28,7 @@ ANGLE, SHARE = 5e-3, 1e-3
 
 
 def packs() -> list[Pack]:
-    """Tokens as frequent as words are: with even ones PEFT's few iterations would not tell directions apart."""
+    """Tokens are as frequent as words; with even frequencies PEFT's few iterations would not separate directions."""
     draws = np.random.default_rng(0).zipf(1.6, (ROWS, LENGTH)) % (tiny.VOCABULARY - 2) + 2
     supervised = np.arange(LENGTH) >= PROMPT
     return [Pack(ids.astype(np.int32), supervised, (LENGTH,)) for ids in draws]
@@ -89,7 +89,7 @@ def test_shares_of_variance_are_pefts() -> None:
 
 
 def test_the_scale_of_every_layer_is_that_of_one_rank() -> None:
-    """PEFT's alpha_i = alpha r_i / r comes to the same; with rank stabilisation its scale would not be constant."""
+    """PEFT's alpha_i = alpha r_i / r gives the same scale; with rank stabilisation its scale would not be constant."""
     for stabilized in (False, True):
         settings = Adapter(method="eva", rank=4, alpha=8, rank_stabilized=stabilized)
         assert settings.scale() == (4.0 if stabilized else 2.0)

@@ -1,4 +1,4 @@
-"""The light RMSNorm: same bits forward, same gradient, and only where it is the same."""
+"""The light RMSNorm has the same bits forward and the same gradient, and replaces only norms with the same output."""
 
 import pytest
 import torch

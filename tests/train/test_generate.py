@@ -1,4 +1,4 @@
-"""A held-out prompt is asked as a server asks it: in the form, and with the tokens, that were trained.
+"""A held-out prompt reaches the model as in serving, with the tokens of the training.
 
 Answers are greedy.
 """
@@ -102,7 +102,7 @@ def test_a_model_that_takes_padding_for_text_is_given_none(monkeypatch: pytest.M
 
 
 def likeliest(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
-    """Without a cache, padding or transformers' generate."""
+    """Decode without a cache, padding or transformers' generate."""
     ids = list(prompt)
     for _ in range(tokens):
         ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -110,7 +110,7 @@ def likeliest(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
 
 
 def its_own_way(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
-    """As transformers generates where nothing is said but that nothing be drawn."""
+    """Generate with transformers' defaults, except for sampling."""
     ids = torch.tensor([prompt])
     model.set_attn_implementation("sdpa")
     made = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)

@@ -1,4 +1,4 @@
-"""The factors of a layer are joined once a step, whatever the micro-batches, and not one bit depends on it."""
+"""The factors of a layer are joined once per step for any micro-batches, and no bit depends on it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def steps(trainer: Trainer, start: int = 0) -> Iterator[float]:
 
 
 def trained(case: Case) -> tuple[list[float], Tensor]:
-    """All the numbers of a run that measures between its steps, and takes an earlier adapter up again."""
+    """Return all numbers of a run that evaluates between its steps, and restores an earlier adapter."""
     trainer, held_out = made(case), tiny.store(2, seed=9)
     numbers, earlier = [], trainer.flat.vector.clone()
     for loss in steps(trainer):

@@ -1,4 +1,4 @@
-"""Every sequence once, in the order, whatever the workers, interruptions, and when shards arrive."""
+"""Every sequence is read once, in order, for any workers, interruptions and times at which shards arrive."""
 
 import threading
 import time
@@ -66,7 +66,7 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
     micro: int,
     lives: list[tuple[int, int, bool]],
 ) -> None:
-    """Each life of the run makes some steps with some workers, on a growing or the complete store."""
+    """Each attempt makes some steps with some workers, on a growing or a complete store."""
     train = Train(epochs=epochs, steps=steps, global_batch=batch, micro_batch=micro)
     lives = [*lives, (10_000, 1, True)]
     met: list[list[int]] = []
@@ -88,7 +88,7 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
 
 @pytest.mark.lengthy
 def test_a_step_waits_for_its_own_shards_only() -> None:
-    """Reading ahead waits for the second shard; the step that is there does not."""
+    """Reading ahead waits for the second shard, but the step that is complete does not."""
     train = Train(global_batch=4)
     found = store([4, 4], arrived=1)
     told: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""The loop gives the same numbers however the work is split, interrupted or repeated."""
+"""The loop gives the same numbers for any split, interruption or repetition of the work."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -39,7 +39,7 @@ def run(trainer: Trainer, store: Any, start: int, stop: int, worker: int = 0) ->
 
 
 def first_gradient(settings: Config, store: Any, attention: str = "segments", worker: int = 0) -> tuple[float, Tensor]:
-    """The loss of the first step and its gradient, over all workers."""
+    """Return the loss of the first step and its gradient, over all workers."""
     trainer = tiny.moved(tiny.trainer(settings, attention))
     seen = tiny.gradients(trainer)
     result = next(trainer.steps(loader(store, settings, attention, worker), 0, schedule(store, settings)))
@@ -57,7 +57,7 @@ def settings_for(micro: int, workers: int = 1, batch: int = 8) -> Config:
 
 @pytest.fixture(scope="module")
 def whole() -> tuple[float, Tensor]:
-    """Loss and gradient of one step over all 8 packs at once."""
+    """Return the loss and gradient of one step over all 8 packs at once."""
     return first_gradient(settings_for(micro=8), tiny.store(8))
 
 
@@ -132,7 +132,7 @@ def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(crew: Callable[[
 
 
 def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[float], bytes]:
-    """Signals, losses, sums of what was computed, and the adapter, with a signal of a worker at some steps."""
+    """Return signals, losses, sums and the adapter, if a worker signals at some steps."""
     rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
     settings, store = settings_for(1, workers), tiny.store(8)
     trainer = tiny.trainer(settings)
@@ -221,7 +221,7 @@ def save(trainer: Trainer, folder: Path, step: int) -> None:
 
 
 def restored(settings: Config, folder: Path) -> Trainer:
-    """As a worker takes up a checkpoint, with the factors from it."""
+    """Restore a checkpoint as a worker does, with the factors from it."""
     found = checkpoint.load(folder)
     trainer: Trainer = tiny.trainer(settings)
     for name, weights in found.adapter.items():
@@ -233,7 +233,7 @@ def restored(settings: Config, folder: Path) -> Trainer:
 
 
 def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
-    """A trainer for which one pack gives NaN, and the number of that pack, first met in the second step."""
+    """Return a trainer for which one pack gives NaN, and the index of that pack, which the second step reads first."""
     trainer = tiny.trainer(settings)
     index = loader(store, settings).read(1).sequences[0][0]
     store[index].input_ids[0] = 1  # a token that is nowhere else

@@ -1,4 +1,4 @@
-"""LoRA-GA: the paper's formula of the exact gradient on the run's first supervised tokens, whoever computes it."""
+"""LoRA-GA: the paper's formula of the exact gradient on the first supervised tokens, for any number of workers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +50,7 @@ def make(strategy: str = "ddp", attention: str = "segments", at_once: int | None
 
 
 def by_autograd(packs: list[Pack], limit: int) -> dict[str, Tensor]:
-    """Gradients of the weights themselves, for the summed loss of the first `limit` supervised tokens."""
+    """Return the gradients of the weights themselves, for the summed loss of the first `limit` supervised tokens."""
     model = tiny.llama().requires_grad_(True)
     left = limit
     for pack in tiny.unpacked(packs):

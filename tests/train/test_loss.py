@@ -22,7 +22,7 @@ PACKS = [tiny.pack(40, 30, 25, seed=1), tiny.pack(50, seed=2), tiny.pack(20, 21,
 
 
 def plain_loss(model: Any, packs: list[Pack]) -> Tensor:
-    """The loss from the full logits that the model itself makes, one example at a time."""
+    """Return the loss from the model's own full logits, one example at a time."""
     total = torch.zeros(())
     for example in tiny.unpacked(packs):
         ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
@@ -33,7 +33,7 @@ def plain_loss(model: Any, packs: list[Pack]) -> Tensor:
 
 
 def with_gradient(model: Any, value: Tensor) -> tuple[float, Tensor]:
-    """The loss and its gradient for all parameters below the head."""
+    """Return the loss and its gradient for all parameters below the head."""
     head = model.get_output_embeddings().weight
     parameters = [parameter for parameter in model.parameters() if parameter is not head]
     gradients = torch.autograd.grad(value, parameters, allow_unused=True)

@@ -1,4 +1,4 @@
-"""A training mixes no tensors of a GPU with those of the CPU: found on a GPU that is not there.
+"""A training mixes no tensors of a GPU with tensors of the CPU, checked on a simulated GPU.
 
 In a process of its own, which takes seconds; so this belongs to `make quick` all the same.
 """
@@ -75,7 +75,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[ProcessPoolExecutor]:
-    """A process that may be spoilt."""
+    """A process that a test may spoil."""
     context = get_context("forkserver")
     context.set_forkserver_preload(crew.IMPORTED)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -97,7 +97,7 @@ def test_a_training_on_a_device_mixes_nothing(child: ProcessPoolExecutor, name: 
 
 
 def test_a_checkpoint_copies_what_training_changes_in_four_pieces(child: ProcessPoolExecutor) -> None:
-    """The adapter, its two moments and the best one; the frozen factors are copied for the first checkpoint alone."""
+    """Adapter, its two moments and the best adapter; the frozen factors are copied for the first checkpoint only."""
     first, second = child.submit(_copies).result()
     assert first > second == 4
 
@@ -135,7 +135,7 @@ def test_a_tensor_that_was_left_on_the_cpu_is_found_with_its_place(
 
 
 def _walk(case: Case) -> tuple[Seen, Counter[str]]:
-    """In the child: a whole walk, and where it waited for the device."""
+    """Run a whole training in the child, and return where it waited for the device."""
     torch.set_num_threads(1)
     with FakeDevice() as fake, mock.patch.object(checkpoint, "save", _keep):
         model = case.model(attention=case.attention, dtype=case.dtype)
@@ -147,7 +147,7 @@ def _walk(case: Case) -> tuple[Seen, Counter[str]]:
 
 
 def _copies() -> list[int]:
-    """In the child: copies from the device of two checkpoints, one after the other."""
+    """Return the copies from the device of two checkpoints, one after the other, in the child."""
     with FakeDevice() as fake:
         trainer, counts = device_walk.start(tiny.llama(), fake.device), []
         for _ in range(2):
@@ -158,7 +158,7 @@ def _copies() -> list[int]:
 
 
 def _made(attention: str) -> tuple[int, int]:
-    """In the child: the numbers of the largest tensor that a packed micro-batch makes on the CPU, and on the device."""
+    """Return, in the child, the size of the largest tensor of a packed micro-batch on the CPU and on the device."""
     torch.set_num_threads(1)
     with FakeDevice() as fake:
         trainer = device_walk.start(tiny.llama(attention=attention, max_position_embeddings=LENGTH), fake.device)
@@ -170,7 +170,7 @@ def _made(attention: str) -> tuple[int, int]:
 
 
 class _Largest(TorchDispatchMode):
-    """By device, the numbers of the largest tensor that is made."""
+    """Records the size of the largest new tensor per device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ _kept: list[Checkpoint] = []
 
 
 def _keep(folder: Path, adapter: Any, best: Any, optimizer: Any, state: Any, identity: Any, config_yaml: str) -> None:
-    """Stands in for checkpoint.save: there are no numbers to be written."""
+    """Replaces checkpoint.save, because there are no numbers to write."""
     factors = [part for one in adapter.values() for part in (one.factors.a0, one.factors.b0, one.da, one.db)]
     for part in (*factors, *optimizer.values(), *best.values()):
         assert part is None or part.device.type == "cpu"
@@ -201,7 +201,7 @@ def _read_back(write: Callable[[Path], None]) -> Checkpoint:
 
 
 def _spoilt(left: str) -> str:
-    """In the child: the traceback of a training that has one tensor on the CPU."""
+    """Return, in the child, the traceback of a training with one tensor on the CPU."""
     torch.set_num_threads(1)
     with FakeDevice() as fake:
         trainer = device_walk.start(tiny.llama(), fake.device)

@@ -1,4 +1,4 @@
-"""A mixture of experts trains, is kept in a checkpoint and goes on like any other model."""
+"""A mixture of experts trains, is checkpointed and resumes like any other model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A sharded base whose blocks lie in the memory of the node is, bit for bit, the one whose blocks lie on the device."""
+"""A sharded base with blocks in the node's memory gives the same bits as one with blocks on the device."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.train import parallel
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.parallel import place_model, places
+from olora_ray.train.parallel import place_model, target_device
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -28,7 +28,7 @@ Found = tuple[list[float], Tensor, float]
 
 
 def made(folder: Path, offload: bool, device: torch.device, by_rows: bool = True) -> Trainer:
-    """What a worker trains; `by_rows`: each reads its part alone, else the base is sharded once it is whole."""
+    """Return a worker's trainer; `by_rows`: each worker reads only its part, otherwise it loads the whole base."""
     settings = config(folder, "fsdp", cluster__fsdp_offload=offload)
     if by_rows:
         loss = parallel.load_base(str(folder), settings, device)
@@ -47,7 +47,7 @@ def made(folder: Path, offload: bool, device: torch.device, by_rows: bool = True
 
 
 def trained(trainer: Trainer) -> Found:
-    """Evaluations and steps take turns, as in a training."""
+    """Alternate evaluations and steps, as in a training."""
     rank, world = dist.get_rank(), dist.get_world_size()
     attention = tiny.attention_of(trainer.loss.model)
     losses = [result.loss for result in tiny.steps(trainer, attention=attention)]
@@ -55,12 +55,12 @@ def trained(trainer: Trainer) -> Found:
 
 
 def in_turn(folder: Path, by_rows: bool) -> tuple[Found, Found, int, set[str], set[str]]:
-    """On a CPU, as if it had memory of its own: without and with offload, blocks, where shards and the rest go."""
+    """Return results without and with offload on a CPU that claims to have memory of its own."""
     with mock.patch.object(parallel, "has_own_memory", return_value=True):
         plain = trained(made(folder, offload=False, device=CPU, by_rows=by_rows))
         trainer = made(folder, offload=True, device=CPU, by_rows=by_rows)
         found = trained(trainer)
-    place = places(trainer.loss, META)  # as if that were a GPU
+    place = target_device(trainer.loss, META)  # as if that were a GPU
     inside = [part for block in trainer.loss.offloaded for part in block.parameters()]
     shards = {id(part) for part in inside if isinstance(part, DTensor)}
     others = [part for part in (*trainer.loss.parameters(), *trainer.loss.buffers()) if id(part) not in shards]

@@ -1,4 +1,4 @@
-"""One flat vector behind all adapters, the optimizer over it, and the learning rate."""
+"""One flat vector behind all adapters, the optimizer on it, and the learning rate."""
 
 import math
 
@@ -132,7 +132,7 @@ def test_the_state_comes_back_exactly(config: Train) -> None:
 
 
 def moved(device: str, fused: bool | None = None) -> tuple[AdamW, list[float]]:
-    """An optimizer after a few steps on a device, some of them clipped, and the norms."""
+    """Return an optimizer after a few steps on a device, some of them clipped, and the norms."""
     layers = {name: layer.to(device) for name, layer in adapted().items()}
     config = Train(weight_decay=0.1, lr_ratio=4.0, clip=10.0)
     optimizer = AdamW(FlatAdapters(layers, apart=True), config, fused)

@@ -1,4 +1,4 @@
-"""A base that is sharded over the workers trains and answers like one that every worker holds."""
+"""A base that is sharded over the workers trains and answers like a base that every worker holds."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,7 +26,7 @@ QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6
 
 
 def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer, list[float], Tensor, Tensor]:
-    """A trainer after some steps, the losses, the first gradient and the adapter after the first step."""
+    """Return a trainer after some steps, the losses, the first gradient and the adapter after the first step."""
     settings = tiny.config(cluster__workers=2, cluster__strategy=strategy, train__micro_batch=1, train__clip=None)
     trainer = tiny.trainer(
         settings, model=tiny.llama(attention="segments", tie_word_embeddings=tied), strategy=strategy
@@ -47,7 +47,7 @@ def _train(strategy: str, tied: bool) -> tuple[list[float], Tensor, Tensor, floa
 
 
 def _layout(strategy: str) -> tuple[list[str], list[str]]:
-    """The kind of every frozen weight, and the modules that are gathered one at a time."""
+    """Return the type of every frozen weight, and the modules that are gathered one at a time."""
     trainer, *_ = trained(strategy, steps=1)
     kinds = [
         f"{type(p.data).__name__}, {'in a block' if '.layers.' in name else 'outside'}"
@@ -58,7 +58,7 @@ def _layout(strategy: str) -> tuple[list[str], list[str]]:
 
 
 def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
-    """Answers before a step of training, and after a few, with training in between."""
+    """Return answers before a step and after a few steps, with training in between."""
     rank = dist.get_rank()
     settings = tiny.config(cluster__workers=2, train__micro_batch=1, train__lr=0.1)
     trainer = tiny.trainer(settings, strategy=strategy)
@@ -80,7 +80,7 @@ def test_fsdp_equals_ddp(crew: Callable[[int], Crew], tied: bool) -> None:
 
 
 def _uneven(strategy: str, micro: int) -> tuple[float, Tensor, int]:
-    """Loss and gradient of a step of 3 sequences for 2 workers, and how often this one ran the model."""
+    """Return loss and gradient of a step of 3 sequences on 2 workers, and this worker's number of forward passes."""
     settings = tiny.config(
         train__global_batch=3, train__micro_batch=micro, train__clip=None, cluster__strategy=strategy
     )
@@ -136,7 +136,7 @@ def _one_question(strategy: str) -> list[list[int]]:
 
 
 def one_by_one(trainer: Trainer, question: Question, tokens: int) -> list[int]:
-    """Greedy decoding without a cache, padding or transformers' generate."""
+    """Decode greedily without a cache, padding or transformers' generate."""
     ids, model = list(question.prompt), trainer.loss.model
     with decoding(model):
         for _ in range(tokens):

@@ -48,7 +48,7 @@ def test_three_steps_equal_pefts(pair: tuple[Any, Any, torch.optim.Optimizer]) -
 
 @pytest.mark.parametrize("method", FROM_WEIGHTS)
 def test_three_steps_equal_those_of_a_changed_base(method: str) -> None:
-    """As the papers write it: W - s B0 A0 in the base, and A and B trained from A0 and B0."""
+    """As in the papers: W - s B0 A0 in the base, and A and B trained from A0 and B0."""
     settings = tiny.config(adapter__method=method, adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
     trainer = tiny.trainer(settings, "sdpa")
     oracle = peft_from(trainer)
@@ -86,7 +86,7 @@ def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
 
 
 def peft_from(trainer: Any) -> Any:
-    """PEFT's plain LoRA on the base that is changed such that it starts where the trainer does."""
+    """Return PEFT's plain LoRA on the base, changed so that it starts where the trainer does."""
     shape = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     oracle = peft.get_peft_model(tiny.llama(), shape)
     for name, layer in trainer.adapted.items():
@@ -103,7 +103,7 @@ def trainable(oracle: Any) -> list[torch.nn.Parameter]:
 
 
 def follow(trainer: Any, oracle: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Three steps of both, compared all along."""
+    """Run three steps of both, and compare them at each step."""
     batch = collate(BATCH, "sdpa")
     starts = {name: layer.base.weight.clone() for name, layer in trainer.adapted.items()}
     losses = []

@@ -1,4 +1,4 @@
-"""The preconditioner is its formula, and PEFT's but for the division by the norm; all workers do the same."""
+"""The preconditioner equals its formula, and PEFT's except for the division by the norm, on all workers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ M, N, RANK = 9, 6, 3
 
 
 def adapter(with_b0: bool, *experts: int, seed: int = 0) -> AdaptedWeight:
-    """A layer, or a stack, as if it had trained for a while."""
+    """Return a layer, or a stack, as if it had trained for a while."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -100,7 +100,7 @@ def test_without_the_norm_it_is_pefts() -> None:
 
 
 def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
-    """Losses, the vector that the optimizer is given in the last step, and the adapter after it."""
+    """Return losses, the optimizer's gradient in the last step, and the adapter after it."""
     settings = tiny.config(
         cluster__workers=workers, cluster__strategy=strategy, train__micro_batch=1, train__precondition=True, **changes
     )

@@ -1,4 +1,4 @@
-"""Blocks that are run again in the backward pass change no bit of a training."""
+"""Recomputation of blocks in the backward pass changes no bit of a training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
-    """A trainer of a model whose blocks are run again if `on`."""
+    """Return a trainer whose blocks are recomputed if `on`."""
     made: Trainer = tiny.trainer(tiny.config(**changes), model=model)
     made.loss.recompute = on
     place_model(made.loss, "ddp", CPU)
@@ -41,7 +41,7 @@ def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
 
 
 def gradient(made: Trainer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, all gradients, and what the generator of random numbers gives next."""
+    """Return the loss, all gradients, and the next random number."""
     train_mode(made.adapted, True)
     torch.manual_seed(1)
     total = made.loss(batch)
@@ -54,7 +54,7 @@ def gradient(made: Trainer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def runs(model: Any) -> list[int]:
-    """Filled with a number for each time that the first adapted layer of the last block runs."""
+    """Return a list with a number for each run of the first adapted layer of the last block."""
     count: list[int] = []
     part = next(part for part in decoder_layers(model)[-1].modules() if isinstance(part, AdaptedLinear))
     part.register_forward_hook(lambda *_: count.append(1))
@@ -174,5 +174,5 @@ def test_a_block_that_does_something_twice_is_refused_before_the_first_step() ->
         return result
 
     block.mlp.forward = counting
-    with pytest.raises(UserError, match=r"train\.activation_checkpointing: the gradients of LlamaForCausalLM differ"):
+    with pytest.raises(UserError, match=r"train\.activation_checkpointing: .* gradients of LlamaForCausalLM"):
         check_adapters(made.loss, made.adapted, packs, "segments", CPU, new=False)

@@ -1,4 +1,4 @@
-"""Length and rates of a run follow from content and config, never from when shards arrive."""
+"""Length and learning rates of a run depend on content and config, never on when shards arrive."""
 
 import threading
 from itertools import count, takewhile
@@ -26,7 +26,7 @@ def store(sizes: list[int], arrived: int | None = None) -> Any:
 
 
 def arriving(sizes: list[int]) -> tuple[Any, Any]:
-    """A store whose next shard arrives when somebody has waited for it, and the `waiting` that lets it."""
+    """Return a store whose next shard arrives after a wait, and the `waiting` that makes it arrive."""
     growing = store(sizes, 0)
 
     def waiting(number: int, shards: int) -> None:
@@ -37,7 +37,7 @@ def arriving(sizes: list[int]) -> tuple[Any, Any]:
 
 
 def run(schedule: Schedule) -> list[float]:
-    """The rates of all steps, asked for in the order of a run."""
+    """Return the learning rates of all steps, asked for in the order of a run."""
     return [schedule.lr(step) for step in takewhile(lambda done: not schedule.last(done), count())]
 
 

@@ -96,11 +96,11 @@ def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest
     }  # fmt: skip
     for text, value in given.items():
         monkeypatch.setitem(SCORERS, "mine", lambda *_, value=value: value)  # type: ignore[misc]
-        with pytest.raises(UserError, match=r"^evaluation\.scorer: mine must give {name: number}") as caught:
+        with pytest.raises(UserError, match=r"^evaluation\.scorer: mine must return {name: number}") as caught:
             Judge("mine")("a", "b")
         assert text in str(caught.value)
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {}["missing"])
-    with pytest.raises(UserError, match=r"mine fails on the answer 'a' to the reference 'b': KeyError: 'missing'"):
+    with pytest.raises(UserError, match=r"mine fails on the answer 'a' and the reference 'b': KeyError: 'missing'"):
         Judge("mine")("a", "b")
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {"a": True})
     assert Judge("mine")("a", "b") == {"a": 1.0}
@@ -108,11 +108,9 @@ def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ["loss", "perplexity"])
 def test_a_score_that_is_called_as_the_held_out_loss_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate and evaluate.py showed, and compared, the loss in its place."""
+    """The gate and evaluate.py once showed and compared the loss instead."""
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {"same": 1.0, name: 0.5})
-    with pytest.raises(
-        UserError, match=rf"mine gives a score called '{name}', but eval/{name} is that of the held-out"
-    ):
+    with pytest.raises(UserError, match=rf"mine returns a score '{name}', but eval/{name} is a metric of the held-out"):
         Judge("mine")("a", "b")
 
 
@@ -122,14 +120,12 @@ def test_a_score_that_is_not_finite_is_refused_with_its_answer(value: float, mon
     assert Judge("mine")("a", "b") == {"whole": 1.0, "part": 0.5}
     with pytest.raises(UserError) as caught:
         Judge("mine")("", "b")
-    assert str(caught.value) == (
-        f"evaluation.scorer: mine gives {float(value)} as 'part' for the answer '' to the reference 'b'; a score that"
-        " does not apply to an answer is left out"
-    )
+    expected = f"evaluation.scorer: mine returns {float(value)} as 'part' for the answer '' and the reference 'b'; "
+    assert str(caught.value).startswith(expected)
 
 
 def test_a_mean_is_over_the_answers_that_have_the_score() -> None:
     rows = [{"a": 1.0}, {"a": 0.0, "b": 0.5}, {"a": 0.5}]
     assert means(rows) == {"a": 0.5, "b": 0.5}
-    assert partial_scores(rows) == ["score b: 1 of 3 answers have it, its mean is over these"]
+    assert partial_scores(rows) == ["score b: only 1 of 3 answers have it, and its mean is over these"]
     assert (means([]), partial_scores([])) == ({}, [])

@@ -1,4 +1,4 @@
-"""The memory plan is what tensors take, as they are made and freed in a real step and in real answers."""
+"""The memory plan equals the memory of the tensors in a real step and in real answers."""
 
 from dataclasses import replace
 from typing import Any
@@ -40,7 +40,7 @@ def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: 
 
 
 def taken(config: Config, model: Any, batch: Batch) -> int:
-    """Bytes of a real forward and backward pass at their most."""
+    """Return the peak bytes of a real forward and backward pass."""
     made: Trainer = tiny.trainer(config, model=model)
     made.loss.recompute = config.train.activation_checkpointing is True
     place_model(made.loss, "ddp", CPU)
@@ -146,7 +146,7 @@ def answering(**changes: Any) -> Config:
 
 
 def taken_by_answers(config: Config, model: Any) -> int:
-    """Bytes of real answers at their most."""
+    """Return the peak bytes of real answers."""
     made = tiny.trainer(config, model=model)
     prompts = [tuple(range(2, 2 + LENGTH - row % 2)) for row in range(ROWS)]
     with decoding(made.loss.model):
@@ -160,7 +160,7 @@ def taken_by_answers(config: Config, model: Any) -> int:
 @pytest.mark.parametrize("new", [4, 200])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
-    """While prompts are read, or at the last token."""
+    """The peak is while prompts are read, or at the last token."""
     sizes = {"n_positions": 512} if family == "gpt2" else {"max_position_embeddings": 512}
     variant = replace(ALL[family], sizes=ALL[family].sizes | sizes)
     config = answering(evaluation__max_new_tokens=new)

@@ -1,4 +1,4 @@
-"""One order of the sum over a step's micro-batches, whoever has computed which."""
+"""The order of the sum over a step's micro-batches does not depend on the workers."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ some_workers = st.integers(1, 12)
 
 
 def written(start: int, stop: int) -> str:
-    """The sum in brackets, by the definition: a node splits at the largest power of two below its leaves."""
+    """Return the sum in brackets, by the definition: a node splits at the largest power of two below its leaves."""
     if stop - start == 1:
         return str(start)
     middle = start + 2 ** ((stop - start - 1).bit_length() - 1)
@@ -46,7 +46,7 @@ def test_the_nodes_of_all_workers_are_summed_to_the_same(leaves: int, workers: i
 
 
 def test_another_order_gives_other_bits() -> None:
-    """Else nothing here would test anything."""
+    """Otherwise the other tests here would prove nothing."""
     values = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(tree.total(values), tree.total(values.flip(0)))
 
@@ -68,7 +68,7 @@ LEAVES = (1, 2, 3, 5, 6, 8, 13, 21)
 
 
 def _summed(size: int, leaves: int) -> Tensor:
-    """The sum over all workers, twice with the same TreeSum."""
+    """Return the sum over all workers, twice with the same TreeSum."""
     gradient = TreeSum(torch.full((size,), 7.0))
     results = []
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_vectors_of_all_workers_are_summed_in_the_trees_order(workers: int) -> N
 
 @pytest.mark.parametrize("fails", [1, 2])
 def test_a_sum_that_was_given_up_is_forgotten(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exchange fails before it has written over the sums, or in the middle of that."""
+    """An exchange fails before it has overwritten the sums, or half-way."""
     calls = []
 
     def transfer(_sent: Any, received: Any) -> None:
