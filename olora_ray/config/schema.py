@@ -275,8 +275,11 @@ class Train(Section):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Run each block again in the backward pass instead of keeping what it computed: less memory, up to half more
     time, the same result. auto: where a step would not fit in the memory of the workers otherwise."""
-    lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
-    """Peak learning rate of AdamW."""
+    lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
+    """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for the model, method, rank and
+    alpha (docs/method.md)."""
+    lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
+    """Multiplies `lr`, so that a search can vary an automatic rate."""
     lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
     """Learning rate of B divided by that of A, which is `lr` (LoRA+, arXiv 2402.12354, has 16); 1: one for both."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

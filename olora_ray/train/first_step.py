@@ -72,9 +72,8 @@ def moves(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Bat
     model: Any = loss.model
     modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in layers}
     with torch.enable_grad(), watched(modules, see):
-        loss(batch).backward()
-    for layer in adapted.values():
-        layer.da.grad = layer.db.grad = None
+        # Not `backward`: it would add to the gradients of the training.
+        torch.autograd.grad(loss(batch), [part for one in adapted.values() for part in (one.da, one.db)])
     return {name: result[name] for name in layers if name in result}
 
 
