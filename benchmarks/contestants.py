@@ -1,4 +1,4 @@
-"""The contestants of benchmarks/throughput.py, each in a process of its own: a timed pass over all rows, or a gradient.
+"""The contestants of benchmarks/throughput.py, each in its own process: a timed pass over all rows, or a gradient.
 
 python benchmarks/contestants.py JOB        (json; throughput.py starts it)
 """
@@ -31,11 +31,9 @@ Rows = list[tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One contestant."""
-
     name: str
     kind: str
-    """ours, peft, trl, or alone: the rows one by one, for the gradient that is right."""
+    """ours, peft, trl, or alone: single rows, for the reference gradient."""
     workers: int = 1
     micro: int = 2
     """Packs (ours, trl) or rows (peft, trl without packing) in a micro-batch."""
@@ -48,7 +46,6 @@ class Setting:
 
 
 def main() -> None:
-    """Do the job, then print what was done and the peak of memory."""
     warnings.filterwarnings("ignore")
     import datasets
 
@@ -70,14 +67,12 @@ def main() -> None:
 
 
 def make_rows(count: int, seed: int = 0) -> Rows:
-    """Chats of random tokens."""
     generator = np.random.default_rng(seed)
     lengths = np.clip(generator.lognormal(np.log(120), 0.6, count), 16, LONGEST).astype(int)
     return [(generator.integers(3, 40_000, n, dtype=np.int32), np.arange(n) >= n // 2) for n in lengths]
 
 
 def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
-    """One pass with olora_ray's own loader, loss, adapters and optimizer."""
     from olora_ray.train.loader import Schedule, StepLoader
 
     join(setting, job)
@@ -96,7 +91,6 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
 
 
 def run_peer(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
-    """One pass of PEFT's OLoRA with transformers' Trainer or TRL's."""
     model, rows = peer(setting, job), make_rows(job["rows"])
     make = trl_trainer if setting.kind == "trl" else peft_trainer
     make(model, rows[:ROWS_A_STEP], setting, job).train()
@@ -105,7 +99,7 @@ def run_peer(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
 
 
 def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
-    """The gradient of the mean loss per supervised token over all rows, in one step, by LAYER.da and LAYER.db."""
+    """Return the gradient of the mean loss per supervised token over all rows, by LAYER.da and LAYER.db."""
     rows = make_rows(job["rows"])
     if setting.kind == "ours":
         return gradient_of_ours(setting, job, rows)
@@ -119,7 +113,7 @@ def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def gradient_of_ours(setting: Setting, job: dict[str, Any], rows: Rows) -> dict[str, Tensor]:
-    """What the optimizer of a step over all rows is given, on worker 0."""
+    """Return the gradient that rank 0 passes to its optimizer for one step over all rows."""
     from olora_ray.train.loader import Schedule, StepLoader
 
     join(setting, job)
@@ -139,7 +133,6 @@ def gradient_of_ours(setting: Setting, job: dict[str, Any], rows: Rows) -> dict[
 
 
 def join(setting: Setting, job: dict[str, Any]) -> None:
-    """Meet the other workers."""
     import torch.distributed as dist
 
     if setting.workers > 1:
@@ -148,7 +141,7 @@ def join(setting: Setting, job: dict[str, Any]) -> None:
 
 
 def peer(setting: Setting, job: dict[str, Any]) -> Any:
-    """PEFT's model, in the precision that ours has here; to tell what is right, in float32."""
+    """Return PEFT's model in the precision of ours; in float32 for the reference gradient."""
     from olora_ray.cluster.malloc import keep_freed_memory
     from olora_ray.model.load import pick_dtype
 
@@ -161,21 +154,20 @@ def peer(setting: Setting, job: dict[str, Any]) -> Any:
 
 
 def timed(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds on the clock and of this process on a processor."""
+    """Return (wall-clock seconds, CPU seconds of this process)."""
     start, used = time.perf_counter(), time.process_time()
     run()
     return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used}
 
 
 def packs_a_step(store: Sequence[Any], setting: Setting) -> int:
-    """As near to ROWS_A_STEP rows as whole micro-batches allow."""
+    """Return the number of packs per step that is nearest to ROWS_A_STEP rows in full micro-batches."""
     rows_a_pack = sum(len(found.segments) for found in store) / len(store)
     share = setting.micro * setting.workers
     return max(1, round(ROWS_A_STEP / rows_a_pack / share)) * share
 
 
 def our_config(job: dict[str, Any], setting: Setting, size: int) -> Config:
-    """OLoRA on all linear layers, learning rate and clipping as the peers' runs have them."""
     return config(
         job["scratch"],
         {"name": job["folder"], "dtype": job["dtype"]},
@@ -187,6 +179,6 @@ def our_config(job: dict[str, Any], setting: Setting, size: int) -> Config:
 
 if __name__ == "__main__":
     main()
-    # A process group's threads can crash at the interpreter's exit; everything is printed.
+    # Threads of a process group can crash when the interpreter exits. All output is printed already, so skip the exit.
     sys.stdout.flush()
     os._exit(0)

@@ -1,9 +1,9 @@
-"""How soon training starts on a large corpus, and what driver and workers hold in memory meanwhile.
+"""Time until training starts on a large corpus, and the memory of driver and workers meanwhile.
 
-Writes a corpus of generated text, then twice from nothing: prepares its token store alone, and runs
-pipelines/finetune.py on it (SmolLM2-135M, two workers) until the store is complete or --seconds have passed,
-then stops it with SIGTERM. The time to the first step runs from the start of the command, so it includes starting
-Ray and loading the model; that of the preparation alone does not.
+The benchmark writes a corpus of generated text. Then it starts twice without any tokens: once it only prepares the
+token store, and once it runs pipelines/finetune.py (SmolLM2-135M, two workers) until the store is complete or
+--seconds have passed, and stops it with SIGTERM. The time to the first step counts from the command, so it includes
+the start of Ray and the loading of the model. The time of the preparation alone does not.
 
     python benchmarks/early.py [--megabytes 1200] [--seconds 240]
 """
@@ -42,11 +42,10 @@ with logs.printed():
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1200)
-    parser.add_argument("--seconds", type=float, default=240, help="of training beside the preparation, at most")
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--seconds", type=float, default=240, help="limit of the training beside the preparation")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     print(machine())
     Path(args.storage, "models").mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,6 @@ def main() -> None:
 
 
 def write_corpus(file: Path, size: int) -> None:
-    """Rows of text of words with a natural distribution of frequencies, about 2 kB each."""
     generator = np.random.default_rng(0)
     words = ["".join(chr(97 + c) for c in generator.integers(0, 26, n)) for n in generator.integers(2, 10, 20_000)]
     with file.open("w") as out:
@@ -80,7 +78,6 @@ def write_corpus(file: Path, size: int) -> None:
 
 
 def settings(folder: Path, name: str, models: str) -> Path:
-    """A config with a storage of its own; the base model is shared."""
     storage = folder / name
     storage.mkdir()
     (storage / "models").symlink_to(Path(models).resolve() / "models")
@@ -98,13 +95,12 @@ def settings(folder: Path, name: str, models: str) -> Path:
 
 
 def prepare_alone(file: Path) -> float:
-    """Seconds of the preparation, with nothing beside it."""
     done = subprocess.run([sys.executable, "-c", SMALL, file], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def train_beside(file: Path, seconds: float) -> dict[str, float]:
-    """Seconds to the first step and to the complete store, and peaks of memory in megabytes."""
+    """Return seconds to the first step and to the complete store, and peak memories in megabytes."""
     command = [sys.executable, "pipelines/finetune.py", str(file)]
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -124,7 +120,7 @@ def train_beside(file: Path, seconds: float) -> dict[str, float]:
             ended = True
             process.terminate()
     if process.wait() != 143:
-        raise SystemExit("the run did not end as it should")
+        raise SystemExit("the run has failed")
     return {"first": first, "prepared": prepared, "steps": steps, **peaks}
 
 

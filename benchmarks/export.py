@@ -1,7 +1,7 @@
 """Time and memory of an export, its merge and its checks, beside a plain copy of the model's file.
 
-A random Llama of 1.2 billion parameters in bfloat16, whose weights are made one by one, and a random adapter of all
-its linear layers. Nothing here or in an export holds the model: the peak of memory is printed with the times.
+The model is a random Llama of 1.2 billion parameters in bfloat16, written weight by weight, with a random adapter on
+all linear layers. Neither the benchmark nor the export holds the complete model in memory; the peak is in the table.
 
     python benchmarks/export.py [--rank 16] [--folder /tmp/olora-export-benchmark] [--layers 16]
 """
@@ -40,15 +40,13 @@ LLAMA_1B = {
     "num_key_value_heads": 8,
     "head_dim": 64,
 }
-"""The shape of Llama 3.2 1B."""
 
 
 def main() -> None:
-    """Make the model, export it, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, default=16, help="16 are 1.2 billion parameters")
-    parser.add_argument("--folder", help="where 8 GB are written; removed afterwards")
+    parser.add_argument("--folder", help="folder for 8 GB, deleted afterwards")
     args = parser.parse_args()
     quiet_transformers()
     print(machine())
@@ -57,7 +55,6 @@ def main() -> None:
 
 
 def measure(folder: Path, rank: int, layers: int) -> None:
-    """Export into `folder`, step by step."""
     base = folder / "base"
     count = write_base(base, num_hidden_layers=layers)
     os.sync()  # what is still to be written of it is not the copy's
@@ -98,7 +95,7 @@ def measure(folder: Path, rank: int, layers: int) -> None:
 
 
 def write_base(folder: Path, **shape: int) -> int:
-    """A random model of the shape of Llama 3.2 1B, but for what is given; returns its number of parameters."""
+    """Write a random model with the shape of Llama 3.2 1B; return its number of parameters."""
     from transformers import LlamaConfig
 
     told: dict[str, Any] = LLAMA_1B | shape
@@ -128,7 +125,6 @@ def write_base(folder: Path, **shape: int) -> int:
 
 
 def random_adapter(model: Any, rank: int) -> dict[str, AdapterWeights]:
-    """An adapter of every linear layer but the head, as if trained for a while."""
     generator = torch.Generator().manual_seed(1)
     found = {}
     for name, module in model.named_modules():
@@ -141,40 +137,36 @@ def random_adapter(model: Any, rank: int) -> dict[str, AdapterWeights]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """As a user would, and the file is on the disk."""
     shutil.copyfile(source, target)
     flush(target)
 
 
 def merged(base: Path, adapter: dict[str, AdapterWeights], scale: float, target: Path, model: Any) -> None:
-    """The merge, and its files are on the disk."""
     merge.write_merged(base, adapter, scale, target, model)
     for file in target.iterdir():
         flush(file)
 
 
 def flush(target: Path) -> None:
-    """Wait until a file is on the disk."""
+    """Wait until a file is on the disk, because a copy in the page cache would look too fast."""
     with target.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def timed(name: str, work: Callable[[], object]) -> tuple[str, float, float]:
-    """Name, seconds, and the peak of memory until then in GiB."""
+    """Return (name, seconds, peak memory so far in GiB)."""
     start = time.perf_counter()
     work()
     return name, time.perf_counter() - start, peak()
 
 
 def peak() -> float:
-    """The most memory that this process has had, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def require(right: bool) -> None:
-    """The benchmark is of a right export."""
     if not right:
-        raise SystemExit("the export is not right")
+        raise SystemExit("the export has failed its checks")
 
 
 if __name__ == "__main__":

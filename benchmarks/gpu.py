@@ -1,13 +1,13 @@
 """The GPU kit: checks, initialisation, speed and memory on one GPU, beside PEFT with transformers' Trainer.
 
-It needs torch, transformers and peft, and of this project's other packages pydantic and pyarrow: no network, no Ray, no
-MLflow, and the project need not be installed. Checks, on a small random Llama in float32 and bfloat16: the start
-equals the base to the bit, packed examples have the gradient that they have one by one, the gradient is PEFT's, and
-what the self-test says of each implementation of attention. Then random weights of Llama 3's shape: the factors beside
-PEFT's (whose QR takes the whole matrix: one block of it), and a pass over packed chats of random tokens, rank 16 on all
-linear layers. PEFT gets several batches, with and without recomputed activations; the best counts. The share of the
-peak is that of benchmarks/multiplications.py: work that cannot be left out, the same for both. On a GPU each
-measurement has a process of its own.
+It needs torch, transformers, peft, pydantic and pyarrow, but no network, no Ray and no MLflow; the project need not
+be installed. The checks use a small random Llama in float32 and bfloat16: the start equals the base model to the bit,
+packed examples have the same gradient as single ones, the gradient equals PEFT's, and the self-test gives a verdict
+on each attention kernel. The measurements use random weights of Llama 3's shape: the factors beside PEFT's (on one
+block, because PEFT's QR uses the complete matrix), and a pass over packed chats of random tokens with rank 16 on all
+linear layers. PEFT gets several batch sizes, with and without recomputed activations; its best one counts. The share
+of the peak counts only necessary work (benchmarks/multiplications.py), the same for both. On a GPU each measurement
+has its own process.
 
     python benchmarks/gpu.py [--json gpu.json] [--size 8b] [--parts checks,init,training] [--lengths 4096,8192]
     python benchmarks/gpu.py --size tiny --device cpu        all of it on a CPU, to see that it runs
@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the project need not be installed
 if missing := [n for n in ("torch", "transformers", "peft", "accelerate", "pydantic", "pyarrow") if not find_spec(n)]:
-    raise SystemExit(f"not installed: {', '.join(missing)}; without a network, bring them as wheels")
+    raise SystemExit(f"not installed: {', '.join(missing)}; install them (without a network, from wheels)")
 
 import torch  # noqa: E402
 from common import machine, table  # noqa: E402
@@ -40,7 +40,7 @@ from olora_ray.common.logs import quiet_transformers  # noqa: E402
 
 PARTS = ("checks", "init", "training")
 TARGETS = {"share of the peak": 0.45, "times PEFT": 1.5, "tokens a second": 12_500.0}
-"""On one H100, with 8b."""
+"""Targets for size 8b on one H100."""
 WORK = {
     "card": facts,
     "checks": lambda job: checks(torch.device(job["device"])),
@@ -52,7 +52,6 @@ Found = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print the tables, write the JSON; 1 if a check has failed."""
     args = arguments(argv)
     warnings.filterwarnings("ignore")
     quiet_transformers()
@@ -60,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n" + json.dumps(WORK[json.loads(args.job)["kind"]](json.loads(args.job))), flush=True)
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("not measured: torch sees no GPU here; --size tiny --device cpu shows that the kit runs")
+        raise SystemExit("torch finds no GPU; --size tiny --device cpu tests the kit on a CPU")
     found: Found = {"machine": machine(), "size": args.size, "dtype": args.dtype, "card": run(_job("card", args))}
     for part in ("card", *args.parts):
         print(f"{SHOWN[part](measured(part, found, args))}\n", flush=True)
@@ -70,7 +69,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measured(part: str, found: Found, args: argparse.Namespace) -> Any:
-    """A part of the kit, which is kept in what was found."""
     if part == "training":
         lengths = args.lengths or SIZES[args.size].lengths
         found[part] = [contest(args, length, found["card"].get("peak")) for length in lengths]
@@ -80,13 +78,12 @@ def measured(part: str, found: Found, args: argparse.Namespace) -> Any:
 
 
 def all_passed(found: Found) -> bool:
-    """Whether no check has failed, and none is missing that should be there."""
     checks = found.get("checks", {})
     return "failed" not in checks and all(check["ok"] for check in checks.values())
 
 
 def contest(args: argparse.Namespace, length: int, top: float | None) -> Found:
-    """Ours and PEFT's passes at one length, with the share of the peak of each."""
+    """Return the passes of both sides at one length, with their shares of the peak."""
     size = SIZES[args.size]
     batches = [max(1, size.micro_tokens // length)]
     while batches[-1] > 1:
@@ -107,11 +104,11 @@ def contest(args: argparse.Namespace, length: int, top: float | None) -> Found:
 
 
 def run(job: Found) -> Found:
-    """What a job gives; on a GPU in a process of its own, which leaves the memory empty and may crash."""
+    """Run a job; on a GPU in a new process, so that it starts with empty memory and may crash."""
     if job["device"] == "cpu":
         return WORK[job["kind"]](job)
     command = [sys.executable, __file__, "--job", json.dumps(job)]
-    # transformers' Trainer would split its batches over all GPUs that it sees.
+    # Otherwise transformers' Trainer would split its batches over all visible GPUs.
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": first}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -133,7 +130,6 @@ def _job(kind: str, args: argparse.Namespace, **others: Any) -> Found:
 
 
 def card_line(found: Found) -> str:
-    """The card, its peak and what a product reaches."""
     if "failed" in found:
         return f"{machine()}\nthe card: {found['failed']}"
     return (
@@ -143,14 +139,12 @@ def card_line(found: Found) -> str:
 
 
 def checks_table(found: Found) -> str:
-    """One line for each check."""
     if "failed" in found:
         return f"the checks did not run: {found['failed']}"
     return table(("check", "result"), [(name, shown(each)) for name, each in found.items()])
 
 
 def shown(check: Found) -> str:
-    """The result of a check in a few words."""
     if "refused" in check:
         return f"refused: {check['refused'].partition(': ')[2][:70]}"
     told = check.get("failed") or (f"off by {check['difference']:.1e}" if "difference" in check else "")
@@ -158,7 +152,6 @@ def shown(check: Found) -> str:
 
 
 def init_line(found: Found) -> str:
-    """Of the initialisation."""
     if "failed" in found:
         return f"initialisation: {found['failed']}"
     return (
@@ -169,7 +162,6 @@ def init_line(found: Found) -> str:
 
 
 def training_table(contests: Sequence[Found]) -> str:
-    """A row for each pass."""
     rows = []
     for contest in contests:
         for name in ("ours", "peft"):
@@ -190,7 +182,6 @@ def _cells(found: Found) -> tuple[str, str, str, str]:
 
 
 def verdict(contest: Found) -> str:
-    """Ours beside the best of PEFT's."""
     mine, theirs = (best(contest[name]) for name in ("ours", "peft"))
     if mine is None or theirs is None:
         return f"{contest['length']} tokens: no pass of {'ours' if mine is None else 'PEFT'} has ended"
@@ -202,7 +193,6 @@ def verdict(contest: Found) -> str:
 
 
 def against_targets(found: Found) -> str:
-    """What was found beside the targets."""
     told = [
         f"{name} {found[name]:,.2f} ({TARGETS[name]:,.2f}: {'met' if found[name] >= TARGETS[name] else 'missed'})"
         for name in TARGETS
@@ -212,12 +202,11 @@ def against_targets(found: Found) -> str:
 
 
 def best(passes: Sequence[Found]) -> Found | None:
-    """The fastest pass that has ended."""
     return max((each for each in passes if "tokens a second" in each), key=lambda e: e["tokens a second"], default=None)
 
 
 SHOWN = {"card": card_line, "checks": checks_table, "init": init_line, "training": training_table}
-"""Part -> what is printed of it."""
+"""Part -> function that prints its results."""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -226,7 +215,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lengths", type=_numbers, help="of packed sequences, in tokens")
+    parser.add_argument("--lengths", type=_numbers, help="lengths of packed sequences, in tokens")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--job", help=argparse.SUPPRESS)

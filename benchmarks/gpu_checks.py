@@ -1,6 +1,6 @@
-"""The checks of benchmarks/gpu.py: on this device, does training compute what it should?
+"""The checks of benchmarks/gpu.py: training on this device computes the right values.
 
-A small Llama of random weights, with heads of 64 numbers, which all kernels take.
+The model is a small Llama with random weights and heads of 64 numbers, a size that all kernels support.
 """
 
 import tempfile
@@ -29,13 +29,12 @@ from olora_ray.train.self_test import choose_attention
 
 LENGTH, RANK = 96, 8
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Largest relative difference of two gradients that rounding may make."""
+"""Largest relative difference of two gradients that rounding can cause."""
 Found = dict[str, Any]
-"""`ok`, and what was measured."""
+"""`ok`, and the measured values."""
 
 
 def checks(device: torch.device) -> dict[str, Found]:
-    """All of them, by name."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(small_llama(Path(scratch)))
         done: dict[str, Found] = {}
@@ -48,7 +47,7 @@ def checks(device: torch.device) -> dict[str, Found]:
 
 
 def start_exact(folder: str, dtype: str, device: torch.device) -> Found:
-    """With adapters at their start the logits are those of the base, to the bit."""
+    """Check that adapters at their start leave the logits of the base model unchanged, to the bit."""
     settings = _settings(folder, dtype)
     model: Any = load_model(folder, settings.model, device).to(device)
     model.set_attn_implementation(attention.own(model))
@@ -61,13 +60,12 @@ def start_exact(folder: str, dtype: str, device: torch.device) -> Found:
 
 
 def attentions(folder: str, dtype: str, device: torch.device) -> dict[str, Found]:
-    """What the product's own self-test says of each implementation, and which one `auto` takes."""
+    """Return the verdict of the self-test on each attention kernel, and the choice of `auto`."""
     names = get_args(Model.model_fields["attention"].annotation)
     return {name: _guarded(lambda n=name: attention_of(n, folder, dtype, device)) for name in names}
 
 
 def attention_of(name: str, folder: str, dtype: str, device: torch.device) -> Found:
-    """One of them."""
     settings = _settings(folder, dtype, attention=name)
     try:
         model: Any = load_model(folder, settings.model, device).to(device)
@@ -77,7 +75,7 @@ def attention_of(name: str, folder: str, dtype: str, device: torch.device) -> Fo
 
 
 def packed(folder: str, dtype: str, device: torch.device) -> Found:
-    """The gradient over packed sequences is the sum of those of their examples."""
+    """Check that the gradient over packed sequences is the sum of the gradients of their examples."""
     trainer, name = _tested(folder, dtype, device)
     whole = gradient(trainer, [_packs()], name)
     apart = gradient(trainer, [[single] for single in _apart(_packs())], name)
@@ -85,7 +83,7 @@ def packed(folder: str, dtype: str, device: torch.device) -> Found:
 
 
 def like_peft(folder: str, device: torch.device) -> Found:
-    """The gradient over packed sequences is PEFT's over the rows one by one, on a CPU."""
+    """Check that the gradient over packed sequences equals PEFT's over single rows, on a CPU."""
     trainer, name = _tested(folder, "float32", device)
     found = gradient(trainer, [_packs()], name)
     expected = one_by_one(model_of_peft(folder, torch.float32, RANK), _rows())
@@ -93,7 +91,6 @@ def like_peft(folder: str, device: torch.device) -> Found:
 
 
 def gradient(trainer: Trainer, groups: Sequence[Sequence[Pack]], name: str) -> dict[str, Tensor]:
-    """Of the mean loss per supervised token over groups of packs, by LAYER.da and LAYER.db, on the CPU."""
     parts = {
         f"{layer}.{part}": getattr(adapter, part) for layer, adapter in trainer.adapted.items() for part in ("da", "db")
     }
@@ -106,7 +103,7 @@ def gradient(trainer: Trainer, groups: Sequence[Sequence[Pack]], name: str) -> d
 
 
 def compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str) -> Found:
-    """Whether gradients are as near to each other as the precision allows."""
+    """Return whether two gradients agree within the precision."""
     assert found.keys() == expected.keys(), "other parameters have a gradient"
     off = sum(float((found[name].double() - part.double()).square().sum()) for name, part in expected.items())
     size = sum(float(part.double().square().sum()) for part in expected.values())
@@ -115,7 +112,6 @@ def compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype:
 
 
 def _tested(folder: str, dtype: str, device: torch.device) -> tuple[Trainer, str]:
-    """A trainer with the attention that the product takes here."""
     settings = _settings(folder, dtype)
     model: Any = load_model(folder, settings.model, device)
     trainer = _trainer(model, settings, device, before=lambda loss: choose_attention(loss, _packs(), settings, device))
@@ -154,7 +150,6 @@ def _packs() -> list[Pack]:
 
 
 def _apart(packs: Sequence[Pack]) -> list[Pack]:
-    """The examples, one a pack."""
     singles = []
     for pack in packs:
         place = 0
@@ -166,7 +161,6 @@ def _apart(packs: Sequence[Pack]) -> list[Pack]:
 
 
 def small_llama(folder: Path) -> Path:
-    """A model folder of two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig(
@@ -187,7 +181,6 @@ def small_llama(folder: Path) -> Path:
 
 
 def _guarded(check: Callable[[], Found]) -> Found:
-    """A check that fails with an exception has failed; the others are made all the same."""
     try:
         return check()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py trains: Llamas of random weights, chats of random tokens, and the peak of known cards."""
+"""The inputs of benchmarks/gpu.py: Llamas with random weights, chats of random tokens, and the peak of known cards."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,20 +13,18 @@ Row = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama, and what it is measured with."""
-
     shape: dict[str, int]
     """Arguments of LlamaConfig."""
     lengths: tuple[int, ...]
-    """Of packed sequences."""
+    """Lengths of packed sequences."""
     micro_tokens: int
-    """Of a micro-batch."""
+    """Tokens per micro-batch."""
     step_tokens: int
-    """Of an optimizer step."""
+    """Tokens per optimizer step."""
     pass_tokens: int
-    """Of the rows of a timed pass."""
+    """Tokens of a timed pass."""
     peft: tuple[tuple[int, bool], ...] = ((1, False), (2, False), (4, True), (8, True))
-    """Settings of PEFT that are tried: rows of a batch, and whether activations are recomputed."""
+    """Settings to try with PEFT: (rows per batch, recompute activations)."""
 
 
 def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, int]:
@@ -69,9 +67,9 @@ PEAKS = {
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Operations a second that count as 100 %, and where the number is from.
+    """Return (operations per second that count as 100 %, source of the number).
 
-    Of a card that is not in the table, of a CPU and in another precision it is the rate of a large product.
+    For a card that is not in the table, a CPU or another precision, the number is the measured rate of a large product.
     """
     if device.type == "cuda" and dtype is torch.bfloat16 and (part := known_card(torch.cuda.get_device_name(device))):
         return PEAKS[part] * 1e12, f"stated by the maker for {part}"
@@ -79,13 +77,11 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def known_card(name: str) -> str | None:
-    """The entry of PEAKS for a card's name."""
-    # The longest one: "L40S" is no "L4".
+    # The longest match: "L40S" also contains "L4".
     return max((part for part in PEAKS if part.lower() in name.lower()), key=len, default=None)
 
 
 def facts(job: dict[str, Any]) -> dict[str, Any]:
-    """The card, its peak, and what a large product reaches."""
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     top, source = peak(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -93,13 +89,11 @@ def facts(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square product."""
     side = 8192 if device.type == "cuda" else 512
     return max(rates([(side, side, side)], dtype, device).values())
 
 
 def random_llama(size: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
-    """A frozen Llama with the same random weights each time, made on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shape = LlamaConfig(**SIZES[size].shape, max_position_embeddings=16384, pad_token_id=0, rope_theta=500000.0)
@@ -110,7 +104,7 @@ def random_llama(size: str, dtype: torch.dtype, device: torch.device, attention:
 
 
 def chats(size: str, length: int, tokens: int, seed: int = 0) -> list[Row]:
-    """Chats of random tokens, about `tokens` in all; lengths log-normal, an eighth of `length` in the middle."""
+    """Return chats of random tokens, about `tokens` in total; lengths are log-normal with median `length` / 8."""
     generator = np.random.default_rng(seed)
     vocabulary, rows, left = SIZES[size].shape["vocab_size"], list[Row](), tokens
     while left > 0:

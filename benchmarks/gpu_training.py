@@ -1,4 +1,5 @@
-"""The measurements of benchmarks/gpu.py: initialisation, and a pass of ours and of PEFT with transformers' Trainer."""
+"""The measurements of benchmarks/gpu.py: initialisation, and a training pass of ours and of PEFT with transformers'
+Trainer."""
 
 import resource
 import tempfile
@@ -32,7 +33,7 @@ Found = dict[str, Any]
 
 
 def initialisation(job: dict[str, Any]) -> Found:
-    """Seconds to the factors of the whole model, and of its first block beside PEFT's."""
+    """Return seconds for the factors of the complete model, and of its first block beside PEFT's."""
     device, rank = torch.device(job["device"]), int(job["rank"])
     model = random_llama(job["size"], getattr(torch, job["dtype"]), device)
     targets = find_targets(model, "all-linear", rank)
@@ -59,7 +60,6 @@ def initialisation(job: dict[str, Any]) -> Found:
 
 
 def ours(job: dict[str, Any]) -> Found:
-    """A pass of this project's training over packed chats."""
     device, store = torch.device(job["device"]), memory_store(_rows(job), job["length"])
     settings = _settings(job)
     trainer, tested = _our_trainer(job, settings, store)
@@ -103,7 +103,6 @@ def _settings(job: dict[str, Any]) -> Config:
 
 
 def _our_trainer(job: dict[str, Any], settings: Config, store: Any) -> tuple[Trainer, SelfTest]:
-    """What a worker builds, with the attention that has passed the self-test."""
     device, adapter = torch.device(job["device"]), settings.adapter
     model = random_llama(job["size"], getattr(torch, job["dtype"]), device)
     loss: Any = SupervisedLoss(model)
@@ -120,9 +119,9 @@ def _our_trainer(job: dict[str, Any], settings: Config, store: Any) -> tuple[Tra
 
 
 def peft(job: dict[str, Any]) -> Found:
-    """A pass of PEFT's LoRA with transformers' Trainer over the same chats, batches grouped by length.
+    """Run a pass of PEFT's LoRA with transformers' Trainer over the same chats, batches grouped by length.
 
-    OLoRA's start is left out: it takes minutes with PEFT, and does not change the speed.
+    The start is LoRA's, because OLoRA's takes minutes in PEFT and does not change the speed.
     """
     from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -143,7 +142,7 @@ def _lora(model: Any, rank: int) -> Any:
 
     model.config.use_cache = False
     wanted = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    # Adapters in the base's precision: the faster of PEFT's two ways.
+    # Adapters in the base model's precision, because that is the faster one of PEFT's two modes.
     return get_peft_model(model, wanted, autocast_adapter_dtype=False)
 
 
@@ -167,7 +166,6 @@ def _trainer(model: Any, rows: list[Row], job: dict[str, Any]) -> Any:
 
 
 def _recomputing(on: bool) -> dict[str, Any]:
-    """transformers has renamed it; the older name warns."""
     from transformers import TrainingArguments
 
     known = {field.name for field in fields(TrainingArguments)}
@@ -178,7 +176,6 @@ def _recomputing(on: bool) -> dict[str, Any]:
 def _peft_block(
     model: Any, targets: dict[str, Target], rank: int, device: torch.device
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """(A, B) of PEFT's OLoRA on some layers, and its seconds; the layers' weights are changed."""
     from peft import LoraConfig, get_peft_model
 
     wanted = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="olora")

@@ -1,11 +1,13 @@
-"""Time to the factors of each method, beside PEFT's own initialisation on the same weights in the same run.
+"""Time that each method needs to compute the factors, beside PEFT's own initialisation on the same weights.
 
-Ours is the whole of `initialise`: factors of every layer, exchange buffers and digest. PEFT's is the time inside its
-`olora_init`, `pissa_init` .. alone, so making the wrapper modules counts for neither. The first table is OLoRA's, with
-the error of both; the second has a row for each method: seconds, how far the memory of the process rose above what it
-was, and the largest relative difference of B0 A0 over the layers. Of the randomised ones, which are approximations, it
-is that of each to the exact pissa. The third has those that look at the training data, on one batch, with all that they
-take: forward and backward passes, hooks and decompositions; and the sine of the angle between the spaces of their A.
+Our time is that of the complete `initialise`: factors of all layers, exchange buffers and digest. PEFT's time is only
+that inside `olora_init`, `pissa_init` and so on, so neither side counts the creation of wrapper modules.
+
+- The first table is for OLoRA, with the error of both sides.
+- The second table has one row per method: seconds, growth of the process's memory, and the largest relative difference
+  of B0 A0 over the layers. Randomised methods are approximations, so each side is compared with the exact pissa.
+- The third table has the methods that read training data. They run on one batch; the time includes their forward and
+  backward passes, hooks and decompositions. The difference is the sine of the angle between the spaces of their A.
 
     python benchmarks/init.py [--repeats 5] [--peft-repeats 1] [--skip-model] [--methods pissa,nora]
 """
@@ -35,7 +37,7 @@ from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.common.logs import quiet_transformers
 
 MATRICES = ((4096, 4096), (11008, 4096), (4096, 14336))
-"""Out x in features: square, the MLP of a 7B model, the MLP of an 8B model on its side."""
+"""(out features, in features): square, the MLP of a 7B model, the transposed MLP of an 8B model."""
 
 THEIRS: dict[str, tuple[Any, str]] = {
     "olora": ("olora", "olora_init"),
@@ -44,17 +46,17 @@ THEIRS: dict[str, tuple[Any, str]] = {
     "pissa_fast": ("pissa_niter_16", "pissa_init"),
     "orthogonal": ("orthogonal", "orthogonal_init"),
 }
-"""Our method -> PEFT's init_lora_weights, and the function of its layer that does the work."""
+"""Our method -> PEFT's init_lora_weights, and the function that computes it."""
 RANK_FROM_DATA = 16
 RANDOM = ("lora", "orthogonal")
-"""Methods that draw random numbers, so that nothing can be compared but time and memory."""
+"""Methods with random numbers, of which only time and memory can be compared."""
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """(A, B) by layer."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a rank; `make` gives the same weights each time (PEFT changes them)."""
+    """A model and a rank; `make` returns the same weights each time, because PEFT changes them."""
 
     name: str
     rank: int
@@ -62,14 +64,15 @@ class Case:
 
 
 def main() -> None:
-    """Run all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="of ours; the median counts")
-    parser.add_argument("--peft-repeats", type=int, default=1, help="of PEFT's, which take seconds each")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of ours; the median counts")
+    parser.add_argument(
+        "--peft-repeats", type=int, default=1, help="repetitions of PEFT, which takes seconds each time"
+    )
     parser.add_argument("--skip-model", action="store_true", help="single matrices only")
     parser.add_argument("--methods", help="rows of the second table; default: all")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     quiet_transformers()
@@ -96,7 +99,6 @@ def main() -> None:
 
 
 def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
-    """One row of the table."""
     ours: list[float] = []
     model = case.make()
     targets = find_targets(model, "all-linear", case.rank)
@@ -121,7 +123,7 @@ def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
 
 
 def gaps(targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs: Any) -> tuple[float, float, float]:
-    """Largest |ours - PEFT's|, |ours - exact| and |PEFT's - exact| over all factors."""
+    """Return the largest |ours - PEFT's|, |ours - exact| and |PEFT's - exact| over all factors."""
     largest = torch.zeros(3, dtype=torch.float64)
     for name, target in targets.items():
         weight = target.weight().double()
@@ -134,13 +136,11 @@ def gaps(targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs
 
 
 def family(case: Case, methods: Sequence[str]) -> str:
-    """The table with a row for each method."""
     header = (case.name, "ours s", "PEFT s", "ratio", "ours MB", "PEFT MB", "difference", "PEFT's name")
     return table(header, [of_method(case, method) for method in methods])
 
 
 def of_method(case: Case, method: str) -> tuple[str, ...]:
-    """A row: ours, and PEFT's where it has the method."""
     targets = find_targets(case.make(), "all-linear", case.rank)
     initialise(targets, method, case.rank, 0, torch.device("cpu"))  # warms up
     with Watch() as ours:
@@ -156,7 +156,6 @@ def of_method(case: Case, method: str) -> tuple[str, ...]:
 
 
 def shown(method: str, targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs: Pairs) -> str:
-    """The cell of the difference."""
     if method in RANDOM:
         return "random"
     mine = pairs(ours)
@@ -167,7 +166,7 @@ def shown(method: str, targets: dict[str, Target], rank: int, ours: dict[str, Fa
 
 
 class Watch:
-    """Seconds of a block, and by how many MB the resident memory of this process rose in it (Linux; else 0)."""
+    """Seconds of a block, and growth of this process's resident memory in MB (Linux only; otherwise 0)."""
 
     def __enter__(self) -> "Watch":
         gc.collect()
@@ -182,7 +181,6 @@ class Watch:
 
 
 def resident(kind: str) -> float:
-    """VmRSS (now) or VmHWM (peak) in MB; 0 where /proc is not there."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -191,12 +189,11 @@ def resident(kind: str) -> float:
 
 
 def pairs(factors: dict[str, Factors]) -> Pairs:
-    """(A, B) by layer."""
     return {name: (item.a0, item.b0) for name, item in factors.items() if item.b0 is not None}
 
 
 def distance(one: Pairs, other: Pairs) -> float:
-    """Largest relative difference of B0 A0 over the layers; the scale is 1 for both."""
+    """Return the largest relative difference of B0 A0 over the layers; the scale is 1 on both sides."""
     found = []
     for name, (a, b) in other.items():
         product = b.double() @ a.double()
@@ -206,7 +203,7 @@ def distance(one: Pairs, other: Pairs) -> float:
 
 
 def peft_factors(case: Case, names: list[str], method: str) -> tuple[float, Pairs, float]:
-    """Seconds inside PEFT's initialisation of a method, its factors (A, B) by layer, and the MB that it took."""
+    """Return seconds inside PEFT's initialisation, its factors (A, B) by layer, and its memory in MB."""
     model, spent = case.make(), 0.0
     init, function = THEIRS[method]
     original = getattr(LoraLayer, function)
@@ -233,7 +230,6 @@ def peft_factors(case: Case, names: list[str], method: str) -> tuple[float, Pair
 
 
 def matrix(m: int, n: int) -> nn.Module:
-    """A model of one random linear layer."""
     model = nn.Sequential()
     model.add_module("proj", nn.Linear(n, m, bias=False, device="meta").to_empty(device="cpu"))
     model.proj.weight.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
@@ -241,7 +237,6 @@ def matrix(m: int, n: int) -> nn.Module:
 
 
 def tiny_llama() -> nn.Module:
-    """A language model of random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -250,7 +245,6 @@ def tiny_llama() -> nn.Module:
 
 
 def load(folder: str) -> nn.Module:
-    """The language model in float32."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

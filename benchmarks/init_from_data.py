@@ -1,7 +1,7 @@
-"""Rows of benchmarks/init.py for the methods that look at the training data: EVA and LoRA-GA, beside PEFT's.
+"""Rows of benchmarks/init.py for the methods that read training data: EVA and LoRA-GA, beside PEFT's.
 
-Both look at the same batch, of rows of one length. With one batch PEFT's EVA is well defined (over several it depends
-on their order), and its LoRA-GA takes a step of the caller's for the gradient, which is one forward and backward here.
+Both sides read the same batch, with rows of one length. One batch, because PEFT's EVA depends on the order of several
+batches. PEFT's LoRA-GA gets the gradient from a training step of the caller: here one forward and backward pass.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from olora_ray.train.data_driven import eva_factors, gradient_factors
 from olora_ray.train.loss import SupervisedLoss
 
 ROWS, LENGTH, PROMPT = 4, 80, 16
-"""Of the batch; the prompt's tokens are not supervised."""
+"""Size of the batch; the prompt's tokens are not supervised."""
 RATIO = 2.0
 """EVA's rho."""
 GAMMA = 16
@@ -29,8 +29,6 @@ Spaces = dict[str, Tensor]
 
 
 class Measure(Protocol):
-    """Seconds and MB of a block; `init.Watch`."""
-
     seconds: float
     megabytes: float
 
@@ -39,7 +37,7 @@ class Measure(Protocol):
 
 
 def from_data(name: str, make: Callable[[], Any], rank: int, watch: Callable[[], Measure]) -> str:
-    """The table: a row for each method; `make` gives a language model with the same weights each time."""
+    """Return the table with one row per method; `make` returns the same weights each time."""
     rows = []
     for method in ("eva", "lora_ga"):
         ours, mine = of_ours(make(), method, rank, watch)
@@ -66,7 +64,6 @@ def from_data(name: str, make: Callable[[], Any], rank: int, watch: Callable[[],
 
 
 def of_ours(model: Any, method: str, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
-    """What it takes, forward passes included, and A0 of each layer."""
     model.requires_grad_(False)
     targets = find_targets(model, "all-linear", rank)
     own: dict[str, Any] = {"rho": RATIO} if method == "eva" else {"gamma": GAMMA}
@@ -79,7 +76,6 @@ def of_ours(model: Any, method: str, rank: int, watch: Callable[[], Measure]) ->
 
 
 def eva_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
-    """PEFT's `get_eva_state_dict` on the batch."""
     from peft import EvaConfig, LoraConfig, get_eva_state_dict
 
     names = list(find_targets(model, "all-linear", rank))
@@ -93,7 +89,6 @@ def eva_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Me
 
 
 def lora_ga_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
-    """PEFT's `preprocess_loraga` and the wrapping that follows it."""
     from peft import LoraConfig, LoraGAConfig, get_peft_model
     from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -114,13 +109,12 @@ def lora_ga_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tupl
 
 
 def tokens(model: Any) -> np.ndarray:
-    """Token ids (ROWS x LENGTH, int32), some of them as frequent as the words of a text are."""
+    """Return token ids (ROWS x LENGTH, int32) with frequencies like those of words in a text."""
     size = model.config.get_text_config().vocab_size
     return (np.random.default_rng(0).zipf(1.3, (ROWS, LENGTH)) % (size - 2) + 2).astype(np.int32)
 
 
 def batch(model: Any) -> dict[str, Tensor]:
-    """The same rows for transformers and PEFT."""
     ids = torch.from_numpy(tokens(model).astype(np.int64))
     labels = ids.clone()
     labels[:, :PROMPT] = -100
@@ -128,7 +122,7 @@ def batch(model: Any) -> dict[str, Tensor]:
 
 
 def sine(one: Tensor, other: Tensor) -> float:
-    """Sine of the largest angle between the spaces of the rows that both have, as many as the shorter has."""
+    """Return the sine of the largest angle between two row spaces; the longer one is cut to the shorter."""
     size = min(len(one), len(other))
     bases = [torch.linalg.qr(part[:size].double().T).Q for part in (one, other)]
     left = bases[0] - bases[1] @ (bases[1].T @ bases[0])

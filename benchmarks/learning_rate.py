@@ -2,13 +2,13 @@
 
 A cell is a method with a rank and an alpha on a task. It is trained at the automatic rate and at rates by factors of 2
 around it, until the best one has a worse neighbour on both sides. The tuned rate is the vertex of the parabola in log
-lr through the best rate and its neighbours. All trainings of a task see the same rows in the same order, without Ray, one
-after the other, on one thread. Each is appended to a file when it ends: run several commands with other cells side by
-side, and the same command again to continue.
+lr through the best rate and its neighbours. All trainings of a task see the same rows in the same order, without Ray,
+one after the other, on one thread. Each is appended to a file when it ends. Run several commands with other cells side
+by side; the same command resumes.
 
     python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning
-    python benchmarks/learning_rate.py reasoning [--methods lora,olora] [--ranks 16] [--alphas 1,2] [--results FILE]
-    python benchmarks/learning_rate.py table [--results FILE]
+    python benchmarks/learning_rate.py [reasoning] [json] [--methods lora,olora] [--ranks 16] [--alphas 1,2]
+    python benchmarks/learning_rate.py table         what has been trained so far
 
 SmolLM2-135M-Instruct, dequantised from Q4_1, in float32; 20 steps of 8 rows; loss on 64 held-out rows.
 """
@@ -66,7 +66,7 @@ class Cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=[*TASKS, "table"])
+    parser.add_argument("tasks", nargs="*", help="reasoning, json (default: both), or table", default=[*TASKS])
     parser.add_argument("--methods", default="lora,olora,olora_even,pissa,nora")
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--alphas", default="1,2", help="alpha divided by rank")
@@ -74,19 +74,23 @@ def main() -> None:
     parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.task == "table":
-        print(machine())
-        print(shown(read(args.results)))
-        return
+    if args.tasks != ["table"]:
+        train(args)
+    print(machine())
+    print(shown(read(args.results)))
+
+
+def train(args: argparse.Namespace) -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     folder = model_folder(MODEL, args.storage)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows, held_out = (store(tokenizer, args.task, split, count) for split, count in SPLITS.items())
-    loss: Any = SupervisedLoss(load_frozen(folder, Cell(args.task, "lora", 1, 1).settings().model, CPU))
-    for rank in map(int, args.ranks.split(",")):
-        for factor in map(float, args.alphas.split(",")):
-            for method in args.methods.split(","):
-                tune(Cell(args.task, method, rank, factor * rank), loss, rows, held_out, args.results)
+    loss: Any = SupervisedLoss(load_frozen(folder, Cell("", "lora", 1, 1).settings().model, CPU))
+    for task in args.tasks:
+        rows, held_out = (store(tokenizer, task, split, count) for split, count in SPLITS.items())
+        for rank in map(int, args.ranks.split(",")):
+            for factor in map(float, args.alphas.split(",")):
+                for method in args.methods.split(","):
+                    tune(Cell(task, method, rank, factor * rank), loss, rows, held_out, args.results)
 
 
 SPLITS = {"train": STEPS * BATCH, "heldout": HELD_OUT}

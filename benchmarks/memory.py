@@ -1,8 +1,8 @@
-"""The memory plan of a worker beside what a process takes that trains: six shapes, on this machine's CPU.
+"""The planned memory of a worker beside the measured memory of a training process: six shapes, on this CPU.
 
-The plan is `estimate` (train/estimate.py), without the process itself. Each shape is trained for three steps in a
-process of its own, whose allocator gives freed memory back at once, so that the peak of its resident memory is that of
-its tensors. Target: within 10 %.
+The plan is `estimate` (train/estimate.py), without the process itself. Each shape is trained for three steps in its
+own process. The allocator returns freed memory at once, so the peak of the resident memory is the peak of the
+tensors. Target: within 10 %.
 
     python benchmarks/memory.py [--tiny]
 """
@@ -35,9 +35,8 @@ SHAPES: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Print a row for each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small models, for a look at whether it works")
+    parser.add_argument("--tiny", action="store_true", help="small models, to test the script")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -55,7 +54,6 @@ def main() -> None:
 
 
 def make_model(family: str, vocabulary: int, tiny: bool, folder: str) -> None:
-    """A model of random weights in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"llama": TINY if tiny else LLAMA, "gpt2": TINY_GPT2 if tiny else GPT2}[family]
@@ -66,7 +64,6 @@ def make_model(family: str, vocabulary: int, tiny: bool, folder: str) -> None:
 
 
 def sections_of(changes: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The sections of a config with a shape's changes."""
     sections: dict[str, dict[str, Any]] = {
         "model": {"name": folder, "dtype": "float32"},
         "data": {"train": [{"path": "unused.jsonl"}], "max_length": 512},
@@ -78,13 +75,11 @@ def sections_of(changes: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def made(sections: dict[str, Any]) -> Any:
-    """The config."""
     model = sections["model"]
     return config("unused", model, **{name: part for name, part in sections.items() if name != "model"})
 
 
 def plan(sections: dict[str, Any]) -> int:
-    """Bytes that are planned."""
     from olora_ray.model.source import obtain
     from olora_ray.train.estimate import estimate
 
@@ -93,7 +88,6 @@ def plan(sections: dict[str, Any]) -> int:
 
 
 def measured(sections: dict[str, Any]) -> int:
-    """Bytes by which a process of its own grows."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(sections)], capture_output=True, text=True, check=False
     )
@@ -103,7 +97,7 @@ def measured(sections: dict[str, Any]) -> int:
 
 
 def grown(sections: dict[str, Any]) -> int:
-    """In the child: the growth of this process's resident memory, at its most, from the imports to the third step."""
+    """Return, in the child, the peak growth of resident memory from the imports to the third step, in bytes."""
     import numpy as np
     import torch
     from common import our_trainer
@@ -114,7 +108,7 @@ def grown(sections: dict[str, Any]) -> int:
     from olora_ray.train import parallel
     from olora_ray.train.loop import train_mode
 
-    malloc.keep_freed_memory = lambda *_: None  # what is freed is to be seen to be free
+    malloc.keep_freed_memory = lambda *_: None  # freed memory must leave the process, or the peak would contain it
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system
     cfg = made(sections)
     length = cfg.data.length()
@@ -139,7 +133,6 @@ def grown(sections: dict[str, Any]) -> int:
 
 
 def resident(kind: str) -> int:
-    """VmRSS (now) or VmHWM (peak), in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 

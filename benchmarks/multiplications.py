@@ -1,15 +1,15 @@
-"""Floating-point operations that a training of adapters cannot do without, and the rate at which a machine multiplies.
+"""Minimum of floating-point operations of a training of adapters, and the matrix rate of a machine.
 
-An operation is one multiplication or one addition. For T tokens, a weight of m x n, adapters of width k (2 r where the
-method has a B0, else r), segments of L tokens, H heads of size D, S supervised tokens and a vocabulary of V:
+An operation is one multiplication or one addition. For T tokens, a weight of m x n, adapters of width k (2 r if the
+method has a B0, otherwise r), segments of L tokens, H heads of size D, S supervised tokens and a vocabulary of V:
 
     base, forward and dX     2 T m n each; no dX where the layer's input has no gradient
     low-rank paths           2 T k (m + n) forward and for dX, 2 T r (m + n) for dA and dB
     attention, causal        12 H D L (L + 1) / 2 for each segment and layer: two products forward, four backward
     output head              2 S V h forward and for dX, over the supervised positions alone
 
-Nothing is counted for what is computed a second time (scores of attention, recomputed blocks), for padding, or for
-anything that is no product of matrices.
+Repeated work (attention scores, recomputed blocks), padding, and operations other than products of matrices do not
+count.
 """
 
 import time
@@ -23,29 +23,29 @@ from torch import Tensor
 from olora_ray.train.base_files import decoder_layers
 
 Shape = tuple[int, int, int]
-"""Rows, columns in and columns out of a product."""
+"""(rows, input columns, output columns) of a product."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What of a model with adapters decides the operations."""
+    """The properties of a model with adapters that decide the number of operations."""
 
     weights: dict[str, tuple[int, int]]
-    """Adapted layers: m x n."""
+    """(m, n) of the adapted layers."""
     without_dx: frozenset[str]
-    """Of these, those whose input has no gradient: the first ones after the embedding."""
+    """The adapted layers whose input has no gradient: the first ones after the embedding."""
     rank: int
     width: int
     """k: columns of the low-rank path."""
     layers: int
     attended: int
-    """Numbers of a token's queries: heads times their size."""
+    """Number of heads times their size."""
     hidden: int
     vocabulary: int
 
 
 def shapes_of(trainer: Any, batch: Any) -> Shapes:
-    """The shapes of a trainer's model; the batch is run through it once, forward only."""
+    """Return the shapes of a trainer's model; runs one forward pass over the batch."""
     config = trainer.loss.model.config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -64,12 +64,12 @@ def shapes_of(trainer: Any, batch: Any) -> Shapes:
 
 
 def needed(shapes: Shapes, segments: Iterable[int], supervised: int) -> dict[str, float]:
-    """Operations of a forward and backward pass over examples of these lengths, by what they are for."""
+    """Return part -> operations of a forward and backward pass over examples of these lengths."""
     lengths = list(segments)
     tokens = sum(lengths)
     each = {name: m * n for name, (m, n) in shapes.weights.items()}
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    # Forward, back through B, dX where there is one; then dA and dB.
+    # Forward, backward through B, dX if the input has a gradient; then dA and dB.
     low_rank = (2 * shapes.width + shapes.rank) * sum(m + n for m, n in shapes.weights.values())
     spared = shapes.width * sum(shapes.weights[name][1] for name in shapes.without_dx)
     return {
@@ -82,7 +82,7 @@ def needed(shapes: Shapes, segments: Iterable[int], supervised: int) -> dict[str
 
 
 def products(shapes: Shapes, tokens: int, supervised: int) -> dict[Shape, float]:
-    """Shapes of the large products of a micro-batch with so many tokens -> operations in all of each."""
+    """Return shape -> operations of the large products of a micro-batch."""
     found: dict[Shape, float] = {}
     for name, (m, n) in shapes.weights.items():
         for shape in ((tokens, n, m), (tokens, m, n))[: 1 if name in shapes.without_dx else 2]:
@@ -94,12 +94,12 @@ def products(shapes: Shapes, tokens: int, supervised: int) -> dict[Shape, float]
 def rates(
     shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device, seconds: float = 0.3
 ) -> dict[Shape, float]:
-    """Operations a second of torch.matmul for each shape, the best of calls that take about `seconds`."""
+    """Return operations per second of torch.matmul per shape, the best of calls that take about `seconds`."""
     return {shape: _rate(shape, dtype, device, seconds) for shape in shapes}
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, with what it has started on a GPU."""
+    """Return the seconds of a call, including the work that it has started on a GPU."""
     wait(device)
     began = time.perf_counter()
     run()
@@ -108,7 +108,6 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,12 +1,13 @@
-"""What Ray costs while it trains: the loop inside Ray Train beside the same loop under torchrun.
+"""Cost of Ray during training: the training loop in Ray Train beside the same loop under torchrun.
 
-Both train the same config on the same token store with the same code (cluster/worker.py): pipelines/finetune.py as a
-user runs it, with driver, progress, MLflow and checkpoints; and processes that torchrun starts, which meet the same
-Worker in a context of their own, where nobody is told anything. Two numbers of each: the seconds of a step as the
-worker records them, and those between two checkpoints divided by the steps between them, which contain what happens
-between steps too; the ratio is of the latter. The first steps do not count. SmolLM2-135M, in turn, medians count. Run
-it on an idle machine: on two cores Ray's own processes share them with the workers, as they do for a user. What all
-processes but the workers take of the machine's processors meanwhile is shown too: it varies less than the steps.
+Both train the same config on the same token store with the same code (cluster/worker.py). One is
+pipelines/finetune.py as a user runs it, with driver, progress, MLflow and checkpoints. The other consists of
+processes that torchrun starts; they run the same Worker, but report to nobody. There are two times per step: the
+worker's own measurement, and the time between two checkpoints divided by the steps between them. The second one also
+contains the work between steps, and the ratio uses it. The first steps do not count. SmolLM2-135M; both run in turn,
+and medians count. Run it on an idle machine: on two cores Ray's processes share the cores with the workers, as they
+do for a user. The last column is the share of the machine's CPU time that other processes than the workers use; it
+varies less than the steps.
 
     python benchmarks/overhead.py [--rounds 3] [--steps 40] [--workers 2]
 """
@@ -41,35 +42,32 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has recorded, without its first steps."""
+    """The records of a run, without its first steps."""
 
     step: float
-    """Seconds of a step, the mean."""
+    """Mean seconds of a step."""
     whole: float
-    """Seconds from step to step, with what lies between."""
+    """Mean seconds from one step to the next."""
     waiting: float
-    """Share of the steps' time that was spent waiting for data."""
+    """Share of the steps' time that workers waited for data."""
     others: float = math.nan
-    """Share of the machine's processors that other processes than the workers took meanwhile; nan: not looked at."""
+    """Share of the machine's CPU time that other processes than the workers used; nan: not measured."""
 
 
 @dataclass(frozen=True)
 class Busy:
-    """Seconds of processors, up to a time."""
-
     time: float
     all: float
     workers: float
 
 
 def main() -> None:
-    """Run both in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="of which the first quarter does not count")
+    parser.add_argument("--steps", type=int, default=40, help="steps; the first quarter does not count")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     model_folder(args.model, args.storage)
     Path(args.storage, "models").mkdir(parents=True, exist_ok=True)
@@ -80,7 +78,7 @@ def main() -> None:
         (storage / "models").symlink_to(Path(args.storage).resolve() / "models")
         write_corpus(storage / "corpus.jsonl", rows=args.steps * 16)
         for turn in range(args.rounds):
-            # Ray's comes first: it leaves the token store that both read.
+            # Ray's run comes first, because it writes the token store that both read.
             for name in runs:
                 file = settings(storage, f"{name.split()[0].lower()}-{turn}", args)
                 seen = run(name, file, args.workers)
@@ -91,7 +89,6 @@ def main() -> None:
 
 
 def write_corpus(file: Path, rows: int) -> None:
-    """Chats of generated words, of about a hundred tokens and more."""
     generator = np.random.default_rng(0)
     words = ["".join(chr(97 + c) for c in generator.integers(0, 26, n)) for n in generator.integers(2, 10, 5_000)]
     with file.open("w") as out:
@@ -105,7 +102,6 @@ def write_corpus(file: Path, rows: int) -> None:
 
 
 def settings(storage: Path, name: str, args: argparse.Namespace) -> Path:
-    """The config of a run; all have the same but for their names."""
     tree = {
         "run": {"name": name, "storage": str(storage)},
         "model": {"name": args.model},
@@ -130,7 +126,6 @@ def settings(storage: Path, name: str, args: argparse.Namespace) -> Path:
 
 
 def run(name: str, file: Path, workers: int) -> list[Busy]:
-    """Train, and look at the processors meanwhile; what is printed is shown on the standard error."""
     command, environment = [sys.executable, "pipelines/finetune.py", str(file)], dict(os.environ)
     if name == "torchrun":
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
@@ -147,7 +142,6 @@ def run(name: str, file: Path, workers: int) -> list[Busy]:
 
 
 def busy(ancestor: int, worker: str) -> Busy:
-    """What all processes, and the workers below `ancestor`, have taken of processors so far."""
     user, nice, system, *_ = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
     found = 0
     for process in processes_below(ancestor, worker):
@@ -158,7 +152,7 @@ def busy(ancestor: int, worker: str) -> Busy:
 
 
 def taken_by_others(seen: Sequence[Busy], began: float, ended: float) -> float:
-    """The share of the processors' time between two times that others than the workers took; nan of a short one."""
+    """Return the share of the CPU time between two times that other processes used; nan if too short."""
     within = [each for each in seen if began <= each.time <= ended]
     if len(within) < 2:
         return math.nan
@@ -168,7 +162,7 @@ def taken_by_others(seen: Sequence[Busy], began: float, ended: float) -> float:
 
 
 def recorded(folder: Path, steps: int, seen: Sequence[Busy] = ()) -> Run:
-    """What a run's folder tells, from the first checkpoint after the start to the last."""
+    """Read the records in a run folder, from the first counted checkpoint to the last one."""
     first = counted_from(steps)
     state = TrainResult.from_json((folder / "training.json").read_text()).state
     assert state is not None
@@ -182,12 +176,10 @@ def recorded(folder: Path, steps: int, seen: Sequence[Busy] = ()) -> Run:
 
 
 def counted_from(steps: int) -> int:
-    """The steps up to this one do not count; after it there is a checkpoint."""
     return max(1, steps // 4)
 
 
 def runs_table(runs: dict[str, list[Run]]) -> str:
-    """A row for each way to train."""
     rows = [
         (
             name,
@@ -203,7 +195,6 @@ def runs_table(runs: dict[str, list[Run]]) -> str:
 
 
 def verdict(runs: dict[str, list[Run]]) -> str:
-    """Both numbers beside their targets."""
     pairs = [mine.whole / other.whole - 1 for mine, other in zip(runs["Ray Train"], runs["torchrun"], strict=True)]
     over, waiting = median(pairs), median(each.waiting for each in runs["Ray Train"])
     return (

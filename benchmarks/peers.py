@@ -15,7 +15,6 @@ Row = tuple[np.ndarray, np.ndarray]
 
 
 def model_of_peft(folder: str, dtype: torch.dtype, rank: int, float32_adapters: bool = False) -> Any:
-    """The language model with PEFT's OLoRA on all linear layers."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -26,7 +25,7 @@ def model_of_peft(folder: str, dtype: torch.dtype, rank: int, float32_adapters: 
 
 
 def one_by_one(model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """The gradient that all should have: each row alone, its loss by the plain formula."""
+    """Return the reference gradient: each row alone, with its loss by the plain formula."""
     count = sum(int(marked[1:].sum()) for _, marked in rows)
     for ids, marked in rows:
         tokens = torch.from_numpy(ids.astype(np.int64))
@@ -37,7 +36,6 @@ def one_by_one(model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def gradients_of(model: Any) -> dict[str, Tensor]:
-    """By LAYER.da (of A) and LAYER.db (of B), as they are called here."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -47,7 +45,7 @@ def gradients_of(model: Any) -> dict[str, Tensor]:
 
 
 def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict[str, Any]:
-    """What both trainers are told; `whole`: one step over all rows, without clipping."""
+    """Return the arguments of both trainers; `whole`: one step over all rows, without clipping."""
     return {
         "output_dir": job["scratch"],
         "per_device_train_batch_size": setting.micro,
@@ -68,10 +66,6 @@ def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict
 def peft_trainer(
     model: Any, rows: Sequence[Row], setting: Any, job: dict[str, Any], found: dict[str, Tensor] | None = None
 ) -> Any:
-    """transformers' Trainer with nothing beside the training, batches grouped by length.
-
-    Gradients of a step over all rows go into `found`.
-    """
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -89,7 +83,6 @@ def peft_trainer(
 def trl_trainer(
     model: Any, rows: Sequence[Row], setting: Any, job: dict[str, Any], found: dict[str, Tensor] | None = None
 ) -> Any:
-    """TRL's SFTTrainer, with its packing if the setting has one; else as `peft_trainer`."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -117,13 +110,11 @@ def trl_trainer(
 
 
 def packs_a_step(rows: Sequence[Row], micro: int) -> int:
-    """As near to ROWS_A_STEP rows as whole micro-batches of full packs allow."""
     rows_a_pack = LONGEST * len(rows) / sum(len(ids) for ids, _ in rows)
     return max(1, round(ROWS_A_STEP / rows_a_pack / micro)) * micro
 
 
 def keeping(trainer: Any, found: dict[str, Tensor] | None) -> Any:
-    """The trainer; what its optimizer is given goes into `found`."""
     from transformers import TrainerCallback
 
     class Keep(TrainerCallback):
@@ -138,7 +129,7 @@ def keeping(trainer: Any, found: dict[str, Tensor] | None) -> Any:
 
 
 def timed_training(trainer: Any) -> dict[str, float]:
-    """Train; seconds on the clock and of this process on a processor, without what is set up before the first step."""
+    """Train; return wall-clock and CPU seconds without the setup before the first step."""
     from transformers import TrainerCallback
 
     marks: list[tuple[float, float]] = []
@@ -156,7 +147,6 @@ def timed_training(trainer: Any) -> dict[str, float]:
 
 
 def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Rows to the length of the longest."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def stack(name: str, filler: int) -> Tensor:

@@ -1,11 +1,12 @@
 """Preparation of tokens: ours beside the tokenizer alone, and beside `datasets.map`, on the same rows.
 
-Short chats and longer texts in .jsonl files, no two of them equal, and the quickstart's tokenizer and template. Ours is
-all of a preparation: the look at the file, the template, the mask of the answers, packing, and shards with their
-digests; through Ray Data, which is running already, and in one process, shard by shard. `encode_batch` is the
-tokenizer's own call with as many threads, on texts that are rendered and in memory; it writes nothing. `datasets` loads
-the file, and maps batches to the ids of the rendered texts; it makes neither masks nor sequences. Medians of rounds,
-each in a process of its own. Targets: 0.8 of `encode_batch` with as many threads, and more than `datasets.map`.
+The rows are short chats and longer texts in .jsonl files, all different, with the quickstart's tokenizer and
+template. Our time is that of a complete preparation: scan of the file, template, mask of the answers, packing, and
+shards with their digests. It is measured with Ray Data, which is already running, and shard by shard in one process.
+`encode_batch` is the tokenizer's own call with the same number of threads, on rendered texts in memory; it writes
+nothing. `datasets` loads the file and maps batches to the ids of the rendered texts; it makes neither masks nor
+sequences. Medians of several rounds, each in its own process. Targets: 0.8 of `encode_batch` with the same number of
+threads, and faster than `datasets.map`.
 
     python benchmarks/prepare.py [--rows 60000] [--rounds 3]
 """
@@ -27,18 +28,17 @@ from common import MODEL, config, machine, met, model_folder, table
 CORPUS = Path(__file__).resolve().parent.parent / "pipelines" / "quickstart" / "train.jsonl"
 PROCESSES = os.cpu_count() or 1
 BATCH = 1000
-"""Rows of a call of a tokenizer: the default of datasets.map."""
+"""Rows per call of a tokenizer: the default of datasets.map."""
 LENGTH = 512
-"""Of our sequences; a longer text becomes several, each of which has the last token of the one before."""
+"""Tokens per sequence; a longer text becomes several, each starting with the last token of the previous one."""
 OF_RAW = 0.8
 Found = tuple[float, int]
-"""Seconds, and tokens."""
+"""(seconds, tokens)."""
 
 
 def main() -> None:
-    """Print a table for each kind of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=60_000, help="chats; of texts a tenth")
+    parser.add_argument("--rows", type=int, default=60_000, help="number of chats; texts are a tenth of it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -58,7 +58,6 @@ def main() -> None:
 
 
 def show(found: dict[str, list[Found]], rows: int, size: int) -> None:
-    """A row for each contestant, and the targets."""
     seconds = {name: statistics.median(each for each, _ in rounds) for name, rounds in found.items()}
     lines = [
         (
@@ -80,12 +79,10 @@ def show(found: dict[str, list[Found]], rows: int, size: int) -> None:
 
 
 def contents() -> list[list[dict[str, str]]]:
-    """The messages of the quickstart's rows."""
     return [json.loads(line)["messages"] for line in CORPUS.read_text(encoding="utf-8").splitlines()]
 
 
 def write_messages(file: Path, count: int) -> int:
-    """Rows as the quickstart's, with a sentence of their own in each question."""
     found = contents()
     with file.open("w", encoding="utf-8") as out:
         for number in range(count):
@@ -98,7 +95,6 @@ def write_messages(file: Path, count: int) -> int:
 
 
 def write_texts(file: Path, count: int) -> int:
-    """A tenth as many rows, of ten questions each."""
     questions = [messages[1]["content"] for messages in contents()]
     with file.open("w", encoding="utf-8") as out:
         for number in range(count // 10):
@@ -108,7 +104,7 @@ def write_texts(file: Path, count: int) -> int:
 
 
 def apart(name: str, corpus: Path, folder: str) -> Found:
-    """What a contestant takes, in a process of its own."""
+    """Return the measurement of a contestant in a new process."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", name, corpus, folder], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -118,14 +114,12 @@ def apart(name: str, corpus: Path, folder: str) -> Found:
 
 
 def tokenizer_of(folder: str) -> Any:
-    """The quickstart's, as transformers loads it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
 
 
 def rendered(tokenizer: Any, row: dict[str, Any]) -> str:
-    """The text of a row."""
     if "text" in row:
         return f"{row['text']}{tokenizer.eos_token}"
     text: str = tokenizer.apply_chat_template(row["messages"], tokenize=False)
@@ -133,8 +127,6 @@ def rendered(tokenizer: Any, row: dict[str, Any]) -> str:
 
 
 def raw(threads: int) -> Callable[[str, str], Found]:
-    """The tokenizer alone."""
-
     def run(corpus: str, folder: str) -> Found:
         os.environ.update(RAYON_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="true")
         tokenizer = tokenizer_of(folder)
@@ -150,7 +142,6 @@ def raw(threads: int) -> Callable[[str, str], Found]:
 
 
 def mapped(corpus: str, folder: str) -> Found:
-    """The library datasets, with a process for each core."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -172,14 +163,12 @@ def mapped(corpus: str, folder: str) -> Found:
 
 
 def settings(corpus: str, folder: str, storage: str) -> Any:
-    """A config whose tokens are made of the rows."""
     source = {"path": corpus, "format": Path(corpus).stem}
     data = {"train": [source], "max_length": LENGTH}
     return config(storage, {"name": folder}, data=data)
 
 
 def one_process(corpus: str, folder: str) -> Found:
-    """Ours, shard by shard in this process."""
     from olora_ray.data.tokenizer_spec import spec_from_pretrained
     from olora_ray.tokens import prepare
     from olora_ray.tokens import prepare as writer
@@ -195,7 +184,6 @@ def one_process(corpus: str, folder: str) -> Found:
 
 
 def through_ray(corpus: str, folder: str) -> Found:
-    """Ours, as a run does it."""
     from olora_ray.common.logs import quiet_environment
 
     quiet_environment()
@@ -222,7 +210,7 @@ CONTESTANTS: dict[str, Callable[[str, str], Found]] = {
     MAP: mapped,
 }
 OF = {RAW_ONE: RAW_ONE, ONE: RAW_ONE, RAW: RAW, RAY: RAW, MAP: RAW}
-"""Contestant -> the line that it is measured by."""
+"""Contestant -> the line to which it is compared."""
 
 if __name__ == "__main__":
     main()

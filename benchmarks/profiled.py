@@ -1,8 +1,8 @@
-"""Where the time of a training goes: torch.profiler's operations in a handful of categories.
+"""Time of a training by category, from the operations that torch.profiler records.
 
-An operation belongs to the nearest part of the model around it: parts are marked around `forward`, and what autograd
-does belongs to the part that made the node, which the profiler's sequence numbers tell. Products of matrices count as
-such, but for those inside of attention, head and loss.
+An operation belongs to the nearest part of the model around it. Parts are marked around `forward`; an operation of
+autograd belongs to the part that created its node, which the profiler's sequence numbers tell. Matrix products are a
+category of their own, except inside attention, head and loss.
 """
 
 import functools
@@ -31,9 +31,9 @@ MARK = "part: "
 
 
 def where(trainer: Any, run: Callable[[], Iterable[Any]]) -> tuple[dict[str, float], float]:
-    """Seconds by category, and in all, of a run whose steps (`StepResult`) are all taken here.
+    """Return seconds by category and in total for a run whose steps (`StepResult`) are consumed here.
 
-    The run's calls of the trainer's model are marked for good: the trainer is of no other use afterwards.
+    The run marks the calls of the trainer's model permanently, so the trainer cannot be used afterwards.
     """
     mark(trainer)
     with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -43,7 +43,6 @@ def where(trainer: Any, run: Callable[[], Iterable[Any]]) -> tuple[dict[str, flo
 
 
 def mark(trainer: Any) -> None:
-    """Have the calls of a trainer's parts recorded under the name of their category."""
     for module in trainer.loss.model.modules():
         if type(module).__name__.endswith("Norm"):
             _mark(module, "forward", "norms")
@@ -52,7 +51,7 @@ def mark(trainer: Any) -> None:
     for block in decoder_layers(trainer.loss.model):
         for name, part in block.named_children():
             if "attn" in name or "attention" in name:
-                # A norm before the attention may have its name.
+                # A norm before the attention may have "attn" in its name too.
                 if not type(part).__name__.endswith("Norm"):
                     _mark(part, "forward", "attention")
             elif any(word in name for word in ("mlp", "feed_forward", "ffn")):
@@ -62,7 +61,7 @@ def mark(trainer: Any) -> None:
 
 
 def shares(events: Iterable[Any], total: float, waited: float) -> dict[str, float]:
-    """Seconds by category; what no operation accounts for, Python between them, is in "other"."""
+    """Return seconds by category; Python between operations counts as "other"."""
     known = list(events)
     made_in = parts_of_nodes(known)
     seconds = dict.fromkeys(CATEGORIES, 0.0)
@@ -75,7 +74,7 @@ def shares(events: Iterable[Any], total: float, waited: float) -> dict[str, floa
 
 
 def category(event: Any, made_in: dict[int, str]) -> str:
-    """Of one operation; `made_in`: sequence number of autograd's nodes -> part of the model that made them."""
+    """Return the category of an operation; `made_in`: autograd sequence number -> part of the model."""
     part = _part(event, made_in)
     if event.name in PRODUCTS and part in (None, LOW_RANK, "activation functions"):
         return "matrix products"
@@ -96,7 +95,6 @@ def _part(event: Any, made_in: dict[int, str]) -> str | None:
 
 
 def parts_of_nodes(events: Iterable[Any]) -> dict[int, str]:
-    """The last operation with a number is the one that made the node: others have only seen it coming."""
     makers = {event.sequence_nr: event for event in events if event.sequence_nr >= 0 and not _is_backward(event)}
     parts = {number: _part(event, {}) for number, event in makers.items()}
     return {number: part for number, part in parts.items() if part is not None}
@@ -114,5 +112,5 @@ def _mark(owner: Any, attribute: str, category: str) -> None:
         with record_function(MARK + category):
             return inner(*arguments, **named)
 
-    # An attribute of the object, not of its class; a module would keep no function that is no module's.
+    # Set on the instance, not on its class, which other parts share.
     object.__setattr__(owner, attribute, marked)

@@ -1,11 +1,11 @@
-"""A quantised base beside the one it was made of, and beside PEFT's QLoRA: memory, and loss on the same rows.
+"""A quantised base model beside the original one, and beside PEFT's QLoRA: memory, and loss on the same rows.
 
-Each contestant trains an adapter on the same sequences in a process of its own, with AdamW and one constant rate. The
-base is what its weights and buffers take; the peak is that of the process's resident memory after its imports, and
-freed memory goes back at once. Losses are of the first step, and on average of the last five. All compute in float32.
-"Start": whether the first loss is that of the quantised base without an adapter, to the bit. QLoRA is PEFT's LoRA on a
-base that transformers loads with bitsandbytes' nf4. Target: after the same steps a loss within 1 % of QLoRA's, with the
-same method (lora), in no more memory.
+Each contestant trains an adapter on the same sequences, in its own process, with AdamW and a constant learning rate.
+"base" is the size of the base model's weights and buffers. "peak" is the peak of the process's resident memory after
+its imports; freed memory is returned at once. The losses are that of the first step, and the mean of the last five.
+All compute in float32. "start" is exact if the first loss equals, to the bit, that of the quantised base model
+without an adapter. QLoRA is PEFT's LoRA on a base model that transformers loads with bitsandbytes' nf4. Target: after
+the same steps a loss within 1 % of QLoRA's with the same method (lora), in no more memory.
 
     python benchmarks/quantised.py [--tiny] [--steps 60] [--only NAME]
 """
@@ -32,18 +32,17 @@ CONTESTANTS: dict[str, tuple[str, str]] = {
     "ours, lora, nf4": ("nf4", "lora"),
     "PEFT's QLoRA, nf4": ("nf4", "peft"),
 }
-"""Name -> quantisation, and the method or whose it is."""
+"""Name -> (quantisation, method or library)."""
 RANK, LENGTH, BATCH, RATE = 8, 256, 4, 3.0e-4
 OURS, QLORA, MOST_OFF = "ours, lora, nf4", "PEFT's QLoRA, nf4", 0.01
-"""The two that are compared, and by how much the loss of the first may be above the other's."""
+"""The two contestants to compare, and the largest excess of our loss."""
 
 
 def main() -> None:
-    """Print a row for each contestant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a small random model, for a look at whether it works")
+    parser.add_argument("--tiny", action="store_true", help="a small random model, to test the script")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--only", choices=list(CONTESTANTS), action="append", help="may be given several times")
+    parser.add_argument("--only", choices=list(CONTESTANTS), action="append", help="contestant to run; may be repeated")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -74,7 +73,6 @@ def main() -> None:
 
 
 def row(name: str, found: dict[str, float]) -> tuple[str, ...]:
-    """A line of the table."""
     off = found["first"] - found["without"]
     return (
         name,
@@ -88,7 +86,6 @@ def row(name: str, found: dict[str, float]) -> tuple[str, ...]:
 
 
 def verdict(results: dict[str, dict[str, float]]) -> str:
-    """Ours beside QLoRA, and the targets."""
     if not {OURS, QLORA} <= results.keys():
         return f"{OURS} beside {QLORA}: not measured"
     ours, theirs = results[OURS], results[QLORA]
@@ -100,7 +97,7 @@ def verdict(results: dict[str, dict[str, float]]) -> str:
 
 
 def apart(job: dict[str, Any]) -> dict[str, float] | None:
-    """What `trained` gives in a process of its own; None if that fails."""
+    """Return the result of `trained` in a new process, or None if it fails."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True, check=False
     )
@@ -112,7 +109,6 @@ def apart(job: dict[str, Any]) -> dict[str, float] | None:
 
 
 def trained(folder: str, kind: str, method: str, steps: int, text: bool) -> dict[str, float]:
-    """In the child: train, and say what it took."""
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system
     batches = batches_of(folder, steps, text)
     warm_up(folder)
@@ -134,7 +130,6 @@ def trained(folder: str, kind: str, method: str, steps: int, text: bool) -> dict
 
 
 def warm_up(folder: str) -> None:
-    """Import what any of them needs: 180 MB of modules, and PEFT's, are no one's memory of a training."""
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import torch
@@ -146,7 +141,6 @@ def warm_up(folder: str) -> None:
 
 
 def batches_of(folder: str, steps: int, text: bool) -> list[Any]:
-    """For each step BATCH x LENGTH token ids of the quickstart's corpus; of a random model its bytes."""
     import numpy as np
 
     if text:
@@ -161,7 +155,7 @@ def batches_of(folder: str, steps: int, text: bool) -> list[Any]:
 
 
 def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
-    """(one step: its number and rows -> its loss, the same of the base alone: rows -> loss, bytes of the base)."""
+    """Return (step function: number and rows -> loss, the same for the base model alone, bytes of the base model)."""
     import numpy as np
     import torch
 
@@ -171,7 +165,7 @@ def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
     from olora_ray.train import self_test
     from olora_ray.train.loop import train_mode
 
-    malloc.keep_freed_memory = lambda *_: None  # what is freed is to be seen to be free
+    malloc.keep_freed_memory = lambda *_: None  # freed memory must leave the process, or the peak would contain it
     settings = config(
         "unused",
         {"name": folder, "dtype": "float32", "quantization": kind},
@@ -204,7 +198,7 @@ def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
 
 
 def of_peft(folder: str) -> tuple[Any, Any, int]:
-    """The same of PEFT's QLoRA."""
+    """Return the same as `of_ours` for PEFT's QLoRA."""
     import torch
     import torch.nn.functional as F
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -243,7 +237,7 @@ def of_peft(folder: str) -> tuple[Any, Any, int]:
 
 
 def held(model: Any, without: set[int]) -> int:
-    """Bytes of the weights and buffers, and of what bitsandbytes keeps beside a weight, but for an adapter's own."""
+    """Return bytes of weights and buffers, and of bitsandbytes' records, without an adapter's own."""
     found = {id(part): part for part in (*model.parameters(), *model.buffers()) if id(part) not in without}
     beside = [state.absmax for part in model.parameters() if (state := getattr(part, "quant_state", None)) is not None]
     return sum(part.nbytes for part in (*found.values(), *beside))

@@ -1,13 +1,13 @@
-"""What it costs to be able to continue: checkpoints while training, and the time until a run trains again.
+"""Cost of fault tolerance: checkpoints during training, and the time until a run trains again after a failure.
 
-On the quickstart's model and batch. Checkpoints: blocks of ten steps, with one checkpoint written meanwhile
-or without, in turn, in one process that has all threads; medians count, and the share is the median over
-the pairs. Then pipelines/finetune.py with two workers, to which one thing after the other happens, always in the
-middle of a step: the median of the seconds until the next step is done, or as the line says; those of a host run
-from its `ray start`, or from the end of `ray drain-node`, to the first step of the new group. "Before": 14 s as
-measured here when a lost worker was a restart of all; 51 and 47 s are what untouched runs were faster by. "A step":
-what one took just before. "Steps again" and "longest gap" (seconds between two steps, until all is as before) are the
-most of all times. Run it on an idle machine, as root.
+The model and the batch are those of the quickstart. Checkpoints: one process with all threads runs blocks of ten
+steps, in turn with and without a checkpoint written meanwhile; the share is the median over the pairs. Failures:
+pipelines/finetune.py trains with two workers, and one event after the other hits it, always in the middle of a step.
+Each line has the median of the seconds until the next step is done, or until the event that it names. For a host the
+time runs from its `ray start`, or from the end of `ray drain-node`, to the first step of the new group.
+"before": 14 s was measured when a lost worker restarted all workers; 51 and 47 s are the advantage of untouched runs.
+"a step" is the time of a step just before the event. "steps again" and "longest gap" (seconds between two steps until
+all is as before) are maxima. Run it on an idle machine, as root.
 
     python benchmarks/recovery.py [--rounds 7] [--kills 3]
 """
@@ -35,13 +35,12 @@ BLOCK, LENGTH = 10, 384
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="blocks with and without a checkpoint; 0: none")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of blocks with and without a checkpoint; 0: none")
     parser.add_argument(
-        "--kills", type=int, default=3, help="times that each thing happens, SIGSTOP every third; 0: none"
+        "--kills", type=int, default=3, help="repetitions of each event, SIGSTOP in every third; 0: none"
     )
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is removed then, too
     folder = model_folder(MODEL, args.storage)
@@ -79,7 +78,6 @@ def _print_checkpoints(scratch: Path, folder: str, rounds: int) -> None:
 
 
 def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
-    """Seconds of blocks with and without a checkpoint, and what one is."""
     cfg = config(
         str(scratch),
         {"name": folder},
@@ -119,7 +117,7 @@ def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
 
 
 def block(steps: Iterator[Any], files: CheckpointManager | None, trainer: Any, number: int) -> dict[str, float]:
-    """Ten steps, of which the first is followed by a checkpoint; a block ends when it is on the disk."""
+    """Run ten steps, the first with a checkpoint if asked; the block ends when that is on the disk."""
     start, used, blocked = time.perf_counter(), time.process_time(), 0.0
     next(steps)
     if files:
@@ -134,7 +132,7 @@ def block(steps: Iterator[Any], files: CheckpointManager | None, trainer: Any, n
 
 
 def written_state(trainer: Any, step: int) -> Any:
-    """What a worker hands over to be written: everything, and a best adapter of an earlier step."""
+    """Return the largest state of a checkpoint: with a best adapter of an earlier step."""
     return trainer.snapshot(TrainState(step), trainer.flat.vector.clone(), {}, "")
 
 

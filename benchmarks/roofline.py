@@ -1,11 +1,11 @@
-"""How near the training comes to the machine's matrix rate, and where the rest of the time goes.
+"""Share of the machine's matrix rate that the training reaches, and the parts that take the rest of the time.
 
-On the model and rows of benchmarks/throughput.py, one worker with all threads. The machine's rate is the best of
-torch.matmul at the shapes and in the precision of the model's own large products; the work is what no training of
-adapters can do without: base forward and dX, low-rank paths, attention within each example, output head over the
-supervised positions alone (benchmarks/multiplications.py). The second share takes each product at the rate that its
-own shape reaches. Then a pass under torch.profiler, whose own cost is in the last table's seconds. Run it on an idle
-machine.
+The model and the rows are those of benchmarks/throughput.py, with one worker that has all threads. The machine's rate
+is the best of torch.matmul over the shapes of the model's large products, in their precision. The work is the minimum
+that any training of adapters must do: base forward and dX, low-rank paths, attention within each example, and the
+output head over the supervised positions only (benchmarks/multiplications.py). The second share compares each product
+with the rate of its own shape. Then one pass runs under torch.profiler; the last table includes the profiler's own
+cost. Run it on an idle machine.
 
     python benchmarks/roofline.py [--rows 64] [--rounds 3] [--threads 2]
 """
@@ -34,16 +34,15 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--micro", type=int, default=2, help="packs of a micro-batch")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for the rate of each shape")
+    parser.add_argument("--micro", type=int, default=2, help="packs per micro-batch")
+    parser.add_argument("--seconds", type=float, default=0.3, help="seconds to measure the rate of each shape")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = model_folder(args.model, args.storage)
@@ -54,8 +53,6 @@ def main() -> None:
 
 
 class Training:
-    """Passes over the rows."""
-
     def __init__(self, folder: str, args: argparse.Namespace, scratch: str) -> None:
         self.store = memory_store(make_rows(args.rows), LONGEST)
         setting = Setting("ours", "ours", micro=args.micro)
@@ -69,18 +66,15 @@ class Training:
         self.micro_supervised = sum(int(pack.supervised.sum()) for pack in micro)
 
     def steps(self) -> Iterator[Any]:
-        """The steps of a pass; the last is filled up from the next one."""
         loader = StepLoader(self.store, self.config.train, self.config.run.seed, self.attention)
         schedule = Schedule(self.config.train.model_copy(update={"steps": self.count}), self.store)
         return self.trainer.steps(loader, 0, schedule)
 
     def done(self) -> list[Any]:
-        """The packs of a pass."""
         places = order(len(self.store), self.config.run.seed, 0, self.count * self.size)
         return [self.store[int(place)] for place in places]
 
     def seconds(self, rounds: int) -> float:
-        """Of a pass; the median, after a step that warms up."""
         deque(islice(self.steps(), 1), maxlen=0)
         return median(timed(lambda: deque(self.steps(), maxlen=0), CPU) for _ in range(rounds))
 
@@ -109,14 +103,13 @@ def _print(training: Training, args: argparse.Namespace) -> None:
 
 
 def work_table(work: dict[str, float], tokens: int) -> str:
-    """What has to be computed."""
     rows = [(name, f"{size / 1e9:.1f}", f"{size / total(work):.1%}") for name, size in work.items()]
     rows.append(("in all", f"{total(work) / 1e9:.1f}", ""))
     return f"{table(('work of a pass', 'GFLOP', 'share'), rows)}\n{total(work) / tokens / 1e9:.3f} GFLOP a token"
 
 
 def verdict(work: float, seconds: float, best: float, own: float) -> str:
-    """The share of the rate, beside the target; `own`: the rate if each product reached that of its shape."""
+    """Compare the share of the rate with the target; `own` is the rate if each product reached that of its shape."""
     share = work / seconds / best
     met = "met" if share >= TARGET else "missed"
     return (
@@ -126,19 +119,16 @@ def verdict(work: float, seconds: float, best: float, own: float) -> str:
 
 
 def attainable(large: dict[Any, float], found: dict[Any, float]) -> float:
-    """Operations a second over all large products, each at its own rate."""
     return total(large) / sum(size / found[shape] for shape, size in large.items())
 
 
 def time_table(taken: dict[str, float], seconds: float) -> str:
-    """Where the time of the profiled pass went."""
     known = max(seconds, total(taken))
     rows = [(name, f"{spent:.2f}", f"{spent / known:.1%}") for name, spent in taken.items()]
     return table(("a pass under the profiler", "seconds", "share"), [*rows, ("in all", f"{known:.2f}", "")])
 
 
 def total(parts: dict[Any, float] | Iterable[float]) -> float:
-    """The sum of a dictionary's values, or of numbers."""
     numbers: Sequence[float] = list(parts.values()) if isinstance(parts, dict) else list(parts)
     return sum(numbers)
 

@@ -1,8 +1,8 @@
-"""The path of the data at a billion rows: 3.9 million units in 10,000 files, 30,518 shards.
+"""The data path at a billion rows: 3.9 million units in 10,000 files, 30,518 shards.
 
-Nothing is downloaded or tokenised: files of a row each are listed, and their scans say that they have 100,000 rows;
-shards are as many as there would be, with few sequences in each. Every part runs in a process of its own, and its
-memory is what that process takes on top of what it had before.
+Nothing is downloaded or tokenised: the files have one row each, but their scans claim 100,000 rows. The number of
+shards is that of a real corpus, with few sequences in each. Every part runs in its own process; its memory is the
+growth above the start of that process.
 
     python benchmarks/scale.py [--rows 1e9] [--files 10000] [--sequences 20000] [--folder ./runs]
 """
@@ -25,27 +25,24 @@ import numpy as np
 UNIT_ROWS = 256
 ROW_BYTES = 1000
 PACKS = 16
-"""Sequences of a shard that is written here."""
+"""Sequences per shard in this benchmark."""
 TOKENS = 512
 WRITTEN = {"rows": 10**6, "rejected": 0.01}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a part took."""
-
     seconds: float
     mb: float
     found: dict[str, float]
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=float, default=1e9)
     parser.add_argument("--files", type=int, default=10_000)
-    parser.add_argument("--sequences", type=int, default=20_000, help="that are read in a later pass")
-    parser.add_argument("--folder", default=None, help="a disk with 1 GB and 100,000 files to spare")
+    parser.add_argument("--sequences", type=int, default=20_000, help="sequences to read in a later pass")
+    parser.add_argument("--folder", default=None, help="folder with room for 1 GB and 100,000 files")
     args = parser.parse_args()
     from common import machine, table
 
@@ -56,7 +53,6 @@ def main() -> None:
 
 
 def measure(folder: Path, rows: int, files: int, sequences: int) -> list[tuple[str, str, str, str]]:
-    """The lines of the table."""
     os.environ["TMPDIR"] = str(folder / "temporary")
     Path(os.environ["TMPDIR"]).mkdir()
     write_files(folder / "corpus", files)
@@ -70,7 +66,7 @@ def measure(folder: Path, rows: int, files: int, sequences: int) -> list[tuple[s
     order, read = alone(order_only, folder, sequences), alone(read_later_pass, folder, sequences)
     rejected = alone(reject, folder, rows, files)
     hashing = alone(hash_shards, folder)
-    # A shard of 64 MB with 8,000 sequences is hashed once a node, so this is what the first pass of a node adds.
+    # Each node hashes a shard of 64 MB with 8,000 sequences once, so this is the additional cost of its first pass.
     hashed = 1.0 / (1.0 / read.found["per_second"] + 64 / hashing.found["mb_per_second"] / 8000)
     return [
         line("driver: plan, memory", first.mb, "MB", 400),
@@ -93,7 +89,6 @@ def measure(folder: Path, rows: int, files: int, sequences: int) -> list[tuple[s
 def line(
     what: str, found: float, unit: str, most: float | None = None, at_least: float | None = None
 ) -> tuple[str, str, str, str]:
-    """A line of the table; whether its target is met stands at its end."""
     limit = most if most is not None else at_least
     if limit is None:
         return what, f"{found:,.3g} {unit}".strip(), "", ""
@@ -103,7 +98,7 @@ def line(
 
 
 def alone(part: Callable[..., dict[str, float]], *arguments: Any) -> Measured:
-    """What a part takes in a process of its own."""
+    """Return the cost of a part in a new process."""
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     process = context.Process(target=_measured, args=(part, arguments, answers))
@@ -123,7 +118,6 @@ def _measured(part: Callable[..., dict[str, float]], arguments: Any, answers: An
 
 
 def resident(field: str) -> int:
-    """KB of this process's memory, now or at the peak since it was reset."""
     for row in Path("/proc/self/status").read_text().splitlines():
         if row.startswith(f"{field}:"):
             return int(row.split()[1])
@@ -131,7 +125,7 @@ def resident(field: str) -> int:
 
 
 def write_files(folder: Path, files: int) -> None:
-    """Files that nobody has changed for an hour."""
+    """Write files that look unchanged for an hour."""
     folder.mkdir(parents=True)
     at = time.time() - 3600
     for number in range(files):
@@ -141,7 +135,6 @@ def write_files(folder: Path, files: int) -> None:
 
 
 def made(folder: Path, rows: int, files: int) -> Any:
-    """The plan of the corpus; a scan that is not kept yet is made up, and kept."""
     from olora_ray.config.load import build
     from olora_ray.data.tokenizer_spec import TokenizerSpec
     from olora_ray.tokens import prepare
@@ -154,7 +147,7 @@ def made(folder: Path, rows: int, files: int) -> Any:
 
 
 def made_up(file: Any, storage_root: str, units: int) -> Any:
-    """What the scan of a file of so many units finds."""
+    """Return a scan result for a file with so many units."""
     from olora_ray.data import scan
     from olora_ray.data.reader import UNIT, FileScan, Units
 
@@ -168,7 +161,6 @@ def made_up(file: Any, storage_root: str, units: int) -> Any:
 
 
 def plan_it(folder: Path, rows: int, files: int) -> dict[str, float]:
-    """The plan, and one part of it in a file."""
     plan = made(folder, rows, files)
     pieces = plan.shards.pieces
     held = sum(each.nbytes for each in (pieces.units, pieces.unit, pieces.take))
@@ -177,7 +169,6 @@ def plan_it(folder: Path, rows: int, files: int) -> dict[str, float]:
 
 
 def unpack_part(folder: Path) -> dict[str, float]:
-    """What a task gets of the plan."""
     content = (folder / "part.pickle").read_bytes()
     part = pickle.loads(content)  # written by `plan_it`
     assert len(list(part.pieces)) == len(part.pieces)
@@ -185,7 +176,6 @@ def unpack_part(folder: Path) -> dict[str, float]:
 
 
 def write_shards(folder: Path, shards: int) -> None:
-    """A store of so many shards, all with the same few sequences, without a manifest."""
     from olora_ray.common.storage import digest_bytes, seal
     from olora_ray.data.tokenize import Tokens
     from olora_ray.tokens.manifest import shard_name, sidecar_name
@@ -205,7 +195,6 @@ def write_shards(folder: Path, shards: int) -> None:
 
 
 def opened(folder: Path) -> Any:
-    """The store of `write_shards`, all of whose shards are there."""
     from olora_ray.tokens.manifest import Outline
     from olora_ray.tokens.store import TokenStore
 
@@ -214,13 +203,11 @@ def opened(folder: Path) -> Any:
 
 
 def late_reader(folder: Path, shards: int) -> dict[str, float]:
-    """From nothing to knowing all shards."""
     assert opened(folder).available_shards == shards
     return {}
 
 
 def look_at_store(folder: Path, rows: int, files: int) -> dict[str, float]:
-    """What a preparation that is begun again finds."""
     from olora_ray.tokens import prepare
 
     plan = made(folder, rows, files)
@@ -230,7 +217,6 @@ def look_at_store(folder: Path, rows: int, files: int) -> dict[str, float]:
 
 
 def order_only(folder: Path, sequences: int) -> dict[str, float]:
-    """Steps of 256 sequences anywhere in a later pass."""
     store = opened(folder)
     step, began = 256, time.perf_counter()
     for start in np.linspace(1.1, 1.9, max(1, sequences // step)) * len(store):
@@ -239,7 +225,6 @@ def order_only(folder: Path, sequences: int) -> dict[str, float]:
 
 
 def read_later_pass(folder: Path, sequences: int) -> dict[str, float]:
-    """Sequences from the start of a later pass, in steps of 256."""
     store = opened(folder)
     began, step = time.perf_counter(), 256
     for start in range(len(store), len(store) + sequences, step):
@@ -250,7 +235,7 @@ def read_later_pass(folder: Path, sequences: int) -> dict[str, float]:
 
 
 def reject(folder: Path, rows: int, files: int) -> dict[str, float]:
-    """The rejected rows of all shards, as they come in, and the file of them; the plan is a small one."""
+    """Collect the rejected rows of all shards, and write their file; the plan is a small one."""
     from olora_ray.tokens.manifest import RejectedRows
 
     found = RejectedRows(made(folder / "few", files * UNIT_ROWS, files))
@@ -263,7 +248,6 @@ def reject(folder: Path, rows: int, files: int) -> dict[str, float]:
 
 
 def hash_shards(folder: Path) -> dict[str, float]:
-    """SHA-256 of this machine."""
     from olora_ray.common.storage import digest_file
 
     path = folder / "shard"

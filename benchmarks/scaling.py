@@ -1,11 +1,11 @@
-"""From one worker to thousands: what was measured on this machine, and a simulation from it.
+"""From one worker to thousands: measurements on this machine, and a simulation that is based on them.
 
-Measured are 1, 2 and 4 workers (gloo; more workers than cores share them), all of as many threads, each with the same
-number of sequences a step: the factors of a share of the layers and their exchange, a step, the exchange of the
-gradient (train/tree.py), a checkpoint. The formula of that exchange is fitted to two workers and shown beside what four
-have taken. The simulation (benchmarks/simulation.py says how) takes the costs of one worker, a network and a storage
-that are stated, and names for 8 to 4,096 workers what loses most of the time, and from where on less than 90 % of it is
-left for training.
+Measured are 1, 2 and 4 workers with gloo (more workers than cores share the cores). All have the same number of
+threads and of sequences per step. The table has the factors of a share of the layers and their exchange, a step, the
+exchange of the gradient (train/tree.py), and a checkpoint. The formula of that exchange is fitted to two workers and
+compared with the measurement of four. The simulation (see benchmarks/simulation.py) uses the costs of one worker, and
+a stated network and storage. For 8 to 4,096 workers it names the part that loses most time, and the number of workers
+from which less than 90 % of the time is left for training.
 
     python benchmarks/scaling.py [--workers 1,2,4] [--steps 5] [--bandwidth 12.5e9] [--latency 30e-6]
 """
@@ -33,12 +33,11 @@ from olora_ray.adapter.methods import METHODS
 WORKER = str(Path(__file__).with_name("scaling_worker.py"))
 SIMULATED = (8, 64, 512, 4096)
 STATED = ("bandwidth", "latency", "message", "storage_rate", "notice", "between_failures", "checkpoint_every", "hours")
-"""Costs that are stated, not measured; each is an option."""
+"""Stated costs; each one is an option."""
 Found = dict[str, Any]
 
 
 def main() -> None:
-    """Measure, simulate and print."""
     args = _arguments()
     folder = model_folder(args.model, args.storage)
     print(machine())
@@ -54,7 +53,6 @@ def main() -> None:
 
 
 def measure(workers: int, threads: int, folder: str, args: argparse.Namespace) -> Found:
-    """What worker 0 has found, with the slowest of all where they differ."""
     with tempfile.TemporaryDirectory() as scratch:
         job = {
             "workers": workers,
@@ -81,7 +79,6 @@ def measure(workers: int, threads: int, folder: str, args: argparse.Namespace) -
 
 
 def measured_table(measured: Mapping[int, Found]) -> str:
-    """A row for each number of workers."""
     first = measured[min(measured)]
     rate = first["sequences"] / first["step"] / min(measured)
     rows = [
@@ -102,7 +99,6 @@ def measured_table(measured: Mapping[int, Found]) -> str:
 
 
 def _said(workers: int, measured: Mapping[int, Found]) -> str:
-    """Milliseconds of an exchange by the formula, fitted to two workers."""
     two = measured.get(2)
     if two is None or workers <= 2:
         return "-"
@@ -112,7 +108,6 @@ def _said(workers: int, measured: Mapping[int, Found]) -> str:
 
 
 def costs_of(one: Found, folder: str) -> Costs:
-    """The measured costs of one worker."""
     return Costs(
         factors=sum(one["factors"]),
         factor_bytes=sum(4 * RANK * (m + n) for m, n in one["shapes"].values()),
@@ -126,7 +121,6 @@ def costs_of(one: Found, folder: str) -> Costs:
 
 
 def largest_share(shapes: Mapping[str, Sequence[int]]) -> Callable[[int], float]:
-    """Number of workers -> part of the initialisation's cost that the busiest worker has."""
     known = {name: (m, n) for name, (m, n) in shapes.items()}
     cost = {name: METHODS["olora"].cost(m, n, RANK) for name, (m, n) in known.items()}
 
@@ -139,7 +133,6 @@ def largest_share(shapes: Mapping[str, Sequence[int]]) -> Callable[[int], float]
 
 
 def stated(costs: Costs) -> str:
-    """What the simulation takes as given."""
     return (
         f"stated: {costs.bandwidth / 1e9:g} GB/s and {costs.latency * 1e6:g} us a message between workers, of which a"
         f" worker starts one in {costs.message * 1e6:g} us; storage"
@@ -151,7 +144,6 @@ def stated(costs: Costs) -> str:
 
 
 def simulated_table(costs: Costs, share: Callable[[int], float]) -> str:
-    """A row for each number of workers."""
     rows = []
     for workers in SIMULATED:
         found = simulate(costs, workers, share)
@@ -170,7 +162,7 @@ def simulated_table(costs: Costs, share: Callable[[int], float]) -> str:
 
 
 def limits(costs: Costs, share: Callable[[int], float]) -> list[str]:
-    """From where on too little of the time is left, by what; and what would be next without that."""
+    """Return the number of workers from which too little time is left, the cause, and the next cause."""
     lines, causes = [], list[str]()
     while (found := first_limit(costs, share)) is not None and found.limit not in causes:
         besides = f" without {' and '.join(causes)}" if causes else ""
@@ -187,14 +179,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--micro", type=int, default=2, help="packs of a micro-batch")
-    parser.add_argument("--accumulated", type=int, default=1, help="micro-batches of a worker in a step")
+    parser.add_argument("--micro", type=int, default=2, help="packs per micro-batch")
+    parser.add_argument("--accumulated", type=int, default=1, help="micro-batches per worker and step")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     for name in STATED:
         default = getattr(Costs, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="simulated")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help="stated cost of the simulation"
+        )
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""A worker of benchmarks/scaling.py: initialisation, steps, exchange and a checkpoint, each measured by itself.
+"""A worker of benchmarks/scaling.py: initialisation, steps, exchange and a checkpoint, each measured alone.
 
 python benchmarks/scaling_worker.py JOB        (json; scaling.py starts it)
 """
@@ -30,17 +30,16 @@ from olora_ray.train.tree import TreeSum
 
 CPU = torch.device("cpu")
 REPEATS = 5
-"""Of an exchange; the median counts."""
+"""Repetitions of an exchange; the median counts."""
 
 
 def main() -> None:
-    """Measure and print."""
     quiet_transformers()
     job = json.loads(sys.argv[1])
     setting = Setting("ours", "ours", workers=job["workers"], micro=job["micro"])
     join(setting, job)
     settings = our_config(job, setting, job["workers"] * job["micro"] * job["accumulated"])
-    # Starting a worker is what is over by now, and the loading that follows; the base lies in the page cache.
+    # The start of a worker is the time until now plus the following load, with the base model in the page cache.
     report, shapes, loaded = initialisation(settings, job["folder"])
     found: dict[str, Any] = {
         "start": loaded - job["launched"],
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def initialisation(settings: Config, folder: str) -> tuple[InitReport, dict[str, tuple[int, ...]], float]:
-    """The report of a second one, which finds all warm; the layers' shapes; and when the model was loaded."""
+    """Return the report of a second initialisation with warm caches, the shapes, and the load time."""
     model: Any = load_model(folder, settings.model, CPU)
     loaded = time.time()
     targets = find_targets(model, settings.adapter.targets, RANK)
@@ -67,7 +66,6 @@ def initialisation(settings: Config, folder: str) -> tuple[InitReport, dict[str,
 
 
 def steps(trainer: Trainer, attention: str, settings: Config, job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of a step, the median after one that warms up, and how many sequences it takes."""
     store = memory_store(make_rows(job["rows"]), LONGEST)
     loader = StepLoader(store, settings.train, settings.run.seed, attention, job["rank"], job["workers"])
     schedule = Schedule(settings.train.model_copy(update={"steps": job["steps"] + 1}), store)
@@ -76,7 +74,7 @@ def steps(trainer: Trainer, attention: str, settings: Config, job: dict[str, Any
 
 
 def exchanges(gradient: TreeSum) -> dict[str, float]:
-    """Seconds of the exchange of a gradient, a leaf of each worker, and of that of a number for each."""
+    """Return seconds to exchange a gradient with one leaf per worker, and one number per worker."""
     return {
         "gradient bytes": 4.0 * gradient.whole.numel(),
         "exchange": repeated(gradient),
@@ -85,7 +83,6 @@ def exchanges(gradient: TreeSum) -> dict[str, float]:
 
 
 def repeated(gradient: TreeSum) -> float:
-    """Seconds, the median; workers begin together."""
     taken = []
     for _ in range(REPEATS):
         gradient.begin(collectives.world_size())
@@ -99,7 +96,7 @@ def repeated(gradient: TreeSum) -> float:
 
 
 def checkpoint(trainer: Trainer, scratch: Path) -> dict[str, float]:
-    """How long it stops the training, and until it is written."""
+    """Return seconds for which a checkpoint stops the training, and seconds until it is written."""
     files = CheckpointManager(str(scratch / "checkpoints"), 2)
     began = time.perf_counter()
     files.save(1, written_state(trainer, 1))
@@ -110,6 +107,6 @@ def checkpoint(trainer: Trainer, scratch: Path) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
-    # A process group's threads can crash at the interpreter's exit; everything is printed.
+    # Threads of a process group can crash when the interpreter exits. All output is printed already, so skip the exit.
     sys.stdout.flush()
     os._exit(0)

@@ -1,11 +1,11 @@
-"""Memory of workers that hold a part of the base each, beside workers that hold all of it: both in the same run.
+"""Memory of workers that each hold a part of the base model (fsdp), beside workers that hold all of it (ddp).
 
-A random Llama of 1.2 billion parameters in bfloat16, factors, steps of training, an evaluation, the adapter's folder,
-and the merge in a task of its own. Shown is the peak of each phase above what the process had before: of anonymous
-memory, which a process has for itself, and of all resident memory, with the pages of files that are mapped and that
-others may map too: ddp maps its base, fsdp copies its share. Losses, gradients and exported adapters of all have to be
-equal, to the bit, and of fsdp also where blocks are run again in the backward pass. Where the processor has no native
-bfloat16, sequences are short: a product takes a hundred times as long there.
+Both run in the same benchmark, on a random Llama of 1.2 billion parameters in bfloat16: factors, training steps, an
+evaluation, the adapter folder, and the merge in a separate task. The table has the peak of each phase above the
+memory before it, for two measures. Anonymous memory belongs to one process alone. Resident memory also contains pages
+of mapped files, which processes may share: ddp maps its base model, fsdp copies its part. Losses, gradients and
+exported adapters of both must be equal to the bit, for fsdp also with recomputed blocks. Without native bfloat16 the
+sequences are short, because a product takes a hundred times as long there.
 
     python benchmarks/sharded.py [--workers 2] [--layers 16] [--length 256] [--steps 2] [--ways fsdp,fsdp-again,ddp]
 """
@@ -49,61 +49,57 @@ from olora_ray.train.parallel import load_base, place_model
 
 CPU = torch.device("cpu")
 LOOK_EVERY = 0.002
-"""Seconds between looks at the memory."""
+"""Seconds between two samples of the memory."""
 AGAIN = "-again"
-"""What a strategy's name ends with whose blocks are run again in the backward pass."""
+"""Suffix of a strategy whose blocks are recomputed in the backward pass."""
 VECTORS = 6
-"""Of the adapter's size: itself, gradient, two moments, and what factors and exchange have for a while."""
+"""Vectors of the adapter's size: itself, gradient, two moments, and temporary ones of factors and exchange."""
 NEAR = 1.15
-"""What the share of the base, and what is gathered of it, may be exceeded by."""
+"""Largest ratio of the memory to the part of the base model plus the gathered blocks."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process."""
+    """Anonymous and resident memory of a process, in bytes."""
 
     own: int
     resident: int
 
     @classmethod
     def now(cls) -> "Memory":
-        """That of this process."""
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         own, *mapped = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile", "RssShmem"))
         return cls(own, own + sum(mapped))
 
     def above(self, start: "Memory") -> "Memory":
-        """What it is more than at the start."""
         return Memory(self.own - start.own, self.resident - start.resident)
 
     def most(self, other: "Memory") -> "Memory":
-        """The larger of both, of each kind."""
         return Memory(max(self.own, other.own), max(self.resident, other.resident))
 
 
 @dataclass
 class Seen:
-    """What a process tells of itself."""
-
     peaks: dict[str, Memory] = field(default_factory=dict)
-    """Phase -> memory above that before the first phase."""
+    """Phase -> memory above the start."""
     result: str = ""
     """Losses, and digests of the last gradient and of the exported adapter."""
     adapter: int = 0
-    """Numbers that are trained."""
+    """Number of trained parameters."""
 
 
 def main() -> None:
-    """Make the model, train it in each way, and print the table; 1 if the results differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--layers", type=int, default=16, help="16 are 1.2 billion parameters")
     fast = pick_dtype(build_model(Path()), CPU) == torch.bfloat16
     length = 256 if fast else 8
-    parser.add_argument("--length", type=int, default=length, help="tokens of a sequence; a micro-batch has one")
+    parser.add_argument(
+        "--length", type=int, default=length, help="tokens per sequence; a micro-batch has one sequence"
+    )
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ways", default=f"fsdp,fsdp{AGAIN},ddp")
-    parser.add_argument("--folder", help="where 5 GB are written; removed afterwards")
+    parser.add_argument("--folder", help="folder for 5 GB, deleted afterwards")
     args = parser.parse_args()
     quiet_transformers()
     print(machine())
@@ -134,11 +130,11 @@ def main() -> None:
 
 
 def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespace) -> str:
-    """What a worker has had at most of its own, beside its share of the base and what it has to have with it."""
+    """Compare a worker's own peak with its part of the base model plus the memory that every worker needs."""
     embedding = 2 * LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"]
     blocks = base - embedding
-    # Embeddings are the file's pages, as they are for ddp. A gathered block is there twice for a moment, as it came and
-    # in its own place, and the next one comes meanwhile.
+    # Embeddings are mapped pages of the file, as for ddp. A gathered block exists twice for a moment, as received and
+    # as weights, while the next block arrives.
     gathered = 3 * blocks // args.layers
     own, adapter = max(peak.own for each in found for peak in each.peaks.values()), 4 * VECTORS * found[0].adapter
     planned = blocks // args.workers + gathered + adapter
@@ -150,13 +146,12 @@ def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespac
 
 
 def row(name: str, peaks: list[Memory], base: int) -> tuple[str, ...]:
-    """A line of the table, of the process with the most of each kind."""
     own, resident = max(each.own for each in peaks), max(each.resident for each in peaks)
     return name, f"{own / GIB:.2f}", f"{own / base:.2f}", f"{resident / GIB:.2f}", f"{resident / base:.2f}"
 
 
 def in_processes(work: Callable[[int], Seen], workers: int) -> list[Seen]:
-    """What `work(rank)` returns in each of new processes, which are a process group if they are several."""
+    """Return `work(rank)` from each of several new processes, which form a process group."""
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="olora-meet-") as folder:
         pipes = []
@@ -186,7 +181,6 @@ def _in_group(work: Callable[[int], Seen], meeting: str, rank: int, workers: int
 
 
 def config(base: Path, strategy: str, args: argparse.Namespace) -> Config:
-    """A run with a sequence for each worker a step."""
     return build(
         {
             "run": {"name": "benchmark"},
@@ -200,7 +194,6 @@ def config(base: Path, strategy: str, args: argparse.Namespace) -> Config:
 
 
 def train(base: Path, way: str, args: argparse.Namespace, rank: int) -> Seen:
-    """A worker from its base to the folder of its adapter."""
     strategy = way.removesuffix(AGAIN)
     settings, seen = config(base, strategy, args), Seen()
     use_cpus(settings, CPU)
@@ -239,7 +232,6 @@ def train(base: Path, way: str, args: argparse.Namespace, rank: int) -> Seen:
 
 
 def export(base: Path, _: int) -> Seen:
-    """The task that merges, which no worker does."""
     seen, start = Seen(), Memory.now()
     model = skeleton(BaseModel(str(base), str(base), ""), build_model(base))
     adapter = random_adapter(model, 16)
@@ -249,14 +241,11 @@ def export(base: Path, _: int) -> Seen:
 
 
 def build_model(base: Path) -> Any:
-    """The section `model` of a config."""
     tree = {"run": {"name": "a"}, "model": {"name": str(base)}, "data": {"train": [{"path": "a.jsonl"}]}}
     return build(tree).model
 
 
 class Rows(MemoryStore):
-    """Sequences that are all there, for training and evaluation."""
-
     digest = "random"
 
     @property
@@ -270,12 +259,10 @@ class Rows(MemoryStore):
         return SimpleNamespace(supervised=self.supervised(range(len(self))), packs=len(self))
 
     def locate(self, index: int) -> tuple[int, int, int]:
-        """Shard, place in it, sequences of the shard."""
         return 0, index, len(self)
 
 
 def random_store(count: int, length: int) -> Rows:
-    """Sequences of random tokens, all supervised but the first."""
     rng = np.random.default_rng(0)
     return Rows(
         Pack(rng.integers(2, 128000, length).astype(np.int32), np.arange(length) > 0, (length,)) for _ in range(count)
@@ -284,7 +271,6 @@ def random_store(count: int, length: int) -> Rows:
 
 @contextmanager
 def peak(seen: Seen, phase: str, start: Memory) -> Iterator[None]:
-    """Note the most memory of a phase above `start`."""
     done, found, began = threading.Event(), [Memory.now()], perf_counter()
 
     def look() -> None:

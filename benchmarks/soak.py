@@ -1,9 +1,10 @@
-"""A run on two hosts to which something happens all the time: a long proof that it ends as if nothing had.
+"""A long run on two hosts with permanent failures, which must end as if nothing had happened.
 
-Two hosts in network namespaces, one worker each, a tiny model. Every 20 to 60 seconds, drawn from a seed: a worker is
-killed, stopped for a while or fails; a host is drained or killed, and comes back; its link is cut; Train's controller
-is killed; the driver gets SIGTERM or SIGKILL, and the same command is given again. The end must be that of the same
-config when nobody touches it: the adapter's bytes, every metric once, one registered version. Needs root.
+Two hosts in network namespaces train a tiny model with one worker each. Every 20 to 60 seconds, drawn from a seed,
+one event happens: a worker is killed, is paused or fails; a host is drained or killed, and returns; its network link
+is cut; Train's controller is killed; or the driver gets SIGTERM or SIGKILL, and the same command is run again. The
+end must equal that of an untouched run of the same config: the adapter's bytes, every metric once, one registered
+version. Needs root.
 
     python benchmarks/soak.py [--minutes 60] [--seed 1] [--logs FOLDER]
 """
@@ -22,14 +23,15 @@ from tests.recovery import hosts, soak
 
 
 def main() -> int:
-    """Run, and print what happened; 1 if anything is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="of events; the run nobody touches comes before")
-    parser.add_argument("--seed", type=int, default=1, help="of the events")
-    parser.add_argument("--logs", type=Path, help="folder for what the commands have printed")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="duration of the events; an untouched run comes first"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the events")
+    parser.add_argument("--logs", type=Path, help="folder for the output of the commands")
     args = parser.parse_args()
     if os.geteuid() != 0 or not hosts.possible():
-        raise SystemExit("needs root and network namespaces")
+        raise SystemExit("this benchmark needs root and network namespaces")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is removed then, too
     say = soak.timed(lambda text: print(text, file=sys.stderr, flush=True))
     with tempfile.TemporaryDirectory(prefix="olr-soak-", dir="/tmp") as folder:

@@ -1,11 +1,10 @@
-"""What the start of a run takes: pipelines/finetune.py to its first step, where tokens and base model are prepared.
+"""Time from the command pipelines/finetune.py to its first step, with tokens and base model already prepared.
 
-SmolLM2-135M, rank 16 on all linear layers, several runs one after the other, medians. What a run is doing is seen from
-outside: by the lines of its log as they come, by its workers' processes as they appear, and by the files of its
-checkpoints. A peer does the least that a script with PEFT and transformers' Trainer does until its first step, in one
-process. Then what the imports of each process cost, in seconds of a processor, and the start of a trial in a search
-whose base is loaded already, alone or beside another: from the end of the trial before it to the begin of its first
-step.
+SmolLM2-135M, rank 16 on all linear layers; several runs one after the other, medians. The phases are observed from
+outside: by log lines, by the workers' processes, and by the files of checkpoints. The peer is a minimal script with
+PEFT and transformers' Trainer, in one process, up to its first step. The second table has the CPU seconds that the
+imports of each process need. Then come trials of a search on a base model that is already loaded, alone or beside
+another trial: the time from the end of the previous trial to the start of the first step.
 
     python benchmarks/start.py [--rounds 5] [--workers 2] [--no-search]
 """
@@ -36,7 +35,7 @@ from olora_ray.train.checkpoints import name_of
 ROOT = Path(__file__).resolve().parent.parent
 PEER = str(Path(__file__).with_name("start_of_peft.py"))
 LINES = {"imports, checks, plan": " model: ", "Ray": " ray: ", "tokens, MLflow": " training: "}
-"""What ends with the first line that has this."""
+"""Phase -> text of the log line that ends it."""
 PLACED, LOADED, STEP = "workers' processes", "imports, process group, model, adapter", "self-test, first step"
 ITEMS = (*LINES, PLACED, LOADED, STEP)
 IMPORTS = {
@@ -52,11 +51,10 @@ IMPORTS = {
 
 
 def main() -> None:
-    """Run and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     parser.add_argument("--no-search", dest="search", action="store_false")
     args = parser.parse_args()
     folder = model_folder(MODEL, args.storage)
@@ -76,7 +74,7 @@ def main() -> None:
 
 
 def starts(storage: Path, folder: str, args: argparse.Namespace) -> tuple[list[dict[str, float]], list[float]]:
-    """Seconds of each item of our runs, and those of the peer; the first round makes what is prepared."""
+    """Return seconds of each phase of our runs and of the peer; the first round prepares tokens and models."""
     ours, theirs = list[dict[str, float]](), list[float]()
     for turn in range(args.rounds + 1):
         seen = start(settings(storage, f"start-{turn}", args.workers), storage / f"start-{turn}")
@@ -89,7 +87,6 @@ def starts(storage: Path, folder: str, args: argparse.Namespace) -> tuple[list[d
 
 
 def settings(storage: Path, name: str, workers: int) -> Path:
-    """The config of a run of one step; all have the same but for their names."""
     tree = {
         "run": {"name": name, "storage": str(storage)},
         "model": {"name": MODEL},
@@ -106,7 +103,6 @@ def settings(storage: Path, name: str, workers: int) -> Path:
 
 
 def start(file: Path, folder: Path) -> dict[str, float]:
-    """Seconds of each item of one run."""
     began = time.time()
     marks: dict[str, float] = {}
     command = [sys.executable, "pipelines/finetune.py", str(file)]
@@ -129,13 +125,11 @@ def start(file: Path, folder: Path) -> dict[str, float]:
 
 
 def items(began: float, marks: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each item, from the times at which they ended."""
     times = [began, *(marks[item] for item in ITEMS)]
     return {item: after - before for item, before, after in zip(ITEMS, times, times[1:], strict=False)}
 
 
 def _watch(process: "subprocess.Popen[str]", marks: dict[str, float]) -> None:
-    """Note when the first worker's process is there: Ray gives it its name once it has begun."""
     while process.poll() is None:
         if processes_below(process.pid, "RayTrainWorker"):
             marks[PLACED] = time.time()
@@ -144,7 +138,6 @@ def _watch(process: "subprocess.Popen[str]", marks: dict[str, float]) -> None:
 
 
 def start_of_peer(folder: str) -> float:
-    """Seconds from the start of a script with PEFT and Trainer to the end of its first step, in our precision."""
     dtype = str(pick_dtype(Model(name=folder), torch.device("cpu"))).removeprefix("torch.")
     command = [sys.executable, PEER, folder, dtype]
     began = time.time()
@@ -153,7 +146,6 @@ def start_of_peer(folder: str) -> float:
 
 
 def starts_table(ours: Sequence[Mapping[str, float]], theirs: Sequence[float]) -> str:
-    """Each item with its median and extremes, and the whole beside the peer's."""
     rows = [(item, *_spread([each[item] for each in ours])) for item in ITEMS]
     rows.append(("to the first step", *_spread([sum(each.values()) for each in ours])))
     rows.append(("PEFT and Trainer, one process", *_spread(theirs)))
@@ -165,13 +157,12 @@ def _spread(values: Sequence[float]) -> tuple[str, str, str]:
 
 
 def imports_table(rounds: int) -> str:
-    """Seconds of a processor that the imports of each process take."""
     rows = [(name, f"{median(processor_seconds(what) for _ in range(rounds)):.2f}") for name, what in IMPORTS.items()]
     return table(("imports", "CPU seconds"), rows)
 
 
 def processor_seconds(modules: str) -> float:
-    """Those that a process takes which imports modules and ends, without those of Python's own start."""
+    """Return CPU seconds of a process that only imports modules, without Python's own start."""
     return _used(f"import {modules}") - _used("pass")
 
 
@@ -183,12 +174,9 @@ def _used(code: str) -> float:
 
 
 class Warm(Bench):
-    """Searches whose trials share a base, one after the other or two side by side."""
-
     side_by_side = 1
 
     def starts(self, neighbours: int) -> list[tuple[float, float]]:
-        """Seconds from the end of a trial until the first step of the one in its place begins; and the step's."""
         self.side_by_side, name = neighbours + 1, f"warm-{neighbours}"
         self.search(name, scheduler="none", adapters=2)
         trials = self.scratch / name / f"quickstart-{name}" / "trials"
@@ -196,14 +184,13 @@ class Warm(Bench):
 
     def _space(self, scheduler: str, adapters: int) -> Space:
         space = super()._space(scheduler, adapters)
-        # The first step has a checkpoint, before which nothing is evaluated.
+        # The first step has a checkpoint, and no evaluation comes before it.
         fixed = {**space["set"], "train.eval_every": self.steps, "train.checkpoint_every": 1, "train.keep": self.steps}
         search = {"train.lr": {"loguniform": [1e-4, 2e-3]}}
         return {**space, "search": search, "set": fixed, "concurrency": self.side_by_side}
 
 
 def _times(trial: Path) -> tuple[float, float, float, float]:
-    """When a trial ended, when it began, when the checkpoint of its first step was there, and that step's seconds."""
     record = trial / "trial.json"
     ended = record.stat().st_mtime
     history = json.loads((trial / "training.json").read_text())["state"]["history"]
@@ -213,9 +200,9 @@ def _times(trial: Path) -> tuple[float, float, float, float]:
 
 
 def waits(trials: Sequence[tuple[float, float, float, float]]) -> list[tuple[float, float]]:
-    """Of each trial in another's place: seconds from the end of that to the begin of its first step, and the step's.
+    """Return per trial the seconds from the end of its predecessor to its first step, and the seconds of that step.
 
-    `trials` has (end, begin, end of the first step, seconds of that step).
+    `trials` has (end, start, end of the first step, seconds of the step) of each trial.
     """
     found = []
     for _, begun, first, step in trials:
@@ -226,7 +213,6 @@ def waits(trials: Sequence[tuple[float, float, float, float]]) -> list[tuple[flo
 
 
 def trials_line(neighbours: int, found: Sequence[tuple[float, float]]) -> str:
-    """The trials' starts, in one line."""
     middle, least, most = _spread([before for before, _ in found])
     return (
         f"  {'a neighbour trains meanwhile' if neighbours else 'alone'}: {middle} s until its first step begins"

@@ -12,11 +12,10 @@ import numpy as np
 from peers import model_of_peft, pad
 
 ROWS, LENGTH = 2, 512
-"""Of the step: as many sequences as in a step of ours."""
+"""Size of the step: as many sequences as ours."""
 
 
 def main() -> None:
-    """Train one step."""
     import torch
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments

@@ -1,13 +1,13 @@
-"""What a search gains from shared work, from stopping trials early, and from several adapters on one base.
+"""Gains of a search from shared work, from stopping trials early, and from several adapters on one base model.
 
-On the quickstart's model and corpus, with short trials and 10 held-out rows. Three tables,
+The model and the corpus are those of the quickstart, with short trials and 10 held-out rows. The three tables come
 from runs of pipelines/sweep.py and pipelines/finetune.py on this machine, one after the other:
 
-  1. seconds from the start of a trial to its first step, with what a search shares and without: without, a trial
-     is a run of finetune.py of its own, that prepares its tokens, initialises its adapter, and measures the base;
-  2. the same trials with ASHA and without: total time, and the best loss of both;
-  3. the same trials, k adapters on one base against each in a worker of its own: time, and peak memory of all
-     of Ray's processes together.
+  1. seconds from the start of a trial to its first step, with and without sharing. Without it, a trial is a separate
+     run of finetune.py that prepares its tokens, initialises its adapter and evaluates the base model;
+  2. the same trials with and without ASHA: total time, and the best loss of both;
+  3. the same trials, k adapters on one base model or each adapter in its own worker: time, and the peak memory of all
+     processes of Ray together.
 
     python benchmarks/sweep.py [--trials 8] [--steps 6] [--adapters 4]
 """
@@ -31,18 +31,17 @@ from common import machine, table
 
 ROOT = Path(__file__).resolve().parent.parent
 Space = dict[str, Any]
-"""What a space file has."""
+"""Content of a space file."""
 CONFIG = "pipelines/configs/quickstart.yaml"
 HELD_OUT = 10
 
 
 def main() -> None:
-    """Run the searches and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--adapters", type=int, default=4, help="that share one base in the third table")
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--adapters", type=int, default=4, help="adapters per base model in the third table")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     print(machine())
     Path(args.storage, "models").mkdir(parents=True, exist_ok=True)
@@ -80,23 +79,19 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search cost and gave."""
-
     seconds: float
-    """From the first trial's start to the last one's end."""
+    """Seconds from the start of the first trial to the end of the last one."""
     first: float
-    """Seconds from a trial's start to its first step, median."""
+    """Median seconds from the start of a trial to its first step."""
     spared: float
     best: float
     steps: int
-    """Optimizer steps over all trials."""
+    """Optimizer steps of all trials."""
     peak: float
-    """Peak of the resident memory of all processes together, MB."""
+    """Peak of the resident memory of all processes, in MB."""
 
 
 class Bench:
-    """Runs in a folder of their own; the converted base model is shared."""
-
     def __init__(self, scratch: Path, storage: Path, trials: int, steps: int) -> None:
         self.scratch, self.storage, self.trials, self.steps = scratch, storage, trials, steps
         self.held_out = scratch / "heldout.jsonl"
@@ -104,7 +99,6 @@ class Bench:
         self.held_out.write_text("\n".join(lines[:HELD_OUT]) + "\n")
 
     def search(self, name: str, scheduler: str, adapters: int) -> Found:
-        """One search from nothing."""
         file = self.scratch / f"{name}.yaml"
         file.write_text(yaml.safe_dump(self._space(scheduler, adapters)))
         storage = self._storage(name)
@@ -123,7 +117,7 @@ class Bench:
         )
 
     def alone(self) -> float:
-        """Seconds from the start of a single run's own Ray work to its first step, with nothing made before."""
+        """Return seconds from the start of Ray's work in a single run to its first step, without prepared tokens."""
         storage = self._storage("alone")
         changes = [f"train.steps={self.steps}", "train.log_every=1", "registry.model=null", "evaluation.scorer=null"]
         command = [sys.executable, "pipelines/finetune.py", CONFIG, *self._changes(storage), *changes]
@@ -168,7 +162,7 @@ class Bench:
 
 
 def run(command: list[str]) -> tuple[list[str], float]:
-    """(the lines that a command prints, peak of the memory of its processes in MB)."""
+    """Run a command; return (its lines, peak memory of its processes in MB)."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     peak = [0.0]
     watch = threading.Thread(target=_watch, args=(process, peak), daemon=True)
@@ -182,13 +176,11 @@ def run(command: list[str]) -> tuple[list[str], float]:
 
 
 def seconds_of(line: str) -> float:
-    """The time of day that a line of the log begins with."""
     hours, minutes, seconds = line.split()[0].split(":")
     return int(hours) * 3600 + int(minutes) * 60 + int(seconds)
 
 
 def _watch(process: "subprocess.Popen[str]", peak: list[float]) -> None:
-    """Proportional memory, so that what processes share counts once."""
     while process.poll() is None:
         total = 0
         try:

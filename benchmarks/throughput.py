@@ -1,16 +1,17 @@
-"""Training throughput beside PEFT with transformers' Trainer and with TRL's SFTTrainer: the same rows and rank.
+"""Training throughput beside PEFT with transformers' Trainer and with TRL's SFTTrainer, on the same rows and rank.
 
-All have the same threads, precision, targets and scale too. SmolLM2-135M, or a larger model of random weights.
+Threads, precision, targets and scale are the same too. The model is SmolLM2-135M, or a larger one with random
+weights.
 
-Rows are chats of random tokens (their cost does not depend on the ids) from a seeded generator: lengths
-log-normal with median 120 cut at 512, the second half supervised. Each contestant runs in processes of its
-own, one after the other, for several rounds; medians count. A run is one warm-up step, then one timed pass
-over all rows, optimizer steps included, with nothing logged, evaluated or saved. Run it on an idle machine:
-threads that wait for each other suffer most from others' work; `--threads 1` and rows/CPU s suffer least.
+Rows are chats of random tokens from a seeded generator; the cost of a token does not depend on its id. Lengths are
+log-normal with median 120, cut at 512, and the second half of each row is supervised. Each contestant runs in its own
+processes, one contestant after the other, for several rounds; the medians count. A run is one warm-up step, then one
+timed pass over all rows with optimizer steps, but without logs, evaluations and checkpoints. Run it on an idle
+machine: threads that wait for each other suffer most from other work; `--threads 1` and rows/CPU s suffer least.
 
-First each contestant's gradient of the mean loss over the first rows is compared with that of the rows one by one,
-each alone, in float32: a fast wrong answer does not count. TRL's packing "wrapped" lets rows see each other and cuts
-them, its "bfd" keeps them apart only where positions are looked at.
+First, each contestant's gradient of the mean loss over the first rows is compared, in float32, with the gradient of
+these rows one by one, so that a fast wrong answer does not count. TRL's packing "wrapped" lets rows attend to each
+other and cuts them; its "bfd" separates them only in models that use the positions.
 
     python benchmarks/throughput.py [--rows 64] [--rounds 3] [--random 360m]
     python benchmarks/throughput.py --tune        settings of all beside each other, to choose the best
@@ -37,7 +38,7 @@ from contestants import LONGEST, ROWS_A_STEP, Rows, Setting, make_rows, packs_a_
 from export import write_base
 
 GRADIENT_ROWS = 16
-"""Of which gradients are compared."""
+"""Number of rows for the comparison of gradients."""
 CONTESTANT = str(Path(__file__).with_name("contestants.py"))
 
 OURS = (
@@ -60,9 +61,9 @@ TRIED = (
 
 
 TARGETS = {PEFT_BEST.name: 2.0, TRL[1].name: 2.5}
-"""Peer -> how many times its rows a second one worker of ours is to train, in less memory."""
+"""Peer -> target ratio of rows per second for one worker of ours, in less memory."""
 ANOTHER = 0.1
-"""Distance of a gradient from the one that is right from which on something else is trained."""
+"""Distance to the reference gradient from which a contestant trains something else."""
 RANDOM = {
     "360m": {
         "hidden_size": 960,
@@ -73,20 +74,19 @@ RANDOM = {
     },
     "1b": {},
 }
-"""Shapes of random models, with SmolLM2's tokenizer: of SmolLM2-360M, and of Llama 3.2 1B."""
+"""Shapes of random models with SmolLM2's tokenizer: SmolLM2-360M and Llama 3.2 1B."""
 
 
 def main() -> None:
-    """Run the contestants in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="in all, over a contestant's workers")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="total threads of a contestant's workers")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--random", choices=list(RANDOM), help="random weights of a larger shape")
-    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--random", choices=list(RANDOM), help="random weights with a larger shape")
+    parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_folder(args.model, args.storage)
@@ -94,7 +94,6 @@ def main() -> None:
 
 
 def random_model(scratch: Path, other: str, size: str) -> str:
-    """The folder of a random model with the tokenizer of another."""
     for file in Path(other).glob("*token*"):
         shutil.copy(file, scratch)
     count = write_base(scratch, vocab_size=49152, **RANDOM[size])
@@ -103,7 +102,6 @@ def random_model(scratch: Path, other: str, size: str) -> str:
 
 
 def compete(folder: str, args: argparse.Namespace) -> None:
-    """Compare gradients, then speed."""
     settings = [s for s in (TRIED if args.tune else (*OURS, *TRL, PEFT_BEST)) if s.workers <= args.threads]
     if find_spec("trl") is None:
         settings = [setting for setting in settings if setting.kind != "trl"]
@@ -124,7 +122,6 @@ def compete(folder: str, args: argparse.Namespace) -> None:
 
 
 def gradients(settings: Sequence[Setting], folder: str, args: argparse.Namespace) -> dict[str, float]:
-    """Contestant -> relative distance of its gradient to the one that is right."""
     with tempfile.TemporaryDirectory() as scratch:
         files = {}
         for setting in (Setting("alone", "alone"), *settings):
@@ -135,14 +132,14 @@ def gradients(settings: Sequence[Setting], folder: str, args: argparse.Namespace
 
 
 def distance(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-    """|g - g'| / |g'| over all adapters."""
+    """Return |g - g'| / |g'| over all adapters."""
     assert found.keys() == right.keys(), "other parameters have a gradient"
     off = sum(float((found[name].double() - part.double()).square().sum()) for name, part in right.items())
     return (off / sum(float(part.double().square().sum()) for part in right.values())) ** 0.5
 
 
 def contest(setting: Setting, folder: str, args: argparse.Namespace) -> dict[str, float]:
-    """Run one contestant; rows and supervised tokens a second, megabytes."""
+    """Run one contestant; return rows and supervised tokens per second, and megabytes."""
     parts = run(setting, {"folder": folder, "rows": args.rows, "dtype": args.dtype, "gradient": ""}, args.threads)
     seconds = max(part["seconds"] for part in parts)
     return {
@@ -154,7 +151,6 @@ def contest(setting: Setting, folder: str, args: argparse.Namespace) -> dict[str
 
 
 def run(setting: Setting, job: dict[str, Any], threads: int) -> list[dict[str, float]]:
-    """Have a contestant's workers do a job, and collect what each printed."""
     with tempfile.TemporaryDirectory() as scratch:
         job = {**job, "setting": vars(setting), "scratch": scratch}
         processes = [
@@ -186,7 +182,6 @@ def _describe(rows: Rows) -> str:
 
 
 def results_table(results: dict[str, list[dict[str, float]]], middle: dict[str, dict[str, float]], base: str) -> str:
-    """A row for each contestant."""
     rows = [
         (
             name,
@@ -203,7 +198,7 @@ def results_table(results: dict[str, list[dict[str, float]]], middle: dict[str, 
 
 
 def verdicts(middle: dict[str, dict[str, float]], off: dict[str, float]) -> list[str]:
-    """One worker of ours beside each peer: the targets, and whether the peer trains the same."""
+    """Compare one worker of ours with each peer: the targets, and whether the peer's gradient is right."""
     ours = middle[OURS[0].name]
     lines = []
     for name, least in TARGETS.items():

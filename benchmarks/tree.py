@@ -1,13 +1,13 @@
-"""What the fixed order of sums costs: the tree beside one flat all-reduce, and a simulation for many workers.
+"""Cost of the fixed order of sums: the tree beside one flat all-reduce, and a simulation for many workers.
 
-In pairs: on the quickstart's model, steps whose gradients are summed by train/tree.py alternate with steps in which
-they are accumulated in one buffer and all-reduced, in the same processes on micro-batches of one size; the median of
-the pairs' ratios counts. Run it on an idle machine.
+Measured in pairs, with the quickstart's model: steps whose gradients train/tree.py sums alternate with steps that
+accumulate them in one buffer and all-reduce it. Both run in the same processes, on micro-batches of the same size;
+the median of the pairs' ratios counts. Run it on an idle machine.
 
-Simulated: an exchange of an 8B model's adapter (rank 16 on all linear layers of Llama 3 8B) among many workers. What a
-worker does is measured here (adding up, setting aside, starting a message); link and latency are those of the options.
-A ring all-reduce takes 2 (W - 1) turns of a latency each; the tree takes two, in which W - 1 messages are started for
-each of a worker's nodes.
+Simulated: the exchange of an 8B model's adapter (rank 16 on all linear layers of Llama 3 8B) among many workers. The
+costs of a worker are measured here (adding, copying, starting a message); bandwidth and latency come from the
+options. A ring all-reduce needs 2 (W - 1) turns of one latency each. The tree needs two, in each of which a worker
+starts W - 1 messages per node of the tree that it has.
 
     python benchmarks/tree.py [--workers 2] [--pairs 15] [--models DIR] [--gigabits 25] [--latency 50]
 """
@@ -37,19 +37,19 @@ from olora_ray.common import collectives
 from olora_ray.train import tree
 
 LENGTH, EACH = 384, (1, 4)
-"""Tokens of a sequence, and micro-batches a worker, of the pairs."""
+"""Tokens per sequence, and micro-batches per worker, of the pairs."""
 LAYER = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)} | {
     "gate": (14336, 4096),
     "up": (14336, 4096),
     "down": (4096, 14336),
 }
 ADAPTER = 32 * 16 * sum(m + n for m, n in LAYER.values())
-"""Numbers of the adapter of the simulation."""
+"""Parameters of the adapter in the simulation."""
 WORKERS = (8, 64, 512)
 
 
 class FlatSum:
-    """In place of tree.TreeSum: gradients accumulate in one buffer, and an all-reduce adds up those of the workers."""
+    """Replacement of tree.TreeSum: gradients accumulate in one buffer, and an all-reduce adds the workers' buffers."""
 
     def __init__(self, whole: Tensor) -> None:
         self.whole = whole
@@ -71,12 +71,10 @@ class FlatSum:
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured."""
-
     add: float
-    """Seconds to add a number to another of a vector."""
+    """Seconds to add one number to another."""
     keep: float
-    """Seconds a number to set a vector aside and clear it."""
+    """Seconds per number to copy a vector and clear it."""
     message: float
     """Seconds to start a message and to receive one."""
 
@@ -111,15 +109,17 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--models", help="a folder that keeps the converted model")
-    parser.add_argument("--gigabits", type=float, default=25.0, help="of a worker's link, a second, each way")
-    parser.add_argument("--latency", type=float, default=50.0, help="of a message, in microseconds")
+    parser.add_argument("--models", help="folder for the converted model")
+    parser.add_argument(
+        "--gigabits", type=float, default=25.0, help="bandwidth of a worker's link in Gbit/s, per direction"
+    )
+    parser.add_argument("--latency", type=float, default=50.0, help="latency of a message in microseconds")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def pairs_of(arguments: argparse.Namespace, folder: str, each: int, scratch: Path) -> dict[str, Any]:
-    """Pairs of steps with so many micro-batches a worker; what rank 0 has measured."""
+    """Run pairs of steps with so many micro-batches per worker; return the measurements of rank 0."""
     job = {"folder": folder, "each": each, "workers": arguments.workers, "pairs": arguments.pairs}
     job |= {"meeting": str(scratch / f"meeting-{each}")}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -140,7 +140,6 @@ def pairs_of(arguments: argparse.Namespace, folder: str, each: int, scratch: Pat
 
 
 def worker(job: dict[str, Any]) -> None:
-    """One process: pairs of steps, which of them comes first in turns."""
     from olora_ray.common.logs import quiet_transformers
     from olora_ray.train.loader import Schedule, StepLoader
 
@@ -171,7 +170,6 @@ def worker(job: dict[str, Any]) -> None:
 
 
 def measured(vector: Tensor) -> Costs:
-    """What the parts of an exchange cost this process."""
     other, size = torch.randn_like(vector), vector.numel()
     small = [torch.zeros(1) for _ in range(1000)]
     here, count = dist.get_rank(), dist.get_world_size()
@@ -205,7 +203,6 @@ def best(work: Callable[[], object]) -> float:
 
 
 def simulate(costs: Costs, gigabits: float, latency: float) -> None:
-    """Seconds of an exchange, of a ring and of the tree, and what is held."""
     byte, turn = 8 / (gigabits * 1e9), latency * 1e-6
     rows = []
     for workers in WORKERS:
@@ -233,7 +230,7 @@ def simulated(costs: Costs, workers: int, leaves: int, byte: float, turn: float)
     nodes, most = sum(map(len, everyone)), max(map(len, everyone))
     moved = 4 * ADAPTER * (workers - 1) / workers * byte
     ring = 2 * (workers - 1) * turn + 2 * moved + ADAPTER * (workers - 1) / workers * costs.add
-    # Each leaf but a worker's first is set aside once, and added once; then a slice of all nodes is added up.
+    # Each leaf except a worker's first one is copied once and added once; then the worker adds its slice of all nodes.
     within = max(len(collectives.share(leaves, worker, workers)) - 1 for worker in range(workers)) * ADAPTER
     inside = within * (costs.add + costs.keep)
     started = (workers - 1) * (most + 1) * costs.message

@@ -2,8 +2,8 @@
 
 python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/under_torchrun.py CONFIG
 
-It trains what pipelines/finetune.py would with the config, on the token store that an earlier run has left (a small one
-is made), and leaves the run's checkpoints and training.json.
+It trains as pipelines/finetune.py does with the config, on the token store of an earlier run (a small store is prepared
+here), and writes the run's checkpoints and training.json.
 """
 
 import os
@@ -28,7 +28,7 @@ from olora_ray.tokens.store import TokenStore
 
 
 class TorchrunContext(RayTrainContext):
-    """A worker of torchrun, on a CPU: base model and adapters as under Ray Train."""
+    """The context of a worker that torchrun has started on a CPU, instead of Ray Train's."""
 
     def __init__(self, config: Config) -> None:
         self.device, self._loss, self._installed = torch.device("cpu"), None, False
@@ -36,26 +36,22 @@ class TorchrunContext(RayTrainContext):
 
 
 class NobodyAsks:
-    """In place of StopRequests: there is no driver that could ask to stop."""
+    """Replacement of StopRequests, because there is no driver that could ask for a stop."""
 
     def waiting(self, shard: int, shards: int) -> None:
         """The store is complete."""
 
     def pending(self) -> bool:
-        """No."""
         return False
 
     def decided(self) -> bool:
-        """Nothing is asked."""
         raise AssertionError("nobody has asked")
 
     def reason(self) -> tuple[str, bool]:
-        """There is none."""
         raise AssertionError("nobody has asked")
 
 
 def main(file: str) -> None:
-    """Train as a config says."""
     quiet_transformers()
     config = load(file)
     dist.init_process_group("gloo")
@@ -68,7 +64,6 @@ def main(file: str) -> None:
 
 
 def train(context: TorchrunContext, config: Config) -> TrainResult:
-    """What `train_at` does, with nobody to tell and nobody who asks."""
     base, folder, requests = open_base(config), RunFolder(config), NobodyAsks()
     if context.rank == 0:
         begin(config, base.spec, "train").run()
@@ -83,6 +78,6 @@ def train(context: TorchrunContext, config: Config) -> TrainResult:
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    # A process group's threads can crash at the interpreter's exit; everything is written.
+    # Threads of a process group can crash when the interpreter exits. All files are written already, so skip the exit.
     sys.stdout.flush()
     os._exit(0)

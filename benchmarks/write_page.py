@@ -1,14 +1,14 @@
-"""Runs the benchmarks, one after the other, and writes what they print to docs/generated/benchmarks.md.
+"""Runs the benchmarks, one after the other, and writes their output to docs/generated/benchmarks.md.
 
     python benchmarks/write_page.py                          (make bench)
-    python benchmarks/write_page.py init throughput          these only
-    python benchmarks/write_page.py recovery -- --kills 5    one of them, with options of its own
-    python benchmarks/write_page.py early --output FILE      one of them, from what it has printed before
+    python benchmarks/write_page.py init throughput          only these
+    python benchmarks/write_page.py recovery -- --kills 5    one of them, with its own options
+    python benchmarks/write_page.py early --output FILE      one of them, from its saved output; runs nothing
 
-Each has a section with the date, the machine and the command. Sections of benchmarks that did not run stay as they
-are, word for word, and so does text before the first section. The page is written after each benchmark, and one that
-fails does not keep the others from running. All together are planned for 90 minutes on two cores: some run with fewer
-rounds then than alone, and those that take longest only when they are named.
+Each benchmark has a section with date, machine and command. Sections of benchmarks that did not run stay word for word,
+and so does the text before the first section. The page is written after each benchmark, and the others run even if one
+fails. All together take about 90 minutes on two cores: some run with fewer rounds than alone, and the longest ones run
+only if they are named.
 """
 
 import argparse
@@ -46,12 +46,12 @@ SECTIONS = {
     "prepare": "Preparation",
     "scale": "A billion rows",
     "soak": "Soak",
+    "learning_rate": "Learning rate",
 }
-"""Script -> heading, in the order of the page."""
 NEEDS_GPU = ("gpu",)
-"""Left out where there is no GPU, unless they are named."""
-NAMED_ONLY = ("recovery", "early", "sweep", "soak")
-"""Left out unless they are named: they take twenty minutes and more each."""
+"""Skipped without a GPU, unless they are named."""
+NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate")
+"""Skipped unless they are named, because each takes twenty minutes or more."""
 TOGETHER = {
     "throughput": ("--rows", "32", "--rounds", "2"),
     "roofline": ("--rounds", "2"),
@@ -62,13 +62,13 @@ TOGETHER = {
     "quantised": ("--steps", "8"),
     "prepare": ("--rows", "30000", "--rounds", "2"),
 }
-"""Options of those that take less time when all run."""
+"""Options that shorten a benchmark when all run."""
 INTRO = """\
 # Benchmarks
 
-`make bench` runs these and writes what they print, with the date and the machine of each;
-`python benchmarks/write_page.py NAME` runs one, and leaves the other sections as they are. Compare ratios within a
-table, not seconds between machines.
+`make bench` runs the benchmarks and writes their output, with date and machine.
+`python benchmarks/write_page.py NAME` runs one and keeps the other sections. Compare ratios within a table, not seconds
+between machines.
 """
 MISSING = "Not measured yet."
 PROCESSOR_FEATURES = {
@@ -77,13 +77,11 @@ PROCESSOR_FEATURES = {
     "AVX-512": ("avx512f",),
     "AVX2": ("avx2",),
 }
-"""What is shown of a processor -> the flags of /proc/cpuinfo, of which one is enough; bf16 is Arm's."""
+"""Feature -> flags of /proc/cpuinfo, of which one is enough; bf16 is the flag of Arm."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a benchmark printed, and under which circumstances."""
-
     command: str
     output: str
     date: str
@@ -91,7 +89,6 @@ class Measured:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run and write; the exit code of the first benchmark that has failed."""
     names, options, output = _arguments(argv)
     failed = 0
     for name in names or _all():
@@ -112,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(command: Sequence[str]) -> tuple[str, int]:
-    """(what a command prints, its exit code); it is shown meanwhile."""
+    """Run a command and show its output; return (output, exit code)."""
     lines = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -123,7 +120,7 @@ def run(command: Sequence[str]) -> tuple[str, int]:
 
 
 def write(page: Path, name: str, measured: Measured) -> None:
-    """Put what was measured into the page, which is written whole or not at all."""
+    """Update the page; it is replaced at once, so a killed process leaves the old page."""
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     aside = page.with_name(f".{page.name}.new")
     aside.write_text(renewed(old, name, measured), encoding="utf-8")
@@ -131,7 +128,7 @@ def write(page: Path, name: str, measured: Measured) -> None:
 
 
 def renewed(old: str, name: str, measured: Measured) -> str:
-    """The page with one section anew, and all others as they were."""
+    """Return the page with one new section; all others stay word for word."""
     before, sections = split(old)
     sections[SECTIONS[name]] = section(name, measured)
     everything = dict.fromkeys(SECTIONS.values(), MISSING) | sections
@@ -140,7 +137,7 @@ def renewed(old: str, name: str, measured: Measured) -> str:
 
 
 def split(page: str) -> tuple[str, dict[str, str]]:
-    """(text before the first section, heading -> text of its section); headings within fences are none."""
+    """Return (text before the first section, heading -> text); headings within fences do not count."""
     parts: list[tuple[str, list[str]]] = [("", [])]
     fence = ""
     for line in page.splitlines():
@@ -158,7 +155,6 @@ def split(page: str) -> tuple[str, dict[str, str]]:
 
 
 def section(name: str, measured: Measured) -> str:
-    """The text of a benchmark's section."""
     lines = measured.output.replace(str(ROOT), ".").strip("\n").splitlines()
     printed = "\n".join(line.rstrip() for line in lines)
     longest = max((len(ticks) for ticks in re.findall(r"`{3,}", printed)), default=2)
@@ -170,13 +166,13 @@ def section(name: str, measured: Measured) -> str:
 
 
 def description(name: str) -> str:
-    """What a benchmark measures: its docstring up to the commands."""
+    """Return the docstring of a benchmark up to its commands."""
     text = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) or ""
     return text.partition(f"\n    python benchmarks/{name}.py")[0].strip()
 
 
 def machine() -> str:
-    """Processor, its features, memory and versions; no name by which the machine could be found."""
+    """Return processor, features, memory and versions, without a name that identifies the machine."""
     info = _processor_information()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     features = [name for name, some in PROCESSOR_FEATURES.items() if flags & set(some)]
@@ -184,14 +180,13 @@ def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray"))
     return (
         f"{os.cpu_count()} cores ({info.get('model name') or platform.machine()};"
-        f" {', '.join(features) or 'no vector extensions that are known here'}"
+        f" {', '.join(features) or 'no known vector extensions'}"
         f"{'' if 'bfloat16' in features else '; no native bfloat16'}), {memory:.0f} GiB,"
         f" Python {platform.python_version()}, {versions}"
     )
 
 
 def _processor_information() -> Mapping[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is none."""
     file = Path("/proc/cpuinfo")
     first = file.read_text().partition("\n\n")[0] if file.exists() else ""
     pairs = (line.partition(":") for line in first.splitlines())
@@ -199,7 +194,6 @@ def _processor_information() -> Mapping[str, str]:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
-    """(names; none: all that can run; options of the one benchmark; file of its output)."""
     own = list(argv[: argv.index("--")] if "--" in argv else argv)
     options = list(argv[len(own) + 1 :])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,19 +201,18 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"of {', '.join(SECTIONS)}; none: all that can run here, but {', '.join(NAMED_ONLY)}",
+        help=f"one of {', '.join(SECTIONS)}; default: all that can run here, without {', '.join(NAMED_ONLY)}",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="what it has printed on this machine; runs nothing")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="saved output of this machine; runs nothing")
     args = parser.parse_args(own)
     if unknown := [name for name in args.names if name not in SECTIONS]:
         parser.error(f"{unknown[0]}: not one of {', '.join(SECTIONS)}")
     if (options or args.output) and len(args.names) != 1:
-        parser.error("--output and options after -- are for one benchmark: name it")
+        parser.error("--output and options after -- need the name of one benchmark")
     return args.names, options, args.output
 
 
 def _all() -> list[str]:
-    """Those that can run here and take no long time."""
     import torch
 
     left_out = NAMED_ONLY if torch.cuda.is_available() else NAMED_ONLY + NEEDS_GPU

@@ -1,4 +1,4 @@
-"""Fine-tune a language model with OLoRA on a Ray cluster, look at it, register it, keep it up to date.
+"""Fine-tune a language model with OLoRA on a Ray cluster, try it, register it, and retrain it.
 
     olora-ray COMMAND [ARGUMENTS ...]
 
@@ -18,20 +18,19 @@ from olora_ray.config import command_line
 
 COMMANDS = {
     "init": ("write a config for your rows: format, held-out rows, length, model", None),
-    "finetune": ("train an adapter, check it, register it; with --dry-run show what would be done", None),
-    "chat": ("put a prompt to the base and to the fine-tuned model", "olora_ray.evaluation.chat"),
-    "runs": ("list the runs that there are, with steps, losses and versions", "olora_ray.pipeline.runs"),
-    "evaluate": ("measure a model, or two side by side, on held-out rows and on tasks of lm-eval", None),
+    "finetune": ("train an adapter, check it and register it; --dry-run only prints the plan", None),
+    "chat": ("send a prompt to the base model and to the fine-tuned model", "olora_ray.evaluation.chat"),
+    "runs": ("list all runs of a storage, with steps, losses and versions", "olora_ray.pipeline.runs"),
+    "evaluate": ("evaluate one model, or compare two, on held-out rows and on tasks of lm-eval", None),
     "sweep": ("search rank, alpha, learning rate and other settings", None),
-    "compare": ("compare methods of initialising an adapter on your data", None),
-    "registry": ("list registered versions, move the champion by hand", None),
-    "retrain": ("for a scheduler: train again if something has changed, promote what is better", None),
+    "compare": ("compare initialisation methods of the adapter on your data", None),
+    "registry": ("list registered versions, and set the champion by hand", None),
+    "retrain": ("retrain if something has changed, and promote a better model; made for a scheduler", None),
 }
-"""Command -> what it is for, and its module; None: the script of that name in pipelines/."""
+"""Command -> (description, module with its `main`); None: the script of that name in pipelines/."""
 
 
 def main() -> None:
-    """Run the command that the command line names."""
     command_line.run(_main)
 
 
@@ -40,23 +39,24 @@ def _main(argv: list[str]) -> None:
     if name in command_line.HELP:
         table = aligned([(f"  {command}", about) for command, (about, _) in COMMANDS.items()])
         print((__doc__ or "").strip(), *table, "", sep="\n")
-        print("olora-ray COMMAND --help says more of each, olora-ray --version which release this is.")
+        print("olora-ray COMMAND --help explains a command; olora-ray --version prints the release.")
     elif name == command_line.VERSION:
         command_line.parse(argv, usage="")
     elif name in COMMANDS:
-        quiet_environment()  # before Ray is imported
+        quiet_environment()  # Ray reads these variables when it is imported
         _command(name)(rest)
     else:
         near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UserError(f"argument {name}: no such command; {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
+        raise UserError(f"argument {name}: unknown command; {hint}")
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
     if module := COMMANDS[name][1]:
         return importlib.import_module(module).main  # type: ignore[no-any-return]
+    # The scripts are no modules of the package: `python pipelines/finetune.py` runs the same files.
     folder = command_line.ROOT / "pipelines"
-    sys.path.insert(0, str(folder))  # as Python does for a script there: compare.py imports what lies beside it
+    sys.path.insert(0, str(folder))  # as Python does for a script, because compare.py imports modules beside it
     spec = importlib.util.spec_from_file_location(f"olora_ray_{name}", folder / f"{name}.py")
     assert spec
     assert spec.loader

@@ -37,8 +37,8 @@ def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> Non
     ("words", "code", "said"),
     [
         (["--version"], 0, r"olora-ray \d+\.\d+\.\d+"),
-        (["finetun"], 2, r"error: argument finetun: no such command; did you mean finetune\?"),
-        (["x"], 2, f"error: argument x: no such command; there are {', '.join(COMMANDS)}"),
+        (["finetun"], 2, r"error: argument finetun: unknown command; did you mean finetune\?"),
+        (["x"], 2, f"error: argument x: unknown command; use one of {', '.join(COMMANDS)}"),
         (["finetune", "nowhere.yaml"], 2, "error: config file nowhere.yaml: No such file or directory"),
         (["init", "nothing.jsonl"], 2, r"error: data\.train\.0\.path: /.*nothing\.jsonl: no such file .*"),
         (["evaluate", "--help"], 0, "Evaluate a model, .*"),

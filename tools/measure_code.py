@@ -1,10 +1,10 @@
-"""Measures the source tree: how much a newcomer has to read, and how much of it the tests nail down.
+"""Measures the source tree: how much a newcomer must read, and how much of its inside the tests depend on.
 
-    python tools/measure_code.py [ROOT] [--check]
+python tools/measure_code.py [ROOT] [--check]
 
-Prints one figure per line. --check prints each figure that is over its limit in tools/code_budget.json, each module in
-the root of the package and each import cycle, and exits with 1 if there is any. Whoever raises a number of the budget
-says why in that commit. Nothing is imported: the files are only read.
+Prints one figure per line. --check also prints each figure above its limit in tools/code_budget.json, each module in
+the root of the package and each import cycle, and then exits with 1 if there is any. A commit that raises a limit must
+say why. The script imports none of the files that it reads.
 """
 
 import argparse
@@ -28,38 +28,34 @@ Graph = Mapping[str, set[str]]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the figures; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", type=Path, default=ROOT, help="a tree with olora_ray/, tests/ and README.md")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if anything is over its limit")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is above its limit")
     args = parser.parse_args(argv)
     tree = Tree(args.root)
     if not tree.modules:
-        raise SystemExit(f"{args.root / PACKAGE}: no Python files there")
+        raise SystemExit(f"{args.root / PACKAGE}: no Python files")
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))
     for name, value in figures(tree).items():
         print(f"{value:>8}  {name}" + (f"  (at most {budget[name]})" if name in budget else ""))
-    found = problems(tree, budget) if args.check else []
-    for problem in found:
-        print(problem, file=sys.stderr)
-    return 1 if found else 0
+    lines = problems(tree, budget) if args.check else []
+    for line in lines:
+        print(line, file=sys.stderr)
+    return 1 if lines else 0
 
 
 @dataclass(frozen=True)
 class Module:
-    """A Python file."""
-
     text: str
     tree: ast.Module
 
     @property
     def lines(self) -> int:
-        """Lines of the file."""
         return self.text.count("\n")
 
     @cached_property
     def comments_and_code(self) -> tuple[int, int]:
-        """Lines that are comments, and lines of code: no blank lines, comments or docstrings."""
+        """(lines with only a comment, lines of code); blank lines and docstrings are neither."""
         comments: set[int] = set()
         code: set[int] = set()
         lines = self.text.split("\n")
@@ -82,7 +78,7 @@ _NO_CODE = {
 
 
 class Tree:
-    """The package and the tests below a folder, by the modules' names."""
+    """The modules of the package and of the tests, by their dotted names."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -97,7 +93,6 @@ class Tree:
 
 
 def figures(tree: Tree) -> dict[str, int]:
-    """Return each figure by its name, as the budget names it."""
     filled, users = tree.filled, tree.users
     counts = [module.comments_and_code for module in filled.values()]
     tests = list(tree.tests.values())
@@ -124,8 +119,8 @@ def figures(tree: Tree) -> dict[str, int]:
 
 
 def problems(tree: Tree, budget: Mapping[str, int]) -> list[str]:
-    """Return what is over its limit or lies where it should not, one line each."""
-    found = [
+    """Return one line per figure above its limit, misplaced module and import cycle."""
+    lines = [
         f"{PACKAGE}/{name.rpartition('.')[2]}.py: a module in the root: give it a package"
         for name in tree.modules
         if name.count(".") == 1
@@ -133,16 +128,16 @@ def problems(tree: Tree, budget: Mapping[str, int]) -> list[str]:
         and not any(other.startswith(name + ".") for other in tree.modules)
         and not (tree.root / PACKAGE / name.rpartition(".")[2]).is_dir()
     ]
-    found += [
+    lines += [
         f"{name}: {value}, at most {budget[name]}"
         for name, value in figures(tree).items()
         if value > budget.get(name, value)
     ]
-    return found + [f"an import cycle: {', '.join(cycle)}" for cycle in cycles(tree.imports)]
+    return lines + [f"an import cycle: {', '.join(cycle)}" for cycle in cycles(tree.imports)]
 
 
 def cycles(graph: Graph) -> list[tuple[str, ...]]:
-    """Return the groups of modules that reach each other, the largest first (strongly connected components)."""
+    """Return the strongly connected components of more than one module, the largest first."""
     reached = {name: _reached(name, graph) for name in graph}
     groups = {
         tuple(sorted(other for other in reached[name] if name in reached[other]))
@@ -153,7 +148,7 @@ def cycles(graph: Graph) -> list[tuple[str, ...]]:
 
 
 def longest_chain(graph: Graph) -> int:
-    """Return how many modules the longest chain of imports has; a module of a cycle counts once."""
+    """Return the length of the longest chain of imports in modules; each module counts once."""
     depth: dict[str, int] = {}
 
     def walk(name: str, path: frozenset[str]) -> int:
@@ -167,40 +162,40 @@ def longest_chain(graph: Graph) -> int:
 
 
 def _read(root: Path, folder: str) -> dict[str, Module]:
-    found = {}
+    modules = {}
     for file in sorted((root / folder).rglob("*.py")):
         text = file.read_text(encoding="utf-8")
         name = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        found[name] = Module(text, ast.parse(text))
-    return found
+        modules[name] = Module(text, ast.parse(text))
+    return modules
 
 
 def _imported(name: str, tree: ast.Module, modules: Mapping[str, Module]) -> set[str]:
-    """Return what a module imports anywhere, in functions too; `from a import b` is a.b where that is a module."""
-    found: set[str] = set()
+    # Imports in functions count too. `from a import b` imports the module a.b, if there is one.
+    imports: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found.update(_existing(alias.name, modules) for alias in node.names)
+            imports.update(_existing(alias.name, modules) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.update(_existing(f"{node.module}.{alias.name}", modules) for alias in node.names)
-    return found - {"", name}
+            imports.update(_existing(f"{node.module}.{alias.name}", modules) for alias in node.names)
+    return imports - {"", name}
 
 
 def _existing(dotted: str, modules: Mapping[str, Module]) -> str:
-    """Return the longest beginning of a dotted name that is a module of the package, or nothing."""
+    """Return the longest prefix of a dotted name that is a module of the package, or ''."""
     while dotted and dotted not in modules:
         dotted = dotted.rpartition(".")[0]
     return dotted if dotted != PACKAGE else ""
 
 
 def _reached(start: str, graph: Graph) -> set[str]:
-    found: set[str] = set()
+    reached: set[str] = set()
     ahead = [start]
     while ahead:
-        new = graph[ahead.pop()] - found
-        found |= new
+        new = graph[ahead.pop()] - reached
+        reached |= new
         ahead.extend(new)
-    return found
+    return reached
 
 
 def _package(name: str) -> str:
@@ -227,7 +222,7 @@ def _assignments(body: Iterable[ast.stmt]) -> Iterator[tuple[ast.expr, ast.expr 
 
 
 def _is_numeric(value: ast.expr) -> bool:
-    """True for numbers and sums, products and powers of numbers."""
+    # 4 * 2**30 is a constant too.
     return all(
         isinstance(part.value, int | float)
         if isinstance(part, ast.Constant)
@@ -237,7 +232,7 @@ def _is_numeric(value: ast.expr) -> bool:
 
 
 def _private_names(tree: ast.Module) -> int:
-    """Count `x._name`; a class's own and those of os and sys are no pokes into somebody else's inside."""
+    # A class may use its own private fields. os._exit and sys._getframe are public in spite of their names.
     return sum(
         isinstance(node, ast.Attribute)
         and re.match("_[a-z]", node.attr) is not None
@@ -247,7 +242,6 @@ def _private_names(tree: ast.Module) -> int:
 
 
 def _text_lines(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines of each text that stands as a statement: docstrings, and those below attributes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield from range(node.lineno, (node.end_lineno or node.lineno) + 1)

@@ -1,12 +1,12 @@
-"""Writes deploy/requirements.lock: the packages that nodes install, at the versions that the tests ran with.
+"""Writes deploy/requirements.lock: the packages that nodes install, in the versions that the tests use.
 
     .venv/bin/python tools/write_lock.py UV          (make lock)
 
-UV is the program uv. It resolves pyproject.toml with the extras that nodes need, for Linux on x86-64 and Python 3.11,
-where each package that is installed here keeps its version; what is not installed here (CUDA's libraries) follows.
-A build's tag such as torch's +cpu is cut off: the ordinary PyPI has the version without it. Each package has the
-SHA-256 of all its files, so that nodes install these files or fail. The manifests of KubeRay get the lock's Ray: in
-rayVersion, and in the image's tag, which kustomization.yaml has.
+UV is the path of the program uv. It resolves pyproject.toml with the extras that nodes need, for Linux on x86-64 and
+Python 3.11. Packages that are installed here keep their versions, and uv chooses the others (CUDA's libraries). A local
+build tag such as torch's +cpu is removed, because PyPI only has the version without it. Each package has the SHA-256 of
+all its files, so nodes install exactly these files or fail. The KubeRay manifests get the Ray version of the lock, in
+rayVersion and in the image tag of kustomization.yaml.
 
 To take newer versions: make clean setup test lock.
 """
@@ -34,7 +34,6 @@ HEADER = """\
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the lock, and the manifests that name its Ray."""
     if len(argv) != 1:
         raise SystemExit((__doc__ or "").strip())
     LOCK.write_text(HEADER + resolved(argv[0], constraints()))
@@ -46,13 +45,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def constraints() -> str:
-    """The packages that are installed here, as requirements without a build's tag."""
-    found = {canonical(one.metadata["Name"]): one.version.partition("+")[0] for one in distributions()}
-    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()) if name != "olora-ray")
+    """Return the installed packages as requirements, without build tags."""
+    versions = {canonical(package.metadata["Name"]): package.version.partition("+")[0] for package in distributions()}
+    return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()) if name != "olora-ray")
 
 
 def resolved(uv: str, limits: str) -> str:
-    """What uv makes of pyproject.toml within `limits`, without anything of this machine."""
+    # The index and link options stay out of the lock, because they may name servers of this machine's network.
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(limits)
         file.flush()
@@ -62,24 +61,23 @@ def resolved(uv: str, limits: str) -> str:
         command += ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(done.returncode)  # uv has said why
+        raise SystemExit(done.returncode)  # uv has printed the reason
     return done.stdout
 
 
 def locked(text: str) -> dict[str, str]:
-    """Package -> version, of a lock's text."""
-    found = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
-    return {canonical(name): version for name, version in found}
+    pins = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+    return {canonical(name): version for name, version in pins}
 
 
 def stamped(manifest: str, project: str, ray: str) -> str:
-    """A manifest whose clusters have this Ray, and whose image is of this project with this Ray."""
+    """Return a manifest with this Ray version, and with the image tag of this project and Ray."""
     manifest = re.sub(r'(\brayVersion: )"[^"]*"', rf'\g<1>"{ray}"', manifest)
     return re.sub(r"(\bnewTag: )\S+", rf"\g<1>{project}-ray{ray}", manifest)
 
 
 def canonical(name: str) -> str:
-    """A package's name as indexes compare it."""
+    # Indexes treat "-", "_" and "." in names as equal (PEP 503).
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -1,10 +1,10 @@
-"""Writes docs/generated/models.md: what becomes of a tiny model of each family in tests/families, measured here.
+"""Writes docs/generated/models.md: results of a run with a tiny model of each family in tests/families.
 
     .venv/bin/python tools/write_models.py                  (make models; half an hour)
-    .venv/bin/python tools/write_models.py --templates      the part on chat templates alone; some seconds
+    .venv/bin/python tools/write_models.py --templates      only the part on chat templates (some seconds)
 
-Each model goes through a whole run without Ray, beside what the model itself says (tests/families/check.py). What
-becomes of conversations under the chat templates of families is found by tests/data/template_zoo.py.
+Each model goes through a complete run without Ray, and is compared with the model's own forward pass
+(tests/families/check.py). tests/data/template_zoo.py checks the chat templates.
 """
 
 import sys
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the models and functions of this tree, whatever is installed
+sys.path.insert(0, str(ROOT))  # this tree first, because another release may be installed
 
 from tests.data import template_zoo  # noqa: E402
 from tests.families import every, planted, table  # noqa: E402
@@ -27,58 +27,58 @@ INTRO = """\
 
 <!-- Written by `make models` from tests/families: change the words in tools/write_models.py. -->
 
-Any causal language model of transformers may be named in `model.name`, and a model that sees, whose language model is
-trained on text, while all else of it stays as it is. Whether it is trained right is measured before
-the first step, for whatever model came; what fails is refused in one line. This page shows what becomes of tiny random
-models of {families} variants of families: the {named} of a review in November 2026, and {more} others.
+`model.name` accepts any causal language model of transformers. It also accepts models with vision: their language model
+is trained on text, and their other parts stay unchanged. Before the first step of every run, a self-test checks that
+this model is trained correctly, and a model that fails is refused in one line. This page shows the results for tiny
+random models of {families} variants of families: {named} from a review in November 2026, and {more} others.
 
-Each goes through a whole run on a CPU, with the defaults, rank 4 on `all-linear`, and {longest} tokens at most:
+Each model goes through a complete run on a CPU, with the default settings, rank 4 on `all-linear`, and at most
+{longest} tokens per sequence:
 
-| column | what is measured |
+| column | measured value |
 |---|---|
-| adapted | share of the parameters behind an adapter, embeddings and output head left out |
-| experts | whether the experts of a mixture are adapted; none: it has none |
-| attention | the implementation that the run has chosen |
-| start | whether the untrained adapter leaves every loss as it is, to the bit |
-| packed | loss of packed examples beside that of single ones; apart: each has a sequence of its own |
-| by positions | loss of the model's own forward if packed examples are told apart by positions alone |
-| loss | loss of single examples beside that of the logits of the model's own forward |
-| gradients | gradients of all adapters beside those that follow from the model's own by automatic differentiation |
-| export | loss of the merged model, and of the adapter in PEFT, beside that of the trained model |
-| parity | the run's own comparison of both |
-| verdict | right to the end; or refused before the first step, and why |
+| adapted | share of the parameters in adapted layers, without embeddings and output head |
+| experts | yes if the experts of a mixture are adapted; none: the model has no experts |
+| attention | attention kernel that the run has chosen |
+| start | exact: the untrained adapter changes no loss by a single bit |
+| packed | difference between losses of packed and of single examples; apart: each example has its own sequence |
+| by positions | the same for the model's own forward pass, if only positions separate the packed examples |
+| loss | difference between our loss and the loss from the logits of the model's own forward pass |
+| gradients | difference between our adapter gradients and those that autograd computes from the model's own loss |
+| export | difference between the losses of the trained model and of its exports (merged model, adapter in PEFT) |
+| parity | result of the run's own comparison of the exports |
+| verdict | right: correct to the end of the run; otherwise the reason of the refusal before the first step |
 
-Differences are relative, and bounds are exact ones in float32; in bfloat16 what counts is how far the model's own
-forward pass is from its float32 one.
+Differences are relative. In float32 the bounds are exact. In bfloat16 a difference is compared with the difference
+between the model's own forward passes in bfloat16 and float32.
 """
 
 TEMPLATES = """\
 ## Chat templates
 
-What becomes of conversations under {count} chat templates, as TRL's package has them. A case is right if each answer
-follows the ids that a server feeds before it (the template with its generation prompt, on the messages so far), has all
-that the row says, and ends with a token at which the model stops. What a template cannot write is refused, row by row,
-with what to do. `data.chat_template` names another template.
+The results of conversations with the {count} chat templates in TRL's package. A case is right if three conditions hold.
+Each answer follows exactly the ids that a server would send to the model (the template with its generation prompt, on
+the messages so far). The answer contains everything in the row. It ends with a token at which the model stops. A row
+that the template cannot express is rejected, with advice. `data.chat_template` selects another template.
 
 | case | messages |
 |---|---|
-| plain, system, turns | one question and answer; with a system message; two of them |
-| tools, tools as text | a tool call, its result, an answer; arguments as an object, or as JSON text |
-| beside a call, call alone | the same with text in the message that calls; a call as the last message, without tools |
-| reasoning_content, thinking, reasoning | two answers with reasoning under that name |
+| plain, system, turns | one question and answer; the same with a system message; two questions and answers |
+| tools, tools as text | a tool call, its result and an answer; the arguments are an object, or JSON text |
+| beside a call, call alone | the same with text in the message with the call; a call as last message, without tools |
+| reasoning_content, thinking, reasoning | two answers with reasoning in a field of that name |
 | in content | reasoning as `<think>...</think>` at the start of the content |
 """
 POWER = """\
-Each mistake is planted in a tiny model, and the self-test before the first step (docs/method.md) is run. Of the models
-above, in which nothing is planted, it refuses none. In bfloat16 rounding hides what changes an output by less than 3 %,
-such as the last token of a window of some thousand tokens.
+For each row, one mistake is built into a tiny model. Then the self-test before the first step (docs/method.md) runs. It
+refuses none of the correct models above. In bfloat16, rounding hides a mistake that changes an output by less than 3 %,
+such as a missing last token in a window of some thousand tokens.
 """
 
 
 def main() -> int:
-    """Measure and write."""
     if not template_zoo.sources():
-        raise SystemExit("the chat templates are those of TRL's package, which is not installed: make setup")
+        raise SystemExit("TRL's package, which has the chat templates, is not installed; run `make setup`")
     if "--templates" in sys.argv:
         before, _, _ = PAGE.read_text(encoding="utf-8").partition("\n## Chat templates\n")
         parts = [before]
@@ -96,14 +96,14 @@ def main() -> int:
 
 EVERY = "## Every other family"
 OTHERS = """\
-The other types of models in transformers' mapping of causal language models, and {seeing} that see, of which the
-language model is trained. Their sizes follow from each family's own config, so that some fail where a published model
-does not. In float32: {summary}.
+All other model types in transformers' mapping of causal language models, and {seeing} models with vision, whose
+language model is trained. Each family's own config decides the sizes, so some of these models fail although published
+models of the family do not. In float32: {summary}.
 """
 
 
 def _every() -> Iterator[str]:
-    """The families that the zoo has no variant of."""
+    # The variants above are chosen by hand. This section covers every other model type that transformers has.
     rows = []
     for family in every.others():
         rows.append(every.row(family))
@@ -114,12 +114,10 @@ def _every() -> Iterator[str]:
 
 
 def heading(precision: str) -> str:
-    """The line above what is said of a precision."""
     return f"## {str(PRECISIONS[precision]).removeprefix('torch.')}"
 
 
 def planted_section() -> list[str]:
-    """What the self-test finds, which decides on what is trained."""
     return ["## What the self-test finds", POWER, planted.table(planted.MISTAKES)]
 
 

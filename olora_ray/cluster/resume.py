@@ -364,10 +364,10 @@ def measure_first_step(
     if train.lr == "auto":
         times = f" x train.lr_factor {train.lr_factor:g}" if train.lr_factor != 1 else ""
         logger.info(f"train.lr=auto: the peak rate is {auto:.2g}{times}")
-    elif not 1 / FAR <= train.lr * train.lr_factor / auto <= FAR:
+    elif not 1 / FAR <= (times_auto := train.lr * train.lr_factor / auto) <= FAR:
         logger.warning(
-            f"train.lr={train.lr * train.lr_factor:g} is {train.lr * train.lr_factor / auto:.2g} times the rate that fits"
-            f" this method, rank and alpha ({auto:.2g}); set train.lr=auto, or ignore this line if you have tuned it"
+            f"train.lr={train.lr:g} is {times_auto:.2g} times the rate that fits this method, rank and alpha"
+            f" ({auto:.2g}); set train.lr=auto, unless you have tuned it"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command line of the entry scripts: arguments, log lines, exit codes."""
+"""The command line of the entry scripts: arguments, help, paths, log lines and exit codes."""
 
 import difflib
 import gc
@@ -27,33 +27,31 @@ from olora_ray.config.load import load, meant, parse_assignments, spelling_advic
 from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
 from olora_ray.config.section import AnySection, Section
 
-# The schema in words: what a field may hold, its default as it stands in a config, and the fields for --help.
+# The schema in words: the values that a field accepts, its default, and the fields of --help.
 
 
 NAMES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", NoneType: "`null`"}
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 WIDTH = 112
-"""Columns of --help."""
 
 
 def name_of(section: type[Section]) -> str:
-    """The name of a section that is an entry of a list, as `source`."""
     return section.__name__.lower()
 
 
 def shape(annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Section]], str] = name_of) -> str:
-    """Say in words what a field may hold; `limits` are pydantic's constraints, `entry` names a section."""
-    kind, inner = get_origin(annotation), get_args(annotation)
-    if kind is Annotated:
-        found = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
-        return shape(inner[0], [*limits, *found], entry)
-    if kind in (Union, UnionType):
+    """Return in words which values a field accepts; `limits` are pydantic's constraints, `entry` names a section."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        metadata = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        return shape(inner[0], [*limits, *metadata], entry)
+    if origin in (Union, UnionType):
         return " or ".join(shape(part, (), entry) for part in inner)
-    if kind is Literal:
+    if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inner)
-    if kind is tuple:
+    if origin is tuple:
         return _tuple([shape(part, (), entry) for part in inner if part is not Ellipsis], Ellipsis in inner, limits)
-    if kind is dict:
+    if origin is dict:
         return f"mapping of {shape(inner[0], (), entry)} to {shape(inner[1], (), entry)}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return entry(annotation)
@@ -61,7 +59,6 @@ def shape(annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Sec
 
 
 def plain(value: Any) -> str:
-    """A default as it would stand in a config."""
     return value if isinstance(value, str) else json.dumps(value, default=list)
 
 
@@ -75,21 +72,21 @@ FIRST = (
     *("train.epochs", "train.global_batch", "train.micro_batch", "train.lr"),
     *("cluster.workers", "tracking.uri", "registry.model"),
 )
-"""The fields that a first run sets: those of --help."""
+"""The fields that --help shows, because a first run sets them."""
 
 
 def help_text(config: type[Section] = Config, only: Collection[str] | None = None) -> str:
-    """The fields of a config with what they may hold, their defaults and docstrings, by section.
+    """Return the fields of a config by section, with their docstrings, types and defaults.
 
-    `only`: these, as section.field, and all of a section that a command adds to a run's; None: all.
+    `only` names the fields to show, as section.field; sections that are not in Config are always shown. None: all.
     """
     lines = []
     for name, field in config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, Section)
-        whole = only is None or name not in Config.model_fields
-        shown = None if whole else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
+        all_fields = only is None or name not in Config.model_fields
+        shown = None if all_fields else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
         if shown != []:
             lines.append(f"{name}:")
             lines.extend(_section(section, "  ", shown))
@@ -100,8 +97,8 @@ def _section(section: type[Section], indent: str, only: Collection[str] | None =
     for name, field in section.model_fields.items():
         if only is not None and name not in only:
             continue
-        kind = shape(field.annotation, field.metadata).replace("`", "")
-        text = " ".join(f"{field.description} ({kind}) [{default(field)}]".split())
+        accepted = shape(field.annotation, field.metadata).replace("`", "")
+        text = " ".join(f"{field.description} ({accepted}) [{default(field)}]".split())
         start = f"{indent}{field.alias or name:<18} "
         yield textwrap.fill(
             text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
@@ -120,42 +117,41 @@ def _tuple(parts: Sequence[str], any_number: bool, limits: Sequence[Any]) -> str
 
 
 def _bounds(limits: Sequence[Any]) -> Iterator[str]:
-    """`(≥ 0, < 1)`; what has no bounds (patterns, validators) is told by the description."""
-    found = [
+    bounds = [
         f"{sign} {getattr(limit, name):.10g}"
         for limit in limits
         for name, sign in BOUNDS.items()
         if hasattr(limit, name)
     ]
-    if found:
-        yield f"({', '.join(found)})"
+    if bounds:
+        yield f"({', '.join(bounds)})"
 
 
-# Resolver of the places that a config names: paths, URIs, hub ids, package:// files.
+# Paths, URIs, hub ids and package:// files in a config, made absolute.
 
 
 Resolved = TypeVar("Resolved", bound=AnyConfig)
 
 JOB_FOLDER = "runtime_resources"
-"""Part of the path under which Ray unpacks a submitted job's working directory."""
+"""Name of a folder above every working directory that Ray unpacks for a submitted job."""
 SHIPPED = ("pipelines/", "tune_spaces/")
-"""Folders beside the package of which a wheel has the files in olora_ray/shipped/ (setup.py)."""
+"""Folders beside the package; a wheel has their files in olora_ray/shipped/ (setup.py)."""
 _PACKAGE = Path(__file__).parents[1]
 ROOT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
-"""Where these folders lie."""
+"""The folder that contains the folders in SHIPPED."""
 
 
 def resolved(config: Resolved, folder: Path) -> Resolved:
-    """The config with every relative path made absolute, seen from `folder`.
+    """Return the config with all paths made absolute; relative paths start at `folder`.
 
-    Workers run elsewhere, so nothing relative may reach them. A job's own working directory is
-    deleted after the job: a relative `run.storage` then lies under the home directory instead. Raises UserError for
-    a place at which this user cannot look, or in a home folder that there is not.
+    Workers have other working directories, so they must not get relative paths. In a submitted job a relative
+    `run.storage` starts at the home directory, because Ray deletes the job's working directory. Raises UserError
+    for a path that this user cannot read, or whose home folder does not exist.
     """
     name = config.model.name
-    # With the home directory in the place of ~: what is exported names the base by a path that others can read.
-    if not is_uri(name) and is_there(place := Path(left(name, folder, "model.name")), "model.name"):
-        name = str(place)
+    # ~ is expanded here because exports name the base model by this path, and other users have another ~.
+    if not is_uri(name) and is_there(path := Path(left(name, folder, "model.name")), "model.name"):
+        name = str(path)
     start, template = config.train.start, config.data.chat_template
     return _changed(
         config,
@@ -171,14 +167,14 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     )
 
 
-def is_there(place: Path, field: str) -> bool:
-    """True if something lies at a path; raises UserError that names `field` where this user cannot look."""
-    with as_user_error(f"{field}: {place}", OSError, reason=short_reason):
-        return place.exists()
+def is_there(path: Path, field: str) -> bool:
+    """True if the path exists; raises UserError that names `field` if this user cannot read its folder."""
+    with as_user_error(f"{field}: {path}", OSError, reason=short_reason):
+        return path.exists()
 
 
 def lasting(folder: Path) -> Path:
-    """The folder from which relative places to write are seen: a job's own folder is deleted after it."""
+    # Ray deletes the working directory of a job after the job, with all that was written there.
     return Path.home() / "olora_ray" if JOB_FOLDER in folder.parts else folder
 
 
@@ -186,43 +182,45 @@ def _changed(section: AnySection, **values: object) -> AnySection:
     return section.model_copy(update=values)
 
 
-def absolute(place: str, folder: Path, field: str = "") -> str:
-    """`place` itself if it is a URI, else as an absolute path seen from `folder`; raises UserError as `at_home`."""
-    return place if is_uri(place) else os.path.normpath(folder / at_home(place, field))
+def absolute(path: str, folder: Path, field: str = "") -> str:
+    """Return a URI unchanged and a path made absolute from `folder`; raises UserError as `at_home`."""
+    return path if is_uri(path) else os.path.normpath(folder / at_home(path, field))
 
 
 def left(place: str, folder: Path, field: str = "") -> str:
-    """The path as `absolute` gives it; for a job that lacks the file, the path where an earlier job has left it."""
-    found = absolute(place, folder, field)
+    """Return the absolute path; in a job that lacks the file, the path to which an earlier job wrote it."""
+    path = absolute(place, folder, field)
+    # A later job has a new working directory, without the files that an earlier one wrote.
     kept = absolute(place, lasting(folder), field)
-    return kept if os.path.exists(kept) and not os.path.lexists(found) else found
+    return kept if os.path.exists(kept) and not os.path.lexists(path) else path
 
 
-def shipped(place: str, folder: Path = Path()) -> str:
-    """`place`, or the file of that name in the package if there is none: a wheel has pipelines/configs, say."""
-    ours = place.startswith(SHIPPED) and not (folder / place).exists() and (ROOT / place).exists()
-    return str(ROOT / place) if ours else place
+def shipped(path: str, folder: Path = Path()) -> str:
+    """Return `path`, or the shipped file of that name (such as pipelines/configs/...) if `path` is missing."""
+    # README and docs name these files relative to a checkout, and their commands must also work with a wheel.
+    ours = path.startswith(SHIPPED) and not (folder / path).exists() and (ROOT / path).exists()
+    return str(ROOT / path) if ours else path
 
 
-def at_home(place: str, field: str = "") -> Path:
-    """A path with a home folder in the place of its `~`; raises UserError, that names `field`, if there is none."""
+def at_home(path: str, field: str = "") -> Path:
+    """Expand `~` in a path; raise UserError that names `field` if that home folder does not exist."""
     try:
-        return Path(place).expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
-        where = f"{field}: {place}" if field else place
-        raise UserError(f"{where}: there is no home folder for '{Path(place).parts[0]}'; write it out") from None
+        where = f"{field}: {path}" if field else path
+        raise UserError(f"{where}: '{Path(path).parts[0]}' has no home folder; write the absolute path") from None
 
 
 def package_file(name: str, field: str = "model.name") -> Path:
-    """The path of package://PACKAGE/FILE; raises UserError that names `field` if either is not there."""
+    """Return the path of package://PACKAGE/FILE; raise UserError that names `field` if either is missing."""
     package, _, inner = name.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{field}: {name}: Python package {package!r} is not installed")
+        raise UserError(f"{field}: {name}: Python package {package!r} is not installed; install it on every node")
     path = Path(next(iter(spec.submodule_search_locations))) / inner
     if not path.exists():
-        there = sorted(item.name for item in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise UserError(f"{field}: {name}: no such file in the package; there is {', '.join(there) or 'nothing'}")
+        files = sorted(item.name for item in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise UserError(f"{field}: {name}: no such file in the package; its files: {', '.join(files) or 'none'}")
     return path
 
 
@@ -240,20 +238,18 @@ HELP, VERSION = ("-h", "--help"), "--version"
 
 @dataclass(frozen=True)
 class Arguments:
-    """The words of a command line, by kind."""
-
     words: tuple[str, ...]
-    """All that are no flag and no option, in their order."""
+    """The words that are neither flags nor options, in their order."""
     flags: frozenset[str]
     options: Mapping[str, str]
     """--name -> its value."""
 
     def names(self) -> list[str]:
-        """The words that set no field; of a file that the package has, its path."""
+        """Return the words that set no field; for shipped files, their path in the package."""
         return [shipped(word) for word in self.words if "=" not in word]
 
     def changes(self) -> dict[str, Any]:
-        """The words `section.field=value` as changes of a config; raises UserError for another word with =."""
+        """Return the words `section.field=value` as changes of a config; raise UserError for other words with =."""
         return parse_assignments([word for word in self.words if "=" in word])
 
 
@@ -266,9 +262,9 @@ def parse(
 ) -> Arguments:
     """Sort the words of a command line: `flags` have no value, `options` have one (`--x y` or `--x=y`).
 
-    --help prints usage, with `fields` also those of that config that a first run sets, or with `--help all` every one,
-    and exits; so does --version. Raises UserError for a flag that is not known, with what may be meant: the nearest
-    that is, or one of `fields`.
+    --help prints `usage` and exits. With `fields` it also prints the fields of that config: those in FIRST, or all of
+    them after `--help all`. --version prints the release and exits. Raises UserError for an unknown flag, with the
+    nearest known one or the field that is meant.
     """
     if VERSION in argv:
         print(f"olora-ray {version('olora-ray')}")
@@ -278,7 +274,9 @@ def parse(
         if fields and "all" in argv:
             print(f"\nFields, with their defaults:\n\n{help_text(fields)}")
         elif fields:
-            print(f"\nFields of a first run, with their defaults; --help all shows all:\n\n{help_text(fields, FIRST)}")
+            print(
+                f"\nFields of a first run, with their defaults (--help all: all fields):\n\n{help_text(fields, FIRST)}"
+            )
         raise SystemExit(0)
     words, given, values = [], set(), dict[str, str]()
     rest = iter(argv)
@@ -299,81 +297,72 @@ def parse(
 
 def _value(name: str, value: str | None) -> str:
     if value is None or value.startswith("--"):
-        raise UserError(f"argument {name}: its value is missing; --help shows how")
+        raise UserError(f"argument {name}: its value is missing; see --help")
     return value
 
 
 def _field_without_dashes(name: str, value: str) -> str | None:
-    """Say how to set the field that a flag of this name, with this value, may mean; None if that is not known."""
     bare = name.lstrip("-")
     if field := bare if "." in bare else meant(bare):
-        return f"fields are set without dashes: {field}={value if value and not value.startswith('-') else '...'}"
+        return f"set fields without dashes: {field}={value if value and not value.startswith('-') else '...'}"
     return spelling_advice(bare)
 
 
 def _unknown(name: str, flags: Sequence[str], options: Sequence[str]) -> str:
     if name in flags:
-        return f"{name} has no value"
+        return f"{name} takes no value; write it alone"
     known = [*flags, *options]
     if near := difflib.get_close_matches(name, [*known, *HELP, VERSION], n=1):
-        return f"not known; did you mean {near[0]}?"
-    return f"not known; there are {', '.join(known)} and --help" if known else "not known; there is --help"
+        return f"unknown; did you mean {near[0]}?"
+    return f"unknown; use {', '.join(known)} or --help" if known else "unknown; see --help"
 
 
 def read_arguments(
     argv: Sequence[str], default: Path | None, usage: str, flags: Sequence[str] = ("--dry-run", "--show-config")
 ) -> tuple[Config, frozenset[str]]:
-    """(config, flags that were given) from `[CONFIG.yaml] [section.field=value ...] [--dry-run] [--show-config]`.
-
-    Raises UserError for anything it does not know.
-    """
-    found = parse(argv, usage, flags, fields=Config)
-    if "--show-config" in found.flags and "--dry-run" not in found.flags:
-        raise UserError("argument --show-config: give it with --dry-run; without it the run would begin")
-    files = found.names()
+    """Return (config, flags); `default` is the config file if the arguments name none. Raises UserError."""
+    arguments = parse(argv, usage, flags, fields=Config)
+    if "--show-config" in arguments.flags and "--dry-run" not in arguments.flags:
+        raise UserError("argument --show-config: works only with --dry-run; add --dry-run")
+    files = arguments.names()
     if len(files) > 1:
-        raise UserError(
-            f"arguments {' '.join(files)}: one config file at a time; fields are set as section.field=value"
-        )
+        raise UserError(f"arguments {' '.join(files)}: use one config file; set fields as section.field=value")
     if not files and default is None:
-        raise UserError("argument CONFIG.yaml: missing; --help shows how")
-    return _loaded(files[0] if files else str(default), found.changes()), found.flags
+        raise UserError("argument CONFIG.yaml: missing; see --help")
+    return _loaded(files[0] if files else str(default), arguments.changes()), arguments.flags
 
 
 def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str, frozenset[str]]:
-    """(config, space file, flags) from `CONFIG.yaml SPACE.yaml [section.field=value ...] [--register] [--refit]`.
-
-    Raises UserError for anything it does not know.
-    """
-    found = parse(argv, usage, ("--register", "--refit"), fields=Config)
-    files = found.names()
+    """Return (config, space file, flags); raise UserError for unknown arguments."""
+    arguments = parse(argv, usage, ("--register", "--refit"), fields=Config)
+    files = arguments.names()
     if len(files) != 2:
         raise UserError(
             f"arguments {' '.join(files) or '(none)'}: expected a config and a space file, e.g."
             " pipelines/configs/quickstart.yaml tune_spaces/smoke.yaml"
         )
-    return _loaded(files[0], found.changes()), files[1], found.flags
+    return _loaded(files[0], arguments.changes()), files[1], arguments.flags
 
 
 def _loaded(file: str | Path, changes: dict[str, Any]) -> Config:
     return resolved(load(file, changes), Path.cwd())
 
 
+# Libraries log addresses as they got them, with the passwords in them.
 class _Masking(logging.Formatter):
-    """Libraries log addresses as they got them."""
-
     def format(self, record: logging.LogRecord) -> str:
         return mask(super().format(record))
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run an entry script: what the user can fix is one line on stderr, or a list of Problems, and exit code 2.
+    """Run an entry script, print its error as one line (or a list of Problems) on stderr, and exit.
 
-    Exit code 75 means that the same command finishes the work later, 143 (SIGTERM) and 130 (Ctrl+C) that
-    it was stopped and continues with the same command.
+    Exit codes: 2 for an error that the user can fix; 75 if the same command resumes the work later; 143 (SIGTERM) and
+    130 (Ctrl+C) if it was stopped and the same command resumes it.
     """
-    gc.set_threshold(100_000)  # what imports make stays: to look for garbage in it took a tenth of a start
-    # What the encoding of stdout does not have is written as \u2713, as on stderr: rows and names may have anything.
+    # Objects that imports create live until the end. Collecting garbage among them took a tenth of a start.
+    gc.set_threshold(100_000)
+    # Rows and names may have characters that the encoding of stdout lacks: print them as \u2713, as stderr does.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
@@ -383,24 +372,24 @@ def run(main: Callable[[list[str]], None]) -> None:
         with logs.printed():
             main(sys.argv[1:])
     except (UserError, StoreError) as error:
-        lines = getattr(error, "lines", [str(error)])  # whose words may have line breaks of their own
+        lines = getattr(error, "lines", [str(error)])  # a file name or a library's text may contain line breaks
         _end("error: " + "\n  ".join(" ".join(line.split()) for line in lines), error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
-        _end("stopped (SIGINT); the same command continues with what is done", 130)
+        _end("stopped (SIGINT); run the same command again to resume", 130)
     except BrokenPipeError:
         os._exit(141)
     except Exception as error:
         if line := of_the_machine(error):
             _end(f"error: {line}", UserError.exit_code)
-        _end(traceback.format_exc().rstrip(), 1)  # a bug: with its traceback, but no secrets
+        _end(traceback.format_exc().rstrip(), 1)  # a bug, so the user needs the traceback
     finally:
-        gc.freeze()  # else the interpreter collects all that torch and Ray have made before it ends: 1.5 s
+        gc.freeze()  # otherwise the interpreter collects all objects of torch and Ray when it ends, in 1.5 s
 
 
 def _end(line: str, code: int) -> None:
     sys.stdout.flush()
-    # In a job's log both streams meet: this must be the last line.
+    # A job's log contains both streams. The error must be its last line, so stdout goes first.
     print(mask(line), file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Configs from YAML files and nested mappings, validated as a whole, and written back."""
+"""Read configs from YAML files and nested mappings, validate them, and write them as YAML."""
 
 import difflib
 import logging
@@ -21,7 +21,7 @@ from olora_ray.config.section import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK, AnyS
 
 logger = logging.getLogger(__name__)
 
-# Words for settings that users of other tools type, and the fields that they mean here.
+# Names of settings in other tools, and the fields here that mean the same.
 
 
 PLAIN = {
@@ -77,45 +77,45 @@ PLAIN = {
     "export.merged": "merge_lora merge_adapter",
     "registry.model": "registered_model_name hub_model_id push_to_hub",
 }
-"""Field -> the words that mean the same in transformers, PEFT, TRL, LLaMA-Factory and Axolotl, among others."""
+"""Field -> names of the same setting in transformers, PEFT, TRL, LLaMA-Factory, Axolotl and others."""
 EXPLAINED = {
-    "gradient_accumulation_steps": "use train.global_batch, the sequences of a step over all workers; the accumulation"
-    " follows from it and train.micro_batch",
-    "per_device_eval_batch_size": "use train.micro_batch, for evaluations too",
+    "gradient_accumulation_steps": "use train.global_batch, the sequences of a step over all workers; together with"
+    " train.micro_batch it decides the accumulation",
+    "per_device_eval_batch_size": "use train.micro_batch; it also applies to evaluations",
     "warmup_ratio": "use train.warmup, a share of the steps",
     "warmup_steps": "use train.warmup, a share of the steps (0.03), not their number",
     "num_warmup_steps": "use train.warmup, a share of the steps (0.03), not their number",
     "load_in_4bit": "use model.quantization: nf4",
     "load_in_8bit": "use model.quantization: int8",
-    "train_on_inputs": "only answers are supervised, and of format text everything",
-    "optim": "the optimizer is AdamW",
-    "optimizer": "the optimizer is AdamW",
-    "report_to": "runs are tracked in MLflow; see tracking.uri and tracking.experiment",
+    "train_on_inputs": "delete it; only answers are supervised, except in format text, which is supervised completely",
+    "optim": "delete it; the optimizer is always AdamW",
+    "optimizer": "delete it; the optimizer is always AdamW",
+    "report_to": "delete it; runs are tracked in MLflow: set tracking.uri and tracking.experiment",
 }
-"""Words for which there is no field that means just the same -> what to do."""
+"""Names of settings without an equivalent field -> what to do."""
 TRACKERS = ("wandb_", "mlflow_", "comet_", "neptune_", "swanlab_", "trackio_", "tensorboard")
-"""Beginnings of words about trackers."""
+"""Prefixes of names of settings about trackers."""
 REMOVED = {
     "gate.on": "delete it; the gate always measures on the rows of data.eval or data.eval_fraction",
     "gate.level": "delete it; the interval of the improvement always has a confidence of 0.95",
-    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75: repeat it then,"
-    " as deploy/night.py does",
-    "retrain.wait": "delete it; while another retraining of the model is at work, the command ends with exit code 75:"
-    " repeat it then, as deploy/night.py does",
-    "cluster.resize_interval": "delete it; the run itself decides how often it looks for room for more workers",
+    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75; repeat it, as"
+    " deploy/night.py does",
+    "retrain.wait": "delete it; while another retraining of the model runs, the command ends with exit code 75;"
+    " repeat it, as deploy/night.py does",
+    "cluster.resize_interval": "delete it; the run decides how often it checks whether more workers fit",
     "compare.centres": "delete it; each grid starts at its method's own centre and grows until the best rate is inside",
 }
-"""Fields that earlier configs had -> what to do instead."""
+"""Fields of earlier releases -> what to do instead."""
 
 
 @cache
 def _fields() -> dict[str, str]:
-    """A word, in the form of `_plain`, -> the field that it means."""
+    # A field's own name means that field only if no other section has a field of this name.
     own: dict[str, list[str]] = {}
     for section, name in _own():
         own.setdefault(name, []).append(f"{section}.{name}")
-    found = {_plain(name): places[0] for name, places in own.items() if len(places) == 1}
-    return found | {_plain(word): field for field, words in PLAIN.items() for word in words.split()}
+    fields = {_plain(name): full_names[0] for name, full_names in own.items() if len(full_names) == 1}
+    return fields | {_plain(word): field for field, words in PLAIN.items() for word in words.split()}
 
 
 def _own() -> Iterator[tuple[str, str]]:
@@ -131,33 +131,32 @@ def _plain(word: str) -> str:
 
 
 def meant(word: str) -> str | None:
-    """The field of which this is the name, without its section, or another tool's word."""
+    """Return the field for a name without its section, or for another tool's name; None if there is no such field."""
     return _fields().get(_plain(word))
 
 
 def spelling_advice(word: str, place: str = "") -> str | None:
-    """Say what to do instead of a word that is no field at `place` (`use adapter.rank`); None if that is not known."""
+    """Return advice for a word that is no field at `place` (`use adapter.rank`), or None."""
     plain = _plain(word)
     if (field := meant(word)) and field != place:
         return f"use {field}"
     return EXPLAINED["report_to"] if plain.startswith(TRACKERS) else EXPLAINED.get(plain)
 
 
-# YAML as configs are written: numbers such as 1e-4 are read, and texts that look like them are quoted.
+# YAML as people write configs: 1e-4 is a number (YAML 1.1 reads a text), and texts that look like numbers are quoted.
 
 
 _MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile("[-+]?0[0-7_]+")
 _ODD_NUMBER = re.compile("[-+]?(0[xb]|[0-9_]+:)")
-"""Numbers of YAML 1.1 that nobody means: 1:30 is 90, 0x10 is 16."""
-_TOO_MUCH = "more than 50,000 values (aliases unfolded) or 50 levels of lists and mappings: not a config"
+"""Numbers of YAML 1.1 that nobody intends: 1:30 is 90, 0x10 is 16."""
+_TOO_MUCH = "more than 50,000 values (with aliases expanded) or 50 nested levels; this is no config"
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4), and refuses keys that come twice."""
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 requires 1.0e-4), and rejects duplicate keys."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The next mapping, its keys as they are written; raises ConstructorError for one that comes twice."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for number, (key, value) in enumerate(node.value):
@@ -166,37 +165,37 @@ class Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem(key, "a list or mapping cannot be a key")
             if key.value in lines:
-                raise _problem(key, f"the key {_quoted(key.value)} stands in line {lines[key.value]} already")
+                raise _problem(key, f"duplicate key {_quoted(key.value)}, first in line {lines[key.value]}")
             lines[key.value] = key.start_mark.line + 1
-            # A copy: the node may be the value of another key, through an alias.
+            # Keys stay as they are written: `on:` must not become true. A copy, because through an alias the same node
+            # may also be the value of another key.
             text = yaml.ScalarNode("tag:yaml.org,2002:str", key.value, key.start_mark, key.end_mark)
             node.value[number] = text, value
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; raises ConstructorError where it has none, or people would read another number."""
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, str):
-                value.encode()  # half of a surrogate pair is no text
+                value.encode()  # fails for half of a surrogate pair, which no file can contain
         except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
-            raise _problem(node, f"{_quoted(node.value)} cannot be read; quote it if it is a text") from None
+            raise _problem(node, f"{_quoted(node.value)} is not valid; quote it if it is text") from None
         if isinstance(value, int | float) and isinstance(node.value, str) and _ODD_NUMBER.match(node.value):
-            return node.value  # a field of numbers refuses it
+            return node.value  # as text, which a numeric field rejects
         if isinstance(value, int) and abs(value) >= 2**63:
             raise _problem(node, f"{_quoted(node.value)} is too large")
         octal = isinstance(value, int) and isinstance(node.value, str) and _OCTAL.fullmatch(node.value)
         if octal and value != int(node.value.replace("_", "")):
             raise _problem(
                 node,
-                f"{_quoted(node.value)} would be {value}: with a 0 in front YAML counts in eights; write it without, or"
-                " quote it if it is a text",
+                f"{_quoted(node.value)} is octal in YAML and means {value}; remove the leading 0, or"
+                " quote it if it is text",
             )
         return value
 
 
 class Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text which `Loader` would read as a number."""
+    """SafeDumper that quotes texts which `Loader` would read as numbers."""
 
 
 for _kind in (Loader, Dumper):
@@ -208,7 +207,7 @@ for _kind in (Loader, Dumper):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Read YAML; `where` names the text in the UserError, with the line, that broken YAML raises."""
+    """Parse YAML; raise UserError with `where` and the line if it is not valid."""
     try:
         tree = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -217,12 +216,11 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML: {problem[:200]}") from None
     except yaml.reader.ReaderError as error:
         line = f", line {text.count(chr(10), 0, error.position) + 1}"
-        raise UserError(
-            f"{where}{line}: not valid YAML: the character #x{error.character:04x} is not allowed"
-        ) from None
+        raise UserError(f"{where}{line}: not valid YAML: remove the character #x{error.character:04x}") from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_MUCH}") from None
-    # Aliases may unfold without end. The 10,000 files that a source may name are as many values.
+    # A few lines with nested aliases may expand to billions of values, and validation would never end. The limit leaves
+    # room for the 10,000 files that `only` of a source may list.
     left, count = [(tree, 0)], 0
     while left:
         value, depth = left.pop()
@@ -243,7 +241,7 @@ def _quoted(value: object) -> str:
     return ascii(text if len(text) <= 40 else f"{text[:37]}...")
 
 
-# Dotted fields: a config as flat names and values, and changes given by such names.
+# Dotted fields: a config as flat names and values, and changes to it by such names.
 
 
 FREE_TO_CHANGE = (
@@ -261,37 +259,38 @@ FREE_TO_CHANGE = (
     "train.keep",
     "train.log_every",
 )
-"""Fields that may differ when a run is resumed: they do not change its numbers. What follows from data.packing is in
-the digest of the tokens, and `auto` may be what was `true`. evaluation.* is bound: a checkpoint has the answers before
-training, result.json their scores."""
+"""Fields that may differ when a run is resumed, because they do not change its numbers.
+
+data.packing may change between `auto` and `true`; if packing itself changes, the digest of the tokens differs.
+evaluation.* must not change: checkpoints hold the answers before training, and result.json holds their scores."""
 LENGTH = ("train.steps", "train.epochs")
-"""Fields of a run's length, which may become another one."""
+"""Fields that decide the length of a run; they may change when it is resumed."""
 SOURCES = ("data.train.", "data.eval.")
-"""Fields of sources, which may be given as a path alone."""
+"""Prefixes of fields of sources; a source may also be written as a path alone."""
 NUMBERED = re.compile(r"data\.(train|eval)\.[0-9]+(\..+)?")
-"""A source by its number, or a field of it."""
+"""A source by its index, or one of its fields."""
 
 
 def parse_assignments(given: list[str]) -> dict[str, Any]:
-    """`section.field=value` words of a command line as changes; values are YAML."""
+    """Return the `section.field=value` words of a command line as changes; values are YAML."""
     changes = {}
     for word in given:
         field, equals, value = word.partition("=")
         if not equals or "." not in field or "" in field.split("."):
-            meant = spelling_advice(field) if equals else None
-            hint = f"; {meant}" if meant else ""
+            advice = spelling_advice(field) if equals else None
+            hint = f"; {advice}" if advice else ""
             raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value{hint}")
         changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
     return changes
 
 
 def flatten(config: Section) -> dict[str, Any]:
-    """Dotted field -> plain value, for MLflow parameters and comparisons."""
+    """Return dotted field -> plain value, for MLflow parameters and comparisons."""
     return dict(leaves(config.model_dump(mode="json"), ""))
 
 
 def leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dotted name and plain value of all below `prefix`; of lists only those of mappings are entered."""
+    """Yield dotted names and plain values below `prefix`; a list is a single value unless it holds mappings."""
     items: Any = ()
     if isinstance(value, dict) and value:
         items = value.items()
@@ -304,41 +303,41 @@ def leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def at(config: Section, field: str, default: Any = None) -> Any:
-    """The plain value of a dotted field, also of one that `flatten` enters: a section, a list of mappings."""
+    """Return the plain value of a dotted field, which may also be a section or a list of mappings."""
     node: Any = config.model_dump(mode="json")
     for part in field.split("."):
         if isinstance(node, dict) and part in node:
             node = node[part]
-        elif isinstance(node, list) and (place := _place(part, node)) is not None:
-            node = node[place]
+        elif isinstance(node, list) and (index := _index(part, node)) is not None:
+            node = node[index]
         else:
             return default
     return node
 
 
 def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested mapping with dotted fields set; raises UserError for a field that cannot be reached."""
+    """Return a copy of a nested mapping with dotted fields set; raise UserError for an unreachable field."""
     result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
     for field, value in changes.items():
-        if found := NUMBERED.fullmatch(field):
-            _number_sources(result.get("data"), found[1])
+        if numbered := NUMBERED.fullmatch(field):
+            _number_sources(result.get("data"), numbered[1])
         node: Any = result
         *parents, last = field.split(".")
         for part in parents:
             node = _child(node, part, field)
         if isinstance(node, list):
-            if (place := _place(last, node)) is None:
-                raise UserError(f"{field}: the list has {len(node)} entries, counted from 0")
-            node[place] = value
+            if (index := _index(last, node)) is None:
+                raise UserError(f"{field}: no such entry; the list has {len(node)} entries, counted from 0")
+            node[index] = value
         else:
             node[last] = value
     if "train.epochs" in changes and "train.steps" not in changes and isinstance(result.get("train"), dict):
-        result["train"].pop("steps", None)  # of the two the later word is meant
+        result["train"].pop("steps", None)  # the command line overrides the file
     return result
 
 
 def _number_sources(data: Any, name: str) -> None:
-    """Write sources as a list of mappings, as the schema reads them: one alone is a list of one, a path a source."""
+    # `data.train: a.jsonl` is allowed, but `data.train.0.weight=2` needs a list of mappings to set a field in.
     if isinstance(data, dict):
         given = data.get(name)
         sources = given if isinstance(given, list) else [given or {}]
@@ -346,23 +345,22 @@ def _number_sources(data: Any, name: str) -> None:
 
 
 def _child(node: Any, part: str, field: str) -> Any:
-    found = None
-    if isinstance(node, list) and (place := _place(part, node)) is not None:
-        found = node[place]
+    child = None
+    if isinstance(node, list) and (index := _index(part, node)) is not None:
+        child = node[index]
     elif isinstance(node, dict):
         if node.get(part) is None:
             node[part] = {}
-        found = node[part]
-    if isinstance(found, dict | list):
-        return found
-    if isinstance(found, str) and field.startswith(SOURCES):
-        raise UserError(f"{field}: {part!r} is a path alone, without fields; write it as {{path: ...}}")
+        child = node[part]
+    if isinstance(child, dict | list):
+        return child
+    if isinstance(child, str) and field.startswith(SOURCES):
+        raise UserError(f"{field}: {part!r} is a path without fields; write it as {{path: ...}}")
     raise UserError(f"{field}: {part!r} has no fields to set")
 
 
-def _place(part: str, node: list[Any]) -> int | None:
-    """The place in a list that a part of a field's name is, if it is one."""
-    return int(part) if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < len(node) else None
+def _index(part: str, items: list[Any]) -> int | None:
+    return int(part) if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < len(items) else None
 
 
 def _copy(value: Any) -> Any:
@@ -373,34 +371,34 @@ def _copy(value: Any) -> Any:
     return value
 
 
-# Messages for settings that cannot be: each names its field and says what to do.
+# Messages for invalid settings: each names its field and says what to do.
 
 
 _UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
 PHRASES = {
     "tuple_type": "expected a list, [...]",
     "dict_type": "expected a mapping, {name: value}",
-    "too_short": "at least 1 item is needed",
+    "too_short": "expected at least 1 item",
     "model_type": "expected a mapping of fields, {name: value}",
     "model_attributes_type": "expected a mapping of fields, {name: value}",
 }
-"""pydantic's kinds of problems -> words for those who write YAML."""
+"""Error types of pydantic -> messages for people who write YAML."""
 PATTERNS = {
-    NAME: "a name has letters, digits, '.', '_' and '-' only, begins with a letter or digit and does not end with '.'",
-    MODEL_NAME: "a name has letters, digits, ' ', '.', '_' and '-' only, and begins and ends with a letter or digit",
-    EXPERIMENT: "a name of printable characters is expected",
-    WEBHOOK: "an address is expected: http://... or https://..., or env:NAME or file:/PATH that holds one",
+    NAME: "use letters, digits, '.', '_' and '-'; begin with a letter or digit, and do not end with '.'",
+    MODEL_NAME: "use letters, digits, ' ', '.', '_' and '-'; begin and end with a letter or digit",
+    EXPERIMENT: "use printable characters only",
+    WEBHOOK: "expected http://..., https://..., or env:NAME or file:/PATH that holds such an address",
 }
-"""The patterns of texts in words."""
+"""Patterns of field types -> messages."""
 
 
 def explain(item: ErrorDetails, root: type[Section]) -> str:
-    """One of pydantic's problems as `field: what is wrong`, with what the user may have meant; no secret is in it."""
+    """Return an error of pydantic as `field: problem; advice`, without secrets."""
     return _short(_explain(item, root), 500)
 
 
 def _explain(item: ErrorDetails, root: type[Section]) -> str:
-    # pydantic puts the tags of unions into the location: only names and indices are the user's.
+    # pydantic adds tags of union members to the location. The user wrote only names and indices.
     *outer, last = [str(part) for part in item["loc"]] or [""]
     parts = [part for part in outer if not _UNION_TAG.search(part)]
     unknown = item["type"] == "extra_forbidden"
@@ -420,31 +418,44 @@ def _explain(item: ErrorDetails, root: type[Section]) -> str:
 
 
 def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """The problems without those that only follow from another: a list with a broken entry also counts as too short."""
+    """Drop problems that only follow from another one: pydantic also calls a list with an invalid entry too short."""
     return [
         item
         for item in items
         if not (item["type"] == "too_short" and item["input"])
-        or not any(other is not item and other["loc"][: len(item["loc"])] == item["loc"] for other in items)
+        or not any(another is not item and another["loc"][: len(item["loc"])] == item["loc"] for another in items)
     ]
 
 
+def _joined(lines: Sequence[str]) -> list[str]:
+    """Join the problems that the alternatives of one field have with one value: it must be a number or 'auto'."""
+    joined: list[str] = []
+    for line in lines:
+        field, expected, rest = line.partition(": input should be ")
+        value = rest[rest.rfind(" (got ") :]
+        if joined and expected and joined[-1].startswith(field + expected) and joined[-1].endswith(value):
+            joined[-1] = f"{joined[-1].removesuffix(value)} or {rest}"
+        else:
+            joined.append(line)
+    return joined
+
+
 def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str:
-    """Say what to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
     if secrets.is_name(parts[-1]):
-        return "a config holds no secrets, they come from the environment or a file"
+        return "delete it; secrets come from environment variables or files, never from a config"
     if advice := REMOVED.get(".".join(parts)):
         return advice
     if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
         return advice
+    # Last, because names of other tools resemble fields with another meaning: do_train is not `train`.
     near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
-    if near and (len(parts) > 1 or isinstance(value, dict)):  # what has no fields is no section
+    if near and (len(parts) > 1 or isinstance(value, dict)):  # a plain value cannot be a misspelt section
         return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
-    return "--help lists the fields"
+    return "--help all lists the fields"
 
 
 def _excerpt(value: Any) -> str:
-    """A value in an error message; of a mapping no values, since its keys may be anything."""
+    # A mapping is not shown: any of its keys may hold a secret, and no name tells which one.
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
@@ -453,24 +464,23 @@ def _excerpt(value: Any) -> str:
 
 
 def _short(text: str, length: int) -> str:
-    """One line without secrets, cut: they are masked first, because a part of one is not recognised."""
+    # Mask before cutting: a secret that is cut in half is not recognised.
     line = " ".join(secrets.mask(text).splitlines())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def instead(field: str, text: str) -> str:
-    """The way to give the secret that stands in a field."""
     if field not in ("tracking.uri", "notify.url"):
         names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
-        return f"has a secret in its address; write it without, and set the service's variables ({names})"
+        return f"the address contains a secret; remove it, and set the environment variables of the service ({names})"
     if field == "tracking.uri" and text.startswith("http"):
         return (
-            "has a secret in its address; write it without, and set MLFLOW_TRACKING_USERNAME and"
+            "the address contains a secret; remove it, and set MLFLOW_TRACKING_USERNAME and"
             " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     return (
-        "has a secret in its address; put the address in a variable or a file of one line, and write env:NAME"
-        " or file:/PATH"
+        "the address contains a secret; store the address in an environment variable or a file of one line, and"
+        " set the field to env:NAME or file:/PATH"
     )
 
 
@@ -484,29 +494,25 @@ def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    """The section that an annotation is, or has inside, as tuple[Source, ...] does."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+    return next((section for inner in get_args(annotation) if (section := _section_in(inner))), None)
 
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
-    """Read a config file and apply dotted `changes`.
-
-    Raises UserError that lists every problem with its field.
-    """
+    """Read a config file and apply dotted `changes`; raise UserError that lists every problem with its field."""
     file, changes = read(path), changes or {}
     config = build(changed(file, changes), str(path))
     before, train = (file.get("train") or {}).get("steps"), config.train
     if before and train.steps is None and "train.epochs" in changes:
-        logger.info(f"train.epochs takes the place of train.steps={before} in {path}")
+        logger.info(f"train.epochs overrides train.steps={before} of {path}")
     elif train.steps and train.epochs != 1 and "train.steps" not in changes:
-        logger.warning(f"{path}: train.steps={train.steps} decides; train.epochs={train.epochs:g} counts for nothing")
+        logger.warning(f"{path}: train.steps={train.steps} overrides train.epochs={train.epochs:g}; delete one")
     return config
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read the sections of a config file, not validated yet."""
+    """Read a config file without validation; raise UserError if it is no YAML mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -515,27 +521,25 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config file {path}: not UTF-8 text") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), found {type(tree).__name__}")
+        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}")
     return tree
 
 
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
-    """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it.
+    """Validate a nested mapping into a Config; raise UserError with all problems and without secrets.
 
-    The section of pipelines/compare.py may stand in the same file, and is left out. A run without a name gets one.
+    A section `compare` (of pipelines/compare.py) is ignored. A run without a name gets one.
     """
-    found = validated(Config, {name: section for name, section in tree.items() if name != "compare"}, where)
-    if found.run.name == "auto":
-        found = override(found, {"run.name": _own_name(found)})
-        logger.info(f"run.name: {found.run.name}, from the settings")
-    return found
+    config = validated(Config, {name: section for name, section in tree.items() if name != "compare"}, where)
+    if config.run.name == "auto":
+        config = override(config, {"run.name": _own_name(config)})
+        logger.info(f"run.name: auto is {config.run.name}")
+    return config
 
 
 def _own_name(config: Config) -> str:
-    """A name from the settings that decide what comes out, with paths as they are written, but for the length.
-
-    What is left at its default is not in it: a new release with a new field does not change it.
-    """
+    # Defaults are left out, so that a new field in a new release does not rename old runs. The length is left out, so
+    # that a run can be trained longer under the same name.
     given = leaves(config.model_dump(mode="json", exclude_defaults=True), "")
     others = (*FREE_TO_CHANGE, *LENGTH)
     digest = digest_json({field: value for field, value in given if not field.startswith(others)}, length=8)
@@ -543,28 +547,28 @@ def _own_name(config: Config) -> str:
 
 
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
-    """Validate a nested mapping into a section; raises UserError with all problems together, and no secret in it."""
+    """Validate a nested mapping into a section; raise UserError with all problems and without secrets."""
     named = [(field, value if isinstance(value, list | tuple) else [value]) for field, value in leaves(tree, "")]
     texts = [(field, item) for field, items in named for item in items if isinstance(item, str)]
     problems = [f"{field}: {instead(field, text)}" for field, text in texts if secrets.in_uri(text)]
-    found = None
+    valid = None
     try:
-        found = section.model_validate(tree)
+        valid = section.model_validate(tree)
     except ValidationError as error:
-        problems += [explain(item, section) for item in relevant(error.errors())]
+        problems += _joined([explain(item, section) for item in relevant(error.errors())])
     if len(problems) == 1:
         raise UserError(f"{where}: {problems[0]}")
-    if problems or found is None:
+    if problems or valid is None:
         more = [f"and {len(problems) - 100} more"] if len(problems) > 100 else []
         raise Problems(f"{where} has {len(problems)} problems", *problems[:100], *more)
-    return found
+    return valid
 
 
 def override(config: AnySection, changes: Mapping[str, Any]) -> AnySection:
-    """A new config with dotted fields changed, e.g. {"adapter.rank": 32}; validates everything again."""
+    """Return a config with dotted fields changed, e.g. {"adapter.rank": 32}, and validated again."""
     return validated(type(config), changed(config.model_dump(mode="json"), changes), "config")
 
 
 def dump(config: Config) -> str:
-    """The config as YAML that `load` reads back to an equal config."""
+    """Return the config as YAML; `load` reads it back to an equal config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Base of all sections of a config."""
+"""The base class of all config sections, and the types of single fields."""
 
 import re
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 LARGEST = 2**31 - 1
-"""Largest number of a config: what is computed from such numbers stays within 64 bits."""
+"""Largest number in a config, so that products of two such numbers fit in 64 bits."""
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, no unknown fields, numbers have bounds, field docstrings are the help."""
+    """Base of all sections: immutable, without unknown fields, with bounded numbers; field docstrings are the help."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True, allow_inf_nan=False
@@ -20,7 +20,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch_for_a_number(cls, value: object, info: ValidationInfo) -> object:
-        """YAML reads yes, on and true as true, which Python takes for 1."""
+        # YAML reads yes and on as true, and pydantic would accept true as 1: `rank: yes` would be rank 1.
         switch = next((each for each in _leaves(value) if isinstance(each, bool)), None)
         if switch is not None and info.field_name is not None:
             kinds = set(_kinds(cls.model_fields[info.field_name].annotation))
@@ -33,12 +33,11 @@ class Section(BaseModel):
         for name, value in self:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and abs(number) > LARGEST:
-                    raise ValueError(f"{name}: {number!r} is larger than {LARGEST}, the largest number in a config")
+                    raise ValueError(f"{name}: {number!r} is out of range; use a number up to {LARGEST}")
         return self
 
 
 def _leaves(value: object) -> Iterator[object]:
-    """A value, or all that is in a list or mapping of them."""
     if isinstance(value, list | tuple | dict):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _leaves(each)
@@ -47,7 +46,6 @@ def _leaves(value: object) -> Iterator[object]:
 
 
 def _kinds(annotation: Any) -> Iterator[type]:
-    """The types that a field takes; of a Literal those of its values, of a list those of its entries."""
     if get_origin(annotation) is Literal:
         yield from map(type, get_args(annotation))
     elif inner := get_args(annotation):
@@ -60,7 +58,7 @@ def _kinds(annotation: Any) -> Iterator[type]:
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-# Types of single fields: bounds, patterns of names, places.
+# Types of single fields: bounds, patterns of names, paths and addresses.
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -70,17 +68,17 @@ MODEL_NAME = r"^\w([\w .-]*\w)?$"
 EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
 WEBHOOK = r"^(https?://|env:|file:/)."
 LONGEST_NAME = 200
-"""Bytes of a name that files are called by. A file's name has at most 255, and lock files add up to 44."""
+"""Largest size in bytes of a name that becomes a file name: file systems allow 255, and lock files add up to 44."""
 
 
 def _fits_a_file(name: str) -> str:
     if (size := len(name.encode())) > LONGEST_NAME:
-        raise ValueError(f"{size} bytes long; at most {LONGEST_NAME} are possible, because files get this name")
+        raise ValueError(f"the name has {size} bytes, but files with this name allow {LONGEST_NAME}; shorten it")
     return name
 
 
 def extended(name: str, end: str) -> str:
-    """`name-end`, with the name cut where both would be too long."""
+    """Return `name-end`, with `name` cut if the result would be longer than LONGEST_NAME."""
     return f"{name[: LONGEST_NAME - len(end) - 1]}-{end}"
 
 
@@ -92,28 +90,28 @@ ExperimentName = Annotated[str, Field(pattern=EXPERIMENT, max_length=256)]
 
 
 _ONE_SLASH = re.compile(r"(?!models:)([A-Za-z][\w.+-]+):/(?!/)")
-"""The beginning of an address that lost a slash, which would be a folder called `s3:` in the current one."""
+"""Start of an address that lacks a slash; without this check `s3:/bucket` would be a folder `s3:` here."""
 
 
-def _straight(place: str) -> str:
-    if found := _ONE_SLASH.match(place):
-        slashes = "///" if found[1] == "file" else "//"
-        raise ValueError(f"an address has {slashes} behind the colon; write {found[1]}:{slashes}{place[found.end() :]}")
-    if "://" in place and ".." in place.partition("?")[0].split("/"):
-        raise ValueError("a URI cannot go up with '..'; write the address without it")
-    return place
+def _straight(path: str) -> str:
+    if match := _ONE_SLASH.match(path):
+        slashes = "///" if match[1] == "file" else "//"
+        raise ValueError(f"an address needs {slashes} after the colon; use {match[1]}:{slashes}{path[match.end() :]}")
+    if "://" in path and ".." in path.partition("?")[0].split("/"):
+        raise ValueError("an address must not contain '..'; write the resolved address")
+    return path
 
 
-def _without_options(place: str) -> str:
-    if "://" in place and not place.startswith("file://") and (sign := next((c for c in "?#%" if c in place), None)):
+def _without_options(path: str) -> str:
+    if "://" in path and not path.startswith("file://") and (sign := next((c for c in "?#%" if c in path), None)):
         raise ValueError(
-            f"an address cannot have {sign!r} here; write it without, and name the server of an object store by the"
-            " variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
+            f"this address must not contain {sign!r}; remove it, and set the object store's server in the environment"
+            " variables AWS_ENDPOINT_URL and AWS_REGION on all nodes"
         )
-    return place
+    return path
 
 
 Place = Annotated[str, AfterValidator(_straight)]
-"""A path, or a URI without '..': what that means differs between object stores."""
+"""A path, or a URI without '..', which object stores interpret differently."""
 Folder = Annotated[Place, AfterValidator(_without_options)]
-"""A place that others lie below, so an address without options."""
+"""A path or URI to which names are appended, so it has no options (`?...`)."""

@@ -1,4 +1,4 @@
-"""Answers of a run to held-out prompts, as text and as scores."""
+"""The generated answers of a run to held-out prompts, as text and as scores."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -22,8 +22,6 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt with its answers, as text."""
-
     prompt: str
     reference: str
     before: str
@@ -31,8 +29,6 @@ class Sample:
 
 
 def answered(result: TrainResult, tokenizer: Any) -> list[Sample]:
-    """The answers of a run as text."""
-
     text = partial(as_text, tokenizer)
     return [
         Sample(text(item.prompt, special=True), text(item.reference), text(item.before), text(item.after))
@@ -41,10 +37,7 @@ def answered(result: TrainResult, tokenizer: Any) -> list[Sample]:
 
 
 def score(config: Config, answers: Sequence[Sample]) -> Scores:
-    """Mean scores over the held-out answers before and after training; empty without a scorer.
-
-    Raises UserError for a scorer that fails.
-    """
+    """Return the mean scores before and after training, {} without a scorer; raise UserError if the scorer fails."""
     if not config.evaluation.scorer or not answers:
         return {}
     judge = scoring.Judge(config.evaluation.scorer)
@@ -56,10 +49,10 @@ def score(config: Config, answers: Sequence[Sample]) -> Scores:
 
 
 def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> frozenset[str]:
-    """Have the scorer score each reference that it will see, before anything expensive; returns the scores' names.
+    """Score each reference against itself, before any expensive work; return the names of the scores.
 
-    Raises UserError that names the first row with a reference that it cannot score, and for a gate that asks for what
-    is not scored. Without questions there is a warning; that no rows are held out is said by the plan.
+    Raises UserError with the first row whose reference the scorer cannot score, or if the gate needs a score that the
+    scorer does not return. Warns if no held-out row has a question.
     """
     if config.evaluation.scorer is None or held_out is None:
         return frozenset()
@@ -68,53 +61,46 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> fro
     names: set[str] = set()
     why = "" if asked else "no held-out row has a question and an answer"
     if why and config.evaluation.rows:
-        logger.warning(f"evaluation.scorer: nothing is scored: {why}")
+        logger.warning(f"evaluation.scorer: no answers are scored, because {why}")
     most = config.evaluation.max_new_tokens
     lengths = [len(question.reference) - 1 for question in asked]  # without the end token
     if longer := [length for length in lengths if length > most]:
         logger.warning(
-            f"evaluation.max_new_tokens={most}: {len(longer)} of {plural(len(asked), 'reference')} that are scored have"
-            f" more tokens, so answers are cut off before they can be like these; set it to {max(longer) + 1} for all"
-            " of them"
+            f"evaluation.max_new_tokens={most}: {len(longer)} of {plural(len(asked), 'reference')} are longer, so"
+            f" answers to these rows are cut off and score lower; set it to {max(longer) + 1}"
         )
     references = [as_text(tokenizer, question.reference) for question in asked]
     if empty := references.count(""):
         logger.warning(
-            f"evaluation.scorer: {empty} of {plural(len(asked), 'reference')} are empty without their special tokens,"
-            " which are left out of all that is scored, so that no answer at all counts as right; use answers in plain"
-            " text"
+            f"evaluation.scorer: {empty} of {plural(len(asked), 'reference')} consist of special tokens only, which"
+            " scoring leaves out, so an empty answer counts as correct; use references in plain text"
         )
     for question, reference in zip(asked, references, strict=True):
         try:
             names |= judge(reference, reference).keys()
         except UserError as error:
-            raise UserError(f"{_place(held_out, question.row)}: {error}") from error
+            raise UserError(f"{_origin(held_out, question.row)}: {error}") from error
     if config.evaluation.rows and isinstance(config, Config):
         _check_gate(config, names, why)
     return frozenset(names)
 
 
 def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
-    """Token ids as the text that is shown and scored; `special`: with the special tokens."""
+    """Return token ids as text for display and scoring; `special` keeps the special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special)).strip()
 
 
 def _check_gate(config: Config, names: Collection[str], why: str) -> None:
-    """Raise UserError if the gate asks for a score that the scorer does not even give for its own references.
-
-    `why` nothing is scored, if that is so.
-    """
     for metric in (config.gate.metric, *(condition.metric for condition in config.gate.conditions)):
         if metric not in ("eval/loss", "eval/perplexity") and metric.removeprefix("eval/") not in names:
-            given = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"
-            raise UserError(f"gate: {metric} is not measured: {why or f'{config.evaluation.scorer} gives {given}'}")
+            scores = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"
+            raise UserError(f"gate: {metric} is not measured: {why or f'{config.evaluation.scorer} returns {scores}'}")
 
 
-def _place(store: TokenStore, row: int) -> str:
-    """The file and line that a row of the store comes from."""
+def _origin(store: TokenStore, row: int) -> str:
     for index in range(len(store)):
-        found = store.origins(index)
-        if row < len(found):
-            return found[row]
-        row -= len(found)
+        origins = store.origins(index)
+        if row < len(origins):
+            return origins[row]
+        row -= len(origins)
     raise IndexError(row)

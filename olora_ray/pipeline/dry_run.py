@@ -1,7 +1,6 @@
-"""The dry run: what a run would do with its data, model and cluster, in one screen, and whether it would be stopped.
+"""The dry run: print the plan of a run in one screen, or the error with which the run would stop.
 
-No Ray, no MLflow run, no file but a converted model. It ends as the run would end as far as that is known without
-starting it, with the same message.
+It starts neither Ray nor an MLflow run, and writes no file except a converted model. Its errors are those of the run.
 """
 
 import logging
@@ -30,20 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 def dry_run(config: Config, show_config: bool = False) -> None:
-    """Print the plan of a run; with `show_config` the whole config first.
-
-    Raises UserError with what would stop the run.
-    """
+    """Print the plan of a run, with `show_config` after the complete config; raise UserError as the run would."""
     folder = RunFolder(config)
     folder.check()
     if done := folder.finished():
         report.already_finished(folder, done)
-    resolve_uri(config)  # nobody is asked whether it answers
+    resolve_uri(config)  # checks the address, but does not connect
     base = open_base(config)
     config = prepare.with_length(folder.config, base)
     size = prepare.plan(config, base.model)
     logger.info("reading rows")
-    # Of many held-out rows the first 500 are read.
+    # 500 held-out rows are enough for their lengths, and are read within seconds.
     held_out = describe(config, base.spec, "eval", 500) if config.data.holds_out() else None
     train = describe(config, base.spec, "train")
     if held_out:
@@ -58,7 +54,7 @@ def dry_run(config: Config, show_config: bool = False) -> None:
         *_source_rows(train, held_out),
         *_data(config, train, held_out),
         ("training", prepare.length(config, train.packs, about=not train.exact)),
-        ("time", _time(config, base.model, size, train, held_out)),
+        *_measured(config, base.model, size, train, held_out),
     ]
     print("\n".join(aligned(table)))
     print("\nexamples, with the supervised tokens in [[ ]]")
@@ -68,28 +64,28 @@ def dry_run(config: Config, show_config: bool = False) -> None:
 
 
 def layers(targets: Mapping[str, tuple[int, ...]]) -> str:
-    """Adapted layers as `30 x 7 layers: q_proj 576 x 576, ...`: those that differ in numbers only are one kind."""
-    kinds = Counter(
+    """Return the adapted layers as `30 x 7 layers: q_proj 576 x 576, ...`, grouped by name without numbers."""
+    groups = Counter(
         (tuple(part for part in name.split(".") if not part.isdecimal()), shape) for name, shape in targets.items()
     )
-    lasts = Counter(words[-1] for words, _ in kinds)
+    lasts = Counter(words[-1] for words, _ in groups)
     by_count: dict[int, list[str]] = {}
-    for (words, shape), count in kinds.items():
+    for (words, shape), count in groups.items():
         label = words[-1] if lasts[words[-1]] == 1 else ".".join(words[-2:])
         by_count.setdefault(count, []).append(f"{label} {' x '.join(map(str, shape))}")
     return "; ".join(f"{count} x {len(labels)} layers: {', '.join(labels)}" for count, labels in by_count.items())
 
 
 def _source_rows(train: Preview, held_out: Preview | None) -> Iterator[tuple[str, str]]:
-    # Held-out rows that are drawn from the training sources have no source of their own.
+    # With data.eval_fraction the held-out rows come from the training sources, which are listed already.
     own = held_out.sources if held_out and not held_out.limits.setting.startswith("held out") else ()
-    found = [*train.sources, *own]
-    for each in found[:6]:
+    sources = [*train.sources, *own]
+    for each in sources[:6]:
         rejected = f", {each.rejected:,} rejected" if each.rejected else ""
         share = f", weight {each.source.weight:g}" if each.source.weight != 1 else ""
         rows = f"{each.rows:,} row{'s' * (each.rows != 1)} read{rejected}"
         yield each.setting, f"{_short(each.source.path)} ({each.source.format}{share}): {rows}"
-    if rest := found[6:]:
+    if rest := sources[6:]:
         yield f"and {len(rest)} more", f"{sum(each.rows for each in rest):,} rows read"
 
 
@@ -101,13 +97,13 @@ def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[
         yield "held out", f"{_rows(held_out)}; {held_out.packs:,} sequences"
     about = "" if train.exact else "about "
     yield "sequences", f"{about}{train.packs:,} of at most {config.data.length():,} tokens, fill {train.fill:.2f}"
-    yield "tokens", f"{about}{train.tokens:,} in an epoch, {train.supervised / train.tokens:.0%} of them supervised"
+    yield "tokens", f"{about}{train.tokens:,} per epoch, {train.supervised / train.tokens:.0%} of them supervised"
     low, half, most, nearly, high = (f"{length:,}" for length in train.lengths)
-    yield "an example has", f"{low} to {high} tokens; half have up to {half}, 90% up to {most}, 99% up to {nearly}"
+    yield "example length", f"{low} to {high} tokens; 50% have up to {half}, 90% up to {most}, 99% up to {nearly}"
 
 
 def _rows(preview: Preview) -> str:
-    text = f"{preview.rows:,}" if preview.exact else f"about {preview.rows:,}, of which {preview.read:,} were read"
+    text = f"{preview.rows:,}" if preview.exact else f"about {preview.rows:,} ({preview.read:,} of them read)"
     text += f" ({preview.note})" if preview.note else ""
     if not (rejected := sum(preview.rejected.values())):
         return f"{text}, none rejected"
@@ -116,31 +112,33 @@ def _rows(preview: Preview) -> str:
     return f"{text}, {rejected:,} rejected ({reason_counts(preview.rejected)}; {allowed})"
 
 
-def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None) -> str:
-    """An estimate from one measured micro-batch, or why there is none."""
+def _measured(
+    config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None
+) -> Iterator[tuple[str, str]]:
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
     if why := estimate.not_measured(config, size, elsewhere):
-        return f"not estimated: {why}"
-    logger.info("training on one micro-batch, to measure it")
+        yield "time", f"not estimated: {why}"
+        return
+    logger.info("training on one micro-batch to estimate the time")
     workers = config.cluster.max_workers()
     width = min(config.train.micro_batch, config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
-    once = estimate.seconds_per_micro_batch(config, base, packs)
+    once, rate = estimate.micro_batch(config, base, packs)
+    if rate is not None and config.train.lr == "auto":
+        yield "learning rate", f"about {rate * config.train.lr_factor:.2g} (train.lr=auto)"
     steps, step = total_steps(config.train, train.packs), once * config.accumulation()
     seconds = steps * step
     words = f"{steps} steps of about {step:.2g} s"
     if held_out is not None:
-        # Forward only, which is a third of forward and backward.
+        # An evaluation runs only the forward pass, a third of the work of a training step.
         rounds = -(-steps // config.train.eval_every) + 1
         seconds += rounds * -(-held_out.packs // (config.train.micro_batch * workers)) * once / 3
         words += f" and {rounds} evaluations"
-    return (
-        f"about {duration(seconds)} for {words}, by one micro-batch measured here; start, answers and export add to it"
-    )
+    words = f"about {duration(seconds)} for {words} (measured on one micro-batch here)"
+    yield "time", f"{words}, plus start, answers and export"
 
 
 def _shown(tokenizer: Any, example: Example) -> str:
-    """The text of an example, whole and each part of it shortened; line breaks are written as \\n."""
     text, start, ids, mask = "", 0, example.input_ids.tolist(), example.mask.tolist()
     for stop in range(1, len(ids) + 1):
         if stop == len(ids) or mask[stop] != mask[start]:
@@ -151,10 +149,8 @@ def _shown(tokenizer: Any, example: Example) -> str:
 
 
 def _shortened(text: str, most: int) -> str:
-    """The two ends of a text of more than `most` characters."""
     return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
 
 
-def _short(place: str) -> str:
-    """A path as seen from the current folder, if it lies below it."""
-    return place.removeprefix(f"{Path.cwd()}/")
+def _short(path: str) -> str:
+    return path.removeprefix(f"{Path.cwd()}/")

@@ -1,4 +1,4 @@
-"""Export of a finished training: adapter and merged model, written and checked in Ray tasks."""
+"""The export of a finished training: adapter and merged model, written and checked in Ray tasks."""
 
 import contextlib
 import logging
@@ -36,11 +36,11 @@ from olora_ray.train.checkpoint import TrainState
 
 logger = logging.getLogger(__name__)
 
-# Files for serving, so that others ask and answer as the training did: template, tokenizer, end tokens.
+# Files for serving: template, tokenizer and end tokens, so that a server sees the prompts that training saw.
 
 
 def give_template(config: Config, tokenizer: Any, folder: Path, chosen: str | None = None) -> None:
-    """Put the template into `folder` that was trained with: the `chosen` one, or the default one of a base without."""
+    """Write the training's chat template into `folder`: `chosen`, or the default one if the base model has none."""
     chats = any(
         source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
     )
@@ -49,16 +49,16 @@ def give_template(config: Config, tokenizer: Any, folder: Path, chosen: str | No
 
 
 def more_ends(ends: Collection[int], base: BaseModel, tokenizer: Any) -> str:
-    """Those of the tokens that end an answer which do not by the base's own files, with their ids; usually none."""
+    """Return the tokens in `ends` that the base model's files do not list as end tokens, as text; usually empty."""
     more = sorted(set(ends) - set(end_tokens(base, tokenizer)))
     return ", ".join(f"`{tokenizer.convert_ids_to_tokens(token)}` ({token})" for token in more)
 
 
 def keep_tokenizer(config: Config, name: str, own: Any, folder: Path) -> None:
-    """Have the tokenizer of an adapter's folder be `own`, that of the base `name`.
+    """Make the tokenizer in an adapter's folder tokenise as `own`, the tokenizer of the base model `name`.
 
-    By the model's type in config.json, which an adapter has not, transformers may take another class than the one that
-    tokenizer_config.json names, and some classes cut text in their own way whatever tokenizer.json says.
+    An adapter has no config.json, and without its model type transformers may load another tokenizer class than for
+    the base model. Some classes ignore parts of tokenizer.json. So try the classes, and keep the first that agrees.
     """
     settings = folder / "tokenizer_config.json"
     before = settings.read_bytes() if settings.is_file() else None
@@ -66,24 +66,24 @@ def keep_tokenizer(config: Config, name: str, own: Any, folder: Path) -> None:
     for class_name in ("", "PreTrainedTokenizerFast", type(own).__name__):
         if class_name:
             portable.name_class(folder, class_name)
-        with contextlib.suppress(Exception):  # of whatever a class has against the files
+        with contextlib.suppress(Exception):  # a class may fail with any exception
             read: Any = tokenizer_in(folder, config.model.trust_remote_code)
             if read.backend_tokenizer.to_str() == wanted:
                 return
     if before is not None:
         settings.write_bytes(before)
     logger.warning(
-        f"export: the tokenizer in the adapter's folder does not cut text as that of {name} does: load the base's"
+        f"export: the tokenizer in the adapter's folder tokenises differently from {name}; load that tokenizer instead"
     )
 
 
 PARITY_TOKENS = 256
-"""Held-out tokens on which the logits of the exports are compared."""
+"""Number of held-out tokens on which the logits of the exports are compared."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A training that has ended, and its exports."""
+    """A finished training and its exports."""
 
     spec: TrainSpec
     folder: RunFolder
@@ -93,29 +93,26 @@ class Exported:
 
     @property
     def state(self) -> TrainState:
-        """The state of the training at its end."""
         assert self.result.state is not None
         return self.result.state
 
     @property
     def step(self) -> int:
-        """The step whose adapter is exported."""
         return step_of_best(self.state)
 
     def losses(self) -> list[float]:
-        """The held-out losses in their order; empty without held-out rows."""
         return [row["eval/loss"] for row in self.state.history if "eval/loss" in row]
 
 
 def step_of_best(state: TrainState) -> int:
-    """The step whose adapter is the best so far: the last one without held-out rows."""
+    """Return the step with the best held-out loss; without held-out rows the last step."""
     return state.step if state.best_step is None else state.best_step
 
 
 def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Exported:
-    """Write both exports and check them, in a Ray task with the resources of a worker.
+    """Write and check the exports in a Ray task with the resources of a worker.
 
-    Finds those of an earlier attempt; raises UserError if the exports disagree.
+    Reuses complete exports of an earlier attempt. Raises UserError if the exports disagree with the trained model.
     """
     assert result.state is not None
     step = result.state.step
@@ -123,10 +120,11 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
         return Exported(spec, folder, result, parity)
     wanted = worker_resources(spec.config)
     cpus = wanted["CPU"]
-    if "GPU" not in wanted:  # those of all workers, as far as one node has them
+    # The workers have ended, so a merge on CPUs may use the cores of all of them, as far as they are on one node.
+    if "GPU" not in wanted:
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         cpus = min(cpus * spec.config.cluster.max_workers(), largest)
-    logger.info("exporting adapter and merged model, and comparing them")
+    logger.info("exporting and checking the adapter and the merged model")
     with user_errors():
         job: Any = ray.remote(export_run).options(
             num_cpus=cpus, num_gpus=wanted.get("GPU", 0), max_retries=3, retry_exceptions=[OSError]
@@ -140,23 +138,23 @@ def export_run(
 ) -> dict[str, Any]:
     """Write export/adapter, export/merged and export/parity.json from the best adapter up to `step`.
 
-    `spread` runs the shares of the merge. Raises UserError if the checkpoint is not there, if a weight cannot be
-    merged, or if the export is not right.
+    `spread` runs the parts of the merge. Raises UserError if the checkpoint is missing, a weight cannot be merged, or
+    the exports disagree with the trained model.
     """
     quiet_transformers()
     checkpoint = storage.join(folder.checkpoints, checkpoints.name_of(step))
     work = export_shares.prepare(spec, checkpoint)
     with ExitStack() as stack:
         plain = stack.enter_context(node_cache.local_folder(folder.adapter))
-        merged = found = None
+        merged = merged_check = None
         if spec.config.export.merged:
             merged = stack.enter_context(node_cache.local_folder(folder.merged))
             parts = export_shares.parts_of(spec, checkpoint, merged, folder.merged, work)
-            found = _write_merged(work, merged, parts, spread)
+            merged_check = _write_merged(work, merged, parts, spread)
         else:
-            storage.remove(folder.merged)  # of an earlier attempt, with other settings
+            storage.remove(folder.merged)  # an earlier attempt may have had export.merged: true
         quantised = export_shares.loss_on_original(work)
-        parity, compressed = _write_adapter(work, plain, merged, found, quantised)
+        parity, compressed = _write_adapter(work, plain, merged, merged_check, quantised)
     measured = {"step": step, **parity.to_json()}
     if quantised is not None:
         measured["quantised"] = quantised.to_json()
@@ -166,24 +164,22 @@ def export_run(
         logger.info(f"adapter of rank {compressed.rank}: {compressed.in_words()}")
     folder.write_parity(measured)
     if not parity.ok:
-        raise UserError(f"export: {'; '.join(parity.problems())}; nothing is registered, see {folder.parity}")
+        raise UserError(f"export: {'; '.join(parity.problems())}; the model is not registered, see {folder.parity}")
     return measured
 
 
 def _write_adapter(
-    work: Work, out: Path, merged: Path | None, found: MergedFolder | None, quantised: OnOriginal | None
+    work: Work, out: Path, merged: Path | None, merged_check: MergedFolder | None, quantised: OnOriginal | None
 ) -> tuple[Parity, Compressed | None]:
-    """Write the adapter folder, and check it before its card is written, which tells what was found.
-
-    `found` is of the merged folder, at `merged`. All is compared on the original weights, which it is exported for.
-    """
+    # The check comes before the model card, which contains its result. All comparisons use the original weights: the
+    # export is for them, even if training used quantised ones.
     config, limit = work.spec.config, work.spec.config.export.rank
     written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
     name, revision = public_name(work.base), _revision(config, work.base)
     with new_adapter(written, config.adapter, name, out, work.model, revision) as (folder, rank):
         peft = check_adapter(folder, work.model, written, config.adapter.scale())
-        logits = "the adapter is compressed, which changes logits" if lost else _logits(work, merged, folder)
-        parity = Parity(found, peft, logits)
+        logits = "compression of the adapter changes the logits" if lost else _logits(work, merged, folder)
+        parity = Parity(merged_check, peft, logits)
         compressed = None
         if limit:
             compressed = Compressed(limit, lost, export_shares.compressed_loss(work, written) if lost else None)
@@ -204,7 +200,7 @@ def _write_adapter(
 
 
 def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread: Spread[Any]) -> MergedFolder:
-    """Write the merged folder and check it; `parts` are its shares, as those of the finished folder."""
+    """Write the merged folder and check it; `parts` name the final folder, and are redirected to a temporary one."""
     with replacing(out) as partial_folder:
         merge.copy_files(Path(work.base.folder), partial_folder)
         spread(export_shares.merge_part, [replace(part, folder=partial_folder) for part in parts])
@@ -215,26 +211,24 @@ def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread
 
 
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
-    """Logits of all models on held-out tokens, or why they are not measured."""
     spec, device = work.spec, assigned_device()
     if why := too_large(parameters(work.base.folder), torch.float32, device):
         return why
     folders = Folders(Path(work.base.folder), merged, plain, spec.config.model.trust_remote_code)
     tokens, scale = first_examples(spec.eval or spec.train), spec.config.adapter.scale()
-    found = measure_logits(folders, work.model, work.groups, work.adapter, scale, tokens, device)
-    if isinstance(found, str):
-        logger.info(f"export: logits are not compared: {found}")
-    return found
+    logits = measure_logits(folders, work.model, work.groups, work.adapter, scale, tokens, device)
+    if isinstance(logits, str):
+        logger.info(f"export: cannot compare logits: {logits}")
+    return logits
 
 
 def public_name(base: BaseModel) -> str:
-    """The name by which PEFT and vLLM find the base: a hub id, or else the folder, which is this cluster's only."""
+    """Return the name by which PEFT and vLLM open the base model: a hub id, otherwise its folder in this cluster."""
     elsewhere = storage.is_uri(base.name) or base.name.startswith("models:/") or Path(base.name).exists()
     return base.folder if elsewhere else base.name
 
 
 def _revision(config: Config, base: BaseModel) -> str | None:
-    """Which of the commits of its base an adapter is for, where that is from the hub and the config says it."""
     return None if Path(public_name(base)).is_absolute() else config.model.revision
 
 
@@ -246,9 +240,9 @@ def complete(
     rank: int,
     tokenizer: Any,
     template: str | None = None,
-    **found: str,
+    **card_fields: str,
 ) -> None:
-    """Give an adapter's folder its tokenizer and its model card, which has what was `found` by names of `Card`."""
+    """Write tokenizer and model card into an adapter's folder; `card_fields` are further fields of `Card`."""
     portable.copy_tokenizer(Path(base.folder), adapter)
     keep_tokenizer(config, base.name, tokenizer, adapter)
     had = models.has_chat_template(adapter)
@@ -265,25 +259,23 @@ def complete(
         eval_loss=state.best_loss,
         own_template=template is not None or had != models.has_chat_template(adapter),
         loader=text_class(Path(base.folder)).__name__,
-        **found,
+        **card_fields,
     )
     (adapter / "README.md").write_text(portable.model_card(card), encoding="utf-8")
 
 
 def first_examples(store: TokenStore) -> list[torch.Tensor]:
-    """Token ids (1, T) of single examples, PARITY_TOKENS in all at most: of a first one that is longer, its beginning.
-
-    Logits are a row of the vocabulary for each token, several times over: those of one example of 32,768 tokens would
-    take a hundred gigabytes.
-    """
-    found: list[torch.Tensor] = []
+    """Return token ids (1, T) of single examples, at most PARITY_TOKENS in total; a longer first one is cut."""
+    # The limit is for memory: logits have one vocabulary row per token, and several models are compared. One example of
+    # 32,768 tokens would need a hundred gigabytes.
+    examples: list[torch.Tensor] = []
     room = PARITY_TOKENS
     for index in range(store.available):
-        pack, place = store[index], 0
+        pack, offset = store[index], 0
         for size in pack.segments:
-            if size > room and found:
-                return found
+            if size > room and examples:
+                return examples
             taken = min(size, room)
-            found.append(torch.tensor(pack.input_ids[place : place + taken], dtype=torch.int64)[None])
-            place, room = place + size, room - taken
-    return found
+            examples.append(torch.tensor(pack.input_ids[offset : offset + taken], dtype=torch.int64)[None])
+            offset, room = offset + size, room - taken
+    return examples

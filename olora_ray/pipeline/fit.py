@@ -1,4 +1,4 @@
-"""Training of a run on the cluster; a training that an earlier attempt finished is found instead."""
+"""The training of a run on the cluster, unless an earlier attempt has finished it."""
 
 import logging
 import time
@@ -40,26 +40,24 @@ logger = logging.getLogger(__name__)
 
 Event = Started | Resumed | Failure
 OnRow = Callable[[int, dict[str, float]], None]
-"""Gets the metrics of every step, once per attempt; after a restart also those from before it."""
+"""Receives the metrics of every step; after a restart also those of earlier steps again."""
 
 
 class Monitor:
-    """Drains the channel of one training, whatever the number of its attempts."""
-
     def __init__(
         self, channel: Any, tracker: Tracker, progress: Progress, telemetry: Telemetry, on_row: OnRow | None = None
     ) -> None:
         self.channel, self.tracker, self.progress, self.telemetry = channel, tracker, progress, telemetry
         self.on_row = on_row
         self.highest = tracker.last_step("train/loss") or 0
-        """The last step that is known to be done."""
+        """The last step that a worker has reported as done."""
 
     def collect(self, on_event: Callable[[Event], None]) -> None:
-        """Show and track what has arrived; `on_event` gets what concerns the attempt, in its place among the rows."""
+        """Show and track new messages in order; `on_event` gets those about the attempt."""
         try:
             messages: list[Message] = ray.get(self.channel.drain.remote(), timeout=30)
         except RayError:
-            return  # progress only; the history is in the checkpoint
+            return  # only progress is delayed: checkpoints contain the history
         rows: dict[int, dict[str, float]] = {}
         for message in messages:
             match message:
@@ -90,28 +88,27 @@ def _without_step(row: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name != "step"}
 
 
-# Attempts of one training: decide how many workers each gets, and whether another one follows.
+# Attempts of one training: choose the number of workers for each, and decide whether another one follows.
 
 
 SETTLE = 3.0
-"""Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
+"""Seconds without a change after which the free room counts: ended workers release their resources one by one."""
 DESERTED = 120.0
-"""Seconds after the loss of the last worker, or after the last that came since, in which Ray has to bring others: their
-imports alone may take 30."""
+"""Seconds without a worker after which the driver starts new trainers; the imports of a worker may take 30."""
 UNMET = 600.0
-"""The same before the first group: a node may be lost while workers start, and their imports may come from far away."""
+"""The same before the first group, when workers may import from a slow network disk."""
 NOBODY = 5.0
-"""Seconds without a group of workers after which the driver grants a stop itself."""
+"""Seconds without a group after which the driver stops without asking the workers."""
 SLOW = 30.0
 """Log "waiting for workers" after this many seconds without a group."""
 
 
 class Attempts:
-    """One group of workers after the other, until one finishes.
+    """Starts one group of workers after the other, until one finishes the training."""
 
-    We choose the number of workers, not Ray's elastic policy: that one restarts from whatever checkpoint exists
-    when it grows, counts nodes that are being drained, and waits for the reservations of a dead controller.
-    """
+    # We choose the number of workers instead of Ray's elastic policy. To grow, that policy restarts from whatever
+    # checkpoint exists, so steps are repeated. It also counts draining nodes as room, and it waits for the reservations
+    # of a dead controller.
 
     def __init__(
         self,
@@ -124,42 +121,42 @@ class Attempts:
         changing: bool = False,
         placed: bool = False,
     ) -> None:
-        """`worker` has the resources of one worker.
+        """Set up; `worker` has the resources of one worker.
 
-        `changing`: workers may come and go while they train. `placed`: `fit` has a place for them, and waits for it.
+        `changing`: workers may join and leave during training. `placed`: `fit` reserves their resources itself.
         """
         self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
         self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
         self.worker, self.changing, self.placed = worker, changing, placed
         self.schedule = Schedule(spec.config.train, build.store)
         self.workers: int | None = None
-        """Of the group that trains, or trained last."""
+        """Size of the group that trains or that trained last."""
         self.failures = 0
-        """Those that count against cluster.max_failures."""
+        """Failures that count against cluster.max_failures."""
         self.cause: str | None = None
-        """Why the next group will start; None once it has."""
+        """Reason why a new group starts; None once it has started."""
         self._asked = self._warned = self._running = False
         self._deserted = ""
-        """Why the driver itself has ended the trainers, if it has: nobody came."""
+        """Reason why the driver has ended the trainers because no workers came; empty if it has not."""
         self._nobody_since: float | None = None
-        """When the workers were first seen to form no group; None while they do."""
+        """Time since which there is no group of workers; None while there is one."""
         self._silent = False
-        """Whether it was said that they do not."""
+        """True if the log already says that there is no group."""
         self._attempt = 0
         self._trainers: Trainers | None = None
         self._looked = time.monotonic()
         self._room = 0
 
     def run(self) -> TrainResult:
-        """Train until done. Raises UserError with what went wrong in the end, and Stopped after a signal."""
+        """Train until done; raise UserError with the last failure, and Stopped after a signal."""
         elastic, first = self.spec.config.cluster.is_elastic(), True
         while True:
             self._attempt += 1
-            # What others hold until the end of a search, as processes do that several trials share, never becomes free.
+            # A trial must not wait for room: processes that trials share hold their resources until the search ends.
             at_once = self.placed or (first and not elastic)
             workers = self.spec.config.cluster.max_workers() if at_once else self._wait_for_room()
             told = [self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)]
-            if not first:  # else the channel may still be starting, beside the workers
+            if not first:  # the first time the channel may still be starting, so waiting would delay the workers
                 for call in told:
                     answer(call)
             first = False
@@ -173,37 +170,37 @@ class Attempts:
                 return result
 
     def _failed(self, error: Exception) -> None:
-        """Count a failure; raises UserError if it was one too many, TryAgain if it is one that passes."""
+        # The driver has ended these trainers itself, so their end does not count as a failure.
         if self._deserted and isinstance(error, RayActorError):
             self._note(self.cause or self._deserted)
-            self._announce("starting others")
+            self._announce("starting new workers")
             return
         cluster = self.spec.config.cluster
         self.failures += counts(error)
-        # A group of fixed size was restarted by Ray already, except for the loss of its controller.
+        # Ray has already restarted a group of fixed size max_failures times, unless its controller was lost.
         restarting = self.changing or not cluster.is_elastic()
         spent = isinstance(error, ray.train.WorkerGroupError) and restarting
         if spent or 0 <= cluster.max_failures < self.failures:
             tried = cluster.max_failures if spent else self.failures - 1
-            kind = TryAgain if passes(error) else UserError
-            raise kind(f"training failed after {tried} restarts: {cause(error)}") from error
+            error_type = TryAgain if passes(error) else UserError
+            raise error_type(f"training failed after {tried} restarts: {cause(error)}") from error
         self._note(cause(error))
         if not counts(error):
-            self._announce("trying again")
+            self._announce("retrying")
 
     def _is_final(self, result: TrainResult) -> bool:
-        """False if the same training continues with another group; raises UserError and Stopped as `run`."""
+        """False if another group resumes this training; raises UserError and Stopped as `run`."""
         with user_errors():
             if self.build.problem is not None or self.build.store.total is not None:
-                self.build.join()  # that too many rows are unusable may turn out at the last of them
+                self.build.join()  # the last rows may exceed data.max_rejected
         if result.problem:
             raise (TryAgain if result.passes else UserError)(result.problem)
         if not result.interrupted:
             return True
-        if result.state is None:  # the first workers have left, and those that trained on were lost later
+        if result.state is None:  # the first workers left, and the others died before they had a result
             if self.stop.asked:
-                raise self.stop.stopped("stopped while no worker was left")
-            self._note(self.cause or "no worker was left")
+                raise self.stop.stopped("stopped after the loss of all workers")
+            self._note(self.cause or "all workers were lost")
             return False
         if self.stop.asked:
             raise self.stop.stopped(f"stopped after step {result.state.step} of {self.progress.total or '?'}")
@@ -211,7 +208,7 @@ class Attempts:
         return False
 
     def _wait_for_room(self) -> int:
-        """How many workers to start now: as many as fit, once the fewest do; waits for that."""
+        """Wait until cluster.workers' minimum fits, and return how many workers fit."""
         fewest, most = self.spec.config.cluster.min_workers(), self.spec.config.cluster.max_workers()
         free, since, told = -1, time.monotonic(), False
         with PlacementRequest(self.worker, fewest, after=3 * SETTLE) as request:
@@ -223,13 +220,12 @@ class Attempts:
                     return free
                 if request.look() and not told:
                     told = True
-                    self._announce(f"waiting for room for {fewest} workers: there is room for {free}")
+                    self._announce(f"waiting for room for {fewest} workers, but only {free} fit now")
                 if self.stop.asked:
-                    raise self.stop.stopped("stopped while waiting for the cluster")
+                    raise self.stop.stopped("stopped while waiting for room in the cluster")
                 time.sleep(0.5)
 
     def _follow(self, trainers: Trainers) -> TrainResult:
-        """Serve the workers until their training has ended; returns or raises what it did."""
         self._asked = self._running = self._silent = False
         self._deserted, self._nobody_since = "", None
         collected, result = time.monotonic(), None
@@ -251,31 +247,32 @@ class Attempts:
     def _look(self) -> None:
         if self.stop.asked and not self._asked:
             self._ask(self.stop.asked)
-            self.progress.line(f"{self.stop.asked}: stopping after this step, with a checkpoint")
+            self.progress.line(f"{self.stop.asked}: stopping after the current step, with a checkpoint")
         if self.build.problem is not None and not self._warned:
             self._warned = True
             self.channel.report_data_failure.remote()
-            self._ask("the preparation of the training data has failed")
+            self._ask("the preparation of the training data failed")
         if self.progress.total is None:
             self.progress.set_total(self.schedule.total())
         pause = 1.0 if self._room else 5.0
-        if time.monotonic() - self._looked >= (pause if self.changing else 30.0):  # more cost the others a restart
+        # Without `changing`, growing restarts all workers, so look for room less often.
+        if time.monotonic() - self._looked >= (pause if self.changing else 30.0):
             self._looked = time.monotonic()
             self._grow()
 
     def _grow(self) -> None:
-        """Ask the workers to end if more of them fit: the next group resumes where they were."""
+        """Add workers if more of them fit; without `changing` end the group, so that a larger one resumes."""
         assert self._trainers is not None
         cluster = self.spec.config.cluster
         most = cluster.max_workers()
         missing = most - (self._trainers.workers if self.changing else self.workers or most)
         if 0 <= cluster.max_failures < self._trainers.failures:
-            missing = 0  # those that join fail again and again: the others train on without them
-        quiet = self._running and not self._asked  # else what is free is about to be taken
+            missing = 0  # workers that join fail repeatedly, so the others continue without them
+        quiet = self._running and not self._asked  # otherwise starting workers are about to take the free room
         if missing and quiet:
             free_abandoned()
         room = min(missing, free_workers(self.worker)) if missing and quiet else 0
-        if room and self._room:  # twice in a row: others may use what is free for a moment
+        if room and self._room:  # seen twice, because room may be free for a moment between two uses
             if self.changing:
                 self._trainers.add(room)
             else:
@@ -283,31 +280,31 @@ class Attempts:
         self._room = room
 
     def _await_workers(self, workers: int) -> None:
-        """Grant a stop while there is no group that could, and say what the first one waits for; raises Stopped."""
-        # If workers do not change, a stop reaches a group that has begun and not failed.
+        """Stop while no group could react to the request, and log why the first one waits; raises Stopped."""
+        # Without `changing`, a running group always gets the request. With it, only the channel knows.
         reached = self._running and not (self.changing and self.stop.asked)
         if reached or (self.changing and answer(self.channel.running.remote())):
             self._nobody_since = None
             return
         now = time.monotonic()
         self._nobody_since = self._nobody_since or now
-        if self.stop.asked and now - self._nobody_since >= NOBODY:  # what is not in a checkpoint is lost already
-            raise self.stop.stopped("stopped while no workers trained")
+        if self.stop.asked and now - self._nobody_since >= NOBODY:  # steps after the last checkpoint are lost already
+            raise self.stop.stopped("stopped while no worker was training")
         if now - self._nobody_since >= SLOW and not self._silent and not self.placed:
             self._silent = True
             free = free_workers(self.worker)
-            what = "start" if self.changing else "load the model, or to start"
-            self._announce(f"waiting for {plural(workers, 'worker')} to {what}: there is room for {free} more")
+            action = "start" if self.changing else "start or to load the model"
+            self._announce(f"waiting for {plural(workers, 'worker')} to {action}; {free} more would fit")
 
     def _watch(self) -> None:
-        """Help where Ray does not: with workers that hang, with none or too few, and with nodes that are taken away."""
+        """Handle cases that Ray does not: hanging workers, missing workers and draining nodes."""
         if not self.changing:
             return
         absent = answer(self.channel.absent.remote())
-        for member in absent.hung:  # else it keeps its place for ten minutes
+        for member in absent.hung:  # otherwise Ray keeps its resources for ten minutes
             end_hung(member)
-        if absent.nobody_for > (DESERTED if absent.began else UNMET):  # Ray waits for room on a node that is gone
-            self._deserted = "all workers were lost" if absent.began else "some workers did not come"
+        if absent.nobody_for > (DESERTED if absent.began else UNMET):  # Ray waits for room on a lost node
+            self._deserted = "all workers were lost" if absent.began else "some workers did not start"
             ray_internals.end_train_controllers()
         if self._asked or not self._running:
             return
@@ -321,10 +318,11 @@ class Attempts:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Failure):
             self._note(event.what)
-            if not self.changing:  # Ray begins them all anew, once there is room
+            if not self.changing:  # Ray restarts all workers, once there is room
                 self._running = self._silent = False
             return
-        if isinstance(event, Resumed) and event.why:  # known better than from Ray, which looks every two seconds
+        # The workers know the reason better than Ray, which only checks every two seconds.
+        if isinstance(event, Resumed) and event.why:
             self.cause = event.why
         self._started(event.step if isinstance(event, Resumed) else 0, event.workers, isinstance(event, Resumed))
 
@@ -333,12 +331,12 @@ class Attempts:
         first = self.workers is None and self.cause is None
         self.monitor.telemetry.started(workers, again=not first)
         if resumed or again or not first:
-            what = self.cause or ("resumed" if first else "restarted")
+            reason = self.cause or ("resumed" if first else "restarted")
             if self.workers not in (None, workers):
-                what = f"{self.cause or 'the cluster has changed'}, {workers} instead of {self.workers} workers"
+                reason = f"{self.cause or 'the cluster has changed'}, {workers} instead of {self.workers} workers"
             total = self.progress.total or self.schedule.total()
             self.progress.line(
-                f"{what}: training continues after step {step} of {total or '?'} with {plural(workers, 'worker')};"
+                f"{reason}: training continues after step {step} of {total or '?'} with {plural(workers, 'worker')};"
                 f" {plural(again, 'step')} done again{self._split(workers)}"
             )
             self.progress.back_to(step)
@@ -346,27 +344,25 @@ class Attempts:
             self.progress.line(f"training starts with {plural(workers, 'worker')}{self._split(workers)}")
         spares = self.spec.config.cluster.spares
         if spares and self.changing and self._trainers and not self._running:
-            self._trainers.stand_by(spares)  # not before: they would hold up the others' start
+            self._trainers.stand_by(spares)  # not earlier, because spares would slow down the start of the workers
         self.workers, self.cause, self._running = workers, None, True
 
     def _split(self, workers: int) -> str:
-        """How the same global batch is split, if that is news."""
         config = self.spec.config
         if workers == (self.workers or config.cluster.max_workers()):
             return ""
         return f"; {batch_split(config, workers)}"
 
-    def _note(self, what: str) -> None:
-        """Remember why a group ended: of several reasons the first is the cause."""
-        self.cause = what if self.changing else self.cause or what
+    def _note(self, reason: str) -> None:
+        # If all workers restart, the first reason is the cause, and later ones are consequences.
+        self.cause = reason if self.changing else self.cause or reason
 
-    def _announce(self, what: str) -> None:
-        """Tell what keeps the next group from starting."""
-        self.progress.line(f"{self.cause}: {what}" if self.cause else what)
+    def _announce(self, text: str) -> None:
+        self.progress.line(f"{self.cause}: {text}" if self.cause else text)
 
 
 FitOn = Callable[[Any, WorkerGroup], TrainResult]
-"""Trains once: gets the driver's channel and the workers."""
+"""Trains once; receives the driver's channel and the workers."""
 
 
 def train(
@@ -378,10 +374,10 @@ def train(
     on_row: OnRow | None = None,
     fit_on: FitOn | None = None,
 ) -> TrainResult:
-    """Train until done, whatever dies meanwhile; keeps training.json.
+    """Train until done, restart after failures, and write training.json.
 
-    `fit_on` trains once, on workers that it has a place for; by default TorchTrainer does, where there is room. Raises
-    UserError with what went wrong in the end, and Stopped if a signal has asked for an end.
+    `fit_on` trains once, on workers whose resources it has reserved; the default is TorchTrainer on free resources.
+    Raises UserError with the last failure, and Stopped after a signal.
     """
     config = spec.config
     channel = make_channel(ray.get_runtime_context().get_node_id())
@@ -390,10 +386,10 @@ def train(
     try:
         with Progress(Schedule(config.train, build.store).total(), config.train.log_every) as progress:
             progress.eval_every = config.train.eval_every if spec.eval else None
-            progress.export = on_row is None  # else it trains for a search
+            progress.export = on_row is None  # a trial of a search exports nothing
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             if fit_on is None:
-                progress.line("starting the workers: each imports torch and transformers")
+                progress.line("starting the workers; each imports torch and transformers")
             changing = fit_on is None and in_place(config, worker)
             fit = partial(fit_on or partial(_fit, spec, folder, worker, changing), channel)
             result = Attempts(spec, build, monitor, stop, worker, fit, changing, placed=fit_on is not None).run()
@@ -406,26 +402,26 @@ def train(
 
 
 def finished_training(spec: TrainSpec, folder: RunFolder) -> TrainResult | None:
-    """What an earlier attempt's training gave, if it had ended; what comes after it may be left to do.
+    """Return the result of the training if an earlier attempt has finished it, otherwise None.
 
     Raises UserError if the run's checkpoints are of another model, tokenizer, data or adapter.
     """
-    found = checkpoints.latest_good(folder.checkpoints)
-    if found is None:
+    latest = checkpoints.latest_good(folder.checkpoints)
+    if latest is None:
         return None
-    place, newest = found
-    checkpoint.require_same(newest.identity, spec.identity(), place)
+    path, newest = latest
+    checkpoint.require_same(newest.identity, spec.identity(), path)
     text = folder.trained()
     if text is None:
         return None
     try:
         result = TrainResult.from_json(text)
     except (ValueError, KeyError, TypeError) as error:
-        logger.warning(f"{folder.training} is damaged ({error}): the end of the training is done again")
+        logger.warning(f"{folder.training} is damaged ({error}); resuming from the newest checkpoint")
         return None
     if result.state is None or result.state.step != newest.state.step:
-        return None  # the last checkpoint is lost: train again from the one before, with the same result
-    logger.info(f"training was finished before, at step {result.state.step}: continuing with what comes after it")
+        return None  # the last checkpoint is lost: train again from an earlier one, with the same result
+    logger.info(f"training is already finished, at step {result.state.step}; continuing with the export")
     return result
 
 

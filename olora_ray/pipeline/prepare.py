@@ -1,4 +1,4 @@
-"""Preparation of a run: its plan, its tokens, and the specification that its workers get."""
+"""The preparation of a run: its plan, its tokens, and the specification for its workers."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -31,16 +31,15 @@ from olora_ray.train.loader import total_steps
 
 logger = logging.getLogger(__name__)
 
-# The plan of a run: what is adapted, what is left out, and memory.
+# The plan of a run: adapted layers, layers that are left out, and memory.
 
 
 def plan(config: Config, base: BaseModel) -> MemoryEstimate:
-    """Say and return the size of the run; raises UserError for targets, rank or scorer that cannot be."""
+    """Log and return the size of the run; raise UserError for impossible targets, rank or scorer."""
     check_scorer(config)
     if config.train.early_stop and not config.data.holds_out():
         logger.warning(
-            "train.early_stop: the training will not stop early, because no rows are held out; set data.eval or"
-            " data.eval_fraction"
+            "train.early_stop: has no effect, because no rows are held out; set data.eval or data.eval_fraction"
         )
     size = deliverable(config, base)
     say(config, size)
@@ -48,30 +47,29 @@ def plan(config: Config, base: BaseModel) -> MemoryEstimate:
 
 
 def check_scorer(config: Config) -> None:
-    """Raise UserError for a scorer that there is not; warn of one that will have nothing to do."""
+    """Raise UserError for an unknown scorer; warn if there are no rows to score."""
     if not config.evaluation.scorer:
         return
     scoring.resolve(config.evaluation.scorer)
     if not config.data.holds_out():
         logger.warning(
-            "evaluation.scorer: no answer will be scored, because no rows are held out; set data.eval or"
-            " data.eval_fraction"
+            "evaluation.scorer: has no effect, because no rows are held out; set data.eval or data.eval_fraction"
         )
 
 
 def deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
-    """The size of a training; raises UserError for what cannot be trained, or be exported afterwards."""
+    """Return the size of a training; raise UserError if it could not be trained or exported."""
     size = estimate(config, base)
-    if found := export_preflight.problems(base, config, size.targets):
-        more = [f"{plural(len(found) - 2, 'other kind')} of layers cannot be exported either"] * (len(found) > 2)
-        raise UserError("; ".join([*found[:2], *more]))
+    if problems := export_preflight.problems(base, config, size.targets):
+        more = [f"{plural(len(problems) - 2, 'more type')} of layers cannot be exported"] * (len(problems) > 2)
+        raise UserError("; ".join([*problems[:2], *more]))
     return size
 
 
-def say(config: Config, size: MemoryEstimate, where: str = "") -> None:
-    """The lines of a plan: what is adapted, what is left out, memory. `where` comes before each."""
+def say(config: Config, size: MemoryEstimate, prefix: str = "") -> None:
+    """Log the plan: adapted layers, layers that are left out, memory; `prefix` comes before each line."""
     for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
-        logger.info(f"{where}{line}")
+        logger.info(f"{prefix}{line}")
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:
@@ -86,23 +84,22 @@ def _model_line(config: Config, size: MemoryEstimate) -> str:
     )
 
 
-def _coverage(found: Coverage) -> str:
-    """The share of the parameters behind an adapter; with the largest of the rest if that is more than a tenth."""
-    total = found.adapted + sum(found.others.values())
-    large = [kind for kind, count in found.others.items() if count > total / 100]
-    rest = f" (left out: {', '.join(large)})" if found.share < 0.9 and large else ""
-    return f"{found.share:.0%} of the parameters{rest}"
+def _coverage(coverage: Coverage) -> str:
+    total = coverage.adapted + sum(coverage.others.values())
+    large = [name for name, count in coverage.others.items() if count > total / 100]
+    rest = f" (left out: {', '.join(large)})" if coverage.share < 0.9 and large else ""
+    return f"{coverage.share:.0%} of the parameters{rest}"
 
 
 def _left_out(selection: Selection) -> list[str]:
-    """A line for each kind of layer that "all-linear" cannot take, and for parts that are no language model."""
-    kinds: dict[str, list[str]] = {}
+    # Head, router and gate are left out by design. The other reasons may surprise the user.
+    names_by_reason: dict[str, list[str]] = {}
     for name, reason in selection.left_out.items():
         if reason not in (HEAD, ROUTER, GATE):
-            kinds.setdefault(reason.kind, []).append(name)
+            names_by_reason.setdefault(reason.kind, []).append(name)
     return [
-        f"adapter.targets: all-linear leaves out {len(names)} layers: {kind} (for example {names[0]})"
-        for kind, names in kinds.items()
+        f"adapter.targets: all-linear leaves out {len(names)} layers: {reason} (for example {names[0]})"
+        for reason, names in names_by_reason.items()
     ]
 
 
@@ -113,7 +110,7 @@ def _memory_line(config: Config, size: MemoryEstimate) -> str:
         "adapter and optimizer": size.adapter_bytes,
     }
     if packed != "none" or size.gathered_bytes:
-        parts["gathered" if packed == "none" else "a layer unpacked"] = size.gathered_bytes
+        parts["gathered" if packed == "none" else "one unpacked layer"] = size.gathered_bytes
     answering = size.answer_bytes > size.activation_bytes
     parts["answers to held-out prompts" if answering else "activations"] = max(size.answer_bytes, size.activation_bytes)
     shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
@@ -124,13 +121,12 @@ def _memory_line(config: Config, size: MemoryEstimate) -> str:
 
 
 def length(config: Config, packs: int, about: bool = False) -> str:
-    """The steps of a run, and what one is made of; `about`: the number of packs is an estimate."""
+    """Return the number of steps and the size of a step in words; `about`: `packs` is an estimate."""
     steps = f"{'about ' if about else ''}{total_steps(config.train, packs)} steps"
     return f"{steps}; {batch_split(config, config.cluster.max_workers())}"
 
 
 def say_steps(spec: TrainSpec) -> None:
-    """The arithmetic of the training."""
     if spec.train.complete:
         manifest = spec.train.manifest
         logger.info(
@@ -141,16 +137,16 @@ def say_steps(spec: TrainSpec) -> None:
         train = spec.config.train
         steps = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
         split = batch_split(spec.config, spec.config.cluster.max_workers())
-        logger.info(f"training: {steps}; {split}; tokens come in {spec.train.shard_count:,} shards")
+        logger.info(f"training: {steps}; {split}; tokens are prepared in {spec.train.shard_count:,} shards")
 
 
 # The length of sequences, and the tokens of a run.
 
 
 def with_length(config: Config, base: Base) -> Config:
-    """The config with a number for `data.max_length: auto`: what the longest of the rows needs that are looked at.
+    """Return the config with a number instead of `data.max_length: auto`, enough for the longest row of a sample.
 
-    Raises UserError where that says nothing, since plain text is cut in pieces.
+    Raises UserError if all rows are plain text, which has no longest row because it is cut into pieces.
     """
     if config.data.max_length != "auto":
         return config
@@ -160,48 +156,49 @@ def with_length(config: Config, base: Base) -> Config:
     looks = [describe(wide, base.spec, split, tell=False) for split in splits]
     longest, rows = max(look.longest for look in looks), sum(look.read for look in looks)
     if not longest:
-        raise UserError(
-            "data.max_length: auto asks for rows that are not cut in pieces, as plain text is; set a number"
-        )
+        raise UserError("data.max_length: auto is not possible for plain text, which is cut into pieces; set a number")
     number = min(max(256, -(-longest // 64) * 64), most)
     logger.info(f"data.max_length: auto is {number:,}: the longest of {rows:,} rows has {longest:,} tokens")
     return override(config, {"data.max_length": number})
 
 
 Check = Callable[[Mapping[str, str]], None]
-"""Gets digests of contents by their names in `TrainSpec.identity`; raises UserError if they are not those it wants."""
+"""Receives digests of contents by their names in `TrainSpec.identity`; raises UserError if they are not the
+expected."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of the preparation."""
-
     spec: TrainSpec
     build: StoreBuild
-    """The token store for training, which may still grow."""
+    """The preparation of the token store for training, which may still grow."""
     scores: frozenset[str]
-    """Names of the scores that the answers will have."""
+    """Names of the scores of the answers."""
 
 
 def prepare_tokens(
     config: Config, base: Base, *, wait: bool = False, cpus_held: float = 0.0, check: Check = lambda contents: None
 ) -> Prepared:
-    """Prepare a training's tokens.
+    """Prepare the token stores of a training.
 
-    The store of held-out rows is complete on return. That for training may still grow, where the cluster has room
-    for that beside the training: enter the build for as long as it is needed, what is not made on leaving is left
-    to the next run. With `wait` both are complete. Where others hold `cpus_held` CPUs, about all, Ray is asked for
-    none. `check` gets the contents once they are known, before a row is tokenised. Raises UserError for data that
-    cannot be used.
+    The store of held-out rows is complete on return. The training store may still grow during the training: keep the
+    returned build entered as long as tokens are needed; the next run prepares the shards that are then missing. With
+    `wait` both stores are complete. `cpus_held` is the number of CPUs that others hold; if they hold nearly all, this
+    process prepares alone. `check` gets the digests before any row is tokenised. Raises UserError for unusable data.
     """
     start = _digest_of_start(config)
     with user_errors():
         look = look_there(config)
         build = begin(config, base.spec, "train", look)
         other = begin(config, base.spec, "eval", look) if config.data.holds_out() else None
-        check({"training data": build.store.digest, "held-out data": other.store.digest if other else ""})
+        check(
+            {
+                "training data": build.store.digest,
+                "held-out data": other.store.digest if other else "",
+            }
+        )
         check({"start": start} if start else {})
-        # A search may vary whole sources, whose formats nobody has looked for yet.
+        # A search may vary whole sources, so their formats are not known before this point.
         config = as_found(config, build.plan, *([other.plan] if other else ()))
         if other:
             other.run()
@@ -210,10 +207,11 @@ def prepare_tokens(
             build.run(cpus_held)
         held_out = TokenStore.open(other.store.uri) if other else None
         scores = answers.check(config, held_out, base.tokenizer)
+        # This process prepares a small store in a moment. A larger one is prepared by Ray tasks, beside the training.
         if not wait and (build.complete or build.small):
             build.run()
         elif not wait:
-            logger.info("tokens: train: in the making; training starts with the first shards")
+            logger.info("tokens: train: being prepared; training starts with the first shards")
             build.start(config.cluster.max_workers() * config.cluster.cpus_per_worker)
     store = TokenStore.open(build.store.uri) if wait else build.store
     again = preflight.recomputes(config, base.model)
@@ -225,9 +223,9 @@ def prepare_tokens(
 
 
 def contents(config: Config, base: Base) -> dict[str, str]:
-    """The digests that `prepare_tokens` gives to `check`, and those of the model; without Ray.
+    """Return the digests that `prepare_tokens` passes to `check`, and the model's; needs no Ray.
 
-    Raises UserError for data that cannot be used.
+    Raises UserError for unusable data.
     """
     start, look = _digest_of_start(config), look_here(config)
     return {
@@ -239,7 +237,7 @@ def contents(config: Config, base: Base) -> dict[str, str]:
 
 
 def _digest_of_start(config: Config) -> str | None:
-    """Return the digest of the manifest of the checkpoint at train.start, which has the digests of its files."""
+    # The manifest contains the digests of all files of the checkpoint.
     if config.train.start is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Progress of a training: lines in the log, and on a terminal a bar below them."""
+"""Progress of a training: lines in the log, and a bar below them on a terminal."""
 
 import contextlib
 import logging
@@ -18,25 +18,21 @@ from olora_ray.config.schema import Config
 logger = logging.getLogger(__name__)
 
 BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}"
-"""Numbers first: a narrow terminal shortens the bar, not them."""
+"""Format of the bar; numbers come first, because a narrow terminal cuts the end."""
 
 
 class Progress:
-    """Turns rows of metrics into lines (every `every` steps and at evaluations), and moves a bar.
-
-    The lines go to the log, wherever that is; the bar is drawn where standard error is a terminal.
-    """
+    """Writer of progress lines to the log (every `every` steps and at evaluations), with a bar on a terminal."""
 
     eval_every: int | None = None
-    """Steps between evaluations; None: there are none."""
+    """Steps between evaluations; None: no evaluations."""
     export = False
     """True if an export follows the last step."""
 
     def __init__(self, total: int | None, every: int, bar: bool | None = None) -> None:
-        """`total` is the number of steps; None as long as it is not known."""
         self.total, self.every = total, every
         self.took: dict[str, float] = {}
-        """Seconds that parts of the training have taken (cluster/channel.py)."""
+        """Part of the training (see `Took` in cluster/channel.py) -> seconds."""
         self.supervised = self.seconds = self.waited = 0.0
         self.pace: float | None = None
         wanted = sys.stderr.isatty() if bar is None else bar
@@ -54,35 +50,32 @@ class Progress:
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
-        """The bar is off the terminal while a line of the log is written to it."""
+        # A line that is written while the bar is drawn would be appended to the bar.
         if sys.stdout.isatty():
             with tqdm.external_write_mode(file=sys.stdout):
                 yield
             return
         if _is_pipe(sys.stdout):
-            # `| tee run.log` writes to the terminal a moment later: the bar comes back with the next step.
+            # `| tee run.log` writes to the terminal a moment later, so the bar returns only with the next step.
             self.bar.clear()
         yield
 
     def line(self, text: str) -> None:
-        """A line in the log."""
         logger.info(text)
 
     def set_total(self, total: int | None) -> None:
-        """Take in the number of steps, once it is known."""
         self.total = total
         if total is not None:
             self.bar.total = total
             self.bar.refresh()
 
     def back_to(self, step: int) -> None:
-        """Continue from an earlier step."""
+        """Reset bar and averages to an earlier step, after a restart."""
         self.supervised = self.seconds = self.waited = 0.0
         self.bar.n = step
         self.bar.refresh()
 
     def row(self, row: dict[str, float]) -> None:
-        """Take in the metrics of one step."""
         step = int(row["step"])
         if "train/loss" in row:
             self._step(step, row)
@@ -94,7 +87,7 @@ class Progress:
         self.seconds += seconds
         self.supervised += row["train/tokens_per_second"] * seconds
         self.waited += row["data/wait_fraction"] * seconds
-        # Recent steps count most: the estimate follows a cluster that gets slower or faster.
+        # A moving average, because workers may join or leave and change the time of a step.
         self.pace = seconds if self.pace is None else 0.8 * self.pace + 0.2 * seconds
         self.bar.update(step - self.bar.n)
         left = self._left(step)
@@ -117,19 +110,19 @@ class Progress:
         if self.eval_every and step < self.total:  # the last step is always evaluated
             evaluations = -(-self.total // self.eval_every) - step // self.eval_every
             seconds += evaluations * self.took.get("evaluation", 0.0)
-        # An export reads the base twice, to merge it and to compare what came out, as the start of a worker does once.
+        # The start of a worker reads the base model once. An export reads it twice, to merge and to check.
         return clock(seconds + 2 * self.took.get("start", 0.0) * self.export)
 
 
 def _is_pipe(stream: TextIO) -> bool:
     try:
         return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError):  # not a file of the system's
+    except (OSError, ValueError):  # a stream without a file descriptor, as in tests
         return False
 
 
 def batch_split(config: Config, workers: int) -> str:
-    """`16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)`, and how many workers have nothing to do."""
+    """Return `16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)`, with advice if workers are idle."""
     size, micro, count = config.train.global_batch, config.train.micro_batch, config.train.micro_batches()
     parts = [share(count, worker, workers) for worker in range(workers)]
     shares = sorted({min(part.stop * micro, size) - min(part.start * micro, size) for part in parts})
@@ -142,7 +135,6 @@ def batch_split(config: Config, workers: int) -> str:
 
 
 def _idle(config: Config, workers: int, idle: int) -> str:
-    """Say what to set so that all workers have something to do."""
     advice = f"train.micro_batch={config.train.global_batch // workers}"
     if config.train.global_batch < workers:
         advice = f"train.global_batch={workers} and train.micro_batch=1"

@@ -1,7 +1,7 @@
-"""Prometheus metrics of a running training; Ray's agents export them from every node, as `ray_NAME`.
+"""Prometheus metrics of a running training; Ray's agents export them on every node as `ray_NAME`.
 
-All of them are set in the driver, where the workers' rows arrive anyway, so the loop does nothing for them.
-Only watching depends on them: whatever goes wrong here is told once in the log, and the training continues.
+The driver sets them, because the workers' metrics arrive there anyway, so they cost the training loop nothing. An error
+here is logged once, and the training continues without these metrics.
 """
 
 import functools
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 Arguments = ParamSpec("Arguments")
 
 TAG = "run"
-"""Every series carries the run's name."""
+"""Label of every metric, with the name of the run."""
 GAUGES = {
     "olora_supervised_tokens_per_second": ("train/tokens_per_second", "Supervised tokens per second, all workers"),
     "olora_loss": ("train/loss", "Training loss of the last step"),
@@ -22,17 +22,17 @@ GAUGES = {
     "olora_learning_rate": ("train/lr", "Learning rate of the last step"),
     "olora_data_wait_fraction": ("data/wait_fraction", "Share of the last step spent waiting for data"),
 }
-"""Name of a gauge -> the metric of a row that it shows, and its description."""
+"""Gauge -> (key in a row of metrics, description)."""
 WORKERS = "olora_workers"
 RESTARTS = "olora_restarts"
 STEP_SECONDS = "olora_step_seconds"
 CHECKPOINT_SECONDS = "olora_checkpoint_seconds"
 BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-2, 4) for digit in (1, 2, 5))
-"""Upper bounds in seconds, 10 ms to 5000 s. Ray adds up the middles of buckets: read quantiles, not means."""
+"""Upper bounds of histograms in seconds. Ray sums the middles of buckets, so read quantiles, not means."""
 
 
 def exported() -> dict[str, str]:
-    """Names that Prometheus sees -> kind. A histogram also has _bucket, _sum and _count."""
+    """Return name in Prometheus -> metric type; a histogram also has _bucket, _sum and _count."""
     gauges = {f"ray_{name}": "gauge" for name in [*GAUGES, WORKERS]}
     histograms = {f"ray_{name}": "histogram" for name in [STEP_SECONDS, CHECKPOINT_SECONDS]}
     return gauges | histograms | {f"ray_{RESTARTS}_total": "counter"}
@@ -41,7 +41,7 @@ def exported() -> dict[str, str]:
 def _harmless(
     method: Callable[Concatenate["Telemetry", Arguments], None],
 ) -> Callable[Concatenate["Telemetry", Arguments], None]:
-    """The method, without its exceptions: after the first one nothing is exported any more."""
+    """Decorate a method to log its first exception and to do nothing afterwards."""
 
     @functools.wraps(method)
     def call(self: "Telemetry", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -57,10 +57,9 @@ def _harmless(
 
 
 class Telemetry:
-    """The metrics of one run; make it in the driver, after ray.init."""
+    """The metrics of one run; create it in the driver, after ray.init."""
 
     def __init__(self, run: str) -> None:
-        """`run` is the name of the run."""
         self._broken = False
         self._metrics: dict[str, Any] = {}
         self._make(run)
@@ -81,7 +80,6 @@ class Telemetry:
 
     @_harmless
     def row(self, row: Mapping[str, float]) -> None:
-        """Take in the metrics of a step or of an evaluation."""
         for name, (field, _) in GAUGES.items():
             if field in row and math.isfinite(row[field]):
                 self._metrics[name].set(row[field])
@@ -90,17 +88,14 @@ class Telemetry:
 
     @_harmless
     def started(self, workers: int, again: bool) -> None:
-        """Workers train; `again`: after others of this training, or after a failure."""
         self._metrics[WORKERS].set(workers)
         if again:
             self._metrics[RESTARTS].inc()
 
     @_harmless
     def ended(self) -> None:
-        """No workers train."""
         self._metrics[WORKERS].set(0)
 
     @_harmless
     def saved(self, seconds: float) -> None:
-        """A checkpoint is written."""
         self._metrics[CHECKPOINT_SECONDS].observe(seconds)

@@ -1,4 +1,4 @@
-"""Publication of a finished run: what is registered as a version, and how that and the run's results go to MLflow."""
+"""The publication of a finished run in MLflow: its results, and its registered version with a description."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ from olora_ray.train.checkpoint import perplexity
 
 logger = logging.getLogger(__name__)
 
-# What is registered: first its description in words, in the Markdown that MLflow's page shows.
+# The description of a version, in the Markdown that MLflow's page shows.
 
 
 MERGED = """```python
@@ -41,7 +41,7 @@ import mlflow  # with MLFLOW_TRACKING_URI set to this server
 
 generate = mlflow.transformers.load_model("{uri}")
 ```"""
-ADAPTER = """This version is the adapter alone: loading it needs {base}.
+ADAPTER = """This version is only the adapter. Loading it needs its base model, {base}.
 
 ```python
 import mlflow  # with MLFLOW_TRACKING_URI set to this server
@@ -61,7 +61,7 @@ model = PeftModel.from_pretrained({loader}.from_pretrained("{place}"{revision}),
 
 
 def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None) -> str:
-    """The description; {uri} in it stands for the version's models:/ address. `base` is that of an adapter alone."""
+    """Return the description, with {uri} for the models:/ address; `base` is set for an adapter-only version."""
     blocks = [
         _origin(exported.spec),
         "\n".join(_table(exported, scores)),
@@ -77,9 +77,9 @@ def _origin(spec: TrainSpec) -> str:
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     rank = spec.config.export.rank
     compressed = "" if rank is None else f", compressed to rank {rank} for the export"
-    kind = spec.config.model.quantization
-    quantised = "" if kind == "none" else f", trained on the base as {kind} and exported for its original weights"
-    start = "; training began with the adapter of an earlier run" if spec.start else ""
+    form = spec.config.model.quantization
+    quantised = "" if form == "none" else f", trained on the base model as {form} and exported for its original weights"
+    start = "; training started from the adapter of an earlier run" if spec.start else ""
     return (
         f"Fine-tuned from {_code(_short(spec.base.name))}: {adapter.method}, rank {adapter.rank}, alpha"
         f" {adapter.alpha:g}, on {_code(targets)}{quantised}{compressed}{start}."
@@ -87,7 +87,6 @@ def _origin(spec: TrainSpec) -> str:
 
 
 def _table(exported: Exported, scores: Scores) -> Iterator[str]:
-    """Losses and scores before and after training; nothing where nothing is held out."""
     state, rows = exported.state, []
     if losses := exported.losses():
         best = losses[-1] if state.best_loss is None else state.best_loss
@@ -104,27 +103,26 @@ def _table(exported: Exported, scores: Scores) -> Iterator[str]:
 def _training(exported: Exported) -> Iterator[str]:
     spec, last = exported.spec, exported.state.step
     data, train = spec.config.data, spec.config.train
-    kept = f", of which the adapter of step {exported.step} is kept" if exported.step != last else ""
+    kept = f", adapter of step {exported.step}" if exported.step != last else ""
     yield (
         f"**Trained on** {_rows(spec.train)}{_sources(data.train)}: {plural(last, 'step')}{kept}; a step has"
         f" {plural(train.global_batch, 'sequence')} of at most {data.length():,} tokens."
     )
     if spec.eval is not None:
-        where = _sources(data.eval) if data.eval else f"{data.eval_fraction:g} of these rows"
-        yield f"**Held out** {_rows(spec.eval)}{where}."
+        sources = _sources(data.eval) if data.eval else f"{data.eval_fraction:g} of these rows"
+        yield f"**Held out** {_rows(spec.eval)}{sources}."
 
 
 def _rows(store: TokenStore) -> str:
-    """`1,200 rows, 34,000 tokens (12,000 of them supervised), of `; empty while a store is not complete."""
+    """Return `1,200 rows, 34,000 tokens (12,000 of them supervised), of `, or nothing for an incomplete store."""
     if not store.complete:
         return ""
-    found: Manifest = store.manifest
-    used = found.rows - sum(found.rejected.values())
-    return f"{used:,} rows, {found.tokens:,} tokens ({found.supervised:,} of them supervised), of "
+    manifest: Manifest = store.manifest
+    used = manifest.rows - sum(manifest.rejected.values())
+    return f"{used:,} rows, {manifest.tokens:,} tokens ({manifest.supervised:,} of them supervised), of "
 
 
 def _sources(sources: Sequence[Source]) -> str:
-    """The first six, and the number of the others."""
     shown = [
         f"{_code(_short(source.path))} ({source.format}{f', weight {source.weight:g}' if source.weight != 1 else ''})"
         for source in sources[:6]
@@ -135,25 +133,22 @@ def _sources(sources: Sequence[Source]) -> str:
 def _loading(base: BaseOfAdapter) -> str:
     name = _short(base.name)
     if base.on_hub:
-        what, place, elsewhere = f"its base, {_code(name)} at commit {_code(base.revision or '')}", base.name, ""
+        source, location, elsewhere = f"{_code(name)} at commit {_code(base.revision or '')}", base.name, ""
         revision = f', revision="{base.revision}"'
     else:
-        what = (
-            f"a copy of its base, {_code(name)}; without `base_model_path` that is looked for where it lay when this"
-            " version was registered"
-        )
-        place, revision = "FOLDER_OF_THE_BASE", ""
+        source = f"a copy of {_code(name)}; without `base_model_path`, MLflow uses its path at registration"
+        location, revision = "FOLDER_OF_THE_BASE", ""
         elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"'
     loader = text_class(Path(base.folder)).__name__
-    text = ADAPTER.replace("{loader}", loader).replace("{base}", what).replace("{elsewhere}", elsewhere)
-    return text.replace("{place}", place).replace("{revision}", revision)
+    text = ADAPTER.replace("{loader}", loader).replace("{base}", source).replace("{elsewhere}", elsewhere)
+    return text.replace("{place}", location).replace("{revision}", revision)
 
 
-def _short(place: str) -> str:
-    """A hub id, a package's file or a registered model as it is; of a path or an address of a store the last part."""
-    if place.startswith(("hf://", "package://", "models:/")) or (place.count("/") == 1 and not place.startswith("/")):
-        return place
-    return (place.partition("?")[0] if storage.is_uri(place) else place).rstrip("/").rpartition("/")[2]
+# The description must not show the folders of this cluster, but hub ids and registered models are public names.
+def _short(path: str) -> str:
+    if path.startswith(("hf://", "package://", "models:/")) or (path.count("/") == 1 and not path.startswith("/")):
+        return path
+    return (path.partition("?")[0] if storage.is_uri(path) else path).rstrip("/").rpartition("/")[2]
 
 
 def _code(text: str) -> str:
@@ -161,64 +156,64 @@ def _code(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without what Markdown would take for something else, without secrets, and not too long."""
+    # Backticks and bars are syntax of Markdown tables, and a path or a column name may contain them.
     flat = " ".join(mask(text).replace("`", "'").replace("|", "/").split())
     return flat if len(flat) <= 80 else f"{flat[:77]}..."
 
 
-# What is registered: the input example, which is the first held-out question of the training as a request.
+# The input example of a version: the first held-out question as a request.
 
 
 _PLACE = "OBJECTREPLACEMENT"
-"""Stands for a message's text in a template: letters, which no template and no regular expression changes."""
+"""Placeholder for the text of a message; it has only letters, which neither templates nor regexes change."""
 
 
 def request(config: Config, folder: Path, prompt: tuple[int, ...]) -> dict[str, Any] | None:
-    """The request that asks the model in `folder` what `prompt` (token ids) asks; None if there is no such request."""
+    """Return a request with the question in `prompt` (token ids) for the model in `folder`, or None."""
     tokenizer = load_tokenizer(BaseModel(str(folder), str(folder), ""), config.model)
     chats = has_chat_template(folder)
     text = as_text(tokenizer, prompt, special=chats)
     asked = chat(tokenizer, text) if chats else text
-    if not asked or len(text) > 4000:  # too long for an example
+    if not asked or len(text) > 4000:  # a longer text would make the example on MLflow's page unreadable
         return None
     return {"messages" if chats else "prompt": asked, "max_tokens": config.evaluation.max_new_tokens}
 
 
 def chat(tokenizer: Any, text: str) -> list[dict[str, str]] | None:
-    """The messages that the tokenizer's chat template writes as `text`; None if these are not one or two."""
+    """Return one or two messages that the chat template renders as `text`, or None."""
+    # A template cannot be inverted, so render it with placeholders, and read the messages from `text` at their places.
     for roles in (["user"], ["system", "user"]):
         pattern = re.escape(_rendered(tokenizer, [{"role": role, "content": _PLACE} for role in roles]))
-        found = re.fullmatch(pattern.replace(_PLACE, "(.+?)"), text, re.DOTALL)
-        if found and len(found.groups()) == len(roles):
-            messages = [{"role": role, "content": content} for role, content in zip(roles, found.groups(), strict=True)]
+        match = re.fullmatch(pattern.replace(_PLACE, "(.+?)"), text, re.DOTALL)
+        if match and len(match.groups()) == len(roles):
+            messages = [{"role": role, "content": content} for role, content in zip(roles, match.groups(), strict=True)]
             if _rendered(tokenizer, messages) == text:
                 return messages
     return None
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """The text of a conversation before its answer; empty if the template refuses it."""
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)).strip()
-    except Exception:  # a template is code: it may raise anything
+    except Exception:  # a template is code that may raise any exception
         return ""
 
 
-# What is registered: the merged model, or the adapter with the base by reference.
+# The registered files: the merged model, or the adapter with a reference to its base model.
 
 
 @contextmanager
 def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
-    """Yield what a finished run registers, as files on this machine for the block."""
+    """Yield the files that a finished run registers, on this machine for the duration of the block."""
     spec, folder, config = exported.spec, exported.folder, exported.spec.config
-    with node_cache.fetched(folder.merged if config.export.merged else folder.adapter) as place:
-        base = None if config.export.merged else _reference(spec, place)
+    with node_cache.fetched(folder.merged if config.export.merged else folder.adapter) as files:
+        base = None if config.export.merged else _reference(spec, files)
         example = None
         if answers := exported.result.answers:
-            with suppress(UserError):  # a tokenizer that does not load here is no reason not to register
-                example = request(config, place, answers[0].prompt)
+            with suppress(UserError):  # without a tokenizer the version only lacks its example
+                example = request(config, files, answers[0].prompt)
         yield Contents(
-            place,
+            files,
             base,
             answers_as=config.registry.model or config.run.name,
             description=describe(exported, scores, base),
@@ -227,10 +222,10 @@ def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
 
 
 def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
-    """The base of a run, as an adapter-only version keeps it."""
     base, revision = spec.base, spec.config.model.revision
     commit = _commit(base)
-    # MLflow takes the tokenizer from where it takes the base. The hub's does not do if a chat template was added.
+    # MLflow loads the tokenizer from where it loads the base model. If the run added a chat template, the hub's
+    # tokenizer lacks it, so the base model must not be loaded from the hub.
     on_hub = (
         commit is not None
         and spec.template is None
@@ -241,23 +236,21 @@ def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
 
 
 def _commit(base: BaseModel) -> str | None:
-    """The commit of a model that lies as the hub's client has downloaded it: models--ORG--NAME/snapshots/COMMIT."""
-    place = Path(base.folder)
-    from_hub = place.parts[-3:-1] == (f"models--{base.name.replace('/', '--')}", "snapshots")
-    return place.name if from_hub else None
+    """Return the commit of a model in the hub client's cache (models--ORG--NAME/snapshots/COMMIT), otherwise None."""
+    folder = Path(base.folder)
+    from_hub = folder.parts[-3:-1] == (f"models--{base.name.replace('/', '--')}", "snapshots")
+    return folder.name if from_hub else None
 
 
-# How: the MLflow run of a training is made or resumed, and closed.
+# The MLflow run of a training: created or resumed, and closed.
 
 
 def check_tracking(config: Config, folder: RunFolder) -> None:
-    """Raise UserError if MLflow does not answer, its files cannot be written, or it cannot load what is exported.
-
-    A run that is there already may continue without it for a while.
-    """
+    """Raise UserError if MLflow is unreachable, its artifacts cannot be written, or it cannot load the export."""
     uri = resolve_uri(config)
     if not config.export.merged:
         check_adapter_only()
+    # A resumed run does not need MLflow until it logs, so an outage does not delay it.
     if folder.tracking_run(uri) is None:
         client.check(uri)
         check_artifacts(config, uri)
@@ -265,13 +258,13 @@ def check_tracking(config: Config, folder: RunFolder) -> None:
 
 @contextmanager
 def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> Iterator[Tracker]:
-    """The MLflow run of this run, made or resumed; closed as FINISHED, FAILED or KILLED.
+    """Create or resume the MLflow run, and close it as FINISHED, FAILED or KILLED.
 
-    `parent` is the id of the run of a search that this one is a trial of.
+    `parent` is the id of the search's MLflow run if this run is a trial.
     """
     config = spec.config
     tags = {"olora.base_digest": spec.base.digest, "olora.method": config.adapter.method}
-    later = "nothing is lost: run the same command again when it does, to finish logging and registering"
+    later = "nothing is lost; run the same command again when it is reachable, to finish logging and registration"
     with mlflow_run(config, tags, folder, flatten(config), parent=parent, advice=later) as tracker:
         log_data(tracker, spec)
         if not parent:
@@ -280,32 +273,29 @@ def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> It
 
 
 def log_data(tracker: Tracker, spec: TrainSpec) -> None:
-    """Log the token stores that are complete as inputs of the run."""
     sources = {"training": (spec.train, spec.config.data.train), "evaluation": (spec.eval, spec.config.data.eval)}
     for context, (store, named) in sources.items():
-        if store is not None and store.complete:  # else it is logged when training has ended
-            place = ", ".join(source.path for source in named) or "held out from training"
-            tracker.dataset(context, store.digest, place, store.manifest.rows, context)
+        if store is not None and store.complete:  # an incomplete store is logged after training
+            paths = ", ".join(source.path for source in named) or "held out from training"
+            tracker.dataset(context, store.digest, paths, store.manifest.rows, context)
 
 
-# How: a finished run logs its results, and registers its version.
+# The results of a finished run, and the registration of its version.
 
 
 @dataclass(frozen=True)
 class Published:
-    """The results of a run, as MLflow has them."""
-
     result: dict[str, Any]
     """The content of result.json."""
     page: str | None
-    """Address of the run's page, if a server shows it."""
+    """Address of the run's page on an MLflow server; None without a server."""
 
 
 def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) -> Scores:
-    """Score the answers, and log scores, pictures and tables; safe to repeat.
+    """Score the answers, and log scores, plots and tables; safe to repeat.
 
-    It comes before `publish`, so that a version is registered only when nothing is left that can fail. Raises
-    UserError for a scorer that fails, and TrackingUnavailable if MLflow does not answer.
+    Call it before `publish`: if the scorer fails, no version is registered. Raises UserError for a failing scorer, and
+    TrackingUnavailable if MLflow does not answer.
     """
     scores, history = score(exported.spec.config, answers), exported.state.history
     for step, when in ((exported.state.step, "after"), (0, "before")):
@@ -320,9 +310,9 @@ def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) 
 
 
 def publish(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores) -> Published:
-    """Register a run, and log what it has come to; safe to repeat.
+    """Register a run and log its results; safe to repeat.
 
-    Raises TrackingUnavailable if MLflow does not answer: result.json must not be written before all is logged.
+    Raises TrackingUnavailable if MLflow does not answer; then do not write result.json, so that a retry logs the rest.
     """
     content = _result(exported, tracker, scores, register(exported, tracker, tags, scores))
     tracker.text(json.dumps(content, indent=2) + "\n", "result.json")
@@ -330,10 +320,10 @@ def publish(exported: Exported, tracker: Tracker, tags: Mapping[str, str], score
 
 
 def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores | None = None) -> int | None:
-    """Log the metrics that MLflow lacks, the parity report and the model; register it, if it is to be.
+    """Log missing metrics, the parity report and the model; register the model if registry.model is set.
 
-    `tags` are over those that a version gets anyway. Returns the version. Safe to repeat; raises TrackingUnavailable
-    if MLflow does not answer.
+    `tags` override the version's own tags. Returns the version. Safe to repeat; raises TrackingUnavailable if MLflow
+    does not answer.
     """
     spec, state = exported.spec, exported.state
     config, registry = spec.config, spec.config.registry
@@ -352,23 +342,22 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
         **tags,
     }
-    what = "merged model" if config.export.merged else "adapter, without its base model,"
+    content = "merged model" if config.export.merged else "adapter, without its base model,"
     with contents_of(exported, scores or {}) as contents, client.reachable(tracker.uri, upload=True):
         if registry.model is None:
-            logger.info(f"logging the {what}")
+            logger.info(f"logging the {content}")
             models.log_model(tracker, contents, own)
             return None
-        logger.info(f"registering the {what} as {registry.model}@{registry.alias}")
+        logger.info(f"registering the {content} as {registry.model}@{registry.alias}")
         return models.register(tracker, contents, registry.model, registry.alias, own)
 
 
 def _result(exported: Exported, tracker: Tracker, scores: Scores, version: int | None) -> dict[str, Any]:
-    """The content of result.json."""
     spec, state, registry = exported.spec, exported.state, exported.spec.config.registry
     last: dict[str, float] = {}
     for row in state.history:
         last |= {name: value for name, value in row.items() if name != "step"}
-    if state.best_loss is not None:  # that of the adapter that is exported
+    if state.best_loss is not None:  # the last evaluation may be of a worse adapter than the exported one
         last |= {"eval/loss": state.best_loss, "eval/perplexity": perplexity(state.best_loss)}
     registered = {"model": registry.model, "version": version, "alias": registry.alias}
     return {

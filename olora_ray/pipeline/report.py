@@ -1,4 +1,4 @@
-"""Output for people: what came out of a run; nothing here writes to MLflow."""
+"""The output of a finished run for people; this module does not write to MLflow."""
 
 import json
 import logging
@@ -16,24 +16,24 @@ logger = logging.getLogger(__name__)
 
 
 def already_finished(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Say that there is nothing to do, what came out, and what of it is not what the config asks for by now."""
+    """Log the result of a finished run, and the settings of export and registry that the config has changed since."""
     loss = result.get("metrics", {}).get("eval/loss")
     shown = f", eval loss {loss:.4f}" if loss is not None else ""
     logger.info(
-        f"run {folder.config.run.name!r} is finished already{shown}: see {folder.config.folder()}; to train longer,"
+        f"run {folder.config.run.name!r} is already finished{shown}: see {folder.config.folder()}; to train longer,"
         " raise train.steps or train.epochs; to train again, set another run.name or delete that folder"
     )
     if changes := folder.delivered_otherwise():
         logger.warning(
-            f"it was exported and registered with other settings ({changes}); to have that done anew, without training,"
-            f" delete {folder.result} and give the command again: what MLflow has already stays as it is"
+            f"the run was exported and registered with other settings ({changes}); to export and register it again"
+            f" without training, delete {folder.result} and run the same command; MLflow keeps its earlier version"
         )
 
 
 def finished(exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], page: str | None) -> None:
-    """Show what came out: answers before and after, losses, scores, and how to use the model.
+    """Print answers, losses and scores before and after training, and commands that use the model.
 
-    `result` is the content of result.json, `page` the address of the run's page, if a server shows it.
+    `result` is the content of result.json, `page` the address of the run's page on an MLflow server.
     """
     for line in [*_summary(exported, answers, result["scores"]), *next_steps(result, page)]:
         if line:
@@ -42,8 +42,8 @@ def finished(exported: Exported, answers: Sequence[Sample], result: Mapping[str,
             print()
     if exported.state.best_step == 0 < exported.state.step:
         logger.warning(
-            "no step has made the held-out loss better: what is exported is the model that training started with,"
-            " unchanged; lower train.lr, or look whether the held-out rows are like those that are trained on"
+            "no step has improved the held-out loss, so the export is the untrained model; lower train.lr, or check"
+            " that the held-out rows resemble the training rows"
         )
 
 
@@ -68,12 +68,9 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
 
 
 def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:
-    """Return what can be done with a finished run, as commands that work as printed in the current folder.
-
-    `page` is the address of the run's page, if a server shows it.
-    """
+    """Return commands that use a finished run; they work as printed in the current folder."""
     store, run_id = result["mlflow"]["uri"], result["mlflow"]["run_id"]
-    # Where this environment's commands are, seen from the current folder, whether or not it is activated.
+    # Name the programs with their folder, because the user may not have activated the virtual environment.
     scripts, here = Path(sys.executable).parent, Path.cwd()
     if scripts.is_relative_to(here):
         scripts = scripts.relative_to(here)
@@ -83,7 +80,7 @@ def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:
         lines += [
             f"registered:           {registered['model']} version {registered['version']} ({uri})",
             f"load:   mlflow.set_tracking_uri({json.dumps(store)}); mlflow.transformers.load_model({json.dumps(uri)})",
-            # MLflow starts its server by a name that it looks up in PATH.
+            # `mlflow models serve` starts its server by name, so PATH must contain the folder.
             f"serve:  PATH={quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={quote(store)} mlflow models serve"
             f" -m {quote(uri)} --env-manager local -p 5001",
         ]

@@ -1,8 +1,7 @@
-"""The main job in the order in which data flows; pipelines/finetune.py and retrain.py both run it.
+"""The stages of a run in their order; pipelines/finetune.py and pipelines/retrain.py both run them.
 
-Each line is one stage with one file behind it, and each stage gets what the one before it has found out. What a stage
-has made is found again by the next attempt, so the same config may be run until it is finished, whatever has stopped
-it meanwhile.
+Each stage is one module, and it passes its results on to the next stage. The next attempt reuses the files that a stage
+has written, so a run that was stopped resumes with the same command.
 """
 
 import contextlib
@@ -23,15 +22,15 @@ from olora_ray.pipeline.run_folder import RunFolder
 
 
 class Driver:
-    """This process as the one that works on a run; made by `only_driver`."""
+    """The only process that works on a run; `only_driver` creates it."""
 
     def __init__(self, lease: lock.Lock) -> None:
         self._lease = lease
 
     def check(self) -> None:
-        """Raise TakenOver if another process works on the run by now, or may do so since that cannot be read.
+        """Raise TakenOver if another process has taken the lock of the run, or if the lock cannot be read.
 
-        Call it before what must not be done twice.
+        Call it before an action that must not happen twice, such as a registration.
         """
         try:
             self._lease.check()
@@ -41,10 +40,7 @@ class Driver:
 
     @contextlib.contextmanager
     def watch(self, stop: Stop, every: float = 10.0) -> Iterator[None]:
-        """End the block, wherever it is, with TakenOver once another process works on the run.
-
-        Looks after each `every` seconds.
-        """
+        """Raise TakenOver in the block once another process has taken the lock; checks every `every` seconds."""
         ended = threading.Event()
 
         def work() -> None:
@@ -52,7 +48,7 @@ class Driver:
                 try:
                     self.check()
                 except TakenOver as error:
-                    # A storage that does not answer ends nothing: the training notices that by itself.
+                    # An unreachable storage is no reason to stop here: the training itself retries and reports it.
                     if not isinstance(error.__cause__, lock.LockUnreadable):
                         stop.abandon(error)
                         return
@@ -68,19 +64,19 @@ class Driver:
 
 @contextlib.contextmanager
 def only_driver(config: Config) -> Iterator[Driver]:
-    """This process as the only one that works on the config's run; raises TryAgain that says who else does."""
+    """Hold the lock of the run; raise TryAgain with the holder if another process works on the run."""
     name = config.run.name
-    place = storage.join(config.run.storage, "locks", "runs", f"{name}.json")
-    with lock.held(place, f"run.name: {name!r}", remedy="choose another run.name") as lease:
+    path = storage.join(config.run.storage, "locks", "runs", f"{name}.json")
+    with lock.held(path, f"run.name: {name!r}", remedy="choose another run.name") as lease:
         yield Driver(lease)
 
 
 def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Fine-tune, export, check and register as the config says; returns the content of result.json.
+    """Fine-tune, export, check and register as the config says; return the content of result.json.
 
-    `tags` are for the registered version, over those that it gets anyway. A run that is finished already is
-    only reported. Raises UserError for what the user can fix, TryAgain for what passes by itself (another driver
-    works on the run, MLflow does not answer), and Stopped after a signal.
+    `tags` are set on the registered version, and override its own tags. A finished run is only reported. Raises
+    UserError for a problem that the user can fix, TryAgain for one that passes (another driver works on the run,
+    MLflow does not answer), and Stopped after a signal.
     """
     folder = RunFolder(config)
     if done := _finished(folder):
@@ -88,15 +84,14 @@ def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]
     publish.check_tracking(config, folder)
     address.find()
     with only_driver(config) as driver:
-        # Another driver may have worked on it until now.
+        # Another driver may have finished the run while this one waited for the lock.
         return _finished(folder) or _run(folder, driver, tags or {})
 
 
 def _finished(folder: RunFolder) -> dict[str, Any] | None:
-    """Check the folder; return and report the result of a run that is finished already."""
     folder.check()
     if done := folder.finished():
-        if folder.moved():
+        if folder.moved():  # other paths may have other contents, and this result would not be theirs
             folder.require_same(prepare.contents(folder.config, open_base(folder.config)))
         report.already_finished(folder, done)
     return done
@@ -123,7 +118,8 @@ def _run(folder: RunFolder, driver: Driver, tags: Mapping[str, str]) -> dict[str
                 driver.check()
                 published = publish.publish(exported, tracker, tags, scores)
                 driver.check()
-            folder.write_result(published.result)  # nothing is left to be logged
+            # Last: result.json marks the run as finished, so an earlier failure is retried by the next attempt.
+            folder.write_result(published.result)
             report.finished(exported, answers, published.result, published.page)
     return published.result
 
@@ -131,9 +127,9 @@ def _run(folder: RunFolder, driver: Driver, tags: Mapping[str, str]) -> dict[str
 def register(
     spec: TrainSpec, folder: RunFolder, result: TrainResult, tags: Mapping[str, str], parent: str | None = None
 ) -> int | None:
-    """Export, check and register a training that has ended, as a trial of a search has; returns the version.
+    """Export, check and register a finished training, such as a trial of a search; return the version.
 
-    `parent` is the id of the search's MLflow run. Raises UserError if the exports disagree.
+    `parent` is the id of the search's MLflow run. Raises UserError if the exports disagree with the trained model.
     """
     with publish.tracked(spec, folder, parent) as tracker:
         return publish.register(export.run_export(spec, folder, result), tracker, tags)

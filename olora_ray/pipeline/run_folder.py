@@ -1,6 +1,6 @@
-"""Paths in a run's folder, `<storage>/<name>/`, and the checks that the folder is this run's to use.
+"""The run folder `<storage>/<name>/`: its paths, and the checks that it belongs to this run.
 
-A run is known by its settings and by the contents of its model and data: these may lie elsewhere when it is resumed.
+A run is identified by its settings and by the contents of its model and data. Their paths may change between attempts.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from olora_ray.tracking.checksums import SETTINGS
 logger = logging.getLogger(__name__)
 
 PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start")
-"""Fields that say where something lies: what counts is what lies there."""
+"""Fields with paths and names of contents; a resumed run compares the contents instead."""
 
 
 def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of flat settings that a run's folder is bound to: neither free to change, nor places."""
+    """Return the settings that must not change in a run folder: neither free to change nor paths of contents."""
     bound = {
         field: value
         for field, value in settings.items()
@@ -40,13 +40,12 @@ def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The field that says how long a run is: train.epochs counts where train.steps is not set."""
     field = "train.epochs" if settings["train.steps"] is None else "train.steps"
     return {field: settings[field]}
 
 
 def where_now(folder: str, storage_root: str) -> str:
-    """The run folder that was `folder` once: the one of that name in the storage if it has moved with it."""
+    """Return `folder`, or the folder of the same name in `storage_root` if the whole storage was moved."""
     moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
     return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
 
@@ -60,10 +59,8 @@ def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RunFolder:
-    """Places in a run's folder."""
-
     def __init__(self, config: Config, root: str | None = None) -> None:
-        """`root` is the folder if it is another than the config's own: that of a trial of a search."""
+        """Use `root` instead of the config's own folder, for a trial of a search."""
         self.config = config
         self.root = root or config.folder()
         self.settings = storage.join(self.root, "config.yaml")
@@ -76,28 +73,28 @@ class RunFolder:
         self._tracking = storage.join(self.root, "tracking.json")
 
     def check(self) -> None:
-        """Check that the storage can be written, and that no training with other settings has this name.
+        """Check that the storage is writable and that no run with other settings has this name; write nothing.
 
-        A training of another length may be continued. For `data.max_length: auto` the config gets the kept number.
-        Raises UserError if not; TryAgain if an object store does not answer now. Leaves nothing behind.
+        Another length is allowed. For `data.max_length: auto` the config gets the number of the existing run. Raises
+        UserError if a check fails, and TryAgain if an object store does not answer.
         """
         storage.check(self.config.run.storage, "run.storage")
         try:
             problem = self._problem()
         except UnicodeDecodeError:
-            raise UserError(f"{self.settings}: not UTF-8 text; put it back, or delete {self.root}") from None
+            raise UserError(f"{self.settings}: not UTF-8 text; restore the file, or delete {self.root}") from None
         except OSError as error:
-            kind = TryAgain if isinstance(error, StoreUnavailable) else UserError
-            raise kind(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
+            error_type = TryAgain if isinstance(error, StoreUnavailable) else UserError
+            raise error_type(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
         if problem:
-            raise UserError(f"{problem}; choose another run.name, or leave it out, or delete {self.root}")
+            raise UserError(f"{problem}; use another run.name, remove run.name, or delete {self.root}")
 
     def _problem(self) -> str:
-        """Why the config cannot be that of the training that has this name; empty if it can, or there is none."""
-        from olora_ray.train import checkpoints  # with torch, as below: a night without changes is told without it
+        """Return why the config cannot resume the run with this name; empty if it can, or if there is no run."""
+        from olora_ray.train import checkpoints  # imports torch, which a retraining without changes does not need
 
-        there = checkpoints.names(self.checkpoints)
-        if not there and self._result() is None:
+        checkpoint_names = checkpoints.names(self.checkpoints)
+        if not checkpoint_names and self._result() is None:
             return ""
         if self.config.data.max_length == "auto" and storage.exists(self.settings):
             self.config = override(self.config, {"data.max_length": self._kept().data.max_length})
@@ -106,32 +103,32 @@ class RunFolder:
             return f"run.name: {run} exists with other settings ({self.other_settings()})"
         if not (shown := self._changes(_length)):
             return ""
-        if not there:
-            return f"run.name: {run} has no checkpoint to continue from ({shown})"
+        if not checkpoint_names:
+            return f"run.name: {run} has another length ({shown}), but no checkpoint to resume from"
         train, kept, done = self.config.train, self._kept().train, checkpoints.last_step(self.checkpoints)
         state = (_read_json(self.training) or {}).get("state")
         if train.early_stop and isinstance(state, dict) and state.get("stale", 0) >= train.early_stop:
-            return f"train.early_stop: {run} has ended early, after step {done}: more steps are not trained ({shown})"
-        # How many steps the epochs have is not known here.
+            return f"train.early_stop: {run} has stopped early, after step {done}, and is not trained longer ({shown})"
+        # The number of steps of an epoch is not known here, so compare epochs with epochs and steps with steps.
         more_epochs = train.steps is None and kept.steps is None and train.epochs > kept.epochs
         if more_epochs or (train.steps or 0) >= done:
             return ""
-        return f"train.steps: {run} has done {done} steps ({shown}): set train.steps={done} or more"
+        return f"train.steps: {run} has already done {done} steps ({shown}); set train.steps={done} or more"
 
     def other_settings(self) -> str:
-        """The settings that decide numbers and were others when the name was claimed, with both values."""
+        """Return the changed settings that affect the result, with both values."""
         return self._changes(bound_settings)
 
     def moved(self) -> str:
-        """Where model and data were when the name was claimed, and are now; so they may be others. Empty if not."""
+        """Return the changed paths of model and data, with both values; empty if there are none."""
         return self._changes(_places)
 
     def delivered_otherwise(self) -> str:
-        """The fields of exports and registry that were others when the name was claimed, with both values."""
+        """Return the changed settings of export and registry, with both values."""
         return self._changes(_delivery)
 
     def _changes(self, part: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
-        """The first fields of `part` that differ from the config that was kept, with both values."""
+        """Return up to four fields of `part` that differ from the config in the run folder, with both values."""
         if not storage.exists(self.settings):
             return ""
         old, new = part(flatten(self._kept())), part(flatten(self.config))
@@ -142,61 +139,62 @@ class RunFolder:
         return build(parse_yaml(storage.read_text(self.settings), self.settings), self.settings)
 
     def require_same(self, contents: Mapping[str, str]) -> None:
-        """Raise UserError if the run was trained with other contents than these, by their names in its identity.
+        """Raise UserError if the run was trained with other contents; `contents` has digests by their names.
 
-        Those that are not given are not looked at. Does nothing for a run that has neither checkpoint nor result.
+        Only the digests in `contents` are compared. A run without checkpoint and result passes.
         """
         from olora_ray.train import checkpoint
 
-        found = self._identity()
-        if any(found.get(what, digest) != digest for what, digest in contents.items()):
-            where = f"{self.root} ({shown})" if (shown := self.moved()) else self.root
-            checkpoint.require_same({**contents, **found}, contents, where)
+        identity = self._identity()
+        if any(identity.get(name, digest) != digest for name, digest in contents.items()):
+            location = f"{self.root} ({shown})" if (shown := self.moved()) else self.root
+            checkpoint.require_same({**contents, **identity}, contents, location)
 
     def claim(self) -> None:
-        """Keep the config: from now on the name is this run's. If its length is another one, it has not ended."""
+        """Write config.yaml, which claims the name for this run; after a change of length, delete the old results."""
         if shown := self._changes(_length):
             from olora_ray.train import checkpoints
 
             if step := checkpoints.last_step(self.checkpoints):
                 logger.info(
-                    f"{shown}: training continues after step {step} with the optimizer's state; from there the learning"
-                    " rate follows the schedule of the new length, so the result is that of a run which had this length"
-                    " from its start only with train.schedule=constant and train.warmup=0"
+                    f"{shown}: training continues after step {step} with the optimizer's state and the schedule of the"
+                    " new length; the result equals that of a run with this length from the start only for"
+                    " train.schedule=constant and train.warmup=0"
                 )
-            # Before the config: with the new one they would be the results of a run that has not ended.
+            # Delete the results before the config is written. If the driver dies in between, old results beside the new
+            # config would look like the results of the longer run.
             storage.remove(self.training)
             storage.remove(self.result)
         storage.write_text(self.settings, dump(self.config))
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a run of this length that ended well; None if there is none, or it is damaged."""
-        found = self._result()
-        return None if found is None or self._changes(_length) else found
+        """Return the result of a finished run of this length; None if it is missing or damaged."""
+        result = self._result()
+        return None if result is None or self._changes(_length) else result
 
     def _result(self) -> dict[str, Any] | None:
-        found = _read_json(self.result)
-        metrics = found.get("metrics", {}) if found else None
+        result = _read_json(self.result)
+        metrics = result.get("metrics", {}) if result else None
         whole = isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())
-        return found if whole else None
+        return result if whole else None
 
     def exported(self, step: int) -> dict[str, Any] | None:
-        """The parity report of exports that are complete and were made of the best adapter after `step` steps.
+        """Return the parity report of complete exports of the best adapter after `step` steps.
 
-        None also for exports of another form than the config's: export.merged may have been changed since.
+        None if there are none, or if the export settings have changed since.
         """
-        found = _read_json(self.parity)
-        if not found or found.get("ok") is not True or found.get("step") != step:
+        report = _read_json(self.parity)
+        if not report or report.get("ok") is not True or report.get("step") != step:
             return None
-        return found if found.pop("export", None) == self.config.export.model_dump() else None
+        # A change of export.merged or export.rank since then needs other exports.
+        return report if report.pop("export", None) == self.config.export.model_dump() else None
 
     def write_parity(self, measured: dict[str, Any]) -> None:
-        """Write export/parity.json, the last file of the exports."""
         content = {**measured, "export": self.config.export.model_dump()}
         storage.write_text(self.parity, json.dumps(content, indent=2) + "\n")
 
     def trained(self) -> str | None:
-        """The text of training.json, if training of this length has ended. Raises OSError if it cannot be read now."""
+        """Return the text of training.json if a training of this length is finished; raises OSError."""
         try:
             text = storage.read_text(self.training)
         except (FileNotFoundError, UnicodeDecodeError):
@@ -204,7 +202,7 @@ class RunFolder:
         return None if self._changes(_length) else text
 
     def write_training(self, text: str) -> None:
-        """Keep what training gave, so that what comes after it can be repeated alone."""
+        """Write training.json, so that export and registration can be retried without training."""
         storage.write_text(self.training, text)
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -212,30 +210,29 @@ class RunFolder:
         storage.write_text(self.result, json.dumps(result, indent=2) + "\n")
 
     def drop_result(self) -> None:
-        """Let the run be unfinished: the next call publishes and registers what it has made, and trains nothing."""
+        """Delete result.json: the next attempt publishes and registers again, without training."""
         storage.remove(self.result)
 
     def tracking_run(self, uri: str) -> str | None:
-        """The id of this run in the MLflow at `uri`, if it was started there before."""
+        """Return the id of the MLflow run at `uri`, if an earlier attempt has created it."""
         kept = _read_json(self._tracking) or {}
         return str(kept["run_id"]) if kept.get("uri") == self._shown(uri) and kept.get("run_id") else None
 
     def keep_tracking_run(self, uri: str, run_id: str) -> None:
-        """Remember the MLflow run, so that a later attempt continues with it; a password in `uri` is not kept."""
+        """Write tracking.json, so that a later attempt resumes this MLflow run; passwords in `uri` are masked."""
         storage.write_text(self._tracking, json.dumps({"uri": self._shown(uri), "run_id": run_id}))
 
     def _shown(self, uri: str) -> str:
-        """Without a password; a database in the storage is named by its place there, which stays when that is moved."""
+        # A database inside the storage is written relative to it, so that a moved storage still finds its MLflow run.
         return mask(uri).replace(f"sqlite:///{os.path.abspath(self.config.run.storage)}/", "sqlite:///<run.storage>/")
 
     def _identity(self) -> dict[str, str]:
-        """Return the digests that the run was trained with, from its newest checkpoint or its result."""
         from olora_ray.train import checkpoint, checkpoints
 
         for name in reversed(checkpoints.names(self.checkpoints)):
             state = _read_json(storage.join(self.checkpoints, name, checkpoint.STATE)) or {}
-            if isinstance(found := state.get("identity"), dict):
-                return found
+            if isinstance(identity := state.get("identity"), dict):
+                return identity
         done = self.finished() or {}
         base, data = done.get("base") or {}, done.get("data") or {}
         known = {
@@ -246,25 +243,23 @@ class RunFolder:
         return {what: str(digest) for what, digest in known.items() if digest is not None}
 
 
-def _read_json(place: str) -> dict[str, Any] | None:
-    """The object in a JSON file of our own; None if it is not there, or damaged: it is then made again.
-
-    Raises OSError if it cannot be read now: a run that has ended would be trained, and registered, once more.
-    """
+def _read_json(path: str) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None if the file is missing or damaged. Raises OSError otherwise."""
+    # An unreachable file must raise: as None it would mean "not finished", and the run would be trained again.
     try:
-        tree = json.loads(storage.read_text(place))
+        tree = json.loads(storage.read_text(path))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
     return tree if isinstance(tree, dict) else None
 
 
-# Fingerprint of a model: digests of the four things it was made of; equal ones would give the same model again.
+# The fingerprint of a model: digests of its four inputs. Equal fingerprints mean equal models.
 
 
 NEUTRAL = frozenset({"activation_checkpointing", "keep", "log_every", "checkpoint_every", "start"})
-"""Fields of the train section that do not change what comes out, or say where it started."""
+"""Fields of the train section that do not change the result, or are paths."""
 MODEL = frozenset({"dtype", "attention", "quantization"})
-"""Fields of the model section that change it, beside the model itself."""
+"""Fields of the model section that change the result, in addition to the base model itself."""
 TAGS = {
     "base": "olora.base_digest",
     "data": "olora.data_digest",
@@ -276,35 +271,33 @@ WORDS = {"base": "base model", "data": "training data", "held_out": "held-out da
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Digests of a version's parts."""
+    """Digests of the inputs of a model version."""
 
     base: str
     data: str
-    """Digest of contents, tokenizer and how rows become sequences: the name of the token store."""
+    """Digest of the training token store: contents, tokenizer, and the settings that turn rows into sequences."""
     held_out: str
-    """The same for the held-out rows; empty if there are none."""
+    """Digest of the held-out token store; empty without held-out rows."""
     settings: str
-    """See `settings_digest`."""
+    """Result of `settings_digest`."""
 
     def tags(self) -> dict[str, str]:
-        """As tags of a registered version."""
         return {tag: getattr(self, name) for name, tag in TAGS.items()}
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> "Fingerprint":
-        """Return the fingerprint of a version; empty where it lacks a tag, so that it equals no other."""
+        """Return the fingerprint from the tags of a version; a missing tag becomes '', which equals no digest."""
         return cls(**{name: tags.get(tag, "") for name, tag in TAGS.items()})
 
     def changes(self, before: "Fingerprint") -> list[str]:
-        """Words for what is different."""
         return [word for name, word in WORDS.items() if getattr(self, name) != getattr(before, name)]
 
 
 def settings_digest(config: Config) -> str:
-    """Digest of the settings that decide what comes out: seed, precisions, attention, adapter, train and export.rank.
+    """Return a digest of the settings that change the result: seed, precisions, attention, adapter, train, export.rank.
 
-    Paths and names are not in it (contents are, in the other digests), nor what is left at its default: a new
-    release with a new field does not change it.
+    Paths and names are left out, because the other digests cover the contents. Defaults are left out, so that a new
+    field in a new release does not change the digest.
     """
     sections = {
         "adapter": config.adapter.model_dump(mode="json", exclude_defaults=True),
@@ -312,6 +305,6 @@ def settings_digest(config: Config) -> str:
         "model": config.model.model_dump(mode="json", exclude_defaults=True, include=set(MODEL)),
         "seed": config.run.seed,
     }
-    if config.export.rank is not None:  # a compressed adapter computes something else; a merged one does not
+    if config.export.rank is not None:  # compression changes the outputs, export.merged does not
         sections["export"] = {"rank": config.export.rank}
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:32]

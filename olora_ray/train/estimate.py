@@ -33,7 +33,7 @@ from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import base_files, parallel
+from olora_ray.train import base_files, first_step, parallel
 from olora_ray.train.base_files import blocks_to_shard
 from olora_ray.train.data_driven import refuse
 from olora_ray.train.fake_model import FakeModel, GroupedProducts, LiveBytes, at_blocks

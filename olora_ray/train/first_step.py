@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import METHODS, Options
 from olora_ray.tokens.collate import Batch
 from olora_ray.train.calibration import watched
 from olora_ray.train.loss import SupervisedLoss
@@ -104,7 +104,7 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor) -> Move | No
     a = layer.a0 + layer.da
     b = layer.db if layer.b0 is None else layer.b0 + layer.db
     # LoRA's A0 needs no more of the weight than its number of columns.
-    plain = METHODS["lora"].factors(x.new_empty(1, x.shape[1]), len(a), 0).a0
+    plain = METHODS["lora"].factors(x.new_empty(1, x.shape[1]), len(a), 0, Options()).a0
     found = (_through_b(x, g, a), _through_a(x, g, b), _through_b(x, g, plain))
     by_b, by_a, lora = (float(move.square().mean().sqrt() / size) for move in found)
     return Move(by_b, by_a, lora) if by_b > 0 and math.isfinite(by_b + by_a + lora) else None

@@ -82,7 +82,7 @@ PLAIN = [
     "abfs://container@account.dfs.core.windows.net/data",
     "evaluation.max_new_tokens=5 tokens=7, https://host and ann@host:3",
     'mlflow.set_tracking_uri("http://127.0.0.1:5000"); load_model("models:/support@champion")',
-    "config: tracking.password: unknown field; a config holds no secrets, they come from the environment or a file",
+    "config: tracking.password: unknown field; delete it; secrets come from environment variables or files, never",
     "tracking.uri: env:MY_TOKEN: the environment variable MY_TOKEN is not set in this process",
     "tracking.uri: file:/run/secret: cannot be read: No such file",
     "tests/common/test_secret.py:12: AssertionError",
@@ -196,7 +196,7 @@ def test_a_config_with_a_secret_is_refused_without_repeating_it(field: str, uri:
         override(tiny.config(), {field: [uri] if field == "adapter.targets" else uri, "adapter.rank": 0})
     message = str(caught.value)
     assert HIDDEN not in message
-    assert f" problems: {field}: has a " in message
+    assert f" problems: {field}: the address contains a secret; " in message
     assert any(way in message for way in ("MLFLOW_TRACKING_PASSWORD", "env:NAME", "AWS_SECRET_ACCESS_KEY"))
     assert "adapter.rank" in message  # all problems are told together
 

@@ -76,7 +76,7 @@ def test_the_home_directory_may_be_written_as_a_tilde(
 def test_a_home_folder_that_there_is_not_is_one_line(config: Path, field: str) -> None:
     with pytest.raises(UserError) as caught:
         read_arguments([f"{field}=~nobody-here/x"], config, "usage")
-    assert str(caught.value) == f"{field}: ~nobody-here/x: there is no home folder for '~nobody-here'; write it out"
+    assert str(caught.value).startswith(f"{field}: ~nobody-here/x: '~nobody-here' has no home folder; ")
 
 
 def test_a_place_at_which_nobody_can_look_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,19 +116,19 @@ def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--dryrun"], "argument --dryrun: not known; did you mean --dry-run?"),
-        (["--show-config"], "argument --show-config: give it with --dry-run; without it the run would begin"),
-        (["-x"], "argument -x: not known; there are --dry-run, --show-config and --help"),
-        (["--dry-run=yes"], "argument --dry-run=yes: --dry-run has no value"),
-        (["a.yaml", "b.yaml"], "one config file at a time"),
+        (["--dryrun"], "argument --dryrun: unknown; did you mean --dry-run?"),
+        (["--show-config"], "argument --show-config: works only with --dry-run"),
+        (["-x"], "argument -x: unknown; use --dry-run, --show-config or --help"),
+        (["--dry-run=yes"], "argument --dry-run=yes: --dry-run takes no value"),
+        (["a.yaml", "b.yaml"], "arguments a.yaml b.yaml: use one config file"),
         (["nowhere.yaml"], "nowhere.yaml: No such file"),
         (["adapter.rnk=3"], "did you mean adapter.rank?"),
         (["learning_rate=3"], "argument 'learning_rate=3': expected section.field=value; use train.lr"),
-        (["--lr", "1e-4"], "argument --lr: fields are set without dashes: train.lr=1e-4"),
-        (["--learning_rate", "--dry-run"], "fields are set without dashes: train.lr=..."),
-        (["--train.lr=1e-4"], "argument --train.lr=1e-4: fields are set without dashes: train.lr=1e-4"),
+        (["--lr", "1e-4"], "argument --lr: set fields without dashes: train.lr=1e-4"),
+        (["--learning_rate", "--dry-run"], "without dashes: train.lr=..."),
+        (["--train.lr=1e-4"], "argument --train.lr=1e-4: set fields without dashes: train.lr=1e-4"),
         (["--warmup_steps=9"], "argument --warmup_steps=9: use train.warmup, a share of the steps"),
-        (["tracking.wandb_project=a"], "runs are tracked in MLflow; see tracking.uri and tracking.experiment"),
+        (["tracking.wandb_project=a"], "runs are tracked in MLflow: set tracking.uri and tracking.experiment"),
         (["--versoin"], "did you mean --version?"),
     ],
 )
@@ -156,7 +156,7 @@ def test_an_option_without_its_value_is_named(rest: tuple[str, ...]) -> None:
 def test_no_secret_is_repeated() -> None:
     with pytest.raises(UserError) as caught:
         parse(["--trackinguri=http://me:hidden@host"], "usage", options=["--tracking-uri"])
-    assert str(caught.value) == "argument --trackinguri=http://me:***@host: not known; did you mean --tracking-uri?"
+    assert str(caught.value) == "argument --trackinguri=http://me:***@host: unknown; did you mean --tracking-uri?"
 
 
 @pytest.mark.parametrize("script", ["finetune", "sweep", "compare", "retrain", "evaluate", "registry"])
@@ -257,7 +257,7 @@ def test_characters_that_the_locale_does_not_have_are_written_otherwise(
 @pytest.mark.parametrize(
     ("body", "code", "told"),
     [
-        ("raise KeyboardInterrupt", 130, "stopped (SIGINT); the same command continues with what is done\n"),
+        ("raise KeyboardInterrupt", 130, "stopped (SIGINT); run the same command again to resume\n"),
         ("from olora_ray.common.errors import TryAgain; raise TryAgain('away')", 75, "error: away\n"),
         (
             "from olora_ray.common.errors import Stopped; raise Stopped('stopped after 3', 143)",

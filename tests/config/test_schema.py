@@ -43,7 +43,7 @@ def test_every_shipped_config_parses(path: Path) -> None:
     [
         ({"adapter": {"rnk": 4}}, "adapter.rnk: unknown field; did you mean adapter.rank?"),
         ({"trian": {}}, "trian: unknown field; did you mean train?"),
-        ({"train": {"learning": 1}}, "train.learning: unknown field; --help lists the fields"),
+        ({"train": {"learning": 1}}, "train.learning: unknown field; --help all lists the fields"),
         ({"train": {"rank": 1}}, "train.rank: unknown field; use adapter.rank"),
         ({"lr": 1}, "lr: unknown field; use train.lr"),
         (
@@ -66,24 +66,24 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
     [
         ({"adapter": {"rank": "many"}}, ["config: adapter.rank: ", "integer", "(got 'many')"]),
         ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
-        ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'lora', 'pissa'", "(got 'svd')"]),
+        ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'olora_even', 'lora'", "(got 'svd')"]),
         ({"adapter": {"method": "orthogonal", "rank": 7}}, ["adapter: rank=7 is odd", "use 6 or 8"]),
         ({"adapter": {"method": "orthogonal", "rank": 1}}, ["adapter: rank=1 is odd", "use 2"]),
-        ({"adapter": {"method": "eva", "init_tokens": 32}}, ["adapter: init_tokens=32: 32 components", "need more"]),
+        ({"adapter": {"method": "eva", "init_tokens": 32}}, ["adapter: init_tokens=32 ", "= 32;", "rho"]),
         ({"adapter": {"sigma": "big"}}, ["adapter.sigma: "]),
         ({"train": {"lr_ratio": 0}}, ["train.lr_ratio: ", "greater than 0"]),
         ({"adapter": {"targets": 3}}, ["adapter.targets: ", "(got 3)"]),
         ({"adapter": {"dropout": 1.0}}, ["adapter.dropout: ", "less than 1"]),
         ({"train": {"lr": -1.0}}, ["train.lr: ", "greater than 0"]),
         ({"cluster": {"gpus_per_worker": "some"}}, ["cluster.gpus_per_worker: ", "(got 'some')"]),
-        ({"run": {"name": ""}}, ["run.name: a name has letters, digits"]),
+        ({"run": {"name": ""}}, ["run.name: ", "letter", "digit"]),
         ({"data": {"train": [{"format": "text"}]}}, ["data.train.0.path: required, but not set"]),
         ({"gate": {"and": [{"metric": "eval/loss"}]}}, ["gate.and.0: set at_least or at_most"]),
         ({"gate": {"metric": "eval/exact_match"}}, ["gate: metric eval/exact_match is not measured", "scorer"]),
         ({"evaluation": {"scorer": "exact_match"}, "gate": {"metric": "exact_match"}}, ["gate: metric exact_match"]),
         (
             {"evaluation": {"scorer": "exact_match", "rows": 0}, "gate": {"metric": "eval/exact_match"}},
-            ["gate: metric eval/exact_match is not measured: with evaluation.rows=0", "set it to gate.min_rows=20"],
+            ["gate: metric eval/exact_match is not measured", "evaluation.rows=0", "gate.min_rows=20"],
         ),
         (
             {
@@ -91,7 +91,7 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
                 "evaluation": {"scorer": "exact_match"},
                 "gate": {"and": [{"metric": "eval/exact_match", "at_least": 1}]},
             },
-            ["gate: metric eval/exact_match is not measured: held-out rows of format text have no question"],
+            ["gate: metric eval/exact_match is not measured", "format text", "use eval/loss"],
         ),
         ({"retrain": {"from": "challenger"}}, ["retrain.from: ", "'base' or 'champion'"]),
     ],
@@ -127,7 +127,7 @@ def test_a_switch_in_a_list_is_no_number_and_where_switches_are_taken_they_stay(
     ("changes", "expected"),
     [
         ({"data": {"train": 3}}, "data.train.0: expected a mapping of fields, {name: value} (got 3)"),
-        ({"data": {"train": []}}, "data.train: at least 1 item is needed (got [])"),
+        ({"data": {"train": []}}, "data.train: expected at least 1 item (got [])"),
         (
             {"data": {"train": [{"path": "a", "fields": "b"}]}},
             "data.train.0.fields: expected a mapping, {name: value} (got 'b')",
@@ -135,13 +135,13 @@ def test_a_switch_in_a_list_is_no_number_and_where_switches_are_taken_they_stay(
         ({"train": [1]}, "train: expected a mapping of fields, {name: value} (got [1])"),
         (
             {"run": {"name": "my/run"}},
-            "run.name: a name has letters, digits, '.', '_' and '-' only, begins with a letter or digit and does not"
-            " end with '.' (got 'my/run')",
+            "run.name: use letters, digits, '.', '_' and '-'; begin with a letter or digit, and do not end with '.'"
+            " (got 'my/run')",
         ),
         (
             {"registry": {"model": "a/b"}},
-            "registry.model: a name has letters, digits, ' ', '.', '_' and '-' only, and begins and ends with a letter"
-            " or digit (got 'a/b')",
+            "registry.model: use letters, digits, ' ', '.', '_' and '-'; begin and end with a letter or digit"
+            " (got 'a/b')",
         ),
     ],
     ids=lambda value: str(value)[:30],
@@ -178,7 +178,9 @@ def test_ordinary_names_are_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted({*IN_STORAGE, "mlflow.db", "mlflow.db-wal", "mlflow.db-journal", "locks"}))
 def test_a_run_does_not_take_the_place_of_what_the_storage_keeps(name: str) -> None:
-    assert f"run.name: '{name}' is what the storage itself keeps" in problem(run={"name": name})
+    message = problem(run={"name": name})
+    assert message.startswith("config: run.name: ")
+    assert f"'{name}'" in message
 
 
 @pytest.mark.parametrize(
@@ -196,12 +198,12 @@ def test_a_name_that_a_file_or_mlflow_cannot_have_is_refused(section: str, field
     build(tree(**{section: {field: longest}}))
     message = problem(**{section: {field: longest + "a"}})
     assert f"{section}.{field}: " in message
-    assert "at most" in message
+    assert re.search(r"20[0-2] bytes|at most", message)
 
 
 @pytest.mark.parametrize("alias", ["latest", "Latest", "v3"])
 def test_an_alias_that_mlflow_keeps_for_itself_is_refused_before_the_training(alias: str) -> None:
-    assert f"registry.alias: '{alias}' is a name that MLflow keeps" in problem(registry={"alias": alias})
+    assert f"registry.alias: the alias '{alias}' " in problem(registry={"alias": alias})
 
 
 def test_an_address_does_not_go_up() -> None:
@@ -211,15 +213,15 @@ def test_an_address_does_not_go_up() -> None:
         data={"train": [{"path": "hf://../x"}]},
     )
     for field in ("run.storage", "model.name", "data.train.0.path"):
-        assert f"{field}: a URI cannot go up" in message
+        assert re.search(rf"{re.escape(field)}: [^:]*'\.\.'", message)
 
 
 @pytest.mark.parametrize(("place", "right"), [("s3:/b/runs", "s3://b/runs"), ("file:/mnt/runs", "file:///mnt/runs")])
 def test_an_address_that_lost_a_slash_is_no_folder(place: str, right: str) -> None:
     message = problem(run={"name": "a", "storage": place}, data={"train": [{"path": place}]})
     for field in ("run.storage", "data.train.0.path"):
-        assert f"{field}: an address has" in message
-    assert f"write {right}" in message
+        assert f"{field}: an address needs /" in message
+    assert f"use {right}" in message
     assert build(tree(model={"name": "models:/support/3"})).model.name == "models:/support/3"
 
 
@@ -227,7 +229,7 @@ def test_an_address_that_lost_a_slash_is_no_folder(place: str, right: str) -> No
 def test_an_address_that_others_lie_below_has_no_options(place: str) -> None:
     message = problem(run={"name": "a", "storage": place}, model={"name": place}, train={"start": place})
     for field in ("run.storage", "model.name", "train.start"):
-        assert f"{field}: an address cannot have " in message
+        assert f"{field}: " in message
     assert "AWS_ENDPOINT_URL and AWS_REGION" in message
 
 
@@ -303,12 +305,12 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     ("cluster", "expected"),
     [
-        ({"gpus_per_worker": 2, "workers": 1}, ".gpus_per_worker: a worker computes on one GPU, of 2 the others would"),
-        ({"gpus_per_worker": 1.5, "workers": 1}, ".gpus_per_worker: a worker computes on one GPU, of 1.5 the others"),
-        ({"gpus_per_worker": 0.5, "workers": 2}, ".gpus_per_worker=0.5 with cluster.workers=2: workers that share a"),
-        ({"gpus_per_worker": 0.5, "workers": [1, 2]}, ".gpus_per_worker=0.5 with cluster.workers=2: workers that"),
-        ({"fsdp_offload": True}, ": fsdp_offload=true with strategy=ddp: only a sharded base is; use strategy=fsdp"),
-        ({"strategy": "fsdp", "spares": 1}, ".spares=1 with cluster.strategy=fsdp: a spare cannot take the place of a"),
+        ({"gpus_per_worker": 2, "workers": 1}, ".gpus_per_worker: a worker uses one GPU, and 2 per worker"),
+        ({"gpus_per_worker": 1.5, "workers": 1}, ".gpus_per_worker: a worker uses one GPU, and 1.5 per"),
+        ({"gpus_per_worker": 0.5, "workers": 2}, ".gpus_per_worker=0.5 with cluster.workers=2: NCCL"),
+        ({"gpus_per_worker": 0.5, "workers": [1, 2]}, ".gpus_per_worker=0.5 with cluster.workers=2: NCCL"),
+        ({"fsdp_offload": True}, ": fsdp_offload=true needs a sharded base model"),
+        ({"strategy": "fsdp", "spares": 1}, ".spares=1 with cluster.strategy=fsdp: a spare cannot"),
     ],
 )
 def test_workers_that_cannot_be_are_refused(cluster: dict[str, Any], expected: str) -> None:
@@ -333,16 +335,17 @@ def test_actors_of_an_evaluation_may_share_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("workers", "why"),
     [
-        (6, "the workers cannot be split so; use a divisor of the number of workers"),
-        (4, "each worker would hold the whole base; use strategy: ddp, or fewer replicas"),
-        ([4, 8], "some numbers of workers cannot be split so; use one number of workers"),
+        (6, "use a divisor of the number of workers"),
+        (4, "use strategy=ddp or fewer replicas"),
+        ([4, 8], "use one number of workers"),
     ],
 )
 def test_copies_of_a_sharded_base_divide_the_workers(workers: int | list[int], why: str) -> None:
     cluster = {"workers": workers, "fsdp_replicas": 4}
     message = problem(cluster={"strategy": "fsdp", **cluster})
     shown = tuple(workers) if isinstance(workers, list) else workers
-    assert message == f"config: cluster.fsdp_replicas=4 with cluster.workers={shown}: {why}"
+    assert message.startswith(f"config: cluster.fsdp_replicas=4 with cluster.workers={shown}: ")
+    assert message.endswith(why)
     assert build(tree(cluster=cluster)).cluster.fsdp_replicas == 4
     for number in (1, 8):
         assert build(tree(cluster={"workers": number, "fsdp_replicas": 4, "strategy": "fsdp"}))
@@ -391,8 +394,8 @@ BEGIN = "run: {name: a}\nmodel: {name: m}\n"
     ("text", "expected"),
     [
         (BEGIN + "data: [\ntrain: ]: 3\n", r"run\.yaml, line 4: not valid YAML"),
-        ("", "expected sections .* found NoneType"),
-        ("- a\n", "expected sections .* found list"),
+        ("", "expected sections .* NoneType"),
+        ("- a\n", "expected sections .* list"),
         (BEGIN + "data: {train: [{path: a}]}\ntrain:\n", r"run\.yaml: train: "),
     ],
 )
@@ -450,8 +453,8 @@ def test_a_broken_value_names_the_argument() -> None:
         ({"adapter.rnk": 3}, "did you mean adapter.rank?"),
         ({"adapter.rank": "x"}, "adapter.rank: "),
         ({"data.train.1.path": "b"}, "data.train.1.path: '1' has no fields to set"),
-        ({"data.train.7": "b"}, "data.train.7: the list has 1 entries, counted from 0"),
-        ({"data.train.²": "b"}, "data.train.²: the list has 1 entries, counted from 0"),
+        ({"data.train.7": "b"}, "data.train.7: no such entry; the list has 1 entries, counted from 0"),
+        ({"data.train.²": "b"}, "data.train.²: no such entry"),
         ({f"data.train.{'9' * 5000}": "b"}, "the list has 1 entries, counted from 0"),
         ({"run.name.first": "b"}, "run.name.first: 'name' has no fields to set"),
         ({"cluster.gpus_per_worker": 0.5}, "cluster.gpus_per_worker=0.5 with cluster.workers=2"),
@@ -466,7 +469,7 @@ def test_a_change_is_validated_like_a_file(changes: dict[str, Any], expected: st
 @pytest.mark.parametrize(
     ("section", "word", "expected"),
     [
-        ("data: {train: a.jsonl}", "data.train.weight=2", "data.train.weight: 'train' is a path alone, without"),
+        ("data: {train: a.jsonl}", "data.train.weight=2", "data.train.weight: 'train' is a path"),
         ("cluster: {workers: [1, 2]}", "cluster.workers.0.x=3", "cluster.workers.0.x: '0' has no fields to set"),
     ],
 )
@@ -480,8 +483,8 @@ def test_a_field_of_what_has_none_is_one_line(tmp_path: Path, section: str, word
 @pytest.mark.parametrize(
     ("train", "words", "steps", "told"),
     [
-        ("steps: 60", ["train.epochs=3"], None, "train.epochs takes the place of train.steps=60 in "),
-        ("steps: 60, epochs: 2", [], 60, "train.steps=60 decides; train.epochs=2 counts for nothing"),
+        ("steps: 60", ["train.epochs=3"], None, "train.epochs overrides train.steps=60 "),
+        ("steps: 60, epochs: 2", [], 60, "train.steps=60 overrides train.epochs=2"),
         ("epochs: 2", ["train.steps=9"], 9, ""),
         ("steps: 60, epochs: 1", [], 60, ""),  # as a run's config.yaml has it
     ],
@@ -576,9 +579,9 @@ def test_the_scale_is_that_of_lora_or_rank_stabilised() -> None:
             "gate.must_improve_by: input should be a finite number (got nan)",
         ),
         ({"retrain": {"replay": float("inf")}}, "retrain.replay: input should be a finite number"),
-        ({"train": {"steps": 2**31}}, "train: steps: 2147483648 is larger than 2147483647"),
-        ({"train": {"epochs": 1e300}}, "train: epochs: 1e+300 is larger than 2147483647"),
-        ({"cluster": {"workers": [1, 2**40]}}, "cluster: workers: 1099511627776 is larger than 2147483647"),
+        ({"train": {"steps": 2**31}}, "train: steps: 2147483648 is out of range; use a number up to 2147483647"),
+        ({"train": {"epochs": 1e300}}, "train: epochs: 1e+300 is out of range"),
+        ({"cluster": {"workers": [1, 2**40]}}, "cluster: workers: 1099511627776 is out of range"),
         ({"adapter": {"rank": "9" * 5000}}, "adapter.rank: "),
         ({"": 1}, "config: : unknown field"),
         ({"train": {"": 1}}, "config: train.: unknown field"),

@@ -18,18 +18,18 @@ def refusal(text: str) -> str:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("2026-13-45", "'2026-13-45' cannot be read; quote it if it is a text"),
-        ("010", "'010' would be 8: with a 0 in front YAML counts in eights; write it without, or quote it"),
-        ("-0_100", "'-0_100' would be -64"),
-        ("!!int x", "'x' cannot be read"),
-        ("!!bool x", "'x' cannot be read"),
-        ("9" * 4301, "...' cannot be read"),
+        ("2026-13-45", "'2026-13-45' is not valid; quote it"),
+        ("010", "'010' is octal in YAML and means 8; remove the leading 0, or quote it"),
+        ("-0_100", "'-0_100' is octal in YAML and means -64"),
+        ("!!int x", "'x' is not valid"),
+        ("!!bool x", "'x' is not valid"),
+        ("9" * 4301, "...' is not valid"),
         ("99999999999999999999", "'99999999999999999999' is too large"),
         ("!!python/object:os.system x", "could not determine a constructor for the tag"),
         ("!!str [x]", "expected a scalar node, but found sequence"),
         ("*a", "found undefined alias 'a'"),
-        ('"\\ud800"', "'\\ud800' cannot be read"),
-        ("a\x01b", "the character #x0001 is not allowed"),
+        ('"\\ud800"', "'\\ud800' is not valid"),
+        ("a\x01b", "character #x0001"),
         ("{[x]: 1}", "a list or mapping cannot be a key"),
         ("{<<: 5}", "expected a mapping or list of mappings for merging"),
         ("[1", "but got '<stream end>'"),
@@ -44,8 +44,8 @@ def test_a_value_that_cannot_be_is_named_with_its_line(value: str, problem: str)
 
 def test_a_key_that_comes_twice_is_named_with_both_lines() -> None:
     text = "train: {lr: 1e-3, steps: 7}\nrun: {name: a}\n\ntrain: {epochs: 2}\n"
-    assert refusal(text) == "run.yaml, line 4: not valid YAML: the key 'train' stands in line 1 already"
-    assert "line 2: not valid YAML: the key 'lr' stands in line 1 already" in refusal("train: {lr: 1,\n  'lr': 2}")
+    assert refusal(text) == "run.yaml, line 4: not valid YAML: duplicate key 'train', first in line 1"
+    assert "line 2: not valid YAML: duplicate key 'lr', first in line 1" in refusal("train: {lr: 1,\n  'lr': 2}")
 
 
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
@@ -53,7 +53,7 @@ LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)
 
 @pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]", "a: &a {b: {c: [*a]}}", "a: " + "[" * 600 + "]" * 600])
 def test_what_unfolds_without_end_is_refused_at_once(text: str) -> None:
-    assert "more than 50,000 values (aliases unfolded) or 50 levels" in refusal(text)
+    assert "more than 50,000 values" in refusal(text)
 
 
 def test_aliases_and_merges_of_an_ordinary_size_are_read() -> None:

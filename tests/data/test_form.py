@@ -74,9 +74,9 @@ def test_the_form_is_said_once_for_each_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "chat", "message"),
     [
-        ("text", True, "rows of format text are no chats; prompt_completion leaves the choice"),
-        ("alpaca", False, "rows of format alpaca are chats; prompt_completion leaves the choice"),
-        ("messages", False, "rows of format messages are chats"),
+        ("text", True, "rows of format text are always plain text"),
+        ("alpaca", False, "rows of format alpaca are always chats"),
+        ("messages", False, "rows of format messages are always chats"),
         ("prompt_completion", "sometimes", "chat"),
     ],
 )

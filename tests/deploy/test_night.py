@@ -122,7 +122,7 @@ def test_without_a_config_that_can_be_loaded_the_command_runs_and_its_code_count
         (["--", "true"], "arguments: expected CONFIG.yaml -- COMMAND"),
         (["c.yaml", "--"], "arguments: expected CONFIG.yaml -- COMMAND"),
         (["--hours", "all", "c.yaml", "--", "true"], "argument --hours: could not convert string to float: 'all'"),
-        (["--hour", "1", "c.yaml", "--", "true"], "argument --hour: not known; did you mean --hours?"),
+        (["--hour", "1", "c.yaml", "--", "true"], "argument --hour: unknown; did you mean --hours?"),
         (["c.yaml", "--", "/none"], "COMMAND /none: No such file or directory; correct the words after --"),
     ],
 )

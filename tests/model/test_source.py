@@ -263,8 +263,8 @@ def test_a_size_that_layers_have_is_not_a_number_of_layers(copy: Path, changes: 
         ("nowhere", "no such file or folder"),
         ("a/b/c", "no such file or folder"),
         ("package://no_such_package/x.gguf", "Python package 'no_such_package' is not installed"),
-        ("package://yaml/x.gguf", "no such file in the package; there is "),
-        ("package://yaml/deep/x.gguf", "there is nothing"),
+        ("package://yaml/x.gguf", "no such file in the package; its files: "),
+        ("package://yaml/deep/x.gguf", "its files: none"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_explained(name: str, expected: str) -> None:

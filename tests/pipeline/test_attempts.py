@@ -139,9 +139,9 @@ def test_when_the_first_have_left_and_the_others_are_lost_it_goes_on(training: T
     training.events = {} if before is None else {0.0: Failure(before)}
     attempts = training.attempts(returning(interrupted=LEFT))
     assert attempts.run() == TrainResult()
-    assert attempts.cause == (before or "no worker was left")
+    assert attempts.cause == (before or "all workers were lost")
     training.stop.asked = "SIGTERM"
-    with pytest.raises(Stopped, match="stopped while no worker was left") as caught:
+    with pytest.raises(Stopped, match="stopped after the loss of all workers") as caught:
         training.attempts(returning(interrupted=LEFT)).run()
     assert caught.value.exit_code == 143
 
@@ -160,7 +160,7 @@ def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(training: Trai
         ([Started(1)], True, "all workers were lost"),
         ([Started(1), Failure("worker 0 died")], True, "worker 0 died"),
         ([], True, "all workers were lost"),  # while they loaded the model
-        ([], False, "some workers did not come"),
+        ([], False, "some workers did not start"),
     ],
 )
 def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
@@ -172,7 +172,7 @@ def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
     assert attempts.run() == TrainResult()
     assert training.now > (fit.DESERTED if began else fit.UNMET)
     assert (attempts.failures, attempts.cause, training.ended) == (0, cause, 1)
-    assert training.told[-1] == f"{cause}: starting others"
+    assert training.told[-1] == f"{cause}: starting new workers"
 
 
 def test_a_controller_that_dies_by_itself_is_a_failure(training: Training) -> None:
@@ -211,7 +211,7 @@ def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training, train
     training.stop.asked = "SIGTERM"
     with pytest.raises(Stopped) as caught:
         training.attempts(training.works).run()
-    assert str(caught.value) == "stopped while no workers trained (SIGTERM); the same command continues from there"
+    assert str(caught.value) == "stopped while no worker was training (SIGTERM); run the same command again to resume"
     assert caught.value.exit_code == 143
     assert last + fit.NOBODY <= training.now < last + 30
     assert (training.ended, "training has ended" in training.asked) == (1, False)
@@ -223,7 +223,7 @@ def test_what_the_first_workers_wait_for_is_said_once(training: Training, starte
     """Who is lost later is replaced by Ray, or missed."""
     training.events = {0.0: Started(1)} if started else {}
     training.attempts(training.until(3 * fit.SLOW)).run()
-    waiting = ["waiting for 1 worker to start: there is room for 1 more"]
+    waiting = ["waiting for 1 worker to start; 1 more would fit"]
     assert training.told == ([] if started else waiting)
 
 
@@ -241,6 +241,6 @@ def test_workers_that_do_not_change_are_waited_for_until_a_stop_is_asked_for(tra
 
     with pytest.raises(Stopped):
         training.attempts(stopping, changing=False).run()
-    assert training.told[0] == "waiting for 1 worker to load the model, or to start: there is room for 1 more"
+    assert training.told[0] == "waiting for 1 worker to start or to load the model; 1 more would fit"
     assert sum("waiting" in line for line in training.told) == 1
     assert lost + fit.NOBODY <= training.now < lost + 30

@@ -23,7 +23,7 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> No
     config = build({"run": {"name": "a"}, "model": {"name": str(tmp_path)}, "data": {"train": "a.jsonl"}})
     base = BaseModel(str(tmp_path), str(tmp_path), "")
     tiny.llama().config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"has no tokenizer: none of tokenizer\.json, .* is there; copy the files"):
+    with pytest.raises(UserError, match=r"has no tokenizer: tokenizer\.json, .*; copy "):
         with_tokenizer(base, config)
     save_tokenizer(tmp_path)
     assert with_tokenizer(base, config).eos == (1,)
@@ -40,7 +40,7 @@ def test_what_ends_an_answer_in_chats_ends_answers(tmp_path: Path) -> None:
         assert open_base(config).eos == (0, 1)
     [line] = [line for line in lines if "stop token" in line]
     assert "ends an answer with '<|end|>'" in line
-    assert line.endswith("(0)")
+    assert line.endswith("(id 0)")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
     with said() as lines:
         assert open_base(config).eos == (0, 1)
@@ -80,7 +80,7 @@ def test_a_model_that_sees_all_of_a_prompt_at_once_is_told(tmp_path: Path) -> No
     zoo.build(every.variant_of("hrm_text"), tmp_path)
     with said() as lines:
         open_base(tiny.config(model__name=str(tmp_path)))
-    assert len([line for line in lines if "(prefix_lm); it is trained as a causal" in line]) == 1
+    assert len([line for line in lines if "prefix_lm" in line]) == 1
 
 
 def test_no_place_for_a_converted_model_is_one_line(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_no_place_for_a_converted_model_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs" / "models").write_text("in the way")
     tree = project.settings(tmp_path, folder, model__allow_pickle=True)
     with pytest.raises(
-        UserError, match=r"^model\.name: .*model cannot be prepared: .*runs/models.*: (File exists|Not a d)"
+        UserError, match=r"^model\.name: .*model cannot be opened: .*runs/models.*: (File exists|Not a d)"
     ):
         find_model(build(tree))
 

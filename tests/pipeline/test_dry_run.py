@@ -54,8 +54,8 @@ def test_one_screen_with_everything(shown: Shown) -> None:
     assert value(page, "rows") == "60, none rejected"
     assert value(page, "held out") == "7, none rejected; 3 sequences"
     assert re.fullmatch(r"\d+ of at most 64 tokens, fill 0\.\d\d", value(page, "sequences"))
-    assert re.fullmatch(r"\d+ in an epoch, \d+% of them supervised", value(page, "tokens"))
-    assert value(page, "an example has") == "13 to 15 tokens; half have up to 15, 90% up to 15, 99% up to 15"
+    assert re.fullmatch(r"\d+ per epoch, \d+% of them supervised", value(page, "tokens"))
+    assert value(page, "example length") == "13 to 15 tokens; 50% have up to 15, 90% up to 15, 99% up to 15"
     assert value(page, "training") == "6 steps; 4 sequences per step = 2 workers x 2 (1 at once, 2 accumulated)"
     assert re.match(r"about [\d.]+ s for 6 steps of about [\d.e-]+ s and 3 evaluations", value(page, "time"))
     # What takes seconds is told before it begins.
@@ -114,7 +114,7 @@ def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_pos
 def test_plain_text_has_no_length_to_choose(shown: Shown, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text " * 500)
     source = {"path": str(tmp_path / "a.txt"), "format": "text"}
-    with pytest.raises(UserError, match=r"^data\.max_length: auto asks for rows that are not cut .*; set a number$"):
+    with pytest.raises(UserError, match=r"^data\.max_length: auto .* plain text.*; set a number$"):
         shown(data__train=[source], data__eval=[], data__max_length="auto", evaluation__scorer=None)
 
 
@@ -130,7 +130,7 @@ def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> No
 def test_without_held_out_rows_it_says_so_and_that_nothing_will_be_scored(shown: Shown) -> None:
     page, lines = shown(data__eval=[])
     assert value(page, "held out") == "none (set data.eval or data.eval_fraction)"
-    assert [line for line in lines if line.startswith("warning: evaluation.scorer: no answer will be scored")]
+    assert [line for line in lines if line.startswith("warning: evaluation.scorer: has no effect")]
     _, lines = shown(data__eval=[], evaluation__scorer=None)
     assert not [line for line in lines if "evaluation.scorer" in line]
 

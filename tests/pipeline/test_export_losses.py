@@ -175,7 +175,7 @@ def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -
     on_both = [by_peft(run, Path(run.folder.adapter), packs, base) for base in (tmp_path / "unpacked", run.case.base)]
     assert [found["loss"]["before"], found["loss"]["after"]] == pytest.approx(on_both, rel=1e-5)
     assert abs(found["loss"]["difference"]) > 1e-4
-    text = f"trained on the base as fp8, exported for the original weights: held-out loss {on_both[0]:.4f} on the"
+    text = f"trained on the base model as fp8, exported for the original weights: held-out loss {on_both[0]:.4f} on the"
     card = (Path(run.folder.adapter) / "README.md").read_text()
     assert f"- Base model in the training: {text}" in card
     assert "those of the trained adapter on the original weights" in card

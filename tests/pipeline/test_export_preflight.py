@@ -81,7 +81,7 @@ def test_of_many_kinds_of_layers_two_are_named(tmp_path: Path) -> None:
         tmp_path, {f"{Q.replace('q_proj', part)}.weight": None for part in ("q_proj", "k_proj", "v_proj", "o_proj")}
     )
     config = tiny.config(model__name=str(tmp_path))
-    with pytest.raises(UserError, match=r"q_proj cannot be merged.*k_proj cannot be merged.*; 2 other kinds of layers"):
+    with pytest.raises(UserError, match=r"q_proj cannot be merged.*k_proj cannot be merged.*; 2 more types of layers"):
         prepare.deliverable(config, BaseModel(str(tmp_path), str(tmp_path), ""))
 
 

@@ -96,10 +96,10 @@ def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_fo
         asked = RunFolder(tiny.config(run__name="mine", run__storage=str(tmp_path), **changes))
         with said() as lines:
             already_finished(asked, {"metrics": {"eval/loss": 0.5}})
-        assert "run 'mine' is finished already, eval loss 0.5000" in lines[0]
+        assert "run 'mine' is already finished, eval loss 0.5000" in lines[0]
         assert len(lines) == count
     assert "(export.rank was None, is 16)" in lines[1]
-    assert f"delete {tmp_path}/mine/result.json and give the command again" in lines[1]
+    assert f"delete {tmp_path}/mine/result.json and run the same command" in lines[1]
 
 
 @pytest.mark.parametrize("best", [0, 2])
@@ -110,7 +110,7 @@ def test_a_training_that_has_made_nothing_better_is_told(best: int, tmp_path: Pa
         exported: Any = Exported(None, RunFolder(config), TrainResult(state=state), {})  # type: ignore[arg-type]
         finished(exported, [], {**result(tmp_path), "scores": {}}, None)
     assert [line for line in lines if f"1.0000 after (step {best})" in line]
-    assert any("no step has made the held-out loss better" in line for line in lines) == (best == 0)
+    assert any("no step has improved the held-out loss" in line for line in lines) == (best == 0)
 
 
 def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
@@ -135,7 +135,7 @@ def test_the_plan_says_how_much_of_the_model_is_adapted_and_what_is_not(tmp_path
 def test_an_early_stop_that_nothing_can_ask_for_is_told(tmp_path: Path) -> None:
     for held_out, told in ((None, True), (0.1, False)):
         lines = plan_lines(tmp_path, ALL["llama"], train__early_stop=3, data__eval_fraction=held_out)
-        assert any("train.early_stop: the training will not stop early" in line for line in lines) is told
+        assert any("train.early_stop: has no effect" in line for line in lines) is told
 
 
 @pytest.mark.lengthy

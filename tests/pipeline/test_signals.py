@@ -16,7 +16,7 @@ def test_a_signal_ends_at_once(number: signal.Signals, code: int) -> None:
     with Stop(), pytest.raises(Stopped) as caught:
         os.kill(os.getpid(), number)
     assert caught.value.exit_code == code
-    assert str(caught.value) == f"stopped ({number.name}); the same command continues with what is done"
+    assert str(caught.value) == f"stopped ({number.name}); run the same command again to resume"
 
 
 def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end() -> None:
@@ -25,7 +25,7 @@ def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked == "SIGTERM"
         granted = stop.stopped("stopped after step 3 of 8")
-        assert str(granted) == "stopped after step 3 of 8 (SIGTERM); the same command continues from there"
+        assert str(granted) == "stopped after step 3 of 8 (SIGTERM); run the same command again to resume"
         assert granted.exit_code == 143
         os.kill(os.getpid(), signal.SIGTERM)  # the same one, through a second process
         with pytest.raises(Stopped):

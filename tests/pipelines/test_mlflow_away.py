@@ -24,7 +24,7 @@ def test_a_run_ends_without_its_server_and_is_logged_later(tiny_model: Path, cor
         assert "MLflow does not answer" in away.stderr
         last = away.stderr.strip().splitlines()[-1]
         assert last.startswith("error: tracking.uri=")
-        assert last.endswith("run the same command again when it does, to finish logging and registering")
+        assert last.endswith("run the same command again when it is reachable, to finish logging and registration")
         folder = corpus / "runs" / "small"
         assert (folder / "export" / "merged" / "model.safetensors").is_file()
         assert not (folder / "result.json").exists()
@@ -33,7 +33,7 @@ def test_a_run_ends_without_its_server_and_is_logged_later(tiny_model: Path, cor
         server.wait()
         later = project.finetune(file)
         assert later.returncode == 0, later.stdout + later.stderr
-        assert "training was finished before, at step 8" in later.stdout
+        assert "training is already finished, at step 8" in later.stdout
         assert "exporting" not in later.stdout
         result = json.loads((folder / "result.json").read_text())
         client = MlflowClient(server.uri)

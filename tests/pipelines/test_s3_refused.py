@@ -1,5 +1,6 @@
 """What is wrong with an object store is one line of the command, before a model is loaded or Ray started."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def test_a_server_that_hangs(s3_server: Server, bucket: str, corpus: Path) -> No
 
 def test_an_address_with_options(corpus: Path) -> None:
     done = command("finetune.py", corpus, "s3://b/runs?region=x", {})
-    assert "run.storage: an address cannot have '?' here" in line(done, 2)
+    assert re.search(r"run\.storage: [^;]*'\?'", line(done, 2))
 
 
 def test_a_retraining_meets_the_store_at_its_lock(bucket: str, corpus: Path) -> None:

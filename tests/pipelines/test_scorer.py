@@ -41,7 +41,7 @@ def test_a_scorer_that_fails_leaves_no_version_and_no_training_is_repeated(tiny_
     (corpus / "mine.py").write_text(MENDED)
     done = project.finetune(file, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "training was finished before, at step 6" in done.stdout
+    assert "training is already finished, at step 6" in done.stdout
     result = json.loads((corpus / "runs" / "small" / "result.json").read_text())
     assert (result["registered"]["version"], set(result["scores"]["after"])) == (1, {"same", "late"})
     assert set(result["scores"]["before"]) == {"same"}

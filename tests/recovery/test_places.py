@@ -65,7 +65,7 @@ def test_two_drivers_of_one_run(tiny_project: Path, tmp_path: Path) -> None:
         run.release()
         assert run.wait() == 0, run.tail()
         assert other.attempt() == 0, other.tail()
-        assert any("is finished already" in line for line in other.lines()), other.tail()
+        assert any("is already finished" in line for line in other.lines()), other.tail()
         end = runs.end_state(tmp_path)
     assert (end.statuses, end.versions) == (("FINISHED",), (1,))
     for name, points in end.series.items():

@@ -132,7 +132,7 @@ def evaluated(nightly: Nightly, name: str) -> dict[str, float]:
 
 KILLED_AT = {
     "in training": "step 6/12",
-    "while it is exported": "exporting adapter",
+    "while it is exported": "exporting and checking the adapter",
     "while it is registered": "registering the merged model",
     "after it is registered": "registered:",
     "while it is measured": "measuring version 2",
