@@ -27,7 +27,7 @@ from olora_ray.tokens.collate import Batch
 from olora_ray.train.calibration import watched
 from olora_ray.train.loss import SupervisedLoss
 
-RATE = 2.1e-3
+RATE = 4.0e-3
 """The best peak rate x s x the geometric mean of the layers' moves (docs/method.md)."""
 
 
