@@ -21,7 +21,7 @@ from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
-from olora_ray.adapter.methods import FROM_WEIGHTS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
 from olora_ray.common import collectives, node_cache
@@ -30,8 +30,9 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.model import attention
+from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import checkpoint, checkpoints
+from olora_ray.train import checkpoint, checkpoints, first_step
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.loader import Waiting, until
@@ -41,6 +42,7 @@ from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, examples_of, require_layout
 
 logger = logging.getLogger(__name__)
+FAR = 4  # a fixed learning rate this many times off the automatic one is told
 
 
 @dataclass(frozen=True)
@@ -331,6 +333,42 @@ def self_tested(
     if kept is not None:
         node_cache.keep(kept, json.dumps(result))
     return _without(context, spec, replace(start, attention=name), without)
+
+
+# The first step of a new adapter: how far it moves each layer decides the sizes of even factors and the automatic rate.
+
+
+def measure_first_step(
+    context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None = None
+) -> None:
+    """Even the factors of a new adapter if its method asks for that, and note the automatic learning rate.
+
+    All workers must call it together. Raises UserError if train.lr=auto has nothing to be measured on.
+    """
+    if start.resumed:
+        return
+    train, adapter, trainer = spec.config.train, spec.config.adapter, start.trainer
+    packs = first_sequences(spec, waiting)[: train.micro_batch]
+    batch = collate(packs, start.attention).to(context.device)
+    train_mode(trainer.adapted, False)
+    with context.activate(trainer.adapted):
+        # Rank 0's, because another type of processor would find other last bits.
+        moves = collectives.from_first(first_step.moves(trainer.loss, trainer.adapted, batch))
+    if METHODS[adapter.method].even and not start.trained:
+        moves = first_step.even(trainer.adapted, moves)
+    if not moves:
+        if train.lr == "auto":
+            raise UserError("train.lr=auto: only stacked experts are adapted, which it cannot measure; set a number")
+        return
+    auto = start.state.lr = first_step.best_rate(moves, adapter.scale())
+    if train.lr == "auto":
+        times = f" x train.lr_factor {train.lr_factor:g}" if train.lr_factor != 1 else ""
+        logger.info(f"train.lr=auto: the peak rate is {auto:.2g}{times}")
+    elif not 1 / FAR <= (times_auto := train.lr * train.lr_factor / auto) <= FAR:
+        logger.warning(
+            f"train.lr={train.lr:g} is {times_auto:.2g} times the rate that fits this method, rank and alpha"
+            f" ({auto:.2g}); set train.lr=auto, unless you have tuned it"
+        )
 
 
 def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, layers: Sequence[str]) -> StartingPoint:

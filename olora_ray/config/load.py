@@ -427,6 +427,19 @@ def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
+def _joined(lines: Sequence[str]) -> list[str]:
+    """Join the problems that the alternatives of one field have with one value: it must be a number or 'auto'."""
+    joined: list[str] = []
+    for line in lines:
+        field, expected, rest = line.partition(": input should be ")
+        value = rest[rest.rfind(" (got ") :]
+        if joined and expected and joined[-1].startswith(field + expected) and joined[-1].endswith(value):
+            joined[-1] = f"{joined[-1].removesuffix(value)} or {rest}"
+        else:
+            joined.append(line)
+    return joined
+
+
 def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str:
     if secrets.is_name(parts[-1]):
         return "delete it; secrets come from environment variables or files, never from a config"
@@ -542,7 +555,7 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
     try:
         valid = section.model_validate(tree)
     except ValidationError as error:
-        problems += [explain(item, section) for item in relevant(error.errors())]
+        problems += _joined([explain(item, section) for item in relevant(error.errors())])
     if len(problems) == 1:
         raise UserError(f"{where}: {problems[0]}")
     if problems or valid is None:

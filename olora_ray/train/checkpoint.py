@@ -52,6 +52,8 @@ class TrainState:
     """Every metric logged so far: one row per step, with `step` as a column."""
     kinds: list[dict[str, str]] = field(default_factory=list)
     """Hardware and software of the workers that trained last (cluster/worker_context.py)."""
+    lr: float | None = None
+    """The automatic learning rate, measured before step 0, also where train.lr is a number; None if it was not."""
     precision: str | None = None
     """Precision of the base by torch's name: the meaning of `model.dtype: auto` when the run started."""
     self_test: dict[str, Any] | None = None

@@ -32,7 +32,7 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
         seeds=comparison.seeds,
         rank=config.adapter.rank,
         alpha=float(config.adapter.alpha),
-        lr=config.train.lr,
+        lr=0.0 if config.train.lr == "auto" else config.train.lr,
         steps=measured.ended.record.total if measured else 0,
         global_batch=config.train.global_batch,
         rows=counts,

@@ -69,9 +69,10 @@ class Comparison:
 
     def untuned(self) -> list[grid.Cell]:
         """Return the points at the config's own learning rate; none if compare.untuned is false."""
-        if not self.compare.untuned:
+        lr = self.config.train.lr
+        if not self.compare.untuned or lr == "auto":
             return []
-        return [grid.Cell(each, float(self.config.adapter.alpha), self.config.train.lr) for each in self.methods]
+        return [grid.Cell(each, float(self.config.adapter.alpha), lr) for each in self.methods]
 
 
 def parse(argv: Sequence[str], usage: str) -> Comparison:

@@ -145,7 +145,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     # Values that YAML allows and a field does not.
     "nan listed": (
         of({"choice": [1e-3, math.nan]}),
-        "search.train.lr: train.lr: input should be a finite number (got nan)",
+        "search.train.lr: train.lr: input should be a finite number or 'auto' (got nan)",
     ),
     "infinity in a grid": (of({"grid": [math.inf]}), "search.train.lr: grid: inf is out of range"),
     "range of the whole line": (of({"uniform": [-1.7e308, 1.7e308]}), "uniform: -1.7e+308 is out of range"),
