@@ -32,7 +32,7 @@ from olora_ray.config.load import override
 from olora_ray.model import attention
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import checkpoint, checkpoints, first_step
+from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.loader import Waiting, until
@@ -42,7 +42,7 @@ from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, examples_of, require_layout
 
 logger = logging.getLogger(__name__)
-FAR = 4  # a fixed learning rate this many times off the automatic one is told
+FAR = 4  # the log names a fixed learning rate that is this many times off the automatic one
 
 
 @dataclass(frozen=True)
@@ -352,16 +352,11 @@ def measure_first_step(
     batch = collate(packs, start.attention).to(context.device)
     train_mode(trainer.adapted, False)
     with context.activate(trainer.adapted):
-        # Rank 0's, because another type of processor would find other last bits.
-        moves = collectives.from_first(first_step.moves(trainer.loss, trainer.adapted, batch))
-    if METHODS[adapter.method].even and not start.trained:
-        moves = first_step.even(trainer.adapted, moves)
-    if not moves:
+        auto = start.state.lr = trainer.automatic_rate(batch, METHODS[adapter.method].even and not start.trained)
+    if auto is None:
         if train.lr == "auto":
             raise UserError("train.lr=auto: only stacked experts are adapted, which it cannot measure; set a number")
-        return
-    auto = start.state.lr = first_step.best_rate(moves, adapter.scale())
-    if train.lr == "auto":
+    elif train.lr == "auto":
         times = f" x train.lr_factor {train.lr_factor:g}" if train.lr_factor != 1 else ""
         logger.info(f"train.lr=auto: the peak rate is {auto:.2g}{times}")
     elif not 1 / FAR <= (times_auto := train.lr * train.lr_factor / auto) <= FAR:

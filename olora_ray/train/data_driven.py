@@ -35,10 +35,9 @@ from olora_ray.train.calibration import (
     in_parts,
     inputs_of,
     rows_of,
-    watched,
 )
 from olora_ray.train.loader import Waiting
-from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.loss import SupervisedLoss, watched
 
 Value = TypeVar("Value")
 AGREEMENT = 0.99

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import METHODS, Options
 from olora_ray.tokens.collate import Batch
-from olora_ray.train.calibration import watched
-from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.loss import SupervisedLoss, watched
 
 RATE = 4.0e-3
 """The best peak rate x s x the geometric mean of the layers' moves (docs/method.md)."""

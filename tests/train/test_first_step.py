@@ -10,9 +10,8 @@ from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train import first_step
-from olora_ray.train.calibration import watched
 from olora_ray.train.loop import Trainer
-from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.loss import SupervisedLoss, watched
 from tests import tiny
 
 
