@@ -87,7 +87,7 @@ class RunFolder:
             error_type = TryAgain if isinstance(error, StoreUnavailable) else UserError
             raise error_type(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
         if problem:
-            raise UserError(f"{problem}; use another run.name, remove run.name, or delete {self.root}")
+            raise UserError(f"{problem}; set another run.name, remove run.name, or delete {self.root}")
 
     def _problem(self) -> str:
         """Return why the config cannot resume the run with this name; empty if it can, or if there is no run."""

@@ -22,7 +22,7 @@ from ray.tune.schedulers import (
 
 from olora_ray.sweep import record
 from olora_ray.sweep.space import Domain, Seeded, Space, rounded
-from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_place
+from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_path
 
 
 def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
@@ -52,7 +52,7 @@ class _Learning(TrialScheduler):
         # The trial is new, or it ran before an interruption: then its earlier results count again.
         kept = None
         with contextlib.suppress(OSError):  # raising would make Tune start the whole search again
-            kept = record.read(trial_place(self.folder, number_of(str(trial))))
+            kept = record.read(trial_path(self.folder, number_of(str(trial))))
         if kept is None or not kept.total:
             return
         for step, value in kept.curve:

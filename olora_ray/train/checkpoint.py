@@ -167,7 +167,7 @@ def require_same(saved: Mapping[str, str], wanted: Mapping[str, str], where: str
         changed = [part for part in changed if not part.endswith("data")]
     if changed:
         shown = "; ".join(f"another {part} ({_difference(saved.get(part, ''), wanted[part])})" for part in changed)
-        raise UserError(f"run.name: {where} was trained with {shown}; use a new run.name, or undo the change")
+        raise UserError(f"run.name: {where} was trained with {shown}; set another run.name, or undo the change")
 
 
 def _difference(old: str, new: str) -> str:

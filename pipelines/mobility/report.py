@@ -303,7 +303,7 @@ def _answers(file: Path) -> dict[int, tuple[int, int | None]]:
     given: dict[int, tuple[int, int | None]] = {}
     for number, item in enumerate(_lines(file), 1):
         with as_user_error(
-            f"{file}:{number}: no line of answers.jsonl", KeyError, TypeError, ValueError, AttributeError
+            f"{file}:{number}: not a line of answers.jsonl", KeyError, TypeError, ValueError, AttributeError
         ):
             name, _, line = item["origin"].rpartition(":")
             place, reference = answer.read(item["text"]), answer.read(item["reference"])

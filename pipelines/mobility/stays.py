@@ -20,7 +20,7 @@ LARGEST_PLACE = 2**31 - 1
 BROKEN, UNSORTED, DUPLICATES = "broken", "unsorted", "duplicates"
 REPAIRS = {
     BROKEN: "left out",
-    UNSORTED: "put in the order of time",
+    UNSORTED: "sorted by time",
     DUPLICATES: "left out",
 }
 """Fault of a record -> its repair, if it is asked for."""

@@ -130,7 +130,7 @@ def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
     repairs = Repairs(["unsorted", "duplicates"])
     found = read([str(tmp_path / "a.csv")], "checkins", repairs)
     assert [stay.place for stay in found.people["1"]] == [3, 2, 9]
-    assert repairs.lines() == ["1 record unsorted: put in the order of time", "1 record duplicates: left out"]
+    assert repairs.lines() == ["1 record unsorted: sorted by time", "1 record duplicates: left out"]
 
 
 def test_a_places_number_does_not_tell_when_it_was_seen_first(tmp_path: Path) -> None:

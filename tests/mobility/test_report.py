@@ -118,7 +118,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     assert "test.jsonl: 49 rows were answered, but it has 48 of them" in refused(tmp_path, text + last)
     assert "answers.jsonl: no answers; evaluate with a scorer" in refused(tmp_path, "")
     assert "answers.jsonl:48: " in refused(tmp_path, text[:-20])
-    assert "answers.jsonl:1: no line of answers.jsonl" in refused(tmp_path, '{"origin": 3}\n')
+    assert "answers.jsonl:1: not a line of answers.jsonl" in refused(tmp_path, '{"origin": 3}\n')
     with pytest.raises(UserError, match=r"none\.jsonl: .*No such file"):
         make_report(tmp_path, tmp_path / "none.jsonl")
 
