@@ -118,9 +118,7 @@ def exit_code(client: JobSubmissionClient, job: str) -> int:
         return 0 if info.status == JobStatus.SUCCEEDED else STOPPED
     code = info.driver_exit_code
     if code is None or code < 0 or code == KILLED:
-        raise TryAgain(
-            f"job {job}: killed before its command returned an exit code: {' '.join(str(info.message).split())[:500]}"
-        )
+        raise TryAgain(f"job {job}: killed, without an exit code: {' '.join(str(info.message).split())[:500]}")
     return code
 
 

@@ -136,9 +136,7 @@ def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Mapping[str,
     with safe_open(folder / WEIGHTS, "pt") as file:
         spare = len(list(file.keys())) - 2 * len(adapter)
     if spare and not problems:
-        problems.append(
-            f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'fewer'} than the run's layers need"
-        )
+        problems.append(f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'fewer'} than the layers need")
     return problems
 
 

@@ -211,13 +211,9 @@ class Lock:
             raise LockUnreadable(f"{self.subject}: its lock cannot be read: {short_reason(error)}") from None
         if other is None:
             lock = self._file.location
-            raise TryAgain(
-                f"{self.subject}: its lock {lock} was removed, so another process may hold it; try again later"
-            )
+            raise TryAgain(f"{self.subject}: its lock {lock} was removed, so another process may hold it; try again")
         if other.token != self._mine.token:
-            raise TryAgain(
-                f"{self.subject} was taken over ({other.describe()}): this process did not renew its lock in time"
-            )
+            raise TryAgain(f"{self.subject} was taken over ({other.describe()}): its lock was not renewed in time")
 
     def release(self) -> None:
         self._stop.set()

@@ -56,7 +56,7 @@ def _download(system: fs.FileSystem, path: str, target: Path) -> None:
     target.mkdir(exist_ok=True)
     for each in system.get_file_info(fs.FileSelector(path, recursive=True)):
         inner = PurePosixPath(each.path[len(path) :].lstrip("/"))
-        # The key of an object may have any text, so an object of somebody else could overwrite a file of this user.
+        # The key of an object may have any text, so another user's object could overwrite a file of this user.
         if ".." in inner.parts:
             raise OSError(f"{each.path}: points outside the folder into which it would be copied")
         (target / (inner.parent if each.is_file else inner)).mkdir(parents=True, exist_ok=True)

@@ -49,9 +49,7 @@ def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) ->
     if not values:
         raise _no_column(setting, plan)
     if missing := len(wanted) - len(values):
-        logger.warning(
-            f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each counts as its own group"
-        )
+        logger.warning(f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each is its own group")
     return numbered([(values[origin],) if origin in values else origin for origin in origins])
 
 

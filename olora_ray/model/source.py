@@ -84,7 +84,7 @@ def _keep(source: Path) -> None:
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
-    """Return the base model where this process can read it: in the driver's folder, otherwise fetched anew.
+    """Return the base model where this process can read it: in the driver's folder, otherwise fetched again.
 
     A folder that exists proves little: another process may still be downloading it, or a node's own disk may have
     another version. Raise UserError if it cannot be fetched here, or is not the same here.

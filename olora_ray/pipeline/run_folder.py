@@ -158,7 +158,7 @@ class RunFolder:
             if step := checkpoints.last_step(self.checkpoints):
                 logger.info(
                     f"{shown}: training continues after step {step} with the optimizer's state and the schedule of the"
-                    " new length; the result equals that of a run with this length from the start only for"
+                    " new length; the result equals a run with this length from the start only with"
                     " train.schedule=constant and train.warmup=0"
                 )
             # Delete the results before the config is written. If the driver dies in between, old results beside the new

@@ -2,7 +2,7 @@
 
     retrain.from: base       all rows; the adapter starts as its method says
     retrain.from: champion   the champion's adapter continues, on all rows of the new files, and on the share
-                             retrain.replay of the rows of the known files, drawn anew each night because the draw
+                             retrain.replay of the rows of the known files, drawn again each night because the draw
                              depends on all files (tokens/plan.py)
 
 A file is new if no file of the champion's training data has the same bytes. So a file that has grown is new with all

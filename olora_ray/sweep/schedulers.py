@@ -79,7 +79,7 @@ class Population(PopulationBasedTraining):
     """Population-based training whose members stay within the space, and whose result is repeatable.
 
     All members stop after the same steps. A member that falls behind takes over the state of a better one, and a new
-    value for each field: drawn anew, or next to the better one's value. Next means the neighbour in a list or in the
+    value for each field: a new draw, or next to the better one's value. Next means the neighbour in a list or in the
     steps of a quniform, or 0.8 or 1.2 times the number of a range. A field with `of` keeps a factor of its list, and
     follows its base.
     """

@@ -137,9 +137,7 @@ POSITION_BITS = 40
 def origin_name(files: Sequence[str], origin: int) -> str:
     """Return an origin as file:line, counted from 1."""
     if not 0 <= origin >> POSITION_BITS < len(files):
-        raise UserError(
-            f"token store: an example is from file {origin >> POSITION_BITS}, but only {len(files)} are listed"
-        )
+        raise UserError(f"token store: an example names file {origin >> POSITION_BITS}, but {len(files)} are listed")
     return f"{files[origin >> POSITION_BITS]}:{(origin & (2**POSITION_BITS - 1)) + 1}"
 
 
@@ -425,9 +423,7 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             " count in the loss, but the model does not answer them"
         )
     if dropped := notes.get("drop_turns", 0):
-        texts.append(
-            f"chats whose last turns are left out to fit data.max_length (data.too_long: drop_turns): {dropped:,}"
-        )
+        texts.append(f"chats shortened to data.max_length (data.too_long: drop_turns): {dropped:,}")
     if single := notes.get("single", 0):
         texts.append(f"rows with a single supervised token: {single:,}")
     if unended := notes.get("unended", 0):

@@ -37,7 +37,7 @@ class TrainState:
     """Progress of a run.
 
     The data cursor is `step` alone: global step k reads sequences [k G, (k + 1) G) of the order. Random
-    numbers (dropout) are seeded anew from (seed, step, micro-batch) for each micro-batch, so there is no
+    numbers (dropout) are seeded again from (seed, step, micro-batch) for each micro-batch, so there is no
     generator state to keep.
     """
 

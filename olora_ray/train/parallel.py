@@ -320,9 +320,7 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
         return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
     if config.cluster.fsdp_offload and not has_own_memory(device):
-        logger.info(
-            "cluster.fsdp_offload: no effect without a GPU, because the base model is in the node's memory anyway"
-        )
+        logger.info("cluster.fsdp_offload: no effect without a GPU: the base model is in the node's memory anyway")
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):

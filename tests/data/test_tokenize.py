@@ -256,7 +256,7 @@ def test_a_token_that_the_model_has_no_embedding_for_is_rejected() -> None:
     make = tokenizer(embeddings=100)
     assert marked(make(Completion("AB", "C"))[0]) == "<s>AB[[C</s>]]"
     for example in (Completion("AB", "z"), Completion("z", "C"), Text("ABz")):
-        with pytest.raises(Rejected, match=r"token 'z' \(id 118\) has no embedding: the model has only 100") as caught:
+        with pytest.raises(Rejected, match=r"token 'z' \(id 118\) has no embedding; the model has 100") as caught:
             make(example)
         assert caught.value.reason == "no_embedding"
     assert helpers.spec(embeddings=100).digest != helpers.spec().digest, "other rows are rejected"

@@ -115,7 +115,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         tmp_path, 2 * text
     )
     last = text.splitlines()[0].replace("jsonl:48", "jsonl:99")
-    assert "test.jsonl: 49 rows were answered, but it has 48 of them" in refused(tmp_path, text + last)
+    assert "test.jsonl: the answers are for 49 rows, and it has only 48 of them" in refused(tmp_path, text + last)
     assert "answers.jsonl: no answers; evaluate with a scorer" in refused(tmp_path, "")
     assert "answers.jsonl:48: " in refused(tmp_path, text[:-20])
     assert "answers.jsonl:1: not a line of answers.jsonl" in refused(tmp_path, '{"origin": 3}\n')
