@@ -51,7 +51,7 @@ def _harmless(
             method(self, *args, **kwargs)
         except Exception as error:
             self._broken = True
-            logger.warning("no more metrics for Prometheus: %s: %s", type(error).__name__, error)
+            logger.warning("metrics are no longer exported to Prometheus: %s: %s", type(error).__name__, error)
 
     return call
 

@@ -103,9 +103,9 @@ def test_messages_and_docstrings_have_no_phrase_that_is_read_twice(folder: str) 
             for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         ]
-        problems += [f"{file}:{line}: {text[:40]}" for line, text in docstrings if FRAGMENT.match(text.strip())]
+        problems += [f"{file.name}:{line}: {text[:40]}" for line, text in docstrings if FRAGMENT.match(text.strip())]
         for line, text in [*docstrings, *list_messages.messages(source)]:
-            problems += [f"{file}:{line}: {phrase}" for phrase in unplain(text)]
+            problems += [f"{file.name}:{line}: {phrase}" for phrase in unplain(text)]
     assert problems == []
 
 
