@@ -124,7 +124,7 @@ def test_a_weight_that_the_code_takes_for_itself_is_refused_before_the_first_ste
     adapted = inject(model, factors, config.adapter.scale())
     line = (
         "adapter.targets: model.layers.1.mlp.down_proj: adapters do not support linear of a weight, which the model's"
-        " code; leave it out of adapter.targets"
+        " code uses; leave it out of adapter.targets"
     )
     with pytest.raises(UserError, match=f"^{line}$"):
         check_adapters(SupervisedLoss(model), adapted, [tiny.pack(9, 7)], "sdpa", CPU, new=True)

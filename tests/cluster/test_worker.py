@@ -267,7 +267,7 @@ def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, adapter__alpha=4)
     assert result.problem is not None
-    assert "alpha was 8.0, is 4.0" in result.problem
+    assert "alpha was 8.0, is now 4.0" in result.problem
     started, _ = train(tmp_path / "other", adapter__alpha=4, train__start=str(tmp_path / checkpoints.name_of(6)))
     assert started.problem is not None
     assert started.problem.startswith("train.start: ")
