@@ -95,7 +95,7 @@ def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     )
     for cut in ("", "0,1", "x" * 200_000):
         law.write_text(f"user_id,stay,best,chance\n{cut}")
-        with pytest.raises(UserError, match=r"law\.csv: not as generate\.py writes it"):
+        with pytest.raises(UserError, match=r"law\.csv: not written by generate\.py"):
             make_report(tmp_path, answers(tmp_path, answer.write(3)), law)
 
 
