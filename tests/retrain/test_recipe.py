@@ -264,7 +264,7 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config:
         (config, good, "there is no new file"),
         (config, other, "it has another base model"),
         (config, lost, "has no checkpoint"),
-        (config, foreign, "does not know its training files"),
+        (config, foreign, "its training files are not recorded in"),
         (wider, good, "its adapter has other settings"),
     ]
     for settings, champion, why in cases:
