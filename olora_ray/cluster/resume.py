@@ -98,7 +98,7 @@ def _precision(context: WorkerContext, spec: TrainSpec, began: str | None) -> st
     if began not in (None, shared):
         logger.warning(
             f"model.dtype=auto: this trial started in {began}, but the base model that trials share here is in"
-            f" {shared}, so its numbers are a mixture; use nodes with equal hardware, or set model.dtype"
+            f" {shared}, so its losses mix both precisions; use nodes with equal hardware, or set model.dtype"
         )
     return shared
 
@@ -146,7 +146,10 @@ def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
         start = checkpoints.read(path)
         wanted = spec.identity()
         if other := [name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]]:
-            problem = UserError(f"train.start: {path} was trained with another {' and another '.join(other)}")
+            problem = UserError(
+                f"train.start: {path} was trained with another {' and another '.join(other)}; use a checkpoint with the"
+                " model and adapter sections of this config, or set train.start: null"
+            )
     except UserError as error:
         problem = _with_subject(error, "train.start")
     collectives.raise_together(problem)
@@ -411,7 +414,7 @@ def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
     """Return this node's file for the test result; None if the model's digest does not cover all of its code."""
     if not spec.base.digest or spec.config.model.trust_remote_code:
         return None
-    return node_cache.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
+    return node_cache.result_path("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
 
 
 def _kept(file: str | None) -> SelfTest | None:

@@ -163,7 +163,7 @@ class Worker:
             except PeerLost as lost:
                 if self.peers is None:
                     raise
-                logger.debug(f"the group is over: {lost}")
+                logger.debug(f"the group has ended: {lost}")
                 self._meet(lost=True)
             except _Left:
                 return TrainResult(interrupted=LEFT)
@@ -189,7 +189,7 @@ class Worker:
                 # This worker has loaded the base before a checkpoint had the run's precision. When Ray restarts it, it
                 # reads the precision from one.
                 if self.state.precision not in (None, self._precision):
-                    raise RuntimeError(f"the others compute in {self.state.precision}, not in {self._precision}")
+                    raise RuntimeError(f"the other workers compute in {self.state.precision}, not in {self._precision}")
                 self.state.kinds = note_kinds(self.state.kinds, self.context.device)
                 self.schedule.auto = self.state.lr
                 break

@@ -98,10 +98,10 @@ TRACKERS = ("wandb_", "mlflow_", "comet_", "neptune_", "swanlab_", "trackio_", "
 REMOVED = {
     "gate.on": "delete it; the gate always measures on the rows of data.eval or data.eval_fraction",
     "gate.level": "delete it; the interval of the improvement always has a confidence of 0.95",
-    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75; repeat it, as"
-    " deploy/night.py does",
+    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75; run it"
+    " again later, as deploy/night.py does",
     "retrain.wait": "delete it; while another retraining of the model runs, the command ends with exit code 75;"
-    " repeat it, as deploy/night.py does",
+    " run it again later, as deploy/night.py does",
     "cluster.resize_interval": "delete it; the run decides how often it checks whether more workers fit",
     "compare.centres": "delete it; each grid starts at its method's own centre and grows until the best rate is inside",
 }
@@ -150,7 +150,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile("[-+]?0[0-7_]+")
 _ODD_NUMBER = re.compile("[-+]?(0[xb]|[0-9_]+:)")
 """Numbers of YAML 1.1 that nobody intends: 1:30 is 90, 0x10 is 16."""
-_TOO_MUCH = "more than 50,000 values (with aliases expanded) or 50 nested levels; this is no config"
+_TOO_MUCH = "more than 50,000 values (with aliases expanded) or 50 nested levels; this is not a config"
 
 
 class Loader(yaml.SafeLoader):

@@ -549,7 +549,7 @@ class Config(Section):
         if workers % replicas:
             raise ValueError(f"{fields}: the workers are not divisible by it; use a divisor of the number of workers")
         if workers == replicas:
-            raise ValueError(f"{fields}: each worker would hold a complete base; use strategy=ddp or fewer replicas")
+            raise ValueError(f"{fields}: no weight would be sharded; use strategy=ddp or fewer replicas")
         return self
 
     @model_validator(mode="after")

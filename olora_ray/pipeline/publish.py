@@ -264,7 +264,7 @@ def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> It
     """
     config = spec.config
     tags = {"olora.base_digest": spec.base.digest, "olora.method": config.adapter.method}
-    later = "nothing is lost; run the same command again when it is reachable, to finish logging and registration"
+    later = "nothing is lost; once MLflow answers, run the same command again to finish logging and registration"
     with mlflow_run(config, tags, folder, flatten(config), parent=parent, advice=later) as tracker:
         log_data(tracker, spec)
         if not parent:

@@ -404,7 +404,7 @@ def _field_problems(space: Space) -> Iterator[str]:
     settings = [("search", field) for field in space.search] + [("set", field) for field in space.set]
     for section, field in settings:
         if not all(field.split(".")):
-            yield f"{section}: {field!r} is not a config field; --help lists the fields"
+            yield f"{section}: {field!r} is not a config field; olora-ray finetune --help all lists the fields"
     for (section, field), (other_section, other) in itertools.permutations(settings, 2):
         if other == field or other.startswith(f"{field}."):
             yield f"{other_section}.{other}: {section}.{field} sets it too; leave one out"

@@ -67,7 +67,7 @@ class SweepSpec:
         return replace(spec, config=override(spec.config, {"tracking.uri": self.tracking}))
 
     def trial_folder(self, number: int, config: Config) -> RunFolder:
-        return RunFolder(config, trial_place(self.folder, number))
+        return RunFolder(config, trial_path(self.folder, number))
 
     def shares_data(self) -> bool:
         return all(field.startswith(SAME_BASE) for field in self.space.search)
@@ -103,5 +103,5 @@ def number_of(name: str | None) -> int:
     return int(name.rpartition("-")[2])
 
 
-def trial_place(folder: str, number: int) -> str:
+def trial_path(folder: str, number: int) -> str:
     return storage.join(folder, "trials", trial_name(number))

@@ -23,7 +23,7 @@ from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.sweep import record
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
-from olora_ray.sweep.spec import SweepSpec, trial_place
+from olora_ray.sweep.spec import SweepSpec, trial_path
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.checkpoints import copy_from, last_step
@@ -71,7 +71,7 @@ class TrialRun:
             total=self.total,
             spared=sweep_spec.spared if sweep_spec.shares_data() else 0.0,
         )
-        self._file = TrialFile(trial_place(sweep_spec.folder, number), begun, sweep_spec.space.better())
+        self._file = TrialFile(trial_path(sweep_spec.folder, number), begun, sweep_spec.space.better())
 
     def next(self) -> Measured | Ended:
         """Return the next evaluation or the end. The first call starts the training."""
@@ -127,7 +127,7 @@ class TrialRun:
         ):
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
-                logger.warning(f"the resumed search gave this trial other values, so it starts again: {others}")
+                logger.warning(f"the resumed search gave this trial other values, so the trial restarts: {others}")
             self.folder.claim()
             result = fit.finished_training(spec, self.folder)
             if result is None:

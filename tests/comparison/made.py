@@ -24,7 +24,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.record import TrialRecord
-from olora_ray.sweep.spec import trial_place
+from olora_ray.sweep.spec import trial_path
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 
@@ -106,7 +106,7 @@ class Cluster:
             return
         for number in range(spec.space.count()):
             values = spec.space.values(spec.space.drawn(number))
-            folder = Path(trial_place(spec.folder, number))
+            folder = Path(trial_path(spec.folder, number))
             if (folder / "training.json").exists():
                 self._record(folder, number, values, "finished", json.loads((folder / "training.json").read_text()))
                 continue

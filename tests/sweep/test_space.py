@@ -152,7 +152,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "true as an end": (of({"uniform": [0, True]}), "search.train.lr.uniform: expected a number, not true"),
     "a number as a text": (
         of({"choice": ["8", "32"]}, "adapter.rank"),
-        "search.adapter.rank: '8' is a text; write 8 without quotes",
+        "search.adapter.rank: '8' is text; write 8 without quotes",
     ),
     "twice": (of({"choice": [8, 16, 8]}, "adapter.rank"), "search.adapter.rank: choice has 8 twice"),
     "twice, as another type": (of({"grid": [8, 8.0]}, "adapter.rank"), "search.adapter.rank: grid has 8.0 twice"),
