@@ -42,7 +42,7 @@ from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, examples_of, require_layout
 
 logger = logging.getLogger(__name__)
-FAR = 4  # the log names a fixed learning rate that is this many times off the automatic one
+FAR = 4  # the log warns of a fixed learning rate this many times above the automatic one
 
 
 @dataclass(frozen=True)
@@ -362,10 +362,10 @@ def measure_first_step(
     elif train.lr == "auto":
         times = f" x train.lr_factor {train.lr_factor:g}" if train.lr_factor != 1 else ""
         logger.info(f"train.lr=auto: the peak rate is {auto:.2g}{times}")
-    elif not 1 / FAR <= (times_auto := train.lr * train.lr_factor / auto) <= FAR:
+    elif (times_auto := train.lr * train.lr_factor / auto) > FAR:
         logger.warning(
             f"train.lr={train.lr:g} is {times_auto:.2g} times the rate that fits this method, rank and alpha"
-            f" ({auto:.2g}); set train.lr=auto, unless you have tuned it"
+            f" ({auto:.2g}), and the training may diverge; set train.lr=auto, unless you have tuned it"
         )
 
 

@@ -35,7 +35,7 @@ METHOD = Method(
     name="olora_even",
     source="this project; the subspaces are those of arXiv 2406.01775",
     about="olora with A0 and B0 rescaled per layer, so that the first step moves each layer as far as plain LoRA's.\n"
-    "The size comes from the weight, then from the first batch. Its learning rates are those of plain LoRA.",
+    "The size comes from the weight, then from the first batch.",
     factors=factors,
     cost=olora.METHOD.cost,
     prefix=False,
