@@ -46,10 +46,11 @@ SECTIONS = {
     "prepare": "Preparation",
     "scale": "A billion rows",
     "soak": "Soak",
+    "learning_rate": "Learning rate",
 }
 NEEDS_GPU = ("gpu",)
 """Skipped without a GPU, unless they are named."""
-NAMED_ONLY = ("recovery", "early", "sweep", "soak")
+NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate")
 """Skipped unless they are named, because each takes twenty minutes or more."""
 TOGETHER = {
     "throughput": ("--rows", "32", "--rounds", "2"),

@@ -87,7 +87,7 @@ class Night:
             code = self._once(command)
             if code != AGAIN or self._stop or number == tries or time.monotonic() + pause >= self.end:
                 break
-            logger.info(f"exit code {AGAIN}: again in {pause:g} s (try {number} of {tries})")
+            logger.info(f"exit code {AGAIN}: retrying in {pause:g} s (attempt {number} of {tries})")
             resume = time.monotonic() + pause
             while not self._stop and (left := resume - time.monotonic()) > 0:
                 time.sleep(min(1, left))

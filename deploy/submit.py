@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def _stopped(number: int, frame: FrameType | None) -> None:
-    raise Stopped("the job is stopped (SIGTERM); run the same command again to resume", STOPPED)
+    raise Stopped("the job was stopped (SIGTERM); run the same command again to resume", STOPPED)
 
 
 def followed(name: str, entrypoint: str, folder: str | None) -> int:
@@ -87,7 +87,7 @@ def begun(client: JobSubmissionClient, name: str, entrypoint: str, folder: str |
                 if (state := status(client, job)) is None:
                     raise
         if not state.is_terminal():
-            print(f"job {job}: runs already, its log follows", flush=True)
+            print(f"job {job}: already running; its log follows", flush=True)
             return job
     raise AssertionError
 
@@ -118,12 +118,12 @@ def exit_code(client: JobSubmissionClient, job: str) -> int:
         return 0 if info.status == JobStatus.SUCCEEDED else STOPPED
     code = info.driver_exit_code
     if code is None or code < 0 or code == KILLED:
-        raise TryAgain(f"job {job}: killed, without its own exit code: {' '.join(str(info.message).split())[:500]}")
+        raise TryAgain(f"job {job}: killed, without an exit code: {' '.join(str(info.message).split())[:500]}")
     return code
 
 
 def stop(client: JobSubmissionClient, job: str) -> None:
-    print(f"job {job}: is being stopped", flush=True)
+    print(f"job {job}: stopping", flush=True)
     client.stop_job(job)
     end = time.monotonic() + STOP_SECONDS + 10
     while not client.get_job_status(job).is_terminal() and time.monotonic() < end:

@@ -97,6 +97,7 @@ def figures(tree: Tree) -> dict[str, int]:
     counts = [module.comments_and_code for module in filled.values()]
     tests = list(tree.tests.values())
     readme = tree.root / "README.md"
+    pages = [page.read_text(encoding="utf-8") for page in (tree.root / "docs").glob("*.md")]
     return {
         "lines of code in the package": sum(code for _, code in counts),
         "modules in the package": len(filled),
@@ -114,6 +115,8 @@ def figures(tree: Tree) -> dict[str, int]:
         "private names in tests": sum(_private_names(module.tree) for module in tests),
         "lines of tests": sum(module.lines for module in tests),
         "lines of README": readme.read_text(encoding="utf-8").count("\n") if readme.exists() else 0,
+        "words of docs": sum(len(page.split()) for page in pages),
+        "docstrings": sum(_docstrings(module.tree) for module in filled.values()),
         "lines of comments": sum(comments for comments, _ in counts),
     }
 
@@ -239,6 +242,12 @@ def _private_names(tree: ast.Module) -> int:
         and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os", "sys"))
         for node in ast.walk(tree)
     )
+
+
+def _docstrings(tree: ast.Module) -> int:
+    # A text below an attribute is not counted: in a config it is the help of the setting.
+    owners = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return sum(isinstance(node, owners) and ast.get_docstring(node) is not None for node in ast.walk(tree))
 
 
 def _text_lines(tree: ast.Module) -> Iterator[int]:

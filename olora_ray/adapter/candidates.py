@@ -117,11 +117,11 @@ HEAD = Reason("the output head", "output head")
 ROUTER = Reason("a router", "routers")
 GATE = Reason("a gate of one row", "gates of one row")
 READ = Reason(
-    "a layer whose weight the model's code takes for itself", "layers whose weight the model's code takes for itself"
+    "a layer whose weight the model's code reads directly", "layers whose weight the model's code reads directly"
 )
 
 NOT_IN_PEFT = Reason(
-    "a layer that PEFT takes no adapter for in such a model", "layers that PEFT takes no adapter for in such a model"
+    "a layer that PEFT does not adapt in such a model", "layers that PEFT does not adapt in such a model"
 )
 MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """PEFT refuses layers called out_proj in these families, and the whole adapter with them (peft.tuners.tuners_utils)."""
@@ -268,7 +268,7 @@ def _other_experts(module: nn.Module) -> Iterator[str]:
 
 
 def _unknown(module: nn.Module) -> Reason:
-    what = f"experts whose layout the code of {type(module).__name__} does not tell"
+    what = f"experts whose layout is not known from the code of {type(module).__name__}"
     return Reason(f"a set of {what}", what)
 
 

@@ -192,7 +192,7 @@ class WeightFacts:
     layer: str = "a layer"
 
     def __getattr__(self, name: str) -> Any:
-        raise TakenWeight(f"{self.layer}: an adapter cannot follow .weight.{name}, which the model's code takes")
+        raise TakenWeight(f"{self.layer}: adapters do not support .weight.{name}, which the model's code uses")
 
     @classmethod
     def __torch_function__(
@@ -201,7 +201,7 @@ class WeightFacts:
         # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
         facts = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, WeightFacts))
         name = getattr(func, "__name__", func)
-        raise TakenWeight(f"{facts.layer}: an adapter cannot follow {name} of its weight in the model's code")
+        raise TakenWeight(f"{facts.layer}: adapters do not support {name} of a weight, which the model's code uses")
 
 
 class AdaptedLinear(AdaptedWeight):
@@ -334,7 +334,7 @@ class _StandIn:
         position = next((index for index, arg in enumerate(args[:2]) if arg is weight), None)
         product = _PRODUCTS.get((getattr(func, "__name__", ""), position))
         if product is None or position is None or len(stand_ins) > 1 or len(args) < 2:
-            raise TakenWeight(f"{weight.name}: an adapter cannot follow {func} of experts' weights")
+            raise TakenWeight(f"{weight.name}: adapters do not support {func} of experts' weights")
         y = func(*(weight.weight if arg is weight else arg for arg in args), **named)
         return product(weight, y, args[1 - position], named)
 
@@ -347,7 +347,7 @@ class _StandIn:
 
     def must_be(self, *, transposed: bool) -> None:
         if self.transposed != transposed:
-            raise TakenWeight(f"{self.name}: an adapter cannot follow this product with a transpose")
+            raise TakenWeight(f"{self.name}: adapters do not support this product with a transpose")
 
 
 class _Expert(_StandIn):

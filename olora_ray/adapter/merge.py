@@ -183,7 +183,8 @@ def changes_of(
         for parameter, change in changes.items():
             if group.shapes[parameter] != change.shape:
                 raise UserError(
-                    f"cannot merge {parameter}: its shape is {group.shapes[parameter]}, the adapter's {change.shape}"
+                    f"cannot merge {parameter}: its shape is {group.shapes[parameter]}, but its shape in the adapter is"
+                    f" {change.shape}"
                 )
         group_changes.append((group, changes))
     return group_changes
@@ -312,7 +313,9 @@ def changed_bytes(base: Path, merged: Path, share: Sequence[Group], files: Seque
         if (offset := _first_difference(base / name, merged / name, adapted)) is not None:
             entries = tensors(base).values()
             within = [entry.name for entry in entries if entry.file == name and entry.start <= offset < entry.end]
-            lines.append(f"{name}: byte {offset} ({within[0] if within else 'its header'}) differs from the base's")
+            lines.append(
+                f"{name}: byte {offset} ({within[0] if within else 'its header'}) differs from the base model's"
+            )
     return lines
 
 

@@ -136,7 +136,7 @@ def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Mapping[str,
     with safe_open(folder / WEIGHTS, "pt") as file:
         spare = len(list(file.keys())) - 2 * len(adapter)
     if spare and not problems:
-        problems.append(f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'less'} than the run's layers")
+        problems.append(f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'fewer'} than the layers need")
     return problems
 
 
@@ -440,7 +440,7 @@ class Parity:
         lines += [f"adapter folder: {line}" for line in self.peft.problems]
         if not self.peft.problems and not self.peft.error <= BOUND:
             lines.append(
-                f"PEFT computes the change of {self.peft.layer} with an error of {self.peft.error:.3g} of its size;"
+                f"PEFT computes the change of {self.peft.layer} with a relative error of {self.peft.error:.3g};"
                 f" at most {BOUND:g} is allowed"
             )
         # The logits of a folder that is known to be wrong would only repeat it.
@@ -453,7 +453,7 @@ class Parity:
         """
         if not self.ok:
             return "NOT right: do not use this export; parity.json has the errors"
-        results = [f"PEFT computes each layer's change within {BOUND:g} of its size"]
+        results = [f"PEFT computes each layer's change with a relative error of at most {BOUND:g}"]
         if self.merged is not None:
             results.append(
                 f"each merged weight is base + change within one rounding to {self.merged.weights.stored}, and all"

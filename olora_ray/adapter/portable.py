@@ -209,7 +209,7 @@ def model_card(card: Card) -> str:
         f"Base model: `{base}`"
         + (f" at revision `{card.revision}`" if card.revision else "")
         + ", untouched"
-        + ("" if hub else "; a folder on the machine that trained, any copy of it will do"),
+        + ("" if hub else "; a folder on the machine that trained, or a copy of that folder"),
         f"SHA-256 of the base model's weights: `{card.base_digest}`",
         f"Method: {settings.method}, rank {settings.rank}, alpha {settings.alpha:g}"
         + ", rank-stabilised" * settings.rank_stabilized

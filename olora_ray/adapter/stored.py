@@ -214,8 +214,8 @@ class Group:
         try:
             positions = torch.cat([part.reshape(-1) for part in self._find_positions(first, last)])
         except Exception as error:  # transformers' operations raise all kinds of errors
-            return f"transformers' conversion of its stored tensors cannot be followed ({type(error).__name__})"
-        return None if _is_permutation(positions, size) else "transformers does more than move the numbers of its parts"
+            return f"it is not known how transformers converts its stored tensors ({type(error).__name__})"
+        return None if _is_permutation(positions, size) else "transformers does more than rearrange its stored numbers"
 
     @cached_property
     def _rows(self) -> int:
@@ -424,7 +424,7 @@ def _by_suffix(parameter: str, stored: Mapping[str, Stored], base: Path, model: 
         raise UserError(f"{base} has its weight twice, as {matches[0]} and {matches[1]}")
     if not matches:
         raise UserError(
-            f"{base} has no weight {parameter}, and which stored tensors transformers makes it of is not known;"
+            f"{base} has no weight {parameter}, and it is not known from which tensors transformers builds it;"
             f" {_LEAVE_OUT}"
         )
     entry = stored[matches[0]]
@@ -447,7 +447,7 @@ def _check(first: Group, parameter: str, group: Group) -> None:
         raise UserError(f"its parts are stored in several precisions ({names[0]}, ...); {_LEAVE_OUT}")
     own = tuple(group.model.get_parameter(parameter).shape)
     if not group.shapes.get(parameter):
-        raise UserError(f"transformers' conversion of its tensors ({names[0]}, ...) cannot be followed; {_LEAVE_OUT}")
+        raise UserError(f"it is not known how transformers converts its tensors ({names[0]}, ...); {_LEAVE_OUT}")
     if group.shapes[parameter] != own:
         raise UserError(f"{names[0]} has the shape {group.shapes[parameter]}, config.json says {own}")
 

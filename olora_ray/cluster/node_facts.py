@@ -96,7 +96,7 @@ def _result(answer: Any, folder: str, node: str) -> NodeInfo | str:
     except RayError as error:
         return f"did not answer: {_reason(error)}"
     if info.storage_problem is None and not storage.exists(storage.join(folder, node)):
-        return replace(info, storage_problem="does not show here the file that this node has written there")
+        return replace(info, storage_problem="does not show here the file that this node wrote there")
     return info
 
 

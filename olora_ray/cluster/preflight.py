@@ -337,8 +337,8 @@ def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
     left = resources.amount("CPU", later) - cluster.max_workers() * wanted["CPU"]
     if len(nodes) > 1 and left < 1 and now >= fewest:
         logger.info(
-            f"cluster.workers: {cluster.max_workers()} workers leave {max(left, 0):g} CPUs for data preparation, which"
-            " slows down: add CPU nodes or lower cluster.cpus_per_worker"
+            f"cluster.workers: {cluster.max_workers()} workers leave {max(left, 0):g} CPUs for data preparation, so it"
+            " is slow: add CPU nodes or lower cluster.cpus_per_worker"
         )
 
 
@@ -380,7 +380,7 @@ def code_problems() -> list[str]:
         return []
     return [
         f"{other} differs from {node_cache.PACKAGE}, which this process uses: workers would import the copy in the"
-        " current folder; install that (pip install --no-deps .), or start from another folder"
+        " current folder; install that copy (pip install --no-deps .), or start from another folder"
     ]
 
 

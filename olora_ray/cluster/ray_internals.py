@@ -333,7 +333,7 @@ def keep_credentials() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
-def go_on_with(tuner: Any, folder: str, most: int, scheduler: Any) -> None:
+def update_restored(tuner: Any, folder: str, most: int, scheduler: Any) -> None:
     """Set a restored Tuner's number of trials at a time to `most`, and its folder and scheduler to the current ones.
 
     Ray 2.60, tune/impl/tuner_internal.py and tune/search: tuner.pkl and the saved states of the searchers have the

@@ -21,7 +21,7 @@ from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
-from olora_ray.adapter.methods import FROM_WEIGHTS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
 from olora_ray.common import collectives, node_cache
@@ -30,6 +30,7 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.model import attention
+from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
@@ -41,6 +42,7 @@ from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, examples_of, require_layout
 
 logger = logging.getLogger(__name__)
+FAR = 4  # the log warns of a fixed learning rate this many times above the automatic one
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _precision(context: WorkerContext, spec: TrainSpec, began: str | None) -> st
     if began not in (None, shared):
         logger.warning(
             f"model.dtype=auto: this trial started in {began}, but the base model that trials share here is in"
-            f" {shared}, so its numbers are a mixture; use nodes with equal hardware, or set model.dtype"
+            f" {shared}, so its losses mix both precisions; use nodes with equal hardware, or set model.dtype"
         )
     return shared
 
@@ -144,7 +146,10 @@ def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
         start = checkpoints.read(path)
         wanted = spec.identity()
         if other := [name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]]:
-            problem = UserError(f"train.start: {path} was trained with another {' and another '.join(other)}")
+            problem = UserError(
+                f"train.start: {path} was trained with another {' and another '.join(other)}; use a checkpoint with the"
+                " model and adapter sections of this config, or set train.start: null"
+            )
     except UserError as error:
         problem = _with_subject(error, "train.start")
     collectives.raise_together(problem)
@@ -333,6 +338,37 @@ def self_tested(
     return _without(context, spec, replace(start, attention=name), without)
 
 
+# The first step of a new adapter: how far it moves each layer decides the sizes of even factors and the automatic rate.
+
+
+def measure_first_step(
+    context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None = None
+) -> None:
+    """Even the factors of a new adapter if its method asks for that, and note the automatic learning rate.
+
+    All workers must call it together. Raises UserError if train.lr=auto has nothing to be measured on.
+    """
+    if start.resumed:
+        return
+    train, adapter, trainer = spec.config.train, spec.config.adapter, start.trainer
+    packs = first_sequences(spec, waiting)[: train.micro_batch]
+    batch = collate(packs, start.attention).to(context.device)
+    train_mode(trainer.adapted, False)
+    with context.activate(trainer.adapted):
+        auto = start.state.lr = trainer.automatic_rate(batch, METHODS[adapter.method].even and not start.trained)
+    if auto is None:
+        if train.lr == "auto":
+            raise UserError("train.lr=auto: only stacked experts are adapted, which it cannot measure; set a number")
+    elif train.lr == "auto":
+        times = f" x train.lr_factor {train.lr_factor:g}" if train.lr_factor != 1 else ""
+        logger.info(f"train.lr=auto: the peak rate is {auto:.2g}{times}")
+    elif (times_auto := train.lr * train.lr_factor / auto) > FAR:
+        logger.warning(
+            f"train.lr={train.lr:g} is {times_auto:.2g} times the rate that fits this method, rank and alpha"
+            f" ({auto:.2g}), and the training may diverge; set train.lr=auto, unless you have tuned it"
+        )
+
+
 def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, layers: Sequence[str]) -> StartingPoint:
     # A trained adapter keeps all of its layers.
     before = start.trainer
@@ -378,7 +414,7 @@ def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
     """Return this node's file for the test result; None if the model's digest does not cover all of its code."""
     if not spec.base.digest or spec.config.model.trust_remote_code:
         return None
-    return node_cache.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
+    return node_cache.result_path("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
 
 
 def _kept(file: str | None) -> SelfTest | None:

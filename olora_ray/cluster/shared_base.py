@@ -159,6 +159,6 @@ def _takes(actor: Any, name: str, seen: int) -> bool:
 @cache  # one warning per process, not one per trial
 def _tell_of_silent() -> None:
     logger.warning(
-        "search: a process that holds the base model does not answer (it still starts, or its node is lost); trials"
-        " use the other processes"
+        "search: a process that holds the base model does not answer (it is still starting, or its node is lost);"
+        " trials use the other processes"
     )

@@ -21,7 +21,7 @@ from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Resumed, Saved, Started, Took, sent_to
 from olora_ray.cluster.membership.peers import Peers, Progress, sync_state, through
 from olora_ray.cluster.membership.state import Finished, Member
-from olora_ray.cluster.resume import StartingPoint, self_tested, starting_point
+from olora_ray.cluster.resume import StartingPoint, measure_first_step, self_tested, starting_point
 from olora_ray.cluster.spec import LEFT, AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, note_kinds
 from olora_ray.common import collectives, storage
@@ -138,13 +138,14 @@ class Worker:
         self.checkpoints, self.channel, self.peers, self.late = checkpoints, channel, peers, late
         self.stop_requests = stop_requests or StopRequests(channel, context)
         start = self_tested(context, spec, start, self.stop_requests.waiting)
+        measure_first_step(context, spec, start, self.stop_requests.waiting)
         self.trainer, self.progress = start.trainer, Progress(start.state)
         self.trainer.signal = self.stop_requests.pending
         self.attention, self.resumed = start.attention, start.resumed
         self.state.kinds = note_kinds(self.state.kinds, context.device)
         self._precision = self.state.precision
         self.evaluator = Evaluator(context, spec, start)
-        self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting)
+        self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting, self.state.lr)
         self.manager: CheckpointManager | None = None
 
     @property
@@ -162,7 +163,7 @@ class Worker:
             except PeerLost as lost:
                 if self.peers is None:
                     raise
-                logger.debug(f"the group is over: {lost}")
+                logger.debug(f"the group has ended: {lost}")
                 self._meet(lost=True)
             except _Left:
                 return TrainResult(interrupted=LEFT)
@@ -188,8 +189,9 @@ class Worker:
                 # This worker has loaded the base before a checkpoint had the run's precision. When Ray restarts it, it
                 # reads the precision from one.
                 if self.state.precision not in (None, self._precision):
-                    raise RuntimeError(f"the others compute in {self.state.precision}, not in {self._precision}")
+                    raise RuntimeError(f"the other workers compute in {self.state.precision}, not in {self._precision}")
                 self.state.kinds = note_kinds(self.state.kinds, self.context.device)
+                self.schedule.auto = self.state.lr
                 break
             except PeerLost:
                 lost = True

@@ -91,7 +91,7 @@ def of_the_machine(error: BaseException) -> str | None:
         return f"{file}{error.strerror}; make room, and run the same command again"
     if not error.filename:
         return None
-    return f"{error.filename}: {error.strerror}; fix that, and run the same command again"
+    return f"{error.filename}: {error.strerror}; fix the cause, and run the same command again"
 
 
 def _store_unavailable(error: BaseException) -> bool:

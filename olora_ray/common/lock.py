@@ -85,7 +85,7 @@ class LockFile:
         if (seen := self.read()).content == content:
             self.clear(seen)
         raise TryAgain(
-            f"the storage took {self._took:.0f} s to write a lock, too long to be sure of it; try again later"
+            f"the storage took {self._took:.0f} s to write a lock, which is too slow for a safe lock; try again later"
         )
 
     def clear(self, seen: Seen) -> None:
@@ -211,9 +211,9 @@ class Lock:
             raise LockUnreadable(f"{self.subject}: its lock cannot be read: {short_reason(error)}") from None
         if other is None:
             lock = self._file.location
-            raise TryAgain(f"{self.subject}: its lock {lock} was removed, so another one may be running; try again")
+            raise TryAgain(f"{self.subject}: its lock {lock} was removed, so another process may hold it; try again")
         if other.token != self._mine.token:
-            raise TryAgain(f"{self.subject} was taken over ({other.describe()}): this one was silent for too long")
+            raise TryAgain(f"{self.subject} was taken over ({other.describe()}): its lock was not renewed in time")
 
     def release(self) -> None:
         self._stop.set()

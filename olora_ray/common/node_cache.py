@@ -56,9 +56,9 @@ def _download(system: fs.FileSystem, path: str, target: Path) -> None:
     target.mkdir(exist_ok=True)
     for each in system.get_file_info(fs.FileSelector(path, recursive=True)):
         inner = PurePosixPath(each.path[len(path) :].lstrip("/"))
-        # The key of an object may have any text, so an object of somebody else could overwrite a file of this user.
+        # The key of an object may have any text, so another user's object could overwrite a file of this user.
         if ".." in inner.parts:
-            raise OSError(f"{each.path}: leads out of the folder that it is to be copied to")
+            raise OSError(f"{each.path}: points outside the folder into which it would be copied")
         (target / (inner.parent if each.is_file else inner)).mkdir(parents=True, exist_ok=True)
     fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=local, chunk_size=CHUNK)
 
@@ -203,7 +203,7 @@ LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flash-attn", "kern
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def place(check: str, *inputs: object) -> str:
+def result_path(check: str, *inputs: object) -> str:
     """Return the file for the result of a check. It differs for other inputs, another library version or other code."""
     return storage.join(CACHE, check, storage.digest(code(), *inputs, length=32))
 

@@ -80,7 +80,7 @@ UNTRUSTED = re.compile(r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.
 """Messages of requests, boto3 and pyarrow about an untrusted TLS certificate, or about a server without TLS."""
 TRUST = (
     "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file with the certificates of your CA"
-    " and of the public ones"
+    " and of the public CAs"
 )
 
 
@@ -148,7 +148,7 @@ def patiently(store: str, request: Callable[[], Answer]) -> Answer:
 # Failures of the hub of models and data sets: a refusal is final, an unreachable hub is not.
 
 
-def is_away(error: BaseException) -> bool:
+def is_temporary(error: BaseException) -> bool:
     """True if an error of huggingface_hub or datasets passes by itself: no network, no answer, or a server error.
 
     False on a machine that is set to stay offline (HF_HUB_OFFLINE).

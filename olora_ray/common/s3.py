@@ -57,7 +57,7 @@ def check(location: str, field: str) -> None:
             client.get_object(Bucket=bucket, Key=key)["Body"].read()
             client.delete_object(Bucket=bucket, Key=key)
     except StoreUnavailable as error:
-        raise TryAgain(f"{field}: {location}: the store at {_where()} does not answer: {error}") from None
+        raise TryAgain(f"{field}: {location}: the object store at {_where()} does not answer: {error}") from None
     except StoreError as error:
         raise UserError(f"{field}: {location} cannot be written: {error}") from None
     if (seconds := time.monotonic() - began) > SLOW_SECONDS:
@@ -147,7 +147,7 @@ def _as_store_error() -> Iterator[None]:
             raise StoreError(f"{_where()}: {TRUST}") from None
         # The URL at the end names the probe, a file that the user does not know.
         why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))
-        raise StoreUnavailable(f"{why}; is AWS_ENDPOINT_URL right?") from None
+        raise StoreUnavailable(f"{why}; check AWS_ENDPOINT_URL") from None
     except exceptions.BotoCoreError as error:
         raise StoreError(first_line(error)) from None
     except ValueError as error:  # an invalid address or bucket name
@@ -166,10 +166,10 @@ def _error_of(error: Any) -> OSError:
     if code in _REFUSED:
         return StoreError(
             f"{_where()} refuses access ({code}); check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or the"
-            " machine's role): they must allow to list, read, write and delete there"
+            " machine's role): they must allow listing, reading, writing and deleting there"
         )
     if status == _FULL:
-        return StoreError(f"{code} (HTTP {status}); make room in the store, and run the same command again")
+        return StoreError(f"{code} (HTTP {status}); make room in the object store, and run the same command again")
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling"):
         return StoreUnavailable(f"{code} (HTTP {status})")
     return StoreError(first_line(error))

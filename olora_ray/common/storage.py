@@ -182,8 +182,8 @@ def check(location: str, field: str) -> None:
         raise UserError(f"{subject} returns other bytes than were written; use another storage")
     if part != content[PART : 2 * PART]:
         raise UserError(
-            f"{subject}: the store returns wrong bytes for a part of a file (HTTP ranges), so shards and weights would"
-            " be wrong; use another store, or another version of it"
+            f"{subject}: the object store returns wrong bytes for a part of a file (HTTP ranges), so shards and weights"
+            " would be wrong; use another object store, or another version of its software"
         )
 
 
@@ -384,7 +384,7 @@ def unseal(text: str) -> dict[str, Any]:
         raise ValueError("not a JSON object")
     stored = tree.pop("seal", None)
     if stored != digest_json(tree):
-        raise ValueError("damaged: its content does not match its seal")
+        raise ValueError("damaged: its content does not match its checksum (field seal)")
     return tree
 
 

@@ -379,7 +379,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
-        _end("stopped (SIGINT); run the same command again to resume", 130)
+        _end("stopped (Ctrl+C); to resume a run or a search, run the same command again", 130)
     except BrokenPipeError:
         os._exit(141)
     except Exception as error:

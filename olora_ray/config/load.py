@@ -98,10 +98,10 @@ TRACKERS = ("wandb_", "mlflow_", "comet_", "neptune_", "swanlab_", "trackio_", "
 REMOVED = {
     "gate.on": "delete it; the gate always measures on the rows of data.eval or data.eval_fraction",
     "gate.level": "delete it; the interval of the improvement always has a confidence of 0.95",
-    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75; repeat it, as"
-    " deploy/night.py does",
+    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75; run it"
+    " again later, as deploy/night.py does",
     "retrain.wait": "delete it; while another retraining of the model runs, the command ends with exit code 75;"
-    " repeat it, as deploy/night.py does",
+    " run it again later, as deploy/night.py does",
     "cluster.resize_interval": "delete it; the run decides how often it checks whether more workers fit",
     "compare.centres": "delete it; compare.rates are multiples of the automatic learning rate of each arm",
     "compare.untuned": "delete it; a comparison always shows the loss of each arm at the config's own train.lr",
@@ -151,7 +151,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile("[-+]?0[0-7_]+")
 _ODD_NUMBER = re.compile("[-+]?(0[xb]|[0-9_]+:)")
 """Numbers of YAML 1.1 that nobody intends: 1:30 is 90, 0x10 is 16."""
-_TOO_MUCH = "more than 50,000 values (with aliases expanded) or 50 nested levels; this is no config"
+_TOO_MUCH = "more than 50,000 values (with aliases expanded) or 50 nested levels; this is not a config"
 
 
 class Loader(yaml.SafeLoader):
@@ -428,6 +428,19 @@ def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
+def _joined(lines: Sequence[str]) -> list[str]:
+    """Join the problems that the alternatives of one field have with one value: it must be a number or 'auto'."""
+    joined: list[str] = []
+    for line in lines:
+        field, expected, rest = line.partition(": input should be ")
+        value = rest[rest.rfind(" (got ") :]
+        if joined and expected and joined[-1].startswith(field + expected) and joined[-1].endswith(value):
+            joined[-1] = f"{joined[-1].removesuffix(value)} or {rest}"
+        else:
+            joined.append(line)
+    return joined
+
+
 def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str:
     if secrets.is_name(parts[-1]):
         return "delete it; secrets come from environment variables or files, never from a config"
@@ -543,7 +556,7 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
     try:
         valid = section.model_validate(tree)
     except ValidationError as error:
-        problems += [explain(item, section) for item in relevant(error.errors())]
+        problems += _joined([explain(item, section) for item in relevant(error.errors())])
     if len(problems) == 1:
         raise UserError(f"{where}: {problems[0]}")
     if problems or valid is None:

@@ -35,14 +35,16 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
 class Adapter(Section):
     """The adapter: its method, its size and the layers that it adapts."""
 
-    method: Literal["olora", "lora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva", "lora_ga"] = "olora"
-    """Initial values of A and B; docs/method.md explains each method. olora: Q and R of W (arXiv 2406.01775). lora:
-    random A, zero B (2106.09685). pissa: largest singular values and vectors of W, exact (2404.02948). pissa_fast: the
-    same by a randomised SVD, for large layers. milora: smallest singular values and vectors (2406.09044). orthogonal:
-    random A and B with B A = 0, as in PEFT; needs an even rank. nora: random mixtures of the rows of W, zero B
-    (2410.18965). eva: principal components of the layer's inputs on the training data, zero B; layers where they
-    explain most get more rank (2410.07170). lora_ga: singular vectors of the gradient of W on the training data
-    (2407.05000)."""
+    method: Literal[
+        "olora", "olora_even", "lora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva", "lora_ga"
+    ] = "olora"
+    """Initial values of A and B; docs/method.md explains each method. olora: Q and R of W (arXiv 2406.01775).
+    olora_even: the same, rescaled per layer to suit one learning rate. lora: random A, zero B (2106.09685).
+    pissa: largest singular values and vectors of W, exact (2404.02948). pissa_fast: the same by a randomised SVD, for
+    large layers. milora: smallest singular values and vectors (2406.09044). orthogonal: random A and B with B A = 0, as
+    in PEFT; needs an even rank. nora: random mixtures of the rows of W, zero B (2410.18965). eva: principal components
+    of the layer's inputs on the training data, zero B; layers where they explain most get more rank (2410.07170).
+    lora_ga: singular vectors of the gradient of W on the training data (2407.05000)."""
     rank: PositiveInt = 16
     """Rank r of the update; a larger rank has more trainable parameters."""
     alpha: Annotated[float, Field(gt=0.0)] = 16
@@ -283,11 +285,11 @@ class Train(Section):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute each block in the backward pass instead of keeping its activations: less memory, up to 50% more time,
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
-    lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
-    """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for the model, method, rank and
-    alpha (docs/method.md)."""
+    lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = 3.0e-4
+    """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for this model, method, rank and
+    alpha; it suits trainings of tens of steps, longer ones need a lower rate."""
     lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
-    """Multiplies `lr`, so that a search can vary an automatic rate."""
+    """Multiplies `lr`; a search varies it, to vary an automatic rate."""
     lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
     """Learning rate of B divided by the learning rate of A, which is `lr`; LoRA+ (arXiv 2402.12354) uses 16."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -547,7 +549,7 @@ class Config(Section):
         if workers % replicas:
             raise ValueError(f"{fields}: the workers are not divisible by it; use a divisor of the number of workers")
         if workers == replicas:
-            raise ValueError(f"{fields}: each worker would hold a complete base; use strategy=ddp or fewer replicas")
+            raise ValueError(f"{fields}: no weight would be sharded; use strategy=ddp or fewer replicas")
         return self
 
     @model_validator(mode="after")

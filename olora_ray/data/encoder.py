@@ -72,7 +72,7 @@ class Encoder:
         return not text.strip()
 
     def encode(self, text: str, continues: bool = False) -> Piece:
-        """Tokenise a text that starts anew, or that `continues` another; raise Rejected if the tokenizer cannot."""
+        """Tokenise a text that begins an example, or `continues` one; raise Rejected if the tokenizer cannot."""
         if continues and self._prefixes and text:
             for anchor in ANCHORS:
                 if (piece := self._after(anchor, text)) is not None:
@@ -108,7 +108,7 @@ class Encoder:
         return Piece(ids, both, len(alone), len(anchor))
 
     def _puts_a_blank(self) -> bool:
-        """True if a text has other tokens when it starts anew than when it continues another."""
+        """True if a text has other tokens at the beginning than when it continues another text."""
         try:
             pieces = (self._after(anchor, "a") for anchor in ANCHORS)
             after = next((piece for piece in pieces if piece is not None), None)

@@ -28,7 +28,7 @@ from pyarrow import fs
 
 from olora_ray.common import patience, storage
 from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.common.patience import is_away
+from olora_ray.common.patience import is_temporary
 from olora_ray.common.storage import digest
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Source
@@ -188,7 +188,7 @@ def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:
 
     datasets.disable_progress_bars()
     # Exception: the hub, the network and the data set's own files each raise their own exceptions.
-    with as_user_error(f"{field}: {uri}", Exception, passes=is_away):
+    with as_user_error(f"{field}: {uri}", Exception, passes=is_temporary):
         return datasets.load_dataset(
             name, options.get("name"), split=options.get("split", "train"), revision=options.get("revision")
         )

@@ -308,7 +308,7 @@ class ExampleTokenizer:
             ids, supervised, shortened = ids[:most], supervised[:most], True
         if (rows := self._spec.embeddings) is not None and (largest := int(ids.max(initial=0))) >= rows:
             token = self._encoder.token_of(largest)
-            raise Rejected("no_embedding", f"token {token!r} ({largest}) has none of the model's {rows} embeddings")
+            raise Rejected("no_embedding", f"token {token!r} (id {largest}) has no embedding; the model has {rows}")
         supervised[:1] = False
         if not supervised.any():
             raise Rejected("no_supervised_token", "the answer has no token of its own to train on")

@@ -101,7 +101,9 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = 
         _choose_template(tokenizer, chosen)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not getattr(tokenizer, "is_fast", False) or backend is None:
-        raise UserError(f"model.name: the tokenizer of {name} is not a fast one (it needs a tokenizer.json)")
+        raise UserError(
+            f"model.name: the tokenizer of {name} is not a fast tokenizer; name a model with a tokenizer.json"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
     # A tokenizer as JSON takes memory for every id up to the largest; real vocabularies have some hundred thousand.

@@ -52,7 +52,7 @@ def _finished(name: str) -> str:
         runs = [each for each in storage.names(root) if storage.exists(storage.join(root, each, "config.yaml"))]
         raise UserError(f"run {name}: no such run folder; {root} has {', '.join(runs) or 'no runs'}")
     if not storage.exists(storage.join(folder, "result.json")):
-        raise UserError(f"run {name}: not finished; run the command that started it again to resume it")
+        raise UserError(f"run {name}: not finished; run its training command again to resume")
     return folder
 
 

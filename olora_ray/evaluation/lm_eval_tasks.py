@@ -15,7 +15,7 @@ from lm_eval.api.model import LM
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import TryAgain, UserError, first_line
 from olora_ray.common.logs import quiet_lm_eval
-from olora_ray.common.patience import is_away
+from olora_ray.common.patience import is_temporary
 from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.evaluation import held_out
@@ -180,7 +180,7 @@ def load(names: Sequence[str], data: str | None) -> Tasks:
             # The task is loaded as the member of a group, because lm-eval has no other public way to change its fields.
             loaded = manager.load([{"group": "evaluation", "task": [changes]}])["tasks"]
         except Exception as error:  # the hub's client and a task's own code raise exceptions of any type
-            error_type = TryAgain if not data and is_away(error) else UserError
+            error_type = TryAgain if not data and is_temporary(error) else UserError
             raise error_type(_why_not(name, data, error)) from None
         if getattr(loaded[name], "UNSAFE_CODE", False):
             raise UserError(f"--tasks {name}: it would run code that the model writes; leave it out, or use lm-eval")

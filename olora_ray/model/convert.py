@@ -59,7 +59,7 @@ def check(file: Path) -> dict[str, Any]:
     Return the rotary positions and the window that transformers ignores, as fields of its config, for the caller to
     set. Raise UserError also if these cannot be determined.
     """
-    with foreign(f"model.name: {file} is not a GGUF model that loads"):
+    with foreign(f"model.name: {file} cannot be loaded as a GGUF model"):
         return _passed_by(_reader(file))
 
 
@@ -82,7 +82,7 @@ def _passed_by(reader: Any) -> dict[str, Any]:
     _check_sizes(values, tensors)
     architecture = values["general.architecture"]
     if architecture in _GUESSES_SCALE and values.get(f"{architecture}.attention.key_length", _SCALE) != _SCALE:
-        raise ValueError(f"a GGUF file does not have the scale of its attention; {_INSTEAD}")
+        raise ValueError(f"a GGUF file does not contain this model's attention scale; {_INSTEAD}")
     fields: dict[str, Any] = {}
     theta = values.get(f"{architecture}.rope.freq_base")
     rope = {"rope_theta": theta} if isinstance(theta, int | float) and architecture in _PASSES_BASE_BY else {}
@@ -225,7 +225,7 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     from transformers import AutoTokenizer
 
     quiet_gguf()
-    what = f"model.name: {file} is not a GGUF model that loads"
+    what = f"model.name: {file} cannot be loaded as a GGUF model"
     with as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError), foreign(what):
         passed_by = check(file)
         model, _ = whole_model(what, file.parent, gguf_file=file.name, dtype=dtype)

@@ -43,7 +43,7 @@ def stored_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
-    with foreign(f"model.name: {base.name} has no tokenizer that loads"):
+    with foreign(f"model.name: the tokenizer of {base.name} does not load"):
         return tokenizer_in(Path(base.folder), config.trust_remote_code)
 
 

@@ -1,6 +1,6 @@
 """Packing of several examples into one sequence: which models allow it, as far as their structure tells.
 
-Attention stays inside an example because positions start anew with it. Convolutions, state spaces and linear attention
+Attention stays inside an example because positions restart with it. Convolutions, state spaces and linear attention
 do not stop at an example's border, nor does attention without positions. The self-test detects other cases before the
 first step (train/self_test.py).
 """

@@ -129,7 +129,7 @@ def pack(weight: Tensor, kind: str) -> Packed:
 
 
 class QuantisedLinear(nn.Linear):
-    """A frozen linear layer with a packed weight; `weight` is unpacked anew at each access."""
+    """A frozen linear layer with a packed weight; `weight` is unpacked at each access."""
 
     codes: Tensor
     scales: Tensor

@@ -11,7 +11,7 @@ from pathlib import Path
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
 from olora_ray.common.logs import quiet_transformers
-from olora_ray.common.patience import is_away
+from olora_ray.common.patience import is_temporary
 from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.config.schema import Model as ModelConfig
@@ -84,7 +84,7 @@ def _keep(source: Path) -> None:
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
-    """Return the base model where this process can read it: in the driver's folder, otherwise fetched anew.
+    """Return the base model where this process can read it: in the driver's folder, otherwise fetched again.
 
     A folder that exists proves little: another process may still be downloading it, or a node's own disk may have
     another version. Raise UserError if it cannot be fetched here, or is not the same here.
@@ -94,12 +94,12 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
         _keep(path)
         return base
     if base.name.startswith("models:/") or Path(base.name).is_absolute():
-        problem = "has other files on this node than on the driver's" if path.is_dir() else "is not on every node"
+        problem = "has other files on this node than on the driver's node" if path.is_dir() else "is not on every node"
         raise UserError(f"model.name: {base.folder} {problem}; put it, or run.storage, where all nodes see it")
     fetched = obtain(config)
     if fetched.digest != base.digest:
         raise UserError(
-            f"model.name: {base.name} has other files on this node than on the driver's; set model.revision"
+            f"model.name: {base.name} has other files on this node than on the driver's node; set model.revision"
         )
     return fetched
 
@@ -141,7 +141,7 @@ def _from_hub(config: ModelConfig) -> Path:
     others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
     what = f"model.name: {config.name}: not a folder here"
     # Exception: its client's errors about a broken connection are of no type of the standard library.
-    with as_user_error(what, Exception, reason=_hub_problem, passes=is_away):
+    with as_user_error(what, Exception, reason=_hub_problem, passes=is_temporary):
         return Path(
             snapshot_download(config.name, revision=config.revision, allow_patterns=patterns, ignore_patterns=others)
         )

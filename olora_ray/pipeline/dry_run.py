@@ -54,7 +54,7 @@ def dry_run(config: Config, show_config: bool = False) -> None:
         *_source_rows(train, held_out),
         *_data(config, train, held_out),
         ("training", prepare.length(config, train.packs, about=not train.exact)),
-        ("time", _time(config, base.model, size, train, held_out)),
+        *_measured(config, base.model, size, train, held_out),
     ]
     print("\n".join(aligned(table)))
     print("\nexamples, with the supervised tokens in [[ ]]")
@@ -112,15 +112,20 @@ def _rows(preview: Preview) -> str:
     return f"{text}, {rejected:,} rejected ({reason_counts(preview.rejected)}; {allowed})"
 
 
-def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None) -> str:
+def _measured(
+    config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None
+) -> Iterator[tuple[str, str]]:
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
     if why := estimate.not_measured(config, size, elsewhere):
-        return f"not estimated: {why}"
+        yield "time", f"not estimated: {why}"
+        return
     logger.info("training on one micro-batch to estimate the time")
     workers = config.cluster.max_workers()
     width = min(config.train.micro_batch, config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
-    once = estimate.seconds_per_micro_batch(config, base, packs)
+    once, rate = estimate.micro_batch(config, base, packs)
+    if rate is not None and config.train.lr == "auto":
+        yield "learning rate", f"about {rate * config.train.lr_factor:.2g} (train.lr=auto)"
     steps, step = total_steps(config.train, train.packs), once * config.accumulation()
     seconds = steps * step
     words = f"{steps} steps of about {step:.2g} s"
@@ -129,7 +134,8 @@ def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview,
         rounds = -(-steps // config.train.eval_every) + 1
         seconds += rounds * -(-held_out.packs // (config.train.micro_batch * workers)) * once / 3
         words += f" and {rounds} evaluations"
-    return f"about {duration(seconds)} for {words} (measured on one micro-batch here), plus start, answers and export"
+    words = f"about {duration(seconds)} for {words} (measured on one micro-batch here)"
+    yield "time", f"{words}, plus start, answers and export"
 
 
 def _shown(tokenizer: Any, example: Example) -> str:

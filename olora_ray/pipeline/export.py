@@ -73,7 +73,8 @@ def keep_tokenizer(config: Config, name: str, own: Any, folder: Path) -> None:
     if before is not None:
         settings.write_bytes(before)
     logger.warning(
-        f"export: the tokenizer in the adapter's folder tokenises differently from {name}; load that tokenizer instead"
+        f"export: the tokenizer in the adapter's folder tokenises differently from {name}; load the"
+        f" tokenizer of {name} instead"
     )
 
 

@@ -40,7 +40,9 @@ def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[st
     `targets` are the full names of the layers to adapt. A result without problems is cached on this node.
     """
     names = list(targets)
-    entry = node_cache.place("export-trials", *map(repr, (base, config.model, config.adapter, config.export)), *names)
+    entry = node_cache.result_path(
+        "export-trials", *map(repr, (base, config.model, config.adapter, config.export)), *names
+    )
     if base.digest and node_cache.read(entry) == _PASSED:
         return []
     lines = _lines(base, config, names)

@@ -264,7 +264,7 @@ class OnOriginal:
         start = f"trained on the base model as {self.quantization}, exported for the original weights"
         name = "held-out loss" if self.rows == "held-out" else "loss on training rows"
         if isinstance(self.loss, str):
-            return f"{start}; the {name} is not measured on both{f': {self.loss}' if reasons else ''}"
+            return f"{start}; the {name} was not compared{f': {self.loss}' if reasons else ''}"
         return f"{start}: {name} {self.loss.in_words('on the quantised base model', 'on the original weights')}"
 
 

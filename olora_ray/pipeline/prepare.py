@@ -202,7 +202,7 @@ def prepare_tokens(
         config = as_found(config, build.plan, *([other.plan] if other else ()))
         if other:
             other.run()
-            build.hold_apart(other)
+            build.check_against(other)
         if wait:
             build.run(cpus_held)
         held_out = TokenStore.open(other.store.uri) if other else None

@@ -51,7 +51,7 @@ def _harmless(
             method(self, *args, **kwargs)
         except Exception as error:
             self._broken = True
-            logger.warning("no more metrics for Prometheus: %s: %s", type(error).__name__, error)
+            logger.warning("metrics are no longer exported to Prometheus: %s: %s", type(error).__name__, error)
 
     return call
 
@@ -70,9 +70,9 @@ class Telemetry:
 
         for name, (_, text) in GAUGES.items():
             self._metrics[name] = Gauge(name, text, (TAG,))
-        self._metrics[WORKERS] = Gauge(WORKERS, "Workers that train now", (TAG,))
-        self._metrics[RESTARTS] = Counter(RESTARTS, "Times that the workers were started again", (TAG,))
-        times = {STEP_SECONDS: "Seconds a step takes", CHECKPOINT_SECONDS: "Seconds a checkpoint takes to be written"}
+        self._metrics[WORKERS] = Gauge(WORKERS, "Workers that are training", (TAG,))
+        self._metrics[RESTARTS] = Counter(RESTARTS, "Restarts of the workers", (TAG,))
+        times = {STEP_SECONDS: "Seconds per step", CHECKPOINT_SECONDS: "Seconds to write a checkpoint"}
         for name, text in times.items():
             self._metrics[name] = Histogram(name, text, list(BUCKETS), (TAG,))
         for metric in self._metrics.values():

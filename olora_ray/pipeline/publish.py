@@ -264,7 +264,7 @@ def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> It
     """
     config = spec.config
     tags = {"olora.base_digest": spec.base.digest, "olora.method": config.adapter.method}
-    later = "nothing is lost; run the same command again when it is reachable, to finish logging and registration"
+    later = "nothing is lost; once MLflow answers, run the same command again to finish logging and registration"
     with mlflow_run(config, tags, folder, flatten(config), parent=parent, advice=later) as tracker:
         log_data(tracker, spec)
         if not parent:
@@ -338,6 +338,7 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
         RUN: exported.folder.root,
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
+        "olora.automatic_lr": f"{state.lr or 0:g}",
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
         **tags,
     }
@@ -362,6 +363,7 @@ def _result(exported: Exported, tracker: Tracker, scores: Scores, version: int |
     return {
         "run": spec.config.run.name,
         "steps": state.step,
+        "automatic_lr": state.lr,
         "stopped_early": exported.result.stopped_early,
         "best_step": exported.step,
         "metrics": last,

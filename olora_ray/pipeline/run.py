@@ -35,8 +35,9 @@ class Driver:
         try:
             self._lease.check()
         except TryAgain as error:
-            who = "the same command" if isinstance(error, lock.LockUnreadable) else "that process"
-            raise TakenOver(f"{error}; {who} resumes the run", error.exit_code) from error
+            unreadable = isinstance(error, lock.LockUnreadable)
+            how = "run the same command again to resume" if unreadable else "the other process resumes the run"
+            raise TakenOver(f"{error}; {how}", error.exit_code) from error
 
     @contextlib.contextmanager
     def watch(self, stop: Stop, every: float = 10.0) -> Iterator[None]:
@@ -67,7 +68,7 @@ def only_driver(config: Config) -> Iterator[Driver]:
     """Hold the lock of the run; raise TryAgain with the holder if another process works on the run."""
     name = config.run.name
     path = storage.join(config.run.storage, "locks", "runs", f"{name}.json")
-    with lock.held(path, f"run.name: {name!r}", remedy="choose another run.name") as lease:
+    with lock.held(path, f"run.name: {name!r}", remedy="set another run.name") as lease:
         yield Driver(lease)
 
 

@@ -87,7 +87,7 @@ class RunFolder:
             error_type = TryAgain if isinstance(error, StoreUnavailable) else UserError
             raise error_type(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
         if problem:
-            raise UserError(f"{problem}; use another run.name, remove run.name, or delete {self.root}")
+            raise UserError(f"{problem}; set another run.name, remove run.name, or delete {self.root}")
 
     def _problem(self) -> str:
         """Return why the config cannot resume the run with this name; empty if it can, or if there is no run."""
@@ -158,7 +158,7 @@ class RunFolder:
             if step := checkpoints.last_step(self.checkpoints):
                 logger.info(
                     f"{shown}: training continues after step {step} with the optimizer's state and the schedule of the"
-                    " new length; the result equals that of a run with this length from the start only for"
+                    " new length; the result equals a run with this length from the start only with"
                     " train.schedule=constant and train.warmup=0"
                 )
             # Delete the results before the config is written. If the driver dies in between, old results beside the new

@@ -2,7 +2,7 @@
 
     retrain.from: base       all rows; the adapter starts as its method says
     retrain.from: champion   the champion's adapter continues, on all rows of the new files, and on the share
-                             retrain.replay of the rows of the known files, drawn anew each night because the draw
+                             retrain.replay of the rows of the known files, drawn again each night because the draw
                              depends on all files (tokens/plan.py)
 
 A file is new if no file of the champion's training data has the same bytes. So a file that has grown is new with all
@@ -91,7 +91,7 @@ def look_again(config: Config) -> Fingerprint | None:
 def _kept_at(config: Config, model: str, files: Sequence[tuple[str, str]]) -> str:
     template = config.data.chat_template or ""
     text = storage.read_text(template) if template and storage.exists(template) else template
-    return node_cache.place("fingerprints", config.model_dump_json(), model, text, json.dumps(files))
+    return node_cache.result_path("fingerprints", config.model_dump_json(), model, text, json.dumps(files))
 
 
 def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
@@ -252,7 +252,8 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         result = _continued(config, inputs, champion)
         if isinstance(result, str):
             logger.info(
-                f"retrain.from=champion: version {champion.number} is not continued, {result}: using the base model"
+                f"retrain.from=champion: version {champion.number} is not continued, because {result};"
+                " using the base model"
             )
         else:
             start = result
@@ -285,7 +286,7 @@ def _refuse_if_shrunk(config: Config, rows: int, champion: Version) -> None:
         raise UserError(
             f"data.train: {rows:,} rows, but the champion, version {champion.number}, had {int(had):,}: more than"
             f" the share retrain.may_shrink={config.retrain.may_shrink:g} is missing; restore the files or, if this is"
-            " right, run once with retrain.may_shrink=1"
+            " intended, run once with retrain.may_shrink=1"
         )
 
 
@@ -332,7 +333,7 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
         return "it has another base model"
     known = of_version(config, champion)
     if known is None:
-        return f"{config.run.storage} does not know its training files"
+        return f"its training files are not recorded in {config.run.storage}"
     if unseen_rows(config, inputs.held_out, known) is not None:
         return "it may have been trained on rows that are held out now"
     folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
@@ -340,7 +341,7 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
 
     latest = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
     if latest is None:
-        return f"{folder or 'its run folder'} has no checkpoint of it"
+        return f"{folder or 'its run folder'} has no checkpoint"
     path, checkpoint = latest
     if checkpoint.identity.get("adapter") != config.adapter.identity():
         return "its adapter has other settings"

@@ -17,8 +17,7 @@ from olora_ray.sweep import search_folder
 from olora_ray.sweep.record import SearchRecord, TrialRecord, read_all
 from olora_ray.sweep.report import page, text
 from olora_ray.sweep.search_folder import Progress
-from olora_ray.sweep.space import trial_name
-from olora_ray.sweep.spec import SweepSpec
+from olora_ray.sweep.spec import SweepSpec, trial_name
 from olora_ray.sweep.trial import trial_spec
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoints

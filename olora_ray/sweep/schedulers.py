@@ -22,7 +22,7 @@ from ray.tune.schedulers import (
 
 from olora_ray.sweep import record
 from olora_ray.sweep.space import Domain, Seeded, Space, rounded
-from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_place
+from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_path
 
 
 def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
@@ -52,7 +52,7 @@ class _Learning(TrialScheduler):
         # The trial is new, or it ran before an interruption: then its earlier results count again.
         kept = None
         with contextlib.suppress(OSError):  # raising would make Tune start the whole search again
-            kept = record.read(trial_place(self.folder, number_of(str(trial))))
+            kept = record.read(trial_path(self.folder, number_of(str(trial))))
         if kept is None or not kept.total:
             return
         for step, value in kept.curve:
@@ -79,7 +79,7 @@ class Population(PopulationBasedTraining):
     """Population-based training whose members stay within the space, and whose result is repeatable.
 
     All members stop after the same steps. A member that falls behind takes over the state of a better one, and a new
-    value for each field: drawn anew, or next to the better one's value. Next means the neighbour in a list or in the
+    value for each field: a new draw, or next to the better one's value. Next means the neighbour in a list or in the
     steps of a quniform, or 0.8 or 1.2 times the number of a range. A field with `of` keeps a factor of its list, and
     follows its base.
     """

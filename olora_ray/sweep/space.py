@@ -298,9 +298,9 @@ class Space(Section):
     def count(self) -> int:
         return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)
 
-    def trial_name(self, number: int) -> str:
-        """Return the name of a trial's folder."""
-        return trial_name(number)
+    def own_name(self, number: int) -> str | None:
+        """Return the name of a trial's folder if it does not follow from the number."""
+        return None
 
     def drawn(self, number: int) -> dict[str, Any]:
         """Return the draws of a trial of a random or grid search; empty for the default."""
@@ -375,10 +375,6 @@ def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
     return next(same, MISSING)
 
 
-def trial_name(number: int) -> str:
-    return f"trial-{number:03d}"
-
-
 def multiple(base: float, factor: float) -> float:
     """Return base times factor; a whole result is an int, because fields such as adapter.rank need one."""
     product = base * factor
@@ -412,7 +408,7 @@ def _field_problems(space: Space) -> Iterator[str]:
     settings = [("search", field) for field in space.search] + [("set", field) for field in space.set]
     for section, field in settings:
         if not all(field.split(".")):
-            yield f"{section}: {field!r} is not a config field; --help lists the fields"
+            yield f"{section}: {field!r} is not a config field; olora-ray finetune --help all lists the fields"
     for (section, field), (other_section, other) in itertools.permutations(settings, 2):
         if other == field or other.startswith(f"{field}."):
             yield f"{other_section}.{other}: {section}.{field} sets it too; leave one out"

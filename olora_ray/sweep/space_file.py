@@ -75,7 +75,7 @@ def check(space: Space, config: Config, where: str = "space") -> None:
     for field, changes in _probes(space):
         _refuse_texts(_override(base, changes, f"{where}: search.{field}"), changes, where)
         if not any(overlap(field, name) for name in known):  # e.g. data.train.00.weight
-            raise UserError(f"{where}: search.{field}: unknown field; --help lists the fields")
+            raise UserError(f"{where}: search.{field}: unknown field; olora-ray finetune --help all lists the fields")
     if space.searcher != "tpe":
         for number in range(min(space.count(), 200)):  # enough: each field was checked above
             _override(base, space.values(space.drawn(number)), f"{where}: search: trial {number}")
@@ -152,7 +152,7 @@ def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> Non
     for field, value in changes.items():
         taken = at(config, field)
         if isinstance(value, str) and isinstance(taken, int | float):
-            raise UserError(f"{where}: search.{field}: {value!r} is a text; write {json.dumps(taken)} without quotes")
+            raise UserError(f"{where}: search.{field}: {value!r} is text; write {json.dumps(taken)} without quotes")
 
 
 def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:

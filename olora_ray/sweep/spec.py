@@ -9,7 +9,7 @@ from olora_ray.common import storage
 from olora_ray.config.load import at, override
 from olora_ray.config.schema import Config, extended
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep.space import SAME_BASE, Space, trial_name
+from olora_ray.sweep.space import SAME_BASE, Space
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loader import Schedule
 
@@ -67,7 +67,7 @@ class SweepSpec:
         return replace(spec, config=override(spec.config, {"tracking.uri": self.tracking}))
 
     def trial_folder(self, number: int, config: Config) -> RunFolder:
-        return RunFolder(config, trial_place(self.folder, number, self.space))
+        return RunFolder(config, trial_path(self.folder, number, self.space))
 
     def shares_data(self) -> bool:
         return all(field.startswith(SAME_BASE) for field in self.space.search)
@@ -82,7 +82,7 @@ class SweepSpec:
 
     def _own(self, number: int) -> dict[str, Any]:
         changes: dict[str, Any] = {
-            "run.name": extended(self.name, self.space.trial_name(number)),
+            "run.name": extended(self.name, self.space.own_name(number) or trial_name(number)),
             "registry.model": None,
         }
         if self.space.scheduler.kind == "population":
@@ -97,11 +97,14 @@ class SweepSpec:
         return changes
 
 
+def trial_name(number: int) -> str:
+    return f"trial-{number:03d}"
+
+
 def number_of(name: str | None) -> int:
     assert name
     return int(name.rpartition("-")[2])
 
 
-def trial_place(folder: str, number: int, space: Space | None = None) -> str:
-    name = space.trial_name(number) if space else trial_name(number)
-    return storage.join(folder, "trials", name)
+def trial_path(folder: str, number: int, space: Space | None = None) -> str:
+    return storage.join(folder, "trials", (space and space.own_name(number)) or trial_name(number))

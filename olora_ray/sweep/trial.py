@@ -127,7 +127,7 @@ class TrialRun:
         ):
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
-                logger.warning(f"the resumed search gave this trial other values, so it starts again: {others}")
+                logger.warning(f"the resumed search gave this trial other values, so the trial restarts: {others}")
             self.folder.claim()
             result = fit.finished_training(spec, self.folder)
             if result is None:

@@ -20,8 +20,8 @@ from olora_ray.sweep import record, search_folder
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.schedulers import scheduler
 from olora_ray.sweep.search_folder import Progress
-from olora_ray.sweep.space import Space, Suggested, trial_name
-from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of, trial_place
+from olora_ray.sweep.space import Space, Suggested
+from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of, trial_name, trial_path
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def _record(self, trial: Any) -> TrialRecord | None:
         # The trial's own record, not Tune's result: it is what the leaderboard shows.
         try:
-            return record.read(trial_place(self.folder, _number(trial), self.space))
+            return record.read(trial_path(self.folder, _number(trial), self.space))
         except OSError:  # raising would make Tune count the trial as failed; only its log line lacks the value
             return None
 
@@ -291,7 +291,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
             tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
         except (ImportError, AttributeError):  # Tune's pickles name a class or function that no longer exists
             raise search_folder.not_resumed(sweep_spec.folder) from None
-        ray_internals.go_on_with(tuner, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec))
+        ray_internals.update_restored(tuner, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec))
         return tuner
     space = sweep_spec.space
     settings = tune.TuneConfig(

@@ -1,7 +1,7 @@
 """Collation of packs into one micro-batch of tensors.
 
 Two layouts of the same examples: *flat* (1, T) without any padding, for attention that is told the segments' borders;
-*padded* (B, L), for attention that takes masks. In both, positions start anew with each example. Where a mask is
+*padded* (B, L), for attention that takes masks. In both, positions restart with each example. Where a mask is
 needed the model builds it from these positions (transformers.masking_utils), so it is the family's own, with windows
 and chunks.
 """

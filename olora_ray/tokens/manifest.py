@@ -137,7 +137,7 @@ POSITION_BITS = 40
 def origin_name(files: Sequence[str], origin: int) -> str:
     """Return an origin as file:line, counted from 1."""
     if not 0 <= origin >> POSITION_BITS < len(files):
-        raise UserError(f"token store: an example is of file {origin >> POSITION_BITS}, but {len(files)} are listed")
+        raise UserError(f"token store: an example names file {origin >> POSITION_BITS}, but {len(files)} are listed")
     return f"{files[origin >> POSITION_BITS]}:{(origin & (2**POSITION_BITS - 1)) + 1}"
 
 
@@ -229,9 +229,7 @@ def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str, longest:
     first = REMEDIES.get(most, "fix or remove them").format(where=where.removeprefix("held out of "), longest=longest)
     share = sum(reasons.values()) / rows
     # Allowing most rows to be rejected would mean training on other data than intended.
-    return (
-        first if share > 0.5 else f"{first}, or allow so many with data.max_rejected={math.ceil(share * 1000) / 1000}"
-    )
+    return first if share > 0.5 else f"{first}, or allow them with data.max_rejected={math.ceil(share * 1000) / 1000}"
 
 
 # Totals over a store's shards: manifest, rejected rows, periodic progress.
@@ -260,7 +258,7 @@ class Limits:
         """Return how many of `rows` may be rejected: the share of them, and a single one of ten rows or more."""
         return max(self.share * rows, float(self.share > 0 and rows >= 10))  # one bad row among few is tolerated
 
-    def passed(self, reasons: Mapping[str, int], rows: float) -> bool:
+    def exceeded(self, reasons: Mapping[str, int], rows: float) -> bool:
         """True if more than the allowed number of `rows` was rejected."""
         return sum(reasons.values()) > self.allowed(rows)
 
@@ -269,7 +267,7 @@ class Limits:
         bad = sum(reasons.values())
         if rows and bad == rows:
             problem = f"none of the {rows:,} rows can be used"
-        elif self.passed(reasons, rows):
+        elif self.exceeded(reasons, rows):
             problem = f"{bad:,} of {rows:,} rows cannot be used, more than data.max_rejected = {self.share:g} allows"
         else:
             return
@@ -328,7 +326,7 @@ class Totals:
 
     def hopeless(self, limits: Limits) -> bool:
         """True if more rows are rejected already than the limit allows for all rows of the plan."""
-        return limits.passed(self.reasons, max(int(self.plan.rows), self.rows))
+        return limits.exceeded(self.reasons, max(int(self.plan.rows), self.rows))
 
     def manifest(self) -> Manifest:
         assert len(self.infos) == len(self.plan.shards)
@@ -425,7 +423,7 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             " count in the loss, but the model does not answer them"
         )
     if dropped := notes.get("drop_turns", 0):
-        texts.append(f"chats without their last turns, for data.max_length (data.too_long: drop_turns): {dropped:,}")
+        texts.append(f"chats shortened to data.max_length (data.too_long: drop_turns): {dropped:,}")
     if single := notes.get("single", 0):
         texts.append(f"rows with a single supervised token: {single:,}")
     if unended := notes.get("unended", 0):

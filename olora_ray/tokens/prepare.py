@@ -406,7 +406,7 @@ class StoreBuild:
         with contextlib.suppress(Exception):
             self.join()
 
-    def hold_apart(self, held_out: "StoreBuild") -> None:
+    def check_against(self, held_out: "StoreBuild") -> None:
         """Make `run` check that no held-out row is a training row; `held_out` has a complete store."""
         self._held_out = held_out
 
@@ -443,7 +443,7 @@ class StoreBuild:
             apart, line, held_out = None, None, self._held_out
             if held_out:
                 # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
-                kept = node_cache.place("held-apart", self.store.uri, held_out.store.uri)
+                kept = node_cache.result_path("held-apart", self.store.uri, held_out.store.uri)
                 line = node_cache.read(kept) if self.complete else None
                 if line is None:
                     apart = HeldOut(np.concatenate(list(held_out._rows())), held_out._limits.setting)

@@ -196,7 +196,7 @@ class Aliases:
         """Return the version that an MLflow run registered under this name; None if it is missing or deleted."""
         return next((each for each in reversed(self.versions()) if each.run_id == run_id), None)
 
-    def place(self, number: str) -> str:
+    def files_uri(self, number: str) -> str:
         with reachable(self.uri, upload=True):
             return str(self.client.get_model_version_download_uri(self.name, number))
 
@@ -204,13 +204,13 @@ class Aliases:
         """Check a version's files against its registration; return their number, or raise UserError."""
         version = self.version(number)
         with reachable(self.uri, upload=True):
-            return checksums.verify(version, self.place(number), self.uri)
+            return checksums.verify(version, self.files_uri(number), self.uri)
 
     def verify_copy(self, number: str, folder: Path) -> None:
         """Check that a local folder is a copy of a version's merged model; raise UserError if it is not."""
         version = self.version(number)
         with reachable(self.uri, upload=True):
-            checksums.verify_copy(version, self.place(number), self.uri, folder)
+            checksums.verify_copy(version, self.files_uri(number), self.uri, folder)
 
     def promote(
         self,

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_ONLY = "adapter only"
 EXPORT = "olora.export"
 # Folders of a merged model and of an adapter in a logged model. The names are MLflow's.
-MODEL_PLACE, ADAPTER_PLACE = "model", "peft"
+MODEL_FOLDER, ADAPTER_FOLDER = "model", "peft"
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Contents:
         return "merged" if self.base is None else "adapter"
 
     @property
-    def place(self) -> str:
-        return MODEL_PLACE if self.base is None else ADAPTER_PLACE
+    def artifact_folder(self) -> str:
+        return MODEL_FOLDER if self.base is None else ADAPTER_FOLDER
 
 
 # The files that MLflow reads beside a model: MLmodel, requirements, tokenizer, input example.
@@ -195,8 +195,8 @@ def _of_the_model(contents: Contents) -> dict[str, str]:
         "source_model_name": contents.answers_as,
     }
     if (base := contents.base) is None:
-        return {**fields, "model_binary": contents.place}
-    fields["peft_adaptor"] = contents.place
+        return {**fields, "model_binary": contents.artifact_folder}
+    fields["peft_adaptor"] = contents.artifact_folder
     if base.on_hub and base.revision:
         hub = {"source_model_name": base.name, "source_model_revision": base.revision}
         return {**fields, **hub, "tokenizer_name": base.name, "tokenizer_revision": base.revision}
@@ -278,10 +278,10 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    client.log_model_artifacts(model.model_id, str(contents.folder), contents.place)
+    client.log_model_artifacts(model.model_id, str(contents.folder), contents.artifact_folder)
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         write(Path(folder), contents, model, run_id)
-        text = checksums.of_folders({contents.place: contents.folder, "": Path(folder)})
+        text = checksums.of_folders({contents.artifact_folder: contents.folder, "": Path(folder)})
         (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
         client.log_model_artifacts(model.model_id, folder)
     texts |= {checksums.TAG: storage.digest(text)}
@@ -431,9 +431,9 @@ def _inside(uri: str, version: Version, folder: Path) -> Registered:
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return Registered(version, candidate, None)
-    if not (folder / ADAPTER_PLACE / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise UserError(f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model")
-    return Registered(version, folder / ADAPTER_PLACE, _base(uri, folder))
+    return Registered(version, folder / ADAPTER_FOLDER, _base(uri, folder))
 
 
 def _base(uri: str, folder: Path) -> BaseOfAdapter:

@@ -46,7 +46,7 @@ def watch_system(uri: str, run_id: str, seconds: float, queue: WriteQueue, stop:
             for sampler in monitor.monitors:
                 sampler.clear_metrics()
         except Exception as error:
-            logger.warning("the metrics of this machine are no longer logged: %s", reason(error))
+            logger.warning("system metrics are no longer logged: %s", reason(error))
             return
 
 

@@ -176,8 +176,8 @@ def resolve_uri(config: AnyConfig) -> str:
         return absolute(uri)
     if storage.is_uri(config.run.storage):
         raise UserError(
-            f"tracking.uri: not set, and no database can lie beside run.storage={config.run.storage}; set it to an"
-            " MLflow server, http://HOST:PORT, or to sqlite:////PATH/mlflow.db"
+            f"tracking.uri: not set, and run.storage={config.run.storage} cannot hold a database; set"
+            " tracking.uri to an MLflow server, http://HOST:PORT, or to sqlite:////PATH/mlflow.db"
         )
     return f"sqlite:///{os.path.abspath(config.run.storage)}/mlflow.db"
 

@@ -8,13 +8,11 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.common import collectives
@@ -22,15 +20,11 @@ from olora_ray.common.errors import UserError
 from olora_ray.tokens.collate import Batch
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loader import Waiting, until
-from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.loss import SupervisedLoss, watched
 
 logger = logging.getLogger(__name__)
 
 # The inputs of layers while the model runs: the layers that share an input, and its rows at chosen tokens.
-
-
-See = Callable[[str, Tensor, Tensor], None]
-"""Called with the name of a layer, its input and its output."""
 
 
 # An input with a row for each token, and the layers that share it (q, k and v; gate and up).
@@ -101,25 +95,6 @@ def rows_of(
     if problems:
         raise problems[0]
     return [kept[each.name] for each in inputs]
-
-
-@contextmanager
-def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(partial(_hand_over, name, see), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hand_over(
-    name: str, see: See, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
-) -> None:
-    see(name, inputs[0] if inputs else next(iter(named.values())), output)
 
 
 def _check_rows(name: str, x: Tensor, batch: Batch) -> None:

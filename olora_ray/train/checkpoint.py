@@ -37,7 +37,7 @@ class TrainState:
     """Progress of a run.
 
     The data cursor is `step` alone: global step k reads sequences [k G, (k + 1) G) of the order. Random
-    numbers (dropout) are seeded anew from (seed, step, micro-batch) for each micro-batch, so there is no
+    numbers (dropout) are seeded again from (seed, step, micro-batch) for each micro-batch, so there is no
     generator state to keep.
     """
 
@@ -169,7 +169,7 @@ def require_same(saved: Mapping[str, str], wanted: Mapping[str, str], where: str
         changed = [part for part in changed if not part.endswith("data")]
     if changed:
         shown = "; ".join(f"another {part} ({_difference(saved.get(part, ''), wanted[part])})" for part in changed)
-        raise UserError(f"run.name: {where} was trained with {shown}; use a new run.name, or undo the change")
+        raise UserError(f"run.name: {where} was trained with {shown}; set another run.name, or undo the change")
 
 
 def _difference(old: str, new: str) -> str:

@@ -35,10 +35,9 @@ from olora_ray.train.calibration import (
     in_parts,
     inputs_of,
     rows_of,
-    watched,
 )
 from olora_ray.train.loader import Waiting
-from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.loss import SupervisedLoss, watched
 
 Value = TypeVar("Value")
 AGREEMENT = 0.99
@@ -64,10 +63,10 @@ class DataReport:
     def line(self, method: str) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         without = [name for name, rank in self.ranks.items() if rank == 0]
-        agree = self.agreement and f"; half of them give {self.agreement[0]:.0%} of the same space ("
+        agree = self.agreement and f"; half of the tokens give {self.agreement[0]:.0%} of the same directions ("
         return (
             f"{method}: {plural(self.tokens, 'supervised token')} of {plural(self.sequences, 'sequence')}"
-            + (f"{agree}at least {self.agreement[1]:.0%})" if self.agreement else "")
+            + (f"{agree}at least {self.agreement[1]:.0%} in each layer)" if self.agreement else "")
             + (f"; ranks {low} to {high}" if low < high else "")
             + (f", none for {', '.join(without[:3])}{' ...' * (len(without) > 3)}" if without else "")
             + f"; {self.what} {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"

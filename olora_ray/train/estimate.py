@@ -33,7 +33,7 @@ from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import base_files, parallel
+from olora_ray.train import base_files, first_step, parallel
 from olora_ray.train.base_files import blocks_to_shard
 from olora_ray.train.data_driven import refuse
 from olora_ray.train.fake_model import FakeModel, GroupedProducts, LiveBytes, at_blocks
@@ -347,8 +347,11 @@ def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str |
     return None
 
 
-def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack]) -> float:
-    """Return the seconds for these sequences, forward and backward, in one process with a worker's threads."""
+def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack]) -> tuple[float, float | None]:
+    """Train on these sequences, forward and backward, in one process with a worker's threads.
+
+    Return the seconds that takes, and the automatic learning rate; None for a data-driven method.
+    """
     device = torch.device("cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -359,15 +362,18 @@ def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pac
         # Steps take the same time with any method, and a data-driven one would need training data for its factors.
         method = adapter.method if adapter.method in FROM_WEIGHTS else "lora"
         factors, _ = initialise(targets, method, adapter.rank, config.run.seed, device, options_of(adapter))
-        inject(model, at_scale(factors, adapter), adapter.scale())
+        adapted = inject(model, at_scale(factors, adapter), adapter.scale())
         loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
         loss.recompute = config.train.activation_checkpointing is True
         parallel.install(loss)
+        moves = first_step.moves(loss, adapted, batch) if method == adapter.method else {}
+        if METHODS[method].even:
+            moves = first_step.even(adapted, moves)
         times = []
         for _ in range(2):  # the first pass is slower, because it allocates its memory
             began = time.perf_counter()
             loss(batch).backward()
             times.append(time.perf_counter() - began)
-        return min(times)
+        return min(times), first_step.best_rate(moves, adapter.scale()) if moves else None
     finally:
         torch.set_num_threads(threads)

@@ -157,15 +157,15 @@ def total_steps(train: Train, packs: int) -> int:
 # Schedule of a run: its length and the learning rate of each step, even while the token store is still growing.
 
 
-def lr_at(step: int, steps: int, config: Train) -> float:
+def lr_at(step: int, steps: int, config: Train, peak: float) -> float:
     """Return the learning rate of update `step` (from 0) of `steps`: linear warm-up, then the schedule.
 
     cosine and linear reach 0 after the last step.
     """
     warmup = round(config.warmup * steps)
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    return config.lr * shape(config.schedule, (step - warmup) / max(1, steps - warmup))
+        return peak * (step + 1) / (warmup + 1)
+    return peak * shape(config.schedule, (step - warmup) / max(1, steps - warmup))
 
 
 def shape(schedule: str, progress: float) -> float:
@@ -179,8 +179,16 @@ def shape(schedule: str, progress: float) -> float:
 
 
 class Schedule:
-    def __init__(self, train: Train, store: TokenStore, waiting: Waiting | None = None) -> None:
-        self.train, self.store, self.waiting = train, store, waiting
+    def __init__(
+        self, train: Train, store: TokenStore, waiting: Waiting | None = None, auto: float | None = None
+    ) -> None:
+        """`auto` is the automatic learning rate, which a training with train.lr=auto needs."""
+        self.train, self.store, self.waiting, self.auto = train, store, waiting, auto
+
+    def peak(self) -> float:
+        rate = self.auto if self.train.lr == "auto" else self.train.lr
+        assert rate is not None, "train.lr=auto: not measured yet"
+        return rate * self.train.lr_factor
 
     def total(self) -> int | None:
         """Return the steps of the run; None while the store is too short to tell."""
@@ -208,13 +216,13 @@ class Schedule:
             until(self.store, lambda: self._knows((step + 1) * size), self.waiting)
         total = self._total()
         if total is not None and (self.train.steps is not None or self.store.shard_count == 1):
-            return lr_at(step, total, self.train)
+            return lr_at(step, total, self.train, self.peak())
         # With several shards the progress counts shards, even if all are written already. Otherwise the learning rates
         # would depend on how fast the shards were written.
         warmup, begin = self.train.warmup, self._progress(step * size, after=False)
         if begin < warmup:
-            return self.train.lr * min(1.0, self._progress((step + 1) * size - 1, after=True) / warmup)
-        return self.train.lr * shape(self.train.schedule, (begin - warmup) / (1.0 - warmup))
+            return self.peak() * min(1.0, self._progress((step + 1) * size - 1, after=True) / warmup)
+        return self.peak() * shape(self.train.schedule, (begin - warmup) / (1.0 - warmup))
 
     def _total(self) -> int | None:
         packs = self.store.total

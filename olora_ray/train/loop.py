@@ -17,7 +17,7 @@ from olora_ray.config.schema import Config
 from olora_ray.tokens import plan
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import checkpoint, tree
+from olora_ray.train import checkpoint, first_step, tree
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
@@ -80,6 +80,17 @@ class Trainer:
             now = time.perf_counter()
             yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal > 0)
             began = time.perf_counter()
+
+    def automatic_rate(self, batch: Batch, even: bool) -> float | None:
+        """Return the peak learning rate that suits the adapter on this batch; None if only stacked experts are adapted.
+
+        `even` rescales the factors first. All workers must call it together.
+        """
+        # Rank 0's numbers, because another type of processor would find other last bits.
+        moves = collectives.from_first(first_step.moves(self.loss, self.adapted, batch))
+        if even:
+            moves = first_step.even(self.adapted, moves)
+        return first_step.best_rate(moves, self.config.adapter.scale()) if moves else None
 
     def snapshot(
         self, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str

@@ -10,8 +10,10 @@ vocabulary) never exist for more than one chunk.
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -252,3 +254,28 @@ class _ChunkedLoss(torch.autograd.Function):
         (grad_hidden,) = ctx.saved_tensors
         # The product is in float32. A factor rounded to bfloat16 would change the size of all gradients by up to 0.4 %.
         return (grad_hidden.float() * grads[0]).to(grad_hidden.dtype), None, None
+
+
+# The inputs and outputs of layers while the model runs.
+
+See = Callable[[str, Tensor, Tensor], None]
+"""Called with the name of a layer, its input and its output."""
+
+
+@contextmanager
+def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
+    handles = [
+        module.register_forward_hook(partial(_hand_over, name, see), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hand_over(
+    name: str, see: See, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+) -> None:
+    see(name, inputs[0] if inputs else next(iter(named.values())), output)

@@ -66,9 +66,7 @@ class AdamW:
         groups = [{"params": [parameter]} for parameter in self.parameters]
         # On CPUs the fused kernel differs from the plain update in the last bits, so resumed runs would change.
         fused = flat.vector.device.type == "cuda" if fused is None else fused
-        self.inner = torch.optim.AdamW(
-            groups, lr=config.lr, weight_decay=config.weight_decay, fused=True if fused else None
-        )
+        self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=True if fused else None)
         for parameter, group in zip(self.parameters, flat.groups, strict=True):
             parameter.grad = flat.grad[group]
             moments = {key: moment[group] for key, moment in self.moments.items()}

@@ -230,7 +230,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
                 _pack(model, name, weight, config.quantization, device, (part["codes"], part["scales"]))
         base_files.fill(model, files, lambda _: True)
     else:
-        logger.info(f"quantization: loading the whole base before packing it, because {problem}")
+        logger.info(f"quantization: loading the complete base model before packing it, because {problem}")
         model = load_model(folder, config, device)
         names = to_pack(model)  # raises UserError for a base that is quantised already
         for name in names:
@@ -260,7 +260,7 @@ def _packed(folder: Path, files: BaseFiles, names: Sequence[str], quantization: 
         node_cache.hold(entry)
         node_cache.make_room(root, (each for each in root.iterdir() if not each.name.startswith(".")))
     except (OSError, SafetensorError) as error:
-        logger.info(f"quantization: the packed base cannot be cached on this node: {short_reason(error)}")
+        logger.info(f"quantization: the packed base model cannot be cached on this node: {short_reason(error)}")
         return None
     return entry
 
@@ -320,13 +320,13 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
         return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
     if config.cluster.fsdp_offload and not has_own_memory(device):
-        logger.info("cluster.fsdp_offload: no effect without a GPU, because the base is in the node's memory anyway")
+        logger.info("cluster.fsdp_offload: no effect without a GPU: the base model is in the node's memory anyway")
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
-        logger.info(f"fsdp: each worker loads the whole base before sharding it, because {loss}")
+        logger.info(f"fsdp: each worker loads the complete base model before sharding it, because {loss}")
         return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
-    logger.info(f"fsdp: each worker has read its part of the base in {time.perf_counter() - began:.2f} s")
+    logger.info(f"fsdp: each worker has read its part of the base model in {time.perf_counter() - began:.2f} s")
     return loss
 
 

@@ -49,7 +49,7 @@ class FixedTrials(Space):
     def count(self) -> int:
         return len(self.of_trials)
 
-    def trial_name(self, number: int) -> str:
+    def own_name(self, number: int) -> str:
         return self.names[number]
 
     def drawn(self, number: int) -> dict[str, Any]:

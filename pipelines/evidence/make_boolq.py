@@ -63,7 +63,7 @@ def read_request(argv: list[str]) -> Request:
     found = command_line.parse(argv, usage=__doc__ or "", options=options)
     given = found.options
     if found.words or "--out" not in given:
-        raise UserError(f"argument {found.words[0]}: not known" if found.words else "argument --out: missing")
+        raise UserError(f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing")
     defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}
     rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
     return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest)

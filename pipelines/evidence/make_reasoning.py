@@ -74,7 +74,7 @@ def read_request(argv: list[str]) -> Request:
     found = command_line.parse(argv, usage=__doc__ or "", options=options)
     given = found.options
     if found.words or "--out" not in given:
-        raise UserError(f"argument {found.words[0]}: not known" if found.words else "argument --out: missing")
+        raise UserError(f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing")
     if (by := given.get("--split-by", "questions")) not in ("questions", "templates"):
         raise UserError(f"argument --split-by: expected questions or templates, not {by!r}")
     defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}

@@ -230,7 +230,7 @@ def main(argv: list[str]) -> None:
     kinds = {field.name: type(field.default) for field in fields(Settings)}
     args = command_line.parse(argv, __doc__ or "", options=("--out", *(f"--{name}" for name in kinds)))
     if args.words or "--out" not in args.options:
-        raise UserError("argument --out: missing, or there are words that are no options; --help shows how")
+        raise UserError("argument --out: missing, or another word is not an option; --help shows how")
     changes = {name: _value(args.options, name, kind) for name, kind in kinds.items() if f"--{name}" in args.options}
     law = Law(Settings(**changes))  # type: ignore[arg-type]
     folder = Path(args.options["--out"])

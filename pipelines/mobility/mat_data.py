@@ -89,7 +89,7 @@ def _venue(row: Row) -> tuple[str, str]:
     both = row.get("lat_lon") or row.get("space")
     first, second = re.split(r"[ ,;]+", both.strip()) if both else (row["lat"], row["lon"])
     if not (abs(float(first)) <= 90 and abs(float(second)) <= 180):
-        raise ValueError(f"latitude {first} and longitude {second} are on no map")
+        raise ValueError(f"latitude {first} and longitude {second} are out of range")
     return first, second
 
 

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         )
     with as_user_error(f"argument --out: {options['--out']}: cannot be written", OSError, reason=short_reason):
         written = rows.write(Path(options["--out"]), records, selection, template, fits)
-    print("\n".join([*written, f"no targets: {selection.too_early} stays with fewer than {least} before them"]))
+    print("\n".join([*written, f"not targets: {selection.too_early} stays with fewer than {least} before them"]))
 
 
 def fitting(config_file: str) -> prompt.Fits:
@@ -98,7 +98,7 @@ def row_limits(text: str) -> dict[str, int]:
     """Return the numbers of rows in `train=2000,test=600`; raises UserError for another form."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     if wrong := [name for name, _, _ in pairs if name not in rows.SPLITS]:
-        raise UserError(f"argument --rows: {wrong[0]!r} is no split; expected one like train=2000,eval=64,test=600")
+        raise UserError(f"argument --rows: {wrong[0]!r} is not a split; expected one like train=2000,eval=64,test=600")
     limits = {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
     if none := [name for name, count in limits.items() if not count]:
         raise UserError(f"argument --rows: {none[0]}=0: each split needs a row; leave it out for all")

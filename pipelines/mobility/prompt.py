@@ -55,7 +55,7 @@ class Template:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise UserError(f"argument --form: {self.form!r} is not known; use one of {', '.join(FORMS)}")
+            raise UserError(f"argument --form: {self.form!r} is unknown; use one of {', '.join(FORMS)}")
         if self.history < 0 or self.context < 1:
             raise UserError("arguments --history, --context: set --history to 0 or more, and --context to 1 or more")
 
@@ -111,7 +111,7 @@ class Template:
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{file}: no template of mobility: {first_line(error)}") from None
+            raise UserError(f"{file}: not a template for mobility: {first_line(error)}") from None
 
     def _messages(self, kept: Sequence[Stay], when: When) -> list[Message]:
         split = max(0, len(kept) - self.context)

@@ -61,7 +61,7 @@ class Broken(ValueError):
 def read(paths: Sequence[str], format: str, repairs: Repairs) -> Records:
     """Read the records in files and folders; raises UserError if one is missing or cannot be read."""
     if format not in READERS:
-        raise UserError(f"argument --format: {format or 'nothing'!r} is not known; use one of {', '.join(READERS)}")
+        raise UserError(f"argument --format: {format or 'nothing'!r} is unknown; use one of {', '.join(READERS)}")
     reader, endings = READERS[format]
     files = [file for path in paths for file in _files(Path(path), endings)]
     with as_user_error("argument RECORDS", OSError):
@@ -208,7 +208,7 @@ def read_geolife(files: Sequence[Path], repairs: Repairs) -> Iterator[Named]:
     people: dict[str, list[Path]] = {}
     for file in sorted(files):
         if file.parent.name != "Trajectory":
-            raise UserError(f"{file}: expected USER/Trajectory/FILE.plt, which says whose trajectory it is")
+            raise UserError(f"{file}: expected USER/Trajectory/FILE.plt, where USER names the person")
         people.setdefault(file.parent.parent.name, []).append(file)
     for person, own in people.items():
         for place, stay in _stays(_points(own, repairs)):
@@ -266,7 +266,7 @@ def _points(files: Sequence[Path], repairs: Repairs) -> Iterator[Point]:
                 try:
                     point = _point(text, str(file), line)
                     if before and point.time < before.time:
-                        raise Broken(f"the time is before that of the point at {before.file}:{before.line}")
+                        raise Broken(f"the time is earlier than in the point at {before.file}:{before.line}")
                 except Broken as broken:
                     repairs.found(BROKEN, str(file), line, str(broken))
                 else:
@@ -286,7 +286,7 @@ def _point(text: str, file: str, line: int) -> Point:
     except ValueError:
         latitude = longitude = math.nan
     if not (abs(latitude) <= 90 and abs(longitude) <= 180):
-        raise Broken(f"unknown place: latitude {cells[0]!r} and longitude {cells[1]!r} are on no map")
+        raise Broken(f"unknown place: latitude {cells[0]!r} and longitude {cells[1]!r} are out of range")
     return Point(latitude, longitude, time, file, line)
 
 

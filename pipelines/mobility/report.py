@@ -303,7 +303,7 @@ def _answers(file: Path) -> dict[int, tuple[int, int | None]]:
     given: dict[int, tuple[int, int | None]] = {}
     for number, item in enumerate(_lines(file), 1):
         with as_user_error(
-            f"{file}:{number}: no line of answers.jsonl", KeyError, TypeError, ValueError, AttributeError
+            f"{file}:{number}: not a line of answers.jsonl", KeyError, TypeError, ValueError, AttributeError
         ):
             name, _, line = item["origin"].rpartition(":")
             place, reference = answer.read(item["text"]), answer.read(item["reference"])
@@ -322,20 +322,24 @@ def _asked(
     for number, row in enumerate(_lines(file), 1):
         if number not in given:
             continue
-        with as_user_error(f"{file}:{number}: no row of prepare.py", KeyError, TypeError, ValueError, IndexError):
+        with as_user_error(
+            f"{file}:{number}: not a row that prepare.py wrote", KeyError, TypeError, ValueError, IndexError
+        ):
             answered = Asked(row["user"], int(row["stay"]), int(row["shown"]))
             place = people[answered.person][answered.stay].place
         if place != given[number][1]:
             raise UserError(f"{file}:{number}: the answers are to other rows: evaluate on this file")
         asked.append(answered)
     if len(asked) < len(given):
-        raise UserError(f"{file}: {len(given)} rows were answered, but it has {len(asked)} of them")
+        raise UserError(f"{file}: the answers are for {len(given)} rows, and it has only {len(asked)} of them")
     return tuple(asked)
 
 
 def _best(file: Path, asked: Sequence[Asked]) -> Best:
     known: dict[tuple[str, int], tuple[int, float]] = {}
-    with as_user_error(f"{file}: not as generate.py writes it", OSError, ValueError, KeyError, TypeError, csv.Error):
+    with as_user_error(
+        f"{file}: not written by generate.py, or changed later", OSError, ValueError, KeyError, TypeError, csv.Error
+    ):
         with file.open(encoding="utf-8") as opened:
             for row in csv.DictReader(opened):
                 known[row["user_id"], int(row["stay"])] = (int(row["best"]), float(row["chance"]))

@@ -104,7 +104,7 @@ def write(folder: Path, records: Records, selection: Selection, template: Templa
 def read_stays(folder: Path) -> dict[str, list[Stay]]:
     """Return each person's stays from the file of `write`; raises UserError if it is missing or another file."""
     people: dict[str, list[Stay]] = {}
-    message = f"{folder / STAYS}: not as prepare.py writes it"
+    message = f"{folder / STAYS}: not written by prepare.py, or changed later"
     with (
         as_user_error(message, OSError, ValueError, KeyError, TypeError, csv.Error),
         (folder / STAYS).open(encoding="utf-8") as opened,

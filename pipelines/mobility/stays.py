@@ -20,7 +20,7 @@ LARGEST_PLACE = 2**31 - 1
 BROKEN, UNSORTED, DUPLICATES = "broken", "unsorted", "duplicates"
 REPAIRS = {
     BROKEN: "left out",
-    UNSORTED: "put in the order of time",
+    UNSORTED: "sorted by time",
     DUPLICATES: "left out",
 }
 """Fault of a record -> its repair, if it is asked for."""
@@ -64,7 +64,7 @@ class Repairs:
     def __post_init__(self) -> None:
         for name in self.wanted:
             if name not in REPAIRS:
-                raise UserError(f"argument --repair: {name!r} is not known; use one of {', '.join(REPAIRS)}")
+                raise UserError(f"argument --repair: {name!r} is unknown; use one of {', '.join(REPAIRS)}")
 
     def found(self, fault: str, file: str, line: int, reason: str) -> None:
         """Count a fault; raises UserError that names the line if its repair was not asked for."""
@@ -127,7 +127,7 @@ def numbered(names: Collection[str]) -> dict[str, int]:
 def _ordered(stays: list[Stay], person: str, repairs: Repairs) -> list[Stay]:
     for before, stay in pairwise(stays):
         if stay.at < before.at:
-            reason = f"person {person}: the time is before that of the record at {before.file}:{before.line}"
+            reason = f"person {person}: the time is earlier than in the record at {before.file}:{before.line}"
             repairs.found(UNSORTED, stay.file, stay.line, reason)
     return sorted(stays, key=lambda stay: stay.at)
 

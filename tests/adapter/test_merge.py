@@ -228,7 +228,7 @@ def test_another_shape_is_named(llama: Case, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     item = llama.adapter[name]
     turned = AdapterWeights(replace(item.factors, a0=item.db.T, b0=item.da.T), item.db.T, item.da.T)
-    with pytest.raises(UserError, match=r"its shape is \(112, 64\), the adapter's \(64, 112\)"):
+    with pytest.raises(UserError, match=r"its shape is \(112, 64\), but its shape in the adapter is \(64, 112\)"):
         merge.write_merged(llama.base, {name: turned}, 1.0, tmp_path / "merged", llama.model)
 
 
@@ -337,7 +337,7 @@ def test_one_byte_elsewhere_is_caught_and_named(case: Case, tmp_path: Path) -> N
         file.write(bytes([byte[0] ^ 1]))
     assert check(case, folder).error <= 1
     assert changed(case, folder) == [
-        f"{place.file}: byte {place.start + 7} (model.norm.weight) differs from the base's"
+        f"{place.file}: byte {place.start + 7} (model.norm.weight) differs from the base model's"
     ]
 
 

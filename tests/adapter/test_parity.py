@@ -39,14 +39,14 @@ def test_a_run_without_merged_folder_or_logits_is_judged_by_the_adapter() -> Non
 
 def test_each_error_is_one_line_that_names_the_layer() -> None:
     wrong = Parity(
-        MergedFolder(Worst(3.5, "a.up", "bfloat16"), ("x.safetensors: byte 9 (norm) differs from the base's",)),
+        MergedFolder(Worst(3.5, "a.up", "bfloat16"), ("x.safetensors: byte 9 (norm) differs from the base model's",)),
         AsPeftReads(0.5, "a.down", ()),
         LOGITS,
     )
     first, second, third = wrong.problems()
-    assert first == "merged folder: x.safetensors: byte 9 (norm) differs from the base's"
+    assert first == "merged folder: x.safetensors: byte 9 (norm) differs from the base model's"
     assert "the merged weight of a.up is 3.5 roundings" in second
-    assert "the change of a.down with an error of 0.5 of its size" in third
+    assert "the change of a.down with a relative error of 0.5" in third
 
     # Layers that PEFT reads otherwise are told instead of an error of theirs.
     wrong = replace(RIGHT, peft=AsPeftReads(float("inf"), "", ("PEFT does not adapt a.up",)))

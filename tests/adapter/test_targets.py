@@ -106,7 +106,7 @@ def test_layers_whose_weight_the_code_takes_are_left_out_and_refused_by_name() -
     found = select(model, "all-linear", 4)
     assert {name.rpartition(".")[2] for name in found.targets} == {"in_proj", "x_proj"}
     assert {name.rpartition(".")[2] for name in found.left_out} == {"dt_proj", "out_proj", "lm_head"}
-    with pytest.raises(UserError, match=r"dt_proj' is a layer whose weight the model's code takes for itself"):
+    with pytest.raises(UserError, match=r"dt_proj' is a layer whose weight the model's code reads directly"):
         find_targets(model, ("dt_proj",), 4)
 
 
@@ -123,8 +123,8 @@ def test_a_weight_that_the_code_takes_for_itself_is_refused_before_the_first_ste
     factors, _ = initialise(find_targets(model, "all-linear", 4), "olora", 4, 0, CPU)
     adapted = inject(model, factors, config.adapter.scale())
     line = (
-        "adapter.targets: model.layers.1.mlp.down_proj: an adapter cannot follow linear of its weight in the model's"
-        " code; leave it out of adapter.targets"
+        "adapter.targets: model.layers.1.mlp.down_proj: adapters do not support linear of a weight, which the model's"
+        " code uses; leave it out of adapter.targets"
     )
     with pytest.raises(UserError, match=f"^{line}$"):
         check_adapters(SupervisedLoss(model), adapted, [tiny.pack(9, 7)], "sdpa", CPU, new=True)
@@ -232,7 +232,7 @@ def test_experts_in_a_layout_that_is_not_known_are_left_out_with_a_reason() -> N
     model = nn.ModuleDict({"experts": DbrxExperts()})
     found = select(model, "all-linear", 4)
     assert list(found.targets) == ["experts.other"]
-    assert found.left_out["experts.w1"].kind == "experts whose layout the code of DbrxExperts does not tell"
+    assert found.left_out["experts.w1"].kind == "experts whose layout is not known from the code of DbrxExperts"
     with pytest.raises(UserError, match=r"'experts\.w1' is a set of experts whose layout"):
         find_targets(model, ("experts.w1",), 4)
 

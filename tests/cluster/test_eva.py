@@ -86,7 +86,7 @@ def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
     place = str(tmp_path / "shared")
     monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: base()))
     made = shared_work.make(spec(None), place, [("lora", 4), ("eva", 4)])
-    assert [line.partition(" supervised tokens")[0] for line in made.told] == ["eva: 96"], "only eva looks at data"
+    assert [line.partition(" supervised tokens")[0] for line in made.lines] == ["eva: 96"], "only eva looks at data"
     mine = spec(place)
     assert initialise.has(mine.factor_place(), mine.factor_origin(), 4)
     assert not initialise.has(mine.factor_place(), mine.factor_origin(), 2), "ranks of another budget are others"

@@ -55,7 +55,7 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {}),
+        ("llama", {"adapter__method": "olora_even", "train__lr": "auto"}),
         ("mixtral", {}),
         ("gpt2", {"adapter__method": "eva", "adapter__init_tokens": 96, "data__max_length": 64}),
         (LEAVES_OUT, {}),

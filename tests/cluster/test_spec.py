@@ -49,7 +49,9 @@ def test_a_store_of_many_shards_is_gone_through_in_another_order_than_once() -> 
     before, now = (TrainSpec(tiny.config(), base, "tokenizer", (0,), store, None).identity() for store in (few, many))
     assert "order" not in before, "runs of before are resumed"
     assert now == {**before, "order": "windows"}
-    with pytest.raises(UserError, match=r"was trained with another order \(was none, is now windows\); use a new run"):
+    with pytest.raises(
+        UserError, match=r"was trained with another order \(was none, is now windows\); set another run"
+    ):
         require_same(before, now, "step-5")
 
 

@@ -206,6 +206,32 @@ def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp
 
 
 @pytest.mark.lengthy
+def test_an_automatic_rate_and_even_factors_are_kept_through_a_resume(tmp_path: Path) -> None:
+    settings = {"adapter__method": "olora_even", "train__lr": "auto", "train__lr_factor": 0.5}
+    result, whole = train(tmp_path / "whole", **settings)
+    assert result.state is not None
+    assert result.state.lr is not None
+    assert max(whole.metrics("train/lr").values()) == pytest.approx(result.state.lr / 2)
+    train(tmp_path / "cut", **settings)
+    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
+    _, resumed = train(tmp_path / "cut", **settings)
+    assert resumed.metrics("train/lr").items() < whole.metrics("train/lr").items()
+    assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
+
+
+@pytest.mark.lengthy
+def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
+    result, channel = train(tmp_path / "fits", train__lr="auto")
+    assert result.state is not None
+    assert result.state.lr is not None
+    told = [str(message) for message in channel.messages if "train.lr=auto" in str(message)]
+    assert len(told) == 1
+    for factor, lines in ((3.0, 0), (8.0, 1), (0.1, 0)):
+        _, channel = train(tmp_path / f"{factor}", train__lr=result.state.lr * factor, train__steps=1)
+        assert sum("times the rate that fits" in str(message) for message in channel.messages) == lines
+
+
+@pytest.mark.lengthy
 def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     train(tmp_path)
     for step in (0, 3, 6):
@@ -267,11 +293,11 @@ def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, adapter__alpha=4)
     assert result.problem is not None
-    assert "alpha was 8.0, is 4.0" in result.problem
+    assert "alpha was 8.0, is now 4.0" in result.problem
     started, _ = train(tmp_path / "other", adapter__alpha=4, train__start=str(tmp_path / checkpoints.name_of(6)))
     assert started.problem is not None
     assert started.problem.startswith("train.start: ")
-    assert started.problem.endswith("was trained with another adapter")
+    assert "was trained with another adapter; " in started.problem
 
 
 def test_a_store_that_does_not_answer_a_worker_is_told_as_what_passes(

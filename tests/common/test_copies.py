@@ -38,7 +38,7 @@ def test_what_is_not_there_is_an_error_and_leaves_nothing(bucket: str, tmp_path:
 def test_a_key_does_not_lead_out_of_the_folder(s3_server: Server, bucket: str, tmp_path: Path) -> None:
     name, key = s3.split(bucket)
     s3_server.client().put_object(Bucket=name, Key=f"{key}/model/../../evil", Body=b"x")
-    with pytest.raises(OSError, match="leads out of the folder"):
+    with pytest.raises(OSError, match="points outside the folder"):
         node_cache.local_copy(storage.join(bucket, "model"), tmp_path / "cache")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 

@@ -57,7 +57,7 @@ def test_what_is_wrong_with_a_disk_is_no_bug() -> None:
     )
     assert of_the_machine(failed(errno.EDQUOT)) == "Disk quota exceeded; make room, and run the same command again"
     assert of_the_machine(failed(errno.EACCES, "/a")) == (
-        "/a: Permission denied; fix that, and run the same command again"
+        "/a: Permission denied; fix the cause, and run the same command again"
     )
     for bug in (failed(errno.EPERM), failed(errno.ENOENT, "/a"), OSError("ours"), KeyError("ours")):
         assert of_the_machine(bug) is None

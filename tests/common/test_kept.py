@@ -21,24 +21,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_is_found_by_its_inputs_and_by_the_code_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = node_cache.place("plans", "a", 1)
+    here = node_cache.result_path("plans", "a", 1)
     assert node_cache.read(here) is None
     node_cache.keep(here, "found")
-    assert node_cache.read(node_cache.place("plans", "a", 1)) == "found"
-    assert node_cache.place("plans", "a", 2) != here
+    assert node_cache.read(node_cache.result_path("plans", "a", 1)) == "found"
+    assert node_cache.result_path("plans", "a", 2) != here
     monkeypatch.setattr(node_cache, "version", lambda name: "99")
     node_cache.code.cache_clear()
-    assert node_cache.place("plans", "a", 1) != here
+    assert node_cache.result_path("plans", "a", 1) != here
     node_cache.code.cache_clear()
 
 
 def test_what_is_old_goes_when_something_is_kept(cache: Path) -> None:
-    old, young = node_cache.place("plans", "old"), node_cache.place("plans", "young")
+    old, young = node_cache.result_path("plans", "old"), node_cache.result_path("plans", "young")
     for place, days in ((old, 91), (young, 89)):
         node_cache.keep(place, "found")
         at = time.time() - days * 24 * 3600
         os.utime(place, (at, at))
-    node_cache.keep(node_cache.place("plans", "new"), "found")
+    node_cache.keep(node_cache.result_path("plans", "new"), "found")
     assert node_cache.read(old) is None
     assert node_cache.read(young) == "found"
     assert len(list((cache / "plans").iterdir())) == 2
@@ -54,8 +54,8 @@ def test_the_code_is_all_of_ours(tmp_path: Path) -> None:
 
 def test_where_nothing_can_be_written_nothing_is_kept(cache: Path) -> None:
     cache.write_text("a file in its place")
-    node_cache.keep(node_cache.place("plans", 1), "found")
-    assert node_cache.read(node_cache.place("plans", 1)) is None
+    node_cache.keep(node_cache.result_path("plans", 1), "found")
+    assert node_cache.read(node_cache.result_path("plans", 1)) is None
 
 
 def base(folder: Path) -> BaseModel:

@@ -136,7 +136,7 @@ def test_a_held_lock_is_renewed(place: str) -> None:
 def test_who_has_lost_the_lock_learns_it_and_leaves_it_alone(place: str, removed: bool) -> None:
     with lock.held(place, "the work") as lost:
         Path(place).unlink() if removed else edit(place, token="another")
-        with pytest.raises(TryAgain, match=r"was removed, so another one may be running" if removed else "taken over"):
+        with pytest.raises(TryAgain, match=r"was removed, so another process may hold it" if removed else "taken over"):
             lost.check()
         time.sleep(0.2)  # some renewals, which must write nothing
     assert storage.exists(place) is not removed
@@ -248,7 +248,7 @@ class TestObjectStore:
             return True
 
         s3_server.faults = Faults(ignore_conditions=True, matches=pauses)
-        with pytest.raises(TryAgain, match=r"too long to be sure of it"):
+        with pytest.raises(TryAgain, match=r"too slow for a safe lock"):
             second.take()
         with pytest.raises(TryAgain):  # the other's write has destroyed it: it knows, and nobody else holds it
             first.check()

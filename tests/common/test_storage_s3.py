@@ -162,7 +162,7 @@ class TestCheck:
     @pytest.mark.lengthy
     def test_a_dead_server(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url := f"http://127.0.0.1:{dead_port()}")
-        with pytest.raises(TryAgain, match=f"the store at {url} does not answer: Could not connect") as caught:
+        with pytest.raises(TryAgain, match=f"the object store at {url} does not answer: Could not connect") as caught:
             storage.check(place, "run.storage")
         assert "\n" not in str(caught.value)
 

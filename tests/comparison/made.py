@@ -124,8 +124,8 @@ class Cluster:
             if self.stop_after is not None and len(self.trained) >= self.stop_after:
                 self.stop()
             self.trained.append(values)
-            self.names.append(spec.space.trial_name(number))
-            self._train(spec, Path(spec.folder, "trials", spec.space.trial_name(number)), number, values)
+            self.names.append(str(spec.space.own_name(number)))
+            self._train(spec, Path(spec.folder, "trials", str(spec.space.own_name(number))), number, values)
         search_folder.keep(spec.folder, search_folder.Progress(60.0, complete=True))
 
     def _train(self, spec: PhaseSpec, folder: Path, number: int, values: dict[str, Any]) -> None:

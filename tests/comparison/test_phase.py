@@ -57,7 +57,7 @@ def test_tune_gets_each_fixed_trial_once(tmp_path: Path) -> None:
     numbers = params["number"]["grid_search"]
     assert [space.values({"place": params["place"].sample({"number": number})}) for number in numbers] == values
     assert [space.values(space.drawn(number)) for number in range(4)] == values
-    assert space.trial_name(3) == "olora-x0.5-seed5"
+    assert space.own_name(3) == "olora-x0.5-seed5"
 
 
 @pytest.mark.lengthy

@@ -257,7 +257,7 @@ def test_characters_that_the_locale_does_not_have_are_written_otherwise(
 @pytest.mark.parametrize(
     ("body", "code", "told"),
     [
-        ("raise KeyboardInterrupt", 130, "stopped (SIGINT); run the same command again to resume\n"),
+        ("raise KeyboardInterrupt", 130, "stopped (Ctrl+C); to resume a run or a search, run the same command again\n"),
         ("from olora_ray.common.errors import TryAgain; raise TryAgain('away')", 75, "error: away\n"),
         (
             "from olora_ray.common.errors import Stopped; raise Stopped('stopped after 3', 143)",

@@ -331,7 +331,7 @@ def test_a_saved_data_set_does_not_lead_out_of_its_folder(scheme: str, tmp_path:
 
 @pytest.mark.parametrize("name", ["a/b/c", "/etc", "a//b", ".hidden/x", "~/x", "org/.."])
 def test_a_data_set_of_the_hub_is_no_path(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.train.0.path: .*not the name of a data set of the hub|cannot go up"):
+    with pytest.raises(UserError, match=r"data.train.0.path: .*(not the name of a data set|not contain '..')"):
         sources.list_files(source(f"hf://{name}"), "data.train.0", str(tmp_path))
 
 

@@ -1,5 +1,6 @@
-"""What the documentation names is there: links, commands, make targets, config fields, files of the project."""
+"""The documentation names only what exists, and stays short; pages, messages and docstrings use plain words."""
 
+import ast
 import importlib
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from olora_ray.config.schema import Section
+from tools import list_messages
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -66,8 +68,49 @@ def code(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text) + [block for block in blocks if not re.match(r" +\d\d:\d\d:\d\d ", block)]
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+def test_readme_and_docs_stay_short() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    assert len(readme.split()) <= 1500
+    assert [line for line in readme.splitlines() if len(line) > 120] == []
+    docs = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    assert len(docs) <= 14
+    assert sum(len(page.split()) for page in docs) <= 25_000
+
+
+# Phrases that a reader with English as a second language reads twice. Use: resumes; earlier, previous; current;
+# unreachable, lost; reaches the end; another user; no longer does; is missing; again; fix; per second.
+UNPLAIN = re.compile(
+    r"\b(?:go(?:es)? on|of (?:before|now)|(?:is|are) (?:away|not there)|comes? to the end|somebody|does no longer|anew"
+    r"|mend(?:s|ed)?|(?:tokens|rows|steps|bytes) a (?:second|worker|step))\b"
+)
+FRAGMENT = re.compile(r"(?:Whether|What|How|Of|Where|As|If|When)\b")
+
+
+def test_pages_have_no_phrase_that_is_read_twice() -> None:
+    written = [page for page in PAGES if page.parent.name != "generated"]
+    texts = {page.name: page.read_text(encoding="utf-8") for page in written}
+    assert [f"{name}: {phrase}" for name, text in texts.items() for phrase in unplain(text)] == []
+
+
+@pytest.mark.parametrize("folder", ["olora_ray", "pipelines"])
+def test_messages_and_docstrings_have_no_phrase_that_is_read_twice(folder: str) -> None:
+    problems = []
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        docstrings = [
+            (node.lineno, node.value.value)
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        ]
+        problems += [f"{file.name}:{line}: {text[:40]}" for line, text in docstrings if FRAGMENT.match(text.strip())]
+        for line, text in [*docstrings, *list_messages.messages(source)]:
+            problems += [f"{file.name}:{line}: {phrase}" for phrase in unplain(text)]
+    assert problems == []
+
+
+def unplain(text: str) -> list[str]:
+    return UNPLAIN.findall(" ".join(text.split()))
 
 
 def test_the_readme_links_every_page() -> None:

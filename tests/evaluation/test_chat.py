@@ -97,7 +97,7 @@ def test_what_cannot_be_asked_is_one_line(run: FinishedRun, there: Path) -> None
         ([], r"^arguments: expected RUN .* PROMPT .* --help"),
         (["mine", "after", "3?"], r"^arguments: expected RUN .* PROMPT .* --help"),
         (["other", "hi"], rf"^run other: no such run folder; {there}/runs has .*begun, mine"),
-        (["begun", "hi"], r"^run begun: not finished; run the command .* again to resume it$"),
+        (["begun", "hi"], r"^run begun: not finished; run its training command again to resume$"),
         (["mine", "hi", "train.lrr=3"], r"train\.lrr: unknown field"),
     ):
         with pytest.raises(UserError, match=said):

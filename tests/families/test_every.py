@@ -33,7 +33,7 @@ def test_a_family_is_right_or_refused_before_the_first_step(family: str) -> None
     ("family", "line"),
     [
         ("bert", "refused: model.name: BertLMHeadModel is no causal language model: its output for a token"),
-        ("rwkv", "refused: adapter.targets: rwkv.blocks.0.attention.output: an adapter cannot follow .weight.div_"),
+        ("rwkv", "refused: adapter.targets: rwkv.blocks.0.attention.output: adapters do not support .weight.div_"),
         ("t5", "refused: model.name: MODEL is an encoder-decoder (t5), which cannot be trained; name a"),
         ("clip", "refused: model.name: MODEL does not load: transformers has no causal language model of its type"),
     ],

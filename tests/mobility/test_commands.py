@@ -42,7 +42,7 @@ def test_from_nothing_to_a_table(records: Path, tmp_path: Path, capsys: pytest.C
     )
     said = capsys.readouterr().out
     assert "train: 30 rows of 8 people" in said
-    assert "no targets: 48 stays with fewer than 6 before them" in said
+    assert "not targets: 48 stays with fewer than 6 before them" in said
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     assert len(rows) == 40
     template = Template.load(data / "template.json")
@@ -109,22 +109,22 @@ def test_bad_records_end_before_anything_is_written(
     prepare.main([*command, "--repair", "broken"])
     said = capsys.readouterr().out
     assert "1 record broken: left out" in said
-    assert "no targets: 48 stays with fewer than 6 before them" in said  # one more than the context, of 8 people
+    assert "not targets: 48 stays with fewer than 6 before them" in said  # one more than the context, of 8 people
     assert (out / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("--format=gpx", "argument --format: 'gpx' is not known"),
+        ("--format=gpx", "argument --format: 'gpx' is unknown"),
         ("--history=many", "argument --history: expected a"),
-        ("--rows=dev=3", "argument --rows: 'dev' is no split"),
+        ("--rows=dev=3", "argument --rows: 'dev' is not a split"),
         ("--rows=train=0", "argument --rows: train=0: each split"),
         ("--rows=eval=", "argument --rows: expected a whole"),
         ("--turns=0", "argument --turns: a row asks for one"),
-        ("--form=long", "argument --form: 'long' is not known"),
+        ("--form=long", "argument --form: 'long' is unknown"),
         ("--least=999", "no row for train.jsonl"),
-        ("--repair=x", "argument --repair: 'x' is not known"),
+        ("--repair=x", "argument --repair: 'x' is unknown"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(records: Path, tmp_path: Path, option: str, expected: str) -> None:

@@ -134,9 +134,9 @@ def test_the_template_is_kept_for_a_server(tmp_path: Path) -> None:
     template.save(tmp_path / "template.json")
     assert Template.load(tmp_path / "template.json") == template
     (tmp_path / "template.json").write_text('{"shape": 3}')
-    with pytest.raises(UserError, match="no template of mobility"):
+    with pytest.raises(UserError, match="not a template for mobility"):
         Template.load(tmp_path / "template.json")
-    with pytest.raises(UserError, match="argument --form: 'long' is not known; use one of short, hours, tuple"):
+    with pytest.raises(UserError, match="argument --form: 'long' is unknown; use one of short, hours, tuple"):
         Template("long")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--history, --context"):
         Template("short", 3, 0)

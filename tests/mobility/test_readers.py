@@ -112,25 +112,23 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file ends in \.plt"):
         read([str(tmp_path)], "geolife", Repairs())
     with pytest.raises(
-        UserError, match="argument --format: 'gpx' is not known; use one of checkins, foursquare, geolife"
+        UserError, match="argument --format: 'gpx' is unknown; use one of checkins, foursquare, geolife"
     ):
         read([str(tmp_path)], "gpx", Repairs())
-    with pytest.raises(
-        UserError, match="argument --repair: 'all' is not known; use one of broken, unsorted, duplicates"
-    ):
+    with pytest.raises(UserError, match="argument --repair: 'all' is unknown; use one of broken, unsorted, duplicates"):
         Repairs(["all"])
 
 
 def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
     text = HEADER + "0,1,2,,,1,0,1\n1,1,3,,,0,0,0\n2,2,2,,,0,0,0\n3,1,2,,,1,0,1\n4,1,9,,,1,0,1\n"
-    with pytest.raises(UserError, match=r"a\.csv:3: person 1: the time is before that of the record at .*a\.csv:2;"):
+    with pytest.raises(UserError, match=r"a\.csv:3: person 1: the time is earlier than in the record at .*a\.csv:2;"):
         check_ins(tmp_path, text)
     with pytest.raises(UserError, match=r"a\.csv:5: person 1: the same time and place as the record at .*a\.csv:2;"):
         check_ins(tmp_path, text, "unsorted")
     repairs = Repairs(["unsorted", "duplicates"])
     found = read([str(tmp_path / "a.csv")], "checkins", repairs)
     assert [stay.place for stay in found.people["1"]] == [3, 2, 9]
-    assert repairs.lines() == ["1 record unsorted: put in the order of time", "1 record duplicates: left out"]
+    assert repairs.lines() == ["1 record unsorted: sorted by time", "1 record duplicates: left out"]
 
 
 def test_a_places_number_does_not_tell_when_it_was_seen_first(tmp_path: Path) -> None:
@@ -219,7 +217,7 @@ def test_a_night_between_two_files_is_part_of_a_stay_but_no_week(tmp_path: Path)
         ("400.1,116.3,0,1,1,2008-10-23,03:00:00", "unknown place: latitude '400.1'"),
         ("nan,116.3,0,1,1,2008-10-23,03:00:00", "unknown place"),
         ("39.9,116.3,0,1,1,2008-10-23,24:00:00", "the time is '2008-10-23', '24:00:00'"),
-        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time is before that of the point at"),
+        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time is earlier than in the point at"),
         ("39.9,116.3", "2 cells with commas"),
     ],
 )

@@ -95,7 +95,7 @@ def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     )
     for cut in ("", "0,1", "x" * 200_000):
         law.write_text(f"user_id,stay,best,chance\n{cut}")
-        with pytest.raises(UserError, match=r"law\.csv: not as generate\.py writes it"):
+        with pytest.raises(UserError, match=r"law\.csv: not written by generate\.py"):
             make_report(tmp_path, answers(tmp_path, answer.write(3)), law)
 
 
@@ -115,10 +115,10 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         tmp_path, 2 * text
     )
     last = text.splitlines()[0].replace("jsonl:48", "jsonl:99")
-    assert "test.jsonl: 49 rows were answered, but it has 48 of them" in refused(tmp_path, text + last)
+    assert "test.jsonl: the answers are for 49 rows, and it has only 48 of them" in refused(tmp_path, text + last)
     assert "answers.jsonl: no answers; evaluate with a scorer" in refused(tmp_path, "")
     assert "answers.jsonl:48: " in refused(tmp_path, text[:-20])
-    assert "answers.jsonl:1: no line of answers.jsonl" in refused(tmp_path, '{"origin": 3}\n')
+    assert "answers.jsonl:1: not a line of answers.jsonl" in refused(tmp_path, '{"origin": 3}\n')
     with pytest.raises(UserError, match=r"none\.jsonl: .*No such file"):
         make_report(tmp_path, tmp_path / "none.jsonl")
 

@@ -106,12 +106,12 @@ def test_a_row_with_turns(tmp_path: Path) -> None:
 
 
 def test_stays_that_are_not_ours_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"stays\.csv: not as prepare\.py writes it: .*No such file"):
+    with pytest.raises(UserError, match=r"stays\.csv: not written by prepare\.py, .*: .*No such file"):
         rows.read_stays(tmp_path)
     (tmp_path / "stays.csv").write_text("user,place\n1,2\n")
-    with pytest.raises(UserError, match=r"stays\.csv: not as prepare\.py writes it"):
+    with pytest.raises(UserError, match=r"stays\.csv: not written by prepare\.py"):
         rows.read_stays(tmp_path)
     for cut in ("1,2", "x" * 200_000):
         (tmp_path / "stays.csv").write_text(f"{','.join(rows.COLUMNS)}\n{cut}\n")
-        with pytest.raises(UserError, match=r"stays\.csv: not as prepare\.py writes it"):
+        with pytest.raises(UserError, match=r"stays\.csv: not written by prepare\.py"):
             rows.read_stays(tmp_path)

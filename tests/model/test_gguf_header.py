@@ -103,7 +103,7 @@ def test_a_tensor_lies_within_the_file(whole: bytes, tmp_path: Path, offset: int
 
 def refused_at_once(folder: Path, content: bytes, problem: str) -> None:
     begun = time.process_time()
-    with pytest.raises(UserError, match=r"model\.gguf is not a GGUF model that loads: ") as caught:
+    with pytest.raises(UserError, match=r"model\.gguf cannot be loaded as a GGUF model: ") as caught:
         obtain(folder, content)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -198,7 +198,7 @@ def test_an_attention_that_is_divided_by_what_the_file_does_not_say_is_refused(t
     file = small_gguf.write(tmp_path / "small.gguf", architecture=family, head=256)
     assert convert.check(file) == {}
     file = small_gguf.write(tmp_path / "27b.gguf", architecture=family, head=128)
-    with pytest.raises(UserError, match=r"27b\.gguf .* does not have the scale of its attention; name"):
+    with pytest.raises(UserError, match=r"27b\.gguf .* does not contain this model's attention scale; name"):
         convert.check(file)
 
 

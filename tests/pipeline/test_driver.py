@@ -49,7 +49,7 @@ def test_a_second_driver_leaves_and_says_who_works_on_the_run(config: Config) ->
     assert caught.value.exit_code == 75
     assert str(caught.value).startswith(f"run.name: 'mine' is already running (process {os.getpid()} on ")
     assert ", since 20" in str(caught.value)
-    assert "choose another run.name" in str(caught.value)
+    assert "set another run.name" in str(caught.value)
     with only_driver(config), only_driver(override(config, {"run.name": "another"})):
         pass
 
@@ -58,7 +58,7 @@ def test_who_has_lost_the_run_learns_it(config: Config) -> None:
     with only_driver(config) as mine:
         mine.check()
         take_over(config)
-        with pytest.raises(TakenOver, match=r"'mine' was taken over .*that process resumes the run") as caught:
+        with pytest.raises(TakenOver, match=r"'mine' was taken over .*the other process resumes the run") as caught:
             mine.check()
     assert caught.value.exit_code == 75
 
@@ -86,4 +86,4 @@ def test_a_storage_that_does_not_answer_for_a_while_ends_nothing_that_can_be_don
     assert caught.value.exit_code == 75
     told = str(caught.value)
     assert told.startswith("run.name: 'mine': its lock cannot be read: ")
-    assert told.endswith("is a directory; the same command resumes the run")
+    assert told.endswith("is a directory; run the same command again to resume")

@@ -171,7 +171,7 @@ def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(tmp_path: Path,
     done = project.finetune(project.write_config(tmp_path, project.settings(tmp_path, model)), "--dry-run")
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: data.eval.0: 2 of 32 rows cannot be used, more than data.max_rejected = 0.01")
-    remedy = "raise data.max_length (up to 75) or set data.too_long to drop_turns or cut, or allow so many with "
+    remedy = "raise data.max_length (up to 75) or set data.too_long to drop_turns or cut, or allow them with "
     assert done.stderr.endswith(f"{remedy}data.max_rejected=0.063\n")
     assert done.stderr.count("\n") == 1
 

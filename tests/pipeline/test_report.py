@@ -142,8 +142,8 @@ def test_an_early_stop_that_nothing_can_ask_for_is_told(tmp_path: Path) -> None:
 def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
     lines = plan_lines(tmp_path, ALL["mamba"], data__max_length=64)  # its code goes position by position
     assert [line for line in lines if "leaves out" in line] == [
-        "adapter.targets: all-linear leaves out 2 layers: layers whose weight the model's code takes for itself"
+        "adapter.targets: all-linear leaves out 2 layers: layers whose weight the model's code reads directly"
         " (for example backbone.layers.0.mixer.dt_proj)",
-        "adapter.targets: all-linear leaves out 2 layers: layers that PEFT takes no adapter for in such a model"
+        "adapter.targets: all-linear leaves out 2 layers: layers that PEFT does not adapt in such a model"
         " (for example backbone.layers.0.mixer.out_proj)",
     ]

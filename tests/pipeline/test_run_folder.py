@@ -72,7 +72,7 @@ def test_a_name_with_other_settings_is_refused(config: Config, field: str, value
     message = str(caught.value)
     assert message.startswith("run.name: 'mine' exists with other settings (")
     assert field in message
-    assert f"; use another run.name, remove run.name, or delete {config.folder()}" in message
+    assert f"; set another run.name, remove run.name, or delete {config.folder()}" in message
     assert load(RunFolder(config).settings) == config
 
 

@@ -101,7 +101,7 @@ def test_a_submitter_follows_the_job_of_its_name_and_ends_as_that_does(head: Hea
     with submitter() as first:
         assert first_lines(first) == ["job night: submitted\n", "began\n"]
         with submitter() as second:  # the first was evicted, say
-            assert first_lines(second) == ["job night: runs already, its log follows\n", "began\n"]
+            assert first_lines(second) == ["job night: already running; its log follows\n", "began\n"]
             go.touch()
             assert (first.wait(60), second.wait(60)) == (75, 75)
     with submitter() as third:  # after an end there is another job
@@ -161,7 +161,7 @@ def submit(environment: dict[str, str], name: str, *words: str) -> tuple[int, li
 def test_a_submitter_says_later_for_a_job_that_was_killed_and_for_a_head_that_is_not_there(head: Head) -> None:
     code, lines = submit(head.submitter, "killed", "bash", "-c", "kill -9 $$")
     assert code == 75
-    assert lines[-1].startswith("error: job killed: killed, without its own exit code: ")
+    assert lines[-1].startswith("error: job killed: killed, without an exit code: ")
     code, lines = submit({**head.submitter, "RAY_ADDRESS": "http://127.0.0.1:1"}, "night", "true")
     assert (code, len(lines)) == (75, 1)
     assert lines[0].startswith("error: RAY_ADDRESS=http://127.0.0.1:1: Ray's dashboard does not answer: ")

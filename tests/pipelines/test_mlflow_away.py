@@ -24,7 +24,7 @@ def test_a_run_ends_without_its_server_and_is_logged_later(tiny_model: Path, cor
         assert "MLflow does not answer" in away.stderr
         last = away.stderr.strip().splitlines()[-1]
         assert last.startswith("error: tracking.uri=")
-        assert last.endswith("run the same command again when it is reachable, to finish logging and registration")
+        assert last.endswith("once MLflow answers, run the same command again to finish logging and registration")
         folder = corpus / "runs" / "small"
         assert (folder / "export" / "merged" / "model.safetensors").is_file()
         assert not (folder / "result.json").exists()

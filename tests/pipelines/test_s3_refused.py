@@ -37,7 +37,7 @@ def test_a_bucket_that_is_not_there(s3_server: Server, bucket: str, corpus: Path
 
 def test_a_dead_server(bucket: str, corpus: Path) -> None:
     done = command("finetune.py", corpus, bucket, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{dead_port()}"})
-    assert line(done, 75).startswith(f"error: run.storage: {bucket}: the store at http://127.0.0.1:")
+    assert line(done, 75).startswith(f"error: run.storage: {bucket}: the object store at http://127.0.0.1:")
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(con
     found, said = made(drawn, champion)
     assert "warning: data.eval_fraction: the champion, version 1, may have been trained on rows" in said
     assert "the gate uses only the held-out rows of 2 unchanged files" in said
-    assert "is not continued, it may have been trained on rows that are held out now" in said
+    assert "is not continued, because it may have been trained on rows that are held out now" in said
     assert found.config.train.start is None, "what it has seen does not pass on to its child"
     for changed in ({"run.seed": 5}, {"data.eval_fraction": 0.3}):
         with pytest.raises(UserError, match=r"run\.seed or the fraction has changed .* set data\.eval, or add files"):
@@ -263,8 +263,8 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config:
     cases = [
         (config, good, "there is no new file"),
         (config, other, "it has another base model"),
-        (config, lost, "has no checkpoint of it"),
-        (config, foreign, "does not know its training files"),
+        (config, lost, "has no checkpoint"),
+        (config, foreign, "its training files are not recorded in"),
         (wider, good, "its adapter has other settings"),
     ]
     for settings, champion, why in cases:
@@ -289,7 +289,7 @@ def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config: C
             made(chosen, champion)
         assert str(caught.value) == (
             "data.train: 29 rows, but the champion, version 1, had 60: more than the share retrain.may_shrink=0.5 is"
-            " missing; restore the files or, if this is right, run once with retrain.may_shrink=1"
+            " missing; restore the files or, if this is intended, run once with retrain.may_shrink=1"
         )
     made(override(config, {"retrain.may_shrink": 1}), champion)
     made(config, known)  # a version of an older release

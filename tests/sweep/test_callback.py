@@ -9,8 +9,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.sweep import record, search_folder
 from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.search_folder import Progress
-from olora_ray.sweep.space import Space, trial_name
-from olora_ray.sweep.spec import ENDED, NUMBER, trial_place
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import ENDED, NUMBER, trial_name, trial_path
 from olora_ray.sweep.tuner import SweepCallback
 from tests.said import said
 
@@ -38,7 +38,7 @@ def search(folder: Path, **tree: Any) -> SweepCallback:
 
 def ends(watch: SweepCallback, number: int, *values: float) -> None:
     """Let a trial measure these values in turn, and finish."""
-    kept = TrialFile(trial_place(watch.folder, number), TrialRecord(number, {}, "unfinished"), watch.space.better())
+    kept = TrialFile(trial_path(watch.folder, number), TrialRecord(number, {}, "unfinished"), watch.space.better())
     for place, value in enumerate(values, 1):
         kept.measured(4 * place, value)
     kept.ended("finished")
@@ -81,7 +81,7 @@ def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) 
 def test_a_storage_that_fails_costs_a_value_in_a_line_alone(tmp_path: Path) -> None:
     """Tune would count an error of the callback as a failure of the trial."""
     watch = search(tmp_path)
-    Path(trial_place(watch.folder, 1), "trial.json").mkdir(parents=True)  # a folder in place of the file cannot be read
+    Path(trial_path(watch.folder, 1), "trial.json").mkdir(parents=True)  # a folder in place of the file cannot be read
     with said() as lines:
         watch.on_trial_complete(0, [], Trial(1))
     assert lines == ["trial 1 finished; 1 of 16 trials have ended"]

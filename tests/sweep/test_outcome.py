@@ -19,8 +19,8 @@ from olora_ray.sweep import outcome, run, search_folder, tuner
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.report import text
 from olora_ray.sweep.search_folder import Progress
-from olora_ray.sweep.space import Space, trial_name
-from olora_ray.sweep.spec import SweepSpec
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import SweepSpec, trial_name
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny

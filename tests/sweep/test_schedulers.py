@@ -13,8 +13,8 @@ from ray.tune.schedulers import TrialScheduler
 from olora_ray.config.load import override
 from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.schedulers import Halving, Median, Population, scheduler
-from olora_ray.sweep.space import Space, trial_name
-from olora_ray.sweep.spec import NUMBER, PROGRESS, WHOLE, trial_place
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import NUMBER, PROGRESS, WHOLE, trial_name, trial_path
 from tests import tiny
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
@@ -137,7 +137,7 @@ def test_the_median_is_that_of_trials_that_are_as_far(tmp_path: Path) -> None:
 def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path: Path, kind: str) -> None:
     """Tune does not save schedulers: without the records, the first trial after a restart had no rival."""
     for number in range(4):
-        kept = TrialFile(trial_place(str(tmp_path), number), TrialRecord(number, {}, "unfinished", total=60), "min")
+        kept = TrialFile(trial_path(str(tmp_path), number), TrialRecord(number, {}, "unfinished", total=60), "min")
         for step in (0, 10, 20, 30, 40):
             kept.measured(step, 1.0)
     made, controller = asha(tmp_path, 60, kind=kind), Controller([])

@@ -145,14 +145,14 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     # Values that YAML allows and a field does not.
     "nan listed": (
         of({"choice": [1e-3, math.nan]}),
-        "search.train.lr: train.lr: input should be a finite number (got nan)",
+        "search.train.lr: train.lr: input should be a finite number or 'auto' (got nan)",
     ),
     "infinity in a grid": (of({"grid": [math.inf]}), "search.train.lr: grid: inf is out of range"),
     "range of the whole line": (of({"uniform": [-1.7e308, 1.7e308]}), "uniform: -1.7e+308 is out of range"),
     "true as an end": (of({"uniform": [0, True]}), "search.train.lr.uniform: expected a number, not true"),
     "a number as a text": (
         of({"choice": ["8", "32"]}, "adapter.rank"),
-        "search.adapter.rank: '8' is a text; write 8 without quotes",
+        "search.adapter.rank: '8' is text; write 8 without quotes",
     ),
     "twice": (of({"choice": [8, 16, 8]}, "adapter.rank"), "search.adapter.rank: choice has 8 twice"),
     "twice, as another type": (of({"grid": [8, 8.0]}, "adapter.rank"), "search.adapter.rank: grid has 8.0 twice"),

@@ -20,8 +20,8 @@ from olora_ray.sweep import run as search_run
 from olora_ray.sweep import trial as trials
 from olora_ray.sweep import tuner
 from olora_ray.sweep.record import TrialFile, TrialRecord, read, read_all
-from olora_ray.sweep.space import Space, trial_name
-from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_place
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name, trial_path
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 from olora_ray.sweep.tuner import SearchTrial, SweepCallback
 from olora_ray.tracking.start import resolve_uri
@@ -48,7 +48,7 @@ def test_the_trials_of_a_search_with_a_long_name_have_names(tmp_path: Path) -> N
 def record_of(search: SweepSpec, number: int = 1, **changes: Any) -> TrialFile:
     """Return the trial.json of a trial with this rate."""
     return TrialFile(
-        trial_place(search.folder, number), TrialRecord(number, {"train.lr": 1e-3}, "unfinished", **changes), "min"
+        trial_path(search.folder, number), TrialRecord(number, {"train.lr": 1e-3}, "unfinished", **changes), "min"
     )
 
 
@@ -174,7 +174,7 @@ def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(tmp_path:
     first = record_of(search := spec(tmp_path))
     for step, value in ((1, 0.5), (2, 0.6)):
         first.measured(step, value)
-    Path(trial_place(search.folder, 1), "checkpoints", "step-0000001").mkdir(parents=True)
+    Path(trial_path(search.folder, 1), "checkpoints", "step-0000001").mkdir(parents=True)
     training.result, training.losses = None, {2: 0.7}
     second = TrialRun(search, 1, {"train.lr": 1e-3})
     assert [second.next(), second.next()] == [Measured(2, 0.7), Ended("finished")]
@@ -199,7 +199,7 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
     assert read_all(search.folder)[1].params == {"train.lr": rate}
     log = Path(second.folder.root, "log.txt")
     assert log.exists() != kept
-    assert kept or "starts again: train.lr was 0.001, is 0.002" in log.read_text()
+    assert kept or "the trial restarts: train.lr was 0.001, is 0.002" in log.read_text()
 
 
 def test_trials_are_tracked_where_the_search_is_wherever_they_run(
@@ -256,7 +256,7 @@ def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path, changes:
     kept.measured(2, 0.5)
     with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
         again(search)
-    assert read(trial_place(search.folder, 0)) == kept.record
+    assert read(trial_path(search.folder, 0)) == kept.record
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])

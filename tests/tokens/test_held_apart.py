@@ -21,7 +21,7 @@ def prepared(config: Config, spec: TokenizerSpec) -> str:
     held_out = begin(config, spec, "eval")
     held_out.run()
     build = begin(config, spec, "train")
-    build.hold_apart(held_out)
+    build.check_against(held_out)
     with said() as lines, contextlib.suppress(UserError):
         build.run()
         return " ".join(line for line in lines if "training rows too" in line)

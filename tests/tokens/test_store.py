@@ -191,7 +191,7 @@ def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path,
         f" (broken_json 1, empty_answer 4, too_long 1); {path}:"
     )
     assert message.count(f"{path}:") == 3
-    assert message.endswith("; fix or remove them, or allow so many with data.max_rejected=0.063")
+    assert message.endswith("; fix or remove them, or allow them with data.max_rejected=0.063")
     [listed] = (tmp_path / "runs/tokens").glob("*/rejected.jsonl")
     entries = [json.loads(line) for line in listed.read_text().splitlines()]
     assert {(entry["line"], entry["reason"]) for entry in entries} == {

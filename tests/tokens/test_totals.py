@@ -25,8 +25,8 @@ from tests.tokens.helpers import chat, rows
 )
 def test_the_share_of_the_rows_or_a_single_one_may_be_rejected(share: float, count: int, allowed: int) -> None:
     limits = Limits("data.train", share)
-    assert not limits.passed({"too_long": allowed}, count)
-    assert limits.passed({"too_long": allowed + 1}, count)
+    assert not limits.exceeded({"too_long": allowed}, count)
+    assert limits.exceeded({"too_long": allowed + 1}, count)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 1.0])
@@ -65,7 +65,7 @@ def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     with pytest.raises(UserError) as caught:
         prepare(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
     told = str(caught.value)
-    longer = "; raise data.max_length (up to 222) or set data.too_long to drop_turns or cut, or allow so many with "
+    longer = "; raise data.max_length (up to 222) or set data.too_long to drop_turns or cut, or allow them with "
     assert longer in told
     share = float(told.split("data.max_rejected=")[1])
     for data in ({"max_rejected": share}, {"max_length": 222, "max_rejected": 0.0}):
@@ -89,7 +89,7 @@ def test_the_remedy_is_that_of_the_most_frequent_reason() -> None:
 def test_the_share_that_is_offered_is_short_and_large_enough(bad: int, count: int, share: str) -> None:
     told = remedy({"no_answer": bad}, count, "x")
     assert told.endswith(f"data.max_rejected={share}")
-    assert not Limits("x", float(share)).passed({"no_answer": bad}, count)
+    assert not Limits("x", float(share)).exceeded({"no_answer": bad}, count)
 
 
 def test_the_place_of_the_rejected_rows_is_told_whether_or_not_they_stop_the_run(

@@ -89,6 +89,8 @@ def test_the_figures_of_a_small_tree(tmp_path: Path) -> None:
         "olora_ray/b/three.py": "from olora_ray.a import two\n",
         "olora_ray/b/__init__.py": "\n",
         "tests/test_a.py": test,
+        "docs/page.md": "# A page\n",
+        "docs/generated/table.md": "left out\n",
     }
     assert measure_code.figures(Tree(write(tmp_path, files))) == {
         "lines of code in the package": 7,
@@ -103,5 +105,7 @@ def test_the_figures_of_a_small_tree(tmp_path: Path) -> None:
         "private names in tests": 1,
         "lines of tests": 3,
         "lines of README": 0,
+        "words of docs": 3,
+        "docstrings": 1,
         "lines of comments": 1,
     }

@@ -99,7 +99,7 @@ def test_a_run_that_was_made_longer_has_a_version_of_each_length(tracker: run.Tr
     assert numbers == [1, 1, 2, 2]
     aliases = Aliases(tracker.uri, "longer")
     assert aliases.current() == {"candidate": "2"}
-    assert len({aliases.place(number) for number in "12"}) == 2
+    assert len({aliases.files_uri(number) for number in "12"}) == 2
     assert [aliases.version(number).tags[checksums.SETTINGS] for number in "12"] == ["six steps", "ten steps"]
 
 

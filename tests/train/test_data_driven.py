@@ -205,7 +205,10 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest
     assert about.agreement is not None
     mean, least = about.agreement
     assert 0 < least <= mean < 0.99
-    assert f"half of them give {mean:.0%} of the same space (at least {least:.0%})" in about.line("eva")
+    assert (
+        f"half of the tokens give {mean:.0%} of the same directions (at least {least:.0%} in each layer)"
+        in about.line("eva")
+    )
     monkeypatch.setattr(data_driven, "AGREEMENT", least / 2)
     early, _, sooner = make(init_tokens=128)
     assert sooner.tokens == 64

@@ -183,8 +183,8 @@ fractions = st.floats(0.0, 0.99)
 
 @given(schedules, fractions, st.integers(1, 300))
 def test_the_learning_rate_rises_to_its_peak_and_then_never_again(schedule: str, warmup: float, steps: int) -> None:
-    config = Train.model_validate({"schedule": schedule, "warmup": warmup, "lr": 0.1})
-    rates = [lr_at(step, steps, config) for step in range(steps)]
+    config = Train.model_validate({"schedule": schedule, "warmup": warmup})
+    rates = [lr_at(step, steps, config, 0.1) for step in range(steps)]
     peak = min(round(warmup * steps), steps - 1)
     assert all(0.0 < rate <= 0.1 for rate in rates)  # no step is wasted
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
@@ -196,7 +196,7 @@ def test_the_learning_rate_rises_to_its_peak_and_then_never_again(schedule: str,
 @given(st.floats(0.0, 0.9), st.integers(10, 300))
 def test_the_ends_of_the_schedules(warmup: float, steps: int) -> None:
     def rate(schedule: str, step: int) -> float:
-        return lr_at(step, steps, Train.model_validate({"schedule": schedule, "warmup": warmup, "lr": 0.1}))
+        return lr_at(step, steps, Train.model_validate({"schedule": schedule, "warmup": warmup}), 0.1)
 
     assert rate("cosine", steps) == pytest.approx(0.0, abs=1e-12)
     assert rate("linear", steps) == pytest.approx(0.0, abs=1e-12)
@@ -205,13 +205,13 @@ def test_the_ends_of_the_schedules(warmup: float, steps: int) -> None:
 
 def test_the_middle_of_the_schedules() -> None:
     def middle(schedule: str) -> float:
-        return lr_at(60, 100, Train.model_validate({"schedule": schedule, "warmup": 0.2, "lr": 0.1}))
+        return lr_at(60, 100, Train.model_validate({"schedule": schedule, "warmup": 0.2}), 0.1)
 
     assert middle("linear") == pytest.approx(0.05)
     assert middle("cosine") == pytest.approx(0.05)
-    assert lr_at(40, 100, Train(warmup=0.2, lr=0.1)) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))
+    assert lr_at(40, 100, Train(warmup=0.2), 0.1) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))
 
 
 def test_warm_up_is_linear() -> None:
-    config = Train(warmup=0.1, lr=0.11)
-    assert [lr_at(step, 100, config) for step in range(10)] == pytest.approx([0.01 * (i + 1) for i in range(10)])
+    config = Train(warmup=0.1)
+    assert [lr_at(step, 100, config, 0.11) for step in range(10)] == pytest.approx([0.01 * (i + 1) for i in range(10)])

@@ -103,7 +103,7 @@ def test_a_base_is_packed_where_a_node_can_keep_nothing(tmp_path: Path, node: Pa
     (node / "packed").touch()
     with said() as lines:
         assert_same_tensors(expected, loaded(tmp_path / "one", "fp8"))
-    assert "quantization: the packed base cannot be cached on this node: File exists" in lines
+    assert "quantization: the packed base model cannot be cached on this node: File exists" in lines
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)

@@ -78,7 +78,7 @@ def test_rates_rise_and_then_fall_with_the_data(train: Train, sizes: list[int]) 
 @given(trains, st.integers(1, 30))
 def test_with_one_shard_or_steps_the_rates_are_those_of_the_steps(train: Train, packs: int) -> None:
     total = total_steps(train, packs)
-    expected = [lr_at(step, total, train) for step in range(total)]
+    expected = [lr_at(step, total, train, 0.1) for step in range(total)]
     assert run(Schedule(train, store([packs]))) == expected
     if train.steps:
         assert run(Schedule(train, store([packs, 3, packs]))) == expected
@@ -92,7 +92,7 @@ def test_with_equal_shards_the_rates_are_those_of_the_steps_after_the_warm_up(
     train = Train.model_validate({"epochs": epochs, "global_batch": 2, "schedule": kind, "warmup": 0.1, "lr": 1.0})
     rates = run(Schedule(train, store([20] * shards)))
     warm = len(rates) // 10
-    expected = [lr_at(step, len(rates), train) for step in range(len(rates))]
+    expected = [lr_at(step, len(rates), train, 1.0) for step in range(len(rates))]
     assert rates[warm:] == pytest.approx(expected[warm:])
     assert rates[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
 
@@ -114,10 +114,17 @@ def test_what_is_not_certain_is_waited_for_and_may_be_given_up() -> None:
         assert (number, shards) == (1, 3)
         raise ValueError("no more")
 
-    schedule = Schedule(Train(global_batch=4), store([9, 5, 4], arrived=1), give_up)
+    schedule = Schedule(Train(global_batch=4, lr=0.1), store([9, 5, 4], arrived=1), give_up)
     for ask in (lambda: schedule.last(3), lambda: schedule.lr(2)):
         with pytest.raises(ValueError, match="no more"):
             ask()
     growing = store([9, 5, 4], arrived=1)
     threading.Timer(0.05, lambda: setattr(growing, "arrived", 3)).start()
     assert Schedule(Train(global_batch=4), growing).last(5)
+
+
+def test_an_automatic_rate_and_a_factor_decide_the_peak() -> None:
+    automatic = Schedule(Train(lr="auto", lr_factor=2.0, warmup=0.0), store([9]), auto=0.1)
+    assert automatic.lr(0) == 0.2
+    fixed = Schedule(Train(lr=0.3, lr_factor=0.5, warmup=0.0), store([9]), auto=0.1)
+    assert fixed.lr(0) == 0.15

@@ -300,7 +300,7 @@ def test_a_base_that_cannot_be_read_by_rows_is_loaded_whole(
 ) -> None:
     build(tmp_path)
     (whole, _), (sharded, other) = (crew(2).run(trained, tmp_path, strategy) for strategy in ("ddp", "fsdp"))
-    assert sharded.lines == [f"fsdp: each worker loads the whole base before sharding it, because {why}"]
+    assert sharded.lines == [f"fsdp: each worker loads the complete base model before sharding it, because {why}"]
     assert not sharded.by_rows
     for one in (sharded, other):
         assert_same(one, whole)

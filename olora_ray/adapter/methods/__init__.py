@@ -1,6 +1,6 @@
 """The methods: one file per method, in the terms of method.py."""
 
-from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, orthogonal, pissa
+from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, olora_even, orthogonal, pissa
 from olora_ray.adapter.methods.eva import Components as Components
 from olora_ray.adapter.methods.eva import overlap as overlap
 from olora_ray.adapter.methods.eva import principal as principal
@@ -12,6 +12,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         olora.METHOD,
+        olora_even.METHOD,
         lora.METHOD,
         pissa.METHOD,
         pissa.FAST,

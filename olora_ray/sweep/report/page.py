@@ -157,7 +157,7 @@ def _cards(record: SearchRecord) -> str:
         params = [(name, text.value(item)) for name, item in best.params.items()]
         way = "lowest" if record.mode == "min" else "highest"
         others = any(trial.measured() and trial.status == "failed" != best.status for trial in record.trials)
-        of = " of those that did not fail" if others else ""
+        of = " among the trials that did not fail" if others else ""
         left = (
             f'<div class="label">{way} {escape(record.metric)}{of}, trial {best.number}</div>'
             f'<div class="value">{escape(text.number(best.value, 5))}</div>{terms(params)}'

@@ -137,7 +137,7 @@ def spread(record: SearchRecord) -> str:
     # Another seed moves a loss by about 0.5%. So values that near to the best count as equally good.
     near = sum(abs(value - values[0]) <= 0.005 * abs(values[0]) for value in values[1:])
     low, high = numbers([min(values), max(values)])
-    far = "within 0.5% of the best (another seed can move a value as far)"
+    far = "within 0.5% of the best (another seed can change a value by as much)"
     return (
         f"{low} .. {high} over the top {len(values)}, standard deviation {number(pstdev(values), 2)};"
         f" {_count(near, len(values) - 1)} of the other {len(values) - 1} {far}"
@@ -199,7 +199,7 @@ def _start(record: SearchRecord) -> str:
     if spared:
         parts.append(
             f"{duration(median(spared))} of preparation and initialisation saved per trial,"
-            f" {duration(sum(spared))} in all"
+            f" {duration(sum(spared))} in total"
         )
     return "; ".join(parts)
 

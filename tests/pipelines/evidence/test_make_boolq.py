@@ -93,7 +93,7 @@ def test_what_a_constant_answer_reaches(script: Script, answers: list[str], shar
         ([], "argument --heldout 448: only 60 rows are left"),
         (["--heldout", "20"], "argument --rows 1024: only 3"),
         (["--seed", "-7"], "argument --seed: expected a whole number from 1, not '-7'"),
-        (["more"], "argument more: not known"),
+        (["more"], "argument more: unknown"),
     ],
 )
 def test_a_mistake_is_one_line(make: Make, arguments: list[str], message: str) -> None:

@@ -109,7 +109,7 @@ def test_a_wrong_sign_of_the_packages_verifier_is_counted(make: Make, tmp_path: 
         (["--rows", "none"], "argument --rows: expected a whole number from 1, not 'none'"),
         (["--split-by", "names"], "argument --split-by: expected questions or templates, not 'names'"),
         (["--row", "1"], "argument --row: unknown; did you mean --rows"),
-        (["rows.jsonl"], "argument rows.jsonl: not known"),
+        (["rows.jsonl"], "argument rows.jsonl: unknown"),
         (["--longest", "10"], "argument --heldout 448: only 0 rows are left; ask for fewer, or set --longest"),
     ],
 )

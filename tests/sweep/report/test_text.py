@@ -83,7 +83,7 @@ def test_stopped_trials_do_not_widen_the_spread() -> None:
 
 def test_ends_and_spared_seconds() -> None:
     assert said(realistic())["trials"] == "12 in 10 min 12 s: 8 finished, 3 stopped, 1 failed"
-    assert "38 s of preparation and initialisation saved per trial, 7 min 04 s in all" in said(realistic())["start"]
+    assert "38 s of preparation and initialisation saved per trial, 7 min 04 s in total" in said(realistic())["start"]
     assert "start" not in said(ODD["one trial"])
 
 

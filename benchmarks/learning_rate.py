@@ -1,0 +1,216 @@
+"""The learning rate that `train.lr: auto` chooses, beside the tuned one, for methods, ranks and scales.
+
+A cell is a method with a rank and an alpha on a task. It is trained at the automatic rate and at rates by factors of 2
+around it, until the best one has a worse neighbour on both sides. The tuned rate is the vertex of the parabola in log
+lr through the best rate and its neighbours. All trainings of a task see the same rows in the same order, without Ray,
+one after the other, on one thread. Each is appended to a file when it ends. Run several commands with other cells side
+by side; the same command resumes.
+
+    python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning
+    python benchmarks/learning_rate.py [reasoning] [json] [--methods lora,olora] [--ranks 16] [--alphas 1,2]
+    python benchmarks/learning_rate.py table         what has been trained so far
+
+SmolLM2-135M-Instruct, dequantised from Q4_1, in float32; 20 steps of 8 rows; loss on 64 held-out rows.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from common import MODEL, MemoryStore, config, machine, model_folder, table
+from transformers import AutoTokenizer
+
+from olora_ray.adapter.initialise import at_scale
+from olora_ray.adapter.inject import find_targets, inject, remove
+from olora_ray.adapter.methods import METHODS
+from olora_ray.config.schema import Config
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import Pack
+from olora_ray.train import first_step
+from olora_ray.train.data_driven import new_factors
+from olora_ray.train.loader import Schedule, StepLoader
+from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.parallel import load_frozen
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = {"reasoning": ROOT / "build" / "evidence" / "reasoning", "json": ROOT / "pipelines" / "quickstart"}
+STEPS, BATCH, HELD_OUT, SEED = 20, 8, 64, 17
+MOST = 7
+"""Trainings per cell."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Cell:
+    task: str
+    method: str
+    rank: int
+    alpha: float
+
+    def settings(self, lr: float = 1.0) -> Config:
+        return config(
+            "unused",
+            {"name": "unused", "dtype": "float32"},
+            adapter={"method": self.method, "rank": self.rank, "alpha": self.alpha},
+            train={"global_batch": BATCH, "micro_batch": 4, "steps": STEPS, "lr": lr},
+            cluster={"workers": 1},
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", help="reasoning, json (default: both), or table", default=[*TASKS])
+    parser.add_argument("--methods", default="lora,olora,olora_even,pissa,nora")
+    parser.add_argument("--ranks", default="4,16,64")
+    parser.add_argument("--alphas", default="1,2", help="alpha divided by rank")
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "learning_rate.jsonl")
+    parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.tasks != ["table"]:
+        train(args)
+    print(machine())
+    print(shown(read(args.results)))
+
+
+def train(args: argparse.Namespace) -> None:
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    folder = model_folder(MODEL, args.storage)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    loss: Any = SupervisedLoss(load_frozen(folder, Cell("", "lora", 1, 1).settings().model, CPU))
+    for task in args.tasks:
+        rows, held_out = (store(tokenizer, task, split, count) for split, count in SPLITS.items())
+        for rank in map(int, args.ranks.split(",")):
+            for factor in map(float, args.alphas.split(",")):
+                for method in args.methods.split(","):
+                    tune(Cell(task, method, rank, factor * rank), loss, rows, held_out, args.results)
+
+
+SPLITS = {"train": STEPS * BATCH, "heldout": HELD_OUT}
+
+
+def store(tokenizer: Any, task: str, split: str, count: int) -> Any:
+    """The first rows of a task, one per sequence; the answer and its end are supervised."""
+    packs = []
+    with (TASKS[task] / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        for row, _ in zip(map(json.loads, lines), range(count), strict=False):
+            chat = row.get("messages") or [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+            whole = tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n")
+            asked = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+            prompt, answer = (
+                tokenizer(text, add_special_tokens=False).input_ids for text in (asked, whole[len(asked) :])
+            )
+            ids = np.array(prompt + answer)
+            packs.append(Pack(ids, np.arange(len(ids)) >= len(prompt), (len(ids),)))
+    return HeldOut(packs)
+
+
+class HeldOut(MemoryStore):
+    @property
+    def manifest(self) -> Any:
+        return SimpleNamespace(supervised=sum(int(pack.supervised.sum()) for pack in self))
+
+
+def tune(cell: Cell, loss: Any, rows: Any, held_out: Any, results: Path) -> None:
+    """Train a cell at rates around the automatic one, as far as they are not in the results."""
+    while (power := following({each["power"]: each["loss"] for each in read(results).get(cell, [])})) is not None:
+        trainer, auto = start(cell, loss, rows, 2.0**power)
+        attention = loss.model.config._attn_implementation
+        loader = StepLoader(rows, trainer.config.train, SEED, attention)
+        try:
+            for _ in trainer.steps(loader, 0, Schedule(trainer.config.train, rows)):
+                pass
+            found = evaluate(trainer, held_out, attention)
+        except Exception as error:  # diverged
+            print(error)
+            found = math.inf
+        line = {**vars(cell), "auto": auto, "power": power, "loss": found if math.isfinite(found) else None}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{cell} lr {auto * 2.0**power:.2e} ({2.0**power:g} x auto): {found:.4f}", flush=True)
+
+
+def start(cell: Cell, loss: Any, rows: Any, factor: float) -> tuple[Trainer, float]:
+    """A training at `factor` times the automatic rate, and that rate."""
+    remove(loss.model)
+    settings = cell.settings()
+    targets = find_targets(loss.model, "all-linear", cell.rank)
+    factors, *_ = new_factors(loss, targets, settings, rows, CPU)
+    adapted = inject(loss.model, at_scale(factors, settings.adapter), settings.adapter.scale())
+    batch = collate(rows[:4], loss.model.config._attn_implementation)
+    moves = first_step.moves(loss, adapted, batch)
+    if METHODS[cell.method].even:
+        moves = first_step.even(adapted, moves)
+    auto = first_step.best_rate(moves, settings.adapter.scale())
+    return Trainer(loss, adapted, cell.settings(auto * factor), CPU), auto
+
+
+def following(losses: dict[int, float | None]) -> int | None:
+    """The next power of 2 to try; None once the best has worse neighbours on both sides, or there are too many."""
+    for power in (0, 1, -1):
+        if power not in losses:
+            return power
+    best = min(losses, key=lambda power: _number(losses[power]))
+    missing = [power for power in (best + 1, best - 1) if power not in losses]
+    return missing[0] if missing and len(losses) < MOST else None
+
+
+def _number(loss: float | None) -> float:
+    return math.inf if loss is None else loss
+
+
+def vertex(losses: dict[int, float | None]) -> tuple[float, float]:
+    """(log2 of the tuned rate / the automatic one, its loss) from the best rate and its neighbours."""
+    best = min(losses, key=lambda power: _number(losses[power]))
+    low, here, high = (_number(losses.get(power)) for power in (best - 1, best, best + 1))
+    bend = low - 2 * here + high
+    if not math.isfinite(bend) or bend <= 0:
+        return float(best), here
+    offset = (low - high) / (2 * bend)
+    return best + offset, here - bend * offset**2 / 2
+
+
+def read(results: Path) -> dict[Cell, list[dict[str, Any]]]:
+    """The trainings of each cell."""
+    found: dict[Cell, list[dict[str, Any]]] = {}
+    if results.exists():
+        for line in results.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            found.setdefault(Cell(row["task"], row["method"], row["rank"], row["alpha"]), []).append(row)
+    return found
+
+
+def shown(cells: dict[Cell, list[dict[str, Any]]]) -> str:
+    """A row per cell, and how many are within the bounds."""
+    rows, near, close = [], 0, 0
+    for cell, trained in cells.items():
+        losses = {each["power"]: each["loss"] for each in trained}
+        if following(losses) is not None:
+            continue
+        power, loss = vertex(losses)
+        more = _number(losses[0]) - loss
+        near, close = near + (abs(power) <= 1), close + (more <= 0.02)
+        auto = trained[0]["auto"]
+        rows.append(
+            (
+                *(cell.task, cell.method, str(cell.rank), f"{cell.alpha:g}", f"{auto:.1e}", f"{auto * 2**power:.1e}"),
+                *(f"{2**-power:.2f}", f"{loss:.4f}", f"+{more:.4f}"),
+            )
+        )
+    header = ("task", "method", "rank", "alpha", "auto", "tuned", "auto / tuned", "loss, tuned", "loss, auto")
+    summary = f"{near} of {len(rows)} cells within a factor of 2, {close} within 0.02 nats of the tuned loss"
+    return f"{table(header, rows)}\n\n{summary}"
+
+
+if __name__ == "__main__":
+    main()

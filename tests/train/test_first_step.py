@@ -1,0 +1,96 @@
+"""The first step of Adam: what is predicted of it, and what is made even by it."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.adapter.initialise import at_scale, initialise, options_of
+from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.tokens.collate import Batch, collate
+from olora_ray.train import first_step
+from olora_ray.train.loop import Trainer
+from olora_ray.train.loss import SupervisedLoss, watched
+from tests import tiny
+
+
+def trainer(method: str, **changes: Any) -> Trainer:
+    config = tiny.config(adapter__method=method, **changes)
+    model = tiny.llama(attention="segments")
+    targets = find_targets(model, config.adapter.targets, config.adapter.rank)
+    factors, _ = initialise(targets, method, config.adapter.rank, 3, torch.device("cpu"), options_of(config.adapter))
+    adapted = inject(model, at_scale(factors, config.adapter), config.adapter.scale())
+    return Trainer(SupervisedLoss(model), adapted, config, torch.device("cpu"))
+
+
+def batch(seed: int = 0) -> Batch:
+    return collate([tiny.pack(20, 15, seed=seed), tiny.pack(30, seed=seed + 1)], "segments")
+
+
+def outputs(found: Trainer, x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The output of each adapted layer for the inputs that it had in the base model."""
+    return {name: found.loss.model.get_submodule(name)(x[name]).detach().clone() for name in x}
+
+
+@pytest.mark.parametrize("method", ["lora", "olora", "olora_even", "pissa"])
+def test_a_step_of_adam_moves_each_layer_as_far_as_is_predicted(method: str) -> None:
+    one, inputs = trainer(method), dict[str, torch.Tensor]()
+    modules = {name: one.loss.model.get_submodule(name) for name in one.adapted}
+    with watched(modules, lambda name, x, _: inputs.update({name: x.detach().clone()})):
+        one.loss(batch())
+    predicted = first_step.moves(one.loss, one.adapted, batch())
+    before = outputs(one, inputs)
+    lr = 1e-6
+    one.loss(batch()).backward()
+    one.optimizer.step(lr, norm=0.0)
+    for name, after in outputs(one, inputs).items():
+        moved = (after - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
+        # Both paths at once: no more than their sum, and about their hypotenuse where they are independent.
+        assert (
+            0.5 * predicted[name].size < float(moved) / (lr * one.config.adapter.scale()) < 1.45 * predicted[name].size
+        )
+        if method == "lora":
+            assert float(moved) == pytest.approx(lr * one.config.adapter.scale() * predicted[name].size, rel=0.02)
+
+
+def test_evened_layers_move_as_far_as_plain_loras_and_start_as_the_base() -> None:
+    base = trainer("lora").loss(batch()).item()
+    one = trainer("olora_even")
+    uneven = first_step.moves(one.loss, one.adapted, batch())
+    promised = first_step.even(one.adapted, uneven)
+    measured = first_step.moves(one.loss, one.adapted, batch())
+    for name, move in measured.items():
+        assert move.size == pytest.approx(move.lora, rel=1e-3)
+        assert (move.a, move.b) == (
+            pytest.approx(promised[name].a, rel=1e-3),
+            pytest.approx(promised[name].b, rel=1e-3),
+        )
+    assert one.loss(batch()).item() == base
+
+
+def test_other_rows_find_about_the_same_moves() -> None:
+    one = trainer("olora_even")
+    first_step.even(one.adapted, first_step.moves(one.loss, one.adapted, batch()))
+    others = [move.size / move.lora for move in first_step.moves(one.loss, one.adapted, batch(7)).values()]
+    assert max(others) / min(others) < 2
+
+
+def test_measuring_leaves_the_gradients_of_the_training_alone() -> None:
+    one = trainer("olora")
+    first_step.moves(one.loss, one.adapted, batch())
+    assert not one.flat.grad.any()
+    one.loss(batch()).backward()
+    assert one.flat.grad.any()
+
+
+@pytest.mark.parametrize("method", ["lora", "olora"])
+def test_the_rate_makes_the_mean_move_the_same_for_any_method_rank_and_scale(method: str) -> None:
+    steps = []
+    for changes in ({}, {"adapter__rank": 8}, {"adapter__alpha": 32}):
+        one = trainer(method, **changes)
+        measured = first_step.moves(one.loss, one.adapted, batch())
+        mean = math.exp(sum(math.log(move.size) for move in measured.values()) / len(measured))
+        scale = one.config.adapter.scale()
+        steps.append(first_step.best_rate(measured, scale) * scale * mean)
+    assert steps == pytest.approx([first_step.RATE] * 3, rel=0.06)
