@@ -86,10 +86,11 @@ def _refuse_other(comparison: Comparison, contents: Mapping[str, str]) -> None:
     file = storage.join(folder, _BEGUN_WITH)
     if not (has_begun(folder) and storage.exists(file)):
         return
+    now = _description(comparison, contents)["settings"]
     try:
         kept = json.loads(storage.read_text(file))
-        before, now = dict(kept["settings"]), _description(comparison, contents)["settings"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        before = dict(kept["settings"])
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{file}: cannot be read; restore it from a copy, or delete {folder}") from None
     checkpoint.require_same({**contents, **kept.get("contents", {})}, contents, folder)
     # More seeds and arms change no loss that is measured already.

@@ -64,7 +64,7 @@ class FixedTrials(Space):
 
 @dataclass(frozen=True)
 class PhaseSpec(SweepSpec):
-    """A search whose trials share the base model; each seed has its own tokens."""
+    """A search whose trials share the base model; all trials of a seed have the same tokens."""
 
     root: str = ""
     """The comparison's folder; `folder` is the phase's."""
@@ -85,7 +85,6 @@ class PhaseSpec(SweepSpec):
         return replace(self.specs[seed], config=config, shared=shared)
 
     def shares_data(self) -> bool:
-        """True: all trials have the same base model, and all trials of a seed the same tokens."""
         return True
 
 

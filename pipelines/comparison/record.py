@@ -175,9 +175,8 @@ def recorded(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: s
 
 
 def origin(name: str) -> str:
-    """Return the base model's name; for a GGUF file also that its weights are dequantised."""
-    file = name.rstrip("/").rpartition("/")[2]
-    return f"{file.partition('.')[0]} (dequantised from {file})" if file.endswith(".gguf") else name
+    """Return the base model's name; of a GGUF file, whose name tells its type, also that it is dequantised."""
+    return f"{name.rpartition('/')[2]} (dequantised)" if name.endswith(".gguf") else name
 
 
 def best_config(comparison: Comparison, record: ComparisonRecord) -> Config | None:

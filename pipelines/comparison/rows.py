@@ -33,7 +33,6 @@ from olora_ray.tokens.prepare import plan_here
 logger = logging.getLogger("olora_ray.comparison")
 
 Kind = Literal["train", "tuning", "test"]
-KINDS: tuple[Kind, ...] = ("train", "tuning", "test")
 FILE = "@file"
 """The value of gate.group that makes the rows of each file a group."""
 
@@ -187,7 +186,7 @@ def _without(rows: Sequence[Row], others: Sequence[Row], groups: bool) -> list[R
 
 
 def _check(config: Config, wanted: Compare, pool: Sequence[Row], sets: Mapping[Kind, Sequence[Row]]) -> None:
-    train, tuning, test = (sets[kind] for kind in KINDS)
+    train, tuning, test = sets.values()
     if len(tuning) < wanted.tuning_rows or len(test) < wanted.test_rows:
         raise UserError(
             f"{_pool(config)}: its {len({row.content for row in pool}):,} different rows do not suffice for"

@@ -93,7 +93,7 @@ def test_learning_rates_can_be_told_apart_however_much_worse_the_base_model_is(b
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("package://m/SmolLM2-135M.Q4_1.gguf", "SmolLM2-135M (dequantised from SmolLM2-135M.Q4_1.gguf)"),
+        ("package://m/SmolLM2-135M.Q4_1.gguf", "SmolLM2-135M.Q4_1.gguf (dequantised)"),
         ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
     ],
 )

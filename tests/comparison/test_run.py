@@ -163,16 +163,17 @@ def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
 @pytest.mark.lengthy
 def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, losses of one version were silently compared with those of another."""
-    asked, cluster = made.comparison(tmp_path), Cluster(stop_after=5)
+    asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=5), ["one"]
+    monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
     with pytest.raises(KeyboardInterrupt):
         compared(monkeypatch, asked, cluster)
     cluster.stop_after = None
-    monkeypatch.setattr(folder.node_cache, "code", lambda: "another")
+    codes.append("another")
     with said() as lines:
         record = compared(monkeypatch, asked, cluster)
     assert sum(folder.MIXED in line for line in lines) == 1
     assert record.notes == (folder.MIXED,)
-    monkeypatch.setattr(folder.node_cache, "code", lambda: "a third")
+    codes.append("a third")
     with said() as lines:  # there is nothing left to train
         compared(monkeypatch, asked, cluster)
     assert not any(folder.MIXED in line for line in lines)
