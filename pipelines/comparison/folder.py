@@ -42,7 +42,7 @@ _ARM = "arm "
 
 def has_begun(root: str) -> bool:
     """True if the comparison has trials; before that its settings and rows may still change."""
-    return storage.exists(storage.join(root, TUNING))
+    return storage.exists(storage.join(root, TUNING, "trials"))
 
 
 def shared_by_adapter(root: str, config: Config) -> str:

@@ -19,7 +19,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     monkeypatch.setattr(folder.address, "find", lambda: "local")
     found = made.comparison(tmp_path)
     folder.begin(found, {"test rows": "a", "base model": "b"})
-    (Path(found.config.folder()) / "tuning").mkdir()
+    (Path(found.config.folder()) / "tuning" / "trials").mkdir(parents=True)
     return found
 
 
@@ -87,7 +87,7 @@ def test_versions_are_noted_for_each_training(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.lengthy
 def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -> None:
     place = Path(begun.config.folder())
-    (place / "tuning").rmdir()
+    (place / "tuning" / "trials").rmdir()
     (place / "shared" / "lora").mkdir(parents=True)
     same = {"test rows": "a", "base model": "b"}
     folder.begin(begun, same)
@@ -96,7 +96,7 @@ def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -
     folder.check(other)
     folder.begin(other, {**same, "test rows": "other"})
     assert not (place / "shared").exists()
-    (place / "tuning").mkdir()
+    (place / "tuning" / "trials").mkdir()
     folder.check(other)
     with pytest.raises(UserError, match=r"train\.steps was 5, is 40"):
         folder.check(begun)
