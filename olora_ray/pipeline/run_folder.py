@@ -109,8 +109,9 @@ class RunFolder:
         state = (_read_json(self.training) or {}).get("state")
         if train.early_stop and isinstance(state, dict) and state.get("stale", 0) >= train.early_stop:
             return f"train.early_stop: {run} has stopped early, after step {done}, and is not trained longer ({shown})"
-        # The number of steps of an epoch is not known here, so compare epochs with epochs and steps with steps.
-        more_epochs = train.steps is None and kept.steps is None and train.epochs > kept.epochs
+        # The number of steps of an epoch is not known here. A run that was cut short by train.steps may continue in
+        # epochs; the workers refuse it if these have fewer steps than are done.
+        more_epochs = train.steps is None and (kept.steps is not None or train.epochs > kept.epochs)
         if more_epochs or (train.steps or 0) >= done:
             return ""
         return f"train.steps: {run} has already done {done} steps ({shown}); set train.steps={done} or more"

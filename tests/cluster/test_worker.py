@@ -170,6 +170,17 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.lengthy
+def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: Path) -> None:
+    train(tmp_path)
+    result, _ = train(tmp_path, train__steps=None, train__epochs=1)  # 8 sequences are 2 steps
+    assert result.problem is not None
+    assert result.problem.startswith("train.epochs: the run has already done 6 steps, and train.epochs=1 gives 2")
+    result, _ = train(tmp_path, train__steps=None, train__epochs=4)
+    assert result.state is not None
+    assert result.state.step == 8
+
+
+@pytest.mark.lengthy
 def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
     def kinds(result: TrainResult) -> list[str]:
         assert result.state is not None
