@@ -23,7 +23,7 @@ COMMANDS = {
     "runs": ("list all runs of a storage, with steps, losses and versions", "olora_ray.pipeline.runs"),
     "evaluate": ("evaluate one model, or compare two, on held-out rows and on tasks of lm-eval", None),
     "sweep": ("search rank, alpha, learning rate and other settings", None),
-    "compare": ("compare initialisation methods of the adapter on your data", None),
+    "compare": ("compare adapters on your data, each at its own learning rate", None),
     "registry": ("list registered versions, and set the champion by hand", None),
     "retrain": ("retrain if something has changed, and promote a better model; made for a scheduler", None),
 }

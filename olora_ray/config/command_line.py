@@ -242,7 +242,9 @@ class Arguments:
     """The words that are neither flags nor options, in their order."""
     flags: frozenset[str]
     options: Mapping[str, str]
-    """--name -> its value."""
+    """--name -> its value; of a repeated option the last one."""
+    given: tuple[tuple[str, str], ...] = ()
+    """(--name, its value), in their order."""
 
     def names(self) -> list[str]:
         """Return the words that set no field; for shipped files, their path in the package."""
@@ -278,21 +280,21 @@ def parse(
                 f"\nFields of a first run, with their defaults (--help all: all fields):\n\n{help_text(fields, FIRST)}"
             )
         raise SystemExit(0)
-    words, given, values = [], set(), dict[str, str]()
+    words, given, values = [], set(), list[tuple[str, str]]()
     rest = iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")
         if not word.startswith("-"):
             words.append(word)
         elif name in options:
-            values[name] = value if equals else _value(name, next(rest, None))
+            values.append((name, value if equals else _value(name, next(rest, None))))
         elif name in flags and not equals:
             given.add(name)
         else:
             value = value if equals else next(rest, "")
             advice = _field_without_dashes(name, value) if fields and name not in flags else None
             raise UserError(mask(f"argument {word}: {advice or _unknown(name, flags, options)}"))
-    return Arguments(tuple(words), frozenset(given), values)
+    return Arguments(tuple(words), frozenset(given), dict(values), tuple(values))
 
 
 def _value(name: str, value: str | None) -> str:

@@ -103,7 +103,8 @@ REMOVED = {
     "retrain.wait": "delete it; while another retraining of the model runs, the command ends with exit code 75;"
     " run it again later, as deploy/night.py does",
     "cluster.resize_interval": "delete it; the run decides how often it checks whether more workers fit",
-    "compare.centres": "delete it; each grid starts at its method's own centre and grows until the best rate is inside",
+    "compare.centres": "delete it; compare.rates are multiples of the automatic learning rate of each arm",
+    "compare.untuned": "delete it; a comparison always shows the loss of each arm at the config's own train.lr",
 }
 """Fields of earlier releases -> what to do instead."""
 

@@ -106,15 +106,15 @@ class SearchRecord:
     def to_json(self) -> str:
         """Return the text of leaderboard.json, the best trial first; NaN and infinity become null."""
         content = {**asdict(self), "trials": [asdict(trial) for trial in self.ordered()]}
-        return json.dumps(_finite(content), indent=1, allow_nan=False, default=str) + "\n"
+        return json.dumps(finite(content), indent=1, allow_nan=False, default=str) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(name): finite(item) for name, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # trial.json: the trial writes its record so far into its folder, and the driver reads it.

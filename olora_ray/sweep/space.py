@@ -298,6 +298,10 @@ class Space(Section):
     def count(self) -> int:
         return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)
 
+    def own_name(self, number: int) -> str | None:
+        """Return the name of a trial's folder if it does not follow from the number."""
+        return None
+
     def drawn(self, number: int) -> dict[str, Any]:
         """Return the draws of a trial of a random or grid search; empty for the default."""
         position = number - self.has_default()

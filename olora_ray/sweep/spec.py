@@ -67,7 +67,7 @@ class SweepSpec:
         return replace(spec, config=override(spec.config, {"tracking.uri": self.tracking}))
 
     def trial_folder(self, number: int, config: Config) -> RunFolder:
-        return RunFolder(config, trial_path(self.folder, number))
+        return RunFolder(config, trial_path(self.folder, number, self.space))
 
     def shares_data(self) -> bool:
         return all(field.startswith(SAME_BASE) for field in self.space.search)
@@ -81,7 +81,10 @@ class SweepSpec:
         return total
 
     def _own(self, number: int) -> dict[str, Any]:
-        changes: dict[str, Any] = {"run.name": extended(self.name, trial_name(number)), "registry.model": None}
+        changes: dict[str, Any] = {
+            "run.name": extended(self.name, self.space.own_name(number) or trial_name(number)),
+            "registry.model": None,
+        }
         if self.space.scheduler.kind == "population":
             train = self.train_spec.config.train
             every = self.space.scheduler.interval or train.eval_every
@@ -103,5 +106,5 @@ def number_of(name: str | None) -> int:
     return int(name.rpartition("-")[2])
 
 
-def trial_path(folder: str, number: int) -> str:
-    return storage.join(folder, "trials", trial_name(number))
+def trial_path(folder: str, number: int, space: Space | None = None) -> str:
+    return storage.join(folder, "trials", (space and space.own_name(number)) or trial_name(number))

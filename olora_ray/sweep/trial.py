@@ -23,7 +23,7 @@ from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.sweep import record
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
-from olora_ray.sweep.spec import SweepSpec, trial_path
+from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.checkpoints import copy_from, last_step
@@ -71,7 +71,7 @@ class TrialRun:
             total=self.total,
             spared=sweep_spec.spared if sweep_spec.shares_data() else 0.0,
         )
-        self._file = TrialFile(trial_path(sweep_spec.folder, number), begun, sweep_spec.space.better())
+        self._file = TrialFile(self.folder.root, begun, sweep_spec.space.better())
 
     def next(self) -> Measured | Ended:
         """Return the next evaluation or the end. The first call starts the training."""

@@ -2,48 +2,57 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from comparison import grid
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.command_line import resolved
-from olora_ray.config.load import build, changed, flatten, override, read, validated
+from olora_ray.config.load import build, changed, flatten, override, parse_assignments, read, validated
 from olora_ray.config.schema import Adapter, Config, Section
+from olora_ray.config.section import NAME
 
 logger = logging.getLogger("olora_ray.comparison")
 
-OPTIONS = ("--methods", "--seeds", "--budget")
-SEEDS = 4
+ARM, METHODS, SEEDS, BUDGET = "--arm", "--methods", "--seeds", "--budget"
+FEW_SEEDS = 4
+"""Intervals of fewer seeds are wide."""
 LEVEL = 0.95
 """Confidence level of all intervals."""
-SAME = {
-    "adapter.dropout": 0.0,
-    "train.weight_decay": 0.0,
-    "train.early_stop": None,
-    "registry.model": None,
-}
-"""Fields with one value for all trainings of a comparison, whatever the config says."""
+METHOD, LR, FACTOR = "adapter.method", "train.lr", "train.lr_factor"
+SAME = {"adapter.dropout": 0.0, "train.weight_decay": 0.0, "train.early_stop": None, "registry.model": None}
+"""Fields with one value for all trainings, whatever the config says; an arm may set the first two."""
+OF_COMPARISON = (FACTOR, "train.start", "train.early_stop", "train.eval_every")
+"""Fields of adapter and train that an arm cannot set."""
 
 Rows = Annotated[int, Field(ge=2)]
+Positive = Annotated[float, Field(gt=0.0)]
 
 
 class Compare(Section):
-    """Comparison of methods by pipelines/compare.py. Its settings are fixed before the first training."""
+    """Comparison of arms by pipelines/compare.py. Its settings are fixed before the first training."""
 
     tuning_rows: Rows = 192
-    """Rows on which the learning rate of each method is chosen. No training uses them, and none is a test row."""
+    """Rows on which the learning rate of each arm is chosen. No training uses them, and none is a test row."""
     test_rows: Rows = 192
-    """Rows on which the methods are compared, each at its own learning rate and with other seeds."""
-    relevant: Annotated[float, Field(gt=0.0)] = 0.01
+    """Rows on which the arms are compared, each at its own learning rate and with other seeds."""
+    relevant: Positive = 0.01
     """Smallest difference of the held-out loss that matters, in nats per supervised token."""
-    untuned: bool = True
-    """Also train each method at the config's train.lr, to show what a comparison without tuning would have said."""
+    rates: Annotated[tuple[Positive, ...], Field(min_length=3)] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    """Learning rates that every arm is tuned on, increasing, as multiples of its automatic rate (or of its train.lr,
+    if the arm sets it)."""
+
+    @field_validator("rates")
+    @classmethod
+    def _increase(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if any(first >= second for first, second in pairwise(rates)):
+            raise ValueError("must be increasing")
+        return rates
 
 
 class ComparedConfig(Config):
@@ -53,66 +62,123 @@ class ComparedConfig(Config):
 
 
 @dataclass(frozen=True)
+class Arm:
+    name: str
+    values: Mapping[str, Any]
+    """Dotted field -> value, over the config."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a comparison. Its name, and so its folder, follows from what it is."""
+
+    arm: Arm
+    factor: float | None
+    """Multiple of the arm's learning rate; None: the config's own rate."""
+    seed: int
+    values: Mapping[str, Any]
+
+    def name(self) -> str:
+        return f"{self.arm.name}-{'own' if self.factor is None else f'x{self.factor:g}'}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
 class Comparison:
     config: Config
     """The config under the comparison's own run.name, with the fields of `SAME`."""
+    own: Config
+    """The user's config."""
     compare: Compare
-    methods: tuple[str, ...]
+    arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     """run.seed of the compared trainings; none is the config's own, which the tuning uses."""
     budget: float | None
     """Seconds that it may take; None: no limit."""
 
-    def arms(self) -> list[grid.Arm]:
-        adapter = self.config.adapter
-        return grid.arms(self.methods, adapter.alpha, adapter.rank)
+    @property
+    def baseline(self) -> Arm:
+        """The arm with which all others are compared: `lora` if there is one, otherwise the first."""
+        return next((arm for arm in self.arms if arm.name == "lora"), self.arms[0])
 
-    def untuned(self) -> list[grid.Cell]:
-        """Return the points at the config's own learning rate; none if compare.untuned is false."""
-        lr = self.config.train.lr
-        if not self.compare.untuned or lr == "auto":
-            return []
-        return [grid.Cell(each, float(self.config.adapter.alpha), lr) for each in self.methods]
+    def trial(self, arm: Arm, factor: float | None, seed: int) -> Trial:
+        own, train = factor is None, self.config.train
+        rate = {LR: train.lr, FACTOR: train.lr_factor} if own else {LR: arm.values.get(LR, "auto"), FACTOR: factor}
+        return Trial(arm, factor, seed, {**arm.values, **rate, "run.seed": seed})
+
+    def own_factor(self) -> float | None:
+        """Return the multiple in the grid that is the config's own learning rate; None if the grid lacks it."""
+        train = self.config.train
+        return train.lr_factor if train.lr == "auto" and train.lr_factor in self.compare.rates else None
+
+    def tuning(self) -> list[Trial]:
+        """Return the trials of the tuning: as many for each arm, with one seed."""
+        factors = dict.fromkeys((*self.compare.rates, self.own_factor()))
+        return [self.trial(arm, factor, self.config.run.seed) for arm in self.arms for factor in factors]
 
 
 def parse(argv: Sequence[str], usage: str) -> Comparison:
-    """Return the comparison of `CONFIG.yaml [section.field=value ...] --methods A,B [--seeds 4] [--budget 3h]`.
+    """Return the comparison that a command line asks for.
 
     --help prints `usage` and the fields, and exits. Raises UserError for unknown words and wrong values.
     """
-    parsed = command_line.parse(argv, usage, options=OPTIONS, fields=ComparedConfig)
+    parsed = command_line.parse(argv, usage, options=(ARM, METHODS, SEEDS, BUDGET), fields=ComparedConfig)
     if len(files := parsed.names()) != 1:
         raise UserError(f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how")
     tree = changed(read(files[0]), parsed.changes())
     compared = validated(ComparedConfig, tree, files[0])
     config = resolved(build(tree, files[0]), Path.cwd())
-    methods = _methods(parsed.options.get("--methods", "lora,olora"))
-    seeds = _seeds(config, parsed.options.get("--seeds", str(SEEDS)))
-    budget = _seconds(parsed.options["--budget"]) if "--budget" in parsed.options else None
+    texts = [text for name, text in parsed.given if name == ARM]
+    methods = parsed.options.get(METHODS, "" if texts else "lora,olora")
+    seeds = _seeds(config, parsed.options.get(SEEDS, str(FEW_SEEDS)))
+    budget = _seconds(parsed.options[BUDGET]) if BUDGET in parsed.options else None
     _check(config)
-    own = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.min_workers()}
-    return Comparison(override(config, {**SAME, **own}), compared.compare, methods, seeds, budget)
+    named = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.min_workers()}
+    own, config = config, override(config, {**SAME, **named})
+    arms = _distinct([*_methods(methods), *(_arm(text, config) for text in texts)])
+    return Comparison(config, own, compared.compare, arms, seeds, budget)
 
 
-def _methods(text: str) -> tuple[str, ...]:
-    known = known_methods()
-    names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"argument --methods: {unknown[0]!r} is no adapter.method; use some of {', '.join(known)}")
-    if grid.BASELINE not in names:
-        raise UserError(f"argument --methods: {grid.BASELINE} is missing: all others are compared with it")
-    if len(names) < 2:
-        raise UserError(f"argument --methods: name at least one besides {grid.BASELINE}, e.g. lora,olora")
-    return names
+def _methods(text: str) -> Iterator[Arm]:
+    known = get_args(Adapter.model_fields["method"].annotation)
+    for name in dict.fromkeys(name for part in text.split(",") if (name := part.strip())):
+        if name not in known:
+            raise UserError(
+                f"argument {METHODS}: {name!r} is no adapter.method; use some of {', '.join(known)}, or --arm"
+            )
+        yield Arm(name, {METHOD: name})
 
 
-def known_methods() -> tuple[str, ...]:
-    return get_args(Adapter.model_fields["method"].annotation)
+def _arm(text: str, config: Config) -> Arm:
+    name, colon, fields = (part.strip() for part in text.partition(":"))
+    if not colon or not re.match(NAME, name) or not fields:
+        raise UserError(f"argument {ARM} {text!r}: expected 'NAME: field=value, field=value'; see --help")
+    # A comma inside a value, as in adapter.targets=[q_proj, v_proj], is not followed by a field.
+    values = parse_assignments(re.split(r"\s*,\s*(?=[a-z_]+\.[a-z_.]+=)", fields))
+    for field in values:
+        if not field.startswith(("adapter.", "train.")) or field.startswith(OF_COMPARISON):
+            raise UserError(
+                f"argument {ARM} {name}: {field} cannot differ between arms; use fields of adapter and train except"
+                f" {', '.join(OF_COMPARISON)}"
+            )
+    try:
+        override(config, values)
+    except UserError as error:
+        raise UserError(f"argument {ARM} {name}: {str(error).removeprefix('config: ')}") from None
+    return Arm(name, values)
+
+
+def _distinct(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    names = [arm.name for arm in arms]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"argument {ARM} {twice[0]}: two arms have this name; choose another")
+    if len(arms) < 2:
+        raise UserError(f"argument {ARM}: a comparison needs two arms or more, e.g. {METHODS} lora,olora")
+    return tuple(arms)
 
 
 def _seeds(config: Config, text: str) -> tuple[int, ...]:
     if not text.isdecimal() or not 2 <= int(text) <= 100:
-        raise UserError(f"argument --seeds: expected 2 to 100, not {text!r}; with one seed a difference may be luck")
+        raise UserError(f"argument {SEEDS}: expected 2 to 100, not {text!r}; with one seed a difference may be luck")
     return tuple((config.run.seed + number) % 2**31 for number in range(1, int(text) + 1))
 
 
@@ -121,7 +187,7 @@ def _seconds(text: str) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms]?)", text)
     seconds = sum(float(number) * {"h": 3600.0, "m": 60.0}.get(unit, 1.0) for number, unit in parts)
     if "".join(map("".join, parts)) != text or not seconds > 0:
-        raise UserError(f"argument --budget: expected a time such as 3h, 90m or 1h30m, not {text!r}")
+        raise UserError(f"argument {BUDGET}: expected a time such as 3h, 90m or 1h30m, not {text!r}")
     return seconds
 
 

@@ -1,54 +1,54 @@
 """The folder of a comparison: its files, the settings it began with, and the code versions of its trainings.
 
 <storage>/<name>/
-    rows/                       the three sets of rows; see rows.py
-    tuning-1/ tuning-2/ ...     phases, each a folder like a search's, with trials/trial-007/
-    final/
-    shared/METHOD/              factors for the tuning, and the time they took
-    shared/seed-18/             the base model's loss on the test rows
-    compare.json                the settings and the contents that the comparison began with
-    code.json                   digests of the code and libraries of each attempt that trained something
-    comparison.json report.html *.png
+    rows/                            the three sets of rows; see rows.py
+    tuning/ final/                   phases, each a folder like a search's
+        trials/ARM-x0.5-seed17/      run folder of a training, named by arm, multiple of the arm's rate, and seed
+    shared/METHOD-DIGEST/            factors of an arm for the tuning, and the time they took
+    shared/seed-18/                  the base model's loss on the test rows
+    compare.json                     the settings and the contents that the comparison began with
+    code.json                        training -> digests of the code and libraries that trained it
+    best.yaml comparison.json report.html *.png
 """
 
-import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from comparison.arguments import SEEDS, Comparison
+from comparison.arguments import FEW_SEEDS, SEEDS, Comparison
 from olora_ray.cluster import address
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
+from olora_ray.config.schema import Config
 from olora_ray.pipeline import publish
 from olora_ray.pipeline.run_folder import RunFolder, bound_settings
 from olora_ray.train import checkpoint
 
 logger = logging.getLogger("olora_ray.comparison")
 
-FINAL = "final"
+TUNING, FINAL = "tuning", "final"
 MIXED = (
-    "several versions of olora_ray or of its libraries trained this comparison, so a difference between methods may be"
+    "several versions of olora_ray or of its libraries trained this comparison, so a difference between arms may be"
     " a difference between versions"
 )
 _BEGUN_WITH = "compare.json"
 _CODE = "code.json"
-
-
-def tuning_name(number: int) -> str:
-    return f"tuning-{number}"
+_ARM = "arm "
 
 
 def has_begun(root: str) -> bool:
     """True if the comparison has trials; before that its settings and rows may still change."""
-    return storage.exists(storage.join(root, tuning_name(1)))
+    return storage.exists(storage.join(root, TUNING, "trials"))
 
 
-def shared_place(root: str, method_or_seed: str) -> str:
-    return storage.join(root, "shared", method_or_seed)
+def shared_by_adapter(root: str, config: Config) -> str:
+    """Return the folder of the factors that all trials of the tuning with these adapter settings share."""
+    digest = digest_json(config.adapter.model_dump(mode="json"), length=8)
+    return storage.join(root, "shared", f"{config.adapter.method}-{digest}")
 
 
 def check(comparison: Comparison) -> None:
@@ -59,23 +59,25 @@ def check(comparison: Comparison) -> None:
     publish.check_tracking(config, folder)
     _refuse_other(comparison, {})
     address.find()
-    if len(comparison.seeds) < SEEDS:
-        logger.warning(f"--seeds {len(comparison.seeds)}: intervals will be wide; use {SEEDS} or more")
+    if len(comparison.seeds) < FEW_SEEDS:
+        logger.warning(f"{SEEDS} {len(comparison.seeds)}: intervals will be wide; use {FEW_SEEDS} or more")
 
 
 def begin(comparison: Comparison, contents: Mapping[str, str]) -> None:
-    """Write the settings and contents that the comparison begins with; its first trial fixes them.
+    """Write the settings and contents that the comparison begins with.
 
-    `contents` are digests of model and rows by name. Raises UserError if the comparison began with others.
+    Its first trial fixes them; only arms and seeds may be added then. `contents` are digests of model and rows by name.
+    Raises UserError if the comparison began with others.
     """
     _refuse_other(comparison, contents)
     folder = comparison.config.folder()
     text = json.dumps(_description(comparison, contents), indent=1, sort_keys=True) + "\n"
     file = storage.join(folder, _BEGUN_WITH)
-    if has_begun(folder) or (storage.exists(file) and storage.read_text(file) == text):
+    if storage.exists(file) and storage.read_text(file) == text:
         return
-    # An attempt with other settings may have left factors, which these settings must not reuse.
-    storage.remove(storage.join(folder, "shared"))
+    if not has_begun(folder):
+        # An attempt with other settings may have left factors, which these settings must not reuse.
+        storage.remove(storage.join(folder, "shared"))
     storage.write_text(file, text)
 
 
@@ -84,66 +86,58 @@ def _refuse_other(comparison: Comparison, contents: Mapping[str, str]) -> None:
     file = storage.join(folder, _BEGUN_WITH)
     if not (has_begun(folder) and storage.exists(file)):
         return
+    now = _description(comparison, contents)["settings"]
     try:
         kept = json.loads(storage.read_text(file))
-        before, now = _flat(kept), _flat(_description(comparison, contents))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        before = dict(kept["settings"])
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{file}: cannot be read; restore it from a copy, or delete {folder}") from None
     checkpoint.require_same({**contents, **kept.get("contents", {})}, contents, folder)
-    if changed := [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]:
+    # More seeds and arms change no loss that is measured already.
+    grown = {name for name in now if name.startswith(_ARM) and name not in before}
+    grown |= {SEEDS} if before.get(SEEDS, 0) < now[SEEDS] else set()
+    names = sorted((before.keys() | now.keys()) - grown)
+    if changed := [name for name in names if before.get(name) != now.get(name)]:
         shown = ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed[:3])
         raise UserError(
-            f"run.name: {folder} holds a comparison with {plural(len(changed), 'other setting')} ({shown});"
-            " choose another run.name, or delete the folder"
+            f"run.name: {folder} holds a comparison with {plural(len(changed), 'other setting')} ({shown}); only more"
+            f" {SEEDS} and more arms can be added; choose another run.name, or delete the folder"
         )
 
 
 def _description(comparison: Comparison, contents: Mapping[str, str]) -> dict[str, Any]:
-    settings = bound_settings(flatten(comparison.config))
-    fixed = {f"compare.{name}": value for name, value in comparison.compare.model_dump().items()}
-    group = {"gate.group": comparison.config.gate.group}
-    named = {"--methods": list(comparison.methods), "--seeds": len(comparison.seeds)}
-    return {"settings": {**settings, **fixed, **group, **named}, "contents": dict(contents)}
+    compare = comparison.compare.model_dump(mode="json")
+    settings = {
+        **bound_settings(flatten(comparison.config)),
+        **{f"compare.{name}": value for name, value in compare.items()},
+        **{f"{_ARM}{arm.name}": dict(arm.values) for arm in comparison.arms},
+        "gate.group": comparison.config.gate.group,
+        "baseline": comparison.baseline.name,
+        SEEDS: len(comparison.seeds),
+    }
+    return {"settings": settings, "contents": dict(contents)}
 
 
-def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(description["settings"])
+def note_code(root: str, checkpoints: Mapping[str, int]) -> None:
+    """Note the code version of trainings that run now; warn if other versions have trained before.
 
-
-@contextlib.contextmanager
-def noted(root: str, trained: Callable[[], int]) -> Iterator[None]:
-    """Note the code version of a block that trains; warn if other versions have trained before.
-
-    `root` is the comparison's folder; `trained` returns a number that grows with each training.
+    `checkpoints` is name of a training -> step of its last checkpoint, from an earlier attempt.
     """
-    known, now, before = _codes(root), node_cache.code(), trained()
-    if now in known:
-        yield
-        return
-    # Written before any training, because a driver that is killed cannot write it afterwards.
-    _keep_codes(root, [*known, now])
-    try:
-        yield
-    finally:
-        if trained() == before:
-            _keep_codes(root, known)
-        elif known:
-            logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
+    # Before the trainings, because a driver that is killed cannot write it afterwards. A training without a checkpoint
+    # starts again, so the version of the earlier attempt has no part in it.
+    codes, now, mixed = _codes(root), node_cache.code(), notes(root)
+    for name, step in checkpoints.items():
+        codes[name] = sorted({*(codes.get(name, ()) if step else ()), now})
+    storage.write_text(storage.join(root, _CODE), json.dumps(codes, indent=1) + "\n")
+    if notes(root) and not mixed:
+        logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
 
 
 def notes(root: str) -> tuple[str, ...]:
-    return (MIXED,) if len(_codes(root)) > 1 else ()
+    versions = {version for each in _codes(root).values() for version in each}
+    return (MIXED,) if len(versions) > 1 else ()
 
 
-def _codes(root: str) -> list[str]:
+def _codes(root: str) -> dict[str, list[str]]:
     file = storage.join(root, _CODE)
-    if not storage.exists(file):
-        return []
-    try:
-        return [str(each) for each in json.loads(storage.read_text(file))]
-    except (ValueError, TypeError):
-        return ["unknown"]
-
-
-def _keep_codes(root: str, codes: list[str]) -> None:
-    storage.write_text(storage.join(root, _CODE), json.dumps(codes) + "\n")
+    return dict(json.loads(storage.read_text(file))) if storage.exists(file) else {}

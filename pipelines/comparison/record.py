@@ -1,189 +1,102 @@
-"""Record of a comparison, the content of comparison.json: tuning, trainings, losses, and the differences that follow.
-
-The time until a training reaches a loss is given in steps, supervised tokens, and seconds with its initialisation.
-"""
+"""Record of a comparison, the content of comparison.json: from the losses on each test row to differences."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
-from statistics import median
 from typing import Any
 
 import numpy as np
 
-from comparison.grid import BASELINE, Tuned
-from comparison.statistics import Interval
+from comparison.arguments import FACTOR, LEVEL, LR, Arm, Comparison, Trial
+from comparison.folder import notes
+from comparison.phase import base_loss
+from comparison.run import Final, Run, TuningResult
+from comparison.statistics import Interval, Tuned, Values, crossed, per_token, simultaneous
+from olora_ray.cluster.spec import TrainResult
+from olora_ray.common import storage
+from olora_ray.config.load import override
+from olora_ray.config.schema import Config
+from olora_ray.pipeline import answers
+from olora_ray.sweep.record import finite
 
-
-@dataclass(frozen=True)
-class Course:
-    """The evaluations of a training, with the tokens and seconds spent before each."""
-
-    steps: tuple[int, ...]
-    losses: tuple[float, ...]
-    tokens: tuple[float, ...]
-    seconds: tuple[float, ...]
-    """Seconds of the steps so far, without evaluations and checkpoints."""
-
-    @classmethod
-    def of(cls, history: Sequence[Mapping[str, float]]) -> "Course":
-        rows = sorted(history, key=lambda row: row["step"])
-        seconds = [row.get("train/step_seconds", 0.0) for row in rows]
-        tokens = [row.get("train/tokens_per_second", 0.0) * each for row, each in zip(rows, seconds, strict=True)]
-        spent = zip(rows, accumulate(tokens), accumulate(seconds), strict=True)
-        evaluated = [(row, used, took) for row, used, took in spent if "eval/loss" in row]
-        return cls(
-            tuple(int(row["step"]) for row, _, _ in evaluated),
-            tuple(row["eval/loss"] for row, _, _ in evaluated),
-            tuple(used for _, used, _ in evaluated),
-            tuple(took for _, _, took in evaluated),
-        )
-
-    def points(self) -> tuple[tuple[int, float], ...]:
-        return tuple(zip(self.steps, self.losses, strict=True))
-
-
-@dataclass(frozen=True)
-class Reached:
-    """The effort until a training reached a loss; its whole effort if it never did."""
-
-    reached: bool
-    steps: float
-    tokens: float
-    seconds: float
-
-    def shown(self, value: float, unit: str = "") -> str:
-        """Return one of these values as text; `>64` if the loss was not reached."""
-        return f"{'' if self.reached else '>'}{value:,.0f}{unit}"
-
-
-def reached(course: Course, target: float, initialisation: float) -> Reached:
-    """Return the effort until the lowest loss so far is at most `target`, interpolated between two evaluations.
-
-    `initialisation` is the time in seconds before the first step.
-    """
-    step = _step(course, target)
-    at = course.steps[-1] if step is None else step
-    tokens, seconds = (float(np.interp(at, course.steps, each)) for each in (course.tokens, course.seconds))
-    return Reached(step is not None, float(at), tokens, initialisation + seconds)
-
-
-def _step(course: Course, target: float) -> float | None:
-    lowest = math.inf
-    for index, (step, loss) in enumerate(course.points()):
-        if loss <= target:
-            if index == 0:
-                return float(step)
-            # Linear between the lowest loss so far and this one: a loss in between may have risen again.
-            before = course.steps[index - 1]
-            return before + (step - before) * (lowest - target) / (lowest - loss)
-        lowest = min(lowest, loss)
-    return None
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Steps of a method / steps of the baseline, over the seeds; infinite if the loss was not reached."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, own: Sequence[Reached], baseline: Sequence[Reached]) -> "Ratio | None":
-        if not own:
-            return None
-        ratios = sorted(_ratio(mine, base) for mine, base in zip(own, baseline, strict=True))
-        return cls(median(ratios), ratios[0], ratios[-1])
-
-    def shown(self) -> str:
-        """Return text such as `0.62 (0.50 .. 0.80)`."""
-        low, middle, high = (f"{value:.2f}" if math.isfinite(value) else "never" for value in
-                             (self.low, self.median, self.high))  # fmt: skip
-        return f"{middle} ({low} .. {high})"
-
-
-def _ratio(own: Reached, baseline: Reached) -> float:
-    # Both train the same number of steps. If the method did not reach the loss in them, its true number is unknown.
-    return own.steps / max(baseline.steps, 1e-9) if own.reached else math.inf
+SHARES = (0.25, 0.5, 1.0)
+"""Shares of the steps after which the losses of a training are shown."""
 
 
 @dataclass(frozen=True)
 class Point:
     """A trial of the tuning; its loss is on the tuning rows, infinite if the training broke off."""
 
-    method: str
-    alpha: float
-    lr: float
+    arm: str
+    factor: float | None
+    """Multiple of the arm's rate; None for the config's own rate."""
+    lr: float | None
+    """Peak learning rate; None if it is automatic and no training of the arm measured it."""
     loss: float
-    grid: bool = True
-    """False for the untuned point, at the config's own learning rate."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training of a method at its tuned learning rate, with a new seed."""
+    """A training of an arm at its tuned learning rate, with a new seed."""
 
     seed: int
     loss: float
     """Loss on the test rows after the last step; infinite if the training broke off."""
     curve: tuple[tuple[int, float], ...]
-    """(step, loss on the test rows)."""
-    reached: Reached | None
-    """The effort until the baseline's last loss of the same seed; None if one of the two broke off."""
     scores: Mapping[str, float]
     """Scores of the answers of its best adapter, if the config has a scorer."""
     folder: str = ""
     mlflow_run: str = ""
 
+    def after(self, share: float) -> float:
+        """Return the loss at the evaluation that is nearest to this share of the steps."""
+        last = self.curve[-1][0]
+        return min(self.curve[1:] or self.curve, key=lambda point: abs(point[0] - share * last))[1]
+
 
 @dataclass(frozen=True)
 class Against:
-    """A method's loss minus the baseline's, in nats per supervised token."""
+    """An arm's loss minus the baseline's, in nats per supervised token."""
 
     mean: float
-    error: float
-    """Standard error of the mean over seeds and rows."""
-    freedom: float
+    spread: float
+    """Standard deviation of the differences of single seeds."""
     interval: Interval
     """95% interval, for this comparison alone."""
     adjusted: Interval
     """Wider interval: the adjusted intervals of all comparisons hold together with 95%."""
-    p: float
-    p_holm: float
 
 
 @dataclass(frozen=True)
-class MethodRecord:
-    method: str
+class ArmRecord:
+    name: str
+    values: Mapping[str, Any]
     tuned: Tuned | None
-    """None if every trial of the tuning broke off."""
+    """None if every trial of the grid broke off."""
+    lr: float | None
+    own_loss: float
+    """Loss on the tuning rows at the config's own learning rate; infinite if the training broke off."""
     trainings: tuple[Training, ...]
     loss: float | None
     """Mean over seeds and test rows, per supervised token; None if a training did not finish."""
     half: float | None
-    """Half of the width of the loss's interval."""
     against: Against | None
     """None for the baseline, and if one of the two has no loss."""
     init_seconds: float
-    """Time of the initialisation in one process."""
-    exchanged: int
-    """Bytes of the factors that workers send to each other."""
-    trainable: int
-    """Number of trained parameters."""
+    tunings: int
+    tuning_seconds: float
+    trainable: int | None
+    """Number of trained parameters, counted in an adapter; None if no training finished."""
 
     def broke_off(self) -> int:
         return sum(not math.isfinite(each.loss) for each in self.trainings)
 
-    def scores(self) -> dict[str, float]:
-        names = dict.fromkeys(name for each in self.trainings for name in each.scores)
-        return {
-            name: sum(values) / len(values)
-            for name in names
-            if (values := [each.scores[name] for each in self.trainings if name in each.scores])
-        }
+    def course(self) -> tuple[float, ...]:
+        """Return the loss after each of SHARES of the steps, as a mean over seeds; empty without a loss."""
+        if self.loss is None:
+            return ()
+        return tuple(sum(each.after(share) for each in self.trainings) / len(self.trainings) for share in SHARES)
 
 
 @dataclass(frozen=True)
@@ -193,63 +106,165 @@ class ComparisonRecord:
     task: str
     machine: str
     seconds: float
-    """Time of all trainings, over all attempts."""
     tuning_seed: int
     seeds: tuple[int, ...]
-    rank: int
-    alpha: float
-    lr: float
-    """The config's own learning rate, which the untuned points have."""
+    own_lr: str
     steps: int
     global_batch: int
     rows: Mapping[str, int]
-    """Numbers of train, tuning and test rows."""
     groups: int
     """Independent groups of test rows; without gate.group each row is one."""
     relevant: float
     level: float
     base_tuning: float
-    """Loss of the base model on the tuning rows."""
     base_test: float
     points: tuple[Point, ...]
-    methods: tuple[MethodRecord, ...]
-    """In the order of the command line."""
+    baseline: str
+    arms: tuple[ArmRecord, ...]
     notes: tuple[str, ...] = ()
 
-    def of(self, method: str) -> MethodRecord:
-        return next(each for each in self.methods if each.method == method)
+    def of(self, name: str) -> ArmRecord:
+        return next(each for each in self.arms if each.name == name)
 
-    def others(self) -> list[MethodRecord]:
-        return [each for each in self.methods if each.method != BASELINE]
+    def others(self) -> list[ArmRecord]:
+        return [each for each in self.arms if each.name != self.baseline]
 
-    def untuned(self, method: str) -> Point | None:
-        own = [point for point in self.points if point.method == method]
-        return next((point for point in own if (point.lr, point.alpha) == (self.lr, self.alpha)), None)
-
-    def ratio(self, method: str) -> Ratio | None:
-        """Return the ratios of steps to the baseline's last loss; None if a training is missing or broke off."""
-        own, base = ([each.reached for each in self.of(name).trainings] for name in (method, BASELINE))
-        if not own or None in own or None in base:
-            return None
-        return Ratio.of([each for each in own if each], [each for each in base if each])
-
-    def typical(self, method: str) -> Reached | None:
-        """Return the effort of the training with the median number of steps to the baseline's last loss."""
-        efforts = [each.reached for each in self.of(method).trainings]
-        if not efforts or None in efforts:
-            return None
-        ordered = sorted((each for each in efforts if each), key=lambda each: (not each.reached, each.steps))
-        # Of an even number this is the later of the middle two: not reached if half of them did not reach the loss.
-        return ordered[len(ordered) // 2]
+    def best(self) -> ArmRecord | None:
+        """Return the arm with the lowest loss; None if no arm has one."""
+        measured = [each for each in self.arms if each.loss is not None]
+        return min(measured, key=lambda each: each.loss or 0.0, default=None)
 
     def to_json(self) -> str:
         # JSON has no infinity, so it becomes null.
-        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n"
+        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False, default=str) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+def recorded(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: str) -> ComparisonRecord:
+    comparison, config = run.comparison, run.config
+    against = _differences(comparison, finals, run.rows.groups)
+    groups = run.rows.groups
+    test, independent = run.rows.counts["test"], len({number for each in groups.values() for number in each})
+    # A test row that is too long has no loss, so it is left out of the counts.
+    if (measured := next((each for each in finals if each.losses), None)) and measured.losses:
+        test, independent = measured.losses.counts(groups)
+    return ComparisonRecord(
+        name=config.run.name,
+        model=origin(run.base.model.name),
+        task=", ".join(source.path.rstrip("/").rpartition("/")[2] for source in config.data.train),
+        machine=machine,
+        seconds=run.seconds(),
+        tuning_seed=config.run.seed,
+        seeds=comparison.seeds,
+        own_lr=f"{config.train.lr}" + (f" x {config.train.lr_factor:g}" if config.train.lr_factor != 1 else ""),
+        steps=measured.ended.record.total if measured else 0,
+        global_batch=config.train.global_batch,
+        rows={**run.rows.counts, "tuning": tuning.rows, "test": test},
+        groups=independent,
+        relevant=comparison.compare.relevant,
+        level=LEVEL,
+        base_tuning=tuning.base,
+        base_test=base_loss([each.ended for each in finals]),
+        points=tuple(
+            Point(each.trial.arm.name, each.trial.factor, _rate(tuning, each.trial), each.loss)
+            for each in tuning.trials
+        ),
+        baseline=comparison.baseline.name,
+        arms=tuple(_arm(run, tuning, arm, finals, against.get(arm.name)) for arm in comparison.arms),
+        notes=notes(config.folder()),
+    )
+
+
+def origin(name: str) -> str:
+    """Return the base model's name; of a GGUF file, whose name tells its type, also that it is dequantised."""
+    return f"{name.rpartition('/')[2]} (dequantised)" if name.endswith(".gguf") else name
+
+
+def best_config(comparison: Comparison, record: ComparisonRecord) -> Config | None:
+    """Return the user's config with the fields and the rate of the arm that has the lowest loss; None without one.
+
+    Dropout and weight decay are those of the comparison.
+    """
+    if (best := record.best()) is None or best.tuned is None:
+        return None
+    own, arm = comparison.own, next(arm for arm in comparison.arms if arm.name == best.name)
+    compared = override(comparison.config, comparison.trial(arm, best.tuned.factor, own.run.seed).values)
+    parts = {name: compared.model_dump(mode="json")[name] for name in ("adapter", "train")}
+    kept = {"train.early_stop": own.train.early_stop, "run.name": f"{comparison.config.run.name}-best"}
+    return override(override(own, parts), kept)
+
+
+def _differences(
+    comparison: Comparison, finals: Sequence[Final], groups: Mapping[str, Sequence[int]]
+) -> dict[str, Against]:
+    """Return arm -> its difference to the baseline, for arms that have losses with every seed."""
+    measured = {arm.name: pair for arm in comparison.arms if (pair := _losses(finals, arm, groups)) is not None}
+    if comparison.baseline.name not in measured:
+        return {}
+    losses, tokens = measured.pop(comparison.baseline.name)
+    # For all arms that were asked for: an arm that broke off was a comparison, too.
+    together = simultaneous(LEVEL, len(comparison.arms) - 1)
+    # Differences row by row and seed by seed: most of the spread between rows is common to both arms and cancels.
+    return {name: _against(per_token(own - losses, tokens), together) for name, (own, _) in measured.items()}
+
+
+def _against(values: Values, level: float) -> Against:
+    difference, spread = crossed(values), float(values.mean(axis=1).std(ddof=1))
+    return Against(difference.mean, spread, difference.interval(LEVEL), difference.interval(level))
+
+
+def _losses(finals: Sequence[Final], arm: Arm, groups: Mapping[str, Sequence[int]]) -> tuple[Values, Values] | None:
+    """Return an arm's (losses (seeds, groups), tokens (groups,))."""
+    rows = [each.losses for each in finals if each.ended.trial.arm == arm]
+    # A mean over the seeds that did not break off would favour an arm that often does, so there is none.
+    if not rows or None in rows:
+        return None
+    summed = [each.by_group(groups) for each in rows if each is not None]
+    return np.stack([losses for losses, _ in summed]), summed[0][1]
+
+
+def _arm(run: Run, tuning: TuningResult, arm: Arm, finals: Sequence[Final], against: Against | None) -> ArmRecord:
+    losses, tuned = _losses(finals, arm, run.rows.groups), tuning.tuned.get(arm.name)
+    trained = [each for each in finals if each.ended.trial.arm == arm]
+    mean = crossed(per_token(*losses)) if losses else None
+    tried = {each.trial.factor: each for each in tuning.trials if each.trial.arm == arm}
+    rated = run.comparison.trial(arm, tuned.factor, run.config.run.seed) if tuned else None
+    return ArmRecord(
+        name=arm.name,
+        values=arm.values,
+        tuned=tuned,
+        lr=_rate(tuning, rated) if rated else None,
+        own_loss=tried[run.comparison.own_factor()].loss,
+        trainings=tuple(_training(run, each) for each in trained),
+        loss=mean.mean if mean else None,
+        half=mean.half(LEVEL) if mean else None,
+        against=against,
+        init_seconds=run.init_seconds(arm),
+        tunings=len(tried),
+        tuning_seconds=sum(each.record.seconds for each in tried.values()),
+        trainable=next((each.losses.trainable for each in trained if each.losses), None),
+    )
+
+
+def _rate(tuning: TuningResult, trial: Trial) -> float | None:
+    """Return the peak learning rate of a trial; None if it is automatic and no training of the arm measured it."""
+    rate, factor = trial.values[LR], float(trial.values[FACTOR])
+    if rate != "auto":
+        return float(rate) * factor
+    results = (_result(each.record.folder) for each in tuning.trials if each.trial.arm == trial.arm)
+    return next((each.state.lr * factor for each in results if each and each.state and each.state.lr), None)
+
+
+def _training(run: Run, final: Final) -> Training:
+    record, loss, scores = final.ended.record, final.losses.mean() if final.losses else math.inf, {}
+    if run.config.evaluation.scorer and (result := _result(record.folder)):
+        answered = answers.answered(result, run.base.tokenizer)
+        scores = answers.score(final.ended.spec.config, answered).get("after", {})
+    return Training(final.ended.trial.seed, loss, record.curve, scores, record.folder, record.mlflow_run)
+
+
+def _result(folder: str) -> TrainResult | None:
+    # A training that broke off has no result.
+    try:
+        return TrainResult.from_json(storage.read_text(storage.join(folder, "training.json")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,6 +1,6 @@
 """The losses of finished trainings on each test row, for the adapter after the last step.
 
-trials/trial-003/rows.json     data, places, tokens, losses
+trials/lora-x1-seed18/rows.json     data, places, tokens, losses, trainable
 """
 
 import itertools
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from olora_ray.adapter.inject import install, remove, wrap
 from olora_ray.cluster.resume import named
@@ -50,6 +51,8 @@ class RowLosses:
     """Supervised tokens of each example."""
     losses: tuple[float, ...]
     """Losses, each summed over these tokens."""
+    trainable: int
+    """Number of trained parameters of the adapter."""
 
     def mean(self) -> float:
         return sum(self.losses) / sum(self.tokens)
@@ -57,9 +60,8 @@ class RowLosses:
     def by_group(self, groups: Mapping[str, Sequence[int]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (losses, tokens), each (groups,), summed over the examples of a group; `groups` by file and line."""
         # Numbers of groups may have gaps where a group's rows were too long, so they are renumbered.
-        columns_of = np.unique(group_numbers(self.places, groups), return_inverse=True)[1]
-        columns = (np.asarray(each, dtype=np.float64) for each in (self.losses, self.tokens))
-        losses, tokens = (np.bincount(columns_of, column).astype(np.float64) for column in columns)
+        numbers = np.unique(group_numbers(self.places, groups), return_inverse=True)[1]
+        losses, tokens = (np.bincount(numbers, each).astype(np.float64) for each in (self.losses, self.tokens))
         return losses, tokens
 
     def counts(self, groups: Mapping[str, Sequence[int]]) -> tuple[int, int]:
@@ -70,16 +72,15 @@ class RowLosses:
     def read(cls, folder: str, data: str) -> "RowLosses | None":
         """Return the losses of a trial's folder on this store; None if they are missing or damaged."""
         try:
-            tree = json.loads(storage.read_text(storage.join(folder, FILE)))
-            places, tokens = tuple(map(str, tree["places"])), tuple(map(int, tree["tokens"]))
-            losses = cls(str(tree["data"]), places, tokens, tuple(map(float, tree["losses"])))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            losses = TypeAdapter(cls).validate_json(storage.read_text(storage.join(folder, FILE)))
+        except (OSError, ValueError):
             return None
         complete = len(losses.places) == len(losses.tokens) == len(losses.losses)
         return losses if complete and losses.data == data else None
 
 
-def places_of(store: TokenStore) -> tuple[str, ...]:
+def places_of(store: TokenStore | None) -> tuple[str, ...]:
+    assert store is not None
     return tuple(place.rpartition("/")[2] for number in range(len(store)) for place in store.origins(number))
 
 
@@ -97,10 +98,8 @@ def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
     # All trials have the same base model and test rows, so the first one's specification serves for all.
     spec = trials[0][1]
     # A base model that is sharded over several GPUs need not fit on one of them.
-    if spec.config.cluster.strategy == "fsdp":
-        spec, device = on_cpu(spec), torch.device("cpu")
-    else:
-        device = assigned_device()
+    sharded = spec.config.cluster.strategy == "fsdp"
+    spec, device = (on_cpu(spec), torch.device("cpu")) if sharded else (spec, assigned_device())
     shared = SharedBase.of(spec, device)
     assert spec.eval is not None
     packs = [spec.eval[number] for number in range(min(TRIED, len(spec.eval)))]
@@ -112,14 +111,14 @@ def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
 
 def of_trial(shared: SharedBase, spec: TrainSpec, folder: str, attention: str) -> RowLosses:
     newest = checkpoints.latest_good(storage.join(folder, "checkpoints"))
-    # An older checkpoint would make this method's loss higher than it is.
+    # An older checkpoint would make this arm's loss higher than it is.
     if newest is None or newest[1].state.step < total_steps(spec.config.train, len(spec.train)):
         raise UserError(f"{folder}: the last checkpoint is lost; delete {folder} and run the same command again")
     last = newest[1]
     if shared.dtype not in (None, began := last.state.precision) and began is not None:
         logger.warning(
             f"{folder}: trained in {began}, but measured in {shared.dtype}, because model.dtype is auto; differences"
-            " between methods may be differences between nodes: set model.dtype, or use equal nodes"
+            " between arms may be differences between nodes: set model.dtype, or use equal nodes"
         )
     checkpoint.require_same(last.identity, spec.identity(), newest[0])
     model: Any = shared.loss.model
@@ -147,7 +146,7 @@ def losses_of(trainer: Trainer, store: TokenStore, attention: str) -> RowLosses:
         each = trainer.loss.each(collate(packs, attention).to(trainer.device)).double().cpu()
         losses += [float(part.sum()) for part in each.split(sizes)]
         tokens += sizes
-    return RowLosses(store.digest, places_of(store), tuple(tokens), tuple(losses))
+    return RowLosses(store.digest, places_of(store), tuple(tokens), tuple(losses), trainer.flat.vector.numel())
 
 
 def _supervised(pack: Pack) -> list[int]:

@@ -5,7 +5,7 @@ next tuning rows; equal rows are in the same set. With gate.group all rows of a 
 counts as one in the statistics. The rows are written as files in their own format:
 
 <comparison>/rows/train-0.jsonl tuning-0.jsonl test-0.jsonl     one of each per source
-<comparison>/rows/rows.json                                     digests and counts, written last
+<comparison>/rows/rows.json                                     digests, written last
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from comparison.arguments import Compare
-from comparison.folder import has_begun
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
@@ -41,13 +40,11 @@ FILE = "@file"
 @dataclass(frozen=True)
 class Row:
     source: int
-    """Index of its source in data.train or data.eval."""
     content: str
     """Digest of the columns that the format reads."""
     group: str
     """A value that all rows of its group share; without groups its content."""
     line: str
-    """The row as JSON."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,20 @@ class RowSets:
     digests: Mapping[str, str]
     groups: Mapping[str, tuple[int, ...]]
     """Name of a file of test rows -> index of the group of each of its lines."""
+    texts: dict[str, str]
+    """Name of a file -> its rows as lines of JSON; empty once they are written."""
+
+    def write(self, config: Config) -> None:
+        """Write the files into the comparison's folder, unless they are there, and forget their texts."""
+        folder = storage.join(config.folder(), "rows")
+        file, described = storage.join(folder, "rows.json"), json.dumps(dict(self.digests), indent=1) + "\n"
+        complete = all(storage.exists(storage.join(folder, name)) for name in (*self.texts, "rows.json"))
+        if not (complete and storage.read_text(file) == described):
+            for name, text in self.texts.items():
+                storage.write_text(storage.join(folder, name), text)
+            # Written last: with this file the row files are complete.
+            storage.write_text(file, described)
+        self.texts.clear()
 
     def contents(self) -> dict[str, str]:
         return {f"{kind} rows": digest for kind, digest in self.digests.items()}
@@ -69,22 +80,31 @@ class RowSets:
 
 
 def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
-    """Read all rows, and write the three sets; the same rows always give the same sets.
+    """Read all rows, and return the three sets; the same rows always give the same sets.
 
-    Raises UserError if there are too few rows, if too many cannot be read, if no row has the column of gate.group, or
-    if the comparison began with other rows.
+    Raises UserError if there are too few rows, if too many cannot be read, or if no row has the column of gate.group.
     """
     # The sets are divided here, by content and group, so data.eval_fraction must not divide the rows again.
-    setting = "data.eval" if config.data.eval else "data.train"
     config = override(config, {"data.eval_fraction": None})
     train = list(_read(config, spec, "train"))
     pool = list(_read(config, spec, "eval")) if config.data.eval else train
-    _check_groups(config, setting, pool)
+    _check_groups(config, pool)
     test, rest = _taken(pool, compare.test_rows)
     tuning, _ = _taken(rest, compare.tuning_rows)
     train = _without(train, [*test, *tuning], groups=not config.data.eval)
-    _check(config, compare, setting, pool, train, tuning, test)
-    return _written(config, compare, {"train": train, "tuning": tuning, "test": test})
+    sets: dict[Kind, list[Row]] = {"train": train, "tuning": tuning, "test": test}
+    _check(config, compare, pool, sets)
+    folder, lines = storage.join(config.folder(), "rows"), dict[str, list[str]]()
+    for kind, rows in sets.items():
+        for row in rows:
+            lines.setdefault(_name(kind, row.source), []).append(f"{row.line}\n")
+    return RowSets(
+        {kind: tuple(_sources(config, folder, kind, rows)) for kind, rows in sets.items()},
+        {kind: len(rows) for kind, rows in sets.items()},
+        {kind: digest_json([[row.source, row.line] for row in rows], length=32) for kind, rows in sets.items()},
+        _groups(test),
+        {name: "".join(each) for name, each in lines.items()},
+    )
 
 
 def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
@@ -102,10 +122,8 @@ def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
                 yield _row(config, plan, number, row)
             else:
                 why = row if isinstance(row, Rejected) else Rejected("not_an_object", "expected an object with fields")
-                bad.append(
-                    {"source": planned.source, "file": planned.file.uri, "line": index + 1, "reason": why.reason,
-                     "message": why.message}
-                )  # fmt: skip
+                place = {"source": planned.source, "file": planned.file.uri, "line": index + 1}
+                bad.append({**place, "reason": why.reason, "message": why.message})
     limits.check(Counter(str(each["reason"]) for each in bad), rows, lambda: bad)
     if bad:
         logger.warning(f"{limits.setting}: {plural(len(bad), 'row')} left out, because they cannot be read")
@@ -128,19 +146,18 @@ def _column(config: Config, source: Source) -> list[str]:
     return [source.fields.get(group, group)] if group and group != FILE else []
 
 
-def _check_groups(config: Config, setting: str, pool: Sequence[Row]) -> None:
+def _check_groups(config: Config, pool: Sequence[Row]) -> None:
     # A row without the column, or with an empty one, is a group of its own, and so counts as independent of all others.
     alone = sum(row.group == row.content for row in pool)
     if config.gate.group in (None, FILE) or not alone:
         return
     if alone == len(pool):
         raise UserError(
-            f"gate.group: no row of {setting} has a column {config.gate.group!r}; set it to a column of the rows, or to"
-            " null if rows are independent"
+            f"gate.group: no row of {_pool(config)} has a column {config.gate.group!r}; set it to a column of the"
+            " rows, or to null if rows are independent"
         )
-    logger.warning(
-        f"gate.group: {plural(alone, 'row')} of {setting} have no {config.gate.group!r}; each counts as its own group"
-    )
+    rows = f"{plural(alone, 'row')} of {_pool(config)}"
+    logger.warning(f"gate.group: {rows} have no {config.gate.group!r}; each counts as its own group")
 
 
 def _digest(value: Any) -> str:
@@ -168,20 +185,13 @@ def _without(rows: Sequence[Row], others: Sequence[Row], groups: bool) -> list[R
     return [row for row in rows if row.content not in contents and row.group not in named]
 
 
-def _check(
-    config: Config,
-    wanted: Compare,
-    setting: str,
-    pool: Sequence[Row],
-    train: Sequence[Row],
-    tuning: Sequence[Row],
-    test: Sequence[Row],
-) -> None:
-    distinct = len({row.content for row in pool})
+def _check(config: Config, wanted: Compare, pool: Sequence[Row], sets: Mapping[Kind, Sequence[Row]]) -> None:
+    train, tuning, test = sets.values()
     if len(tuning) < wanted.tuning_rows or len(test) < wanted.test_rows:
         raise UserError(
-            f"{setting}: its {distinct:,} different rows do not suffice for compare.test_rows = {wanted.test_rows}"
-            f" and compare.tuning_rows = {wanted.tuning_rows}; add rows, or set these lower"
+            f"{_pool(config)}: its {len({row.content for row in pool}):,} different rows do not suffice for"
+            f" compare.test_rows = {wanted.test_rows} and compare.tuning_rows = {wanted.tuning_rows}; add rows, or set"
+            " these lower"
         )
     if len(train) < config.train.global_batch:
         raise UserError(
@@ -196,38 +206,8 @@ def _check(
         )
 
 
-def _written(config: Config, compare: Compare, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
-    folder = storage.join(config.folder(), "rows")
-    row_sets = RowSets(
-        {kind: tuple(_sources(config, folder, kind, rows)) for kind, rows in sets.items()},
-        {kind: len(rows) for kind, rows in sets.items()},
-        {kind: digest_json([[row.source, row.line] for row in rows], length=32) for kind, rows in sets.items()},
-        _groups(sets["test"]),
-    )
-    if has_begun(config.folder()) and _written_before(storage.join(folder, "rows.json"), row_sets):
-        return row_sets
-    for kind, rows in sets.items():
-        for number in {row.source for row in rows}:
-            text = "".join(f"{row.line}\n" for row in rows if row.source == number)
-            storage.write_text(storage.join(folder, _name(kind, number)), text)
-    # Written last: with this file the row files are complete.
-    described = {"rows": row_sets.counts, "digests": row_sets.digests, "compare": compare.model_dump()}
-    storage.write_text(storage.join(folder, "rows.json"), json.dumps(described, indent=1) + "\n")
-    return row_sets
-
-
-def _written_before(file: str, row_sets: RowSets) -> bool:
-    # The trials have begun, so other rows would make them incomparable.
-    try:
-        before = json.loads(storage.read_text(file))["digests"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    if changed := [kind for kind, digest in row_sets.digests.items() if before.get(kind) != digest]:
-        raise UserError(
-            f"data: the {changed[0]} rows differ from those that this comparison began with ({file}); choose another"
-            " run.name, or delete its folder"
-        )
-    return all(storage.exists(source.path) for sources in row_sets.sources.values() for source in sources)
+def _pool(config: Config) -> str:
+    return "data.eval" if config.data.eval else "data.train"
 
 
 def _name(kind: Kind, source: int) -> str:
@@ -236,15 +216,15 @@ def _name(kind: Kind, source: int) -> str:
 
 def _sources(config: Config, folder: str, kind: Kind, rows: Iterable[Row]) -> Iterator[Source]:
     before = config.data.eval if config.data.eval and kind != "train" else config.data.train
+    # The held-out loss counts every row once, so weights are for training alone.
+    weight = {} if kind == "train" else {"weight": 1.0}
     for number in sorted({row.source for row in rows}):
-        changes: dict[str, Any] = {"path": storage.join(folder, _name(kind, number)), "only": ()}
-        # The held-out loss counts every row once, so weights are for training alone.
-        yield before[number].model_copy(update=changes if kind == "train" else {**changes, "weight": 1.0})
+        path = storage.join(folder, _name(kind, number))
+        yield before[number].model_copy(update={"path": path, "only": (), **weight})
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:
-    numbers: dict[str, int] = {}
-    files: dict[str, list[int]] = {}
+    numbers, files = dict[str, int](), dict[str, list[int]]()
     for row in rows:
         files.setdefault(_name("test", row.source), []).append(numbers.setdefault(row.group, len(numbers)))
     return {name: tuple(of_lines) for name, of_lines in files.items()}

@@ -1,44 +1,43 @@
-"""A comparison of methods: the learning rate is tuned for each; then all are trained with new seeds and compared.
+"""A comparison of arms: the learning rate is tuned for each; then all are trained with new seeds and compared.
 
-Every phase is a search with fixed trials, and no finished trial runs again. An interrupted comparison computes the
-grids again, gets the same trials, and finds the finished ones in their folders.
+Both phases are searches with fixed trials, and no finished trial runs again. A trial is found by what it is (arm, rate,
+seed), so an interrupted comparison resumes, and a finished one can get more seeds and more arms.
 """
 
 import contextlib
-import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import ray
 
-from comparison import estimate, phase, row_losses
-from comparison.arguments import Comparison
-from comparison.estimate import Before, Pace
-from comparison.folder import FINAL, has_begun, shared_place, tuning_name
-from comparison.grid import BASELINE, Cell, Tuned, following, tuned
+from comparison import phase, row_losses, statistics
+from comparison.arguments import ARM, BUDGET, LEVEL, SEEDS, Arm, Comparison, Trial
+from comparison.folder import FINAL, TUNING, has_begun, shared_by_adapter
 from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
-from olora_ray.adapter import initialise
+from comparison.statistics import Tuned
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.common.text import plural
+from olora_ray.common.text import duration, plural
 from olora_ray.config.load import flatten, leaves, override
-from olora_ray.config.schema import NO_GATE, Config
+from olora_ray.config.schema import NO_GATE
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
-from olora_ray.sweep import shared_work
+from olora_ray.sweep import search_folder, shared_work
 from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
+from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
 
@@ -46,29 +45,30 @@ logger = logging.getLogger("olora_ray.comparison")
 
 QUIET = {**NO_GATE, "evaluation.scorer": None, "evaluation.samples": 0}
 """Settings of trainings whose answers are not needed."""
-INIT = "init.json"
-SECONDS_BETWEEN_LINES = 30.0
+EVALUATIONS = 4
+"""Evaluations of a final training: after 25, 50, 75 and 100% of its steps."""
+START_SECONDS = 15.0
+"""Time of a training before its first step: processes, model, self-test."""
+TYPICAL = 0.02
+"""Standard deviation of the paired differences of seeds, in nats, that is assumed before any is measured."""
+INIT = "init_seconds.txt"
 
 
 @dataclass(frozen=True)
-class Tuning:
-    losses: Mapping[Cell, float]
+class TuningResult:
+    trials: Sequence[Ended]
     base: float
-    """Loss of the base model on the tuning rows."""
-    best: Mapping[str, Tuned]
-    """Method -> its best point, for methods with a trial that did not break off."""
+    tuned: Mapping[str, Tuned]
+    """Name of an arm -> its tuned rate, for arms with a trial of the grid that did not break off."""
     rows: int
     """Number of tuning rows that were measured."""
 
 
 @dataclass(frozen=True)
 class Final:
-    method: str
-    seed: int
-    spec: TrainSpec
     ended: Ended
     losses: RowLosses | None
-    """Losses on the test rows; None if it broke off."""
+    """On the test rows; None if it broke off."""
 
 
 @contextlib.contextmanager
@@ -76,18 +76,16 @@ def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
     """Yield the comparison's own MLflow run, the parent of all trainings' runs."""
     config = comparison.config
     tags = {"olora.kind": "comparison", "olora.base_digest": base.model.digest}
-    asked = {"methods": ",".join(comparison.methods), "seeds": len(comparison.seeds)}
-    params = flatten(config) | dict(leaves(comparison.compare.model_dump(mode="json"), "compare")) | asked
+    # MLflow refuses another value of a parameter, and a comparison may get more arms and seeds.
+    params = flatten(config) | dict(leaves(comparison.compare.model_dump(mode="json"), "compare"))
     with start.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
+        tracker.tags({"olora.arms": ",".join(arm.name for arm in comparison.arms)})
         yield tracker
 
 
 def sizes(comparison: Comparison, base: Base) -> dict[str, MemoryEstimate]:
-    """Return method -> size of a training; raises UserError if the model or the rank does not allow a method."""
-    return {
-        method: plan(override(comparison.config, {"adapter.method": method}), base.model)
-        for method in comparison.methods
-    }
+    """Return arm -> size of a training; raises UserError if the model or the rank does not allow an arm."""
+    return {arm.name: plan(override(comparison.config, arm.values), base.model) for arm in comparison.arms}
 
 
 def machine() -> str:
@@ -96,67 +94,61 @@ def machine() -> str:
     return f"{resources.get('CPU', 0):g} CPUs{gpus}"
 
 
+def seeds_line(varies: str, spread: float, seeds: int, comparisons: int, relevant: float) -> str:
+    """Say which difference `seeds` can show, and how many compare.relevant needs; `varies` introduces the spread."""
+    level = statistics.simultaneous(LEVEL, comparisons)
+    half, needed = statistics.visible(spread, seeds, level), statistics.seeds_needed(spread, relevant, level)
+    return (
+        f"{varies} {spread:.2g} nats from seed to seed: {seeds} seeds measure it to within ±{half:.2g} nats, and"
+        f" ±{relevant:g} (compare.relevant) needs {needed or 'more than 10,000'} seeds"
+    )
+
+
 class Run:
     def __init__(
         self, comparison: Comparison, base: Base, rows: RowSets, sizes: Mapping[str, MemoryEstimate], parent: str
     ) -> None:
-        """`sizes` is by method, `parent` the id of the comparison's MLflow run; needs ray.init."""
+        """`sizes` is by arm, `parent` the id of the comparison's MLflow run; needs ray.init."""
         # Workers have olora_ray, but pipelines/ is missing there or in another folder. So tasks carry this code.
         ray.cloudpickle.register_pickle_by_value(sys.modules["comparison"])
         self.comparison, self.base, self.rows, self.sizes, self.parent = comparison, base, rows, sizes, parent
         self.config, self.folder = comparison.config, comparison.config.folder()
-        self._pace = Pace(None, 1)
-        self._phases: list[str] = []
 
     def seconds(self) -> float:
-        return phase.seconds(self._phases)
+        return sum(search_folder.progress(storage.join(self.folder, name)).seconds for name in (TUNING, FINAL))
 
-    def tune(self) -> Tuning:
-        """Run rounds of trials until every grid is complete."""
-        spec = self._tokens(self.rows.config(override(self.config, QUIET), "tuning"))
-        steps = total_steps(spec.config.train, len(spec.train))
-        # Only the loss after the last step counts, so none is measured before: that would take half the time or more.
-        spec = replace(spec, config=override(spec.config, {"train.eval_every": steps}))
+    def tune(self) -> TuningResult:
+        """Train every arm at every rate of the grid with one seed."""
+        seeds, others = len(self.comparison.seeds), len(self.comparison.arms) - 1
+        varies = "if the difference of two arms varies by"
+        logger.info(seeds_line(varies, TYPICAL, seeds, others, self.comparison.compare.relevant))
+        changes = {**QUIET, "run.seed": self.config.run.seed}
+        spec, trials = self._tokens("tuning", changes), self.comparison.tuning()
         self._share(spec)
-        self._estimate(spec)
-        losses: dict[Cell, float] = {}
-        bases: list[float] = []
-        extra = self.comparison.untuned()
-        while wanted := following(self.comparison.arms(), losses):
-            cells = [*wanted, *(each for each in extra if each not in wanted and each not in losses)]
-            # Untuned points run with the first round only.
-            extra = []
-            number = len(self._phases) + 1
-            logger.info(f"tuning, round {number}: {plural(len(cells), 'trial')}")
-            trials = self._phase(tuning_name(number), [each.changes() for each in cells], {spec.config.run.seed: spec})
-            losses |= {cell: each.loss for cell, each in zip(cells, trials, strict=True)}
-            bases += [base for each in trials if (base := each.base()) is not None]
-            self._again(trials, losses)
-        assert spec.eval is not None
-        rows = len(set(row_losses.places_of(spec.eval)))
-        return self._tuned(losses, bases[0] if bases else math.inf, rows)
+        self._estimate(spec, trials)
+        # Only the loss after the last step counts, so none is measured before: that would take half the time or more.
+        return self._tuned(self._phase(TUNING, trials, {spec.config.run.seed: spec}, evaluations=1), spec)
 
-    def train(self, tuning: Tuning) -> list[Final]:
-        """Train every method at its best point with every seed, and measure it on the test rows."""
-        cells = {method: best.cell for method, best in tuning.best.items()}
+    def train(self, result: TuningResult) -> list[Final]:
+        """Train every arm at its tuned rate with every seed, and measure it on the test rows."""
         # Without the baseline, or with it alone, there is nothing to compare.
-        if BASELINE not in cells or len(cells) < 2:
+        if self.comparison.baseline.name not in result.tuned or len(result.tuned) < 2:
             return []
-        pairs = [(seed, method) for seed in self.comparison.seeds for method in cells]
-        specs = {seed: self._tokens(self._seeded(seed)) for seed in self.comparison.seeds}
+        tuned = [(arm, result.tuned[arm.name].factor) for arm in self.comparison.arms if arm.name in result.tuned]
+        trials = [self.comparison.trial(arm, factor, seed) for seed in self.comparison.seeds for arm, factor in tuned]
+        specs = {seed: self._tokens("test", {"run.seed": seed}) for seed in self.comparison.seeds}
         self._check_groups(next(iter(specs.values())))
-        trials = [{**cells[method].changes(), "run.seed": seed} for seed, method in pairs]
-        logger.info(f"final trainings: {', '.join(cells)} with {plural(len(specs), 'fresh seed')} each")
-        ended = self._phase(FINAL, trials, specs)
-        trained = [
-            Final(method, seed, replace(specs[seed], config=override(specs[seed].config, trial)), each, None)
-            for (seed, method), trial, each in zip(pairs, trials, ended, strict=True)
-        ]
-        self._measure([each for each in trained if math.isfinite(each.ended.loss)])
-        return [replace(each, losses=_read(each)) for each in trained]
+        logger.info(f"final trainings: {', '.join(result.tuned)} with {plural(len(specs), 'fresh seed')} each")
+        ended = self._phase(FINAL, trials, specs, EVALUATIONS)
+        self._measure([each for each in ended if math.isfinite(each.loss)])
+        return [Final(each, _read(each)) for each in ended]
+
+    def init_seconds(self, arm: Arm) -> float:
+        """Return the time of an arm's initialisation in one process."""
+        place = shared_by_adapter(self.folder, override(self.config, arm.values))
+        return float(storage.read_text(storage.join(place, INIT)))
 
     def _check_groups(self, spec: TrainSpec) -> None:
-        assert spec.eval is not None
         # Rows that are too long have no tokens. If one group is left, the result would hold for this group alone.
         places = row_losses.places_of(spec.eval)
         if len(set(row_losses.group_numbers(places, self.rows.groups))) < 2:
@@ -166,121 +158,123 @@ class Run:
                 " choose another run.name"
             )
 
-    def initialisation(self, method: str) -> tuple[float, int]:
-        """Return (seconds, bytes of the factors) of a method's initialisation."""
-        noted = json.loads(storage.read_text(storage.join(shared_place(self.folder, method), INIT)))
-        return float(noted["seconds"]), int(noted["bytes"])
-
-    def _seeded(self, seed: int) -> Config:
-        return override(self.rows.config(self.config, "test"), {"run.seed": seed})
-
-    def _tokens(self, config: Config) -> TrainSpec:
+    def _tokens(self, held_out: Literal["tuning", "test"], changes: Mapping[str, object]) -> TrainSpec:
+        config = override(self.rows.config(self.config, held_out), changes)
         return prepare_tokens(config, self.base, wait=True).spec
 
     def _share(self, spec: TrainSpec) -> None:
-        # All rounds of the tuning use the same factors and the same loss of the base model, so they are computed once.
+        # All trials of the tuning use the same loss of the base model, and those of an arm the same factors.
         baseline = ""
-        for method in self.comparison.methods:
-            folder = shared_place(self.folder, method)
+        for arm in self.comparison.arms:
+            config = override(spec.config, arm.values)
+            folder = shared_by_adapter(self.folder, config)
             if not storage.exists(storage.join(folder, INIT)):
                 # Factors of an interrupted attempt would be reused, and the noted time would be too short.
                 storage.remove(folder)
                 if baseline:
                     storage.write_text(storage.join(folder, "baseline.json"), baseline)
-                own = replace(spec, config=override(spec.config, {"adapter.method": method}), shared=folder)
-                wanted = [(method, self.config.adapter.rank)]
-                seconds = shared_work.made(
-                    own, folder, wanted, f"{method} factors, shared by the trials of the tuning"
-                ).init
-                size = storage.size(storage.join(own.factor_place(), initialise.TENSORS)) or 0
-                storage.write_text(storage.join(folder, INIT), json.dumps({"seconds": seconds, "bytes": size}) + "\n")
-                logger.info(f"{method} factors, shared by the trials of the tuning: {seconds:.2f} s")
-            baseline = baseline or _text(storage.join(folder, "baseline.json"))
+                what = f"{arm.name}: factors for the tuning"
+                factors = [(config.adapter.method, config.adapter.rank)]
+                seconds = shared_work.made(replace(spec, config=config, shared=folder), folder, factors, what).init
+                storage.write_text(storage.join(folder, INIT), f"{seconds}\n")
+                logger.info(f"{what}: {seconds:.2f} s")
+            # The file is missing for a sharded base model, whose loss the trials measure.
+            if storage.exists(file := storage.join(folder, "baseline.json")):
+                baseline = baseline or storage.read_text(file)
 
-    def _phase(self, name: str, trials: Sequence[Mapping[str, Any]], specs: Mapping[int, TrainSpec]) -> list[Ended]:
-        folder = storage.join(self.folder, name)
-        self._phases.append(folder)
-        space = FixedTrials.of(trials)
+    def _phase(
+        self, name: str, trials: Sequence[Trial], specs: Mapping[int, TrainSpec], evaluations: int
+    ) -> list[Ended]:
         spec = PhaseSpec(
             name=f"{self.config.run.name}-{name}",
-            folder=folder,
+            folder=storage.join(self.folder, name),
             train_spec=next(iter(specs.values())),
-            space=space,
+            space=FixedTrials.of(trials),
             parent=self.parent,
             spared=0.0,
             root=self.folder,
             specs=specs,
+            evaluations=evaluations,
         )
-        return phase.ended(spec)
+        return phase.ended(spec, trials)
 
-    def _estimate(self, spec: TrainSpec) -> None:
+    def _estimate(self, spec: TrainSpec, trials: Sequence[Trial]) -> None:
+        pace = _pace(self.comparison, spec, self.sizes[self.comparison.baseline.name])
         side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
-        curve_every = self.config.train.eval_every
-        self._pace = estimate.measured(spec, self.sizes[BASELINE], side_by_side, curve_every)
-        logger.info(estimate.line(self.comparison, self._pace, [], self._before()))
-        # A comparison that has begun is checked in `_again`, which knows the time it has spent.
-        if not has_begun(self.folder):
-            estimate.check_budget(self.comparison, self._pace, 0.0, [])
+        # As the rates are not known yet, each folder stands for a final training of an earlier attempt.
+        done = len(storage.names(storage.join(self.folder, FINAL, "trials")))
+        final = max(0, len(self.comparison.arms) * len(self.comparison.seeds) - done)
+        left = len(phase.missing(storage.join(self.folder, TUNING), trials)), final
+        budget = None if has_begun(self.folder) else self.comparison.budget
+        logger.info(time_line(pace, *left, side_by_side, budget))
 
-    def _again(self, trials: Sequence[Ended], losses: Mapping[Cell, float]) -> None:
-        tried = list(losses)
-        self._pace = estimate.of_records([each.record for each in trials], self._pace)
-        before = replace(self._before(), tuned=not following(self.comparison.arms(), losses))
-        logger.info(estimate.line(self.comparison, self._pace, tried, before))
-        if not storage.exists(storage.join(self.folder, FINAL)):
-            estimate.check_budget(self.comparison, self._pace, self.seconds(), tried, before, began=True)
-
-    def _before(self) -> Before:
-        # An earlier attempt may have finished trials of the phases that come.
-        number, tuning = len(self._phases) + 1, 0
-        while ended := phase.ended_before(storage.join(self.folder, tuning_name(number))):
-            number, tuning = number + 1, tuning + ended
-        return Before(tuning, phase.ended_before(storage.join(self.folder, FINAL)))
-
-    def _tuned(self, losses: Mapping[Cell, float], base: float, rows: int) -> Tuning:
-        best = {}
-        for method in self.comparison.methods:
-            point = tuned(method, self.comparison.arms(), losses, base, self.comparison.compare.relevant)
-            if point is None:
-                logger.warning(f"{method}: every trial broke off, so the method is not compared")
+    def _tuned(self, trials: Sequence[Ended], spec: TrainSpec) -> TuningResult:
+        tuned, base = dict[str, Tuned](), phase.base_loss(trials)
+        for arm in self.comparison.arms:
+            losses = {each.trial.factor: each.loss for each in trials if each.trial.arm == arm and each.trial.factor}
+            if (point := statistics.tuned(losses, base, self.comparison.compare.relevant)) is None:
+                logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue
-            best[method] = point
+            tuned[arm.name] = point
             edge = "" if point.inside else "; it lies at the end of the grid, so a better one may lie beyond"
             logger.info(
-                f"{method}: best of {point.points} trials at train.lr={point.cell.lr:g}"
-                f" adapter.alpha={point.cell.alpha:g}, loss {point.loss:.4f} on the tuning rows{edge}"
+                f"{arm.name}: tuned to {point.factor:g} times its rate, lowest loss {point.loss:.4f} on the tuning"
+                f" rows{edge}"
             )
-        return Tuning(losses, base, best, rows)
+        return TuningResult(trials, base, tuned, len(set(row_losses.places_of(spec.eval))))
 
-    def _measure(self, trained: Sequence[Final]) -> None:
+    def _measure(self, trained: Sequence[Ended]) -> None:
         # Losses that an earlier attempt has measured are kept in the trials' folders.
-        left = [(each.ended.record.folder, each.spec) for each in trained if _read(each) is None]
+        left = [(each.record.folder, each.spec) for each in trained if _read(each) is None]
         if not left:
             return
         logger.info(f"measuring {plural(len(left), 'adapter')} on each of the test rows")
         wanted = worker_resources(self.config)
         number = max(1, min(len(left), search.room(wanted)))
         task = ray.remote(row_losses.measure).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-        tasks = [task.remote(left[first::number]) for first in range(number)]
-        logged = 0
-        while tasks:
-            ready, tasks = ray.wait(tasks, timeout=SECONDS_BETWEEN_LINES)
-            with user_errors():
-                ray.get(ready)
-            done = sum(storage.exists(storage.join(folder, row_losses.FILE)) for folder, _ in left)
-            if tasks and done > logged:
-                logged = done
-                logger.info(f"measured {done} of {plural(len(left), 'adapter')}")
+        with user_errors():
+            ray.get([task.remote(left[first::number]) for first in range(number)])
 
 
-def _read(trained: Final) -> RowLosses | None:
+def _read(trained: Ended) -> RowLosses | None:
     assert trained.spec.eval is not None
-    return RowLosses.read(trained.ended.record.folder, trained.spec.eval.digest)
+    return RowLosses.read(trained.record.folder, trained.spec.eval.digest)
 
 
-def _text(file: str) -> str:
-    # The file is missing for a sharded base model, whose loss the trials measure.
-    try:
-        return storage.read_text(file)
-    except OSError:
-        return ""
+def _pace(comparison: Comparison, spec: TrainSpec, size: MemoryEstimate) -> tuple[float, float] | str:
+    """Return the seconds of (a training, an evaluation), from one micro-batch of the baseline on this CPU.
+
+    `spec` and `size` are the tuning's. Return the reason if the time would say nothing.
+    """
+    config = override(spec.config, comparison.baseline.values)
+    elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
+    # The time on this machine's CPU says nothing about a GPU or about another machine of a cluster.
+    if why := estimate.not_measured(config, size, elsewhere):
+        return why
+    assert spec.eval is not None
+    train, workers = config.train, config.cluster.max_workers()
+    width = min(train.micro_batch, train.global_batch)
+    packs = [spec.train[number % len(spec.train)] for number in range(width)]
+    once, _ = estimate.micro_batch(config, spec.base, packs)
+    # An evaluation has no backward pass, which takes twice the time of the forward pass.
+    evaluation = -(-len(spec.eval) // (width * workers)) * once / 3
+    steps = total_steps(train, len(spec.train)) * config.accumulation() * once
+    return START_SECONDS + steps, evaluation
+
+
+def time_line(
+    pace: tuple[float, float] | str, tuning: int, final: int, side_by_side: int, budget: float | None = None
+) -> str:
+    """Return the line for the log; raise UserError if the trainings that are left need more than the budget."""
+    left = f"left to do: {plural(tuning + final, 'training')}, {side_by_side} at a time"
+    if isinstance(pace, str):
+        return f"{left}; their time is not estimated: {pace}"
+    training, evaluation = pace
+    rounds = math.ceil(tuning / side_by_side), math.ceil(final / side_by_side)
+    seconds = rounds[0] * (training + evaluation) + rounds[1] * (training + EVALUATIONS * evaluation)
+    if budget is not None and seconds > budget:
+        raise UserError(
+            f"argument {BUDGET}: the comparison needs about {duration(seconds)}, and its limit is {duration(budget)};"
+            f" raise it, or compare less (train.steps, {SEEDS}, {ARM}, compare.rates)"
+        )
+    return f"{left}: about {duration(seconds)}"

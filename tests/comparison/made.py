@@ -13,53 +13,66 @@ from typing import Any
 import numpy as np
 import pytest
 
-from comparison.arguments import Compare, Comparison
-from comparison.folder import shared_place
+from comparison.arguments import Arm, Compare, Comparison
+from comparison.folder import shared_by_adapter
 from comparison.phase import PhaseSpec
 from comparison.row_losses import FILE, RowLosses
 from comparison.rows import RowSets
-from comparison.run import Run
+from comparison.run import INIT, Run
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.record import TrialRecord
-from olora_ray.sweep.spec import trial_path
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 
 STEPS, EVERY, BASE, ROWS = 40, 5, 1.637, 60
 Loss = Callable[[Config], float]
 """The last loss of a training with this config; infinite: it breaks off."""
-BEST = {"lora": (1.6e-3 * 2, 0.92), "olora": (2e-4, 0.93)}
+BEST = {"lora": (2e-3, 0.92), "olora": (2e-4, 0.93)}
 """Method -> the best learning rate, and the loss there."""
+AUTO = {"lora": 1.6e-3, "olora": 2e-4}
+"""Method -> the automatic rate."""
+
+
+def rate(config: Config) -> float:
+    auto = AUTO.get(config.adapter.method, 1e-3)
+    return (auto if config.train.lr == "auto" else config.train.lr) * config.train.lr_factor
 
 
 def loss(config: Config) -> float:
     """Return a loss as measured: each method has its best rate elsewhere, and breaks off above a rate."""
     best, floor = BEST[config.adapter.method]
-    if config.train.lr > 16 * best:
+    if rate(config) > 16 * best:
         return math.inf
     luck = 0.003 * np.random.default_rng(config.run.seed).standard_normal()
-    return float(floor + 0.04 * math.log2(config.train.lr / best) ** 2 + 0.01 * (config.adapter.alpha < 16) + luck)
+    return float(floor + 0.04 * math.log2(rate(config) / best) ** 2 + luck)
+
+
+def arm(name: str, **values: Any) -> Arm:
+    return Arm(name, {field.replace("__", "."): value for field, value in values.items()})
+
+
+LORA, OLORA = arm("lora", adapter__method="lora"), arm("olora", adapter__method="olora")
 
 
 def comparison(
     folder: Path,
-    methods: tuple[str, ...] = ("lora", "olora"),
+    arms: tuple[Arm, ...] = (LORA, OLORA),
     seeds: int = 4,
     compare: Compare = Compare(),  # noqa: B008 - it is frozen
     **changes: Any,
 ) -> Comparison:
-    config = tiny.config(adapter__rank=16, adapter__alpha=16, train__lr=1e-3, train__steps=STEPS)
+    config = tiny.config(adapter__rank=16, adapter__alpha=16, train__lr="auto", train__steps=STEPS)
     named = {"run.name": "task-compare", "run.storage": str(folder), "data.train.0.path": "data/gsm.jsonl"}
     config = override(config, {**named, **changes})
-    return Comparison(config, compare, methods, tuple(range(4, 4 + seeds)), None)
+    return Comparison(config, config, compare, arms, tuple(range(4, 4 + seeds)), None)
 
 
 def row_sets(rows: int = ROWS) -> RowSets:
     counts = {"train": 1000, "tuning": rows, "test": rows}
-    return AllRows({}, counts, {}, {"test-0.jsonl": tuple(range(rows))})
+    return AllRows({}, counts, {}, {"test-0.jsonl": tuple(range(rows))}, {})
 
 
 def course(last: float, total: int = STEPS) -> list[dict[str, float]]:
@@ -80,7 +93,7 @@ def rows_of(config: Config, mean: float, rows: int = ROWS) -> RowLosses:
     own = 0.05 * np.random.default_rng([config.run.seed, len(config.adapter.method)]).standard_normal(rows)
     losses = (hard + own - np.average(hard + own, weights=tokens) + mean) * tokens
     places = tuple(f"test-0.jsonl:{line + 1}" for line in range(rows))
-    return RowLosses("test", places, tuple(map(int, tokens)), tuple(map(float, losses)))
+    return RowLosses("test", places, tuple(map(int, tokens)), tuple(map(float, losses)), 4_884_480)
 
 
 @dataclass
@@ -90,6 +103,8 @@ class Cluster:
     last: Loss = loss
     trained: list[dict[str, Any]] = field(default_factory=list)
     """The values of every training that was run."""
+    names: list[str] = field(default_factory=list)
+    """Their names."""
     eval_every: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     """Name of a phase's folder -> train.eval_every of its trainings."""
     left: int = ROWS
@@ -98,36 +113,35 @@ class Cluster:
     """Trainings after which the driver stops."""
     stop: Callable[[], None] = lambda: signal.raise_signal(signal.SIGINT)
     """The way it stops."""
-    reasons: dict[int, str] = field(default_factory=dict)
-    """Number of a trial of a phase -> why it fails, once."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Name of a trial -> why it fails, once."""
 
     def search(self, spec: PhaseSpec) -> None:
         if search_folder.progress(spec.folder).complete:
             return
         for number in range(spec.space.count()):
             values = spec.space.values(spec.space.drawn(number))
-            folder = Path(trial_path(spec.folder, number))
-            if (folder / "training.json").exists():
-                self._record(folder, number, values, "finished", json.loads((folder / "training.json").read_text()))
-                continue
             if self.stop_after is not None and len(self.trained) >= self.stop_after:
                 self.stop()
             self.trained.append(values)
-            self._train(spec, folder, number, values)
+            self.names.append(str(spec.space.own_name(number)))
+            self._train(spec, Path(spec.folder, "trials", str(spec.space.own_name(number))), number, values)
         search_folder.keep(spec.folder, search_folder.Progress(60.0, complete=True))
 
     def _train(self, spec: PhaseSpec, folder: Path, number: int, values: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = spec.config(number, spec.space.drawn(number))
         self.eval_every[Path(spec.folder).name].add(config.train.eval_every)
-        reason = self.reasons.pop(number, "")
+        reason = self.reasons.pop(folder.name, "")
         last = self.last(config)
         if reason or not math.isfinite(last):
             self._record(
                 folder, number, values, "failed", None, reason or "step 9: the loss is not finite; it comes from"
             )
             return
-        result = TrainResult(state=TrainState(step=STEPS, history=course(last)))
+        result = TrainResult(
+            state=TrainState(step=STEPS, history=course(last), lr=AUTO.get(config.adapter.method, 1e-3))
+        )
         (folder / "training.json").write_text(result.to_json())
         self._record(folder, number, values, "finished", json.loads(result.to_json()))
 
@@ -168,28 +182,29 @@ class MadeRun(Run):
 
     cluster: Cluster
 
-    def _tokens(self, config: Config) -> Any:
+    def _tokens(self, held_out: Any, changes: Any) -> Any:
         store: Any = Tokens(rows=self.cluster.left)
+        config = override(self.config, changes)
         return TrainSpec(config, SimpleNamespace(digest="b"), "t", (0,), store, store)  # type: ignore[arg-type]
 
     def _share(self, spec: Any) -> None:
-        for place in (Path(shared_place(self.folder, method)) for method in self.comparison.methods):
+        for each in self.comparison.arms:
+            place = Path(shared_by_adapter(self.folder, override(self.config, each.values)))
             place.mkdir(parents=True, exist_ok=True)
-            (place / "init.json").write_text('{"seconds": 0.8, "bytes": 2000000}')
+            (place / INIT).write_text("0.8\n")
 
-    def _estimate(self, spec: Any) -> None:
+    def _estimate(self, spec: Any, trials: Any) -> None:
         pass
 
     def _measure(self, trained: Any) -> None:
         for each in trained:
-            rows = rows_of(each.spec.config, each.ended.loss, self.cluster.left)
-            (Path(each.ended.record.folder) / FILE).write_text(json.dumps(asdict(rows)))
+            rows = rows_of(each.spec.config, each.loss, self.cluster.left)
+            (Path(each.record.folder) / FILE).write_text(json.dumps(asdict(rows)))
 
 
 def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:
     monkeypatch.setattr(run, "search", cluster.search)
     base: Any = SimpleNamespace(model=SimpleNamespace(name="SmolLM2-135M"), tokenizer=None)
-    sizes: Any = {method: SimpleNamespace(trainable=4_884_480) for method in found.methods}
-    work = MadeRun(found, base, row_sets(), sizes, "parent")
+    work = MadeRun(found, base, row_sets(), {}, "parent")
     work.cluster = cluster
     return work

@@ -33,15 +33,53 @@ def test_a_comparison_has_a_name_of_its_own_and_the_same_rules_for_all(
 ) -> None:
     caplog.set_level("INFO")
     found = parse([file, "train.lr=1e-4", "--methods", "lora, olora", "--seeds=3", "--budget", "1h30m"], "usage")
-    assert (found.methods, found.seeds, found.budget) == (("lora", "olora"), (18, 19, 20), 5400.0)
+    assert [(arm.name, arm.values) for arm in found.arms] == [
+        ("lora", {"adapter.method": "lora"}),
+        ("olora", {"adapter.method": "olora"}),
+    ]
+    assert (found.seeds, found.budget) == ((18, 19, 20), 5400.0)
     config = found.config
     assert (config.run.name, config.run.seed, config.train.lr) == ("task-compare", 17, 1e-4)
     assert (config.adapter.dropout, config.train.early_stop, config.registry.model) == (0.0, None, None)
     assert config.cluster.workers == 1
+    assert (found.own.run.name, found.own.adapter.dropout, found.own.registry.model) == ("task", 0.1, "task")
     assert "adapter.dropout: 0 in all trainings of a comparison, instead of the config's 0.1" in caplog.text
     assert "train.early_stop: null in all trainings" in caplog.text
     assert "registry.model" not in caplog.text
     assert config.run.seed not in found.seeds
+
+
+def test_an_arm_is_any_override_of_adapter_and_training(file: str) -> None:
+    words = ["--arm", "wide: adapter.rank=64, adapter.targets=[q_proj, v_proj]", "--arm=plus: train.lr_ratio=16"]
+    found = parse([file, *words], "usage")
+    assert [(arm.name, arm.values) for arm in found.arms] == [
+        ("wide", {"adapter.rank": 64, "adapter.targets": ["q_proj", "v_proj"]}),
+        ("plus", {"train.lr_ratio": 16}),
+    ]
+    assert found.baseline.name == "wide"
+    both = parse([file, *words, "--methods", "olora,lora"], "usage")
+    assert [arm.name for arm in both.arms] == ["olora", "lora", "wide", "plus"]
+    assert both.baseline.name == "lora"
+
+
+def test_every_arm_gets_the_same_trainings(file: str) -> None:
+    automatic = parse(
+        [file, "train.lr=auto", "compare.rates=[0.5,1,2]", "--arm", "a: train.lr=0.1", "--methods", "lora"], ""
+    )
+    shown = [(trial.name(), trial.values["train.lr"], trial.values["train.lr_factor"]) for trial in automatic.tuning()]
+    assert shown == [
+        ("lora-x0.5-seed17", "auto", 0.5),
+        ("lora-x1-seed17", "auto", 1.0),
+        ("lora-x2-seed17", "auto", 2.0),
+        ("a-x0.5-seed17", 0.1, 0.5),
+        ("a-x1-seed17", 0.1, 1.0),
+        ("a-x2-seed17", 0.1, 2.0),
+    ]
+    fixed = parse([file, "train.lr=1e-3", "compare.rates=[0.5,1,2]"], "")
+    names = [trial.name() for trial in fixed.tuning()]
+    assert names[3] == "lora-own-seed17"
+    assert len(names) == 8
+    assert (fixed.tuning()[3].values["train.lr"], fixed.own_factor(), automatic.own_factor()) == (1e-3, None, 1.0)
 
 
 def test_a_comparison_without_a_name_has_one_of_its_settings(file: str) -> None:
@@ -56,14 +94,28 @@ def test_a_comparison_without_a_name_has_one_of_its_settings(file: str) -> None:
         ([], r"arguments \(none\): expected a config file"),
         (["FILE", "FILE"], "expected a config file"),
         (["FILE", "--methods", "lora,pisa"], "argument --methods: 'pisa' is no adapter.method; use some of "),
-        (["FILE", "--methods", "olora"], "argument --methods: lora is missing"),
-        (["FILE", "--methods", "lora"], "argument --methods: name at least one besides lora"),
+        (["FILE", "--methods", "lora"], "argument --arm: a comparison needs two arms"),
+        (["FILE", "--arm"], "argument --arm: its value is missing"),
+        (["FILE", "--arm", "rank 8"], "argument --arm 'rank 8': expected 'NAME: field=value"),
+        (["FILE", "--arm", "a/b: adapter.rank=8"], "expected 'NAME: field=value"),
+        (["FILE", "--arm", "a: adapter.rank"], "argument 'adapter.rank': expected section.field=value"),
+        (["FILE", "--arm", "a: adapter.rnk=8"], "argument --arm a: adapter.rnk: unknown field"),
+        (["FILE", "--arm", "a: adapter.rank=0"], "argument --arm a: adapter.rank: "),
+        (["FILE", "--arm", "a: data.max_length=9"], "argument --arm a: data.max_length cannot differ between arms"),
+        (["FILE", "--arm", "a: train.lr_factor=2"], "argument --arm a: train.lr_factor cannot differ"),
+        (
+            ["FILE", "--methods", "lora", "--arm", "lora: adapter.rank=8"],
+            "argument --arm lora: two arms have this name",
+        ),
         (["FILE", "--seeds", "1"], "argument --seeds: expected 2 to 100, not '1'"),
         (["FILE", "--seeds", "four"], "argument --seeds: expected 2 to 100"),
         (["FILE", "--budget", "soon"], "argument --budget: expected a time such as 3h, 90m or 1h30m, not 'soon'"),
         (["FILE", "--budget", "0h"], "argument --budget: expected a time"),
         (["FILE", "train.start=/x"], r"train\.start: .*set it to null"),
         (["FILE", "compare.test_rows=1"], r"compare\.test_rows: "),
+        (["FILE", "compare.rates=[1,2]"], r"compare\.rates: "),
+        (["FILE", "compare.rates=[1,1,2]"], r"compare\.rates: must be increasing"),
+        (["FILE", "compare.untuned=false"], r"compare\.untuned: unknown field; delete it"),
         (["FILE", "compare.test_row=9"], r"compare\.test_row: unknown field; did you mean compare\.test_rows\?$"),
         (["FILE", "compare=9"], r"argument 'compare=9': expected section\.field=value"),
     ],
@@ -77,10 +129,10 @@ def test_mistakes_are_one_line(file: str, words: list[str], message: str) -> Non
 def test_the_file_of_a_run_has_the_section_and_other_commands_leave_it_out(file: str) -> None:
     alone = load(file)
     with Path(file).open("a") as added:
-        added.write("compare: {test_rows: 64, untuned: false}\n")
+        added.write("compare: {test_rows: 64, relevant: 0.02}\n")
     assert load(file) == alone
     found = parse([file, "compare.tuning_rows=40"], "usage")
-    assert found.compare == Compare(tuning_rows=40, test_rows=64, untuned=False)
+    assert found.compare == Compare(tuning_rows=40, test_rows=64, relevant=0.02)
     assert found.config.model_dump().keys() == alone.model_dump().keys()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from comparison import folder
-from comparison.arguments import Compare, Comparison
+from comparison.arguments import Arm, Compare, Comparison
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from tests.comparison import made
@@ -19,7 +19,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     monkeypatch.setattr(folder.address, "find", lambda: "local")
     found = made.comparison(tmp_path)
     folder.begin(found, {"test rows": "a", "base model": "b"})
-    (Path(found.config.folder()) / "tuning-1").mkdir()
+    (Path(found.config.folder()) / "tuning" / "trials").mkdir(parents=True)
     return found
 
 
@@ -30,15 +30,20 @@ def test_the_same_comparison_goes_on(begun: Comparison) -> None:
     folder.check(replace(begun, budget=60.0))
 
 
+OTHER = made.arm("olora", adapter__method="olora", adapter__rank=8)
+
+
 @pytest.mark.lengthy
 @pytest.mark.parametrize(
-    ("changes", "compare", "seeds", "methods", "message"),
+    ("changes", "compare", "seeds", "arms", "message"),
     [
-        ({"train.steps": 50}, {}, 4, ("lora", "olora"), r"1 other setting \(train\.steps was 40, is 50\)"),
-        ({}, {"relevant": 0.5}, 4, ("lora", "olora"), r"compare\.relevant was 0\.01, is 0\.5"),
-        ({"gate.group": "user"}, {}, 4, ("lora", "olora"), r"gate\.group was None, is 'user'"),
-        ({}, {}, 8, ("lora", "olora"), r"--seeds was 4, is 8"),
-        ({}, {}, 4, ("olora", "lora"), r"--methods was \['lora', 'olora'\], is"),
+        ({"train.steps": 50}, {}, 4, (made.LORA, made.OLORA), r"1 other setting \(train\.steps was 40, is 50\)"),
+        ({}, {"relevant": 0.5}, 4, (made.LORA, made.OLORA), r"compare\.relevant was 0\.01, is 0\.5"),
+        ({}, {"rates": (1, 2, 4)}, 4, (made.LORA, made.OLORA), r"compare\.rates was "),
+        ({"gate.group": "user"}, {}, 4, (made.LORA, made.OLORA), r"gate\.group was None, is 'user'"),
+        ({}, {}, 3, (made.LORA, made.OLORA), r"--seeds was 4, is 3"),
+        ({}, {}, 4, (made.LORA, OTHER), r"arm olora was "),
+        ({}, {}, 4, (made.LORA, made.arm("pissa", adapter__method="pissa")), r"arm olora was .*, is None"),
     ],
 )
 def test_what_is_compared_is_fixed_before_it_begins(
@@ -46,19 +51,43 @@ def test_what_is_compared_is_fixed_before_it_begins(
     changes: dict[str, object],
     compare: dict[str, Any],
     seeds: int,
-    methods: tuple[str, ...],
+    arms: tuple[Arm, ...],
     message: str,
 ) -> None:
-    """More seeds after the result is known would be a search for a result that pleases."""
-    other = Comparison(override(begun.config, changes), Compare(**compare), methods, tuple(range(4, 4 + seeds)), None)
+    other = replace(begun, config=override(begun.config, changes), compare=Compare(**compare), arms=arms)
     with pytest.raises(UserError, match=message):
-        folder.check(other)
+        folder.check(replace(other, seeds=tuple(range(4, 4 + seeds))))
+
+
+@pytest.mark.lengthy
+def test_seeds_and_arms_may_be_added_and_stay(begun: Comparison) -> None:
+    contents = {"test rows": "a", "base model": "b"}
+    more = replace(begun, seeds=(*begun.seeds, 8), arms=(*begun.arms, made.arm("r8", adapter__rank=8)))
+    folder.check(more)
+    folder.begin(more, contents)
+    with pytest.raises(UserError, match=r"--seeds was 5, is 4"):
+        folder.check(begun)
+
+
+@pytest.mark.lengthy
+def test_versions_are_noted_for_each_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison that was killed before its first training ended was once reported as a mixture for ever."""
+    root = str(tmp_path)
+    for code, begun, mixed in (
+        ("one", {"a": 0, "b": 0}, False),
+        ("two", {"a": 0, "b": 0}, False),  # the first attempt left nothing
+        ("two", {"a": 8}, False),
+        ("three", {"b": 8}, True),
+    ):
+        monkeypatch.setattr(folder.node_cache, "code", lambda code=code: code)
+        folder.note_code(root, begun)
+        assert folder.notes(root) == ((folder.MIXED,) if mixed else ())
 
 
 @pytest.mark.lengthy
 def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -> None:
     place = Path(begun.config.folder())
-    (place / "tuning-1").rmdir()
+    (place / "tuning" / "trials").rmdir()
     (place / "shared" / "lora").mkdir(parents=True)
     same = {"test rows": "a", "base model": "b"}
     folder.begin(begun, same)
@@ -67,7 +96,7 @@ def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -
     folder.check(other)
     folder.begin(other, {**same, "test rows": "other"})
     assert not (place / "shared").exists()
-    (place / "tuning-1").mkdir()
+    (place / "tuning" / "trials").mkdir()
     folder.check(other)
     with pytest.raises(UserError, match=r"train\.steps was 5, is 40"):
         folder.check(begun)

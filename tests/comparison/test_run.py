@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from comparison import analysis, folder, grid, report
-from comparison.arguments import Compare, Comparison
-from comparison.record import ComparisonRecord, Reached
+from comparison import folder, report
+from comparison.arguments import Comparison
+from comparison.record import ComparisonRecord, best_config, recorded
 from olora_ray.common.errors import UserError
+from olora_ray.config.load import dump, parse_yaml
 from olora_ray.config.schema import Config
 from tests.comparison import made
 from tests.comparison.made import Cluster
@@ -23,10 +24,10 @@ from tests.said import said
 def compared(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> ComparisonRecord:
     work = made.running(monkeypatch, found, cluster)
     tuning = work.tune()
-    return analysis.record(work, tuning, work.train(tuning), "2 CPUs")
+    return recorded(work, tuning, work.train(tuning), "2 CPUs")
 
 
-def test_each_method_is_tuned_and_then_compared_with_fresh_seeds(
+def test_each_arm_is_tuned_on_the_same_grid_and_then_compared_with_fresh_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, asked = Cluster(), made.comparison(tmp_path)
@@ -34,19 +35,21 @@ def test_each_method_is_tuned_and_then_compared_with_fresh_seeds(
     lora, olora = record.of("lora"), record.of("olora")
     assert lora.tuned is not None
     assert olora.tuned is not None
-    assert (lora.tuned.cell.lr, olora.tuned.cell.lr) == (3.2e-3, 2e-4)
+    assert (lora.tuned.factor, olora.tuned.factor) == (1.2, 1.0)  # 2e-3 / 1.6e-3 with two digits
+    assert (lora.lr, olora.lr) == (pytest.approx(1.2 * 1.6e-3), pytest.approx(2e-4))
     assert lora.tuned.inside
     assert olora.tuned.inside
-    final = [values for values in cluster.trained if values.get("run.seed")]
-    assert len(final) == 8
-    assert {values["run.seed"] for values in final} == {4, 5, 6, 7}  # the tuning had seed 3
-    assert {(values["adapter.method"], values["train.lr"]) for values in final} == {("lora", 3.2e-3), ("olora", 2e-4)}
-    tuning = [values for values in cluster.trained if "run.seed" not in values]
-    assert len(tuning) == len({json.dumps(values) for values in tuning})
-    place = Path(asked.config.folder())
-    assert sorted(path.name for path in place.iterdir() if path.name != "shared") == [
-        *("code.json", "final", "tuning-1", "tuning-2")
+    assert lora.tunings == olora.tunings == 5
+    assert (lora.tuning_seconds, lora.init_seconds, lora.trainable) == (5 * 30.0, 0.8, 4_884_480)
+    assert [name for name in cluster.names if name.endswith("seed3")] == [
+        f"{arm}-x{factor:g}-seed3" for arm in ("lora", "olora") for factor in (0.25, 0.5, 1, 2, 4)
     ]
+    finals = [f"{arm}-seed{seed}" for seed in (4, 5, 6, 7) for arm in ("lora-x1.2", "olora-x1")]
+    assert cluster.names[10:] == finals
+    assert cluster.eval_every == {"tuning": {made.STEPS}, "final": {made.STEPS // 4}}
+    place = Path(asked.config.folder())
+    assert sorted(path.name for path in place.iterdir() if path.name != "shared") == ["code.json", "final", "tuning"]
+    assert sorted(path.name for path in (place / "final" / "trials").iterdir()) == sorted(finals)
 
 
 def test_the_difference_is_that_of_the_losses_with_its_interval(
@@ -55,13 +58,83 @@ def test_the_difference_is_that_of_the_losses_with_its_interval(
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
     against = record.of("olora").against
     assert against is not None
-    assert against.mean == pytest.approx(0.01, abs=1e-6)  # the luck of a seed is in both
+    assert against.mean == pytest.approx(0.01, abs=1e-3)  # the luck of a seed is in both
     assert against.interval == against.adjusted  # one comparison
     assert against.interval.low < 0.01 < against.interval.high
     lora = record.of("lora")
     assert lora.loss is not None
     assert lora.loss == pytest.approx(sum(each.loss for each in lora.trainings) / 4)
     assert record.base_test == record.base_tuning == made.BASE
+    first, half, last = lora.course()
+    assert first > half > last == pytest.approx(lora.loss, abs=1e-6)
+    row = dict(zip(report.MEANS, report.cells(record, lora), strict=True))
+    assert (row["learning rate"], row["x rate"], row["tuning"]) == ("0.0019", "1.2", "5 in 2 min 30 s")
+    assert (row["after 25%"], row["after 50%"]) == (f"{first:.4f}", f"{half:.4f}")
+
+
+@pytest.mark.parametrize("lr", ["auto", 5e-4])
+def test_the_configs_own_rate_is_tried_once_with_each_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float | str
+) -> None:
+    fixed, cluster = made.arm("fixed", adapter__method="lora", train__lr=1e-3), Cluster()
+    asked = made.comparison(tmp_path, (made.LORA, fixed), **{"train.lr": lr})
+    record = compared(monkeypatch, asked, cluster)
+    own = [each for each in record.points if each.factor is None]
+    assert [(each.arm, each.lr) for each in own] == ([] if lr == "auto" else [("lora", 5e-4), ("fixed", 5e-4)])
+    rates = [each.lr for each in record.points if each.arm == "fixed" and each.factor is not None]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3])
+    lora, other = record.arms
+    assert lora.tunings == other.tunings == (5 if lr == "auto" else 6)
+    at_one = [each.loss for each in record.points if each.factor == 1]
+    assert [lora.own_loss, other.own_loss] == (at_one if lr == "auto" else [each.loss for each in own])
+
+
+def test_more_seeds_and_another_arm_train_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+    first = compared(monkeypatch, made.comparison(tmp_path), cluster)
+    monkeypatch.setitem(made.BEST, "pissa", (1e-3, 0.95))
+    pissa = made.arm("pissa", adapter__method="pissa")
+    done = len(cluster.names)
+    second = compared(monkeypatch, made.comparison(tmp_path, (made.LORA, made.OLORA, pissa), seeds=5), cluster)
+    assert cluster.names[done:] == [
+        *(f"pissa-x{factor:g}-seed3" for factor in (0.25, 0.5, 1, 2, 4)),
+        *(f"pissa-x1-seed{seed}" for seed in (4, 5, 6, 7)),
+        *("lora-x1.2-seed8", "olora-x1-seed8", "pissa-x1-seed8"),
+    ]
+    assert second.of("olora").trainings[:4] == first.of("olora").trainings
+    assert [len(each.trainings) for each in second.arms] == [5, 5, 5]
+    olora = second.of("olora").against
+    assert olora is not None
+    assert olora.adjusted.high > olora.interval.high  # two comparisons
+    assert "for 2 comparisons together" in report.sentence(second, second.of("olora"))
+
+
+def test_it_ends_with_a_config_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = made.arm("narrow", adapter__method="lora", adapter__rank=8, train__lr=4e-4)
+    asked = made.comparison(tmp_path, (made.OLORA, narrow))
+    asked = replace(asked, own=made.override(asked.own, {"train.early_stop": 3, "registry.model": "task"}))
+    record = compared(monkeypatch, asked, Cluster())
+    best = record.best()
+    assert best is not None
+    assert best.name == "narrow"
+    config = best_config(asked, record)
+    assert config is not None
+    assert (config.adapter.method, config.adapter.rank, config.train.lr) == ("lora", 8, 4e-4)
+    assert config.train.lr_factor * 4e-4 == pytest.approx(best.lr)
+    assert (config.train.early_stop, config.registry.model) == (3, "task")
+    assert config.run.name == "task-compare-best"
+    assert config.train.eval_every == asked.own.train.eval_every
+    assert parse_yaml(dump(config), "best.yaml")["train"]["lr"] == 4e-4
+
+
+def test_what_can_be_seen_is_said_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with said() as told:
+        record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
+    assert told[0].startswith("if the difference of two arms varies by 0.02 nats from seed to seed: 4 seeds measure it")
+    assert "to within ±0.032 nats" in told[0]
+    assert told[0].endswith("needs 18 seeds")
+    [measured] = report.seeds(record)
+    assert measured.startswith("the difference of olora varies by ")
 
 
 def test_the_rows_that_are_told_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,116 +160,54 @@ def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
     assert len(cluster.trained) == trained
 
 
-def test_steps_to_the_baselines_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
-    own, other = record.typical("lora"), record.typical("olora")
-    assert own is not None
-    assert other is not None
-    assert own.reached
-    assert own.steps == made.STEPS
-    assert own.seconds == pytest.approx(0.8 + 0.5 * made.STEPS)
-    assert own.tokens == pytest.approx(100 * made.STEPS)
-    assert not other.reached  # it ends 0.01 above
-    ratio = record.ratio("olora")
-    assert ratio is not None
-    assert ratio.shown() == "never (never .. never)"
-    row = dict(zip(report.HEAD, report.cells(record, record.of("olora")), strict=True))
-    assert row["steps to lora's loss"] == ">40"
-
-
-def test_what_half_of_the_seeds_do_not_reach_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
-    method = record.of("olora")
-    for reached, steps in (((True, True, False, False), ">40"), ((True, True, True, False), "14")):
-        each = [Reached(there, at, at, at) for there, at in zip(reached, (10.0, 12.0, 14.0, 40.0), strict=True)]
-        each = [one if one.reached else replace(one, steps=40.0) for one in each]
-        trainings = tuple(replace(one, reached=at) for one, at in zip(method.trainings, each, strict=True))
-        other = replace(record, methods=(record.of("lora"), replace(method, trainings=trainings)))
-        row = dict(zip(report.HEAD, report.cells(other, other.of("olora")), strict=True))
-        assert row["steps to lora's loss"] == steps
-
-
 @pytest.mark.lengthy
 def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, losses of one version were silently compared with those of another."""
-    asked, cluster = made.comparison(tmp_path), Cluster(stop_after=5)
+    asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=5), ["one"]
+    monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
     with pytest.raises(KeyboardInterrupt):
         compared(monkeypatch, asked, cluster)
     cluster.stop_after = None
-    monkeypatch.setattr(folder.node_cache, "code", lambda: "another")
+    codes.append("another")
     with said() as lines:
         record = compared(monkeypatch, asked, cluster)
     assert sum(folder.MIXED in line for line in lines) == 1
     assert record.notes == (folder.MIXED,)
-    monkeypatch.setattr(folder.node_cache, "code", lambda: "a third")
+    codes.append("a third")
     with said() as lines:  # there is nothing left to train
         compared(monkeypatch, asked, cluster)
     assert not any(folder.MIXED in line for line in lines)
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize(("killed_at", "code", "notes"), [(5, "one", ()), (16, "two", (folder.MIXED,))])
+@pytest.mark.parametrize("killed_at", [0, 3])
 def test_a_driver_that_is_killed_has_noted_its_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, code: str, notes: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
-    """A driver that was killed in a phase had noted no version, so the next version was not reported."""
-    asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=14), ["one"]
+    """If nothing had been trained, the next version was reported as a mixture for ever."""
+    asked, codes = made.comparison(tmp_path), ["one"]
     monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
-    if killed_at > 14:
-        with pytest.raises(KeyboardInterrupt):
-            compared(monkeypatch, asked, cluster)
-    codes.append(code)
-    cluster.stop_after, cluster.stop = killed_at, lambda: os.kill(os.getpid(), signal.SIGKILL)
+    cluster = Cluster(stop_after=killed_at, stop=lambda: os.kill(os.getpid(), signal.SIGKILL))
     driver = multiprocessing.get_context("fork").Process(target=compared, args=(monkeypatch, asked, cluster))
     driver.start()
     driver.join()
     assert driver.exitcode == -signal.SIGKILL
-    codes.append("one")
-    assert compared(monkeypatch, asked, Cluster()).notes == notes
-
-
-def test_trials_of_a_grid_that_began_elsewhere_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials are found by number, so the loss of one rate was once taken for another's."""
-    asked, cluster = made.comparison(tmp_path), Cluster()
-    made.running(monkeypatch, asked, cluster).tune()
-    monkeypatch.setitem(grid.CENTRES, "olora", 1e-5)
-    with pytest.raises(
-        UserError, match=r"tuning-1: trial-\d+ has other values than .*; resume with that version, or choose"
-    ):
-        made.running(monkeypatch, asked, cluster).tune()
+    codes.append("two")
+    assert compared(monkeypatch, asked, Cluster()).notes == ((folder.MIXED,) if killed_at else ())
 
 
 @pytest.mark.lengthy
 def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path / "a"), whole)
-    ran = []
-    for stop_after in range(1, len(whole.trained), 6):
-        cluster = Cluster(stop_after=stop_after)
+    for stop_after in (1, 7, 12, 17):
+        cluster, asked = Cluster(stop_after=stop_after), made.comparison(tmp_path / f"b{stop_after}")
         with pytest.raises(KeyboardInterrupt):
-            compared(monkeypatch, made.comparison(tmp_path / f"b{stop_after}"), cluster)
+            compared(monkeypatch, asked, cluster)
         cluster.stop_after = None
-        again = compared(monkeypatch, made.comparison(tmp_path / f"b{stop_after}"), cluster)
-        finished = [json.dumps(values) for values in cluster.trained if not _breaks(values)]
-        assert len(finished) == len(set(finished))
-        assert {json.dumps(values) for values in cluster.trained} == {json.dumps(values) for values in whole.trained}
-        assert [each.against for each in again.methods] == [each.against for each in record.methods]
-        ran.append(len(cluster.trained))
-    assert len(ran) > 2
-
-
-def test_after_the_tuning_the_final_trainings_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with said() as lines:
-        made.running(monkeypatch, made.comparison(tmp_path), Cluster()).tune()
-    told = [line for line in lines if line.startswith("left to do")]
-    assert len(told) == 2
-    assert " to " in told[0].partition(" of ")[0]
-    assert told[1].startswith("left to do: 8 trainings of about 30 s")
-
-
-def _breaks(values: dict[str, float]) -> bool:
-    best, _ = made.BEST[str(values["adapter.method"])]
-    return values["train.lr"] > 16 * best
+        again = compared(monkeypatch, asked, cluster)
+        assert cluster.names == whole.names
+        assert [each.against for each in again.arms] == [each.against for each in record.arms]
 
 
 @pytest.mark.lengthy
@@ -204,20 +215,18 @@ def _breaks(values: dict[str, float]) -> bool:
 def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
     reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = Cluster(reasons={2: reason})
-    with pytest.raises(UserError, match=f"tuning-1: trial-002 failed: {reason}; remove the cause and run the"):
+    cluster = Cluster(reasons={"lora-x1-seed3": reason})
+    with pytest.raises(UserError, match=f"tuning: lora-x1-seed3 failed: {reason}; remove the cause and run the"):
         compared(monkeypatch, made.comparison(tmp_path), cluster)
-    first = list(cluster.trained)
+    done = len(cluster.names)
     compared(monkeypatch, made.comparison(tmp_path), cluster)
-    again = cluster.trained[len(first) :]
-    assert first[2] in again
-    assert not [values for number, values in enumerate(first) if number != 2 and values in again]
+    again = cluster.names[done:]
+    assert again[0] == "lora-x1-seed3"
+    assert not set(again[1:]) & set(cluster.names[:done])
 
 
 @pytest.mark.lengthy
-def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_arm_that_breaks_off_with_a_seed_has_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def last(config: Config) -> float:
         broken = config.adapter.method == "olora" and config.run.seed == 6
         return math.inf if broken else made.loss(config)
@@ -231,7 +240,7 @@ def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
 
 
 @pytest.mark.lengthy
-def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
+def test_an_arm_whose_every_trial_breaks_off_leaves_the_others_their_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table once asked for its trainings, and the comparison ended without its page."""
@@ -239,31 +248,18 @@ def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
     def last(config: Config) -> float:
         return math.inf if config.adapter.method == "pissa" else made.loss(config)
 
-    asked = made.comparison(tmp_path, ("lora", "olora", "pissa"))
+    asked = made.comparison(tmp_path, (made.LORA, made.OLORA, made.arm("pissa", adapter__method="pissa")))
     record = compared(monkeypatch, asked, Cluster(last))
     pissa = record.of("pissa")
-    assert (pissa.trainings, pissa.against, record.ratio("pissa"), record.typical("pissa")) == ((), None, None, None)
-    assert report.cells(record, pissa)[-1] == "all broke off"
+    assert (pissa.trainings, pissa.against, pissa.course(), pissa.lr) == ((), None, (), None)
+    assert report.cells(record, pissa)[-2:] == ["all broke off", ""]
     assert record.of("olora").against is not None
     assert report.sentences(record)[1] == (
         "pissa against lora: not compared, because every tuning trial of pissa broke off."
     )
     report.write(record, str(tmp_path / "out"))
     assert "all broke off" in (tmp_path / "out" / "report.html").read_text()
-    report.summary(record)
-
-
-@pytest.mark.lengthy
-def test_the_untuned_points_are_trained_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster()
-    record = compared(monkeypatch, made.comparison(tmp_path), cluster)
-    assert [(point.method, point.lr) for point in record.points if not point.grid] == [("lora", 1e-3), ("olora", 1e-3)]
-    assert report.untuned(record).startswith("at train.lr=0.001 for all, one seed, on the tuning rows: lora 1.0")
-    on_grid = compared(monkeypatch, made.comparison(tmp_path, **{"run.name": "x", "train.lr": 4e-4}), Cluster())
-    assert [point.method for point in on_grid.points if not point.grid] == ["lora"]
-    assert on_grid.untuned("olora") is not None
-    without = made.comparison(tmp_path, compare=Compare(untuned=False), **{"run.name": "y"})
-    assert all(point.grid for point in compared(monkeypatch, without, Cluster()).points)
+    report.lines(record)
 
 
 @pytest.mark.lengthy
@@ -277,9 +273,9 @@ def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.M
     for sentence in report.sentences(record):
         assert sentence.replace("'", "&#x27;") in text
     tree = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert tree["methods"][1]["against"]["adjusted"]["low"] == record.of("olora").against.adjusted.low  # type: ignore[union-attr]
-    assert len(tree["methods"][0]["trainings"]) == 4
-    assert tree["methods"][0]["tuned"]["cell"]["lr"] == 3.2e-3
-    shown = "\n".join([*report.lines(record), *report.summary(record)])
-    assert "0.0032" in shown
-    assert "verdict: Loss of olora minus loss of lora = +0.0100 nats per token (95% interval" in shown
+    assert tree["arms"][1]["against"]["adjusted"]["low"] == record.of("olora").against.adjusted.low  # type: ignore[union-attr]
+    assert len(tree["arms"][0]["trainings"]) == 4
+    assert tree["arms"][0]["tuned"]["factor"] == 1.2
+    shown = "\n".join(report.lines(record))
+    assert "0.0019" in shown
+    assert "verdict: Loss of olora minus loss of lora = +0.0" in shown

@@ -1,7 +1,6 @@
 """A comparison through its entry script, with real Ray Tune, real trainings and MLflow."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.config.load import load
 from tests.pipelines import project
 from tests.ray_head import Head
 from tests.recovery.processes import scratch
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
     "train__checkpoint_every": 4,
     "evaluation__scorer": None,
     "evaluation__samples": 0,
-    "compare": {"tuning_rows": 6, "test_rows": 10, "untuned": False},
+    "compare": {"tuning_rows": 6, "test_rows": 10, "rates": [0.5, 1, 2]},
 }
 
 
@@ -61,28 +61,30 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     folder = corpus / "runs" / "small-compare"
     found = json.loads((folder / "comparison.json").read_text())
     assert found["rows"] == {"train": 44, "tuning": 6, "test": 10}
-    lora, olora = found["methods"]
-    assert (lora["method"], olora["method"]) == ("lora", "olora")
-    assert lora["tuned"]["points"] >= 6
-    assert lora["tuned"]["points"] >= olora["tuned"]["points"] >= 3
-    for method in (lora, olora):
-        assert [each["seed"] for each in method["trainings"]] == [4, 5]
-        for each in method["trainings"]:
+    lora, olora = found["arms"]
+    assert (lora["name"], olora["name"], found["baseline"]) == ("lora", "olora", "lora")
+    for arm in (lora, olora):
+        assert arm["tunings"] == 4  # three rates, and the config's own
+        assert arm["lr"] > 0
+        assert arm["trainable"] > 0
+        assert [each["seed"] for each in arm["trainings"]] == [4, 5]
+        for each in arm["trainings"]:
+            assert [step for step, _ in each["curve"]] == [0, 2, 4, 6, 8]
             # Measured once by the training, once on each row.
             assert each["loss"] == pytest.approx(each["curve"][-1][1], rel=1e-4)
             assert each["curve"][0][1] == pytest.approx(found["base_test"])
             assert each["loss"] < found["base_test"]
-        assert method["init_seconds"] > 0
-        assert method["exchanged"] > 0
-        assert (folder / "shared" / method["method"] / method["method"] / "factors.safetensors").is_file()
+        assert arm["init_seconds"] > 0
+        assert len(list((folder / "shared").glob(f"{arm['name']}-*/{arm['name']}/factors.safetensors"))) == 1
     against = olora["against"]
     assert against["adjusted"] == against["interval"]
     assert against["interval"]["low"] < against["mean"] < against["interval"]["high"]
-    assert all(math.isfinite(each["reached"]["steps"]) for each in lora["trainings"])
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "verdict: Loss of olora minus loss of lora = " in done.stdout
     assert "left to do: " in done.stdout
+    assert f"olora-ray finetune {folder}/best.yaml" in done.stdout
+    assert load(folder / "best.yaml").run.name == "small-compare-best"
     _mlflow(folder)
 
     before = times(folder)
@@ -91,9 +93,29 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     assert times(folder) == before
     kept = json.loads((folder / "comparison.json").read_text())
     assert {**kept, "seconds": 0} == {**found, "seconds": 0}
-    other = compare(file, "--methods", "lora,olora", "--seeds", "3")
+    other = compare(file, "--methods", "lora,olora", "--seeds", "2", "compare.relevant=0.5")
     assert other.returncode == 2
-    assert "--seeds was 2, is 3" in other.stderr
+    assert "compare.relevant was 0.01, is 0.5" in other.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_more_seeds_and_another_arm_keep_what_is_trained(corpus: Path, tiny_model: Path) -> None:
+    file = write(corpus, tiny_model, train__lr="auto")
+    done = compare(file, "--methods", "lora,olora", "--seeds", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = corpus / "runs" / "small-compare"
+    before = times(folder)
+    assert len(before) == 2 * (3 + 2)
+    more = compare(file, "--methods", "lora,olora", "--seeds", "3", "--arm", "r2: adapter.rank=2, adapter.method=lora")
+    assert more.returncode == 0, more.stdout + more.stderr
+    after = times(folder)
+    assert {path: after[path] for path in before} == before
+    assert len(after) == 3 * (3 + 3)
+    found = json.loads((folder / "comparison.json").read_text())
+    assert [each["name"] for each in found["arms"]] == ["lora", "olora", "r2"]
+    assert found["arms"][2]["trainable"] < found["arms"][0]["trainable"]
+    assert not found["notes"]
 
 
 def _mlflow(folder: Path) -> None:
@@ -114,14 +136,14 @@ def _mlflow(folder: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path, tiny_model: Path) -> None:
-    """A killed comparison goes on: what has ended is found, what is missing is trained."""
+    """A killed comparison resumes: finished trainings stay, missing ones run."""
     file = write(corpus, tiny_model)
     arguments = (file, "--methods", "lora,olora", "--seeds", "2")
     done = compare(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = corpus / "runs" / "small-compare"
     before, found = times(folder), json.loads((folder / "comparison.json").read_text())
-    lost = folder / "final" / "trials" / "trial-003"
+    lost = next((folder / "final" / "trials").glob("olora-*-seed5"))
     for name in ("trial.json", "training.json", "rows.json"):
         (lost / name).unlink()
     (folder / "comparison.json").unlink()
@@ -130,7 +152,7 @@ def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path
     after = times(folder)
     assert {path for path in before if after[path] != before[path]} == {str(lost / "training.json")}
     kept = json.loads((folder / "comparison.json").read_text())
-    assert kept["methods"][1]["against"] == found["methods"][1]["against"]
+    assert kept["arms"][1]["against"] == found["arms"][1]["against"]
 
 
 @pytest.mark.ray
@@ -145,7 +167,7 @@ def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
     assert code == 0, log
     assert "verdict: Loss of olora minus loss of lora = " in log
     found = json.loads((corpus / "runs" / "small-compare" / "comparison.json").read_text())
-    assert all(len(each["trainings"]) == 2 for each in found["methods"])
+    assert all(len(each["trainings"]) == 2 for each in found["arms"])
 
 
 @pytest.mark.parametrize(
@@ -176,4 +198,4 @@ def test_mistakes_are_one_line_before_any_training(
     assert done.returncode == 2, done.stdout + done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(message), done.stderr
-    assert not (corpus / "runs" / "small-compare" / "tuning-1").exists()
+    assert not (corpus / "runs" / "small-compare" / "tuning").exists()
