@@ -52,18 +52,16 @@ def moves(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Bat
     All workers of a sharded base must call it together.
     """
     layers = {name: layer for name, layer in adapted.items() if layer.a0.dim() == 2}
-    inputs: dict[str, Tensor] = {}
     result: dict[str, Move] = {}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        inputs[name] = x.detach()
         if not y.requires_grad:  # the first pass of blocks that are run again in the backward pass
             return
         size = y.detach().float().square().mean().sqrt()
-        y.register_hook(partial(measure, name, size))
+        y.register_hook(partial(measure, name, x.detach(), size))
 
-    def measure(name: str, size: Tensor, gradient: Tensor) -> None:
-        x = inputs.pop(name).reshape(-1, layers[name].a0.shape[1]).float()
+    def measure(name: str, entered: Tensor, size: Tensor, gradient: Tensor) -> None:
+        x = entered.reshape(-1, layers[name].a0.shape[1]).float()
         move = _move(layers[name], x, gradient.reshape(len(x), -1).float(), size)
         if move is not None:
             result[name] = move
@@ -72,7 +70,8 @@ def moves(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Bat
     modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in layers}
     with torch.enable_grad(), watched(modules, see):
         # Not `backward`: it would add to the gradients of the training.
-        torch.autograd.grad(loss(batch), [part for one in adapted.values() for part in (one.da, one.db)])
+        parts = [part for layer in adapted.values() for part in (layer.da, layer.db)]
+        torch.autograd.grad(loss(batch), parts, allow_unused=True)  # some experts may see no token
     return {name: result[name] for name in layers if name in result}
 
 

@@ -18,6 +18,7 @@ from tests import tiny
 def trainer(method: str, **changes: Any) -> Trainer:
     config = tiny.config(adapter__method=method, **changes)
     model = tiny.llama(attention="segments")
+    model.unused = torch.nn.Linear(64, 64)
     targets = find_targets(model, config.adapter.targets, config.adapter.rank)
     factors, _ = initialise(targets, method, config.adapter.rank, 3, torch.device("cpu"), options_of(config.adapter))
     adapted = inject(model, at_scale(factors, config.adapter), config.adapter.scale())
@@ -36,7 +37,7 @@ def outputs(found: Trainer, x: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 @pytest.mark.parametrize("method", ["lora", "olora", "olora_even", "pissa"])
 def test_a_step_of_adam_moves_each_layer_as_far_as_is_predicted(method: str) -> None:
     one, inputs = trainer(method), dict[str, torch.Tensor]()
-    modules = {name: one.loss.model.get_submodule(name) for name in one.adapted}
+    modules = {name: one.loss.model.get_submodule(name) for name in one.adapted if name != "unused"}
     with watched(modules, lambda name, x, _: inputs.update({name: x.detach().clone()})):
         one.loss(batch())
     predicted = first_step.moves(one.loss, one.adapted, batch())
@@ -60,6 +61,7 @@ def test_evened_layers_move_as_far_as_plain_loras_and_start_as_the_base() -> Non
     uneven = first_step.moves(one.loss, one.adapted, batch())
     promised = first_step.even(one.adapted, uneven)
     measured = first_step.moves(one.loss, one.adapted, batch())
+    assert set(one.adapted) - set(measured) == {"unused"}
     for name, move in measured.items():
         assert move.size == pytest.approx(move.lora, rel=1e-3)
         assert (move.a, move.b) == (
