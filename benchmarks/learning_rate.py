@@ -147,7 +147,7 @@ def start(cell: Cell, loss: Any, rows: Any, factor: float) -> tuple[Trainer, flo
     targets = find_targets(loss.model, "all-linear", cell.rank)
     factors, *_ = new_factors(loss, targets, settings, rows, CPU)
     adapted = inject(loss.model, at_scale(factors, settings.adapter), settings.adapter.scale())
-    batch = collate(rows[:4], loss.model.config._attn_implementation)
+    batch = collate([first_step.example(rows[:8])], loss.model.config._attn_implementation)
     moves = first_step.moves(loss, adapted, batch)
     if METHODS[cell.method].even:
         moves = first_step.even(adapted, moves)

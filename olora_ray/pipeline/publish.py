@@ -338,7 +338,7 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
         RUN: exported.folder.root,
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
-        "olora.automatic_lr": f"{state.lr or 0:g}",
+        "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
         **tags,
     }

@@ -366,7 +366,8 @@ def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack]) -> tuple
         loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
         loss.recompute = config.train.activation_checkpointing is True
         parallel.install(loss)
-        moves = first_step.moves(loss, adapted, batch) if method == adapter.method else {}
+        short = collate([first_step.example(packs)], model.config._attn_implementation)
+        moves = first_step.moves(loss, adapted, short) if method == adapter.method else {}
         if METHODS[method].even:
             moves = first_step.even(adapted, moves)
         times = []
@@ -374,6 +375,6 @@ def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack]) -> tuple
             began = time.perf_counter()
             loss(batch).backward()
             times.append(time.perf_counter() - began)
-        return min(times), first_step.best_rate(moves, adapter.scale()) if moves else None
+        return min(times), first_step.best_rate(moves, adapter.scale(), config.train.lr_ratio) if moves else None
     finally:
         torch.set_num_threads(threads)

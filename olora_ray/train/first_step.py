@@ -13,21 +13,42 @@ Best learning rates of methods, ranks and scales are roughly in inverse proporti
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import METHODS, Options
 from olora_ray.tokens.collate import Batch
+from olora_ray.tokens.plan import Pack
 from olora_ray.train.loss import SupervisedLoss, watched
 
 RATE = 4.0e-3
 """Peak rate x s x the geometric mean of the layers' moves, from tuned trainings of 20 steps (docs/method.md)."""
+
+
+LONGEST = 512
+
+
+def example(packs: Sequence[Pack]) -> Pack:
+    """Return the longest example of these sequences, cut to the LONGEST tokens that end with its last supervised one.
+
+    The measurement keeps the inputs of all layers at once, which a step with activation checkpointing does not. So it
+    takes one short example, whatever the batches of the training are.
+    """
+    parts = []
+    for pack in packs:
+        borders = np.cumsum(pack.segments)[:-1]
+        for ids, supervised in zip(np.split(pack.input_ids, borders), np.split(pack.supervised, borders), strict=True):
+            end = int(np.flatnonzero(supervised)[-1]) + 1 if supervised.any() else 0
+            begin = max(0, end - LONGEST)
+            parts.append(Pack(ids[begin:end], supervised[begin:end], (end - begin,)))
+    return max(parts, key=lambda part: len(part.input_ids))
 
 
 @dataclass(frozen=True)
@@ -41,9 +62,9 @@ class Move:
     lora: float
     """Plain LoRA's, through dB."""
 
-    @property
-    def size(self) -> float:
-        return math.hypot(self.a, self.b)
+    def size(self, ratio: float = 1.0) -> float:
+        """Return the move through both paths if B learns `ratio` times as fast as A."""
+        return math.hypot(self.a, ratio * self.b)
 
 
 def moves(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> dict[str, Move]:
@@ -55,7 +76,7 @@ def moves(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Bat
     result: dict[str, Move] = {}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        if not y.requires_grad:  # the first pass of blocks that are run again in the backward pass
+        if not y.requires_grad:  # a part of the model that runs without gradients
             return
         size = y.detach().float().square().mean().sqrt()
         y.register_hook(partial(measure, name, x.detach(), size))
@@ -84,16 +105,19 @@ def even(adapted: Mapping[str, AdaptedWeight], measured: Mapping[str, Move]) -> 
     for name, move in measured.items():
         layer, share = adapted[name], move.lora / math.sqrt(2)
         layer.a0.mul_(share / move.b)
-        if layer.b0 is not None and move.a > 0:
-            layer.b0.mul_(share / move.a)
+        assert layer.b0 is not None
+        layer.b0.mul_(share / move.a)
     return {
         name: Move(move.lora / math.sqrt(2), move.lora / math.sqrt(2), move.lora) for name, move in measured.items()
     }
 
 
-def best_rate(measured: Mapping[str, Move], scale: float) -> float:
-    """Return the peak learning rate for adapters of this scale s, with two digits; `measured` is not empty."""
-    mean = math.exp(sum(math.log(move.size) for move in measured.values()) / len(measured))
+def best_rate(measured: Mapping[str, Move], scale: float, ratio: float = 1.0) -> float:
+    """Return the peak learning rate for adapters of this scale s, with two digits; `measured` is not empty.
+
+    `ratio` is train.lr_ratio.
+    """
+    mean = math.exp(sum(math.log(move.size(ratio)) for move in measured.values()) / len(measured))
     return float(f"{RATE / (scale * mean):.1e}")
 
 
@@ -105,7 +129,8 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor) -> Move | No
     plain = METHODS["lora"].factors(x.new_empty(1, x.shape[1]), len(a), 0, Options()).a0
     found = (_through_b(x, g, a), _through_a(x, g, b), _through_b(x, g, plain))
     by_b, by_a, lora = (float(move.square().mean().sqrt() / size) for move in found)
-    return Move(by_b, by_a, lora) if by_b > 0 and math.isfinite(by_b + by_a + lora) else None
+    moves_at_all = by_b > 0 and lora > 0 and (by_a > 0 or layer.b0 is None)
+    return Move(by_b, by_a, lora) if moves_at_all and math.isfinite(by_b + by_a + lora) else None
 
 
 def _through_b(x: Tensor, g: Tensor, a: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tokens import plan
 from olora_ray.tokens.collate import Batch, collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, first_step, tree
 from olora_ray.train.checkpoint import TrainState
@@ -81,16 +82,19 @@ class Trainer:
             yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal > 0)
             began = time.perf_counter()
 
-    def automatic_rate(self, batch: Batch, even: bool) -> float | None:
-        """Return the peak learning rate that suits the adapter on this batch; None if only stacked experts are adapted.
+    def automatic_rate(self, packs: Sequence[Pack], attention: str, even: bool) -> float | None:
+        """Return the peak learning rate that suits the adapter; None if only stacked experts are adapted.
 
-        `even` rescales the factors first. All workers must call it together.
+        `even` rescales the factors first. All workers must call it together, with the same sequences.
         """
+        batch = collate([first_step.example(packs)], attention).to(self.device)
         # Rank 0's numbers, because another type of processor would find other last bits.
         moves = collectives.from_first(first_step.moves(self.loss, self.adapted, batch))
         if even:
             moves = first_step.even(self.adapted, moves)
-        return first_step.best_rate(moves, self.config.adapter.scale()) if moves else None
+        if not moves:
+            return None
+        return first_step.best_rate(moves, self.config.adapter.scale(), self.config.train.lr_ratio)
 
     def snapshot(
         self, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str

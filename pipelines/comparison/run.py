@@ -268,7 +268,8 @@ def time_line(
     """Return the line for the log; raise UserError if the trainings that are left need more than the budget."""
     left = f"left to do: {plural(tuning + final, 'training')}, {side_by_side} at a time"
     if isinstance(pace, str):
-        return f"{left}; their time is not estimated: {pace}"
+        unchecked = "" if budget is None else f"; {BUDGET} is not checked"
+        return f"{left}; their time is not estimated: {pace}{unchecked}"
     training, evaluation = pace
     rounds = math.ceil(tuning / side_by_side), math.ceil(final / side_by_side)
     seconds = rounds[0] * (training + evaluation) + rounds[1] * (training + EVALUATIONS * evaluation)

@@ -72,6 +72,7 @@ LOSS: Plant = (SupervisedLoss, "each", lambda each: lambda self, batch: each(sel
 EXPORT: list[Plant] = [(merge, "merge", at_another_scale), (check_module, "export_run", blind)]
 
 
+@pytest.mark.usefixtures("node")  # a result of a planted model must not be kept for the next test
 @pytest.mark.parametrize(
     ("plants", "told"),
     [

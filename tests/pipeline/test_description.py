@@ -54,7 +54,6 @@ def test_the_page_of_a_version(run: FinishedRun) -> None:
     assert 'mlflow.transformers.load_model("models:/small/1")' in text
     assert str(Path(run.config.run.storage).parent) not in text
     assert sorted(version.tags) == [
-        "olora.automatic_lr",
         "olora.base_digest",
         "olora.checksums",
         "olora.data_digest",

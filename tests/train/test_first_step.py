@@ -49,10 +49,12 @@ def test_a_step_of_adam_moves_each_layer_as_far_as_is_predicted(method: str) -> 
         moved = (after - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
         # Both paths at once: no more than their sum, and about their hypotenuse where they are independent.
         assert (
-            0.5 * predicted[name].size < float(moved) / (lr * one.config.adapter.scale()) < 1.45 * predicted[name].size
+            0.5 * predicted[name].size()
+            < float(moved) / (lr * one.config.adapter.scale())
+            < 1.45 * predicted[name].size()
         )
         if method == "lora":
-            assert float(moved) == pytest.approx(lr * one.config.adapter.scale() * predicted[name].size, rel=0.02)
+            assert float(moved) == pytest.approx(lr * one.config.adapter.scale() * predicted[name].size(), rel=0.02)
 
 
 def test_evened_layers_move_as_far_as_plain_loras_and_start_as_the_base() -> None:
@@ -63,7 +65,7 @@ def test_evened_layers_move_as_far_as_plain_loras_and_start_as_the_base() -> Non
     measured = first_step.moves(one.loss, one.adapted, batch())
     assert set(one.adapted) - set(measured) == {"unused"}
     for name, move in measured.items():
-        assert move.size == pytest.approx(move.lora, rel=1e-3)
+        assert move.size() == pytest.approx(move.lora, rel=1e-3)
         assert (move.a, move.b) == (
             pytest.approx(promised[name].a, rel=1e-3),
             pytest.approx(promised[name].b, rel=1e-3),
@@ -74,7 +76,7 @@ def test_evened_layers_move_as_far_as_plain_loras_and_start_as_the_base() -> Non
 def test_other_rows_find_about_the_same_moves() -> None:
     one = trainer("olora_even")
     first_step.even(one.adapted, first_step.moves(one.loss, one.adapted, batch()))
-    others = [move.size / move.lora for move in first_step.moves(one.loss, one.adapted, batch(7)).values()]
+    others = [move.size() / move.lora for move in first_step.moves(one.loss, one.adapted, batch(7)).values()]
     assert max(others) / min(others) < 2
 
 
@@ -92,7 +94,23 @@ def test_the_rate_makes_the_mean_move_the_same_for_any_method_rank_and_scale(met
     for changes in ({}, {"adapter__rank": 8}, {"adapter__alpha": 32}):
         one = trainer(method, **changes)
         measured = first_step.moves(one.loss, one.adapted, batch())
-        mean = math.exp(sum(math.log(move.size) for move in measured.values()) / len(measured))
+        mean = math.exp(sum(math.log(move.size()) for move in measured.values()) / len(measured))
         scale = one.config.adapter.scale()
         steps.append(first_step.best_rate(measured, scale) * scale * mean)
     assert steps == pytest.approx([first_step.RATE] * 3, rel=0.06)
+
+
+def test_a_larger_rate_of_b_lowers_the_rate() -> None:
+    one = trainer("lora")
+    measured = first_step.moves(one.loss, one.adapted, batch())
+    assert first_step.best_rate(measured, 2.0, 16.0) == pytest.approx(first_step.best_rate(measured, 2.0) / 16, rel=0.1)
+
+
+def test_the_longest_example_is_measured_from_its_end() -> None:
+    packs = [tiny.pack(40, 30), tiny.pack(20, 700, 60, seed=1)]
+    packs[1].supervised[700:720] = False  # the end of the long example has no answer
+    found = first_step.example(packs)
+    assert found.segments == (first_step.LONGEST,)
+    assert found.input_ids.tolist() == packs[1].input_ids[700 - first_step.LONGEST : 700].tolist()
+    assert found.supervised[-1]
+    assert len(first_step.example(packs[:1]).input_ids) == 40
