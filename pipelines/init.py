@@ -48,7 +48,7 @@ train:
   epochs: {epochs}  # passes over the rows
   global_batch: {batch}  # sequences per optimizer step, over all workers
   micro_batch: {micro}  # sequences that each worker computes at once; fewer need less memory
-  lr: 3.0e-4
+  lr: auto
 cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; with GPUs one worker per GPU
 registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """

@@ -34,7 +34,7 @@ from olora_ray.tokens.plan import Pack
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loader import Waiting, until
+from olora_ray.train.loader import Waiting, planned_steps, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.parallel import place_model
@@ -352,7 +352,9 @@ def measure_first_step(
     even = METHODS[adapter.method].even and not start.trained
     train_mode(trainer.adapted, False)
     with context.activate(trainer.adapted):
-        auto = start.state.lr = trainer.automatic_rate(first_sequences(spec, waiting), start.attention, even)
+        packs = first_sequences(spec, waiting)
+        steps = planned_steps(train, spec.train)
+        auto = start.state.lr = trainer.automatic_rate(packs, steps, start.attention, even)
     if auto is None:
         if train.lr == "auto":
             raise UserError(
@@ -361,7 +363,7 @@ def measure_first_step(
     elif train.lr == "auto":
         times = f" x train.lr_factor {train.lr_factor:g}" if train.lr_factor != 1 else ""
         logger.info(f"train.lr=auto: the peak rate is {auto:.2g}{times}")
-    # Tuned rates of short trainings reached 2.4 times the automatic one (docs/method.md).
+    # Tuned rates reached twice the automatic one (docs/method.md).
     elif (times_auto := train.lr * train.lr_factor / auto) > 4:
         logger.warning(
             f"train.lr={train.lr:g} is {times_auto:.2g} times the rate that fits this method, rank and alpha"

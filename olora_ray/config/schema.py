@@ -285,9 +285,9 @@ class Train(Section):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute each block in the backward pass instead of keeping its activations: less memory, up to 50% more time,
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
-    lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = 3.0e-4
-    """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for this model, method, rank and
-    alpha; it suits trainings of tens of steps, longer ones need a lower rate."""
+    lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
+    """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for this model, method, rank, alpha
+    and number of steps."""
     lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
     """Multiplies `lr`; a search varies it, to vary an automatic rate."""
     lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0

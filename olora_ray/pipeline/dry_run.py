@@ -123,10 +123,11 @@ def _measured(
     workers = config.cluster.max_workers()
     width = min(config.train.micro_batch, config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
-    once, rate = estimate.micro_batch(config, base, packs)
+    steps = total_steps(config.train, train.packs)
+    once, rate = estimate.micro_batch(config, base, packs, steps)
     if rate is not None and config.train.lr == "auto":
         yield "learning rate", f"about {rate * config.train.lr_factor:.2g} (train.lr=auto)"
-    steps, step = total_steps(config.train, train.packs), once * config.accumulation()
+    step = once * config.accumulation()
     seconds = steps * step
     words = f"{steps} steps of about {step:.2g} s"
     if held_out is not None:

@@ -347,10 +347,10 @@ def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str |
     return None
 
 
-def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack]) -> tuple[float, float | None]:
+def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack], steps: int) -> tuple[float, float | None]:
     """Train on these sequences, forward and backward, in one process with a worker's threads.
 
-    Return the seconds that takes, and the automatic learning rate; None for a data-driven method.
+    Return the seconds that takes, and the automatic learning rate of `steps` steps; None for a data-driven method.
     """
     device = torch.device("cpu")
     threads = torch.get_num_threads()
@@ -367,14 +367,15 @@ def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack]) -> tuple
         loss.recompute = config.train.activation_checkpointing is True
         parallel.install(loss)
         short = collate([first_step.example(packs)], model.config._attn_implementation)
-        moves = first_step.moves(loss, adapted, short) if method == adapter.method else {}
         if METHODS[method].even:
-            moves = first_step.even(adapted, moves)
+            first_step.even(adapted, first_step.moves(loss, adapted, short))
+        moves = first_step.moves(loss, adapted, short, config.train.lr_ratio) if method == adapter.method else {}
+        rate = first_step.best_rate(moves, adapter.scale(), steps) if moves else None
         times = []
         for _ in range(2):  # the first pass is slower, because it allocates its memory
             began = time.perf_counter()
             loss(batch).backward()
             times.append(time.perf_counter() - began)
-        return min(times), first_step.best_rate(moves, adapter.scale(), config.train.lr_ratio) if moves else None
+        return min(times), rate
     finally:
         torch.set_num_threads(threads)

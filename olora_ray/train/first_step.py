@@ -1,4 +1,4 @@
-"""The first step of Adam: how far it moves the output of each adapted layer.
+"""The first steps of Adam: how far they move the output of each adapted layer, and the learning rate that suits them.
 
 Adam's first step changes each number by lr, against the sign of its gradient. With A = A0 + dA and B = B0 + dB, inputs
 x (T x n), outputs y (T x m) and gradients g of the loss at y (T x m), the output of a layer moves, per unit of s lr and
@@ -6,10 +6,14 @@ as a share of the size of y, by
 
     through dB: rms(A x sign(g^T A x)) / rms(y)        through dA: rms(B sign((g B)^T x) x) / rms(y)
 
-One forward and one backward pass of one row give both numbers. They hardly depend on which rows, or on how many.
-Measured on SmolLM2-135M: evened on one row, the moves of 80 % of the layers stay within a factor of 1.3 on others.
+Where these are equal and as large as plain LoRA's, factors are even (`even`).
 
-Best learning rates of methods, ranks and scales are roughly in inverse proportion to the move.
+The learning rate is the one at which a step of B and then a step of A move the outputs by FARTHEST (`best_rate`). The
+second step counts what A does through the new B: without B0 that is most of the move. Tuned rates of trainings of 20
+steps lie within a factor of 1.4 of this rate for six methods (docs/generated/learning_rate.md).
+
+One forward and one backward pass of one row give these numbers. They hardly depend on which rows, or on how many.
+Measured on SmolLM2-135M: evened on one row, the moves of 80 % of the layers stay within a factor of 1.3 on others.
 """
 
 import math
@@ -28,10 +32,10 @@ from olora_ray.tokens.collate import Batch
 from olora_ray.tokens.plan import Pack
 from olora_ray.train.loss import SupervisedLoss, watched
 
-RATE = 4.0e-3
-"""Peak rate x s x the geometric mean of the layers' moves, from tuned trainings of 20 steps (docs/method.md)."""
-
-
+FARTHEST = 0.0075
+"""Move of the outputs at the best rate of 20 steps: the geometric mean over layers, as a share of their size."""
+RATES = tuple(2.0**power for power in range(-20, -3))
+"""Rates at which the move is measured."""
 LONGEST = 512
 
 
@@ -61,16 +65,20 @@ class Move:
     """Through dA; 0 without a B0."""
     lora: float
     """Plain LoRA's, through dB."""
+    at: tuple[float, ...]
+    """After a step of B and a step of A at each of RATES; for s = 1, not per unit."""
 
-    def size(self, ratio: float = 1.0) -> float:
-        """Return the move through both paths if B learns `ratio` times as fast as A."""
-        return math.hypot(self.a, ratio * self.b)
+    def size(self) -> float:
+        """Return the move of the first step through both paths."""
+        return math.hypot(self.a, self.b)
 
 
-def moves(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> dict[str, Move]:
+def moves(
+    loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch, ratio: float = 1.0
+) -> dict[str, Move]:
     """Return the move of each layer that has a gradient; layers of stacked experts are left out.
 
-    All workers of a sharded base must call it together.
+    `ratio` is train.lr_ratio. All workers of a sharded base must call it together.
     """
     layers = {name: layer for name, layer in adapted.items() if layer.a0.dim() == 2}
     result: dict[str, Move] = {}
@@ -83,7 +91,7 @@ def moves(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Bat
 
     def measure(name: str, entered: Tensor, size: Tensor, gradient: Tensor) -> None:
         x = entered.reshape(-1, layers[name].a0.shape[1]).float()
-        move = _move(layers[name], x, gradient.reshape(len(x), -1).float(), size)
+        move = _move(layers[name], x, gradient.reshape(len(x), -1).float(), size, ratio)
         if move is not None:
             result[name] = move
 
@@ -97,46 +105,50 @@ def moves(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Bat
 
 
 @torch.no_grad()
-def even(adapted: Mapping[str, AdaptedWeight], measured: Mapping[str, Move]) -> dict[str, Move]:
-    """Rescale the factors of each measured layer: its move becomes plain LoRA's, half of its square by each path.
-
-    Return the moves that follow: they are in proportion to A0 and to B0.
-    """
+def even(adapted: Mapping[str, AdaptedWeight], measured: Mapping[str, Move]) -> None:
+    """Rescale the factors of each measured layer: its move becomes plain LoRA's, half of its square by each path."""
+    # A layer's moves are in proportion to its A0 and to its B0.
     for name, move in measured.items():
         layer, share = adapted[name], move.lora / math.sqrt(2)
         layer.a0.mul_(share / move.b)
         assert layer.b0 is not None
         layer.b0.mul_(share / move.a)
-    return {
-        name: Move(move.lora / math.sqrt(2), move.lora / math.sqrt(2), move.lora) for name, move in measured.items()
-    }
 
 
-def best_rate(measured: Mapping[str, Move], scale: float, ratio: float = 1.0) -> float:
-    """Return the peak learning rate for adapters of this scale s, with two digits; `measured` is not empty.
+def best_rate(measured: Mapping[str, Move], scale: float, steps: int) -> float:
+    """Return the peak learning rate for adapters of this scale s in a training of `steps` steps, with two digits.
 
-    `ratio` is train.lr_ratio.
+    `measured` is not empty.
     """
-    mean = math.exp(sum(math.log(move.size(ratio)) for move in measured.values()) / len(measured))
-    return float(f"{RATE / (scale * mean):.1e}")
+    sizes = scale * np.exp(np.mean([np.log(move.at) for move in measured.values()], axis=0))
+    rate = math.exp(np.interp(math.log(FARTHEST), np.log(sizes), np.log(RATES)))
+    return float(f"{rate * (20 / steps) ** 0.25:.1e}")
 
 
 @torch.no_grad()
-def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor) -> Move | None:
+def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float) -> Move | None:
     a = layer.a0 + layer.da
     b = layer.db if layer.b0 is None else layer.b0 + layer.db
     # LoRA's A0 needs no more of the weight than its number of columns.
     plain = METHODS["lora"].factors(x.new_empty(1, x.shape[1]), len(a), 0, Options()).a0
-    found = (_through_b(x, g, a), _through_a(x, g, b), _through_b(x, g, plain))
-    by_b, by_a, lora = (float(move.square().mean().sqrt() / size) for move in found)
-    moves_at_all = by_b > 0 and lora > 0 and (by_a > 0 or layer.b0 is None)
-    return Move(by_b, by_a, lora) if moves_at_all and math.isfinite(by_b + by_a + lora) else None
+    hidden, db = x @ a.T, _step_of_b(x, g, a)
+
+    def after(rate: float) -> Tensor:
+        new_b = b - ratio * rate * db
+        return -rate * (ratio * hidden @ db.T + x @ _step_of_a(x, g, new_b).T @ new_b.T)
+
+    found = (
+        *(hidden @ db.T, x @ _step_of_a(x, g, b).T @ b.T, x @ plain.T @ _step_of_b(x, g, plain).T),
+        *map(after, RATES),
+    )
+    by_b, by_a, lora, *at = (float(move.square().mean().sqrt() / size) for move in found)
+    moves_at_all = min(by_b, lora, *at) > 0 and (by_a > 0 or layer.b0 is None)
+    return Move(by_b, by_a, lora, tuple(at)) if moves_at_all and math.isfinite(sum((by_b, by_a, lora, *at))) else None
 
 
-def _through_b(x: Tensor, g: Tensor, a: Tensor) -> Tensor:
-    hidden = x @ a.T
-    return hidden @ (g.T @ hidden).sign().T
+def _step_of_b(x: Tensor, g: Tensor, a: Tensor) -> Tensor:
+    return (g.T @ (x @ a.T)).sign()
 
 
-def _through_a(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
-    return x @ ((g @ b).T @ x).sign().T @ b.T
+def _step_of_a(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    return ((g @ b).T @ x).sign()

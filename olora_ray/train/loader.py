@@ -154,6 +154,14 @@ def total_steps(train: Train, packs: int) -> int:
     return train.steps or max(1, -(-round(train.epochs * packs) // train.global_batch))
 
 
+def planned_steps(train: Train, store: TokenStore) -> int:
+    """Return about how many steps a run will have; the same number however far the store has been written.
+
+    The store has at least one sequence.
+    """
+    return total_steps(train, store.locate(0)[2] * store.shard_count)
+
+
 # Schedule of a run: its length and the learning rate of each step, even while the token store is still growing.
 
 

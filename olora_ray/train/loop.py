@@ -82,19 +82,22 @@ class Trainer:
             yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal > 0)
             began = time.perf_counter()
 
-    def automatic_rate(self, packs: Sequence[Pack], attention: str, even: bool) -> float | None:
-        """Return the peak learning rate that suits the adapter; None if only stacked experts are adapted.
+    def automatic_rate(self, packs: Sequence[Pack], steps: int, attention: str, even: bool) -> float | None:
+        """Return the peak learning rate for a training of `steps` steps; None if only stacked experts are adapted.
 
         `even` rescales the factors first. All workers must call it together, with the same sequences.
         """
         batch = collate([first_step.example(packs)], attention).to(self.device)
-        # Rank 0's numbers, because another type of processor would find other last bits.
-        moves = collectives.from_first(first_step.moves(self.loss, self.adapted, batch))
+
+        def measured() -> dict[str, first_step.Move]:
+            # Rank 0's numbers, because another type of processor would find other last bits.
+            moves = first_step.moves(self.loss, self.adapted, batch, self.config.train.lr_ratio)
+            return collectives.from_first(moves)
+
         if even:
-            moves = first_step.even(self.adapted, moves)
-        if not moves:
-            return None
-        return first_step.best_rate(moves, self.config.adapter.scale(), self.config.train.lr_ratio)
+            first_step.even(self.adapted, measured())
+        moves = measured()
+        return first_step.best_rate(moves, self.config.adapter.scale(), steps) if moves else None
 
     def snapshot(
         self, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str

@@ -255,11 +255,11 @@ def _pace(comparison: Comparison, spec: TrainSpec, size: MemoryEstimate) -> tupl
     train, workers = config.train, config.cluster.max_workers()
     width = min(train.micro_batch, train.global_batch)
     packs = [spec.train[number % len(spec.train)] for number in range(width)]
-    once, _ = estimate.micro_batch(config, spec.base, packs)
+    steps = total_steps(train, len(spec.train))
+    once, _ = estimate.micro_batch(config, spec.base, packs, steps)
     # An evaluation has no backward pass, which takes twice the time of the forward pass.
     evaluation = -(-len(spec.eval) // (width * workers)) * once / 3
-    steps = total_steps(train, len(spec.train)) * config.accumulation() * once
-    return START_SECONDS + steps, evaluation
+    return START_SECONDS + steps * config.accumulation() * once, evaluation
 
 
 def time_line(

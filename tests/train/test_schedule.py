@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from olora_ray.config.schema import Train
 from olora_ray.train import loader
-from olora_ray.train.loader import Schedule, lr_at, total_steps
+from olora_ray.train.loader import Schedule, lr_at, planned_steps, total_steps
 from tests import tiny
 
 PACK = tiny.pack(6)
@@ -128,3 +128,10 @@ def test_an_automatic_rate_and_a_factor_decide_the_peak() -> None:
     assert automatic.lr(0) == 0.2
     fixed = Schedule(Train(lr=0.3, lr_factor=0.5, warmup=0.0), store([9]), auto=0.1)
     assert fixed.lr(0) == 0.15
+
+
+def test_the_steps_that_an_automatic_rate_is_made_for_depend_on_no_shard_but_the_first() -> None:
+    train = Train(epochs=2, global_batch=4)
+    assert planned_steps(train, store([9, 9, 5])) == planned_steps(train, store([9, 9, 5], arrived=1)) == 14
+    assert planned_steps(train, store([0, 9, 5], arrived=2)) == 14
+    assert planned_steps(Train(steps=7), store([9, 9], arrived=1)) == 7
