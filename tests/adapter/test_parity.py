@@ -45,7 +45,7 @@ def test_each_error_is_one_line_that_names_the_layer() -> None:
     )
     first, second, third = wrong.problems()
     assert first == "merged folder: x.safetensors: byte 9 (norm) differs from the base model's"
-    assert "the merged weight of a.up is 3.5 roundings" in second
+    assert "the merged weight of a.up is not base + change: the difference is 3.5 times the largest" in second
     assert "the change of a.down with a relative error of 0.5" in third
 
     # Layers that PEFT reads otherwise are told instead of an error of theirs.
