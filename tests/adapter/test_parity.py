@@ -56,7 +56,8 @@ def test_each_error_is_one_line_that_names_the_layer() -> None:
 def test_logits_refuse_only_what_else_seems_right() -> None:
     wrong = replace(RIGHT, logits=replace(LOGITS, merged=Difference(0.1, 3e-4)))
     assert wrong.problems() == [
-        "logits of the merged model differ from the adapted model's by 0.1; rounding explains 0.0003"
+        "the logits of the merged model differ from those of the trained model by 0.1, more than rounding can explain"
+        " (0.0003)"
     ]
 
 
