@@ -3,7 +3,8 @@
     olora-ray runs [STORAGE]        a folder or URI as in run.storage; the default is ./runs
 
 Each line has the name, the state, the steps done / all steps, the held-out loss before > after training, the registered
-version, the base model, the data, and the time of the last change. The newest line is the last.
+version, the base model, the data, and the time of the last change. The newest line is the last. Until a run that is
+trained longer ends, its loss and version are those of the shorter training.
 """
 
 import json
