@@ -42,7 +42,7 @@ data:
   train: [{data}]{seen}
   {held_out}
   max_length: auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory
-  too_long: {too_long}  # of a row with more tokens than max_length, {shortened}
+  too_long: {too_long}  # rows with more tokens than max_length {shortened}
 adapter: {{rank: 16, alpha: 16}}  # a larger rank learns more details and needs more memory
 train:
   epochs: {epochs}  # passes over the rows
@@ -120,7 +120,7 @@ def _config(given: Config, out: Path) -> str:
         held_out=words,
         seen=f"  # {seen}" * bool(seen),
         too_long="drop_turns" if turns else "cut",
-        shortened="leave out the last turns" if turns else "cut off the end",
+        shortened="lose their last turns" if turns else "are cut off",
         epochs=epochs,
         batch=max(batch, workers),
         micro=max(1, min(4, batch // workers)),

@@ -298,7 +298,7 @@ def _not_flat(model: Any, names: tuple[str, ...], tokens: int) -> tuple[str, ...
     if not usable:
         raise UserError(
             f"model.attention={names[0]}: it puts all examples of a micro-batch into one row, but"
-            f" {type(model).__name__} {why}; set it to auto"
+            f" {type(model).__name__} {why}; set model.attention: auto"
         )
     return usable
 

@@ -51,7 +51,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
         "chat chats",
     ]
     text = Path("my_run.yaml").read_text(encoding="utf-8")
-    assert "too_long: drop_turns  # of a row with more tokens than max_length, leave out the last turns" in text
+    assert "too_long: drop_turns  # rows with more tokens than max_length lose their last turns" in text
     assert mistakes("config", parse_yaml(text, "my_run.yaml")) == []
     assert Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")).is_file()
     assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "my_run.yaml"]
