@@ -187,7 +187,7 @@ def verdict(contest: Found) -> str:
         return f"{contest['length']} tokens: no pass of {'ours' if mine is None else 'PEFT'} has ended"
     times = mine["tokens a second"] / theirs["tokens a second"]
     return (
-        f"{contest['length']} tokens: {times:.2f} times PEFT at its best, {mine['GiB'] / theirs['GiB']:.2f} of its"
+        f"{contest['length']} tokens: {times:.2f} times PEFT's best speed, {mine['GiB'] / theirs['GiB']:.2f} times its"
         f" memory; {against_targets({**mine, 'times PEFT': times})}"
     )
 

@@ -198,9 +198,9 @@ def verdict(runs: dict[str, list[Run]]) -> str:
     pairs = [mine.whole / other.whole - 1 for mine, other in zip(runs["Ray Train"], runs["torchrun"], strict=True)]
     over, waiting = median(pairs), median(each.waiting for each in runs["Ray Train"])
     return (
-        f"Ray Train over torchrun: {over:+.1%} (pairs from {min(pairs):+.1%} to {max(pairs):+.1%}), target below"
-        f" {MOST_OVERHEAD:.0%}: {met(over < MOST_OVERHEAD)}; waiting for data {waiting:.2%}, target below"
-        f" {MOST_WAITING:.0%}: {met(waiting < MOST_WAITING)}"
+        f"seconds per step with Ray Train, compared with torchrun: {over:+.1%} (pairs from {min(pairs):+.1%} to"
+        f" {max(pairs):+.1%}; target below {MOST_OVERHEAD:.0%}: {met(over < MOST_OVERHEAD)}); share of the time that"
+        f" waits for data: {waiting:.2%} (target below {MOST_WAITING:.0%}: {met(waiting < MOST_WAITING)})"
     )
 
 

@@ -91,8 +91,8 @@ def verdict(results: dict[str, dict[str, float]]) -> str:
     ours, theirs = results[OURS], results[QLORA]
     off, memory = ours["last"] / theirs["last"] - 1, ours["peak"] / theirs["peak"]
     return (
-        f"{OURS} beside {QLORA}: loss {off:+.2%}, target at most {MOST_OFF:+.0%}: {met(off <= MOST_OFF)};"
-        f" {memory:.2f} of its memory, target at most 1: {met(memory <= 1)}"
+        f"{OURS}, compared with {QLORA}: last loss {off:+.2%} (target at most {MOST_OFF:+.0%}: {met(off <= MOST_OFF)}),"
+        f" {memory:.2f} times its memory (target at most 1: {met(memory <= 1)})"
     )
 
 

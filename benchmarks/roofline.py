@@ -114,7 +114,8 @@ def verdict(work: float, seconds: float, best: float, own: float) -> str:
     met = "met" if share >= TARGET else "missed"
     return (
         f"a pass takes {seconds:.2f} s: {work / seconds / 1e9:.1f} GFLOP/s, {share:.1%} of the best rate,"
-        f" {best / 1e9:.1f} GFLOP/s (target {TARGET:.0%}: {met}); {work / seconds / own:.1%} of what the shapes reach"
+        f" {best / 1e9:.1f} GFLOP/s (target {TARGET:.0%}: {met}); {work / seconds / own:.1%} of the"
+        " rate that products of these shapes reach alone"
     )
 
 

@@ -139,9 +139,9 @@ def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespac
     own, adapter = max(peak.own for each in found for peak in each.peaks.values()), 4 * VECTORS * found[0].adapter
     planned = blocks // args.workers + gathered + adapter
     return (
-        f"{way}: {own / GIB:.2f} GiB at most; its share of the blocks is {blocks / args.workers / GIB:.2f}, of blocks"
-        f" that are gathered {gathered / GIB:.2f}, adapter, gradient and moments {adapter / GIB:.2f}:"
-        f" {own / planned:.2f} of that, target {NEAR:g} at most: {met(own <= NEAR * planned)}"
+        f"{way}: a worker has up to {own / GIB:.2f} GiB, {own / planned:.2f} times the expected memory (target at most"
+        f" {NEAR:g}: {met(own <= NEAR * planned)}): {blocks / args.workers / GIB:.2f} for its share of the blocks,"
+        f" {gathered / GIB:.2f} for gathered blocks, {adapter / GIB:.2f} for adapter, gradient and moments"
     )
 
 

@@ -206,16 +206,15 @@ def verdicts(middle: dict[str, dict[str, float]], off: dict[str, float]) -> list
             lines.append(f"{name}: not measured")
             continue
         ratio, memory = ours["rows"] / middle[name]["rows"], ours["megabytes"] / middle[name]["megabytes"]
-        other = (
-            f"; its gradient is off by {off[name]:.0%}: it trains something else" if not off[name] <= ANOTHER else ""
-        )
+        wrong = f"; {name} trains something else: its gradient is off by {off[name]:.0%}"
+        other = "" if off[name] <= ANOTHER else wrong
         lines.append(
-            f"ours, 1 worker, beside {name}: {ratio:.2f} times the rows/s, target {least:g}: {met(ratio >= least)};"
-            f" {memory:.2f} of its memory, target below 1: {met(memory < 1)}{other}"
+            f"ours with 1 worker, compared with {name}: {ratio:.2f} times its rows/s (target at least {least:g}:"
+            f" {met(ratio >= least)}), {memory:.2f} times its memory (target below 1: {met(memory < 1)}){other}"
         )
     for name in (one.name for one in OURS if one.name in off):
         if not off[name] <= ANOTHER:  # it may be no number
-            lines.append(f"{name}: ITS GRADIENT IS OFF BY {off[name]:.0%}: nothing of this counts")
+            lines.append(f"{name}: ITS GRADIENT IS OFF BY {off[name]:.0%}, so none of these figures counts")
     return lines
 
 

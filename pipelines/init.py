@@ -42,7 +42,7 @@ data:
   train: [{data}]{seen}
   {held_out}
   max_length: auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory
-  too_long: {too_long}  # for rows with more tokens than max_length, if that is a number
+  too_long: {too_long}  # rows with more tokens than max_length {shortened}
 adapter: {{rank: 16, alpha: 16}}  # a larger rank learns more details and needs more memory
 train:
   epochs: {epochs}  # passes over the rows
@@ -111,6 +111,7 @@ def _config(given: Config, out: Path) -> str:
     workers = gpus or min(2, cpus)
     # Few rows need several epochs and small batches, because one epoch would have too few steps.
     epochs, batch = (3, 4) if rows < 5000 else (1, 16)
+    turns = source.format in ("messages", "sharegpt", "auto")
     return CONFIG.format(
         schema=command_line.ROOT / "docs" / "generated" / "config.schema.json",
         name=_yaml(given.run.name),
@@ -118,7 +119,8 @@ def _config(given: Config, out: Path) -> str:
         data=_yaml(shown.model_dump(mode="json", exclude_defaults=True)),
         held_out=words,
         seen=f"  # {seen}" * bool(seen),
-        too_long="drop_turns" if source.format in ("messages", "sharegpt", "auto") else "cut",
+        too_long="drop_turns" if turns else "cut",
+        shortened="lose their last turns" if turns else "are cut off",
         epochs=epochs,
         batch=max(batch, workers),
         micro=max(1, min(4, batch // workers)),

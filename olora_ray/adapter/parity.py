@@ -254,8 +254,8 @@ class Logits:
         for name, item in (("merged model", self.merged), ("adapter loaded by PEFT", self.peft)):
             if item is not None and not item.ok:
                 lines.append(
-                    f"logits of the {name} differ from the adapted model's by {item.median:.3g};"
-                    f" rounding explains {item.bound:.3g}"
+                    f"the logits of the {name} differ from those of the trained model by {item.median:.3g}, more than"
+                    f" rounding can explain ({item.bound:.3g})"
                 )
         return lines
 
@@ -417,8 +417,8 @@ class MergedFolder:
         lines = [f"merged folder: {line}" for line in self.changed]
         if not self.weights.error <= 1.0:
             lines.append(
-                f"the merged weight of {self.weights.layer} is {self.weights.error:.3g} roundings from base + change;"
-                " at most 1 is allowed"
+                f"the merged weight of {self.weights.layer} is not base + change: the difference is"
+                f" {self.weights.error:.3g} times the largest possible rounding error"
             )
         return lines
 
@@ -456,8 +456,8 @@ class Parity:
         results = [f"PEFT computes each layer's change with a relative error of at most {BOUND:g}"]
         if self.merged is not None:
             results.append(
-                f"each merged weight is base + change within one rounding to {self.merged.weights.stored}, and all"
-                " other weights are the base model's"
+                f"each merged weight is base + change, rounded to {self.merged.weights.stored}, and all other weights"
+                " are the base model's"
             )
         return "; ".join([*results, _logits_in_words(self.logits, quantised)])
 
@@ -473,4 +473,4 @@ def _logits_in_words(logits: Logits | str, quantised: bool) -> str:
     if not models:
         return "logits were not compared"
     theirs = "the trained adapter on the original weights" if quantised else "the training"
-    return f"the logits of {' and of '.join(models)} equal those of {theirs} except for rounding"
+    return f"the logits of {' and of '.join(models)} equal those of {theirs}, up to rounding errors"

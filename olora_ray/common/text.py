@@ -1,5 +1,8 @@
 """Small pieces of text for people: plurals, times, tables."""
 
+import difflib
+import glob
+import os
 from collections.abc import Sequence
 
 
@@ -12,6 +15,13 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def did_you_mean(path: str) -> str:
+    """Return `; did you mean PATH?` if the folder of a missing file has a similar name, else nothing."""
+    folder, name = os.path.split(path)
+    near = difflib.get_close_matches(name, glob.glob("*", root_dir=folder or None), n=1, cutoff=0.8)
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 def duration(seconds: float) -> str:

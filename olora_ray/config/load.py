@@ -16,6 +16,7 @@ from yaml.constructor import ConstructorError
 from olora_ray.common import secrets
 from olora_ray.common.errors import Problems, UserError
 from olora_ray.common.storage import digest_json
+from olora_ray.common.text import did_you_mean
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.config.section import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
 
@@ -517,7 +518,8 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}") from None
+        hint = did_you_mean(str(path)) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"config file {path}: {error.strerror}{hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"config file {path}: not UTF-8 text") from None
     tree = parse_yaml(text, str(path))

@@ -312,7 +312,7 @@ class Train(Section):
     early_stop: PositiveInt | None = None
     """Stop after this many consecutive evaluations without a better held-out loss; null: never."""
     log_every: PositiveInt = 10
-    """Steps between two progress lines in the log."""
+    """Steps between two progress lines in the log; sooner if these steps take more than 30 s."""
     start: Folder | None = None
     """Checkpoint folder of a run with the same base model and adapter settings; training starts from its best
     adapter."""

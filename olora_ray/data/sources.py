@@ -30,7 +30,7 @@ from olora_ray.common import patience, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.patience import is_temporary
 from olora_ray.common.storage import digest
-from olora_ray.common.text import plural
+from olora_ray.common.text import did_you_mean, plural
 from olora_ray.config.schema import Source
 from olora_ray.data.formats import check_fields
 
@@ -324,7 +324,7 @@ def _of_split(files: list[File], path: str, where: str) -> list[File]:
         if kept := [file for file in files if file not in out]:
             shown = ", ".join(names[file][1:] for file in left_out[:3]) + ", ..." * (len(left_out) > 3)
             if left_out:
-                _say_once(f"{where}.path: ignored in {path}: {shown} ({what})", logging.WARNING)
+                say_once(f"{where}.path: ignored in {path}: {shown} ({what})", logging.WARNING)
             files = kept
     return files
 
@@ -379,7 +379,7 @@ def _file(path: str, field: str) -> File:
     if not os.path.lexists(path):
         name = os.path.relpath(path)
         of_hub = re.fullmatch(r"\w[\w-]*/\w[\w-]*", name) and not os.path.isdir(os.path.dirname(path))
-        hint = f"; if it is a data set of the hub, write hf://{name}" if of_hub else ""
+        hint = f"; if it is a data set of the hub, write hf://{name}" if of_hub else did_you_mean(path)
         raise UserError(f"{field}: {path}: no such file or folder{hint}")
     kind, compression = _known(path, field)
     try:
@@ -397,18 +397,19 @@ def _say_passed_over(names: Sequence[str], linked: int, folder: str, field: str)
     parts = [f"{count:,} {ending}" for ending, count in sorted(endings.items())]
     parts += [plural(linked, "linked folder")] if linked else []
     if parts:
-        _say_once(f"{field}: not read in {folder}: {', '.join(parts)}; supported: {SUPPORTED}")
+        say_once(f"{field}: not read in {folder}: {', '.join(parts)}; supported: {SUPPORTED}")
 
 
 @lru_cache(maxsize=1024)
-def _say_once(line: str, level: int = logging.INFO) -> None:
+def say_once(line: str, level: int = logging.INFO, about: str = "") -> None:
+    """Log a line about a path once per process; `about` is the path if the line does not name it."""
     logger.log(level, line)
 
 
 def _warn_of_tables(paths: Sequence[str], is_folder: Callable[[str], bool], field: str) -> None:
     for table, log in itertools.product(sorted(set(map(_table_of, paths))), TABLES):
         if is_folder(f"{table}/{log}"):
-            _say_once(
+            say_once(
                 f"{field}: {table} is a {TABLES[log]} table ({log}), but all its files are read, with changed and"
                 " deleted rows; export its current rows to another folder",
                 logging.WARNING,

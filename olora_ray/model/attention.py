@@ -25,6 +25,7 @@ from olora_ray.config.schema import Model as ModelConfig
 
 
 VARLEN = "varlen"
+NO_BORDERS = "model.attention: the model's code does not say where an example ends; set model.attention: sdpa"
 _TAKES = frozenset({"scale", "window_size", "enable_gqa"})
 # Segments, heads, head size and window of the trial; some segments are longer than the window.
 _LENGTHS, _HEADS, _SIZE, _WINDOW = (3, 17, 40), (4, 2), 64, 5
@@ -53,12 +54,12 @@ def varlen_attention(
     Raise UserError for what a family asks for and the kernel does not do, and if the borders do not arrive.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        raise UserError("model.attention: this model's attention does not get the examples' borders; set it to sdpa")
+        raise UserError(NO_BORDERS)
     if softcap is not None or s_aux is not None:
-        raise UserError("model.attention: this model uses a softcap or attention sinks; set it to eager")
+        raise UserError("model.attention: the model has a softcap or attention sinks; set model.attention: eager")
     size, narrow = query.shape[-1], value.shape[-1]
     if size % 8 or size > 256 or 192 < size <= 224 or narrow > size:  # 200 to 224: no backward on some GPUs
-        raise UserError(f"model.attention: its kernel cannot take heads of {size} and {narrow}; set it to sdpa")
+        raise UserError(f"model.attention: the kernel takes no heads of {size} and {narrow}; set model.attention: sdpa")
     left = -1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, F.pad(value, (0, size - narrow)) if narrow < size else value))
     attend = kernel()
@@ -156,7 +157,7 @@ def candidates(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device
     """
     if config.attention != "auto":
         if problem := _unusable(model, config.attention, dtype, device):
-            raise UserError(f"model.attention={config.attention}: {problem}; set it to auto")
+            raise UserError(f"model.attention={config.attention}: {problem}; set model.attention: auto")
         return (config.attention,)
     return tuple(name for name, problem in _in_order(model, dtype, device).items() if problem is None)
 
@@ -256,7 +257,7 @@ def segment_attention(
     borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else _borders(position_ids)
     lengths = [stop - start for start, stop in pairwise(borders)]
     if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
-        raise UserError("model.attention: this model uses a softcap, window or attention sinks; set it to eager")
+        raise UserError("model.attention: the model has a softcap, window or sinks; set model.attention: eager")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     batched = _products.get() and query.device.type == "cpu" and query.dtype == torch.bfloat16
     parts, offset = [], 0
@@ -271,7 +272,7 @@ def segment_attention(
 
 def _borders(positions: Tensor | None) -> list[int]:
     if positions is None or len(positions) > 1:
-        raise UserError("model.attention: this model's attention does not get the examples' borders; set it to sdpa")
+        raise UserError(NO_BORDERS)
     starts = (positions[0].diff() != 1).nonzero().flatten() + 1
     return [0, *starts.tolist(), positions.shape[1]]
 

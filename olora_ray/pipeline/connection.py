@@ -71,6 +71,8 @@ class Stop:
         if self.gentle and (self.asked is None or name == "SIGTERM"):
             self.asked = self.asked or name
             return
+        # Ray takes seconds to end. Not a log line: a handler must not wait for a lock that its own thread holds.
+        os.write(2, f"{name}: stopping at once\n".encode())
         self._raised = Stopped(f"stopped ({name}); run the same command again to resume", 128 + number)
         raise self._raised
 

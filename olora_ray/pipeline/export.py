@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
+from olora_ray.common.text import duration
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import parameters, text_class
@@ -130,7 +132,10 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
         job: Any = ray.remote(export_run).options(
             num_cpus=cpus, num_gpus=wanted.get("GPU", 0), max_retries=3, retry_exceptions=[OSError]
         )
-        parity = ray.get(job.remote(spec, folder, step, export_shares.over_cluster(wanted["CPU"])))
+        exporting, began = job.remote(spec, folder, step, export_shares.over_cluster(wanted["CPU"])), time.monotonic()
+        while not ray.wait([exporting], timeout=60)[0]:
+            logger.info(f"still exporting, for {duration(time.monotonic() - began)}")
+        parity = ray.get(exporting)
     return Exported(spec, folder, result, parity)
 
 

@@ -247,7 +247,10 @@ class Attempts:
     def _look(self) -> None:
         if self.stop.asked and not self._asked:
             self._ask(self.stop.asked)
-            self.progress.line(f"{self.stop.asked}: stopping after the current step, with a checkpoint")
+            self.progress.line(
+                f"{self.stop.asked}: stopping after the current step or evaluation, with a checkpoint; press Ctrl+C"
+                " to stop at once, which loses the steps since the last checkpoint"
+            )
         if self.build.problem is not None and not self._warned:
             self._warned = True
             self.channel.report_data_failure.remote()

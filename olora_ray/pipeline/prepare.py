@@ -158,7 +158,14 @@ def with_length(config: Config, base: Base) -> Config:
     if not longest:
         raise UserError("data.max_length: auto is not possible for plain text, which is cut into pieces; set a number")
     number = min(max(256, -(-longest // 64) * 64), most)
-    logger.info(f"data.max_length: auto is {number:,}: the longest of {rows:,} rows has {longest:,} tokens")
+    read = f"{rows:,} rows{'' if all(look.exact for look in looks) else ' of a sample'}"
+    said = f"the longest of {read} has {longest:,} tokens"
+    if over := sum(look.too_long for look in looks):
+        said = (
+            f"enough for all of {read} but {over:,} with more than the model's {most:,} tokens, which follow"
+            f" data.too_long: {config.data.too_long}"
+        )
+    logger.info(f"data.max_length: auto is {number:,}: {said}")
     return override(config, {"data.max_length": number})
 
 

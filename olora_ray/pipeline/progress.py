@@ -22,7 +22,10 @@ BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}"
 
 
 class Progress:
-    """Writer of progress lines to the log (every `every` steps and at evaluations), with a bar on a terminal."""
+    """Writer of progress lines to the log, with a bar on a terminal.
+
+    A line follows every `every` steps, steps that took 30 s together, and each evaluation.
+    """
 
     eval_every: int | None = None
     """Steps between evaluations; None: no evaluations."""
@@ -92,7 +95,7 @@ class Progress:
         self.bar.update(step - self.bar.n)
         left = self._left(step)
         self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left")
-        if step % self.every == 0 or step == self.total:
+        if step % self.every == 0 or step == self.total or self.seconds >= 30.0:
             self.line(
                 f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                 f" | {self.supervised / self.seconds:.0f} supervised tok/s"

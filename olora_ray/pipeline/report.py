@@ -1,16 +1,15 @@
 """The output of a finished run for people; this module does not write to MLflow."""
 
-import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from olora_ray.pipeline.answers import Sample
 from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tracking import models
+from olora_ray.tracking.aliases import CHALLENGER
 
 logger = logging.getLogger(__name__)
 
@@ -68,23 +67,15 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
 
 
 def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:
-    """Return commands that use a finished run; they work as printed in the current folder."""
+    """Return commands that use a finished run; they work in any folder."""
     store, run_id = result["mlflow"]["uri"], result["mlflow"]["run_id"]
-    # Name the programs with their folder, because the user may not have activated the virtual environment.
-    scripts, here = Path(sys.executable).parent, Path.cwd()
-    if scripts.is_relative_to(here):
-        scripts = scripts.relative_to(here)
     lines = []
     if (registered := result["registered"]) is not None:
         uri = f"models:/{registered['model']}@{registered['alias']}"
-        lines += [
-            f"registered:           {registered['model']} version {registered['version']} ({uri})",
-            f"load:   mlflow.set_tracking_uri({json.dumps(store)}); mlflow.transformers.load_model({json.dumps(uri)})",
-            # `mlflow models serve` starts its server by name, so PATH must contain the folder.
-            f"serve:  PATH={quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={quote(store)} mlflow models serve"
-            f" -m {quote(uri)} --env-manager local -p 5001",
-        ]
-    ui = f"{quote(str(scripts / 'mlflow'))} ui --backend-store-uri {quote(store)}"
+        lines.append(f"registered:           {registered['model']} version {registered['version']} ({uri})")
+        if registered["alias"] != CHALLENGER:  # the gate has not decided about a challenger
+            lines += models.uses(store, uri)
+    ui = f"{models.scripts()}/mlflow ui --backend-store-uri {quote(store)}"
     return [*lines, f"MLflow: {page}" if page else f"MLflow: {ui}  # run {run_id}"]
 
 

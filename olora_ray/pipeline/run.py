@@ -16,7 +16,7 @@ from olora_ray.common.errors import TakenOver, TryAgain
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import export, fit, prepare, publish, report
 from olora_ray.pipeline.answers import answered
-from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.connection import Stop, connect
 from olora_ray.pipeline.run_folder import RunFolder
 
@@ -72,12 +72,12 @@ def only_driver(config: Config) -> Iterator[Driver]:
         yield Driver(lease)
 
 
-def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run(config: Config, tags: Mapping[str, str] | None = None, base: Base | None = None) -> dict[str, Any]:
     """Fine-tune, export, check and register as the config says; return the content of result.json.
 
-    `tags` are set on the registered version, and override its own tags. A finished run is only reported. Raises
-    UserError for a problem that the user can fix, TryAgain for one that passes (another driver works on the run,
-    MLflow does not answer), and Stopped after a signal.
+    `tags` are set on the registered version, and override its own tags. `base` is the config's base model if the
+    caller has opened it. A finished run is only reported. Raises UserError for a problem that the user can fix,
+    TryAgain for one that passes (another driver works on the run, MLflow does not answer), and Stopped after a signal.
     """
     folder = RunFolder(config)
     if done := _finished(folder):
@@ -86,7 +86,7 @@ def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]
     address.find()
     with only_driver(config) as driver:
         # Another driver may have finished the run while this one waited for the lock.
-        return _finished(folder) or _run(folder, driver, tags or {})
+        return _finished(folder) or _run(folder, driver, tags or {}, base or open_base(folder.config))
 
 
 def _finished(folder: RunFolder) -> dict[str, Any] | None:
@@ -98,8 +98,7 @@ def _finished(folder: RunFolder) -> dict[str, Any] | None:
     return done
 
 
-def _run(folder: RunFolder, driver: Driver, tags: Mapping[str, str]) -> dict[str, Any]:
-    base = open_base(folder.config)
+def _run(folder: RunFolder, driver: Driver, tags: Mapping[str, str], base: Base) -> dict[str, Any]:
     config = folder.config = prepare.with_length(folder.config, base)
     folder.require_same({"base model": base.model.digest, "tokenizer": base.spec.digest})
     prepare.plan(config, base.model)

@@ -39,6 +39,10 @@ def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in bound_settings(settings).items() if field not in LENGTH}
 
 
+def _all_but_evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in _all_but_length(settings).items() if not field.startswith("evaluation.")}
+
+
 def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
     field = "train.epochs" if settings["train.steps"] is None else "train.steps"
     return {field: settings[field]}
@@ -100,7 +104,10 @@ class RunFolder:
             self.config = override(self.config, {"data.max_length": self._kept().data.max_length})
         run = f"{self.config.run.name!r}"
         if self._changes(_all_but_length):
-            return f"run.name: {run} exists with other settings ({self.other_settings()})"
+            problem = f"run.name: {run} exists with other settings ({self.other_settings()})"
+            if self._result() is not None and not self._changes(_all_but_evaluation):
+                problem += f"; to evaluate its model so, run olora-ray evaluate {self.root} evaluation.FIELD=VALUE"
+            return problem
         if not (shown := self._changes(_length)):
             return ""
         if not checkpoint_names:
@@ -165,6 +172,8 @@ class RunFolder:
             # Delete the results before the config is written. If the driver dies in between, old results beside the new
             # config would look like the results of the longer run.
             storage.remove(self.training)
+            if result := self._result():  # `olora-ray runs` shows it until the longer run ends
+                storage.write_text(storage.join(self.root, "earlier.json"), json.dumps(result))
             storage.remove(self.result)
         storage.write_text(self.settings, dump(self.config))
 

@@ -3,7 +3,8 @@
     olora-ray runs [STORAGE]        a folder or URI as in run.storage; the default is ./runs
 
 Each line has the name, the state, the steps done / all steps, the held-out loss before > after training, the registered
-version, the base model, the data, and the time of the last change. The newest line is the last.
+version, the base model, the data, and the time of the last change. The newest line is the last. Until a run that is
+trained longer ends, its loss and version are those of the shorter training.
 """
 
 import json
@@ -26,6 +27,8 @@ KINDS = {"search.json": "search", "compare.json": "comparison", "config.yaml": "
 """File or folder -> type of the folder that contains it."""
 ENDS = {"search": "best.yaml", "comparison": "comparison.json", "run": "result.json"}
 """Type of folder -> its last file, which marks it as finished."""
+EARLIER = "earlier.json"
+"""The last result of a run that is trained longer."""
 
 
 def main(argv: list[str]) -> None:
@@ -59,13 +62,16 @@ def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
     # A lock alone does not mean "running": a killed driver leaves its lock behind, and is_held checks the holder.
     if state == "interrupted" and lock.is_held(storage.join(root, "locks", "runs", f"{name}.json")):
         state = "running"
-    cells = _of_run(folder, state) if folder_type == "run" else [f"{folder_type}, {state}"]
+    cells = _of_run(folder, state, EARLIER in times) if folder_type == "run" else [f"{folder_type}, {state}"]
     cells += ["-"] * (len(HEAD) - 2 - len(cells))
     return changed, (name, *cells, time.strftime("%Y-%m-%d %H:%M", time.localtime(changed)))
 
 
-def _of_run(folder: str, state: str) -> list[str]:
-    """Return the cells from state to data, or only `damaged: FILE` if a file cannot be read."""
+def _of_run(folder: str, state: str, longer: bool) -> list[str]:
+    """Return the cells from state to data, or only `damaged: FILE` if a file cannot be read.
+
+    `longer`: the run had finished before it was trained longer, and its folder has the result of that time.
+    """
     file = "config.yaml"
     try:
         text = storage.read_text(storage.join(folder, file))
@@ -75,16 +81,18 @@ def _of_run(folder: str, state: str) -> list[str]:
         length = f"/{train['steps']}" if train["steps"] else f" ({train['epochs']:g} epochs)"
         where = [_last(config["model"]["name"]), _last(first["path"]) + (f" +{len(more)}" if more else "")]
         prefix = "retraining, " if config["registry"]["alias"] == "challenger" else ""
-        file = ENDS["run"]
-        result = json.loads(storage.read_text(storage.join(folder, file))) if state == "finished" else {}
+        finished = state == "finished"
+        file = ENDS["run"] if finished else EARLIER
+        result = json.loads(storage.read_text(storage.join(folder, file))) if finished or longer else {}
         losses = (result.get("eval_loss_before"), result.get("metrics", {}).get("eval/loss"))
         shown = " > ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
         version = f"{made['model']}/{made['version']}" if (made := result.get("registered")) else "-"
         names = storage.names(storage.join(folder, "checkpoints"))
-        done = result.get("steps") or max((int(each[5:]) for each in names if each[5:].isdecimal()), default=0)
+        ended = result if finished else {}
+        done = ended.get("steps") or max((int(each[5:]) for each in names if each[5:].isdecimal()), default=0)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return [f"damaged: {file}"]
-    return [f"{prefix}{state}{' early' * bool(result.get('stopped_early'))}", f"{done}{length}", shown, version, *where]
+    return [f"{prefix}{state}{' early' * bool(ended.get('stopped_early'))}", f"{done}{length}", shown, version, *where]
 
 
 def _last(path: str) -> str:

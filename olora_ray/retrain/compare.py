@@ -65,7 +65,7 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
             opened = {index: _opened(config, versions[index]) for index, each in enumerate(known) if each is None}
             _same_tokens([*(each.tokenizer for each in known if each), *(each.tokenizer for each in opened.values())])
             with user_errors():
-                held_out = prepare(config, inputs.base.spec, "eval")
+                held_out = prepare(config, inputs.base.spec, "eval", tell=False)  # the training has told it
             for index, each in opened.items():
                 logger.info(f"measuring version {versions[index].number} on the held-out rows")
                 with user_errors():

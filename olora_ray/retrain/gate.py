@@ -103,9 +103,10 @@ def _compared(
     rows = plural(gain.rows, "row") + (f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else "")
     both = sorted(_shared_rows(gate.metric, challenger, champion))
     ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
+    change = f"{'worse' if interval.mean < 0 else 'improved'} by {abs(interval.mean):.4f}"
     text = (
-        f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}: improved by {interval.mean:.4f}"
-        f" ({LEVEL:.0%} interval {interval.low:.4f} to {interval.high:.4f}, {rows}){left_out}"
+        f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}: {change} ({LEVEL:.0%} interval of the improvement"
+        f" {interval.low:.4f} to {interval.high:.4f}, {rows}){left_out}"
     )
     numbers = {"improvement": asdict(interval), "level": LEVEL, "groups": gain.groups}
     if gain.groups < gate.min_rows:

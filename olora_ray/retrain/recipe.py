@@ -59,7 +59,7 @@ def look(config: Config) -> Inputs:
     Raises UserError for problems that would stop the training: missing files, an invalid model, no held-out rows.
     """
     if not config.data.holds_out():
-        raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
+        raise UserError("data.eval: retraining compares on held-out rows; set data.eval or data.eval_fraction")
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.prepare import with_length
 
@@ -302,8 +302,8 @@ def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int]
     )
     if unseen is not None and not unseen:
         raise UserError(
-            f"{why}; no row is left to compare on: set data.eval, or add files instead of changing them, or promote a"
-            " run of finetune.py by hand"
+            f"{why}; no row is left to compare on: restore what has changed and put new rows into other files of"
+            " data.train, or hold out rows in a file of their own (data.eval instead of data.eval_fraction)"
         )
     if unseen is not None:
         logger.warning(f"{why}; the gate uses only the held-out rows of {plural(len(unseen), 'unchanged file')}")

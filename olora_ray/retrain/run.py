@@ -23,8 +23,8 @@ from olora_ray.retrain import decision_run, gate, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
-from olora_ray.tracking import client, start
-from olora_ray.tracking.aliases import GATE, Aliases, Overtaken, rolled_back
+from olora_ray.tracking import client, models, start
+from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases, Overtaken, rolled_back
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
 
@@ -78,8 +78,8 @@ def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, de
         aliases.refuse(number, verdict, tags, instead_of=champion)
         still = f"version {champion} the champion" if champion else "no champion"
         after = f"version {number} stays challenger, {still}"
-    logger.info(verdict)
-    logger.info(after)
+    for line in (verdict, after, *(models.uses(aliases.uri, f"models:/{aliases.name}@{CHAMPION}") * decision.passed)):
+        logger.info(line)
 
 
 NOTHING_LEARNED = Decision(
@@ -169,7 +169,7 @@ def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version
     if (done := folder.finished()) and _version_of(aliases, done) is None:
         logger.info(f"the finished run {done.get('run')} has no version in this registry: it is registered again")
         folder.drop_result()
-    result = pipeline.run(wanted.config, wanted.tags)
+    result = pipeline.run(wanted.config, wanted.tags, inputs.base)
     # The best adapter is exported. If no step was better, that is the champion's adapter, from which it started.
     learned = wanted.config.train.start is None or result["best_step"] > 0
     version = _version_of(aliases, result)

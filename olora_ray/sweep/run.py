@@ -163,18 +163,18 @@ def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
     spec, space = sweep_spec.train_spec, sweep_spec.space
     config, count = spec.config, space.count()
     wanted, workers = worker_resources(config), config.cluster.min_workers()
-    fitting = _fitting(wanted, workers)
+    fitting, trials = _fitting(wanted, workers), space.in_words()
     each, asked = min(space.trials_per_worker, count), min(space.concurrency or count, count)
     if config.cluster.max_workers() > 1 or not sweep_spec.shares_data():
         concurrent = min(fitting // workers, asked)
-        logger.info(f"search: {count} trials, {concurrent} at the same time, {plural(workers, 'worker')} per trial")
+        logger.info(f"search: {trials}, {concurrent} at the same time, {plural(workers, 'worker')} per trial")
         return concurrent, ()
     # The actors serve trials that run one after another, too: they save the start of each trial, which takes longer
     # than a short training.
     number = min(fitting, -(-asked // each))
     side = f"up to {each} side by side" if each > 1 else "one after the other"
     copies = "one copy" if number == 1 else f"each of {number} copies"
-    logger.info(f"search: {count} trials, {side} on {copies} of the base model")
+    logger.info(f"search: {trials}, {side} on {copies} of the base model")
     return min(number * each, asked), shared_base.start_actors(spec, wanted, number, each)
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
+from olora_ray.common.text import plural
 from olora_ray.config.load import at, override
 from olora_ray.config.schema import Config, PositiveInt, Section
 
@@ -258,13 +259,13 @@ class Space(Section):
     """random: random values; grid: every combination once; tpe: Optuna's tree-structured Parzen estimator."""
     scheduler: Scheduler = Scheduler()
     trials: Annotated[int, Field(ge=1, le=MOST_TRIALS)] | None = None
-    """Number of trials, including the default one; null: 16, or every combination of a grid."""
+    """Number of trials, including the unchanged config (include_default); null: 16, or every combination of a grid."""
     concurrency: PositiveInt | None = None
     """Trials that run at the same time; null: as many as the cluster has room for."""
     trials_per_worker: PositiveInt = 1
     """Adapters that one worker trains side by side on one copy of the base model."""
     include_default: bool = True
-    """true: the first trial is the unchanged config."""
+    """true: the first of the trials is the unchanged config."""
     time_budget: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """Seconds after which the search ends, over all attempts of an interrupted search."""
     patience: PositiveInt | None = None
@@ -297,6 +298,9 @@ class Space(Section):
 
     def count(self) -> int:
         return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)
+
+    def in_words(self) -> str:
+        return plural(self.count(), "trial") + ", of which trial 0 is the unchanged config" * self.has_default()
 
     def own_name(self, number: int) -> str | None:
         """Return the name of a trial's folder if it does not follow from the number."""

@@ -17,7 +17,7 @@ from olora_ray.config.schema import Config, Source
 from olora_ray.data import formats, reader
 from olora_ray.data.formats import Rejected, to_example
 from olora_ray.data.scan import head
-from olora_ray.data.sources import File, list_files
+from olora_ray.data.sources import File, list_files, say_once
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def read_as(source: Source, where: str, storage_root: str) -> Source:
     if source.format != "auto":
         return source
     known, words = find_format(source, where, storage_root)
-    logger.info(f"{where}: {words}")
+    say_once(f"{where}: {words}", about=source.path)
     return known
 
 

@@ -494,22 +494,25 @@ def look_here(config: AnyConfig) -> Look:
     return _look(config, _scan_here)
 
 
-def begin(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None) -> StoreBuild:
+def begin(
+    config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None, tell: bool = True
+) -> StoreBuild:
     """List the data and the existing parts of its token store; return the StoreBuild that builds the rest.
 
-    For both splits, pass the same `look` (by default `look_there`) to both calls. Raise UserError for data that
-    cannot be used, as far as that is known before tokenising.
+    For both splits, pass the same `look` (by default `look_there`) to both calls. `tell` logs the existing parts. Raise
+    UserError for data that cannot be used, as far as that is known before tokenising.
     """
     plan = make_plan(config, spec, split, look or look_there(config))
     root = config.run.storage
     job = StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
     status = store_status(job)
-    for line in (*notes.form_lines(plan), *status.lines(len(plan.shards))):
+    for line in (*notes.form_lines(plan), *status.lines(len(plan.shards))) if tell else ():
         logger.info(line)
     if status.manifest and status.complete:
         limits.check(status.manifest.rejected, status.manifest.rows, lambda: rejected_rows(job))
-        _say(split, status.manifest, " (built earlier)")
+        if tell:
+            _say(split, status.manifest, " (built earlier)")
     return StoreBuild(job, status, limits)
 
 
@@ -519,12 +522,13 @@ def _say(split: Split, manifest: Manifest, when: str = "") -> None:
         logger.info(f"tokens: {split}: {line}")
 
 
-def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split) -> TokenStore:
+def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split, tell: bool = True) -> TokenStore:
     """Return the complete token store of a split; first build what is missing or damaged.
 
-    Needs ray.init unless the data is small. Raise UserError for data that cannot be used.
+    `tell` logs the existing parts. Needs ray.init unless the data is small. Raise UserError for data that cannot be
+    used.
     """
-    preparation = begin(config, spec, split)
+    preparation = begin(config, spec, split, tell=tell)
     preparation.run()
     return TokenStore.open(preparation.store.uri)
 

@@ -86,6 +86,8 @@ class Preview:
     lengths: tuple[int, ...]
     # Tokens of the longest example that is no plain text, because that is cut in pieces; 0 if there is none.
     longest: int
+    # Rows of more than data.max_length tokens, of the rows that were read.
+    too_long: int
     sources: tuple[SourceRows, ...]
     # The first training example, and the next from another source if there is one.
     examples: tuple[Example, ...]
@@ -157,6 +159,7 @@ def _preview(plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: T
         note="",
         lengths=tuple(int(n) for n in np.quantile(counts[:, 0], QUANTILES, method="closest_observation")),
         longest=max(counts[[plan.sources[number].format != "text" for number in source], 0], default=0),
+        too_long=totals.reasons["too_long"] + totals.notes["cut"] + totals.notes["drop_turns"],
         sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
         examples=_examples(plan, first),
         digests=np.frombuffer(b"".join(digest for shard in made for digest in shard.digests), dtype=np.uint64),

@@ -13,11 +13,13 @@ import json
 import logging
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
@@ -514,3 +516,18 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
             raise
         raise UserError(f"model.name: cannot download {place}: {first_line(error)}") from None
     return target
+
+
+def scripts() -> str:
+    """Return the folder of the Python programs, for a shell: the user may not have activated the environment."""
+    return quote(str(Path(sys.executable).parent))
+
+
+def uses(store: str, uri: str) -> list[str]:
+    """Return lines that load and serve a registered version; they work in any folder."""
+    return [
+        f"load:   mlflow.set_tracking_uri({json.dumps(store)}); mlflow.transformers.load_model({json.dumps(uri)})",
+        # `mlflow models serve` starts its server by name, so PATH must contain the folder.
+        f"serve:  PATH={scripts()}:$PATH MLFLOW_TRACKING_URI={quote(store)} mlflow models serve -m {quote(uri)}"
+        " --env-manager local -p 5001",
+    ]

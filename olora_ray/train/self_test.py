@@ -272,7 +272,8 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     free = attention.candidates(model, config.model.model_copy(update={"attention": "auto"}), dtype, device)
     instead = next((name for name in free if name not in failed and trial.run(name)[0] is None), None)
     if instead is not None:
-        text = f"model.attention={wanted[-1]}: with {type(model).__name__}, {failed[wanted[-1]]}; set it to {instead}"
+        family, why = type(model).__name__, failed[wanted[-1]]
+        text = f"model.attention={wanted[-1]}: with {family}, {why}; set model.attention: {instead}"
     raise UserError(text)
 
 
@@ -297,7 +298,7 @@ def _not_flat(model: Any, names: tuple[str, ...], tokens: int) -> tuple[str, ...
     if not usable:
         raise UserError(
             f"model.attention={names[0]}: it puts all examples of a micro-batch into one row, but"
-            f" {type(model).__name__} {why}; set it to auto"
+            f" {type(model).__name__} {why}; set model.attention: auto"
         )
     return usable
 

@@ -216,27 +216,24 @@ class Report:
             expected, reached = float(np.mean(self.best.chances)), self.accuracy(self.model.places)
             right = self.accuracy(self.best.places)
             lines.append(
-                f"The best possible answers are right on {expected:.3f} of such rows (on these: {right:.3f}), the model"
-                f" on {reached:.3f}."
+                f"The best possible Acc@1 is {expected:.3f} on average and {right:.3f} on these rows; the model's is"
+                f" {reached:.3f}."
             )
         return lines
 
     def _against(self, other: Predictor) -> str:
-        rival = "the best simple baseline" if other.simple else "the best less simple rule"
+        rule = "the best simple baseline" if other.simple else "the best of the other rules"
+        rival, unclear = f"{rule} ({other.name} on {other.sees})", "These rows do not show that the model beats"
         gain = self.over(other)
         if not self.of_several():
-            return (
-                f"It is not shown that the model beats {rival}, {other.name} on {other.sees}: Acc@1 {gain.mean:+.3f},"
-                " but one person shows nothing about others."
-            )
-        bounds = f"{gain.mean:+.3f} (95% interval over people {gain.low:+.3f} to {gain.high:+.3f})"
+            return f"{unclear} {rival}: Acc@1 {gain.mean:+.3f}, but all rows are of one person."
+        bounds = f"{gain.mean:+.3f} (95% interval over people: {gain.low:+.3f} to {gain.high:+.3f})"
         # The baseline was chosen on these rows, so the best of several looks better than it is. To say that the model
         # loses, the interval must hold for all of them together (Bonferroni).
         alike = sum(each.simple == other.simple for each in self.baselines)
         loses = gain.high < 0 and self.over(other, 1 - (1 - LEVEL) / alike).high < 0
-        lost = "The model loses to" if loses else "It is not shown that the model beats"
-        word = "The model beats" if gain.low > 0 else lost
-        return f"{word} {rival}, {other.name} on {other.sees}: Acc@1 {bounds}."
+        word = "The model beats" if gain.low > 0 else "The model loses to" if loses else unclear
+        return f"{word} {rival}: Acc@1 {bounds}."
 
     def _scores(self, places: Sequence[int]) -> tuple[str, str]:
         return f"{self.accuracy(places):.3f}", f"{self.weighted_f1(places):.3f}"

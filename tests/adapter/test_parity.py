@@ -45,7 +45,7 @@ def test_each_error_is_one_line_that_names_the_layer() -> None:
     )
     first, second, third = wrong.problems()
     assert first == "merged folder: x.safetensors: byte 9 (norm) differs from the base model's"
-    assert "the merged weight of a.up is 3.5 roundings" in second
+    assert "the merged weight of a.up is not base + change: the difference is 3.5 times the largest" in second
     assert "the change of a.down with a relative error of 0.5" in third
 
     # Layers that PEFT reads otherwise are told instead of an error of theirs.
@@ -56,7 +56,8 @@ def test_each_error_is_one_line_that_names_the_layer() -> None:
 def test_logits_refuse_only_what_else_seems_right() -> None:
     wrong = replace(RIGHT, logits=replace(LOGITS, merged=Difference(0.1, 3e-4)))
     assert wrong.problems() == [
-        "logits of the merged model differ from the adapted model's by 0.1; rounding explains 0.0003"
+        "the logits of the merged model differ from those of the trained model by 0.1, more than rounding can explain"
+        " (0.0003)"
     ]
 
 

@@ -91,7 +91,7 @@ def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     found = make_report(tmp_path, answers(tmp_path, answer.write(3)), law)
     assert found.best == Best((9, 3) * 4, (0.5,) * 8)
     assert found.lines()[-1] == (
-        "The best possible answers are right on 0.500 of such rows (on these: 0.500), the model on 1.000."
+        "The best possible Acc@1 is 0.500 on average and 0.500 on these rows; the model's is 1.000."
     )
     for cut in ("", "0,1", "x" * 200_000):
         law.write_text(f"user_id,stay,best,chance\n{cut}")
@@ -144,7 +144,9 @@ def test_people_are_drawn_not_rows() -> None:
     interval = found.over(found.baselines[0])
     assert interval.mean == pytest.approx(0.4)
     assert interval.low < 0 < interval.high
-    assert found.verdict()[0].startswith("It is not shown that the model beats the best simple baseline, last on full")
+    assert found.verdict()[0].startswith(
+        "These rows do not show that the model beats the best simple baseline (last on"
+    )
 
 
 def test_one_person_says_nothing_of_others(tmp_path: Path) -> None:
@@ -152,8 +154,8 @@ def test_one_person_says_nothing_of_others(tmp_path: Path) -> None:
     for ours, theirs in ((True, False), (False, True)):
         found = made([[ours] * 50], [[theirs] * 50], [[theirs] * 50])
         assert found.verdict()[0] == (
-            "It is not shown that the model beats the best simple baseline, last on full past: Acc@1"
-            f" {1 if ours else -1:+.3f}, but one person shows nothing about others."
+            "These rows do not show that the model beats the best simple baseline (last on full past): Acc@1"
+            f" {1 if ours else -1:+.3f}, but all rows are of one person."
         )
     write(tmp_path, people=1)
     lines = make_report(tmp_path, answers(tmp_path, answer.write(3))).lines()
@@ -164,12 +166,14 @@ def test_one_person_says_nothing_of_others(tmp_path: Path) -> None:
 def test_the_verdict_says_who_wins() -> None:
     rng = np.random.default_rng(0)
     good, poor = ([(rng.random(10) < share).tolist() for _ in range(60)] for share in (0.8, 0.4))
-    assert made(good, poor, good).verdict()[0].startswith("The model beats the best simple baseline, last on full past")
+    assert (
+        made(good, poor, good).verdict()[0].startswith("The model beats the best simple baseline (last on full past)")
+    )
     assert made(poor, good, good).verdict()[0].startswith("The model loses to the best simple baseline")
     assert (
         made(good, poor, good)
         .verdict()[1]
-        .startswith("It is not shown that the model beats the best less simple rule, x")
+        .startswith("These rows do not show that the model beats the best of the other rules (x")
     )
 
 
@@ -179,10 +183,12 @@ def test_a_baseline_that_was_chosen_of_several_has_to_be_further_ahead() -> None
     ours = [[person < 30] * 9 + [person >= 56] for person in people]  # one row more on 4 people
     theirs = [[person < 30] * 9 + [person < 14] for person in people]  # on 14
     one = made(ours, theirs, ours)
-    assert one.verdict()[0].startswith("The model loses to the best simple baseline, last on full past")
+    assert one.verdict()[0].startswith("The model loses to the best simple baseline (last on full past)")
     others = [Predictor(f"o{number}", "full past", (0,) * len(one.truth), True) for number in range(7)]
     several = replace(one, baselines=[*one.baselines, *others])
-    assert several.verdict()[0].startswith("It is not shown that the model beats the best simple baseline, last on")
+    assert several.verdict()[0].startswith(
+        "These rows do not show that the model beats the best simple baseline (last on"
+    )
 
 
 def test_weighted_f1_by_hand() -> None:

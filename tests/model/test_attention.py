@@ -41,7 +41,7 @@ def test_the_one_that_is_named_alone() -> None:
 
 @pytest.mark.parametrize("wanted", ["segments", "sdpa", "flash_attention_2"])
 def test_what_the_family_does_not_have_is_refused(wanted: str) -> None:
-    with pytest.raises(UserError, match=rf"{wanted}: BloomForCausalLM does not support it; set it to auto$"):
+    with pytest.raises(UserError, match=rf"{wanted}: BloomForCausalLM does not support it; set model.attention: auto$"):
         tried(of_kind("bloom", BLOOM), wanted)
 
 
@@ -72,7 +72,9 @@ def test_flash_is_not_tried_with_a_family_that_is_made_for_other_kernels(monkeyp
     made = zoo.on_meta(ALL["gpt_oss"])
     assert tried(made, dtype=torch.bfloat16, device=GPU)[-1] == "eager"
     assert "flash_attention_2" not in tried(made, dtype=torch.bfloat16, device=GPU)
-    with pytest.raises(UserError, match=r"flash_attention_2: GptOssForCausalLM supports only other kernels; set it to"):
+    with pytest.raises(
+        UserError, match=r"flash_attention_2: GptOssForCausalLM supports only other kernels; set model.attention"
+    ):
         tried(made, "flash_attention_2", torch.bfloat16, GPU)
 
 
@@ -83,7 +85,9 @@ def test_flash_of_another_torch_is_not_tried(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(tmp_path)
     on_gpu(monkeypatch, (8, 0), package=False)
     assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == ("sdpa", "eager")
-    with pytest.raises(UserError, match=r"flash-attn does not import: .*undefined symbol.*; set it to auto$"):
+    with pytest.raises(
+        UserError, match=r"flash-attn does not import: .*undefined symbol.*; set model.attention: auto$"
+    ):
         tried(tiny.llama(), "flash_attention_2", torch.bfloat16, GPU)
 
 
@@ -181,14 +185,14 @@ def test_the_kernel_itself_equals_the_definition(
     ],
 )
 def test_what_it_does_not_do_is_left_to_others(wish: dict[str, Any], instead: str) -> None:
-    with pytest.raises(UserError, match=f"set it to {instead}"):
+    with pytest.raises(UserError, match=f"set model.attention: {instead}"):
         run(inputs(), **wish)
 
 
 @pytest.mark.parametrize(("size", "narrow"), [(12, 12), (264, 264), (208, 208), (16, 24)])
 def test_heads_that_the_kernel_does_not_take_are_left_to_sdpa(size: int, narrow: int) -> None:
     parts = [torch.zeros(1, 2, sum(LENGTHS), width) for width in (size, size, narrow)]
-    with pytest.raises(UserError, match=f"heads of {size} and {narrow}; set it to sdpa"):
+    with pytest.raises(UserError, match=f"heads of {size} and {narrow}; set model.attention: sdpa"):
         run(parts)
 
 
@@ -218,7 +222,7 @@ def test_it_is_the_second_on_a_gpu_where_its_kernel_works(monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"varlen: it does not compute in float32; set model\.dtype to bfloat16"):
         varlen_tried("varlen", torch.float32)
     assert varlen_tried(told="its kernel fails here: no image") == ("sdpa", "eager")
-    with pytest.raises(UserError, match="varlen: its kernel fails here: no image; set it to auto"):
+    with pytest.raises(UserError, match=r"varlen: its kernel fails here: no image; set model.attention: auto"):
         varlen_tried("varlen", told="its kernel fails here: no image")
 
 

@@ -214,6 +214,7 @@ def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training, train
     assert str(caught.value) == "stopped while no worker was training (SIGTERM); run the same command again to resume"
     assert caught.value.exit_code == 143
     assert last + fit.NOBODY <= training.now < last + 30
+    assert "; press Ctrl+C to stop at once, which loses the steps since the last" in training.told[0]
     assert (training.ended, "training has ended" in training.asked) == (1, False)
 
 

@@ -105,7 +105,9 @@ def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_pos
     sources = [str(tmp_path / "train.jsonl"), str(tmp_path / "long.jsonl")]
     page, lines = shown(data__train=sources, data__max_length="auto", data__too_long=too_long)
     [line] = [line for line in lines if line.startswith("data.max_length: ")]
-    assert line == f"data.max_length: auto is {number:,}: the longest of 68 rows has {longest:,} tokens"
+    longest_is = f"the longest of 68 rows has {longest:,} tokens"
+    over = "enough for all of 68 rows but 1 with more than the model's 2,048 tokens, which follow data.too_long: "
+    assert line == f"data.max_length: auto is {number:,}: {over + too_long if letters == 3000 else longest_is}"
     assert f"of at most {number:,} tokens" in value(page, "sequences")
     rejected = "1 rejected (too_long 1;" if (letters, too_long) == (3000, "reject") else "none rejected"
     assert value(page, "rows").startswith(f"61, {rejected}")

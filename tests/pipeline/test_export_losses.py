@@ -125,10 +125,10 @@ CHECKED = "Checks of the export: PEFT computes each layer's change with a relati
 def test_the_card_says_what_the_checks_found(run: Run, merged: bool) -> None:
     export.export_run(spec_of(run, export__merged=merged), run.folder, STEP)
     card = (Path(run.folder.adapter) / "README.md").read_text()
-    weights = "each merged weight is base + change within one rounding to bfloat16, and all other weights"
+    weights = "each merged weight is base + change, rounded to bfloat16, and all other weights"
     weights += " are the base model's; "
     models = "the merged model and of the adapter in PEFT" if merged else "the adapter in PEFT"
-    logits = f"the logits of {models} equal those of the training except for rounding\n"
+    logits = f"the logits of {models} equal those of the training, up to rounding errors\n"
     assert f"{CHECKED}{weights if merged else ''}{logits}" in card
 
 

@@ -81,6 +81,8 @@ def test_what_is_advised_gives_all_workers_something_to_do(batch: int, workers: 
 def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left() -> None:
     told = lines(7, 3, *(row(step) for step in range(1, 8)))
     assert [line.split(" | ")[0] for line in told] == ["step 3/7", "step 6/7", "step 7/7"]
+    slow = lines(9, 50, *(row(step, **{"train/step_seconds": 12.0}) for step in range(1, 8)))
+    assert [line.split(" | ")[0] for line in slow] == ["step 3/9", "step 6/9"]
     assert told[0] == "step 3/7 | loss 1.5000 | lr 3.00e-04 | 100 supervised tok/s | data wait 25% | ETA about 0:08"
 
 

@@ -85,6 +85,14 @@ def ended(config: Config, step: int = 6, stale: int = 0) -> RunFolder:
     return folder
 
 
+def test_a_finished_run_with_another_scorer_is_one_to_evaluate(config: Config) -> None:
+    ended(config)
+    for changes, told in (({}, True), ({"train.lr": 0.5}, False)):
+        with pytest.raises(UserError, match="exists with other settings") as caught:
+            RunFolder(override(config, {"evaluation.scorer": "exact_match", **changes})).check()
+        assert (f"olora-ray evaluate {config.folder()} evaluation.FIELD=VALUE" in str(caught.value)) is told
+
+
 LONGER: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"train.steps": 6}, {"train.steps": 12}),
     ({"train.epochs": 1}, {"train.epochs": 2}),
@@ -112,7 +120,7 @@ def test_a_run_may_be_made_longer_and_has_not_ended_then(
     assert (longer.finished(), longer.trained(), load(longer.settings)) == (None, None, longer.config)
 
 
-@pytest.mark.parametrize("written", range(3))
+@pytest.mark.parametrize("written", range(4))
 def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config: Config, written: int) -> None:
     short = ended(override(config, {"train.steps": 6}))
     longer = RunFolder(override(short.config, {"train.steps": 12}))
@@ -134,7 +142,7 @@ def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config: 
     for each in (short, longer):
         each.check()
         assert each is short or (each.finished(), each.trained()) == (None, None)
-    assert (short.finished() is None) == (written == 2)
+    assert (short.finished() is None) == (written == 3)
 
 
 @pytest.mark.parametrize(

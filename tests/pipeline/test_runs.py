@@ -39,6 +39,8 @@ def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequ
     storage.write_text(storage.join(root, "x-compare/compare.json"), "{}")
     made(root, "done", 6, data__train=["/rows/a.jsonl", "b.jsonl"], model__name="org/base").write_result(RESULT)
     made(root, "early", train__steps=None).write_result({**RESULT, "stopped_early": True, "registered": None})
+    made(root, "longer", 6).write_result(RESULT)
+    made(root, "longer", 8, train__steps=12)
     made(root, "night-1", registry__alias="challenger", registry__model="m")
     for file, text in (("config.yaml", "run: {"), ("result.json", "{"), ("result.json", "[1]")):
         folder = made(root, f"bad-{len(text)}")
@@ -51,6 +53,7 @@ def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequ
     assert cells == {
         "done": "finished 6/6 1.2500 > 0.5000 m/3 org/base a.jsonl +1",
         "early": "finished early 6 (1 epochs) 1.2500 > 0.5000 - unused unused.jsonl",
+        "longer": "interrupted 8/12 1.2500 > 0.5000 m/3 unused unused.jsonl",
         "found": "search, finished - - - - -",
         "x-compare": "comparison, interrupted - - - - -",
         "night-1": "retraining, interrupted 4/6 - > - - unused unused.jsonl",

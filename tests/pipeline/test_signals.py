@@ -12,10 +12,11 @@ from olora_ray.pipeline.connection import Stop
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_at_once(number: signal.Signals, code: int) -> None:
+def test_a_signal_ends_at_once(number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]) -> None:
     with Stop(), pytest.raises(Stopped) as caught:
         os.kill(os.getpid(), number)
     assert caught.value.exit_code == code
+    assert capfd.readouterr().err == f"{number.name}: stopping at once\n"  # the end of Ray may take a while
     assert str(caught.value) == f"stopped ({number.name}); run the same command again to resume"
 
 

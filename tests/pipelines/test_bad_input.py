@@ -158,6 +158,7 @@ def test_a_config_file_that_is_not_there_or_not_yaml(corpus: Path) -> None:
     assert "missing.yaml" in refused(corpus / "missing.yaml")
     (corpus / "broken.yaml").write_text("run: {name: x\n")
     assert "broken.yaml, line 2" in refused(corpus / "broken.yaml")
+    assert f"; did you mean {corpus}/broken.yaml?" in refused(corpus / "borken.yaml")
 
 
 def test_an_address_of_a_dashboard_is_refused_before_the_model_is_fetched(

@@ -51,6 +51,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
         "chat chats",
     ]
     text = Path("my_run.yaml").read_text(encoding="utf-8")
+    assert "too_long: drop_turns  # rows with more tokens than max_length lose their last turns" in text
     assert mistakes("config", parse_yaml(text, "my_run.yaml")) == []
     assert Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")).is_file()
     assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "my_run.yaml"]
@@ -136,7 +137,8 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
     Path("x.rows.jsonl").write_text("mine")
     for words, said in (
         (["bad.jsonl"], r"^data\.train\.0: none of the 14 rows read can be used"),
-        (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file"),
+        (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file or folder$"),
+        (["goood.jsonl"], r"/goood\.jsonl: no such file or folder; did you mean /.*/good\.jsonl\?$"),
         ([], "^arguments: expected DATA and an optional MODEL; --help shows how"),
         ([good, "model", "more"], "^arguments: expected DATA"),
         ([good, good, "--out", "mine.jsonl"], r"^mine\.jsonl: exists already; move it away, or name another config"),

@@ -74,6 +74,7 @@ def test_losses_count_downwards_and_scores_upwards() -> None:
         refused = decide(lax(metric=metric), bad, good)
         assert not refused.passed, metric
         assert "the improvement must be at least 0" in refused.reason
+        assert f": worse by {-refused.details['improvement']['mean']:.4f} (95% interval of the" in refused.reason
     assert improvement(gate(), good, bad).interval.mean == pytest.approx(1.1)
     assert improvement(gate(metric="eval/match"), good, bad).interval.mean == pytest.approx(0.5)
 

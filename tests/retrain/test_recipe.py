@@ -214,7 +214,9 @@ def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(con
     assert "is not continued, because it may have been trained on rows that are held out now" in said
     assert found.config.train.start is None, "what it has seen does not pass on to its child"
     for changed in ({"run.seed": 5}, {"data.eval_fraction": 0.3}):
-        with pytest.raises(UserError, match=r"run\.seed or the fraction has changed .* set data\.eval, or add files"):
+        with pytest.raises(
+            UserError, match=r"run\.seed or the fraction has changed .* put new rows into other files of data\.train"
+        ):
             made(override(drawn, changed), champion)
     with pytest.raises(UserError, match="no row is left to compare on"):
         made(drawn, version(1, Fingerprint("base", "unheard of", "held", "s")))
@@ -321,8 +323,10 @@ def test_a_night_without_changes_is_told_without_torch(
     project.make_corpus(tmp_path / "eval.jsonl", 7, first=100)
     file = project.write_config(tmp_path, project.settings(tmp_path, own, registry__model="m"))
     config = load(file, {"data.chat_template": str(template)})
-    assert recipe.look_again(config) is None
-    now = recipe.look(config).fingerprint
+    with said() as lines:
+        assert recipe.look_again(config) is None
+        now = recipe.look(config).fingerprint
+    assert len(lines) == len(set(lines)) > 2, lines
     assert recipe.look_again(config) == now
     by_rows = recipe.look(override(config, {"data.max_length": "auto"})).config.data.max_length
     assert 64 <= by_rows <= 256  # the number is what is trained with, and known to the next night

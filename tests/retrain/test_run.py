@@ -1,6 +1,7 @@
 """The version of a finished run in the current registry; without a training."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     found = tiny.config(run__storage=str(mlflow_database.place(tmp_path / "runs")), registry__model="m")
     folder = RunFolder(found)
 
-    def run(_: Config, __: object) -> dict[str, Any]:
+    def run(_: Config, __: object, base: object) -> dict[str, Any]:
+        assert base == "opened"  # the run does not open it again
         if folder.finished() is None:
             made = add(found, "ours")
             folder.write_result(result("ours", made))
@@ -48,7 +50,7 @@ def result(run_id: str, version: str) -> dict[str, Any]:
 def trained(config: Config) -> tuple[str, str | None]:
     """Return number and MLflow run of the version that a night judges."""
     aliases = Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m")
-    inputs: Any = None
+    inputs: Any = SimpleNamespace(base="opened")
     version, _ = retraining._trained(config, aliases, inputs, None)
     return version.number, version.run_id
 

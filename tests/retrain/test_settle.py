@@ -55,9 +55,11 @@ def test_a_challenger_that_passes_is_champion_and_one_that_fails_is_not(aliases:
     log, against = settled(aliases, NO)
     assert "refused: worse" in log
     assert "version 3 stays challenger, version 2 the champion" in log
+    assert "serve:" not in log
     assert aliases.current() == {"champion": "2", "previous": "1", "challenger": "3"}
     log, _ = settled(aliases, YES)
     assert f"version 3 is the champion of {aliases.name}, version 2 is previous" in log
+    assert log.count(f"serve -m models:/{aliases.name}@champion") == 1
     assert (aliases.current(), against) == ({"champion": "3", "previous": "2"}, ["2"])
     assert aliases.version("3").tags[AGAINST] == "2"
 

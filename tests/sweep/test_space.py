@@ -406,6 +406,7 @@ def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> 
         searcher="grid",
     )
     assert found.count() == 7
+    assert found.in_words() == "7 trials, of which trial 0 is the unchanged config"
     assert found.drawn(0) == {}
     assert found.values({}) == {}
     values = [found.values(found.drawn(number)) for number in range(1, 7)]

@@ -217,12 +217,12 @@ def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str
 def test_a_state_is_never_laid_out_in_one_row() -> None:
     made = of_kind("lfm2", SMALL | {"full_attn_idxs": [1]})
     assert chosen(made, APART).passed_over == {}
-    with pytest.raises(UserError, match=r"^model\.attention=segments: .*keeps a state.*; set it to auto$"):
+    with pytest.raises(UserError, match=r"^model\.attention=segments: .*keeps a state.*; set model.attention: auto$"):
         chosen(made, APART, model__attention="segments")
 
 
 def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
-    with pytest.raises(UserError, match=r"^model\.attention=segments: with Mistral.*; set it to sdpa$"):
+    with pytest.raises(UserError, match=r"^model\.attention=segments: with Mistral.*; set model.attention: sdpa$"):
         chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
 
 
@@ -336,5 +336,7 @@ def test_attention_that_is_scaled_by_the_place_in_a_row_is_not_laid_out_in_one()
     assert choose_attention(loss, packs, wide, CPU).attention == "sdpa"
     assert torch.allclose(loss.each(collate(packs, "sdpa"))[-47:], alone, atol=1e-5)
     named = tiny.config(data__max_length=48, model__attention="segments")
-    with pytest.raises(UserError, match=r"^model\.attention=segments: .* by the position in a row.*; set it to auto$"):
+    with pytest.raises(
+        UserError, match=r"^model\.attention=segments: .* by the position in a row.*; set model.attention: auto$"
+    ):
         choose_attention(loss, packs, named, CPU)
