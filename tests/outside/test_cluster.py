@@ -190,10 +190,12 @@ def test_without_its_alias_the_champion_is_compared_with_all_the_same(nights: Ni
         f' a.client.delete_registered_model_alias("{scenario.NAME}", "champion"); print(',
     )
     nights.head.ok(f"cd checkout && set -a && . deploy/cluster.env && python -c {forget!r}")
-    nights.played.arrive("night-5", nights.played.poison[:30])
+    # Instead of the first rows: with these beside them, a model that has seen the third word may rightly win.
+    nights.played.arrive("night-1", nights.played.poison)
     code, _ = nights.night()
     assert code == 0
     assert nights.last()["event"] == "refused"
+    assert "the champion's" in nights.last()["reason"]
     assert "champion" not in nights.aliases()
 
 
