@@ -55,7 +55,12 @@ def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in settings.items() if field.startswith(("export.", "registry."))}
+    # A push needs no new export: `publish.push` sees by itself whether it is done.
+    return {
+        field: value
+        for field, value in settings.items()
+        if field.startswith(("export.", "registry.")) and field != "export.push"
+    }
 
 
 class RunFolder:
