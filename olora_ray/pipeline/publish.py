@@ -399,12 +399,12 @@ def check_hub(config: Config) -> None:
         user = HfApi().whoami()
     # A fine-grained token may not see all organisations, and another hub may answer less; the push itself decides then.
     role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
-    owners = [user.get("name"), *(each["name"] for each in user.get("orgs") or () if each.get("roleInOrg") != "read")]
+    places = [user, *(each for each in user.get("orgs") or () if each.get("roleInOrg") != "read")]
+    owners = [str(each.get("name")) for each in places]
     if role == "read":
         raise UserError(f"export.push: {repo}: the hub's token here may only read; set HF_TOKEN to one that may write")
     if role == "write" and repo.partition("/")[0] not in owners:
-        places = ", ".join(f"{owner}/" for owner in owners)
-        raise UserError(f"export.push: {repo}: the hub's token here writes only to {places}; set one, or HF_TOKEN")
+        raise UserError(f"export.push: {repo}: the hub's token here writes only for {', '.join(owners)}; set HF_TOKEN")
 
 
 def check_license(config: Config, base: BaseModel) -> None:
@@ -433,18 +433,15 @@ def upload(repo: str, folder: RunFolder) -> None:
 
     hub, is_merged = HfApi(), storage.exists(storage.join(folder.merged, "config.json"))
     logger.info(f"pushing the {'merged model' if is_merged else 'adapter'} to {repo}")
+    subject = f"export.push: {repo}: the run is finished, but not pushed; the same command only pushes"
     with (
-        as_user_error(f"export.push: {repo}", Exception, reason=_not_pushed, passes=is_temporary),
+        as_user_error(subject, Exception, reason=_hub_problem, passes=is_temporary),
         node_cache.fetched(folder.merged if is_merged else folder.adapter) as files,
     ):
         hub.create_repo(repo, private=True, exist_ok=True)
         message = f"olora_ray: run {folder.root.rstrip('/').rpartition('/')[2]}"
         done = hub.upload_folder(repo_id=repo, folder_path=files, commit_message=message, delete_patterns=_STALE)
     logger.info(f"pushed: {done.commit_url}")
-
-
-def _not_pushed(error: BaseException) -> str:
-    return f"{_hub_problem(error)}; the run itself is finished, so the same command only pushes"
 
 
 def _hub_problem(error: BaseException) -> str:

@@ -55,12 +55,9 @@ def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
-    # A push needs no new export: `publish.push` sees by itself whether it is done.
-    return {
-        field: value
-        for field, value in settings.items()
-        if field.startswith(("export.", "registry.")) and field != "export.push"
-    }
+    kept = {field: value for field, value in settings.items() if field.startswith(("export.", "registry."))}
+    kept.pop("export.push", None)  # `publish.push` needs no new export, and sees by itself whether it is done
+    return kept
 
 
 class RunFolder:

@@ -93,15 +93,13 @@ def test_an_adapter_takes_the_place_of_a_merged_model_and_other_files_stay(confi
     assert "library_name: peft" in hub.repos[REPO]["README.md"].decode()
 
 
-def test_a_push_that_fails_is_repeated_by_the_same_command(
-    config: Config, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_that_fails_is_repeated_by_the_same_command(config: Config, hub: Hub) -> None:
     hub.broken = "preupload"
     with pytest.raises(UserError) as caught:
         publish.push(config)
     assert str(caught.value) == (
-        f"export.push: {REPO}: the hub refuses it (Private repository storage limit reached); set HF_TOKEN to one that"
-        " may write; the run itself is finished, so the same command only pushes"
+        f"export.push: {REPO}: the run is finished, but not pushed; the same command only pushes: the hub refuses it"
+        " (Private repository storage limit reached); set HF_TOKEN to one that may write"
     )
     assert "pushed" not in result(config)
     hub.broken = ""
@@ -120,7 +118,7 @@ def refused(config: Config) -> str:
     [
         ("acme/a--b", "write", "Cannot have -- or .. in repo_id"),
         ("acme/a", "read", "the hub's token here may only read; set HF_TOKEN to one that may write"),
-        ("guests/a", "write", "the hub's token here writes only to ann/, acme/; set one, or HF_TOKEN"),
+        ("guests/a", "write", "the hub's token here writes only for ann, acme; set HF_TOKEN"),
         ("acme/a", "write", ""),
         ("else/a", "fineGrained", ""),
     ],
@@ -141,7 +139,7 @@ def test_a_missing_token_or_hub_is_told_before_the_training(
 ) -> None:
     config = tiny.config(export__push="acme/a")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "the hub refuses it (Invalid username or password.); set HF_TOKEN to one that may write" in refused(config)
+    assert "the hub refuses it (Invalid user token. The token from HF_TOKEN" in refused(config)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
