@@ -255,7 +255,8 @@ def check_tracking(config: Config, folder: RunFolder) -> None:
     if folder.tracking_run(uri) is None:
         client.check(uri)
         check_artifacts(config, uri)
-        check_hub(config)
+        if config.export.push:
+            check_hub(config.export.push)
 
 
 @contextmanager
@@ -387,10 +388,8 @@ _STALE = ["adapter_*", "model*.safetensors*"]
 """Files of an earlier push that would be loaded beside the new ones: an adapter's, or weights in more parts."""
 
 
-def check_hub(config: Config) -> None:
-    """Raise UserError if the hub's token here is known not to write to export.push, TryAgain if there is no answer."""
-    if (repo := config.export.push) is None:
-        return
+def check_hub(repo: str) -> None:
+    """Raise UserError if the hub's token here is known not to write to `repo`, TryAgain if there is no answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 

@@ -107,9 +107,9 @@ def test_a_push_that_fails_is_repeated_by_the_same_command(config: Config, hub: 
     assert result(config)["pushed"] == REPO
 
 
-def refused(config: Config) -> str:
+def refused(repo: str) -> str:
     with pytest.raises(UserError) as caught:
-        publish.check_hub(config)
+        publish.check_hub(repo)
     return str(caught.value)
 
 
@@ -125,11 +125,10 @@ def refused(config: Config) -> str:
 )
 def test_what_may_not_be_pushed_is_told_before_the_training(hub: Hub, repo: str, role: str, told: str) -> None:
     hub.role = role
-    config = tiny.config(export__push=repo)
     if told:
-        assert refused(config).startswith(f"export.push: {repo}: {told}")
+        assert refused(repo).startswith(f"export.push: {repo}: {told}")
     else:
-        publish.check_hub(config)
+        publish.check_hub(repo)
     assert hub.created == []
     assert hub.requests.count("/api/whoami-v2") <= 1
 
@@ -137,17 +136,16 @@ def test_what_may_not_be_pushed_is_told_before_the_training(hub: Hub, repo: str,
 def test_a_missing_token_or_hub_is_told_before_the_training(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny.config(export__push="acme/a")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "the hub refuses it (Invalid user token. The token from HF_TOKEN" in refused(config)
+    assert "the hub refuses it (Invalid user token. The token from HF_TOKEN" in refused("acme/a")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-        assert "there is no token; set HF_TOKEN to one that may write, or run `hf auth login`" in refused(config)
+        assert "there is no token; set HF_TOKEN to one that may write, or run `hf auth login`" in refused("acme/a")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         with pytest.raises(TryAgain, match=r"export\.push: acme/a: "):
-            publish.check_hub(config)
+            publish.check_hub("acme/a")
 
 
 def test_a_license_that_nobody_names_is_told_before_the_training(tmp_path: Path) -> None:
