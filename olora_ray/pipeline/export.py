@@ -243,7 +243,7 @@ def complete(
     tokenizer: Any,
     template: str | None = None,
     merged: Path | None = None,
-    **card_fields: str,
+    **card_fields: Any,
 ) -> None:
     """Write tokenizer and model card into an adapter's folder, and a card into the folder `merged`.
 

@@ -391,7 +391,7 @@ _STALE = ["adapter_*", "model*.safetensors*"]
 def check_hub(repo: str) -> None:
     """Raise UserError if the hub's token here is known not to write to `repo`, TryAgain if there is no answer."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     with as_user_error(f"export.push: {repo}", Exception, reason=_hub_problem, passes=is_temporary):
         validate_repo_id(repo)
