@@ -39,9 +39,10 @@ def main(argv: list[str]) -> None:
 
         dry_run(config, show_config="--show-config" in flags)
     else:
-        from olora_ray.pipeline import run
+        from olora_ray.pipeline import publish, run
 
         run.run(config)
+        publish.push(config)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,8 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
 
 def _export(run: FinishedRun, state: TrainState) -> None:
     case, base = run.case, run.spec.base
+    merged = case.write_merged(Path(run.folder.merged)) if run.config.export.merged else None
     with new_adapter(case.adapter, case.settings, base.folder, Path(run.folder.adapter), case.model) as (folder, rank):
-        complete(run.config, base, state, folder, rank, load_tokenizer(base, run.config.model))
-    if run.config.export.merged:
-        case.write_merged(Path(run.folder.merged))
+        complete(run.config, base, state, folder, rank, load_tokenizer(base, run.config.model), merged=merged)
     run.folder.claim()
     run.folder.write_result({"metrics": {}, "base": {"digest": base.digest}})

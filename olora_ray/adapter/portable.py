@@ -3,14 +3,17 @@
 No file says where it was made: the folder from which a tokenizer or a config was loaded is left out.
 """
 
+import contextlib
 import json
 import ntpath
 import posixpath
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from olora_ray.common import storage
 from olora_ray.config.schema import Adapter, Source
@@ -137,35 +140,43 @@ def _is_place(name: str, value: Any) -> bool:
     return absolute or value.startswith((".", "~"))
 
 
-# The model card of an adapter's folder. It has no path of a data file and nothing else about the machine that trained.
+# The model cards of the exports. They have no path of a data file and nothing else about the machine that trained.
 
 
 CARD = """---
-{metadata}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, {method}]
----
+{metadata}---
 
-# Adapter for {title}
+# {title}
 
 {facts}
 
-With PEFT:
+{loading}
+"""
+ADAPTER = """With PEFT:
 
 ```python
 from peft import PeftModel
 from transformers import {loader}, AutoTokenizer
 
-model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"{revision}), "THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"{revision}), "{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 
-{serving}
-"""
+{serving}"""
+MERGED = """With transformers:
+
+```python
+from transformers import {loader}, AutoTokenizer
+
+model, tokenizer = {loader}.from_pretrained("{place}"), AutoTokenizer.from_pretrained("{place}")
+```
+
+With vLLM:
+
+    vllm serve {place}"""
 SERVING = """With vLLM:
 
-    vllm serve {base}{revision} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER{template}"""
+    vllm serve {base}{revision} --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}{template}"""
 NOT_SERVED = "vLLM takes adapters up to rank {largest}, and this one has {rank}: set `export.rank: {largest}` for it."
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's max_lora_rank may have; it refuses all others."""
@@ -199,6 +210,28 @@ class Card:
     """True if the base model has another chat template, or none."""
     ends: str = ""
     """Tokens, with their ids, that end an answer and that the base model does not end with."""
+    license: Mapping[str, Any] = field(default_factory=dict)
+    """The result of `license_of`."""
+    place: str = "THIS_FOLDER"
+    """The address by which readers load the folder: its repository on the hub, if there is one."""
+    merged: bool = False
+    """True for the card of the merged model."""
+
+
+def license_of(base: Path, hub_id: str | None, given: str | None) -> dict[str, Any]:
+    """Return the license's fields of a model card: `given`, or those of the card in `base`; empty if it has none."""
+    if given or not (base / "README.md").is_file():
+        return {"license": given} if given else {}
+    from huggingface_hub import metadata_load
+
+    found: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, yaml.YAMLError):  # a damaged card
+        found = metadata_load(base / "README.md") or {}
+    fields = {name: found[name] for name in ("license", "license_name", "license_link") if found.get(name)}
+    if "://" not in str(fields.get("license_link", "://")):  # a file beside the base model's card
+        link = fields.pop("license_link")
+        fields |= {"license_link": f"https://huggingface.co/{hub_id}/blob/main/{link}"} if hub_id else {}
+    return fields
 
 
 def model_card(card: Card) -> str:
@@ -208,12 +241,12 @@ def model_card(card: Card) -> str:
     facts = [
         f"Base model: `{base}`"
         + (f" at revision `{card.revision}`" if card.revision else "")
-        + ", untouched"
+        + (", with the adapter merged into its weights" if card.merged else ", untouched")
         + ("" if hub else "; a folder on the machine that trained, or a copy of that folder"),
         f"SHA-256 of the base model's weights: `{card.base_digest}`",
         f"Method: {settings.method}, rank {settings.rank}, alpha {settings.alpha:g}"
         + ", rank-stabilised" * settings.rank_stabilized
-        + f"; written as a plain LoRA of rank {card.rank}",
+        + ("" if card.merged else f"; written as a plain LoRA of rank {card.rank}"),
         f"Training data: {', '.join(map(_source, card.sources))}",
         f"Training: {card.steps} steps, sequences of at most {card.max_length} tokens",
         *([f"Held-out loss: {card.eval_loss:.4f} per supervised token"] if card.eval_loss is not None else []),
@@ -222,16 +255,34 @@ def model_card(card: Card) -> str:
         *([f"Compressed to rank {card.rank}: {card.compressed}"] if card.compressed else []),
         *([f"Checks of the export: {card.checked}"] if card.checked else []),
     ]
-    return CARD.format(
-        metadata=f"base_model: {base}" if hub else "# base_model: the hub id of the base model, if it has one",
-        method=settings.method,
-        title=base,
-        facts="\n".join(f"- {fact}" for fact in facts),
+    loading = (MERGED if card.merged else ADAPTER).format(
         base=path,
         loader=card.loader,
+        place=card.place,
         revision=f', revision="{card.revision}"' if card.revision else "",
-        serving=_serving(path, card),
+        serving="" if card.merged else _serving(path, card),
     )
+    title = f"{base}, fine-tuned" if card.merged else f"Adapter for {base}"
+    return CARD.format(
+        metadata=_metadata(card, hub), title=title, facts="\n".join(f"- {fact}" for fact in facts), loading=loading
+    )
+
+
+def _metadata(card: Card, hub: bool) -> str:
+    # The hub reads these fields: https://huggingface.co/docs/hub/model-cards. A merged adapter is a fine-tuned model
+    # there; `merge` means a mixture of several models.
+    relation = {"base_model": card.base_name, "base_model_relation": "finetune" if card.merged else "adapter"}
+    datasets = [each.path[5:].partition("?")[0] for each in card.sources if each.path.startswith("hf://")]
+    fields = {
+        **card.license,
+        **(relation if hub else {}),
+        **({"datasets": list(dict.fromkeys(datasets))} if datasets else {}),
+        "library_name": "transformers" if card.merged else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", card.adapter.method],
+    }
+    unknown = "" if hub else "# base_model: the hub id of the base model, if it has one\n"
+    return unknown + yaml.safe_dump(fields, sort_keys=False)
 
 
 def _serving(base: str, card: Card) -> str:
@@ -240,7 +291,7 @@ def _serving(base: str, card: Card) -> str:
         return NOT_SERVED.format(rank=card.rank, largest=VLLM_RANKS[-1])
     template = " --chat-template THIS_FOLDER/chat_template.jinja" * card.own_template
     revision = f" --revision {card.revision}" if card.revision else ""
-    return SERVING.format(base=base, rank=vllm_rank, revision=revision, template=template)
+    return SERVING.format(base=base, rank=vllm_rank, revision=revision, place=card.place, template=template)
 
 
 def _source(source: Source) -> str:

@@ -18,7 +18,7 @@ from olora_ray.common.errors import Problems, UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import did_you_mean
 from olora_ray.config.schema import Config, EvaluationConfig
-from olora_ray.config.section import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
+from olora_ray.config.section import EXPERIMENT, HUB_NAME, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ PLAIN = {
     "tracking.uri": "tracking_uri mlflow_tracking_uri",
     "tracking.experiment": "experiment_name",
     "export.merged": "merge_lora merge_adapter",
-    "registry.model": "registered_model_name hub_model_id push_to_hub",
+    "export.push": "hub_model_id push_to_hub",
+    "registry.model": "registered_model_name",
 }
 """Field -> names of the same setting in transformers, PEFT, TRL, LLaMA-Factory, Axolotl and others."""
 EXPLAINED = {
@@ -389,6 +390,7 @@ PATTERNS = {
     NAME: "use letters, digits, '.', '_' and '-'; begin with a letter or digit, and do not end with '.'",
     MODEL_NAME: "use letters, digits, ' ', '.', '_' and '-'; begin and end with a letter or digit",
     EXPERIMENT: "use printable characters only",
+    HUB_NAME: "expected ORG/NAME, a repository of the Hugging Face hub",
     WEBHOOK: "expected http://..., https://..., or env:NAME or file:/PATH that holds such an address",
 }
 """Patterns of field types -> messages."""

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.section import (
+    HUB_NAME,
     WEBHOOK,
     AliasName,
     ExperimentName,
@@ -184,11 +185,14 @@ class Export(Section):
     """The exports that a run writes and registers after training: always the adapter, and by default a merged model."""
 
     merged: bool = True
-    """true: also write the merged model (base model plus adapter), and register it. false: register only the adapter,
-    with a reference to its base model (an adapter-only version)."""
+    """Also write the merged model, and register it. false: register the adapter alone, with a reference to its base."""
     rank: PositiveInt | None = None
     """Compress the exported adapter to this rank, for servers that limit the rank. null: no compression; the adapter of
     olora then has rank 2 x rank."""
+    push: Annotated[str, Field(pattern=HUB_NAME)] | None = None
+    """Hub repository ORG/NAME to which finetune pushes a finished run, retrain the champion; a new one is private."""
+    license: Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")] | None = None
+    """License in the model cards, such as apache-2.0. null: that of the base model's card."""
 
 
 class Registry(Section):

@@ -66,6 +66,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
 MODEL_NAME = r"^\w([\w .-]*\w)?$"
 EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
+HUB_NAME = r"^[A-Za-z0-9][\w-]*/\w[\w.-]*$"
 WEBHOOK = r"^(https?://|env:|file:/)."
 LONGEST_NAME = 200
 """Largest size in bytes of a name that becomes a file name: file systems allow 255, and lock files add up to 44."""

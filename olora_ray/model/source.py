@@ -131,7 +131,7 @@ def _source_folder(config: AnyConfig) -> Path:
 def _from_hub(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # the card has the license
     if config.trust_remote_code:
         patterns.append("*.py")
     if config.allow_pickle:

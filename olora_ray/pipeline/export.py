@@ -197,6 +197,7 @@ def _write_adapter(
             rank,
             work.tokenizer,
             work.spec.template,
+            merged,
             checked=parity.in_words(quantised is not None),
             compressed=compressed.in_words(reasons=False) if compressed and lost else "",
             quantised=quantised.in_words(reasons=False) if quantised else "",
@@ -246,9 +247,13 @@ def complete(
     rank: int,
     tokenizer: Any,
     template: str | None = None,
-    **card_fields: str,
+    merged: Path | None = None,
+    **card_fields: Any,
 ) -> None:
-    """Write tokenizer and model card into an adapter's folder; `card_fields` are further fields of `Card`."""
+    """Write tokenizer and model card into an adapter's folder, and a card into the folder `merged`.
+
+    `card_fields` are further fields of `Card`.
+    """
     portable.copy_tokenizer(Path(base.folder), adapter)
     keep_tokenizer(config, base.name, tokenizer, adapter)
     had = models.has_chat_template(adapter)
@@ -265,9 +270,20 @@ def complete(
         eval_loss=state.best_loss,
         own_template=template is not None or had != models.has_chat_template(adapter),
         loader=text_class(Path(base.folder)).__name__,
+        license=license_of(config, base),
+        place=config.export.push or portable.Card.place,
         **card_fields,
     )
     (adapter / "README.md").write_text(portable.model_card(card), encoding="utf-8")
+    if merged:
+        whole = replace(card, merged=True, ends="", compressed="")
+        (merged / "README.md").write_text(portable.model_card(whole), encoding="utf-8")
+
+
+def license_of(config: Config, base: BaseModel) -> dict[str, Any]:
+    """Return the license's fields of the model cards; empty if neither the config nor the base model's card has one."""
+    hub_id = None if Path(public_name(base)).is_absolute() else base.name
+    return portable.license_of(Path(base.folder), hub_id, config.export.license)
 
 
 def first_examples(store: TokenStore) -> list[torch.Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.patience import is_temporary
 from olora_ray.common.secrets import mask
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
@@ -20,7 +21,7 @@ from olora_ray.model.folder import text_class
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, as_text, score
-from olora_ray.pipeline.export import Exported
+from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
 from olora_ray.tokens.manifest import Manifest
 from olora_ray.tokens.store import TokenStore
@@ -246,14 +247,16 @@ def _commit(base: BaseModel) -> str | None:
 
 
 def check_tracking(config: Config, folder: RunFolder) -> None:
-    """Raise UserError if MLflow is unreachable, its artifacts cannot be written, or it cannot load the export."""
+    """Raise UserError if MLflow or the hub does not answer or take the results, or if MLflow cannot load the export."""
     uri = resolve_uri(config)
     if not config.export.merged:
         check_adapter_only()
-    # A resumed run does not need MLflow until it logs, so an outage does not delay it.
+    # A resumed run needs neither until it has results, so an outage does not delay it.
     if folder.tracking_run(uri) is None:
         client.check(uri)
         check_artifacts(config, uri)
+        if config.export.push:
+            check_hub(config.export.push)
 
 
 @contextmanager
@@ -376,3 +379,76 @@ def _result(exported: Exported, tracker: Tracker, scores: Scores, version: int |
         "mlflow": {"uri": client.shown_uri(tracker.uri), "run_id": tracker.run_id},
         "registered": None if version is None else registered,
     }
+
+
+# The push of the exports to the Hugging Face hub.
+
+
+_STALE = ["adapter_*", "model*.safetensors*"]
+"""Files of an earlier push that would be loaded beside the new ones: an adapter's, or weights in more parts."""
+
+
+def check_hub(repo: str) -> None:
+    """Raise UserError if the hub's token here is known not to write to `repo`, TryAgain if there is no answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    with as_user_error(f"export.push: {repo}", Exception, reason=_hub_problem, passes=is_temporary):
+        validate_repo_id(repo)
+        user = HfApi().whoami()
+    # A fine-grained token may not see all organisations, and another hub may answer less; the push itself decides then.
+    role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
+    places = [user, *(each for each in user.get("orgs") or () if each.get("roleInOrg") != "read")]
+    owners = [str(each.get("name")) for each in places]
+    if role == "read":
+        raise UserError(f"export.push: {repo}: the hub's token here may only read; set HF_TOKEN to one that may write")
+    if role == "write" and repo.partition("/")[0] not in owners:
+        raise UserError(f"export.push: {repo}: the hub's token here writes only for {', '.join(owners)}; set HF_TOKEN")
+
+
+def check_license(config: Config, base: BaseModel) -> None:
+    """Raise UserError if the model cards of a push would name no license."""
+    if config.export.push and not license_of(config, base):
+        raise UserError(
+            f"export.license: the files of {base.name} have no model card that names a license; set it, for example"
+            " export.license=apache-2.0"
+        )
+
+
+def push(config: Config) -> None:
+    """Push the config's finished run to export.push, unless that is done; raise UserError and TryAgain as `upload`."""
+    folder, repo = RunFolder(config), config.export.push
+    if repo and (result := folder.finished()) and result.get("pushed") != repo:
+        upload(repo, folder)
+        folder.write_result({**result, "pushed": repo})
+
+
+def upload(repo: str, folder: RunFolder) -> None:
+    """Upload the merged model of a finished run, or its adapter if there is none; the hub skips files that it has.
+
+    Raises UserError if the hub refuses it, and TryAgain if the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    hub, is_merged = HfApi(), storage.exists(storage.join(folder.merged, "config.json"))
+    logger.info(f"pushing the {'merged model' if is_merged else 'adapter'} to {repo}")
+    subject = f"export.push: {repo}: the run is finished, but not pushed; the same command only pushes"
+    with (
+        as_user_error(subject, Exception, reason=_hub_problem, passes=is_temporary),
+        node_cache.fetched(folder.merged if is_merged else folder.adapter) as files,
+    ):
+        hub.create_repo(repo, private=True, exist_ok=True)
+        message = f"olora_ray: run {folder.root.rstrip('/').rpartition('/')[2]}"
+        done = hub.upload_folder(repo_id=repo, folder_path=files, commit_message=message, delete_patterns=_STALE)
+    logger.info(f"pushed: {done.commit_url}")
+
+
+def _hub_problem(error: BaseException) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "there is no token; set HF_TOKEN to one that may write, or run `hf auth login`"
+    said = " ".join((getattr(error, "server_message", None) or first_line(error)).split())
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"the hub refuses it ({said}); set HF_TOKEN to one that may write"
+    return said

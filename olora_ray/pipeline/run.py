@@ -99,6 +99,7 @@ def _finished(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _run(folder: RunFolder, driver: Driver, tags: Mapping[str, str], base: Base) -> dict[str, Any]:
+    publish.check_license(folder.config, base.model)
     config = folder.config = prepare.with_length(folder.config, base)
     folder.require_same({"base model": base.model.digest, "tokenizer": base.spec.digest})
     prepare.plan(config, base.model)

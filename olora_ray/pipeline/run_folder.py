@@ -59,7 +59,9 @@ def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in settings.items() if field.startswith(("export.", "registry."))}
+    kept = {field: value for field, value in settings.items() if field.startswith(("export.", "registry."))}
+    kept.pop("export.push", None)  # `publish.push` needs no new export, and sees by itself whether it is done
+    return kept
 
 
 class RunFolder:

@@ -12,20 +12,20 @@ measured rows, the gate's verdict as a tag. So the next call resumes an interrup
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
+from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, where_now
 from olora_ray.retrain import decision_run, gate, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
 from olora_ray.tracking import client, models, start
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases, Overtaken, rolled_back
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import RUN, Version
 from olora_ray.tracking.start import resolve_uri
 
 logger = logging.getLogger(__name__)
@@ -93,15 +93,23 @@ def run(config: Config) -> None:
     Raises UserError for problems that the user can fix, TryAgain if another retraining of the model runs or MLflow does
     not answer, and Stopped after a signal. For the last two deploy/night.py sends the notification.
     """
-    try:
+    with _failures_told(config):
         decided = _locked(config)
+    if decided is not None:
+        notify.tell(config, decided.decision, decided.reason, decided.challenger, decided.champion)
+    with _failures_told(config):
+        _push_champion(config)
+
+
+@contextlib.contextmanager
+def _failures_told(config: Config) -> Iterator[None]:
+    try:
+        yield
     except (TryAgain, StoreUnavailable):
         raise
     except Exception as error:
         notify.tell(config, "failed", _reason(error))
         raise
-    if decided is not None:
-        notify.tell(config, decided.decision, decided.reason, decided.challenger, decided.champion)
 
 
 def _reason(error: Exception) -> str:
@@ -182,6 +190,31 @@ def _version_of(aliases: Aliases, result: Mapping[str, Any]) -> Version | None:
     # another model.
     run_id = (result.get("mlflow") or {}).get("run_id")
     return aliases.of_run(str(run_id)) if run_id else None
+
+
+# Tag of a registered model: the repository of the last push, and the version that was pushed.
+PUSHED = "olora.pushed"
+
+
+def _push_champion(config: Config) -> None:
+    """Push the champion to export.push, unless the last push was of this version."""
+    # The hub's readers load the repository as they load @champion, so it also follows a promotion or rollback by hand.
+    aliases = Aliases(resolve_uri(config), str(config.registry.model))
+    if config.export.push is None or (number := aliases.current().get(CHAMPION)) is None:
+        return
+    state = f"{config.export.push} version {number}"
+    with client.reachable(aliases.uri):
+        if aliases.client.get_registered_model(aliases.name).tags.get(PUSHED) == state:
+            return
+    from olora_ray.pipeline import publish
+
+    root = where_now(aliases.version(number).tags.get(RUN, ""), config.run.storage)
+    if not root:
+        logger.warning(f"export.push: version {number} is of no run in {config.run.storage}, so it is not pushed")
+        return
+    publish.upload(config.export.push, RunFolder(config, root))
+    with client.reachable(aliases.uri):
+        aliases.client.set_registered_model_tag(aliases.name, PUSHED, state)
 
 
 def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Version | None) -> Decision:

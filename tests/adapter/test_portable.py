@@ -152,6 +152,8 @@ def test_a_card_says_what_the_adapter_is_and_how_to_load_it() -> None:
     _, metadata, body = text.split("---\n")
     assert yaml.safe_load(metadata) == {
         "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "datasets": ["org/data"],
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "olora"],
@@ -203,3 +205,45 @@ def test_a_base_of_a_certain_commit_is_loaded_as_that() -> None:
     ):
         assert part in text, part
     assert "revision" not in model_card(CARD)
+
+
+def test_the_card_of_a_merged_model_names_its_repository_and_the_license(tmp_path: Path) -> None:
+    text = model_card(replace(CARD, merged=True, place="acme/tuned", license={"license": "mit"}, own_template=True))
+    _, metadata, body = text.split("---\n")
+    assert yaml.safe_load(metadata) == {
+        "license": "mit",
+        "base_model": "org/base",
+        "base_model_relation": "finetune",
+        "datasets": ["org/data"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "olora"],
+    }
+    assert 'AutoModelForCausalLM.from_pretrained("acme/tuned")' in body
+    assert "vllm serve acme/tuned\n" in body
+    assert "untouched" not in body
+    assert "PeftModel" not in body
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nlicense: mit\ntags: [a]\n---\nabout it", {"license": "mit"}),
+        ("---\nlicense: [\n---\n", {}),
+        ("about it", {}),
+        (
+            "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n",
+            {
+                "license": "other",
+                "license_name": "own",
+                "license_link": "https://huggingface.co/org/base/blob/main/LICENSE",
+            },
+        ),
+    ],
+)
+def test_the_license_is_that_of_the_base_or_given(tmp_path: Path, card: str, found: dict[str, str]) -> None:
+    assert portable.license_of(tmp_path, "org/base", None) == {}
+    (tmp_path / "README.md").write_text(card)
+    assert portable.license_of(tmp_path, "org/base", None) == found
+    assert portable.license_of(tmp_path, "org/base", "apache-2.0") == {"license": "apache-2.0"}
+    assert "LICENSE" not in portable.license_of(tmp_path, None, None).values(), "a file that is not there"

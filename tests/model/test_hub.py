@@ -122,8 +122,9 @@ def test_weights_in_folders_of_a_repository_are_left_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pickles: bool
 ) -> None:
     wanted = ["config.json", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja"]
+    wanted += ["README.md"]  # it has the license
     wanted += ["pytorch_model.bin"] * pickles
-    left = ["original/model.safetensors", "onnx/pytorch_model.bin", "consolidated.safetensors", "README.md"] + [
+    left = ["original/model.safetensors", "onnx/pytorch_model.bin", "consolidated.safetensors"] + [
         "pytorch_model.bin"
     ] * (not pickles)
     taken: list[str] = []
