@@ -80,7 +80,7 @@ class Nights:
         tags = {**tags, LOSS: str(loss), checksums.TAG: digest(text)}
         return str(self.client.create_model_version(NAME, str(files), run_id, tags).version)
 
-    def train(self, config: Config, tags: dict[str, str]) -> dict[str, Any]:
+    def train(self, config: Config, tags: dict[str, str], _base: Any = None) -> dict[str, Any]:
         """Stands for pipeline.run."""
         found = self.aliases.of_run(config.run.name)
         number = found.number if found else self.register(self.loss, tags, config.run.name)
