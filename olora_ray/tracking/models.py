@@ -14,8 +14,8 @@ import logging
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
 from olora_ray.tracking.checksums import SETTINGS, Version, name_filter
 from olora_ray.tracking.client import connect, is_unavailable, reachable
-from olora_ray.tracking.run import Tracker
+from olora_ray.tracking.run import PARAM_LENGTH, Tracker
 from olora_ray.tracking.start import resolve_uri
 
 if TYPE_CHECKING:
@@ -67,6 +67,16 @@ class BaseOfAdapter:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Metrics of the run that hold for the model, too."""
+
+    step: int
+    names: Sequence[str]
+    dataset: tuple[str, str]
+    """Name and digest, as in `Tracker.dataset`."""
+
+
+@dataclass(frozen=True)
 class Contents:
     folder: Path
     """A merged model, or an adapter in PEFT's format, with its tokenizer."""
@@ -78,6 +88,8 @@ class Contents:
     """Markdown for the page of the version or the logged model; {uri} stands for its models:/ address."""
     example: Mapping[str, Any] | None = None
     """Input example: a request to the served model; None: a request that says hello."""
+    params: Mapping[str, object] = field(default_factory=dict)
+    measured: Sequence[Measured] = ()
 
     @property
     def name(self) -> str:
@@ -214,6 +226,12 @@ def _class(config: dict[str, Any]) -> str:
     return str(own[0] if own and ("auto_map" in config or not isinstance(known, str)) else known)
 
 
+def _architecture(contents: Contents) -> str | None:
+    """Return the model_type of the base model's config.json, such as llama; it is MLflow's model_type, too."""
+    config: dict[str, Any] = json.loads(_config(contents).read_text(encoding="utf-8"))
+    return config.get("model_type")
+
+
 def _config(contents: Contents) -> Path:
     return (Path(contents.base.folder) if contents.base else contents.folder) / "config.json"
 
@@ -274,7 +292,11 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     existing = [each for each in of_run if _is_of(each, texts)]
     if existing and str(existing[0].status) == "READY" and checksums.TAG in existing[0].tags:
         return str(existing[0].model_id)
-    model = existing[0] if existing else client.create_logged_model(experiment, contents.name, run_id, texts)
+    if existing:
+        model = existing[0]
+    else:
+        params = {name: str(value)[:PARAM_LENGTH] for name, value in contents.params.items()}
+        model = client.create_logged_model(experiment, contents.name, run_id, texts, params, _architecture(contents))
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -284,11 +306,29 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
         text = checksums.of_folders({contents.artifact_folder: contents.folder, "": Path(folder)})
         (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
         client.log_model_artifacts(model.model_id, folder)
+    for each in contents.measured:
+        tracker.of_model(model.model_id, each.step, each.names, each.dataset)
     texts |= {checksums.TAG: storage.digest(text)}
     note = {NOTE: _description(contents, f"models:/{model.model_id}")} if contents.description else {}
     client.set_logged_model_tags(model.model_id, texts | note)
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
+
+
+def of_run(tracking_uri: str, run_id: str) -> str | None:
+    """Return the id of the newest model that an MLflow run has logged; None if there is no such model or run."""
+    from mlflow.exceptions import MlflowException
+
+    client = connect(tracking_uri)
+    with reachable(tracking_uri):
+        try:
+            experiment = client.get_run(run_id).info.experiment_id
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+        return max(found, key=lambda model: model.creation_timestamp).model_id if found else None
 
 
 def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
