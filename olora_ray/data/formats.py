@@ -51,7 +51,16 @@ class Text:
     text: str
 
 
-Example = Chat | Completion | Text
+@dataclass(frozen=True)
+class Ids:
+    """A row that is already tokenised. A label is the token at its place, or -100 if that is not supervised."""
+
+    ids: list[int]
+    labels: list[int] | None = None
+    mask: list[int] | None = None
+
+
+Example = Chat | Completion | Text | Ids
 
 
 # Messages of a row to a chat: roles, content, tool calls, tools.
@@ -323,10 +332,6 @@ def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
             raise UserError(f"{where}.fields: format {format} has no field {name!r}; it has {', '.join(known)}")
 
 
-def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
-    return [fields.get(name, name) for name in FIELDS[format]]
-
-
 def _messages(row: Row) -> Example:
     return chat(sequence(row.value("messages"), "messages"), "role", "content", row.optional("tools"))
 
@@ -404,12 +409,22 @@ def _text(row: Row) -> Example:
     return Text(text)
 
 
+def _tokens(row: Row) -> Example:
+    lists = [row.value("input_ids"), row.optional("labels"), row.optional("attention_mask")]
+    for name, numbers in zip(FIELDS["tokens"], lists, strict=True):
+        whole = isinstance(numbers, list) and all(type(each) is int and abs(each) < 2**31 for each in numbers)
+        if numbers is not None and not whole:
+            raise Rejected("wrong_type", f"field {row.column(name)!r} is not a list of whole numbers")
+    return Ids(*lists)
+
+
 FORMATS: dict[str, Callable[[Row], Example]] = {
     "messages": _messages,
     "prompt_completion": _prompt_completion,
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "text": _text,
+    "tokens": _tokens,
 }
 
 # Fields without which a format cannot use a row. The order of the formats decides between equally good ones.
@@ -419,6 +434,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "tokens": ("input_ids",),
 }
 
 # Names that a source's `fields` may map.
@@ -428,6 +444,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
     "sharegpt": ("conversations", "from", "value", "system", "tools"),
     "text": ("text",),
+    "tokens": ("input_ids", "labels", "attention_mask"),
 }
 
 
@@ -563,8 +580,8 @@ def _reading(
     if format == "text" and left and (own != {"text"} or NO_DOCUMENTS.intersection(left.values())):
         return None
     verdicts = {name for name in ("label", "kto_tag") if any(isinstance(row.get(name), bool) for row in rows)}
-    tier = 3 if format == "text" else 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values()))
-    matters = (verdicts, ADDED | OTHER_TASKS, KNOWN, set[str]())[tier]
+    tier = {"text": 3, "tokens": 4}.get(format, 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values())))
+    matters = (verdicts, ADDED | OTHER_TASKS, KNOWN, set[str](), OTHER_TASKS)[tier]
     called = {field: column for field, column in fields.items() if field != column} | dict(given)
     return Reading(
         format,

@@ -129,7 +129,7 @@ def resolve(name: str, shared: AnyConfig) -> Target:
         case "model":
             config = _with_model(shared, name)
             version = models.of_config(config)
-            model_id = version.version.model_id if version else None
+            model_id = version.model_id if version else None
             if version is not None and version.base is not None:
                 measured, base, adapter = parts(version, version.base, config)
                 return Target(name, base, adapter, measured, model_id)

@@ -13,7 +13,8 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.formats import Rejected, Text, columns_of, to_example
+from olora_ray.config.schema import Source
+from olora_ray.data.formats import FIELDS, Ids, Rejected, Text, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
 from olora_ray.tokens import manifest
@@ -187,7 +188,7 @@ def _begun(
     shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
     source = rules.sources[planned.source]
-    chat, wanted = as_chat(source, rules.spec), set(columns_of(source.format, source.fields))
+    chat, wanted = as_chat(source, rules.spec), set(_columns_of(source))
     # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
     most = 1000 * rules.max_length
     group: list[tuple[int, Begun | Rejected]] = []
@@ -197,7 +198,7 @@ def _begun(
             if isinstance(row, Mapping):
                 manifest.count_unread(shard.notes, "column", row.keys() - wanted)
             begun = tokenize.begin(to_example(source.format, row, source.fields, chat))
-            if not isinstance(begun.example, Text) and max(map(len, (*begun.answers, *begun.texts))) > most:
+            if not isinstance(begun.example, Text | Ids) and max(map(len, (*begun.answers, *begun.texts))) > most:
                 raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {rules.max_length}")
             size += begun.size
             group.append((position, begun))
@@ -209,9 +210,13 @@ def _begun(
     yield group
 
 
+def _columns_of(source: Source) -> list[str]:
+    return [source.fields.get(name, name) for name in FIELDS[source.format]]
+
+
 def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[int, Any]]:
     source = rules.sources[planned.source]
-    wanted = columns_of(source.format, source.fields)
+    wanted = _columns_of(source)
     rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
     first = piece.unit.first
     keep = taken(rules, planned, piece, np.arange(first, first + piece.unit.rows, dtype=np.int64))

@@ -49,14 +49,11 @@ class Version:
     run_id: str | None = None  # the MLflow run that registered it
     created: float = 0.0
     """Seconds since 1970."""
-    model_id: str | None = None
-    """The logged model that it is a version of."""
 
     @classmethod
     def of(cls, version: "ModelVersion") -> "Version":
         seconds = (version.creation_timestamp or 0) / 1000
-        number, model_id = str(version.version), version.model_id or None
-        return cls(version.name, number, dict(version.tags), version.run_id, seconds, model_id)
+        return cls(version.name, str(version.version), dict(version.tags), version.run_id, seconds)
 
 
 FILE = "checksums.json"

@@ -415,6 +415,8 @@ class Registered:
     """The model with config.json and safetensors, or the adapter in PEFT's format; with the tokenizer."""
     base: BaseOfAdapter | None
     """The base model of an adapter-only version."""
+    model_id: str | None = None
+    """The logged model that it is a version of, if it is one."""
 
 
 def find(uri: str, tracking_uri: str, cache: Path) -> Registered:
@@ -470,10 +472,20 @@ def _checked(version: Version, place: str, tracking_uri: str, cache: Path) -> Pa
 def _inside(uri: str, version: Version, folder: Path) -> Registered:
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
-            return Registered(version, candidate, None)
+            return Registered(version, candidate, None, _model_id(folder))
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise UserError(f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model")
-    return Registered(version, folder / ADAPTER_FOLDER, _base(uri, folder))
+    return Registered(version, folder / ADAPTER_FOLDER, _base(uri, folder), _model_id(folder))
+
+
+def _model_id(folder: Path) -> str | None:
+    # From the MLmodel, because MLflow's registry of versions does not store it.
+    from mlflow.models import Model
+
+    try:
+        return Model.load(str(folder / FILE)).model_id
+    except Exception:  # another program may have written anything here
+        return None
 
 
 def _base(uri: str, folder: Path) -> BaseOfAdapter:
