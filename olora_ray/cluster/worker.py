@@ -455,9 +455,8 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry |
     if entry is None:
         result = train_at(context, spec, checkpoints, channel)
         # If only this worker has a problem, the others wait for it in an exchange, and Ray Train does not return. So
-        # the driver gets the problem over the channel. It gets the result there, too: then it does not depend on
-        # `_report`, which waits for all workers.
-        if result.problem is not None or (_is_done(result) and context.rank == 0):
+        # the driver gets the problem over the channel.
+        if result.problem is not None:
             ray.get(channel.finish.remote(result))
         _report(result)
         return result
@@ -469,23 +468,19 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry |
         if result.interrupted != LEFT:
             ray.get(channel.finish.remote(result))
         ranks = {member.rank for member in peers.group.members} if peers.group else set()
-    # A worker of the trainer that has left, or waits as a spare, would not come.
+    # The driver has the result. If a worker is lost now, so that the others wait in the report, it ends them. One that
+    # has left before, or waits as a spare, would never come.
     if entry.first_rank == 0 and ranks.issuperset(range(ray_train.get_context().get_world_size())):
         _report(result)
     return result
 
 
-def _is_done(result: TrainResult) -> bool:
-    return result.state is not None and not result.interrupted
-
-
 def _report(result: TrainResult) -> None:
-    """Give Ray Train the last metrics and checkpoint, for its `Result`. All workers of a trainer must call it.
+    """Give Ray Train the last metrics and checkpoint, for its `Result`. All workers of a trainer must call it together.
 
-    Call it only once the driver has the result: Ray lets a report wait for all workers of the trainer, even for one
-    that is lost, and the driver then ends those that wait.
+    Not during the training: Ray lets each report wait for all workers, and all but the first for its controller.
     """
-    if result.state is None or not _is_done(result):
+    if result.state is None or result.interrupted:
         return
     metrics: dict[str, float] = {}
     for row in result.state.history:
