@@ -61,7 +61,8 @@ def test_ray_has_the_runs_result(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     found = Result.from_path(str(folder))
     assert found.metrics is not None
-    assert found.metrics == json.loads((folder / "result.json").read_text())["metrics"] | {"step": 6.0}
+    last = json.loads((folder / "result.json").read_text())["metrics"]
+    assert [found.metrics[name] for name in ("step", "train/loss")] == [6.0, last["train/loss"]]
     assert found.checkpoint is not None
     assert found.checkpoint.path == str(folder / "checkpoints" / "step-0000006")
 
