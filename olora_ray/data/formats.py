@@ -65,7 +65,6 @@ Example = Chat | Completion | Text | Ids
 
 # Messages of a row to a chat: roles, content, tool calls, tools.
 
-
 ROLES = {"developer", "system", "user", "assistant", "tool"}
 # Roles of format sharegpt, and their names in our chats.
 SHAREGPT_ROLES = {
@@ -327,9 +326,12 @@ def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bo
 def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
     """Raise UserError if `fields` maps a name that the format does not have; `where` is the setting of the source."""
     known = FIELDS.get(format) or tuple(dict.fromkeys(itertools.chain(*FIELDS.values())))
-    for name in fields:
-        if name not in known:
-            raise UserError(f"{where}.fields: format {format} has no field {name!r}; it has {', '.join(known)}")
+    if unknown := [name for name in fields if name not in known]:
+        raise UserError(f"{where}.fields: format {format} has no field {unknown[0]!r}; it has {', '.join(known)}")
+
+
+def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
+    return [fields.get(name, name) for name in FIELDS[format]]
 
 
 def _messages(row: Row) -> Example:
@@ -449,7 +451,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 # Detection of format and fields, if a source sets none: by the names of columns, and by trying to read the rows.
-
 
 # Names that other data sets use for the fields of our formats.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
@@ -594,7 +595,6 @@ def _reading(
 
 
 def _example(format: str, row: Any, fields: Mapping[str, str]) -> Example | None:
-    try:
+    with contextlib.suppress(Rejected):
         return to_example(format, row, fields, as_chat=True)
-    except Rejected:
-        return None
+    return None

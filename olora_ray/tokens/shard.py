@@ -13,8 +13,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.config.schema import Source
-from olora_ray.data.formats import FIELDS, Ids, Rejected, Text, to_example
+from olora_ray.data.formats import Ids, Rejected, Text, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
 from olora_ray.tokens import manifest
@@ -188,7 +187,7 @@ def _begun(
     shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
     source = rules.sources[planned.source]
-    chat, wanted = as_chat(source, rules.spec), set(_columns_of(source))
+    chat, wanted = as_chat(source, rules.spec), set(columns_of(source.format, source.fields))
     # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
     most = 1000 * rules.max_length
     group: list[tuple[int, Begun | Rejected]] = []
@@ -210,13 +209,9 @@ def _begun(
     yield group
 
 
-def _columns_of(source: Source) -> list[str]:
-    return [source.fields.get(name, name) for name in FIELDS[source.format]]
-
-
 def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[int, Any]]:
     source = rules.sources[planned.source]
-    wanted = _columns_of(source)
+    wanted = columns_of(source.format, source.fields)
     rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
     first = piece.unit.first
     keep = taken(rules, planned, piece, np.arange(first, first + piece.unit.rows, dtype=np.int64))
