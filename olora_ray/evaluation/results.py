@@ -282,8 +282,7 @@ def _track(result: Evaluation, text: str) -> None:
         paths = ", ".join(source.path for source in target.config.data.eval) or "held out from training"
         tracker.dataset("evaluation", held_out.data, paths, len(held_out.losses), "evaluation")
     model_id = target.model_id or (models.of_run(tracker.uri, target.run_id) if target.run_id else None)
-    if model_id:
-        tracker.evaluates(model_id)
+    if model_id and tracker.evaluates(model_id):
         of_rows = held_out.names() if held_out else []
         tracker.of_model(model_id, 0, of_rows, ("evaluation", held_out.data) if held_out else None)
         tracker.of_model(model_id, 0, [name for name in metrics if name not in of_rows])

@@ -144,12 +144,20 @@ class Tracker:
             ]
             self.client().log_batch(self.run_id, metrics=linked)
 
-    def evaluates(self, model_id: str) -> None:
-        """Record a logged model as an input of this run."""
+    def evaluates(self, model_id: str) -> bool:
+        """Record a logged model as an input of this run; return False if this MLflow does not have it."""
         from mlflow.entities import LoggedModelInput
+        from mlflow.exceptions import MlflowException
 
         with reachable(self.uri):
+            try:
+                self.client().get_logged_model(model_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
             self.client().log_inputs(self.run_id, models=[LoggedModelInput(model_id)])
+        return True
 
     def learning_curve(self, train: Points, evaluation: Points) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

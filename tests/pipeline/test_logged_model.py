@@ -68,3 +68,4 @@ def test_the_model_of_a_run_is_found_by_its_loss_and_its_evaluations_are_linked_
         evaluation = client.get_run(max(values, key=lambda each: each.timestamp).run_id)
         assert [each.model_id for each in evaluation.inputs.model_inputs] == [model.model_id]
     assert of_run(tracker.uri, "0" * 32) is None
+    assert not tracker.evaluates("m-" + "0" * 32)
