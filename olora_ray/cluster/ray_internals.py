@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from olora_ray.common import storage
+
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
@@ -249,6 +251,30 @@ def quiet_train_worker() -> None:
     The logger is named after the path of its file, so the level of the logger "ray.train" does not apply to it.
     """
     _train_context().logger.setLevel(logging.WARNING)
+
+
+def report(metrics: Mapping[str, float], checkpoint: str) -> None:
+    """Call `ray.train.report` with a checkpoint that is already in the run folder; `checkpoint` is its path there.
+
+    Ray 2.60: the storage context, which knows the folder and its file system, "may change without notice".
+    """
+    from ray import train as public
+
+    train: Any = public  # Ray's stubs describe Train V1
+    place = train.get_context().get_storage()
+    kept = train.Checkpoint(f"{place.experiment_fs_path}/{checkpoint}", place.storage_filesystem)
+    train.report(dict(metrics), checkpoint=kept, checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD)
+
+
+def forget_report(folder: str) -> None:
+    """Remove what an earlier training has reported from the run folder.
+
+    Ray 2.60, train/v2/_internal/execution/checkpoint/checkpoint_manager.py: a trainer does not start if the reported
+    checkpoint was removed, or another version of Ray has written the report.
+    """
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    storage.remove(storage.join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME))
 
 
 def begin_autoscaling_coordinator() -> None:

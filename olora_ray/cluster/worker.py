@@ -26,13 +26,13 @@ from olora_ray.cluster.spec import LEFT, AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, note_kinds
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump
 from olora_ray.train.checkpoint import TrainState, perplexity
-from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import StepResult, evaluate
@@ -458,6 +458,7 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry |
         # the driver gets the problem over the channel.
         if result.problem is not None:
             ray.get(channel.finish.remote(result))
+        _report(result)
         return result
     with Peers(through(channel), _member(entry)) as peers:
         try:
@@ -466,7 +467,28 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry |
             return TrainResult(interrupted=LEFT)
         if result.interrupted != LEFT:
             ray.get(channel.finish.remote(result))
-        return result
+        ranks = {member.rank for member in peers.group.members} if peers.group else set()
+    # The driver has the result. If a worker is lost now, so that the others wait in the report, it ends them. One that
+    # has left before, or waits as a spare, would never come.
+    if entry.first_rank == 0 and ranks.issuperset(range(ray_train.get_context().get_world_size())):
+        _report(result)
+    return result
+
+
+def _report(result: TrainResult) -> None:
+    """Give Ray Train the last metrics and checkpoint, for its `Result`. All workers of a trainer must call it together.
+
+    Not during the training: Ray lets each report wait for all workers, and all but the first for its controller.
+    """
+    if result.state is None or result.interrupted:
+        return
+    metrics: dict[str, float] = {}
+    for row in result.state.history:
+        metrics |= row
+    try:
+        ray_internals.report(metrics, storage.join("checkpoints", name_of(result.state.step)))
+    except Exception as error:  # the training is complete without it
+        logger.warning(f"Ray Train's Result lacks the metrics of this run: {first_line(error)}")
 
 
 def _member(entry: Entry) -> Member:

@@ -382,10 +382,11 @@ class Source(Section):
 
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"] = "auto"
     """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
     fields are: messages {messages, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction, input,
-    output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}."""
+    output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens {input_ids,
+    labels, attention_mask}."""
     fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Mapping from fields of the format to columns of the file, e.g. {prompt: question}. With format auto, the
     other fields are detected."""
@@ -399,6 +400,8 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _chat_fits_the_format(self) -> "Source":
+        if self.format == "tokens" and self.chat != "auto":
+            raise ValueError("chat: rows of format tokens are used as they are; chat is for prompt_completion")
         if self.format not in ("auto", "prompt_completion") and self.chat is (self.format == "text"):
             form = "plain text" if self.chat else "chats"
             raise ValueError(f"chat: rows of format {self.format} are always {form}; chat is for prompt_completion")

@@ -51,11 +51,19 @@ class Text:
     text: str
 
 
-Example = Chat | Completion | Text
+@dataclass(frozen=True)
+class Ids:
+    """A row that is already tokenised. A label is the token at its place, or -100 if that is not supervised."""
+
+    ids: list[int]
+    labels: list[int] | None = None
+    mask: list[int] | None = None
+
+
+Example = Chat | Completion | Text | Ids
 
 
 # Messages of a row to a chat: roles, content, tool calls, tools.
-
 
 ROLES = {"developer", "system", "user", "assistant", "tool"}
 # Roles of format sharegpt, and their names in our chats.
@@ -318,9 +326,8 @@ def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bo
 def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
     """Raise UserError if `fields` maps a name that the format does not have; `where` is the setting of the source."""
     known = FIELDS.get(format) or tuple(dict.fromkeys(itertools.chain(*FIELDS.values())))
-    for name in fields:
-        if name not in known:
-            raise UserError(f"{where}.fields: format {format} has no field {name!r}; it has {', '.join(known)}")
+    if unknown := [name for name in fields if name not in known]:
+        raise UserError(f"{where}.fields: format {format} has no field {unknown[0]!r}; it has {', '.join(known)}")
 
 
 def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
@@ -404,12 +411,22 @@ def _text(row: Row) -> Example:
     return Text(text)
 
 
+def _tokens(row: Row) -> Example:
+    lists = [row.value("input_ids"), row.optional("labels"), row.optional("attention_mask")]
+    for name, numbers in zip(FIELDS["tokens"], lists, strict=True):
+        whole = isinstance(numbers, list) and all(type(each) is int and abs(each) < 2**31 for each in numbers)
+        if numbers is not None and not whole:
+            raise Rejected("wrong_type", f"field {row.column(name)!r} is not a list of whole numbers")
+    return Ids(*lists)
+
+
 FORMATS: dict[str, Callable[[Row], Example]] = {
     "messages": _messages,
     "prompt_completion": _prompt_completion,
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "text": _text,
+    "tokens": _tokens,
 }
 
 # Fields without which a format cannot use a row. The order of the formats decides between equally good ones.
@@ -419,6 +436,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "tokens": ("input_ids",),
 }
 
 # Names that a source's `fields` may map.
@@ -428,11 +446,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
     "sharegpt": ("conversations", "from", "value", "system", "tools"),
     "text": ("text",),
+    "tokens": ("input_ids", "labels", "attention_mask"),
 }
 
 
 # Detection of format and fields, if a source sets none: by the names of columns, and by trying to read the rows.
-
 
 # Names that other data sets use for the fields of our formats.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
@@ -563,8 +581,8 @@ def _reading(
     if format == "text" and left and (own != {"text"} or NO_DOCUMENTS.intersection(left.values())):
         return None
     verdicts = {name for name in ("label", "kto_tag") if any(isinstance(row.get(name), bool) for row in rows)}
-    tier = 3 if format == "text" else 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values()))
-    matters = (verdicts, ADDED | OTHER_TASKS, KNOWN, set[str]())[tier]
+    tier = {"text": 3, "tokens": 4}.get(format, 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values())))
+    matters = (verdicts, ADDED | OTHER_TASKS, KNOWN, set[str](), OTHER_TASKS)[tier]
     called = {field: column for field, column in fields.items() if field != column} | dict(given)
     return Reading(
         format,
@@ -577,7 +595,6 @@ def _reading(
 
 
 def _example(format: str, row: Any, fields: Mapping[str, str]) -> Example | None:
-    try:
+    with contextlib.suppress(Rejected):
         return to_example(format, row, fields, as_chat=True)
-    except Rejected:
-        return None
+    return None

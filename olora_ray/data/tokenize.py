@@ -5,6 +5,7 @@
     prompt and completion   [begin token] + prompt | completion   completion and end token
                             + end token
     text                    [begin token] + text + end token      everything
+    ids                     the row's own tokens                  as its labels say; without labels everything
 
 The first token of a sequence is never supervised: nothing predicts it. The assistant's answers are
 located by rendering prefixes of the conversation, so templates without generation marks work:
@@ -32,7 +33,7 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
 from olora_ray.data.chat_template import EXCHANGE, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import REASONING, Chat, Completion, Example, Rejected, Text
+from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Span = tuple[int, int]
@@ -67,7 +68,8 @@ class Begun:
 
     @property
     def size(self) -> int:
-        return sum(map(len, self.answers)) + sum(map(len, self.texts))
+        tokens = len(self.example.ids) if isinstance(self.example, Ids) else 0
+        return sum(map(len, self.answers)) + sum(map(len, self.texts)) + tokens
 
 
 class ExampleTokenizer:
@@ -109,6 +111,8 @@ class ExampleTokenizer:
             case Text():
                 stretches = _STRETCH.findall(example.text)
                 return Begun(example, (), stretches[:1], lambda: self._text(stretches))
+            case Ids():
+                return Begun(example, (), (), lambda: self._given(example))
 
     def ahead(self, begun: Sequence[Begun]) -> None:
         """Tokenise the texts of several examples in one batch, which takes less time; then finish each of them."""
@@ -274,7 +278,30 @@ class ExampleTokenizer:
         tokens: list[int] = []
         for stretch in stretches:
             tokens += self._encoder.ids(stretch, continues=bool(tokens))
-        ids = np.asarray([*self._begin(tokens), *tokens, *self._end(tokens)], dtype=np.int32)
+        return self._pieces(np.asarray([*self._begin(tokens), *tokens, *self._end(tokens)], dtype=np.int32))
+
+    def _given(self, row: Ids) -> list[Tokens]:
+        ids = np.asarray(row.ids, dtype=np.int64)
+        for name, numbers in (("labels", row.labels), ("attention_mask", row.mask)):
+            if numbers is not None and len(numbers) != len(ids):
+                raise Rejected("wrong_length", f"{len(numbers)} {name} for {len(ids)} input_ids")
+        # What the mask leaves out is padding.
+        kept = np.asarray(row.mask or np.ones(len(ids)), dtype=bool)
+        for number in (int(ids[kept].min(initial=0)), int(ids[kept].max(initial=0))):
+            if number < 0 or self._encoder.token_of(number) is None:
+                raise Rejected("unknown_token", f"{self._spec.name} has no token {number}; use its tokenizer")
+        if row.labels is None:
+            return self._pieces(ids[kept].astype(np.int32))
+        labels = np.asarray(row.labels, dtype=np.int64)
+        if len(wrong := np.flatnonzero(kept & (labels != -100) & (labels != ids))):
+            at = int(wrong[0])
+            raise Rejected(
+                "wrong_label",
+                f"label {at + 1} is {labels[at]}, but must be -100 or the token there, {ids[at]}; do not shift labels",
+            )
+        return [self._checked(ids[kept].astype(np.int32), labels[kept] != -100)]
+
+    def _pieces(self, ids: NDArray[np.int32]) -> list[Tokens]:
         # Each piece begins with the last token of the previous one, so each token but the first is predicted once.
         starts = range(0, max(len(ids) - 1, 1), self._max_length - 1)
         pieces = [ids[start : start + self._max_length] for start in starts]
@@ -432,7 +459,7 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
         inputs["maps"] = "objects"
     if source.format == "prompt_completion":
         inputs["chat"] = as_chat(source, spec)
-    chats = inputs.get("chat", source.format != "text")
+    chats = inputs.get("chat", source.format not in ("text", "tokens"))
     if chats and source.format in WITH_TOOLS:
         forms = [spec.chat_form(tools) for tools in (False, True)]
         if wanted := sorted({form.arguments for form in forms if form.arguments}):

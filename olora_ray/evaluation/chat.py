@@ -81,7 +81,9 @@ class Answers:
         self.limit, self.system = target.config.evaluation.max_new_tokens, system
         self.tokens = ExampleTokenizer(self.base.spec, max_length=sys.maxsize)
         self.chat = any(
-            as_chat(source, self.base.spec) if source.format == "prompt_completion" else source.format != "text"
+            as_chat(source, self.base.spec)
+            if source.format == "prompt_completion"
+            else source.format != "text" and (source.format != "tokens" or self.base.spec.has_template)
             for source in target.config.data.train
         )
         if system and not self.chat:

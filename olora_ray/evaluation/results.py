@@ -26,7 +26,7 @@ from olora_ray.evaluation.rows import Interval, RowResults, difference
 from olora_ray.evaluation.targets import Target, run_of
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare
-from olora_ray.tracking import client
+from olora_ray.tracking import client, models
 from olora_ray.tracking.start import resolve_uri, start_run
 from olora_ray.train import scoring
 
@@ -276,6 +276,15 @@ def _track(result: Evaluation, text: str) -> None:
     tracker.params(
         {name: value for name, value in flatten(target.config).items() if name.startswith(("model.", "evaluation."))}
     )
-    tracker.metrics({0: {**result.metrics(), **{f"{name}_stderr": error for name, error in result.errors().items()}}})
+    metrics, held_out = result.metrics(), result.held_out
+    tracker.metrics({0: {**metrics, **{f"{name}_stderr": error for name, error in result.errors().items()}}})
+    if held_out:
+        paths = ", ".join(source.path for source in target.config.data.eval) or "held out from training"
+        tracker.dataset("evaluation", held_out.data, paths, len(held_out.losses), "evaluation")
+    model_id = target.model_id or (models.of_run(tracker.uri, target.run_id) if target.run_id else None)
+    if model_id and tracker.evaluates(model_id):
+        of_rows = held_out.names() if held_out else []
+        tracker.of_model(model_id, 0, of_rows, ("evaluation", held_out.data) if held_out else None)
+        tracker.of_model(model_id, 0, [name for name in metrics if name not in of_rows])
     tracker.text(text, FILE)
     tracker.end("FINISHED")

@@ -46,6 +46,10 @@ class Target:
     """Folder of a plain LoRA for the base."""
     config: AnyConfig
     """The settings of the evaluation, with the base as `model`."""
+    model_id: str | None = None
+    """The model in MLflow, if it was registered there."""
+    run_id: str | None = None
+    """The MLflow run of a finished training."""
 
 
 def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
@@ -125,10 +129,11 @@ def resolve(name: str, shared: AnyConfig) -> Target:
         case "model":
             config = _with_model(shared, name)
             version = models.of_config(config)
+            model_id = version.model_id if version else None
             if version is not None and version.base is not None:
                 measured, base, adapter = parts(version, version.base, config)
-                return Target(name, base, adapter, measured)
-            return Target(name, find_model(config, version), None, config)
+                return Target(name, base, adapter, measured, model_id)
+            return Target(name, find_model(config, version), None, config, model_id)
 
 
 def kind_of(name: str) -> Kind:
@@ -149,13 +154,14 @@ def _of_run(name: str, shared: AnyConfig) -> Target:
     folder = RunFolder(own)
     newest = checkpoints.latest_good(folder.checkpoints)
     done = folder.finished()
+    run_id = ((done or {}).get("mlflow") or {}).get("run_id")
     if done or (newest and folder.exported(newest[1].state.step)):
         if not (own.export.merged and _exists(folder.merged, "config.json")):
             known = newest[1].identity.get("base model") if newest else ((done or {}).get("base") or {}).get("digest")
             base, config = _base_of(name, known, own, shared)
-            return Target(name, base, folder.adapter, config)
+            return Target(name, base, folder.adapter, config, run_id=run_id)
         config = _with_model(shared, folder.merged)
-        return Target(name, find_model(config), None, config)
+        return Target(name, find_model(config), None, config, run_id=run_id)
     if newest is None:
         raise UserError(f"{name}: this run has no export and no complete checkpoint yet; train it first")
     logger.info(f"{name}: not exported yet; evaluating its best adapter up to step {newest[1].state.step}")

@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 def give_template(config: Config, tokenizer: Any, folder: Path, chosen: str | None = None) -> None:
     """Write the training's chat template into `folder`: `chosen`, or the default one if the base model has none."""
     chats = any(
-        source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
+        source.format not in ("text", "tokens", "prompt_completion") or source.chat is True
+        for source in config.data.train
     )
     if chosen or (chats and not models.has_chat_template(folder)):
         portable.put_template(folder, chosen or plain_template(tokenizer))

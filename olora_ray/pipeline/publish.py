@@ -27,7 +27,7 @@ from olora_ray.tokens.manifest import Manifest
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import client, models
 from olora_ray.tracking.checksums import RUN
-from olora_ray.tracking.models import BaseOfAdapter, Contents, check_adapter_only, has_chat_template
+from olora_ray.tracking.models import BaseOfAdapter, Contents, Measured, check_adapter_only, has_chat_template
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
 from olora_ray.train.checkpoint import perplexity
@@ -219,7 +219,20 @@ def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
             answers_as=config.registry.model or config.run.name,
             description=describe(exported, scores, base),
             example=example,
+            params=flatten(config),
+            measured=_measured(exported, scores),
         )
+
+
+def _measured(exported: Exported, scores: Scores) -> list[Measured]:
+    spec, step = exported.spec, exported.step
+    found = [Measured(step, ["train/loss"], ("training", spec.train.digest))]
+    if spec.eval:
+        held_out = ("evaluation", spec.eval.digest)
+        names = [f"score/{name}" for name in scores.get("after", {})]
+        found += [Measured(step, ["eval/loss", "eval/perplexity"], held_out)]
+        found += [Measured(exported.state.step, names, held_out)]
+    return found
 
 
 def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:

@@ -4,7 +4,8 @@ import contextlib
 import logging
 import queue
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -45,6 +46,8 @@ def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) ->
 class Measured:
     step: int
     value: float
+    row: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """All metrics of the step."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class TrialRun:
         if step > self._reported:
             self._reported = step
             self._file.measured(step, row[metric])
-            self._items.put(Measured(step, row[metric]))
+            self._items.put(Measured(step, row[metric], row))
 
     def _score(self, spec: TrainSpec, result: TrainResult) -> None:
         from olora_ray.pipeline import answers

@@ -234,7 +234,8 @@ class SearchTrial(tune.Trainable):
         # Schedulers ignore NaN, or take it for the best value. Infinity is the worst value for them.
         worst = math.inf if space.better() == "min" else -math.inf
         value = worst if math.isnan(item.value) else item.value
-        return {"step": item.step, "total": total, PROGRESS: WHOLE * item.step / total, space.metric: value}
+        own = {"step": item.step, "total": total, PROGRESS: WHOLE * item.step / total, space.metric: value}
+        return {**item.row, **own}  # all metrics of the step, for Tune's tables
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         # Tune keeps this note of the checkpoint's folder. The tensors stay in the trial's run folder.

@@ -28,7 +28,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import seal, unseal
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.formats import REASONING, Chat, Example, Text, one_line
+from olora_ray.data.formats import REASONING, Chat, Example, Ids, Text, one_line
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens, form_line
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.plan import Plan, Split, sources_of
@@ -390,7 +390,7 @@ def count_unread(notes: "Counter[str]", kind: str, names: Iterable[object]) -> N
 def count(
     notes: "Counter[str]", example: Example, tokens: Sequence[Tokens], tokenize: ExampleTokenizer, spec: TokenizerSpec
 ) -> None:
-    if isinstance(example, Text):
+    if isinstance(example, Text) or (isinstance(example, Ids) and example.labels is None):
         return
     if isinstance(example, Chat):
         notes["chats"] += 1
@@ -403,7 +403,7 @@ def count(
             notes["whole_tokens"] += max(len(each.ids) for each in tokens)
     if min(int(np.count_nonzero(each.supervised)) for each in tokens) == 1:
         notes["single"] += 1
-    if not all(each.shortened or tokenize.ends(each) for each in tokens):
+    if not isinstance(example, Ids) and not all(each.shortened or tokenize.ends(each) for each in tokens):
         notes["unended"] += 1
     if any(each.shortened for each in tokens):
         notes[tokenize.too_long] += 1

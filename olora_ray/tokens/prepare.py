@@ -87,11 +87,14 @@ def map_ordered(
         item = pickle.loads(row["item"])  # noqa: S301 - made by the driver a moment ago
         return {"result": pickle.dumps(work(_fetched(reference), item))}
 
+    # Ray's dashboard shows these names.
+    task.__name__ = task.__qualname__ = name = getattr(work, "__name__", "work")
     # Ray packs them block by block, so that the driver never holds all of them.
     packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
     with quiet_stream():
         blocks = min(len(items), TASKS)
         results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
+        results.set_name(name)
         # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
         stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
         with contextlib.closing(stream) as batches:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.formats import Rejected, Text, columns_of, to_example
+from olora_ray.data.formats import Ids, Rejected, Text, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
 from olora_ray.tokens import manifest
@@ -197,7 +197,7 @@ def _begun(
             if isinstance(row, Mapping):
                 manifest.count_unread(shard.notes, "column", row.keys() - wanted)
             begun = tokenize.begin(to_example(source.format, row, source.fields, chat))
-            if not isinstance(begun.example, Text) and max(map(len, (*begun.answers, *begun.texts))) > most:
+            if not isinstance(begun.example, Text | Ids) and max(map(len, (*begun.answers, *begun.texts))) > most:
                 raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {rules.max_length}")
             size += begun.size
             group.append((position, begun))

@@ -15,8 +15,8 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed
 from pathlib import Path
 from shlex import quote
@@ -32,7 +32,7 @@ from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
 from olora_ray.tracking.checksums import SETTINGS, Version, name_filter
 from olora_ray.tracking.client import connect, is_unavailable, reachable
-from olora_ray.tracking.run import Tracker
+from olora_ray.tracking.run import PARAM_LENGTH, Tracker
 from olora_ray.tracking.start import resolve_uri
 
 if TYPE_CHECKING:
@@ -69,6 +69,16 @@ class BaseOfAdapter:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Metrics of the run that hold for the model, too."""
+
+    step: int
+    names: Sequence[str]
+    dataset: tuple[str, str]
+    """Name and digest, as in `Tracker.dataset`."""
+
+
+@dataclass(frozen=True)
 class Contents:
     folder: Path
     """A merged model, or an adapter in PEFT's format, with its tokenizer."""
@@ -80,6 +90,8 @@ class Contents:
     """Markdown for the page of the version or the logged model; {uri} stands for its models:/ address."""
     example: Mapping[str, Any] | None = None
     """Input example: a request to the served model; None: a request that says hello."""
+    params: Mapping[str, object] = field(default_factory=dict)
+    measured: Sequence[Measured] = ()
 
     @property
     def name(self) -> str:
@@ -216,6 +228,12 @@ def _class(config: dict[str, Any]) -> str:
     return str(own[0] if own and ("auto_map" in config or not isinstance(known, str)) else known)
 
 
+def _architecture(contents: Contents) -> str | None:
+    """Return the model_type of the base model's config.json, such as llama; it is MLflow's model_type, too."""
+    config: dict[str, Any] = json.loads(_config(contents).read_text(encoding="utf-8"))
+    return config.get("model_type")
+
+
 def _config(contents: Contents) -> Path:
     return (Path(contents.base.folder) if contents.base else contents.folder) / "config.json"
 
@@ -276,7 +294,11 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     existing = [each for each in of_run if _is_of(each, texts)]
     if existing and str(existing[0].status) == "READY" and checksums.TAG in existing[0].tags:
         return str(existing[0].model_id)
-    model = existing[0] if existing else client.create_logged_model(experiment, contents.name, run_id, texts)
+    if existing:
+        model = existing[0]
+    else:
+        params = {name: str(value)[:PARAM_LENGTH] for name, value in contents.params.items()}
+        model = client.create_logged_model(experiment, contents.name, run_id, texts, params, _architecture(contents))
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -286,11 +308,29 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
         text = checksums.of_folders({contents.artifact_folder: contents.folder, "": Path(folder)})
         (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
         client.log_model_artifacts(model.model_id, folder)
+    for each in contents.measured:
+        tracker.of_model(model.model_id, each.step, each.names, each.dataset)
     texts |= {checksums.TAG: storage.digest(text)}
     note = {NOTE: _description(contents, f"models:/{model.model_id}")} if contents.description else {}
     client.set_logged_model_tags(model.model_id, texts | note)
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
+
+
+def of_run(tracking_uri: str, run_id: str) -> str | None:
+    """Return the id of the newest model that an MLflow run has logged; None if there is no such model or run."""
+    from mlflow.exceptions import MlflowException
+
+    client = connect(tracking_uri)
+    with reachable(tracking_uri):
+        try:
+            experiment = client.get_run(run_id).info.experiment_id
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+        return max(found, key=lambda model: model.creation_timestamp).model_id if found else None
 
 
 def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
@@ -377,6 +417,8 @@ class Registered:
     """The model with config.json and safetensors, or the adapter in PEFT's format; with the tokenizer."""
     base: BaseOfAdapter | None
     """The base model of an adapter-only version."""
+    model_id: str | None = None
+    """The logged model that it is a version of, if it is one."""
 
 
 def find(uri: str, tracking_uri: str, cache: Path) -> Registered:
@@ -432,10 +474,20 @@ def _checked(version: Version, place: str, tracking_uri: str, cache: Path) -> Pa
 def _inside(uri: str, version: Version, folder: Path) -> Registered:
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
-            return Registered(version, candidate, None)
+            return Registered(version, candidate, None, _model_id(folder))
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise UserError(f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model")
-    return Registered(version, folder / ADAPTER_FOLDER, _base(uri, folder))
+    return Registered(version, folder / ADAPTER_FOLDER, _base(uri, folder), _model_id(folder))
+
+
+def _model_id(folder: Path) -> str | None:
+    # From the MLmodel, because MLflow's registry of versions does not store it.
+    from mlflow.models import Model
+
+    try:
+        return Model.load(str(folder / FILE)).model_id
+    except Exception:  # another program may have written anything here
+        return None
 
 
 def _base(uri: str, folder: Path) -> BaseOfAdapter:

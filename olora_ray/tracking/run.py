@@ -9,6 +9,7 @@ continues. Reads and uploads at the end of a run raise TrackingUnavailable and c
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ def watch_system(uri: str, run_id: str, seconds: float, queue: WriteQueue, stop:
 
 
 # MLflow's own limits (mlflow/utils/validation.py): a longer request is refused.
-_PARAMS_PER_BATCH, _PARAM_LENGTH, TAG_LENGTH, _DIGEST_LENGTH = 100, 6000, 8000, 36
+_PARAMS_PER_BATCH, PARAM_LENGTH, TAG_LENGTH, _DIGEST_LENGTH = 100, 6000, 8000, 36
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -102,7 +103,7 @@ class Tracker:
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters, cut to MLflow's length; in a resumed run a changed parameter becomes a tag."""
-        texts = {name: str(value)[:_PARAM_LENGTH] for name, value in values.items()}
+        texts = {name: str(value)[:PARAM_LENGTH] for name, value in values.items()}
         self._queue.write("parameters", lambda client: _write_params(client, self.run_id, texts))
 
     def tags(self, values: Mapping[str, object]) -> None:
@@ -121,6 +122,42 @@ class Tracker:
             client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
         self._queue.write(f"the dataset {name}", write)
+
+    def of_model(self, model_id: str, step: int, names: Sequence[str], dataset: tuple[str, str] | None = None) -> None:
+        """Link the run's metrics at `step` with a logged model and the dataset (name, digest) they were measured on.
+
+        Safe to repeat. Names that the run does not have at this step are ignored.
+        """
+        from mlflow.entities import Metric
+
+        if not self.flush(30.0):
+            raise self._unwritten(30.0)
+        name, digest = (dataset[0], dataset[1][:_DIGEST_LENGTH]) if dataset else (None, None)
+        with reachable(self.uri):
+            history = [each for key in names for each in self.client().get_metric_history(self.run_id, key)]
+            # MLflow stores the NaN of a logged model as 0. With the run's own timestamps, MLflow recognises the points
+            # that the run has, so that its series gets no step twice.
+            linked = [
+                Metric(each.key, each.value, each.timestamp, each.step, model_id, name, digest)
+                for each in history
+                if each.step == step and not math.isnan(each.value)
+            ]
+            self.client().log_batch(self.run_id, metrics=linked)
+
+    def evaluates(self, model_id: str) -> bool:
+        """Record a logged model as an input of this run; return False if this MLflow does not have it."""
+        from mlflow.entities import LoggedModelInput
+        from mlflow.exceptions import MlflowException
+
+        with reachable(self.uri):
+            try:
+                self.client().get_logged_model(model_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
+            self.client().log_inputs(self.run_id, models=[LoggedModelInput(model_id)])
+        return True
 
     def learning_curve(self, train: Points, evaluation: Points) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -200,7 +237,10 @@ class Tracker:
         written = self._queue.flush(seconds)
         self._queue.close()
         if not written:
-            raise unavailable(self.uri, self._queue.away or f"{self.pending} metric values wait after {seconds:g} s")
+            raise self._unwritten(seconds)
+
+    def _unwritten(self, seconds: float) -> TrackingUnavailable:
+        return unavailable(self.uri, self._queue.away or f"{self.pending} metric values wait after {seconds:g} s")
 
 
 def _write_params(client: "MlflowClient", run_id: str, texts: Mapping[str, str]) -> None:

@@ -4,8 +4,8 @@
     <run>/checkpoints/.NAME.*.tmp       being written, or left by a process that was killed
 
 A checkpoint becomes visible only when it is complete. On a disk its folder is renamed last; in an object store its
-manifest is uploaded last, and a folder without a manifest is ignored. Ray's own reporting of checkpoints is not used,
-because it waits for the controller, and resumes from the checkpoint reported last even if that cannot be read.
+manifest is uploaded last, and a folder without a manifest is ignored. Only the last one is reported to Ray: reporting
+waits for the controller, and Ray resumes from the checkpoint reported last even if that cannot be read.
 """
 
 import contextvars

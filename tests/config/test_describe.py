@@ -44,7 +44,7 @@ def _names(section: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("field", "shown"),
     [
-        ("format", "(auto, messages, prompt_completion, alpaca, sharegpt, text) [auto]"),
+        ("format", "(auto, messages, prompt_completion, alpaca, sharegpt, text, tokens) [auto]"),
         ("schedule", "(cosine, linear, constant) [cosine]"),
         ("dtype", "(auto, float32, bfloat16) [auto]"),
         ("revision", "(text or null) [null]"),

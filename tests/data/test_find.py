@@ -34,6 +34,8 @@ OASST = {"message_id": "m", "parent_id": None, "text": "hello", "role": "prompte
         ({"messages": MESSAGES, "system": ""}, "format: messages"),
         ({"text": "some text", "url": "u"}, "format: text"),
         ({"content": "some text"}, "format: text, fields: {text: content}"),
+        ({"text": "some text", "input_ids": [1, 2], "attention_mask": [1, 1]}, "format: text"),
+        ({"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]}, "format: tokens"),
     ],
 )
 def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None:
@@ -58,6 +60,7 @@ def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None
         ({"messages": MESSAGES, "label": False}, "the rows have label, .* set format: messages"),
         ({"input": "i", "output": "o", "context": "c"}, "the rows have context"),
         ({**QUESTION, "text": "t"}, "the rows have text"),
+        ({"input_ids": [1, 2], "label": 3}, "the rows have label"),
     ],
 )
 def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import Chat, Completion, Rejected, Text
+from olora_ray.data.formats import Chat, Completion, Ids, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens, turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
@@ -248,6 +248,32 @@ def test_text_is_cut_into_pieces_and_nothing_is_lost() -> None:
 def test_examples_that_cannot_be_used(example: Any, reason: str, message: str) -> None:
     with pytest.raises(Rejected, match=message) as caught:
         tokenizer(max_length=16)(example)
+    assert caught.value.reason == reason
+
+
+def test_a_row_that_is_tokenised_keeps_its_tokens_but_for_padding() -> None:
+    make = tokenizer(max_length=4)
+    assert [each.ids.tolist() for each in make(Ids([11, 12, 13, 14, 15]))] == [[11, 12, 13, 14], [14, 15]]
+    (found,) = make(Ids([11, 12, 13, 0, -1], [-100, -100, 13, -100, -100], [1, 1, 1, 0, 0]))
+    assert (found.ids.tolist(), found.supervised.tolist()) == ([11, 12, 13], [False, False, True])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (Ids([11, 99999]), "unknown_token"),
+        (Ids([11, -1]), "unknown_token"),
+        (Ids([11, 12], [12]), "wrong_length"),
+        (Ids([11, 12], None, [1]), "wrong_length"),
+        (Ids([11, 12, 13], [12, 13, -100]), "wrong_label"),  # already shifted
+        (Ids([11, 12], [11, -100]), "no_supervised_token"),
+        (Ids([11, 12, 13, 14, 15], [-100, 12, 13, 14, 15]), "too_long"),
+        (Ids([]), "no_supervised_token"),
+    ],
+)
+def test_a_tokenised_row_that_does_not_fit_is_rejected(row: Ids, reason: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        tokenizer(max_length=4)(row)
     assert caught.value.reason == reason
 
 

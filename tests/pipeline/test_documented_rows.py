@@ -15,6 +15,7 @@ from tests.tokens import helpers
 
 CHAT = helpers.chat("two and two?", "four")["messages"]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+IDS = [ord(letter) - 4 for letter in "two and two? four"]
 VALUES: dict[str, list[Any]] = {
     "messages": [CHAT, json.dumps(CHAT)],
     "conversations": [[{"from": "human", "value": "two and two?"}, {"from": "gpt", "value": "four"}]],
@@ -27,6 +28,9 @@ VALUES: dict[str, list[Any]] = {
     "history": [[["one and one?", "two"]]],
     "system": ["be short"],
     "text": ["two and two is four"],
+    "input_ids": [IDS],
+    "labels": [[-100] * 13 + IDS[13:]],
+    "attention_mask": [[1] * len(IDS)],
 }
 """What each field may hold; the first of one field goes with the first of the others."""
 INSIDE = {"from", "value"}

@@ -55,6 +55,18 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000006"]
 
 
+def test_ray_has_the_runs_result(finished: tuple[Path, str]) -> None:
+    from ray.train import Result
+
+    folder, _ = finished
+    found = Result.from_path(str(folder))
+    assert found.metrics is not None
+    last = json.loads((folder / "result.json").read_text())["metrics"]
+    assert [found.metrics[name] for name in ("step", "train/loss")] == [6.0, last["train/loss"]]
+    assert found.checkpoint is not None
+    assert found.checkpoint.path == str(folder / "checkpoints" / "step-0000006")
+
+
 def test_the_log_shows_progress_and_no_wall_of_warnings(finished: tuple[Path, str]) -> None:
     _, log = finished
     lines = log.splitlines()
@@ -133,6 +145,7 @@ def test_a_run_name_with_another_config_is_refused(finished: tuple[Path, str]) -
 
 def test_a_finished_run_is_trained_longer_by_more_steps(tiny_model: Path, corpus: Path) -> None:
     from mlflow import MlflowClient
+    from ray.train import Result
 
     file = project.write_config(corpus, project.settings(corpus, tiny_model))
     results, logs = [], []
@@ -146,6 +159,9 @@ def test_a_finished_run_is_trained_longer_by_more_steps(tiny_model: Path, corpus
     assert "olora initialisation" not in logs[1]
     assert "is already finished" in logs[2]
     assert [each["steps"] for each in results] == [3, 5, 5]
+    metrics = Result.from_path(str(corpus / "runs" / "small")).metrics
+    assert metrics is not None
+    assert metrics["step"] == 5.0
     assert [each["registered"]["version"] for each in results] == [1, 2, 2]
     assert json.loads((corpus / "runs" / "small" / "export" / "parity.json").read_text())["step"] == 5
     assert len({each["mlflow"]["run_id"] for each in results}) == 1

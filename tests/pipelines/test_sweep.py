@@ -93,6 +93,8 @@ def test_a_search_leaves_what_the_docs_promise(searched: tuple[Path, str]) -> No
     values = flatten(load(folder / "best.yaml"))
     assert {field: values[field] for field in best["params"]} == best["params"]
     assert (folder / "trials" / f"trial-{best['number']:03d}" / "export" / "parity.json").is_file()
+    table = (folder / "tune" / f"trial-{best['number']:03d}" / "progress.csv").read_text().splitlines()
+    assert {"step", "train/loss", "train/lr", "eval/loss", "eval/perplexity"} <= set(table[0].split(","))
 
 
 def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(searched: tuple[Path, str]) -> None:

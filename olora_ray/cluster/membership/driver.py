@@ -232,6 +232,9 @@ def ray_trainer(
         work = LateStart(channel, ray.cloudpickle.dumps(partial(train_worker, spec, checkpoints, entry=entry)))
     # A spare takes no CPU, but Ray requires at least one resource above 0: one byte of memory.
     resources = {"CPU": 0.0, "memory": 1.0} if group.spare else dict(worker)
+    # Ray's dashboard and metrics show the run by the name of its folder.
+    parent, _, name = root.rpartition("/")
+    ray_internals.forget_report(root)
     trainer = TorchTrainer(
         work,
         torch_config=torch_config,
@@ -239,8 +242,8 @@ def ray_trainer(
             num_workers=group.workers, use_gpu="GPU" in worker, resources_per_worker=resources
         ),
         run_config=ray_train.RunConfig(
-            name="checkpoints",
-            storage_path=root,
+            name=name,
+            storage_path=parent,
             failure_config=ray_train.FailureConfig(**limits),
             callbacks=[TellDriver(channel)],
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
