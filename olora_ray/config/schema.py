@@ -189,6 +189,19 @@ class Export(Section):
     rank: PositiveInt | None = None
     """Compress the exported adapter to this rank, for servers that limit the rank. null: no compression; the adapter of
     olora then has rank 2 x rank."""
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Also write the merged model as a GGUF file in this precision, for llama.cpp. q8_0: 8 bits per weight;
+    llama-quantize makes smaller files of f16 or bf16. Needs a model of type llama, qwen2 or qwen3 with a byte-level
+    tokenizer. null: no file."""
+
+    @model_validator(mode="after")
+    def _gguf_is_of_the_merged_model(self) -> "Export":
+        if self.gguf is not None and not self.merged:
+            raise ValueError(
+                f"gguf={self.gguf} with merged=false: the GGUF file is made of the merged model; set export.merged=true"
+                " or export.gguf=null"
+            )
+        return self
 
 
 class Registry(Section):

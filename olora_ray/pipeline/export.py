@@ -26,7 +26,7 @@ from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import parameters, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_shares
+from olora_ray.pipeline import export_gguf, export_shares
 from olora_ray.pipeline.export_shares import Compressed, OnOriginal, Spread, Work
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
@@ -137,7 +137,7 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
 def export_run(
     spec: TrainSpec, folder: RunFolder, step: int, spread: Spread[Any] = export_shares.in_turn
 ) -> dict[str, Any]:
-    """Write export/adapter, export/merged and export/parity.json from the best adapter up to `step`.
+    """Write export/adapter, export/merged, export/gguf and export/parity.json from the best adapter up to `step`.
 
     `spread` runs the parts of the merge. Raises UserError if the checkpoint is missing, a weight cannot be merged, or
     the exports disagree with the trained model.
@@ -156,6 +156,9 @@ def export_run(
             storage.remove(folder.merged)  # an earlier attempt may have had export.merged: true
         quantised = export_shares.loss_on_original(work)
         parity, compressed = _write_adapter(work, plain, merged, merged_check, quantised)
+        storage.remove(folder.gguf)  # of an earlier attempt, with another merged model
+        if spec.config.export.gguf and merged is not None and parity.ok:
+            _write_gguf(work, merged, stack.enter_context(node_cache.local_folder(folder.gguf)))
     measured = {"step": step, **parity.to_json()}
     if quantised is not None:
         measured["quantised"] = quantised.to_json()
@@ -209,6 +212,15 @@ def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread
         if more_ends(work.spec.eos, work.base, work.tokenizer):
             portable.end_with(partial_folder, work.spec.eos)
     return export_shares.check(work, parts, spread)
+
+
+def _write_gguf(work: Work, merged: Path, out: Path) -> None:
+    config = work.spec.config
+    assert config.export.gguf is not None
+    with replacing(out) as partial_folder:
+        file = partial_folder / f"{config.run.name}-{config.export.gguf.upper()}.gguf"
+        logger.info(f"writing {file.name}")
+        export_gguf.write(merged, file, work.model, config, work.spec.eos)
 
 
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
