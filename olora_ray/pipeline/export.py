@@ -23,7 +23,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import plain_template
-from olora_ray.model.folder import parameters, text_class
+from olora_ray.model.folder import ADAPTER, parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_gguf, export_shares
@@ -199,6 +199,7 @@ def _write_adapter(
             compressed=compressed.in_words(reasons=False) if compressed and lost else "",
             quantised=quantised.in_words(reasons=False) if quantised else "",
             ends=more_ends(work.spec.eos, work.base, work.tokenizer),
+            stacked="target_parameters" in read_json(folder / ADAPTER),
         )
     return parity, compressed
 
@@ -253,7 +254,7 @@ def complete(
     rank: int,
     tokenizer: Any,
     template: str | None = None,
-    **card_fields: str,
+    **card_fields: Any,
 ) -> None:
     """Write tokenizer and model card into an adapter's folder; `card_fields` are further fields of `Card`."""
     portable.copy_tokenizer(Path(base.folder), adapter)
