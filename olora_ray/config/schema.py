@@ -194,15 +194,6 @@ class Export(Section):
     llama-quantize makes smaller files of f16 or bf16. Needs a model of type llama, qwen2 or qwen3 with a byte-level
     tokenizer. null: no file."""
 
-    @model_validator(mode="after")
-    def _gguf_is_of_the_merged_model(self) -> "Export":
-        if self.gguf is not None and not self.merged:
-            raise ValueError(
-                f"gguf={self.gguf} with merged=false: the GGUF file is made of the merged model; set export.merged=true"
-                " or export.gguf=null"
-            )
-        return self
-
 
 class Registry(Section):
     """The model in the registry of MLflow."""

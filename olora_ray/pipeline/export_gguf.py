@@ -70,6 +70,8 @@ def problem(folder: Path, model: "PreTrainedModel", config: Config) -> str | Non
     """Return why llama.cpp could not read a base model like that in `folder`, and what to do; None if it could."""
     if config.export.gguf is None:
         return None
+    if not config.export.merged:
+        return "export.gguf: the file is made of the merged model; set export.merged: true or export.gguf: null"
     with as_user_error("export.gguf: needs the package gguf: pip install 'olora-ray[gguf]'", ImportError):
         import gguf  # noqa: F401
     with foreign(f"model.name: the tokenizer in {folder} does not load"):
@@ -81,14 +83,12 @@ def problem(folder: Path, model: "PreTrainedModel", config: Config) -> str | Non
 
 
 def _why_not(folder: Path, shape: Any) -> str | None:
-    family, rope = shape.model_type, dict(getattr(shape, "rope_parameters", None) or {})
+    family = shape.model_type
     if family not in _FAMILIES or getattr(shape, "auto_map", None):
         return f"{family} is none of the model types that it can write ({', '.join(_FAMILIES)})"
-    kind = rope.get("rope_type", "default")
+    kind = shape.rope_parameters.get("rope_type", "default")
     if kind != "default" and (kind, family) != ("llama3", "llama"):
         return f"it cannot write rotary positions of type {kind}"
-    if rope.get("partial_rotary_factor", 1) != 1:
-        return "it cannot write rotary positions of a part of each head"
     if any(layer != "full_attention" for layer in getattr(shape, "layer_types", None) or ()):
         return "it cannot write layers with a sliding window"
     if shape.hidden_act != "silu":
@@ -256,7 +256,7 @@ class _Names:
 
 
 def _head(shape: Any) -> int:
-    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
 
 
 def _divisors(shape: Any) -> np.ndarray | None:

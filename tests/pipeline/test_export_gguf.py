@@ -258,9 +258,11 @@ def test_layers_with_a_window_are_refused(tmp_path: Path) -> None:
     assert "layers with a sliding window" in (problem(tmp_path) or "")
 
 
-def test_a_file_needs_the_merged_model() -> None:
-    with pytest.raises(UserError, match=r"export: gguf=q8_0 with merged=false: .*; set export\.merged=true or"):
-        tiny.config(export__gguf="q8_0", export__merged=False)
+def test_a_file_needs_the_merged_model(tmp_path: Path) -> None:
+    folder = str(llama(tmp_path / "base"))
+    config = tiny.config(model__name=folder, export__gguf="q8_0", export__merged=False)
+    with pytest.raises(UserError, match=r"^export\.gguf: .*; set export\.merged: true or export\.gguf: null$"):
+        prepare.deliverable(config, BaseModel(folder, folder, ""))
 
 
 def _shrink(tree: dict[str, Any]) -> None:
