@@ -159,8 +159,9 @@ def write(merged: Path, out: Path, model: "PreTrainedModel", config: Config, end
         fits = size[-1] % GGML_QUANT_SIZES[wanted][0] == 0
         # llama.cpp computes with vectors in float32 only.
         kind = GGMLQuantizationType.F32 if len(size) == 1 else wanted if fits else GGMLQuantizationType.F16
-        block, length = GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(names.of(name), size, np.dtype(np.float32), math.prod(size) // block * length, kind)
+        block, bytes_per_block = GGML_QUANT_SIZES[kind]
+        length = math.prod(size) // block * bytes_per_block
+        writer.add_tensor_info(str(names.of(name)), size, np.dtype(np.float32), length, kind)
         types.append(kind)
     divisors = _divisors(shape)
     if divisors is not None:
@@ -268,4 +269,5 @@ def _divisors(shape: Any) -> np.ndarray | None:
     head = _head(shape)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](shape, torch.device("cpu"))
     plain = shape.rope_parameters["rope_theta"] ** -(torch.arange(0, head, 2).float() / head)
-    return (plain / scaled).numpy()
+    divisors: np.ndarray = (plain / scaled).numpy()
+    return divisors
