@@ -167,11 +167,11 @@ def test_llama_cpp_answers_with_the_file_in_float32(run: Served, merged: list[An
 def test_llama_cpp_answers_nearly_the_same_with_8_bits(run: Served, merged: list[Answer]) -> None:
     engine = LlamaCpp(run.gguf("q8_0"))
     scores = [engine.scores(answer) for answer in merged]
-    away = [each for answer, found in zip(merged, scores, strict=True) for each in answer.differences(found, 0.5)]
+    away = [each for answer, found in zip(merged, scores, strict=True) for each in answer.differences(found, 1.0)]
     same = [first for found in scores for _, first in found]
     print(f"q8_0: log-probabilities {fmean(away):.4f} away on average; {fmean(same):.1%} of the tokens are the same")
-    assert fmean(away) < 0.05
-    assert fmean(same) > 0.95
+    assert fmean(away) < 0.15
+    assert fmean(same) > 0.9
 
 
 @LLAMA_CPP
