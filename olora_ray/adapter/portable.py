@@ -178,6 +178,10 @@ SERVING = """With vLLM:
 
     vllm serve {base}{revision} --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}{template}"""
 NOT_SERVED = "vLLM takes adapters up to rank {largest}, and this one has {rank}: set `export.rank: {largest}` for it."
+STACKED = """vLLM does not load an adapter of stacked experts (`target_parameters`). Serve the merged model, which the
+run writes to `export/merged` with `export.merged: true`:
+
+    vllm serve MERGED_MODEL"""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's max_lora_rank may have; it refuses all others."""
 
@@ -208,6 +212,8 @@ class Card:
     """The effect of a base model that was quantised in the training."""
     own_template: bool = False
     """True if the base model has another chat template, or none."""
+    stacked: bool = False
+    """True if stacks of experts are adapted, or other parameters that PEFT lists in `target_parameters`."""
     ends: str = ""
     """Tokens, with their ids, that end an answer and that the base model does not end with."""
     license: Mapping[str, Any] = field(default_factory=dict)
@@ -286,6 +292,8 @@ def _metadata(card: Card, hub: bool) -> str:
 
 
 def _serving(base: str, card: Card) -> str:
+    if card.stacked:
+        return STACKED
     vllm_rank = next((each for each in VLLM_RANKS if each >= card.rank), None)
     if vllm_rank is None:
         return NOT_SERVED.format(rank=card.rank, largest=VLLM_RANKS[-1])

@@ -193,14 +193,16 @@ class Export(Section):
     """Hub repository ORG/NAME to which finetune pushes a finished run, retrain the champion; a new one is private."""
     license: Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")] | None = None
     """License in the model cards, such as apache-2.0. null: that of the base model's card."""
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Also write the merged model as a GGUF file for llama.cpp, in this precision (q8_0: 8 bits per weight). Needs a
+    model of type llama, qwen2 or qwen3 with a byte-level tokenizer."""
 
 
 class Registry(Section):
     """The model in the registry of MLflow."""
 
     model: ModelName | None = None
-    """Name of the registered model: up to 200 letters, digits, ' ', '.', '_' and '-'. null: the run registers
-    nothing."""
+    """Name of the registered model: up to 200 letters, digits, ' ', '.', '_' and '-'. null: register nothing."""
     alias: AliasName = "candidate"
     """Alias that MLflow sets on the new version."""
 
@@ -253,11 +255,9 @@ class Retrain(Section):
     """Retraining with pipelines/retrain.py."""
 
     origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
-    """base: train a new adapter on all data. champion: train the champion's adapter further, on new files and some old
-    rows."""
+    """base: train a new adapter on all data. champion: train the champion's, on new files and some old rows."""
     replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """Only for `from: champion`: share of the rows of already used files to train on again. Each retraining draws other
-    rows."""
+    """Only for `from: champion`: share of the rows of already used files to train on again, drawn anew each time."""
     may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Stop if data.train has lost more than this share of the rows that the champion was trained on; 1: never stop."""
 
@@ -388,8 +388,7 @@ class Source(Section):
     output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens {input_ids,
     labels, attention_mask}."""
     fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
-    """Mapping from fields of the format to columns of the file, e.g. {prompt: question}. With format auto, the
-    other fields are detected."""
+    """Columns of the file for fields of the format, e.g. {prompt: question}. format auto detects the other fields."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """Number of uses of each row per epoch. 0.5 uses half of the rows, selected by a hash of their position."""
     only: tuple[str, ...] = ()
@@ -412,8 +411,7 @@ class Data(Section):
     """The sources of the rows, and how rows become sequences."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Training sources: each is a path or {path: ..., format: ..., ...}. Rows of several sources are interleaved
-    evenly."""
+    """Training sources: each is a path or {path: ..., format: ..., ...}; their rows are interleaved evenly."""
     eval: tuple[Source, ...] = ()
     """Held-out sources: their rows are evaluated and never trained on."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
@@ -428,8 +426,7 @@ class Data(Section):
     """Put several examples in one sequence; attention stays within each example. auto: true, unless another part of the
     model, such as a convolution or a state, would mix neighbouring examples."""
     chat_template: str | None = None
-    """Chat template instead of the model's own: a Jinja file, or plain (User: ..., Assistant: ...). The exported model
-    contains it."""
+    """Chat template instead of the model's own, exported too: a Jinja file, or plain (User: ..., Assistant: ...)."""
     last_turn_only: bool = False
     """Supervise only the last answer of each chat; earlier answers are context."""
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01

@@ -25,10 +25,10 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import duration
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import plain_template
-from olora_ray.model.folder import parameters, text_class
+from olora_ray.model.folder import ADAPTER, parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_shares
+from olora_ray.pipeline import export_gguf, export_shares
 from olora_ray.pipeline.export_shares import Compressed, OnOriginal, Spread, Work
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
@@ -143,7 +143,7 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
 def export_run(
     spec: TrainSpec, folder: RunFolder, step: int, spread: Spread[Any] = export_shares.in_turn
 ) -> dict[str, Any]:
-    """Write export/adapter, export/merged and export/parity.json from the best adapter up to `step`.
+    """Write export/adapter, export/merged, export/gguf and export/parity.json from the best adapter up to `step`.
 
     `spread` runs the parts of the merge. Raises UserError if the checkpoint is missing, a weight cannot be merged, or
     the exports disagree with the trained model.
@@ -162,6 +162,9 @@ def export_run(
             storage.remove(folder.merged)  # an earlier attempt may have had export.merged: true
         quantised = export_shares.loss_on_original(work)
         parity, compressed = _write_adapter(work, plain, merged, merged_check, quantised)
+        storage.remove(folder.gguf)  # of an earlier attempt, with another merged model
+        if spec.config.export.gguf and merged is not None and parity.ok:
+            _write_gguf(work, merged, stack.enter_context(node_cache.local_folder(folder.gguf)))
     measured = {"step": step, **parity.to_json()}
     if quantised is not None:
         measured["quantised"] = quantised.to_json()
@@ -203,6 +206,7 @@ def _write_adapter(
             compressed=compressed.in_words(reasons=False) if compressed and lost else "",
             quantised=quantised.in_words(reasons=False) if quantised else "",
             ends=more_ends(work.spec.eos, work.base, work.tokenizer),
+            stacked="target_parameters" in read_json(folder / ADAPTER),
         )
     return parity, compressed
 
@@ -216,6 +220,15 @@ def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread
         if more_ends(work.spec.eos, work.base, work.tokenizer):
             portable.end_with(partial_folder, work.spec.eos)
     return export_shares.check(work, parts, spread)
+
+
+def _write_gguf(work: Work, merged: Path, out: Path) -> None:
+    config = work.spec.config
+    assert config.export.gguf is not None
+    with replacing(out) as partial_folder:
+        file = partial_folder / f"{config.run.name}-{config.export.gguf.upper()}.gguf"
+        logger.info(f"writing {file.name}")
+        export_gguf.write(merged, file, work.model, config, work.spec.eos)
 
 
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:

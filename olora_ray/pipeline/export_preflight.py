@@ -23,6 +23,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import export_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,8 @@ def _lines(base: BaseModel, config: Config, names: Sequence[str]) -> list[str]:
     lines = _unreadable(model, config, names)
     if config.export.merged:
         lines += _unmergeable(Path(base.folder), model, names)
+    if line := export_gguf.problem(Path(base.folder), model, config):
+        lines.append(line)
     return lines
 
 

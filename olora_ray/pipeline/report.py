@@ -63,6 +63,8 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     lines.append(f"adapter (PEFT, vLLM): {folder.adapter}")
     if folder.config.export.merged:
         lines.append(f"merged model:         {folder.merged}")
+    if folder.config.export.gguf:
+        lines.append(f"GGUF (llama.cpp):     {folder.gguf}")
     return lines
 
 

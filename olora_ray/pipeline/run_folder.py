@@ -73,6 +73,7 @@ class RunFolder:
         self.checkpoints = storage.join(self.root, "checkpoints")
         self.adapter = storage.join(self.root, "export", "adapter")
         self.merged = storage.join(self.root, "export", "merged")
+        self.gguf = storage.join(self.root, "export", "gguf")
         self.parity = storage.join(self.root, "export", "parity.json")
         self.training = storage.join(self.root, "training.json")
         self.result = storage.join(self.root, "result.json")
@@ -198,7 +199,7 @@ class RunFolder:
         report = _read_json(self.parity)
         if not report or report.get("ok") is not True or report.get("step") != step:
             return None
-        # A change of export.merged or export.rank since then needs other exports.
+        # A change of export.merged, export.rank or export.gguf since then needs other exports.
         return report if report.pop("export", None) == self.config.export.model_dump() else None
 
     def write_parity(self, measured: dict[str, Any]) -> None:

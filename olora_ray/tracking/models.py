@@ -286,6 +286,7 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     Safe to repeat: a complete model is returned as it is, a pending one is filled again.
     """
     from mlflow.entities import LoggedModelOutput
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     client, run_id = tracker.client(), tracker.run_id
     experiment = client.get_run(run_id).info.experiment_id
@@ -302,12 +303,14 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    client.log_model_artifacts(model.model_id, str(contents.folder), contents.artifact_folder)
+    # Not the client's `log_model_artifacts`: older versions know no folder of a model, and only the global address.
+    files = get_artifact_repository(model.artifact_location, tracking_uri=tracker.uri)
+    files.log_artifacts(str(contents.folder), contents.artifact_folder)
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         write(Path(folder), contents, model, run_id)
         text = checksums.of_folders({contents.artifact_folder: contents.folder, "": Path(folder)})
         (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
-        client.log_model_artifacts(model.model_id, folder)
+        files.log_artifacts(folder)
     for each in contents.measured:
         tracker.of_model(model.model_id, each.step, each.names, each.dataset)
     texts |= {checksums.TAG: storage.digest(text)}

@@ -188,6 +188,12 @@ def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
     assert "vllm serve" not in text
 
 
+def test_of_an_adapter_of_experts_the_merged_model_is_served() -> None:
+    text = model_card(replace(CARD, stacked=True))
+    assert "    vllm serve MERGED_MODEL\n" in text
+    assert "--enable-lora" not in text
+
+
 def test_a_base_that_sees_is_loaded_as_that(tmp_path: Path) -> None:
     for kind, loader in (("llava", "AutoModelForImageTextToText"), ("gemma3", "AutoModelForCausalLM")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
