@@ -8,7 +8,7 @@ by side; the same command resumes.
 
     python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning
     python benchmarks/learning_rate.py [reasoning] [json] [--methods lora,olora] [--ranks 16] [--alphas 1,2]
-    python benchmarks/learning_rate.py table         what has been trained so far
+    python benchmarks/learning_rate.py table         what has been trained so far (docs/generated/learning_rate.md)
 
 SmolLM2-135M-Instruct, dequantised from Q4_1, in bfloat16; 20 steps of 8 rows; loss on 32 held-out rows.
 """
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--methods", default="lora,olora,olora_even,pissa,nora")
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--alphas", default="1,2", help="alpha divided by rank")
-    parser.add_argument("--results", type=Path, default=ROOT / "build" / "learning_rate.jsonl")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "generated" / "learning_rate.jsonl")
     parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
     args = parser.parse_args()
     torch.set_num_threads(1)
