@@ -252,7 +252,12 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
         "summarizetldr": Shape(lambda n: {"article": ASK[n], "summary": SAY[n]}, None, says=NO),
         "camel_ai": Shape(lambda n: {"message_1": ASK[n], "message_2": SAY[n]}, None, says=NO),
-        "tokens": Shape(lambda n: {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [-100, 2]}, None, says=NO),
+        # The tokens <s> and </s> of the test's tokenizer, as an empty document has them.
+        "tokens": Shape(
+            lambda n: {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [-100, 2]},
+            lambda n: "",
+            fields("tokens"),
+        ),
     },
     "LLaMA-Factory": {
         "alpaca": Shape(
