@@ -363,7 +363,7 @@ def measure_first_step(
     elif train.lr == "auto":
         times = f" x train.lr_factor {train.lr_factor:g}" if train.lr_factor != 1 else ""
         logger.info(f"train.lr=auto: the peak rate is {auto:.2g}{times}")
-    # Tuned rates reached twice the automatic one (docs/method.md).
+    # Tuned rates lay within a factor of 1.4 of the automatic one (docs/generated/learning_rate.md).
     elif (times_auto := train.lr * train.lr_factor / auto) > 4:
         logger.warning(
             f"train.lr={train.lr:g} is {times_auto:.2g} times the rate that fits this method, rank and alpha"

@@ -78,7 +78,8 @@ def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, de
         aliases.refuse(number, verdict, tags, instead_of=champion)
         still = f"version {champion} the champion" if champion else "no champion"
         after = f"version {number} stays challenger, {still}"
-    for line in (verdict, after, *(models.uses(aliases.uri, f"models:/{aliases.name}@{CHAMPION}") * decision.passed)):
+    uses = models.uses(aliases.uri, f"models:/{aliases.name}@{CHAMPION}") if decision.passed else []
+    for line in (verdict, after, *uses):
         logger.info(line)
 
 

@@ -120,8 +120,9 @@ def best_rate(measured: Mapping[str, Move], scale: float, steps: int) -> float:
 
     `measured` is not empty.
     """
-    sizes = scale * np.exp(np.mean([np.log(move.at) for move in measured.values()], axis=0))
-    rate = math.exp(np.interp(math.log(FARTHEST), np.log(sizes), np.log(RATES)))
+    sizes = np.mean([np.log(move.at) for move in measured.values()], axis=0) + math.log(scale)
+    # The first rate that moves them so far: at large rates the steps of B and of A may take back each other's move.
+    rate = math.exp(np.interp(math.log(FARTHEST), np.maximum.accumulate(sizes), np.log(RATES)))
     return float(f"{rate * (20 / steps) ** 0.25:.1e}")
 
 

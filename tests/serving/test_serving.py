@@ -106,10 +106,10 @@ def vllm(command: list[str], model: str, log: Path) -> Iterator[Server]:
         process.wait(60)
 
 
-def agrees(server: Server, answers: list[Answer], run: Served) -> None:
-    worst = [max(answer.differences(server.scores(answer), EXACT)) for answer in answers]
-    clear = served.same_answers(answers, server.told, run.chats, EXACT)
-    print(f"{server.model}: log-probabilities within {max(worst):.1e}; {clear} of {len(answers)} answers without a tie")
+def agrees(engine: "Server | LlamaCpp", answers: list[Answer], run: Served) -> None:
+    worst = [max(answer.differences(engine.scores(answer), EXACT)) for answer in answers]
+    clear = served.same_answers(answers, engine.told, run.chats, EXACT)
+    print(f"log-probabilities within {max(worst):.1e}; {clear} of {len(answers)} answers without a tie")
     assert max(worst) < EXACT
     assert clear > len(answers) / 2
 
@@ -155,12 +155,7 @@ class LlamaCpp:
 
 @LLAMA_CPP
 def test_llama_cpp_answers_with_the_file_in_float32(run: Served, merged: list[Answer]) -> None:
-    engine = LlamaCpp(run.gguf("f32"))
-    worst = [max(answer.differences(engine.scores(answer), EXACT)) for answer in merged]
-    clear = served.same_answers(merged, engine.told, run.chats, EXACT)
-    print(f"f32: log-probabilities within {max(worst):.1e}; {clear} of {len(merged)} answers without a tie")
-    assert max(worst) < EXACT
-    assert clear > len(merged) / 2
+    agrees(LlamaCpp(run.gguf("f32")), merged, run)
 
 
 @LLAMA_CPP

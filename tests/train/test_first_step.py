@@ -116,6 +116,13 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
     assert sizes == pytest.approx([first_step.FARTHEST] * 4, rel=0.15)
 
 
+def test_the_rate_is_the_first_that_moves_the_outputs_so_far() -> None:
+    rising = [0.0001 * 2.0**number for number in range(len(first_step.RATES))]
+    takes_back = [*rising[:8], *[rising[3]] * 5, *rising[13:]]  # 0.0128, then 0.0008
+    rates = [first_step.best_rate({"": first_step.Move(1, 1, 1, tuple(at))}, 1.0, 20) for at in (rising, takes_back)]
+    assert rates[0] == rates[1]
+
+
 def test_more_steps_lower_the_rate() -> None:
     one = trainer("olora")
     measured = first_step.moves(one.loss, one.adapted, batch())
