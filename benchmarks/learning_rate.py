@@ -16,6 +16,7 @@ SmolLM2-135M-Instruct, dequantised from Q4_1, in bfloat16; 20 steps of 8 rows; l
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +29,14 @@ from transformers import AutoTokenizer
 
 from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, inject, remove
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import METHODS
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import first_step
 from olora_ray.train.data_driven import new_factors
+from olora_ray.train.first_step import Move
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
@@ -45,6 +48,7 @@ STEPS, BATCH, HELD_OUT, SEED = 20, 8, 32, 17
 MOST = 6
 """Trainings per cell."""
 CPU = torch.device("cpu")
+Chat = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,11 @@ class Cell:
     rank: int
     alpha: float
 
-    def settings(self, lr: float = 1.0) -> Config:
+    def settings(self, lr: float = 1.0, seed: int = SEED) -> Config:
         return config(
             "unused",
             {"name": "unused", "dtype": "bfloat16"},
+            run={"name": "unused", "storage": "unused", "seed": seed},
             adapter={"method": self.method, "rank": self.rank, "alpha": self.alpha},
             train={"global_batch": BATCH, "micro_batch": 4, "steps": STEPS, "lr": lr},
             cluster={"workers": 1},
@@ -86,7 +91,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loss: Any = SupervisedLoss(load_frozen(folder, Cell("", "lora", 1, 1).settings().model, CPU))
     for task in args.tasks:
-        rows, held_out = (store(tokenizer, task, split, count) for split, count in SPLITS.items())
+        rows, held_out = (store(tokenizer, chats(task, split)[:count]) for split, count in SPLITS.items())
         for rank in map(int, args.ranks.split(",")):
             for factor in map(float, args.alphas.split(",")):
                 for method in args.methods.split(","):
@@ -96,22 +101,24 @@ def train(args: argparse.Namespace) -> None:
 SPLITS = {"train": STEPS * BATCH, "heldout": HELD_OUT}
 
 
-def store(tokenizer: Any, task: str, split: str, count: int) -> Any:
-    """The first rows of a task, one per sequence; the answer and its end are supervised."""
+def chats(task: str, split: str) -> list[Chat]:
+    lines = (TASKS[task] / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row.get("messages") or chat(row["prompt"], row["completion"]) for row in map(json.loads, lines)]
+
+
+def chat(question: str, answer: str) -> Chat:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def store(tokenizer: Any, rows: Iterable[Chat]) -> Any:
+    """One chat per sequence; the last answer and its end are supervised."""
     packs = []
-    with (TASKS[task] / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        for row, _ in zip(map(json.loads, lines), range(count), strict=False):
-            chat = row.get("messages") or [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["completion"]},
-            ]
-            whole = tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n")
-            asked = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-            prompt, answer = (
-                tokenizer(text, add_special_tokens=False).input_ids for text in (asked, whole[len(asked) :])
-            )
-            ids = np.array(prompt + answer)
-            packs.append(Pack(ids, np.arange(len(ids)) >= len(prompt), (len(ids),)))
+    for row in rows:
+        whole = tokenizer.apply_chat_template(row, tokenize=False).rstrip("\n")
+        asked = tokenizer.apply_chat_template(row[:-1], tokenize=False, add_generation_prompt=True)
+        prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (asked, whole[len(asked) :]))
+        ids = np.array(prompt + answer)
+        packs.append(Pack(ids, np.arange(len(ids)) >= len(prompt), (len(ids),)))
     return HeldOut(packs)
 
 
@@ -142,16 +149,22 @@ def tune(cell: Cell, loss: Any, rows: Any, held_out: Any, results: Path) -> None
 
 def start(cell: Cell, loss: Any, rows: Any, factor: float) -> tuple[Trainer, float]:
     """A training at `factor` times the automatic rate, and that rate."""
+    adapted, moves = adapt(cell, loss, rows)
+    auto = first_step.best_rate(moves, cell.settings().adapter.scale(), STEPS)
+    return Trainer(loss, adapted, cell.settings(auto * factor), CPU), auto
+
+
+def adapt(cell: Cell, loss: Any, rows: Any, seed: int = SEED) -> tuple[dict[str, AdaptedWeight], dict[str, Move]]:
+    """Put new adapters into the model; how far the first step moves each layer."""
     remove(loss.model)
-    settings = cell.settings()
+    settings = cell.settings(seed=seed)
     targets = find_targets(loss.model, "all-linear", cell.rank)
     factors, *_ = new_factors(loss, targets, settings, rows, CPU)
     adapted = inject(loss.model, at_scale(factors, settings.adapter), settings.adapter.scale())
     batch = collate([first_step.example(rows[:8])], loss.model.config._attn_implementation)
     if METHODS[cell.method].even:
         first_step.even(adapted, first_step.moves(loss, adapted, batch))
-    auto = first_step.best_rate(first_step.moves(loss, adapted, batch), settings.adapter.scale(), STEPS)
-    return Trainer(loss, adapted, cell.settings(auto * factor), CPU), auto
+    return adapted, first_step.moves(loss, adapted, batch)
 
 
 def following(losses: dict[int, float | None]) -> int | None:
