@@ -14,6 +14,7 @@ are those of learning_rate.py: 20 steps of 8 rows, each row once, so that the lo
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
-from pipelines.comparison.statistics import Difference, crossed, per_token
+
+sys.path.append(str(ROOT / "pipelines"))
+from comparison.statistics import Difference, crossed, per_token
 
 TESTED = 64
 """Test rows, after those that the rates were tuned on; json has 48."""
@@ -98,6 +101,8 @@ def run(cell: Cell, seed: int, lr: float, loss: Any, rows: Any, tested: Any, res
     """Train, unless the results have it; the loss of each step, and (tokens, summed loss) of each test row."""
     if any(each["seed"] == seed for each in read(results, cell)):
         return
+    # Stores are in the order of their seed: a training's first pass is in the order of its store.
+    rows = learning_rate.HeldOut(rows[place] for place in np.random.default_rng(seed).permutation(len(rows)))
     adapted, _ = learning_rate.adapt(cell, loss, rows, seed)
     trainer = Trainer(loss, adapted, cell.settings(lr, seed), CPU)
     attention = loss.model.config._attn_implementation

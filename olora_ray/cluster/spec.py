@@ -36,6 +36,8 @@ class TrainSpec:
     """Folder that the trials of a search share, for factors and for the base model's loss and answers."""
     template: str | None = None
     """The chat template that data.chat_template names. Exports contain it."""
+    each_example: bool = False
+    """True if evaluations keep the loss of each held-out example."""
     recompute: bool = False
     """train.activation_checkpointing with `auto` resolved for this cluster. Not a part of the identity: it does not
     change the numbers."""
@@ -112,6 +114,8 @@ class TrainResult:
     """True if it stopped because a node is preempted."""
     state: TrainState | None = None
     stopped_early: bool = False
+    trainable: int | None = None
+    """Number of trained parameters."""
     answers: tuple[AnswerPair, ...] = ()
     self_test: dict[str, Any] | None = None
     """Result of the model's self-test (train/self_test.py)."""

@@ -6,11 +6,11 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train as ray_train
@@ -35,7 +35,7 @@ from olora_ray.train.checkpoint import TrainState, perplexity
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import StepResult, evaluate
+from olora_ray.train.loop import StepResult, evaluate, evaluate_examples
 from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
@@ -311,6 +311,7 @@ class Worker:
         return TrainResult(
             state=self.state,
             stopped_early=not self.schedule.last(self.state.step),
+            trainable=self.trainer.flat.vector.numel(),
             answers=answers,
             self_test=tested.to_json() if tested else None,
         )
@@ -343,6 +344,8 @@ def _metrics(result: StepResult) -> dict[str, float]:
     }
 
 
+Losses = TypeVar("Losses", float, list[float])
+
 # Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far.
 
 
@@ -358,7 +361,11 @@ class Evaluator:
         """Durations in seconds, from which the driver estimates the remaining time."""
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        return self.note(state, self.loss(state.step))
+        if not self.spec.each_example:
+            return self.note(state, self.loss(state.step))
+        assert self.spec.eval is not None
+        state.examples = self._evaluated(evaluate_examples, state.step)
+        return self.note(state, sum(state.examples) / self.spec.eval.manifest.supervised)
 
     def note(self, state: TrainState, loss: float) -> dict[str, float]:
         if state.note_evaluation(loss):
@@ -386,11 +393,14 @@ class Evaluator:
 
     def loss(self, step: int) -> float:
         """Return the mean held-out loss per supervised token after `step` steps; raises UserError if not finite."""
+        return self._evaluated(evaluate, step)
+
+    def _evaluated(self, how: Callable[..., Losses], step: int) -> Losses:
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted), self._timed("evaluation"):
             reached("evaluate", step, self.context.rank)
             rank, world = self.context.rank, self.context.world
-            return evaluate(self.trainer, self.spec.eval, self.attention, rank, world, step)
+            return how(self.trainer, self.spec.eval, self.attention, rank, world, step)
 
     def answers(self, answering: str) -> list[list[int]]:
         """Return the answers to the held-out prompts as token ids. `answering` names the model in the log.

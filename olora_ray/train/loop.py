@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,14 +177,10 @@ def evaluate(
     the number of workers. `step` is the number of steps done, for messages. Raises UserError on all workers, with the
     step and the source rows, if the loss is not finite.
     """
-    width = trainer.config.train.micro_batch
-    groups = [range(len(store))[first : first + width] for first in range(0, len(store), width)]
+    groups = _groups(trainer, store)
     losses = torch.zeros(len(groups), dtype=torch.float64, device=trainer.device)
-    # With a sharded base all workers must run the model equally often, so a worker with fewer groups repeats group 0.
-    rounds = -(-len(groups) // workers) if hasattr(trainer.loss, "unshard") else len(groups[worker::workers])
-    for number in range(worker, worker + rounds * workers, workers):
-        group = groups[number] if number < len(groups) else groups[0]
-        loss = trainer.loss(collate([store[i] for i in group], attention).to(trainer.device))
+    for number, batch in _shares(trainer, store, attention, worker, workers):
+        loss = trainer.loss(batch)
         if number < len(groups):
             losses[number] = loss
     collectives.sum_in_place(losses)
@@ -192,9 +189,61 @@ def evaluate(
     if not math.isfinite(total):
         failed = [number for number, loss in enumerate(summed.tolist()) if not math.isfinite(loss)]
         origins = [origin for number in failed for index in groups[number] for origin in store.origins(index)]
-        # Before the first step another learning rate would change nothing.
-        raise UserError(f"step {step}: the held-out {_not_finite(origins)}{', or lower train.lr' if step else ''}")
+        raise UserError(_held_out_not_finite(origins, step))
     return total / store.manifest.supervised
+
+
+@torch.no_grad()
+def evaluate_examples(
+    trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1, step: int = 0
+) -> list[float]:
+    """Return the loss of each example, summed over its supervised tokens; otherwise as `evaluate`."""
+    sizes = supervised_of(store)
+    starts = np.cumsum([0, *(len(store[index].segments) for index in range(len(store)))])
+    groups = _groups(trainer, store)
+    losses = torch.zeros(len(sizes), dtype=torch.float64, device=trainer.device)
+    for number, batch in _shares(trainer, store, attention, worker, workers):
+        each = trainer.loss(batch, each=True).double()
+        if number < len(groups):
+            own = slice(int(starts[groups[number].start]), int(starts[groups[number].stop]))
+            losses[own] = torch.stack([part.sum() for part in each.split(sizes[own])])
+    collectives.sum_in_place(losses)
+    if not losses.isfinite().all():
+        origins = [origin for index in range(len(store)) for origin in store.origins(index)]
+        bad = [origin for origin, loss in zip(origins, losses.tolist(), strict=True) if not math.isfinite(loss)]
+        raise UserError(_held_out_not_finite(bad, step))
+    return losses.tolist()
+
+
+def supervised_of(store: TokenStore) -> list[int]:
+    """Return the number of supervised tokens of each example."""
+    return [
+        int(part.sum())
+        for index in range(len(store))
+        for part in np.split(store[index].supervised, np.cumsum(store[index].segments)[:-1])
+    ]
+
+
+def _groups(trainer: Trainer, store: TokenStore) -> list[range]:
+    width = trainer.config.train.micro_batch
+    return [range(len(store))[first : first + width] for first in range(0, len(store), width)]
+
+
+def _shares(
+    trainer: Trainer, store: TokenStore, attention: str, worker: int, workers: int
+) -> Generator[tuple[int, Batch]]:
+    """Yield the groups of this worker, each with its number."""
+    groups = _groups(trainer, store)
+    # With a sharded base all workers must run the model equally often, so a worker with fewer groups repeats group 0.
+    rounds = -(-len(groups) // workers) if hasattr(trainer.loss, "unshard") else len(groups[worker::workers])
+    for number in range(worker, worker + rounds * workers, workers):
+        group = groups[number] if number < len(groups) else groups[0]
+        yield number, collate([store[i] for i in group], attention).to(trainer.device)
+
+
+def _held_out_not_finite(origins: Sequence[str], step: int) -> str:
+    # Before the first step another learning rate would change nothing.
+    return f"step {step}: the held-out {_not_finite(origins)}{', or lower train.lr' if step else ''}"
 
 
 def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:

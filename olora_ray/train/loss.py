@@ -178,8 +178,10 @@ class SupervisedLoss(nn.Module):
         self._takes = _arguments(backbone(model))
         patch_rms_norm(model)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the summed loss, a float32 scalar."""
+    def forward(self, batch: Batch, each: bool = False) -> Tensor:
+        """Return the summed loss, a float32 scalar; with `each` see `each`."""
+        if each:  # the forward of a sharded model, whose other methods lack its parameters
+            return self.each(batch)
         hidden = self.hidden(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
         chunked: Any = _ChunkedLoss  # torch leaves `apply` untyped

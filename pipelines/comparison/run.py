@@ -22,7 +22,6 @@ from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
 from comparison.statistics import Tuned
-from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
@@ -35,11 +34,13 @@ from olora_ray.pipeline.prepare import plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
 from olora_ray.sweep import search_folder, shared_work
+from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
+from olora_ray.train.loop import supervised_of
 
 logger = logging.getLogger("olora_ray.comparison")
 
@@ -136,21 +137,28 @@ class Run:
             return []
         tuned = [(arm, result.tuned[arm.name].factor) for arm in self.comparison.arms if arm.name in result.tuned]
         trials = [self.comparison.trial(arm, factor, seed) for seed in self.comparison.seeds for arm, factor in tuned]
-        specs = {seed: self._tokens("test", {"run.seed": seed}) for seed in self.comparison.seeds}
-        self._check_groups(next(iter(specs.values())))
+        specs = {
+            seed: replace(self._tokens("test", {"run.seed": seed}), each_example=True) for seed in self.comparison.seeds
+        }
+        tested = next(iter(specs.values())).eval
+        self._check_groups(tested)
         logger.info(f"final trainings: {', '.join(result.tuned)} with {plural(len(specs), 'fresh seed')} each")
         ended = self._phase(FINAL, trials, specs, EVALUATIONS)
-        self._measure([each for each in ended if math.isfinite(each.loss)])
-        return [Final(each, _read(each)) for each in ended]
+        return [Final(each, self._losses(each, tested) if math.isfinite(each.loss) else None) for each in ended]
+
+    def _losses(self, trained: Ended, tested: TokenStore | None) -> RowLosses:
+        assert tested is not None
+        folder = RunFolder(trained.spec.config, trained.record.folder)
+        return row_losses.read(folder, row_losses.places_of(tested), supervised_of(tested))
 
     def init_seconds(self, arm: Arm) -> float:
         """Return the time of an arm's initialisation in one process."""
         place = shared_by_adapter(self.folder, override(self.config, arm.values))
         return float(storage.read_text(storage.join(place, INIT)))
 
-    def _check_groups(self, spec: TrainSpec) -> None:
+    def _check_groups(self, tested: TokenStore | None) -> None:
         # Rows that are too long have no tokens. If one group is left, the result would hold for this group alone.
-        places = row_losses.places_of(spec.eval)
+        places = row_losses.places_of(tested)
         if len(set(row_losses.group_numbers(places, self.rows.groups))) < 2:
             raise UserError(
                 f"compare.test_rows: only {len(set(places))} of the {self.rows.counts['test']} test rows fit in"
@@ -222,23 +230,6 @@ class Run:
                 f" rows{edge}"
             )
         return TuningResult(trials, base, tuned, len(set(row_losses.places_of(spec.eval))))
-
-    def _measure(self, trained: Sequence[Ended]) -> None:
-        # Losses that an earlier attempt has measured are kept in the trials' folders.
-        left = [(each.record.folder, each.spec) for each in trained if _read(each) is None]
-        if not left:
-            return
-        logger.info(f"measuring {plural(len(left), 'adapter')} on each of the test rows")
-        wanted = worker_resources(self.config)
-        number = max(1, min(len(left), search.room(wanted)))
-        task = ray.remote(row_losses.measure).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-        with user_errors():
-            ray.get([task.remote(left[first::number]) for first in range(number)])
-
-
-def _read(trained: Ended) -> RowLosses | None:
-    assert trained.spec.eval is not None
-    return RowLosses.read(trained.record.folder, trained.spec.eval.digest)
 
 
 def _pace(comparison: Comparison, spec: TrainSpec, size: MemoryEstimate) -> tuple[float, float] | str:

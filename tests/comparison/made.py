@@ -16,7 +16,7 @@ import pytest
 from comparison.arguments import Arm, Compare, Comparison
 from comparison.folder import shared_by_adapter
 from comparison.phase import PhaseSpec
-from comparison.row_losses import FILE, RowLosses
+from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
 from comparison.run import INIT, Run
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -93,7 +93,7 @@ def rows_of(config: Config, mean: float, rows: int = ROWS) -> RowLosses:
     own = 0.05 * np.random.default_rng([config.run.seed, len(config.adapter.method)]).standard_normal(rows)
     losses = (hard + own - np.average(hard + own, weights=tokens) + mean) * tokens
     places = tuple(f"test-0.jsonl:{line + 1}" for line in range(rows))
-    return RowLosses("test", places, tuple(map(int, tokens)), tuple(map(float, losses)), 4_884_480)
+    return RowLosses(places, tuple(map(int, tokens)), tuple(map(float, losses)), 4_884_480)
 
 
 @dataclass
@@ -196,10 +196,8 @@ class MadeRun(Run):
     def _estimate(self, spec: Any, trials: Any) -> None:
         pass
 
-    def _measure(self, trained: Any) -> None:
-        for each in trained:
-            rows = rows_of(each.spec.config, each.loss, self.cluster.left)
-            (Path(each.record.folder) / FILE).write_text(json.dumps(asdict(rows)))
+    def _losses(self, trained: Any, tested: Any) -> RowLosses:
+        return rows_of(trained.spec.config, trained.loss, self.cluster.left)
 
 
 def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:

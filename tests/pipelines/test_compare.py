@@ -144,7 +144,7 @@ def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path
     folder = corpus / "runs" / "small-compare"
     before, found = times(folder), json.loads((folder / "comparison.json").read_text())
     lost = next((folder / "final" / "trials").glob("olora-*-seed5"))
-    for name in ("trial.json", "training.json", "rows.json"):
+    for name in ("trial.json", "training.json"):
         (lost / name).unlink()
     (folder / "comparison.json").unlink()
     again = compare(*arguments)

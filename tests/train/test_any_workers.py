@@ -22,7 +22,7 @@ from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer, evaluate, evaluate_examples
 from tests import tiny
 from tests.crew import Crew
 
@@ -69,7 +69,7 @@ class Outcome:
     """Loss and norm of the gradient."""
     adapter: Tensor
     optimizer: dict[str, Tensor]
-    held_out: float
+    held_out: list[float]
     answers: list[list[int]]
 
     def differences(self, other: "Outcome") -> list[str]:
@@ -103,7 +103,9 @@ def trained(case: Case, strategy: str, start: Path | None, stop: int, end: Path 
         state.step = result.step
         if result.step == stop:
             break
-    held_out = evaluate(trainer, tiny.store(case.held_out, seed=9), attention, rank, workers)
+    rows: Any = tiny.store(case.held_out, seed=9)
+    held_out = [evaluate(trainer, rows, attention, rank, workers)]
+    held_out += evaluate_examples(trainer, rows, attention, rank, workers)
     answers = answer(trainer, QUESTIONS, 3, [1], rank, workers, batch=2)
     if end and rank == 0:
         trainer.snapshot(state, None, {}, "")(end)

@@ -17,7 +17,7 @@ from olora_ray.model import attention as varlen_attention
 from olora_ray.train import checkpoint, tree
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepLoader, total_steps
-from olora_ray.train.loop import StepResult, Trainer, evaluate
+from olora_ray.train.loop import StepResult, Trainer, evaluate, evaluate_examples
 from tests import tiny
 from tests.crew import Crew
 from tests.varlen_on_cpu import varlen_on_cpu
@@ -338,6 +338,7 @@ def test_evaluation_takes_every_row(count: int, micro: int) -> None:
     sums = [evaluate(trainer, tiny.ListStore([single]), "segments") * single.supervised.sum() for single in singles]
     expected = sum(sums) / store.manifest.supervised
     assert evaluate(trainer, store, "segments") == pytest.approx(expected, rel=1e-6)
+    assert evaluate_examples(trainer, store, "segments") == pytest.approx(sums, rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 5, 8])

@@ -22,7 +22,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.train import base_files, parallel
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer, evaluate, evaluate_examples
 from olora_ray.train.loss import LightRMSNorm, SupervisedLoss
 from olora_ray.train.parallel import load_base, own_rows, place_model
 from tests import tiny
@@ -62,6 +62,7 @@ class Outcome:
     gradients: list[Tensor]
     adapter: Tensor
     held_out: float
+    examples: list[float]
     base: dict[str, Tensor]
     """Weights and buffers, put together again."""
     light: int
@@ -100,6 +101,7 @@ def trained(folder: Path, strategy: str, dtype: str = "float32", changes: dict[s
     gradients = tiny.gradients(trainer)
     attention = tiny.attention_of(model)
     losses = [result.loss for result in tiny.steps(trainer, store, attention=attention)]
+    held_out: Any = tiny.store(5, seed=9)
     return Outcome(
         by_rows,
         report.digest,
@@ -107,7 +109,8 @@ def trained(folder: Path, strategy: str, dtype: str = "float32", changes: dict[s
         losses,
         gradients,
         trainer.flat.vector.clone(),
-        evaluate(trainer, tiny.store(5, seed=9), attention, rank, world),
+        evaluate(trainer, held_out, attention, rank, world),
+        evaluate_examples(trainer, held_out, attention, rank, world),
         _base(loss),
         sum(isinstance(module, LightRMSNorm) for module in model.modules()),
         lines,
@@ -146,7 +149,7 @@ def assert_same(one: Outcome, two: Outcome) -> None:
     for name in one.base:
         assert one.base[name].dtype == two.base[name].dtype, name
         assert torch.equal(one.base[name], two.base[name]), name
-    assert (one.losses, one.held_out) == (two.losses, two.held_out)
+    assert (one.losses, one.held_out, one.examples) == (two.losses, two.held_out, two.examples)
     assert all(torch.equal(a, b) for a, b in zip(one.gradients, two.gradients, strict=True))
     assert torch.equal(one.adapter, two.adapter)
 
