@@ -1,9 +1,11 @@
 """Facts that each node of the cluster reports about itself: versions, memory, and access to the storage."""
 
+import logging
 import platform
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,6 +14,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.common import node_cache, storage
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("ray", "torch", "transformers")
 FOR_SOME = ("bitsandbytes",)
@@ -64,8 +68,9 @@ def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo
             .remote(folder, node["NodeID"])
             for node in nodes
         ]
-        ray.wait(answers, num_returns=len(answers), timeout=WAIT)
-        return [_result(answer, folder, node["NodeID"]) for answer, node in zip(answers, nodes, strict=True)]
+        limit = WAIT + _installation()
+        ray.wait(answers, num_returns=len(answers), timeout=limit)
+        return [_result(answer, folder, node["NodeID"], limit) for answer, node in zip(answers, nodes, strict=True)]
     finally:
         storage.remove(folder)
 
@@ -86,11 +91,22 @@ def _answer(folder: str, node: str) -> NodeInfo:
     return replace(info, storage_problem=problem)
 
 
-def _result(answer: Any, folder: str, node: str) -> NodeInfo | str:
+@cache  # the nodes are asked several times, and the line is of use once
+def _installation() -> float:
+    """Return the seconds that a node may take to install the packages that the job brings; 0 if it brings none."""
+    brought = ray.get_runtime_context().runtime_env
+    if not brought.keys() & {"pip", "uv", "conda", "image_uri"}:
+        return 0.0
+    logger.info("waiting for the nodes, which install the packages that the job brings")
+    seconds = float(brought.get("config", {}).get("setup_timeout_seconds", 600))
+    return seconds if seconds > 0 else 86_400.0  # -1: without a limit
+
+
+def _result(answer: Any, folder: str, node: str, limit: float) -> NodeInfo | str:
     try:
         info: NodeInfo = ray.get(answer, timeout=0)
     except TimeoutError:
-        return f"did not answer within {WAIT:g} s"
+        return f"did not answer within {limit:g} s"
     except RayTaskError as error:
         return f"cannot run this project: {_reason(error.cause or error)}; install it there"
     except RayError as error:
