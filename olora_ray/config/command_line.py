@@ -12,7 +12,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -356,6 +356,24 @@ class _Masking(logging.Formatter):
         return mask(super().format(record))
 
 
+OLDEST = {"ray": (2, 58), "torch": (2, 7), "transformers": (5, 5), "mlflow": (3, 12)}
+"""The oldest versions that pyproject.toml allows: pip has not read it where a job brings this project to a cluster."""
+
+
+def _check_versions() -> None:
+    for package, oldest in OLDEST.items():
+        needed = f"{package} {'.'.join(map(str, oldest))} or newer is needed"
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise UserError(
+                f"{package} is not installed here: {needed}; a job can bring it: ray job submit --working-dir . "
+                "--runtime-env deploy/runtime_env.yaml"
+            ) from None
+        if tuple(map(int, found.split(".")[:2])) < oldest:
+            raise UserError(f"{package} {found} is too old: {needed}, on all nodes")
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Run an entry script, print its error as one line (or a list of Problems) on stderr, and exit.
 
@@ -371,6 +389,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     handler.setFormatter(_Masking("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
+        _check_versions()
         with logs.printed():
             main(sys.argv[1:])
     except (UserError, StoreError) as error:

@@ -4,14 +4,17 @@ import errno
 import importlib
 import os
 import pickle
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from olora_ray.common.errors import Problems, UserError
+from olora_ray.config import command_line
 from olora_ray.config.command_line import FIRST, help_text, parse, read_arguments, read_search_arguments, resolved
 from olora_ray.config.load import flatten, load
 
@@ -302,6 +305,29 @@ lora_target_linear wandb_project wandb_entity micro_batch_size num_epochs lr_sch
 flash_attention evals_per_epoch stage do_train finetuning_type lora_target dataset template cutoff_len max_samples
 preprocessing_num_workers logging_steps plot_loss report_to gradient_accumulation_steps val_size model_name_or_path
 torch_dtype attn_implementation dataset_mixture max_seq_length eval_strategy save_total_limit seed warmup_ratio"""
+
+
+@pytest.mark.lengthy
+def test_a_cluster_with_an_old_ray_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Ray jobs bring the project to nodes whose packages nobody has compared with pyproject.toml."""
+    (tmp_path / "ray-2.57.1.dist-info").mkdir()
+    (tmp_path / "ray-2.57.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 2.57.1\n")
+    done = subprocess.run(
+        [sys.executable, "pipelines/finetune.py", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: ray 2.57.1 is too old: ray 2.58 or newer is needed, on all nodes\n"
+
+
+def test_the_oldest_versions_are_those_of_the_project() -> None:
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for package, oldest in command_line.OLDEST.items():
+        assert any(re.match(rf"{package}(\[.*\])?>={'.'.join(map(str, oldest))}(,|$)", line) for line in named)
 
 
 def test_each_problem_of_a_file_of_another_tool_has_a_line(tmp_path: Path) -> None:
