@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow serve-test quick check style types setup docs models lock bench clean
+.PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow serve-test quick check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -72,6 +72,9 @@ setup: $(VENV)/.dev
 
 docs: $(VENV)/.dev ## docs/generated/configuration.md and docs/generated, from the schemas of config and space files
 	$(BIN)/python tools/write_configuration.py
+
+versions: $(VENV)/.dev ## docs/generated/versions.md: other versions of Ray, MLflow, transformers and Python, in two hours
+	$(BIN)/python tools/try_versions.py
 
 models: $(VENV)/.dev ## docs/generated/models.md: what becomes of a tiny model of each family, in half an hour
 	$(BIN)/python tools/write_models.py

@@ -22,10 +22,22 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        # A Python with another version of MLflow (tools/try_versions.py).
+        other = os.environ.get("OLORA_TEST_MLFLOW")
+        self.command = [
+            other or sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         self.command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
         self.command += ["--artifacts-destination", str(folder / "artifacts")]
-        mlflow_database.place(folder)
+        if not other:
+            mlflow_database.place(folder)
         self.environment = dict(os.environ)
         if auth:
             self.command += ["--app-name", "basic-auth"]
