@@ -1,12 +1,11 @@
 """What docs/evidence.md says: trainings with several seeds, OLoRA at its paper's rate, the first step, the curvature.
 
-    python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning
-    python benchmarks/learning_rate.py --methods lora,olora_even,olora --ranks 16 --alphas 1      tunes the rates
     python benchmarks/evidence.py seeds [reasoning] [json] [--seeds 18-33] [--methods lora,olora_even]
     python benchmarks/evidence.py paper --alpaca FILE [--seeds 18-21]
     python benchmarks/evidence.py first_step [reasoning] [json]
     python benchmarks/evidence.py report         tables, and the figures docs/evidence-*.png
 
+Before it, learning_rate.py tunes the rates: `reasoning json --methods lora,olora_even,olora --ranks 16 --alphas 1`.
 Each training is appended to a file when it ends; run several commands side by side; the same command resumes. FILE is
 data/alpaca_en_demo.json of github.com/hiyouga/LLaMA-Factory (999 rows; those of at most 256 tokens are used). Trainings
 are those of learning_rate.py: 20 steps of 8 rows, each row once, so that the loss of a step is that of unseen rows.
@@ -167,36 +166,33 @@ def curvature(trainer: Trainer, loss: Any, batch: Any) -> float:
 def report(results: Path) -> None:
     print(machine())
     for task in TASKS:
-        lines = {m: read(results, Cell(task, m, 16, 16)) for m in ("lora", "olora_even", "olora")}
-        rows = []
-        for method, trained in lines.items():
-            if trained:
-                rows.append((task, method, *_against(trained, lines["lora"])))
-        print(table(("task", "method", "lr", "seeds", "loss", "minus lora's", "95% interval", *_AT), rows))
-        figures(task, lines)
-    rows = []
+        found = {method: read(results, Cell(task, method, 16, 16)) for method in ("lora", "olora_even", "olora")}
+        print(shown(task, found))
+        figure(task, found)
     for rank in (32, 64):
-        lora, olora = (read(results, Cell("alpaca", method, rank, 16)) for method in ("lora", "olora"))
-        for method, trained in (("lora", lora), ("olora", olora)):
-            if trained:
-                rows.append((f"alpaca, rank {rank}", method, *_against(trained, lora)))
-    print(table(("task", "method", "lr", "seeds", "loss", "minus lora's", "95% interval", *_AT), rows))
+        found = {method: read(results, Cell("alpaca", method, rank, 16)) for method in ("lora", "olora")}
+        print(shown(f"alpaca, rank {rank}", found))
 
 
-_AT = tuple(f"step {step}" for step in (5, 10, 20))
+def shown(name: str, found: dict[str, list[Line]]) -> str:
+    header = ("", "lr", "seeds", "loss", "minus lora's", "95% interval", "spread of seeds", *_AT)
+    return table((name, *header[1:]), [_against(method, each, found["lora"]) for method, each in found.items() if each])
 
 
-def _against(trained: Sequence[Line], lora: Sequence[Line]) -> tuple[str, ...]:
-    """Mean loss, difference from LoRA with the same seeds, and loss on unseen rows around some steps."""
-    common = [(each, other) for each in trained for other in lora if each["seed"] == other["seed"]]
-    curve = np.mean([each["steps"] for each in trained], axis=0)
-    shown = (f"{trained[0]['lr']:.2e}", str(len(trained)), f"{np.mean([_mean(each) for each in trained]):.4f}")
-    at = tuple(f"{curve[step - 3 : step].mean():.4f}" for step in (5, 10, 20))
-    if trained is lora or len(common) < 2:
-        return (*shown, "", "", *at)
-    found = difference(common)
-    interval = found.interval()
-    return (*shown, f"{found.mean:+.4f}", f"{interval.low:+.4f} .. {interval.high:+.4f}", *at)
+_AT = tuple(f"steps {step - 2}-{step}" for step in (5, 10, 20))
+"""Mean loss of these steps, which is that of unseen rows; for other methods minus LoRA's with the same seeds."""
+
+
+def _against(method: str, trained: Sequence[Line], lora: Sequence[Line]) -> tuple[str, ...]:
+    pairs = [(each, other) for each in trained for other in lora if each["seed"] == other["seed"]]
+    own, its = (np.mean([pair[side]["steps"] for pair in pairs], axis=0) for side in (0, 1))
+    first = method, f"{trained[0]['lr']:.2e}", str(len(pairs)), f"{np.mean([_mean(each) for each, _ in pairs]):.4f}"
+    if trained is lora:
+        return (*first, "", "", "", *(f"{own[step - 3 : step].mean():.4f}" for step in (5, 10, 20)))
+    interval = (mean := difference(pairs)).interval()
+    spread = float(np.std([_mean(each) - _mean(other) for each, other in pairs], ddof=1))
+    at = (f"{(own - its)[step - 3 : step].mean():+.4f}" for step in (5, 10, 20))
+    return (*first, f"{mean.mean:+.4f}", f"{interval.low:+.4f} .. {interval.high:+.4f}", f"{spread:.3f}", *at)
 
 
 def difference(pairs: Sequence[tuple[Line, Line]]) -> Difference:
@@ -205,18 +201,23 @@ def difference(pairs: Sequence[tuple[Line, Line]]) -> Difference:
     return crossed(per_token(losses, tokens))
 
 
-def figures(task: str, lines: dict[str, list[Line]]) -> None:
+def figure(task: str, found: dict[str, list[Line]]) -> None:
     import matplotlib.pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     cells = learning_rate.read(ROOT / "docs" / "generated" / "learning_rate.jsonl")
-    for method, trained in lines.items():
+    common = set.intersection(*({each["seed"] for each in trained} for trained in found.values()))
+    for method, trained in found.items():
         points = sorted((e["auto"] * 2.0 ** e["power"], e["loss"]) for e in cells.get(Cell(task, method, 16, 16), []))
         left.plot(*zip(*points, strict=True), "o-", label=method)
-        if trained:
-            right.plot(range(1, STEPS + 1), np.mean([e["steps"] for e in trained], axis=0), label=method)
-    left.set(xscale="log", xlabel="learning rate", ylabel="loss on 32 held-out rows", title=f"{task}: one seed")
-    right.set(yscale="log", xlabel="step", ylabel="loss of the step", title=f"{task}: tuned rates, mean over seeds")
+        right.plot(range(1, STEPS + 1), np.mean([e["steps"] for e in trained if e["seed"] in common], axis=0))
+    left.set(xscale="log", xlabel="learning rate", ylabel="loss of 32 held-out rows", title=f"{task}: seed 17")
+    right.set(
+        yscale="log",
+        xlabel="step",
+        ylabel="loss of the step",
+        title=f"{task}: tuned rates, mean over {len(common)} seeds",
+    )
     left.legend(frameon=False)
     fig.savefig(ROOT / "docs" / f"evidence-{task}.png", dpi=110)
 
