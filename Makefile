@@ -10,7 +10,7 @@ quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from 
 sweep-demo: $(VENV)/.quickstart ## search rank, alpha and learning rate, and register the best model
 	$(BIN)/python pipelines/sweep.py pipelines/configs/quickstart.yaml tune_spaces/demo.yaml --register
 
-compare-demo: $(VENV)/.quickstart ## OLoRA against LoRA on the quickstart's model and corpus, each tuned, in about 20 minutes
+compare-demo: $(VENV)/.quickstart ## OLoRA against LoRA on the quickstart's model and corpus, each tuned, in about 15 minutes
 	$(BIN)/python pipelines/compare.py pipelines/configs/compare-demo.yaml --methods lora,olora --seeds 4
 
 lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, poisoned data, rollback; real parts only
