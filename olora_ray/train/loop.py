@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -198,8 +199,8 @@ def evaluate_examples(
     trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1, step: int = 0
 ) -> list[float]:
     """Return the loss of each example, summed over its supervised tokens; otherwise as `evaluate`."""
-    sizes = supervised_of(store)
-    starts = np.cumsum([0, *(len(store[index].segments) for index in range(len(store)))])
+    by_sequence = supervised_of(store)
+    sizes, starts = list(chain(*by_sequence)), np.cumsum([0, *map(len, by_sequence)])
     groups = _groups(trainer, store)
     losses = torch.zeros(len(sizes), dtype=torch.float64, device=trainer.device)
     for number, batch in _shares(trainer, store, attention, worker, workers):
@@ -215,13 +216,10 @@ def evaluate_examples(
     return losses.tolist()
 
 
-def supervised_of(store: TokenStore) -> list[int]:
-    """Return the number of supervised tokens of each example."""
-    return [
-        int(part.sum())
-        for index in range(len(store))
-        for part in np.split(store[index].supervised, np.cumsum(store[index].segments)[:-1])
-    ]
+def supervised_of(store: TokenStore) -> list[list[int]]:
+    """Return the numbers of supervised tokens of each sequence's examples."""
+    packs = (store[index] for index in range(len(store)))
+    return [[int(part.sum()) for part in np.split(each.supervised, np.cumsum(each.segments)[:-1])] for each in packs]
 
 
 def _groups(trainer: Trainer, store: TokenStore) -> list[range]:

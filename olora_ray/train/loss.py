@@ -179,7 +179,7 @@ class SupervisedLoss(nn.Module):
         patch_rms_norm(model)
 
     def forward(self, batch: Batch, each: bool = False) -> Tensor:
-        """Return the summed loss, a float32 scalar; with `each` see `each`."""
+        """Return the summed loss, a float32 scalar; with `each`, what the method `each` returns."""
         if each:  # the forward of a sharded model, whose other methods lack its parameters
             return self.each(batch)
         hidden = self.hidden(batch)

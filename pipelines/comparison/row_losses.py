@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,19 +41,28 @@ class RowLosses:
         return len(set(self.places)), len(set(group_numbers(self.places, groups)))
 
 
-def read(folder: RunFolder, places: Sequence[str], tokens: Sequence[int]) -> RowLosses:
-    """Return the losses of a finished training; raises UserError if they are lost."""
+class Result(NamedTuple):
+    losses: tuple[float, ...]
+    """Loss of each example, summed over its tokens."""
+    trainable: int
+    precision: str | None
+    """Precision of the base by torch's name."""
+
+
+def result_of(folder: RunFolder, count: int) -> Result:
+    """Return the result of a finished training on `count` examples; raises UserError if it is lost."""
     try:
         result = TrainResult.from_json(folder.trained() or "")
     except ValueError:
         result = TrainResult()
     losses = result.state.examples if result.state else None
-    if losses is None or result.trainable is None or len(losses) != len(places):
+    if losses is None or result.trainable is None or len(losses) != count:
         raise UserError(
             f"{folder.training}: the losses of the test rows are lost; delete {folder.root} and run the same command"
             " again"
         )
-    return RowLosses(tuple(places), tuple(tokens), tuple(losses), result.trainable)
+    assert result.state is not None
+    return Result(tuple(losses), result.trainable, result.state.precision)
 
 
 def places_of(store: TokenStore | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import ray
@@ -144,12 +145,25 @@ class Run:
         self._check_groups(tested)
         logger.info(f"final trainings: {', '.join(result.tuned)} with {plural(len(specs), 'fresh seed')} each")
         ended = self._phase(FINAL, trials, specs, EVALUATIONS)
-        return [Final(each, self._losses(each, tested) if math.isfinite(each.loss) else None) for each in ended]
+        return self._measured(ended, tested)
 
-    def _losses(self, trained: Ended, tested: TokenStore | None) -> RowLosses:
+    def _measured(self, ended: Sequence[Ended], tested: TokenStore | None) -> list[Final]:
         assert tested is not None
-        folder = RunFolder(trained.spec.config, trained.record.folder)
-        return row_losses.read(folder, row_losses.places_of(tested), supervised_of(tested))
+        places, tokens = row_losses.places_of(tested), list(chain(*supervised_of(tested)))
+        results = {
+            each.trial.name(): row_losses.result_of(RunFolder(each.spec.config, each.record.folder), len(places))
+            for each in ended
+            if math.isfinite(each.loss)
+        }
+        if len(precisions := {str(result.precision) for result in results.values()}) > 1:
+            logger.warning(
+                f"the trainings computed in {' and '.join(sorted(precisions))}, because model.dtype is auto:"
+                " differences between arms may be differences between nodes; set model.dtype, or use equal nodes"
+            )
+        losses = {
+            name: RowLosses(places, tuple(tokens), result.losses, result.trainable) for name, result in results.items()
+        }
+        return [Final(each, losses.get(each.trial.name())) for each in ended]
 
     def init_seconds(self, arm: Arm) -> float:
         """Return the time of an arm's initialisation in one process."""

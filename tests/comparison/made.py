@@ -18,7 +18,7 @@ from comparison.folder import shared_by_adapter
 from comparison.phase import PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
-from comparison.run import INIT, Run
+from comparison.run import INIT, Final, Run
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -196,8 +196,11 @@ class MadeRun(Run):
     def _estimate(self, spec: Any, trials: Any) -> None:
         pass
 
-    def _losses(self, trained: Any, tested: Any) -> RowLosses:
-        return rows_of(trained.spec.config, trained.loss, self.cluster.left)
+    def _measured(self, ended: Any, tested: Any) -> list[Final]:
+        return [
+            Final(each, rows_of(each.spec.config, each.loss, self.cluster.left) if math.isfinite(each.loss) else None)
+            for each in ended
+        ]
 
 
 def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:

@@ -1,5 +1,6 @@
 """The losses on each test row are those of the adapter after the last step, even if an earlier one was better."""
 
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,7 @@ def test_they_add_up_to_the_last_evaluation(
     )
     folder, places = RunFolder(settings), row_losses.places_of(held_out)
     with pytest.raises(UserError, match=r"the losses of the test rows are lost; delete .* and run the same command"):
-        row_losses.read(folder, places, supervised_of(held_out))
+        row_losses.result_of(folder, len(places))
     shared = SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
     result = train_at(SharedBaseContext(shared), spec, folder.checkpoints, channel)
     folder.write_training(result.to_json())
@@ -51,7 +52,9 @@ def test_they_add_up_to_the_last_evaluation(
     curve = [row["eval/loss"] for row in result.state.history if "eval/loss" in row]
     if lr > 0.1:
         assert curve[-1] > min(curve) + 0.01  # the best adapter is another
-    found = row_losses.read(folder, places, supervised_of(held_out))
+    losses, trainable, precision = row_losses.result_of(folder, len(places))
+    found = RowLosses(places, tuple(chain(*supervised_of(held_out))), losses, trainable)
+    assert precision == result.state.precision is not None
     assert found.mean() == pytest.approx(curve[-1], rel=1e-12)
     assert found.trainable == tiny.trainer(settings).flat.vector.numel()
     assert len(found.losses) == len(found.places) == 15  # 5 sequences of 3 examples
