@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -370,7 +371,7 @@ def _check_versions() -> None:
                 f"{package} is not installed here: {needed}; a job can bring it: ray job submit --working-dir . "
                 "--runtime-env deploy/runtime_env.yaml"
             ) from None
-        if tuple(map(int, found.split(".")[:2])) < oldest:
+        if tuple(map(int, re.findall(r"\d+", found)[:2])) < oldest:
             raise UserError(f"{package} {found} is too old: {needed}, on all nodes")
 
 
