@@ -73,7 +73,7 @@ setup: $(VENV)/.dev
 docs: $(VENV)/.dev ## docs/generated/configuration.md and docs/generated, from the schemas of config and space files
 	$(BIN)/python tools/write_configuration.py
 
-versions: $(VENV)/.dev ## docs/generated/versions.md: other versions of Ray, MLflow, transformers and Python, in two hours
+versions: $(VENV)/.dev ## docs/generated/versions.md: other versions of Ray, MLflow, transformers and Python; planned for two hours
 	$(BIN)/python tools/try_versions.py
 
 models: $(VENV)/.dev ## docs/generated/models.md: what becomes of a tiny model of each family, in half an hour

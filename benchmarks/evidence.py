@@ -22,7 +22,7 @@ import learning_rate
 import numpy as np
 import torch
 from common import MODEL, machine, model_folder, table
-from learning_rate import CPU, HELD_OUT, ROOT, STEPS, TASKS, Cell
+from learning_rate import BATCH, CPU, HELD_OUT, ROOT, STEPS, TASKS, Cell
 from transformers import AutoTokenizer
 
 from olora_ray.tokens.collate import collate
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("what", choices=("seeds", "paper", "first_step", "report"))
     parser.add_argument("tasks", nargs="*", default=[*TASKS])
     parser.add_argument("--methods", default="lora,olora_even")
-    parser.add_argument("--seeds", default="18-33")
+    parser.add_argument("--seeds")
     parser.add_argument("--alpaca", type=Path)
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "generated" / "evidence.jsonl")
     parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
@@ -73,7 +73,7 @@ def seeds(args: argparse.Namespace, loss: Any, tokenizer: Any) -> None:
     tuned = learning_rate.read(ROOT / "docs" / "generated" / "learning_rate.jsonl")
     for task in args.tasks:
         rows, tested = (learning_rate.store(tokenizer, learning_rate.chats(task, s)) for s in ("train", "heldout"))
-        for seed in _range(args.seeds):
+        for seed in _range(args.seeds or "18-33"):
             for cell in (Cell(task, method, 16, 16) for method in args.methods.split(",")):
                 run(cell, seed, rate(tuned[cell]), loss, rows, tested[HELD_OUT : HELD_OUT + TESTED], args.results)
 
@@ -91,7 +91,7 @@ def paper(args: argparse.Namespace, loss: Any, tokenizer: Any) -> None:
     short = [pack for pack in learning_rate.store(tokenizer, chats) if len(pack.input_ids) <= LONGEST]
     rows = learning_rate.HeldOut(short[TESTED:])
     print(f"{len(rows)} rows to train on, {TESTED} to test")
-    for seed in _range("18-21" if args.seeds == "18-33" else args.seeds):
+    for seed in _range(args.seeds or "18-21"):
         for cell in PAPER:
             run(cell, seed, PAPER_LR, loss, rows, short[:TESTED], args.results)
 
@@ -121,7 +121,7 @@ def first_step(args: argparse.Namespace, loss: Any, tokenizer: Any) -> None:
     """Spread of the first step's move over layers, and the largest eigenvalue of the Hessian of the factors."""
     found = []
     for task in args.tasks:
-        rows = learning_rate.store(tokenizer, learning_rate.chats(task, "train")[: STEPS * 8])
+        rows = learning_rate.store(tokenizer, learning_rate.chats(task, "train")[: STEPS * BATCH])
         batch = collate(rows[:4], loss.model.config._attn_implementation)
         other = collate(rows[8:9], loss.model.config._attn_implementation)
         plain: dict[str, float] = {}

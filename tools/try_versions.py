@@ -1,8 +1,7 @@
-"""Tries the versions that pyproject.toml allows, and writes docs/generated/versions.md (make versions; two hours).
+"""Tries the versions that pyproject.toml allows, and writes docs/generated/versions.md (make versions).
 
     .venv/bin/python tools/try_versions.py                  every cell
     .venv/bin/python tools/try_versions.py ray-2.58 ...     these cells
-    .venv/bin/python tools/try_versions.py --page           only the page, from the results so far
 
 A cell is an environment of its own, build/versions/CELL. A run is made in it, killed and resumed, a search is made, and
 the registered version is loaded back (PROOF). In a cell server-VERSION the environment has MLflow alone, and this
@@ -49,7 +48,7 @@ finds and registers its best trial. In a row `server` the newest environment use
 
 
 def main(words: list[str]) -> None:
-    cells = [word for word in words if word != "--page"] or ([] if words else [*CELLS])
+    cells = words or [*CELLS]
     if unknown := set(cells) - CELLS.keys():
         sys.exit(f"no cell {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
     for cell in cells:
