@@ -47,11 +47,11 @@ SECTIONS = {
     "scale": "A billion rows",
     "soak": "Soak",
     "learning_rate": "Learning rate",
-    "evidence": "Evidence",
+    "paired_seeds": "Evidence",
 }
 NEEDS_GPU = ("gpu",)
 """Skipped without a GPU, unless they are named."""
-NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate", "evidence")
+NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate", "paired_seeds")
 """Skipped unless they are named, because each takes twenty minutes or more."""
 TOGETHER = {
     "throughput": ("--rows", "32", "--rounds", "2"),

@@ -65,7 +65,7 @@ def tried(cell: str) -> dict[str, str]:
         base = cell.removeprefix("python-") if cell.startswith("python-") else "3.11"
         subprocess.run([f"python{base}", "-m", "venv", str(python.parents[1])], check=True)
         what = CELLS[cell] if server else ("-e", ".[gguf,dev]", *CELLS[cell])
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *what], cwd=ROOT, check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-compile", *what], cwd=ROOT, check=True)
     print(f"{cell}: testing", flush=True)
     tests, runner = (BESIDE_A_SERVER, sys.executable) if server else (PROOF, str(python))
     variables = {**os.environ, **({"OLORA_TEST_MLFLOW": str(python)} if server else {})}

@@ -1,9 +1,9 @@
 """What docs/evidence.md says: trainings with several seeds, OLoRA at its paper's rate, the first step, the curvature.
 
-    python benchmarks/evidence.py seeds [reasoning] [json] [--seeds 18-33] [--methods lora,olora_even]
-    python benchmarks/evidence.py paper --alpaca FILE [--seeds 18-21]
-    python benchmarks/evidence.py first_step [reasoning] [json]
-    python benchmarks/evidence.py report         tables, and the figures docs/evidence-*.png
+    python benchmarks/paired_seeds.py seeds [reasoning] [json] [--seeds 18-33] [--methods lora,olora_even]
+    python benchmarks/paired_seeds.py paper --alpaca FILE [--seeds 18-21]
+    python benchmarks/paired_seeds.py first_step [reasoning] [json]
+    python benchmarks/paired_seeds.py report         tables, and the figures docs/evidence-*.png
 
 Before it, learning_rate.py tunes the rates: `reasoning json --methods lora,olora_even,olora --ranks 16 --alphas 1`.
 Each training is appended to a file when it ends; run several commands side by side; the same command resumes. FILE is
