@@ -59,8 +59,8 @@ class Begun:
     """An example whose texts are known, but not tokenised yet."""
 
     example: Example
-    # Texts to tokenise with offsets: answers of a chat, each with the text that follows it.
-    answers: Sequence[str]
+    # Answers of a chat, each with the text that follows it, and the length of the answer itself.
+    answers: Sequence[tuple[str, int]]
     # Texts to tokenise without offsets.
     texts: Sequence[str]
     # Returns the tokens, in several pieces for a long text; raises Rejected if the example cannot be used.
@@ -69,7 +69,11 @@ class Begun:
     @property
     def size(self) -> int:
         tokens = len(self.example.ids) if isinstance(self.example, Ids) else 0
-        return sum(map(len, self.answers)) + sum(map(len, self.texts)) + tokens
+        return sum(len(text) for text, _ in self.answers) + sum(map(len, self.texts)) + tokens
+
+    @property
+    def longest(self) -> int:
+        return max(len(text) for text in (*(text for text, _ in self.answers), *self.texts))
 
 
 class ExampleTokenizer:
@@ -102,7 +106,11 @@ class ExampleTokenizer:
         match example:
             case Chat():
                 parts = [(_cuts(text, spans), spans) for text, spans in self._parts(example)]
-                answers = [cut for (_, *cuts), _ in parts for cut in cuts]
+                answers = [
+                    (cut, stop - start)
+                    for (_, *cuts), spans in parts
+                    for cut, (start, stop) in zip(cuts, spans, strict=True)
+                ]
                 before = [cuts[0] for cuts, _ in parts]
                 return Begun(example, answers, before, lambda: self._chat(parts))
             case Completion():
@@ -245,17 +253,16 @@ class ExampleTokenizer:
         `spans` are the positions of the answers in the whole text.
         """
         before, *parts = cuts
-        ids, written_at = self._encoder.ids(before), []
+        ids, written_at = [*self._encoder.ids(before)], []
         for (start, stop), part in zip(spans, parts, strict=True):
-            piece = self._encoder.encode(part, continues=start > 0)
             # The model writes each token that begins in the answer, wherever the token ends.
-            count = piece.starting_before(stop - start)
-            written = piece.ids[:count]
+            own, count = self._encoder.cut(part, stop - start, continues=start > 0)
+            written = own[:count]
             if written and written[-1] in self._special:
                 written.pop()  # the end of the turn
             self._require_own(written, bool(ids))
             written_at.append(slice(len(ids), len(ids) + count))
-            ids += piece.ids
+            ids += own
         shortened, most = False, self._max_length
         if self.too_long == "drop_turns" and (fitting := [part for part in written_at if part.stop <= most]):
             shortened = len(fitting) < len(written_at)

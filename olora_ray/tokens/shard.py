@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
+from olora_ray.data.encoder import Unlike
 from olora_ray.data.formats import Ids, Rejected, Text, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
@@ -134,6 +135,13 @@ class Shard:
 
 def build(rules: Rules, part: Part) -> Shard:
     """Build a shard in memory; raise UserError for a broken file, tokenizer or template."""
+    try:
+        return _built(rules, part)
+    except Unlike:
+        return _built(rules, part)
+
+
+def _built(rules: Rules, part: Part) -> Shard:
     shard = Shard()
     tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only, rules.too_long)
     for piece in part.pieces:
@@ -197,7 +205,7 @@ def _begun(
             if isinstance(row, Mapping):
                 manifest.count_unread(shard.notes, "column", row.keys() - wanted)
             begun = tokenize.begin(to_example(source.format, row, source.fields, chat))
-            if not isinstance(begun.example, Text | Ids) and max(map(len, (*begun.answers, *begun.texts))) > most:
+            if not isinstance(begun.example, Text | Ids) and begun.longest > most:
                 raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {rules.max_length}")
             size += begun.size
             group.append((position, begun))

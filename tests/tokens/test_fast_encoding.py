@@ -1,0 +1,78 @@
+"""A large store is encoded by fastokens, and is the same store without it."""
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fastokens
+import pytest
+
+from olora_ray.tokens import shard
+from olora_ray.tokens.prepare import plan_here
+from tests.data import small_tokenizers
+from tests.tokens import helpers
+
+LINE = "hello, there the answer is 42 Sentiment: positive\n\n two  blanks café e\u0301 😀🎉 <|im_end|> </s>"
+WORDS = LINE.split(" ")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    rand = random.Random(5)
+    texts = [" ".join(rand.choices(WORDS, k=40)) for _ in range(1500)]
+    rows = [helpers.chat(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+    return helpers.write_jsonl(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.fixture
+def made(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
+    def run(kind: str, library: Any) -> bytes:
+        """The bytes of the only shard, made with `library` in the place of fastokens."""
+        monkeypatch.setitem(sys.modules, "fastokens", library)
+        # Under a name of its own, because a process loads a tokenizer once.
+        spec = small_tokenizers.spec(kind, name=f"{kind} {id(library)} {tmp_path}")
+        plan = plan_here(helpers.config(tmp_path / "runs", corpus, max_length=2000), spec, "train")
+        return shard.file_bytes(shard.build(plan.rules(), plan.part(0)).table())
+
+    return run
+
+
+class Counting:
+    """fastokens, which counts texts and may give another id at the end of those that contain `wrong_in`."""
+
+    def __init__(self, wrong_in: str | None = None) -> None:
+        self.texts, self.wrong, self.wrong_in = 0, 0, wrong_in
+        self.Tokenizer = SimpleNamespace(from_json_str=self.load)
+
+    def load(self, content: str) -> Any:
+        self.inner = fastokens.Tokenizer.from_json_str(content)
+        return SimpleNamespace(
+            no_truncation=self.inner.no_truncation, no_padding=self.inner.no_padding, encode_batch=self.encode_batch
+        )
+
+    def encode_batch(self, texts: list[str]) -> list[Any]:
+        self.texts += len(texts)
+        found = [list(each.ids) for each in self.inner.encode_batch(texts)]
+        for text, ids in zip(texts, found, strict=True):
+            if self.wrong_in is not None and self.wrong_in in text:
+                ids[-1] = 0
+                self.wrong += 1
+        return [SimpleNamespace(ids=ids) for ids in found]
+
+
+@pytest.mark.parametrize("kind", sorted(small_tokenizers.KINDS))
+def test_the_store_is_the_same(kind: str, made: Callable[..., bytes]) -> None:
+    library = Counting()
+    assert made(kind, library) == made(kind, None)
+    byte_level = kind.startswith("byte-level")
+    assert (library.texts > 1500) == byte_level  # the others put a blank before a text, or are no BPE
+
+
+@pytest.mark.parametrize("wrong_in", ["don't".upper(), "answer"])
+def test_other_ids_do_not_come_into_the_store(wrong_in: str, made: Callable[..., bytes]) -> None:
+    library = Counting(wrong_in)
+    assert made("byte-level", library) == made("byte-level", None)
+    assert (library.wrong > 1) == (wrong_in == "answer")  # otherwise its check on loading finds the first
