@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("olora_ray.comparison")
 
+BEST = "best.yaml"
 MEANS = {
     "arm": "its name on the command line",
     "learning rate": "tuned peak rate; * means that the best rate is at the end of the grid",
@@ -37,7 +38,7 @@ MEANS = {
     "interval": "the true difference lies in this range, with 95% confidence for all arms together",
     "after 25%": "mean test loss after a quarter of the steps",
     "after 50%": "mean test loss after half of the steps",
-    "own rate": "loss on the tuning rows at the config's own learning rate, one seed",
+    "own rate": "how much higher the loss on the tuning rows is at the config's own rate than at the best of the grid",
     "good rates": "largest / smallest learning rate that is as good as the best; a large number forgives a wrong rate",
     "init": "time of the initialisation in one process",
     "tuning": "trainings of the tuning and their time; those that broke off or ended above the base model",
@@ -45,20 +46,21 @@ MEANS = {
 }
 """Column of the table -> its meaning."""
 HOW_TO_READ = (
-    "Each arm was first trained at every learning rate of the same grid, and its best rate was chosen on rows of their"
-    " own. Then each was trained again at that rate with new seeds, and measured on other rows. Loss is the average"
-    " surprise per token: lower is better. A second set of seeds or rows would give another difference; the interval is"
-    " the range in which the true difference lies, with 95% confidence. If it contains 0, the arms may be equal. If all"
-    " of it is within the smallest difference that matters, they are equal for practical purposes."
+    "Each arm (a method, or settings) was first trained at several learning rates, by the same factors around its"
+    " automatic rate. Its best rate was worked out on rows of their own; it may lie between two that were tried. Then"
+    " each was trained again at that rate with new seeds, and measured on other rows. Loss is the average surprise per"
+    " token: lower is better. Other seeds or rows give another difference; the true one lies in the interval, with"
+    " 95% confidence. If the interval contains 0, a lower loss may be luck. If all of it is within the smallest"
+    " difference that matters, the arms are equal for practical purposes."
 )
 
 
 def conclude(record: ComparisonRecord, best: Config | None, folder: str, tracker: Tracker) -> None:
     """Write page, figures, comparison.json and best.yaml, log them to MLflow, and log the verdict."""
-    files, path = write(record, folder), storage.join(folder, "best.yaml")
+    files = write(record, folder)
     if best is not None:
-        storage.write_text(path, dump(best))
-        files.append(path)
+        files.append(storage.join(folder, BEST))
+        storage.write_text(files[-1], dump(best))
     for file in files:
         with node_cache.fetched(file) as local:
             tracker.artifact(local)
@@ -68,8 +70,8 @@ def conclude(record: ComparisonRecord, best: Config | None, folder: str, tracker
     for line in lines(record):
         logger.info(line)
     logger.info(f"report: {storage.join(folder, 'report.html')}")
-    if best is not None and (arm := record.best()):
-        logger.info(f"to train the arm with the lowest loss, {arm.name}: olora-ray finetune {path}")
+    if line := next_command(record, folder):
+        logger.info(line)
 
 
 def metrics(record: ComparisonRecord) -> dict[str, float]:
@@ -90,33 +92,33 @@ def sentences(record: ComparisonRecord) -> list[str]:
 def sentence(record: ComparisonRecord, arm: ArmRecord) -> str:
     """Return the verdict on an arm, with the rows, seeds and model that it holds for."""
     if (difference := arm.against) is None:
-        return f"{arm.name} against {record.baseline}: not compared, because {_why_not(record, arm)}."
+        return f"{arm.name} beside {record.baseline}: not compared, because {_why_not(record, arm)}."
     low, high, others = difference.adjusted.low, difference.adjusted.high, len(record.arms) - 1
     together = f" for {others} comparisons together" if others > 1 else ""
     rows = f"{record.rows['test']} test rows"
     if record.groups != record.rows["test"]:
         rows = f"{record.groups} groups of {rows}"
     return (
-        f"Loss of {arm.name} minus loss of {record.baseline} = {difference.mean:+.4f} nats per token"
-        f" ({record.level:.0%} interval {low:+.4f} .. {high:+.4f}{together}):"
-        f" {conclusion(difference, record.relevant)}. Measured with {plural(len(record.seeds), 'seed')} x {rows} of"
-        f" {record.task} with {record.model}, each at the learning rate that was best on {record.rows['tuning']} other"
-        f" rows.{_reservations(record, arm)}"
+        f"{arm.name} beside {record.baseline}: {conclusion(difference, record.relevant)}. Difference of the losses:"
+        f" {difference.mean:+.4f} nats per token ({record.level:.0%} interval {low:+.4f} .. {high:+.4f}{together})."
+        f" Measured with {plural(len(record.seeds), 'seed')} x {rows} of {record.task} with {record.model}, each at the"
+        f" learning rate that was best on {record.rows['tuning']} other rows.{_reservations(record, arm)}"
     )
 
 
 def conclusion(difference: Against, relevant: float) -> str:
-    """Return the result in words; it follows from the interval alone."""
+    """Return the result in words; but for the word for an undecided one it follows from the interval alone."""
     low, high, bound = difference.adjusted.low, difference.adjusted.high, f"{relevant:g}"
-    word = "" if difference.adjusted.holds(0.0) else "lower" if high < 0 else "higher"
+    word = "lower" if difference.mean < 0 else "higher"
     if difference.adjusted.inside(relevant):
-        which = f"; the loss is {word}, but by less than that" if word else ""
-        return f"equivalent within {bound}, which compare.relevant sets as the smallest difference that matters{which}"
-    if not word:
-        return f"undecided: neither a difference nor equivalence within {bound} is shown; use more seeds or test rows"
+        which = "" if difference.adjusted.holds(0.0) else f"; its loss is {word}, but by less than that"
+        return f"equal for practical purposes, because less than {bound} (compare.relevant) does not matter{which}"
+    if difference.adjusted.holds(0.0):
+        return f"undecided: its loss was {word}, but this may be luck; use more seeds or test rows"
     if high <= -relevant or low >= relevant:
-        return f"the loss is {word} by at least {bound}, so the difference matters"
-    return f"the loss is {word}, but perhaps by less than {bound}, the smallest difference that matters"
+        verdict = "better" if word == "lower" else "worse"
+        return f"{verdict}: its loss is {word} by at least {bound} (compare.relevant), so the difference matters"
+    return f"its loss is {word}, but perhaps by less than {bound} (compare.relevant), which would not matter"
 
 
 def _why_not(record: ComparisonRecord, arm: ArmRecord) -> str:
@@ -152,7 +154,7 @@ def cells(record: ComparisonRecord, arm: ArmRecord) -> list[str]:
         f"{against.mean:+.4f}" if against else "",
         f"{against.adjusted.low:+.4f} .. {against.adjusted.high:+.4f}" if against else "",
         *([f"{each:.4f}" for each in arm.course()[:2]] or ["", ""]),
-        f"{arm.own_loss:.4f}" if math.isfinite(arm.own_loss) else "broke off",
+        f"{arm.own_loss - tuned.loss:+.4f}" if tuned and math.isfinite(arm.own_loss) else "broke off",
         f"x{tuned.width:.1f}" if tuned else "",
         f"{arm.init_seconds:.1f} s",
         f"{arm.tunings} in {duration(arm.tuning_seconds)}{diverged}" if tuned else "all broke off",
@@ -197,9 +199,17 @@ def seeds(record: ComparisonRecord) -> list[str]:
     asked = len(record.seeds), len(record.others()), record.relevant
     return [
         seeds_line(f"the difference of {each.name} varies by", each.against.spread, *asked)
+        + "; --seeds with a higher number trains the missing ones alone"
         for each in record.others()
         if each.against
     ]
+
+
+def next_command(record: ComparisonRecord, folder: str) -> str | None:
+    """Return how to train the arm with the lowest loss; None without one."""
+    if (best := record.best()) is None or best.tuned is None:
+        return None
+    return f"to train the arm with the lowest loss, {best.name}: olora-ray finetune {storage.join(folder, BEST)}"
 
 
 def rates(record: ComparisonRecord) -> "Figure":
@@ -260,7 +270,8 @@ def curves(record: ComparisonRecord) -> "Figure":
 
 def forest(record: ComparisonRecord) -> "Figure":
     """Draw the difference of each arm to the baseline with its adjusted interval."""
-    caption = f"nats per token; {record.level:.0%} intervals that hold together; band: too small to matter"
+    together = " for all arms together" if len(record.others()) > 1 else ""
+    caption = f"nats per token; {record.level:.0%} intervals{together}; band: too small to matter"
     figure, axes = figures.new(f"Difference to {record.baseline}", caption)
     measured = [(each.name, each.against) for each in reversed(record.others()) if each.against]
     if not measured:
@@ -269,15 +280,15 @@ def forest(record: ComparisonRecord) -> "Figure":
     axes.axvspan(-record.relevant, record.relevant, color=figures.GRID, zorder=0)
     axes.axvline(0, color=figures.MUTED, linewidth=1)
     reach = record.relevant
-    for height, (_, against) in enumerate(measured):
-        ends = (against.adjusted.low, against.adjusted.high)
-        colour = figures.GOOD if against.adjusted.holds(0.0) else figures.BEST
+    colours = {each.name: colour for each, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False)}
+    for height, (name, against) in enumerate(measured):
+        ends, colour = (against.adjusted.low, against.adjusted.high), colours[name]
         axes.plot(ends, [height, height], color=colour, linewidth=2.4)
         axes.plot(against.mean, height, "o", color=colour, markersize=8)
         reach = max([reach, *(abs(end) for end in ends if math.isfinite(end))])
     axes.set_yticks(range(len(measured)), [name for name, _ in measured])
     axes.set(ylim=(-0.6, len(measured) - 0.4), xlim=(-1.12 * reach, 1.12 * reach))
-    axes.set_xlabel(f"loss minus {record.baseline}'s  (left of the band: better by what matters)")
+    axes.set_xlabel(f"loss minus {record.baseline}'s  (better if all of the line is left of the band)")
     return figure
 
 
@@ -300,23 +311,26 @@ FIGURES = {
 def write(record: ComparisonRecord, folder: str) -> list[str]:
     """Write report.html, comparison.json and the figures into `folder`, a path or URI; return the written files."""
     pictures = figures.render({name: partial(draw, record) for name, (draw, *_) in FIGURES.items()})
-    return page.files(folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures)})
+    return page.files(
+        folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures, folder)}
+    )
 
 
-def html(record: ComparisonRecord, pictures: dict[str, bytes]) -> str:
-    """Return the page; `pictures` are PNGs by the names of FIGURES."""
+def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> str:
+    """Return the page; `pictures` are PNGs by the names of FIGURES, `folder` is the comparison's."""
     shown = "\n".join(page.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
     verdicts = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(record))
-    facts = [("how to read this", HOW_TO_READ), *(("score", line) for line in scores(record))]
+    facts = [("next", line)] if (line := next_command(record, folder)) else []
+    facts += [("how to read this", HOW_TO_READ), *(("score", line) for line in scores(record))]
     facts += [*(("seeds", line) for line in seeds(record)), *(("note", note) for note in record.notes)]
     heads = [page.head(name, column > 0, means) for column, (name, means) in enumerate(MEANS.items())]
     rows = ["".join(page.cell(value, kind="number") for value in cells(record, each)) for each in record.arms]
     return page.document(
         f"{record.name}: comparison",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about(record))}</p>\n'
-        f'<div class="card best">{verdicts}</div>\n<div class="card">{page.terms(facts)}</div>\n<h2>Arms</h2>\n'
+        f'<div class="card">{verdicts}</div>\n<div class="card">{page.terms(facts)}</div>\n<h2>Arms</h2>\n'
         f"{page.table(heads, [f'<tr>{row}</tr>' for row in rows])}\n"
+        f'<div class="card">{page.terms(list(MEANS.items()))}</div>\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n'
-        "<footer>Click a column's name to sort the table, or point at it to see its meaning. comparison.json has all"
-        " numbers, also for each seed.</footer>",
+        "<footer>Click a column's name to sort the table. comparison.json has all numbers, for each seed too.</footer>",
     )

@@ -20,13 +20,13 @@ def against(low: float, high: float) -> Against:
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (-0.05, -0.02, "the loss is lower by at least 0.01"),
-        (0.02, 0.05, "the loss is higher by at least 0.01"),
-        (-0.03, -0.002, "the loss is lower, but perhaps by less than 0.01"),
-        (0.002, 0.03, "the loss is higher, but perhaps by less than 0.01"),
-        (-0.006, 0.008, "equivalent within 0.01, which compare.relevant sets"),
-        (-0.006, -0.001, "that matters; the loss is lower, but by less"),
-        (-0.02, 0.008, "undecided: neither a difference nor equivalence within 0.01 is shown"),
+        (-0.05, -0.02, "better: its loss is lower by at least 0.01"),
+        (0.02, 0.05, "worse: its loss is higher by at least 0.01"),
+        (-0.03, -0.002, "its loss is lower, but perhaps by less than 0.01"),
+        (0.002, 0.03, "its loss is higher, but perhaps by less than 0.01"),
+        (-0.006, 0.008, "equal for practical purposes, because less than 0.01 (compare.relevant) does not matter"),
+        (-0.006, -0.001, "does not matter; its loss is lower, but by less"),
+        (-0.02, 0.008, "undecided: its loss was lower, but this may be luck"),
         (float("-inf"), float("inf"), "undecided"),
     ],
 )

@@ -234,7 +234,7 @@ def test_an_arm_that_breaks_off_with_a_seed_has_no_difference(tmp_path: Path, mo
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster(last))
     assert record.of("olora").against is None
     assert record.of("olora").broke_off() == 1
-    assert report.sentences(record) == ["olora against lora: not compared, because 1 training of 4 of olora broke off."]
+    assert report.sentences(record) == ["olora beside lora: not compared, because 1 training of 4 of olora broke off."]
     assert "1 of 4 broke off" in report.cells(record, record.of("olora"))
     report.write(record, str(tmp_path))
 
@@ -255,7 +255,7 @@ def test_an_arm_whose_every_trial_breaks_off_leaves_the_others_their_report(
     assert report.cells(record, pissa)[-2:] == ["all broke off", ""]
     assert record.of("olora").against is not None
     assert report.sentences(record)[1] == (
-        "pissa against lora: not compared, because every tuning trial of pissa broke off."
+        "pissa beside lora: not compared, because every tuning trial of pissa broke off."
     )
     report.write(record, str(tmp_path / "out"))
     assert "all broke off" in (tmp_path / "out" / "report.html").read_text()
@@ -278,4 +278,4 @@ def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.M
     assert tree["arms"][0]["tuned"]["factor"] == 1.2
     shown = "\n".join(report.lines(record))
     assert "0.0019" in shown
-    assert "verdict: Loss of olora minus loss of lora = +0.0" in shown
+    assert "Difference of the losses: +0.0" in shown

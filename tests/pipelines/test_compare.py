@@ -81,7 +81,7 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     assert against["interval"]["low"] < against["mean"] < against["interval"]["high"]
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "verdict: Loss of olora minus loss of lora = " in done.stdout
+    assert "verdict: olora beside lora: " in done.stdout
     assert "left to do: " in done.stdout
     assert f"olora-ray finetune {folder}/best.yaml" in done.stdout
     assert load(folder / "best.yaml").run.name == "small-compare-best"
@@ -125,7 +125,7 @@ def _mlflow(folder: Path) -> None:
     runs = client.search_runs([client.get_experiment_by_name("olora").experiment_id])
     [parent] = [run for run in runs if run.data.tags.get("olora.kind") == "comparison"]
     assert parent.info.status == "FINISHED"
-    assert "minus loss of lora" in parent.data.tags["olora.verdict.olora"]
+    assert "olora beside lora: " in parent.data.tags["olora.verdict.olora"]
     assert {"loss/lora", "loss/olora", "difference/olora"} <= parent.data.metrics.keys()
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(runs) - 1 == len(list(folder.glob("*/trials/*")))
@@ -165,7 +165,7 @@ def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
         head.start()
         code, log = head.submit("pipelines/compare.py", file, "--methods", "lora,olora", "--seeds", "2")
     assert code == 0, log
-    assert "verdict: Loss of olora minus loss of lora = " in log
+    assert "verdict: olora beside lora: " in log
     found = json.loads((corpus / "runs" / "small-compare" / "comparison.json").read_text())
     assert all(len(each["trainings"]) == 2 for each in found["arms"])
 
