@@ -50,6 +50,7 @@ quick: $(VENV)/.dev ## at every change: style, and the short tests that start no
 test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out of make test; one Ray at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rP -m "slow and not ray"
 	$(BIN)/python -m pytest -m "slow and ray"
+	$(BIN)/python tools/try_versions.py ray-2.58 mlflow-3.12 server-3.12
 
 outside: $(VENV)/.dev ## a cluster over ssh, MLflow, S3 and TLS by name, on this machine, as root: tests/outside
 	$(BIN)/python -m pytest -rP -m ray tests/outside

@@ -63,7 +63,9 @@ def main(words: list[str]) -> None:
     for cell in cells:
         found = {**json.loads(RESULTS.read_text() if RESULTS.exists() else "{}"), cell: tried(cell)}
         RESULTS.write_text(json.dumps({name: found[name] for name in CELLS if name in found}, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+    results = json.loads(RESULTS.read_text())
+    PAGE.write_text(page(results))
+    sys.exit(any(results[cell]["result"] != "passed" for cell in cells))
 
 
 def tried(cell: str) -> dict[str, str]:
