@@ -224,8 +224,6 @@ def _quickly(quick: Any, texts: Sequence[str]) -> list[list[int]] | None:
 
 
 class _Loaded:
-    """A tokenizer, and fastokens for it once much has been encoded."""
-
     def __init__(self, content: str, tokenizer: "Tokenizer") -> None:
         self.tokenizer, self.quick = tokenizer, None
         self._content, self._characters = content, 0
