@@ -29,7 +29,8 @@ CELLS: dict[str, tuple[str, ...]] = {
     "transformers-5.5": ("transformers==5.5.*",),
     "python-3.12": (),
     "python-3.13": (),
-    "server-3.5": ("mlflow[auth]==3.5.*",),
+    # With SQLAlchemy 2.1, which is younger, this server does not start.
+    "server-3.5": ("mlflow[auth]==3.5.*", "sqlalchemy<2.1"),
     "server-3.12": ("mlflow[auth]==3.12.*",),
 }
 PROOF = (
