@@ -36,6 +36,7 @@ class Server:
         ]
         self.command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
         self.command += ["--artifacts-destination", str(folder / "artifacts")]
+        folder.mkdir(parents=True, exist_ok=True)
         if not other:
             mlflow_database.place(folder)
         self.environment = dict(os.environ)
