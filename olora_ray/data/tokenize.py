@@ -33,6 +33,7 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
 from olora_ray.data.chat_template import EXCHANGE, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
+from olora_ray.data.encoder import Unlike as Unlike
 from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 

@@ -13,10 +13,9 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.encoder import Unlike
 from olora_ray.data.formats import Ids, Rejected, Text, columns_of, to_example
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
+from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike, as_chat
 from olora_ray.tokens import manifest
 from olora_ray.tokens.manifest import POSITION_BITS
 from olora_ray.tokens.plan import Part, Piece, PlannedFile, Rules, key, permutation, taken
