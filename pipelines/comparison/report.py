@@ -70,8 +70,8 @@ def conclude(record: ComparisonRecord, best: Config | None, folder: str, tracker
     for line in lines(record):
         logger.info(line)
     logger.info(f"report: {storage.join(folder, 'report.html')}")
-    if line := next_command(record, folder):
-        logger.info(line)
+    if command := next_command(record, folder):
+        logger.info(command)
 
 
 def metrics(record: ComparisonRecord) -> dict[str, float]:
