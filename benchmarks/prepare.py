@@ -5,8 +5,7 @@ template. Our time is that of a complete preparation: scan of the file, template
 shards with their digests. It is measured with Ray Data, which is already running, and shard by shard in one process.
 `encode_batch` is the tokenizer's own call with the same number of threads, on rendered texts in memory; it writes
 nothing. `datasets` loads the file and maps batches to the ids of the rendered texts; it makes neither masks nor
-sequences. Medians of several rounds, each in its own process. Targets: 0.8 of `encode_batch` with the same number of
-threads, and faster than `datasets.map`.
+sequences. Medians of several rounds, each in its own process. Target: 3 times the speed of `datasets.map`.
 
     python benchmarks/prepare.py [--rows 60000] [--rounds 3]
 """
@@ -31,7 +30,7 @@ BATCH = 1000
 """Rows per call of a tokenizer: the default of datasets.map."""
 LENGTH = 512
 """Tokens per sequence; a longer text becomes several, each starting with the last token of the previous one."""
-OF_RAW = 0.8
+TIMES = 3
 Found = tuple[float, int]
 """(seconds, tokens)."""
 
@@ -71,13 +70,8 @@ def show(found: dict[str, list[Found]], rows: int, size: int) -> None:
         for name, rounds in found.items()
     ]
     print(table(("", "rows/s", "MB/s", "tokens", "of encode_batch", "seconds"), lines))
-    for name in (ONE, RAY):
-        share = seconds[OF[name]] / seconds[name]
-        print(
-            f"{name}: {share:.2f} times the speed of encode_batch (target at least {OF_RAW:g}: {met(share >= OF_RAW)})"
-        )
     ahead = seconds[MAP] / seconds[RAY]
-    print(f"{RAY}: {ahead:.2f} times the speed of {MAP} (target above 1: {met(ahead > 1)})")
+    print(f"{RAY}: {ahead:.2f} times the speed of {MAP} (target at least {TIMES}: {met(ahead >= TIMES)})")
 
 
 def contents() -> list[list[dict[str, str]]]:

@@ -96,7 +96,7 @@ def tried(cell: str) -> dict[str, str]:
     return {
         "versions": versions(python),
         "result": "passed" if done.returncode == 0 else f"failed: {', '.join(failed) or last}",
-        "tests": last.strip("= "),
+        "tests": re.sub(r"(, \d+ warnings?)?( in .*)?$", "", last.strip("= ")),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
 
