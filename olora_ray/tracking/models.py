@@ -257,6 +257,8 @@ def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: 
     Safe to repeat: a registration of this run with the same settings is resumed. An alias never moves from a newer to
     an older version, nor to a version that was judged or rolled back. Raises UserError for a name that MLflow refuses.
     """
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
     client = tracker.client()
     texts = _texts(contents, tags)
     versions = client.search_model_versions(f"run_id = '{tracker.run_id}'")
@@ -270,7 +272,7 @@ def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: 
         version = client.create_model_version(name, location, tracker.run_id, texts, model_id=model.model_id)
         reached("register")
         link = json.dumps([{"name": name, "version": version.version}])
-        client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": link})  # for the link on the page
+        client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})  # for the link on the page
     for key, text in texts.items():
         client.set_model_version_tag(name, version.version, key, text)
     number = str(version.version)

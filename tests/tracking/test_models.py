@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest
@@ -33,7 +34,7 @@ def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
     model = triage.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"
     assert model.artifact_location == version.source
-    (there,) = json.loads(model.tags["mlflow.model.versions"])
+    (there,) = json.loads(model.tags[MLFLOW_MODEL_VERSIONS])  # without it the model's page says "Not registered"
     assert (there["name"], int(there["version"])) == ("triage", 1)
 
 
