@@ -431,6 +431,11 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             f"rows whose answer does not end with an end token: {unended:,} (the chat template writes none), so the"
             " model does not learn where to stop"
         )
+    if unlike := notes.get("unlike", 0):
+        texts.append(
+            f"shards made again, because fastokens gave other tokens than the tokenizer: {unlike:,}; other shards may"
+            " have such rows, too: uninstall fastokens, delete this folder and run the command again"
+        )
     for kind, title in UNREAD.items():
         unread = {note.partition(" ")[2]: rows for note, rows in notes.items() if note.startswith(f"{kind} ")}
         if names := sorted(unread, key=lambda name: -unread[name]):

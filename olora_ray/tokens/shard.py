@@ -137,7 +137,9 @@ def build(rules: Rules, part: Part) -> Shard:
     try:
         return _built(rules, part)
     except Unlike:
-        return _built(rules, part)
+        shard = _built(rules, part)
+        shard.notes["unlike"] += 1
+        return shard
 
 
 def _built(rules: Rules, part: Part) -> Shard:

@@ -10,7 +10,7 @@ from typing import Any
 import fastokens
 import pytest
 
-from olora_ray.tokens import shard
+from olora_ray.tokens import manifest, shard
 from olora_ray.tokens.prepare import plan_here
 from tests.data import small_tokenizers
 from tests.tokens import helpers
@@ -28,14 +28,15 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
-    def run(kind: str, library: Any) -> bytes:
-        """The bytes of the only shard, made with `library` in the place of fastokens."""
+def made(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[bytes, list[str]]]:
+    def run(kind: str, library: Any) -> tuple[bytes, list[str]]:
+        """The only shard's bytes and what is said of it, made with `library` in the place of fastokens."""
         monkeypatch.setitem(sys.modules, "fastokens", library)
         # Under a name of its own, because a process loads a tokenizer once.
         spec = small_tokenizers.spec(kind, name=f"{kind} {id(library)} {tmp_path}")
         plan = plan_here(helpers.config(tmp_path / "runs", corpus, max_length=2000), spec, "train")
-        return shard.file_bytes(shard.build(plan.rules(), plan.part(0)).table())
+        found = shard.build(plan.rules(), plan.part(0))
+        return shard.file_bytes(found.table()), manifest.lines(found.notes)
 
     return run
 
@@ -64,15 +65,18 @@ class Counting:
 
 
 @pytest.mark.parametrize("kind", sorted(small_tokenizers.KINDS))
-def test_the_store_is_the_same(kind: str, made: Callable[..., bytes]) -> None:
+def test_the_store_is_the_same(kind: str, made: Callable[..., tuple[bytes, list[str]]]) -> None:
     library = Counting()
     assert made(kind, library) == made(kind, None)
     byte_level = kind.startswith("byte-level")
     assert (library.texts > 1500) == byte_level  # the others put a blank before a text, or are no BPE
 
 
-@pytest.mark.parametrize("wrong_in", ["don't".upper(), "answer"])
-def test_other_ids_do_not_come_into_the_store(wrong_in: str, made: Callable[..., bytes]) -> None:
+@pytest.mark.parametrize("wrong_in", ["DON'T", "answer"])
+def test_other_ids_do_not_come_into_the_store(wrong_in: str, made: Callable[..., tuple[bytes, list[str]]]) -> None:
     library = Counting(wrong_in)
-    assert made("byte-level", library) == made("byte-level", None)
+    (found, said), (expected, plain) = made("byte-level", library), made("byte-level", None)
+    assert found == expected
+    assert any("fastokens gave other tokens" in line for line in said) == (wrong_in == "answer")
+    assert not any("fastokens" in line for line in plain)
     assert (library.wrong > 1) == (wrong_in == "answer")  # otherwise its check on loading finds the first
