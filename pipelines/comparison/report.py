@@ -199,7 +199,7 @@ def seeds(record: ComparisonRecord) -> list[str]:
     asked = len(record.seeds), len(record.others()), record.relevant
     return [
         seeds_line(f"the difference of {each.name} varies by", each.against.spread, *asked)
-        + "; --seeds with a higher number trains the missing ones alone"
+        + "; the same command with more --seeds trains only those that are missing"
         for each in record.others()
         if each.against
     ]
