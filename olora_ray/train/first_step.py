@@ -133,23 +133,30 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float
     # LoRA's A0 needs no more of the weight than its number of columns.
     plain = METHODS["lora"].factors(x.new_empty(1, x.shape[1]), len(a), 0, Options()).a0
     hidden, db = x @ a.T, _step_of_b(x, g, a)
-
-    def after(rate: float) -> Tensor:
-        new_b = b - ratio * rate * db
-        return -rate * (ratio * hidden @ db.T + x @ _step_of_a(x, g, new_b).T @ new_b.T)
-
-    found = (
-        *(hidden @ db.T, x @ _step_of_a(x, g, b).T @ b.T, x @ plain.T @ _step_of_b(x, g, plain).T),
-        *map(after, RATES),
-    )
-    by_b, by_a, lora, *at = (float(move.square().mean().sqrt() / size) for move in found)
+    # A's steps after a step of B at each rate, the first at rate 0. What they do to x is one product for all rates.
+    rates = ratio * x.new_tensor((0.0, *RATES))[:, None, None]
+    steps = ((g @ b).T @ x - rates * ((g @ db).T @ x)).sign()
+    stepped = (x @ steps.flatten(0, 1).T).unflatten(1, steps.shape[:2]).transpose(0, 1)
+    # The move is ratio * hidden @ db.T + stepped @ (b - rate * db).T, which is larger than its factors together. The sum
+    # of its squares needs only their products with each other, in float64, because the two parts may cancel.
+    h, d, b, s, c = (each.double() for each in (ratio * hidden, db, b, stepped, rates))
+    dd, db_, bb, ss = d.T @ d, d.T @ b, b.T @ b, s.mT @ s
+    new = bb - c * (db_ + db_.T) + c.square() * dd
+    squares = (h.T @ h * dd + 2 * (h.T @ s) * (db_ - c * dd) + ss * new).sum((1, 2))
+    squares[0] = (ss[0] * bb).sum()
+    of_b, of_lora = (_squares(left, right) for left, right in ((hidden, db), (x @ plain.T, _step_of_b(x, g, plain))))
+    sizes = (torch.stack([of_b, of_lora, *squares]).clamp(min=0) / (len(x) * len(d))).sqrt() / size
+    by_b, lora, by_a, *at = sizes.tolist()
+    at = [rate * move for rate, move in zip(RATES, at, strict=True)]
     moves_at_all = min(by_b, lora, *at) > 0 and (by_a > 0 or layer.b0 is None)
     return Move(by_b, by_a, lora, tuple(at)) if moves_at_all and math.isfinite(sum((by_b, by_a, lora, *at))) else None
 
 
+def _squares(left: Tensor, right: Tensor) -> Tensor:
+    """Return the sum of the squares of left @ right.T."""
+    left, right = left.double(), right.double()
+    return ((left.T @ left) * (right.T @ right)).sum()
+
+
 def _step_of_b(x: Tensor, g: Tensor, a: Tensor) -> Tensor:
     return (g.T @ (x @ a.T)).sign()
-
-
-def _step_of_a(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
-    return ((g @ b).T @ x).sign()
