@@ -7,8 +7,8 @@
 
 Each benchmark has a section with date, machine and command. Sections of benchmarks that did not run stay word for word,
 and so does the text before the first section. The page is written after each benchmark, and the others run even if one
-fails. All together take about 90 minutes on two cores: some run with fewer rounds than alone, and the longest ones run
-only if they are named.
+fails. At the end come the lines of the page that say whether a target is met. All together take about 90 minutes on two
+cores: some run with fewer rounds than alone, and the longest ones run only if they are named.
 """
 
 import argparse
@@ -38,6 +38,7 @@ SECTIONS = {
     "recovery": "Recovery",
     "early": "Early start",
     "sweep": "Sweep",
+    "searches": "Searches",
     "export": "Export",
     "sharded": "Sharded base",
     "tree": "Gradient tree",
@@ -62,6 +63,7 @@ TOGETHER = {
     "tree": ("--pairs", "5"),
     "quantised": ("--steps", "8"),
     "prepare": ("--rows", "30000", "--rounds", "2"),
+    "searches": ("replay",),
 }
 """Options that shorten a benchmark when all run."""
 INTRO = """\
@@ -106,7 +108,19 @@ def main(argv: Sequence[str]) -> int:
                 continue
         write(PAGE, name, Measured(shlex.join(command), printed, day, machine()))
         print(f"{PAGE.relative_to(ROOT)}: {SECTIONS[name]}", file=sys.stderr)
+    print("\n".join(targets(PAGE.read_text(encoding="utf-8"))))
     return failed
+
+
+def targets(page: str) -> list[str]:
+    """Return the lines of a page that say whether a target is met, each after its section."""
+    of_one = re.compile(r"\btarget\b.*\b(met|missed)\b")
+    return [
+        f"{heading}: {line.strip()}"
+        for heading, text in split(page)[1].items()
+        for line in text.splitlines()
+        if of_one.search(line)
+    ]
 
 
 def run(command: Sequence[str]) -> tuple[str, int]:

@@ -36,6 +36,8 @@ class TrialRecord:
     """Steps of the complete training; 0 if unknown."""
     curve: tuple[tuple[int, float], ...] = ()
     """(step, metric), in order of steps."""
+    compared: tuple[tuple[int, float], ...] = ()
+    """(step, training loss) by which the scheduler compared the trial with others, in order of steps."""
     seconds: float = 0.0
     """From start to end, over all attempts."""
     first_step: float | None = None
@@ -158,6 +160,10 @@ class TrialFile:
 
     def measured(self, step: int, value: float) -> None:
         self._take((*(point for point in self.record.curve if point[0] < step), (step, value)))
+        self._write()
+
+    def compared(self, step: int, loss: float) -> None:
+        self.record = replace(self.record, step=step, compared=(*self.record.compared, (step, loss)))
         self._write()
 
     def ended(self, status: Status, reason: str = "") -> None:

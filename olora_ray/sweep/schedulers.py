@@ -4,6 +4,9 @@ ASHA and the median rule measure time as the share of a trial's *own* steps, in 
 steps than the others (another batch, number of epochs or length of sequences) is compared with them at the same share
 of its training, and no trial ends before all its steps. Tune does not save a scheduler with a search: when a search is
 resumed, these two learn from the trials' records again.
+
+Where all trials see the same rows in the same steps, ASHA compares their training losses: of the same rows, so that
+differences of a few steps say much (docs/generated/benchmarks.md#searches), and without an evaluation.
 """
 
 import contextlib
@@ -22,23 +25,26 @@ from ray.tune.schedulers import (
 
 from olora_ray.sweep import record
 from olora_ray.sweep.space import Domain, Seeded, Space, rounded
-from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_path
+from olora_ray.sweep.spec import PAIRED, PROGRESS, WHOLE, SweepSpec, number_of, trial_path
 
 
 def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
     space, settings = sweep_spec.space, sweep_spec.space.scheduler
     every = sweep_spec.train_spec.config.train.eval_every
+    paired = space.paired()
     # Slightly less, because of rounding: a third of 100, times 3, exceeds 100 in floats, and a trial would miss a rung.
-    grace = min(WHOLE, WHOLE * (settings.grace or every) / sweep_spec.total()) * (1 - 1e-9)
+    grace = min(WHOLE, WHOLE * sweep_spec.grace() / sweep_spec.total()) * (1 - 1e-9)
     tuned: Halving | Median
     if settings.kind == "asha":
         length: dict[str, Any] = {"max_t": WHOLE, "grace_period": grace}  # Ray's annotations say int
-        tuned = Halving(PROGRESS, reduction_factor=settings.reduction, **length)
+        tuned = (Paired if paired else Halving)(PROGRESS, reduction_factor=settings.reduction, **length)
     elif settings.kind == "median":
         tuned = Median(PROGRESS, grace_period=grace, min_samples_required=3)
     else:
         return Population(space, settings.interval or every) if settings.kind == "population" else FIFOScheduler()
-    tuned.folder, tuned.measured = sweep_spec.folder, space.metric
+    if isinstance(tuned, Paired):
+        tuned.spares_first = space.include_default
+    tuned.folder, tuned.measured = sweep_spec.folder, PAIRED if paired else space.metric
     return tuned
 
 
@@ -55,7 +61,7 @@ class _Learning(TrialScheduler):
             kept = record.read(trial_path(self.folder, number_of(str(trial))))
         if kept is None or not kept.total:
             return
-        for step, value in kept.curve:
+        for step, value in kept.compared if self.measured == PAIRED else kept.curve:
             if step:
                 self.note(tune_controller, trial, {PROGRESS: WHOLE * step / kept.total, self.measured: value})
 
@@ -67,6 +73,25 @@ class Halving(_Learning, ASHAScheduler):
     """Asynchronous successive halving over the share of a trial's own steps."""
 
     note = ASHAScheduler.on_trial_result
+
+
+class Paired(Halving):
+    """The same over training losses of the same rows. For Tune its metric is that of the search."""
+
+    spares_first = True
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if PAIRED not in result:
+            return TrialScheduler.CONTINUE
+        compared = {PROGRESS: result[PROGRESS], self.metric: result[PAIRED]}
+        decision = super().on_trial_result(tune_controller, trial, compared)
+        # The report compares the best trial with the unchanged config, at the same number of steps.
+        return TrialScheduler.CONTINUE if self.spares_first and number_of(str(trial)) == 0 else str(decision)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """The last value of the metric is no training loss."""
+
+    note = on_trial_result
 
 
 class Median(_Learning, MedianStoppingRule):

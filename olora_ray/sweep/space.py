@@ -209,6 +209,8 @@ Draws = Mapping[str, Any]
 # Trials that vary only these can share one base model and its data.
 SAME_BASE = ("adapter.", "train.")
 LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "train/loss")
+# Trials that vary none of these see the same rows in the same steps.
+OTHER_ROWS = ("data.", "model.", "train.epochs", "train.global_batch", "train.steps")
 # Ray Tune keeps all trials of a search in memory and in its state, and each trial is a training.
 MOST_TRIALS = 10_000
 # All members of a population have these in common, because they take over each other's state at the same step.
@@ -225,13 +227,16 @@ LENGTHS = (
 
 
 class Scheduler(Section):
-    """The rule that stops trials early. It compares trials at the same share of their own steps."""
+    """The rule that stops trials early. It compares trials at the same share of their own steps.
+
+    asha compares training losses if all trials see the same rows in the same steps, otherwise evaluations.
+    """
 
     kind: Literal["asha", "median", "population", "none"] = "asha"
     """asha: successive halving; median: stop trials below the median; population: PBT; none: stop no trial."""
     grace: PositiveInt | None = None
-    """asha, median: steps before a trial may be stopped (more for longer trials); null: train.eval_every."""
-    reduction: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 3.0
+    """asha, median: steps before a trial may be stopped; null: train.eval_every (asha on the same rows: 1/16)."""
+    reduction: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 4.0
     """asha: at each rung, one trial of this many continues."""
     interval: PositiveInt | None = None
     """population: steps between two comparisons of the members; null: train.eval_every."""
@@ -282,6 +287,11 @@ class Space(Section):
 
     def better(self) -> Literal["min", "max"]:
         return self.mode or ("min" if self.metric in LOWER_IS_BETTER else "max")
+
+    def paired(self) -> bool:
+        """True if trials are stopped by their training losses, because all of them see the same rows in each step."""
+        same_rows = not any(field.startswith(OTHER_ROWS) for field in self.search)
+        return self.scheduler.kind == "asha" and self.metric in LOWER_IS_BETTER and same_rows
 
     def cells(self) -> int:
         """Return the number of combinations of the grids; 1 without grids."""

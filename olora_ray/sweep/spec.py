@@ -1,5 +1,6 @@
 """Specification of a search: what all trials have in common, and the config and folder of each trial."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,10 @@ ENDED = "ended"
 
 # Key of a result: the percentage of the trial's own steps that are done.
 PROGRESS = "progress"
+# Key of a result: True if the metric was measured at its step.
+EVALUATED = "evaluated"
+# Key of a result: the mean training loss of the second half of the steps so far, if trials are compared by it.
+PAIRED = "paired"
 # The progress of a trial that has done all its steps.
 WHOLE = 100.0
 
@@ -79,6 +84,22 @@ class SweepSpec:
         total = Schedule(config.train, store or self.train_spec.train).total()
         assert total is not None, "a search starts with complete tokens"
         return total
+
+    def grace(self) -> int:
+        """Return the steps of the unchanged config before a trial may be stopped."""
+        paired = max(3, math.ceil(self.total() / 16))  # the first loss is the same for all trials
+        return self.space.scheduler.grace or (
+            paired if self.space.paired() else self.train_spec.config.train.eval_every
+        )
+
+    def rungs(self) -> list[int]:
+        """Return the steps after which a trial's training losses are compared; empty if they are not.
+
+        In the second half a trial that stops saves little, and it would have no value to be ranked by.
+        """
+        reduction = self.space.scheduler.reduction
+        steps = [math.ceil(self.grace() * reduction**power) for power in range(self.space.paired() * 64)]
+        return [step for step in steps if step <= self.total() / 2]
 
     def _own(self, number: int) -> dict[str, Any]:
         changes: dict[str, Any] = {

@@ -45,9 +45,12 @@ def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) ->
 @dataclass(frozen=True)
 class Measured:
     step: int
-    value: float
+    value: float | None
+    """The metric; None if the step was not evaluated."""
     row: Mapping[str, float] = field(default_factory=dict, compare=False)
     """All metrics of the step."""
+    paired: float | None = None
+    """The mean training loss of the second half of the steps so far, where trials are compared by it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class TrialRun:
         self.total = sweep_spec.steps(self.config)
         """Steps of this trial; certain once it trains, since it may have tokens of its own."""
         self._reported = 0
+        self._losses: dict[int, float] = {}
+        """Training loss of each step, as far as a comparison needs them."""
+        self._rungs = sweep_spec.rungs()
         self._items: queue.Queue[Measured | Ended] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._stop = Stop()
@@ -163,17 +169,24 @@ class TrialRun:
     def _on_row(self, step: int, row: dict[str, float]) -> None:
         if step and "train/loss" in row:
             self._file.started()
+            if step <= max(self._rungs, default=0):
+                self._losses[step] = row["train/loss"]
         every = self.config.train.eval_every
         due = step == self.total or step % every == 0
         metric = self.sweep_spec.space.metric
-        if metric not in row or (metric == "train/loss" and not due):
+        value = row.get(metric) if metric != "train/loss" or due else None
+        if step == 0 and value is not None and not self._file.record.curve:
+            self._file.measured(step, value)
+        if step <= self._reported or (value is None and step not in self._rungs):
             return
-        if step == 0 and not self._file.record.curve:
-            self._file.measured(step, row[metric])
-        if step > self._reported:
-            self._reported = step
-            self._file.measured(step, row[metric])
-            self._items.put(Measured(step, row[metric], row))
+        self._reported, paired = step, None
+        if value is not None:
+            self._file.measured(step, value)
+        if step in self._rungs:
+            latest = [loss for other, loss in self._losses.items() if step / 2 < other <= step]
+            paired = sum(latest) / len(latest)
+            self._file.compared(step, paired)
+        self._items.put(Measured(step, value, row, paired))
 
     def _score(self, spec: TrainSpec, result: TrainResult) -> None:
         from olora_ray.pipeline import answers

@@ -21,7 +21,18 @@ from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.schedulers import scheduler
 from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space, Suggested
-from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of, trial_name, trial_path
+from olora_ray.sweep.spec import (
+    ENDED,
+    EVALUATED,
+    NUMBER,
+    PAIRED,
+    PROGRESS,
+    WHOLE,
+    SweepSpec,
+    number_of,
+    trial_name,
+    trial_path,
+)
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 
 logger = logging.getLogger(__name__)
@@ -98,10 +109,11 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        value, step = result.get(self.space.metric), result.get("step")
-        if value is None or result.get(ENDED):
+        if result.get(ENDED):
             return
-        logger.info(f"trial {_number(trial)} step {step}/{result.get('total')} | {self.space.metric} {value:.4f}")
+        shown = [f"{self.space.metric} {result[self.space.metric]:.4f}"] if result.get(EVALUATED) else []
+        shown += [f"compared by its training loss {result[PAIRED]:.4f}"] if PAIRED in result else []
+        logger.info(f"trial {_number(trial)} step {result.get('step')}/{result.get('total')} | {' | '.join(shown)}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
@@ -233,8 +245,13 @@ class SearchTrial(tune.Trainable):
         space, total = self.trial_run.sweep_spec.space, self.trial_run.total
         # Schedulers ignore NaN, or take it for the best value. Infinity is the worst value for them.
         worst = math.inf if space.better() == "min" else -math.inf
-        value = worst if math.isnan(item.value) else item.value
+        value: float = item.value if item.value is not None else math.nan
+        if item.value is None:  # Tune and Optuna need one for each result
+            compared = item.paired if item.paired is not None else worst
+            value = self.last.get(space.metric, math.exp(compared) if space.metric == "eval/perplexity" else compared)
+        value = worst if math.isnan(value) else value
         own = {"step": item.step, "total": total, PROGRESS: WHOLE * item.step / total, space.metric: value}
+        own |= {EVALUATED: item.value is not None} | ({} if item.paired is None else {PAIRED: item.paired})
         return {**item.row, **own}  # all metrics of the step, for Tune's tables
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

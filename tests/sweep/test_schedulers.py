@@ -12,9 +12,9 @@ from ray.tune.schedulers import TrialScheduler
 
 from olora_ray.config.load import override
 from olora_ray.sweep.record import TrialFile, TrialRecord
-from olora_ray.sweep.schedulers import Halving, Median, Population, scheduler
+from olora_ray.sweep.schedulers import Halving, Median, Paired, Population, scheduler
 from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import NUMBER, PROGRESS, WHOLE, trial_name, trial_path
+from olora_ray.sweep.spec import NUMBER, PAIRED, PROGRESS, WHOLE, SweepSpec, trial_name, trial_path
 from tests import tiny
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
@@ -66,14 +66,22 @@ def space(search: Mapping[str, Any], **tree: Any) -> Space:
     return Space.model_validate({"search": search, **tree})
 
 
+def planned(folder: Path, config: Any, found: Space) -> Any:
+    """Return the scheduler of a search in this space."""
+
+    class Planned(SweepSpec):
+        def total(self) -> int:
+            return int(config.train.steps)
+
+    given: Any = SimpleNamespace(config=config)
+    return scheduler(Planned("search", str(folder), given, found, "", 0.0))
+
+
 def asha(folder: Path, total: int, kind: str = "asha", **settings: Any) -> Any:
     """Return the scheduler of a search whose config has `total` steps and evaluates after each sixth of them."""
     config = override(tiny.config(), {"train.steps": total, "train.eval_every": max(1, total // 6)})
     found = space({"train.steps": {"choice": [60, 120, 240]}}, scheduler={"kind": kind, **settings})
-    spec: Any = SimpleNamespace(
-        space=found, folder=str(folder), train_spec=SimpleNamespace(config=config), total=lambda: total
-    )
-    made = scheduler(spec)
+    made = planned(folder, config, found)
     assert made.set_search_properties("eval/loss", "min")
     return made
 
@@ -146,6 +154,59 @@ def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path: Path,
     new = tune_trial(4)
     made.on_trial_add(controller, new)
     assert made.on_trial_result(controller, new, result(20, 60, 3.0)) == STOP
+
+
+def on_the_same_rows(folder: Path, **settings: Any) -> Any:
+    """Return the scheduler of a search of 160 steps that varies only the learning rate."""
+    found = space({"train.lr": {"loguniform": [1e-4, 1e-2]}}, **settings)
+    made = planned(folder, override(tiny.config(), {"train.steps": 160}), found)
+    assert isinstance(made, Paired)
+    assert made.set_search_properties("eval/loss", "min")
+    return made
+
+
+def test_trials_on_the_same_rows_are_compared_by_their_training_losses(tmp_path: Path) -> None:
+    """One of four continues; evaluations stop nobody, and the unchanged config is always measured to its end."""
+    made, controller = on_the_same_rows(tmp_path), Controller([])
+    trials = [tune_trial(number) for number in range(6)]
+    for trial in trials:
+        made.on_trial_add(controller, trial)
+
+    def after(step: int, number: int, loss: float) -> str:
+        evaluated = result(step, 160, 9.0)
+        assert made.on_trial_result(controller, trials[number], evaluated) == CONTINUE
+        return str(made.on_trial_result(controller, trials[number], {**evaluated, PAIRED: loss}))
+
+    decisions = [after(10, number, loss) for number, loss in enumerate((2.0, 1.0, 1.5, 0.9, 3.0, 0.8))]
+    assert decisions == [CONTINUE, CONTINUE, STOP, CONTINUE, STOP, CONTINUE]
+    assert after(9, 2, 0.1) == CONTINUE  # no rung
+    assert [after(40, number, loss) for number, loss in ((3, 0.5), (0, 7.0), (5, 3.0))] == [CONTINUE, CONTINUE, STOP]
+
+
+def test_a_resumed_search_compares_training_losses_of_before(tmp_path: Path) -> None:
+    for number in range(1, 5):
+        kept = TrialFile(trial_path(str(tmp_path), number), TrialRecord(number, {}, "unfinished", total=160), "min")
+        kept.compared(10, 1.0)
+        kept.measured(20, 0.1)
+    made, controller = on_the_same_rows(tmp_path), Controller([])
+    trials = [tune_trial(number) for number in range(1, 6)]
+    for trial in trials:
+        made.on_trial_add(controller, trial)
+    assert made.on_trial_result(controller, trials[-1], {**result(10, 160, 9.0), PAIRED: 1.1}) == STOP
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"search": {"train.steps": {"choice": [60, 120]}}},
+        {"search": {"train.global_batch": {"choice": [4, 8]}}},
+        {"search": {"data.max_length": {"choice": [64, 128]}}},
+        {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact", "mode": "max"},
+        {"search": {"train.lr": {"choice": [1e-3]}}, "scheduler": {"kind": "median"}},
+    ],
+)
+def test_others_are_compared_by_evaluations(settings: dict[str, Any]) -> None:
+    assert not Space.model_validate(settings).paired()
 
 
 def evolved(found: Space, rounds: int, interference: int = 0) -> list[list[dict[str, Any]]]:

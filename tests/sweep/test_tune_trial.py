@@ -21,7 +21,7 @@ from olora_ray.sweep import trial as trials
 from olora_ray.sweep import tuner
 from olora_ray.sweep.record import TrialFile, TrialRecord, read, read_all
 from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name, trial_path
+from olora_ray.sweep.spec import NUMBER, PAIRED, SweepSpec, trial_name, trial_path
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 from olora_ray.sweep.tuner import SearchTrial, SweepCallback
 from olora_ray.tracking.start import resolve_uri
@@ -94,6 +94,23 @@ def test_the_next_trial_takes_over_with_a_record_of_its_own(tmp_path: Path, trai
     assert trial.step()["done"]
     found = read_all(str(tmp_path / "search"))
     assert {number: record.params["train.lr"] for number, record in found.items()} == {0: 1e-3, 2: 2e-3}
+
+
+def test_a_trial_reports_the_training_losses_by_which_it_is_compared(tmp_path: Path, training: Any) -> None:
+    """At a sixteenth and a quarter of the steps: the mean over the second half of the steps so far."""
+    training.result, training.losses = None, {step: 1 / step for step in range(1, 65)}
+    search = spec(tmp_path, metric="eval/loss")
+    search = replace(search, train_spec=replace(search.train_spec, config=tiny.config(train__steps=64)))
+    trial = process(search, 1)
+    first, second = trial.step(), trial.step()
+    assert [(found["step"], found[PAIRED]) for found in (first, second)] == [
+        (4, pytest.approx((1 / 3 + 1 / 4) / 2)),
+        (16, pytest.approx(sum(1 / step for step in range(9, 17)) / 8)),
+    ]
+    assert trial.step()["ended"]
+    record = read_all(str(tmp_path / "search"))[1]
+    assert [step for step, _ in record.compared] == [4, 16]
+    assert (record.step, record.value, record.curve) == (16, None, ())
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -339,6 +356,14 @@ def test_a_trial_that_had_stopped_early_ends_with_what_it_had_measured(tmp_path:
     )
     trial.load_checkpoint(str(tmp_path))
     found = trial.step()
-    assert found == {"step": 1, "total": 2, "progress": 50.0, "train/loss": 0.5, "done": True, "ended": True}
+    assert found == {
+        "step": 1,
+        "total": 2,
+        "progress": 50.0,
+        "train/loss": 0.5,
+        "evaluated": True,
+        "done": True,
+        "ended": True,
+    }
     trial.save_checkpoint(str(tmp_path))
     assert json.loads((tmp_path / "checkpoint.json").read_text())["step"] == 1
