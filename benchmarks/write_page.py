@@ -108,13 +108,14 @@ def main(argv: Sequence[str]) -> int:
                 continue
         write(PAGE, name, Measured(shlex.join(command), printed, day, machine()))
         print(f"{PAGE.relative_to(ROOT)}: {SECTIONS[name]}", file=sys.stderr)
-    print("\n".join(targets(PAGE.read_text(encoding="utf-8"))))
+    for line in targets(PAGE.read_text(encoding="utf-8")):
+        print(line)
     return failed
 
 
 def targets(page: str) -> list[str]:
     """Return the lines of a page that say whether a target is met, each after its section."""
-    of_one = re.compile(r"\btarget\b.*\b(met|missed)\b")
+    of_one = re.compile(r"\btarget\b.*: (met|missed)\b")
     return [
         f"{heading}: {line.strip()}"
         for heading, text in split(page)[1].items()

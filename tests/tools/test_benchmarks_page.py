@@ -129,6 +129,17 @@ def script(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_the_targets_of_the_whole_page_come_last(elsewhere: Path) -> None:
+    captured = elsewhere / "captured"
+    for name, printed in (
+        ("init", "1.2 times PEFT, target 1: missed\n"),
+        ("export", "The target is met.\n0.5, target 1: met"),
+    ):
+        captured.write_text(printed)
+        found = script(elsewhere, name, "--output", str(captured)).stdout.splitlines()
+    assert found == ["Initialisation: 1.2 times PEFT, target 1: missed", "Export: 0.5, target 1: met"]
+
+
 def test_captured_output_is_written_with_the_options_that_made_it(elsewhere: Path) -> None:
     captured = elsewhere / "captured"
     captured.write_text(PRINTED)
