@@ -209,8 +209,8 @@ Draws = Mapping[str, Any]
 # Trials that vary only these can share one base model and its data.
 SAME_BASE = ("adapter.", "train.")
 LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "train/loss")
-# Trials that vary none of these see the same rows in the same steps.
-OTHER_ROWS = ("data.", "model.", "train.epochs", "train.global_batch", "train.steps")
+# Of these, trials that vary one of the following have training losses of other rows, or with other dropout.
+OTHER_LOSSES = ("adapter.dropout", "train.epochs", "train.global_batch", "train.steps")
 # Ray Tune keeps all trials of a search in memory and in its state, and each trial is a training.
 MOST_TRIALS = 10_000
 # All members of a population have these in common, because they take over each other's state at the same step.
@@ -289,9 +289,9 @@ class Space(Section):
         return self.mode or ("min" if self.metric in LOWER_IS_BETTER else "max")
 
     def paired(self) -> bool:
-        """True if trials are stopped by their training losses, because all of them see the same rows in each step."""
-        same_rows = not any(field.startswith(OTHER_ROWS) for field in self.search)
-        return self.scheduler.kind == "asha" and self.metric in LOWER_IS_BETTER and same_rows
+        """True if trials are compared by their training losses, because all of them see the same rows in each step."""
+        comparable = all(field.startswith(SAME_BASE) and field not in OTHER_LOSSES for field in self.search)
+        return self.scheduler.kind == "asha" and self.metric in LOWER_IS_BETTER and comparable
 
     def cells(self) -> int:
         """Return the number of combinations of the grids; 1 without grids."""

@@ -201,6 +201,7 @@ def test_a_resumed_search_compares_training_losses_of_before(tmp_path: Path) -> 
         {"search": {"train.steps": {"choice": [60, 120]}}},
         {"search": {"train.global_batch": {"choice": [4, 8]}}},
         {"search": {"data.max_length": {"choice": [64, 128]}}},
+        {"search": {"adapter.dropout": {"choice": [0.0, 0.1]}}},
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact", "mode": "max"},
         {"search": {"train.lr": {"choice": [1e-3]}}, "scheduler": {"kind": "median"}},
     ],
