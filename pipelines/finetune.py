@@ -39,9 +39,6 @@ def main(argv: list[str]) -> None:
 
         dry_run(config, show_config="--show-config" in flags)
     else:
-        from olora_ray.pipeline import early
-
-        early.begin(config)
         from olora_ray.pipeline import publish, run
 
         run.run(config)

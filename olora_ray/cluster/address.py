@@ -5,24 +5,19 @@ joins a Ray, it asks for an answer itself: ray.init waits for minutes if no Ray 
 """
 
 import contextlib
-import logging
 import os
 import secrets
 import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import RayError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.common.errors import UserError
-from olora_ray.common.logs import ENVIRONMENT
-
-logger = logging.getLogger(__name__)
 
 # Ray's token authentication. A run always uses the mode of the Ray that it joins, even if RAY_AUTH_MODE is not set.
 
@@ -110,8 +105,6 @@ PATIENCE = 10.0
 OWN = "local"
 """The address with which ray.init starts a new Ray for this run."""
 _VARIABLE = "RAY_ADDRESS"
-_entered: str | None = None
-"""The address of the Ray that this process has joined or started."""
 
 
 def find(patience: float = PATIENCE) -> str:
@@ -131,50 +124,6 @@ def find(patience: float = PATIENCE) -> str:
     if address != OWN:
         _refuse_other_version(address, patience)
     return address
-
-
-def enter() -> str:
-    """Join the Ray that `find` returns, or start one, unless this process has; return its address.
-
-    Raises UserError if it does not answer.
-    """
-    global _entered
-    if ray.is_initialized() and _entered is not None:
-        return _entered
-    ray_internals.quiet_ray()
-    target = find()
-    _join_or_start(target)
-    _entered = target
-    return target
-
-
-def _join_or_start(target: str) -> None:
-    variables = ray_internals.beside_job(ENVIRONMENT)  # the environment of a submitted job overrides ours
-    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
-    logger.info("starting Ray" if target == OWN else f"connecting to {name(target)}")
-    if target == OWN:
-        make_own()
-        # Ray would start one process per CPU and wait for them, but none would be used: our tasks and actors have a
-        # runtime environment, for which Ray starts other processes.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run
-        # code. A user who wants the dashboard starts Ray before the run.
-        try:
-            ray.init(address=target, include_dashboard=False, **shared)
-        except OSError as error:  # Linux limits the path of a socket to 107 bytes
-            if "AF_UNIX path length" not in str(error):
-                raise
-            folder = str(error).rpartition("bytes: ")[2].partition("/session_")[0]
-            raise UserError(
-                f"RAY_TMPDIR: the path {folder} is too long for Ray's sockets; set RAY_TMPDIR (it overrides TMPDIR)"
-                " to a folder with a shorter path, such as /tmp"
-            ) from None
-        return
-    join(target, PATIENCE)
-    try:
-        ray.init(address=target, **shared)
-    except (ConnectionError, RuntimeError, RayError) as error:  # another Python version, or this machine is no node
-        raise UserError(f"{name(target)}: cannot connect: {' '.join(str(error).split())}") from error
 
 
 def _from_environment() -> str | None:

@@ -8,14 +8,18 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from olora_ray.cluster import address, preflight, ray_internals
 from olora_ray.common.errors import (
     Stopped,
     TakenOver,
+    UserError,
 )
+from olora_ray.common.logs import ENVIRONMENT
 from olora_ray.config.schema import AnyConfig
 from olora_ray.model.source import BaseModel
 
@@ -80,7 +84,12 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
     Raises UserError if the cluster does not answer or the run does not fit it; with `base`, memory and disk are checked
     too. Leaving the context disconnects, and stops a local cluster.
     """
-    address.enter()
+    ray_internals.quiet_ray()
+    target = address.find()
+    _join_or_start(target)
+    if target == address.OWN and base is not None:
+        with contextlib.suppress(Exception):  # only saves time: Ray Train starts it if it is missing
+            ray_internals.begin_autoscaling_coordinator()
     try:
         with Stop() as stop:  # after ray.init, which installs its own signal handlers
             resources = ray.cluster_resources()
@@ -98,3 +107,32 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
         raise
     finally:
         ray.shutdown()
+
+
+def _join_or_start(target: str) -> None:
+    variables = ray_internals.beside_job(ENVIRONMENT)  # the environment of a submitted job overrides ours
+    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
+    logger.info("starting Ray" if target == address.OWN else f"connecting to {address.name(target)}")
+    if target == address.OWN:
+        address.make_own()
+        # Ray would start one process per CPU and wait for them, but none would be used: our tasks and actors have a
+        # runtime environment, for which Ray starts other processes.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run
+        # code. A user who wants the dashboard starts Ray before the run.
+        try:
+            ray.init(address=target, include_dashboard=False, **shared)
+        except OSError as error:  # Linux limits the path of a socket to 107 bytes
+            if "AF_UNIX path length" not in str(error):
+                raise
+            folder = str(error).rpartition("bytes: ")[2].partition("/session_")[0]
+            raise UserError(
+                f"RAY_TMPDIR: the path {folder} is too long for Ray's sockets; set RAY_TMPDIR (it overrides TMPDIR)"
+                " to a folder with a shorter path, such as /tmp"
+            ) from None
+        return
+    address.join(target, address.PATIENCE)
+    try:
+        ray.init(address=target, **shared)
+    except (ConnectionError, RuntimeError, RayError) as error:  # another Python version, or this machine is no node
+        raise UserError(f"{address.name(target)}: cannot connect: {' '.join(str(error).split())}") from error
