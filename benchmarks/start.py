@@ -34,7 +34,7 @@ from olora_ray.train.checkpoints import name_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = str(Path(__file__).with_name("start_of_peft.py"))
-LINES = {"imports, Ray, checks, plan": " ray: ", "tokens, MLflow": " training: "}
+LINES = {"imports, checks, plan": " model: ", "Ray": " ray: ", "tokens, MLflow": " training: "}
 """Phase -> text of the log line that ends it."""
 PLACED, LOADED, STEP = "workers' processes", "imports, process group, model, adapter", "self-test, first step"
 ITEMS = (*LINES, PLACED, LOADED, STEP)

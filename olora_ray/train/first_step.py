@@ -137,8 +137,8 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float
     rates = ratio * x.new_tensor((0.0, *RATES))[:, None, None]
     steps = ((g @ b).T @ x - rates * ((g @ db).T @ x)).sign()
     stepped = (x @ steps.flatten(0, 1).T).unflatten(1, steps.shape[:2]).transpose(0, 1)
-    # The move is ratio * hidden @ db.T + stepped @ (b - rate * db).T, which is larger than its factors together. The sum
-    # of its squares needs only their products with each other, in float64, because the two parts may cancel.
+    # The move is ratio * hidden @ db.T + stepped @ (b - rate * db).T, which is larger than its factors. The sum of its
+    # squares needs only their products with each other, in float64, because the two parts may cancel.
     h, d, b, s, c = (each.double() for each in (ratio * hidden, db, b, stepped, rates))
     dd, db_, bb, ss = d.T @ d, d.T @ b, b.T @ b, s.mT @ s
     new = bb - c * (db_ + db_.T) + c.square() * dd
