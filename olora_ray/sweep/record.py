@@ -36,8 +36,6 @@ class TrialRecord:
     """Steps of the complete training; 0 if unknown."""
     curve: tuple[tuple[int, float], ...] = ()
     """(step, metric), in order of steps."""
-    compared: tuple[tuple[int, float], ...] = ()
-    """(step, training loss) by which the scheduler compared the trial with others, in order of steps."""
     seconds: float = 0.0
     """From start to end, over all attempts."""
     first_step: float | None = None
@@ -49,6 +47,8 @@ class TrialRecord:
     folder: str = ""
     """Its run folder."""
     mlflow_run: str = ""
+    compared: tuple[tuple[int, float], ...] = ()
+    """(step, training loss) by which the scheduler compared the trial with others, in order of steps."""
 
     def measured(self) -> bool:
         """True if the trial has a value to rank it by: NaN and infinity do not count."""
