@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -96,6 +95,11 @@ def rows_of(config: Config, mean: float, rows: int = ROWS) -> RowLosses:
     return RowLosses(places, tuple(map(int, tokens)), tuple(map(float, losses)), 4_884_480)
 
 
+def interrupt() -> None:
+    # Not by a signal: a shell lets jobs in its background ignore Ctrl+C.
+    raise KeyboardInterrupt
+
+
 @dataclass
 class Cluster:
     """A stand-in for Ray that writes the files of a phase's trainings."""
@@ -111,7 +115,7 @@ class Cluster:
     """Test and tuning rows that are not too long."""
     stop_after: int | None = None
     """Trainings after which the driver stops."""
-    stop: Callable[[], None] = lambda: signal.raise_signal(signal.SIGINT)
+    stop: Callable[[], None] = interrupt
     """The way it stops."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Name of a trial -> why it fails, once."""
