@@ -31,20 +31,17 @@ from olora_ray.sweep.spec import PAIRED, PROGRESS, WHOLE, SweepSpec, number_of, 
 def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
     space, settings = sweep_spec.space, sweep_spec.space.scheduler
     every = sweep_spec.train_spec.config.train.eval_every
-    paired = space.paired()
     # Slightly less, because of rounding: a third of 100, times 3, exceeds 100 in floats, and a trial would miss a rung.
     grace = min(WHOLE, WHOLE * sweep_spec.grace() / sweep_spec.total()) * (1 - 1e-9)
     tuned: Halving | Median
     if settings.kind == "asha":
         length: dict[str, Any] = {"max_t": WHOLE, "grace_period": grace}  # Ray's annotations say int
-        tuned = (Paired if paired else Halving)(PROGRESS, reduction_factor=settings.reduction, **length)
+        tuned = (Paired if space.paired() else Halving)(PROGRESS, reduction_factor=settings.reduction, **length)
     elif settings.kind == "median":
         tuned = Median(PROGRESS, grace_period=grace, min_samples_required=3)
     else:
         return Population(space, settings.interval or every) if settings.kind == "population" else FIFOScheduler()
-    if isinstance(tuned, Paired):
-        tuned.spares_first = space.include_default
-    tuned.folder, tuned.measured = sweep_spec.folder, PAIRED if paired else space.metric
+    tuned.folder, tuned.measured = sweep_spec.folder, PAIRED if space.paired() else space.metric
     return tuned
 
 
@@ -78,15 +75,13 @@ class Halving(_Learning, ASHAScheduler):
 class Paired(Halving):
     """The same over training losses of the same rows. For Tune its metric is that of the search."""
 
-    spares_first = True
-
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if PAIRED not in result:
             return TrialScheduler.CONTINUE
         compared = {PROGRESS: result[PROGRESS], self.metric: result[PAIRED]}
         decision = super().on_trial_result(tune_controller, trial, compared)
-        # The report compares the best trial with the unchanged config, at the same number of steps.
-        return TrialScheduler.CONTINUE if self.spares_first and number_of(str(trial)) == 0 else str(decision)
+        # Trial 0 is the unchanged config, which the report compares with the best trial, at the same number of steps.
+        return TrialScheduler.CONTINUE if number_of(str(trial)) == 0 else str(decision)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """The last value of the metric is no training loss."""

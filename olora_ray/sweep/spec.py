@@ -87,19 +87,21 @@ class SweepSpec:
 
     def grace(self) -> int:
         """Return the steps of the unchanged config before a trial may be stopped."""
-        paired = max(3, math.ceil(self.total() / 16))  # the first loss is the same for all trials
-        return self.space.scheduler.grace or (
-            paired if self.space.paired() else self.train_spec.config.train.eval_every
-        )
+        if self.space.scheduler.grace:
+            return self.space.scheduler.grace
+        if self.space.paired():
+            return max(3, math.ceil(self.total() / 16))  # the first loss is the same for all trials
+        return self.train_spec.config.train.eval_every
 
     def rungs(self) -> list[int]:
-        """Return the steps after which a trial's training losses are compared; empty if they are not.
-
-        In the second half a trial that stops saves little, and it would have no value to be ranked by.
-        """
-        reduction = self.space.scheduler.reduction
-        steps = [math.ceil(self.grace() * reduction**power) for power in range(self.space.paired() * 64)]
-        return [step for step in steps if step <= self.total() / 2]
+        """Return the steps after which a trial's training losses are compared; empty if they are not."""
+        steps, step, settings = list[int](), float(self.grace()), self.space.scheduler
+        # In the second half a stop saves little, and leaves a trial without a value. A grace that is set may be there.
+        last = self.total() - 1 if settings.grace else self.total() // 2
+        while self.space.paired() and math.ceil(step) <= last:
+            steps.append(math.ceil(step))
+            step *= settings.reduction
+        return steps
 
     def _own(self, number: int) -> dict[str, Any]:
         changes: dict[str, Any] = {

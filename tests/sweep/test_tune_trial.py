@@ -113,6 +113,18 @@ def test_a_trial_reports_the_training_losses_by_which_it_is_compared(tmp_path: P
     assert (record.step, record.value, record.curve) == (16, None, ())
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "compared"), [({"grace": 40}, [40]), ({"grace": 5, "reduction": 2}, [5, 10, 20, 40])]
+)
+def test_a_grace_that_is_set_may_be_late(tmp_path: Path, training: Any, scheduler: Any, compared: list[int]) -> None:
+    training.result, training.losses = None, dict.fromkeys(range(1, 65), 1.0)
+    search = spec(tmp_path, metric="eval/loss", scheduler={"kind": "asha", **scheduler})
+    search = replace(search, train_spec=replace(search.train_spec, config=tiny.config(train__steps=64)))
+    trial = process(search, 1)
+    assert [trial.step()["step"] for _ in compared] == compared
+    assert trial.step()["ended"]
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path: Path, training: Any, fails: bool) -> None:
     """Regression: the thread died while writing its last record, and the search waited for ever."""
