@@ -8,7 +8,7 @@ The numbers of a rule: the share of all steps that are done; how often the winne
 less than a share of the best trial's gain over the base model; and how far behind it is, on average and at most.
 
     python benchmarks/searches.py replay         of the searches in benchmarks/searches.jsonl.gz
-    python benchmarks/searches.py record [--part 0/2] [--out FILE]
+    python benchmarks/searches.py record [--out FILE]
 """
 
 import argparse
@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MemoryStore, config, table
+from common import MemoryStore, config, met, table
+from learning_rate import HeldOut
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, inject, remove
+from olora_ray.common.errors import UserError
 from olora_ray.sweep.schedulers import scheduler
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import PAIRED, PROGRESS, WHOLE, SweepSpec, trial_name
@@ -67,14 +69,12 @@ WORDS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("record", "replay"))
-    parser.add_argument("--part", default="0/1", help="record only the searches whose number has this remainder")
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "record":
-        part, parts = map(int, args.part.split("/"))
         done = {line["search"] for line in read(args.out)} if args.out.exists() else set()
-        for number in range(part, SEARCHES, parts):
+        for number in range(SEARCHES):
             if number not in done:
                 line = record(number)
                 with gzip.open(args.out, "at") as file:
@@ -126,12 +126,6 @@ TASKS = (addition, backwards, fields, in_order, capitals)
 def pack(question: str, answer: str) -> Pack:
     ids = np.frombuffer(f"{question}{answer}\n".encode(), np.uint8).astype(np.int64) + 1
     return Pack(ids, np.arange(len(ids)) >= len(question), (len(ids),))
-
-
-class HeldOut(MemoryStore):
-    @property
-    def manifest(self) -> Any:
-        return SimpleNamespace(supervised=sum(int(each.supervised.sum()) for each in self))
 
 
 def base(kind: int) -> Any:
@@ -236,7 +230,7 @@ def train(
             losses.append(round(step.loss, 5))
             if step.step % (STEPS // 16) == 0:
                 measured.append(round(evaluate(trainer, held_out, attention), 5))
-    except Exception as error:
+    except UserError as error:  # diverged
         print(error)
     ended = len(losses) == STEPS and math.isfinite(measured[-1])
     return {
@@ -276,13 +270,9 @@ def replay(searches: list[dict[str, Any]]) -> str:
     titles = ("rule", "compute", "same winner", "within 0.5%", "within 1%", "behind", "at most")
     return (
         f"{len(searches)} searches of {TRIALS} trials, {ORDERS} orders of each\n{table(titles, rows)}\n"
-        f"a search takes {used:.2f} of the compute of all trials to the end, target 0.20: {word(used <= 0.2)}; in"
-        f" {kept:.0%} its winner is within 0.5% of the best, target 95%: {word(kept >= 0.95)}"
+        f"a search takes {used:.2f} of the compute of all trials to the end, target 0.20: {met(used <= 0.2)}; in"
+        f" {kept:.0%} its winner is within 0.5% of the best, target 95%: {met(kept >= 0.95)}"
     )
-
-
-def word(met: bool) -> str:
-    return "met" if met else "missed"
 
 
 def orders(seed: int) -> list[list[int]]:

@@ -135,7 +135,7 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float
     hidden, db = x @ a.T, _step_of_b(x, g, a)
     # A's steps after a step of B at each rate, the first at rate 0. What they do to x is one product for all rates.
     rates = ratio * x.new_tensor((0.0, *RATES))[:, None, None]
-    steps = ((g @ b).T @ x - rates * ((g @ db).T @ x)).sign()
+    steps = ((g @ b).T @ x - rates * ((g @ db).T @ x)).sign_()
     stepped = (x @ steps.flatten(0, 1).T).unflatten(1, steps.shape[:2]).transpose(0, 1)
     # The move is ratio * hidden @ db.T + stepped @ (b - rate * db).T, which is larger than its factors. The sum of its
     # squares needs only their products with each other, in float64, because the two parts may cancel.
