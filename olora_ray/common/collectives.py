@@ -63,11 +63,12 @@ def abort() -> None:
     """Abort this process's current exchange from another thread: it raises PeerLost there, and soon on other workers.
 
     gloo has no call for this. But a receive whose timeout expires closes all connections of the group, so this
-    function receives a message that nobody sends.
+    function receives a message that nobody sends, from each worker in turn: a receive from one that is lost fails at
+    once, and leaves the connections open on which the exchange may wait.
     """
-    if world_size() > 1:
+    for worker in {*range(world_size())} - {rank()}:
         with contextlib.suppress(RuntimeError, ValueError):
-            nothing: Any = dist.irecv(torch.empty(1), (rank() + 1) % world_size(), tag=NOBODY)
+            nothing: Any = dist.irecv(torch.empty(1), worker, tag=NOBODY)
             nothing.wait(ABORT)
 
 

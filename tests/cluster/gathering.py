@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -146,7 +147,7 @@ class Workers:
         end = time.monotonic() + LIMIT
         for rank in ranks:
             self.processes[rank].join(max(0.0, end - time.monotonic()))
-            assert self.processes[rank].exitcode == 0, f"worker {rank}: {self.processes[rank].exitcode}\n{self.told()}"
+            assert self.processes[rank].exitcode == 0, f"worker {rank}: {self.stacks()}"
         return [Outcome(**json.loads((self.folder / f"outcome-{rank}.json").read_text())) for rank in ranks]
 
     def told(self) -> list[str]:
@@ -158,9 +159,18 @@ class Workers:
         """Until something is so."""
         end = time.monotonic() + LIMIT
         while not condition():
-            ended = [process.exitcode for process in self.processes]
-            assert time.monotonic() < end, f"the groups: {self.told()}, the workers' exit codes: {ended}"
+            assert time.monotonic() < end, self.stacks()
             time.sleep(0.02)
+
+    def stacks(self) -> str:
+        """Where everybody is, for the message of a test that hangs: it may take a thousand runs to see it again."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        place, ended = self.place.membership, [process.exitcode for process in self.processes]
+        lines = [f"{self.told()}, {place.phase}, {place.group}, waiting: {[*place.waiting]}, exit codes: {ended}"]
+        return "\n".join([*lines, *(file.read_text() for file in sorted(self.folder.glob("stacks-*")))])
 
     def close(self) -> None:
         for process in self.processes:
@@ -193,6 +203,7 @@ def _work(
     address: Any, rank: int, folder: Path, model: Path, changes: dict[str, Any], faults: tuple[Fault, ...], node: str
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, (folder / f"stacks-{rank}").open("w"))
     fault_points.handler = lambda point, step, _: _reach(folder, faults, point, step)
     settings = tiny.config(**(SETTINGS | {"model__name": str(model), "model__dtype": "float32"} | changes))
     train: Any = tiny.store(8)

@@ -97,6 +97,15 @@ def test_a_worker_that_hangs_is_given_up_and_comes_back(model: Path, untouched: 
         assert len(found.told()) == 2
 
 
+def test_one_dies_while_another_hangs(model: Path, untouched: Outcome, tmp_path: Path) -> None:
+    with workers(tmp_path, model, 3) as found:
+        found.start()
+        found.start(Fault("step", 2, "kill"))
+        found.start(Fault("step", 2, "stop"))  # the first waits for this one in their exchange
+        assert found.wait(0) == [untouched]
+        assert found.told() == ["worker 1 died and worker 2 gave no sign of life for 20 s: 1 after 2"]
+
+
 def test_a_worker_that_fails_leaves_the_others(model: Path, untouched: Outcome, tmp_path: Path) -> None:
     with workers(tmp_path, model, 2) as found:
         found.start()
