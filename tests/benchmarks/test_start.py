@@ -19,6 +19,13 @@ def test_items_add_up(benchmark: Any) -> None:
     assert peer.split()[-3:] == ["5.00"] * 3
 
 
+def test_other_starts_have_targets_of_their_own(benchmark: Any) -> None:
+    module = benchmark("start")
+    printed = module.others_table({module.STANDING: [5.0, 7.0, 5.5], module.AGAIN: [20.0]})
+    assert f"{module.STANDING}: 5.5 s, target 6: met" in printed
+    assert f"{module.AGAIN}: 20.0 s, target 15: missed" in printed
+
+
 def test_a_trial_waits_for_the_one_whose_place_it_takes(benchmark: Any) -> None:
     module = benchmark("start")
     # Two side by side; the third takes the place of the first.
