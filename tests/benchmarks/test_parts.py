@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olora_ray.config.schema import Train
 from olora_ray.train.loader import Schedule, StepLoader
 from tests import tiny
 from tests.pipelines import project
@@ -19,7 +18,9 @@ def test_every_script_finds_what_it_imports(benchmark: Any, name: str) -> None:
 def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
     rows = [(np.arange(2, 8, dtype=np.int32), np.arange(6) > 1)] * 5
     store = benchmark("common").memory_store(rows, 8)
-    loader = StepLoader(store, Train(steps=2, global_batch=2, micro_batch=1), 0, "segments")
+    train = benchmark("common").config("", {"name": ""}, train={"steps": 2, "global_batch": 2, "micro_batch": 1}).train
+    assert Schedule(train, store).lr(0) > 0  # with the default, train.lr=auto, tree.py and memory.py failed
+    loader = StepLoader(store, train, 0, "segments")
     steps = [data for data, _ in loader.steps(0, lambda done: done >= 3)]
     assert len(steps) == 3  # into the second pass
     assert [data.supervised for data in steps] == [8, 8, 8]
