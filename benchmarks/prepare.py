@@ -31,6 +31,8 @@ BATCH = 1000
 LENGTH = 512
 """Tokens per sequence; a longer text becomes several, each starting with the last token of the previous one."""
 TIMES = 3
+MOST = 60
+"""Target in minutes for a billion tokens."""
 Found = tuple[float, int]
 """(seconds, tokens)."""
 
@@ -72,6 +74,10 @@ def show(found: dict[str, list[Found]], rows: int, size: int) -> None:
     print(table(("", "rows/s", "MB/s", "tokens", "of encode_batch", "seconds"), lines))
     ahead = seconds[MAP] / seconds[RAY]
     print(f"{RAY}: {ahead:.2f} times the speed of {MAP} (target at least {TIMES}: {met(ahead >= TIMES)})")
+    minutes = 1e9 / found[RAY][0][1] * seconds[RAY] / 60
+    print(
+        f"{RAY}: a billion tokens would take {minutes:.0f} minutes at this rate, target {MOST}: {met(minutes <= MOST)}"
+    )
 
 
 def contents() -> list[list[dict[str, str]]]:

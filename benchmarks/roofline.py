@@ -29,7 +29,7 @@ from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import order
 from olora_ray.train.loader import Schedule, StepLoader
 
-TARGET = 0.75
+TARGET = 2 / 3
 CPU = torch.device("cpu")
 
 

@@ -62,6 +62,8 @@ TRIED = (
 
 TARGETS = {PEFT_BEST.name: 2.0, TRL[1].name: 2.5}
 """Peer -> target ratio of rows per second for one worker of ours, in less memory."""
+WITH_TWO = 2.2
+"""Target for two workers beside PEFT, which has as many threads."""
 ANOTHER = 0.1
 """Distance to the reference gradient from which a contestant trains something else."""
 RANDOM = {
@@ -212,6 +214,9 @@ def verdicts(middle: dict[str, dict[str, float]], off: dict[str, float]) -> list
             f"ours with 1 worker, compared with {name}: {ratio:.2f} times its rows/s (target at least {least:g}:"
             f" {met(ratio >= least)}), {memory:.2f} times its memory (target below 1: {met(memory < 1)}){other}"
         )
+    if {two := OURS[1].name, PEFT_BEST.name} <= middle.keys():
+        ratio = middle[two]["rows"] / middle[PEFT_BEST.name]["rows"]
+        lines.append(f"{two}: {ratio:.2f} times the rows/s of PEFT, target {WITH_TWO:g}: {met(ratio >= WITH_TWO)}")
     for name in (one.name for one in OURS if one.name in off):
         if not off[name] <= ANOTHER:  # it may be no number
             lines.append(f"{name}: ITS GRADIENT IS OFF BY {off[name]:.0%}, so none of these figures counts")
