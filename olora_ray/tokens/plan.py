@@ -430,7 +430,10 @@ def _shards(pieces: Pieces) -> Shards:
     all_rows, all_bytes = rows.sum(), size.sum()
     wanted = float(np.clip(all_rows / 512, *SHARD_ROWS))
     count = max(1, round(float(max(all_rows / wanted, all_bytes / (64 * 2**20)))))
-    cost = np.maximum(rows / all_rows, size / max(all_bytes, 1.0))
+    rows /= all_rows  # in place: for a billion rows each array takes 31 MB
+    size /= max(all_bytes, 1.0)
+    cost = np.maximum(rows, size, out=rows)
+    del size
     middle = (np.cumsum(cost) - cost / 2) / cost.sum() * count
     shard = np.minimum(middle, count - 1).astype(int)
     return Shards(pieces, np.array([0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]))
