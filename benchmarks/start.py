@@ -16,7 +16,6 @@ import json
 import os
 import re
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import torch
 from common import MODEL, machine, met, model_folder, processes_below, table
 from overhead import write_corpus
 from sweep import Bench, Space
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from olora_ray.config.schema import Model
 from olora_ray.model.load import pick_dtype
@@ -97,7 +97,7 @@ def starts(storage: Path, folder: str, args: argparse.Namespace) -> tuple[list[d
 
 def standing(storage: Path, args: argparse.Namespace) -> list[float]:
     """Return the seconds to the first step on a Ray that stands; the first run there does not count."""
-    port = free_port()
+    port = get_free_port()
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", f"--num-cpus={os.cpu_count()}"]
     with (
@@ -178,11 +178,6 @@ def start(file: Path, folder: Path, address: str = "", head: int | None = None) 
     for item, step in ((LOADED, 0), (STEP, 1)):
         marks[item] = (folder / "checkpoints" / name_of(step) / MANIFEST).stat().st_mtime
     return items(began, marks)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def items(began: float, marks: Mapping[str, float]) -> dict[str, float]:

@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
 
 def targets(page: str) -> list[str]:
     """Return the lines of a page that say whether a target is met, each after its section."""
-    of_one = re.compile(r"\btarget\b.*: (met|missed)\b")
+    of_one = re.compile(r"\btarget\b.*: (met|missed)\b|\d  +(met|missed)\b", re.IGNORECASE)
     return [
         f"{heading}: {line.strip()}"
         for heading, text in split(page)[1].items()

@@ -133,11 +133,15 @@ def test_the_targets_of_the_whole_page_come_last(elsewhere: Path) -> None:
     captured = elsewhere / "captured"
     for name, printed in (
         ("init", "1.2 times PEFT, target 1: missed\n"),
-        ("export", "The target is met.\n0.5, target 1: met"),
+        ("export", "The target is met.\n0.5, target 1: met\nmemory  5 MB  < 4  MISSED"),
     ):
         captured.write_text(printed)
         found = script(elsewhere, name, "--output", str(captured)).stdout.splitlines()
-    assert found == ["Initialisation: 1.2 times PEFT, target 1: missed", "Export: 0.5, target 1: met"]
+    assert found == [
+        "Initialisation: 1.2 times PEFT, target 1: missed",
+        "Export: 0.5, target 1: met",
+        "Export: memory  5 MB  < 4  MISSED",
+    ]
 
 
 def test_captured_output_is_written_with_the_options_that_made_it(elsewhere: Path) -> None:
