@@ -1,20 +1,16 @@
-"""Chat templates: rendering as in transformers, without importing it, and the check of a template before its use.
+"""Chat templates: rendering as in transformers, without importing it, and the form of chats that a template takes.
 
 A template is code from a model hub: it runs in jinja2's immutable sandbox. The form of chats that a template can
 write is detected by rendering marked conversations, so that no part of a chat is lost silently.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
@@ -58,8 +54,6 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _compiled(source)
-        except MemoryError:
-            raise
         except Exception as error:  # constant expressions are worked out here: 1 / 0 is a ZeroDivisionError
             raise UserError(f"{what} is not valid: {first_line(error)}") from None
 
@@ -120,68 +114,6 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-# The check of a template in a separate process with limits of time and memory. The sandbox has none: `{{ 10 ** 10 ** 9
-# }}` and nested loops run for ever, and operators, filters and string methods would each need their own limit. A
-# template that misbehaves only for certain messages is not detected.
-
-
-# CPU seconds that a template may take for two short messages; a normal template takes milliseconds.
-SECONDS = 2
-MEMORY = 2**30
-EXCHANGE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
-
-
-@lru_cache(maxsize=8)
-def refuse_hostile(sources: frozenset[str], special_tokens: frozenset[tuple[str, str]], what: str) -> None:
-    """Raise UserError if a template takes too much time or memory for two short messages, or recurses without end."""
-    # The child imports from the same paths as this process; -P keeps files of the current folder out.
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)])
-    asked = {"sources": sorted(sources), "special_tokens": dict(special_tokens)}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", __name__],
-            input=json.dumps(asked).encode(),
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            timeout=120,  # however busy the machine is
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        verdict = -1
-    else:
-        verdict = done.returncode
-    if verdict < 0 or verdict == _TOO_MUCH:
-        raise UserError(
-            f"{what} takes more than {SECONDS} s or {MEMORY // 2**30} GiB for two short messages, or recurses without"
-            " end; set data.chat_template to another template"
-        )
-    if verdict:
-        raise RuntimeError(f"the check of a chat template failed: {done.stderr.decode(errors='replace')[-1000:]}")
-
-
-_TOO_MUCH = 3
-
-
-def _render_within_limits(sources: Sequence[str], special_tokens: Mapping[str, str]) -> int:
-    # An error that a template raises is not judged here: it is reported where the template is used.
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS * len(sources), SECONDS * len(sources) + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for source in sources:
-        try:
-            template = ChatTemplate(source, special_tokens)
-            rendered = [template.render(EXCHANGE[:count], count == 1) for count in (1, 2)]
-        except (MemoryError, RecursionError):
-            return _TOO_MUCH
-        except Exception:  # noqa: S112
-            continue
-        if sum(map(len, rendered)) > 2**20:
-            return _TOO_MUCH
-    return 0
-
-
 # The form of chats that a template can write, detected by rendering marked conversations.
 #
 # Rows have the arguments of tool calls as an object, or as JSON text, which is the form of OpenAI's API. Most templates
@@ -190,6 +122,7 @@ def _render_within_limits(sources: Sequence[str], special_tokens: Mapping[str, s
 
 
 _MARK = "olora_marker"
+EXCHANGE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
 _FUNCTION = {
     "name": _MARK,
     "description": "A function.",
@@ -377,7 +310,3 @@ def _called(call: Any) -> str:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     return name.strip() if isinstance(name, str) else ""
-
-
-if __name__ == "__main__":
-    sys.exit(_render_within_limits(**json.load(sys.stdin)))

@@ -72,13 +72,6 @@ class TokenizerSpec:
     def template(self, tools: bool) -> str:
         return self.tool_template or self.chat_template if tools else self.chat_template
 
-    def check_templates(self) -> None:
-        """Raise UserError for a template that takes too much time or memory, and for a chosen one that is not valid."""
-        sources = frozenset(self.template(tools) for tools in (False, True))
-        chat_template.refuse_hostile(sources, frozenset(self.special_tokens.items()), self.setting)
-        if self.chosen:
-            self.compiled(tools=False)
-
     def compiled(self, tools: bool) -> ChatTemplate:
         """Compile the template for conversations with tools, or without; raise UserError if it is not valid."""
         return ChatTemplate(self.template(tools), self.special_tokens, self.setting)
@@ -92,9 +85,8 @@ class TokenizerSpec:
 def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = "") -> TokenizerSpec:
     """Return the spec of a transformers tokenizer, with the template that `chosen` (data.chat_template) names.
 
-    Raise UserError if it is not a fast tokenizer, has no end token, has a token with an absurd id, or has a template
-    that takes too much time or memory. A tokenizer without chat template gets one of `chat_template.DEFAULTS`, with a
-    warning.
+    Raise UserError if it is not a fast tokenizer, has no end token, has a token with an absurd id, or if the chosen
+    template is not valid. A tokenizer without chat template gets one of `chat_template.DEFAULTS`, with a warning.
     """
     name = name or str(getattr(tokenizer, "name_or_path", "") or "the model")
     if chosen:
@@ -132,7 +124,8 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = 
         name=name,
         chosen=chosen,
     )
-    spec.check_templates()
+    if chosen:
+        spec.compiled(tools=False)
     return spec
 
 

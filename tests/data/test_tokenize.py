@@ -517,9 +517,8 @@ def far() -> Tokenizer:
         ({"eos_token_id": None}, "tokenizer of org/base has no end token"),
         ({"is_fast": False, "backend_tokenizer": None}, "tokenizer of org/base is not a fast tokenizer"),
         ({"backend_tokenizer": far()}, "of org/base has the token id 2147483648, but no model has so many tokens"),
-        ({"chat_template": "{{ 'a' * 3000000000 }}"}, "takes more than 2 s or 1 GiB"),
     ],
-    ids=["no end", "slow", "far", "hostile"],
+    ids=["no end", "slow", "far"],
 )
 def test_tokenizers_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
