@@ -97,18 +97,6 @@ EXPLAINED = {
 """Names of settings without an equivalent field -> what to do."""
 TRACKERS = ("wandb_", "mlflow_", "comet_", "neptune_", "swanlab_", "trackio_", "tensorboard")
 """Prefixes of names of settings about trackers."""
-REMOVED = {
-    "gate.on": "delete it; the gate always measures on the rows of data.eval or data.eval_fraction",
-    "gate.level": "delete it; the interval of the improvement always has a confidence of 0.95",
-    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75; run it"
-    " again later, as deploy/night.py does",
-    "retrain.wait": "delete it; while another retraining of the model runs, the command ends with exit code 75;"
-    " run it again later, as deploy/night.py does",
-    "cluster.resize_interval": "delete it; the run decides how often it checks whether more workers fit",
-    "compare.centres": "delete it; compare.rates are multiples of the automatic learning rate of each arm",
-    "compare.untuned": "delete it; a comparison always shows the loss of each arm at the config's own train.lr",
-}
-"""Fields of earlier releases -> what to do instead."""
 
 
 @cache
@@ -447,8 +435,6 @@ def _joined(lines: Sequence[str]) -> list[str]:
 def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str:
     if secrets.is_name(parts[-1]):
         return "delete it; secrets come from environment variables or files, never from a config"
-    if advice := REMOVED.get(".".join(parts)):
-        return advice
     if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
         return advice
     # Last, because names of other tools resemble fields with another meaning: do_train is not `train`.

@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from olora_ray.common.errors import UserError
-from olora_ray.config.load import EXPLAINED, PLAIN, REMOVED, build
+from olora_ray.config.load import EXPLAINED, PLAIN
 from olora_ray.config.load import spelling_advice as advice
 from olora_ray.config.schema import Config
 
@@ -36,15 +35,6 @@ def test_a_word_of_another_tool_leads_to_our_field(word: str, field: str) -> Non
 @pytest.mark.parametrize("word", ["gradient_accumulation_steps", "warmup_ratio", "optim", "report_to"])
 def test_a_word_without_a_field_of_its_meaning_is_explained(word: str) -> None:
     assert advice(word) == EXPLAINED[word]
-
-
-@pytest.mark.parametrize("field", sorted(field for field in REMOVED if not field.startswith("compare.")))
-def test_a_field_that_was_removed_says_what_to_do_instead(field: str) -> None:
-    section, name = field.split(".")
-    tree = {"run": {"name": "a"}, "model": {"name": "m"}, "data": {"train": [{"path": "b.jsonl"}]}}
-    with pytest.raises(UserError) as refused:
-        build({**tree, section: {**tree.get(section, {}), name: 1}}, "run.yaml")
-    assert f"{field}: unknown field; {REMOVED[field]}" in str(refused.value)
 
 
 def test_every_advice_names_a_field_that_there_is() -> None:
