@@ -42,10 +42,10 @@ def made(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 class Counting:
-    """fastokens, which counts texts and may give another id at the end of those that contain `wrong_in`."""
+    """fastokens, which counts texts and gives another last id for `wrong_in`, and for texts longer than `right`."""
 
-    def __init__(self, wrong_in: str | None = None) -> None:
-        self.texts, self.wrong, self.wrong_in = 0, 0, wrong_in
+    def __init__(self, wrong_in: str | None = None, right: int = 2**30) -> None:
+        self.texts, self.wrong, self.wrong_in, self.right = 0, 0, wrong_in, right
         self.Tokenizer = SimpleNamespace(from_json_str=self.load)
 
     def load(self, content: str) -> Any:
@@ -58,7 +58,7 @@ class Counting:
         self.texts += len(texts)
         found = [list(each.ids) for each in self.inner.encode_batch(texts)]
         for text, ids in zip(texts, found, strict=True):
-            if self.wrong_in is not None and self.wrong_in in text:
+            if len(text) > self.right or (self.wrong_in is not None and self.wrong_in in text):
                 ids[-1] = 0
                 self.wrong += 1
         return [SimpleNamespace(ids=ids) for ids in found]
@@ -80,3 +80,11 @@ def test_other_ids_do_not_come_into_the_store(wrong_in: str, made: Callable[...,
     assert any("fastokens gave other tokens" in line for line in said) == (wrong_in == "answer")
     assert not any("fastokens" in line for line in plain)
     assert (library.wrong > 1) == (wrong_in == "answer")  # otherwise its check on loading finds the first
+
+
+def test_wrong_ids_of_long_texts_are_found_before_rows_are_encoded(
+    made: Callable[..., tuple[bytes, list[str]]],
+) -> None:
+    library = Counting(right=2**17)
+    made("byte-level", library)
+    assert (library.wrong, library.texts < 1500) == (1, True)
