@@ -2,11 +2,14 @@
 
 import logging
 import platform
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -35,6 +38,10 @@ class NodeInfo:
     storage_problem: str | None = None
     gpu_generation: tuple[int, int] | None = None
     """Compute capability of the oldest GPU, (8, 0) for Ampere; None without an NVIDIA GPU."""
+    driver_cuda: int | None = None
+    """The newest major version of CUDA that NVIDIA's driver runs."""
+    torch_cuda: int | None = None
+    """The major version of CUDA that torch is built for; None for CPUs and AMD's GPUs."""
 
 
 def node_info() -> NodeInfo:
@@ -44,7 +51,8 @@ def node_info() -> NodeInfo:
     # A GPU that reports no memory of its own shares the machine's memory.
     gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
     versions = {"python": platform.python_version(), "olora_ray": f"code {node_cache.project()}", **versions}
-    return NodeInfo(versions, memory, gpu_memory, gpu_generation=oldest)
+    cuda = (ray_internals.driver_cuda(), _torch_cuda())
+    return NodeInfo(versions, memory, gpu_memory, None, oldest, *cuda)
 
 
 def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo | str]:
@@ -121,6 +129,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _torch_cuda() -> int | None:
+    found = find_spec("torch")  # does not import it
+    file = Path(found.origin).with_name("version.py") if found and found.origin else None
+    built = re.search(r"^cuda\b.*'(\d+)", file.read_text(), re.MULTILINE) if file and file.exists() else None
+    return int(built[1]) if built else None
 
 
 def _reason(error: BaseException) -> str:

@@ -418,6 +418,12 @@ def unusable_gpu(info: NodeInfo) -> str | None:
         return f"has GPUs, and torch {torch}, which is for CPUs only: install torch for CUDA there, {instead}"
     if info.gpu_memory is None and "+rocm" not in torch:
         return f"has GPUs that NVIDIA's driver does not show: fix the driver, {instead}"
+    if info.driver_cuda and info.torch_cuda and info.driver_cuda < info.torch_cuda:
+        return (
+            f"has an NVIDIA driver for CUDA {info.driver_cuda}, and torch {torch}, which is for CUDA {info.torch_cuda}:"
+            f" update the driver there (CUDA 13 needs 580 or newer), install torch for CUDA {info.driver_cuda} (for 12"
+            f" its builds cu126 and cu128), {instead}"
+        )
     return None
 
 

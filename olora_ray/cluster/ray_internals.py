@@ -1,7 +1,9 @@
-"""Uses of Ray's private parts: the only file with names that Ray may change without notice.
+"""Calls of Ray's private functions and modules, whose names may change without notice.
 
-Each use is marked with the version of Ray whose source was read, and each function says why public functions are not
-enough. After an upgrade of Ray, tests/cluster/test_ray_internals.py shows what has changed.
+Two other modules extend classes of Ray and use their private names: cluster/membership/places.py (Train) and
+sweep/schedulers.py (Tune). Each use here is marked with the version of Ray whose source was read, and each function
+says why public functions are not enough. After an upgrade of Ray, tests/cluster/test_ray_internals.py shows what has
+changed.
 """
 
 import contextlib
@@ -327,6 +329,12 @@ def gpu_memory() -> list[int]:
 
 def gpu_generations() -> list[tuple[int, int]]:
     return _of_each_gpu(lambda pynvml, handle: tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
+
+
+def driver_cuda() -> int | None:
+    """Return the newest major version of CUDA that NVIDIA's driver runs; None without a GPU."""
+    of_gpus = _of_each_gpu(lambda pynvml, _: pynvml.nvmlSystemGetCudaDriverVersion() // 1000)
+    return min(of_gpus, default=None)
 
 
 def _of_each_gpu(query: Callable[[Any, Any], Any]) -> list[Any]:

@@ -196,19 +196,20 @@ def test_the_tokens_of_other_runs_are_no_room_for_this_one(
 
 
 @pytest.mark.parametrize(
-    ("torch", "gpu_memory", "expected"),
+    ("torch", "gpu_memory", "cuda", "expected"),
     [
-        ("2.13.0+cu130", 80 * 2**30, None),
-        ("2.13.0", 80 * 2**30, None),
-        ("2.13.0+rocm7.0", None, None),
-        ("2.13.0+cpu", 80 * 2**30, "has GPUs, and torch 2.13.0+cpu, which is for CPUs only: install torch for CUDA"),
-        ("2.13.0+cu130", None, "has GPUs that NVIDIA's driver does not show: fix the driver"),
+        ("2.13.0+cu130", 80 * 2**30, (13, 13), None),
+        ("2.13.0", 80 * 2**30, (13, 12), None),
+        ("2.13.0+rocm7.0", None, (None, None), None),
+        ("2.13.0", 80 * 2**30, (12, 13), "has an NVIDIA driver for CUDA 12, and torch 2.13.0, which is for CUDA 13"),
+        ("2.13.0+cpu", 80 * 2**30, (13, None), "has GPUs, and torch 2.13.0+cpu, which is for CPUs only: install torch"),
+        ("2.13.0+cu130", None, (None, 13), "has GPUs that NVIDIA's driver does not show: fix the driver"),
     ],
 )
 def test_gpus_that_cannot_be_used_are_told_before_a_worker_gets_them(
-    torch: str, gpu_memory: int | None, expected: str | None
+    torch: str, gpu_memory: int | None, cuda: tuple[int | None, int | None], expected: str | None
 ) -> None:
-    found = preflight.unusable_gpu(NodeInfo({"torch": torch}, 0, gpu_memory))
+    found = preflight.unusable_gpu(NodeInfo({"torch": torch}, 0, gpu_memory, None, None, *cuda))
     assert found == expected if expected is None else found and found.startswith(expected)
     assert expected is None or str(found).endswith("or set cluster.gpus_per_worker=0")
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from olora_ray.cluster import node_facts, preflight, ray_internals
 from olora_ray.common.logs import ENVIRONMENT
@@ -86,7 +87,10 @@ def test_gpus_tell_their_memory_and_generation(monkeypatch: pytest.MonkeyPatch) 
     put_gpus(monkeypatch, [2**34, 2**35], [(7, 5), (8, 5)])
     assert ray_internals.gpu_memory() == [2**34, 2**35]
     assert ray_internals.gpu_generations() == [(7, 5), (8, 5)]
-    assert node_facts.node_info().gpu_generation == (7, 5), "a node is as old as its oldest GPU"
+    found = node_facts.node_info()
+    assert found.gpu_generation == (7, 5), "a node is as old as its oldest GPU"
+    cuda = torch.version.cuda
+    assert (found.driver_cuda, found.torch_cuda) == (12, int(cuda.split(".")[0]) if cuda else None)
 
 
 def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +115,7 @@ def put_gpus(monkeypatch: pytest.MonkeyPatch, memory: list[int | None], generati
 
     answers = {
         "nvmlInit": lambda: None,
+        "nvmlSystemGetCudaDriverVersion": lambda: 12080,
         "nvmlDeviceGetCount": lambda: len(memory),
         "nvmlDeviceGetHandleByIndex": lambda number: number,
         "nvmlDeviceGetMemoryInfo": memory_of,
