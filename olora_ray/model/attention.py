@@ -224,13 +224,15 @@ _products: ContextVar[bool] = ContextVar("products", default=True)
 
 
 def register() -> None:
-    """Register "segments" and "varlen" as attention implementations with transformers; neither takes a mask."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    """Register "segments" and "varlen" as attention implementations with transformers; neither takes a mask.
 
-    for name, attend in (("segments", segment_attention), (VARLEN, varlen_attention)):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, _no_mask)
+    transformers makes no mask for an implementation that has no function for masks. With a function that returns None,
+    it would first compare positions, and a GPU's host would wait for the result in each micro-batch.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("segments", segment_attention)
+    AttentionInterface.register(VARLEN, varlen_attention)
 
 
 def segment_attention(
@@ -291,10 +293,6 @@ def forget() -> None:
     """Drop the cached layouts after a run with fake tensors: no real run can use them."""
     _layout.cache_clear()
     _causal.cache_clear()
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

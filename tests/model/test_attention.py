@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
@@ -274,3 +275,26 @@ def test_segments_do_not_see_each_other(dtype: torch.dtype) -> None:
 def test_refuses_what_it_does_not_do(wish: dict[str, object]) -> None:
     with pytest.raises(UserError, match="eager"):
         segment_attention(nn.Module(), *segments((9,), torch.float32), None, position_ids=torch.arange(9)[None], **wish)  # type: ignore[arg-type]
+
+
+class _Reads(TorchDispatchMode):
+    """Count numbers that the host reads, for which it would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["segments", "varlen"])
+def test_no_mask_is_made_and_the_host_reads_nothing_for_one(name: str) -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    attention.register()
+    config = tiny.llama().config
+    config._attn_implementation = name
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    with _Reads() as reads:
+        assert create_causal_mask(config, torch.zeros(1, 5, 8), None, None, position_ids=positions) is None
+    assert reads.count == 0
