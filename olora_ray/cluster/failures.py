@@ -9,7 +9,8 @@ from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGrou
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
-from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
+from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line, of_the_machine
+from olora_ray.config.schema import Config
 
 # Parts of the messages of workers that fail because another worker has died. These are consequences, not causes.
 CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
@@ -43,6 +44,29 @@ def user_errors() -> Iterator[None]:
         if isinstance(cause, UserError | StoreError):
             raise UserError(str(cause)) from None
         raise  # a bug keeps its traceback
+
+
+@contextlib.contextmanager
+def advice_for_memory(config: Config) -> Iterator[None]:
+    """Raise a UserError where torch gets no memory, because the same step would need as much after a restart."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        micro, length = config.train.micro_batch, config.data.length()
+        change = [f"train.micro_batch={micro // 2}"] if micro > 1 else []
+        if not change and config.train.activation_checkpointing is not True:
+            change = ["train.activation_checkpointing=true"]
+        raise UserError(
+            f"a worker has too little memory for train.micro_batch={micro} and data.max_length={length}: set"
+            f" {' or '.join([*change, f'data.max_length={length // 2}'])} ({first_line(error)[:LONGEST]})"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    # torch has a type for GPUs only. A worker that the kernel kills for its memory dies without an exception.
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:

@@ -22,6 +22,7 @@ from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
 from olora_ray.common import collectives, node_cache
@@ -268,10 +269,12 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
     """Raise an error of the model's code as a UserError, because it would happen again after each restart."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError, collectives.PeerLost):
+    except (UserError, collectives.PeerLost):
         raise
     except Exception as error:
-        if hasattr(loss, "unshard"):  # a failed exchange of a sharded base has the same types, and may pass
+        if is_out_of_memory(error) or hasattr(
+            loss, "unshard"
+        ):  # a failed exchange of a sharded base has the same types, and may pass
             raise
         if isinstance(error, TakenWeight):
             raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None

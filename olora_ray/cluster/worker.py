@@ -19,6 +19,7 @@ from torch import Tensor
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Resumed, Saved, Started, Took, sent_to
+from olora_ray.cluster.failures import advice_for_memory
 from olora_ray.cluster.membership.peers import Peers, Progress, sync_state, through
 from olora_ray.cluster.membership.state import Finished, Member
 from olora_ray.cluster.resume import StartingPoint, measure_first_step, self_tested, starting_point
@@ -520,7 +521,8 @@ def train_at(
     """
     late = peers is not None and peers.running()
     try:
-        with sent_to(channel, peers.leads if peers else lambda: context.rank == 0):
+        leads = peers.leads if peers else lambda: context.rank == 0
+        with sent_to(channel, leads), advice_for_memory(spec.config):
             if peers and not late and not peers.next_group().begins:
                 raise RuntimeError("the training has begun meanwhile")  # Ray restarts this worker, which then is late
             logger.info("loading the base model")

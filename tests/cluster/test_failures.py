@@ -1,6 +1,7 @@
 """One line about what happened to a group of workers."""
 
 import pytest
+import torch
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
@@ -10,8 +11,9 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from olora_ray.cluster.failures import SharedBaseDied, cause, counts, describe, passes
-from olora_ray.common.errors import StoreUnavailable, TryAgain
+from olora_ray.cluster.failures import SharedBaseDied, advice_for_memory, cause, counts, describe, passes
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
+from tests import tiny
 
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 
@@ -64,6 +66,12 @@ def preempted() -> Exception:
 def test_what_counts_against_the_limit(error: BaseException, expected: str | None, counted: bool) -> None:
     assert expected is None or cause(error) == expected
     assert counts(error) is counted
+
+
+@pytest.mark.parametrize(("error", "advised"), [(torch.OutOfMemoryError("CUDA"), True), (RuntimeError("NCCL"), False)])
+def test_only_a_lack_of_memory_is_advised_as_one(error: RuntimeError, advised: bool) -> None:
+    with pytest.raises(UserError if advised else RuntimeError), advice_for_memory(tiny.config()):
+        raise error
 
 
 def test_a_store_that_does_not_answer_is_told_apart() -> None:

@@ -95,6 +95,29 @@ def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -
     assert result.problem == f"evaluation.scorer: {why}; leave it out"
 
 
+@pytest.mark.parametrize(
+    ("micro", "settings"),
+    [(4, "train.micro_batch=2 or data.max_length=8"), (1, "train.activation_checkpointing=true or data.max_length=8")],
+)
+def test_a_step_without_memory_names_the_settings_that_need_less(tmp_path: Path, micro: int, settings: str) -> None:
+    model = tiny.llama(attention="segments")
+    steps = []
+
+    def gathers(*_: Any) -> None:
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) > 8:
+            torch.empty(2**50)  # more than any machine has
+
+    model.model.register_forward_pre_hook(gathers)
+    result, channel = train(tmp_path, model=model, train__micro_batch=micro, data__max_length=16)
+    assert Started(1) in channel.messages
+    assert result.problem is not None
+    begin = f"a worker has too little memory for train.micro_batch={micro} and data.max_length=16: set {settings} ("
+    assert result.problem.startswith(begin)
+    assert "can't allocate memory" in result.problem
+    assert not result.passes
+
+
 def adapter(folder: Path, step: int, best: bool = False) -> dict[str, torch.Tensor]:
     """The adapter after a step, or the best until then, which may be that of the start: zero."""
     found = checkpoints.read(str(folder / checkpoints.name_of(step)))
