@@ -27,7 +27,7 @@ from olora_ray.model.load import pick_dtype
 from olora_ray.model.quantised import KINDS
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
-from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, answers_at_once, estimate
+from olora_ray.train.estimate import PEER_BYTES, PROCESS_BYTES, MemoryEstimate, answers_at_once, estimate
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +205,7 @@ def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) ->
     if not gpus:
         yield Need("memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, None)
         return
+    running += PEER_BYTES * (config.cluster.min_workers() - 1)
     yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
     advice = "use fewer workers per node: raise cluster.cpus_per_worker"
     if size.offloaded_bytes:

@@ -190,6 +190,8 @@ COPIES = 8
 so far. Three more exist while AdamW computes, or while a checkpoint is written on a CPU."""
 PROCESS_BYTES = 2**30
 """Approximate bytes of Python, torch and Ray in a worker, or of CUDA on its GPU."""
+PEER_BYTES = 2**24
+"""Approximate bytes of NCCL's connection to one other worker."""
 
 
 @dataclass(frozen=True)

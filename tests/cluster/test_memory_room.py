@@ -78,6 +78,8 @@ def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(base:
     assert precisions(tiny.config(model__dtype="float32"), folder, gpu=True) == (stored, torch.float32)
     on_gpu, beside = needs(tiny.config(), folder, SIZE, 1.0)
     assert on_gpu.size == SIZE.total_bytes() + PROCESS_BYTES
+    many, _ = needs(tiny.config(cluster__workers=64, train__global_batch=64), folder, SIZE, 1.0)
+    assert many.size - on_gpu.size == 63 * 2**24  # 63 connections of NCCL
     converted = 0 if stored == "BF16" else 2 * SIZE.parameters
     assert beside.size == PROCESS_BYTES + converted + COPIES * 4 * SIZE.trainable
     assert ("stored in BF16" in str(beside.advice)) == (stored != "BF16")
