@@ -86,6 +86,9 @@ class MemoryStore(list[Pack]):
     def refresh(self) -> None:
         """Nothing to look for."""
 
+    def tokens(self, indices: Sequence[int]) -> int:
+        return sum(len(self[i].input_ids) for i in indices)
+
     def supervised(self, indices: Sequence[int]) -> int:
         return sum(int(self[i].supervised.sum()) for i in indices)
 

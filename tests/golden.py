@@ -32,7 +32,7 @@ VARYING = {
     "seal",  # of a manifest or sidecar: a digest of its content, in which the files' absolute paths are
     *("mlflow", "mlflow_run"),  # the database's address and the run's id, which is random
     *("seconds", "first_step", "spared"),  # times, as the next three
-    *("train/tokens_per_second", "train/step_seconds", "data/wait_fraction"),
+    *("train/tokens_per_second", "train/all_tokens_per_second", "train/step_seconds", "data/wait_fraction"),
 }
 """Keys whose values differ from run to run, left out of manifests, sidecars, result.json and leaderboard.json. Nothing
 else is left out; in all files FOLDER replaces the path of the run's temporary folder."""

@@ -174,6 +174,9 @@ class ListStore:
         """Supervised tokens of these packs."""
         return sum(int(self._packs[index].supervised.sum()) for index in indices)
 
+    def tokens(self, indices: Sequence[int]) -> int:
+        return sum(len(self._packs[index].input_ids) for index in indices)
+
     def origins(self, index: int) -> list[str]:
         """Where the examples of a pack come from."""
         return [f"rows.jsonl:{index * 10 + i}" for i in range(len(self._packs[index].segments))]

@@ -340,6 +340,7 @@ def _metrics(result: StepResult) -> dict[str, float]:
         "train/lr": result.lr,
         "train/grad_norm": result.grad_norm,
         "train/tokens_per_second": result.supervised / result.seconds,
+        "train/all_tokens_per_second": result.tokens / result.seconds,
         "train/step_seconds": result.seconds,
         "data/wait_fraction": result.waited / result.seconds,
     }

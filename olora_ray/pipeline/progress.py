@@ -36,7 +36,7 @@ class Progress:
         self.total, self.every = total, every
         self.took: dict[str, float] = {}
         """Part of the training (see `Took` in cluster/channel.py) -> seconds."""
-        self.supervised = self.seconds = self.waited = 0.0
+        self.tokens = self.supervised = self.seconds = self.waited = 0.0
         self.pace: float | None = None
         wanted = sys.stderr.isatty() if bar is None else bar
         self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, leave=True, disable=not wanted)
@@ -74,7 +74,7 @@ class Progress:
 
     def back_to(self, step: int) -> None:
         """Reset bar and averages to an earlier step, after a restart."""
-        self.supervised = self.seconds = self.waited = 0.0
+        self.tokens = self.supervised = self.seconds = self.waited = 0.0
         self.bar.n = step
         self.bar.refresh()
 
@@ -88,6 +88,7 @@ class Progress:
     def _step(self, step: int, row: dict[str, float]) -> None:
         seconds = row["train/step_seconds"]
         self.seconds += seconds
+        self.tokens += row["train/all_tokens_per_second"] * seconds
         self.supervised += row["train/tokens_per_second"] * seconds
         self.waited += row["data/wait_fraction"] * seconds
         # A moving average, because workers may join or leave and change the time of a step.
@@ -98,10 +99,10 @@ class Progress:
         if step % self.every == 0 or step == self.total or self.seconds >= 30.0:
             self.line(
                 f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
-                f" | {self.supervised / self.seconds:.0f} supervised tok/s"
+                f" | {self.tokens / self.seconds:.0f} tok/s, {self.supervised / self.seconds:.0f} supervised"
                 f" | data wait {self.waited / self.seconds:.0%} | ETA about {left}"
             )
-            self.supervised = self.seconds = self.waited = 0.0
+            self.tokens = self.supervised = self.seconds = self.waited = 0.0
 
     def _of(self, step: int) -> str:
         return f"step {step}/{'?' if self.total is None else self.total}"

@@ -298,6 +298,10 @@ class TokenStore:
             total += batch.column("supervised_count")[row].as_py()
         return total
 
+    def tokens(self, indices: Iterable[int]) -> int:
+        found = (self._find(int(index)) for index in indices)
+        return sum(len(_slice(batch, "input_ids", row)) for batch, row in found)
+
     def origins(self, index: int) -> list[str]:
         """Return the origins of a sequence's examples as file:line (a row number if there are no lines)."""
         batch, row = self._find(index)

@@ -38,8 +38,10 @@ class StepData:
     """Index in the step of this worker's first micro-batch."""
     count: int
     """Number of micro-batches of the step, over all workers."""
+    tokens: int
+    """Number of tokens of the global batch, over all workers."""
     supervised: int
-    """Number of supervised tokens of the global batch, over all workers."""
+    """Number of supervised ones among them."""
     padding_batches: int
     """Number of micro-batches that this worker has less than the worker with the most."""
     padding: Batch
@@ -116,6 +118,7 @@ class StepLoader:
             sequences=tuple(groups[own.start : own.stop]),
             first=own.start,
             count=len(groups),
+            tokens=self.store.tokens(sequences),
             supervised=self.store.supervised(sequences),
             padding_batches=-(-len(groups) // self.workers) - len(own),
             padding=micro[-1] if micro else self._batch(groups[0]),

@@ -37,6 +37,7 @@ class StepResult:
     lr: float
     grad_norm: float
     """Norm after the preconditioner, if there is one, and before clipping."""
+    tokens: int
     supervised: int
     seconds: float
     waited: float
@@ -81,7 +82,8 @@ class Trainer:
             lr = schedule.lr(number)
             self.optimizer.step(lr, norm)
             now = time.perf_counter()
-            yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal > 0)
+            tokens = (data.tokens, data.supervised)
+            yield StepResult(number + 1, loss, lr, norm, *tokens, now - began, waited, signal > 0)
             began = time.perf_counter()
 
     def automatic_rate(self, packs: Sequence[Pack], steps: int, attention: str, even: bool) -> float | None:

@@ -28,6 +28,7 @@ def row(step: int, **changes: Any) -> dict[str, float]:
         "train/lr": 3e-4,
         "train/step_seconds": 2.0,
         "train/tokens_per_second": 100.0,
+        "train/all_tokens_per_second": 250.0,
         "data/wait_fraction": 0.25,
         **changes,
     }
@@ -83,13 +84,15 @@ def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left() -> None:
     assert [line.split(" | ")[0] for line in told] == ["step 3/7", "step 6/7", "step 7/7"]
     slow = lines(9, 50, *(row(step, **{"train/step_seconds": 12.0}) for step in range(1, 8)))
     assert [line.split(" | ")[0] for line in slow] == ["step 3/9", "step 6/9"]
-    assert told[0] == "step 3/7 | loss 1.5000 | lr 3.00e-04 | 100 supervised tok/s | data wait 25% | ETA about 0:08"
+    assert (
+        told[0] == "step 3/7 | loss 1.5000 | lr 3.00e-04 | 250 tok/s, 100 supervised | data wait 25% | ETA about 0:08"
+    )
 
 
 def test_speed_and_waiting_are_those_of_the_steps_since_the_last_line() -> None:
     fast = row(3, **{"train/step_seconds": 1.0, "train/tokens_per_second": 400.0, "data/wait_fraction": 0.0})
     slow = row(4, **{"train/step_seconds": 3.0, "train/tokens_per_second": 200.0, "data/wait_fraction": 1.0})
-    assert "250 supervised tok/s | data wait 75%" in lines(4, 2, row(1), row(2), fast, slow)[-1]
+    assert "| 250 tok/s, 250 supervised | data wait 75%" in lines(4, 2, row(1), row(2), fast, slow)[-1]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ import logging, time
 from olora_ray.common import logs
 from olora_ray.pipeline.progress import Progress
 row = {"train/loss": 1.5, "train/lr": 3e-4, "train/step_seconds": 2.0, "train/tokens_per_second": 1.0,
-       "data/wait_fraction": 0.0}
+       "train/all_tokens_per_second": 2.0, "data/wait_fraction": 0.0}
 with logs.printed():
     with Progress(6, 2) as progress:
         for step in range(1, 7):

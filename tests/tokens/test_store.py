@@ -43,6 +43,7 @@ def test_packs(corpus: Config, tiny_spec: TokenizerSpec) -> None:
         starts = np.cumsum([0, *pack.segments[:-1]])
         assert not pack.supervised[starts].any()
         assert store.supervised([index]) == pack.supervised.sum()
+        assert store.tokens([index]) == len(pack.input_ids)
         assert len(store.origins(index)) == len(pack.segments)
         seen.update(store.origins(index))
         tokens += len(pack.input_ids)
