@@ -147,7 +147,13 @@ class RunFolder:
         return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
 
     def _kept(self) -> Config:
-        return build(parse_yaml(storage.read_text(self.settings), self.settings), self.settings)
+        try:
+            return build(parse_yaml(storage.read_text(self.settings), self.settings), "config.yaml")
+        except UserError as error:  # never "delete these fields": the numbers of the run may depend on them
+            raise UserError(
+                f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
+                f" ({str(error)[:200]}); set another run.name, or delete the folder"
+            ) from None
 
     def require_same(self, contents: Mapping[str, str]) -> None:
         """Raise UserError if the run was trained with other contents; `contents` has digests by their names.
