@@ -294,9 +294,13 @@ def rows_of(file: File, content: bytes) -> list[Any]:
             return parts
         if by_number == [False, True]:
             parts = [list(part.values()) for part in parts]
-    if parts and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+    wrapped = len(parts) == 1 and isinstance(parts[0], list) and all(isinstance(row, dict) for row in parts[0])
+    if parts and not wrapped and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
         return [dict(zip(tree, values, strict=True)) for values in zip(*parts, strict=True)]
-    raise UserError(f"{file.uri}: expected a list of rows, or an object of columns of equal length")
+    raise UserError(
+        f"{file.uri}: expected a list of rows, or an object of columns of equal length; write the list of rows alone,"
+        " or as .jsonl, with one object per line"
+    )
 
 
 # Uncompressed copies of large compressed files: one per node, instead of decompressing the file up to each unit.
@@ -441,7 +445,8 @@ def _parsed(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         return Rejected("broken_json", f"{error.msg} (column {error.colno})")
     except UnicodeDecodeError:
-        return Rejected("not_utf8", "not UTF-8 text")
+        packed = line.startswith(b"\x1f\x8b")
+        return Rejected("not_utf8", "the file is compressed: name it .jsonl.gz" if packed else "not UTF-8 text")
     except RecursionError:
         return Rejected("broken_json", "nested too deeply")
     except ValueError as error:  # a number with more digits than Python parses
@@ -490,9 +495,12 @@ def _is_utf8(cell: str) -> bool:
 
 
 def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    content = _bytes(file, unit)
+    content = _bytes(file, unit).removeprefix(BOM if unit.offset == 0 else b"")
     try:
-        yield unit.first, {"text": content.removeprefix(BOM if unit.offset == 0 else b"").decode()}
+        if content.startswith(b"{") and all(isinstance(_parsed(line), dict) for line in content.splitlines() if line):
+            yield unit.first, Rejected("bad_text", "its lines are JSON objects: name the file .jsonl")
+        else:
+            yield unit.first, {"text": content.decode()}
     except UnicodeDecodeError:
         yield unit.first, Rejected("not_utf8", "not UTF-8 text; if it is a table, name it .csv")
 

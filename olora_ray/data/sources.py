@@ -433,7 +433,7 @@ def _kind(name: str) -> tuple[str, str | None] | None:
 def _known(path: str, field: str) -> tuple[str, str | None]:
     kind = _kind(path)
     if kind is None:
-        raise UserError(f"{field}: {path}: unknown file type; supported: {SUPPORTED}")
+        raise UserError(f"{field}: {path}: unknown file type; save it as one of these: {SUPPORTED}")
     return kind
 
 

@@ -369,7 +369,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a.jsonl.bz2": (b"no bz2 at all, but long enough", r"a.jsonl.bz2: not a readable bz2 file"),
     "b.jsonl.xz": (lzma.compress(os.urandom(4000))[:2000], r"b.jsonl.xz: not a readable xz file"),
     "f.json": (b"[" * 10**6, r"f.json: broken JSON: nested too deeply"),
-    "a.docx": (b"x", r"data.train.0.path: .*a.docx: unknown file type; supported: .jsonl, .json, "),
+    "a.docx": (b"x", r"data.train.0.path: .*a.docx: unknown file type; save it as one of these: .jsonl, .json, "),
     "a.parquet.gz": (b"x", r"a.parquet.gz: unknown file type"),
     "empty.jsonl": (b"", r"data.train.0.path: .*empty.jsonl is empty: it has no rows"),
     "empty.csv": (b"prompt,completion\n", r"empty.csv is empty"),

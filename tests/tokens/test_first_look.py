@@ -1,5 +1,6 @@
 """Mistakes in the data are reported before anything heavy is imported."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def lines(*rows: Any) -> Callable[[Path], None]:
     return lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)) and None
 
 
+ALPACA = {"instruction": "q", "output": "a"}
 MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]]] = {
     "no such file": ("a.jsonl", lambda file: None, {}, ["data.train.0.path: ", "a.jsonl: no such file or folder"]),
     "unknown type": (
@@ -48,6 +50,24 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         lambda file: file.write_text("x") and None,
         {},
         ["data.train.0.path: ", "unknown file type"],
+    ),
+    "rows in an object": (
+        "a.json",
+        lambda file: file.write_text(json.dumps({"data": [ALPACA]})) and None,
+        {},
+        ["a.json: expected a list of rows", "write the list of rows alone, or as .jsonl"],
+    ),
+    "compressed": (
+        "a.jsonl",
+        lambda file: file.write_bytes(gzip.compress(json.dumps(ALPACA).encode())) and None,
+        {},
+        ["a.jsonl:1: not_utf8: the file is compressed: name it .jsonl.gz"],
+    ),
+    "lines of JSON as text": (
+        "a.txt",
+        lines(ALPACA, ALPACA),
+        {},
+        ["a.txt:1: bad_text: its lines are JSON objects: name the file .jsonl"],
     ),
     "empty": ("a.jsonl", lambda file: file.write_text("") and None, {}, ["data.train.0.path: ", "has no rows"]),
     "unknown field": (
