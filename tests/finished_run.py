@@ -12,7 +12,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.load import load_tokenizer
 from olora_ray.pipeline import publish
 from olora_ray.pipeline.base import open_base
-from olora_ray.pipeline.export import Exported, complete
+from olora_ray.pipeline.export import Exported, about_data, complete
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens import first_look
 from olora_ray.tokens.prepare import prepare
@@ -77,6 +77,16 @@ def _export(run: FinishedRun, state: TrainState) -> None:
     case, base = run.case, run.spec.base
     merged = case.write_merged(Path(run.folder.merged)) if run.config.export.merged else None
     with new_adapter(case.adapter, case.settings, base.folder, Path(run.folder.adapter), case.model) as (folder, rank):
-        complete(run.config, base, state, folder, rank, load_tokenizer(base, run.config.model), merged=merged)
+        complete(
+            run.config,
+            base,
+            state,
+            folder,
+            rank,
+            load_tokenizer(base, run.config.model),
+            None,
+            merged,
+            **about_data(run.spec),
+        )
     run.folder.claim()
     run.folder.write_result({"metrics": {}, "base": {"digest": base.digest}})

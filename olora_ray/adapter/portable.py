@@ -196,10 +196,18 @@ class Card:
     rank: int
     """The rank of the exported matrices."""
     sources: Sequence[Source]
+    batch: int
+    """Sequences per step."""
     max_length: int
     steps: int
     eval_loss: float | None
     """The trained adapter's loss per supervised token of the held-out rows."""
+    rows: str = ""
+    """The size of the training data (`1,200 rows, 34,000 tokens, of `), if it is known."""
+    held_out: str = ""
+    """The size and the sources of the held-out data."""
+    continued: bool = False
+    """True if training started from the adapter of an earlier run."""
     checked: str = ""
     """The results of the export's checks."""
     compressed: str = ""
@@ -252,9 +260,12 @@ def model_card(card: Card) -> str:
         f"SHA-256 of the base model's weights: `{card.base_digest}`",
         f"Method: {settings.method}, rank {settings.rank}, alpha {settings.alpha:g}"
         + ", rank-stabilised" * settings.rank_stabilized
+        + f", on {settings.targets if isinstance(settings.targets, str) else ', '.join(settings.targets)}"
         + ("" if card.merged else f"; written as a plain LoRA of rank {card.rank}"),
-        f"Training data: {', '.join(map(_source, card.sources))}",
-        f"Training: {card.steps} steps, sequences of at most {card.max_length} tokens",
+        f"Training data: {card.rows}{in_words(card.sources)}",
+        f"Training: {card.steps} steps of {card.batch} sequences of at most {card.max_length} tokens"
+        + ", from the adapter of an earlier run" * card.continued,
+        *([f"Held-out data: {card.held_out}"] if card.held_out else []),
         *([f"Held-out loss: {card.eval_loss:.4f} per supervised token"] if card.eval_loss is not None else []),
         *([f"Base model in the training: {card.quantised}"] if card.quantised else []),
         *([f"Answers end with {card.ends}: set it as a server's stop token (`stop_token_ids`)"] if card.ends else []),
@@ -272,6 +283,12 @@ def model_card(card: Card) -> str:
     return CARD.format(
         metadata=_metadata(card, hub), title=title, facts="\n".join(f"- {fact}" for fact in facts), loading=loading
     )
+
+
+def facts_of(folder: Path) -> str:
+    """Return the list of facts in the model card of an export."""
+    text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2]
+    return "\n".join(line for line in text.splitlines() if line.startswith("- "))
 
 
 def _metadata(card: Card, hub: bool) -> str:
@@ -302,10 +319,16 @@ def _serving(base: str, card: Card) -> str:
     return SERVING.format(base=base, rank=vllm_rank, revision=revision, place=card.place, template=template)
 
 
+def in_words(sources: Sequence[Source]) -> str:
+    rest = [f"{len(sources) - 6} more"] if len(sources) > 6 else []
+    return ", ".join([*map(_source, sources[:6]), *rest])
+
+
 def _source(source: Source) -> str:
     # Paths and buckets stay out of the card; a data set of the hub is public.
     name = source.path if source.path.startswith("hf://") else source.path.rstrip("/").rsplit("/", 1)[-1]
     if storage.is_uri(source.path) and not source.path.startswith("hf://"):
         name = name.partition("?")[0]
     weight = f", weight {source.weight:g}" if source.weight != 1 else ""
+    name = " ".join(name.replace("`", "'").split())
     return f"`{name}` ({source.format}{weight})"

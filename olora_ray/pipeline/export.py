@@ -202,6 +202,7 @@ def _write_adapter(
             work.tokenizer,
             work.spec.template,
             merged,
+            **about_data(work.spec),
             checked=parity.in_words(quantised is not None),
             compressed=compressed.in_words(reasons=False) if compressed and lost else "",
             quantised=quantised.in_words(reasons=False) if quantised else "",
@@ -279,6 +280,7 @@ def complete(
         adapter=config.adapter,
         rank=rank,
         sources=config.data.train,
+        batch=config.train.global_batch,
         max_length=config.data.length(),
         steps=step_of_best(state),
         eval_loss=state.best_loss,
@@ -292,6 +294,23 @@ def complete(
     if merged:
         whole = replace(card, merged=True, ends="", compressed="")
         (merged / "README.md").write_text(portable.model_card(whole), encoding="utf-8")
+
+
+def about_data(spec: TrainSpec) -> dict[str, Any]:
+    """Return the fields of `Card` about the data of a run."""
+    data, held_out = spec.config.data, ""
+    if spec.eval is not None:
+        held_out = _rows(spec.eval)
+        held_out += portable.in_words(data.eval) if data.eval else f"{data.eval_fraction:g} of the training rows"
+    return {"rows": _rows(spec.train), "held_out": held_out, "continued": bool(spec.start)}
+
+
+def _rows(store: TokenStore) -> str:
+    if not store.complete:
+        return ""
+    manifest = store.manifest
+    used = manifest.rows - sum(manifest.rejected.values())
+    return f"{used:,} rows, {manifest.tokens:,} tokens ({manifest.supervised:,} of them supervised), of "
 
 
 def license_of(config: Config, base: BaseModel) -> dict[str, Any]:

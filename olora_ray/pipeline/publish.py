@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olora_ray.adapter.portable import facts_of
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
@@ -16,15 +17,12 @@ from olora_ray.common.patience import is_temporary
 from olora_ray.common.secrets import mask
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
-from olora_ray.config.schema import Config, Source
-from olora_ray.model.folder import text_class
+from olora_ray.config.schema import Config
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, as_text, score
 from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
-from olora_ray.tokens.manifest import Manifest
-from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import client, models
 from olora_ray.tracking.checksums import RUN
 from olora_ray.tracking.models import BaseOfAdapter, Contents, Measured, check_adapter_only, has_chat_template
@@ -37,54 +35,24 @@ logger = logging.getLogger(__name__)
 # The description of a version, in the Markdown that MLflow's page shows.
 
 
-MERGED = """```python
-import mlflow  # with MLFLOW_TRACKING_URI set to this server
-
-generate = mlflow.transformers.load_model("{uri}")
-```"""
-ADAPTER = """This version is only the adapter. Loading it needs its base model, {base}.
+LOAD = """### Load
 
 ```python
 import mlflow  # with MLFLOW_TRACKING_URI set to this server
 
-generate = mlflow.transformers.load_model("{uri}"{elsewhere})
-```
-
-With PEFT:
-
-```python
-from peft import PeftModel
-from transformers import {loader}
-
-folder = mlflow.artifacts.download_artifacts("{uri}")
-model = PeftModel.from_pretrained({loader}.from_pretrained("{place}"{revision}), f"{folder}/peft")
+generate = mlflow.transformers.load_model("{uri}"ELSEWHERE)
 ```"""
 
 
-def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None) -> str:
-    """Return the description, with {uri} for the models:/ address; `base` is set for an adapter-only version."""
-    blocks = [
-        _origin(exported.spec),
-        "\n".join(_table(exported, scores)),
-        *_training(exported),
-        "### Load",
-        _loading(base) if base else MERGED,
-    ]
+def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None, files: Path) -> str:
+    """Return the description, with {uri} for the models:/ address; `base` is set for an adapter-only version.
+
+    `files` is the export; its model card has the same facts.
+    """
+    elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"' if base and not base.on_hub else ""
+    needed = f"This version is only the adapter. Loading it needs its base model, {_name(base)}." if base else ""
+    blocks = [facts_of(files), "\n".join(_table(exported, scores)), LOAD.replace("ELSEWHERE", elsewhere), needed]
     return "\n\n".join(block for block in blocks if block)
-
-
-def _origin(spec: TrainSpec) -> str:
-    adapter = spec.config.adapter
-    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-    rank = spec.config.export.rank
-    compressed = "" if rank is None else f", compressed to rank {rank} for the export"
-    form = spec.config.model.quantization
-    quantised = "" if form == "none" else f", trained on the base model as {form} and exported for its original weights"
-    start = "; training started from the adapter of an earlier run" if spec.start else ""
-    return (
-        f"Fine-tuned from {_code(_short(spec.base.name))}: {adapter.method}, rank {adapter.rank}, alpha"
-        f" {adapter.alpha:g}, on {_code(targets)}{quantised}{compressed}{start}."
-    )
 
 
 def _table(exported: Exported, scores: Scores) -> Iterator[str]:
@@ -101,59 +69,12 @@ def _table(exported: Exported, scores: Scores) -> Iterator[str]:
         yield from (f"| {name} | {before} | **{after}** |" for name, before, after in rows)
 
 
-def _training(exported: Exported) -> Iterator[str]:
-    spec, last = exported.spec, exported.state.step
-    data, train = spec.config.data, spec.config.train
-    kept = f", adapter of step {exported.step}" if exported.step != last else ""
-    yield (
-        f"**Trained on** {_rows(spec.train)}{_sources(data.train)}: {plural(last, 'step')}{kept}; a step has"
-        f" {plural(train.global_batch, 'sequence')} of at most {data.length():,} tokens."
-    )
-    if spec.eval is not None:
-        sources = _sources(data.eval) if data.eval else f"{data.eval_fraction:g} of these rows"
-        yield f"**Held out** {_rows(spec.eval)}{sources}."
-
-
-def _rows(store: TokenStore) -> str:
-    """Return `1,200 rows, 34,000 tokens (12,000 of them supervised), of `, or nothing for an incomplete store."""
-    if not store.complete:
-        return ""
-    manifest: Manifest = store.manifest
-    used = manifest.rows - sum(manifest.rejected.values())
-    return f"{used:,} rows, {manifest.tokens:,} tokens ({manifest.supervised:,} of them supervised), of "
-
-
-def _sources(sources: Sequence[Source]) -> str:
-    shown = [
-        f"{_code(_short(source.path))} ({source.format}{f', weight {source.weight:g}' if source.weight != 1 else ''})"
-        for source in sources[:6]
-    ]
-    return ", ".join([*shown, f"{len(sources) - 6} more"] if len(sources) > 6 else shown)
-
-
-def _loading(base: BaseOfAdapter) -> str:
-    name = _short(base.name)
+def _name(base: BaseOfAdapter) -> str:
     if base.on_hub:
-        source, location, elsewhere = f"{_code(name)} at commit {_code(base.revision or '')}", base.name, ""
-        revision = f', revision="{base.revision}"'
-    else:
-        source = f"a copy of {_code(name)}; without `base_model_path`, MLflow uses its path at registration"
-        location, revision = "FOLDER_OF_THE_BASE", ""
-        elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"'
-    loader = text_class(Path(base.folder)).__name__
-    text = ADAPTER.replace("{loader}", loader).replace("{base}", source).replace("{elsewhere}", elsewhere)
-    return text.replace("{place}", location).replace("{revision}", revision)
-
-
-# The description must not show the folders of this cluster, but hub ids and registered models are public names.
-def _short(path: str) -> str:
-    if path.startswith(("hf://", "package://", "models:/")) or (path.count("/") == 1 and not path.startswith("/")):
-        return path
-    return (path.partition("?")[0] if storage.is_uri(path) else path).rstrip("/").rpartition("/")[2]
-
-
-def _code(text: str) -> str:
-    return f"`{_clean(text)}`"
+        return f"`{_clean(base.name)}` at commit `{base.revision}`"
+    # The description must not show the folders of this cluster.
+    name = _clean(base.name.rstrip("/").rpartition("/")[2])
+    return f"a copy of `{name}`; without `base_model_path`, MLflow uses its path at registration"
 
 
 def _clean(text: str) -> str:
@@ -217,7 +138,7 @@ def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
             files,
             base,
             answers_as=config.registry.model or config.run.name,
-            description=describe(exported, scores, base),
+            description=describe(exported, scores, base, files),
             example=example,
             params=flatten(config),
             measured=_measured(exported, scores),

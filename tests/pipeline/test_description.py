@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from olora_ray.config.load import override
+from olora_ray.adapter.portable import in_words
+from olora_ray.config.schema import Source
 from olora_ray.pipeline import publish
+from olora_ray.pipeline.export import about_data
 from olora_ray.pipeline.publish import describe
 from olora_ray.tracking import models
 from olora_ray.tracking.client import connect
@@ -29,28 +31,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return found
 
 
-def text_of(run: FinishedRun, base: BaseOfAdapter | None = None, **changes: Any) -> str:
-    config = override(run.config, {name.replace("__", "."): value for name, value in changes.items()})
-    return described(run, finished_run.SCORES, base, config=config)
-
-
 def described(
     run: FinishedRun, scores: Any = MappingProxyType({}), base: BaseOfAdapter | None = None, **of: Any
 ) -> str:
-    """The description of the run with other fields of its specification, or with another `state` at its end."""
+    """The description of the run with another `state` at its end."""
     result = replace(run.result, state=of.pop("state", run.result.state))
-    return describe(replace(run.exported, spec=replace(run.spec, **of), result=result), scores, base)
+    return describe(replace(run.exported, result=result), scores, base, Path(run.folder.merged))
 
 
 def test_the_page_of_a_version(run: FinishedRun) -> None:
     version = connect(resolve_uri(run.config)).get_model_version("small", "1")
     text = version.description
-    assert text.startswith("Fine-tuned from `model`: olora, rank 4, alpha 8, on `all-linear`.\n")
+    facts = text.partition("\n\n")[0].splitlines()
+    assert facts == [line for line in (Path(run.folder.merged) / "README.md").read_text().splitlines() if line in facts]
+    assert facts[0].startswith("- Base model: `model`, with the adapter merged into its weights")
+    assert "- Method: olora, rank 4, alpha 8, on all-linear" in facts
     assert "| loss per held-out token | 2.5000 | **1.2500** |" in text
     assert "| exact_match (1 row) | 0.000 | **0.500** |" in text
-    assert "**Trained on** 60 rows, " in text
-    assert "of `train.jsonl` (messages): 6 steps; a step has 4 sequences of at most 64 tokens." in text
-    assert "**Held out** 7 rows, " in text
+    assert "- Training: 6 steps of 4 sequences of at most 64 tokens" in facts
+    assert "- Training data: 60 rows, " in text
+    assert " of them supervised), of `train.jsonl` (messages)\n" in text
+    assert "- Held-out data: 7 rows, " in text
     assert 'mlflow.transformers.load_model("models:/small/1")' in text
     assert str(Path(run.config.run.storage).parent) not in text
     assert sorted(version.tags) == [
@@ -87,31 +88,26 @@ def test_registering_again_leaves_a_description_that_has_changed(run: FinishedRu
 
 def test_an_adapter_alone_says_what_else_is_needed(run: FinishedRun) -> None:
     folder = "/home/somebody/models/base"
-    text = text_of(run, BaseOfAdapter(folder, "cafe", folder))
+    text = described(run, finished_run.SCORES, BaseOfAdapter(folder, "cafe", folder))
     assert 'load_model("{uri}", base_model_path="FOLDER_OF_THE_BASE")' in text
     assert "`base`" in text
     assert "/home" not in text
-    text = text_of(run, BaseOfAdapter("org/base", "cafe", folder, "0123", True))
-    assert '.from_pretrained("org/base", revision="0123"), f"{folder}/peft")' in text
+    text = described(run, finished_run.SCORES, BaseOfAdapter("org/base", "cafe", folder, "0123", True))
     assert "`org/base` at commit `0123`" in text
 
 
 def test_many_sources_and_odd_names_stay_readable(run: FinishedRun) -> None:
-    source = {"format": "messages", "weight": 2.0}
-    sources = [{"path": f"/data/`odd`|\n{number}.jsonl", **source} for number in range(40)]
-    text = text_of(run, data__train=sources, data__eval=[], data__eval_fraction=0.25)
-    assert "`'odd'/ 0.jsonl` (messages, weight 2)" in text
-    assert "`'odd'/ 5.jsonl` (messages, weight 2), 34 more:" in text
-    assert "0.25 of these rows" in text
-    assert len(text) < models.DESCRIPTION_LENGTH // 2
+    sources = [Source(path=f"/data/`odd`\n{number}.jsonl", format="messages", weight=2.0) for number in range(40)]
+    text = in_words(sources)
+    assert text.startswith("`'odd' 0.jsonl` (messages, weight 2), ")
+    assert text.endswith("`'odd' 5.jsonl` (messages, weight 2), 34 more")
 
 
 def test_without_held_out_rows_there_is_no_table(run: FinishedRun) -> None:
     assert run.result.state is not None
     state = replace(run.result.state, history=[], best_loss=None, best_step=None)
-    text = described(run, eval=None, state=state)
-    assert "|---|" not in text
-    assert "Held out" not in text
+    assert "|---|" not in described(run, state=state)
+    assert about_data(replace(run.spec, eval=None))["held_out"] == ""
 
 
 def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: FinishedRun) -> None:
