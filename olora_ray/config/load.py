@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from olora_ray.common import secrets
@@ -18,9 +19,6 @@ from olora_ray.common.storage import digest_json
 from olora_ray.common.text import did_you_mean
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.config.section import EXPERIMENT, HUB_NAME, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 logger = logging.getLogger(__name__)
 
@@ -386,12 +384,12 @@ PATTERNS = {
 """Patterns of field types -> messages."""
 
 
-def explain(item: "ErrorDetails", root: type[Section]) -> str:
+def explain(item: ErrorDetails, root: type[Section]) -> str:
     """Return an error of pydantic as `field: problem; advice`, without secrets."""
     return _short(_explain(item, root), 500)
 
 
-def _explain(item: "ErrorDetails", root: type[Section]) -> str:
+def _explain(item: ErrorDetails, root: type[Section]) -> str:
     # pydantic adds tags of union members to the location. The user wrote only names and indices.
     *outer, last = [str(part) for part in item["loc"]] or [""]
     parts = [part for part in outer if not _UNION_TAG.search(part)]
@@ -411,7 +409,7 @@ def _explain(item: "ErrorDetails", root: type[Section]) -> str:
     return f"{field}: {message}{shown}" if field else message
 
 
-def relevant(items: Sequence["ErrorDetails"]) -> list["ErrorDetails"]:
+def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Drop problems that only follow from another one: pydantic also calls a list with an invalid entry too short."""
     return [
         item
