@@ -14,7 +14,7 @@ compare-demo: $(VENV)/.quickstart ## OLoRA against LoRA on the quickstart's mode
 	$(BIN)/python pipelines/compare.py pipelines/configs/compare-demo.yaml --methods lora,olora --seeds 4
 
 lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, poisoned data, rollback; real parts only
-	$(BIN)/python -m tests.demos.lifecycle --picture docs/registry.png
+	$(BIN)/python -m tests.demos.lifecycle --picture runs/registry.png
 
 # Two weeks of 300 people. The run is finished at the second call, and only the table is made again.
 mobility-demo: $(VENV)/.quickstart ## next places of generated people: train, test, and compare with simple baselines
