@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from olora_ray.adapter import merge, portable
 from olora_ray.adapter.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
 from olora_ray.adapter.peft_folder import compress, new_adapter, replacing
+from olora_ray.cluster.channel import make_channel, sent_to
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -22,7 +22,7 @@ from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
-from olora_ray.common.text import duration
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import ADAPTER, parameters, read_json, text_class
@@ -129,15 +129,23 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         cpus = min(cpus * spec.config.cluster.max_workers(), largest)
     logger.info("exporting and checking the adapter and the merged model")
+    channel, done = make_channel(ray.get_runtime_context().get_node_id()), list[Any]()
     with user_errors():
-        job: Any = ray.remote(export_run).options(
+        job: Any = ray.remote(_export_aloud).options(
             num_cpus=cpus, num_gpus=wanted.get("GPU", 0), max_retries=3, retry_exceptions=[OSError]
         )
-        exporting, began = job.remote(spec, folder, step, export_shares.over_cluster(wanted["CPU"])), time.monotonic()
-        while not ray.wait([exporting], timeout=60)[0]:
-            logger.info(f"still exporting, for {duration(time.monotonic() - began)}")
+        exporting = job.remote(channel, spec, folder, step, export_shares.over_cluster(wanted["CPU"]))
+        while not done:
+            done, _ = ray.wait([exporting], timeout=1)
+            for line in ray.get(channel.drain.remote()):
+                logger.info(line)
         parity = ray.get(exporting)
     return Exported(spec, folder, result, parity)
+
+
+def _export_aloud(channel: Any, *arguments: Any) -> dict[str, Any]:
+    with sent_to(channel, lambda: True):
+        return export_run(*arguments)
 
 
 def export_run(
@@ -186,6 +194,7 @@ def _write_adapter(
     config, limit = work.spec.config, work.spec.config.export.rank
     written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
     name, revision = public_name(work.base), _revision(config, work.base)
+    logger.info("export: writing the adapter, and loading it with PEFT")
     with new_adapter(written, config.adapter, name, out, work.model, revision) as (folder, rank):
         peft = check_adapter(folder, work.model, written, config.adapter.scale())
         logits = "compression of the adapter changes the logits" if lost else _logits(work, merged, folder)
@@ -215,11 +224,14 @@ def _write_adapter(
 def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread: Spread[Any]) -> MergedFolder:
     """Write the merged folder and check it; `parts` name the final folder, and are redirected to a temporary one."""
     with replacing(out) as partial_folder:
+        size = sum(group.size for group in work.groups) / 2**30
+        logger.info(f"export: merging the adapter into {plural(len(work.groups), 'weight')}, {size:.2f} GiB")
         merge.copy_files(Path(work.base.folder), partial_folder)
         spread(export_shares.merge_part, [replace(part, folder=partial_folder) for part in parts])
         give_template(work.spec.config, work.tokenizer, partial_folder, work.spec.template)
         if more_ends(work.spec.eos, work.base, work.tokenizer):
             portable.end_with(partial_folder, work.spec.eos)
+    logger.info("export: checking the merged weights")
     return export_shares.check(work, parts, spread)
 
 
@@ -236,6 +248,7 @@ def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
     spec, device = work.spec, assigned_device()
     if why := too_large(parameters(work.base.folder), torch.float32, device):
         return why
+    logger.info("export: comparing logits with the trained model's")
     folders = Folders(Path(work.base.folder), merged, plain, spec.config.model.trust_remote_code)
     tokens, scale = first_examples(spec.eval or spec.train), spec.config.adapter.scale()
     logits = measure_logits(folders, work.model, work.groups, work.adapter, scale, tokens, device)
