@@ -103,10 +103,13 @@ def unpacked(packs: Sequence[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the loop reads of a store's manifest."""
+    """What a training and its export read of a store's manifest."""
 
     supervised: int
     packs: int
+    tokens: int
+    rows: int
+    rejected: ClassVar[dict[str, int]] = {}
     inputs: ClassVar[dict[str, Any]] = {}
 
 
@@ -141,7 +144,8 @@ class ListStore:
 
     @property
     def manifest(self) -> Counts:
-        return Counts(self.supervised(range(len(self))), len(self))
+        every = range(len(self))
+        return Counts(self.supervised(every), len(self), self.tokens(every), sum(len(x.segments) for x in self._packs))
 
     def refresh(self) -> None:
         """Look for more shards."""

@@ -34,7 +34,11 @@ def spec_of(run: Run, packs: int = 3, **changes: Any) -> TrainSpec:
     """In float32, with held-out rows."""
     fields = {name.replace("__", "."): value for name, value in changes.items()}
     held_out: Any = tiny.store(packs, seed=4) if packs else None
-    return replace(run.spec, config=override(run.config, {"model.dtype": "float32", **fields}), eval=held_out)
+    return replace(
+        run.spec,
+        config=override(run.config, {"model.dtype": "float32", "data.eval_fraction": 0.1, **fields}),
+        eval=held_out,
+    )
 
 
 @torch.no_grad()
