@@ -23,7 +23,8 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, as_text, score
 from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
-from olora_ray.tracking import client, models
+from olora_ray.tracking import checksums, client, models
+from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN
 from olora_ray.tracking.models import BaseOfAdapter, Contents, Measured, check_adapter_only, has_chat_template
 from olora_ray.tracking.run import Tracker
@@ -349,32 +350,60 @@ def check_license(config: Config, base: BaseModel) -> None:
         )
 
 
+# Tag of a registered model: what export.push had last, `ORG/NAME version N`.
+PUSHED = "olora.pushed"
+
+
 def push(config: Config) -> None:
-    """Push the config's finished run to export.push, unless that is done; raise UserError and TryAgain as `upload`."""
+    """Push the config's finished run to export.push, unless that is done; raise UserError and TryAgain as `_upload`."""
     folder, repo = RunFolder(config), config.export.push
     if repo and (result := folder.finished()) and result.get("pushed") != repo:
-        upload(repo, folder)
+        is_merged = storage.exists(storage.join(folder.merged, "config.json"))
+        with node_cache.fetched(folder.merged if is_merged else folder.adapter) as files:
+            _upload(config, repo, files, f"run {config.run.name}")
         folder.write_result({**result, "pushed": repo})
 
 
-def upload(repo: str, folder: RunFolder) -> None:
-    """Upload the merged model of a finished run, or its adapter if there is none; the hub skips files that it has.
+def push_version(config: Config, number: str) -> None:
+    """Push a registered version's own files to export.push, unless they were the last push.
+
+    Raises UserError for a file that is not as it was registered, and as `_upload`.
+    """
+    uri, name, what = resolve_uri(config), str(config.registry.model), f"version {number}"
+    with client.reachable(uri):
+        last = client.connect(uri).get_registered_model(name).tags.get(PUSHED)
+    if (repo := config.export.push) and last != f"{repo} {what}":
+        # Not the files of its run folder: another training may have written there since, or it was deleted.
+        found = models.find(f"{models.SCHEME}{name}/{number}", uri, models.cache_folder(config))
+        if checksums.TAG not in found.version.tags:
+            raise UserError(f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push")
+        _upload(config, repo, found.folder, what)
+
+
+def _upload(config: Config, repo: str, files: Path, what: str) -> None:
+    """Upload a merged model or an adapter, and note it in the tag PUSHED; the hub skips files that it has.
 
     Raises UserError if the hub refuses it, and TryAgain if the hub does not answer.
     """
     from huggingface_hub import HfApi
 
-    hub, is_merged = HfApi(), storage.exists(storage.join(folder.merged, "config.json"))
-    logger.info(f"pushing the {'merged model' if is_merged else 'adapter'} to {repo}")
-    subject = f"export.push: {repo}: the run is finished, but not pushed; the same command only pushes"
-    with (
-        as_user_error(subject, Exception, reason=_hub_problem, passes=is_temporary),
-        node_cache.fetched(folder.merged if is_merged else folder.adapter) as files,
-    ):
+    hub, subject = HfApi(), f"export.push: {repo}: {what} is not pushed; the same command only pushes"
+    logger.info(f"pushing {what} to {repo}")
+    _note_push(config, f"{repo} unfinished")  # after a crash in the upload, nobody knows what the repository has
+    with as_user_error(subject, Exception, reason=_hub_problem, passes=is_temporary):
         hub.create_repo(repo, private=True, exist_ok=True)
-        message = f"olora_ray: run {folder.root.rstrip('/').rpartition('/')[2]}"
+        message = f"olora_ray: {config.registry.model or ''} {what}"
         done = hub.upload_folder(repo_id=repo, folder_path=files, commit_message=message, delete_patterns=_STALE)
+    _note_push(config, f"{repo} {what}")
     logger.info(f"pushed: {done.commit_url}")
+
+
+def _note_push(config: Config, state: str) -> None:
+    uri, name = resolve_uri(config), config.registry.model
+    # A run may have been registered elsewhere, or not at all; then no retraining reads the tag.
+    if name and Aliases(uri, name).versions():
+        with client.reachable(uri):
+            client.connect(uri).set_registered_model_tag(name, PUSHED, state)
 
 
 def _hub_problem(error: BaseException) -> str:

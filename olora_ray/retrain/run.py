@@ -18,14 +18,14 @@ from typing import Any
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, where_now
+from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
 from olora_ray.retrain import decision_run, gate, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
 from olora_ray.tracking import client, models, start
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases, Overtaken, rolled_back
-from olora_ray.tracking.checksums import RUN, Version
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
 
 logger = logging.getLogger(__name__)
@@ -193,29 +193,15 @@ def _version_of(aliases: Aliases, result: Mapping[str, Any]) -> Version | None:
     return aliases.of_run(str(run_id)) if run_id else None
 
 
-# Tag of a registered model: the repository of the last push, and the version that was pushed.
-PUSHED = "olora.pushed"
-
-
 def _push_champion(config: Config) -> None:
-    """Push the champion to export.push, unless the last push was of this version."""
     # The hub's readers load the repository as they load @champion, so it also follows a promotion or rollback by hand.
-    aliases = Aliases(resolve_uri(config), str(config.registry.model))
-    if config.export.push is None or (number := aliases.current().get(CHAMPION)) is None:
+    if config.export.push is None:
         return
-    state = f"{config.export.push} version {number}"
-    with client.reachable(aliases.uri):
-        if aliases.client.get_registered_model(aliases.name).tags.get(PUSHED) == state:
-            return
-    from olora_ray.pipeline import publish
+    number = Aliases(resolve_uri(config), str(config.registry.model)).current().get(CHAMPION)
+    if number is not None:
+        from olora_ray.pipeline import publish
 
-    root = where_now(aliases.version(number).tags.get(RUN, ""), config.run.storage)
-    if not root:
-        logger.warning(f"export.push: version {number} is of no run in {config.run.storage}, so it is not pushed")
-        return
-    publish.upload(config.export.push, RunFolder(config, root))
-    with client.reachable(aliases.uri):
-        aliases.client.set_registered_model_tag(aliases.name, PUSHED, state)
+        publish.push_version(config, number)
 
 
 def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Version | None) -> Decision:

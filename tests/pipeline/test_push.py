@@ -98,7 +98,7 @@ def test_a_push_that_fails_is_repeated_by_the_same_command(config: Config, hub: 
     with pytest.raises(UserError) as caught:
         publish.push(config)
     assert str(caught.value) == (
-        f"export.push: {REPO}: the run is finished, but not pushed; the same command only pushes: the hub refuses it"
+        f"export.push: {REPO}: run small is not pushed; the same command only pushes: the hub refuses it"
         " (Private repository storage limit reached); set HF_TOKEN to one that may write"
     )
     assert "pushed" not in result(config)
