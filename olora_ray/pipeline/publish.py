@@ -376,7 +376,9 @@ def push_version(config: Config, number: str) -> None:
         # Not the files of its run folder: another training may have written there since, or it was deleted.
         found = models.find(f"{models.SCHEME}{name}/{number}", uri, models.cache_folder(config))
         if checksums.TAG not in found.version.tags:
-            raise UserError(f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push")
+            raise UserError(
+                f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push"
+            )
         _upload(config, repo, found.folder, what)
 
 

@@ -7,20 +7,20 @@
 
 So chance alone rarely passes: a challenger that is as good as the champion passes in about one of forty nights. With
 `gate.confident: false` the improvement itself decides, and such a challenger passes every second night. Without a
-champion only the conditions count. A value that is not a number never passes, and fewer than gate.min_rows independent
-rows are not compared.
+champion only the conditions count. A challenger's value that is not a number never passes, and fewer than gate.min_rows
+independent rows are not compared.
 """
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
-from olora_ray.evaluation.rows import LOSS, PERPLEXITY, Comparison, Interval, RowResults, compare
+from olora_ray.evaluation.rows import LOSS, PERPLEXITY, SCORE, Comparison, Interval, RowResults, compare
 
-# Confidence of the improvement's interval, and of the test for missing scores.
+# Confidence of the improvement's interval.
 LEVEL = 0.95
 
 
@@ -89,15 +89,30 @@ def _compared(
     gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
 ) -> tuple[bool, str, dict[str, Any]]:
     groups, unseen, left_out = held_out.groups, held_out.unseen, ""
+
+    def keep(rows: Sequence[int]) -> None:
+        nonlocal challenger, champion, groups
+        challenger, champion = challenger.only(rows), champion.only(rows)
+        groups = [groups[row] for row in rows] if groups is not None else None
+
     if unseen is not None and len(unseen) < len(challenger.losses):
         left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
-        challenger, champion = challenger.only(unseen), champion.only(unseen)
-        groups = [groups[row] for row in unseen] if groups is not None else None
+        keep(unseen)
     if unseen is not None and not _shared_rows(gate.metric, challenger, champion):
         of_those = "" if lower_is_better(gate.metric) else " among the answered rows (evaluation.rows)"
         return False, f"{gate.metric}: no held-out row{of_those} is left to compare on{left_out}", {"groups": 0}
-    if (less := _scored_less(gate.metric, challenger, champion, groups)) is not None:
-        return False, f"{less}{left_out}", {"groups": 0}
+    if not lower_is_better(gate.metric):
+        challenger, champion, counted = _scored_alike(gate.metric, challenger, champion)
+        left_out += counted
+    elif broken := [row for row, loss in enumerate(champion.losses) if not math.isfinite(loss)]:
+        # Otherwise no challenger could ever replace it. A challenger must have a finite loss on these rows, too.
+        told = f"the champion's loss is not finite on {plural(len(broken), 'row')}"
+        if any(not math.isfinite(loss) for loss in challenger.losses):
+            return False, f"{gate.metric}: {told}, and the challenger's is not finite either", {"groups": 0}
+        keep([row for row in range(len(champion.losses)) if row not in broken])
+        if len(champion.losses) < gate.min_rows:
+            return True, f"{gate.metric}: {told}, so any finite loss is better{left_out}", {"groups": 0}
+        left_out += f" (left out: {told})"
     gain = improvement(gate, challenger, champion, groups)
     interval = gain.interval
     rows = plural(gain.rows, "row") + (f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else "")
@@ -114,27 +129,27 @@ def _compared(
     if gate.confident:
         passed, missed = interval.low > gate.must_improve_by, "the interval must begin above"
     else:
-        passed, missed = interval.mean >= gate.must_improve_by, "the improvement must be at least"
+        passed, missed = interval.mean > gate.must_improve_by, "the improvement must be above"
     return passed, text if passed else f"{text}, but {missed} {gate.must_improve_by:g}", numbers
 
 
-def _scored_less(metric: str, challenger: RowResults, champion: RowResults, groups: Sequence[int] | None) -> str | None:
-    """Return why the scores cannot be compared if the challenger lacks clearly more of them; else None."""
+def _scored_alike(metric: str, challenger: RowResults, champion: RowResults) -> tuple[RowResults, RowResults, str]:
+    """Give the lowest score of both to a row that only one of them has; return both, and how often that was done."""
     # A scorer may leave out an answer that it cannot read. On the other rows alone, a model that answers only easy
-    # questions would win. The test is a one-sided sign test at 2.5 % over groups of rows.
-    ours, theirs = (set(each.column(metric).rows.tolist()) for each in (challenger, champion))
-    own = groups if groups is not None else range(len(challenger.losses))
-    net = Counter(own[row] for row in ours - theirs)
-    from scipy.stats import binom  # type: ignore[import-untyped] # half a second
-
-    net.subtract(own[row] for row in theirs - ours)
-    more, fewer = (sum(sign * value > 0 for value in net.values()) for sign in (1, -1))
-    if binom.cdf(more, more + fewer, 0.5) > (1 - LEVEL) / 2:
-        return None
-    return (
-        f"{metric}: the challenger has no score on {plural(len(theirs - ours), 'row')} where the champion has one, so"
-        " the scores cannot be compared; let the scorer return 0 for an answer that it cannot read"
+    # questions would win.
+    name = metric.removeprefix(SCORE)
+    ours, theirs = challenger.scores.get(name, {}), champion.scores.get(name, {})
+    both = ours.keys() | theirs.keys()
+    if ours.keys() == theirs.keys() or not ours.keys() & theirs.keys():
+        return challenger, champion, ""
+    lowest = min(*ours.values(), *theirs.values())
+    filled = ({**dict.fromkeys(both, lowest), **scores} for scores in (ours, theirs))
+    challenger, champion = (
+        replace(each, scores={**each.scores, name: scores})
+        for each, scores in zip((challenger, champion), filled, strict=True)
     )
+    missing = f"{plural(len(both - ours.keys()), 'row')} of the challenger, {len(both - theirs.keys())} of the champion"
+    return challenger, champion, f" (no score, counted as {lowest:g}: {missing})"
 
 
 def _shared_rows(metric: str, ours: RowResults, theirs: RowResults) -> set[int]:

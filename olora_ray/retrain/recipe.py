@@ -11,6 +11,7 @@ champion cannot be continued (another base model or adapter, no new file, a miss
 the base model, and the log says why.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Collection, Sequence
@@ -21,7 +22,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import flatten
+from olora_ray.config.load import build, flatten, parse_yaml
 from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
@@ -138,8 +139,8 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
     passed = [version for version in versions if _passed(version)]
     substitutes = {
         "the last champion": there.get(last or ""),
-        "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
         "the previous champion": there.get(named.get(PREVIOUS, "")),
+        "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
     }
     deleted = last is not None and last not in there
     gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
@@ -345,8 +346,20 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
     path, checkpoint = latest
     if checkpoint.identity.get("adapter") != config.adapter.identity():
         return "its adapter has other settings"
+    if not _is_of(path, champion):
+        return f"{folder} was trained longer or with other settings since"
     sources = _split(config, inputs.plan, known.digests)
     return _Start(path, sources, champion.number) if sources else "there is no new file"
+
+
+def _is_of(path: str, version: Version) -> bool:
+    """True if a checkpoint has the version's settings: a longer training with the same run.name is another version."""
+    from olora_ray.train import checkpoint
+
+    file = storage.join(path, checkpoint.CONFIG)
+    with contextlib.suppress(UserError):  # settings of another release
+        return settings_digest(build(parse_yaml(storage.read_text(file), file))) == version.tags.get(TAGS["settings"])
+    return False
 
 
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:

@@ -252,8 +252,8 @@ class Aliases:
         self.repair()
         aliases = self.current()
         bad, good = aliases.get(CHAMPION), aliases.get(PREVIOUS)
-        if bad is None or good is None:
-            first = f"version {bad} is the first champion, or already rolled back, or its previous version was deleted"
+        if bad is None or good is None or good == bad:
+            first = f"version {bad} is the first champion, or already rolled back, or `previous` is deleted or itself"
             why = "there is no champion" if bad is None else first
             raise UserError(f"{self.name}: nothing to roll back to: {why}; choose a version with `promote`")
         self.verify(good)

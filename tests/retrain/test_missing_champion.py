@@ -167,11 +167,21 @@ def rolled_back(nights: Nights) -> None:
     registry.main(["rollback", NAME, "--tracking-uri", nights.aliases.uri])
 
 
+def promoted_by_hand(nights: Nights) -> None:
+    for number in ("1", "2"):
+        nights.aliases.promote(number, "promoted by hand")
+
+
 DELETED = {
     "alias": ([without_alias], "3", "the alias champion is missing"),
     "version": ([without_version("3")], "2", "the champion, version 3, was deleted"),
+    "version after promotions by hand": (
+        [promoted_by_hand, without_version("2")],
+        "1",
+        "the champion, version 2, was deleted",
+    ),
     "version and previous": ([without_version("3", "2")], "1", "the champion, version 3, was deleted"),
-    "alias and record": ([without_alias, without_record], "3", "the alias champion is missing"),
+    "alias and record": ([without_alias, without_record], "2", "the alias champion is missing"),
     "version and record": ([without_version("3"), without_record], "2", "the alias champion is missing"),
     "all but previous": ([without_alias, without_record, without_verdicts], "2", "the alias champion is missing"),
     "alias after a rollback": ([rolled_back, without_alias], "2", "the alias champion is missing"),
@@ -291,6 +301,6 @@ def test_by_hand_after_it_was_deleted(nights: Nights, capsys: pytest.CaptureFixt
     assert nights.aliases.current() == {"champion": "2"}, "no version is the one before itself"
     registry.main(["promote", NAME, "3", *at])
     without_version("2")(nights)
-    with pytest.raises(UserError, match=r"nothing to roll back to: .* its previous version was deleted"):
+    with pytest.raises(UserError, match=r"nothing to roll back to: .* `previous` is deleted or itself"):
         registry.main(["rollback", NAME, *at])
     assert nights.aliases.current() == {"champion": "3"}

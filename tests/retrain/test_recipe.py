@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,12 +263,15 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config:
     lost = version(1, inputs(config).fingerprint, **{recipe.RUN: str(tmp_path / "nowhere")})
     foreign = version(1, Fingerprint("base", "unheard of", "held", "s"))
     wider = override(config, {"adapter.rank": 4})
+    # finetune has trained version 1's run folder on, and registered version 2, which no gate has seen.
+    shorter = version(1, replace(inputs(config).fingerprint, settings="6 steps"), **{recipe.RUN: str(tmp_path / "run")})
     cases = [
         (config, good, "there is no new file"),
         (config, other, "it has another base model"),
         (config, lost, "has no checkpoint"),
         (config, foreign, "its training files are not recorded in"),
         (wider, good, "its adapter has other settings"),
+        (config, shorter, "run was trained longer or with other settings since"),
     ]
     for settings, champion, why in cases:
         found, said = made(settings, champion)

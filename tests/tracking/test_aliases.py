@@ -60,6 +60,18 @@ def test_rollback_and_back_again_by_hand(add: Add) -> None:
     assert aliases.current() == {"champion": "2", "previous": "1"}
 
 
+def test_a_champion_that_is_its_own_previous_is_not_rolled_back_to_itself(add: Add) -> None:
+    """Both aliases were set by hand."""
+    aliases = made(add, "itself", 2)
+    aliases.promote("2", "passed")
+    aliases.client.set_registered_model_alias(aliases.name, "previous", "2")
+    with pytest.raises(UserError, match=r"nothing to roll back to: .*; choose a version with `promote`"):
+        aliases.rollback("bad answers")
+    assert aliases.version("2").tags[GATE] == "passed"
+    aliases.promote("1", "promoted by hand")
+    assert aliases.current() == {"champion": "1", "previous": "2"}
+
+
 class ClockedLock(RegistryLock):
     """A lock whose clock only its own waiting moves, to wait for a dead holder."""
 
