@@ -8,9 +8,10 @@ CONFIG.yaml  its section notify says who is notified
 --tries      largest number of runs of COMMAND
 --grace      seconds from SIGTERM to SIGKILL, for COMMAND's checkpoint
 
-SIGTERM and SIGINT are passed on to COMMAND. Exit codes: COMMAND's own; 75 if the time limit or the last try is reached;
-128 + N if signal N ended COMMAND. For all codes except 0, 1 and 2 night.py notifies "not finished"; for these
-retrain.py notifies.
+SIGTERM and SIGINT are passed on to COMMAND, and its output is copied to this process's as it comes. Exit codes:
+COMMAND's own; 75 if the time limit or the last try is reached; 128 + N if signal N ended COMMAND; 0 if another process
+was at work on the model until the last try, because no night failed. After every other end that COMMAND has not told
+itself, night.py sends "failed" (codes below 75), else "not finished", with the last line of the output.
 """
 
 import contextlib
@@ -18,13 +19,18 @@ import logging
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import IO, TextIO
 
+from olora_ray.common import lock
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config import command_line
-from olora_ray.config.load import load
+from olora_ray.config.load import build, load, read
 from olora_ray.config.schema import Config
 from olora_ray.retrain import notify
 
@@ -32,8 +38,6 @@ logger = logging.getLogger("olora_ray.night")
 
 DEFAULTS = {"--hours": 20.0, "--pause": 300.0, "--tries": 7.0, "--grace": 120.0}
 AGAIN = TryAgain.exit_code
-TOLD = (0, 1, 2)
-"""Exit codes that need no notification from here: retrain.py has notified, or there is nothing to tell."""
 
 
 def main(argv: list[str]) -> None:
@@ -42,30 +46,49 @@ def main(argv: list[str]) -> None:
     parsed = command_line.parse(argv[:split], __doc__ or "", options=tuple(DEFAULTS))
     if len(parsed.words) != 1 or not command:
         raise UserError("arguments: expected CONFIG.yaml -- COMMAND [ARGUMENT ...]; --help shows how")
-    night = Night(DEFAULTS | _numbers(parsed.options))
+    night = Night(DEFAULTS | {name: _number(name, text) for name, text in parsed.options.items()})
     config = _loaded(parsed.words[0])
-    code = night.run(command)
-    if code not in TOLD:
+    try:
+        code = night.run(command)
+    except UserError as error:
+        _tell(config, "failed", str(error))
+        raise
+    if code == AGAIN and night.overlapped():
+        logger.info(f"SKIPPED: {night.reason}")
+        code = 0
+    elif code >= AGAIN or night.stopped:
         logger.warning(f"NOT FINISHED: {night.reason}; nothing is lost, run the same command again to resume")
-        if config is not None:
-            notify.tell(config, "not finished", night.reason)
+        _tell(config, "not finished", night.reason)
+    elif code and not night.told:
+        _tell(config, "failed", night.reason)
     raise SystemExit(code)
 
 
-def _numbers(options: Mapping[str, str]) -> dict[str, float]:
-    try:
-        return {name: float(value) for name, value in options.items()}
-    except ValueError as error:
-        raise UserError(f"argument {' '.join(options)}: {error}; expected a number") from None
+def _number(name: str, text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1e6:  # false for nan
+            return float(text)
+    raise UserError(f"argument {name}: {text!r}; expected a number from 0 to 1,000,000")
 
 
 def _loaded(file: str) -> Config | None:
-    # The command runs even with a broken config: its own error is clearer than this one.
+    # The command runs even with a broken config, because its own error is clearer than one from here. Who is told of it
+    # stands in two sections, which may be valid.
     try:
         return load(file)
     except UserError as error:
-        logger.warning(f"no notification if this night is not finished, because the config does not load: {error}")
+        problem = error
+    try:
+        told = {name: section for name, section in read(file).items() if name in ("registry", "notify")}
+        return build({"run": {"name": Path(file).stem}, "model": {"name": "-"}, "data": {"train": ["-"]}, **told}, file)
+    except UserError:
+        logger.warning(f"this night sends no notification, because the config does not load: {problem}")
         return None
+
+
+def _tell(config: Config | None, event: str, reason: str) -> None:
+    if config is not None:
+        notify.tell(config, event, reason)
 
 
 class Night:
@@ -74,9 +97,13 @@ class Night:
         self.limits, self.end = limits, time.monotonic() + limits["--hours"] * 3600
         self.reason = ""
         """Why the night ended as it did."""
-        self._child: subprocess.Popen[bytes] | None = None
-        self._stop: signal.Signals | None = None
+        self.told = False
+        """True if the last run of the command has told by itself that it failed."""
+        self.stopped: signal.Signals | None = None
         """The signal to this process that was passed on."""
+        self._child: subprocess.Popen[bytes] | None = None
+        self._last = ""
+        """The last line of the command's output."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
 
@@ -85,39 +112,67 @@ class Night:
         tries, pause = max(1, int(self.limits["--tries"])), self.limits["--pause"]
         for number in range(1, tries + 1):
             code = self._once(command)
-            if code != AGAIN or self._stop or number == tries or time.monotonic() + pause >= self.end:
+            if code != AGAIN or self.stopped or number == tries or time.monotonic() + pause >= self.end:
                 break
             logger.info(f"exit code {AGAIN}: retrying in {pause:g} s (attempt {number} of {tries})")
             resume = time.monotonic() + pause
-            while not self._stop and (left := resume - time.monotonic()) > 0:
+            while not self.stopped and (left := resume - time.monotonic()) > 0:
                 time.sleep(min(1, left))
-            if self._stop:
-                code = 128 + self._stop
+            if self.stopped:
+                code = 128 + self.stopped
                 break
-        if self._stop:
-            self.reason = f"stopped by {self._stop.name}"
+        if self.stopped:
+            self.reason = self._with_last_line(f"stopped by {self.stopped.name}")
         return code
 
+    def overlapped(self) -> bool:
+        """True if the command's last run has found another process at work."""
+        return not self.stopped and lock.RUNNING in self._last
+
     def _once(self, command: Sequence[str]) -> int:
+        self._last, self.told = "", False
         try:
             # A session of its own, so that SIGKILL to its process group ends a hanging driver and its children, and not
             # this process.
-            self._child = subprocess.Popen(command, start_new_session=True)
+            self._child = subprocess.Popen(
+                command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
         except OSError as error:
             raise UserError(f"COMMAND {command[0]}: {error.strerror}; correct the words after --") from None
+        copies = ((self._child.stdout, sys.stdout), (self._child.stderr, sys.stderr))
+        readers = [threading.Thread(target=self._copy, args=both, daemon=True) for both in copies]
+        for reader in readers:
+            reader.start()
         # A signal that came before the child existed was not passed on.
-        if self._stop:
-            self._child.send_signal(self._stop)
+        if self.stopped:
+            self._child.send_signal(self.stopped)
         try:
             code = self._child.wait(max(0, self.end - time.monotonic()))
-            self.reason = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-            return code if code >= 0 else 128 - code
+            how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         except subprocess.TimeoutExpired:
-            code = self._stopped(self._child)
-            self.reason = f"stopped after {self.limits['--hours']:g} hours, the limit of a night"
-            return code if code in TOLD else AGAIN
+            code = AGAIN if self._ended(self._child) else 0
+            how = f"stopped after {self.limits['--hours']:g} hours, the limit of a night"
+        for reader in readers:
+            reader.join(2)  # a process that the command has left behind may hold its end
+        self.reason = self._with_last_line(how)
+        return code if code >= 0 else 128 - code
 
-    def _stopped(self, child: "subprocess.Popen[bytes]") -> int:
+    def _copy(self, source: IO[bytes], target: TextIO) -> None:
+        for line in source:
+            with contextlib.suppress(OSError):  # the command must not wait because nobody reads this output
+                target.buffer.write(line)
+                target.flush()
+            text = line.decode(errors="replace").strip()
+            self._last = text or self._last
+            self.told = self.told or notify.SENT.format("failed") in text
+
+    def _with_last_line(self, how: str) -> str:
+        line = self._last.removeprefix("error: ")[:500]
+        if how.startswith("exit code"):
+            return f"{line} ({how})" if line else how
+        return f"{how}; last line: {line}" if line else how
+
+    def _ended(self, child: "subprocess.Popen[bytes]") -> int:
         """Stop the child, kill its remaining processes after the grace period, and return its exit code."""
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -127,7 +182,7 @@ class Night:
         return child.wait()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._stop = signal.Signals(number)
+        self.stopped = signal.Signals(number)
         if self._child is not None:
             self._child.send_signal(number)
 

@@ -113,13 +113,13 @@ def exit_code(client: JobSubmissionClient, job: str) -> int:
     """Wait for the job's end and return the exit code of its command; raises TryAgain if it was killed."""
     while not (info := client.get_job_info(job)).status.is_terminal():
         time.sleep(2)
-    print(f"job {job}: {info.status.lower()}", flush=True)
     if info.status in (JobStatus.SUCCEEDED, JobStatus.STOPPED):
+        print(f"job {job}: {info.status.lower()}", flush=True)
         return 0 if info.status == JobStatus.SUCCEEDED else STOPPED
     code = info.driver_exit_code
     if code is None or code < 0 or code == KILLED:
         raise TryAgain(f"job {job}: killed, without an exit code: {' '.join(str(info.message).split())[:500]}")
-    return code
+    return code  # nothing is printed: the last line of the job's log says why, and night.py tells it
 
 
 def stop(client: JobSubmissionClient, job: str) -> None:

@@ -36,6 +36,10 @@ SETTLE = 20.0
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOLCK)
 
 
+RUNNING = "is already running"
+"""Text of the error for a lock that another process holds; deploy/night.py reads it in a command's last line."""
+
+
 class LockUnreadable(TryAgain):
     """The lock cannot be read now. It may still be held."""
 
@@ -255,7 +259,7 @@ def held(file: str, subject: str, remedy: str | None = None) -> Iterator[Lock]:
         other = lock.take()
     if other is not None:
         advice = "try again later" + (f" or {remedy}" if remedy else "")
-        raise TryAgain(f"{subject} is already running ({other.describe()}); {advice}")
+        raise TryAgain(f"{subject} {RUNNING} ({other.describe()}); {advice}")
     try:
         yield lock
     finally:

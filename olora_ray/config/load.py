@@ -18,7 +18,7 @@ from olora_ray.common.errors import Problems, UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import did_you_mean
 from olora_ray.config.schema import Config, EvaluationConfig
-from olora_ray.config.section import EXPERIMENT, HUB_NAME, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
+from olora_ray.config.section import EXPERIMENT, HUB_NAME, MODEL_NAME, NAME, REFER, AnySection, Section
 
 logger = logging.getLogger(__name__)
 
@@ -379,7 +379,6 @@ PATTERNS = {
     MODEL_NAME: "use letters, digits, ' ', '.', '_' and '-'; begin and end with a letter or digit",
     EXPERIMENT: "use printable characters only",
     HUB_NAME: "expected ORG/NAME, a repository of the Hugging Face hub",
-    WEBHOOK: "expected http://..., https://..., or env:NAME or file:/PATH that holds such an address",
 }
 """Patterns of field types -> messages."""
 
@@ -460,18 +459,15 @@ def _short(text: str, length: int) -> str:
 
 
 def instead(field: str, text: str) -> str:
-    if field not in ("tracking.uri", "notify.url"):
+    if field != "tracking.uri":
         names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
         return f"the address contains a secret; remove it, and set the environment variables of the service ({names})"
-    if field == "tracking.uri" and text.startswith("http"):
+    if text.startswith("http"):
         return (
             "the address contains a secret; remove it, and set MLFLOW_TRACKING_USERNAME and"
             " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
-    return (
-        "the address contains a secret; store the address in an environment variable or a file of one line, and"
-        " set the field to env:NAME or file:/PATH"
-    )
+    return f"the address contains a secret; {REFER}"
 
 
 def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
@@ -541,6 +537,7 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
     """Validate a nested mapping into a section; raise UserError with all problems and without secrets."""
     named = [(field, value if isinstance(value, list | tuple) else [value]) for field, value in leaves(tree, "")]
     texts = [(field, item) for field, items in named for item in items if isinstance(item, str)]
+    texts = [(field, item) for field, item in texts if not field.startswith("notify.")]  # these take no address at all
     problems = [f"{field}: {instead(field, text)}" for field, text in texts if secrets.in_uri(text)]
     valid = None
     try:

@@ -9,14 +9,15 @@ from pydantic import Field, field_validator, model_validator
 from olora_ray.common.errors import UserError
 from olora_ray.config.section import (
     HUB_NAME,
-    WEBHOOK,
     AliasName,
+    Command,
     ExperimentName,
     FileName,
     Folder,
     Fraction,
     ModelName,
     Place,
+    Reference,
 )
 from olora_ray.config.section import PositiveInt as PositiveInt
 from olora_ray.config.section import Section as Section
@@ -239,7 +240,7 @@ class Gate(Section):
     eval/NAME for a score NAME (higher is better)."""
     must_improve_by: float = 0.0
     """Improvement over the champion that a challenger must exceed (see confident). A negative value accepts a
-    challenger that is worse by up to this much."""
+    challenger that is worse by up to this much, each time: over many nights the champion becomes much worse."""
     conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
     """Further conditions on the new version itself: {metric: ..., at_least: ...} or {metric: ..., at_most: ...}."""
     group: str | None = None
@@ -265,13 +266,11 @@ class Retrain(Section):
 class Notify(Section):
     """Notifications about the outcome of a retraining: promoted, refused, failed or not finished."""
 
-    url: Annotated[str, Field(pattern=WEBHOOK)] | None = None
-    """Webhook that gets a POST of JSON: http(s)://..., or env:NAME or file:/PATH that holds the address; null: none."""
-    command: str | None = None
-    """Shell command that gets the same JSON on its standard input; null: no command."""
-
-
-# The config's section `train`: length, batches, optimizer, evaluations and checkpoints.
+    url: Reference | None = None
+    """env:NAME or file:/PATH that holds the address of a webhook, which gets a POST of JSON; null: none."""
+    command: Command | None = None
+    """Shell command that gets the same JSON on its standard input; null: no command. Everybody on the machine sees it:
+    a secret belongs into an environment variable, written as $NAME, or into a file."""
 
 
 class Train(Section):

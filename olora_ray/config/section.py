@@ -67,7 +67,6 @@ NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
 MODEL_NAME = r"^\w([\w .-]*\w)?$"
 EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
 HUB_NAME = r"^[A-Za-z0-9][\w-]*/\w[\w.-]*$"
-WEBHOOK = r"^(https?://|env:|file:/)."
 LONGEST_NAME = 200
 """Largest size in bytes of a name that becomes a file name: file systems allow 255, and lock files add up to 44."""
 
@@ -112,6 +111,25 @@ def _without_options(path: str) -> str:
     return path
 
 
+REFER = "store it in an environment variable or a file of one line, and set the field to env:NAME or file:/PATH"
+
+
+def _refers(address: str) -> str:
+    if not re.match(r"env:.|file:/[^/]", address):
+        raise ValueError(
+            f"an address is a secret here, because a config is copied into checkpoints and MLflow; {REFER}"
+        )
+    return address
+
+
+def _no_address(command: str) -> str:
+    if "://" in command:
+        raise ValueError("an address may be a secret, and a config is copied into checkpoints and MLflow; use $NAME")
+    return command
+
+
+Reference = Annotated[str, AfterValidator(_refers)]
+Command = Annotated[str, AfterValidator(_no_address)]
 Place = Annotated[str, AfterValidator(_straight)]
 """A path, or a URI without '..', which object stores interpret differently."""
 Folder = Annotated[Place, AfterValidator(_without_options)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from olora_ray.config.schema import Config
+from olora_ray.retrain import notify
 from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import CHAMPION, GATE
@@ -59,14 +60,11 @@ def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
     return tracker.run_id
 
 
-def of_version(config: Config, version: Version) -> Entry | None:
-    """Write the gate's decision on a version once. It is read from the version's tags, so a crash loses nothing.
-
-    Returns the decision, or None if there is none or it was written before.
-    """
+def of_version(config: Config, version: Version) -> None:
+    """Write and tell the gate's decision on a version once; it is read from its tags, so a crash loses nothing."""
     tags = version.tags
     if GATE not in tags or AGAINST not in tags or tags.get(RECORDED):
-        return None
+        return
     decision: What = "refused" if tags[GATE].startswith("refused") else "promoted"
     reason = tags[GATE].partition(": ")[2] or tags[GATE]
     details = json.loads(tags.get(DETAILS, "{}"))
@@ -74,9 +72,10 @@ def of_version(config: Config, version: Version) -> Entry | None:
     run_id = write(config, entry, _begun(config, entry))
     uri = resolve_uri(config)
     models.add(uri, version.name, version.number, _verdict(entry))
+    # Before the tag: a call that is killed here tells again, instead of never.
+    notify.tell(config, entry.decision, entry.reason, entry.challenger, entry.champion)
     with reachable(uri):
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
-    return entry
 
 
 def _verdict(entry: Entry) -> str:

@@ -15,6 +15,9 @@ from olora_ray.config.schema import Config
 
 logger = logging.getLogger(__name__)
 
+SENT = "the event {!r} was sent"
+"""Text of a log line: by it deploy/night.py knows what was told, also where the command runs elsewhere, as a job."""
+
 
 def tell(config: Config, event: str, reason: str, version: str | None = None, champion: str | None = None) -> None:
     """Send an event to the config's webhook and command; on failure log a warning and raise nothing."""
@@ -34,6 +37,7 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
         for pause in (1.0, 3.0, None) if value else ():  # seconds before the next try
             try:
                 send(str(value), json.dumps(message))
+                logger.info(f"notify.{field}: {SENT.format(event)}")
                 break
             except Exception as error:  # a failed notification must not change the result of the retraining
                 if pause is None or isinstance(error, UserError):

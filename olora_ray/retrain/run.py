@@ -92,13 +92,10 @@ def run(config: Config) -> None:
     """Retrain the config's registered model if there is a reason, and send the result to the config's notify section.
 
     Raises UserError for problems that the user can fix, TryAgain if another retraining of the model runs or MLflow does
-    not answer, and Stopped after a signal. For the last two deploy/night.py sends the notification.
+    not answer, and Stopped after a signal; deploy/night.py sends the notification of these two.
     """
     with _failures_told(config):
-        decided = _locked(config)
-    if decided is not None:
-        notify.tell(config, decided.decision, decided.reason, decided.challenger, decided.champion)
-    with _failures_told(config):
+        _locked(config)
         _push_champion(config)
 
 
@@ -119,8 +116,7 @@ def _reason(error: Exception) -> str:
     return of_the_machine(error) or f"{type(error).__name__}: {error}"
 
 
-def _locked(config: Config) -> Entry | None:
-    """Retrain under the model's lock; return the decision on a version, if this call has recorded one."""
+def _locked(config: Config) -> None:
     name = config.registry.model
     if name is None:
         raise UserError("registry.model: not set; retraining needs the name of a registered model")
@@ -129,7 +125,7 @@ def _locked(config: Config) -> Entry | None:
     path = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(path, f"the retraining of {name}") as lease:
         try:
-            return _retrain(config, Aliases(resolve_uri(config), name), lease)
+            _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:
             if not isinstance(error, TryAgain | StoreUnavailable):
                 with contextlib.suppress(Exception):  # the error itself matters more than a failure to record it
@@ -137,7 +133,7 @@ def _locked(config: Config) -> Entry | None:
             raise
 
 
-def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None:
+def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     aliases.repair()
     inputs = None
     if (now := recipe.look_again(config)) is None:
@@ -146,12 +142,12 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None
     to_beat = version_to_beat(aliases)
     if (done := recipe.find_decision(to_beat.versions, to_beat.version, now)) is not None:
         # The call that decided may have been interrupted before it wrote the decision's MLflow run.
-        late = decision_run.of_version(config, done)
+        decision_run.of_version(config, done)
         which = to_beat.role if done is to_beat.version else done.tags[GATE]
         reason = f"nothing changed since version {done.number} of {done.name} ({which})"
         logger.info(reason)
         decision_run.unchanged(config, Entry("unchanged", reason, champion=to_beat.champion or None))
-        return late
+        return
     inputs = inputs or recipe.look(config)
     config = inputs.config
     if to_beat.version is None:
@@ -165,7 +161,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None
         return _decide(config, inputs, challenger, against) if learned else NOTHING_LEARNED
 
     apply_decision(aliases, version.number, decide, lease.check)  # if another process has taken the lock, it decides
-    return decision_run.of_version(config, aliases.version(version.number))
+    decision_run.of_version(config, aliases.version(version.number))
 
 
 def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None) -> tuple[Version, bool]:

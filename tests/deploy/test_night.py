@@ -1,5 +1,6 @@
-"""One night of a command: retries, a time limit, signals, exit codes, and notifications."""
+"""One night of a command: retries, a time limit, signals, exit codes, its output, and notifications."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,8 +25,10 @@ def hook() -> Iterator[Receiver]:
 @pytest.fixture
 def config(tmp_path: Path, hook: Receiver) -> Path:
     tree = {"run": {"name": "nightly"}, "model": {"name": "m"}, "data": {"train": ["rows.jsonl"]}}
+    (tmp_path / "hook").write_text(hook.url)
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(tree | {"registry": {"model": "support"}, "notify": {"url": hook.url}}))
+    told = {"registry": {"model": "support"}, "notify": {"url": f"file:{tmp_path}/hook"}}
+    file.write_text(yaml.safe_dump(tree | told))
     return file
 
 
@@ -41,9 +44,69 @@ def night(config: Path, script: str, *options: str) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
-def test_a_code_of_which_the_command_tells_itself_ends_the_night(config: Path, hook: Receiver, code: int) -> None:
-    assert night(config, f"echo once; exit {code}") == (code, ["once"])
+def test_what_the_command_has_told_itself_is_not_told_again(config: Path, hook: Receiver, code: int) -> None:
+    line = "notify.url: the event 'failed' was sent" if code else "nothing changed since version 1"
+    assert night(config, f'echo "{line}"; exit {code}') == (code, [line])
     assert hook.got == []
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "reason"),
+    [
+        ([sys.executable, "/gone/retrain.py"], 2, "[Errno 2] No such file or directory (exit code 2)"),
+        ([sys.executable, "-c", "import nonexistent"], 1, "No module named 'nonexistent' (exit code 1)"),
+        (["olora-ray", "retrain", "--nope"], 2, "argument --nope: unknown; see --help (exit code 2)"),
+        (["/none"], 2, "COMMAND /none: No such file or directory; correct the words after --"),
+        (["bash", "-c", "echo token=c4n4ry; exit 3"], 3, "token=*** (exit code 3)"),
+        (["false"], 1, "exit code 1"),
+    ],
+)
+def test_an_end_that_the_command_has_not_told_is_told_with_its_last_line(
+    config: Path, hook: Receiver, command: list[str], code: int, reason: str
+) -> None:
+    bin = str(Path(sys.executable).parent)
+    done = subprocess.run(
+        [sys.executable, NIGHT, config, "--", *command],
+        env={**os.environ, "PATH": f"{bin}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code
+    (message,) = hook.got
+    assert (message["event"], message["model"]) == ("failed", "support")
+    assert message["reason"].endswith(reason)
+
+
+def test_a_mistake_in_the_config_is_told_to_whom_the_config_names(config: Path, hook: Receiver) -> None:
+    config.write_text(config.read_text().replace("data:", "date:"))
+    code, lines = night(config, f"{Path(sys.executable).parent}/olora-ray retrain {config}")
+    assert code == 2
+    assert any("has 2 problems" in line for line in lines)
+    assert [(each["event"], each["model"]) for each in hook.got] == [("failed", "support")]
+
+
+def test_a_night_that_finds_another_process_at_work_is_no_failure(config: Path, hook: Receiver) -> None:
+    line = "error: the retraining of support is already running (process 7 on a, since 02:30); try again later"
+    code, lines = night(config, f'echo "{line}" >&2; exit 75', "--tries", "2")
+    assert (code, lines.count(line)) == (0, 2)
+    assert f"SKIPPED: {line.removeprefix('error: ')} (exit code 75)" in "\n".join(lines)
+    assert hook.got == []
+
+
+def test_the_output_comes_while_the_command_runs_and_stays_in_its_streams(config: Path) -> None:
+    script = "echo out; echo err >&2; read line; echo $line"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words(config, script), text=True, **pipes) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        assert (process.stdout.readline(), process.stderr.readline()) == ("out\n", "err\n")
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "go\n"
+        assert process.wait(30) == 0
 
 
 def test_a_command_that_says_later_runs_again_until_it_is_done(config: Path, hook: Receiver, tmp_path: Path) -> None:
@@ -56,12 +119,13 @@ def test_a_command_that_says_later_runs_again_until_it_is_done(config: Path, hoo
 def test_a_night_that_is_not_finished_after_the_last_try_is_no_success_and_is_told(
     config: Path, hook: Receiver
 ) -> None:
-    code, lines = night(config, "echo again; exit 75", "--tries", "3")
-    assert (code, lines.count("again")) == (75, 3)
-    assert "NOT FINISHED: exit code 75" in lines[-1]
+    code, lines = night(config, "echo away; exit 75", "--tries", "3")
+    assert (code, lines.count("away")) == (75, 3)
+    assert "NOT FINISHED: away (exit code 75)" in lines[-2]
+    assert lines[-1].endswith("notify.url: the event 'not finished' was sent")
     (message,) = hook.got
     assert (message["event"], message["model"], message["run"]) == ("not finished", "support", "nightly")
-    assert message["text"] == "support: not finished: exit code 75"
+    assert message["text"] == "support: not finished: away (exit code 75)"
 
 
 def test_the_pause_does_not_outlast_the_night(config: Path, hook: Receiver) -> None:
@@ -73,7 +137,7 @@ def test_at_the_limit_the_command_has_time_for_its_checkpoint(config: Path, hook
     script = "trap 'echo checkpoint; exit 143' TERM; echo began; sleep 60 >/dev/null 2>&1 & wait"
     code, lines = night(config, script, "--hours", "0.001")
     assert (code, lines[:2]) == (75, ["began", "checkpoint"])
-    assert hook.got[0]["reason"] == "stopped after 0.001 hours, the limit of a night"
+    assert hook.got[0]["reason"] == "stopped after 0.001 hours, the limit of a night; last line: checkpoint"
 
 
 def test_a_command_that_does_not_stop_is_killed_with_its_processes(
@@ -106,7 +170,7 @@ def test_a_signal_reaches_the_command_and_ends_the_pause(
         lines += process.stdout.read().splitlines()
         assert process.wait(30) == (128 + number if busy == "exit 75" else 99)
     assert ("checkpoint" in lines) is (busy != "exit 75")
-    assert hook.got[0]["reason"] == f"stopped by {number.name}"
+    assert hook.got[0]["reason"].startswith(f"stopped by {number.name}")
 
 
 def test_without_a_config_that_can_be_loaded_the_command_runs_and_its_code_counts(tmp_path: Path) -> None:
@@ -121,7 +185,11 @@ def test_without_a_config_that_can_be_loaded_the_command_runs_and_its_code_count
         (["c.yaml"], "arguments: expected CONFIG.yaml -- COMMAND"),
         (["--", "true"], "arguments: expected CONFIG.yaml -- COMMAND"),
         (["c.yaml", "--"], "arguments: expected CONFIG.yaml -- COMMAND"),
-        (["--hours", "all", "c.yaml", "--", "true"], "argument --hours: could not convert string to float: 'all'"),
+        (["--hours", "all", "c.yaml", "--", "true"], "argument --hours: 'all'; expected a number from 0 to"),
+        (["--hours", "nan", "c.yaml", "--", "true"], "argument --hours: 'nan'; expected a number from 0 to"),
+        (["--tries", "nan", "c.yaml", "--", "true"], "argument --tries: 'nan'; expected a number from 0 to"),
+        (["--hours", "-1", "c.yaml", "--", "true"], "argument --hours: '-1'; expected a number from 0 to"),
+        (["--pause", "inf", "c.yaml", "--", "true"], "argument --pause: 'inf'; expected a number from 0 to"),
         (["--hour", "1", "c.yaml", "--", "true"], "argument --hour: unknown; did you mean --hours?"),
         (["c.yaml", "--", "/none"], "COMMAND /none: No such file or directory; correct the words after --"),
     ],
