@@ -25,7 +25,7 @@ from pathlib import Path
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.secrets import looked_up
+from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums, models, start
@@ -123,6 +123,8 @@ def _tell(aliases: Aliases, number: str, what: str) -> None:
 
 
 def _tracking_uri(given: str | None) -> str:
+    if given and in_uri(given):
+        raise UserError("--tracking-uri: its secret is visible to all on this machine; use env:NAME or file:/PATH")
     uri = given if given is not None else os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         return absolute(looked_up(uri, "--tracking-uri"))

@@ -28,7 +28,7 @@ from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN
 from olora_ray.tracking.models import BaseOfAdapter, Contents, Measured, check_adapter_only, has_chat_template
 from olora_ray.tracking.run import Tracker
-from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
+from olora_ray.tracking.start import CODE, check_artifacts, mlflow_run, resolve_uri
 from olora_ray.train.checkpoint import perplexity
 
 logger = logging.getLogger(__name__)
@@ -274,6 +274,7 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
     own: dict[str, object] = {
         **made_of.tags(),
         RUN: exported.folder.root,
+        CODE: node_cache.project(),
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",

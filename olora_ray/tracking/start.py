@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from olora_ray.common import patience, storage
+from olora_ray.common import node_cache, patience, storage
 from olora_ray.common.errors import TakenOver, TryAgain, UserError
 from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.config import command_line
@@ -298,10 +298,14 @@ def _reopen(client: "MlflowClient", run_id: str) -> bool:
     return False
 
 
+# Tag of a run and of a version: a digest of this project's code, because an image and a submitted job have no git.
+CODE = "olora.code"
+
+
 def _context_tags() -> dict[str, str]:
     # The tags that mlflow.start_run would add. The commit comes from git, because GitPython warns if git is missing.
     script = Path(sys.argv[0] or ".").absolute()
-    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": script.name}
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": script.name, CODE: node_cache.project()}
     try:
         tags["mlflow.user"] = getpass.getuser()
         folder = script if script.is_dir() else script.parent

@@ -57,6 +57,7 @@ def test_the_page_of_a_version(run: FinishedRun) -> None:
     assert sorted(version.tags) == [
         "olora.base_digest",
         "olora.checksums",
+        "olora.code",
         "olora.data_digest",
         "olora.eval_loss",
         "olora.held_out_digest",

@@ -88,6 +88,10 @@ def test_an_address_may_lie_in_a_variable_or_a_file(
         assert "challenger" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"^--tracking-uri: env:NOWHERE: .*NOWHERE is not set"):
         run("list", "kept", "--tracking-uri", "env:NOWHERE")
+    with pytest.raises(
+        UserError, match=r"^--tracking-uri: its secret is visible to all .*; use env:NAME or file:/PATH$"
+    ):
+        run("list", "kept", "--tracking-uri", "postgresql://ann:c4n4ry@db/mlflow")
 
 
 def test_without_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config
@@ -174,6 +175,7 @@ def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker
     assert run.info.run_name == "test"
     assert run.info.artifact_uri.startswith(f"{storage}/mlartifacts/")
     assert run.data.tags["olora.method"] == "olora"
+    assert run.data.tags["olora.code"] == node_cache.project(), "also where there is no git"
     assert run.info.status == "RUNNING"
     assert tracker.url() is None
 
