@@ -29,6 +29,7 @@ from typing import IO, TextIO
 
 from olora_ray.common import lock
 from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.secrets import mask
 from olora_ray.config import command_line
 from olora_ray.config.load import build, load, read
 from olora_ray.config.schema import Config
@@ -167,7 +168,7 @@ class Night:
             self.told = self.told or notify.SENT.format("failed") in text
 
     def _with_last_line(self, how: str) -> str:
-        line = self._last.removeprefix("error: ")[:500]
+        line = mask(self._last).removeprefix("error: ")[:500]
         if how.startswith("exit code"):
             return f"{line} ({how})" if line else how
         return f"{how}; last line: {line}" if line else how
