@@ -346,19 +346,18 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
     path, checkpoint = latest
     if checkpoint.identity.get("adapter") != config.adapter.identity():
         return "its adapter has other settings"
-    if not _is_of(path, champion):
-        return f"{folder} was trained longer or with other settings since"
+    if _trained_on(folder, champion):
+        return f"{folder} was trained longer since"
     sources = _split(config, inputs.plan, known.digests)
     return _Start(path, sources, champion.number) if sources else "there is no new file"
 
 
-def _is_of(path: str, version: Version) -> bool:
-    """True if a checkpoint has the version's settings: a longer training with the same run.name is another version."""
-    from olora_ray.train import checkpoint
-
-    file = storage.join(path, checkpoint.CONFIG)
-    with contextlib.suppress(UserError):  # settings of another release
-        return settings_digest(build(parse_yaml(storage.read_text(file), file))) == version.tags.get(TAGS["settings"])
+def _trained_on(folder: str, version: Version) -> bool:
+    """True if a longer training with the same run.name, which is another version, has written in the run folder."""
+    # Not from the checkpoint's config: there a worker has written the precision for `auto`.
+    file = storage.join(folder, "config.yaml")
+    with contextlib.suppress(UserError, FileNotFoundError):  # settings of another release
+        return settings_digest(build(parse_yaml(storage.read_text(file), file))) != version.tags.get(TAGS["settings"])
     return False
 
 

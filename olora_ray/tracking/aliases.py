@@ -253,7 +253,7 @@ class Aliases:
         aliases = self.current()
         bad, good = aliases.get(CHAMPION), aliases.get(PREVIOUS)
         if bad is None or good is None or good == bad:
-            first = f"version {bad} is the first champion, or already rolled back, or `previous` is deleted or itself"
+            first = f"version {bad} is the first champion, a rollback led to it, or `previous` was deleted or is itself"
             why = "there is no champion" if bad is None else first
             raise UserError(f"{self.name}: nothing to roll back to: {why}; choose a version with `promote`")
         self.verify(good)

@@ -20,6 +20,7 @@ CANARIES = {
     "MLFLOW_TRACKING_TOKEN": "c4n4ryBearer",
     "AWS_SECRET_ACCESS_KEY": "c4n4ryCloud",
     "AWS_SESSION_TOKEN": "c4n4rySession",
+    "NOTIFY_URL": "https://hooks.slack.com/services/c4n4ryHook",
 }
 CANARY = b"c4n4ry"
 
@@ -42,7 +43,8 @@ def holding(folder: Path, canary: bytes = CANARY) -> list[str]:
 @pytest.mark.slow
 def test_secrets_of_the_environment_stay_there(tiny_model: Path, corpus: Path, ray_files: Path) -> None:
     secret = {**CANARIES, "OUR_MLFLOW": f"sqlite:///{corpus}/hidden.db", "RAY_TMPDIR": str(ray_files)}
-    tree = project.settings(corpus, tiny_model, tracking={"uri": "env:OUR_MLFLOW"})
+    named = {"tracking": {"uri": "env:OUR_MLFLOW"}, "notify": {"url": "env:NOTIFY_URL"}}
+    tree = project.settings(corpus, tiny_model, **named)
     done = project.finetune(project.write_config(corpus, tree), env=secret)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output

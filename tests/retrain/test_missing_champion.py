@@ -301,6 +301,6 @@ def test_by_hand_after_it_was_deleted(nights: Nights, capsys: pytest.CaptureFixt
     assert nights.aliases.current() == {"champion": "2"}, "no version is the one before itself"
     registry.main(["promote", NAME, "3", *at])
     without_version("2")(nights)
-    with pytest.raises(UserError, match=r"nothing to roll back to: .* `previous` is deleted or itself"):
+    with pytest.raises(UserError, match=r"nothing to roll back to: .* `previous` was deleted or is itself"):
         registry.main(["rollback", NAME, *at])
     assert nights.aliases.current() == {"champion": "3"}
