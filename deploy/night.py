@@ -54,14 +54,14 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         _tell(config, "failed", str(error))
         raise
-    if code == AGAIN and night.overlapped():
+    if night.overlap:
         logger.info(f"SKIPPED: {night.reason}")
         code = 0
-    elif code >= AGAIN or night.stopped:
-        logger.warning(f"NOT FINISHED: {night.reason}; nothing is lost, run the same command again to resume")
-        _tell(config, "not finished", night.reason)
     elif code and not night.told:
-        _tell(config, "failed", night.reason)
+        event = "not finished" if code >= AGAIN or night.stopped else "failed"
+        if event == "not finished":
+            logger.warning(f"NOT FINISHED: {night.reason}; nothing is lost, run the same command again to resume")
+        _tell(config, event, night.reason)
     raise SystemExit(code)
 
 
@@ -100,6 +100,8 @@ class Night:
         """Why the night ended as it did."""
         self.told = False
         """True if the last run of the command has told by itself that it failed."""
+        self.overlap = False
+        """True if the last run of the command has found another process at work."""
         self.stopped: signal.Signals | None = None
         """The signal to this process that was passed on."""
         self._child: subprocess.Popen[bytes] | None = None
@@ -123,12 +125,8 @@ class Night:
                 code = 128 + self.stopped
                 break
         if self.stopped:
-            self.reason = self._with_last_line(f"stopped by {self.stopped.name}")
+            self.overlap, self.reason = False, self._with_last_line(f"stopped by {self.stopped.name}")
         return code
-
-    def overlapped(self) -> bool:
-        """True if the command's last run has found another process at work."""
-        return not self.stopped and lock.RUNNING in self._last
 
     def _once(self, command: Sequence[str]) -> int:
         self._last, self.told = "", False
@@ -156,6 +154,7 @@ class Night:
         for reader in readers:
             reader.join(2)  # a process that the command has left behind may hold its end
         self.reason = self._with_last_line(how)
+        self.overlap = how == f"exit code {AGAIN}" and lock.RUNNING in self._last
         return code if code >= 0 else 128 - code
 
     def _copy(self, source: IO[bytes], target: TextIO) -> None:
