@@ -383,11 +383,11 @@ class Source(Section):
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://."""
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"] = "auto"
     """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
-    fields are: messages {messages, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction, input,
-    output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens {input_ids,
-    labels, attention_mask}."""
+    fields are: messages {messages, system, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction,
+    input, output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens
+    {input_ids, labels, attention_mask, completion_mask, assistant_masks, position_ids}."""
     fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
-    """Columns of the file for fields of the format, e.g. {prompt: question}. format auto detects the other fields."""
+    """Columns for fields of the format, e.g. {prompt: question}; {NAME: none} ignores one. auto detects the others."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """Number of uses of each row per epoch. 0.5 uses half of the rows, selected by a hash of their position."""
     only: tuple[str, ...] = ()

@@ -3,10 +3,9 @@
 Each format is a function from a `Row` to an `Example`; it raises `Rejected` for a row that cannot be used.
 """
 
-import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +159,7 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
             "wrong_type", f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}"
         )
     if not isinstance(turn.get(role), str):
-        hint = "; rows with from and value need format: sharegpt" if role == "role" and "from" in turn else ""
+        hint = "; from and value need format: sharegpt, and no fields" if role == "role" and "from" in turn else ""
         raise Rejected("missing_field", f"message {number} has no {role!r}; it has {listed(turn)}{hint}")
     if turn[role] not in ROLES:
         known = ", ".join(sorted(ROLES))
@@ -171,8 +170,8 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
     rest = {
         key: without_nulls(value) for key, value in turn.items() if value is not None and key not in (role, content)
     }
-    marks = [rest.pop(key) for key in MARKS if isinstance(rest.get(key), bool) and turn[role] == "assistant"]
-    if False in marks:
+    marks = [rest.pop(key) for key in MARKS if rest.get(key) in (False, True)]
+    if False in marks and turn[role] == "assistant":
         rest["weight"] = 0
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"message {number}: 'tool_calls'")
@@ -224,6 +223,8 @@ def _content(value: Any, number: int, name: str) -> str:
     ):
         if type_ := next((part["type"] for part in value if part.get("type") not in TEXTS), None):
             raise Rejected("wrong_type", f"message {number}: {name!r} has a part of type {type_!r}, which is not text")
+        if any(part.get(key) == 0 for part in value for key in (*MARKS, "weight")):
+            raise Rejected("wrong_type", f"message {number}: {name!r} has a part that is not to be trained")
         return "".join(part["text"] for part in value)
     raise Rejected("wrong_type", f"message {number}: {name!r} is {type_name(value)}, not text")
 
@@ -318,37 +319,54 @@ def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bo
     if not isinstance(columns, Mapping):
         raise Rejected("not_an_object", f"expected an object with fields, found {type_name(columns)}")
     try:
-        return FORMATS[format](Row(columns, fields, as_chat))
+        return FORMATS[format](Row(columns, {**dict.fromkeys(ASKED.get(format, ()), NONE), **fields}, as_chat))
     except RecursionError:
         raise Rejected("wrong_type", "nested too deeply") from None
 
 
 def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
-    """Raise UserError if `fields` maps a name that the format does not have; `where` is the setting of the source."""
+    """Raise UserError if `fields` maps a name that the format does not have; `where` is the setting of the source.
+
+    Any name may be mapped to `NONE`: its column, or key of a message, is left out.
+    """
     known = FIELDS.get(format) or tuple(dict.fromkeys(itertools.chain(*FIELDS.values())))
-    if unknown := [name for name in fields if name not in known]:
+    if unknown := [name for name, column in fields.items() if name not in known and column != NONE]:
         raise UserError(f"{where}.fields: format {format} has no field {unknown[0]!r}; it has {', '.join(known)}")
 
 
 def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
-    return [fields.get(name, name) for name in FIELDS[format]]
+    return [fields.get(name, name) for name in FIELDS[format] if name in fields or name not in ASKED.get(format, ())]
+
+
+def column_of(name: str, fields: Mapping[str, str]) -> str:
+    """Return the column of a name that need not be a field, also if the format is to leave it out."""
+    return name if fields.get(name) == NONE else fields.get(name, name)
 
 
 def _messages(row: Row) -> Example:
-    return chat(sequence(row.value("messages"), "messages"), "role", "content", row.optional("tools"))
+    turns = _after_system(row, sequence(row.value("messages"), "messages"), "role", "content")
+    return chat(turns, "role", "content", row.optional("tools"))
 
 
 def _sharegpt(row: Row) -> Example:
     role, content = row.column("from"), row.column("value")
     turns = from_sharegpt(sequence(row.value("conversations"), "conversations"), role, content)
-    if system := row.optional_text("system"):
-        first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
-        if first.get(role) != "system":
-            turns.insert(0, {role: "system", content: system})
-        elif first.get(content) != system:
-            where = f"field {row.column('system')!r} and the first message"
-            raise Rejected("bad_role", f"{where} have different system messages")
-    return chat(turns, role, content, row.optional("tools"))
+    return chat(_after_system(row, turns, role, content), role, content, row.optional("tools"))
+
+
+def _after_system(row: Row, turns: list[Any], role: str, content: str) -> list[Any]:
+    # Anthropic and Bedrock write the system message beside the others, as a text or as a list of parts.
+    value = row.optional("system")
+    system = _content(value, 0, "system") if isinstance(value, list) else row.optional_text("system")
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    if not system:
+        return turns
+    if first.get(role) != "system":
+        return [{role: "system", content: system}, *turns]
+    if _content(first.get(content), 1, content) != system:
+        where = f"field {row.column('system')!r} and the first message"
+        raise Rejected("bad_role", f"{where} have different system messages")
+    return turns
 
 
 def _alpaca(row: Row) -> Example:
@@ -412,12 +430,21 @@ def _text(row: Row) -> Example:
 
 
 def _tokens(row: Row) -> Example:
-    lists = [row.value("input_ids"), row.optional("labels"), row.optional("attention_mask")]
-    for name, numbers in zip(FIELDS["tokens"], lists, strict=True):
-        whole = isinstance(numbers, list) and all(type(each) is int and abs(each) < 2**31 for each in numbers)
+    ids = row.value("input_ids")
+    lists = {name: ids if name == "input_ids" else row.optional(name) for name in FIELDS["tokens"]}
+    for name, numbers in lists.items():
+        whole = isinstance(numbers, list) and all(type(each) in (int, bool) and abs(each) < 2**31 for each in numbers)
         if numbers is not None and not whole:
             raise Rejected("wrong_type", f"field {row.column(name)!r} is not a list of whole numbers")
-    return Ids(*lists)
+    labels, mask = lists["labels"], lists["attention_mask"]
+    for marks in filter(None, (lists["completion_mask"], lists["assistant_masks"])):  # TRL's: 1 is supervised
+        if len(marks) != len(ids):
+            raise Rejected("wrong_length", f"a mask with {len(marks)} numbers for {len(ids)} input_ids")
+        labels = [label if mark else -100 for label, mark in zip(labels or ids, marks, strict=False)]
+    positions = list(itertools.compress(lists["position_ids"] or (), mask or itertools.repeat(1)))
+    if any(later <= earlier for earlier, later in itertools.pairwise(positions)):
+        raise Rejected("wrong_type", f"field {row.column('position_ids')!r} starts again: the row holds several rows")
+    return Ids(ids, labels, mask)
 
 
 FORMATS: dict[str, Callable[[Row], Example]] = {
@@ -439,23 +466,24 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "tokens": ("input_ids",),
 }
 
+# Fields that are read only if `fields` maps them, as detection does: earlier stores without them keep their digests.
+ASKED = {"messages": ("system",), "tokens": ("completion_mask", "assistant_masks", "position_ids")}
+# A column of this name in `fields` leaves out the field, or the column, of the name that is mapped to it.
+NONE = "none"
 # Names that a source's `fields` may map.
 FIELDS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", "tools"),
+    "messages": ("messages", "system", "tools"),
     "prompt_completion": ("prompt", "completion", "tools"),
     "alpaca": ("instruction", "input", "output", "system", "history"),
     "sharegpt": ("conversations", "from", "value", "system", "tools"),
     "text": ("text",),
-    "tokens": ("input_ids", "labels", "attention_mask"),
+    "tokens": ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids"),
 }
-
-
-# Detection of format and fields, if a source sets none: by the names of columns, and by trying to read the rows.
 
 # Names that other data sets use for the fields of our formats.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "input": ("context", "article", "passage"),
-    "system": ("system_prompt",),
+    "system": ("system_prompt", "system_message", "system_instruction"),
     "prompt": ("question", "query", "instruction", "input", "problem", "user"),
     "completion": ("answer", "response", "output", "target", "solution", "label", "chosen", "assistant", "generation"),
     "instruction": ("prompt", "question", "query", "problem", "user"),
@@ -466,135 +494,5 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "value": ("content", "text"),
     "text": ("content", "document", "body", "article", "passage"),
 }
-INSIDE = ("from", "value")  # keys of a turn, and no columns
-# Columns that add something to a question or a chat.
-ADDED = {"input", "system", "history", "tools", *OTHER_NAMES["input"], *OTHER_NAMES["system"]}
-# Columns of preferences, classes, tests and images: such rows are more than questions with answers.
-OTHER_TASKS = {"chosen", "rejected", "label", "labels", "kto_tag", "choices", "options", "image", "images", "audios"}
-# A text beside one of these columns is an example of a class, or a message of a tree, not a document.
-NO_DOCUMENTS = {*OTHER_NAMES["completion"], *OTHER_TASKS, "summary", "highlights", "role", "parent_id"}
-KNOWN = {*ADDED, *OTHER_TASKS, *OTHER_NAMES, *itertools.chain(*OTHER_NAMES.values())} - {*INSIDE}
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to read some rows."""
-
-    format: str
-    # In the form of a source's `fields`.
-    fields: dict[str, str]
-    # Columns of the fields that the format needs.
-    columns: tuple[str, ...]
-    # One per row; None if the row cannot be used.
-    examples: tuple[Example | None, ...]
-    # Lower is better: certainty of the names, known columns that are ignored, fields to set, order of the formats.
-    rank: tuple[int, ...]
-    # Columns that this reading ignores although they matter.
-    lost: tuple[str, ...]
-
-    @property
-    def used(self) -> int:
-        return len(self.examples) - self.examples.count(None)
-
-    def settings(self) -> str:
-        shown = ", ".join(f"{field}: {column}" for field, column in self.fields.items())
-        return f"format: {self.format}" + f", fields: {{{shown}}}" * bool(shown)
-
-
-def find(rows: Sequence[Any], given: Mapping[str, str], chat: object = "auto") -> Reading | None:
-    """Detect how rows are meant; return None if no format can use any of them.
-
-    `given` are the fields, and `chat` the choice, that their source sets. Raise UserError if two readings are equally
-    good, or the best reading ignores columns that matter.
-    """
-    rows = [row for row in rows if isinstance(row, Mapping)]
-    candidates = [
-        _reading(format, fields, rows, given)
-        for format in NEEDED
-        if given.keys() <= set(FIELDS[format]) and (format == "prompt_completion" or chat is not (format == "text"))
-        for fields in _assignments(format, rows, given)
-    ]
-    # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
-    most = max((reading.used for reading in candidates if reading), default=0)
-    readings = sorted((each for each in candidates if each and 2 * each.used > most), key=lambda each: each.rank)
-    if not readings:
-        return None
-    best = readings[0]
-    rivals = [each for each in readings if each.rank[:2] == best.rank[:2] and set(each.columns) != set(best.columns)]
-    # A column `messages` has always been read as a chat, whatever other columns there are.
-    plain = next((each for each in readings if each.rank[0] == 0 and each.format == "messages"), best)
-    if plain is not best:
-        best, rivals = plain, [best] * (best.examples != plain.examples)
-    if rivals:
-        raise UserError(f"the rows can be read in two ways; set {best.settings()}, or {rivals[0].settings()}")
-    if best.lost:
-        lost = ", ".join(best.lost)
-        raise UserError(f"the rows have {lost}, which would be ignored; to train without it, set {best.settings()}")
-    return best
-
-
-def why_not(row: Any, given: Mapping[str, str]) -> Rejected:
-    try:
-        if not isinstance(row, Mapping):
-            to_example("text", row, {})
-        for format in NEEDED:
-            for fields in _assignments(format, [row], given):
-                to_example(format, row, fields, as_chat=True)
-    except Rejected as why:
-        return why
-    return Rejected("missing_field", f"no format has its columns ({listed(row)}); set format and fields")
-
-
-def _assignments(format: str, rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    def called(field: str, columns: Iterable[Any]) -> list[str]:
-        by_name = {str(column).lower().strip(): str(column) for column in columns} | {name: name for name in columns}
-        names = (field, *OTHER_NAMES.get(field, ()))
-        return [given[field]] if field in given else [by_name[name] for name in names if name in by_name]
-
-    columns = list(itertools.chain(*rows))
-    for needed in itertools.product(*(called(field, columns) for field in NEEDED[format])):
-        fields = dict(zip(NEEDED[format], needed, strict=True))
-        for field in FIELDS[format]:
-            free = called(field, _keys(rows, needed[0]) if field in INSIDE else set(columns) - set(fields.values()))
-            if free:
-                fields.setdefault(field, free[0])
-        if len(set(needed)) == len(needed):
-            yield fields
-
-
-def _keys(rows: Iterable[Mapping[Any, Any]], column: str) -> Iterable[Any]:
-    for row in rows:
-        with contextlib.suppress(Rejected):
-            if (turns := sequence(row.get(column), column)) and isinstance(turns[0], Mapping):
-                return turns[0]
-    return ()
-
-
-def _reading(
-    format: str, fields: dict[str, str], rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]
-) -> Reading | None:
-    """Return the reading with these columns; None if format text would read rows that are no documents."""
-    used = {column for field, column in fields.items() if field not in INSIDE}
-    left = {str(name): str(name).lower().strip() for row in rows for name, value in row.items() if value not in EMPTY}
-    left = {name: lower for name, lower in left.items() if name not in used}
-    own = {field if field in given else fields[field].lower().strip() for field in NEEDED[format]}
-    if format == "text" and left and (own != {"text"} or NO_DOCUMENTS.intersection(left.values())):
-        return None
-    verdicts = {name for name in ("label", "kto_tag") if any(isinstance(row.get(name), bool) for row in rows)}
-    tier = {"text": 3, "tokens": 4}.get(format, 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values())))
-    matters = (verdicts, ADDED | OTHER_TASKS, KNOWN, set[str](), OTHER_TASKS)[tier]
-    called = {field: column for field, column in fields.items() if field != column} | dict(given)
-    return Reading(
-        format,
-        called,
-        tuple(fields[field] for field in NEEDED[format]),
-        tuple(_example(format, row, called) for row in rows),
-        (tier, len(KNOWN.intersection(left.values())), len(called), list(NEEDED).index(format)),
-        tuple(name for name in left if left[name] in matters),
-    )
-
-
-def _example(format: str, row: Any, fields: Mapping[str, str]) -> Example | None:
-    with contextlib.suppress(Rejected):
-        return to_example(format, row, fields, as_chat=True)
-    return None
+# Fields that are keys of a turn, and no columns.
+INSIDE = ("from", "value")

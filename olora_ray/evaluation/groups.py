@@ -9,6 +9,7 @@ import numpy as np
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
+from olora_ray.data.formats import column_of
 from olora_ray.data.reader import Unit, read_unit
 from olora_ray.evaluation.rows import Origin, numbered
 from olora_ray.tokens.plan import Piece, Plan, taken
@@ -98,7 +99,7 @@ def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
 
 def _column(setting: str, plan: Plan, number: int, unit: Unit) -> Iterator[tuple[Origin, str | None]]:
     planned = plan.files[number]
-    column = plan.sources[planned.source].fields.get(setting, setting)
+    column = column_of(setting, plan.sources[planned.source].fields)
     for position, row in read_unit(planned.file, unit, planned.columns, [column]):
         yield (number, position), _text(row.get(column) if isinstance(row, dict) else None)
 

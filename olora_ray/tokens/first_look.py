@@ -7,7 +7,9 @@ be used; the preparation, which reads all rows, judges everything else.
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from olora_ray.common import storage
@@ -15,9 +17,10 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override, parse_yaml
 from olora_ray.config.schema import Config, Source
 from olora_ray.data import formats, reader
-from olora_ray.data.formats import Rejected, to_example
+from olora_ray.data.formats import EMPTY, FIELDS, INSIDE, NEEDED, NONE, Example, Rejected, listed, sequence, to_example
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, list_files, say_once
+from olora_ray.tokens import columns
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,8 @@ def check(config: Config) -> Config:
 
 def _sources(config: Config) -> dict[str, Source]:
     splits = {"data.train": config.data.train, "data.eval": config.data.eval}
-    return {f"{name}.{number}": source for name, sources in splits.items() for number, source in enumerate(sources)}
+    answered = {name: columns.grouped(config, sources) for name, sources in splits.items()}
+    return {f"{name}.{number}": source for name, sources in answered.items() for number, source in enumerate(sources)}
 
 
 def _with(config: Config, known: Mapping[str, Source]) -> Config:
@@ -64,6 +68,8 @@ def _as_trained(config: Config) -> dict[str, Source]:
 
 def read_as(source: Source, where: str, storage_root: str) -> Source:
     if source.format != "auto":
+        if source.path.startswith("hf://"):  # `check` does not download it
+            _check(source, where, storage_root)
         return source
     known, words = find_format(source, where, storage_root)
     say_once(f"{where}: {words}", about=source.path)
@@ -79,30 +85,40 @@ def find_format(source: Source, where: str, storage_root: str) -> tuple[Source, 
     """
     looked = list(_looked(source, where, storage_root))
     try:
-        reading = formats.find([row for _, _, row in looked], source.fields, source.chat)
+        reading = find([row for _, _, row in looked], source.fields, source.chat)
     except UserError as unclear:
         raise UserError(f"{where}: {unclear}") from None
     if reading is None:
-        raise _unusable(where, looked, formats.why_not(looked[0][2], source.fields))
+        raise _unusable(where, looked, why_not(looked[0][2], source.fields, where))
     kinds = " and ".join(dict.fromkeys(file.form for file, _, _ in looked))
     fields = "".join(f"; {field}: {column}" for field, column in reading.fields.items())
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
-    return known, f"{reading.format} rows in {kinds}{fields}"
+    rows = [row for _, _, row in looked if isinstance(row, Mapping)]
+    _answered(where, known, zip(rows, reading.examples, strict=True), auto=True)
+    unread = f"; not read: {listed(reading.unread)}" if reading.unread else ""
+    return known, f"{reading.format} rows in {kinds}{fields}{unread}"
+
+
+def _answered(where: str, source: Source, read: Iterable[tuple[Any, Example | None]], auto: bool) -> None:
+    notes, used = Counter[str](), [(row, example) for row, example in read if example]
+    for row, example in used:
+        columns.count(notes, 0, source, row, example)
+    for needed in columns.unanswered(notes, [source], len(used)).values():
+        raise columns.refusal(needed, where, source, auto)
 
 
 def _check(source: Source, where: str, storage_root: str) -> None:
-    looked, problems = list[Looked](), list[Rejected]()
+    looked, read, problems = list[Looked](), list[tuple[Any, Example | None]](), list[Rejected]()
     for entry in _looked(source, where, storage_root):
         looked.append(entry)
         try:
             # The model is not known yet, so rows that are a chat only with its template pass.
-            to_example(source.format, entry[2], source.fields, source.chat is not False)
+            read.append((entry[2], to_example(source.format, entry[2], source.fields, source.chat is not False)))
         except Rejected as why:
             problems.append(why)
-        else:
-            return
-    if problems:
+    if problems and not read:
         raise _unusable(where, looked, problems[0], "; remove format and fields to have them detected")
+    _answered(where, source, read, auto=False)
 
 
 def _unusable(where: str, looked: Sequence[Looked], why: Rejected, hint: str = "") -> UserError:
@@ -145,3 +161,128 @@ def _looked(source: Source, where: str, storage_root: str) -> Iterator[Looked]:
 
 def _spread(items: Sequence[Item]) -> list[Item]:
     return [items[number] for number in sorted({0, len(items) // 2, len(items) - 1} if items else ())]
+
+
+# Detection of format and fields, if a source sets none: by the names of columns, and by trying to read the rows.
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read some rows."""
+
+    format: str
+    # In the form of a source's `fields`.
+    fields: dict[str, str]
+    # Columns of the fields that the format needs.
+    columns: tuple[str, ...]
+    # One per row; None if the row cannot be used.
+    examples: tuple[Example | None, ...]
+    # Lower is better: certainty of the names, known columns that are ignored, fields to set, order of the formats.
+    rank: tuple[int, ...]
+    # Columns with values that this reading does not use, and their names in lower case.
+    unread: dict[str, str]
+
+    @property
+    def used(self) -> int:
+        return len(self.examples) - self.examples.count(None)
+
+    def settings(self) -> str:
+        shown = ", ".join(f"{field}: {column}" for field, column in self.fields.items())
+        return f"format: {self.format}" + f", fields: {{{shown}}}" * bool(shown)
+
+
+def find(rows: Sequence[Any], given: Mapping[str, str], chat: object = "auto") -> Reading | None:
+    """Detect how rows are meant; return None if no format can use any of them.
+
+    `given` are the fields, and `chat` the choice, that their source sets. Raise UserError if two readings are equally
+    good.
+    """
+    rows = [row for row in rows if isinstance(row, Mapping)]
+    meant = {field for field, column in given.items() if column != NONE}
+    candidates = [
+        _reading(format, fields, rows, given)
+        for format in NEEDED
+        if meant <= set(FIELDS[format]) and (format == "prompt_completion" or chat is not (format == "text"))
+        for fields in _assignments(format, rows, given)
+    ]
+    # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
+    most = max((reading.used for reading in candidates if reading), default=0)
+    readings = sorted((each for each in candidates if each and 2 * each.used > most), key=lambda each: each.rank)
+    if not readings:
+        return None
+    best = readings[0]
+    rivals = [each for each in readings if each.rank[:2] == best.rank[:2] and set(each.columns) != set(best.columns)]
+    if rivals:
+        raise UserError(f"the rows can be read in two ways; set {best.settings()}, or {rivals[0].settings()}")
+    return best
+
+
+def why_not(row: Any, given: Mapping[str, str], where: str) -> Rejected:
+    try:
+        if not isinstance(row, Mapping):
+            to_example("text", row, {})
+        for format in NEEDED:
+            for fields in _assignments(format, [row], given):
+                to_example(format, row, fields, as_chat=True)
+    except Rejected as why:
+        return why
+    # The columns may have names of another language.
+    texts = [name for name, value in row.items() if isinstance(value, str) and columns.weight("text", name, value)]
+    named = columns.fields(where, {**given, **dict(zip(("instruction", "output"), texts, strict=False))})
+    hint = f", such as {named}" if len(texts) > 1 else ""
+    return Rejected("missing_field", f"no format has its columns ({listed(row)}); set format and fields{hint}")
+
+
+def _assignments(format: str, rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    def called(field: str, found: Iterable[Any]) -> list[str]:
+        found = [name for name in found if given.get(name) != NONE]
+        by_name = {str(column).lower().strip(): str(column) for column in found} | {name: name for name in found}
+        names = (field, *formats.OTHER_NAMES.get(field, ()))
+        return [given[field]] if field in given else [by_name[name] for name in names if name in by_name]
+
+    every = list(itertools.chain(*rows))
+    for needed in itertools.product(*(called(field, every) for field in NEEDED[format])):
+        fields = dict(zip(NEEDED[format], needed, strict=True))
+        for field in FIELDS[format]:
+            free = called(field, _keys(rows, needed[0]) if field in INSIDE else set(every) - set(fields.values()))
+            if free:
+                fields.setdefault(field, free[0])
+        if len(set(needed)) == len(needed):
+            yield fields
+
+
+def _keys(rows: Iterable[Mapping[Any, Any]], column: str) -> Iterable[Any]:
+    for row in rows:
+        with contextlib.suppress(Rejected):
+            if (turns := sequence(row.get(column), column)) and isinstance(turns[0], Mapping):
+                return turns[0]
+    return ()
+
+
+def _reading(
+    format: str, fields: dict[str, str], rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]
+) -> Reading | None:
+    """Return the reading with these columns; None if format text would read one of several columns by another name."""
+    used = {column for field, column in fields.items() if field not in INSIDE}
+    left = {str(name): str(name).lower().strip() for row in rows for name, value in row.items() if value not in EMPTY}
+    left = {name: lower for name, lower in left.items() if name not in used and given.get(name) != NONE}
+    own = {field if field in given else fields[field].lower().strip() for field in NEEDED[format]}
+    if format == "text" and left and own != {"text"}:
+        return None
+    tier = {"text": 3, "tokens": 4}.get(format, 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values())))
+    asked = formats.ASKED.get(format, ())
+    called = {field: column for field, column in fields.items() if field != column or field in asked} | dict(given)
+    return Reading(
+        format,
+        called,
+        tuple(fields[field] for field in NEEDED[format]),
+        tuple(_example(format, row, called) for row in rows),
+        (tier, len(columns.KNOWN.intersection(left.values())), len(called), list(NEEDED).index(format)),
+        left,
+    )
+
+
+def _example(format: str, row: Any, fields: Mapping[str, str]) -> Example | None:
+    with contextlib.suppress(Rejected):
+        return to_example(format, row, fields, as_chat=True)
+    return None

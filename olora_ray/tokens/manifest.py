@@ -17,7 +17,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,9 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import seal, unseal
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.formats import REASONING, Chat, Example, Ids, Text, one_line
+from olora_ray.data.formats import Chat, Example, Ids, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens, form_line
-from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.tokens import columns
 from olora_ray.tokens.plan import Plan, Split, sources_of
 
 logger = logging.getLogger(__name__)
@@ -318,15 +317,19 @@ class Totals:
             logger.info(self._line(now))
 
     def check(self, limits: Limits) -> None:
-        """Raise UserError if too many of all the rows were rejected, or none is left."""
+        """Raise UserError if too many of all the rows were rejected, or none is left, or a column needs an answer."""
         limits.check(self.reasons, self.rows, lambda: self.rejected)
+        for number, needed in columns.unanswered(self.notes, self.plan.sources).items():
+            where = f"{limits.setting.removeprefix('held out of ')}.{number}"
+            raise columns.refusal(needed, where, self.plan.sources[number])
         if not self.total["packs"]:
             cause = f" (data.eval_fraction = {self.plan.eval_fraction:g})" if self.plan.eval_fraction else ""
             raise UserError(f"{limits.setting}: no row is left for {self.plan.split}{cause}")
 
     def hopeless(self, limits: Limits) -> bool:
-        """True if more rows are rejected already than the limit allows for all rows of the plan."""
-        return limits.exceeded(self.reasons, max(int(self.plan.rows), self.rows))
+        """True if the rows so far suffice for `check` to refuse the data."""
+        rejected = limits.exceeded(self.reasons, max(int(self.plan.rows), self.rows))
+        return rejected or bool(columns.unanswered(self.notes, self.plan.sources))
 
     def manifest(self) -> Manifest:
         assert len(self.infos) == len(self.plan.shards)
@@ -367,36 +370,11 @@ def summary(manifest: Manifest) -> str:
 # Notes about unusual rows of a split: counted per shard, and logged once.
 
 
-UNREAD = {
-    "column": "columns that the format does not read",
-    "key": "keys of messages that neither the format nor the chat template reads",
-}
-
-
-@lru_cache(maxsize=8)
-def _read_keys(template: str) -> frozenset[str]:
-    named = {"role", "content", "tool_calls", "weight", *re.findall(r"\w+", template)}
-    return frozenset(named.union(REASONING) if named.intersection(REASONING) else named)
-
-
-def count_unread(notes: "Counter[str]", kind: str, names: Iterable[object]) -> None:
-    """Add one to each of the names that nothing reads; at most 100 names are counted."""
-    for name in names:
-        note = f"{kind} {one_line(str(name), 60)}"
-        if note in notes or len(notes) < 100:
-            notes[note] += 1
-
-
-def count(
-    notes: "Counter[str]", example: Example, tokens: Sequence[Tokens], tokenize: ExampleTokenizer, spec: TokenizerSpec
-) -> None:
+def count(notes: "Counter[str]", example: Example, tokens: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
     if isinstance(example, Text) or (isinstance(example, Ids) and example.labels is None):
         return
     if isinstance(example, Chat):
         notes["chats"] += 1
-        read = _read_keys(spec.template(example.tools is not None))
-        for message in example.messages:
-            count_unread(notes, "key", message.keys() - read)
         if len(tokens) > 1:
             notes["split"] += 1
             notes["split_tokens"] += sum(len(each.ids) for each in tokens)
@@ -436,11 +414,6 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             f"shards made again, because fastokens gave other tokens than the tokenizer: {unlike:,}; other shards may"
             " have such rows, too: uninstall fastokens, delete this folder and run the command again"
         )
-    for kind, title in UNREAD.items():
-        unread = {note.partition(" ")[2]: rows for note, rows in notes.items() if note.startswith(f"{kind} ")}
-        if names := sorted(unread, key=lambda name: -unread[name]):
-            shown = ", ".join(f"{name} ({unread[name]:,})" for name in names[:12]) + ", ..." * (len(names) > 12)
-            texts.append(f"{title}: {shown}")
     return texts
 
 

@@ -18,10 +18,12 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config, Source
+from olora_ray.data.formats import FIELDS
 from olora_ray.data.reader import UNIT, FileScan, Table, Unit, Units, as_unit
 from olora_ray.data.sources import File, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.tokens.columns import grouped
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,8 @@ class Plan(Rules):
             "sources": [
                 {
                     "format": source.format,
-                    "fields": dict(sorted(source.fields.items())),
+                    # Without the columns that are left out: they change no token.
+                    "fields": {name: source.fields[name] for name in FIELDS[source.format] if name in source.fields},
                     "weight": source.weight,
                     **({} if source.weight == int(source.weight) else {"drawn_by": "hash"}),
                     "files": [[each.file.form, each.sha256] for each in self.files if each.source == number],
@@ -355,8 +358,8 @@ class Plan(Rules):
 
 def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]]:
     if split == "train" or config.data.eval_fraction is not None:
-        return "data.train", config.data.train
-    return "data.eval", config.data.eval
+        return "data.train", grouped(config, config.data.train)
+    return "data.eval", grouped(config, config.data.eval)
 
 
 def as_found(config: Config, *plans: Plan) -> Config:

@@ -23,7 +23,7 @@ from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config, Source
-from olora_ray.data.formats import Rejected, columns_of
+from olora_ray.data.formats import Rejected, column_of, columns_of
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.manifest import Limits
@@ -143,7 +143,7 @@ def _row(config: Config, plan: Plan, file: int, row: Mapping[str, Any]) -> Row:
 
 def _column(config: Config, source: Source) -> list[str]:
     group = config.gate.group
-    return [source.fields.get(group, group)] if group and group != FILE else []
+    return [column_of(group, source.fields)] if group and group != FILE else []
 
 
 def _check_groups(config: Config, pool: Sequence[Row]) -> None:

@@ -112,7 +112,7 @@ class Shape:
     # Settings that are detected, and would be needed otherwise; without them format messages.
     settings: Mapping[str, Any] = field(default_factory=dict)
     tools: bool = False
-    # A column that is ignored, which the dry run reports.
+    # A column that is ignored, which the first look reports.
     unread: str = ""
     # A part of the line that refuses such rows.
     says: str = ""
@@ -248,7 +248,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "explainchoice": Shape(
             lambda n: {"question": ASK[n], "choices": ["a", "b"], "solution": SAY[n], "explanation": ""},
             None,
-            says="have choices",
+            says="column 'choices'",
         ),
         "summarizetldr": Shape(lambda n: {"article": ASK[n], "summary": SAY[n]}, None, says=NO),
         "camel_ai": Shape(lambda n: {"message_1": ASK[n], "message_2": SAY[n]}, None, says=NO),
@@ -287,7 +287,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "preferences": Shape(
             lambda n: {"instruction": ASK[n], "input": "", "chosen": SAY[n], "rejected": "nein"},
             None,
-            says="have rejected",
+            says="column 'rejected'",
         ),
         "preferences in chats": Shape(
             lambda n: {
@@ -296,12 +296,12 @@ SHAPES: dict[str, dict[str, Shape]] = {
                 "rejected": {"from": "gpt", "value": "nein"},
             },
             None,
-            says="have chosen, rejected",
+            says="column 'chosen'",
         ),
         "kto": Shape(
             lambda n: {"instruction": ASK[n], "input": "", "output": SAY[n], "kto_tag": n > 1},
             None,
-            says="have kto_tag",
+            says="column 'kto_tag'",
         ),
     },
     "ms-swift": {
@@ -332,7 +332,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
         "pretraining": Shape(lambda n: {"messages": messages(once(n)[1:])}, None, says="must be from user"),
         "classes": Shape(lambda n: {"messages": messages(once(n)[:1]), "label": 1}, None, says="no assistant message"),
-        "kto": Shape(lambda n: {"messages": messages(once(n)), "label": n > 1}, None, says="have label"),
+        "kto": Shape(lambda n: {"messages": messages(once(n)), "label": n > 1}, None, says="column 'label'"),
     },
     "TRL": {
         "text": Shape(lambda n: {"text": ASK[n] + SAY[n]}, lambda n: ASK[n] + SAY[n], fields("text")),
@@ -349,14 +349,14 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
         "tools": Shape(lambda n: {"messages": openai_calls(n), "tools": json.dumps([TOOL])}, called, tools=True),
         "preferences": Shape(
-            lambda n: {"prompt": ASK[n], "chosen": SAY[n], "rejected": "nein"}, None, says="have rejected"
+            lambda n: {"prompt": ASK[n], "chosen": SAY[n], "rejected": "nein"}, None, says="column 'rejected'"
         ),
         "chats of preferences": Shape(
             lambda n: {"chosen": messages(once(n)), "rejected": messages([*once(n)[:1], ("assistant", "nein")])},
             None,
             says=NO,
         ),
-        "unpaired": Shape(unpaired, None, says="have label"),
+        "unpaired": Shape(unpaired, None, says="column 'label'"),
         "prompts alone": Shape(lambda n: {"prompt": ASK[n]}, None, says=NO),
     },
     "table": {
@@ -411,10 +411,16 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "two answers": Shape(
             lambda n: {"problem": ASK[n], "solution": SAY[n], "answer": "5"}, None, says="in two ways"
         ),
-        "system beside": Shape(lambda n: {"system": SYSTEM, "messages": messages(once(n))}, None, says="in two ways"),
-        "classes": Shape(lambda n: {"text": SAY[n], "label": 1}, None, says=NO),
+        "system beside": Shape(
+            lambda n: {"system": SYSTEM, "messages": messages(once(n))},
+            lambda n: once(n, SYSTEM),
+            fields("messages", system="system"),
+        ),
+        "classes": Shape(lambda n: {"text": SAY[n], "label": 1}, None, says="column 'label'"),
         "tree": Shape(
-            lambda n: {"message_id": "m", "parent_id": None, "text": SAY[n], "role": "prompter"}, None, says=NO
+            lambda n: {"message_id": "m", "parent_id": None, "text": SAY[n], "role": "prompter"},
+            None,
+            says="column 'role'",
         ),
         "repr": Shape(lambda n: {"messages": str(messages(once(n)))}, None, says="is text, not a list of messages"),
     },
@@ -634,7 +640,7 @@ def outcome(file: File, folder: Path) -> str:
         return f"WRONG: {len(rows)} rows are trained on, the first as {rows[0]}"
     if {"format": known.format, "fields": known.fields} != {"format": "messages", "fields": {}} | file.rows.settings:
         return f"WRONG: {known}"
-    if file.rows.unread not in " ".join(line for line in lines if "does not read" in line):
+    if file.rows.unread not in " ".join(line for line in lines if "not read: " in line):
         return f"WRONG: nothing is said of {file.rows.unread}"
     meant = sorted(expected(file.rows))
     line = next(line for line in lines if " rows in " in line)

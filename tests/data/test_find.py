@@ -5,13 +5,11 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.formats import find, why_not
+from olora_ray.tokens.first_look import find, why_not
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 QUESTION = {"question": "q", "answer": "a"}
-# One message of a tree, which is not a document.
-OASST = {"message_id": "m", "parent_id": None, "text": "hello", "role": "prompter"}
 
 
 @pytest.mark.parametrize(
@@ -30,9 +28,10 @@ OASST = {"message_id": "m", "parent_id": None, "text": "hello", "role": "prompte
         ({"conversations": TURNS}, "format: sharegpt"),
         ({"conversations": TURNS, "messages": MESSAGES}, "format: messages"),
         ({"problem": "p", "solution": "s", "messages": MESSAGES}, "format: messages"),
-        ({"messages": MESSAGES, "rejected": "b", "context": "c"}, "format: messages"),
+        ({"messages": MESSAGES, "system": "s"}, "format: messages"),
         ({"messages": MESSAGES, "system": ""}, "format: messages"),
         ({"text": "some text", "url": "u"}, "format: text"),
+        ({"text": "some text", "label": 1}, "format: text"),
         ({"content": "some text"}, "format: text, fields: {text: content}"),
         ({"text": "some text", "input_ids": [1, 2], "attention_mask": [1, 1]}, "format: text"),
         ({"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]}, "format: tokens"),
@@ -54,13 +53,6 @@ def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None
             {"instruction": "i", "output": "o", "prompt": "p", "completion": "c"},
             "set format: alpaca, or format: prompt_",
         ),
-        ({"system": "s", "messages": MESSAGES}, "set format: messages, or format: sharegpt, fields: {conversations: m"),
-        ({"prompt": "p", "completion": "c", "label": True}, "the rows have label, which would be ignored; .* set"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "the rows have rejected"),
-        ({"messages": MESSAGES, "label": False}, "the rows have label, .* set format: messages"),
-        ({"input": "i", "output": "o", "context": "c"}, "the rows have context"),
-        ({**QUESTION, "text": "t"}, "the rows have text"),
-        ({"input_ids": [1, 2], "label": 3}, "the rows have label"),
     ],
 )
 def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: str) -> None:
@@ -77,14 +69,16 @@ def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: 
         ([1], "expected an object with fields, found a list"),
         ({"messages": []}, "no assistant message"),
         ({"question": "q", "answer": 4}, "field 'answer' is a number, not text"),
-        (OASST, "no format has its columns"),
-        ({"text": "t", "label": 1}, "no format has its columns"),
-        ({"document": "d", "summary": "s"}, "no format has its columns"),
+        (
+            {"id": "7", "document": "d", "summary": "s"},
+            "'data.train.0.fields={instruction: document, output: summary}'",
+        ),
+        ({"Quelle": "Mail", "Frage": "Wie?", "Antwort": "So."}, "={instruction: Frage, output: Antwort}'"),
     ],
 )
 def test_nothing_is_found_that_does_not_help(row: Any, reason: str) -> None:
     assert find([row], {}) is None
-    assert reason in why_not(row, {}).message
+    assert reason in why_not(row, {}, "data.train.0").message
 
 
 @pytest.mark.parametrize(
@@ -92,7 +86,8 @@ def test_nothing_is_found_that_does_not_help(row: Any, reason: str) -> None:
     [
         ({"prompt": "question"}, "auto", "format: prompt_completion, fields: {prompt: question, completion: answer}"),
         ({"output": "question", "instruction": "answer"}, "auto", "fields: {instruction: answer, output: question}"),
-        ({"text": "question"}, "auto", "None"),
+        ({"text": "question"}, "auto", "format: text, fields: {text: question}"),
+        ({"question": "none"}, "auto", "None"),
         ({"system": "none"}, "auto", "fields: {instruction: question, output: answer, system: none}"),
         ({}, False, "format: prompt_completion, fields: {prompt: question, completion: answer}"),
     ],

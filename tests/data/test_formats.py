@@ -218,7 +218,7 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
         ("messages", turns(PICTURE, ANSWER), "wrong_type", "message 1: 'content' has a part of type 'image', which is"),
         ("messages", turns(USER, {**ANSWER, "tool_calls": "f()"}), "wrong_type", "is text, but not JSON"),
         ("messages", turns(USER, {**ANSWER, "tool_calls": {}}), "wrong_type", "an object, not a list of objects"),
-        ("messages", turns(*TURNS), "missing_field", "rows with from and value need format: sharegpt"),
+        ("messages", turns(*TURNS), "missing_field", "from and value need format: sharegpt"),
         ("prompt_completion", {"prompt": "x", "completion": ""}, "empty_answer", "'completion' is empty"),
         ("prompt_completion", {"prompt": 1, "completion": "y"}, "wrong_type", "field 'prompt' is a number, not text"),
         ("alpaca", {"instruction": "x"}, "missing_field", "field 'output' is missing; the row has instruction"),

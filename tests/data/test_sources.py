@@ -349,6 +349,13 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert store.manifest.rows == 50
     assert all(name.startswith(f"{tmp_path}/runs/tokens/hub/") for name in store.manifest.files)
     assert prepare(config, tiny_spec, "eval").manifest.rows == 10
+    # The first look downloads nothing, so the preparation looks at the columns.
+    helpers.write_jsonl(
+        tmp_path / "org/marked/train.jsonl", [{**row, "verdict": f"{n} a"} for n, row in enumerate(ROWS)]
+    )
+    marked = helpers.config(tmp_path / "runs", {"path": "hf://org/marked", "format": "prompt_completion"})
+    with pytest.raises(UserError, match=r"data.train.0: prompt_completion rows do not use column 'verdict'"):
+        prepare(marked, tiny_spec, "train")
     both = config.data.train[0].model_copy(update={"path": "hf://org/name?split=train+test"})
     config = override(config, {"data.train": [both.model_dump()]})
     assert prepare(config, tiny_spec, "train").manifest.rows == 60

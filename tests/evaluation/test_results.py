@@ -186,8 +186,8 @@ def config(tmp_path: Path) -> Config:
         for number in range(9):
             question, answer = f"after {number}?", str(number + 1)
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            out.write(json.dumps({"messages": messages, "user": f"p{number // 4}"}) + "\n")
-    tree = settings(tmp_path, make_model(tmp_path / "model"), gate={"group": "user"})
+            out.write(json.dumps({"messages": messages, "user_id": f"p{number // 4}"}) + "\n")
+    tree = settings(tmp_path, make_model(tmp_path / "model"), gate={"group": "user_id"})
     tree["data"]["eval"] = [{"path": str(tmp_path / "test.jsonl")}]
     tree["evaluation"] |= {"scorer": "exact_match", "rows": 7}
     return build(tree)
@@ -211,8 +211,8 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
         assert item.reference == lines[int(line) - 1]["messages"][-1]["content"]
         assert item.scores == {"exact_match": 0.0}  # a random model
     assert found.scores["exact_match"] == {item.row: 0.0 for item in answers}
-    groups = group_numbers("user", prepare.plan_here(config, base.spec, "eval"), found.origins)
-    people = [lines[place]["user"] for _, place in found.origins]
+    groups = group_numbers("user_id", prepare.plan_here(config, base.spec, "eval"), found.origins)
+    people = [lines[place]["user_id"] for _, place in found.origins]
     assert groups is not None
     assert len(set(zip(groups, people, strict=True))) == len(set(people)) == len(set(groups)) > 1
 

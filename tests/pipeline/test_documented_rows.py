@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from olora_ray.config.schema import Source
-from olora_ray.data.formats import FIELDS, NEEDED
+from olora_ray.data.formats import ASKED, FIELDS, NEEDED
 from olora_ray.tokens import first_look
 from olora_ray.tokens.preview import describe
 from tests.said import said
@@ -31,6 +31,9 @@ VALUES: dict[str, list[Any]] = {
     "input_ids": [IDS],
     "labels": [[-100] * 13 + IDS[13:]],
     "attention_mask": [[1] * len(IDS)],
+    "completion_mask": [[0] * 13 + [1] * 4],
+    "assistant_masks": [[0] * 13 + [1] * 4],
+    "position_ids": [[*range(len(IDS))]],
 }
 """What each field may hold; the first of one field goes with the first of the others."""
 INSIDE = {"from", "value"}
@@ -57,14 +60,15 @@ EACH = pytest.mark.parametrize(
 def test_the_format_of_a_documented_row_is_found(row: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", [row[1]]))
     found = first_look.check(config).data.train[0]
-    assert (found.format, found.fields) == (row[0], {})
+    asked = {name: name for name in ASKED.get(row[0], ()) if name in row[1]}
+    assert (found.format, found.fields) == (row[0], asked)
 
 
 @EACH
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_documented_row_is_used_as_it_is(row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path) -> None:
     format, columns = row
-    fields = {name: f"my {name}" for name in columns} if renamed else {}
+    fields = {name: f"my {name}" if renamed else name for name in columns if renamed or name in ASKED.get(format, ())}
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [{fields.get(name, name): columns[name] for name in columns}])
     source = {"path": str(path), "format": format, "fields": fields}
     config = helpers.config(tmp_path / "runs", source, max_length=512)

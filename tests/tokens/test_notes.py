@@ -5,9 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.manifest import lines
@@ -85,38 +83,3 @@ def test_ordinary_rows_are_not_worth_a_line(tmp_path: Path, tiny_spec: Tokenizer
     source = {"path": str(texts), "format": "text"}
     assert prepare(helpers.config(tmp_path / "runs", source, max_length=8), tiny_spec, "train").manifest.notes == {}
     assert lines({"chats": 2}) == lines({}) == []
-
-
-def test_columns_and_keys_that_nothing_reads_are_counted_and_said(tmp_path: Path) -> None:
-    turns = [
-        {"role": "user", "content": "q", "name": "Ann", "thinking": "t", "\ud800\n": 1},
-        {"role": "assistant", "content": "a", "name": "Bob", "function_call": {}, "train": True},
-    ]
-    rows = [{"messages": turns, "id": 1}, {"messages": turns, "id": None, "source": "x"}]
-    spec = helpers.spec(helpers.CHATML + "{% set seen = messages[0].name, messages[0].reasoning_content %}")
-    config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", rows))
-    expected = [
-        "columns that the format does not read: id (2), source (1)",
-        "keys of messages that neither the format nor the chat template reads: \\ud800 (2), function_call (2)",
-    ]
-    with said() as printed:
-        prepare(config, spec, "train")
-    assert [line for line in printed if "the format" in line] == [f"tokens: train: {line}" for line in expected]
-    with said() as printed:
-        describe(config, spec)
-    assert [f"of the rows read, {line}" for line in expected] == printed[-2:]
-
-
-def test_columns_of_parquet_that_are_not_read_are_said_too(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    parquet.write_table(pa.Table.from_pylist([{**helpers.chat("q", "a"), "id": 1}] * 3), tmp_path / "a.parquet")
-    notes = prepare(helpers.config(tmp_path / "runs", tmp_path / "a.parquet"), tiny_spec, "train").manifest.notes
-    assert lines(notes) == ["columns that the format does not read: id (3)"]
-
-
-def test_names_that_nothing_reads_are_bounded(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    rows = [{**helpers.chat("q", "a"), str(number) * 200: 1} for number in range(300)]
-    config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", rows))
-    notes = prepare(config, tiny_spec, "train").manifest.notes
-    [line] = lines(notes)
-    assert len(line) < 1000
-    assert len(notes) < 110

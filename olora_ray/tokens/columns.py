@@ -1,0 +1,178 @@
+"""Columns of rows, and keys of messages, that nothing reads: which of them need an answer before a training.
+
+A column may decide what a row means, whatever its name is. So each text, list or object that is not read needs an
+answer, unless its name says that it is about the row, it looks like a number or a reference, it is the same in all
+rows, or what is read repeats it. The user answers in the `fields` of the source: a field for the column, or `none`.
+"""
+
+import itertools
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import yaml
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import Dumper
+from olora_ray.config.schema import AnyConfig, Config, Source
+from olora_ray.data import formats
+from olora_ray.data.formats import FIELDS, Chat, Example, one_line
+
+WORD = re.compile(r"[^\W\d_]+")
+# A column is about the row if these words are the last one of its name, ...
+ENDS = {*WORD.findall("id uuid hash sha url uri date time timestamp at nr count index idx score model version")}
+# ... or these words are all of its name. The words of `WEAK` say nothing by themselves.
+WEAK = {*WORD.findall("user name type code by on of last title")}
+ABOUT = (
+    ENDS
+    | WEAK
+    | {
+        *WORD.findall(
+            "source origin dataset repo split fold subset language lang revision license licence created email"
+        ),
+        *WORD.findall("author creator annotator assignee reporter editor worker username file filename path link"),
+        *WORD.findall("updated modified meta metadata embedding quelle sprache autor bearbeiter fuente auteur langue"),
+        *("来源", "作者"),
+    }
+)
+# Words of names of columns that decide what is trained, whatever their values are.
+DECIDES = {
+    *WORD.findall("label class mask weight train kto chosen rejected preferred sentiment intent"),
+    *WORD.findall("image img picture photo screenshot pixel audio video speech"),
+}
+MEDIA = re.compile(r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|mov|avi|webm)\b", re.IGNORECASE)
+# Names of fields in this and other tools. A column of such a name is never a constant without meaning.
+KNOWN = {*itertools.chain(*FIELDS.values(), *formats.OTHER_NAMES.values())} - {*formats.INSIDE, *FIELDS["tokens"]}
+# A tokenizer writes these columns beside a text.
+TOKENIZED = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}
+# A number, a time, or true or false in a cell of csv; an address; a reference such as TN-10007 or 7 C 10007/23.
+ABSTRACT = re.compile(
+    r"[-+€$£]?\d[\d.,]*\s?[%€$£]?|\d+([./:-]\d+)+[T ]?[\d:.]*Z?([+-]\d\d:?\d\d)?"
+    r"|(?i:true|false|wahr|falsch|vrai|faux|nan|null|none)"
+    r"|https?://\S+|\S+@\S+|(?=(?:\D*\d){4})(?:\w{1,3}\s){0,3}[\w.:/<>-]+"
+)
+
+
+def count(notes: "Counter[str]", number: int, source: Source, row: Any, example: Example, template: str = "") -> None:
+    """Note the columns of a row, and the keys of its messages, that may need an answer, for `unanswered`.
+
+    Without the chat template it is not known which keys are read, so only those that decide are noted.
+    """
+    used = {*formats.columns_of(source.format, source.fields)}
+    answered = {*TOKENIZED, *(name for name, column in source.fields.items() if column != name)}
+    read, messages = _read_keys(template), example.messages if isinstance(example, Chat) else ()
+    left = [("column", *column) for column in row.items() if column[0] not in used] if isinstance(row, Mapping) else []
+    keys = [("key", *key) for message in messages for key in message.items() if key[0] not in read]
+    left += [key for key in keys if template or DECIDES.intersection(_words(key[1]))]
+    for kind, name, value in left:
+        if name in answered or value in formats.EMPTY or not (needed := weight(source.format, str(name), value)):
+            continue
+        own = [message[key] for message in messages for key in message if key in read and key != "role"]
+        # Columns that repeat what is read: the first question beside messages, all texts joined beside a question.
+        seen = [*_texts(own if kind == "key" else [row.get(column) for column in used])]
+        texts = {*_texts(value)} - formats.ROLES - {*formats.SHAREGPT_ROLES}
+        if texts and (texts <= {*seen} or (len(seen) > 1 and isinstance(value, str) and all(t in value for t in seen))):
+            continue
+        note = f"unread\t{number}\t{kind}\t{json.dumps(str(name))}\t{needed}\t"
+        others = sum(other.startswith(note) for other in notes)
+        note += one_line(json.dumps(value, ensure_ascii=False, default=repr), 60)
+        if note in notes or (others < 2 and len(notes) < 100):
+            notes[note] += 1
+
+
+@lru_cache(8)
+def _read_keys(template: str) -> frozenset[str]:
+    named = re.findall(r"(?<=[.'\"])\w+", template)
+    return frozenset({"role", "content", "tool_calls", "weight", *formats.REASONING, *named})
+
+
+def weight(format: str, name: str, value: Any) -> int:
+    """Return 2 if a value needs an answer, 1 if it needs one unless all rows have it, else 0."""
+    words, texts, known = _words(name), [*_texts(value)], name.lower().strip()
+    if DECIDES.intersection(words) or known in formats.OTHER_NAMES["completion"] or any(map(MEDIA.match, texts)):
+        return 2
+    # A title is a part of a question, but not of a document or a chat.
+    if words == ("title",) and len(formats.NEEDED[format]) == 1:
+        return 0
+    # A prompt may stand in metadata, too, and a sentence to translate in a column `source`.
+    if ENDS.intersection(words[-1:]) or (ABOUT.issuperset(words) and not WEAK.issuperset(words)):
+        inner = re.findall(r'(\w+)\\?": ?', json.dumps(value, default=repr)) if texts else ()
+        if KNOWN.isdisjoint(inner) and not any(map(_is_prose, texts)):
+            return 0
+    if not isinstance(value, str):
+        return 2 * bool(texts or isinstance(value, list | bytes))
+    if not texts or ABSTRACT.fullmatch(texts[0]):
+        return 0
+    return 1 if len(value.split()) <= 2 and not KNOWN.intersection((known, *words[-1:])) else 2
+
+
+@lru_cache(2**12)
+def _words(name: str) -> tuple[str, ...]:
+    words = WORD.findall(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower())
+    return tuple(word if word == "class" else word.removesuffix("s") for word in words)
+
+
+def _is_prose(text: str) -> bool:
+    words = text.split()
+    lower = any(word.islower() and len(word) > 3 for word in words)  # not in a title or a name
+    return len(words) > 12 or (len(words) > 2 and lower) or text.endswith(("。", "！", "？"))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield from filter(None, [value.strip()])
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            if isinstance(part, str | dict | list):
+                yield from _texts(part)
+
+
+Needed = dict[str, tuple[str, str]]
+
+
+def unanswered(notes: Mapping[str, int], sources: Sequence[Source], rows: int = 0) -> dict[int, Needed]:
+    """Return the kind and an example of each column or key that needs an answer, by number of the source and name.
+
+    `rows` is the number of rows behind the notes, if it is known: a value that some of them lack is no constant.
+    The notes of a store may be older than an answer.
+    """
+    needed, met = dict[int, Needed](), Counter[tuple[str, str]]()
+    for note in (note for note in notes if note.startswith("unread\t")):
+        _, number, kind, name, weight, example = note.split("\t")
+        met[number, name] += int(weight)
+        varies = met[number, name] > 1 or rows == 1 or notes[note] < rows
+        if varies and json.loads(name) not in sources[int(number)].fields:
+            needed.setdefault(int(number), {})[json.loads(name)] = (kind, example)
+    return needed
+
+
+def refusal(needed: Needed, where: str, source: Source, auto: bool = False) -> UserError:
+    """Return the error for a source with columns that need an answer; `auto` if its format was detected."""
+    needed = dict(itertools.islice(needed.items(), 12))
+    name, (kind, example) = next(iter(needed.items()))
+    free = {*FIELDS[source.format]} - {*formats.NEEDED[source.format], *formats.INSIDE, *source.fields}
+    way = f"map it to a field ({', '.join(sorted(free))}), or " if free and kind == "column" else ""
+    if auto and source.format == "text" and example.startswith('"'):
+        answer = {"instruction": source.fields.get("text", "text"), "output": name}
+        way = f"train it as the answer with {fields(where, answer)}, or "
+    shown = ", ".join(f"{kind} {name!r} (such as {example})" for name, (kind, example) in needed.items())
+    out = fields(where, {**source.fields, **dict.fromkeys(needed, formats.NONE)})
+    return UserError(f"{where}: {source.format} rows do not use {shown}; {way}leave it out with {out}")
+
+
+def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Return the sources with the answer for the column of `gate.group`, which the gate reads."""
+    group = config.gate.group if isinstance(config, Config) else None
+    if group in (None, "@file", *itertools.chain(*FIELDS.values())):
+        return tuple(sources)
+    return tuple(each.model_copy(update={"fields": {str(group): formats.NONE, **each.fields}}) for each in sources)
+
+
+def fields(where: str, mapped: dict[str, str]) -> str:
+    """Return the fields of the source `where` as an argument for a shell."""
+    line = yaml.dump(mapped, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False)
+    return shlex.quote(f"{where}.fields={line.strip()}")
