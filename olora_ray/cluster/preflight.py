@@ -422,8 +422,8 @@ def unusable_gpu(info: NodeInfo) -> str | None:
     if info.driver_cuda and info.torch_cuda and info.driver_cuda < info.torch_cuda:
         return (
             f"has an NVIDIA driver for CUDA {info.driver_cuda}, and torch {torch}, which is for CUDA {info.torch_cuda}:"
-            f" update the driver there (CUDA 13 needs 580 or newer), install torch for CUDA {info.driver_cuda} (for 12"
-            f" its builds cu126 and cu128), {instead}"
+            " update the driver there (CUDA 13 needs 580 or newer), install another build of torch (for CUDA 12: cu126,"
+            f" cu128), {instead}"
         )
     return None
 
