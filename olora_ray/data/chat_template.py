@@ -282,13 +282,13 @@ def reasoning(message: Mapping[str, Any]) -> Any:
 
 def text_of(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
-    return (content if isinstance(content, str) else content[0]["text"]).strip()
+    return (content if isinstance(content, str) else content[-1]["text"]).strip()
 
 
 def _with_every_name(message: dict[str, Any]) -> dict[str, Any]:
     # Templates read the reasoning under different names, so transformers gives it to them under each.
     thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    return message if thought is None else {**dict.fromkeys(REASONING, thought), **message, REASONING[0]: thought}
 
 
 def _calls_alone(message: Mapping[str, Any]) -> bool:
@@ -302,11 +302,11 @@ def left_out(message: Mapping[str, Any], text: str) -> str | None:
     function too, so it is removed first.
     """
     own = text.replace(text_of(message), "", 1)
-    names = Counter(name for call in message["tool_calls"] if (name := _called(call)))
+    names = Counter(name for call in message["tool_calls"] if (name := called(call)))
     return next((name for name, calls in names.items() if own.count(name) < calls), None)
 
 
-def _called(call: Any) -> str:
+def called(call: Any) -> str:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     return name.strip() if isinstance(name, str) else ""

@@ -22,6 +22,7 @@ beginning: all tokens up to `max_length`, as in TRL and Axolotl, or those up to 
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from typing import Any
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
-from olora_ray.data.chat_template import EXCHANGE, left_out, reasoning, text_of
+from olora_ray.data.chat_template import EXCHANGE, called, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.encoder import Unlike as Unlike
 from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text
@@ -39,11 +40,12 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Span = tuple[int, int]
 
-ANOTHER = "set data.chat_template to another template"
 CALL: dict[str, Any] = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 # A document is tokenised in such parts, each up to the end of a word: tokenising takes 130 to 400 times their memory.
 _STRETCH = re.compile(r".{1,524288}(?:(?<=\S)(?=\s)|\Z)|.{1,524288}", re.DOTALL)
-_OPENED, _OPENED_ALSO = re.compile(r"<think>\s*\Z"), re.compile(r"\A<think>\s*")
+# Stand for a content and a reasoning, to find out what a template writes around them.
+MARK, WHY = "olora_content", "olora_reasoning"
+THOUGHT = dict.fromkeys((*REASONING, "thought"), WHY)
 
 
 @dataclass(frozen=True)
@@ -156,81 +158,106 @@ class ExampleTokenizer:
     def _answer(self, chat: Chat, number: int, text: str | None) -> tuple[str, Span]:
         """Return the text up to the end of answer `number`, and the span of the answer in it.
 
-        `text` is the template's text, if it is rendered already.
+        `text` is the template's text, if it is rendered already. A server feeds the generation prompt to the model,
+        even if the template's own text of the finished answer differs.
         """
-        before = self._render(chat, number, add_generation_prompt=True)
+        before, end = self._render(chat, number, add_generation_prompt=True), self._ends[chat.tools is not None]
+        message, thought = chat.messages[number], reasoning(chat.messages[number])
+        if not isinstance(thought, str | None):
+            raise _refused(f"message {number + 1}: the reasoning is no text: remove such rows")
         text = self._render(chat, number + 1) if text is None else text
-        text = self._ends[chat.tools is not None](text, bool(chat.messages[number].get("tool_calls")))
-        if not text.startswith(before):
-            text = before + self._continued(chat, number, before, text)
-        return text, (len(before), len(text.rstrip()))
+        same, thought = _same(before, text), (thought or "").strip()
+        answer = end(text, same, message)[same:]
+        if before[same:].strip() or thought not in answer:
+            answer = self._assembled(chat, number, before, thought)
+        if sum(map(answer.replace(text_of(message) or "\0", "", 1).count, end.stops)) > 1:
+            raise _refused(f"message {number + 1}: {self._spec.what} ends an answer in its middle: remove such rows")
+        return before + answer, (len(before), len((before + answer).rstrip()))
 
-    def _continued(self, chat: Chat, number: int, before: str, text: str) -> str:
-        """Return the answer's text after the generation prompt `before`, if `text` does not start with this prompt.
+    def _assembled(self, chat: Chat, number: int, before: str, thought: str) -> str:
+        """Return the text of answer `number` after the prompt `before`, put together from its parts.
 
-        A server feeds `before` to the model, even if the template's own `text` of the finished answer differs.
+        The parts are this template's opening of the reasoning, the reasoning, the closing, and what follows.
         """
-        same = _same(before, text)
-        if not before[same:].strip():
-            return text[same:]
-        # The prompt opens the reasoning (DeepSeek R1, Nemotron 3), and an answer has none, or loses it.
-        if (opened := _OPENED.search(before)) and same >= opened.start():
-            answer = _OPENED_ALSO.sub("", text[opened.start() :])
-            if "</think>" in answer:
-                return answer
-            return f"{reasoning(chat.messages[number]) or ''}".strip() + "\n</think>\n\n" + answer.lstrip()
-        # The prompt begins differently: the system message is written only into the last user message (Mistral).
-        asked, answer = (text_of(chat.messages[each]) for each in (number - 1, number))
-        tail = before[before.rfind(asked) :] if asked and asked in before else ""
-        position = text.rfind(tail, 0, text.rfind(answer)) if tail else -1
-        if position >= 0:
-            return text[position + len(tail) :]
-        raise Rejected(
-            "template",
-            f"{self._spec.what} does not continue its own generation prompt: message"
-            f" {number + 1} should start after {before[max(0, same - 20) :][:60]!r}, but is"
-            f" {text[max(0, same - 20) :][:60]!r}; remove such rows, or {ANOTHER}",
-        )
+        given = chat.messages[number]
+        message = {name: value for name, value in given.items() if name not in REASONING}
+        asked = text_of(chat.messages[number - 1]) if number else ""
+
+        def written(**changes: Any) -> str:
+            last = {name: value for name, value in {**message, **changes}.items() if value != ()}
+            if isinstance(given["content"], list) and isinstance(last["content"], str):
+                last["content"] = [{"type": "text", "text": last["content"]}]
+            with suppress(Rejected):
+                text = self._render(replace(chat, messages=(*chat.messages[:number], last)), number + 1)
+                return self._ends[chat.tools is not None](text, _same(before, text), last)
+            return ""
+
+        def since(text: str, stop: int | None = None) -> str:
+            # The text after the question: some templates write what precedes it in another way later.
+            position = text.rfind(asked, 0, stop) if asked else -1
+            return text[position + len(asked) :] if position >= 0 else text
+
+        lead, close = _block(written, before, self._spec.template(chat.tools is not None))
+        head, found, _ = written(content=MARK, tool_calls=()).partition(MARK)
+        head, tail, prompt = since(head), since(before), before.rstrip()
+        if message.get("tool_calls") and (alone := close.removesuffix(_end(close, head))).strip():
+            close = alone
+        key = close.strip()
+        closed = bool(key) and prompt.endswith(key)
+        opened = not closed and (prompt.endswith("<think>") if lead is None else prompt.startswith(lead.rstrip()))
+        # A reasoning in the content that has another place in this template.
+        if thought and len(message) == len(given) and not closed and (opened or thought not in since(written())):
+            message["content"] = text_of(message).rpartition("</think>")[2].strip()
+        own = since(plain := written(), plain.rfind(text_of(message)))
+        if thought in own and (answer := _after(own, tail)) is not None:
+            return answer
+        rest, body = _after(head, tail), _after(own, head) if found else None
+        if body is None and opened:  # the template writes a tool call in another way
+            body = own[_shared(own, tail) :]
+        elif rest is None and (closed or not head[_shared(head, tail) :].strip()):
+            rest = head.rpartition(key)[2] if closed and key in head else head[_shared(head, tail) :]
+        if closed and thought not in (body or ""):
+            why = f"message {number + 1}: {self._spec.what} ends the reasoning in its generation prompt"
+            raise _refused(f"{why}: remove the reasoning from the rows", "a copy in which reasoning is switched on")
+        if closed or not (opened or thought):
+            start = rest
+        elif opened and not thought and head.rstrip().endswith(key):  # the template closes the reasoning itself
+            start = head[head.rindex(key) :]
+        elif opened:
+            start, body = thought + close, body and body.lstrip()
+        elif lead is None and rest is not None:
+            start = f"{'' if key in rest else rest}<think>\n{thought}{close}"
+        else:
+            start = lead and (opening := _after(since(lead), tail)) and opening + thought + close
+        if start is None or body is None:
+            shown = [repr(each[max(0, _same(before, plain) - 20) :][:60]) for each in (before, plain)]
+            why = f"message {number + 1} should start after {shown[0]}, but is {shown[1]}; remove such rows"
+            raise _refused(f"{self._spec.what} does not continue its own generation prompt: {why}")
+        return start + body
 
     def _require_all(self, chat: Chat, answers: Mapping[int, tuple[str, Span]]) -> None:
-        """Raise Rejected if the template drops something to train on, or a tool call of the context."""
+        """Raise Rejected if the template drops a tool call, or the text beside one."""
         for number, message in enumerate(chat.messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not message.get("tool_calls"):
                 continue
             if number in answers:
                 text, (start, _) = answers[number]
-                why = reasoning(message)
-                if why is not None and (not isinstance(why, str) or why.strip() not in text[start:]):
-                    raise Rejected(
-                        "template",
-                        f"message {number + 1}: {self._spec.what} drops the reasoning: write"
-                        f" it into the content as <think>...</think>, remove it from the rows, or {ANOTHER}",
-                    )
-            if not message.get("tool_calls"):
-                continue
-            if number not in answers:
+            else:
                 text = self._render(chat, number + 1)
                 start = _same(self._render(chat, number), text)
+            what = f"message {number + 1}: {self._spec.what} drops the"
             if text_of(message).rpartition("</think>")[2].strip() not in text[start:]:
-                raise Rejected(
-                    "template",
-                    f"message {number + 1}: {self._spec.what} drops the text beside the tool call:"
-                    f" remove this text from the rows, or {ANOTHER}",
-                )
+                raise _refused(f"{what} text beside the tool call: remove this text from the rows")
             if (function := left_out(message, text[start:])) is not None:
-                raise Rejected(
-                    "template",
-                    f"message {number + 1}: {self._spec.what} drops the tool call of"
-                    f" {function!r}: remove rows with tool calls, or {ANOTHER}",
-                )
+                raise _refused(f"{what} tool call of {function!r}: remove rows with tool calls")
 
     def _render(self, chat: Chat, stop: int, add_generation_prompt: bool = False) -> str:
         chosen = self._templates[chat.tools is not None]
         try:
             return chosen.render(chat.messages[:stop], add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
-            what = f"{self._spec.what} refuses the conversation"
-            raise Rejected("template", f"{what}: {first_line(error)}; remove such rows, or {ANOTHER}") from None
+            why = f"{self._spec.what} refuses the conversation: {first_line(error)}; remove such rows"
+            raise _refused(why) from None
 
     def _chat(self, parts: Sequence[tuple[Sequence[str], Sequence[Span]]]) -> list[Tokens]:
         """Return the tokens of a chat's texts; with shortening, without the texts of which nothing fits."""
@@ -321,7 +348,8 @@ class ExampleTokenizer:
         return [bos] if self._spec.add_bos and bos is not None and ids[:1] != [bos] else []
 
     def _end(self, ids: list[int]) -> list[int]:
-        return [self._spec.eos_id] if ids[-1:] != [self._spec.eos_id] else []
+        last = next((number for number in reversed(ids) if not self._encoder.is_blank(number)), None)
+        return [self._spec.eos_id] if last != self._spec.eos_id else []
 
     def _require_own(self, written: list[int], asked: bool) -> None:
         """Raise Rejected if no token, apart from the end of the turn, has content.
@@ -354,9 +382,55 @@ def _cuts(text: str, answers: Sequence[Span]) -> list[str]:
     return [text[low:high] for low, high in pairwise([0, *(start for start, _ in answers), len(text)])]
 
 
+def _refused(why: str, other: str = "another template") -> Rejected:
+    return Rejected("template", f"{why}, or set data.chat_template to {other}")
+
+
+def _after(text: str, start: str) -> str | None:
+    """Return the text after `start`, whatever blanks there are in it; None if it does not begin so."""
+    same = _same(text, start)
+    wanted, text = "".join(start[same:].split()), text[same:]
+    match = re.match(r"\s*".join(map(re.escape, ["", *wanted])), text)
+    return match and (text[match.end() :].lstrip() if wanted and start[-1:].isspace() else text[match.end() :])
+
+
+def _block(written: Callable[..., str], before: str, source: str) -> tuple[str | None, str]:
+    """Return the text of a conversation up to the reasoning of its last answer, and the text that closes the reasoning.
+
+    `written` returns the text of the conversation with changes of its last message. Some templates write a reasoning
+    only beside a tool call, or as a part of the content. If none is written, the text up to it is None.
+    """
+    parts = [{"type": "thinking", "thinking": WHY}, {"type": "text", "text": MARK}]
+    plain, call = {"content": MARK, "tool_calls": ()}, {"content": "", "tool_calls": [CALL]}
+    knows = any(name in source for name in THOUGHT)  # most do not, and rendering takes its time
+    for way in (plain | THOUGHT, call | THOUGHT, plain | {"content": parts}) if knows else ():
+        lead, found, rest = written(**way).partition(WHY)
+        if not found or lead.endswith(("'", '"')):  # a list is written as it is
+            continue
+        if MARK in rest:
+            return lead, rest[: rest.index(MARK)]
+        without = written(**{name: value for name, value in way.items() if value != WHY})
+        close = rest.removesuffix(_end(rest, without))
+        return lead, close or (before[len(lead) :] if before.startswith(lead) else "")
+    return None, "\n</think>\n\n"
+
+
+def _end(text: str, other: str) -> str:
+    """Return the common end of two texts, without a part of a tag and blanks at its start."""
+    same = _same(text[::-1], other[::-1])
+    return re.sub(r"\A(?:[^<\[]*?[>\]])?\s*", "", text[len(text) - same :])
+
+
+def _shared(text: str, other: str) -> int:
+    same = _same(text, other)  # without a part of a tag
+    return same if text.rfind("<", 0, same) <= text.rfind(">", 0, same) else text.rfind("<", 0, same)
+
+
 def _same(text: str, other: str) -> int:
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(text), len(other)))
+    length = min(len(text), len(other))
+    if text[:length] == other[:length]:  # almost always, and the search takes its time
+        return length
+    return next(index for index in range(length) if text[index] != other[index])
 
 
 # The end of an answer in a chat template: a model that is trained on its chats stops there.
@@ -378,12 +452,20 @@ class EndOfTurn:
     # The token that ends a plain exchange; "" if there is none, or the template refuses the exchange.
     last: str
     # True if a plain exchange is changed.
-    fixes: bool
+    fixes: bool = False
+    # True if the template begins the next turn after a plain exchange (Cohere's Command A).
+    cuts: bool = False
 
-    def __call__(self, text: str, calls: bool) -> str:
-        """Fix the end of a conversation whose last message is the answer; `calls`: it calls tools."""
-        text, stop = text.removesuffix(self.tail), self.call_stop if calls else self.stop
-        return text.rstrip() + stop if stop and not text.rstrip().endswith(self.stops) else text
+    def __call__(self, text: str, start: int, message: Mapping[str, Any]) -> str:
+        """Fix the end of a conversation whose last message is the answer; it is written after `start`."""
+        text, calls = text.removesuffix(self.tail), message.get("tool_calls")
+        parts = [str(reasoning(message) or "").strip(), text_of(message), *map(called, calls or ())]
+        said = max([start, *(text.rfind(part, start) + len(part) for part in parts if part)])
+        ends = [text.find(token, said) + len(token) for token in self.stops if token in text[said:]]
+        if ends and text[min(ends) :].strip():  # the template begins the next turn
+            return text[: min(ends)]
+        stop = self.call_stop if calls else self.stop
+        return text.rstrip() + stop if stop and not ends else text
 
 
 def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn:
@@ -420,10 +502,13 @@ def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn
         tail = ""
     plain, after = pairs[0][0], stop(*pairs[0])
     ended = plain.removesuffix(tail).rstrip()
+    stops = [token for token in special if token == eos or encoder.id_of(token) in spec.ends]
+    ends = re.findall(any_special, ended[ended.rfind(answer["content"]) :])
     last = next((token for token in special if ended.endswith(token)), after.strip() if plain else "")
-    fixes = bool(plain) and (bool(tail) or not ended.endswith(last))
-    stops = tuple(token for token in special if token in (eos, last) or encoder.id_of(token) in spec.ends)
-    return EndOfTurn(stops, tail, after, stop(*pairs[1]), last, fixes)
+    last = next((token for token in ends if token in stops), last)
+    end = EndOfTurn(tuple({*stops, last} - {""}), tail, after, stop(*pairs[1]), last)
+    fixed = end(plain, 0, answer) if plain else ""
+    return replace(end, fixes=fixed != plain, cuts=len(fixed) < len(ended))
 
 
 def turn_end(spec: TokenizerSpec) -> int | None:
@@ -478,7 +563,7 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
             inputs["reasoning"] = "any name"
     ends = [end_of_turn(spec, Encoder(spec.json, spec.name), tools) for tools in (False, True)] if chats else []
     if any(end.fixes for end in ends):
-        inputs["ends"] = [[end.tail, end.stop, end.call_stop] for end in ends]
+        inputs["ends"] = [[end.tail, end.stop, end.call_stop, *[end.last] * end.cuts] for end in ends]
     return inputs
 
 

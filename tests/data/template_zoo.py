@@ -4,23 +4,29 @@
     refused   the row is rejected, with a remedy
 
 The templates are TRL's copies of the originals (Apache-2.0), read from its package, which is not imported.
+`python -m tests.data.template_zoo FOLDER...` prints the results with these and all *.jinja files in folders, and what
+transformers does with each refused conversation.
 """
 
 import importlib.util
+import json
 import re
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers.utils import chat_template_utils
 
 from olora_ray.data.chat_template import TODAY
-from olora_ray.data.formats import Chat, Rejected, to_example
+from olora_ray.data.formats import REASONING, Chat, Rejected, to_example
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
@@ -29,26 +35,51 @@ RENDER: Any = chat_template_utils.render_jinja_template
 # Suffix of the twins in which TRL has marked the answers.
 TRAINING = "_training"
 CHATML = ("<|im_end|>",)
-# Longest fitting beginning of a name -> the stop tokens in the family's generation_config.json; others stop as ChatML.
+# Pattern of a name -> the stop tokens in the family's generation_config.json; the first pattern that fits. Other
+# families stop as ChatML does.
 STOPS: dict[str, tuple[str, ...]] = {
-    "cohere": ("<|END_OF_TURN_TOKEN|>",),
-    "deepseek": ("<｜end▁of▁sentence｜>",),
-    "diffusion_gemma": ("<turn|>", "<|tool_response>"),
+    "cohere|command": ("<|END_OF_TURN_TOKEN|>",),
+    "deepseek|spark": ("<｜end▁of▁sentence｜>",),
+    "gemma-?4|diffusion_gemma": ("<turn|>", "<|tool_response>"),
+    "functiongemma": ("<end_of_turn>", "<start_function_response>"),
     "gemma": ("<end_of_turn>",),
-    "gemma4": ("<turn|>", "<|tool_response>"),
-    "glm4": ("<|user|>", "<|observation|>"),
-    "gptoss": ("<|return|>", "<|call|>"),
-    "idefics": ("<end_of_utterance>",),
-    "llama3": ("<|eot_id|>", "<|eom_id|>"),
-    "llava": ("</s>",),
+    "glm-?4": ("<|user|>", "<|observation|>", "<|endoftext|>"),
+    "gpt-?oss": ("<|return|>", "<|call|>"),
+    "solar": ("<|end|>", "<|calls|>"),
+    "idefics|smolvlm": ("<end_of_utterance>",),
+    "hermes": CHATML,
+    "llama4": ("<|eot|>", "<|eom|>"),
+    "llama-?3|toolace|functionary": ("<|eot_id|>", "<|eom_id|>"),
+    "xlam_llama": ("<|eot_id|>",),
+    "mistral|ministral|llava|rwkv": ("</s>",),
     "muse": ("<|eot|>",),
-    "phi3": ("<|end|>",),
-    "smolvlm": ("<end_of_utterance>",),
+    "phi|apriel": ("<|end|>",),
+    "apertus": ("<|assistant_end|>",),
+    "seed-oss": ("<seed:eos>",),
+    "gigachat": ("<|message_sep|>",),
+    "kimi-k3": ("<|end_of_msg|>",),
+    "minimax-m1": ("<end_of_sentence>",),
+    "minimax": ("[e~[",),
+    "nemotron-nano-v2": ("<SPECIAL_12>",),
+    "reka": ("<sep>",),
+    "granite_20b": ("<|endoftext|>",),
+    "granite": ("<|end_of_text|>",),
+    "ling-": ("<|role_end|>",),
+    "laguna": ("</assistant>",),
+    "hy3": ("<｜hy_eos:opensource｜>",),
+    "hunyuan": ("<|eos|>",),
 }
-# Beginning of a name -> the tokenizer's end token, if it differs from the first stop.
-ENDS = {"glm4": "<|endoftext|>", "phi3": "<|endoftext|>", "gemma": "<eos>", "diffusion_gemma": "<eos>"}
+# Pattern of a name -> the tokenizer's end token, if it differs from the first stop.
+ENDS = {"gemma": "<eos>", "glm-?4|phi-?3": "<|endoftext|>"}
 # Special tokens of these families; <think> and <tool_call> are not special.
-CONTROL = re.compile(r"<\|[^|<>\s]+\|?>|<｜[^｜]+｜>|<[a-z_]+\|>|<(?:start|end)_of_[a-z]+>|</s>|\[gMASK\]|<sop>")
+CONTROL = re.compile(
+    r"<\|[^|<>\s]+\|?>|<｜[^｜]+｜>|<[a-z_]+\|>|<(?:start|end)_of_[a-z]+>|</s>|\[gMASK\]|<sop>|<SPECIAL_\d+>|<seed:[a-z_]+>"
+)
+
+# The end of a generation prompt that has ended the reasoning before the answer begins.
+CLOSED = re.compile(r"(</(?:mm:)?think[^>]*>|<channel\|>|<\|END_THINKING\|>)\s*$")
+TAG = re.compile(r"</think|</mm:think|\[/THINK|<channel|<\|END_THINKING")
+WHOLE_TAG = re.compile(r"</(?:mm:)?think(?::\w+)?>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>")
 
 TOOL = {
     "type": "function",
@@ -95,11 +126,30 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "reasoning": _thinks("reasoning"),
     "in content": [USER, {**HI, "content": f"<think>\n{WHY}\n</think>\n\nHi there"}],
 }
+CALLS = _call(ARGUMENTS)
+SYSTEM = {"role": "system", "content": "Be brief."}
+# More cases of the script's table.
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "tools, system": [SYSTEM, *CALLS],
+    "tools, more turns": [*CALLS, *MORE],
+    "tools, after a turn": [USER, HI, {**CALLS[0], "content": "And now?"}, *CALLS[1:]],
+    "tools, two rounds": [*CALLS[:3], _call({"city": "Oslo"})[1], *CALLS[2:]],
+    "tools, thinking": [USER, {**CALLS[1], "reasoning_content": WHY}, CALLS[2], {**HI, "reasoning_content": WHY}],
+    "tools, unused": [USER, HI],
+    "thinks once": [USER, {**HI, "reasoning_content": WHY}, *MORE],
+    "thinks at last": [USER, HI, MORE[0], {**MORE[1], "reasoning_content": WHY}],
+    "developer": [{**SYSTEM, "role": "developer"}, USER, HI],
+    "lines": [USER, {**HI, "content": "Hi!\n\n```\n  x = '<b>'\n```\n\nSo long."}, *MORE],
+}
+
+
+# Folder/file -> Jinja source of the templates in the folders that the script is given.
+OWN: dict[str, str] = {}
 
 
 def sources() -> dict[str, str]:
     """Name -> Jinja source of the originals; empty without TRL's package."""
-    return {name: source for name, source in _sources().items() if not name.endswith(TRAINING)}
+    return {name: source for name, source in _sources().items() if not name.endswith(TRAINING)} | OWN
 
 
 def twin(name: str) -> str | None:
@@ -125,16 +175,16 @@ def ids(name: str) -> dict[str, int]:
 
 
 def _of_family(name: str, table: dict[str, Any]) -> Any:
-    fitting = [start for start in table if name.startswith(start)]
-    return table[max(fitting, key=len)] if fitting else None
+    return next((table[family] for family in table if re.search(family, name, re.IGNORECASE)), None)
 
 
-@lru_cache
+@cache
 def spec(name: str) -> TokenizerSpec:
     """A spec with one token per character, and the template's special tokens."""
     end = _of_family(name, ENDS) or stops(name)[0]
     special = sorted({*CONTROL.findall(sources()[name]), *stops(name), end, "<bos>"})
-    vocabulary = {token: number for number, token in enumerate(["<unk>", *special, *map(chr, range(9, 256))])}
+    letters = sorted({*map(chr, range(9, 256)), *sources()[name]})
+    vocabulary = {token: number for number, token in enumerate(["<unk>", *special, *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
@@ -164,7 +214,10 @@ class Trained:
 
 
 def chat(case: str) -> Chat:
-    row = {"messages": CASES[case], "tools": [TOOL] if case.startswith(("tools", "beside")) else None}
+    row = {
+        "messages": (CASES | OTHERS)[case],
+        "tools": [TOOL] if case.startswith(("tools", "beside")) else None,
+    }
     found = to_example("messages", row, {})
     assert isinstance(found, Chat)
     return found
@@ -185,15 +238,29 @@ def _trained(name: str, tokens: Tokens) -> Trained:
 
 def prompt(name: str, conversation: Chat, number: int) -> str:
     """The text that a server feeds before message `number`, written by transformers."""
-    messages = list(spec(name).chat_form(conversation.tools is not None)(conversation).messages[:number])
-    tools = list(conversation.tools) if conversation.tools else None
-    rendered, _ = RENDER(
-        [messages], tools, None, sources()[name], add_generation_prompt=True, **spec(name).special_tokens
-    )
-    text = str(rendered[0])
-    for form in ("%d %b %Y", "%Y-%m-%d"):  # of templates that say which day it is
-        text = text.replace(datetime.now().strftime(form), TODAY.strftime(form))
-    return text
+    formed = spec(name).chat_form(conversation.tools is not None)(conversation)
+    return _served(name, formed.messages[:number], conversation.tools)
+
+
+def _served(name: str, messages: Sequence[dict[str, Any]], tools: Any, ask: bool = True) -> str:
+    with patch.object(chat_template_utils, "datetime", Today):
+        rendered, _ = RENDER(
+            [list(messages)],
+            list(tools) if tools else None,
+            None,
+            sources()[name],
+            add_generation_prompt=ask,
+            **spec(name).special_tokens,
+        )
+    return str(rendered[0])
+
+
+class Today(datetime):
+    """The day that templates get here."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return TODAY
 
 
 def outcome(name: str, case: str) -> str:
@@ -213,16 +280,120 @@ def outcome(name: str, case: str) -> str:
         ended = [stop for stop in stops(name) for _ in range(answer.count(stop))]
         if len(ended) != 1 or not answer.endswith(ended[0]):
             return f"wrong: the answer does not end where the model stops: {answer!r}"
-        message = conversation.messages[number]
-        called = ["weather", "city", "Rome"] if "tool_calls" in message else []
-        for part in [message["content"].rpartition("</think>")[2].strip(), *called, *[WHY] * _reasons(message)]:
+        formed = spec(name).chat_form(conversation.tools is not None)(conversation).messages
+        if lost := _lost(name, conversation.tools, formed, number, before + answer):
+            return f"wrong: {lost} of the template does not precede the content of {before[-60:] + answer!r}"
+        parts = _said(conversation.messages[number])
+        after = answer[max(answer.rfind(part) + len(part) for part in parts) :]
+        if begun := _begins(name) & {*CONTROL.findall(after)}:
+            return f"wrong: {begun} of the next turn is trained: {answer!r}"
+        called = [part for part in parts if part in ("Rome", "Oslo")]
+        if any(answer.count(part) != called.count(part) for part in ("Rome", "Oslo")):
+            return f"wrong: the answer calls another number of times: {answer!r}"
+        if len(TAG.findall(answer)) != len(WHOLE_TAG.findall(answer)):
+            return f"wrong: a tag is broken: {answer!r}"
+        for part in parts:
             if part not in answer:
                 return f"wrong: {part!r} is not in the answer {answer!r}"
     return "right"
 
 
-def _reasons(message: dict[str, Any]) -> bool:
-    return WHY in str([*message.values()])
+@cache
+def _begins(name: str) -> set[str]:
+    """Special tokens that begin a question after an answer has ended, and do not end one."""
+    messages = spec(name).chat_form(False)(Chat((USER, HI, MORE[0]))).messages
+    try:
+        text = _served(name, messages, None)
+    except Exception:  # some templates need tools
+        text = _served(name, messages, [TOOL])
+    tokens = CONTROL.findall(text.partition("Hi there")[2].partition("And now?")[0])
+    ended = [number for number, token in enumerate(tokens) if token in stops(name)]
+    return set(tokens[ended[0] + 1 :]) - {*tokens[: ended[0]], *stops(name)} if ended else set()
+
+
+def _lost(name: str, tools: Any, messages: Sequence[dict[str, Any]], number: int, ours: str) -> set[str]:
+    """Special tokens between the question and the answer in transformers' rendering that our text does not have."""
+    asked, said = (str(messages[each]["content"] or "") for each in (number - 1, number))
+    said = said.rpartition("</think>")[2].strip()
+    if not asked or not said:
+        return set()
+    theirs = _served(name, messages[: number + 1], tools, ask=False)
+    wanted, own = ({*CONTROL.findall(text.rpartition(said)[0].rpartition(asked)[2])} for text in (theirs, ours))
+    return wanted - own
+
+
+def _said(message: dict[str, Any]) -> list[str]:
+    """What the text of an answer must contain."""
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    places = ["Rome" if "Rome" in str(call["arguments"]) else "Oslo" for call in calls]
+    why = [WHY] * (WHY in str([*message.values()]))
+    return [*why, message["content"].rpartition("</think>")[2].strip(), *["weather", "city"] * bool(calls), *places]
+
+
+def cause(name: str, case: str) -> str:
+    """Why transformers' rendering of a conversation leaves nothing to train on; "none seen" if it writes everything."""
+    given = chat(case)
+    said: list[tuple[int, str]] = []
+    for number, message in enumerate(given.messages):
+        if message["role"] == "assistant":
+            said += [(number, part) for part in _said(message) if part]
+    forms = [[_aliased(message) for message in each] for each in (given.messages, _with_objects(given.messages))]
+    found: list[str] = []
+    for messages in forms:
+        try:
+            for number in sorted({number for number, _ in said}):
+                _served(name, messages[:number], given.tools)
+                _served(name, messages[: number + 1], given.tools, ask=False)
+        except Exception as error:  # a template is code: it may raise anything
+            found.append(f"raises: {type(error).__name__}: {str(error)[:90]}")
+            continue
+        if given.tools and "weather" not in _served(name, messages[: said[0][0]], given.tools):
+            return "drops the tools"
+        lost = [
+            part for number, part in said if part not in _served(name, messages[: number + 1], given.tools, ask=False)
+        ]
+        if not lost:
+            return _found(name, given, messages)
+        if lost == [WHY] * len(lost) and CLOSED.search(_served(name, messages[: said[0][0]], given.tools)):
+            return "ends the reasoning in its generation prompt"
+        found.append(
+            "drops the tool call" if "weather" in lost else f"drops {'the reasoning' if WHY in lost else 'text'}"
+        )
+    return found[-1]
+
+
+def _found(name: str, given: Chat, messages: Sequence[dict[str, Any]]) -> str:
+    """What keeps a template that writes everything from training with it."""
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = _served(name, messages[:number], given.tools)
+            text = _served(name, messages[: number + 1], given.tools, ask=False)
+            answer = text.removeprefix(before) if text.startswith(before) else ""
+            if sum(map(answer.count, stops(name))) > 1:
+                return "writes a token at which the model stops inside of an answer"
+            if WHY in str(message) and CLOSED.search(before):
+                return "ends the reasoning in its generation prompt"
+    return "writes everything"
+
+
+def _aliased(message: dict[str, Any]) -> dict[str, Any]:
+    """Give the reasoning under each name, as transformers does before it renders."""
+    thought = next((message[name] for name in REASONING if name in message), None)
+    return message | dict.fromkeys(REASONING, thought) if thought else message
+
+
+def _with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def call(each: dict[str, Any]) -> dict[str, Any]:
+        function = each["function"]
+        given = function["arguments"]
+        return {**each, "function": {**function, "arguments": json.loads(given) if isinstance(given, str) else given}}
+
+    return [
+        {**message, "tool_calls": [call(each) for each in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
 
 
 def marked_by_twin(name: str, case: str) -> Trained | None:
@@ -259,3 +430,37 @@ def table() -> str:
 
 def _code(text: str) -> str:
     return text.replace("`", "'")
+
+
+def main(folders: Sequence[str]) -> None:
+    """Print the outcomes of all cases for the templates of TRL's package and of folders."""
+    seen = set(sources().values())
+    for file in sorted(file for folder in folders for file in Path(folder).rglob("*.jinja")):
+        source = file.read_text(encoding="utf-8")
+        if source not in seen:
+            OWN[f"{file.parent.name}/{file.stem}"] = source
+            seen.add(source)
+    total: Counter[str] = Counter()
+    classes: Counter[str] = Counter()
+    for name in sources():
+        row: Counter[str] = Counter()
+        for case in [*CASES, *OTHERS]:
+            found, _, why = outcome(name, case).partition(": ")
+            row[found] += 1
+            if found == "refused":
+                reason = cause(name, case)
+                classes[re.sub(r": .*", "", reason)] += 1
+                print(f"    {case}: refused; transformers: {reason}; {why}")
+            elif found == "wrong":
+                print(f"    {case}: wrong: {why}")
+        total += row
+        print(f"{name}: {', '.join(f'{count} {found}' for found, count in row.items())}", flush=True)
+    for reason, count in classes.most_common():
+        print(f"{count} refused, because the template, rendered by transformers, {reason}")
+    print(
+        f"{len(sources())} templates, {total.total()} cases: {', '.join(f'{n} {found}' for found, n in total.items())}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -29,11 +29,11 @@ def told() -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_case_is_trained_as_it_is_served_or_refused(name: str, told: dict[str, list[str]]) -> None:
     assert told["template"] == [*zoo.CASES]
-    for number, case in enumerate(zoo.CASES):
+    for number, case in enumerate([*zoo.CASES, *zoo.OTHERS]):
         found = zoo.outcome(name, case)
         remedy = r"refused: .*chat template of .*set data\.chat_template to .*"
         assert found == "right" or re.fullmatch(remedy, found)
-        if name in told:  # templates of a newer TRL appear on the page after the next make models
+        if name in told and case in zoo.CASES:  # templates of a newer TRL appear on the page after the next make models
             assert told[name][number].split(" ")[0] == found.split(":")[0], "make models"
 
 
@@ -46,7 +46,7 @@ def test_what_a_row_says_in_another_way_is_trained_as_the_same(name: str) -> Non
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in ("gemma4", "glm4moe", "gptoss")])
 def test_a_tool_call_ends_with_the_token_of_its_own(name: str) -> None:
-    plain, call = zoo.stops(name)
+    plain, call, *_ = zoo.stops(name)
     found = [answer for each in zoo.train(name, zoo.chat("tools")) for _, answer in each.answers()]
     assert [answer.endswith(end) for answer, end in zip(found, (call, plain), strict=True)] == [True, True]
 

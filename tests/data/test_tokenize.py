@@ -108,6 +108,75 @@ def test_a_generation_prompt_that_begins_the_reasoning_is_continued_by_it(answer
     assert marked(tokens).endswith(f"<|im_start|>assistant\n<think>[[{written}<|im_end|>]]\n")
 
 
+# Templates with tags of their own around the reasoning. BEFORE: text before an answer without reasoning; PROMPT: end of
+# the generation prompt.
+TAGS = (
+    (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>A ' }}"
+        "{% if m.thinking and loop.last %}{{ '(R)' + m.thinking + '(/R) ' }}{% else %}{{ 'BEFORE' }}{% endif %}"
+        "{{ m.content + '<|im_end|>' }}"
+        "{% else %}{{ '<|im_start|>U ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>A PROMPT' }}{% endif %}"
+    )
+    .replace("[[", "(")
+    .replace("]]", ")")
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt", "plain", "thinks"),
+    [
+        ("", "", "one", "(R)why(/R) one"),
+        ("", "(R)", "(/R) one", "why(/R) one"),  # Cohere's, Apriel's
+        ("(R)(/R) ", "(R)", "(/R) one", "why(/R) one"),  # Nemotron 3's
+        ("(/R) ", "(R)", "(/R) one", "why(/R) one"),  # GLM-4.7's
+        ("", "(R)(/R) ", "one", None),  # Gemma 4's
+        ("(/R) ", "(R)(/R)", " one", None),  # DeepSeek-V3.2's
+    ],
+)
+def test_the_tags_of_the_reasoning_are_learnt_from_the_template(
+    before: str, prompt: str, plain: str, thinks: str | None
+) -> None:
+    make = tokenizer(TAGS.replace("BEFORE", before).replace("PROMPT", prompt))
+    start = f"<|im_start|>U hi<|im_end|><|im_start|>A {prompt}"
+    [tokens] = make(chat("hi", "one"))
+    assert marked(tokens) == f"{start}[[{plain}<|im_end|>]]"
+    row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "thinking": "why"}))
+    if thinks is None:
+        with pytest.raises(Rejected, match=r"message 2: .* ends the reasoning in its generation prompt: .*switched on"):
+            make(row)
+    else:
+        [tokens] = make(row)
+        assert marked(tokens) == f"{start}[[{thinks}<|im_end|>]]"
+
+
+def test_tags_that_stand_only_beside_a_tool_call_are_learnt_whole() -> None:
+    # Gemma 4's templates write no other reasoning.
+    template = TAGS.replace("m.thinking and loop.last", "m.thinking and m.tool_calls").replace("(R)", "<|R>")
+    template = (
+        template.replace("(/R) ", "<R|>")
+        .replace("BEFORE", "")
+        .replace("PROMPT", "")
+        .replace(
+            "{{ m.content",
+            "{% for c in m.tool_calls or [] %}<|call>{{ c.function.name }}<call|>{% endfor %}{{ m.content",
+        )
+    )
+    row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "reasoning": "why"}))
+    [tokens] = tokenizer(template)(row)
+    assert marked(tokens).endswith("<|im_start|>A [[<|R>why<R|>one<|im_end|>]]")
+
+
+@pytest.mark.parametrize("end", ["<|im_start|>A ", "<|im_start|>A (R)(/R)", "\n<|im_end|>"])
+def test_an_answer_ends_with_the_first_token_at_which_the_model_stops(end: str) -> None:
+    # Cohere's templates begin the model's next turn after the last message, whoever wrote it.
+    template = TAGS.replace("BEFORE", "").replace("PROMPT", "")
+    more = "{% if not add_generation_prompt %}" + end + "{% endif %}"
+    [tokens] = tokenizer(template + more, ends=(4,))(chat("hi", "one", "more", "two"))
+    assert marked(tokens).endswith("<|im_start|>A [[two<|im_end|>]]")
+    assert marked(tokens).count("[[") == 2
+
+
 # Writes the system message into the last user message, if none follows, like Mistral-7B-v0.3's.
 SYSTEM_LAST = (
     "{% if messages[0].role == 'system' %}{% set system, rest = messages[0].content + ' ', messages[1:] %}"
@@ -159,9 +228,9 @@ def test_reasoning_reaches_a_template_that_reads_another_name_of_it(read: str, n
     thinks = Chat((*conversation("hi"), {"role": "assistant", "content": "hello", name: "why "}))
     [tokens] = tokenizer(template)(thinks)
     assert ("[[why hello<|im_end|>]]" in marked(tokens)) == (name != "another")
-    if name != "another":
-        with pytest.raises(Rejected, match=r"message 2: .* the reasoning: write it into the content as <think>"):
-            tokenizer()(thinks)
+    if name != "another":  # a template that has no place for it
+        [tokens] = tokenizer()(thinks)
+        assert "[[<think>\nwhy\n</think>\n\nhello<|im_end|>]]" in marked(tokens)
 
 
 @pytest.mark.parametrize("code", ["{{ 1 / 0 }}", "{{ messages.nothing.there }}", "{{ f(1) }}", "{{ messages[0] + 1 }}"])
@@ -221,6 +290,7 @@ def test_an_answer_without_a_supervised_token_of_its_own_is_rejected(completion:
 def test_begin_and_end_tokens_stand_once() -> None:
     assert marked(tokenizer()(Completion("<s>2+2=", "4</s>"))[0]) == "<s>2+2=[[4</s>]]"
     assert marked(tokenizer()(Text("<s>ab</s>"))[0]) == "<s>[[ab</s>]]"
+    assert marked(tokenizer()(Text("ab</s>\n"))[0]) == "<s>[[ab</s>\n]]"
 
 
 def test_text_is_cut_into_pieces_and_nothing_is_lost() -> None:
