@@ -1,55 +1,14 @@
 """What `pip install` gives: the wheel in an environment of its own, used from an empty folder."""
 
-import os
-import shutil
-import subprocess
-import sys
-import venv
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.installed import ROOT, Command
 from tests.pipelines import project
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.lengthy
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-def run(*words: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(word) for word in words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built of a copy: a build leaves things in its folder."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("olora_ray", "pipelines", "tune_spaces", "docs/generated"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", source)
-    done = run(sys.executable, "-m", "pip", "wheel", *options, source, folder=source)
-    assert done.returncode == 0, done.stdout
-    return next(source.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def olora_ray(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """The installed command, in an environment that sees the packages of this one."""
-    place = tmp_path_factory.mktemp("environment")
-    venv.create(place, with_pip=False, symlinks=True)
-    python = place / "bin" / "python"
-    install = ("install", "--no-deps", "--no-index", "--no-compile", wheel)
-    done = run(sys.executable, "-m", "pip", "--python", python, *install, folder=place)
-    assert done.returncode == 0, done.stderr
-    (packages,) = place.glob("lib/*/site-packages")
-    (packages / "beside.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    return lambda *words, folder: run(place / "bin" / "olora-ray", *words, folder=folder)
 
 
 def test_the_wheel_has_what_its_commands_name_and_no_name_of_others(wheel: Path) -> None:
@@ -97,3 +56,27 @@ def test_a_run_is_planned_and_the_examples_are_there(olora_ray: Command, tmp_pat
     words = ("pipelines/configs/quickstart.yaml", "tune_spaces/nothing.yaml")
     refused = olora_ray("sweep", *words, folder=tmp_path)
     assert refused.stderr == "error: space file tune_spaces/nothing.yaml: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("init", "error: arguments: expected DATA"),
+        ("finetune nowhere.yaml", "error: config file nowhere.yaml: No such file or directory"),
+        ("chat nothing", "error: run nothing: no such run folder"),
+        ("evaluate model", "error: model: no rows to evaluate it on"),
+        ("evaluate model --tasks arc_easy", "error: --tasks: needs lm-eval"),
+        ("sweep a.yaml b.yaml", "error: config file a.yaml: No such file or directory"),
+        ("compare a.yaml", "error: config file a.yaml: No such file or directory"),
+        ("registry list", "error: "),
+        ("retrain a.yaml", "error: config file a.yaml: No such file or directory"),
+    ],
+)
+def test_without_development_extras_a_mistake_is_a_line(
+    olora_ray: Command, tmp_path: Path, words: str, said: str
+) -> None:
+    if "model" in words:
+        project.make_model(tmp_path / "model")
+    done = olora_ray(*words.split(), folder=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(said)

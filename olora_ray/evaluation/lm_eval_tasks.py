@@ -9,9 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import TryAgain, UserError, first_line
 from olora_ray.common.logs import quiet_lm_eval
@@ -85,8 +82,11 @@ Piece = tuple[str, tuple[tuple[Any, ...], ...]]
 """(method of HFLM, arguments of each request)."""
 
 
-class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
-    """Model for lm-eval that spreads its requests over the cluster; needs ray.init."""
+class ClusterLM:
+    """The methods of lm-eval's LM, with the requests spread over the cluster; needs ray.init.
+
+    `run` joins it with LM itself, because this module must be imported without lm-eval, too.
+    """
 
     def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
         super().__init__()
@@ -129,6 +129,8 @@ class HarnessModel:
         self._inner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
 
     def __call__(self, work: Piece) -> list[Any]:
+        from lm_eval.api.instance import Instance
+
         method, arguments = work
         requests = [Instance("loglikelihood", {}, each, idx=i) for i, each in enumerate(arguments)]
         return list(getattr(self._inner, method)(requests, disable_tqdm=True))
@@ -197,14 +199,18 @@ def run(
     """
     if not tasks:
         return {}
+    from lm_eval.api.model import LM
     from lm_eval.evaluator import evaluate
+
+    class Model(ClusterLM, LM):  # type: ignore[misc] # lm-eval is untyped
+        pass
 
     # `evaluate` expects prepared tasks. These are the settings that lm_eval.simple_evaluate would make.
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own default
-    report = evaluate(ClusterLM(base, adapter, config), {"tasks": tasks}, limit=limit, log_samples=True)
+    report = evaluate(Model(base, adapter, config), {"tasks": tasks}, limit=limit, log_samples=True)
     return {name: _result(task, report["results"][name], report["samples"][name]) for name, task in tasks.items()}
 
 
