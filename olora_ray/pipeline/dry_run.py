@@ -18,7 +18,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare, report
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens.manifest import HeldOut, reason_counts
+from olora_ray.tokens.manifest import NO_ROWS, HeldOut, reason_counts
 from olora_ray.tokens.preview import Example, Preview, describe
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import estimate
@@ -41,9 +41,10 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     logger.info("reading rows")
     # 500 held-out rows are enough for their lengths, and are read within seconds.
     held_out = describe(config, base.spec, "eval", 500) if config.data.holds_out() else None
-    train = describe(config, base.spec, "train")
-    if held_out:
-        apart = HeldOut(held_out.digests, held_out.limits.setting)
+    drawn = held_out is not None and config.data.eval_fraction is not None
+    train = describe(config, base.spec, "train", held_out=held_out.digests if held_out and drawn else NO_ROWS)
+    if held_out and not drawn:
+        apart = HeldOut(held_out.digests)
         apart.meet(train.digests)
         if line := apart.line():
             logger.warning(line)

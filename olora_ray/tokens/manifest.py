@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
+# The note that counts the training rows that are left out as copies of held-out rows.
+COPIES = "copies"
+RowDigests = NDArray[np.uint64]
+NO_ROWS: RowDigests = np.zeros(0, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -322,14 +326,24 @@ class Totals:
         for number, needed in columns.unanswered(self.notes, self.plan.sources).items():
             where = f"{limits.setting.removeprefix('held out of ')}.{number}"
             raise columns.refusal(needed, where, self.plan.sources[number])
+        if self._mostly_copies(self.rows):
+            raise UserError(
+                f"{limits.setting}: {self.notes[COPIES]:,} of {self.rows:,} training rows are copies of held-out rows;"
+                " keep each row once and repeat them with the source's weight, or set data.eval to other rows"
+            )
         if not self.total["packs"]:
             cause = f" (data.eval_fraction = {self.plan.eval_fraction:g})" if self.plan.eval_fraction else ""
             raise UserError(f"{limits.setting}: no row is left for {self.plan.split}{cause}")
 
     def hopeless(self, limits: Limits) -> bool:
         """True if the rows so far suffice for `check` to refuse the data."""
-        rejected = limits.exceeded(self.reasons, max(int(self.plan.rows), self.rows))
-        return rejected or bool(columns.unanswered(self.notes, self.plan.sources))
+        rows = max(int(self.plan.rows), self.rows)
+        few = limits.exceeded(self.reasons, rows) or self._mostly_copies(rows)
+        return few or bool(columns.unanswered(self.notes, self.plan.sources))
+
+    def _mostly_copies(self, rows: int) -> bool:
+        # Rows that are repeated many times are all held out once, and little else would be left to train on.
+        return self.notes[COPIES] > rows / 2
 
     def manifest(self) -> Manifest:
         assert len(self.infos) == len(self.plan.shards)
@@ -389,6 +403,8 @@ def count(notes: "Counter[str]", example: Example, tokens: Sequence[Tokens], tok
 
 def lines(notes: Mapping[str, int]) -> list[str]:
     texts = []
+    if copies := notes.get(COPIES, 0):
+        texts.append(f"copies of held-out rows, left out of the training: {copies:,}")
     if split := notes.get("split", 0):
         times = notes["split_tokens"] / notes["whole_tokens"]
         texts.append(
@@ -427,14 +443,14 @@ def form_lines(plan: Plan) -> list[str]:
 
 
 class HeldOut:
-    """The held-out rows of a split, and which of them are training rows too."""
+    """The rows of data.eval, and which of them are training rows too."""
 
-    def __init__(self, rows: NDArray[np.uint64], setting: str) -> None:
+    def __init__(self, rows: RowDigests) -> None:
         # Rows are compared by digests of their tokens.
-        self._rows, self._setting = rows, setting
+        self._rows = rows
         self._met = np.zeros(len(rows), dtype=bool)
 
-    def meet(self, rows: NDArray[np.uint64]) -> None:
+    def meet(self, rows: RowDigests) -> None:
         """Look for the held-out rows among these training rows; raise UserError as soon as too many match."""
         self._met |= np.isin(self._rows, rows)
         if self._met.sum() > max(0.01 * len(self._rows), float(len(self._rows) >= 10)):  # one match may be a greeting
@@ -442,14 +458,12 @@ class HeldOut:
 
     def line(self, more: str = "") -> str:
         """Return the matches in a line, "" if there are none; `more` follows the number of the rows."""
-        remedy = "remove them from data.train, where a folder or a glob includes all its files"
-        if self._setting != "data.eval":
-            remedy = "remove the repeated rows from data.train, or set data.eval to other rows"
         return bool(self._met.any()) * (
-            f"{self._setting}: {self._met.sum():,}{more} of {len(self._rows):,} held-out rows are training rows too, so"
-            f" the held-out loss, the best step and the gate look better than they are; {remedy}"
+            f"data.eval: {self._met.sum():,}{more} of {len(self._rows):,} held-out rows are training rows too, so"
+            " the held-out loss, the best step and the gate look better than they are; remove them from data.train,"
+            " where a folder or a glob includes all its files"
         )
 
 
-def row_digests(sidecar: Mapping[str, Any] | None) -> NDArray[np.uint64]:
+def row_digests(sidecar: Mapping[str, Any] | None) -> RowDigests:
     return np.frombuffer(base64.b64decode(sidecar["digests"] if sidecar else ""), dtype=np.uint64)

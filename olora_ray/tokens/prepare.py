@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
@@ -29,12 +28,14 @@ from olora_ray.tokens import shard as shards
 from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.manifest import (
     MANIFEST,
+    NO_ROWS,
     REJECTED,
     HeldOut,
     Limits,
     Manifest,
     Outline,
     RejectedRows,
+    RowDigests,
     ShardInfo,
     Totals,
     file_size,
@@ -181,6 +182,8 @@ class ShardSpec:
     uri: str
     # `run.storage`, where scans of files are kept.
     storage_root: str
+    # Rows that data.eval_fraction holds out, sorted: the training leaves out their copies.
+    held_out: RowDigests
 
 
 @dataclass(frozen=True)
@@ -190,9 +193,9 @@ class StoreSpec:
     # `run.storage`.
     storage_root: str
 
-    def for_tasks(self) -> ShardSpec:
+    def for_tasks(self, held_out: RowDigests = NO_ROWS) -> ShardSpec:
         """Return the spec without the plan, which is large."""
-        return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
+        return ShardSpec(self.plan.rules(), self.uri, self.storage_root, held_out)
 
     def outline(self) -> Outline:
         files = tuple(each.file.uri for each in self.plan.files)
@@ -273,23 +276,25 @@ def make(
     limits: Limits,
     stopped: Callable[[], bool],
     cpus_held: float = 0.0,
-    held_out: HeldOut | None = None,
+    apart: HeldOut | None = None,
+    held_out: RowDigests = NO_ROWS,
 ) -> bool:
     """Build what `status` lacks, in the order of the shards; return False if `stopped` ended it between two.
 
-    `cpus_held` are CPUs of the cluster that others hold meanwhile. Raise UserError for data that cannot be used, for
-    rows that are among those `held_out`, and for a shard that cannot be rebuilt as it was.
+    `cpus_held` are CPUs of the cluster that others hold meanwhile; copies of the rows `held_out` are left out. Raise
+    UserError for data that cannot be used, for rows that must be `apart`, and for a shard that cannot be rebuilt as it
+    was.
     """
     totals = Totals(job.plan, status.rejected)
-    with contextlib.closing(_made(job, status, cpus_held)) as made:
+    with contextlib.closing(_made(job, status, cpus_held, held_out)) as made:
         for number in range(len(job.plan.shards)):
             if stopped():
                 return False
             fresh = number not in status.done
             sidecar = _checked(job, status.manifest, number, next(made) if fresh else status.done[number])
             totals.add(sidecar, fresh)
-            if held_out:
-                held_out.meet(row_digests(sidecar if fresh else _sidecar(job, number)))
+            if apart:
+                apart.meet(row_digests(sidecar if fresh else _sidecar(job, number)))
             # Bad data ends the preparation here, not after hours of tokenising; the manifest comes last.
             if totals.hopeless(limits):
                 break
@@ -312,7 +317,7 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
     try:
-        shard = shards.build(job.rules, part)
+        shard = shards.build(job.rules, part, job.held_out)
     except Changed as error:
         forget_scan(error.file, job.storage_root)
         return {"error": str(error)}
@@ -326,12 +331,13 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     return sidecar
 
 
-def _made(job: StoreSpec, status: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+def _made(
+    job: StoreSpec, status: StoreStatus, cpus_held: float, held_out: RowDigests
+) -> Generator[dict[str, Any], None, None]:
+    shared = job.for_tasks(held_out)
     if small(job, status):
-        shared = job.for_tasks()
         return (make_shard(shared, job.plan.part(number)) for number in status.missing)
-    parts = Lazy(job.plan.part, status.missing)
-    return map_ordered(make_shard, job.for_tasks(), parts, cpus_held)
+    return map_ordered(make_shard, shared, Lazy(job.plan.part, status.missing), cpus_held)
 
 
 def small(job: StoreSpec, status: StoreStatus) -> bool:
@@ -410,10 +416,13 @@ class StoreBuild:
             self.join()
 
     def check_against(self, held_out: "StoreBuild") -> None:
-        """Make `run` check that no held-out row is a training row; `held_out` has a complete store."""
+        """Make `run` keep held-out rows out of the training; `held_out` has a complete store.
+
+        Copies of rows that data.eval_fraction holds out are left out. Rows of data.eval must not be training rows.
+        """
         self._held_out = held_out
 
-    def _rows(self) -> Iterator[NDArray[np.uint64]]:
+    def _rows(self) -> Iterator[RowDigests]:
         return (row_digests(_sidecar(self._job, number)) for number in range(len(self._job.plan.shards)))
 
     @property
@@ -443,15 +452,19 @@ class StoreBuild:
         """
         try:
             # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
-            apart, line, held_out = None, None, self._held_out
-            if held_out:
+            apart, line, held_out, left_out = None, None, self._held_out, NO_ROWS
+            if self.plan.split == "train" and self.plan.eval_fraction is not None:
+                # The shards depend on the held-out rows, which the store's digest determines.
+                assert held_out, "call check_against first"
+                left_out = np.unique(np.concatenate(list(held_out._rows())))
+            elif held_out:
                 # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
                 kept = node_cache.result_path("held-apart", self.store.uri, held_out.store.uri)
                 line = node_cache.read(kept) if self.complete else None
                 if line is None:
-                    apart = HeldOut(np.concatenate(list(held_out._rows())), held_out._limits.setting)
+                    apart = HeldOut(np.concatenate(list(held_out._rows())))
             if not self.complete:
-                if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart):
+                if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart, left_out):
                     return
                 _say(self._job.plan.split, self.store.manifest)
             elif apart:
@@ -531,7 +544,12 @@ def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split, tell: bool = T
     `tell` logs the existing parts. Needs ray.init unless the data is small. Raise UserError for data that cannot be
     used.
     """
-    preparation = begin(config, spec, split, tell=tell)
+    look = look_there(config)
+    preparation = begin(config, spec, split, look, tell=tell)
+    if split == "train" and config.data.eval_fraction is not None:
+        held_out = begin(config, spec, "eval", look, tell=tell)
+        held_out.run()
+        preparation.check_against(held_out)
     preparation.run()
     return TokenStore.open(preparation.store.uri)
 

@@ -25,7 +25,7 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.first_look import read_as
-from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
+from olora_ray.tokens.manifest import NO_ROWS, Limits, RejectedRows, RowDigests, Totals
 from olora_ray.tokens.plan import Floats, Pack, Plan, Split, looking, make_plan, sample
 
 logger = logging.getLogger(__name__)
@@ -92,15 +92,22 @@ class Preview:
     # The first training example, and the next from another source if there is one.
     examples: tuple[Example, ...]
     # Digests of the rows that were read.
-    digests: NDArray[np.uint64]
+    digests: RowDigests
     # The first sequences.
     some_packs: tuple[Pack, ...]
 
 
 def describe(
-    config: Config, spec: TokenizerSpec, split: Split = "train", limit: int = 2000, tell: bool = True
+    config: Config,
+    spec: TokenizerSpec,
+    split: Split = "train",
+    limit: int = 2000,
+    tell: bool = True,
+    held_out: RowDigests = NO_ROWS,
 ) -> Preview:
     """Preview a split, of large data from about `limit` rows; `tell` logs notes about unusual rows.
+
+    Copies of the rows `held_out` are left out.
 
     Raise UserError as the preparation would. For large data, the limit on rejected rows applies to the rows that were
     read.
@@ -115,7 +122,7 @@ def describe(
             logger.info(line)
     note = "; ".join(sorted(look.notes))
     which = "; ".join(["of the rows that a dry run reads of large data", *sorted(look.notes)])
-    made, totals = _made(part, limits, "" if exact else f" ({which})")
+    made, totals = _made(part, limits, "" if exact else f" ({which})", np.unique(held_out))
     for line in manifest.lines(totals.notes) if tell else ():
         logger.info(f"of the rows read, {line}")
     weights = np.array([[1.0 if exact else source.weight * plan.kept_share] for source in plan.sources])
@@ -123,11 +130,11 @@ def describe(
     return replace(preview, exact=exact, note=note)
 
 
-def _made(plan: Plan, limits: Limits, which: str) -> tuple[list[shards.Shard], Totals]:
+def _made(plan: Plan, limits: Limits, which: str, held_out: RowDigests) -> tuple[list[shards.Shard], Totals]:
     # As `prepare.make` does it, but in memory; `which` ends the error, because only some rows may have been read.
     totals, made = Totals(plan, RejectedRows(plan)), []
     for number in range(len(plan.shards)):
-        made.append(shards.build(plan, plan.part(number)))
+        made.append(shards.build(plan, plan.part(number), held_out))
         totals.add(made[-1].sidecar(b""), fresh=True)
         if totals.hopeless(limits):
             break

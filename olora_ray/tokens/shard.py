@@ -17,7 +17,7 @@ from olora_ray.data.formats import Chat, Ids, Rejected, Text, columns_of, to_exa
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike, as_chat
 from olora_ray.tokens import columns, manifest
-from olora_ray.tokens.manifest import POSITION_BITS
+from olora_ray.tokens.manifest import COPIES, NO_ROWS, POSITION_BITS, RowDigests
 from olora_ray.tokens.plan import Part, Piece, PlannedFile, Rules, key, permutation, taken
 
 # Packing of examples into fixed-length packs: first-fit decreasing in O(n log n).
@@ -89,7 +89,7 @@ class Shard:
     # Rows read, by the number of their source.
     rows_of: "Counter[int]" = field(default_factory=Counter)
     rejected: list[dict[str, Any]] = field(default_factory=list)
-    # One per row, of its tokens.
+    # One per row with examples, of its tokens.
     digests: list[bytes] = field(default_factory=list)
     # Counts of unusual rows.
     notes: "Counter[str]" = field(default_factory=Counter)
@@ -132,21 +132,24 @@ class Shard:
         }
 
 
-def build(rules: Rules, part: Part) -> Shard:
-    """Build a shard in memory; raise UserError for a broken file, tokenizer or template."""
+def build(rules: Rules, part: Part, held_out: RowDigests = NO_ROWS) -> Shard:
+    """Build a shard in memory without copies of the rows `held_out`, which are sorted.
+
+    Raise UserError for a broken file, tokenizer or template.
+    """
     try:
-        return _built(rules, part)
+        return _built(rules, part, held_out)
     except Unlike:
-        shard = _built(rules, part)
+        shard = _built(rules, part, held_out)
         shard.notes["unlike"] += 1
         return shard
 
 
-def _built(rules: Rules, part: Part) -> Shard:
+def _built(rules: Rules, part: Part, held_out: RowDigests) -> Shard:
     shard = Shard()
     tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only, rules.too_long)
     for piece in part.pieces:
-        _add(shard, rules, part.files[piece.file], piece, tokenize)
+        _add(shard, rules, part.files[piece.file], piece, tokenize, held_out)
     _arrange(shard, rules, part.number)
     return shard
 
@@ -160,7 +163,14 @@ def file_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
+def _add(
+    shard: Shard,
+    rules: Rules,
+    planned: PlannedFile,
+    piece: Piece,
+    tokenize: ExampleTokenizer,
+    held_out: RowDigests,
+) -> None:
     end = rules.spec.eos_id
     for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([begun for _, begun in group if isinstance(begun, Begun)])
@@ -184,12 +194,20 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                     }
                 )
                 continue
+            digest = hashlib.blake2b(b"".join(each.ids.tobytes() for each in tokens), digest_size=8).digest()
+            if _among(held_out, digest):
+                shard.notes[COPIES] += 1
+                continue
             manifest.count(shard.notes, begun.example, tokens, tokenize)
-            shard.digests.append(
-                hashlib.blake2b(b"".join(each.ids.tobytes() for each in tokens), digest_size=8).digest()
-            )
+            shard.digests.append(digest)
             shard.examples.extend(tokens)
             shard.origins.extend([(piece.file << POSITION_BITS) + position] * len(tokens))
+
+
+def _among(rows: RowDigests, digest: bytes) -> bool:
+    (wanted,) = np.frombuffer(digest, dtype=np.uint64)
+    place = int(np.searchsorted(rows, wanted))
+    return place < len(rows) and bool(rows[place] == wanted)
 
 
 def _begun(

@@ -59,7 +59,7 @@ def test_the_form_is_said_and_trained(spec: TokenizerSpec, chat: Any, text: str,
 
 
 def test_the_form_is_said_once_for_each_source(tmp_path: Path) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [ROW] * 40)
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{**ROW, "completion": str(number)} for number in range(40)])
     own = source(path=str(path))
     with said() as lines:
         config = helpers.config(tmp_path / "runs", own, own, eval_fraction=0.3)

@@ -41,11 +41,13 @@ def test_a_file_that_grows_between_the_splits_is_split_once(tmp_path: Path, tiny
     path = corpus(tmp_path / "a.jsonl", "a", 400)
     config, seen = helpers.config(tmp_path / "runs", text(path), eval_fraction=0.2), []
     look = look_here(config)
-    for split in ("train", "eval"):
-        build = begin(config, tiny_spec, split, look)
-        build.run()
-        seen.append(set(helpers.texts(TokenStore.open(build.store.uri))))
-        corpus(path, "a", 500)
+    train = begin(config, tiny_spec, "train", look)
+    corpus(path, "a", 500)
+    build = begin(config, tiny_spec, "eval", look)
+    train.check_against(build)
+    for each in (build, train):
+        each.run()
+        seen.append(set(helpers.texts(TokenStore.open(each.store.uri))))
     assert not seen[0] & seen[1]
     assert len(seen[0] | seen[1]) == 400
     digests = [plan_here(config, tiny_spec, "train", look).digest(), plan_here(config, tiny_spec, "train").digest()]

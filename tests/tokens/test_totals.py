@@ -11,6 +11,7 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.manifest import Limits
 from olora_ray.tokens.manifest import rejection_remedy as remedy
 from olora_ray.tokens.prepare import prepare
+from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, rows
@@ -57,7 +58,7 @@ def test_rows_held_out_of_the_training_sources_are_named_as_such(tmp_path: Path,
     with pytest.raises(UserError, match=r"^held out of data\.train\.0: \d+ of \d+ rows"):
         prepare(config, tiny_spec, "eval")
     with pytest.raises(UserError, match=r"^data\.train\.0: \d+ of \d+ rows"):
-        prepare(config, tiny_spec, "train")
+        describe(config, tiny_spec, "train")
 
 
 def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
