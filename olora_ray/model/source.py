@@ -5,6 +5,8 @@ result is a folder with config.json, safetensors and tokenizer files, and a dige
 export read that folder.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,24 @@ def glance(config: AnyConfig) -> str | None:
     return folder.of_folder(source, code=False) if folder.weight_files(source) else None
 
 
+def is_found(config: AnyConfig) -> bool:
+    """Look for the base model of a run without loading it; False if only the run can look.
+
+    Raise UserError if there is no model of this name.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    name = config.model.name
+    if name.startswith("models:/") or (storage.is_uri(name) and not name.startswith("package://")):
+        return False
+    if (source := _here(name)) is None:
+        with _asking_the_hub(config.model) as ask, contextlib.suppress(LocalEntryNotFoundError):  # it is unreachable
+            source = ask(allow_patterns=[folder.CONFIG])
+    if source and source.is_dir() and not (source / folder.CONFIG).is_file():
+        raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
+    return source is not None
+
+
 def _what_it_is(source: Path) -> str:
     if not command_line.is_there(source / folder.ADAPTER, "model.name"):
         return "it is not a model folder"
@@ -113,24 +133,27 @@ def _is_same(path: Path, base: BaseModel, config: AnyConfig) -> bool:
 
 def _source_folder(config: AnyConfig) -> Path:
     name = config.model.name
-    if name.startswith("package://"):
-        return command_line.package_file(name)
-    if storage.is_uri(name):
+    if storage.is_uri(name) and not name.startswith("package://"):
         with as_user_error(f"model.name: {name}", OSError, reason=short_reason):
             # One folder per address and version, because the model at an address may be replaced.
             key = storage.digest(name, storage.version(name), length=16)
             return node_cache.local_copy(name, f"{node_cache.CACHE}/models/{key}")
+    return _here(name) or _from_hub(config.model)
+
+
+def _here(name: str) -> Path | None:
+    """Return the model's path on this machine; None for a hub id."""
+    if name.startswith("package://"):
+        return command_line.package_file(name)
     path = command_line.at_home(name, "model.name")
     if command_line.is_there(path, "model.name"):
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"model.name: {name}: no such file or folder, and not a hub id (ORG/NAME)")
-    return _from_hub(config.model)
+    return None
 
 
 def _from_hub(config: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # the card has the license
     if config.trust_remote_code:
         patterns.append("*.py")
@@ -139,12 +162,19 @@ def _from_hub(config: ModelConfig) -> Path:
     # A pattern's * matches folders too, which may have the same weights in other forms (gpt-oss: original/).
     # Mistral has its own form beside the weights.
     others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
+    with _asking_the_hub(config) as ask:
+        return ask(allow_patterns=patterns, ignore_patterns=others)
+
+
+@contextlib.contextmanager
+def _asking_the_hub(config: ModelConfig) -> Iterator[Callable[..., Path]]:
+    """Yield a function that downloads some files of the model; raise its error as a UserError."""
+    from huggingface_hub import snapshot_download
+
     what = f"model.name: {config.name}: not a folder here"
     # Exception: its client's errors about a broken connection are of no type of the standard library.
     with as_user_error(what, Exception, reason=_hub_problem, passes=is_temporary):
-        return Path(
-            snapshot_download(config.name, revision=config.revision, allow_patterns=patterns, ignore_patterns=others)
-        )
+        yield lambda **files: Path(snapshot_download(config.name, revision=config.revision, **files))
 
 
 def _hub_problem(error: BaseException) -> str:

@@ -5,15 +5,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.load import load, parse_yaml
+from olora_ray.config.load import load, override, parse_yaml
 from olora_ray.config.schema import Config
+from olora_ray.evaluation.groups import count_planned
 from olora_ray.pipeline.dry_run import dry_run
+from olora_ray.tokens.prepare import plan_here
 from pipelines import init
 from tests.pipelines import project
+from tests.said import said
+from tests.tokens import helpers
 from tests.tools.test_configuration_page import mistakes
 
 
@@ -30,20 +36,27 @@ def rows(file: str, numbers: Sequence[int]) -> str:
     return file
 
 
+def model(folder: str) -> str:
+    """A folder that init takes for a model."""
+    Path(folder).mkdir()
+    Path(folder, "config.json").write_text("{}")
+    return folder
+
+
 def written(*words: str, out: str = "my_run.yaml") -> Config:
     init.main([*words])
     return load(out)
 
 
 def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureFixture[str]) -> None:
-    found = written(rows("chats.jsonl", range(200)), "org/model")
-    assert (found.run.name, found.model.name, found.registry.model) == ("chats", "org/model", "chats")
+    found = written(rows("chats.jsonl", range(200)), model("model"))
+    assert (found.run.name, found.model.name, found.registry.model) == ("chats", "model", "chats")
     assert [each.path for each in found.data.train] == ["chats.jsonl"]
-    assert (found.data.eval, found.data.eval_fraction) == ((), 0.1)
+    assert (found.data.eval, found.data.eval_fraction) == ((), 0.15)
     assert found.train.global_batch >= found.train.micro_batch * found.cluster.max_workers()
     printed = capsys.readouterr().out
     assert printed.startswith(
-        "chats.jsonl: about 200 messages rows in jsonl\nheld out: eval_fraction: 0.1  # about 20 rows\n"
+        "chats.jsonl: about 200 messages rows in jsonl\nheld out: eval_fraction: 0.15  # about 30 rows\n"
     )
     assert re.findall(r"^  olora-ray (.*?)(?:  #.*)?$", printed, re.MULTILINE) == [
         "finetune my_run.yaml --dry-run",
@@ -54,11 +67,11 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
     assert "too_long: drop_turns  # rows with more tokens than max_length lose their last turns" in text
     assert mistakes("config", parse_yaml(text, "my_run.yaml")) == []
     assert Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")).is_file()
-    assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "my_run.yaml"]
+    assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "model", "my_run.yaml"]
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize("count", [1, 60, 7000, 30_000])
+@pytest.mark.parametrize("count", [10, 60, 7000, 30_000])
 def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count: int) -> None:
     found = written(rows("a.jsonl", range(count)))
     assert found.data.eval_fraction
@@ -84,19 +97,71 @@ def test_rows_that_are_held_out_by_name_are_held_out(files: list[str], data: str
     assert (found.data.eval_fraction is None) == (held_out is not None)
 
 
-@pytest.mark.lengthy
-def test_rows_that_stand_there_twice_do_not_stop_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = str(project.make_model(folder / "model"))
-    data = rows("chats.jsonl", [*range(200), *range(150)])
-    found = written(data, model)
-    assert (
-        "\n150 of them are copies or cannot be used; my_run.rows.jsonl has the other rows\n" in capsys.readouterr().out
-    )
-    assert [each.path for each in found.data.train] == ["my_run.rows.jsonl"]
-    assert Path("my_run.rows.jsonl").read_text() == Path(rows("once.jsonl", range(200))).read_text()
-    dry_run(command_line.resolved(found, folder))
-    with pytest.raises(UserError, match="held-out rows are training rows too"):
-        dry_run(command_line.resolved(load("my_run.yaml", {"data.train.0.path": data}), folder))
+def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(project.make_model(folder / "model"))
+    rows("chats/day1.jsonl", [*range(200), *range(50)])
+    rows("chats/day2.jsonl", range(300, 400))
+    with Path("chats/day2.jsonl").open("a") as lines:
+        lines.write(json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n")
+    for number, data in enumerate(("chats", "chats/*.jsonl")):
+        found = written(data, base, "--out", f"{number}.yaml", out=f"{number}.yaml")
+        assert [each.path for each in found.data.train] == [data]
+        printed = capsys.readouterr().out
+        assert re.search(r"\n1 of them cannot be used, the first is .*/day2\.jsonl:101: no_answer: ", printed)
+        with said() as lines:
+            dry_run(command_line.resolved(found, folder))
+        assert len([line for line in lines if "copies of held-out rows, left out of the training: " in line]) == 1
+    assert sorted(each.name for each in Path().rglob("*.jsonl")) == ["day1.jsonl", "day2.jsonl"]
+
+
+def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
+    Path("q.csv").write_text("question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102)))
+    told = r"^data\.train\.0: 34 of 102 rows cannot be used.* \(empty_answer 34\); .*/q\.csv:2: .*max_rejected=0\.334$"
+    with pytest.raises(UserError, match=told):
+        init.main(["q.csv"])
+    assert not Path("my_run.yaml").exists()
+    assert written("q.csv", "data.max_rejected=0.334").data.max_rejected == 0.334
+
+
+def test_rows_with_dates_bytes_and_half_characters_are_read() -> None:
+    columns = {"question": [f"{n}?" for n in range(20)], "answer": [str(n) for n in range(20)]}
+    seen = pa.array([0] * 20, pa.timestamp("ms"))
+    pq.write_table(pa.table({**columns, "date": seen}), "a.parquet")
+    assert written("a.parquet", "--out", "a.yaml", out="a.yaml").data.train[0].path == "a.parquet"
+    Path("b.jsonl").write_text("".join(json.dumps({"question": f"{n} \ud83d", "answer": n}) + "\n" for n in range(20)))
+    assert written("b.jsonl", "--out", "b.yaml", out="b.yaml").data.train[0].path == "b.jsonl"
+
+
+@pytest.mark.parametrize("count", [100, 150, 1000])
+def test_enough_rows_are_held_out_for_the_second_night(count: int, folder: Path) -> None:
+    found = written(rows("a.jsonl", range(count)))
+    config = command_line.resolved(override(found, {"data.train.0.format": "messages"}), folder)
+    plan = plan_here(override(config, {"data.max_length": 64}), helpers.spec(), "eval")
+    assert count_planned(None, plan, 1000) >= found.gate.min_rows
+
+
+@pytest.mark.parametrize(
+    ("words", "data", "named"),
+    [
+        ("a.jsonl b.csv", ["a.jsonl", "b.csv"], None),
+        ("a.jsonl b.csv base", ["a.jsonl", "b.csv"], "base"),
+        ("a.jsonl b.csv --model base", ["a.jsonl", "b.csv"], "base"),
+        ("a.jsonl org/model", ["a.jsonl"], "org/model"),
+        ("a.jsonl folder", ["a.jsonl", "folder"], None),
+        ("a.jsonl --name mine", ["a.jsonl"], None),
+    ],
+)
+def test_several_sources_and_a_model(words: str, data: list[str], named: str | None) -> None:
+    rows("a.jsonl", range(60))
+    Path("b.csv").write_text("question,answer\n" + "".join(f"{n}?,{n}\n" for n in range(60)))
+    rows("folder/c.jsonl", range(60, 90))
+    model("base")
+    found = written(*words.split())
+    assert [each.path for each in found.data.train] == data
+    assert found.model.name == (named or init.PACKAGED)
+    assert found.run.name == found.registry.model == ("mine" if "mine" in words else "a")
 
 
 @pytest.mark.parametrize(
@@ -111,12 +176,12 @@ def test_rows_that_stand_there_twice_do_not_stop_the_run(folder: Path, capsys: p
 )
 def test_any_path_is_written_as_it_is_and_gives_a_name(data: str, name: str) -> None:
     rows(data.replace("*", "a"), range(30))
-    found = written(data, "1e3", "--out", "x.yaml", out="x.yaml")
+    found = written(data, model("1e3"), "--out", "x.yaml", out="x.yaml")
     assert (found.data.train[0].path, found.run.name, found.model.name) == (data, name, "1e3")
 
 
 def test_fields_of_the_data_are_taken_and_no_others() -> None:
-    Path("a.jsonl").write_text(json.dumps({"ask": "1?", "say": "2"}) + "\n")
+    Path("a.jsonl").write_text("".join(json.dumps({"ask": f"{n}?", "say": "2"}) + "\n" for n in range(20)))
     words = ("data.train.0.format=prompt_completion", "data.train.0.fields={prompt: ask, completion: say}")
     (source,) = written("a.jsonl", *words).data.train
     assert (source.format, source.fields) == ("prompt_completion", {"prompt": "ask", "completion": "say"})
@@ -134,17 +199,23 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
     good = rows("good.jsonl", range(40))
     Path("bad.jsonl").write_text('{"a": 1}\n' * 20)
     Path("mine.jsonl").write_text("mine")
-    Path("x.rows.jsonl").write_text("mine")
-    for words, said in (
+    Path("folder").mkdir()
+    Path("runs/few").mkdir(parents=True)
+    for words, told in (
         (["bad.jsonl"], r"^data\.train\.0: none of the 14 rows read can be used"),
         (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file or folder$"),
         (["goood.jsonl"], r"/goood\.jsonl: no such file or folder; did you mean /.*/good\.jsonl\?$"),
         ([], "^arguments: expected DATA and an optional MODEL; --help shows how"),
-        ([good, "model", "more"], "^arguments: expected DATA"),
-        ([good, good, "--out", "mine.jsonl"], r"^mine\.jsonl: exists already; move it away, or name another config"),
-        ([rows("twice.jsonl", [1] * 40), "--out", "x.yaml"], r"^x\.rows\.jsonl: exists already; move it away"),
+        ([good, "modell"], r"^model\.name: modell: no such file or folder, and not a hub id"),
+        ([good, "goood.csv"], r"^data\.train\.1\.path: .*/goood\.csv: no such file or folder"),
+        ([good, "--model", "folder"], r"^model\.name: .*folder has no config\.json"),
+        ([good, "package://nothing/here"], r"^model\.name: .*'nothing' is not installed"),
+        ([good, "--out", "mine.jsonl"], r"^mine\.jsonl: exists already; move it away, or name another config"),
+        ([good, "--out", "nofolder/x.yaml"], r"^--out nofolder/x\.yaml: No such file or directory$"),
+        ([rows("three.jsonl", range(3))], r"^three\.jsonl: 3 rows are too few to hold some out; at least 10"),
+        ([rows("few.jsonl", range(40))], r"^runs/few: exists already; name another run with --name$"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=told):
             init.main(words)
     assert not list(Path().glob("*.yaml"))
     init.main([good])
