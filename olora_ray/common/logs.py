@@ -10,8 +10,9 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -134,11 +135,19 @@ def quiet_bitsandbytes() -> None:
 
 
 def quiet_gguf() -> None:
-    """Show transformers' progress bar of a GGUF conversion on a terminal only, not in a log."""
-    from tqdm import tqdm
+    """Show transformers' progress in a GGUF conversion as lines of the log instead of a bar."""
     from transformers import modeling_gguf_pytorch_utils
 
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: enabled only on a terminal
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = _told
+
+
+def _told(tensors: Sequence[Any], desc: str) -> Iterator[Any]:
+    last = time.monotonic()
+    for number, tensor in enumerate(tensors):
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            logging.getLogger(PACKAGE).info(f"model: {number} of {len(tensors)} tensors are dequantised")
+        yield tensor
 
 
 def quiet_lm_eval() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,7 +164,7 @@ TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 
 def gguf(file: Path, config: AnyConfig) -> Path:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
-    announcement = f"model: dequantising {file.name} to {dtype}, once"
+    announcement = f"model: dequantising {file.name} to {dtype}, once on this machine"
     write = partial(_dequantise, file, DTYPES[dtype])
     return _converted(write, file.stem, f"{of_weights([file])}/{dtype}", config, announcement)
 
@@ -174,7 +175,7 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
     Raise UserError if `model.allow_pickle` is not set, or if there are no such weights.
     """
     files = _pickles(folder, config.model)
-    announcement = f"model: converting {files[0].name} to safetensors, once"
+    announcement = f"model: converting {files[0].name} to safetensors, once on this machine"
     trusted = config.model.trust_remote_code
     # The key includes the copied files, because a config or a template that was fixed later makes another model.
     key = f"{of_weights(files)}/{of_folder(folder, trusted)}"
@@ -182,16 +183,39 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
 
 
 def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:
-    root = config.run.storage if not storage.is_uri(config.run.storage) else node_cache.CACHE
-    target = Path(root) / "models" / f"{name}-{storage.digest(key, length=16)}"
+    cache, remote = Path(node_cache.CACHE) / "models", storage.is_uri(config.run.storage)
+    target = (cache if remote else Path(config.run.storage) / "models") / f"{name}-{storage.digest(key, length=16)}"
     if (target / "config.json").exists():
         return target
-    logger.info(announcement)
-    with storage.staged(target) as unfinished:
+
+    def convert(unfinished: Path) -> None:
+        logger.info(announcement)
         write(unfinished)
+
+    if remote:
+        node_cache.cached(target, convert)
+        return target
+    # A storage gets links to the machine's files, or copies: other nodes and the users of exported adapters read them
+    # there, and the cache removes its own when it needs room.
+    with storage.staged(target) as unfinished:
+        try:
+            entry = node_cache.cached(cache / f"{target.name}-{storage.digest(node_cache.code(), length=8)}", convert)
+        except OSError:  # the home folder cannot be written
+            convert(unfinished)
+        else:
+            shutil.copytree(entry, unfinished, copy_function=_link)
+            node_cache.make_room(cache, (each for each in cache.iterdir() if not each.name.startswith(".")))
     if not (target / "config.json").exists():
         raise UserError(f"model.name: {target} has no config.json; delete that folder")
     return target
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # on another disk
+        shutil.copyfile(source, target)
+        storage.open_up(Path(target))
 
 
 def _pickles(folder: Path, config: Model) -> list[Path]:

@@ -1,6 +1,7 @@
 """A GGUF file whose header does not fit the file is refused before a reader trusts it."""
 
 import json
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import convert, source
 from tests import tiny
 from tests.model import small_gguf
+from tests.said import said
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +212,20 @@ def test_the_window_of_phi_3_is_told(tmp_path: Path) -> None:
     for window, told in ((2047, {"sliding_window": 2047}), (0, {}), (None, {})):
         file = small_gguf.write(tmp_path / "phi.gguf", architecture="phi3", window=window)
         assert convert.check(file) == told
+
+
+def test_a_machine_converts_a_file_once_for_all_storages(tmp_path: Path, node: Path) -> None:
+    pytest.importorskip("gguf")
+    small_gguf.write(tmp_path / "model.gguf")
+
+    def obtained(storage: str) -> Path:
+        name, runs = str(tmp_path / "model.gguf"), str(tmp_path / storage)
+        return Path(source.obtain(tiny.config(model__name=name, run__storage=runs)).folder)
+
+    with said() as lines:
+        folders = [obtained("runs"), obtained("other"), obtained("other")]
+        shutil.rmtree(tmp_path / "runs")
+        folders.append(obtained("runs"))
+    assert len([line for line in lines if "dequantising" in line]) == 1
+    assert [folder.parts[-3] for folder in folders] == ["runs", "other", "other", "runs"]
+    assert len({source.folder.of_folder(folder, code=False) for folder in folders}) == 1
