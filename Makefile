@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow serve-test quick check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
-	$(BIN)/python pipelines/finetune.py
+	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
 
 sweep-demo: $(VENV)/.quickstart ## search rank, alpha and learning rate, and register the best model
 	$(BIN)/python pipelines/sweep.py pipelines/configs/quickstart.yaml tune_spaces/demo.yaml --register

@@ -16,7 +16,9 @@ from olora_ray.common.logs import quiet_environment
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 
+QUICKSTART = "pipelines/configs/quickstart.yaml"
 COMMANDS = {
+    "quickstart": ("finetune with the quickstart's own model and rows, in some minutes on any machine", None),
     "init": ("write a config for your rows: format, held-out rows, length, model", None),
     "finetune": ("train an adapter, check it and register it; --dry-run only prints the plan", None),
     "chat": ("send a prompt to the base model and to the fine-tuned model", "olora_ray.evaluation.chat"),
@@ -44,6 +46,8 @@ def _main(argv: list[str]) -> None:
         command_line.parse(argv, usage="")
     elif name in COMMANDS:
         quiet_environment()  # Ray reads these variables when it is imported
+        if name == "quickstart":
+            name, rest = "finetune", [QUICKSTART, *rest]
         _command(name)(rest)
     else:
         near = get_close_matches(name, COMMANDS, n=1)

@@ -1,8 +1,9 @@
 """Fine-tune a language model with OLoRA on a Ray cluster, check it, and register it.
 
-    python pipelines/finetune.py [CONFIG.yaml] [section.field=value ...] [--dry-run] [--show-config] [--help]
+    python pipelines/finetune.py CONFIG.yaml [section.field=value ...] [--dry-run] [--show-config] [--help]
+    olora-ray quickstart [section.field=value ...] [--dry-run]    # with the CONFIG of the quickstart
 
-CONFIG         the run's config; default: pipelines/configs/quickstart.yaml
+CONFIG         the run's config; `olora-ray init` writes one for your rows
 --dry-run      print what the run would do with its data, and train nothing; same exit codes
 --show-config  with --dry-run: print the whole config too, with every default
 --help         print this text with the fields of a first run; `--help all` prints all fields
@@ -16,7 +17,6 @@ again later; 130 or 143 stopped by Ctrl+C or SIGTERM after a checkpoint.
 """
 
 import logging
-from pathlib import Path
 
 from olora_ray.common.logs import quiet_environment
 
@@ -24,12 +24,10 @@ quiet_environment()  # before Ray is imported
 
 from olora_ray.config import command_line  # noqa: E402
 
-QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
-
 
 def main(argv: list[str]) -> None:
     # torch, transformers and Ray are imported as late as possible: mistakes in the config are reported at once.
-    config, flags = command_line.read_arguments(argv, QUICKSTART, usage=__doc__ or "")
+    config, flags = command_line.read_arguments(argv, usage=__doc__ or "")
     from olora_ray.tokens import first_look
 
     config = first_look.check(config)

@@ -22,7 +22,7 @@ from olora_ray.config import command_line  # noqa: E402
 
 def main(argv: list[str]) -> None:
     # The retraining is imported late: a mistake in the config is reported at once.
-    config, _ = command_line.read_arguments(argv, None, usage=__doc__ or "", flags=())
+    config, _ = command_line.read_arguments(argv, usage=__doc__ or "", flags=())
     from olora_ray.retrain import run
 
     run.run(config)

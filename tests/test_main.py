@@ -17,7 +17,7 @@ def olora_ray(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
 
 
-COMMANDS = ["init", "finetune", "chat", "runs", "evaluate", "sweep", "compare", "registry", "retrain"]
+COMMANDS = ["quickstart", "init", "finetune", "chat", "runs", "evaluate", "sweep", "compare", "registry", "retrain"]
 
 
 @pytest.mark.lengthy
@@ -40,6 +40,7 @@ def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> Non
         (["finetun"], 2, r"error: argument finetun: unknown command; did you mean finetune\?"),
         (["x"], 2, f"error: argument x: unknown command; use one of {', '.join(COMMANDS)}"),
         (["finetune", "nowhere.yaml"], 2, "error: config file nowhere.yaml: No such file or directory"),
+        (["finetune"], 2, r"error: argument CONFIG\.yaml: missing; `olora-ray init DATA` writes one .*"),
         (["init", "nothing.jsonl"], 2, r"error: data\.train\.0\.path: /.*nothing\.jsonl: no such file .*"),
         (["evaluate", "--help"], 0, "Evaluate a model, .*"),
         (["chat", "nothing"], 2, "error: run nothing: no such run folder; .*"),

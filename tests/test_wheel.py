@@ -49,8 +49,8 @@ def test_a_run_is_planned_and_the_examples_are_there(olora_ray: Command, tmp_pat
     schema = (tmp_path / "my_run.yaml").read_text().splitlines()[0].partition("$schema=")[2]
     assert Path(schema).parts[-3:] == ("docs", "generated", "config.schema.json")
     assert Path(schema).is_file()
-    for words in (["my_run.yaml"], ["model.name=model"]):  # the second is the quickstart's config and rows
-        done = olora_ray("finetune", *words, "--dry-run", folder=tmp_path)
+    for words in (["finetune", "my_run.yaml"], ["quickstart", "model.name=model"]):
+        done = olora_ray(*words, "--dry-run", folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "examples, with the supervised tokens in [[ ]]" in done.stdout
     words = ("pipelines/configs/quickstart.yaml", "tune_spaces/nothing.yaml")
@@ -62,6 +62,7 @@ def test_a_run_is_planned_and_the_examples_are_there(olora_ray: Command, tmp_pat
     ("words", "said"),
     [
         ("init", "error: arguments: expected DATA"),
+        ("finetune", "error: argument CONFIG.yaml: missing; `olora-ray init DATA` writes one"),
         ("finetune nowhere.yaml", "error: config file nowhere.yaml: No such file or directory"),
         ("chat nothing", "error: run nothing: no such run folder"),
         ("evaluate model", "error: model: no rows to evaluate it on"),

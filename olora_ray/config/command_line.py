@@ -321,18 +321,18 @@ def _unknown(name: str, flags: Sequence[str], options: Sequence[str]) -> str:
 
 
 def read_arguments(
-    argv: Sequence[str], default: Path | None, usage: str, flags: Sequence[str] = ("--dry-run", "--show-config")
+    argv: Sequence[str], usage: str, flags: Sequence[str] = ("--dry-run", "--show-config")
 ) -> tuple[Config, frozenset[str]]:
-    """Return (config, flags); `default` is the config file if the arguments name none. Raises UserError."""
+    """Return (config, flags); raise UserError for unknown arguments."""
     arguments = parse(argv, usage, flags, fields=Config)
     if "--show-config" in arguments.flags and "--dry-run" not in arguments.flags:
         raise UserError("argument --show-config: works only with --dry-run; add --dry-run")
     files = arguments.names()
     if len(files) > 1:
         raise UserError(f"arguments {' '.join(files)}: use one config file; set fields as section.field=value")
-    if not files and default is None:
-        raise UserError("argument CONFIG.yaml: missing; see --help")
-    return _loaded(files[0] if files else str(default), arguments.changes()), arguments.flags
+    if not files:
+        raise UserError("argument CONFIG.yaml: missing; `olora-ray init DATA` writes one for your rows; see --help")
+    return _loaded(files[0], arguments.changes()), arguments.flags
 
 
 def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str, frozenset[str]]:

@@ -38,9 +38,9 @@ def test_the_settings_are_those_of_a_run(benchmark: Any, tmp_path: Path) -> None
     module = benchmark("back_at_work")
     _, spares = module.ON_ONE_HOST
     words = module.settings(tmp_path / "two", tmp_path / "models", spares)
-    assert read_arguments([str(module.CONFIG), *words], module.CONFIG, usage="")[0].cluster.spares == 1
+    assert read_arguments([str(module.CONFIG), *words], usage="")[0].cluster.spares == 1
     words = module.settings(tmp_path / "one", tmp_path / "models", module.ELASTIC)
-    config, _ = read_arguments([str(module.CONFIG), *words], module.CONFIG, usage="")
+    config, _ = read_arguments([str(module.CONFIG), *words], usage="")
     assert config.run.storage == str(tmp_path / "one")
     assert (config.cluster.workers, config.cluster.max_failures) == ((1, 2), -1)
     assert (config.train.log_every, config.train.checkpoint_every) == (1, 10)

@@ -29,7 +29,7 @@ def shown(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> Sh
 
     def show(show_config: bool = False, **changes: Any) -> tuple[str, list[str]]:
         file = project.write_config(tmp_path, project.settings(tmp_path, model, **changes))
-        config, _ = command_line.read_arguments([str(file)], None, "usage")
+        config, _ = command_line.read_arguments([str(file)], "usage")
         with said() as lines:
             dry_run(config, show_config)
         assert not (tmp_path / "runs" / "small").exists()

@@ -130,7 +130,9 @@ def test_rows_with_dates_bytes_and_half_characters_are_read() -> None:
     seen = pa.array([0] * 20, pa.timestamp("ms"))
     pq.write_table(pa.table({**columns, "date": seen}), "a.parquet")
     assert written("a.parquet", "--out", "a.yaml", out="a.yaml").data.train[0].path == "a.parquet"
-    Path("b.jsonl").write_text("".join(json.dumps({"question": f"{n} \ud83d", "answer": n}) + "\n" for n in range(20)))
+    Path("b.jsonl").write_text(
+        "".join(json.dumps({"question": f"{n} \ud83d", "answer": "a"}) + "\n" for n in range(20))
+    )
     assert written("b.jsonl", "--out", "b.yaml", out="b.yaml").data.train[0].path == "b.jsonl"
 
 

@@ -52,7 +52,7 @@ def test_the_introductions_commands_set_fields_that_there_are(tmp_path: Path) ->
     assert len(commands) == 4
     for command in commands:
         words = shlex.split(command.partition(" my_run.yaml ")[2])
-        command_line.read_arguments([str(file), *words], None, "usage")
+        command_line.read_arguments([str(file), *words], "usage")
 
 
 @pytest.mark.parametrize("kind", ["config", "space"])
