@@ -40,6 +40,7 @@ COPIES = 5
 moments and best update."""
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """Names of precisions in the headers of safetensors."""
+ELSEWHERE = "if it runs on other machines, set RAY_ADDRESS to theirs"
 AMPERE = (8, 0)
 """The lowest compute capability of GPUs that compute in bfloat16."""
 
@@ -91,8 +92,10 @@ def as_loaded(config: Config, wanted: Resources, answers: Sequence[tuple[str, No
 def memory_problems(
     config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
 ) -> Iterator[str]:
-    gpus = wanted.get("GPU", 0.0)
-    nodes = with_room(config, wanted, answers)
+    yield from _memory(config, base, size, wanted.get("GPU", 0.0), with_room(config, wanted, answers))
+
+
+def _memory(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> Iterator[str]:
     for need in needs(config, base, size, gpus) if nodes else ():
         if problem := no_room_for_spares(config, need, nodes):
             yield problem
@@ -104,7 +107,12 @@ def with_recomputation(
     config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
 ) -> MemoryEstimate:
     """Return the size with activation checkpointing if that is `auto` and a step does not fit without; else `size`."""
-    gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
+    return _recomputed(config, base, size, wanted.get("GPU", 0.0), with_room(config, wanted, answers))
+
+
+def _recomputed(
+    config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
+) -> MemoryEstimate:
     if config.train.activation_checkpointing != "auto" or not nodes:
         return size
     ample = replace(size, activation_bytes=int(size.activation_bytes * 1.1))  # a step may take more than estimated
@@ -112,6 +120,17 @@ def with_recomputation(
         return size
     less = estimate(override(config, {"train.activation_checkpointing": True}), base, bool(gpus))
     return min(size, less, key=lambda estimated: estimated.activation_bytes)
+
+
+def refuse_here(config: Config, base: BaseModel, size: MemoryEstimate) -> None:
+    """Raise UserError if this machine, without others, lacks memory; needs no Ray. Nothing is said of GPUs."""
+    info, fewest, gpus = node_facts.node_info(), config.cluster.min_workers(), config.cluster.gpus_per_worker
+    node = Node("here", info, int((os.cpu_count() or 1) // config.cluster.cpus_per_worker))
+    # A config with GPUs, or more workers than this machine has processors, is for other machines.
+    if info.gpu_generation is not None or gpus not in ("auto", 0) or node.fits < fewest:
+        return
+    if problems := list(_memory(config, base, _recomputed(config, base, size, 0.0, [node]), 0.0, [node])):
+        raise of_problems("the run cannot start here", [*problems[:-1], f"{problems[-1]}; {ELSEWHERE}"])
 
 
 def with_room(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from olora_ray.cluster import preflight, ray_internals
 from olora_ray.common.text import aligned, duration
 from olora_ray.config.load import dump
 from olora_ray.config.schema import Config
@@ -62,6 +63,14 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     for example in train.examples:
         print(f"\n{_short(example.origin)}: {len(example.input_ids):,} tokens, {int(example.mask.sum()):,} supervised")
         print(_shown(base.tokenizer, example))
+    if not _elsewhere():
+        preflight.refuse_here(config, base.model, size)
+
+
+def _elsewhere() -> bool:
+    return os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local") or bool(
+        ray_internals.started_address()
+    )
 
 
 def layers(targets: Mapping[str, tuple[int, ...]]) -> str:
@@ -116,8 +125,7 @@ def _rows(preview: Preview) -> str:
 def _measured(
     config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None
 ) -> Iterator[tuple[str, str]]:
-    elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
-    if why := estimate.not_measured(config, size, elsewhere):
+    if why := estimate.not_measured(config, size, _elsewhere()):
         yield "time", f"not estimated: {why}"
         return
     logger.info("training on one micro-batch to estimate the time")

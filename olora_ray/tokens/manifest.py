@@ -281,7 +281,8 @@ class Limits:
         longest = max((int(count[0]) for count in counts if count), default=0)
         where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
         shorten = " or set data.too_long to drop_turns or cut" if self.too_long == "reject" else ""
-        remedy = rejection_remedy(reasons, rows, where, f"{f' (up to {longest:,})' if longest else ''}{shorten}")
+        most = f" (up to {longest:,}, as far as the model has positions)" if longest else ""
+        remedy = rejection_remedy(reasons, rows, where, f"{most}{shorten}")
         raise UserError(f"{where}: {problem} ({reason_counts(reasons)}); {first}; {remedy}")
 
 

@@ -173,9 +173,25 @@ def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(tmp_path: Path,
     done = project.finetune(project.write_config(tmp_path, project.settings(tmp_path, model)), "--dry-run")
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: data.eval.0: 2 of 32 rows cannot be used, more than data.max_rejected = 0.01")
-    remedy = "raise data.max_length (up to 75) or set data.too_long to drop_turns or cut, or allow them with "
+    remedy = (
+        "raise data.max_length (up to 75, as far as the model has positions) or set data.too_long to drop_turns or cut,"
+        " or allow them with "
+    )
     assert done.stderr.endswith(f"{remedy}data.max_rejected=0.063\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(
+    shown: Shown, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = (
+        r"^cluster\.workers=2: each worker needs about \d+\.\d GiB of memory, so there is room for 0 \(node here has "
+    )
+    with pytest.raises(UserError, match=f"{told}.*; if it runs on other machines, set RAY_ADDRESS"):
+        shown(data__max_length=2**25)
+    assert "\nexamples, with the supervised tokens in [[ ]]\n" in capsys.readouterr().out
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert value(shown(data__max_length=2**25)[0], "time").startswith("not estimated: the workers run on another")
 
 
 def test_layers_are_grouped_by_kind() -> None:

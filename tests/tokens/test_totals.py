@@ -66,7 +66,10 @@ def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     with pytest.raises(UserError) as caught:
         prepare(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
     told = str(caught.value)
-    longer = "; raise data.max_length (up to 222) or set data.too_long to drop_turns or cut, or allow them with "
+    longer = (
+        "; raise data.max_length (up to 222, as far as the model has positions)"
+        " or set data.too_long to drop_turns or cut, or allow them with "
+    )
     assert longer in told
     share = float(told.split("data.max_rejected=")[1])
     for data in ({"max_rejected": share}, {"max_length": 222, "max_rejected": 0.0}):
