@@ -4,17 +4,18 @@
 
 RUN       name of a finished run in ./runs, or its folder
 PROMPT    in quotes; without it, each line that you type is a prompt, until Ctrl-D
---system  system message before the prompt
+--system  system message before the prompt; default: the one that all rows of the data have
 
 Decoding is greedy, as in the sample answers of a run. An answer has at most evaluation.max_new_tokens tokens.
 """
 
 import contextlib
+import itertools
 import logging
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.load import parse_assignments
+from olora_ray.config.schema import Source
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,28 @@ def _lines() -> Iterator[str]:
                 yield line
 
 
+def _system(sources: Sequence[Source]) -> str | None:
+    """Return the system message of all rows at the beginning of the data; None if there is none or the data is gone."""
+    from olora_ray.data import formats, reader, scan
+    from olora_ray.data.sources import list_files
+
+    found = set[str | None]()
+    for source in sources:
+        columns = formats.columns_of(source.format, source.fields)
+        with contextlib.suppress(UserError, OSError, IndexError):
+            file = scan.head(list_files(source, "data.train", "")[0])
+            assert file.file
+            for _, row in itertools.islice(reader.read_unit(file.file, file.units[0], file.columns, columns), 100):
+                with contextlib.suppress(formats.Rejected):
+                    example = formats.to_example(source.format, row, source.fields, True)
+                    first = example.messages[0] if isinstance(example, formats.Chat) else {}
+                    found.add(first.get("content") if first.get("role") == "system" else None)
+    system = found.pop() if len(found) == 1 else None
+    if system:
+        logger.info(f"system message of the data: {system} (--system TEXT sets another)")
+    return system
+
+
 class Answers:
     """The base model of a run with its exported adapter, which can be switched off."""
 
@@ -78,7 +102,7 @@ class Answers:
         adapter = storage.join(run, "export", "adapter")
         target = targets.resolve(adapter, targets.settings([adapter], None, changes))
         self.base = with_tokenizer(target.base, target.config)
-        self.limit, self.system = target.config.evaluation.max_new_tokens, system
+        self.limit = target.config.evaluation.max_new_tokens
         self.tokens = ExampleTokenizer(self.base.spec, max_length=sys.maxsize)
         self.chat = any(
             as_chat(source, self.base.spec)
@@ -88,6 +112,7 @@ class Answers:
         )
         if system and not self.chat:
             raise UserError(f"argument --system: {run} was trained on texts without a chat template; leave it out")
+        self.system = _system(target.config.data.train) if system is None and self.chat else system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = held_out.load(target.base, adapter, target.config, self.device)
 

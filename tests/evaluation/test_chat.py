@@ -1,6 +1,7 @@
 """A prompt to the base model and to the fine-tuned model of a finished run, without Ray."""
 
 import io
+import json
 import shutil
 import textwrap
 from pathlib import Path
@@ -13,6 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.evaluation import chat
 from tests import finished_run
 from tests.finished_run import FinishedRun
+from tests.said import said
 
 pytestmark = pytest.mark.lengthy
 
@@ -70,6 +72,25 @@ def test_a_system_message_and_a_length_are_taken(
     assert capsys.readouterr().out == expected(run, [system, user("after 5?")], new=9)
 
 
+def test_the_system_message_of_all_rows_is_sent_without_asking(
+    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = there / "train.jsonl"
+    before = rows.read_text()
+    system = {"role": "system", "content": "count"}
+    try:
+        rows.write_text(before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"'))
+        with said() as lines:
+            chat.main(["mine", "after 5?"])
+        assert capsys.readouterr().out == expected(run, [system, user("after 5?")])
+        assert "system message of the data: count (--system TEXT sets another)" in lines
+        rows.write_text(before + rows.read_text())
+        chat.main(["mine", "after 5?"])
+        assert capsys.readouterr().out == expected(run, [user("after 5?")])
+    finally:
+        rows.write_text(before)
+
+
 def test_each_line_of_the_input_is_a_prompt_of_its_own(
     run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,12 +114,12 @@ def test_a_run_on_texts_goes_on_with_the_prompt(
 def test_what_cannot_be_asked_is_one_line(run: FinishedRun, there: Path) -> None:
     (there / "runs" / "begun").mkdir()
     (there / "runs" / "begun" / "config.yaml").touch()
-    for words, said in (
+    for words, told in (
         ([], r"^arguments: expected RUN .* PROMPT .* --help"),
         (["mine", "after", "3?"], r"^arguments: expected RUN .* PROMPT .* --help"),
         (["other", "hi"], rf"^run other: no such run folder; {there}/runs has .*begun, mine"),
         (["begun", "hi"], r"^run begun: not finished; run its training command again to resume$"),
         (["mine", "hi", "train.lrr=3"], r"train\.lrr: unknown field"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=told):
             chat.main(words)
