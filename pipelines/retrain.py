@@ -19,10 +19,13 @@ quiet_environment()  # before Ray is imported
 
 from olora_ray.config import command_line  # noqa: E402
 
+FIELDS = ("registry.model", "retrain", "gate", "notify")
+"""The fields and sections that --help shows."""
+
 
 def main(argv: list[str]) -> None:
     # The retraining is imported late: a mistake in the config is reported at once.
-    config, _ = command_line.read_arguments(argv, usage=__doc__ or "", flags=())
+    config, _ = command_line.read_arguments(argv, usage=__doc__ or "", flags=(), first=FIELDS)
     from olora_ray.retrain import run
 
     run.run(config)

@@ -22,10 +22,10 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def run(
-    *words: str | Path, folder: Path, stop_at: str = "", timeout: float = 300
+    *words: str | Path, folder: Path, stop_at: str = "", timeout: float = 600, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command as a user does; press Ctrl+C once it has printed `stop_at`."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COVERAGE_PROCESS")}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     command = [str(word) for word in words]
     if not stop_at:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=folder, env=environment)
@@ -115,4 +115,5 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def olora_ray(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
     """The command `olora-ray` as the README installs it: olora_ray("runs", folder=...)."""
     command = install(wheel, tmp_path_factory.mktemp("environment"))
-    return lambda *words, **options: run(command, *words, **options)
+    home = str(tmp_path_factory.mktemp("home"))
+    return lambda *words, **options: run(command, *words, HOME=home, OMP_NUM_THREADS="1", **options)

@@ -66,3 +66,10 @@ def test_a_command_has_help(command: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert f"    olora-ray {command} " in done.stdout
     assert "python pipelines" not in done.stdout
+
+
+@pytest.mark.lengthy
+def test_the_help_of_retrain_has_the_sections_that_set_its_conditions() -> None:
+    shown = olora_ray("retrain", "--help").stdout
+    assert all(f"\n{section}:\n" in shown for section in ("registry", "retrain", "gate", "notify"))
+    assert "\ntrain:\n" not in shown

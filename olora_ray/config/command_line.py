@@ -79,14 +79,15 @@ FIRST = (
 def help_text(config: type[Section] = Config, only: Collection[str] | None = None) -> str:
     """Return the fields of a config by section, with their docstrings, types and defaults.
 
-    `only` names the fields to show, as section.field; sections that are not in Config are always shown. None: all.
+    `only` names the fields to show, as section.field, and whole sections. None: all. A section that is not in Config is
+    always shown.
     """
     lines = []
     for name, field in config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, Section)
-        all_fields = only is None or name not in Config.model_fields
+        all_fields = only is None or name in only or name not in Config.model_fields
         shown = None if all_fields else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
         if shown != []:
             lines.append(f"{name}:")
@@ -262,10 +263,11 @@ def parse(
     flags: Sequence[str] = (),
     options: Sequence[str] = (),
     fields: type[Section] | None = None,
+    first: Collection[str] = FIRST,
 ) -> Arguments:
     """Sort the words of a command line: `flags` have no value, `options` have one (`--x y` or `--x=y`).
 
-    --help prints `usage` and exits. With `fields` it also prints the fields of that config: those in FIRST, or all of
+    --help prints `usage` and exits. With `fields` it also prints the fields of that config: those in `first`, or all of
     them after `--help all`. --version prints the release and exits. Raises UserError for an unknown flag, with the
     nearest known one or the field that is meant.
     """
@@ -277,9 +279,7 @@ def parse(
         if fields and "all" in argv:
             print(f"\nFields, with their defaults:\n\n{help_text(fields)}")
         elif fields:
-            print(
-                f"\nFields of a first run, with their defaults (--help all: all fields):\n\n{help_text(fields, FIRST)}"
-            )
+            print(f"\nFields to begin with and their defaults (--help all: all):\n\n{help_text(fields, first)}")
         raise SystemExit(0)
     words, given, values = [], set(), list[tuple[str, str]]()
     rest = iter(argv)
@@ -321,10 +321,13 @@ def _unknown(name: str, flags: Sequence[str], options: Sequence[str]) -> str:
 
 
 def read_arguments(
-    argv: Sequence[str], usage: str, flags: Sequence[str] = ("--dry-run", "--show-config")
+    argv: Sequence[str],
+    usage: str,
+    flags: Sequence[str] = ("--dry-run", "--show-config"),
+    first: Collection[str] = FIRST,
 ) -> tuple[Config, frozenset[str]]:
     """Return (config, flags); raise UserError for unknown arguments."""
-    arguments = parse(argv, usage, flags, fields=Config)
+    arguments = parse(argv, usage, flags, fields=Config, first=first)
     if "--show-config" in arguments.flags and "--dry-run" not in arguments.flags:
         raise UserError("argument --show-config: works only with --dry-run; add --dry-run")
     files = arguments.names()

@@ -28,12 +28,19 @@ logger = logging.getLogger(__name__)
 # SIGTERM and Ctrl+C: during training a request to stop after the current step, otherwise an immediate end.
 
 
+CTRL_C = "Ctrl+C"
+
+
+def _name(number: int) -> str:
+    return CTRL_C if number == signal.SIGINT else signal.Signals(number).name
+
+
 class Stop:
     """Handler of both signals in the main thread, while its context is entered."""
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        """Name of the signal that arrived while `gentle` was True."""
+        """Name of the signal that arrived while `gentle` was True: SIGTERM or Ctrl+C."""
         self.gentle = False
         """True while the training polls `asked`. A second Ctrl+C still ends the run at once."""
         self._raised: Stopped | None = None
@@ -58,14 +65,14 @@ class Stop:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def stopped(self, where: str) -> Stopped:
-        name = self.asked or "SIGTERM"
-        return Stopped(f"{where} ({name}); run the same command again to resume", 128 + signal.Signals[name].value)
+        number = signal.SIGINT if self.asked == CTRL_C else signal.SIGTERM
+        return Stopped(f"{where} ({_name(number)}); run the same command again to resume", 128 + number)
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self._lost:
             self._raised = self._lost
             raise self._lost
-        name = signal.Signals(number).name
+        name = _name(number)
         # `ray job stop` signals all processes of a job, and deploy/night.py forwards its signal, so the driver gets two
         # SIGTERM. The second one must not end the run before its checkpoint.
         if self.gentle and (self.asked is None or name == "SIGTERM"):

@@ -19,7 +19,8 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare, report
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens.manifest import NO_ROWS, HeldOut, reason_counts
+from olora_ray.tokens.manifest import HeldOut, reason_counts
+from olora_ray.tokens.plan import NO_ROWS
 from olora_ray.tokens.preview import Example, Preview, describe
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import estimate

@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     storage_root = command_line.absolute(arguments[0] if arguments else "runs", Path.cwd())
     with as_user_error(f"{storage_root}: cannot be read", OSError, reason=short_reason):
         lines = table(storage_root)
+    if arguments and not lines:
+        raise UserError(f"{storage_root}: has no runs; name the folder or URI of run.storage")
     print("\n".join(lines) or f"no runs in {storage_root}")
 
 

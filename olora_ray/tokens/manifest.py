@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.common import storage
@@ -30,7 +29,7 @@ from olora_ray.config.schema import AnyConfig
 from olora_ray.data.formats import Chat, Example, Ids, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens, form_line
 from olora_ray.tokens import columns
-from olora_ray.tokens.plan import Plan, Split, sources_of
+from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +37,6 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 # The note that counts the training rows that are left out as copies of held-out rows.
 COPIES = "copies"
-RowDigests = NDArray[np.uint64]
-NO_ROWS: RowDigests = np.zeros(0, np.uint64)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, overload
 
@@ -257,6 +257,11 @@ Found = tuple[tuple[Source, ...], list[list[File]], list[list[FileScan]]]
 Look = Callable[[str, Sequence[Source]], Found]
 
 
+# Digests of the tokens of rows.
+RowDigests = NDArray[np.uint64]
+NO_ROWS: RowDigests = np.zeros(0, np.uint64)
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
     file: File
@@ -280,6 +285,8 @@ class Rules:
     too_long: str = "reject"
     # Digest of all files: other data, as every night, draws other rows if a weight is not an integer.
     draw: str = ""
+    # The rows that eval_fraction holds out, sorted; the training leaves out their copies. The other rules decide them.
+    held_out: RowDigests = field(default_factory=lambda: NO_ROWS, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,14 +28,12 @@ from olora_ray.tokens import shard as shards
 from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.manifest import (
     MANIFEST,
-    NO_ROWS,
     REJECTED,
     HeldOut,
     Limits,
     Manifest,
     Outline,
     RejectedRows,
-    RowDigests,
     ShardInfo,
     Totals,
     file_size,
@@ -45,7 +43,7 @@ from olora_ray.tokens.manifest import (
     sidecar_name,
     summary,
 )
-from olora_ray.tokens.plan import Look, Part, Plan, Rules, Split, looking, make_plan, once
+from olora_ray.tokens.plan import Look, Part, Plan, RowDigests, Rules, Split, looking, make_plan, once
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -182,8 +180,6 @@ class ShardSpec:
     uri: str
     # `run.storage`, where scans of files are kept.
     storage_root: str
-    # Rows that data.eval_fraction holds out, sorted: the training leaves out their copies.
-    held_out: RowDigests
 
 
 @dataclass(frozen=True)
@@ -193,9 +189,9 @@ class StoreSpec:
     # `run.storage`.
     storage_root: str
 
-    def for_tasks(self, held_out: RowDigests = NO_ROWS) -> ShardSpec:
+    def for_tasks(self) -> ShardSpec:
         """Return the spec without the plan, which is large."""
-        return ShardSpec(self.plan.rules(), self.uri, self.storage_root, held_out)
+        return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
 
     def outline(self) -> Outline:
         files = tuple(each.file.uri for each in self.plan.files)
@@ -277,16 +273,14 @@ def make(
     stopped: Callable[[], bool],
     cpus_held: float = 0.0,
     apart: HeldOut | None = None,
-    held_out: RowDigests = NO_ROWS,
 ) -> bool:
     """Build what `status` lacks, in the order of the shards; return False if `stopped` ended it between two.
 
-    `cpus_held` are CPUs of the cluster that others hold meanwhile; copies of the rows `held_out` are left out. Raise
-    UserError for data that cannot be used, for rows that must be `apart`, and for a shard that cannot be rebuilt as it
-    was.
+    `cpus_held` are CPUs of the cluster that others hold meanwhile. Raise UserError for data that cannot be used, for
+    rows that must be `apart`, and for a shard that cannot be rebuilt as it was.
     """
     totals = Totals(job.plan, status.rejected)
-    with contextlib.closing(_made(job, status, cpus_held, held_out)) as made:
+    with contextlib.closing(_made(job, status, cpus_held)) as made:
         for number in range(len(job.plan.shards)):
             if stopped():
                 return False
@@ -317,7 +311,7 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
     try:
-        shard = shards.build(job.rules, part, job.held_out)
+        shard = shards.build(job.rules, part)
     except Changed as error:
         forget_scan(error.file, job.storage_root)
         return {"error": str(error)}
@@ -331,10 +325,8 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     return sidecar
 
 
-def _made(
-    job: StoreSpec, status: StoreStatus, cpus_held: float, held_out: RowDigests
-) -> Generator[dict[str, Any], None, None]:
-    shared = job.for_tasks(held_out)
+def _made(job: StoreSpec, status: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+    shared = job.for_tasks()
     if small(job, status):
         return (make_shard(shared, job.plan.part(number)) for number in status.missing)
     return map_ordered(make_shard, shared, Lazy(job.plan.part, status.missing), cpus_held)
@@ -452,11 +444,11 @@ class StoreBuild:
         """
         try:
             # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
-            apart, line, held_out, left_out = None, None, self._held_out, NO_ROWS
+            apart, line, held_out = None, None, self._held_out
             if self.plan.split == "train" and self.plan.eval_fraction is not None:
-                # The shards depend on the held-out rows, which the store's digest determines.
                 assert held_out, "call check_against first"
-                left_out = np.unique(np.concatenate(list(held_out._rows())))
+                rows = np.unique(np.concatenate(list(held_out._rows())))
+                self._job = replace(self._job, plan=replace(self.plan, held_out=rows))
             elif held_out:
                 # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
                 kept = node_cache.result_path("held-apart", self.store.uri, held_out.store.uri)
@@ -464,7 +456,7 @@ class StoreBuild:
                 if line is None:
                     apart = HeldOut(np.concatenate(list(held_out._rows())))
             if not self.complete:
-                if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart, left_out):
+                if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart):
                     return
                 _say(self._job.plan.split, self.store.manifest)
             elif apart:

@@ -25,8 +25,8 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.first_look import read_as
-from olora_ray.tokens.manifest import NO_ROWS, Limits, RejectedRows, RowDigests, Totals
-from olora_ray.tokens.plan import Floats, Pack, Plan, Split, looking, make_plan, sample
+from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
+from olora_ray.tokens.plan import NO_ROWS, Floats, Pack, Plan, RowDigests, Split, looking, make_plan, sample
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -114,6 +114,7 @@ def describe(
     """
     look = _Look(config.run.storage)
     plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
+    plan = replace(plan, held_out=np.unique(held_out))
     exact = look.complete and plan.shards.pieces.bytes <= READ_ALL
     part, drawn = (plan, look.sizes) if exact else sample(plan, limit)
     limits = Limits.of(config, split)
@@ -122,7 +123,7 @@ def describe(
             logger.info(line)
     note = "; ".join(sorted(look.notes))
     which = "; ".join(["of the rows that a dry run reads of large data", *sorted(look.notes)])
-    made, totals = _made(part, limits, "" if exact else f" ({which})", np.unique(held_out))
+    made, totals = _made(part, limits, "" if exact else f" ({which})")
     for line in manifest.lines(totals.notes) if tell else ():
         logger.info(f"of the rows read, {line}")
     weights = np.array([[1.0 if exact else source.weight * plan.kept_share] for source in plan.sources])
@@ -130,11 +131,11 @@ def describe(
     return replace(preview, exact=exact, note=note)
 
 
-def _made(plan: Plan, limits: Limits, which: str, held_out: RowDigests) -> tuple[list[shards.Shard], Totals]:
+def _made(plan: Plan, limits: Limits, which: str) -> tuple[list[shards.Shard], Totals]:
     # As `prepare.make` does it, but in memory; `which` ends the error, because only some rows may have been read.
     totals, made = Totals(plan, RejectedRows(plan)), []
     for number in range(len(plan.shards)):
-        made.append(shards.build(plan, plan.part(number), held_out))
+        made.append(shards.build(plan, plan.part(number)))
         totals.add(made[-1].sidecar(b""), fresh=True)
         if totals.hopeless(limits):
             break

@@ -17,8 +17,8 @@ from olora_ray.data.formats import Chat, Ids, Rejected, Text, columns_of, to_exa
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike, as_chat
 from olora_ray.tokens import columns, manifest
-from olora_ray.tokens.manifest import COPIES, NO_ROWS, POSITION_BITS, RowDigests
-from olora_ray.tokens.plan import Part, Piece, PlannedFile, Rules, key, permutation, taken
+from olora_ray.tokens.manifest import COPIES, POSITION_BITS
+from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation, taken
 
 # Packing of examples into fixed-length packs: first-fit decreasing in O(n log n).
 
@@ -132,24 +132,21 @@ class Shard:
         }
 
 
-def build(rules: Rules, part: Part, held_out: RowDigests = NO_ROWS) -> Shard:
-    """Build a shard in memory without copies of the rows `held_out`, which are sorted.
-
-    Raise UserError for a broken file, tokenizer or template.
-    """
+def build(rules: Rules, part: Part) -> Shard:
+    """Build a shard in memory; raise UserError for a broken file, tokenizer or template."""
     try:
-        return _built(rules, part, held_out)
+        return _built(rules, part)
     except Unlike:
-        shard = _built(rules, part, held_out)
+        shard = _built(rules, part)
         shard.notes["unlike"] += 1
         return shard
 
 
-def _built(rules: Rules, part: Part, held_out: RowDigests) -> Shard:
+def _built(rules: Rules, part: Part) -> Shard:
     shard = Shard()
     tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only, rules.too_long)
     for piece in part.pieces:
-        _add(shard, rules, part.files[piece.file], piece, tokenize, held_out)
+        _add(shard, rules, part.files[piece.file], piece, tokenize)
     _arrange(shard, rules, part.number)
     return shard
 
@@ -163,14 +160,7 @@ def file_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _add(
-    shard: Shard,
-    rules: Rules,
-    planned: PlannedFile,
-    piece: Piece,
-    tokenize: ExampleTokenizer,
-    held_out: RowDigests,
-) -> None:
+def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
     end = rules.spec.eos_id
     for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([begun for _, begun in group if isinstance(begun, Begun)])
@@ -195,7 +185,7 @@ def _add(
                 )
                 continue
             digest = hashlib.blake2b(b"".join(each.ids.tobytes() for each in tokens), digest_size=8).digest()
-            if _among(held_out, digest):
+            if _among(rules.held_out, digest):
                 shard.notes[COPIES] += 1
                 continue
             manifest.count(shard.notes, begun.example, tokens, tokenize)

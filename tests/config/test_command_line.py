@@ -130,6 +130,7 @@ def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
         (["--learning_rate", "--dry-run"], "without dashes: train.lr=..."),
         (["--train.lr=1e-4"], "argument --train.lr=1e-4: set fields without dashes: train.lr=1e-4"),
         (["--warmup_steps=9"], "argument --warmup_steps=9: use train.warmup, a share of the steps"),
+        (["template=llama3"], "'template=llama3': expected section.field=value; use the model's own chat template"),
         (["tracking.wandb_project=a"], "runs are tracked in MLflow: set tracking.uri and tracking.experiment"),
         (["--versoin"], "did you mean --version?"),
     ],

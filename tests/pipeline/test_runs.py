@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common import storage
+from olora_ray.common.errors import UserError
 from olora_ray.pipeline import runs
 from olora_ray.pipeline.run import only_driver
 from olora_ray.pipeline.run_folder import RunFolder
@@ -70,11 +71,21 @@ def test_the_command_needs_no_heavy_library_and_writes_nothing(tmp_path: Path) -
     made(str(tmp_path), "mine")
     before = sorted(tmp_path.rglob("*"))
     code = (
-        "import sys; from olora_ray.pipeline import runs; runs.main(sys.argv[1:]); runs.main([sys.argv[1] + '/no'])\n"
+        "import sys; from olora_ray.pipeline import runs; runs.main(sys.argv[1:])\n"
         "print([name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    _, row, nothing, heavy = done.stdout.splitlines()
+    _, row, heavy = done.stdout.splitlines()
     assert row.startswith("mine  interrupted  4/6")
-    assert (nothing, heavy) == (f"no runs in {tmp_path}/no", "[]")
+    assert heavy == "[]"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_without_runs_is_an_error_if_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"/nothere: has no runs; name the folder or URI of run\.storage$"):
+        runs.main(["nothere"])
+    runs.main([])
+    assert capsys.readouterr().out == f"no runs in {tmp_path}/runs\n"
