@@ -49,7 +49,7 @@ def trained_files(folder: Path) -> list[set[str]]:
     return sorted(({Path(file).name for file in each["files"]} for each in stores), key=len)
 
 
-@pytest.mark.parametrize("nights", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nights", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_new_users_first_days(olora_ray: Command, tmp_path: Path, nights: int) -> None:
     def ran(line: str, code: int = 0, stop_at: str = "") -> str:
         done = olora_ray(*shlex.split(line), folder=tmp_path, stop_at=stop_at)
