@@ -23,7 +23,7 @@ from olora_ray.common import logs, node_cache
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from tests import tiny
 from tests.crew import Crew
-from tests.installed import olora_ray, wheel  # noqa: F401  # fixtures
+from tests.installed import installed, olora_ray, wheel  # noqa: F401  # fixtures
 from tests.s3_server import bucket, s3_server  # noqa: F401  # fixtures
 from tests.tokens import helpers
 

@@ -53,7 +53,7 @@ def build_wheel(source: Path) -> Path:
 
 
 def install(wheel: Path, place: Path) -> Path:
-    """Install the wheel in a new environment; return its `olora-ray`."""
+    """Install the wheel in a new environment; return the folder of its programs."""
     venv.create(place, with_pip=False, symlinks=True)
     python = place / "bin" / "python"
     words = ("install", "--no-deps", "--no-index", "--no-compile", wheel)
@@ -62,7 +62,7 @@ def install(wheel: Path, place: Path) -> Path:
     (packages,) = place.glob("lib/*/site-packages")
     (own,) = distributions(name="olora-ray", path=[str(packages)])
     link(closure(own.requires or ()) | {WITHOUT_ITS_DEPENDENCIES}, packages)
-    return place / "bin" / "olora-ray"
+    return place / "bin"
 
 
 def closure(requirements: Sequence[str]) -> set[str]:
@@ -112,8 +112,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def olora_ray(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """The command `olora-ray` as the README installs it: olora_ray("runs", folder=...)."""
-    command = install(wheel, tmp_path_factory.mktemp("environment"))
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `python` and `olora-ray` of an environment as the README makes it."""
+    return install(wheel, tmp_path_factory.mktemp("environment"))
+
+
+@pytest.fixture(scope="session")
+def olora_ray(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """The command `olora-ray` there: olora_ray("runs", folder=...)."""
     home = str(tmp_path_factory.mktemp("home"))
-    return lambda *words, **options: run(command, *words, HOME=home, OMP_NUM_THREADS="1", **options)
+    return lambda *words, **options: run(installed / "olora-ray", *words, HOME=home, OMP_NUM_THREADS="1", **options)

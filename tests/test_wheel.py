@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.installed import ROOT, Command
+from tests.installed import ROOT, Command, run
 from tests.pipelines import project
 
 pytestmark = pytest.mark.lengthy
@@ -28,6 +28,20 @@ def test_the_wheel_has_what_its_commands_name_and_no_name_of_others(wheel: Path)
     }
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "olora_ray").rglob("*.py")}
     assert modules <= names
+
+
+def test_each_module_is_imported_without_undeclared_packages(installed: Path, tmp_path: Path) -> None:
+    program = (
+        "import importlib, pkgutil, olora_ray\n"
+        "for each in pkgutil.walk_packages(olora_ray.__path__, 'olora_ray.'): importlib.import_module(each.name)\n"
+        "print(olora_ray.__path__[0])\n"
+        "try: import pytest\n"
+        "except ImportError: print('bare')"
+    )
+    done = run(installed / "python", "-c", program, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    place, bare = done.stdout.splitlines()[-2:]
+    assert (place.endswith("site-packages/olora_ray"), bare) == (True, "bare")
 
 
 def test_each_command_has_its_help(olora_ray: Command, tmp_path: Path) -> None:

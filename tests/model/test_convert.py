@@ -51,12 +51,12 @@ def test_pickled_weights_are_refused_unless_asked_for(folder: Path) -> None:
     assert not (folder.parent / "runs").exists()
 
 
-def test_asked_for_they_become_safetensors_once(folder: Path) -> None:
+def test_asked_for_they_become_safetensors_once(folder: Path, node: Path) -> None:
     config = named(folder, model__allow_pickle=True)
     with said() as lines:
         first = source.obtain(config)
         assert source.obtain(config) == first
-    assert lines == ["model: converting pytorch_model.bin to safetensors, once"]
+    assert lines == ["model: converting pytorch_model.bin to safetensors, once on this machine"]
     there = sorted(file.name for file in Path(first.folder).iterdir())
     assert there == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     loaded: Any = load_module.load_model(first.folder, config.model, torch.device("cpu"))
