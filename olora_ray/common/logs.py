@@ -10,9 +10,8 @@ import logging
 import os
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -135,19 +134,11 @@ def quiet_bitsandbytes() -> None:
 
 
 def quiet_gguf() -> None:
-    """Show transformers' progress in a GGUF conversion as lines of the log instead of a bar."""
+    """Show transformers' progress bar of a GGUF conversion on a terminal only, not in a log."""
+    from tqdm import tqdm
     from transformers import modeling_gguf_pytorch_utils
 
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = _told
-
-
-def _told(tensors: Sequence[Any], desc: str) -> Iterator[Any]:
-    last = time.monotonic()
-    for number, tensor in enumerate(tensors):
-        if time.monotonic() - last > 5:
-            last = time.monotonic()
-            logging.getLogger(PACKAGE).info(f"model: {number} of {len(tensors)} tensors are dequantised")
-        yield tensor
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: enabled only on a terminal
 
 
 def quiet_lm_eval() -> None:

@@ -1,10 +1,13 @@
 """Conversion of base models in other formats to safetensors, once; no other module reads those formats."""
 
+import contextlib
 import logging
 import math
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial, reduce
@@ -51,6 +54,8 @@ _PASSES_WINDOW_BY = ("phi3",)
 _GUESSES_SCALE, _SCALE = ("gemma2", "gemma3"), 256
 # Of Llama 3.1 to 3.3, whose files have the divisors that follow from these numbers and a factor.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
+# Seconds between the lines about a conversion that goes on.
+SECONDS_BETWEEN_LINES = 10.0
 _INSTEAD = "name the folder or hub id with its original safetensors"
 
 
@@ -190,7 +195,8 @@ def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyCo
 
     def convert(unfinished: Path) -> None:
         logger.info(announcement)
-        write(unfinished)
+        with _telling():
+            write(unfinished)
 
     if remote:
         node_cache.cached(target, convert)
@@ -208,6 +214,24 @@ def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyCo
     if not (target / "config.json").exists():
         raise UserError(f"model.name: {target} has no config.json; delete that folder")
     return target
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """Log every few seconds that the conversion in the block still works: transformers is silent for a minute."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            logger.info(f"model: converting, {time.monotonic() - began:.0f} s so far")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _link(source: str, target: str) -> None:
