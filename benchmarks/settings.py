@@ -263,6 +263,8 @@ def tuned_factor(losses: dict[float, float]) -> float | None:
 
 
 def run(path: Path, storage: str, most: int) -> None:
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        raise SystemExit("this processor has no native bfloat16: its results cannot be compared with the others")
     keep_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
     (claims := WORK / "claims").mkdir(parents=True, exist_ok=True)
@@ -341,6 +343,7 @@ def train(training: Training, auto: float | None, storage: str) -> Line:
         "cpu": round(time.process_time() - began),
         "step_cpu": round((stepped - started) / cell.steps, 2),
         "code": code(),
+        "on": machine().partition(",")[0],
         **({"rows": losses} if seed != TUNING_SEED else {}),
     }
 
