@@ -5,8 +5,9 @@
     python benchmarks/settings.py table              the registered tables, from the trainings so far
 
 benchmarks/settings_rules.md has the rules: cells, seeds, rows, statements, and what counts as a result. Each training
-is appended to docs/generated/settings.jsonl when it ends. The same command resumes. Run it in several processes side by
-side: each claims a training by a lock on a file, which ends with the process. One thread per process.
+is appended to docs/generated/settings.jsonl when it ends. The same command resumes; a training of more than 20 steps
+continues from its last saved state. Run it in several processes side by side: each claims a training by a lock on a
+file, which ends with the process. One thread per process.
 
 SmolLM2-135M-Instruct, dequantised from Q4_1; steps of 8 rows; loss per supervised token.
 """
@@ -64,6 +65,8 @@ LONGEST = 400
 """Characters of an article; a longer one is cut after its last sentence within them."""
 DIGESTS = {"reasoning": "17c568d62930", "json": "6d7c6e1f2bfb", "summary": "40c026f3208b"}
 """The first digits of the sha256 of each task's rows."""
+SAVED = 20
+"""Steps after which the state of a training is saved."""
 RANKS, FACTORS, METHODS = (8, 16, 64), (1, 2, 4), ("lora", "olora", "nora")
 Line = dict[str, Any]
 
@@ -97,6 +100,9 @@ class Training(NamedTuple):
     seed: int
     factor: float
     """Multiple of the cell's automatic rate."""
+
+    def name(self) -> str:
+        return "-".join(map(str, (*vars(self.cell).values(), self.seed, self.factor)))
 
 
 class Arm(NamedTuple):
@@ -274,7 +280,9 @@ def run(path: Path, storage: str, most: int) -> None:
             with claim(claims, training) as mine:
                 # Another process may have ended it since the results were read.
                 if mine and training in missing(read(path)):
-                    append(path, train(training, read(path).auto(training.cell), storage))
+                    state = WORK / f"{training.name()}.pt"
+                    append(path, train(training, read(path).auto(training.cell), storage, state))
+                    state.unlink(missing_ok=True)
                     done += 1
                     break
         else:
@@ -284,8 +292,7 @@ def run(path: Path, storage: str, most: int) -> None:
 @contextlib.contextmanager
 def claim(folder: Path, training: Training) -> Iterator[bool]:
     """Hold a training until the end of the block or of the process; False if another process holds it."""
-    words = (*vars(training.cell).values(), training.seed, training.factor)
-    with (folder / "-".join(map(str, words))).open("w") as file:
+    with (folder / training.name()).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -307,14 +314,15 @@ def read(path: Path) -> Results:
     )
 
 
-def train(training: Training, auto: float | None, storage: str) -> Line:
+def train(training: Training, auto: float | None, storage: str, state: Path) -> Line:
     cell, seed, factor = training
     loss, rows = base(cell.dtype, storage), data(cell.task, storage)
     # Stores are in the order of their seed: a training's first pass is in the order of its store.
     mixed = HeldOut(rows["train"][i] for i in np.random.default_rng(seed).permutation(len(rows["train"])))
+    done = torch.load(state) if state.exists() else {"losses": [], "cpu": 0.0, "auto": auto}
     began = time.process_time()
     adapted, moves = learning_rate.adapt(cell, loss, mixed, seed)
-    auto = auto or first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+    auto = done["auto"] or first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
     lr = float(f"{auto * factor:.3g}")
     trainer = Trainer(loss, adapted, cell.settings(lr, seed), CPU)
     attention = loss.model.config._attn_implementation
@@ -322,11 +330,12 @@ def train(training: Training, auto: float | None, storage: str) -> Line:
     tested = rows["tuning" if seed == TUNING_SEED else "test"]
     curve: list[float] = []
     losses: list[tuple[int, float]] = []
-    started = stepped = time.process_time()
+    cpu, started = done["cpu"], time.process_time()
     try:
-        for step in trainer.steps(loader, 0, Schedule(trainer.config.train, mixed)):
-            curve.append(step.loss)
-        stepped = time.process_time()
+        for curve in steps(trainer, loader, Schedule(trainer.config.train, mixed), done):
+            cpu = done["cpu"] + time.process_time() - started
+            if len(curve) % SAVED == 0 and len(curve) < cell.steps:
+                save(state, trainer, {"losses": curve, "cpu": cpu, "auto": auto})
         losses = row_losses(loss, tested, attention)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -340,12 +349,28 @@ def train(training: Training, auto: float | None, storage: str) -> Line:
         "loss": round(mean, 5) if math.isfinite(mean) else None,
         # Mean loss of each tenth of the steps.
         "curve": [round(float(part.mean()), 4) for part in np.array_split(curve, 10)] if losses else [],
-        "cpu": round(time.process_time() - began),
-        "step_cpu": round((stepped - started) / cell.steps, 2),
+        "cpu": round(done["cpu"] + time.process_time() - began),
+        "step_cpu": round(cpu / cell.steps, 2),
         "code": code(),
         "on": machine().partition(",")[0],
         **({"rows": losses} if seed != TUNING_SEED else {}),
     }
+
+
+def steps(trainer: Trainer, loader: Any, schedule: Schedule, done: dict[str, Any]) -> Iterator[list[float]]:
+    """Train from the state that `save` wrote, if there is one; yield the losses so far after each step."""
+    if losses := list(done["losses"]):
+        trainer.flat.vector.copy_(done["vector"])
+        trainer.optimizer.load(done["moments"], len(losses))
+    for step in trainer.steps(loader, len(losses), schedule):
+        losses.append(step.loss)
+        yield losses
+
+
+def save(state: Path, trainer: Trainer, done: dict[str, Any]) -> None:
+    part = state.with_suffix(".part")
+    torch.save({**done, "vector": trainer.flat.vector, "moments": trainer.optimizer.state()}, part)
+    part.replace(state)
 
 
 @torch.no_grad()
