@@ -68,6 +68,8 @@ class Begun:
     texts: Sequence[str]
     # Returns the tokens, in several pieces for a long text; raises Rejected if the example cannot be used.
     finish: Callable[[], list[Tokens]]
+    # True if the template has no place for the reasoning, so that it is written as <think>...</think>.
+    marked: bool = False
 
     @property
     def size(self) -> int:
@@ -108,6 +110,7 @@ class ExampleTokenizer:
         """Return an example with the texts to tokenise; raise Rejected if it cannot be used."""
         match example:
             case Chat():
+                self._marked = False
                 parts = [(_cuts(text, spans), spans) for text, spans in self._parts(example)]
                 answers = [
                     (cut, stop - start)
@@ -115,7 +118,7 @@ class ExampleTokenizer:
                     for cut, (start, stop) in zip(cuts, spans, strict=True)
                 ]
                 before = [cuts[0] for cuts, _ in parts]
-                return Begun(example, answers, before, lambda: self._chat(parts))
+                return Begun(example, answers, before, lambda: self._chat(parts), self._marked)
             case Completion():
                 texts = (example.prompt, example.completion)
                 return Begun(example, (), texts, lambda: [self._completion(example)])
@@ -227,6 +230,7 @@ class ExampleTokenizer:
             start, body = thought + close, body and body.lstrip()
         elif lead is None and rest is not None:
             start = f"{'' if key in rest else rest}<think>\n{thought}{close}"
+            self._marked = True
         else:
             start = lead and (opening := _after(since(lead), tail)) and opening + thought + close
         if start is None or body is None:

@@ -26,8 +26,8 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import seal, unseal
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.formats import Chat, Example, Ids, Text
-from olora_ray.data.tokenize import ExampleTokenizer, Tokens, form_line
+from olora_ray.data.formats import Chat, Ids, Text
+from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, form_line
 from olora_ray.tokens import columns
 from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
 
@@ -382,11 +382,14 @@ def summary(manifest: Manifest) -> str:
 # Notes about unusual rows of a split: counted per shard, and logged once.
 
 
-def count(notes: "Counter[str]", example: Example, tokens: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
+def count(notes: "Counter[str]", begun: Begun, tokens: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
+    example = begun.example
     if isinstance(example, Text) or (isinstance(example, Ids) and example.labels is None):
         return
     if isinstance(example, Chat):
         notes["chats"] += 1
+        if begun.marked:
+            notes["marked"] += 1
         if len(tokens) > 1:
             notes["split"] += 1
             notes["split_tokens"] += sum(len(each.ids) for each in tokens)
@@ -416,6 +419,11 @@ def lines(notes: Mapping[str, int]) -> list[str]:
         )
     if dropped := notes.get("drop_turns", 0):
         texts.append(f"chats shortened to data.max_length (data.too_long: drop_turns): {dropped:,}")
+    if marked := notes.get("marked", 0):
+        texts.append(
+            f"rows whose reasoning is trained as <think>...</think> before the answer: {marked:,} (the chat template"
+            " has no place for it, so a server shows it as part of the answer)"
+        )
     if single := notes.get("single", 0):
         texts.append(f"rows with a single supervised token: {single:,}")
     if unended := notes.get("unended", 0):

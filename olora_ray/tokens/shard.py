@@ -188,7 +188,7 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
             if _among(rules.held_out, digest):
                 shard.notes[COPIES] += 1
                 continue
-            manifest.count(shard.notes, begun.example, tokens, tokenize)
+            manifest.count(shard.notes, begun, tokens, tokenize)
             shard.digests.append(digest)
             shard.examples.extend(tokens)
             shard.origins.extend([(piece.file << POSITION_BITS) + position] * len(tokens))

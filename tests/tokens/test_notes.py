@@ -73,6 +73,16 @@ def test_single_tokens_and_answers_without_an_end(end: str, answer: str, expecte
     assert [words[name] in line for name, line in zip(expected, lines(found), strict=True)] == [True] * len(expected)
 
 
+def test_reasoning_for_which_the_template_has_no_place(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    chats = [conversation("q", "a"), conversation("q", "a")]
+    chats[0][-1]["reasoning_content"] = "abc"
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats])
+    with said() as printed:
+        describe(helpers.config(tmp_path / "runs", path), tiny_spec)
+    (line,) = (line for line in printed if "reasoning" in line)
+    assert "trained as <think>...</think> before the answer: 1 (" in line
+
+
 def test_ordinary_rows_are_not_worth_a_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     rows: list[Any] = [helpers.chat("q", "a"), helpers.chat("q", "abc")]
     store = prepare(
