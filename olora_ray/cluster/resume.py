@@ -32,7 +32,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.model import attention
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import checkpoint, checkpoints
+from olora_ray.train import checkpoint, checkpoints, first_step
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.loader import Waiting, planned_steps, until
@@ -349,15 +349,21 @@ def measure_first_step(
 
     All workers must call it together. Raises UserError if train.lr=auto has nothing to be measured on.
     """
+    train, adapter, trainer, state = spec.config.train, spec.config.adapter, start.trainer, start.state
+    packs, before = first_sequences(spec, waiting), state.lr_steps
+    steps = state.lr_steps = planned_steps(train, spec.train)
     if start.resumed:
+        if state.lr and before and before != steps:
+            old, state.lr = state.lr, first_step.for_steps(state.lr, steps, before)
+            if train.lr == "auto":
+                logger.info(
+                    f"train.lr=auto: the peak rate is {state.lr:.2g} for {steps} steps; it was {old:.2g} for {before}"
+                )
         return
-    train, adapter, trainer = spec.config.train, spec.config.adapter, start.trainer
     even = METHODS[adapter.method].even and not start.trained
     train_mode(trainer.adapted, False)
     with context.activate(trainer.adapted):
-        packs = first_sequences(spec, waiting)
-        steps = planned_steps(train, spec.train)
-        auto = start.state.lr = trainer.automatic_rate(packs, steps, start.attention, even)
+        auto = state.lr = trainer.automatic_rate(packs, steps, start.attention, even)
     if auto is None:
         if train.lr == "auto":
             raise UserError(

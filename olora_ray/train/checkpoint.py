@@ -54,6 +54,8 @@ class TrainState:
     """Hardware and software of the workers that trained last (cluster/worker_context.py)."""
     lr: float | None = None
     """The automatic learning rate, measured before step 0, also where train.lr is a number; None if it was not."""
+    lr_steps: int | None = None
+    """Number of steps for which `lr` was made; None in a checkpoint of an older version."""
     precision: str | None = None
     """Precision of the base by torch's name: the meaning of `model.dtype: auto` when the run started."""
     self_test: dict[str, Any] | None = None

@@ -91,7 +91,7 @@ class Trainer:
 
         `even` rescales the factors first. All workers must call it together, with the same sequences.
         """
-        batch = collate([first_step.example(packs)], attention).to(self.device)
+        batch = collate(first_step.examples(packs), attention).to(self.device)
 
         def measured() -> dict[str, first_step.Move]:
             # Rank 0's numbers, because another type of processor would find other last bits.

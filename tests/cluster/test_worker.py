@@ -254,6 +254,19 @@ def test_an_automatic_rate_and_even_factors_are_kept_through_a_resume(tmp_path: 
 
 
 @pytest.mark.lengthy
+def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path) -> None:
+    first, short = train(tmp_path, train__lr="auto")
+    with said() as lines:
+        longer, channel = train(tmp_path, train__lr="auto", train__steps=96)
+    assert first.state is not None
+    assert longer.state is not None
+    assert first.state.lr is not None
+    assert longer.state.lr == pytest.approx(first.state.lr / 2, rel=0.05)
+    assert channel.metrics("train/lr")[7] == pytest.approx(longer.state.lr, rel=0.05)
+    assert len([line for line in lines if "96 steps; it was" in line]) == 1
+
+
+@pytest.mark.lengthy
 def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
     result, channel = train(tmp_path / "fits", train__lr="auto")
     assert result.state is not None

@@ -13,6 +13,7 @@ from olora_ray.train import first_step
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss, watched
 from tests import tiny
+from tests.said import said
 
 
 def trainer(method: str, **changes: Any) -> Trainer:
@@ -137,11 +138,32 @@ def test_measuring_leaves_the_factors_as_they_were() -> None:
     assert torch.equal(one.flat.vector, before)
 
 
-def test_the_longest_example_is_measured_from_its_end() -> None:
+def test_the_longest_examples_are_measured_from_their_end() -> None:
     packs = [tiny.pack(40, 30), tiny.pack(20, 700, 60, seed=1)]
     packs[1].supervised[700:720] = False  # the end of the long example has no answer
-    found = first_step.example(packs)
+    (found,) = first_step.examples(packs)
     assert found.segments == (first_step.LONGEST,)
     assert found.input_ids.tolist() == packs[1].input_ids[700 - first_step.LONGEST : 700].tolist()
     assert found.supervised[-1]
-    assert len(first_step.example(packs[:1]).input_ids) == 40
+    assert [len(each.input_ids) for each in first_step.examples([tiny.pack(*[9, 40] * 30)])] == [40] * 12
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa"])
+def test_short_rows_get_the_rate_of_long_ones(attention: str) -> None:
+    one = trainer("olora", adapter__rank=4, adapter__alpha=4)
+    one.loss.model.set_attn_implementation(attention)
+    rates = [
+        one.automatic_rate([tiny.pack(*lengths, prompt=1) for _ in range(8)], 20, attention, even=False)
+        for lengths in ([256], [8] * 32, [2] * 128, [2] * 100 + [9])
+    ]
+    assert rates == pytest.approx([rates[0]] * 4, rel=0.25)
+
+
+def test_a_rate_at_an_end_of_the_measured_range_is_told() -> None:
+    one = trainer("olora")
+    measured = first_step.moves(one.loss, one.adapted, batch())
+    with said() as lines:
+        first_step.best_rate(measured, 1.0, 20)
+        assert lines == []
+        assert first_step.best_rate(measured, 1e6, 20) == pytest.approx(first_step.RATES[0], rel=0.05)
+    assert len([line for line in lines if "at an end of the range" in line]) == 1
