@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +43,20 @@ from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = {"reasoning": ROOT / "build" / "evidence" / "reasoning", "json": ROOT / "pipelines" / "quickstart"}
+BUILD = ROOT / "build"
+TASKS = {
+    "reasoning": BUILD / "evidence" / "reasoning",
+    "json": ROOT / "pipelines" / "quickstart",
+    "reasoning+": BUILD / "learning_rate" / "reasoning",
+    "json+": BUILD / "learning_rate" / "json",
+    "short": BUILD / "learning_rate" / "short",
+}
+SMALLEST = "SmolLM2-135M"
+MODELS = {
+    SMALLEST: MODEL,
+    "Gemma-3-270M": str(BUILD / "learning_rate" / "gemma-3-270m-q4_k_m.gguf"),
+    "own": str(BUILD / "learning_rate" / "own"),
+}
 STEPS, BATCH, HELD_OUT, SEED = 20, 8, 32, 17
 MOST = 6
 """Trainings per cell."""
@@ -57,6 +70,8 @@ class Cell:
     method: str
     rank: int
     alpha: float
+    steps: int = STEPS
+    model: str = SMALLEST
 
     def settings(self, lr: float = 1.0, seed: int = SEED) -> Config:
         return config(
@@ -64,7 +79,7 @@ class Cell:
             {"name": "unused", "dtype": "bfloat16"},
             run={"name": "unused", "storage": "unused", "seed": seed},
             adapter={"method": self.method, "rank": self.rank, "alpha": self.alpha},
-            train={"global_batch": BATCH, "micro_batch": 4, "steps": STEPS, "lr": lr},
+            train={"global_batch": BATCH, "micro_batch": 4, "steps": self.steps, "lr": lr},
             cluster={"workers": 1},
         )
 
@@ -75,30 +90,52 @@ def main() -> None:
     parser.add_argument("--methods", default="lora,olora,olora_even,pissa,nora")
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--alphas", default="1,2", help="alpha divided by rank")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--model", choices=MODELS, default=SMALLEST)
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "generated" / "learning_rate.jsonl")
     parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.tasks != ["table"]:
+    if args.tasks == ["rates"]:
+        measure(args)
+    elif args.tasks != ["table"]:
         train(args)
     print(machine())
-    print(shown(read(args.results)))
+    print(shown(read(args.results), rates(args.results)))
 
 
 def train(args: argparse.Namespace) -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    folder = model_folder(MODEL, args.storage)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    loss: Any = SupervisedLoss(load_frozen(folder, Cell("", "lora", 1, 1).settings().model, CPU))
+    loss, tokenizer = loaded(args)
     for task in args.tasks:
-        rows, held_out = (store(tokenizer, chats(task, split)[:count]) for split, count in SPLITS.items())
+        # The answers of short rows have two tokens or three.
+        held_out = stored(task, "heldout", HELD_OUT * (8 if task == "short" else 1), tokenizer)
+        rows = stored(task, "train", args.steps * BATCH, tokenizer)
         for rank in map(int, args.ranks.split(",")):
             for factor in map(float, args.alphas.split(",")):
                 for method in args.methods.split(","):
-                    tune(Cell(task, method, rank, factor * rank), loss, rows, held_out, args.results)
+                    cell = Cell(task, method, rank, factor * rank, args.steps, args.model)
+                    tune(cell, loss, rows, held_out, args.results)
 
 
-SPLITS = {"train": STEPS * BATCH, "heldout": HELD_OUT}
+def measure(args: argparse.Namespace) -> None:
+    """Note the automatic rate of each cell of the model, as the code chooses it now."""
+    loss, tokenizer = loaded(args)
+    for cell in read(args.results):
+        if cell.model == args.model and cell not in rates(args.results):
+            rows = stored(cell.task, "train", cell.steps * BATCH, tokenizer)
+            _, moves = adapt(cell, loss, rows)
+            append(args.results, {**vars(cell), "auto": automatic(cell, moves)})
+
+
+def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
+    folder = model_folder(MODELS[args.model], args.storage)
+    model = load_frozen(folder, Cell("", "lora", 1, 1).settings().model, CPU)
+    return SupervisedLoss(model), AutoTokenizer.from_pretrained(folder)
+
+
+def stored(task: str, split: str, count: int, tokenizer: Any) -> Any:
+    return store(tokenizer, chats(task, split)[:count], task == "short" or tokenizer.chat_template is None)
 
 
 def chats(task: str, split: str) -> list[Chat]:
@@ -110,12 +147,16 @@ def chat(question: str, answer: str) -> Chat:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def store(tokenizer: Any, rows: Iterable[Chat]) -> Any:
-    """One chat per sequence; the last answer and its end are supervised."""
+def store(tokenizer: Any, rows: Iterable[Chat], plain: bool = False) -> Any:
+    """One chat per sequence; the last answer and its end are supervised. `plain`: its messages are lines of text."""
     packs = []
     for row in rows:
-        whole = tokenizer.apply_chat_template(row, tokenize=False).rstrip("\n")
-        asked = tokenizer.apply_chat_template(row[:-1], tokenize=False, add_generation_prompt=True)
+        if plain:
+            asked = "".join(message["content"] + "\n" for message in row[:-1])
+            whole = asked + row[-1]["content"] + tokenizer.eos_token
+        else:
+            whole = tokenizer.apply_chat_template(row, tokenize=False).rstrip("\n")
+            asked = tokenizer.apply_chat_template(row[:-1], tokenize=False, add_generation_prompt=True)
         prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (asked, whole[len(asked) :]))
         ids = np.array(prompt + answer)
         packs.append(Pack(ids, np.arange(len(ids)) >= len(prompt), (len(ids),)))
@@ -130,8 +171,11 @@ class HeldOut(MemoryStore):
 
 def tune(cell: Cell, loss: Any, rows: Any, held_out: Any, results: Path) -> None:
     """Train a cell at rates around the automatic one, as far as they are not in the results."""
-    while (power := following({each["power"]: each["loss"] for each in read(results).get(cell, [])})) is not None:
-        trainer, auto = start(cell, loss, rows, 2.0**power)
+    while (power := following(losses(trained := read(results).get(cell, [])))) is not None:
+        adapted, moves = adapt(cell, loss, rows)
+        # The automatic rate of the first training stays the middle of the grid.
+        auto = trained[0]["auto"] if trained else automatic(cell, moves)
+        trainer = Trainer(loss, adapted, cell.settings(auto * 2.0**power), CPU)
         attention = loss.model.config._attn_implementation
         loader = StepLoader(rows, trainer.config.train, SEED, attention)
         try:
@@ -141,17 +185,22 @@ def tune(cell: Cell, loss: Any, rows: Any, held_out: Any, results: Path) -> None
         except Exception as error:  # diverged
             print(error)
             found = math.inf
-        line = {**vars(cell), "auto": auto, "power": power, "loss": found if math.isfinite(found) else None}
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        found_or_none = found if math.isfinite(found) else None
+        append(results, {**vars(cell), "auto": auto, "power": power, "loss": found_or_none})
         print(f"{cell} lr {auto * 2.0**power:.2e} ({2.0**power:g} x auto): {found:.4f}", flush=True)
 
 
-def start(cell: Cell, loss: Any, rows: Any, factor: float) -> tuple[Trainer, float]:
-    """A training at `factor` times the automatic rate, and that rate."""
-    adapted, moves = adapt(cell, loss, rows)
-    auto = first_step.best_rate(moves, cell.settings().adapter.scale(), STEPS)
-    return Trainer(loss, adapted, cell.settings(auto * factor), CPU), auto
+def automatic(cell: Cell, moves: dict[str, Move]) -> float:
+    return first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+
+
+def append(results: Path, line: dict[str, Any]) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def losses(trained: list[dict[str, Any]]) -> dict[int, float | None]:
+    return {each["power"]: each["loss"] for each in trained}
 
 
 def adapt(cell: Cell, loss: Any, rows: Any, seed: int = SEED) -> tuple[dict[str, AdaptedWeight], dict[str, Move]]:
@@ -161,7 +210,7 @@ def adapt(cell: Cell, loss: Any, rows: Any, seed: int = SEED) -> tuple[dict[str,
     targets = find_targets(loss.model, "all-linear", cell.rank)
     factors, *_ = new_factors(loss, targets, settings, rows, CPU)
     adapted = inject(loss.model, at_scale(factors, settings.adapter), settings.adapter.scale())
-    batch = collate([first_step.example(rows[:8])], loss.model.config._attn_implementation)
+    batch = collate(first_step.examples(rows[:8]), loss.model.config._attn_implementation)
     if METHODS[cell.method].even:
         first_step.even(adapted, first_step.moves(loss, adapted, batch))
     return adapted, first_step.moves(loss, adapted, batch)
@@ -182,7 +231,7 @@ def _number(loss: float | None) -> float:
 
 
 def vertex(losses: dict[int, float | None]) -> tuple[float, float]:
-    """(log2 of the tuned rate / the automatic one, its loss) from the best rate and its neighbours."""
+    """(log2 of the tuned rate / the middle of the grid, its loss) from the best rate and its neighbours."""
     best = min(losses, key=lambda power: _number(losses[power]))
     low, here, high = (_number(losses.get(power)) for power in (best - 1, best, best + 1))
     bend = low - 2 * here + high
@@ -195,33 +244,41 @@ def vertex(losses: dict[int, float | None]) -> tuple[float, float]:
 def read(results: Path) -> dict[Cell, list[dict[str, Any]]]:
     """The trainings of each cell."""
     found: dict[Cell, list[dict[str, Any]]] = {}
-    if results.exists():
-        for line in results.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            found.setdefault(Cell(row["task"], row["method"], row["rank"], row["alpha"]), []).append(row)
+    for cell, row in lines(results):
+        if "power" in row:
+            found.setdefault(cell, []).append(row)
     return found
 
 
-def shown(cells: dict[Cell, list[dict[str, Any]]]) -> str:
-    """A row per cell, and how many are within the bounds."""
-    rows, near, close = [], 0, 0
-    for cell, trained in cells.items():
-        losses = {each["power"]: each["loss"] for each in trained}
-        if following(losses) is not None:
+def rates(results: Path) -> dict[Cell, float]:
+    """The automatic rate of each cell, as it was measured last without a training."""
+    return {cell: row["auto"] for cell, row in lines(results) if "power" not in row}
+
+
+def lines(results: Path) -> list[tuple[Cell, dict[str, Any]]]:
+    rows = map(json.loads, results.read_text(encoding="utf-8").splitlines() if results.exists() else [])
+    return [(Cell(**{each.name: row[each.name] for each in fields(Cell) if each.name in row}), row) for row in rows]
+
+
+def shown(cells: dict[Cell, list[dict[str, Any]]], now: dict[Cell, float]) -> str:
+    """A row per cell that is complete, and how many are within the bounds at each number of steps."""
+    rows, within = [], dict[int, list[bool]]()
+    for cell, trained in sorted(cells.items(), key=lambda each: each[0].steps):
+        if following(losses(trained)) is not None:
             continue
-        power, loss = vertex(losses)
-        more = _number(losses[0]) - loss
-        near, close = near + (abs(power) <= 1), close + (more <= 0.02)
-        auto = trained[0]["auto"]
+        power, loss = vertex(losses(trained))
+        tuned = trained[0]["auto"] * 2**power
+        auto = now.get(cell, trained[0]["auto"])
+        within.setdefault(cell.steps, []).append(0.5 <= auto / tuned <= 2)
         rows.append(
             (
-                *(cell.task, cell.method, str(cell.rank), f"{cell.alpha:g}", f"{auto:.1e}", f"{auto * 2**power:.1e}"),
-                *(f"{2**-power:.2f}", f"{loss:.4f}", f"+{more:.4f}"),
+                *(cell.model, f"{cell.steps:,}", cell.task, cell.method, str(cell.rank), f"{cell.alpha:g}"),
+                *(f"{auto:.1e}", f"{tuned:.1e}", f"{auto / tuned:.2f}", f"{loss:.4f}"),
             )
         )
-    header = ("task", "method", "rank", "alpha", "auto", "tuned", "auto / tuned", "loss, tuned", "loss, auto")
-    summary = f"{near} of {len(rows)} cells within a factor of 2, {close} within 0.02 nats of the tuned loss"
-    return f"{table(header, rows)}\n\n{summary}"
+    header = ("model", "steps", "task", "method", "rank", "alpha", "auto", "tuned", "auto / tuned", "loss, tuned")
+    counts = (f"{steps:,} steps: {sum(each)} of {len(each)} cells within a factor of 2" for steps, each in within.items())
+    return "\n".join((table(header, rows), "", *counts))
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def train(
     adapted = inject(loss.model, at_scale(factors, first.adapter), first.adapter.scale())
     attention = loss.model.config._attn_implementation
     if rate is None:
-        batch = collate([first_step.example(rows[:8])], attention)
+        batch = collate(first_step.examples(rows[:8]), attention)
         rate = factor * first_step.best_rate(first_step.moves(loss, adapted, batch), first.adapter.scale(), STEPS)
     trainer = Trainer(loss, adapted, settings(rate), CPU)
     loader = StepLoader(rows, trainer.config.train, seed, attention)

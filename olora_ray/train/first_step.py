@@ -48,7 +48,7 @@ def examples(packs: Sequence[Pack]) -> list[Pack]:
 
     Each is cut to the LONGEST tokens that end with its last supervised one. The measurement keeps the inputs of all
     layers at once, which a step with activation checkpointing does not. So it takes no more tokens than these, whatever
-    the batches of the training are. Padding counts, because some attention needs it.
+    the batches of the training are. Padding counts as tokens: some attention needs it.
     """
     parts = []
     for pack in packs:
@@ -88,24 +88,16 @@ def moves(
     """
     layers = {name: layer for name, layer in adapted.items() if layer.a0.dim() == 2}
     result: dict[str, Move] = {}
-    ids, predicts = batch.inputs["input_ids"], batch.predicts
-    assert isinstance(ids, Tensor)
-    ends = predicts.new_zeros(len(ids)).scatter_reduce_(0, predicts // ids.shape[1], predicts % ids.shape[1] + 2, "amax")
-    # Behind the last supervised token of a row there may be padding.
-    tokens = (torch.arange(ids.shape[1], device=ids.device) < ends[:, None]).flatten()
-
-    def rows(part: Tensor) -> Tensor:
-        part = part.reshape(-1, part.shape[-1])
-        return (part[tokens] if len(part) == len(tokens) else part).float()  # an expert gets some tokens only
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         if not y.requires_grad:  # a part of the model that runs without gradients
             return
-        size = rows(y.detach()).square().mean().sqrt()
+        size = y.detach().float().square().mean().sqrt()
         y.register_hook(partial(measure, name, x.detach(), size))
 
     def measure(name: str, entered: Tensor, size: Tensor, gradient: Tensor) -> None:
-        move = _move(layers[name], rows(entered), rows(gradient), size, ratio)
+        x = entered.reshape(-1, layers[name].a0.shape[1]).float()
+        move = _move(layers[name], x, gradient.reshape(len(x), -1).float(), size, ratio)
         if move is not None:
             result[name] = move
 
