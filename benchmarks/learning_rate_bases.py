@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path[:0] = [str(ROOT / "pipelines" / part) for part in ("evidence", "quickstart")]
-import make_corpus
-import wheels
+import make_corpus  # noqa: E402
+import wheels  # noqa: E402
 
 WHEELS = BUILD / "evidence" / "wheels"
 TEXTS = wheels.Wheel(

@@ -231,7 +231,11 @@ def figure(task: str, found: dict[str, list[Line]]) -> None:
 
 def read(results: Path, cell: Cell) -> list[Line]:
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    return [line for line in map(json.loads, lines) if Cell(*(line[key] for key in vars(cell))) == cell]
+    return [
+        line
+        for line in map(json.loads, lines)
+        if Cell(line["task"], line["method"], line["rank"], line["alpha"]) == cell
+    ]
 
 
 def _mean(line: Line) -> float:

@@ -131,8 +131,8 @@ def best_rate(measured: Mapping[str, Move], scale: float, steps: int) -> float:
     sizes = np.maximum.accumulate(sizes)
     if not sizes[0] < math.log(FARTHEST) < sizes[-1]:
         logger.warning(
-            f"the automatic learning rate is at an end of the range that is measured, {RATES[0]:.2g} to {RATES[-1]:.2g}:"
-            " check adapter.alpha, or set train.lr"
+            "the automatic learning rate is at an end of the range that is measured,"
+            f" {RATES[0]:.2g} to {RATES[-1]:.2g}: check adapter.alpha, or set train.lr"
         )
     rate = math.exp(np.interp(math.log(FARTHEST), sizes, np.log(RATES)))
     return for_steps(rate, steps)

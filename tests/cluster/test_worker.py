@@ -255,7 +255,7 @@ def test_an_automatic_rate_and_even_factors_are_kept_through_a_resume(tmp_path: 
 
 @pytest.mark.lengthy
 def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path) -> None:
-    first, short = train(tmp_path, train__lr="auto")
+    first, _ = train(tmp_path, train__lr="auto")
     with said() as lines:
         longer, channel = train(tmp_path, train__lr="auto", train__steps=96)
     assert first.state is not None
