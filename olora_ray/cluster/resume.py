@@ -32,10 +32,10 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.model import attention
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import checkpoint, checkpoints, first_step
+from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loader import Waiting, planned_steps, until
+from olora_ray.train.loader import Waiting, for_steps, planned_steps, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.parallel import place_model
@@ -272,9 +272,8 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
     except (UserError, collectives.PeerLost):
         raise
     except Exception as error:
-        if is_out_of_memory(error) or hasattr(
-            loss, "unshard"
-        ):  # a failed exchange of a sharded base has the same types, and may pass
+        # A failed exchange of a sharded base has the same types, and may pass.
+        if is_out_of_memory(error) or hasattr(loss, "unshard"):
             raise
         if isinstance(error, TakenWeight):
             raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
@@ -354,7 +353,7 @@ def measure_first_step(
     steps = state.lr_steps = planned_steps(train, spec.train)
     if start.resumed:
         if state.lr and before and before != steps:
-            old, state.lr = state.lr, first_step.for_steps(state.lr, steps, before)
+            old, state.lr = state.lr, for_steps(state.lr, steps, before)
             if train.lr == "auto":
                 logger.info(
                     f"train.lr=auto: the peak rate is {state.lr:.2g} for {steps} steps; it was {old:.2g} for {before}"
