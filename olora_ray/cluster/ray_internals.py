@@ -1,9 +1,8 @@
 """Calls of Ray's private functions and modules, whose names may change without notice.
 
-Two other modules extend classes of Ray and use their private names: cluster/membership/places.py (Train) and
-sweep/schedulers.py (Tune). Each use here is marked with the version of Ray whose source was read, and each function
-says why public functions are not enough. After an upgrade of Ray, tests/cluster/test_ray_internals.py shows what has
-changed.
+Another module extends a class of Ray Train and uses its private names: cluster/membership/places.py. Each use here is
+marked with the version of Ray whose source was read, and each function says why public functions are not enough. After
+an upgrade of Ray, tests/cluster/test_ray_internals.py shows what has changed.
 """
 
 import contextlib

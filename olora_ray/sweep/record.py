@@ -27,7 +27,7 @@ class TrialRecord:
     number: int
     """Counted from 0, in the order of the search."""
     params: dict[str, Any]
-    """Dotted config field -> value; for population-based training the last values."""
+    """Dotted config field -> value."""
     status: Status
     value: float | None = None
     """Best value of the metric so far; None if it was never measured."""
@@ -142,17 +142,8 @@ class TrialFile:
 
     def keep_curve(self, step: int) -> None:
         """Keep the curve up to a checkpoint of this trial that exists although Tune does not know of it."""
-        if not self.record.curve and self._previous and self._previous.params == self.record.params:
-            self.resume_from(step)
-
-    def resume_from(self, step: int, other: TrialRecord | None = None) -> None:
-        """Keep the curve of an earlier attempt up to `step`; with `other`, the curve of that trial.
-
-        The value becomes the best one up to `step`, because the checkpoint holds the adapter of that value.
-        """
-        source = other or self._previous
-        curve = source.curve if source else ()
-        self._take(tuple(point for point in curve if point[0] <= step))
+        if self._previous and self._previous.params == self.record.params:
+            self._take(tuple(point for point in self._previous.curve if point[0] <= step))
 
     def started(self) -> None:
         if self.record.first_step is None:

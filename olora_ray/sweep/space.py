@@ -213,17 +213,6 @@ LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "train/loss")
 OTHER_LOSSES = ("adapter.dropout", "train.epochs", "train.global_batch", "train.steps")
 # Ray Tune keeps all trials of a search in memory and in its state, and each trial is a training.
 MOST_TRIALS = 10_000
-# All members of a population have these in common, because they take over each other's state at the same step.
-LENGTHS = (
-    "train.steps",
-    "train.epochs",
-    "train.global_batch",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.early_stop",
-    "train.keep",
-    "train.start",
-)
 
 
 class Scheduler(Section):
@@ -232,19 +221,16 @@ class Scheduler(Section):
     asha compares training losses if all trials see the same rows in the same steps, otherwise evaluations.
     """
 
-    kind: Literal["asha", "median", "population", "none"] = "asha"
-    """asha: successive halving; median: stop trials below the median; population: PBT; none: stop no trial."""
+    kind: Literal["asha", "none"] = "asha"
+    """asha: successive halving; none: stop no trial."""
     grace: PositiveInt | None = None
-    """asha, median: steps before a trial may be stopped; null: train.eval_every (asha on the same rows: 1/16)."""
+    """asha: steps before a trial may be stopped; null: train.eval_every (on the same rows: 1/16)."""
     reduction: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 4.0
     """asha: at each rung, one trial of this many continues."""
-    interval: PositiveInt | None = None
-    """population: steps between two comparisons of the members; null: train.eval_every."""
 
     @model_validator(mode="after")
     def _only_its_settings(self) -> "Scheduler":
-        used = {"asha": {"grace", "reduction"}, "median": {"grace"}, "population": {"interval"}, "none": set[str]()}
-        for name in sorted(self.model_fields_set - used[self.kind] - {"kind"}):
+        for name in sorted(self.model_fields_set - {"kind"} if self.kind == "none" else ()):
             raise ValueError(f"{name}: not used by kind: {self.kind}; leave it out")
         return self
 
@@ -300,11 +286,7 @@ class Space(Section):
 
     def has_default(self) -> bool:
         """True if trial 0 is the unchanged config."""
-        return self.include_default and self.scheduler.kind != "population" and self.searcher != "tpe"
-
-    def follows_from_numbers(self) -> bool:
-        """True if a trial's values follow from its number alone, not from the results of others."""
-        return self.searcher != "tpe" and self.scheduler.kind != "population"
+        return self.include_default and self.searcher != "tpe"
 
     def count(self) -> int:
         return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)
@@ -410,8 +392,6 @@ def _contradictions(space: Space) -> Iterator[str]:
             yield f"search.{field}: searcher: tpe has no grid; use choice"
         if space.searcher == "grid" and domain.of is None and not domain.options():
             yield f"search.{field}: searcher: grid needs listed values; use choice or grid instead of a range"
-    if space.scheduler.kind == "population":
-        yield from _population_problems(space)
     if space.mode == "max" and space.metric in LOWER_IS_BETTER:
         yield f"mode: max searches for the worst {space.metric}; leave it out"
     if space.searcher == "grid":
@@ -433,18 +413,6 @@ def _base_problems(space: Space, field: str, base: str) -> Iterator[str]:
         yield f"search.{field}: of: {base} must be searched too, with values of its own"
     elif any(isinstance(value, bool) or not isinstance(value, int | float) for value in space.search[base].extremes()):
         yield f"search.{field}: of: {base} has values that are not numbers"
-
-
-def _population_problems(space: Space) -> Iterator[str]:
-    for field, domain in space.search.items():
-        if not field.startswith("train."):
-            yield f"search.{field}: a population varies only train.*: its members take over each other's adapters"
-        if field in LENGTHS:
-            yield f"search.{field}: the members of a population must have it in common; put it under set"
-        if domain.steps() > 10_000:  # Tune keeps all values as a list
-            yield f"search.{field}: quniform has more than 10,000 values for a population; use uniform"
-    if space.searcher != "random":
-        yield "scheduler.kind: population needs searcher: random"
 
 
 def _grid_problems(space: Space) -> Iterator[str]:

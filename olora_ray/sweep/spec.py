@@ -104,20 +104,10 @@ class SweepSpec:
         return steps
 
     def _own(self, number: int) -> dict[str, Any]:
-        changes: dict[str, Any] = {
+        return {
             "run.name": extended(self.name, self.space.own_name(number) or trial_name(number)),
             "registry.model": None,
         }
-        if self.space.scheduler.kind == "population":
-            train = self.train_spec.config.train
-            every = self.space.scheduler.interval or train.eval_every
-            # Keep all checkpoints: a member may be many checkpoints ahead of the one that another member takes over.
-            changes |= {
-                "train.eval_every": every,
-                "train.checkpoint_every": every,
-                "train.keep": self.total() // every + 2,
-            }
-        return changes
 
 
 def trial_name(number: int) -> str:

@@ -22,12 +22,11 @@ from olora_ray.pipeline import fit, publish
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.prepare import prepare_tokens
-from olora_ray.sweep import record
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
-from olora_ray.train.checkpoints import copy_from, last_step
+from olora_ray.train.checkpoints import last_step
 
 logger = logging.getLogger(__name__)
 
@@ -89,20 +88,6 @@ class TrialRun:
             self._thread = threading.Thread(target=self._work, name="trial", daemon=True)
             self._thread.start()
         return self._items.get()
-
-    def resume_from(self, number: int, step: int) -> None:
-        """Copy a checkpoint of this or another trial to where the training resumes; call it before `next`."""
-        self._reported = step
-        owner = self.sweep_spec.trial_folder(number, self.config)
-        self._file.resume_from(step, record.read(owner.root) if owner.root != self.folder.root else None)
-        if step:
-            # Another trial may still be writing its checkpoint: wait for it up to a minute.
-            copy_from(owner.checkpoints, self.folder.checkpoints, step, 60.0)
-        storage.remove(self.folder.training)
-
-    def last(self) -> Measured | None:
-        step, value = self._file.record.curve[-1] if self._file.record.curve else (0, 0.0)
-        return Measured(step, value) if step else None
 
     def end(self) -> None:
         """Stop after the current step, and wait for the checkpoint of that step."""

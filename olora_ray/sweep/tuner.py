@@ -1,7 +1,6 @@
 """Ray Tune's part of a search: its callback and stopper, the class of a trial, and the new or resumed Tuner."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -9,7 +8,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -224,8 +222,7 @@ class SearchTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         draws = {name: value for name, value in config.items() if name != NUMBER}
-        # PBT copies the config of another trial, including its number. Only trial_name still identifies this trial.
-        self.trial_run = TrialRun(self.sweep_spec, number_of(self.trial_name), draws)
+        self.trial_run = TrialRun(self.sweep_spec, config[NUMBER], draws)
         self.last: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:
@@ -254,21 +251,6 @@ class SearchTrial(tune.Trainable):
         own |= {EVALUATED: item.value is not None} | ({} if item.paired is None else {PAIRED: item.paired})
         return {**item.row, **own}  # all metrics of the step, for Tune's tables
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        # Tune keeps this note of the checkpoint's folder. The tensors stay in the trial's run folder.
-        note = {"checkpoints": self.trial_run.folder.checkpoints, "step": self.last.get("step", 0)}
-        Path(checkpoint_dir, "checkpoint.json").write_text(json.dumps(note), encoding="utf-8")
-
-    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]  # Tune gives the folder
-        """Resume from a checkpoint of this trial or of a better one."""
-        note = json.loads(Path(checkpoint, "checkpoint.json").read_text(encoding="utf-8"))
-        # By the trial's number, not by the path: the search may have been moved since this was written.
-        owner = number_of(note["checkpoints"].rpartition("/")[0])
-        self.trial_run.resume_from(owner, int(note["step"]))
-        # A training that stopped early measures nothing more, and Tune ends the search at a result without the metric.
-        if (measured := self.trial_run.last()) is not None:
-            self.last = self._result(measured)
-
     def cleanup(self) -> None:
         self.trial_run.end()
 
@@ -293,7 +275,6 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     # These warn of slow callbacks, and of log files that do not exist yet.
     for name in ("utils.util", "logger.logger"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="Consider boosting PBT performance", category=UserWarning)
     # Optuna warns of values that are lists. They are a problem only for studies in Optuna's own storage.
     warnings.filterwarnings("ignore", message="Choices for a categorical distribution", category=UserWarning)
     # The trials' own processes run on the driver's node if its memory is enough. A trial cannot survive its process. On
@@ -329,6 +310,8 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         name=search_folder.TUNE,
         storage_path=sweep_spec.folder,
         failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
+        # A trial resumes from the checkpoints in its own folder, so Tune keeps none.
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         stop=callback,
         callbacks=[callback],
         verbose=0,
@@ -341,7 +324,7 @@ def _forget(sweep_spec: SweepSpec) -> None:
     folder = sweep_spec.folder
     # If values follow from the results of others, a trial would now get other values than those in its folder. Only a
     # search without any result can start again then.
-    if not sweep_spec.space.follows_from_numbers():
+    if sweep_spec.space.searcher == "tpe":
         if any(each.measured() for each in record.read_all(folder).values()):
             raise search_folder.not_resumed(folder)
         storage.remove(storage.join(folder, "trials"))

@@ -103,24 +103,6 @@ def latest_good(root: str) -> tuple[str, Checkpoint] | None:
     return None
 
 
-def copy_from(source: str, root: str, step: int, seconds: float) -> None:
-    """Make the checkpoint of `step` in the folder `source` the newest in `root`, which may be the same folder.
-
-    Copies it, and removes later checkpoints from `root`. Waits up to `seconds` for a checkpoint that is still being
-    written. Raises UserError if it is missing or damaged.
-    """
-    wanted, end = storage.join(source, name_of(step)), time.monotonic() + seconds
-    while name_of(step) not in names(source) and time.monotonic() < end:
-        time.sleep(0.2)
-    read(wanted)
-    if source != root:
-        with node_cache.fetched(wanted) as local:
-            put(lambda folder: shutil.copytree(local, folder, dirs_exist_ok=True), storage.join(root, name_of(step)))
-    for existing in steps_of(root):
-        if existing > step:
-            drop(storage.join(root, name_of(existing)))
-
-
 def read(folder: str) -> Checkpoint:
     """Read a checkpoint; raises UserError if it is missing or damaged, Closed or TryAgain if it cannot be read."""
     try:

@@ -30,11 +30,6 @@ SPACE: dict[str, Any] = {
     "scheduler": {"kind": "asha", "reduction": 2},
     "trials_per_worker": 4,
 }
-POPULATION: dict[str, Any] = {
-    "scheduler": {"kind": "population", "interval": 4},
-    "trials": 4,
-    "trials_per_worker": 2,
-}
 SHORT = {
     "cluster__workers": 1,
     "cluster__cpus_per_worker": 1,  # two shared bases take all of a small machine
@@ -359,43 +354,3 @@ def test_trials_of_other_lengths_are_stopped_or_do_all_their_steps(corpus: Path,
             assert f"{trial['step']} of {trial['total']}" in done.stdout
     [longest] = [trial for trial in found.values() if trial["total"] == 24]
     assert longest["status"] == "finished"
-
-
-@pytest.mark.slow
-def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: Path) -> None:
-    space = {
-        "search": {
-            "train.lr": {"choice": [1e-2, 1e-7]},
-            "train.clip": {"choice": [None, 1.0]},
-            "train.micro_batch": {"quniform": [1, 4, 1]},
-            "train.schedule": {"choice": ["constant", "cosine"]},
-        },
-        **POPULATION,
-        "seed": 3,
-    }
-    done = sweep(*write(corpus, tiny_model, space, train__steps=16))
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = corpus / "runs" / "small-space"
-    found = records(folder)
-    assert all(trial["status"] == "finished" and trial["step"] == 16 for trial in found.values())
-    for trial in found.values():
-        assert trial["params"]["train.clip"] in (None, 1.0)
-        assert trial["params"]["train.micro_batch"] in (1, 2, 3, 4)
-    # A member that could learn nothing by itself ends as good as the others only with another's adapter.
-    values = sorted(trial["value"] for trial in found.values())
-    first = {trial["curve"][0][1] for trial in found.values()}
-    assert len(first) == 1
-    assert values[-1] < first.pop() - 0.1
-    assert "resumes after step" in done.stdout
-
-
-@pytest.mark.slow
-def test_a_population_goes_on_without_a_member_that_fails(corpus: Path, tiny_model: Path) -> None:
-    """Its others waited for it at the next comparison, without end."""
-    space = {"search": {"train.lr": {"choice": [1e-2, 2e9]}}, **POPULATION, "seed": 1}
-    done = sweep(*write(corpus, tiny_model, space, train__steps=12))
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = records(corpus / "runs" / "small-space")
-    statuses = {number: trial["status"] for number, trial in found.items()}
-    assert set(statuses.values()) == {"failed", "finished"}, statuses
-    assert all(trial["step"] == 12 for trial in found.values() if trial["status"] == "finished")

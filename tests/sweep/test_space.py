@@ -28,7 +28,7 @@ def space(tmp_path: Path, **tree: Any) -> Space:
 
 
 def test_every_shipped_space_fits_the_config() -> None:
-    assert {path.stem for path in SPACES} >= {"smoke", "rank_alpha_lr", "lr_only", "population", "methods"}
+    assert {path.stem for path in SPACES} >= {"smoke", "rank_alpha_lr", "lr_only", "methods"}
     for path in SPACES:
         found = space_file.load(path, CONFIG)
         for number in range(found.count()):
@@ -103,10 +103,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "grid over a range": (
         {"search": {"train.lr": {"uniform": [1e-4, 1e-3]}}, "searcher": "grid"},
         "search.train.lr: searcher: grid needs listed values",
-    ),
-    "population over rank": (
-        {"search": {"adapter.rank": {"choice": [8, 16]}}, "scheduler": {"kind": "population"}},
-        "search.adapter.rank: a population varies only train.*",
     ),
     "shared base and another model": (
         {"search": {"data.max_length": {"choice": [64, 128]}}, "trials_per_worker": 2},
@@ -243,24 +239,12 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the worst loss": ({"search": LR, "mode": "max"}, "mode: max searches for the worst eval/loss"),
     "a setting of another scheduler": (
-        {"search": LR, "scheduler": {"kind": "median", "reduction": 4}},
-        "scheduler: reduction: not used by kind: median; leave it out",
+        {"search": LR, "scheduler": {"kind": "none", "reduction": 4}},
+        "scheduler: reduction: not used by kind: none; leave it out",
     ),
-    # Populations.
-    **{
-        f"a population over {field}": (
-            {"search": {field: {"choice": [4, 8]}}, "scheduler": {"kind": "population"}},
-            f"search.{field}: the members of a population must have it in common; put it under set",
-        )
-        for field in ("train.steps", "train.epochs", "train.global_batch", "train.eval_every", "train.early_stop")
-    },
-    "a population over countless steps": (
-        {"search": {"train.lr": {"quniform": [1e-5, 1, 1e-5]}}, "scheduler": {"kind": "population"}},
-        "search.train.lr: quniform has more than 10,000 values for a population; use uniform",
-    ),
-    "a population by Optuna": (
-        {"search": LR, "scheduler": {"kind": "population"}, "searcher": "tpe"},
-        "scheduler.kind: population needs searcher: random",
+    "a scheduler that does not exist": (
+        {"search": LR, "scheduler": {"kind": "population"}},
+        "scheduler.kind: input should be 'asha' or 'none' (got 'population')",
     ),
 }
 BAD |= ODD

@@ -37,23 +37,13 @@ def test_the_base_is_no_result_of_a_trial(tmp_path: Path) -> None:
     assert kept.record.value == 0.7
 
 
-def test_a_trial_that_resumes_keeps_what_was_measured_before(tmp_path: Path) -> None:
-    first = trial_file.TrialFile(str(tmp_path), record(), "min")
-    for step, value in ((4, 1.5), (8, 1.0), (12, 0.8)):
-        first.measured(step, value)
-    second = trial_file.TrialFile(str(tmp_path), record(), "min")
-    assert second.record.curve == ()  # the training reports the checkpoint's history again
-    second.resume_from(8)
-    assert second.record.curve == ((4, 1.5), (8, 1.0))
-    assert second.record.value == 1.0
-
-
 def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Path) -> None:
     """Its training resumes from the checkpoint, and measures only later steps."""
     first = trial_file.TrialFile(str(tmp_path), record(), "min")
     for step, value in ((4, 0.5), (8, 1.0), (12, 0.8)):
         first.measured(step, value)
     second = trial_file.TrialFile(str(tmp_path), record(), "min")
+    assert second.record.curve == ()  # the training reports the checkpoint's history again
     second.keep_curve(8)
     second.measured(16, 0.9)
     assert second.record.curve == ((4, 0.5), (8, 1.0), (16, 0.9))
@@ -61,20 +51,6 @@ def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Pat
     other = trial_file.TrialFile(str(tmp_path), replace(record(), params={"train.lr": 2e-3}), "min")
     other.keep_curve(16)
     assert other.record.curve == ()
-
-
-def test_a_trial_that_takes_over_another_has_its_values(tmp_path: Path) -> None:
-    """Its own best adapter is gone with its checkpoint, so its old value must not rank it."""
-    other = trial_file.TrialFile(str(tmp_path / "other"), record(1), "min")
-    for step, value in ((4, 1.4), (8, 0.9), (12, 0.7)):
-        other.measured(step, value)
-    first = trial_file.TrialFile(str(tmp_path), record(), "min")
-    for step, value in ((4, 0.5), (8, 1.9)):
-        first.measured(step, value)
-    second = trial_file.TrialFile(str(tmp_path), record(), "min")
-    second.resume_from(8, trial_file.read(str(tmp_path / "other")))
-    assert second.record.curve == ((4, 1.4), (8, 0.9))
-    assert second.record.value == 0.9
 
 
 def test_the_folder_of_a_record_is_where_it_lies(tmp_path: Path) -> None:

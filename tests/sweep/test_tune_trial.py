@@ -1,7 +1,6 @@
 """A process of Tune runs one trial after another."""
 
 import contextlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +63,7 @@ def process(search: SweepSpec, number: int) -> Any:
 def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replaces trainings: a finished one has `result`, another one measures `losses` at their steps."""
     ended = SimpleNamespace(state=SimpleNamespace(history=[]))
-    fake = SimpleNamespace(result=ended, losses={}, tracked=[], copied=[])
+    fake = SimpleNamespace(result=ended, losses={}, tracked=[])
 
     def tracked(spec: TrainSpec, *_: object) -> Any:
         fake.tracked.append(spec)
@@ -79,7 +78,6 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(trials.publish, "tracked", tracked)
     monkeypatch.setattr(trials.fit, "finished_training", lambda *_: fake.result)
     monkeypatch.setattr(trials.fit, "train", train)
-    monkeypatch.setattr(trials, "copy_from", lambda *arguments: fake.copied.append(arguments))
     return fake
 
 
@@ -276,10 +274,9 @@ def test_a_search_whose_state_is_lost_begins_anew(tmp_path: Path, searcher: str,
     assert kept.exists() == (searcher == "random")
 
 
-@pytest.mark.parametrize("changes", [{"searcher": "tpe"}, {"scheduler": {"kind": "population"}}])
-def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path) -> None:
     """Trials that start again have other draws, but their folders hold results of the old draws."""
-    search = spec(tmp_path, **changes)
+    search = spec(tmp_path, searcher="tpe")
     begun(search, None)
     kept = record_of(search, 0)
     kept.measured(2, 0.5)
@@ -335,47 +332,11 @@ def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(t
     assert trial.storage.storage_fs_path == search.folder
 
 
-@pytest.mark.parametrize("kind", ["asha", "median"])
-def test_a_search_that_was_moved_compares_with_what_was_measured_before(tmp_path: Path, kind: str) -> None:
+def test_a_search_that_was_moved_compares_with_what_was_measured_before(tmp_path: Path) -> None:
     """Regression: the scheduler read the trials' records in the old folder and so had nothing to compare with."""
-    old, now = (spec(tmp_path / name, scheduler={"kind": kind}) for name in ("old", "now"))
+    old, now = (spec(tmp_path / name) for name in ("old", "now"))
     begun(old, '{"trial_data": [["{}", "{}"]]}')
     (tmp_path / "old").rename(tmp_path / "now")
     made = again(now)
     assert made._is_restored
     assert made._tune_config.scheduler.folder == now.folder
-
-
-def test_a_trial_of_a_moved_search_goes_on_from_the_checkpoint_that_was_moved_with_it(
-    tmp_path: Path, training: Any
-) -> None:
-    (tmp_path / "checkpoint.json").write_text(
-        json.dumps({"checkpoints": "/old/place/search/trials/trial-001/checkpoints", "step": 8})
-    )
-    process(spec(tmp_path), 1).load_checkpoint(str(tmp_path))
-    [(source, target, step, _)] = training.copied
-    assert source == target == f"{tmp_path}/search/trials/trial-001/checkpoints"
-    assert step == 8
-
-
-def test_a_trial_that_had_stopped_early_ends_with_what_it_had_measured(tmp_path: Path, training: Any) -> None:
-    """A population pauses the trial first. Then its result had no metric, and Tune ended the whole search."""
-    search = spec(tmp_path, scheduler={"kind": "population"})
-    record_of(search, total=2).measured(1, 0.5)
-    trial = process(search, 1)
-    (tmp_path / "checkpoint.json").write_text(
-        json.dumps({"checkpoints": trial.trial_run.folder.checkpoints, "step": 1})
-    )
-    trial.load_checkpoint(str(tmp_path))
-    found = trial.step()
-    assert found == {
-        "step": 1,
-        "total": 2,
-        "progress": 50.0,
-        "train/loss": 0.5,
-        "evaluated": True,
-        "done": True,
-        "ended": True,
-    }
-    trial.save_checkpoint(str(tmp_path))
-    assert json.loads((tmp_path / "checkpoint.json").read_text())["step"] == 1

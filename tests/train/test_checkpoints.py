@@ -418,13 +418,6 @@ class TestObjectStore:
         the_newest_good_ones_stay(place, states, step, keep)
 
     @pytest.mark.lengthy
-    def test_one_is_taken_from_another_run(self, bucket: str, place: str) -> None:
-        filled(place, 2, 4)
-        filled(f"{bucket}/r2/checkpoints", 6)
-        checkpoints.copy_from(place, f"{bucket}/r2/checkpoints", 4, 1.0)
-        assert checkpoints.names(f"{bucket}/r2/checkpoints") == ["step-0000004"]
-
-    @pytest.mark.lengthy
     @pytest.mark.usefixtures("impatient")
     def test_what_does_not_arrive_now_is_not_passed_over(self, s3_server: Server, place: str) -> None:
         """Otherwise a restart during a bad minute of the object store would begin at an earlier step, or at step 0."""
