@@ -35,7 +35,7 @@ from olora_ray.tokens.plan import Pack
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loader import Waiting, for_steps, planned_steps, until
+from olora_ray.train.loader import Waiting, planned_steps, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.parallel import place_model
@@ -353,7 +353,7 @@ def measure_first_step(
     steps = state.lr_steps = planned_steps(train, spec.train)
     if start.resumed:
         if state.lr and before and before != steps:
-            old, state.lr = state.lr, for_steps(state.lr, steps, before)
+            old, state.lr = state.lr, trainer.rate_for(steps, state.lr, before)
             if train.lr == "auto":
                 logger.info(
                     f"train.lr=auto: the peak rate is {state.lr:.2g} for {steps} steps; it was {old:.2g} for {before}"

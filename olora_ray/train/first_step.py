@@ -32,7 +32,6 @@ from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import METHODS, Options
 from olora_ray.tokens.collate import Batch
 from olora_ray.tokens.plan import Pack
-from olora_ray.train.loader import for_steps
 from olora_ray.train.loss import SupervisedLoss, watched
 
 logger = logging.getLogger(__name__)
@@ -137,6 +136,11 @@ def best_rate(measured: Mapping[str, Move], scale: float, steps: int) -> float:
         )
     rate = math.exp(np.interp(math.log(FARTHEST), sizes, np.log(RATES)))
     return for_steps(rate, steps)
+
+
+def for_steps(rate: float, steps: int, made_for: int = 20) -> float:
+    """Return the peak learning rate of a training of `steps` steps, with two digits, from that of another length."""
+    return float(f"{rate * (made_for / steps) ** 0.25:.1e}")
 
 
 @torch.no_grad()

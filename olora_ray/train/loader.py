@@ -165,9 +165,7 @@ def planned_steps(train: Train, store: TokenStore) -> int:
     return total_steps(train, store.locate(0)[2] * store.shard_count)
 
 
-def for_steps(rate: float, steps: int, made_for: int = 20) -> float:
-    """Return the peak learning rate of a training of `steps` steps, with two digits, from that of another length."""
-    return float(f"{rate * (made_for / steps) ** 0.25:.1e}")
+# Schedule of a run: its length and the learning rate of each step, even while the token store is still growing.
 
 
 def lr_at(step: int, steps: int, config: Train, peak: float) -> float:

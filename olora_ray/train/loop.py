@@ -103,6 +103,11 @@ class Trainer:
         moves = measured()
         return first_step.best_rate(moves, self.config.adapter.scale(), steps) if moves else None
 
+    @staticmethod
+    def rate_for(steps: int, rate: float, made_for: int) -> float:
+        """Return the automatic rate of a training of `steps` steps, from that of a training of `made_for` steps."""
+        return first_step.for_steps(rate, steps, made_for)
+
     def snapshot(
         self, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str
     ) -> Callable[[Path], None]:
