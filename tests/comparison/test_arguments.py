@@ -115,7 +115,6 @@ def test_a_comparison_without_a_name_has_one_of_its_settings(file: str) -> None:
         (["FILE", "compare.test_rows=1"], r"compare\.test_rows: "),
         (["FILE", "compare.rates=[1,2]"], r"compare\.rates: "),
         (["FILE", "compare.rates=[1,1,2]"], r"compare\.rates: must be increasing"),
-        (["FILE", "compare.untuned=false"], r"compare\.untuned: unknown field; delete it"),
         (["FILE", "compare.test_row=9"], r"compare\.test_row: unknown field; did you mean compare\.test_rows\?$"),
         (["FILE", "compare=9"], r"argument 'compare=9': expected section\.field=value"),
     ],
