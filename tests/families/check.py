@@ -109,6 +109,7 @@ def _config(folder: Path, precision: str) -> Config:
         model__name=str(folder / "model"),
         model__dtype=str(PRECISIONS[precision]).removeprefix("torch."),
         data__max_length=LONGEST,
+        data__eval_fraction=0.1,
         train__steps=STEPS,
         train__global_batch=3,
         train__checkpoint_every=STEPS,
