@@ -115,10 +115,6 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(own: bool, tmp_pat
     assert len(digests) == (3 if own else 2), "part of the identity of the tokens"
 
 
-_FOREVER = "{% for a in range(99999) %}"
-_TOO_MUCH = r"the chat template /.*own\.jinja takes more than 2 s or 1 GiB .*; set data.chat_template .*"
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -128,9 +124,6 @@ _TOO_MUCH = r"the chat template /.*own\.jinja takes more than 2 s or 1 GiB .*; s
         (b"\x89PNG\r\n", r"/.*own\.jinja: .*utf-8.* can't decode byte"),
         (b"\x00\x01{{", r"the chat template /.*own\.jinja is not valid: "),
         ("DIRECTORY", r"/.*own\.jinja: .* is a directory$"),
-        ("{{ 10 ** 300000000 }}", _TOO_MUCH),
-        (f"{_FOREVER}{{% for b in range(99999) %}}{{% endfor %}}{{% endfor %}}", _TOO_MUCH),
-        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", _TOO_MUCH),
     ],
 )
 def test_a_template_that_cannot_be_read_is_one_line(content: str | bytes | None, message: str, tmp_path: Path) -> None:
