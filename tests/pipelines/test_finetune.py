@@ -75,7 +75,8 @@ def test_the_log_shows_progress_and_no_wall_of_warnings(finished: tuple[Path, st
     assert any("held-out loss:" in line for line in lines)
     stages = ["merging the adapter into 14 weights", "checking the merged", "writing the adapter", "comparing logits"]
     told = [line.partition(" export: ")[2] for line in lines if " export: " in line]
-    assert [text.startswith(stage) for text, stage in zip(told, stages, strict=True)] == [True] * 4, told
+    # The adapter is written beside the merge.
+    assert [sum(text.startswith(stage) for text in told) for stage in stages] == [1] * 4, told
     assert len(lines) < 60
     noise = [line for line in lines if "Warning" in line or "WARNING" in line]
     assert noise == []
