@@ -463,7 +463,7 @@ def cut(text: str) -> str:
 
 
 def left(results: Results) -> str:
-    """Count the trainings that are certain by now; CPU hours from the mean of a step of the same task."""
+    """Count the trainings that are certain; CPU hours from the mean of a step of the same task."""
     costs: dict[str, list[float]] = {}
     for cell, lines in results.cells.items():
         costs.setdefault(cell.task, []).extend(line["cpu"] / (cell.steps + 12) for line in lines)

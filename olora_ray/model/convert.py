@@ -54,7 +54,7 @@ _PASSES_WINDOW_BY = ("phi3",)
 _GUESSES_SCALE, _SCALE = ("gemma2", "gemma3"), 256
 # Of Llama 3.1 to 3.3, whose files have the divisors that follow from these numbers and a factor.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
-# Seconds between the lines about a conversion that goes on.
+# Seconds between two log lines about a conversion.
 SECONDS_BETWEEN_LINES = 10.0
 _INSTEAD = "name the folder or hub id with its original safetensors"
 
