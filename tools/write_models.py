@@ -19,7 +19,7 @@ from tests.data import template_zoo  # noqa: E402
 from tests.families import every, planted, table  # noqa: E402
 from tests.families.check import check  # noqa: E402
 from tests.families.row import PRECISIONS, Row  # noqa: E402
-from tests.families.variants import ALL, LONGEST, MORE, NAMED  # noqa: E402
+from tests.families.variants import ALL, LONGEST  # noqa: E402
 
 PAGE = ROOT / "docs" / "generated" / "models.md"
 INTRO = """\
@@ -27,39 +27,37 @@ INTRO = """\
 
 <!-- Written by `make models` from tests/families: change the words in tools/write_models.py. -->
 
-`model.name` accepts any causal language model of transformers. It also accepts models with vision: their language model
-is trained on text, and their other parts stay unchanged. Before the first step of every run, a self-test checks that
-this model is trained correctly, and a model that fails is refused in one line. This page shows the results for tiny
-random models of {families} variants of families: {named} from a review in November 2026, and {more} others.
+`model.name` accepts any causal language model of transformers, also one with vision: its language model is trained on
+text, its other parts stay unchanged. Before the first step of every run, a self-test checks that this model is trained
+correctly, and a model that fails is refused in one line. This page shows the results for tiny random models: {families}
+variants of families in two precisions, then every other family.
 
 Each model goes through a complete run on a CPU, with the default settings, rank 4 on `all-linear`, and at most
-{longest} tokens per sequence:
+{longest} tokens per sequence. Right means: the untrained adapter changes no loss by a single bit, losses, gradients and
+exports are those of the model's own code in transformers and PEFT, and the run's own comparison of the exports passes.
+A line of a table has the largest relative differences of its models:
 
 | column | measured value |
 |---|---|
-| adapted | share of the parameters in adapted layers, without embeddings and output head |
+| models | in brackets: share of the parameters in adapted layers, without embeddings and output head, below 90 % |
 | experts | yes if the experts of a mixture are adapted; none: the model has no experts |
 | attention | attention kernel that the run has chosen |
-| start | exact: the untrained adapter changes no loss by a single bit |
-| packed | difference between losses of packed and of single examples; apart: each example has its own sequence |
+| packed | losses of packed and of single examples; apart: each example has its own sequence |
 | by positions | the same for the model's own forward pass, if only positions separate the packed examples |
-| loss | difference between our loss and the loss from the logits of the model's own forward pass |
-| gradients | difference between our adapter gradients and those that autograd computes from the model's own loss |
-| export | difference between the losses of the trained model and of its exports (merged model, adapter in PEFT) |
-| parity | result of the run's own comparison of the exports |
-| verdict | right: correct to the end of the run; otherwise the reason of the refusal before the first step |
+| loss, gradients | ours and those from the model's own forward pass |
+| export | losses of the trained model and of its exports (merged model, adapter in PEFT) |
 
-Differences are relative. In float32 the bounds are exact. In bfloat16 a difference is compared with the difference
-between the model's own forward passes in bfloat16 and float32.
+In float32 the bounds are exact. In bfloat16 a difference is compared with that between the model's own forward passes
+in bfloat16 and float32.
 """
 
 TEMPLATES = """\
 ## Chat templates
 
-The results of conversations with the {count} chat templates in TRL's package. A case is right if three conditions hold.
-Each answer follows exactly the ids that a server would send to the model (the template with its generation prompt, on
-the messages so far). The answer contains everything in the row. It ends with a token at which the model stops. A row
-that the template cannot express is rejected, with advice. `data.chat_template` selects another template.
+The results of conversations with the {count} chat templates in TRL's package. A case is right if each answer follows
+exactly the ids that a server would send (the template with its generation prompt, on the messages so far), contains
+everything in the row, and ends with a token at which the model stops. A row that the template cannot express is
+rejected, with advice. `data.chat_template` selects another template.
 
 | case | messages |
 |---|---|
@@ -83,10 +81,10 @@ def main() -> int:
         before, _, _ = PAGE.read_text(encoding="utf-8").partition("\n## Chat templates\n")
         parts = [before]
     else:
-        parts = [INTRO.format(families=len(ALL), named=len(NAMED), more=len(MORE), longest=LONGEST)]
+        parts = [INTRO.format(families=len(ALL), longest=LONGEST)]
         for precision in PRECISIONS:
-            parts += _section(precision, list(_rows(precision)))
-        parts += _every()
+            parts += section(precision, list(_rows(precision)))
+        parts += every_section(_every())
         parts += planted_section()
     parts += [TEMPLATES.format(count=len(template_zoo.sources())), template_zoo.table()]
     PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
@@ -96,21 +94,23 @@ def main() -> int:
 
 EVERY = "## Every other family"
 OTHERS = """\
-All other model types in transformers' mapping of causal language models, and {seeing} models with vision, whose
-language model is trained. Each family's own config decides the sizes, so some of these models fail although published
-models of the family do not. In float32: {summary}.
+All other model types in transformers' mapping of causal language models, and {seeing} models with vision. Each family's
+own config decides the sizes, so some of these models fail although published models of the family do not. In float32:
+{summary}.
 """
 
 
-def _every() -> Iterator[str]:
+def _every() -> list[Row]:
     # The variants above are chosen by hand. This section covers every other model type that transformers has.
     rows = []
     for family in every.others():
         rows.append(every.row(family))
         print(f"{family}: {rows[-1].verdict}", file=sys.stderr, flush=True)
-    yield EVERY
-    yield OTHERS.format(seeing=len(every.SEEING), summary=table.summary(rows))
-    yield table.table(rows)
+    return rows
+
+
+def every_section(rows: list[Row]) -> list[str]:
+    return [EVERY, OTHERS.format(seeing=len(every.SEEING), summary=table.summary(rows)), table.table(rows)]
 
 
 def heading(precision: str) -> str:
@@ -121,12 +121,8 @@ def planted_section() -> list[str]:
     return ["## What the self-test finds", POWER, planted.table(planted.MISTAKES)]
 
 
-def _section(precision: str, rows: list[Row]) -> Iterator[str]:
-    named = table.of_review(rows)
-    others = [row for row in rows if row not in named]
-    yield heading(precision)
-    yield f"The variants of the review: {table.summary(named)}.\n\n{table.table(named)}"
-    yield f"Others: {table.summary(others)}.\n\n{table.table(others)}"
+def section(precision: str, rows: list[Row]) -> list[str]:
+    return [heading(precision), f"{table.summary(rows)}.", table.table(rows)]
 
 
 def _rows(precision: str) -> Iterator[Row]:

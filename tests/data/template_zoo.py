@@ -411,11 +411,11 @@ def marked_by_twin(name: str, case: str) -> Trained | None:
 
 
 def table() -> str:
-    """The outcomes as Markdown: a row for each template, and below them the messages of the refusals."""
+    """The outcomes as Markdown: a row per group of templates with the same ones, then the messages of the refusals."""
     said: list[str] = []
-    lines = [["template", *CASES], ["---"] * (len(CASES) + 1)]
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name in sources():
-        cells = [name]
+        cells = []
         for case in CASES:
             found, _, why = outcome(name, case).partition(": ")
             if why:
@@ -423,9 +423,11 @@ def table() -> str:
                 said += [why] if why not in said else []
                 found += f" ({said.index(why) + 1})"
             cells.append(found)
-        lines.append(cells)
-    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return rows + "\n\n" + "\n".join(f"{number}. `{_code(why)}`" for number, why in enumerate(said, 1))
+        rows.setdefault(tuple(cells), []).append(name)
+    lines = [("templates", *CASES), ("---",) * (len(CASES) + 1)]
+    lines += [(", ".join(names), *cells) for cells, names in rows.items()]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table + "\n\n" + "\n".join(f"{number}. `{_code(why)}`" for number, why in enumerate(said, 1))
 
 
 def _code(text: str) -> str:

@@ -23,12 +23,12 @@ def told() -> dict[str, list[str]]:
     """Template -> the cells of docs/generated/models.md, one per case."""
     _, _, section = PAGE.read_text(encoding="utf-8").partition("\n## Chat templates\n")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]
-    return {name: cells for name, *cells in rows if len(cells) == len(zoo.CASES)}
+    return {name: cells for names, *cells in rows if len(cells) == len(zoo.CASES) for name in names.split(", ")}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_case_is_trained_as_it_is_served_or_refused(name: str, told: dict[str, list[str]]) -> None:
-    assert told["template"] == [*zoo.CASES]
+    assert told["templates"] == [*zoo.CASES]
     for number, case in enumerate([*zoo.CASES, *zoo.OTHERS]):
         found = zoo.outcome(name, case)
         remedy = r"refused: .*chat template of .*set data\.chat_template to .*"

@@ -122,15 +122,26 @@ def test_differences_are_shown_without_their_digits() -> None:
     assert [table.shown(each) for each in (None, 0.0, 9.4e-8, 0.5, 1.2, float("nan"))] == [
         "–",
         "0",
-        "< 1e-7",
-        "< 1e0",
-        "< 1e1",
+        "<1e-7",
+        "<1e0",
+        "<1e1",
         "nan",
     ]
 
 
-def test_the_table_has_a_line_for_each_row() -> None:
-    rows = [Row("llama", "fp32", stage="end"), Row("arcee", "fp32", end="refused: a | b", stage="open")]
-    assert table.summary(rows) == "1 of 2 right to the end, 1 refused before the first step"
-    assert table.table(rows).splitlines()[-1].endswith("| refused: a \\| b |")
-    assert table.of_review(rows) == rows[:1]
+def test_the_table_has_a_line_for_each_group_of_rows() -> None:
+    dense = {"experts": "none", "attention": "sdpa", "stage": "end"}
+    rows = [
+        Row("llama", "fp32", covered=0.99, packed=0.0, **dense),
+        Row("arcee", "fp32", end="refused: model.name: Arcee is no a | b (modeling_arcee.py, line 7)", stage="open"),
+        Row("opt 350m", "fp32", covered=0.85, packed=9e-8, **dense),
+        Row("gpt_oss", "fp32", **dense | {"experts": "yes"}),
+        Row("bert", "fp32", end="refused: model.name: Bert is no a | b", stage="open"),
+    ]
+    assert table.summary(rows) == "3 of 5 right to the end, 2 refused before the first step"
+    text = table.table(rows)
+    assert "| llama, opt 350m (85%) | none | sdpa | <1e-7 |" in text
+    assert text.splitlines()[-1] == "| arcee, bert | refused: model.name: CLASS is no a \\| b |"
+    assert table.told(text) == {"llama": "right", "opt 350m": "right", "gpt_oss": "right"} | dict.fromkeys(
+        ("arcee", "bert"), "refused: model.name: CLASS is no a | b"
+    )

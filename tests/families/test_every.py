@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.families import every
+from tests.families import every, table
 from tests.families.variants import ALL
 from tools import write_models
 
@@ -15,7 +15,7 @@ def test_none_is_forgotten_here_or_on_the_page() -> None:
     known = {each.model_type for each in ALL.values()} | set(every.others())
     assert set(every.families()) <= known
     page = write_models.PAGE.read_text(encoding="utf-8").split(f"{write_models.EVERY}\n")[1].split("\n## ")[0]
-    assert [line.split(" ")[1] for line in page.splitlines() if line.startswith("| ")][2:] == every.others()
+    assert sorted(table.told(page)) == sorted(every.others())
 
 
 @pytest.mark.lengthy
