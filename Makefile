@@ -29,14 +29,14 @@ mobility-demo: $(VENV)/.quickstart ## next places of generated people: train, te
 	$(BIN)/python pipelines/mobility/report.py runs/mobility-demo-data runs/mobility-demo-data/answers.jsonl \
 	    --law runs/mobility-demo-records/law.csv
 
-# Processes of Ray wait for each other most of the time, and what else is tested takes what they leave of the processors.
+# Tests of Ray leave processors idle, because its processes wait for each other. The other tests use this time.
 test: style ## all checks and tests that fit in 20 minutes; one Ray at a time
 	$(MAKE) --jobs=3 --keep-going test-ray test-others types
 
 test-ray: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "ray and not slow"
 
-# What it prints comes at its end, not between the lines of the one beside it.
+# The output goes to a file and is printed at the end, so that it does not mix with that of test-ray.
 test-others: $(VENV)/.dev
 	mkdir -p build
 	nice -n 19 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray" > build/test-others.txt 2>&1; \
@@ -117,5 +117,5 @@ build/lock/bin/uv:
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --disable-pip-version-check uv
 
-clean: ## what can be made again; runs/ has trained models and their registry, and stays
+clean: ## remove what make can build again; keep runs/, which has trained models and their registry
 	rm -rf $(VENV) build *.egg-info
