@@ -264,26 +264,28 @@ def lines(results: Path) -> list[tuple[Cell, dict[str, Any]]]:
 
 
 def shown(cells: dict[Cell, list[dict[str, Any]]], now: dict[Cell, float]) -> str:
-    """A row per cell that is complete, and how many are within the bounds at each number of steps."""
-    rows, within = [], dict[int, list[bool]]()
-    for cell, trained in sorted(cells.items(), key=lambda each: each[0].steps):
+    """The tuned rate of each complete cell, the automatic one divided by it, and how many are within the bounds."""
+    rows, within = dict[tuple[Any, ...], dict[str, str]](), dict[int, list[bool]]()
+    for cell, trained in cells.items():
         if following(losses(trained)) is not None:
             continue
-        power, loss = vertex(losses(trained))
+        power, _ = vertex(losses(trained))
         tuned = trained[0]["auto"] * 2**power
-        auto = now.get(cell, trained[0]["auto"])
-        within.setdefault(cell.steps, []).append(0.5 <= auto / tuned <= 2)
-        rows.append(
-            (
-                *(cell.model, f"{cell.steps:,}", cell.task, cell.method, str(cell.rank), f"{cell.alpha:g}"),
-                *(f"{auto:.1e}", f"{tuned:.1e}", f"{auto / tuned:.2f}", f"{loss:.4f}"),
-            )
-        )
-    header = ("model", "steps", "task", "method", "rank", "alpha", "auto", "tuned", "auto / tuned", "loss, tuned")
+        ratio = now.get(cell, trained[0]["auto"]) / tuned
+        within.setdefault(cell.steps, []).append(0.5 <= ratio <= 2)
+        row = rows.setdefault((cell.steps, cell.model, cell.task, cell.rank, cell.alpha), {})
+        row[cell.method] = f"{tuned:.1e} {ratio:.2f}"
+    methods = list(dict.fromkeys(method for row in rows.values() for method in row))
+    header = ("model", "steps", "task", "rank", "alpha", *methods)
+    body = [
+        (model, f"{steps:,}", task, str(rank), f"{alpha:g}", *(row.get(method, "-") for method in methods))
+        for (steps, model, task, rank, alpha), row in sorted(rows.items())
+    ]
     counts = (
-        f"{steps:,} steps: {sum(each)} of {len(each)} cells within a factor of 2" for steps, each in within.items()
+        f"{steps:,} steps: {sum(each)} of {len(each)} cells within a factor of 2"
+        for steps, each in sorted(within.items())
     )
-    return "\n".join((table(header, rows), "", *counts))
+    return "\n".join((table(header, body), "", *counts))
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ INTRO = """\
 # Benchmarks
 
 `make bench` runs the benchmarks and writes their output, with date and machine.
-`python benchmarks/write_page.py NAME` runs one and keeps the other sections. Compare ratios within a table, not seconds
-between machines.
+`python benchmarks/write_page.py NAME` runs one and keeps the other sections. How each is measured, and what its columns
+mean, says `benchmarks/NAME.py --help`. Compare ratios within a table, not seconds between machines.
 """
 MISSING = "Not measured yet."
 PROCESSOR_FEATURES = {
@@ -147,7 +147,7 @@ def write(page: Path, name: str, measured: Measured) -> None:
 def renewed(old: str, name: str, measured: Measured) -> str:
     """Return the page with one new section; all others stay word for word."""
     before, sections = split(old)
-    sections[SECTIONS[name]] = section(name, measured)
+    sections[SECTIONS[name]] = section(name, measured, before)
     everything = dict.fromkeys(SECTIONS.values(), MISSING) | sections
     parts = [before or INTRO.strip(), *(f"## {heading}\n\n{text}" for heading, text in everything.items())]
     return "\n\n".join(parts) + "\n"
@@ -171,21 +171,23 @@ def split(page: str) -> tuple[str, dict[str, str]]:
     return "\n".join(first).strip(), {heading: "\n".join(lines).strip() for heading, lines in others}
 
 
-def section(name: str, measured: Measured) -> str:
+def section(name: str, measured: Measured, before: str = "") -> str:
+    """Return what a benchmark measures and its output; the machine only if the page's first text does not name it."""
     lines = measured.output.replace(str(ROOT), ".").strip("\n").splitlines()
     printed = "\n".join(line.rstrip() for line in lines)
     longest = max((len(ticks) for ticks in re.findall(r"`{3,}", printed)), default=2)
     fence = "`" * (longest + 1)
+    where = "" if measured.machine in " ".join(before.split()) else f", on {measured.machine}"
     return (
-        f"{description(name)}\n\n`{measured.command}`, {measured.date}, on {measured.machine}:\n\n"
+        f"{description(name)}\n\n`{measured.command}`, {measured.date}{where}:\n\n"
         f"{fence}text\n{printed}\n{fence}"
     )
 
 
 def description(name: str) -> str:
-    """Return the docstring of a benchmark up to its commands."""
+    """Return the first paragraph of a benchmark's docstring."""
     text = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) or ""
-    return text.partition(f"\n    python benchmarks/{name}.py")[0].strip()
+    return text.partition("\n\n")[0]
 
 
 def machine() -> str:
