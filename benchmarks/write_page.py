@@ -178,10 +178,7 @@ def section(name: str, measured: Measured, before: str = "") -> str:
     longest = max((len(ticks) for ticks in re.findall(r"`{3,}", printed)), default=2)
     fence = "`" * (longest + 1)
     where = "" if measured.machine in " ".join(before.split()) else f", on {measured.machine}"
-    return (
-        f"{description(name)}\n\n`{measured.command}`, {measured.date}{where}:\n\n"
-        f"{fence}text\n{printed}\n{fence}"
-    )
+    return f"{description(name)}\n\n`{measured.command}`, {measured.date}{where}:\n\n{fence}text\n{printed}\n{fence}"
 
 
 def description(name: str) -> str:

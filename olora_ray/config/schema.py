@@ -258,7 +258,7 @@ class Retrain(Section):
     origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
     """base: train a new adapter on all data. champion: train the champion's, on new files and some old rows."""
     replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """Only for `from: champion`: share of the rows of known files to use beside all new files; drawn again each time."""
+    """Only for `from: champion`: share of the rows of known files to use beside all new ones; drawn again each time."""
     may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Stop if data.train has lost more than this share of the rows that the champion was trained on; 1: never stop."""
 
