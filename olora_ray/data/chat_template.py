@@ -134,17 +134,17 @@ _FUNCTION = {
 class ChatForm:
     """The form in which one template takes chats."""
 
-    # The template, as messages name it.
     what: str
-    # The form of arguments in which the template writes tool calls; None if both forms give the same text, or neither
-    # works.
+    """The template, as messages name it."""
     arguments: Literal["objects", "text"] | None
-    # The template writes a tool call only if the content is null, not "" (DeepSeek's V3 and R1).
+    """The form of arguments in which the template writes tool calls; None if both forms give the same text, or neither
+    works."""
     wants_null: bool
-    # The template writes a content only as a list of parts (models that take images).
+    """The template writes a tool call only if the content is null, not "" (DeepSeek's V3 and R1)."""
     wants_parts: bool
-    # The role under which the template writes developer messages; None if it drops them under both roles.
+    """The template writes a content only as a list of parts (models that take images)."""
     developer: Literal["developer", "system"] | None
+    """The role under which the template writes developer messages; None if it drops them under both roles."""
     writes_tools: bool
 
     def __call__(self, chat: Chat) -> Chat:

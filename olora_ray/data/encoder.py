@@ -58,8 +58,8 @@ class Unlike(Exception):
 @dataclass(frozen=True)
 class Piece:
     ids: list[int]
-    # Encoding of the piece, or of an anchor with the piece.
     _encoding: "Encoding"
+    """Encoding of the piece, or of an anchor with the piece."""
     _anchor_ids: int = 0
     _anchor_characters: int = 0
 

@@ -274,8 +274,8 @@ class Row:
 
     columns: Mapping[str, Any]
     fields: Mapping[str, str]
-    # True if prompt and completion become turns of a chat (tokenize.py: as_chat).
     as_chat: bool = False
+    """True if prompt and completion become turns of a chat (tokenize.py: as_chat)."""
 
     def column(self, name: str) -> str:
         return self.fields.get(name, name)

@@ -54,18 +54,19 @@ Table = NDArray[np.void]
 class Unit:
     """The smallest piece of a file that is read at once."""
 
-    # Position of the first row.
     first: int
-    # Blank lines included.
+    """Position of the first row."""
     rows: int
-    # Files of lines: the first byte. Arrow files: the first byte of the batch with the first row. Others: 0.
+    """Blank lines included."""
     offset: int
-    # Uncompressed bytes; an estimate if the borders of rows are known only after reading.
+    """Files of lines: the first byte. Arrow files: the first byte of the batch with the first row. Others: 0."""
     size: int
-    # Files of lines: CRC-32 of everything before the unit. Arrow files: rows of that batch before the unit. Others: 0.
+    """Uncompressed bytes; an estimate if the borders of rows are known only after reading."""
     before: int = 0
-    # Files of lines: CRC-32 of everything up to the unit's end. Others: of the whole uncompressed file.
+    """Files of lines: CRC-32 of everything before the unit. Arrow files: rows of that batch before the unit. Others:
+    0."""
     after: int = 0
+    """Files of lines: CRC-32 of everything up to the unit's end. Others: of the whole uncompressed file."""
 
     @property
     def end(self) -> int:
@@ -108,13 +109,13 @@ class Units(Sequence[Unit]):
 @dataclass(frozen=True)
 class FileScan:
     sha256: str
-    # Blank lines included.
     rows: int
-    # Names of the columns if the file has a header or schema.
+    """Blank lines included."""
     columns: tuple[str, ...]
+    """Names of the columns if the file has a header or schema."""
     units: Units
-    # The file with the type and encoding of its content; None: those of its name.
     file: File | None = None
+    """The file with the type and encoding of its content; None: those of its name."""
 
 
 def as_unit(entry: Any) -> Unit:
@@ -127,10 +128,10 @@ def as_unit(entry: Any) -> Unit:
 @dataclass
 class Batches:
     columns: tuple[str, ...]
-    # Rows per batch.
     rows: list[int] = field(default_factory=list)
-    # First byte of each batch; empty if the file can be read only from its start.
+    """Rows per batch."""
     offsets: list[int] = field(default_factory=list)
+    """First byte of each batch; empty if the file can be read only from its start."""
 
     def placed(self, units: Iterable[Unit]) -> Iterator[Unit]:
         starts = [0, *accumulate(self.rows)]

@@ -56,16 +56,16 @@ Numbers = NDArray[np.int64]
 class Marks:
     """The offsets at which a unit may end, each the end of a record; each array has one entry per mark."""
 
-    # Records up to the mark.
     records: Numbers
-    # Lines up to the mark.
+    """Records up to the mark."""
     lines: Numbers
-    # Bytes up to the mark.
+    """Lines up to the mark."""
     offsets: Numbers
-    # CRC-32 of these bytes.
+    """Bytes up to the mark."""
     crcs: Numbers
-    # Records before the first row: the header of a csv file.
+    """CRC-32 of these bytes."""
     skipped: int = 0
+    """Records before the first row: the header of a csv file."""
 
 
 def _mark_lines(stream: Any, file: File, limit: int | None) -> Marks:

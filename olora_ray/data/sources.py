@@ -278,15 +278,16 @@ SUPPORTED = (
 @dataclass(frozen=True)
 class File:
     uri: str
-    # jsonl, json, parquet, arrow, text (one document) or one of text_files.DELIMITERS; before the scan, from the name.
     kind: str
+    """jsonl, json, parquet, arrow, text (one document) or one of text_files.DELIMITERS; before the scan, from the
+    name."""
     compression: str | None = None
-    # Bytes.
     size: int = 0
-    # Nanoseconds; 0 if unknown.
+    """Bytes."""
     modified: int = 0
-    # utf-16 or cp1252 if the content is not UTF-8 (text_files.py).
+    """Nanoseconds; 0 if unknown."""
     encoding: str | None = None
+    """utf-16 or cp1252 if the content is not UTF-8 (text_files.py)."""
 
     @property
     def form(self) -> str:

@@ -51,10 +51,10 @@ THOUGHT = dict.fromkeys((*REASONING, "thought"), WHY)
 @dataclass(frozen=True)
 class Tokens:
     ids: NDArray[np.int32]
-    # Same length as `ids`.
     supervised: NDArray[np.bool_]
-    # True if the example was too long: these are the tokens that `data.too_long` keeps.
+    """Same length as `ids`."""
     shortened: bool = False
+    """True if the example was too long: these are the tokens that `data.too_long` keeps."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Begun:
     """An example whose texts are known, but not tokenised yet."""
 
     example: Example
-    # Answers of a chat, each with the text that follows it, and the length of the answer itself.
     answers: Sequence[tuple[str, int]]
-    # Texts to tokenise without offsets.
+    """Answers of a chat, each with the text that follows it, and the length of the answer itself."""
     texts: Sequence[str]
-    # Returns the tokens, in several pieces for a long text; raises Rejected if the example cannot be used.
+    """Texts to tokenise without offsets."""
     finish: Callable[[], list[Tokens]]
-    # True if the template has no place for the reasoning, so that it is written as <think>...</think>.
+    """Returns the tokens, in several pieces for a long text; raises Rejected if the example cannot be used."""
     marked: bool = False
+    """True if the template has no place for the reasoning, so that it is written as <think>...</think>."""
 
     @property
     def size(self) -> int:
@@ -444,21 +444,21 @@ def _same(text: str, other: str) -> int:
 class EndOfTurn:
     """Fixes the end of an answer: one token at which the model stops, and nothing after it."""
 
-    # Special tokens at which the model stops.
     stops: tuple[str, ...]
-    # Text that the template writes after the last message only, although that has ended (Phi-3: the end token).
+    """Special tokens at which the model stops."""
     tail: str
-    # Added to an answer without an end: the next role's token if the model stops at it (GLM-4.5), otherwise the end
-    # token.
+    """Text that the template writes after the last message only, although that has ended (Phi-3: the end token)."""
     stop: str
-    # Like `stop`, after a tool call.
+    """Added to an answer without an end: the next role's token if the model stops at it (GLM-4.5), otherwise the end
+    token."""
     call_stop: str
-    # The token that ends a plain exchange; "" if there is none, or the template refuses the exchange.
+    """Like `stop`, after a tool call."""
     last: str
-    # True if a plain exchange is changed.
+    """The token that ends a plain exchange; "" if there is none, or the template refuses the exchange."""
     fixes: bool = False
-    # True if the template begins the next turn after a plain exchange (Cohere's Command A).
+    """True if a plain exchange is changed."""
     cuts: bool = False
+    """True if the template begins the next turn after a plain exchange (Cohere's Command A)."""
 
     def __call__(self, text: str, start: int, message: Mapping[str, Any]) -> str:
         """Fix the end of a conversation whose last message is the answer; it is written after `start`."""

@@ -18,29 +18,29 @@ log = logging.getLogger(__name__)
 class TokenizerSpec:
     """Everything that tokenising needs, as plain data: it travels to tasks that do not import transformers."""
 
-    # The tokenizer in the JSON form of the `tokenizers` package.
     json: str
-    # Jinja source.
+    """The tokenizer in the JSON form of the `tokenizers` package."""
     chat_template: str
-    # bos_token, eos_token and so on, as the template sees them.
+    """Jinja source."""
     special_tokens: dict[str, str]
-    # Ends an answer or a document.
+    """bos_token, eos_token and so on, as the template sees them."""
     eos_id: int
+    """Token that ends an answer or a document."""
     bos_id: int | None = None
-    # True if plain text starts with the begin token.
     add_bos: bool = False
-    # Jinja source for conversations with tools, if it is another one.
+    """True if plain text starts with the begin token."""
     tool_template: str | None = None
-    # Rows of the model's embeddings, if the tokenizer has tokens beyond them; None: each token has one.
+    """Jinja source for conversations with tools, if it is another one."""
     embeddings: int | None = None
-    # The model's name in messages; not part of the digest.
+    """Rows of the model's embeddings, if the tokenizer has tokens beyond them; None: each token has one."""
     name: str = field(default="the model", compare=False)
-    # Why data.packing=auto gives each example its own sequence; a plan's digest has the decision.
+    """The model's name in messages; not part of the digest."""
     apart: str | None = field(default=None, compare=False)
-    # Ids at which the model stops, by its own files; a plan's digest has what follows from them.
+    """Why data.packing=auto gives each example its own sequence; a plan's digest has the decision."""
     ends: tuple[int, ...] = field(default=(), compare=False)
-    # The value of data.chat_template; empty: the template is the model's.
+    """Ids at which the model stops, by its own files; a plan's digest has what follows from them."""
     chosen: str = field(default="", compare=False)
+    """The value of data.chat_template; empty: the template is the model's."""
 
     def packing(self, wanted: Literal["auto"] | bool) -> bool:
         return self.apart is None if wanted == "auto" else wanted

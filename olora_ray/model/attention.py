@@ -351,12 +351,12 @@ class _Layout:
 
     groups: tuple[tuple[int, int], ...]
     heads: int
-    # For each row of the groups its row in the flat order (token, head); padding repeats the last token.
     source: Tensor
-    # For each row of the flat order its row in the groups.
+    """For each row of the groups its row in the flat order (token, head); padding repeats the last token."""
     target: Tensor
-    # Rows of the groups that are padding.
+    """For each row of the flat order its row in the groups."""
     padding: Tensor
+    """Rows of the groups that are padding."""
 
     def gather(self, x: Tensor) -> Tensor:
         """(1, H, T, D) -> rows of the groups."""

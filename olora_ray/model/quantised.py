@@ -37,16 +37,17 @@ Packed = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    # A weight (m x n, float32, on the CPU) -> its codes and scales; parts of whole blocks of rows may be joined.
     pack: Callable[[Tensor], Packed]
-    # (codes, scales, (m, n), precision) -> the weight.
+    """A weight (m x n, float32, on the CPU) -> its codes and scales; parts of whole blocks of rows may be joined."""
     unpack: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
-    # (m, n) -> bytes of codes and scales.
+    """(codes, scales, (m, n), precision) -> the weight."""
     size: Callable[[int, int], int]
-    # Bytes per number of the model's precision -> bytes per number that unpacking takes at its peak, with the result.
+    """(m, n) -> bytes of codes and scales."""
     unpacking: Callable[[int], int]
-    # The package that it needs.
+    """Bytes per number of the model's precision -> bytes per number that unpacking takes at its peak, with the
+    result."""
     library: str | None = None
+    """The package that it needs."""
 
 
 def _nf4(weight: Tensor) -> Packed:

@@ -22,14 +22,15 @@ from olora_ray.model import folder
 
 @dataclass(frozen=True)
 class BaseModel:
-    # The name in the config.
     name: str
-    # Local folder with config.json, safetensors and tokenizer files; see `on_this_node`.
+    """The name in the config."""
     folder: str
-    # Of all files that decide what the model computes; the same for the same model.
+    """Local folder with config.json, safetensors and tokenizer files; see `on_this_node`."""
     digest: str
-    # Digest of a glance at the folder (`folder.look`), by which each process compares its folder; empty: none compares.
+    """Digest of all files that decide what the model computes; the same for the same model."""
     look: str = ""
+    """Digest of a glance at the folder (`folder.look`), by which each process compares its folder; empty: none
+    compares."""
 
     def to_json(self) -> dict[str, str]:
         return {"name": self.name, "folder": self.folder, "digest": self.digest}

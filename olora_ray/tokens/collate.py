@@ -21,14 +21,14 @@ FLAT_ATTENTION = ("segments", "varlen", "flash_attention_2")
 
 @dataclass(frozen=True)
 class Batch:
-    # Arguments of the model's backbone.
     inputs: dict[str, Tensor | int]
-    # Flat positions (int64) whose hidden state predicts a supervised token, in order.
+    """Arguments of the model's backbone."""
     predicts: Tensor
-    # The supervised tokens (int64), one per entry of `predicts`.
+    """Flat positions (int64) whose hidden state predicts a supervised token, in order."""
     labels: Tensor
-    # Without padding.
+    """The supervised tokens (int64), one per entry of `predicts`."""
     tokens: int
+    """Without padding."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on another device: all of it is one copy, for which the program does not wait."""

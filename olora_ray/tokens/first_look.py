@@ -171,16 +171,16 @@ class Reading:
     """One way to read some rows."""
 
     format: str
-    # In the form of a source's `fields`.
     fields: dict[str, str]
-    # Columns of the fields that the format needs.
+    """In the form of a source's `fields`."""
     columns: tuple[str, ...]
-    # One per row; None if the row cannot be used.
+    """Columns of the fields that the format needs."""
     examples: tuple[Example | None, ...]
-    # Lower is better: certainty of the names, known columns that are ignored, fields to set, order of the formats.
+    """One per row; None if the row cannot be used."""
     rank: tuple[int, ...]
-    # Columns with values that this reading does not use, and their names in lower case.
+    """Lower is better: certainty of the names, known columns that are ignored, fields to set, order of the formats."""
     unread: dict[str, str]
+    """Columns with values that this reading does not use, and their names in lower case."""
 
     @property
     def used(self) -> int:

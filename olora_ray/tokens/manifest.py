@@ -59,36 +59,36 @@ class Outline:
     """Facts about a store that are known before any of it is built."""
 
     digest: str
-    # Number of shards of the complete store.
     shards: int
+    """Number of shards of the complete store."""
     max_length: int
-    # Files of the rows.
     files: tuple[str, ...]
+    """Files of the rows."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     digest: str
-    # Rows read, rejected ones included.
     rows: int
-    # Rejected rows by reason.
+    """Rows read, rejected ones included."""
     rejected: dict[str, int]
-    # Digest of rejected.jsonl.
+    """Rejected rows by reason."""
     rejected_sha256: str
+    """Digest of rejected.jsonl."""
     examples: int
     packs: int
     tokens: int
     supervised: int
-    # Tokens / (packs * max_length).
     fill: float
+    """Tokens / (packs * max_length)."""
     max_length: int
-    # Files of the rows; other files with the same content share the store.
     files: tuple[str, ...]
+    """Files of the rows; other files with the same content share the store."""
     shards: tuple[ShardInfo, ...] = field(repr=False)
-    # The inputs of the digest.
     inputs: dict[str, Any] = field(repr=False)
-    # Counts of unusual rows.
+    """The inputs of the digest."""
     notes: dict[str, int] = field(default_factory=dict, repr=False)
+    """Counts of unusual rows."""
 
     def to_json(self) -> str:
         return seal(asdict(self), indent=1)
@@ -240,10 +240,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Limits:
-    # The sources of the rows, as messages name them.
     setting: str
-    # `data.max_rejected`.
+    """The sources of the rows, as messages name them."""
     share: float
+    """`data.max_rejected`."""
     too_long: str = "reject"
 
     @classmethod
@@ -295,8 +295,8 @@ class Totals:
     total: "Counter[str]" = field(default_factory=Counter)
     reasons: "Counter[str]" = field(default_factory=Counter)
     notes: "Counter[str]" = field(default_factory=Counter)
-    # Rows of the shards that this preparation has built.
     fresh_rows: int = 0
+    """Rows of the shards that this preparation has built."""
     started: float = field(default_factory=time.monotonic)
     last_line: float = field(default_factory=time.monotonic)
 

@@ -30,12 +30,12 @@ from olora_ray.tokens.columns import grouped
 class Pack:
     """One sequence of a store: several examples side by side that do not see each other."""
 
-    # (tokens,)
     input_ids: NDArray[np.int32]
-    # (tokens,) True for tokens that count in the loss; never the first of a segment.
+    """(tokens,)"""
     supervised: NDArray[np.bool_]
-    # Tokens of each example; they sum up to the length of the sequence.
+    """(tokens,) True for tokens that count in the loss; never the first of a segment."""
     segments: tuple[int, ...]
+    """Tokens of each example; they sum up to the length of the sequence."""
 
 
 # Pseudo-random numbers as functions of a key and a counter: the same on every machine, with every numpy and Ray.
@@ -103,13 +103,13 @@ Floats = NDArray[np.float64]
 class Piece:
     """One entry of the plan: a unit, and the part of it to use."""
 
-    # Index into `Plan.files`.
     file: int
+    """Index into `Plan.files`."""
     unit: Unit
-    # Number of the pass over the source.
     turn: int
-    # Share of the rows that is used; below 1 the rows are drawn (`taken`).
+    """Number of the pass over the source."""
     share: float
+    """Share of the rows that is used; below 1 the rows are drawn (`taken`)."""
 
 
 class Pieces(Sequence[Piece]):
@@ -283,21 +283,22 @@ class Rules:
     eval_fraction: float | None
     last_turn_only: bool = False
     too_long: str = "reject"
-    # Digest of all files: other data, as every night, draws other rows if a weight is not an integer.
     draw: str = ""
-    # The rows that eval_fraction holds out, sorted; the training leaves out their copies. The other rules decide them.
+    """Digest of all files: other data, as every night, draws other rows if a weight is not an integer."""
     held_out: RowDigests = field(default_factory=lambda: NO_ROWS, compare=False, repr=False)
+    """The rows that eval_fraction holds out, sorted; the training leaves out their copies. The other rules decide
+    them."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One shard of a plan and the files that it reads: all that a task needs beside the rules."""
 
-    # Number of the shard.
     number: int
+    """Number of the shard."""
     pieces: Pieces
-    # By their numbers in the plan.
     files: Mapping[int, PlannedFile]
+    """By their numbers in the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,16 +178,16 @@ class ShardSpec:
 
     rules: Rules
     uri: str
-    # `run.storage`, where scans of files are kept.
     storage_root: str
+    """`run.storage`, where scans of files are kept."""
 
 
 @dataclass(frozen=True)
 class StoreSpec:
     plan: Plan
     uri: str
-    # `run.storage`.
     storage_root: str
+    """`run.storage`."""
 
     def for_tasks(self) -> ShardSpec:
         """Return the spec without the plan, which is large."""
@@ -202,17 +202,17 @@ class StoreSpec:
 class StoreStatus:
     """The intact parts of a store, judged by sizes and seals; readers check the digests of shards."""
 
-    # Rejected rows of the shards that are done.
     rejected: RejectedRows
+    """Rejected rows of the shards that are done."""
     manifest: Manifest | None = None
-    # Sidecars of the intact shards without their rejected rows; none if the store is complete.
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
-    # Numbers of the shards to build.
+    """Sidecars of the intact shards without their rejected rows; none if the store is complete."""
     missing: list[int] = field(default_factory=list)
-    # Files that are damaged or missing.
+    """Numbers of the shards to build."""
     damaged: list[str] = field(default_factory=list)
-    # True if nothing is left to do.
+    """Files that are damaged or missing."""
     complete: bool = False
+    """True if nothing is left to do."""
 
     def size(self, plan: Plan) -> int:
         return sum(plan.shards[number].bytes for number in self.missing)

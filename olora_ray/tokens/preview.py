@@ -47,54 +47,54 @@ QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class Example:
-    # In the form file:line.
     origin: str
+    """Place of the row, in the form file:line."""
     input_ids: NDArray[np.int32]
-    # Its supervised tokens.
     mask: NDArray[np.bool_]
+    """Its supervised tokens."""
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    # Such as data.train.0.
     setting: str
+    """Setting that names the source, such as data.train.0."""
     source: Source
-    # Rejected ones included.
     rows: int
+    """Rows, rejected ones included."""
     rejected: int
 
 
 @dataclass(frozen=True)
 class Preview:
     limits: Limits
-    # Rejected ones included.
     rows: int
+    """Rows, rejected ones included."""
     packs: int
     tokens: int
     supervised: int
-    # Tokens / (packs * max_length).
     fill: float
-    # Rows that were read: all, if `exact`.
+    """Tokens / (packs * max_length)."""
     read: int
-    # Rejected ones of the rows that were read, by reason.
+    """Rows that were read: all, if `exact`."""
     rejected: dict[str, int]
-    # False: rows, packs, tokens and supervised are estimates.
+    """Rejected ones of the rows that were read, by reason."""
     exact: bool
-    # Facts that are unknown because not all files were scanned.
+    """False: rows, packs, tokens and supervised are estimates."""
     note: str
-    # Tokens of an example, at the QUANTILES of the examples.
+    """Facts that are unknown because not all files were scanned."""
     lengths: tuple[int, ...]
-    # Tokens of the longest example that is no plain text, because that is cut in pieces; 0 if there is none.
+    """Tokens of an example, at the QUANTILES of the examples."""
     longest: int
-    # Rows of more than data.max_length tokens, of the rows that were read.
+    """Tokens of the longest example that is no plain text, because that is cut in pieces; 0 if there is none."""
     too_long: int
+    """Rows of more than data.max_length tokens, of the rows that were read."""
     sources: tuple[SourceRows, ...]
-    # The first training example, and the next from another source if there is one.
     examples: tuple[Example, ...]
-    # Digests of the rows that were read.
+    """The first training example, and the next from another source if there is one."""
     digests: RowDigests
-    # The first sequences.
+    """Digests of the rows that were read."""
     some_packs: tuple[Pack, ...]
+    """The first sequences."""
 
 
 def describe(

@@ -80,19 +80,19 @@ TOGETHER = 2**17
 @dataclass
 class Shard:
     examples: list[Tokens] = field(default_factory=list)
-    # One per example.
     origins: list[int] = field(default_factory=list)
-    # Numbers of the examples in each sequence.
+    """One per example."""
     packs: list[list[int]] = field(default_factory=list)
-    # Rows read, rejected ones included.
+    """Numbers of the examples in each sequence."""
     rows: int = 0
-    # Rows read, by the number of their source.
+    """Rows read, rejected ones included."""
     rows_of: "Counter[int]" = field(default_factory=Counter)
+    """Rows read, by the number of their source."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
-    # One per row with examples, of its tokens.
     digests: list[bytes] = field(default_factory=list)
-    # Counts of unusual rows.
+    """One per row with examples, of its tokens."""
     notes: "Counter[str]" = field(default_factory=Counter)
+    """Counts of unusual rows."""
 
     def table(self) -> pa.Table:
         """Return the columns of the shard's file, one row per pack."""

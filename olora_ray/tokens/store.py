@@ -78,11 +78,11 @@ def order(num_packs: int, seed: int, start: int, stop: int) -> Places:
 
 @dataclass(frozen=True, eq=False)
 class WindowedPass:
-    # (shards + 1,) sequences before each shard, and in all.
     ends: Places
+    """(shards + 1,) sequences before each shard, and in all."""
     seed: int
-    # Number of the pass, from 1.
     number: int
+    """Number of the pass, from 1."""
 
     @cached_property
     def shards(self) -> Places:
