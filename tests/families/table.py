@@ -20,19 +20,15 @@ NOT_RIGHT = ("not right", "verdict")
 def table(rows: Iterable[Row]) -> str:
     """A line per group of models with the same choices, with its largest differences; a line per other verdict."""
     rows = list(rows)
-    lines: list[tuple[str, ...]] = []
-    if right := [row for row in rows if row.right]:
-        lines += [COLUMNS, *map(_line, _groups(right, _choices).values())]
-    text = _markdown(lines)
-    if others := [row for row in rows if not row.right]:
-        groups = _groups(others, _reason)
-        text += "\n\n" + _markdown([NOT_RIGHT, *((_names(group), why) for why, group in groups.items())])
-    return text.strip()
+    right, others = [row for row in rows if row.right], [row for row in rows if not row.right]
+    groups = ((_names(group), why) for why, group in _groups(others, _reason).items())
+    tables = [_markdown(COLUMNS, map(_line, _groups(right, _choices).values()))] if right else []
+    return "\n\n".join([*tables, *([_markdown(NOT_RIGHT, groups)] if others else [])])
 
 
 def told(text: str) -> dict[str, str]:
     """Model -> "right" or its verdict, from the tables of a text."""
-    found = {}
+    found: dict[str, str] = {}
     for line in text.splitlines():
         if line.startswith("| ") and not line.startswith(("| ---", f"| {COLUMNS[0]} ", f"| {NOT_RIGHT[0]} ")):
             names, *cells = (cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|")))
@@ -86,10 +82,7 @@ def _reason(row: Row) -> str:
     return shorten(line, 330, placeholder=" ...").replace("|", "\\|")
 
 
-def _markdown(lines: Sequence[tuple[str, ...]]) -> str:
-    if not lines:
-        return ""
-    head, *body = lines
+def _markdown(head: tuple[str, ...], body: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *body))
 
 

@@ -130,7 +130,7 @@ def test_differences_are_shown_without_their_digits() -> None:
 
 
 def test_the_table_has_a_line_for_each_group_of_rows() -> None:
-    dense = {"experts": "none", "attention": "sdpa", "stage": "end"}
+    dense: Any = {"experts": "none", "attention": "sdpa", "stage": "end"}
     rows = [
         Row("llama", "fp32", covered=0.99, packed=0.0, **dense),
         Row("arcee", "fp32", end="refused: model.name: Arcee is no a | b (modeling_arcee.py, line 7)", stage="open"),

@@ -36,6 +36,10 @@ def test_a_new_page_has_a_section_for_each_benchmark() -> None:
     assert {text for heading, text in sections.items() if heading != "Initialisation"} == {MISSING}
 
 
+def test_a_section_does_not_repeat_the_machine_of_the_page() -> None:
+    assert "2026-11-26:" in write_page.section("init", measured(), "# Measured\n\nAll on 2 cores of a\ntest.")
+
+
 def test_what_did_not_run_again_keeps_its_content_and_date() -> None:
     page = write_page.renewed("", "init", measured())
     page = write_page.renewed(page, "sweep", measured("old table\n", "2026-01-01"))
