@@ -200,41 +200,31 @@ class Case:
     happen: Callable[[Training], Sample]
     target: float
     """Limit in seconds."""
-    before: float | None = None
-    """Seconds in earlier releases, in which every change restarted all workers."""
     again: int | None = None
     """Steps that may be repeated."""
-    rest: float = 0.0
-    """Seconds before the event, in which a spare starts."""
     every: int = 1
     """Run this case only in every n-th round: its detection takes half a minute and hardly varies."""
 
 
 KILL = partial(signal_worker, signal.SIGKILL)
 STOP = partial(signal_worker, signal.SIGSTOP)
-ON_ONE_HOST: dict[tuple[str, ...], tuple[Case, ...]] = {
-    (): (
-        Case("SIGKILL of the first worker", partial(KILL, True), 5, 14, 1),
-        Case("SIGKILL of another worker", partial(KILL, False), 5, 14, 1),
-        Case("SIGSTOP of the first worker", partial(STOP, True), 30, every=3),
-        Case("SIGSTOP of another worker", partial(STOP, False), 30, every=3),
-        Case("SIGTERM, to the end", terminate_driver, 5, again=0),
-        Case("SIGKILL of the driver, same command", kill_driver, 12),
-    ),
-    # Only for rank 0, because processes of spares look like those of other workers.
-    ("cluster.spares=1",): (Case("SIGKILL of the first worker, a spare", partial(KILL, True), 3, 14, 1, rest=60.0),),
-}
-"""Further settings of a run -> its cases."""
+ON_ONE_HOST = (
+    Case("SIGKILL of the first worker", partial(KILL, True), 24),
+    Case("SIGKILL of another worker", partial(KILL, False), 24, 1),
+    Case("SIGSTOP of the first worker", partial(STOP, True), 45, every=3),
+    Case("SIGSTOP of another worker", partial(STOP, False), 45, every=3),
+    Case("SIGTERM, to the end", terminate_driver, 5, again=0),
+    Case("SIGKILL of the driver, same command", kill_driver, 20),
+)
 ON_HOSTS = (
-    Case("host is drained", drain_host, 10, 51, 0),
-    Case("host joins", join_host, 10, 47, 0),
+    Case("host is drained", drain_host, 30, 0),
+    Case("host joins", join_host, 60, 0),
 )
 HEADER = (
     "SmolLM2-135M, 2 workers",
     "seconds",
     "from - to",
     "a step",
-    "before",
     "target",
     "",
     "steps again",
@@ -247,10 +237,9 @@ def measure(storage: Path, models: Path, count: int, found: dict[Case, list[Samp
 
     If a case fails, the later cases of its run are skipped, and the failure is printed.
     """
-    for number, (changes, cases) in enumerate(ON_ONE_HOST.items()):
-        with processes.scratch() as folder:
-            words = settings(storage / f"one-{number}", models, changes)
-            _repeat(Training(Run(CONFIG, folder, WATCHED, changes=words)), cases, count, found)
+    with processes.scratch() as folder:
+        words = settings(storage / "one", models, ())
+        _repeat(Training(Run(CONFIG, folder, WATCHED, changes=words)), ON_ONE_HOST, count, found)
     if hosts.possible():
         words = settings(storage / "hosts", models, ELASTIC)
         with cluster(CONFIG, WATCHED, changes=words) as several:
@@ -264,7 +253,6 @@ def _repeat(training: Training, cases: tuple[Case, ...], count: int, found: dict
         training.start()
         for turn in range(count):
             for case in (case for case in cases if turn % case.every == 0):
-                time.sleep(case.rest)
                 sample = case.happen(training)
                 found.setdefault(case, []).append(sample)
                 _say(f"{case.what}: {sample.seconds:.1f} s, {sample.again} steps again, gap {sample.gap:.1f} s")
@@ -280,14 +268,12 @@ def settings(storage: Path, models: Path, changes: tuple[str, ...]) -> tuple[str
 
 def targets(found: dict[Case, list[Sample]]) -> str:
     """Return the table; a case without a measurement has a line too."""
-    cases = [*(case for group in ON_ONE_HOST.values() for case in group), *ON_HOSTS]
-    return table(HEADER, [row(case, found.get(case, [])) for case in cases])
+    return table(HEADER, [row(case, found.get(case, [])) for case in (*ON_ONE_HOST, *ON_HOSTS)])
 
 
 def row(case: Case, samples: list[Sample]) -> tuple[str, ...]:
-    before = "-" if case.before is None else f"{case.before:.0f}"
     if not samples:
-        return (case.what, "-", "-", "-", before, f"{case.target:.0f}", "not measured", "-", "-")
+        return (case.what, "-", "-", "-", f"{case.target:.0f}", "not measured", "-", "-")
     seconds = [sample.seconds for sample in samples]
     again, gap = max(sample.again for sample in samples), max(sample.gap for sample in samples)
     met = median(seconds) <= case.target and (case.again is None or again <= case.again)
@@ -296,7 +282,6 @@ def row(case: Case, samples: list[Sample]) -> tuple[str, ...]:
         f"{median(seconds):.1f}",
         f"{min(seconds):.1f} - {max(seconds):.1f}",
         f"{median(sample.step for sample in samples):.1f}",
-        before,
         f"{case.target:.0f}",
         "met" if met else "missed",
         str(again),

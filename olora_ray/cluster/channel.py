@@ -1,13 +1,14 @@
-"""Channel of a training: metrics, log lines and events from the workers to the driver, and stop requests back.
+"""Channel of a training: metrics, log lines and signs of life from the workers to the driver, and stop requests back.
 
 The channel is a Ray actor on the driver's node. Rank 0 sends without waiting, and the driver collects. A lost message
-costs only progress output, because every row of metrics is also in the checkpoint's history. The actor also holds the
-membership of a training whose workers may join and leave (cluster/membership/state.py).
+costs only progress output, because every row of metrics is also in the checkpoint's history.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -16,14 +17,12 @@ from typing import Any
 
 import ray
 
-from olora_ray.cluster import ray_internals
-from olora_ray.cluster.membership.state import Membership
 from olora_ray.common import logs
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A group of workers resumes from a checkpoint, or continues after a change of the group."""
+    """A group of workers resumes from a checkpoint."""
 
     step: int
     total: int | None
@@ -31,18 +30,11 @@ class Resumed:
     workers: int
     history: list[dict[str, float]]
     """Rows of metrics up to this step."""
-    why: str = ""
-    """Why the group has changed, if its workers know."""
 
 
 @dataclass(frozen=True)
 class Started:
     workers: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    what: str
 
 
 @dataclass(frozen=True)
@@ -59,43 +51,55 @@ class Took:
     """Seconds by `start` (of a worker), `evaluation` (the last one) and `answers` (before training)."""
 
 
-Message = dict[str, float] | str | Resumed | Started | Failure | Saved | Took
+Message = dict[str, float] | str | Resumed | Started | Saved | Took
 """A row of metrics with its `step`, a line for the log, or an event."""
 
 
+@dataclass(frozen=True)
+class Member:
+    """A worker of Ray Train, as its signs of life name it."""
+
+    rank: int
+    node: str
+    process: int
+    actor: str
+
+
 @ray.remote(num_cpus=0)
-class DriverChannel(Membership):
-    """Buffer of the workers' messages to the driver, and their membership.
+class DriverChannel:
+    """Buffer of the workers' messages to the driver.
 
     Its methods are async because hundreds of calls may wait in it.
     """
 
     def __init__(self) -> None:
-        super().__init__(1, lambda member: ray_internals.actor_died(member.name))
         self._messages: list[Message] = []
         self._reason: str | None = None
         self._stop_requested = asyncio.Event()
         self._data_failed = False
         self._result: Any = None
-        self._step_done = asyncio.Event()
+        self._seen: dict[Member, float] = {}
+        self._former: set[Member] = set()
 
     async def send(self, message: Message) -> None:
         self._messages.append(message)
-        if isinstance(message, dict) and "train/loss" in message:
-            self._start_waiting()
 
     async def drain(self) -> list[Message]:
         """Return all messages since the last call, in order."""
         taken, self._messages = self._messages, []
         return taken
 
-    async def request_stop(self, why: str | None) -> None:
-        """Ask the workers to write a checkpoint after the current step and to end. `why=None` withdraws the request."""
+    async def begin(self) -> None:
+        """Forget the previous group of workers: its result, its members and the request to stop it."""
+        self._result = self._reason = None
+        self._stop_requested.clear()
+        self._former |= self._seen.keys()
+        self._seen = {}
+
+    async def request_stop(self, why: str) -> None:
+        """Ask the workers to write a checkpoint after the current step and to end."""
         self._reason = why
-        if why is None:
-            self._stop_requested.clear()
-        else:
-            self._stop_requested.set()
+        self._stop_requested.set()
 
     async def wait_for_stop(self) -> str | None:
         await self._stop_requested.wait()
@@ -107,33 +111,38 @@ class DriverChannel(Membership):
     async def data_failed(self) -> bool:
         return self._data_failed
 
-    async def begin_anew(self, wanted: int, attempt: int) -> None:
-        self._result = None  # of the previous attempt
-        await super().begin_anew(wanted, attempt)
+    async def alive(self, member: Member) -> None:
+        if member not in self._former:
+            self._seen[member] = time.monotonic()
 
-    async def moment_to_start(self) -> bool:
-        """Wait until a worker may start: at once if it is needed, otherwise after the group's next step.
+    async def members(self, silence: float) -> tuple[list[Member], list[Member]]:
+        """Return the workers of the group, and those among them that gave no sign of life for `silence` seconds."""
+        # After a pause of this machine all signs are late, so look again when they had time to arrive.
+        if self._silent(silence):
+            await asyncio.sleep(2.0)
+        return list(self._seen), self._silent(silence)
 
-        Waits for up to a minute. Returns False if the training has ended.
-        """
-        step, end = self._step_done, time.monotonic() + 60
-        while not step.is_set() and time.monotonic() < end and await self.complete():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(step.wait(), 0.5)
-        return self._result is None
-
-    def _start_waiting(self) -> None:
-        self._step_done.set()
-        self._step_done = asyncio.Event()
+    def _silent(self, silence: float) -> list[Member]:
+        return [member for member, seen in self._seen.items() if time.monotonic() - seen > silence]
 
     async def finish(self, result: Any) -> None:
-        # Every worker sends the same result, because any of them may die.
         self._result = self._result or result
-        self._start_waiting()
-        await self.close()
 
     async def result(self) -> Any:
         return self._result
+
+
+def give_signs_of_life(channel: Any, rank: int) -> None:
+    """Let the driver know, until this process ends, that it runs."""
+    context = ray.get_runtime_context()
+    member = Member(rank, context.get_node_id(), os.getpid(), context.get_actor_id() or "")
+
+    def give() -> None:
+        while True:
+            channel.alive.remote(member)
+            time.sleep(1.0)
+
+    threading.Thread(target=give, name="signs of life", daemon=True).start()
 
 
 def make_channel(node: str) -> Any:
@@ -142,8 +151,8 @@ def make_channel(node: str) -> Any:
     # Not soft: Ray put every second channel on another node than the head when the head had no CPUs.
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     actor_class: Any = DriverChannel
-    # Two calls of each worker wait in it, `beat` and `wait_for_stop`, so thousands may wait at a time.
-    return actor_class.options(scheduling_strategy=strategy, max_concurrency=20_000).remote()
+    # A call of each group waits in it (`wait_for_stop`), and each worker calls it once a second.
+    return actor_class.options(scheduling_strategy=strategy, max_concurrency=1000).remote()
 
 
 _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)

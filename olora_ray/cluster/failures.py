@@ -1,14 +1,12 @@
-"""Failures of workers, described in one line each. Ray Train's controller sends them to the driver."""
+"""Failures of workers, described in one line each."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Failure
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line, of_the_machine
 from olora_ray.config.schema import Config
 
@@ -19,15 +17,6 @@ LONGEST = 200
 
 class SharedBaseDied(RayActorError):
     """The process that trains several trials has died, or has not restarted yet."""
-
-
-class TellDriver(UserCallback):
-    def __init__(self, channel: Any) -> None:
-        self.channel = channel
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        # Ray calls this in the controller, before it decides whether to restart the workers.
-        self.channel.send.remote(Failure(describe(worker_exceptions)))
 
 
 @contextlib.contextmanager
@@ -91,8 +80,6 @@ def cause(error: BaseException) -> str:
         return "Train's controller died"
     if isinstance(error, WorkerGroupError):
         return describe(error.worker_failures)
-    if isinstance(error, PreemptionError):
-        return "workers were preempted"
     return reason(error)
 
 
@@ -108,7 +95,7 @@ def counts(error: BaseException) -> bool:
         return not any(_death(e) and getattr(_death(e), "preempted", False) for e in error.worker_failures.values())
     if isinstance(error, ControllerError):  # does not count if workers could not start because their node was lost
         return not ray_internals.startup_failed(error.controller_failure)
-    return not isinstance(error, PreemptionError)
+    return True
 
 
 def reason(error: BaseException) -> str:

@@ -97,8 +97,6 @@ def memory_problems(
 
 def _memory(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> Iterator[str]:
     for need in needs(config, base, size, gpus) if nodes else ():
-        if problem := no_room_for_spares(config, need, nodes):
-            yield problem
         if problem := missing(config.cluster.min_workers(), need, nodes):
             yield f"{problem}; {need.advice or smaller(config, base, gpus, nodes)}"
 
@@ -202,10 +200,9 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
 
 
 def _may_shard(config: Config) -> bool:
-    # fsdp has neither quantised bases nor spares.
     cluster = config.cluster
     unsharded = cluster.strategy == "ddp" and cluster.min_workers() > 1
-    return unsharded and config.model.quantization == "none" and not cluster.spares
+    return unsharded and config.model.quantization == "none"
 
 
 def _fewer_answers(config: Config) -> Iterator[dict[str, Any]]:
@@ -244,17 +241,6 @@ def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
     return (
         f"cluster.workers={fewest}: each worker needs about {need.size / GIB:.1f} GiB of {need.memory}, so there is"
         f" room for {room} ({shown})"
-    )
-
-
-def no_room_for_spares(config: Config, need: Need, nodes: Sequence[Node]) -> str | None:
-    # Spares take memory but no CPU, so `Need.room` does not count them.
-    cluster, room = config.cluster, sum(int(need.have(node) // need.size) for node in nodes)
-    if need.each or not cluster.min_workers() <= room < cluster.min_workers() + cluster.spares:
-        return None
-    return (
-        f"cluster.spares={cluster.spares}: each process needs about {need.size / GIB:.1f} GiB of {need.memory}; beside"
-        f" {cluster.min_workers()} workers there is room for {room - cluster.min_workers()}; lower cluster.spares"
     )
 
 
@@ -300,7 +286,6 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     problems += version_problems(node_facts.node_info(), answers, None if packing is None else packing.library)
     problems += code_problems()
     problems += gpu_problems(wanted, answers)
-    problems += _spares(config, wanted)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
         loaded = as_loaded(config, wanted, answers)
@@ -408,15 +393,6 @@ def _public(package: str, version: str | None) -> str | None:
     if version is not None and package == "python":
         return ".".join(version.split(".")[:2])
     return version and version.partition("+")[0]
-
-
-def _spares(config: AnyConfig, wanted: Resources) -> list[str]:
-    if config.cluster.spares and "GPU" in wanted:
-        return [
-            f"cluster.spares={config.cluster.spares}: a spare has no GPU, and workers on GPUs restart all together; set"
-            " cluster.spares=0"
-        ]
-    return []
 
 
 def _storage(config: AnyConfig, answers: Answers) -> list[str]:

@@ -1,20 +1,17 @@
 """Calls of Ray's private functions and modules, whose names may change without notice.
 
-Another module extends a class of Ray Train and uses its private names: cluster/membership/places.py. Each use here is
-marked with the version of Ray whose source was read, and each function says why public functions are not enough. After
-an upgrade of Ray, tests/cluster/test_ray_internals.py shows what has changed.
+Each use is marked with the version of Ray whose source was read, and each function says why public functions are not
+enough. After an upgrade of Ray, tests/cluster/test_ray_internals.py shows what has changed.
 """
 
 import contextlib
 import copy
-import inspect
 import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -183,42 +180,16 @@ def abandoned_placement_groups() -> "list[PlacementGroup]":
 # Ray Train.
 
 
-def train_parts() -> SimpleNamespace:
-    """Return the classes of Ray Train's controller that cluster/membership/places.py extends.
+def without_helpers(trainer: Any) -> Any:
+    """Let the trainer's controller start no processes but the workers, and return the trainer.
 
-    Raises ImportError or AttributeError with the name that this version of Ray lacks.
+    Ray 2.60 starts one process for datasets, and one that frees a dead controller's placement groups. Both import much,
+    which slows the start of the workers on a machine with few CPUs. A run has no Ray dataset, and the driver itself
+    frees abandoned placement groups (resources.py). No public setting turns them off.
     """
-    # Ray 2.60
-    from ray.train.v2._internal import exceptions, util
-    from ray.train.v2._internal.callbacks import datasets, placement_group_callback
-    from ray.train.v2._internal.execution import callback, controller, worker_group
-
-    group = worker_group.WorkerGroup
-    # `Group` in places.py overrides these methods. With other parameters, Ray would call them in another way.
-    for method, wanted in {"_create_placement_group": 3, "_create_workers": 8, "_assign_worker_ranks": 4}.items():
-        if len(inspect.signature(getattr(group, method)).parameters) != wanted:
-            raise AttributeError(f"WorkerGroup.{method} has other parameters")
-    return SimpleNamespace(
-        WorkerGroup=group,
-        Worker=worker_group.Worker,
-        PlacementGroupHandle=worker_group.PlacementGroupHandle,
-        ControllerCallback=callback.ControllerCallback,
-        TrainController=controller.TrainController,
-        WorkerGroupStartupFailedError=exceptions.WorkerGroupStartupFailedError,
-        bundle_to_remote_args=util.bundle_to_remote_args,
-        unwanted_callbacks=(datasets.DatasetsCallback, placement_group_callback.PlacementGroupCleanerCallback),
-    )
-
-
-def replacement_problem() -> str | None:
-    """Return why this Ray cannot replace one worker while the others train on; None if it can."""
-    from ray.train.backend import Backend
-
-    try:
-        train_parts()
-    except (ImportError, AttributeError) as error:
-        return str(error)
-    return None if hasattr(Backend, "has_replica_groups") else "Backend.has_replica_groups is missing"
+    callbacks, names = trainer._create_default_callbacks, ("DatasetsCallback", "PlacementGroupCleanerCallback")
+    trainer._create_default_callbacks = lambda: [each for each in callbacks() if type(each).__name__ not in names]
+    return trainer
 
 
 def startup_failed(error: Exception) -> bool:
@@ -235,15 +206,6 @@ def _train_context() -> Any:
     from ray.train.v2._internal.execution import context  # Ray 2.60
 
     return context
-
-
-def preemption_noted() -> bool:
-    """True if Ray Train has told this worker that a node will be taken away. Reads only local state.
-
-    The public `ray.train.get_preemption_info()` is a barrier of all workers over an actor: too slow for every step.
-    """
-    context = getattr(_train_context().get_train_context(), "preemption_context", None)
-    return getattr(context, "preemption_info", None) is not None
 
 
 def quiet_train_worker() -> None:

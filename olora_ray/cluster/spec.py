@@ -13,9 +13,6 @@ from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState
 
-LEFT = "left"
-"""`TrainResult.interrupted` of a worker that left while others train on, or that came after the end of the training."""
-
 
 @dataclass(frozen=True)
 class TrainSpec:
@@ -110,8 +107,6 @@ class TrainResult:
     """True if the problem passes by itself: a store did not answer a worker."""
     interrupted: str | None = None
     """Why training stopped on request, with a checkpoint."""
-    preempted: bool = False
-    """True if it stopped because a node is preempted."""
     state: TrainState | None = None
     stopped_early: bool = False
     trainable: int | None = None

@@ -1,29 +1,24 @@
 """A training worker: it trains, evaluates, writes checkpoints, reports to the driver, and ends on request.
-It trains alone (a trial on a shared base), in a fixed group of Ray Train, or in the changing groups of a membership.
+It trains alone (a trial on a shared base) or in a group of Ray Train. If one of a group is lost, the driver starts
+another group, which resumes from the newest checkpoint.
 """
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, TypeVar
 
 import ray
-import ray.train as ray_train
 from ray.exceptions import RayError
 from torch import Tensor
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Resumed, Saved, Started, Took, sent_to
+from olora_ray.cluster.channel import Resumed, Saved, Started, Took, give_signs_of_life, sent_to
 from olora_ray.cluster.failures import advice_for_memory
-from olora_ray.cluster.membership.peers import Peers, Progress, sync_state, through
-from olora_ray.cluster.membership.state import Finished, Member
 from olora_ray.cluster.resume import StartingPoint, measure_first_step, self_tested, starting_point
-from olora_ray.cluster.spec import LEFT, AnswerPair, TrainResult, TrainSpec
+from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, note_kinds
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
@@ -42,40 +37,29 @@ from olora_ray.train.scoring import Baseline
 logger = logging.getLogger(__name__)
 
 
-# Requests to end the training or to change the group. They come from the driver, from Ray when a node is preempted, and
-# from the membership.
+# Requests of the driver to end the training.
 
 
 SECONDS_BETWEEN_LINES = 15
 
 
 class StopRequests:
-    def __init__(self, channel: Any, worker: WorkerContext, peers: Peers | None = None) -> None:
-        self.channel, self.worker, self.peers = channel, worker, peers
+    def __init__(self, channel: Any, worker: WorkerContext) -> None:
+        self.channel, self.worker = channel, worker
         self.from_driver: str | None = None
         self._stop_call: Any = None  # returns when the driver asks to stop
         self._looks = 0
         self._data_failed = False
 
     def pending(self) -> bool:
-        """True if this worker has a reason to end or to meet. The step's signal tells it to all (StepResult.signal)."""
+        """True on rank 0 if the driver asks to stop. The step's signal tells it to all (StepResult.signal)."""
         if self.worker.rank == 0:
             self._listen()
-        meet = self.peers is not None and self.peers.orders().meet
-        return meet or self.from_driver is not None or self.worker.preemption_announced()
+        return self.from_driver is not None
 
-    def decided(self) -> bool:
-        """True if the training ends, False if only the group changes. All workers must call it after a signal."""
-        return self.peers is None or collectives.from_first(self.from_driver) is not None
-
-    def reason(self) -> tuple[str, bool]:
-        """Return the reason, and whether it is a preemption. All workers must call it after a step with a signal."""
-        # With a membership the driver itself looks for preempted nodes. `preempted_nodes` is a barrier of all workers
-        # that a trainer has started: it would wait for ever for a worker that is being replaced or has left.
-        preempted = () if self.peers else self.worker.preempted_nodes()
-        if reason := collectives.from_first(self.from_driver):
-            return reason, False
-        return f"node {', '.join(node[:8] for node in preempted) or '?'} is preempted", True
+    def reason(self) -> str:
+        """Return the driver's reason. All workers must call it after a step with a signal."""
+        return collectives.from_first(self.from_driver) or "the driver asks to stop"
 
     def waiting(self, shard: int, shards: int) -> None:
         """Check and log, about once a second, while a shard of the token store is missing.
@@ -106,22 +90,15 @@ class StopRequests:
 # The training.
 
 
-class After(Enum):
-    STEP = 1
-    CHANGE = 2
-    STOP = 3
-    """Stop early, at the request of the driver or of Ray."""
-    END = 4
-
-
-class _Left(Exception):
-    """This worker leaves, as ordered by the membership."""
+MOST_LOST = 30.0
+"""Seconds of training that a lost worker may cost, where a checkpoint every so often takes less than `SHARE` of it."""
+SHARE = 0.01
 
 
 class Worker:
     """A training from its starting point to its result. All workers of a group must create theirs together.
 
-    A worker that comes `late`, while others train, creates it alone. Raises UserError if the model fails its self-test.
+    Raises UserError if the model fails its self-test.
     """
 
     def __init__(
@@ -132,45 +109,45 @@ class Worker:
         channel: Any,
         start: StartingPoint,
         stop_requests: StopRequests | None = None,
-        peers: Peers | None = None,
-        late: bool = False,
     ) -> None:
         self.context, self.spec, self.config = context, spec, spec.config
-        self.checkpoints, self.channel, self.peers, self.late = checkpoints, channel, peers, late
+        self.checkpoints, self.channel = checkpoints, channel
         self.stop_requests = stop_requests or StopRequests(channel, context)
         start = self_tested(context, spec, start, self.stop_requests.waiting)
         measure_first_step(context, spec, start, self.stop_requests.waiting)
-        self.trainer, self.progress = start.trainer, Progress(start.state)
+        self.trainer, self.state = start.trainer, start.state
         self.trainer.signal = self.stop_requests.pending
         self.attention, self.resumed = start.attention, start.resumed
         self.state.kinds = note_kinds(self.state.kinds, context.device)
-        self._precision = self.state.precision
         self.evaluator = Evaluator(context, spec, start)
         self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting, self.state.lr)
-        self.manager: CheckpointManager | None = None
-
-    @property
-    def state(self) -> TrainState:
-        return self.progress.state
+        # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
+        self.manager = CheckpointManager(checkpoints, self.config.train.keep, self._saved) if not context.rank else None
+        self._saved_at, self._saving = time.monotonic(), 0.0
+        self._saved_step = self.state.step if self.resumed else -1
+        self._evaluated = True
+        """False between a step and its evaluation and report."""
 
     def run(self) -> TrainResult:
-        if self.late:
-            self._meet()
-        else:
-            self._begin()
-        while True:
-            try:
-                return self._finish(self._train())
-            except PeerLost as lost:
-                if self.peers is None:
-                    raise
-                logger.debug(f"the group has ended: {lost}")
-                self._meet(lost=True)
-            except _Left:
-                return TrainResult(interrupted=LEFT)
+        self._begin()
+        try:
+            return self._finish(self._train())
+        except PeerLost:
+            self._rescue()
+            raise
+
+    def _saved(self, step: int, seconds: float) -> None:
+        self._saving = seconds
+        self._tell_driver(Saved(step, seconds))
+
+    def _rescue(self) -> None:
+        """Write the last whole step before Ray ends this process. Only rank 0 does, because two could write at once."""
+        if self.manager and self._evaluated:
+            with contextlib.suppress(UserError):  # the manager has logged the reason
+                self._checkpoint()
+                self.manager.finish()
 
     def _begin(self) -> None:
-        self._update_manager()
         self._tell_driver(Took(self.evaluator.took))
         if self.resumed:
             if (total := self.schedule.total()) is not None and total < self.state.step:
@@ -178,71 +155,22 @@ class Worker:
                     f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
                     f"{self.config.train.epochs:g} gives {total}; raise train.epochs or set train.steps"
                 )
-            self._report_resumed()
+            total, history = self.schedule.total(), list(self.state.history)
+            self._tell_driver(Resumed(self.state.step, total, self.context.world, history))
         else:
             self._tell_driver(Started(self.context.world))
             self._checkpoint()  # so that a restart does not repeat the initialisation
 
-    def _meet(self, lost: bool = False) -> None:
-        """Continue in the next group, with the state of the worker that is furthest."""
-        assert self.peers is not None
-        while True:
-            try:
-                group = self.peers.next_group(lost)
-                if group.begins:
-                    raise RuntimeError("all other workers are lost")  # Ray restarts this worker, together with others
-                self.progress = sync_state(self.progress, self.trainer, self.evaluator)
-                # This worker has loaded the base before a checkpoint had the run's precision. When Ray restarts it, it
-                # reads the precision from one.
-                if self.state.precision not in (None, self._precision):
-                    raise RuntimeError(f"the other workers compute in {self.state.precision}, not in {self._precision}")
-                self.state.kinds = note_kinds(self.state.kinds, self.context.device)
-                self.schedule.auto = self.state.lr
-                break
-            except PeerLost:
-                lost = True
-        was_first = self.manager is not None
-        self._update_manager()
-        self._report_resumed(group.why)
-        # The previous rank 0 may have been lost before it wrote the checkpoint of this step.
-        if not was_first and not self.progress.pending:
-            self._checkpoint()
-
-    def _update_manager(self) -> None:
-        """Let rank 0 write the checkpoints, and stop a worker that was rank 0 in the previous group from doing so."""
-        if self.context.rank > 0:
-            if self.manager:
-                self.manager.abandon()
-            self.manager = None
-        elif self.manager is None:
-            self.manager = CheckpointManager(
-                self.checkpoints,
-                self.config.train.keep,
-                saved=lambda step, seconds: self._tell_driver(Saved(step, seconds)),
-            )
-
-    def _report_resumed(self, why: str = "") -> None:
-        total = self.schedule.total()
-        self._tell_driver(Resumed(self.state.step, total, self.context.world, list(self.state.history), why))
-
     def _train(self) -> bool:
-        if self.state.step == 0 and not self.state.history and not self.progress.pending:
+        """Train to the end, or to a stop on request; True in the second case."""
+        if self.state.step == 0 and not self.state.history:
             baseline = self.evaluator.baseline(storage.join(self.spec.shared or self.checkpoints, "baseline.json"))
             self.state.before = baseline.answers
             if baseline.loss is not None:
                 self._tell(self.evaluator.note(self.state, baseline.loss))
-        while (after := self._train_in_group()) is After.CHANGE:
-            self._change_group()
-        return after is After.STOP
-
-    def _train_in_group(self) -> After:
-        # The previous group may have broken between a step and its evaluation.
-        pending = self.progress.pending
-        if pending and (after := self._after_step(pending)) is not After.STEP:
-            return after
         # A run that has stopped early and is resumed has nothing left to train.
         if self._stale():
-            return After.END
+            return False
         loader = StepLoader(
             self.spec.train,
             self.config.train,
@@ -257,40 +185,27 @@ class Worker:
                 with self.context.activate(self.trainer.adapted):
                     result = next(steps, None)
                 if result is None:
-                    return After.END
-                self.state.step, self.progress.pending = result.step, result
-                if (after := self._after_step(result)) is not After.STEP:
-                    return after
+                    return False
+                self.state.step, self._evaluated = result.step, False
+                if self._after_step(result):
+                    return False
+                if result.signal:
+                    self._checkpoint()
+                    return True
 
-    def _after_step(self, result: StepResult) -> After:
+    def _after_step(self, result: StepResult) -> bool:
+        """Evaluate, report and save as due; return whether this was the last step."""
         metrics = _metrics(result)
         last = self.schedule.last(result.step)
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
             metrics |= self.evaluator.measure(self.state)
-        self.progress.pending = None
         self._tell(metrics)
+        self._evaluated = True
         end = last or self._stale()
-        due = end or result.step % self.config.train.checkpoint_every == 0
-        if due:
+        overdue = time.monotonic() - self._saved_at >= max(MOST_LOST, self._saving / SHARE)
+        if end or overdue or result.step % self.config.train.checkpoint_every == 0:
             self._checkpoint()
-        if end or not result.signal:
-            return After.END if end else After.STEP
-        if not self.stop_requests.decided():
-            return After.CHANGE
-        if not due:
-            self._checkpoint()
-        return After.STOP
-
-    def _change_group(self) -> None:
-        assert self.peers is not None
-        if self.peers.orders().leave:
-            try:
-                if self.manager:
-                    self.manager.finish()
-            except UserError:  # the manager has logged the reason, and the others must train on
-                logger.warning("this worker leaves without its last checkpoint; the next rank 0 writes one")
-            raise _Left
-        self._meet()
+        return end
 
     def _stale(self) -> bool:
         limit = self.config.train.early_stop
@@ -305,8 +220,7 @@ class Worker:
             problem = error
         collectives.raise_together(problem)
         if interrupted:
-            why, preempted = self.stop_requests.reason()
-            return TrainResult(interrupted=why, preempted=preempted, state=self.state)
+            return TrainResult(interrupted=self.stop_requests.reason(), state=self.state)
         answers = self.evaluator.answer_pairs(self.state.before)
         tested = self.trainer.loss.tested
         return TrainResult(
@@ -318,8 +232,8 @@ class Worker:
         )
 
     def _checkpoint(self) -> None:
-        # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
-        if self.manager:
+        if self.manager and self._saved_step != self.state.step:
+            self._saved_at, self._saved_step = time.monotonic(), self.state.step
             write = self.trainer.snapshot(self.state, self.evaluator.best, self.spec.identity(), dump(self.config))
             self.manager.save(self.state.step, write)
 
@@ -377,7 +291,7 @@ class Evaluator:
     @contextlib.contextmanager
     def _best_in_place(self) -> Iterator[None]:
         """Use the best adapter during the block. Without an evaluation it is the last one."""
-        # The last adapter returns even if workers are lost meanwhile: the next group continues with it, and saves it.
+        # The last adapter returns even if workers are lost meanwhile: `_rescue` may save it.
         vector = self.trainer.flat.vector
         last = vector.clone()
         try:
@@ -448,42 +362,18 @@ class Evaluator:
 # The entry point.
 
 
-@dataclass(frozen=True)
-class Entry:
-    first_rank: int
-    """Number of the first worker of the same trainer."""
-    attempt: int
-    """The driver's attempt that started the worker."""
-
-
-def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry | None = None) -> TrainResult:
-    """Run a worker of Ray Train. All workers return the same result, and only rank 0 reports progress.
-
-    With an `entry` the workers form a membership. Without one they are a fixed group.
-    """
+def train_worker(spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+    """Run a worker of Ray Train. All workers return the same result, and only rank 0 reports progress."""
     quiet_transformers()
     ray_internals.quiet_train_worker()
     context = RayTrainContext(spec.config)
-    if entry is None:
-        result = train_at(context, spec, checkpoints, channel)
-        # If only this worker has a problem, the others wait for it in an exchange, and Ray Train does not return. So
-        # the driver gets the problem over the channel.
-        if result.problem is not None:
-            ray.get(channel.finish.remote(result))
-        _report(result)
-        return result
-    with Peers(through(channel), _member(entry)) as peers:
-        try:
-            result = train_at(context, spec, checkpoints, channel, peers)
-        except Finished:
-            return TrainResult(interrupted=LEFT)
-        if result.interrupted != LEFT:
-            ray.get(channel.finish.remote(result))
-        ranks = {member.rank for member in peers.group.members} if peers.group else set()
-    # The driver has the result. If a worker is lost now, so that the others wait in the report, it ends them. One that
-    # has left before, or waits as a spare, would never come.
-    if entry.first_rank == 0 and ranks.issuperset(range(ray_train.get_context().get_world_size())):
-        _report(result)
+    give_signs_of_life(channel, context.rank)
+    result = train_at(context, spec, checkpoints, channel)
+    # If only this worker has a problem, the others wait for it in an exchange, and Ray Train does not return. So the
+    # driver gets the problem over the channel.
+    if result.problem is not None:
+        ray.get(channel.finish.remote(result))
+    _report(result)
     return result
 
 
@@ -503,37 +393,16 @@ def _report(result: TrainResult) -> None:
         logger.warning(f"Ray Train's Result lacks the metrics of this run: {first_line(error)}")
 
 
-def _member(entry: Entry) -> Member:
-    from ray.util import get_node_ip_address
-
-    context = ray.get_runtime_context()
-    rank = entry.first_rank + ray_train.get_context().get_world_rank()
-    store = collectives.meeting_place(get_node_ip_address())
-    name, node = context.get_actor_id() or "", context.get_node_id()
-    return Member(name, rank, store, node, process=os.getpid(), attempt=entry.attempt)
-
-
-def train_at(
-    context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, peers: Peers | None = None
-) -> TrainResult:
-    """Train a spec. A UserError becomes the `problem` of the result.
-
-    With `peers` the workers form the groups of a membership. Without, they are a fixed group.
-    """
-    late = peers is not None and peers.running()
+def train_at(context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+    """Train a spec. A UserError becomes the `problem` of the result."""
     try:
-        leads = peers.leads if peers else lambda: context.rank == 0
-        with sent_to(channel, leads), advice_for_memory(spec.config):
-            if peers and not late and not peers.next_group().begins:
-                raise RuntimeError("the training has begun meanwhile")  # Ray restarts this worker, which then is late
+        with sent_to(channel, lambda: context.rank == 0), advice_for_memory(spec.config):
             logger.info("loading the base model")
-            began, requests = time.monotonic(), StopRequests(channel, context, peers)
+            began, requests = time.monotonic(), StopRequests(channel, context)
             start = starting_point(context, spec, checkpoints, requests.waiting)
-            worker = Worker(context, spec, checkpoints, channel, start, requests, peers, late)
+            worker = Worker(context, spec, checkpoints, channel, start, requests)
             worker.evaluator.took["start"] = time.monotonic() - began
             return worker.run()
     except UserError as error:
-        if peers and peers.group is None:
-            raise RuntimeError(str(error)) from error  # this worker is late and alone: the others train on
-        # Returned, not raised: Ray would restart the worker, which would meet the same problem again.
+        # Returned, not raised: the next group would meet the same problem again.
         return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))

@@ -17,7 +17,6 @@ import torch
 
 from olora_ray.adapter.inject import install, remove
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.cluster import ray_internals
 from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
@@ -97,17 +96,6 @@ class RayTrainContext:
     def world(self) -> int:
         return collectives.world_size()
 
-    def preemption_announced(self) -> bool:
-        # Reads only local state, so it may be called every step.
-        return ray_internals.preemption_noted()
-
-    def preempted_nodes(self) -> tuple[str, ...]:
-        # A barrier of Ray Train: all workers of a trainer must call it together.
-        import ray.train
-
-        info = ray.train.get_preemption_info()
-        return tuple(info.preempted_node_ids) if info else ()
-
     def base(self, spec: TrainSpec) -> SupervisedLoss:
         """Return the base model, which is loaded at the first call. Use it only inside `activate`."""
         if self._loss is None:
@@ -169,15 +157,9 @@ class SharedBaseContext:
             finally:
                 remove(model)
 
-    def preemption_announced(self) -> bool:
-        return False  # only workers of Ray Train are told of a preemption; this process just dies
-
-    def preempted_nodes(self) -> tuple[str, ...]:
-        return ()
-
 
 WorkerContext = RayTrainContext | SharedBaseContext
-"""A Worker's process: device, rank, number of workers, base model, preemption."""
+"""A Worker's process: device, rank, number of workers, base model."""
 
 
 class Turns:
@@ -208,19 +190,17 @@ def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
 
     If one worker has a UserError, for example because its node has no access to the model, all workers raise it.
     """
-    base = together(lambda: _on_every_node(spec, device))
+    base = together(lambda: _on_every_node(spec))
     return load_base(base.folder, agreed(spec.config, device), device)
 
 
-def _on_every_node(spec: TrainSpec, device: torch.device) -> BaseModel:
-    """Return the base, which is downloaded to this node if needed; on GPUs, wait until all workers have theirs."""
-    # A download from a hub may take longer than the timeout of an exchange, so the workers wait without an exchange. On
-    # CPUs they must not: a worker may be lost alone there, and only an exchange notices that.
+def _on_every_node(spec: TrainSpec) -> BaseModel:
+    """Return the base, which is downloaded to this node if needed, when all workers have theirs."""
+    # A download from a hub may take longer than the timeout of an exchange, so the workers wait without an exchange.
     try:
         return on_this_node(spec.base, spec.config)
     finally:
-        if device.type == "cuda":
-            collectives.wait_for_all()
+        collectives.wait_for_all()
 
 
 def agreed(config: Config, device: torch.device, began: str | None = None) -> Config:

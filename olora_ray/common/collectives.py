@@ -4,78 +4,28 @@ All workers must call each function, in the same order. Without a process group,
 function returns at once.
 
 An exchange raises PeerLost if another worker is lost; the received data is invalid then. Some of the workers may not
-notice the loss by themselves, so all of them must abort their exchange (`abort`) and form another group.
+notice the loss by themselves: the driver ends the group.
 """
 
 import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from olora_ray.common.errors import TryAgain, UserError
 
 Value = TypeVar("Value")
 
-_stores: list[TCPStore] = []
-PATIENCE = timedelta(minutes=30)
-"""Timeout of an exchange, which includes the wait for slower workers."""
-ABORT = timedelta(milliseconds=1)
 _meetings = itertools.count()
-NOBODY = 2**20 + 1
-"""A message tag that no worker sends."""
 
 
 class PeerLost(Exception):
     """Another worker, or the connection to it, is lost."""
-
-
-def meeting_place(host: str) -> tuple[str, int]:
-    """Start a TCPStore through which groups can connect (`join_group`); return its host and port.
-
-    The store lives as long as this process.
-    """
-    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    _stores.append(store)
-    return host, store.port
-
-
-def join_group(address: tuple[str, int], name: str, rank: int, size: int, seconds: float) -> None:
-    """Connect with the other workers of a new group over gloo. All must call it together, within `seconds`.
-
-    They connect through the TCPStore at `address`. Each group there needs a name of its own. Raises PeerLost.
-    """
-    limit = timedelta(seconds=seconds)
-    with _peers():
-        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=limit)
-        prefixed = PrefixStore(name, store)
-        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=limit)
-        dist.distributed_c10d._set_pg_timeout(PATIENCE, dist.group.WORLD)
-
-
-def abort() -> None:
-    """Abort this process's current exchange from another thread: it raises PeerLost there, and soon on other workers.
-
-    gloo has no call for this. But a receive whose timeout expires closes all connections of the group, so this
-    function receives a message that nobody sends, from each worker in turn: a receive from one that is lost fails at
-    once, and leaves the connections open on which the exchange may wait.
-    """
-    for worker in {*range(world_size())} - {rank()}:
-        with contextlib.suppress(RuntimeError, ValueError):
-            nothing: Any = dist.irecv(torch.empty(1), worker, tag=NOBODY)
-            nothing.wait(ABORT)
-
-
-def leave_group() -> None:
-    if dist.is_initialized():
-        abort()
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -135,14 +85,10 @@ def transfer(outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[in
 
 
 def from_first(value: Value) -> Value:
-    return from_one(value, 0)
-
-
-def from_one(value: Value, source: int) -> Value:
     values = [value]
     if world_size() > 1:
         with _peers():
-            dist.broadcast_object_list(values, src=source)
+            dist.broadcast_object_list(values, src=0)
     return values[0]
 
 

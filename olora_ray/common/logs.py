@@ -99,6 +99,7 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each print appears twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks for preempted nodes itself
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables, which `verbose=0` does not turn off

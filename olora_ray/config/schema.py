@@ -134,9 +134,8 @@ class Cluster(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Number of restarts after failures before the run stops with an error; -1: no limit. Preempted nodes do not
     count."""
-    spares: Annotated[int, Field(ge=0)] = 0
-    """Number of idle processes with the base model loaded that replace workers that die; only for ddp on CPUs. A spare
-    needs as much memory as a worker, but no CPU time."""
+    silence: Annotated[float, Field(ge=5.0)] = 20.0
+    """Seconds without a sign of life after which a worker counts as lost. Each worker gives one every second."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -553,15 +552,6 @@ class Config(Section):
             raise ValueError(f"{fields}: the workers are not divisible by it; use a divisor of the number of workers")
         if workers == replicas:
             raise ValueError(f"{fields}: no weight would be sharded; use strategy=ddp or fewer replicas")
-        return self
-
-    @model_validator(mode="after")
-    def _spares_hold_the_whole_base(self) -> "Config":
-        if self.cluster.spares and self.cluster.strategy != "ddp":
-            raise ValueError(
-                f"cluster.spares={self.cluster.spares} with cluster.strategy={self.cluster.strategy}: a spare cannot"
-                " replace a worker that holds a part of the base model; use cluster.spares=0 or cluster.strategy=ddp"
-            )
         return self
 
     def accumulation(self, workers: int | None = None) -> int:

@@ -11,18 +11,9 @@ import ray.train
 from ray.exceptions import RayActorError, RayError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Failure, Message, Resumed, Saved, Started, Took, make_channel
+from olora_ray.cluster.channel import Message, Resumed, Saved, Started, Took, make_channel
 from olora_ray.cluster.failures import cause, counts, passes, user_errors
-from olora_ray.cluster.membership.driver import (
-    Fit,
-    Trainers,
-    WorkerGroup,
-    answer,
-    end_hung,
-    given,
-    in_place,
-    ray_trainer,
-)
+from olora_ray.cluster.group import Fit, Group, answer, end_hung, ray_trainer
 from olora_ray.cluster.resources import PlacementRequest, free_abandoned, free_workers, worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import TryAgain, UserError
@@ -38,7 +29,7 @@ from olora_ray.train.loader import Schedule
 
 logger = logging.getLogger(__name__)
 
-Event = Started | Resumed | Failure
+Event = Started | Resumed
 OnRow = Callable[[int, dict[str, float]], None]
 """Receives the metrics of every step; after a restart also those of earlier steps again."""
 
@@ -67,7 +58,7 @@ class Monitor:
                     self.telemetry.saved(message.seconds)
                 case Took():
                     self.progress.took |= message.seconds
-                case Started() | Failure():
+                case Started():
                     on_event(message)
                 case Resumed():
                     rows |= {int(row["step"]): _without_step(row) for row in message.history}
@@ -88,19 +79,17 @@ def _without_step(row: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name != "step"}
 
 
-# Attempts of one training: choose the number of workers for each, and decide whether another one follows.
+# Groups of workers of one training: choose the number of workers for each, and decide whether another one follows.
 
 
 SETTLE = 3.0
 """Seconds without a change after which the free room counts: ended workers release their resources one by one."""
-DESERTED = 120.0
-"""Seconds without a worker after which the driver starts new trainers; the imports of a worker may take 30."""
-UNMET = 600.0
-"""The same before the first group, when workers may import from a slow network disk."""
 NOBODY = 5.0
 """Seconds without a group after which the driver stops without asking the workers."""
 SLOW = 30.0
 """Log "waiting for workers" after this many seconds without a group."""
+ROOM = 30.0
+"""Seconds between two looks for room. Growing restarts all workers."""
 
 
 class Attempts:
@@ -118,16 +107,12 @@ class Attempts:
         stop: Stop,
         worker: Mapping[str, float],
         fit: Fit,
-        changing: bool = False,
         placed: bool = False,
     ) -> None:
-        """Set up; `worker` has the resources of one worker.
-
-        `changing`: workers may join and leave during training. `placed`: `fit` reserves their resources itself.
-        """
+        """Set up; `worker` has the resources of one worker. `placed`: `fit` reserves their resources itself."""
         self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
         self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
-        self.worker, self.changing, self.placed = worker, changing, placed
+        self.worker, self.placed = worker, placed
         self.schedule = Schedule(spec.config.train, build.store)
         self.workers: int | None = None
         """Size of the group that trains or that trained last."""
@@ -135,58 +120,38 @@ class Attempts:
         """Failures that count against cluster.max_failures."""
         self.cause: str | None = None
         """Reason why a new group starts; None once it has started."""
-        self._asked = self._warned = self._running = False
-        self._deserted = ""
-        """Reason why the driver has ended the trainers because no workers came; empty if it has not."""
-        self._nobody_since: float | None = None
-        """Time since which there is no group of workers; None while there is one."""
-        self._silent = False
-        """True if the log already says that there is no group."""
-        self._attempt = 0
-        self._trainers: Trainers | None = None
-        self._looked = time.monotonic()
+        self._asked = self._warned = self._running = self._silent = False
+        self._hung: str | None = None
+        """Why the driver has ended the group; None if it has not."""
+        self._waited_since = self._looked = time.monotonic()
         self._room = 0
 
     def run(self) -> TrainResult:
         """Train until done; raise UserError with the last failure, and Stopped after a signal."""
-        elastic, first = self.spec.config.cluster.is_elastic(), True
+        cluster = self.spec.config.cluster
+        # A trial must not wait for room: processes that trials share hold their resources until the search ends.
+        at_once = self.placed or not cluster.is_elastic()
         while True:
-            self._attempt += 1
-            # A trial must not wait for room: processes that trials share hold their resources until the search ends.
-            at_once = self.placed or (first and not elastic)
-            workers = self.spec.config.cluster.max_workers() if at_once else self._wait_for_room()
-            told = [self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)]
-            if not first:  # the first time the channel may still be starting, so waiting would delay the workers
-                for call in told:
-                    answer(call)
-            first = False
-            self._trainers = Trainers(self.fit, self.channel, self._attempt, workers)
+            group = Group(self.fit, cluster.max_workers() if at_once else self._wait_for_room(), self.channel)
             try:
-                result = self._follow(self._trainers)
+                result = self._follow(group)
             except (RayActorError, ray.train.TrainingFailedError) as error:
                 self._failed(error)
-                continue
-            if self._is_final(result):
-                return result
+            else:
+                if self._is_final(result):
+                    return result
+            answer(self.channel.begin.remote())
+            at_once = self.placed
 
     def _failed(self, error: Exception) -> None:
-        # The driver has ended these trainers itself, so their end does not count as a failure.
-        if self._deserted and isinstance(error, RayActorError):
-            self._note(self.cause or self._deserted)
-            self._announce("starting new workers")
-            return
-        cluster = self.spec.config.cluster
         self.failures += counts(error)
-        # Ray has already restarted a group of fixed size max_failures times, unless its controller was lost.
-        restarting = self.changing or not cluster.is_elastic()
-        spent = isinstance(error, ray.train.WorkerGroupError) and restarting
-        if spent or 0 <= cluster.max_failures < self.failures:
-            tried = cluster.max_failures if spent else self.failures - 1
+        reason = self._hung or cause(error)
+        if 0 <= self.spec.config.cluster.max_failures < self.failures:
             error_type = TryAgain if passes(error) else UserError
-            raise error_type(f"training failed after {tried} restarts: {cause(error)}") from error
-        self._note(cause(error))
-        if not counts(error):
-            self._announce("retrying")
+            raise error_type(f"training failed after {self.failures - 1} restarts: {reason}") from error
+        # If another group fails before it trains, the first reason is the cause, and later ones are consequences.
+        self.cause = self.cause or reason
+        self._announce("starting the workers again" if counts(error) else "retrying")
 
     def _is_final(self, result: TrainResult) -> bool:
         """False if another group resumes this training; raises UserError and Stopped as `run`."""
@@ -197,14 +162,10 @@ class Attempts:
             raise (TryAgain if result.passes else UserError)(result.problem)
         if not result.interrupted:
             return True
-        if result.state is None:  # the first workers left, and the others died before they had a result
-            if self.stop.asked:
-                raise self.stop.stopped("stopped after the loss of all workers")
-            self._note(self.cause or "all workers were lost")
-            return False
+        assert result.state is not None
         if self.stop.asked:
             raise self.stop.stopped(f"stopped after step {result.state.step} of {self.progress.total or '?'}")
-        self._note(result.interrupted)
+        self.cause = self.cause or result.interrupted
         return False
 
     def _wait_for_room(self) -> int:
@@ -225,24 +186,24 @@ class Attempts:
                     raise self.stop.stopped("stopped while waiting for room in the cluster")
                 time.sleep(0.5)
 
-    def _follow(self, trainers: Trainers) -> TrainResult:
+    def _follow(self, group: Group) -> TrainResult:
         self._asked = self._running = self._silent = False
-        self._deserted, self._nobody_since = "", None
+        self._hung, self._waited_since = None, time.monotonic()
         collected, result = time.monotonic(), None
         try:
-            while not trainers.ended(result):
+            while not group.ended() and result is None:
                 self._look()
-                result = given(self.channel)
+                result = answer(self.channel.result.remote())
                 if time.monotonic() - collected >= 1.0:
                     self.monitor.collect(self._on_event)
-                    self._await_workers(trainers.workers)
+                    self._await_workers(group.workers)
                     self._watch()
                     collected = time.monotonic()
             self.monitor.collect(self._on_event)
-            return result or given(self.channel) or trainers.result()
+            return result or answer(self.channel.result.remote()) or group.result()
         finally:
             self.monitor.telemetry.ended()
-            trainers.end(at_once=self.stop.asked is not None)
+            group.end(at_once=self.stop.asked is not None or self._hung is not None)
 
     def _look(self) -> None:
         if self.stop.asked and not self._asked:
@@ -257,77 +218,58 @@ class Attempts:
             self._ask("the preparation of the training data failed")
         if self.progress.total is None:
             self.progress.set_total(self.schedule.total())
-        pause = 1.0 if self._room else 5.0
-        # Without `changing`, growing restarts all workers, so look for room less often.
-        if time.monotonic() - self._looked >= (pause if self.changing else 30.0):
+        if time.monotonic() - self._looked >= (1.0 if self._room else ROOM):
             self._looked = time.monotonic()
             self._grow()
 
     def _grow(self) -> None:
-        """Add workers if more of them fit; without `changing` end the group, so that a larger one resumes."""
-        assert self._trainers is not None
-        cluster = self.spec.config.cluster
-        most = cluster.max_workers()
-        missing = most - (self._trainers.workers if self.changing else self.workers or most)
-        if 0 <= cluster.max_failures < self._trainers.failures:
-            missing = 0  # workers that join fail repeatedly, so the others continue without them
+        """End the group if more workers fit, so that a larger one resumes."""
+        most = self.spec.config.cluster.max_workers()
+        missing = most - (self.workers or most)
         quiet = self._running and not self._asked  # otherwise starting workers are about to take the free room
         if missing and quiet:
             free_abandoned()
         room = min(missing, free_workers(self.worker)) if missing and quiet else 0
         if room and self._room:  # seen twice, because room may be free for a moment between two uses
-            if self.changing:
-                self._trainers.add(room)
-            else:
-                self._ask("the cluster has grown")
+            self._ask("the cluster has grown")
         self._room = room
 
     def _await_workers(self, workers: int) -> None:
         """Stop while no group could react to the request, and log why the first one waits; raises Stopped."""
-        # Without `changing`, a running group always gets the request. With it, only the channel knows.
-        reached = self._running and not (self.changing and self.stop.asked)
-        if reached or (self.changing and answer(self.channel.running.remote())):
-            self._nobody_since = None
+        if self._running:
             return
-        now = time.monotonic()
-        self._nobody_since = self._nobody_since or now
-        if self.stop.asked and now - self._nobody_since >= NOBODY:  # steps after the last checkpoint are lost already
+        waited = time.monotonic() - self._waited_since
+        if self.stop.asked and waited >= NOBODY:  # steps after the last checkpoint are lost already
             raise self.stop.stopped("stopped while no worker was training")
-        if now - self._nobody_since >= SLOW and not self._silent and not self.placed:
+        if waited >= SLOW and not self._silent and not self.placed:
             self._silent = True
             free = free_workers(self.worker)
-            action = "start" if self.changing else "start or to load the model"
-            self._announce(f"waiting for {plural(workers, 'worker')} to {action}; {free} more would fit")
+            self._announce(
+                f"waiting for {plural(workers, 'worker')} to start or to load the model; {free} more would fit"
+            )
 
     def _watch(self) -> None:
-        """Handle cases that Ray does not: hanging workers, missing workers and draining nodes."""
-        if not self.changing:
-            return
-        absent = answer(self.channel.absent.remote())
-        for member in absent.hung:  # otherwise Ray keeps its resources for ten minutes
-            end_hung(member)
-        if absent.nobody_for > (DESERTED if absent.began else UNMET):  # Ray waits for room on a lost node
-            self._deserted = "all workers were lost" if absent.began else "some workers did not start"
+        """Handle what Ray does not: workers that hang, and nodes that will be taken away."""
+        silence = self.spec.config.cluster.silence
+        members, silent = answer(self.channel.members.remote(silence))
+        if silent:
+            ranks = " and ".join(f"worker {rank}" for rank in sorted(member.rank for member in silent))
+            self._hung = f"{ranks} gave no sign of life for {silence:g} s"
+            for member in silent:
+                end_hung(member)
             ray_internals.end_train_controllers()
-        if self._asked or not self._running:
-            return
-        if (nodes := ray_internals.draining_nodes()) and not answer(self.channel.drain_nodes.remote(nodes)):
-            self._ask(f"node {', '.join(sorted(node[:8] for node in nodes))} is preempted")
+        elif self._running and not self._asked:
+            leaving = ray_internals.draining_nodes() & {member.node for member in members}
+            if leaving:
+                self._ask(f"node {', '.join(sorted(node[:8] for node in leaving))} is preempted")
 
     def _ask(self, why: str) -> None:
         self._asked = True
         self.channel.request_stop.remote(why)
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, Failure):
-            self._note(event.what)
-            if not self.changing:  # Ray restarts all workers, once there is room
-                self._running = self._silent = False
-            return
-        # The workers know the reason better than Ray, which only checks every two seconds.
-        if isinstance(event, Resumed) and event.why:
-            self.cause = event.why
-        self._started(event.step if isinstance(event, Resumed) else 0, event.workers, isinstance(event, Resumed))
+        resumed = isinstance(event, Resumed)
+        self._started(event.step if isinstance(event, Resumed) else 0, event.workers, resumed)
 
     def _started(self, step: int, workers: int, resumed: bool) -> None:
         again = max(0, self.monitor.highest - step)
@@ -345,9 +287,6 @@ class Attempts:
             self.progress.back_to(step)
         elif workers != self.spec.config.cluster.max_workers():
             self.progress.line(f"training starts with {plural(workers, 'worker')}{self._split(workers)}")
-        spares = self.spec.config.cluster.spares
-        if spares and self.changing and self._trainers and not self._running:
-            self._trainers.stand_by(spares)  # not earlier, because spares would slow down the start of the workers
         self.workers, self.cause, self._running = workers, None, True
 
     def _split(self, workers: int) -> str:
@@ -356,16 +295,12 @@ class Attempts:
             return ""
         return f"; {batch_split(config, workers)}"
 
-    def _note(self, reason: str) -> None:
-        # If all workers restart, the first reason is the cause, and later ones are consequences.
-        self.cause = reason if self.changing else self.cause or reason
-
     def _announce(self, text: str) -> None:
         self.progress.line(f"{self.cause}: {text}" if self.cause else text)
 
 
-FitOn = Callable[[Any, WorkerGroup], TrainResult]
-"""Trains once; receives the driver's channel and the workers."""
+FitOn = Callable[[Any, int], TrainResult]
+"""Trains once; receives the driver's channel and the number of workers."""
 
 
 def train(
@@ -393,9 +328,8 @@ def train(
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             if fit_on is None:
                 progress.line("starting the workers; each imports torch and transformers")
-            changing = fit_on is None and in_place(config, worker)
-            fit = partial(fit_on or partial(_fit, spec, folder, worker, changing), channel)
-            result = Attempts(spec, build, monitor, stop, worker, fit, changing, placed=fit_on is not None).run()
+            fit = partial(fit_on or partial(_fit, spec, folder, worker), channel)
+            result = Attempts(spec, build, monitor, stop, worker, fit, placed=fit_on is not None).run()
     finally:
         stop.gentle = False
     folder.write_training(result.to_json())
@@ -428,10 +362,8 @@ def finished_training(spec: TrainSpec, folder: RunFolder) -> TrainResult | None:
     return result
 
 
-def _fit(
-    spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], changing: bool, channel: Any, group: WorkerGroup
-) -> TrainResult:
-    fitted = ray_trainer(spec, folder.root, worker, channel, group, changing).fit()
+def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int) -> TrainResult:
+    fitted = ray_trainer(spec, folder.root, worker, channel, workers).fit()
     result = getattr(fitted, "return_value", None)
     if not isinstance(result, TrainResult):
         raise RuntimeError(f"training returned {result!r}")

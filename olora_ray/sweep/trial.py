@@ -12,7 +12,6 @@ import ray
 
 from olora_ray.cluster import shared_base
 from olora_ray.cluster.failures import reason
-from olora_ray.cluster.membership.driver import WorkerGroup
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import logs, storage
 from olora_ray.common.errors import Stopped, UserError
@@ -145,7 +144,7 @@ class TrialRun:
     def _fitted(self, spec: TrainSpec, tracker: Tracker) -> TrainResult:
         actors, adapters = self.sweep_spec.shared_bases, self.sweep_spec.space.trials_per_worker
 
-        def on_shared_base(channel: Any, group: WorkerGroup) -> TrainResult:
+        def on_shared_base(channel: Any, workers: int) -> TrainResult:
             return shared_base.train_on(actors, adapters, spec, self.folder.checkpoints, channel)
 
         fit_on = on_shared_base if actors else None

@@ -8,8 +8,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
-from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
-from ray.train.v2.api.preemption import PreemptionInfo
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from olora_ray.cluster.failures import SharedBaseDied, advice_for_memory, cause, counts, describe, passes
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
@@ -56,7 +55,6 @@ def preempted() -> Exception:
         (WorkerGroupError("", {0: raised(ValueError("bad row"))}), "worker 0 failed (ValueError: bad row)", True),
         (WorkerGroupError("", {0: raised(GLOO), 1: dead()}), "worker 1 died", True),
         (WorkerGroupError("", {0: raised(GLOO), 1: preempted()}), "worker 1 died with its preempted node", False),
-        (PreemptionError(PreemptionInfo(None, {"n": [0]}), False), "workers were preempted", False),
         (RayActorError(), "Train's controller died", True),
         (SharedBaseDied(), "the process that several trials share died", True),
         (ControllerError(RuntimeError("gloo failed to connect")), "gloo failed to connect", True),

@@ -18,13 +18,7 @@ TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
         ("channel", "olora_ray.cluster.channel", ("ray.train", "ray.data", "pandas", *TORCH)),
         (
             "Train's controller",
-            "olora_ray.cluster.failures, olora_ray.cluster.membership.train_backend,"
-            " olora_ray.cluster.membership.places, ray.train.v2._internal.execution.controller.controller",
-            TORCH,
-        ),
-        (
-            "worker before it may start",
-            "olora_ray.cluster.membership.train_backend, ray.train.v2._internal.util",
+            "olora_ray.cluster.train_backend, ray.train.v2._internal.execution.controller.controller",
             TORCH,
         ),
         ("worker", "olora_ray.cluster.worker", ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn")),

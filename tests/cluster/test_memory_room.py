@@ -20,7 +20,6 @@ from olora_ray.cluster.preflight import (
     changes,
     missing,
     needs,
-    no_room_for_spares,
     precisions,
     with_recomputation,
 )
@@ -121,17 +120,6 @@ def test_a_part_of_a_gpu_has_a_part_of_its_memory(base: tuple[str, BaseModel]) -
 
 
 @pytest.mark.parametrize("base", [torch.bfloat16], indirect=True)
-def test_spares_need_memory_and_no_cpus(base: tuple[str, BaseModel]) -> None:
-    settings = tiny.config(cluster__workers=2, cluster__spares=1)
-    (need,) = needs(settings, base[1], SIZE, 0.0)
-    each = int(need.size / GIB + 1)
-    assert no_room_for_spares(settings, need, [node(2, memory=3 * each * GIB)]) is None
-    assert no_room_for_spares(settings, need, [node(2, memory=int(2.5 * need.size))]) == (
-        f"cluster.spares=1: each process needs about {need.size / GIB:.1f} GiB of memory; beside 2 workers there is"
-        " room for 0; lower cluster.spares"
-    )
-
-
 @pytest.mark.parametrize("base", [torch.float16], indirect=True)
 def test_only_nodes_with_room_for_workers_are_counted(
     base: tuple[str, BaseModel], monkeypatch: pytest.MonkeyPatch
@@ -280,7 +268,6 @@ def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: p
     [
         {},
         {"model__quantization": "fp8"},
-        {"cluster__spares": 1},
         {"cluster__fsdp_replicas": 3},
         {"cluster__workers": [2, 5], "cluster__fsdp_replicas": 2},
         {"cluster__strategy": "fsdp", "cluster__workers": 4, "cluster__fsdp_replicas": 2},

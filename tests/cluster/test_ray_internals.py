@@ -34,21 +34,6 @@ def test_a_ray_that_was_started_on_this_machine_is_found_by_its_file(
     assert ray_internals.started_address() == address
 
 
-def test_a_preemption_is_noted_where_trains_watcher_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import fields
-
-    from ray.train.v2._internal.execution import context
-    from ray.train.v2._internal.execution.preemption import PreemptionContext
-    from ray.train.v2.api.preemption import PreemptionInfo
-
-    assert "preemption_context" in {field.name for field in fields(context.TrainContext)}
-    worker: Any = type("Worker", (), {"preemption_context": PreemptionContext()})()
-    monkeypatch.setattr(context, "_train_context", worker)
-    assert not ray_internals.preemption_noted()
-    worker.preemption_context.preemption_info = PreemptionInfo(None, {"node": [0]})
-    assert ray_internals.preemption_noted()
-
-
 @pytest.mark.ray
 def test_a_thread_that_reads_data_is_found(ray_with: Callable[[int], None]) -> None:
     import ray.data
@@ -218,8 +203,6 @@ def test_every_private_part_is_there() -> None:
                     assert hasattr(importlib.import_module(node.module), alias.name), f"{node.module}.{alias.name}"
                 found += 1
     assert found > 10
-    assert ray_internals.replacement_problem() is None
-    assert callable(ray_internals.train_parts().bundle_to_remote_args)
 
 
 def test_the_coordinator_is_the_one_that_trains_controller_asks_for() -> None:

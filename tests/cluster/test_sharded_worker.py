@@ -30,9 +30,6 @@ class Context(RayTrainContext):
     def __init__(self) -> None:
         self.device, self._loss, self._installed = torch.device("cpu"), None, False
 
-    def preemption_announced(self) -> bool:
-        return False
-
 
 def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> tuple[Any, Any, Any, bool]:
     """Told losses, answers and self-test of a run, and whether the base was read by rows."""

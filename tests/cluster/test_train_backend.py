@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.cluster.membership.train_backend import Together
+from olora_ray.cluster.train_backend import Together
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import TryAgain
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoints, parallel
-from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.said import said
@@ -310,7 +310,7 @@ def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
 def test_the_last_adapter_is_back_when_others_are_lost_while_the_best_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new first worker saves what it goes on with, and so the best would be the last one of the run."""
+    """The first worker saves what it has, and so the best would be the last one of the run."""
     found: list[Worker] = []
     make, answers = Worker.__init__, Evaluator.answers
 
@@ -333,6 +333,45 @@ def test_the_last_adapter_is_back_when_others_are_lost_while_the_best_answers(
     saved = named(checkpoints.read(str(tmp_path / checkpoints.name_of(6))).adapter)
     assert not torch.equal(flat.vector, found[0].evaluator.best)
     assert all(torch.equal(flat.view(flat.vector, name), part) for name, part in saved.items())
+
+
+@pytest.mark.parametrize(("lost_at", "saved"), [("step", 4), ("evaluation", 3)])
+def test_a_worker_that_loses_the_others_keeps_its_last_whole_step(
+    tmp_path: Path, whole: tuple[Path, TrainResult, Channel], monkeypatch: pytest.MonkeyPatch, lost_at: str, saved: int
+) -> None:
+    """Not a step without its evaluation, which nobody would make up for."""
+
+    def lost(inner: Callable[..., Any], nth: int) -> Callable[..., Any]:
+        calls: list[int] = []
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls.append(1)
+            if len(calls) == nth:
+                raise PeerLost
+            return inner(*arguments, **named)
+
+        return call
+
+    owner: Any
+    owner, name, nth = (Trainer, "_shared", 5) if lost_at == "step" else (Evaluator, "loss", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, lost(getattr(owner, name), nth))
+        with pytest.raises(PeerLost):
+            train(tmp_path)
+    assert checkpoints.names(str(tmp_path))[-1] == checkpoints.name_of(saved)
+    _, channel = train(tmp_path)
+    assert [message.step for message in channel.messages if isinstance(message, Resumed)] == [saved]
+    assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
+
+
+@pytest.mark.parametrize(("share", "steps"), [(1e9, [0, 1, 2, 3, 4, 5, 6]), (1e-9, [0, 3, 6])])
+def test_a_checkpoint_is_due_after_some_seconds_unless_it_costs_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, steps: list[int]
+) -> None:
+    monkeypatch.setattr(worker, "MOST_LOST", 0.0)
+    monkeypatch.setattr(worker, "SHARE", share)
+    train(tmp_path)
+    assert sorted(checkpoints.steps_of(str(tmp_path))) == steps
 
 
 @pytest.mark.lengthy
@@ -390,17 +429,6 @@ def test_blocks_that_are_run_again_change_no_byte(tmp_path: Path, monkeypatch: p
     assert runs[False] == 0 < runs[True]
 
 
-def test_who_is_no_longer_the_first_writes_no_checkpoint(tmp_path: Path) -> None:
-    manager = CheckpointManager(str(tmp_path), 1)
-    given_up: Any = Worker.__new__(Worker)
-    given_up.context, given_up.manager = SimpleNamespace(rank=1), manager
-    given_up._update_manager()
-    assert given_up.manager is None
-    manager.save(3, lambda folder: folder.mkdir())
-    manager.finish()
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("problem", ["model.name: /m is not on every node", None])
 def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
     monkeypatch: pytest.MonkeyPatch, problem: str | None
@@ -411,7 +439,8 @@ def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
     around: dict[tuple[Any, str], Any] = {
         (ray, "get"): lambda call: call,
         (ray_internals, "quiet_train_worker"): lambda: None,
-        (worker, "RayTrainContext"): lambda config: None,
+        (worker, "RayTrainContext"): lambda config: SimpleNamespace(rank=0),
+        (worker, "give_signs_of_life"): lambda *_: None,
         (worker, "train_at"): lambda *_: TrainResult(problem=problem),
     }
     for (module, name), instead in around.items():

@@ -56,7 +56,7 @@ def test_the_problem_of_one_worker_is_raised_on_all(crew: Callable[[int], Crew])
 @pytest.mark.lengthy
 def test_no_other_file_calls_a_collective() -> None:
     calling = [file for file in PACKAGE.rglob("*.py") if _imports_distributed(file)]
-    makes_the_group = PACKAGE / "cluster" / "membership" / "train_backend.py"
+    makes_the_group = PACKAGE / "cluster" / "train_backend.py"
     assert set(calling) == {PACKAGE / "common" / "collectives.py", makes_the_group}
 
 

@@ -310,16 +310,14 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
         ({"gpus_per_worker": 0.5, "workers": 2}, ".gpus_per_worker=0.5 with cluster.workers=2: NCCL"),
         ({"gpus_per_worker": 0.5, "workers": [1, 2]}, ".gpus_per_worker=0.5 with cluster.workers=2: NCCL"),
         ({"fsdp_offload": True}, ": fsdp_offload=true needs a sharded base model"),
-        ({"strategy": "fsdp", "spares": 1}, ".spares=1 with cluster.strategy=fsdp: a spare cannot"),
     ],
 )
 def test_workers_that_cannot_be_are_refused(cluster: dict[str, Any], expected: str) -> None:
     assert problem(cluster=cluster).startswith(f"config: cluster{expected}")
 
 
-def test_only_a_sharded_base_is_offloaded_and_only_a_whole_one_has_spares() -> None:
+def test_only_a_sharded_base_is_offloaded() -> None:
     assert build(tree(cluster={"fsdp_offload": True, "strategy": "fsdp"})).cluster.fsdp_offload
-    assert build(tree(cluster={"spares": 2})).cluster.spares == 2
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (1, 2), (0.6, 2), (0.25, 1), ("auto", 2)])

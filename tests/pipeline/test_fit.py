@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import pytest
 
-from olora_ray.cluster.membership.driver import WorkerGroup, in_place, ray_trainer
+from olora_ray.cluster.group import ray_trainer
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.run_folder import RunFolder
@@ -25,16 +24,14 @@ print(*(type(each).__name__ for each in rest[0]))
 """
 
 
-@pytest.mark.parametrize(("strategy", "backend"), [("ddp", "InPlaceBackend"), ("fsdp", "TogetherBackend")])
-def test_the_controller_needs_no_torch(tmp_path: Path, strategy: str, backend: str) -> None:
+def test_the_controller_needs_no_torch(tmp_path: Path) -> None:
     from ray.train.v2._internal.execution.failure_handling import create_failure_policy
     from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
 
-    config = tiny.config(run__storage=str(tmp_path), cluster__strategy=strategy)
+    config = tiny.config(run__storage=str(tmp_path))
     nothing: Any = None
     spec = TrainSpec(config, BaseModel("tiny", str(tmp_path), "digest"), "digest", (0,), nothing, None)
-    worker = {"CPU": 1.0}
-    found = ray_trainer(spec, RunFolder(config).root, worker, None, WorkerGroup(2, 1), in_place(config, worker))
+    found = ray_trainer(spec, RunFolder(config).root, {"CPU": 1.0}, None, 2)
     given = (
         found.train_run_context,
         found._create_default_callbacks(),
@@ -45,7 +42,7 @@ def test_the_controller_needs_no_torch(tmp_path: Path, strategy: str, backend: s
     command = [sys.executable, "-c", UNPACK, str(tmp_path / "given")]
     done = subprocess.run(command, cwd=project.ROOT, capture_output=True, text=True, timeout=300, check=False)
     first, callbacks = done.stdout.splitlines()
-    assert first.split() == ["gloo", backend, "False"], done.stderr
+    assert first.split() == ["gloo", "TogetherBackend", "False"], done.stderr
     assert "BackendSetupCallback" in callbacks
     assert "DatasetsCallback" not in callbacks, "a process for datasets that there are not"
     assert "PlacementGroupCleaner" not in callbacks, "a process that asks a dashboard which there is not"

@@ -104,7 +104,7 @@ def test_every_metric_can_be_read_while_a_training_runs(head: Path, tiny_model: 
     assert plain <= last.keys()
     assert last["ray_olora_restarts_total"] == 1
     workers = {entry.get("ray_olora_workers") for entry in seen}
-    assert {None, 2, 0} <= workers <= {None, 2, 1, 0}  # for a while the one that is left trains alone
+    assert workers == {None, 2, 0}
     result = json.loads((corpus / "runs" / "small" / "training.json").read_text())["state"]["history"]
     steps = [row for row in result if "train/loss" in row]
     evaluations = [row for row in result if "eval/loss" in row]
@@ -116,4 +116,4 @@ def test_every_metric_can_be_read_while_a_training_runs(head: Path, tiny_model: 
     assert last["ray_olora_step_seconds_count"] >= STEPS  # those that were done again count too
     assert last["ray_olora_checkpoint_seconds_count"] >= STEPS / 40
     assert last["ray_olora_checkpoint_seconds_sum"] > 0
-    assert re.search(r"died(, 1 instead of 2 workers)?: training continues after step", output)
+    assert re.search(r"died: training continues after step", output)

@@ -1,23 +1,20 @@
-"""A worker that dies while the other trains on, outside of the matrix's small world: other models and methods, an
-object store, two runs at once. No step is done again, and the end is that of a run nobody touched."""
+"""A worker that dies, outside of the matrix's small world: other models and methods, an object store, two runs at once.
 
-import time
+The end is that of a run that nobody touched."""
+
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from olora_ray.common import storage
 from tests.pipelines import project
-from tests.recovery import moments, processes, runs, table
+from tests.recovery import processes, runs, table
 from tests.recovery.runs import Clean, Fault, Run
 from tests.recovery.test_methods import project_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-LONG, IDLE = 5.0, 0.5
-"""Seconds of watching a worker, and seconds on a processor that one which waits uses in them at most."""
 FIRST, OTHER = (Fault("step", "kill", step=5, rank=rank) for rank in (0, 1))
 ADAPTER = {"rank": 4, "alpha": 8}
 CASES: dict[str, tuple[str, dict[str, Any], Fault]] = {
@@ -77,60 +74,14 @@ def test_two_runs_at_once(clean: Clean, tiny_project: Path, tmp_path: Path) -> N
         assert adapter.read_bytes() == clean.end.adapter
 
 
-def test_a_spare_takes_the_place_and_the_replacement_is_the_next_spare(
-    clean: Clean, tiny_project: Path, tmp_path: Path
-) -> None:
-    """Twice: one that dies early, and one so late that its replacement still waits, or starts, when the run ends."""
-    with processes.scratch() as scratch:
-        paced = Fault(pace=10.0)
-        run = Run(runs.written(tiny_project, tmp_path), scratch, paced, changes=("cluster.spares=1",))
-        run.start()
-        for count in (1, runs.STEPS - 1):
-            run.wait_until(lambda: ready(scratch, 3), "no spare stands by")
-            run.wait_until(lambda wanted=count: len(done(scratch)) >= wanted, f"{count} steps are never done")
-            speaker = done(scratch)[-1].pid
-            next(worker for worker in processes.workers(scratch) if worker.pid == speaker).kill()
-        (scratch / "hurry").touch()
-        assert run.wait() == 0, run.tail()
-        assert (run.again(), run.initialised()) == (0, 1), run.tail()
-        assert [(found.why.count("joined"), found.workers) for found in run.resumptions()] == [(1, 2)] * 2, run.tail()
-    end = runs.end_state(tmp_path)
-    assert runs.differences(end, clean.end) == []
-
-
-def done(scratch: Path) -> list[moments.Done]:
-    """The steps so far."""
-    return moments.steps(moments.read(scratch))
-
-
-def ready(scratch: Path, count: int) -> bool:
-    """Whether so many workers are there, all of which have come as far as they get alone: steps are drawn out here."""
-    before = {worker.pid: used(worker) for worker in processes.workers(scratch)}
-    time.sleep(LONG)
-    now = {worker.pid: used(worker) for worker in processes.workers(scratch)}
-    return len(now) == count and all(
-        has_torch(pid) and after - before.get(pid, 0.0) < IDLE for pid, after in now.items()
-    )
-
-
-def has_torch(pid: int) -> bool:
-    """Whether a worker has begun to work: before, it waits for its moment, and has imported Ray alone."""
-    return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
-
-
-def used(worker: psutil.Process) -> float:
-    """Seconds on a processor."""
-    times = worker.cpu_times()
-    return float(times.user + times.system)
-
-
 def loses_a_worker(run: Run) -> None:
     assert run.attempt() == 0, run.tail()
     went_on(run)
 
 
 def went_on(run: Run) -> None:
-    """The training was not begun anew, and the log says how it went on."""
+    """The training was not begun anew, and the log says how it went on: after its last whole step, or a checkpoint."""
     assert (run.folder / "marker").exists(), run.tail()
-    assert (run.again(), run.initialised()) == (0, 1), run.tail()
-    assert run.resumptions()[0].workers == 1, run.tail()
+    assert run.initialised() == 1, run.tail()
+    assert run.again() <= runs.CHECKPOINT_EVERY, run.tail()
+    assert [found.workers for found in run.resumptions()] == [2], run.tail()

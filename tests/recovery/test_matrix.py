@@ -138,13 +138,12 @@ def log_problems(run: Run, what: str, where: str) -> list[str]:
     most = 2 if where in UNSAVED else 1
     if not 1 <= run.initialised() <= most or run.told_initialised() > most:
         found.append(f"initialised {run.initialised()} times, and the log says {run.told_initialised()}")
-    in_place = what in ("kill worker", "exception in worker")  # the others go on, and then with a new worker
-    if is_resumed(what, where) and not 1 <= len(resumptions) <= 1 + in_place:
+    if is_resumed(what, where) and len(resumptions) != 1:
         found.append(f"training was resumed once, the log says so {len(resumptions)} times")
     if where in ("export", "registration") and resumptions:
         found.append(f"nothing was to be trained again, but the log says {resumptions}")
     found += [f"no word about what happened: {one}" for one in resumptions if not one.why.strip(" ;:,.")]
-    found += [f"not two workers: {one}" for one in resumptions if one.workers != 2 and not in_place]
+    found += [f"not two workers: {one}" for one in resumptions if one.workers != 2]
     if run.again() > (0 if what == "SIGTERM" else 2 * runs.CHECKPOINT_EVERY):
         found.append(f"{run.again()} steps were done again")
     if sum(one.again for one in resumptions) > run.again():

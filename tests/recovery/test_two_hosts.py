@@ -105,7 +105,7 @@ def test_a_run_grows_when_a_host_joins(clean: Clean, tiny_project: Path, tmp_pat
     row = table.Row("host joins, workers [1, 2]")
     rows.append(row)
     elastic = {"cluster__workers": [1, 2]}
-    with cluster(tiny_project, tmp_path, PACED, others=1, **elastic) as found:
+    with cluster(tiny_project, tmp_path, Fault(pace=1.5), others=1, **elastic) as found:
         found.run.start()
         found.wait_for_step(4)
         found.others[1].start_ray()
