@@ -15,7 +15,6 @@ METHODS: dict[str, Method] = {
         olora_even.METHOD,
         lora.METHOD,
         pissa.METHOD,
-        pissa.FAST,
         milora.METHOD,
         orthogonal.METHOD,
         nora.METHOD,

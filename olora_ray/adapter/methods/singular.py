@@ -34,18 +34,6 @@ def exact(weight: Tensor, rank: int, smallest: bool = False) -> Factors:
     return Factors(a0, b0, full_rank=known)
 
 
-def within(weight: Tensor, basis: Tensor, rank: int) -> Factors:
-    """Return `exact` for the largest singular values of the part of W in the space of `basis` (m x q, orthonormal)."""
-    inside = (basis.mT @ weight).double()
-    _, vectors = _eigen(inside @ inside.mT)
-    rotation = vectors.flip(-1)[..., :rank]
-    a, b, sizes = split(inside, rotation)
-    signs = _signs(basis.double() @ rotation)
-    a, b = a * signs.mT, basis.double() @ (b * signs)
-    known = bool((sizes.amin(-1) > sizes.amax(-1) * torch.finfo(weight.dtype).eps).all())
-    return Factors(a.to(weight.dtype).contiguous(), b.to(weight.dtype).contiguous(), full_rank=known)
-
-
 def split(w: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (A~, B~, S) for left singular vectors (m x r) of w (m x n); B~ A~ is the projection of w onto them."""
     right = left.mT @ w
@@ -63,10 +51,6 @@ def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _signed(vectors: Tensor) -> Tensor:
-    return vectors * _signs(vectors)
-
-
-def _signs(vectors: Tensor) -> Tensor:
     largest = vectors.abs().argmax(dim=-2, keepdim=True)
     signs = vectors.gather(-2, largest).sign()
-    return torch.where(signs == 0, 1.0, signs)  # 0 only for a column of zeros
+    return vectors * torch.where(signs == 0, 1.0, signs)  # 0 only for a column of zeros
