@@ -133,12 +133,6 @@ def autoscaler_groups() -> list[tuple[dict[str, float], int]] | None:
     return None if limits is None else [(dict(each.resources), each.max_count) for each in limits.node_group_configs]
 
 
-def actor_died(actor_id: str) -> bool:
-    """True if the actor with this id (hex) is certainly dead. Takes about a millisecond."""
-    actor: Any = _state().actor_table(actor_id)
-    return bool(actor) and actor["State"] == "DEAD"
-
-
 def end_train_controllers() -> None:
     """Kill the controllers of all trainers that this process has started, with their workers.
 

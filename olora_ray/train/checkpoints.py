@@ -15,11 +15,9 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -198,10 +196,6 @@ Saved = Callable[[int, float], None]
 """Called with the step of a written checkpoint, and the seconds that writing took."""
 
 
-class _AbandonedError(Exception):
-    """Another process writes the checkpoints now."""
-
-
 class CheckpointManager:
     def __init__(
         self,
@@ -221,7 +215,6 @@ class CheckpointManager:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
-        self._abandoned = threading.Event()
         sweep(root)
         try:
             self._earlier = set(steps_of(root))  # written before this process started
@@ -251,13 +244,6 @@ class CheckpointManager:
                 " free space or repair the storage, and run the same command again to resume"
             )
 
-    def abandon(self) -> None:
-        """Stop writing and removing checkpoints, because another process does it now. Does not wait.
-
-        A checkpoint that is being written does not become visible, unless its rename has already begun.
-        """
-        self._abandoned.set()
-
     def _join(self) -> None:
         if self._work is not None:
             self._work.result()
@@ -266,12 +252,8 @@ class CheckpointManager:
         began = time.perf_counter()
         for number, pause in enumerate((*self.pauses, None), 1):
             try:
-                put(partial(self._fill, write), storage.join(self.root, name_of(step)))
-            except _AbandonedError:
-                return
+                put(write, storage.join(self.root, name_of(step)))
             except (OSError, SafetensorError) as error:
-                if self._abandoned.is_set():
-                    return
                 if pause is None:
                     self._problem = error
                     written = names_now(self.root)
@@ -284,17 +266,9 @@ class CheckpointManager:
                 logger.warning(f"retrying to write the checkpoint of step {step}: {short_reason(error)}")
                 time.sleep(pause)
             else:
-                if self._abandoned.is_set():
-                    return
                 self.saved(step, time.perf_counter() - began)
                 self._retire(step)
                 return
-
-    def _fill(self, write: Callable[[Path], None], folder: Path) -> None:
-        write(folder)
-        # `put` makes the folder visible when this returns, so this is the last moment to give up.
-        if self._abandoned.is_set():
-            raise _AbandonedError
 
     def _retire(self, step: int) -> None:
         """Remove the checkpoints that are not needed now that `step` is written.
@@ -311,8 +285,6 @@ class CheckpointManager:
                 name = name_of(existing)
                 if existing > step and (existing not in self._earlier or self._may_be_good(name)):
                     continue
-                if self._abandoned.is_set():
-                    return
                 if existing > step or kept == self.keep or not self._is_good(name):
                     drop(storage.join(self.root, name))
                     self._good.discard(name)

@@ -297,40 +297,6 @@ def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: st
     assert is_good(place, 30)
 
 
-def test_one_that_is_abandoned_gets_no_name_and_displaces_nothing(place: str, tmp_path: Path) -> None:
-    go_on = threading.Event()
-    told: list[int] = []
-    filled(place, 0, 10)
-    mine = CheckpointManager(place, 1, saved=lambda step, seconds: told.append(step))
-    mine.save(20, slow(go_on, 20))
-    mine.abandon()
-    go_on.set()
-    mine.finish()
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-0000000", "step-0000010"]
-    assert told == []
-
-
-def test_one_that_is_abandoned_after_it_has_its_name_displaces_nothing(place: str) -> None:
-    filled(place, 0, 10)
-    mine = CheckpointManager(place, 1, saved=lambda step, seconds: mine.abandon())
-    mine.save(20, writer(20))
-    mine.finish()
-    assert checkpoints.names(place) == [checkpoints.name_of(step) for step in (0, 10, 20)]
-
-
-def test_one_that_is_abandoned_is_not_tried_again(tmp_path: Path) -> None:
-    mine = CheckpointManager(str(tmp_path), 1)
-
-    def lost(folder: Path) -> None:
-        mine.abandon()
-        raise FileNotFoundError(folder)  # the next one has swept it away
-
-    with said() as lines:
-        mine.save(20, lost)
-        mine.finish()
-    assert lines == []
-
-
 @pytest.mark.lengthy
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
