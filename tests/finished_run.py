@@ -20,7 +20,7 @@ from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.start import resolve_uri, start_run
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.generate import questions
-from tests import mlflow_database
+from tests import mlflow_database, tiny
 from tests.export_parts import Case, make_case
 from tests.pipelines import project
 
@@ -68,7 +68,7 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
     state = TrainState(6, 1.25, 6, history=[{"step": 0.0, "eval/loss": 2.5}, {"step": 6.0, "eval/loss": 1.25}])
     question = questions(held_out, 1)[0]
     result = TrainResult(state=state, answers=(AnswerPair(question.prompt, question.reference, (), ()),))
-    run = FinishedRun(spec, RunFolder(config), result, case)
+    run = FinishedRun(spec, tiny.claimed(config), result, case)
     _export(run, state)
     return run
 
@@ -88,5 +88,4 @@ def _export(run: FinishedRun, state: TrainState) -> None:
             merged,
             **about_data(run.spec),
         )
-    run.folder.claim()
     run.folder.write_result({"metrics": {}, "base": {"digest": base.digest}})

@@ -9,6 +9,7 @@ import torch
 
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
+from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import order
 
 VOCABULARY = 96
@@ -75,6 +76,13 @@ def config(**changes: Any) -> Config:
         section, name = field.split("__")
         tree.setdefault(section, {})[name] = value
     return build(tree)
+
+
+def claimed(config: Config) -> RunFolder:
+    """The folder of a run that has begun."""
+    folder = RunFolder(config.folder())
+    folder.claim(config, folder.state())
+    return folder
 
 
 def pack(*lengths: int, seed: int = 0, prompt: int = 3, vocabulary: int = VOCABULARY) -> Any:

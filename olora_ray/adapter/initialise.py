@@ -5,9 +5,9 @@ that all hold the same bytes; a digest over all factors confirms it. Computing t
 do, because the last bits of a QR depend on the number of threads.
 """
 
+import contextlib
 import hashlib
 import heapq
-import json
 import math
 import tempfile
 import time
@@ -25,7 +25,7 @@ from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import METHODS, Method, Options
 from olora_ray.adapter.methods.method import DEFAULTS
-from olora_ray.common import collectives, node_cache, storage
+from olora_ray.common import collectives, node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 
@@ -233,7 +233,7 @@ def write(
     # may differ from the first columns kept here.
     whole = all(item.full_rank for item in factors.values())
     described = {**origin, "rank": rank, "full_rank": whole, "prefix": prefix}
-    storage.write_text(storage.join(folder_uri, DESCRIPTION), json.dumps(described))
+    records.write(storage.join(folder_uri, DESCRIPTION), described)
 
 
 def has(folder_uri: str, origin: Mapping[str, str], rank: int) -> bool:
@@ -242,13 +242,14 @@ def has(folder_uri: str, origin: Mapping[str, str], rank: int) -> bool:
 
 
 def _description(folder_uri: str, origin: Mapping[str, str], rank: int) -> dict[str, Any] | None:
-    try:
-        described = json.loads(storage.read_text(storage.join(folder_uri, DESCRIPTION)))
-        # Without a prefix only the same rank will do: another has other factors, and layers may differ in rank.
-        enough = described["rank"] >= rank if described["prefix"] else described["rank"] == rank
-        return described if described["full_rank"] and enough and {**described, **origin} == described else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    described = None
+    with contextlib.suppress(OSError):  # computing them again is better than to end a training
+        described = records.read(storage.join(folder_uri, DESCRIPTION), dict[str, Any])
+    if not described or not described.get("full_rank") or {**described, **origin} != described:
         return None
+    # Without a prefix only the same rank will do: another has other factors, and layers may differ in rank.
+    enough = described["rank"] >= rank if described.get("prefix") else described["rank"] == rank
+    return described if enough else None
 
 
 def read(folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:

@@ -10,7 +10,6 @@ written.
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import socket
@@ -18,12 +17,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from olora_ray.common import s3, storage
+from olora_ray.common import records, s3, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
 from olora_ray.common.patience import passes
 
@@ -169,9 +166,6 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {since}"
 
 
-_HOLDER = TypeAdapter(Holder)
-
-
 class Lock:
     """A lock that this process holds, as yielded by `held`."""
 
@@ -245,7 +239,7 @@ class Lock:
     def _content(self) -> bytes:
         # On S3 the etag is a digest of the content, so each renewal must change the content to get another etag.
         self._mine = replace(self._mine, renewed=time.time())
-        return (json.dumps(asdict(self._mine)) + "\n").encode()
+        return f"{records.text_of(self._mine)}\n".encode()
 
 
 @contextlib.contextmanager
@@ -277,10 +271,7 @@ def is_held(location: str) -> bool:
 
 def _holder(seen: Seen) -> Holder | None:
     # A missing, empty or damaged file has no holder.
-    try:
-        return _HOLDER.validate_json(seen.content) if seen.content else None
-    except ValidationError:
-        return None
+    return records.parsed(seen.content or b"", Holder)
 
 
 def _age(location: str) -> float:

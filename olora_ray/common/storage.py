@@ -364,32 +364,3 @@ def digest_file(file: Path) -> str:
 
 def size_and_digest(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest_file(file)}
-
-
-# Sealed files: JSON with a digest of its content, so that a damaged file is noticed.
-
-
-def seal(tree: dict[str, Any], indent: int | None = None) -> str:
-    """Return the tree as JSON, with the digest of its content in the field `seal`."""
-    return json.dumps({**tree, "seal": digest_json(tree)}, indent=indent)
-
-
-def unseal(text: str) -> dict[str, Any]:
-    """Return the tree of a sealed text; raises ValueError if the text is damaged."""
-    try:
-        tree = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(tree, dict):
-        raise ValueError("not a JSON object")
-    stored = tree.pop("seal", None)
-    if stored != digest_json(tree):
-        raise ValueError("damaged: its content does not match its checksum (field seal)")
-    return tree
-
-
-def read_sealed(location: str) -> dict[str, Any] | None:
-    try:
-        return unseal(read_text(location))
-    except (FileNotFoundError, ValueError):
-        return None

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from olora_ray.common import storage
+from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
-from olora_ray.common.storage import digest, read_sealed, seal
+from olora_ray.common.storage import digest
 from olora_ray.data import reader
 from olora_ray.data.reader import UNIT, FileScan, Unit, Units
 from olora_ray.data.sources import File, asked, open_filesystem, steady
@@ -491,7 +491,10 @@ BELIEVED_FROM = 64 * 2**20
 
 def kept_scan(file: File, storage_root: str) -> FileScan | None:
     """Return the kept scan of a file; None if there is none, or the file has changed since."""
-    if not (storage_root and file.modified) or (tree := read_sealed(_kept_path(file, storage_root))) is None:
+    if (
+        not (storage_root and file.modified)
+        or (tree := records.read(_kept_path(file, storage_root), dict[str, Any], True)) is None
+    ):
         return None
     if [tree.get("size"), tree.get("modified")] != [file.size, file.modified]:
         return None
@@ -535,7 +538,7 @@ def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | 
             "columns": scan.columns,
             "units": base64.b64encode(scan.units.table.tobytes()).decode(),
         }
-        storage.write_text(_kept_path(file, storage_root), seal(tree), durable=False)
+        records.write(_kept_path(file, storage_root), tree, sealed=True, durable=False)
 
 
 def forget_scan(file: File, storage_root: str) -> None:

@@ -1,9 +1,8 @@
 """Held-out results of one model, row by row, and the comparison of two models by a paired bootstrap."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +123,10 @@ class RowResults:
     origins: tuple[Origin, ...]
     """Origin of each row; several rows of the store may come from one row of a file."""
 
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.losses) == len(self.origins):
+            raise ValueError("columns of different lengths")
+
     def names(self) -> list[str]:
         return [LOSS, PERPLEXITY, *(f"{SCORE}{name}" for name in self.scores)]
 
@@ -163,26 +166,6 @@ class RowResults:
             scores,
             tuple(self.origins[row] for row in rows),
         )
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "RowResults":
-        """Read the text of `to_json`.
-
-        Raises ValueError, KeyError, TypeError, AttributeError or OverflowError for any other text.
-        """
-        tree = json.loads(text)
-        scores = {
-            str(name): {int(row): float(value) for row, value in dict(values).items()}
-            for name, values in dict(tree["scores"]).items()
-        }
-        tokens, losses = tuple(map(int, tree["tokens"])), tuple(map(float, tree["losses"]))
-        origins = tuple((int(file), int(position)) for file, position in tree["origins"])
-        if not len(tokens) == len(losses) == len(origins):
-            raise ValueError("columns of different lengths")
-        return cls(str(tree["data"]), tokens, losses, scores, origins)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
 from olora_ray.adapter.peft_folder import write_adapter
-from olora_ray.common import node_cache, storage
+from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
 from olora_ray.config.load import build, load, override, parse_yaml, validated
@@ -151,11 +151,11 @@ def _of_run(name: str, shared: AnyConfig) -> Target:
     root = _absolute(name)
     storage_path, _, run = root.rpartition("/")  # from the path, because the folder may have been moved or renamed
     own = override(_read(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
-    folder = RunFolder(own)
+    folder = RunFolder(own.folder())
     newest = checkpoints.latest_good(folder.checkpoints)
-    done = folder.finished()
+    done = folder.state().finished(own)
     run_id = ((done or {}).get("mlflow") or {}).get("run_id")
-    if done or (newest and folder.exported(newest[1].state.step)):
+    if done or (newest and folder.exported(own, newest[1].state.step)):
         if not (own.export.merged and _exists(folder.merged, "config.json")):
             known = newest[1].identity.get("base model") if newest else ((done or {}).get("base") or {}).get("digest")
             base, config = _base_of(name, known, own, shared)
@@ -196,11 +196,10 @@ def _of_adapter(name: str, shared: AnyConfig) -> Target:
         own = _read(storage.join(run, SETTINGS)).model
         base_name, revision = own.name, own.revision
     else:
-        try:
-            fields = json.loads(storage.read_text(storage.join(path, ADAPTER_CONFIG)))
-            base_name, revision = str(fields["base_model_name_or_path"]), fields.get("revision")
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}/{ADAPTER_CONFIG}: no base_model_name_or_path; set it to the base model") from None
+        fields = records.read(storage.join(path, ADAPTER_CONFIG), dict[str, Any]) or {}
+        if "base_model_name_or_path" not in fields:
+            raise UserError(f"{path}/{ADAPTER_CONFIG}: no base_model_name_or_path; set it to the base model")
+        base_name, revision = str(fields["base_model_name_or_path"]), fields.get("revision")
     config = _with_model(shared, base_name, revision)
     return Target(name, find_model(config), path, config)
 

@@ -32,13 +32,12 @@ logger = logging.getLogger(__name__)
 
 def dry_run(config: Config, show_config: bool = False) -> None:
     """Print the plan of a run, with `show_config` after the complete config; raise UserError as the run would."""
-    folder = RunFolder(config)
-    folder.check()
-    if done := folder.finished():
-        report.already_finished(folder, done)
+    config, state = RunFolder(config.folder()).check(config)
+    if done := state.finished(config):
+        report.already_finished(config, state, done)
     resolve_uri(config)  # checks the address, but does not connect
     base = open_base(config)
-    config = prepare.with_length(folder.config, base)
+    config = prepare.with_length(config, base)
     size = prepare.plan(config, base.model)
     logger.info("reading rows")
     # 500 held-out rows are enough for their lengths, and are read within seconds.

@@ -120,7 +120,7 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
     """
     assert result.state is not None
     step = result.state.step
-    if (parity := folder.exported(step)) is not None:
+    if (parity := folder.exported(spec.config, step)) is not None:
         return Exported(spec, folder, result, parity)
     wanted = worker_resources(spec.config)
     cpus = wanted["CPU"]
@@ -180,7 +180,7 @@ def export_run(
     if compressed is not None:
         measured["compressed"] = compressed.to_json()
         logger.info(f"adapter of rank {compressed.rank}: {compressed.in_words()}")
-    folder.write_parity(measured)
+    folder.write_parity(spec.config, measured)
     if not parity.ok:
         raise UserError(f"export: {'; '.join(parity.problems())}; the model is not registered, see {folder.parity}")
     return measured

@@ -78,7 +78,7 @@ def problem(folder: Path, model: "PreTrainedModel", config: Config) -> str | Non
         tokenizer = tokenizer_in(folder, config.model.trust_remote_code)
     if (why := _why_not(folder, model.config) or _why_other_tokens(tokenizer, model.config)) is None:
         return None
-    instead = _INSTEAD.format(merged=RunFolder(config).merged, type=config.export.gguf)
+    instead = _INSTEAD.format(merged=RunFolder(config.folder()).merged, type=config.export.gguf)
     return f"export.gguf: {why}; {instead}"
 
 

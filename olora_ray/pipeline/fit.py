@@ -21,7 +21,7 @@ from olora_ray.common.text import plural
 from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.progress import Progress, batch_split
 from olora_ray.pipeline.prometheus import Telemetry
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.run_folder import RunFolder, RunState
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoint, checkpoints
@@ -338,7 +338,7 @@ def train(
     return result
 
 
-def finished_training(spec: TrainSpec, folder: RunFolder) -> TrainResult | None:
+def finished_training(spec: TrainSpec, folder: RunFolder, state: RunState) -> TrainResult | None:
     """Return the result of the training if an earlier attempt has finished it, otherwise None.
 
     Raises UserError if the run's checkpoints are of another model, tokenizer, data or adapter.
@@ -348,15 +348,8 @@ def finished_training(spec: TrainSpec, folder: RunFolder) -> TrainResult | None:
         return None
     path, newest = latest
     checkpoint.require_same(newest.identity, spec.identity(), path)
-    text = folder.trained()
-    if text is None:
-        return None
-    try:
-        result = TrainResult.from_json(text)
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning(f"{folder.training} is damaged ({error}); resuming from the newest checkpoint")
-        return None
-    if result.state is None or result.state.step != newest.state.step:
+    result = state.trained(spec.config)
+    if result is None or result.state is None or result.state.step != newest.state.step:
         return None  # the last checkpoint is lost: train again from an earlier one, with the same result
     logger.info(f"training is already finished, at step {result.state.step}; continuing with the export")
     return result

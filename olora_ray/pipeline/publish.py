@@ -187,7 +187,7 @@ def check_tracking(config: Config, folder: RunFolder) -> None:
     if not config.export.merged:
         check_adapter_only()
     # A resumed run needs neither until it has results, so an outage does not delay it.
-    if folder.tracking_run(uri) is None:
+    if folder.tracking_run(uri, config.run.storage) is None:
         client.check(uri)
         check_artifacts(config, uri)
         if config.export.push:
@@ -357,8 +357,8 @@ PUSHED = "olora.pushed"
 
 def push(config: Config) -> None:
     """Push the config's finished run to export.push, unless that is done; raise UserError and TryAgain as `_upload`."""
-    folder, repo = RunFolder(config), config.export.push
-    if repo and (result := folder.finished()) and result.get("pushed") != repo:
+    folder, repo = RunFolder(config.folder()), config.export.push
+    if repo and (result := folder.state().finished(config)) and result.get("pushed") != repo:
         is_merged = storage.exists(storage.join(folder.merged, "config.json"))
         with node_cache.fetched(folder.merged if is_merged else folder.adapter) as files:
             _upload(config, repo, files, f"run {config.run.name}")

@@ -5,27 +5,29 @@ from collections.abc import Mapping, Sequence
 from shlex import quote
 from typing import Any
 
+from olora_ray.config.schema import Config
 from olora_ray.pipeline.answers import Sample
 from olora_ray.pipeline.export import Exported
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.run_folder import RunState
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import CHALLENGER
 
 logger = logging.getLogger(__name__)
 
 
-def already_finished(folder: RunFolder, result: dict[str, Any]) -> None:
+def already_finished(config: Config, state: RunState, result: dict[str, Any]) -> None:
     """Log the result of a finished run, and the settings of export and registry that the config has changed since."""
     loss = result.get("metrics", {}).get("eval/loss")
     shown = f", eval loss {loss:.4f}" if loss is not None else ""
     logger.info(
-        f"run {folder.config.run.name!r} is already finished{shown}: see {folder.config.folder()}; to train longer,"
+        f"run {config.run.name!r} is already finished{shown}: see {state.root}; to train longer,"
         " raise train.steps or train.epochs; to train again, set another run.name or delete that folder"
     )
-    if changes := folder.delivered_otherwise():
+    if changes := state.delivered_otherwise(config):
         logger.warning(
             f"the run was exported and registered with other settings ({changes}); to export and register it again"
-            f" without training, delete {folder.result} and run the same command; MLflow keeps its earlier version"
+            f" without training, delete {state.root}/result.json and run the same command; MLflow keeps its earlier"
+            " version"
         )
 
 
@@ -47,9 +49,9 @@ def finished(exported: Exported, answers: Sequence[Sample], result: Mapping[str,
 
 
 def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str, Any]) -> list[str]:
-    state, folder = exported.state, exported.folder
+    state, folder, config = exported.state, exported.folder, exported.spec.config
     lines = [""]
-    for item in answers[: folder.config.evaluation.samples]:
+    for item in answers[: config.evaluation.samples]:
         lines += [f"prompt:   {_one_line(item.prompt)}"]
         lines += [f"  wanted: {_one_line(item.reference)}"]
         lines += [f"  before: {_one_line(item.before)}", f"  after:  {_one_line(item.after)}", ""]
@@ -61,9 +63,9 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     if quantised := exported.parity.get("quantised"):
         lines.append(f"adapter: {quantised['in_words']}")
     lines.append(f"adapter (PEFT, vLLM): {folder.adapter}")
-    if folder.config.export.merged:
+    if config.export.merged:
         lines.append(f"merged model:         {folder.merged}")
-    if folder.config.export.gguf:
+    if config.export.gguf:
         lines.append(f"GGUF (llama.cpp):     {folder.gguf}")
     return lines
 

@@ -7,6 +7,7 @@ has written, so a run that was stopped resumes with the same command.
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from olora_ray.cluster import address
@@ -18,7 +19,7 @@ from olora_ray.pipeline import export, fit, prepare, publish, report
 from olora_ray.pipeline.answers import answered
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.connection import Stop, connect
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.run_folder import RunFolder, RunState
 
 
 class Driver:
@@ -79,38 +80,40 @@ def run(config: Config, tags: Mapping[str, str] | None = None, base: Base | None
     caller has opened it. A finished run is only reported. Raises UserError for a problem that the user can fix,
     TryAgain for one that passes (another driver works on the run, MLflow does not answer), and Stopped after a signal.
     """
-    folder = RunFolder(config)
-    if done := _finished(folder):
+    folder = RunFolder(config.folder())
+    config, state = folder.check(config)
+    if done := _finished(config, state):
         return done
     publish.check_tracking(config, folder)
     address.find()
     with only_driver(config) as driver:
-        # Another driver may have finished the run while this one waited for the lock.
-        return _finished(folder) or _run(folder, driver, tags or {}, base or open_base(folder.config))
+        config, state = folder.check(config)  # another driver may have finished it before this one got the lock
+        return _finished(config, state) or _run(config, folder, state, driver, tags or {}, base or open_base(config))
 
 
-def _finished(folder: RunFolder) -> dict[str, Any] | None:
-    folder.check()
-    if done := folder.finished():
-        if folder.moved():  # other paths may have other contents, and this result would not be theirs
-            folder.require_same(prepare.contents(folder.config, open_base(folder.config)))
-        report.already_finished(folder, done)
+def _finished(config: Config, state: RunState) -> dict[str, Any] | None:
+    if done := state.finished(config):
+        if state.moved(config):  # other paths may have other contents, and this result would not be theirs
+            state.require_same(config, prepare.contents(config, open_base(config)))
+        report.already_finished(config, state, done)
     return done
 
 
-def _run(folder: RunFolder, driver: Driver, tags: Mapping[str, str], base: Base) -> dict[str, Any]:
-    publish.check_license(folder.config, base.model)
-    config = folder.config = prepare.with_length(folder.config, base)
-    folder.require_same({"base model": base.model.digest, "tokenizer": base.spec.digest})
+def _run(
+    config: Config, folder: RunFolder, state: RunState, driver: Driver, tags: Mapping[str, str], base: Base
+) -> dict[str, Any]:
+    publish.check_license(config, base.model)
+    config = prepare.with_length(config, base)
+    state.require_same(config, {"base model": base.model.digest, "tokenizer": base.spec.digest})
     prepare.plan(config, base.model)
 
     with connect(config, base.model) as stop, driver.watch(stop):
-        prepared = prepare.prepare_tokens(config, base, check=folder.require_same)
+        prepared = prepare.prepare_tokens(config, base, check=partial(state.require_same, config))
         spec = prepared.spec
         with prepared.build as build:
             prepare.say_steps(spec)
-            result = fit.finished_training(spec, folder)
-            folder.claim()
+            result = fit.finished_training(spec, folder, state)
+            folder.claim(config, state)
             with publish.tracked(spec, folder) as tracker:
                 result = result or fit.train(spec, folder, build, tracker, stop)
                 exported = export.run_export(spec, folder, result)

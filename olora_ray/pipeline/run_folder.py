@@ -10,14 +10,17 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from olora_ray.common import storage
-from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
+from olora_ray.common import records, storage
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, build, dump, flatten, override, parse_yaml
 from olora_ray.config.schema import Config
 from olora_ray.tracking.checksums import SETTINGS
+
+if TYPE_CHECKING:
+    from olora_ray.cluster.spec import TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +67,92 @@ def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@dataclass(frozen=True)
+class RunState:
+    """The facts that earlier attempts have left in a run folder; `RunFolder.state` reads them."""
+
+    root: str
+    config: Config | None
+    """The content of config.yaml."""
+    step: int | None
+    """Step of the newest checkpoint, which may be damaged; None without checkpoints."""
+    identity: Mapping[str, str]
+    """Digests of the contents that the run was trained with, by their names; empty if they are unknown."""
+    training: "TrainResult | None"
+    """The content of training.json; None if it is missing or damaged."""
+    result: dict[str, Any] | None
+    """The content of result.json; None if it is missing or damaged."""
+
+    def finished(self, config: Config) -> dict[str, Any] | None:
+        """Return the result if the run is finished and has the length of `config`."""
+        return None if self.changes(config, _length) else self.result
+
+    def trained(self, config: Config) -> "TrainResult | None":
+        """Return the result of the training if it is finished and has the length of `config`."""
+        return None if self.changes(config, _length) else self.training
+
+    def other_settings(self, config: Config) -> str:
+        """Return the changed settings that affect the result, with both values."""
+        return self.changes(config, bound_settings)
+
+    def moved(self, config: Config) -> str:
+        """Return the changed paths of model and data, with both values; empty if there are none."""
+        return self.changes(config, _places)
+
+    def delivered_otherwise(self, config: Config) -> str:
+        """Return the changed settings of export and registry, with both values."""
+        return self.changes(config, _delivery)
+
+    def changes(self, config: Config, part: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
+        """Return up to four fields of `part` in which `config` differs from config.yaml, with both values."""
+        if self.config is None:
+            return ""
+        old, new = part(flatten(self.config)), part(flatten(config))
+        changed = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
+        return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
+
+    def problem(self, config: Config) -> str:
+        """Return why `config` cannot resume the run with its name; empty if it can, or if there is no run."""
+        if self.config is None or (self.step is None and self.result is None):
+            return ""
+        run = f"{config.run.name!r}"
+        if self.changes(config, _all_but_length):
+            problem = f"run.name: {run} exists with other settings ({self.other_settings(config)})"
+            if self.result is not None and not self.changes(config, _all_but_evaluation):
+                problem += f"; to evaluate its model so, run olora-ray evaluate {self.root} evaluation.FIELD=VALUE"
+            return problem
+        if not (shown := self.changes(config, _length)):
+            return ""
+        if self.step is None:
+            return f"run.name: {run} has another length ({shown}), but no checkpoint to resume from"
+        train, kept, done = config.train, self.config.train, self.step
+        ended = self.training and self.training.state
+        if train.early_stop and ended and ended.stale >= train.early_stop:
+            return f"train.early_stop: {run} has stopped early, after step {done}, and is not trained longer ({shown})"
+        # The number of steps of an epoch is not known here. A run that was cut short by train.steps may continue in
+        # epochs; the workers refuse it if these have fewer steps than are done.
+        more_epochs = train.steps is None and (kept.steps is not None or train.epochs > kept.epochs)
+        if more_epochs or (train.steps or 0) >= done:
+            return ""
+        return f"train.steps: {run} has already done {done} steps ({shown}); set train.steps={done} or more"
+
+    def require_same(self, config: Config, contents: Mapping[str, str]) -> None:
+        """Raise UserError if the run was trained with other contents; `contents` has digests by their names.
+
+        Only the digests in `contents` are compared. A run without checkpoint and result passes.
+        """
+        from olora_ray.train import checkpoint
+
+        if any(self.identity.get(name, digest) != digest for name, digest in contents.items()):
+            location = f"{self.root} ({shown})" if (shown := self.moved(config)) else self.root
+            checkpoint.require_same({**contents, **self.identity}, contents, location)
+
+
 class RunFolder:
-    def __init__(self, config: Config, root: str | None = None) -> None:
-        """Use `root` instead of the config's own folder, for a trial of a search."""
-        self.config = config
-        self.root = root or config.folder()
+    """The paths of a run, and its files. It knows no config: a stage gets the one config that the run has by then."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
         self.settings = storage.join(self.root, "config.yaml")
         self.checkpoints = storage.join(self.root, "checkpoints")
         self.adapter = storage.join(self.root, "export", "adapter")
@@ -79,146 +163,81 @@ class RunFolder:
         self.result = storage.join(self.root, "result.json")
         self._tracking = storage.join(self.root, "tracking.json")
 
-    def check(self) -> None:
+    def check(self, config: Config) -> tuple[Config, RunState]:
         """Check that the storage is writable and that no run with other settings has this name; write nothing.
 
-        Another length is allowed. For `data.max_length: auto` the config gets the number of the existing run. Raises
-        UserError if a check fails, and TryAgain if an object store does not answer.
+        Return the config with the number of the existing run for `data.max_length: auto`, and the state of that run.
+        Another length is allowed. Raises UserError if a check fails, and TryAgain if an object store does not answer.
         """
-        storage.check(self.config.run.storage, "run.storage")
-        try:
-            problem = self._problem()
-        except UnicodeDecodeError:
-            raise UserError(f"{self.settings}: not UTF-8 text; restore the file, or delete {self.root}") from None
-        except OSError as error:
-            error_type = TryAgain if isinstance(error, StoreUnavailable) else UserError
-            raise error_type(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
-        if problem:
+        storage.check(config.run.storage, "run.storage")
+        with as_user_error(f"run.storage: {self.root} cannot be read", OSError, reason=short_reason):
+            state = self.state()
+        if config.data.max_length == "auto" and state.config and (state.step is not None or state.result):
+            config = override(config, {"data.max_length": state.config.data.max_length})
+        if problem := state.problem(config):
             raise UserError(f"{problem}; set another run.name, remove run.name, or delete {self.root}")
+        return config, state
 
-    def _problem(self) -> str:
-        """Return why the config cannot resume the run with this name; empty if it can, or if there is no run."""
-        from olora_ray.train import checkpoints  # imports torch, which a retraining without changes does not need
+    def state(self) -> RunState:
+        """Read what earlier attempts have left; raises OSError, and UserError for a config.yaml that does not read."""
+        # Here, because a retraining without changes needs no torch.
+        from olora_ray.cluster.spec import TrainResult
+        from olora_ray.train import checkpoint, checkpoints
 
-        checkpoint_names = checkpoints.names(self.checkpoints)
-        if not checkpoint_names and self._result() is None:
-            return ""
-        if self.config.data.max_length == "auto" and storage.exists(self.settings):
-            self.config = override(self.config, {"data.max_length": self._kept().data.max_length})
-        run = f"{self.config.run.name!r}"
-        if self._changes(_all_but_length):
-            problem = f"run.name: {run} exists with other settings ({self.other_settings()})"
-            if self._result() is not None and not self._changes(_all_but_evaluation):
-                problem += f"; to evaluate its model so, run olora-ray evaluate {self.root} evaluation.FIELD=VALUE"
-            return problem
-        if not (shown := self._changes(_length)):
-            return ""
-        if not checkpoint_names:
-            return f"run.name: {run} has another length ({shown}), but no checkpoint to resume from"
-        train, kept, done = self.config.train, self._kept().train, checkpoints.last_step(self.checkpoints)
-        state = (_read_json(self.training) or {}).get("state")
-        if train.early_stop and isinstance(state, dict) and state.get("stale", 0) >= train.early_stop:
-            return f"train.early_stop: {run} has stopped early, after step {done}, and is not trained longer ({shown})"
-        # The number of steps of an epoch is not known here. A run that was cut short by train.steps may continue in
-        # epochs; the workers refuse it if these have fewer steps than are done.
-        more_epochs = train.steps is None and (kept.steps is not None or train.epochs > kept.epochs)
-        if more_epochs or (train.steps or 0) >= done:
-            return ""
-        return f"train.steps: {run} has already done {done} steps ({shown}); set train.steps={done} or more"
+        config, names = self._config(), checkpoints.names(self.checkpoints)
+        result = records.read(self.result, dict[str, Any])
+        metrics = result.get("metrics", {}) if result else None
+        if not isinstance(metrics, dict) or not all(isinstance(each, int | float | None) for each in metrics.values()):
+            result = None
+        newest_first = (storage.join(self.checkpoints, name, checkpoint.STATE) for name in reversed(names))
+        kept = filter(None, (records.read(file, _Identified) for file in newest_first))
+        identity = next((each.identity for each in kept), None)
+        training, step = records.read(self.training, TrainResult), checkpoints.step_of(names[-1]) if names else None
+        return RunState(self.root, config, step, identity or _identity_in(result or {}), training, result)
 
-    def other_settings(self) -> str:
-        """Return the changed settings that affect the result, with both values."""
-        return self._changes(bound_settings)
-
-    def moved(self) -> str:
-        """Return the changed paths of model and data, with both values; empty if there are none."""
-        return self._changes(_places)
-
-    def delivered_otherwise(self) -> str:
-        """Return the changed settings of export and registry, with both values."""
-        return self._changes(_delivery)
-
-    def _changes(self, part: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
-        """Return up to four fields of `part` that differ from the config in the run folder, with both values."""
+    def _config(self) -> Config | None:
         if not storage.exists(self.settings):
-            return ""
-        old, new = part(flatten(self._kept())), part(flatten(self.config))
-        changed = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
-        return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
-
-    def _kept(self) -> Config:
+            return None
         try:
             return build(parse_yaml(storage.read_text(self.settings), self.settings), "config.yaml")
+        except UnicodeDecodeError:
+            raise UserError(f"{self.settings}: not UTF-8 text; restore the file, or delete {self.root}") from None
         except UserError as error:  # never "delete these fields": the numbers of the run may depend on them
             raise UserError(
                 f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
                 f" ({str(error)[:200]}); set another run.name, or delete the folder"
             ) from None
 
-    def require_same(self, contents: Mapping[str, str]) -> None:
-        """Raise UserError if the run was trained with other contents; `contents` has digests by their names.
-
-        Only the digests in `contents` are compared. A run without checkpoint and result passes.
-        """
-        from olora_ray.train import checkpoint
-
-        identity = self._identity()
-        if any(identity.get(name, digest) != digest for name, digest in contents.items()):
-            location = f"{self.root} ({shown})" if (shown := self.moved()) else self.root
-            checkpoint.require_same({**contents, **identity}, contents, location)
-
-    def claim(self) -> None:
+    def claim(self, config: Config, state: RunState) -> None:
         """Write config.yaml, which claims the name for this run; after a change of length, delete the old results."""
-        if shown := self._changes(_length):
-            from olora_ray.train import checkpoints
-
-            if step := checkpoints.last_step(self.checkpoints):
+        if shown := state.changes(config, _length):
+            if state.step:
                 logger.info(
-                    f"{shown}: training continues after step {step} with the optimizer's state and the schedule of the"
-                    " new length; the result equals a run with this length from the start only with"
+                    f"{shown}: training continues after step {state.step} with the optimizer's state and the schedule"
+                    " of the new length; the result equals a run with this length from the start only with"
                     " train.schedule=constant and train.warmup=0"
                 )
             # Delete the results before the config is written. If the driver dies in between, old results beside the new
             # config would look like the results of the longer run.
             storage.remove(self.training)
-            if result := self._result():  # `olora-ray runs` shows it until the longer run ends
-                storage.write_text(storage.join(self.root, "earlier.json"), json.dumps(result))
+            if state.result:  # `olora-ray runs` shows it until the longer run ends
+                records.write(storage.join(self.root, "earlier.json"), state.result)
             storage.remove(self.result)
-        storage.write_text(self.settings, dump(self.config))
+        storage.write_text(self.settings, dump(config))
 
-    def finished(self) -> dict[str, Any] | None:
-        """Return the result of a finished run of this length; None if it is missing or damaged."""
-        result = self._result()
-        return None if result is None or self._changes(_length) else result
-
-    def _result(self) -> dict[str, Any] | None:
-        result = _read_json(self.result)
-        metrics = result.get("metrics", {}) if result else None
-        whole = isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())
-        return result if whole else None
-
-    def exported(self, step: int) -> dict[str, Any] | None:
+    def exported(self, config: Config, step: int) -> dict[str, Any] | None:
         """Return the parity report of complete exports of the best adapter after `step` steps.
 
         None if there are none, or if the export settings have changed since.
         """
-        report = _read_json(self.parity)
+        report = records.read(self.parity, dict[str, Any])
         if not report or report.get("ok") is not True or report.get("step") != step:
             return None
         # A change of export.merged, export.rank or export.gguf since then needs other exports.
-        return report if report.pop("export", None) == self.config.export.model_dump() else None
+        return report if report.pop("export", None) == config.export.model_dump() else None
 
-    def write_parity(self, measured: dict[str, Any]) -> None:
-        content = {**measured, "export": self.config.export.model_dump()}
-        storage.write_text(self.parity, json.dumps(content, indent=2) + "\n")
-
-    def trained(self) -> str | None:
-        """Return the text of training.json if a training of this length is finished; raises OSError."""
-        try:
-            text = storage.read_text(self.training)
-        except (FileNotFoundError, UnicodeDecodeError):
-            return None
-        return None if self._changes(_length) else text
+    def write_parity(self, config: Config, measured: dict[str, Any]) -> None:
+        records.write(self.parity, {**measured, "export": config.export.model_dump()}, indent=2, end="\n")
 
     def write_training(self, text: str) -> None:
         """Write training.json, so that export and registration can be retried without training."""
@@ -226,50 +245,39 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, the last file of a run."""
-        storage.write_text(self.result, json.dumps(result, indent=2) + "\n")
+        records.write(self.result, result, indent=2, end="\n")
 
     def drop_result(self) -> None:
         """Delete result.json: the next attempt publishes and registers again, without training."""
         storage.remove(self.result)
 
-    def tracking_run(self, uri: str) -> str | None:
+    def tracking_run(self, uri: str, storage_root: str) -> str | None:
         """Return the id of the MLflow run at `uri`, if an earlier attempt has created it."""
-        kept = _read_json(self._tracking) or {}
-        return str(kept["run_id"]) if kept.get("uri") == self._shown(uri) and kept.get("run_id") else None
+        kept = records.read(self._tracking, dict[str, Any]) or {}
+        return str(kept["run_id"]) if kept.get("uri") == _shown(uri, storage_root) and kept.get("run_id") else None
 
-    def keep_tracking_run(self, uri: str, run_id: str) -> None:
+    def keep_tracking_run(self, uri: str, storage_root: str, run_id: str) -> None:
         """Write tracking.json, so that a later attempt resumes this MLflow run; passwords in `uri` are masked."""
-        storage.write_text(self._tracking, json.dumps({"uri": self._shown(uri), "run_id": run_id}))
-
-    def _shown(self, uri: str) -> str:
-        # A database inside the storage is written relative to it, so that a moved storage still finds its MLflow run.
-        return mask(uri).replace(f"sqlite:///{os.path.abspath(self.config.run.storage)}/", "sqlite:///<run.storage>/")
-
-    def _identity(self) -> dict[str, str]:
-        from olora_ray.train import checkpoint, checkpoints
-
-        for name in reversed(checkpoints.names(self.checkpoints)):
-            state = _read_json(storage.join(self.checkpoints, name, checkpoint.STATE)) or {}
-            if isinstance(identity := state.get("identity"), dict):
-                return identity
-        done = self.finished() or {}
-        base, data = done.get("base") or {}, done.get("data") or {}
-        known = {
-            "base model": base.get("digest"),
-            "training data": data.get("train"),
-            "held-out data": data.get("eval"),
-        }
-        return {what: str(digest) for what, digest in known.items() if digest is not None}
+        records.write(self._tracking, {"uri": _shown(uri, storage_root), "run_id": run_id})
 
 
-def _read_json(path: str) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None if the file is missing or damaged. Raises OSError otherwise."""
-    # An unreachable file must raise: as None it would mean "not finished", and the run would be trained again.
-    try:
-        tree = json.loads(storage.read_text(path))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return tree if isinstance(tree, dict) else None
+@dataclass(frozen=True)
+class _Identified:
+    """The part of a checkpoint's state.json that says what the run was trained with."""
+
+    identity: dict[str, str]
+
+
+def _shown(uri: str, storage_root: str) -> str:
+    # A database inside the storage is written relative to it, so that a moved storage still finds its MLflow run.
+    return mask(uri).replace(f"sqlite:///{os.path.abspath(storage_root)}/", "sqlite:///<run.storage>/")
+
+
+def _identity_in(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the identity of a finished run whose checkpoints are gone."""
+    base, data = result.get("base") or {}, result.get("data") or {}
+    known = {"base model": base.get("digest"), "training data": data.get("train"), "held-out data": data.get("eval")}
+    return {what: str(digest) for what, digest in known.items() if digest is not None}
 
 
 # The fingerprint of a model: digests of its four inputs. Equal fingerprints mean equal models.

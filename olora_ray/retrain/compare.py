@@ -1,6 +1,5 @@
 """Comparison of challenger and champion, as they are in the registry, on the same held-out rows."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ import torch
 
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.worker_context import kind_of
-from olora_ray.common import node_cache, storage
+from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
 from olora_ray.config.load import override
@@ -58,7 +57,7 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
     Starts Ray and opens versions only if a result is missing. Raises NotComparable if the tokenizers differ.
     """
     notes = [note_file(config, inputs, version) for version in versions]
-    known = [_read(note) for note in notes]
+    known = [Measured.read(note) for note in notes]
     _same_tokens([each.tokenizer for each in known if each])
     if None in known:
         with connection.connect(config):
@@ -73,7 +72,7 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
                     base = replace(inputs.base, model=each.base.model)
                     rows = measure(base, each.adapter, held_out, each.config)
                 known[index] = done = Measured(each.tokenizer, rows)
-                storage.write_text(notes[index], done.to_json())
+                done.write(notes[index])
     return [each.rows for each in known if each is not None]
 
 
@@ -85,13 +84,14 @@ class Measured:
     """Digest of the version's tokenizer, so that stored results can be compared without opening the version."""
     rows: RowResults
 
-    def to_json(self) -> str:
-        return json.dumps({"tokenizer": self.tokenizer, "rows": self.rows.to_json()})
+    def write(self, note: str) -> None:
+        records.write(note, {"tokenizer": self.tokenizer, "rows": records.text_of(self.rows)})
 
     @classmethod
-    def from_json(cls, text: str) -> "Measured":
-        tree = json.loads(text)
-        return cls(str(tree["tokenizer"]), RowResults.from_json(tree["rows"]))
+    def read(cls, note: str) -> "Measured | None":
+        kept = records.read(note, dict[str, str]) or {}
+        rows = records.parsed(kept.get("rows", ""), RowResults)
+        return cls(kept.get("tokenizer", ""), rows) if rows else None
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,3 @@ def _computed_by(config: Config) -> list[str]:
     hardware = {name: text for name, text in kind_of(device).items() if name != "threads"}
     # attention=auto needs no resolution here: it depends only on device, precision, libraries and files.
     return [str(pick_dtype(config.model, device)), config.model.attention, str(gpus), *hardware.values()]
-
-
-def _read(note: str) -> Measured | None:
-    try:
-        return Measured.from_json(storage.read_text(note))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return None  # missing, damaged, or written by an older release

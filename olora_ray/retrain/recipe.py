@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from olora_ray.common import node_cache, storage
+from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
@@ -180,19 +180,18 @@ def note(config: Config, plan: Plan) -> None:
     path = _note(config, plan.digest())
     if not storage.exists(path):
         content = {"files": sorted({each.sha256 for each in plan.files}), "draw": [plan.seed, plan.eval_fraction]}
-        storage.write_text(path, storage.seal(content, indent=1))
+        records.write(path, content, indent=1, sealed=True)
 
 
 def of_version(config: Config, version: Version) -> KnownFiles | None:
     """Return the files behind a version's data digest, from an earlier note or from its token store; else None."""
     digest = version.tags.get(TAGS["data"], "")
-    if noted := storage.read_sealed(_note(config, digest)):
+    if noted := records.read(_note(config, digest), dict[str, Any], sealed=True):
         return KnownFiles(frozenset(noted["files"]), (noted["draw"][0], noted["draw"][1]))
     # No note in this storage: the version does not come from a retraining. Its token store may still exist.
-    try:
-        inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
-    except (FileNotFoundError, ValueError):  # other errors are raised: an unreachable storage is no missing file
+    if (store := manifest.read_manifest(storage.join(config.run.storage, "tokens", digest))) is None:
         return None
+    inputs = store.inputs
     files = frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
     return KnownFiles(files, (inputs["seed"], inputs["eval_fraction"]))
 

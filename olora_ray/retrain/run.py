@@ -170,8 +170,8 @@ def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version
     from olora_ray.pipeline import run as pipeline
 
     wanted = recipe.make(config, inputs, champion)
-    folder = RunFolder(wanted.config)
-    if (done := folder.finished()) and _version_of(aliases, done) is None:
+    folder = RunFolder(wanted.config.folder())
+    if (done := folder.state().finished(wanted.config)) and _version_of(aliases, done) is None:
         logger.info(f"the finished run {done.get('run')} has no version in this registry: it is registered again")
         folder.drop_result()
     result = pipeline.run(wanted.config, wanted.tags, inputs.base)

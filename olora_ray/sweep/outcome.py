@@ -101,8 +101,8 @@ def register(sweep_spec: SweepSpec, search: SearchRecord) -> int:
         sweep_spec.train_spec.config, {**best.params, "run.name": f"{sweep_spec.name}-{trial_name(best.number)}"}
     )
     spec = trial_spec(sweep_spec, trial)
-    folder = RunFolder(trial, best.folder)
-    result = fit.finished_training(spec, folder) or _stopped(folder, best, search.metric)
+    folder = RunFolder(best.folder)
+    result = fit.finished_training(spec, folder, folder.state()) or _stopped(folder, best, search.metric)
     tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
     version = run.register(spec, folder, result, tags, sweep_spec.parent)
     assert version is not None

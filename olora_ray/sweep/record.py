@@ -8,9 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
-
-from olora_ray.common import storage
+from olora_ray.common import records, storage
 from olora_ray.common.errors import as_user_error, short_reason
 
 logger = logging.getLogger(__name__)
@@ -122,7 +120,6 @@ def finite(value: Any) -> Any:
 # trial.json: the trial writes its record so far into its folder, and the driver reads it.
 
 FILE = "trial.json"
-_RECORD = TypeAdapter(TrialRecord)
 
 
 class TrialFile:
@@ -169,7 +166,7 @@ class TrialFile:
     def _write(self) -> None:
         self.record = replace(self.record, seconds=self._seconds + time.monotonic() - self._began)
         try:
-            storage.write_text(self.path, json.dumps(asdict(self.record)))
+            records.write(self.path, self.record)
         except OSError as error:  # the next write has everything; the training does not need the file
             logger.warning(f"{self.path}: cannot be written now ({short_reason(error)}); the trial continues")
 
@@ -180,10 +177,8 @@ def read(folder: str) -> TrialRecord | None:
     Its field `folder` is set to this folder, because the search may have moved. Raises OSError if the storage is
     unreachable.
     """
-    try:
-        return replace(_RECORD.validate_json(storage.read_text(storage.join(folder, FILE))), folder=folder)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # NotADirectoryError: a stray file in `trials`
-        return None
+    record = records.read(storage.join(folder, FILE), TrialRecord)
+    return record and replace(record, folder=folder)
 
 
 def read_all(folder: str) -> dict[int, TrialRecord]:
@@ -196,5 +191,5 @@ def read_all(folder: str) -> dict[int, TrialRecord]:
     failure = f"{trials}: cannot read the records of the trials"
     # In parallel: an object store answers slowly, and a search may have thousands of records.
     with as_user_error(failure, OSError, reason=short_reason), ThreadPoolExecutor(16) as pool:
-        records = pool.map(read, [storage.join(trials, name) for name in storage.names(trials)])
-        return {record.number: record for record in records if record}
+        found = pool.map(read, [storage.join(trials, name) for name in storage.names(trials)])
+        return {record.number: record for record in found if record}

@@ -99,7 +99,7 @@ def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
     config = spec.config
     tags = {"olora.kind": "search", "olora.base_digest": spec.base.digest}
     params = flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()}
-    with start.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
+    with start.mlflow_run(config, tags, RunFolder(config.folder()), params, after_error="KILLED") as tracker:
         yield tracker
 
 

@@ -11,11 +11,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from pydantic import TypeAdapter
+from typing import Any
 
 from olora_ray.cluster import address
-from olora_ray.common import storage
+from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE, Config
@@ -49,11 +48,11 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
 
 def check(config: Config, space: Space) -> None:
     """Raise UserError if storage, MLflow or Ray cannot be used, or if the folder holds a different search."""
-    folder = RunFolder(config)
-    folder.check()
+    folder = RunFolder(config.folder())
+    folder.check(config)
     publish.check_tracking(config, folder)
     path = storage.join(folder.root, _BEGUN_WITH)
-    if storage.exists(path) and (changed := _changes(storage.read_text(path), description(config, space))):
+    if storage.exists(path) and (changed := _changes(records.read(path, Begun), description(config, space))):
         shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         raise UserError(
             f"run.name: {folder.root} holds a search with different settings ({shown}); set another run.name, use"
@@ -62,12 +61,24 @@ def check(config: Config, space: Space) -> None:
     address.find()
 
 
-def _changes(old: str, new: str) -> list[str]:
-    try:
-        trees = [json.loads(text) for text in (old, new)]
-        before, after = (dict(leaves({part: tree[part] for part in ("config", "space")}, "")) for tree in trees)
-    except (ValueError, TypeError, KeyError, AttributeError):
+@dataclass(frozen=True)
+class Begun:
+    """What a search began with. Its JSON form is search.json."""
+
+    config: dict[str, Any]
+    space: dict[str, Any]
+    contents: dict[str, str]
+
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def _changes(kept: Begun | None, described: Begun) -> list[str]:
+    if kept is None:
         return [f"{_BEGUN_WITH} cannot be read"]
+    read_back = records.parsed(described.text(), Begun)  # tuples are lists in JSON
+    assert read_back is not None
+    before, after = (dict(leaves({"config": each.config, "space": each.space}, "")) for each in (kept, read_back))
     changes = []
     for field in sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         was, now = (repr(values[field]) if field in values else "not set" for values in (before, after))
@@ -83,16 +94,15 @@ def begin(config: Config, space: Space, contents: Mapping[str, str]) -> None:
     """
     folder = config.folder()
     path = storage.join(folder, _BEGUN_WITH)
-    kept = json.loads(storage.read_text(path)).get("contents", {}) if storage.exists(path) else {}
-    checkpoint.require_same({**contents, **kept}, contents, folder)
-    storage.write_text(path, description(config, space, contents))
+    kept = records.read(path, Begun)
+    checkpoint.require_same({**contents, **(kept.contents if kept else {})}, contents, folder)
+    storage.write_text(path, description(config, space, contents).text())
 
 
-def description(config: Config, space: Space, contents: Mapping[str, str] | None = None) -> str:
+def description(config: Config, space: Space, contents: Mapping[str, str] | None = None) -> Begun:
     # The number of concurrent trials and the limits of the search may change between two attempts.
     chosen = space.model_dump(exclude={"concurrency", "time_budget", "patience", "min_improvement"})
-    described = {"config": bound_settings(flatten(config)), "space": chosen, "contents": dict(contents or {})}
-    return json.dumps(described, indent=1, sort_keys=True) + "\n"
+    return Begun(bound_settings(flatten(config)), chosen, dict(contents or {}))
 
 
 @dataclass(frozen=True)
@@ -111,14 +121,11 @@ class Progress:
 
 def progress(folder: str) -> Progress:
     """Return the progress of the search in `folder`; a new one if the file is missing or damaged."""
-    try:
-        return TypeAdapter(Progress).validate_json(storage.read_text(storage.join(folder, _PROGRESS)))
-    except (OSError, ValueError):
-        return Progress()
+    return records.read(storage.join(folder, _PROGRESS), Progress) or Progress()
 
 
 def keep(folder: str, progress: Progress) -> None:
-    storage.write_text(storage.join(folder, _PROGRESS), json.dumps(asdict(progress)) + "\n")
+    records.write(storage.join(folder, _PROGRESS), progress, end="\n")
 
 
 def tune_place(folder: str) -> str:
@@ -132,10 +139,8 @@ def lost(folder: str) -> bool:
         return False
     # Each attempt writes its own file; Tune resumes from the one whose name sorts last.
     states = fnmatch.filter(names, "experiment_state-*.json")
-    try:
-        return not states or not json.loads(storage.read_text(storage.join(place, max(states))))["trial_data"]
-    except (ValueError, KeyError, TypeError):
-        return True
+    state = records.read(storage.join(place, max(states)), dict[str, Any]) if states else None
+    return not (state or {}).get("trial_data")
 
 
 def not_resumed(folder: str) -> UserError:

@@ -71,8 +71,8 @@ class SweepSpec:
             return spec
         return replace(spec, config=override(spec.config, {"tracking.uri": self.tracking}))
 
-    def trial_folder(self, number: int, config: Config) -> RunFolder:
-        return RunFolder(config, trial_path(self.folder, number, self.space))
+    def trial_folder(self, number: int) -> RunFolder:
+        return RunFolder(trial_path(self.folder, number, self.space))
 
     def shares_data(self) -> bool:
         return all(field.startswith(SAME_BASE) for field in self.space.search)

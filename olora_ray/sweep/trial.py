@@ -61,7 +61,7 @@ class TrialRun:
     def __init__(self, sweep_spec: SweepSpec, number: int, draws: dict[str, Any]) -> None:
         self.sweep_spec = sweep_spec
         self.config = sweep_spec.config(number, draws)
-        self.folder = sweep_spec.trial_folder(number, self.config)
+        self.folder = sweep_spec.trial_folder(number)
         self.total = sweep_spec.steps(self.config)
         """Steps of this trial; certain once it trains, since it may have tokens of its own."""
         self._reported = 0
@@ -121,8 +121,9 @@ class TrialRun:
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
                 logger.warning(f"the resumed search gave this trial other values, so the trial restarts: {others}")
-            self.folder.claim()
-            result = fit.finished_training(spec, self.folder)
+            state = self.folder.state()
+            self.folder.claim(self.config, state)
+            result = fit.finished_training(spec, self.folder, state)
             if result is None:
                 self._file.keep_curve(last_step(self.folder.checkpoints))
                 result = self._fitted(spec, tracker)
@@ -135,7 +136,7 @@ class TrialRun:
         """Remove the files of a trial that had this number and other values; return which values differ."""
         # A killed Tune forgets the latest draws of Optuna. After the restart Optuna draws again, from the results so
         # far, and the training must not resume from a checkpoint of the old values.
-        if self.sweep_spec.space.searcher != "tpe" or not (others := self.folder.other_settings()):
+        if self.sweep_spec.space.searcher != "tpe" or not (others := self.folder.state().other_settings(self.config)):
             return ""
         storage.remove(self.folder.root)
         self._file.begin()

@@ -16,15 +16,14 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 
-from olora_ray.common import storage
+from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
-from olora_ray.common.storage import seal, unseal
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.formats import Chat, Ids, Text
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, form_line
@@ -43,7 +42,7 @@ COPIES = "copies"
 class ShardInfo:
     """Facts about a shard that a reader needs: an entry of the manifest, and a part of the sidecar."""
 
-    packs: int
+    packs: Annotated[int, Field(ge=0)]
     tokens: int
     supervised: int
     bytes: int
@@ -90,26 +89,8 @@ class Manifest:
     notes: dict[str, int] = field(default_factory=dict, repr=False)
     """Counts of unusual rows."""
 
-    def to_json(self) -> str:
-        return seal(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Manifest":
-        """Read the text of `to_json`; raise a ValueError of one line for anything else."""
-        try:
-            manifest = _MANIFEST.validate_python(unseal(text))
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
-        if min((0, *(shard.packs for shard in manifest.shards))) < 0:
-            raise ValueError("a shard has a negative number of sequences")
-        return manifest
-
     def outline(self) -> Outline:
         return Outline(self.digest, len(self.shards), self.max_length, self.files)
-
-
-_MANIFEST = TypeAdapter(Manifest)
 
 
 def shard_name(number: int) -> str:
@@ -120,9 +101,12 @@ def sidecar_name(number: int) -> str:
     return f"shard-{number:05d}.json"
 
 
-def read_manifest(uri: str) -> Manifest:
-    """Return the manifest of a store; raise FileNotFoundError, or ValueError if it is damaged."""
-    return Manifest.from_json(storage.read_bytes(storage.join(uri, MANIFEST)).decode())
+def read_manifest(uri: str) -> Manifest | None:
+    return records.read(storage.join(uri, MANIFEST), Manifest, sealed=True)
+
+
+def read_sidecar(uri: str, number: int) -> dict[str, Any] | None:
+    return records.read(storage.join(uri, sidecar_name(number)), dict[str, Any], sealed=True)
 
 
 def file_size(uri: str, name: str) -> int | None:

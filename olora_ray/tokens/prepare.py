@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from olora_ray.common import node_cache, storage
+from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
-from olora_ray.common.storage import read_sealed, seal
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import forget_scan, kept_scans, scan
@@ -38,6 +37,7 @@ from olora_ray.tokens.manifest import (
     Totals,
     file_size,
     read_manifest,
+    read_sidecar,
     row_digests,
     shard_name,
     sidecar_name,
@@ -231,13 +231,14 @@ def store_status(job: StoreSpec) -> StoreStatus:
     status = StoreStatus(RejectedRows(job.plan))
     sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
-        status.manifest = _good_manifest(job)
-        if status.manifest is None:
+        manifest = read_manifest(job.uri)
+        if not manifest or (manifest.digest, len(manifest.shards)) != (job.plan.digest(), len(job.plan.shards)):
             status.damaged.append(MANIFEST)
-        elif not _rejected_good(job, status.manifest):
+        elif REJECTED not in sizes or storage.digest_of(storage.join(job.uri, REJECTED)) != manifest.rejected_sha256:
+            status.manifest = manifest
             status.damaged.append(REJECTED)
         else:
-            shards = enumerate(status.manifest.shards)
+            status.manifest, shards = manifest, enumerate(manifest.shards)
             status.complete = all(sizes.get(shard_name(number)) == shard.bytes for number, shard in shards)
     if status.complete:
         return status
@@ -246,7 +247,9 @@ def store_status(job: StoreSpec) -> StoreStatus:
         numbers = range(len(job.plan.shards))
         for start in numbers[::32]:
             batch = numbers[start : start + 32]
-            read = pool.map(lambda number: _sidecar(job, number) if sidecar_name(number) in sizes else None, batch)
+            read = pool.map(
+                lambda number: read_sidecar(job.uri, number) if sidecar_name(number) in sizes else None, batch
+            )
             for number, sidecar in zip(batch, read, strict=True):
                 if sidecar is None:
                     status.damaged += [sidecar_name(number)] if sidecar_name(number) in sizes else []
@@ -260,10 +263,6 @@ def store_status(job: StoreSpec) -> StoreStatus:
                     del sidecar["digests"]  # there may be a billion, too many to hold
                 status.rejected.put(number, sidecar.pop("rejected") if sidecar else ())
     return status
-
-
-def _sidecar(job: StoreSpec | ShardSpec, number: int) -> dict[str, Any] | None:
-    return read_sealed(storage.join(job.uri, sidecar_name(number)))
 
 
 def make(
@@ -288,7 +287,7 @@ def make(
             sidecar = _checked(job, status.manifest, number, next(made) if fresh else status.done[number])
             totals.add(sidecar, fresh)
             if apart:
-                apart.meet(row_digests(sidecar if fresh else _sidecar(job, number)))
+                apart.meet(row_digests(sidecar if fresh else read_sidecar(job.uri, number)))
             # Bad data ends the preparation here, not after hours of tokenising; the manifest comes last.
             if totals.hopeless(limits):
                 break
@@ -296,7 +295,7 @@ def make(
     if totals.reasons:
         logger.info(f"tokens: {job.plan.split}: rejected rows are listed in {storage.join(job.uri, REJECTED)}")
     totals.check(limits)
-    storage.write_text(storage.join(job.uri, MANIFEST), totals.manifest().to_json())
+    records.write(storage.join(job.uri, MANIFEST), totals.manifest(), indent=1, sealed=True)
     return True
 
 
@@ -307,7 +306,7 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     """
     number = part.number
     reached("shard", number)
-    sidecar = _sidecar(job, number)
+    sidecar = read_sidecar(job.uri, number)
     if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
     try:
@@ -321,7 +320,7 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     content = shards.file_bytes(shard.table())
     sidecar = shard.sidecar(content)
     storage.write_bytes(storage.join(job.uri, shard_name(number)), content)
-    storage.write_text(storage.join(job.uri, sidecar_name(number)), seal(sidecar))
+    records.write(storage.join(job.uri, sidecar_name(number)), sidecar, sealed=True)
     return sidecar
 
 
@@ -347,21 +346,6 @@ def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: di
             " updated?); delete the folder to rebuild all shards"
         )
     return sidecar
-
-
-def _good_manifest(job: StoreSpec) -> Manifest | None:
-    try:
-        manifest = read_manifest(job.uri)
-    except (FileNotFoundError, ValueError):
-        return None
-    return manifest if manifest.digest == job.plan.digest() and len(manifest.shards) == len(job.plan.shards) else None
-
-
-def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
-    try:
-        return storage.digest_of(storage.join(job.uri, REJECTED)) == manifest.rejected_sha256
-    except FileNotFoundError:
-        return False
 
 
 def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
@@ -415,7 +399,7 @@ class StoreBuild:
         self._held_out = held_out
 
     def _rows(self) -> Iterator[RowDigests]:
-        return (row_digests(_sidecar(self._job, number)) for number in range(len(self._job.plan.shards)))
+        return (row_digests(read_sidecar(self._job.uri, number)) for number in range(len(self._job.plan.shards)))
 
     @property
     def plan(self) -> Plan:

@@ -34,8 +34,8 @@ from olora_ray.tokens.manifest import (
     file_size,
     origin_name,
     read_manifest,
+    read_sidecar,
     shard_name,
-    sidecar_name,
 )
 from olora_ray.tokens.plan import Pack, key, permutation, permute_at
 
@@ -187,14 +187,11 @@ class TokenStore:
     @classmethod
     def open(cls, uri: str) -> "TokenStore":
         """Open a complete store; raise UserError if it is incomplete, or a shard's size is not the manifest's."""
-        try:
-            manifest = read_manifest(uri)
-        except FileNotFoundError:
-            raise UserError(f"token store {uri}: missing or incomplete (no manifest.json)") from None
-        except ValueError as error:
+        if (manifest := read_manifest(uri)) is None:
             raise UserError(
-                f"token store {uri}: manifest.json is damaged ({error}); run the same command again to rebuild it"
-            ) from None
+                f"token store {uri}: missing or incomplete, or its manifest.json is damaged; run the same command again"
+                " to rebuild it"
+            )
         if problem := _wrong_size(uri, manifest):
             raise UserError(f"token store {uri}: {problem}; run the same command again to rebuild it")
         return cls(uri, manifest.outline(), (), manifest)
@@ -321,12 +318,9 @@ class TokenStore:
 
     def _found_manifest(self) -> Manifest | None:
         """Return the manifest if the store matches it; a store under repair counts as growing."""
-        try:
-            manifest = read_manifest(self.uri)
-        except (FileNotFoundError, ValueError):
-            return None
-        fits = manifest.digest == self.digest and len(manifest.shards) == self.shard_count
-        return manifest if fits and not _wrong_size(self.uri, manifest) else None
+        manifest = read_manifest(self.uri)
+        fits = manifest and manifest.digest == self.digest and len(manifest.shards) == self.shard_count
+        return manifest if manifest and fits and not _wrong_size(self.uri, manifest) else None
 
     def _next_shards(self, width: int) -> list[ShardInfo]:
         front = self.available_shards
@@ -336,7 +330,7 @@ class TokenStore:
         return [info for info in itertools.takewhile(lambda info: info is not None, infos) if info]
 
     def _shard_info(self, number: int) -> ShardInfo | None:
-        sidecar = storage.read_sealed(storage.join(self.uri, sidecar_name(number)))
+        sidecar = read_sidecar(self.uri, number)
         if sidecar is None or file_size(self.uri, shard_name(number)) != sidecar["bytes"]:
             return None
         return ShardInfo.of(sidecar)

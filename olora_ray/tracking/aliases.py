@@ -11,20 +11,22 @@ mover dies, the next call finds the tag at the champion and completes the move. 
 the move had not started, or the alias was moved again.
 """
 
-import json
 import logging
 import os
 import random
-import re
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from pydantic import StringConstraints
+
+from olora_ray.common import records
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.tracking import checksums
 from olora_ray.tracking.checksums import Version, name_filter
@@ -311,7 +313,7 @@ class Aliases:
 
     def _move(self, lock: RegistryLock, champion: str, previous: str | None, verdicts: Mapping[str, str]) -> None:
         """Make a version the champion and another one `previous` (None: none); set the verdicts, version -> text."""
-        announced = json.dumps({"previous": previous, "verdicts": verdicts})
+        announced = records.text_of(_Move(previous, dict(verdicts)))
         lock.check()
         self.client.set_model_version_tag(self.name, champion, MOVE, announced)
         lock.check()
@@ -333,15 +335,14 @@ class Aliases:
     def _rest(self, champion: Version) -> Iterator[Callable[[], object]]:
         client, name, number, aliases = self.client, self.name, champion.number, self._now()
         yield partial(client.set_registered_model_tag, name, LAST, number)
-        try:
-            previous, verdicts = _announced(champion.tags[MOVE])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        move = records.parsed(champion.tags.get(MOVE, ""), _Move)
+        if move is None:
             logger.warning(f"registry: {name} version {number}: the tag {MOVE} cannot be read and is removed")
-            previous, verdicts = aliases.get(PREVIOUS), {}
-        for version, text in verdicts.items():
+            move = _Move(aliases.get(PREVIOUS), {})
+        for version, text in move.verdicts.items():
             yield partial(client.set_model_version_tag, name, version, GATE, text)
-        if previous is not None:
-            yield partial(client.set_registered_model_alias, name, PREVIOUS, previous)
+        if move.previous is not None:
+            yield partial(client.set_registered_model_alias, name, PREVIOUS, move.previous)
         elif PREVIOUS in aliases:
             yield partial(client.delete_registered_model_alias, name, PREVIOUS)
         if aliases.get(CHALLENGER) == number:
@@ -379,12 +380,12 @@ class Aliases:
         return f"it has {', '.join(versions) or 'none'}"
 
 
-def _announced(text: str) -> tuple[str | None, dict[str, str]]:
-    """Return the next `previous` and the verdicts per version; raise a Python error for any other text."""
-    move: dict[str, Any] = json.loads(text)
-    previous, verdicts = move["previous"], {str(key): str(said) for key, said in move["verdicts"].items()}
-    for number in verdicts if previous is None else (previous, *verdicts):
-        if not re.fullmatch("[0-9]{1,9}", number):
-            raise ValueError(f"{number!r} is no version")
-        verdicts.get(number, "").encode()  # a lone surrogate is valid in JSON, but in no database
-    return previous, verdicts
+_Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
+
+
+@dataclass(frozen=True)
+class _Move:
+    """The JSON form is the text of the tag MOVE."""
+
+    previous: _Number | None
+    verdicts: dict[_Number, str]

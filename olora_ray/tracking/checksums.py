@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olora_ray.common import storage
+from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import size_and_digest
 from olora_ray.tracking.client import is_unavailable, reason
@@ -91,12 +91,9 @@ def read(version: Version, place: str, tracking_uri: str) -> Files:
         content = _local(FILE, version, place, tracking_uri, Path(folder)).read_bytes()
     if storage.digest_bytes(content) != wanted:
         raise UserError(f"{_name(version)}: {FILE} was changed after the registration; register the model again")
-    try:
-        files: dict[str, dict[str, Any]] = json.loads(content.decode())["files"]
-        if not all(each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()):
-            raise ValueError("names without bytes and sha256")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{_name(version)}: {FILE} is not a list of files with bytes and sha256") from None
+    files = (records.parsed(content, dict[str, dict[str, dict[str, Any]]]) or {}).get("files")
+    if files is None or not all(each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()):
+        raise UserError(f"{_name(version)}: {FILE} is not a list of files with bytes and sha256")
     return files
 
 

@@ -322,9 +322,9 @@ def _context_tags() -> dict[str, str]:
 class RunIds(Protocol):
     """Remembers the MLflow run of the work, so that the next attempt resumes it."""
 
-    def tracking_run(self, uri: str) -> str | None: ...
+    def tracking_run(self, uri: str, storage_root: str) -> str | None: ...
 
-    def keep_tracking_run(self, uri: str, run_id: str) -> None: ...
+    def keep_tracking_run(self, uri: str, storage_root: str, run_id: str) -> None: ...
 
 
 @contextlib.contextmanager
@@ -347,10 +347,10 @@ def mlflow_run(
     """
     from mlflow.exceptions import MlflowException
 
-    uri = resolve_uri(config)
+    uri, root = resolve_uri(config), config.run.storage
     tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
-    tracker = start_run(config, config.run.name, tags, ids.tracking_run(uri))
-    ids.keep_tracking_run(uri, tracker.run_id)
+    tracker = start_run(config, config.run.name, tags, ids.tracking_run(uri, root))
+    ids.keep_tracking_run(uri, root, tracker.run_id)
     tracker.params(params)
     try:
         try:

@@ -10,7 +10,6 @@
 A folder is a checkpoint only if it has a manifest, and all files have the size and SHA-256 in it.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -18,13 +17,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.common import storage
+from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.model import folder as model_identity
@@ -95,8 +94,34 @@ ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
 )
 
 _NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
-_TEXTS = TypeAdapter(dict[str, str])
-_STATE = TypeAdapter(TrainState)
+
+
+@dataclass(kw_only=True)
+class _StateFile(TrainState):
+    """The JSON form is state.json. A field of another version is an error: the numbers may depend on it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    format: int
+    identity: dict[str, str]
+
+
+@dataclass(frozen=True)
+class File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The JSON form is manifest.json."""
+
+    format: int
+    files: dict[str, File]
+
+    @classmethod
+    def of(cls, folder: str) -> "Manifest | None":
+        """Return the manifest of a checkpoint (path or URI); None if it is missing or damaged. Raises OSError."""
+        return records.read(storage.join(folder, MANIFEST), cls)
 
 
 @dataclass(frozen=True)
@@ -143,25 +168,23 @@ def save(
     files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
     for name in files:
         _publish(folder / name)
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    (folder / MANIFEST).write_text(records.text_of(Manifest(FORMAT, files), indent=1))
     _publish(folder / MANIFEST)
 
 
 def load(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint; raises UserError with the name of the file that is wrong."""
     verify(folder)
+    if (kept := records.read(str(folder / STATE), _StateFile)) is None:
+        raise UserError(f"checkpoint {folder}: cannot be loaded: {STATE} is damaged, or of another version")
+    state = TrainState(**{each.name: getattr(kept, each.name) for each in fields(TrainState)})
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        identity, state = _TEXTS.validate_python(state["identity"]), {**state}
-        del state["format"], state["identity"]
-        if unknown := state.keys() - {field.name for field in fields(TrainState)}:
-            raise ValueError(f"{STATE} has the unknown field {min(unknown)!r}")
         best = load_file(folder / BEST) if (folder / BEST).exists() else None
         adapter, optimizer = _weights(load_file(folder / ADAPTER)), load_file(folder / OPTIMIZER)
         if best is not None:
             _check_best(best, adapter)
-        return Checkpoint(adapter, best, optimizer, _STATE.validate_python(state), identity)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        return Checkpoint(adapter, best, optimizer, state, kept.identity)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"checkpoint {folder}: cannot be loaded: {first_line(error)}") from None
 
 
@@ -177,14 +200,13 @@ def require_same(saved: Mapping[str, str], wanted: Mapping[str, str], where: str
 
 
 def _difference(old: str, new: str) -> str:
-    try:
-        before, now = json.loads(old), json.loads(new)
-        fields = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        return ", ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in fields)
-    except (ValueError, AttributeError):
-        if old and model_identity.weights(old) == model_identity.weights(new):
-            return "same weights, but its config.json, tokenizer or another file has changed"
-        return f"was {old[:12] or 'none'}, is now {new[:12] or 'none'}"
+    before, now = (records.parsed(each, dict[str, Any]) for each in (old, new))
+    if before is not None and now is not None:  # of the adapter; all others are digests
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return ", ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
+    if old and model_identity.weights(old) == model_identity.weights(new):
+        return "same weights, but its config.json, tokenizer or another file has changed"
+    return f"was {old[:12] or 'none'}, is now {new[:12] or 'none'}"
 
 
 def verify(folder: Path) -> None:
@@ -192,29 +214,15 @@ def verify(folder: Path) -> None:
 
     Raises OSError if the storage cannot read a file now; the checkpoint may still be good.
     """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        complete = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{folder / MANIFEST}: not a valid manifest of a checkpoint") from None
+    if (manifest := Manifest.of(str(folder))) is None:
+        raise UserError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing or damaged)")
+    files = manifest.files
+    complete = manifest.format == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
     if not complete or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):
         raise UserError(f"{folder / MANIFEST}: does not fit this folder, or comes from another version of olora_ray")
     for name, expected in files.items():
         if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
             raise UserError(f"checkpoint {folder}: {name} is missing or damaged")
-
-
-def sizes(manifest: bytes) -> dict[str, int]:
-    """Return the bytes of each file in a manifest; empty if it is not a manifest of a checkpoint."""
-    try:
-        tree = json.loads(manifest)
-        files = {str(name): int(file["bytes"]) for name, file in tree["files"].items()}
-        return files if tree["format"] == FORMAT else {}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # int(1e999) raises OverflowError
-        return {}
 
 
 def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
@@ -257,6 +265,5 @@ def _check_best(best: Mapping[str, Tensor], adapter: Mapping[str, AdapterWeights
             raise ValueError(f"{name}: its da and db have other shapes in {BEST} than in {ADAPTER}")
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+def _fingerprint(file: Path) -> File:
+    return File(file.stat().st_size, storage.digest_file(file))

@@ -10,7 +10,6 @@ waits for the controller, and Ray resumes from the checkpoint reported last even
 
 import contextvars
 import errno
-import json
 import logging
 import os
 import shutil
@@ -19,10 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from olora_ray.common import node_cache, storage
+from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.text import plural
 from olora_ray.train import checkpoint
@@ -53,8 +53,12 @@ def names(root: str) -> list[str]:
     return [name_of(step) for step in sorted(steps)]
 
 
+def step_of(name: str) -> int:
+    return int(name.removeprefix(PREFIX))
+
+
 def last_step(root: str) -> int:
-    return max((int(name.removeprefix(PREFIX)) for name in names(root)), default=0)
+    return max(map(step_of, names(root)), default=0)
 
 
 def steps_of(root: str) -> list[int]:
@@ -72,11 +76,9 @@ def names_now(root: str) -> list[str]:
 def precision_now(root: str) -> str | None:
     """Return the precision in which a run started, from its newest readable checkpoint; None if it is unknown."""
     for name in reversed(names_now(root)):
-        try:
-            state = json.loads(storage.read_text(storage.join(root, name, checkpoint.STATE)))
+        state = records.read(storage.join(root, name, checkpoint.STATE), dict[str, Any])
+        if state and "precision" in state:
             return str(state["precision"]) if state["precision"] in PRECISIONS else None
-        except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that did not store it
-            continue
     return None
 
 
@@ -126,8 +128,10 @@ def is_whole(folder: str) -> bool:
     files = storage.files_below(folder)
     if checkpoint.MANIFEST not in files:
         return False
-    wanted = checkpoint.sizes(storage.read_bytes(storage.join(folder, checkpoint.MANIFEST)))
-    return bool(wanted) and {name: files.get(name) for name in wanted} == wanted
+    manifest = checkpoint.Manifest.of(folder)
+    if manifest is None or manifest.format != checkpoint.FORMAT:
+        return False
+    return all(files.get(name) == file.bytes for name, file in manifest.files.items())
 
 
 def put(write: Callable[[Path], object], target: str) -> None:

@@ -3,6 +3,7 @@
 A scorer may leave out a score that does not apply to an answer; its mean is over the answers that have it.
 """
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -12,9 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
-from olora_ray.common import storage
+from olora_ray.common import records
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.storage import digest, digest_file
 
@@ -146,11 +145,7 @@ def _short(value: object) -> str:
 
 
 def _json_object(text: str) -> dict[str, object] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    return records.parsed(text, dict[str, object])
 
 
 def _same(left: object, right: object) -> bool:
@@ -170,21 +165,25 @@ class Baseline:
 
     def write(self, path: str, identity: Mapping[str, str]) -> None:
         """Write the baseline; if the storage fails, nothing is raised, and a resumed run measures again."""
-        try:
-            text = json.dumps({"identity": dict(identity), "loss": self.loss, "answers": self.answers})
-            storage.write_text(path, text)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            records.write(path, _Kept(dict(identity), self.loss, self.answers))
 
     @classmethod
     def read(cls, path: str, identity: Mapping[str, str], questions: int) -> "Baseline | None":
         """Read the baseline; None if it is missing, damaged, or of another identity or number of questions."""
-        try:
-            tree = json.loads(storage.read_text(path))
-            same = tree.pop("identity") == dict(identity)
-            baseline = TypeAdapter(cls).validate_python(tree)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kept = None
+        with contextlib.suppress(OSError):  # measuring again is better than to end a training
+            kept = records.read(path, _Kept)
+        if kept is None or kept.identity != identity or len(kept.answers or []) != questions:
             return None
         # A loss that is not finite is measured again, because the measurement raises the error that says why.
-        finite = baseline.loss is None or math.isfinite(baseline.loss)
-        return baseline if same and finite and len(baseline.answers or []) == questions else None
+        return cls(kept.loss, kept.answers) if kept.loss is None or math.isfinite(kept.loss) else None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The JSON form of a baseline."""
+
+    identity: dict[str, str]
+    loss: float | None
+    answers: list[list[int]] | None

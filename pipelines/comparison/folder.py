@@ -18,7 +18,7 @@ from typing import Any
 
 from comparison.arguments import FEW_SEEDS, SEEDS, Comparison
 from olora_ray.cluster import address
-from olora_ray.common import node_cache, storage
+from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
@@ -54,8 +54,8 @@ def shared_by_adapter(root: str, config: Config) -> str:
 def check(comparison: Comparison) -> None:
     """Raise UserError if storage, MLflow or Ray cannot be used, or if another comparison has this run.name."""
     config = comparison.config
-    folder = RunFolder(config)
-    folder.check()
+    folder = RunFolder(config.folder())
+    folder.check(config)
     publish.check_tracking(config, folder)
     _refuse_other(comparison, {})
     address.find()
@@ -87,11 +87,9 @@ def _refuse_other(comparison: Comparison, contents: Mapping[str, str]) -> None:
     if not (has_begun(folder) and storage.exists(file)):
         return
     now = _description(comparison, contents)["settings"]
-    try:
-        kept = json.loads(storage.read_text(file))
-        before = dict(kept["settings"])
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{file}: cannot be read; restore it from a copy, or delete {folder}") from None
+    kept = records.read(file, dict[str, dict[str, Any]]) or {}
+    if (before := kept.get("settings")) is None:
+        raise UserError(f"{file}: cannot be read; restore it from a copy, or delete {folder}")
     checkpoint.require_same({**contents, **kept.get("contents", {})}, contents, folder)
     # More seeds and arms change no loss that is measured already.
     grown = {name for name in now if name.startswith(_ARM) and name not in before}
@@ -128,7 +126,7 @@ def note_code(root: str, checkpoints: Mapping[str, int]) -> None:
     codes, now, mixed = _codes(root), node_cache.code(), notes(root)
     for name, step in checkpoints.items():
         codes[name] = sorted({*(codes.get(name, ()) if step else ()), now})
-    storage.write_text(storage.join(root, _CODE), json.dumps(codes, indent=1) + "\n")
+    records.write(storage.join(root, _CODE), codes, indent=1, end="\n")
     if notes(root) and not mixed:
         logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
 
@@ -139,5 +137,4 @@ def notes(root: str) -> tuple[str, ...]:
 
 
 def _codes(root: str) -> dict[str, list[str]]:
-    file = storage.join(root, _CODE)
-    return dict(json.loads(storage.read_text(file))) if storage.exists(file) else {}
+    return records.read(storage.join(root, _CODE), dict[str, list[str]]) or {}

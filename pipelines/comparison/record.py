@@ -14,7 +14,7 @@ from comparison.phase import base_loss
 from comparison.run import Final, Run, TuningResult
 from comparison.statistics import Interval, Tuned, Values, crossed, per_token, simultaneous
 from olora_ray.cluster.spec import TrainResult
-from olora_ray.common import storage
+from olora_ray.common import records, storage
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import answers
@@ -263,8 +263,4 @@ def _training(run: Run, final: Final) -> Training:
 
 
 def _result(folder: str) -> TrainResult | None:
-    # A training that broke off has no result.
-    try:
-        return TrainResult.from_json(storage.read_text(storage.join(folder, "training.json")))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return records.read(storage.join(folder, "training.json"), TrainResult)  # None: the training broke off

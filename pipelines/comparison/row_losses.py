@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 
@@ -49,16 +50,13 @@ class Result(NamedTuple):
     """Precision of the base by torch's name."""
 
 
-def result_of(folder: RunFolder, count: int) -> Result:
+def result_of(root: str, config: Config, count: int) -> Result:
     """Return the result of a finished training on `count` examples; raises UserError if it is lost."""
-    try:
-        result = TrainResult.from_json(folder.trained() or "")
-    except ValueError:
-        result = TrainResult()
+    result = RunFolder(root).state().trained(config) or TrainResult()
     losses = result.state.examples if result.state else None
     if losses is None or result.trainable is None or len(losses) != count:
         raise UserError(
-            f"{folder.training}: the losses of the test rows are lost; delete {folder.root} and run the same command"
+            f"{RunFolder(root).training}: the losses of the test rows are lost; delete {root} and run the same command"
             " again"
         )
     assert result.state is not None

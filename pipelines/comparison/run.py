@@ -80,7 +80,7 @@ def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
     tags = {"olora.kind": "comparison", "olora.base_digest": base.model.digest}
     # MLflow refuses another value of a parameter, and a comparison may get more arms and seeds.
     params = flatten(config) | dict(leaves(comparison.compare.model_dump(mode="json"), "compare"))
-    with start.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
+    with start.mlflow_run(config, tags, RunFolder(config.folder()), params, after_error="KILLED") as tracker:
         tracker.tags({"olora.arms": ",".join(arm.name for arm in comparison.arms)})
         yield tracker
 
@@ -151,7 +151,7 @@ class Run:
         assert tested is not None
         places, tokens = row_losses.places_of(tested), list(chain(*supervised_of(tested)))
         results = {
-            each.trial.name(): row_losses.result_of(RunFolder(each.spec.config, each.record.folder), len(places))
+            each.trial.name(): row_losses.result_of(each.record.folder, each.spec.config, len(places))
             for each in ended
             if math.isfinite(each.loss)
         }

@@ -100,7 +100,7 @@ def test_the_side_without_ray_trains_and_leaves_what_is_read(
         module.main(str(file))
     finally:
         dist.destroy_process_group()
-    folder = RunFolder(load(file))
+    folder = RunFolder(load(file).folder())
     assert names(folder.checkpoints) == [name_of(step) for step in range(5)]
     found = overhead.recorded(Path(folder.root), 4)
     assert found.step > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import storage
+from olora_ray.common import records, storage
 
 FIXED = {"b": [1, 2.5, None], "a": {"ä": "x y"}}
 
@@ -22,7 +22,7 @@ def test_json_has_sorted_keys() -> None:
     expected = hashlib.sha256(json.dumps(FIXED, sort_keys=True).encode()).hexdigest()
     assert storage.digest_json(FIXED) == expected == storage.digest_json(dict(reversed(FIXED.items())))
     assert storage.digest_json(FIXED, length=8) == "1bada249"
-    assert json.loads(storage.seal(FIXED))["seal"] == expected
+    assert json.loads(records.seal(FIXED))["seal"] == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"a\r\nb\0", b"x" * 3_000_000])

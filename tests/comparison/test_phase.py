@@ -82,7 +82,7 @@ def test_a_trial_has_the_tokens_of_its_seed_and_the_factors_of_its_adapter(tmp_p
     assert final.spec_of(config).shared == f"{tmp_path}/shared/seed-5"
     assert final.config(3, {"place": 3}).train.eval_every == 2  # after 20%, 40%, ...
     assert final.shares_data()
-    assert final.trial_folder(3, config).root == f"{tmp_path}/final/trials/olora-x0.5-seed5"
+    assert final.trial_folder(3).root == f"{tmp_path}/final/trials/olora-x0.5-seed5"
 
 
 LOADS = """

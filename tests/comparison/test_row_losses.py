@@ -42,9 +42,9 @@ def test_they_add_up_to_the_last_evaluation(
     channel: Any = SimpleNamespace(
         send=SimpleNamespace(remote=lambda message: None), wait_for_stop=SimpleNamespace(remote=lambda: None)
     )
-    folder, places = RunFolder(settings), row_losses.places_of(held_out)
+    folder, places = RunFolder(settings.folder()), row_losses.places_of(held_out)
     with pytest.raises(UserError, match=r"the losses of the test rows are lost; delete .* and run the same command"):
-        row_losses.result_of(folder, len(places))
+        row_losses.result_of(folder.root, settings, len(places))
     shared = SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
     result = train_at(SharedBaseContext(shared), spec, folder.checkpoints, channel)
     folder.write_training(result.to_json())
@@ -52,7 +52,7 @@ def test_they_add_up_to_the_last_evaluation(
     curve = [row["eval/loss"] for row in result.state.history if "eval/loss" in row]
     if lr > 0.1:
         assert curve[-1] > min(curve) + 0.01  # the best adapter is another
-    losses, trainable, precision = row_losses.result_of(folder, len(places))
+    losses, trainable, precision = row_losses.result_of(folder.root, settings, len(places))
     found = RowLosses(places, tuple(chain(*supervised_of(held_out))), losses, trainable)
     assert precision == result.state.precision is not None
     assert found.mean() == pytest.approx(curve[-1], rel=1e-12)

@@ -13,7 +13,6 @@ from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.evaluation import held_out, targets
 from olora_ray.model.source import obtain
-from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
@@ -36,7 +35,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> export_parts.Case:
 def run(case: export_parts.Case, tmp_path: Path) -> Path:
     """A run folder with one checkpoint, whose best adapter is of an earlier step: no change at all."""
     mine = config(case.base, tmp_path)
-    RunFolder(mine).claim()
+    tiny.claimed(mine)
     state = TrainState(step=STEP, best_loss=1.0, best_step=2)
     best = {
         f"{name}.{part}": torch.zeros_like(getattr(item, part))
@@ -61,7 +60,7 @@ def logits(name: str | Path, shared: Config | None = None) -> torch.Tensor:
 
 def test_models_are_measured_on_the_weights_that_they_are_exported_for(case: export_parts.Case, tmp_path: Path) -> None:
     mine = override(config(case.base, tmp_path), {"model.quantization": "fp8"})
-    RunFolder(mine).claim()
+    tiny.claimed(mine)
     (Path(mine.folder()) / "checkpoints").mkdir()
     with said() as lines:
         found = targets.settings([mine.folder()], None, {})
@@ -121,7 +120,7 @@ def test_what_the_gate_asks_for_need_not_be_measured(case: export_parts.Case, tm
     """`--scorer` with another scorer than the gate's was once refused, and so were rows without the gate's column."""
     asked = {"gate.metric": "eval/exact_match", "gate.and": [{"metric": "eval/exact_match", "at_least": 0.5}]}
     mine = override(config(case.base, tmp_path), {**asked, "gate.group": "user"})
-    RunFolder(mine).claim()
+    tiny.claimed(mine)
     (Path(mine.folder()) / "checkpoints").mkdir()
     file = tmp_path / "config.yaml"
     file.write_text(dump(mine))
@@ -165,7 +164,7 @@ def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_p
 
 def test_an_empty_run_and_a_wrong_name_are_one_line(tmp_path: Path, case: export_parts.Case) -> None:
     mine = config(case.base, tmp_path)
-    RunFolder(mine).claim()
+    tiny.claimed(mine)
     with pytest.raises(UserError, match="no export and no complete checkpoint"):
         targets.resolve(mine.folder(), mine)
     with pytest.raises(UserError, match="no such file or folder"):

@@ -140,7 +140,7 @@ def _start(state: State) -> None:
     held_out: Any = tiny.ListStore(HELD_OUT if row.packs else tiny.unpacked(HELD_OUT))
     state.spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
     state.context = SharedBaseContext(SharedBase.of(state.spec, CPU))
-    checkpoints = RunFolder(config).checkpoints
+    checkpoints = RunFolder(config.folder()).checkpoints
     start = starting_point(state.context, state.spec, checkpoints)
     state.worker = Worker(state.context, state.spec, checkpoints, _Channel(state), start)
     row.attention, row.adapters = state.worker.attention, len(state.worker.trainer.adapted)
@@ -198,7 +198,7 @@ def _train(state: State) -> None:
 
 def _export(state: State) -> None:
     """Export, then load the results with transformers and PEFT."""
-    folder = RunFolder(state.config)
+    folder = RunFolder(state.config.folder())
     parity = export_run(state.spec, folder, state.step)
     state.row.parity = "ok" if parity["ok"] else "; ".join(parity["problems"])
     differences = []

@@ -37,7 +37,7 @@ class Run:
         )
         self.case = export_parts.make_case(base, tiny.llama(dtype=torch.bfloat16), self.config.adapter)
         export_parts.save_tokenizer(base)
-        self.folder = RunFolder(self.config)
+        self.folder = RunFolder(self.config.folder())
         store: Any = tiny.store(3)
         self.spec = TrainSpec(self.config, BaseModel(str(base), str(base), "digest"), "", (1,), store, None)
         place = Path(self.folder.checkpoints) / f"step-{STEP:07d}"
@@ -62,7 +62,7 @@ def run(tmp_path: Path) -> Run:
 @pytest.mark.lengthy
 def test_an_export_is_written_and_checked(run: Run) -> None:
     measured = export.export_run(run.spec, run.folder, STEP)
-    assert run.folder.exported(STEP) == json.loads(json.dumps(measured))
+    assert run.folder.exported(run.config, STEP) == json.loads(json.dumps(measured))
     assert measured["ok"] is True
     assert measured["merged"]["weights"]["error"] <= 1
     assert measured["merged"]["weights"]["stored"] == "bfloat16"
@@ -125,4 +125,4 @@ def test_a_share_that_was_not_merged_is_found(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"export: the merged weight of model\.layers.* is not base \+ change"):
         export.export_run(run.spec, run.folder, STEP, spread)
-    assert run.folder.exported(STEP) is None
+    assert run.folder.exported(run.config, STEP) is None

@@ -10,7 +10,6 @@ import cloudpickle
 from olora_ray.cluster.group import ray_trainer
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.run_folder import RunFolder
 from tests import tiny
 from tests.pipelines import project
 
@@ -31,7 +30,7 @@ def test_the_controller_needs_no_torch(tmp_path: Path) -> None:
     config = tiny.config(run__storage=str(tmp_path))
     nothing: Any = None
     spec = TrainSpec(config, BaseModel("tiny", str(tmp_path), "digest"), "digest", (0,), nothing, None)
-    found = ray_trainer(spec, RunFolder(config).root, {"CPU": 1.0}, None, 2)
+    found = ray_trainer(spec, config.folder(), {"CPU": 1.0}, None, 2)
     given = (
         found.train_run_context,
         found._create_default_callbacks(),

@@ -44,7 +44,7 @@ def hub() -> Iterator[Hub]:
 
 
 def result(config: Config) -> dict[str, str]:
-    found: dict[str, str] = json.loads(Path(RunFolder(config).result).read_text())
+    found: dict[str, str] = json.loads(Path(RunFolder(config.folder()).result).read_text())
     return found
 
 
@@ -61,7 +61,7 @@ def exported(folder: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("xet", [True, False])
 def test_a_finished_run_is_pushed_once(config: Config, tmp_path: Path, xet: bool) -> None:
-    folder = RunFolder(config)
+    folder = RunFolder(config.folder())
     with hub_stand_in.running(str(tmp_path / "xet") if xet else "") as hub, said() as lines:
         publish.push(config)
         assert f"pushed: {hub.url}/{REPO}/commit/1" in lines
@@ -83,7 +83,7 @@ def test_a_finished_run_is_pushed_once(config: Config, tmp_path: Path, xet: bool
 
 
 def test_an_adapter_takes_the_place_of_a_merged_model_and_other_files_stay(config: Config, hub: Hub) -> None:
-    folder = RunFolder(config)
+    folder = RunFolder(config.folder())
     shutil.rmtree(folder.merged)  # as export.merged=false leaves it
     hub.repos[REPO] = {"model-00001-of-00002.safetensors": b"1", "notes.md": b"mine"}
     publish.push(config)

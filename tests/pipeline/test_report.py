@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,11 +91,11 @@ def test_the_page_of_a_server_is_enough_and_an_unregistered_model_is_not_served(
 
 def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_for(tmp_path: Path) -> None:
     config = tiny.config(run__name="mine", run__storage=str(tmp_path))
-    RunFolder(config).claim()
+    state = tiny.claimed(config).state()
     for changes, count in (({}, 1), ({"export__rank": 16}, 2)):
-        asked = RunFolder(tiny.config(run__name="mine", run__storage=str(tmp_path), **changes))
+        asked = tiny.config(run__name="mine", run__storage=str(tmp_path), **changes)
         with said() as lines:
-            already_finished(asked, {"metrics": {"eval/loss": 0.5}})
+            already_finished(asked, state, {"metrics": {"eval/loss": 0.5}})
         assert "run 'mine' is already finished, eval loss 0.5000" in lines[0]
         assert len(lines) == count
     assert "(export.rank was None, is 16)" in lines[1]
@@ -106,7 +107,8 @@ def test_a_training_that_has_made_nothing_better_is_told(best: int, tmp_path: Pa
     config = tiny.config(run__storage=str(tmp_path))
     state = TrainState(4, 1.0, best, history=[{"step": 0.0, "eval/loss": 1.0}])
     with said() as lines:
-        exported: Any = Exported(None, RunFolder(config), TrainResult(state=state), {})  # type: ignore[arg-type]
+        spec: Any = SimpleNamespace(config=config)
+        exported = Exported(spec, RunFolder(config.folder()), TrainResult(state=state), {})
         finished(exported, [], {**result(tmp_path), "scores": {}}, None)
     assert [line for line in lines if f"1.0000 after (step {best})" in line]
     assert any("no step has improved the held-out loss" in line for line in lines) == (best == 0)

@@ -12,7 +12,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.config.load import load, override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.run_folder import RunFolder, RunState
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 from tests.said import said
@@ -23,31 +23,32 @@ def config(tmp_path: Path) -> Config:
     return tiny.config(run__name="mine", run__storage=str(tmp_path / "runs"))
 
 
+def check(config: Config) -> tuple[Config, RunState]:
+    return RunFolder(config.folder()).check(config)
+
+
 def begin(config: Config) -> RunFolder:
     """A run that has trained for a while."""
-    folder = RunFolder(config)
-    folder.check()
-    folder.claim()
+    RunFolder(config.folder()).check(config)
+    folder = tiny.claimed(config)
     (Path(folder.checkpoints) / "step-0000000").mkdir(parents=True)
     return folder
 
 
 def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
-    RunFolder(config).check()
+    check(config)
     assert list(Path(config.run.storage).iterdir()) == []
-    RunFolder(config).claim()
-    RunFolder(override(config, {"adapter.rank": 8})).check()  # a run that has never trained does not hold its name
+    tiny.claimed(config)
+    check(override(config, {"adapter.rank": 8}))  # a run that has never trained does not hold its name
     folder = begin(config)
-    folder.check()
+    check(config)
     assert (load(folder.settings), folder.root) == (config, f"{config.run.storage}/mine")
 
 
 def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Config) -> None:
     begin(override(config, {"data.max_length": 704}))
-    again = RunFolder(override(config, {"data.max_length": "auto"}))
-    again.check()
-    assert again.config.data.max_length == 704
-    assert RunFolder(override(config, {"run.name": "new", "data.max_length": "auto"})).config.data.max_length == "auto"
+    assert check(override(config, {"data.max_length": "auto"}))[0].data.max_length == 704
+    assert check(override(config, {"run.name": "new", "data.max_length": "auto"}))[0].data.max_length == "auto"
 
 
 @pytest.mark.parametrize(
@@ -68,12 +69,12 @@ def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Conf
 def test_a_name_with_other_settings_is_refused(config: Config, field: str, value: Any) -> None:
     begin(config)
     with pytest.raises(UserError) as caught:
-        RunFolder(override(config, {field: value})).check()
+        check(override(config, {field: value}))
     message = str(caught.value)
     assert message.startswith("run.name: 'mine' exists with other settings (")
     assert field in message
     assert f"; set another run.name, remove run.name, or delete {config.folder()}" in message
-    assert load(RunFolder(config).settings) == config
+    assert load(RunFolder(config.folder()).settings) == config
 
 
 def ended(config: Config, step: int = 6, stale: int = 0) -> RunFolder:
@@ -89,7 +90,7 @@ def test_a_finished_run_with_another_scorer_is_one_to_evaluate(config: Config) -
     ended(config)
     for changes, told in (({}, True), ({"train.lr": 0.5}, False)):
         with pytest.raises(UserError, match="exists with other settings") as caught:
-            RunFolder(override(config, {"evaluation.scorer": "exact_match", **changes})).check()
+            check(override(config, {"evaluation.scorer": "exact_match", **changes}))
         assert (f"olora-ray evaluate {config.folder()} evaluation.FIELD=VALUE" in str(caught.value)) is told
 
 
@@ -105,25 +106,25 @@ LONGER: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_a_run_may_be_made_longer_and_has_not_ended_then(
     config: Config, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    short = ended(override(config, before))
-    longer = RunFolder(override(short.config, after))
+    folder = ended(short := override(config, before))
     for _ in range(2):  # until it is claimed the shorter run is as it was, whatever was looked at
-        longer.check()
-        assert (longer.finished(), longer.trained()) == (None, None)
-        assert short.finished() == {"steps": 6, "metrics": {}}
-        assert short.trained()
+        longer, state = check(override(short, after))
+        assert (state.finished(longer), state.trained(longer)) == (None, None)
+        assert state.finished(short) == {"steps": 6, "metrics": {}}
+        assert state.trained(short)
     with said() as lines:
-        longer.claim()
-        RunFolder(longer.config).claim()
+        folder.claim(longer, state)
+        tiny.claimed(longer)
     assert len(lines) == 1
     assert "training continues after step 6 with the optimizer's state" in lines[0]
-    assert (longer.finished(), longer.trained(), load(longer.settings)) == (None, None, longer.config)
+    state = folder.state()
+    assert (state.result, state.training, load(folder.settings)) == (None, None, longer)
 
 
 @pytest.mark.parametrize("written", range(4))
 def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config: Config, written: int) -> None:
-    short = ended(override(config, {"train.steps": 6}))
-    longer = RunFolder(override(short.config, {"train.steps": 12}))
+    folder = ended(short := override(config, {"train.steps": 6}))
+    longer, state = check(override(short, {"train.steps": 12}))
     left, kill = iter(range(written)), KeyboardInterrupt()
 
     def limited(change: Callable[..., None]) -> Callable[..., None]:
@@ -138,11 +139,11 @@ def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config: 
         for name in ("remove", "write_text"):
             patch.setattr(storage, name, limited(getattr(storage, name)))
         with pytest.raises(KeyboardInterrupt):
-            longer.claim()
+            folder.claim(longer, state)
     for each in (short, longer):
-        each.check()
-        assert each is short or (each.finished(), each.trained()) == (None, None)
-    assert (short.finished() is None) == (written == 3)
+        _, state = check(each)
+        assert each is short or (state.finished(each), state.trained(each)) == (None, None)
+    assert (state.finished(short) is None) == (written == 3)
 
 
 @pytest.mark.parametrize(
@@ -165,26 +166,26 @@ def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config: 
 def test_a_length_that_a_run_cannot_have_is_refused(
     config: Config, before: dict[str, Any], after: dict[str, Any], told: str
 ) -> None:
-    folder = ended(override(config, before), stale=2)
+    folder = ended(short := override(config, before), stale=2)
     with pytest.raises(UserError) as caught:
-        RunFolder(override(folder.config, after)).check()
+        check(override(short, after))
     assert str(caught.value).startswith(told)
-    assert folder.finished()
+    assert folder.state().finished(short)
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_to_be_longer(config: Config) -> None:
-    folder = ended(override(config, {"train.steps": 6}))
-    storage.remove(folder.checkpoints)
-    folder.check()
+    short = override(config, {"train.steps": 6})
+    storage.remove(ended(short).checkpoints)
+    check(short)
     with pytest.raises(UserError, match=r"'mine' has .* no checkpoint to resume from"):
-        RunFolder(override(folder.config, {"train.steps": 9})).check()
+        check(override(short, {"train.steps": 9}))
 
 
 def test_epochs_that_do_not_count_are_no_other_length(config: Config) -> None:
     folder = ended(override(config, {"train.steps": 6}))
     with pytest.raises(UserError, match="other settings"):
-        RunFolder(override(folder.config, {"train.epochs": 3, "train.steps": 6, "adapter.rank": 8})).check()
-    assert RunFolder(override(folder.config, {"train.epochs": 3, "train.steps": 6})).finished()
+        check(override(config, {"train.epochs": 3, "train.steps": 6, "adapter.rank": 8}))
+    assert folder.state().finished(override(config, {"train.epochs": 3, "train.steps": 6}))
 
 
 ELSEWHERE = {
@@ -207,16 +208,15 @@ def trained(config: Config, identity: dict[str, str] = CONTENTS) -> RunFolder:
 
 
 def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config: Config) -> None:
-    trained(config)
-    moved = RunFolder(override(config, ELSEWHERE))
-    moved.check()
-    assert moved.moved()
-    assert not RunFolder(config).moved()
-    moved.require_same(CONTENTS)
-    moved.require_same({"base model": CONTENTS["base model"]})
-    moved.claim()
-    assert not moved.moved()
-    assert load(moved.settings).model.name == "/moved/model"
+    folder = trained(config)
+    moved, state = check(override(config, ELSEWHERE))
+    assert state.moved(moved)
+    assert not state.moved(config)
+    state.require_same(moved, CONTENTS)
+    state.require_same(moved, {"base model": CONTENTS["base model"]})
+    folder.claim(moved, state)
+    assert not folder.state().moved(moved)
+    assert load(folder.settings).model.name == "/moved/model"
 
 
 @pytest.mark.parametrize("what", CONTENTS)
@@ -226,24 +226,22 @@ def test_other_contents_are_refused_wherever_they_lie(config: Config, what: str)
     with pytest.raises(
         UserError, match=rf"^run.name: {folder.root} was trained with another {what} \(.* is now 000000000000\)"
     ):
-        folder.require_same(other)
-    moved = RunFolder(override(config, {"data.train.0.path": "/moved/rows.jsonl"}))
+        folder.state().require_same(config, other)
+    moved = override(config, {"data.train.0.path": "/moved/rows.jsonl"})
     expected = r" \(data.train.0.path was 'unused.jsonl', is '/moved/rows.jsonl'\) was trained with another "
     with pytest.raises(UserError, match=expected):
-        moved.require_same(other)
+        folder.state().require_same(moved, other)
 
 
 def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_contents(config: Config) -> None:
-    folder = RunFolder(config)
-    folder.claim()
+    folder = tiny.claimed(config)
     folder.write_result({"base": {"digest": "base"}, "data": {"train": "rows", "eval": None}})
     with pytest.raises(UserError, match=r"adapter\.rank was 4, is 8"):
-        RunFolder(override(config, {"adapter.rank": 8})).check()
-    moved = RunFolder(override(config, ELSEWHERE))
-    moved.check()
-    moved.require_same({"base model": "base", "training data": "rows", "held-out data": ""})
+        check(override(config, {"adapter.rank": 8}))
+    moved, state = check(override(config, ELSEWHERE))
+    state.require_same(moved, {"base model": "base", "training data": "rows", "held-out data": ""})
     with pytest.raises(UserError, match="another training data"):
-        moved.require_same({"base model": "base", "training data": "other", "held-out data": ""})
+        state.require_same(moved, {"base model": "base", "training data": "other", "held-out data": ""})
 
 
 @pytest.mark.parametrize(
@@ -262,16 +260,15 @@ def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_conte
 def test_what_does_not_change_the_numbers_may_change(config: Config, field: str, value: Any) -> None:
     begin(config)
     changed = override(config, {field: value})
-    RunFolder(changed).check()
-    RunFolder(changed).claim()
-    assert load(RunFolder(config).settings) == changed
+    check(changed)
+    assert load(tiny.claimed(changed).settings) == changed
 
 
 def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:
     folder = begin(config)
     Path(folder.settings).write_text("run: {nam: x}\n")
     with pytest.raises(UserError) as refused:
-        folder.check()
+        check(config)
     assert str(refused.value).startswith(
         f"{folder.root} was written by another version of olora_ray, or its config.yaml was changed (config.yaml has 3"
         " problems: run.nam: unknown field; "
@@ -280,45 +277,44 @@ def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) ->
 
 
 def test_exports_count_for_the_step_and_the_form_that_they_have(config: Config) -> None:
-    folder, good = RunFolder(config), {"step": 6, "ok": True}
-    assert folder.exported(6) is None
-    folder.write_parity(good)
-    assert (folder.exported(6), folder.exported(4)) == (good, None)
+    folder, good = RunFolder(config.folder()), {"step": 6, "ok": True}
+    assert folder.exported(config, 6) is None
+    folder.write_parity(config, good)
+    assert (folder.exported(config, 6), folder.exported(config, 4)) == (good, None)
     for field, value in (("export.merged", False), ("export.rank", 4)):
-        other = RunFolder(override(config, {field: value}))
-        assert other.exported(6) is None
-        other.write_parity(good)
-        assert (other.exported(6), folder.exported(6)) == (good, None)
-        folder.write_parity(good)
-    folder.write_parity({**good, "ok": False})
-    assert folder.exported(6) is None
+        other = override(config, {field: value})
+        assert folder.exported(other, 6) is None
+        folder.write_parity(other, good)
+        assert (folder.exported(other, 6), folder.exported(config, 6)) == (good, None)
+        folder.write_parity(config, good)
+    folder.write_parity(config, {**good, "ok": False})
+    assert folder.exported(config, 6) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff"])
 def test_a_damaged_note_of_ours_counts_as_missing(config: Config, text: str) -> None:
-    folder = RunFolder(config)
-    folder.claim()
-    for place in ("result.json", "tracking.json", "export/parity.json"):
+    folder = tiny.claimed(config)
+    for place in ("result.json", "training.json", "tracking.json", "export/parity.json"):
         file = Path(folder.root) / place
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(text.encode("latin-1"))
-    assert folder.exported(6) is None
-    assert folder.tracking_run("sqlite:///a.db") is None
-    assert folder.finished() is None
+    assert folder.exported(config, 6) is None
+    assert folder.tracking_run("sqlite:///a.db", config.run.storage) is None
+    assert (folder.state().result, folder.state().training) == (None, None)
 
 
 READS: dict[str, Callable[[RunFolder], object]] = {
-    "result.json": RunFolder.finished,
-    "training.json": RunFolder.trained,
-    "tracking.json": lambda folder: folder.tracking_run("sqlite:///a.db"),
-    "export/parity.json": lambda folder: folder.exported(6),
+    "result.json": RunFolder.state,
+    "training.json": RunFolder.state,
+    "tracking.json": lambda folder: folder.tracking_run("sqlite:///a.db", "/runs"),
+    "export/parity.json": lambda folder: folder.exported(tiny.config(), 6),
 }
 
 
 @pytest.mark.parametrize("name", READS)
 def test_a_note_that_cannot_be_read_now_is_not_missing(config: Config, name: str) -> None:
     """Else a finished run would get a second MLflow run, and a second version."""
-    folder = RunFolder(config)
+    folder = RunFolder(config.folder())
     (Path(folder.root) / name).mkdir(parents=True)
     with pytest.raises(OSError, match="is a directory"):
         READS[name](folder)
@@ -328,43 +324,41 @@ def test_a_storage_that_does_not_answer_may_answer_later(config: Config, monkeyp
     def away(*_: object) -> str:
         raise StoreUnavailable("no answer")
 
-    folder = begin(config)
+    begin(config)
     monkeypatch.setattr(storage, "read_text", away)
     with pytest.raises(TryAgain, match=r"^run\.storage: .*/mine cannot be read: no answer$"):
-        folder.check()
+        check(config)
 
 
 def test_the_result_marks_the_end_and_no_other_files_are_left(config: Config) -> None:
-    folder = RunFolder(config)
-    folder.claim()
-    assert folder.finished() is None
+    folder = tiny.claimed(config)
+    assert folder.state().finished(config) is None
     folder.write_result({"eval/loss": 0.25, "version": None})
-    assert folder.finished() == {"eval/loss": 0.25, "version": None}
+    assert folder.state().finished(config) == {"eval/loss": 0.25, "version": None}
     assert sorted(path.name for path in Path(folder.root).iterdir()) == ["config.yaml", "result.json"]
 
 
 def test_the_tracking_run_is_remembered_for_its_server_without_a_password(config: Config) -> None:
-    folder, uri = RunFolder(config), "postgresql://ann:c4n4ry@db/mlflow"
-    assert folder.tracking_run(uri) is None
-    folder.keep_tracking_run(uri, "abc")
-    assert folder.tracking_run(uri) == "abc"
+    folder, root, uri = RunFolder(config.folder()), config.run.storage, "postgresql://ann:c4n4ry@db/mlflow"
+    assert folder.tracking_run(uri, root) is None
+    folder.keep_tracking_run(uri, root, "abc")
+    assert folder.tracking_run(uri, root) == "abc"
     for other in ("postgresql://ann:c4n4ry@other/mlflow", "sqlite:///a.db"):
-        assert folder.tracking_run(other) is None
+        assert folder.tracking_run(other, root) is None
     assert all("c4n4ry" not in file.read_text() for file in Path(folder.root).rglob("*") if file.is_file())
 
 
 def test_the_tracking_run_is_remembered_when_the_storage_with_its_database_is_moved(config: Config) -> None:
     before = Path(config.run.storage)
-    folder = RunFolder(config)
-    folder.keep_tracking_run(f"sqlite:///{before}/mlflow.db", "run-1")
+    RunFolder(config.folder()).keep_tracking_run(f"sqlite:///{before}/mlflow.db", str(before), "run-1")
     now = before.rename(before.parent / "now")
-    moved = RunFolder(override(config, {"run.storage": str(now)}))
-    assert moved.tracking_run(f"sqlite:///{now}/mlflow.db") == "run-1"
-    assert moved.tracking_run(f"sqlite:///{before}/mlflow.db") is None
+    moved = RunFolder(f"{now}/mine")
+    assert moved.tracking_run(f"sqlite:///{now}/mlflow.db", str(now)) == "run-1"
+    assert moved.tracking_run(f"sqlite:///{before}/mlflow.db", str(now)) is None
 
 
 def test_a_finished_run_tells_what_it_has_delivered_otherwise(config: Config) -> None:
-    RunFolder(config).claim()
-    assert RunFolder(config).delivered_otherwise() == ""
-    other = RunFolder(override(config, {"export.rank": 16, "registry.model": "mine", "train.keep": 3}))
-    assert other.delivered_otherwise() == "export.rank was None, is 16, registry.model was None, is 'mine'"
+    state = tiny.claimed(config).state()
+    assert state.delivered_otherwise(config) == ""
+    other = override(config, {"export.rank": 16, "registry.model": "mine", "train.keep": 3})
+    assert state.delivered_otherwise(other) == "export.rank was None, is 16, registry.model was None, is 'mine'"

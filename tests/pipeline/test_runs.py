@@ -23,8 +23,7 @@ RESULT = {
 
 def made(root: str, name: str, step: int = 4, **changes: object) -> RunFolder:
     """A run that has trained for a while."""
-    folder = RunFolder(tiny.config(run__name=name, run__storage=root, **{"train__steps": 6, **changes}))
-    folder.claim()
+    folder = tiny.claimed(tiny.config(run__name=name, run__storage=root, **{"train__steps": 6, **changes}))
     storage.write_text(storage.join(folder.checkpoints, f"step-{step:07d}", "manifest.json"), "{}")
     return folder
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common import storage
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
@@ -88,8 +87,8 @@ def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None
     inputs: Any = Inputs()
     other = replace(VERSION, number="2")
     for version, tokenizer in ((VERSION, "tokenizer"), (other, "tokenizer")):
-        storage.write_text(note(config, version), compare.Measured(tokenizer, rows()).to_json())
+        compare.Measured(tokenizer, rows()).write(note(config, version))
     assert compare.measured(config, inputs, [VERSION, other]) == [rows(), rows()]
-    storage.write_text(note(config, other), compare.Measured("another", rows()).to_json())
+    compare.Measured("another", rows()).write(note(config, other))
     with pytest.raises(compare.NotComparable):
         compare.measured(config, inputs, [VERSION, other])

@@ -22,14 +22,14 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Config of a run whose training ends immediately and registers a version."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     found = tiny.config(run__storage=str(mlflow_database.place(tmp_path / "runs")), registry__model="m")
-    folder = RunFolder(found)
+    folder = RunFolder(found.folder())
 
     def run(_: Config, __: object, base: object) -> dict[str, Any]:
         assert base == "opened"  # the run does not open it again
-        if folder.finished() is None:
+        if folder.state().result is None:
             made = add(found, "ours")
             folder.write_result(result("ours", made))
-        return folder.finished() or {}
+        return folder.state().result or {}
 
     monkeypatch.setattr(recipe, "make", lambda *_: Recipe(found, {}))
     monkeypatch.setattr(pipeline, "run", run)
@@ -62,7 +62,7 @@ def test_the_version_of_a_finished_run_is_not_registered_again(config: Config) -
 
 def test_a_finished_run_whose_version_is_not_here_is_registered(config: Config) -> None:
     add(config, "of another model")
-    RunFolder(config).write_result(result("ours", "1"))  # in another registry, or under another name
+    RunFolder(config.folder()).write_result(result("ours", "1"))  # in another registry, or under another name
     assert trained(config) == ("2", "ours")
     Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m").client.delete_model_version("m", "2")
     assert trained(config) == ("3", "ours")

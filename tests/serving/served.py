@@ -66,7 +66,7 @@ def make(folder: Path) -> Served:
     trainer = tiny.trainer(config, "segments", load_model(base.model.folder, config.model, torch.device("cpu")))
     for _ in tiny.steps(trainer, train, STEPS):
         pass
-    run = RunFolder(config)
+    run = RunFolder(config.folder())
     checkpoint = Path(run.checkpoints) / checkpoints.name_of(STEPS)
     trainer.snapshot(TrainState(STEPS), None, {}, dump(config))(checkpoint)
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)

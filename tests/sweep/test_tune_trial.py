@@ -216,13 +216,13 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
     """Regression: Optuna drew another rate after a kill, and the training silently resumed with the old one."""
     search = spec(tmp_path, searcher="tpe")
     first = TrialRun(search, 1, {"train.lr": 1e-3})
-    first.folder.claim()
+    first.folder.claim(first.config, first.folder.state())
     record_of(search).begin()
     (checkpoint := Path(first.folder.checkpoints, "step-0000001")).mkdir(parents=True)
     second = TrialRun(search, 1, {"train.lr": rate})
     assert second.next() == Ended("finished")
     assert checkpoint.exists() == kept
-    assert second.folder.other_settings() == ""
+    assert second.folder.state().other_settings(second.config) == ""
     assert read_all(search.folder)[1].params == {"train.lr": rate}
     log = Path(second.folder.root, "log.txt")
     assert log.exists() != kept
@@ -251,7 +251,7 @@ def test_trials_are_tracked_where_the_search_is_wherever_they_run(
     run = TrialRun(travelled[0], 1, {"train.lr": 1e-3})
     assert run.next() == Ended("finished")
     assert [resolve_uri(each.config) for each in training.tracked] == [f"sqlite:///{driver}/mlflow.db"]
-    assert run.folder.config.tracking.uri is None, "a storage that is moved takes its database along"
+    assert run.config.tracking.uri is None, "a storage that is moved takes its database along"
 
 
 @pytest.mark.parametrize("state", [None, '{"trial_data": [["{}", "', '{"trial_data": []}'])

@@ -19,6 +19,7 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens import first_look, prepare, preview
 from olora_ray.tokens.plan import Split, as_found
+from tests import tiny
 from tests.pipelines import project
 from tests.said import said
 from tests.tokens import helpers
@@ -216,14 +217,15 @@ def test_a_run_continues_whether_its_format_was_set_or_found(now: dict[str, Any]
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     for before in ({}, SET):
-        RunFolder(first_look.check(config(tmp_path, {"path": str(path), **before}))).claim()
+        tiny.claimed(first_look.check(config(tmp_path, {"path": str(path), **before})))
         (tmp_path / "runs/a/checkpoints/step-0000001").mkdir(parents=True, exist_ok=True)
-        RunFolder(first_look.check(config(tmp_path, {"path": str(path), **now}))).check()
+        again = first_look.check(config(tmp_path, {"path": str(path), **now}))
+        RunFolder(again.folder()).check(again)
     # A finished run has its format, and does not detect it again.
     (tmp_path / "runs/a/result.json").write_text("{}")
     path.unlink()
     again = first_look.check(config(tmp_path, {"path": str(path), **now}))
-    RunFolder(again).check()
+    RunFolder(again.folder()).check(again)
     assert again.data.train[0].fields == SET["fields"]
 
 

@@ -16,10 +16,10 @@ from tests import mlflow_database, tiny
 class Ids(dict[str, str]):
     """The MLflow runs of one piece of work."""
 
-    def tracking_run(self, uri: str) -> str | None:
+    def tracking_run(self, uri: str, storage_root: str) -> str | None:
         return self.get(uri)
 
-    def keep_tracking_run(self, uri: str, run_id: str) -> None:
+    def keep_tracking_run(self, uri: str, storage_root: str, run_id: str) -> None:
         self[uri] = run_id
 
 

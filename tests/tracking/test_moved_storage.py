@@ -27,7 +27,7 @@ def ids() -> Ids:
     """The ids of the run, under any address."""
 
     class Same(Ids):
-        def tracking_run(self, uri: str) -> str | None:
+        def tracking_run(self, uri: str, storage_root: str) -> str | None:
             return next(iter(self.values()), None)
 
     return Same()

@@ -116,7 +116,7 @@ def test_one_that_is_damaged_is_passed_over_with_a_warning(place: str, tmp_path:
     assert "optimizer.safetensors" in line
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "adapter.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "adapter.safetensors"])
 @pytest.mark.parametrize(
     ("number", "raised"), [(errno.ESTALE, TryAgain), (errno.EACCES, checkpoints.Closed), (errno.EIO, TryAgain)]
 )
@@ -133,12 +133,12 @@ def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
             raise OSError(number, os.strerror(number))
         return old(self, *arguments, **named)
 
-    def read_text(self: Path, encoding: str) -> str:
-        with self.open(encoding=encoding) as file:
-            return str(file.read())
+    def read_bytes(location: str) -> bytes:
+        with Path(location).open("rb") as file:
+            return bytes(file.read())
 
     monkeypatch.setattr(Path, "open", opened)
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
     with pytest.raises(raised, match=f"step-0000004: cannot be read: {os.strerror(number)}") as caught:
         checkpoints.latest_good(place)
     assert caught.value.exit_code == raised.exit_code

@@ -1,6 +1,5 @@
 """Files in the folder of a run or a search, as a run that is started again reads them."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from olora_ray.cluster.spec import TrainResult
+from olora_ray.common import records
 from olora_ray.config.load import dump
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import report
@@ -72,27 +71,21 @@ def read(content: tuple[str, bytes], place: Path, made: Any) -> None:
     name, changed = content
     shutil.rmtree(place / "runs", ignore_errors=True)
     config = tiny.config(run__storage=str(place / "runs"))
-    folder = RunFolder(config)
+    folder = RunFolder(config.folder())
     for each, tree in {**FILES, "checkpoints/step-0000006/manifest.json": {}, "tune/tuner.pkl": 0}.items():
         file = Path(folder.root) / each
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(tree))
-    folder.claim()
+    folder.claim(config, folder.state())
     (Path(folder.root) / name).write_bytes(changed)
-    folder.check()
-    if done := folder.finished():
-        report.already_finished(folder, done)
-    folder.exported(6)
-    folder.tracking_run("sqlite:///x")
-    _tolerant(TrainResult.from_json, folder.trained() or "")
+    config, state = folder.check(config)
+    if done := state.finished(config):
+        report.already_finished(config, state, done)
+    folder.exported(config, 6)
+    folder.tracking_run("sqlite:///x", config.run.storage)
+    state.trained(config)
     search_folder.progress(folder.root)
     trials = tuple(record.read_all(folder.root).values())
     SearchRecord("test", "eval/loss", "min", "random", "none", 1.0, trials, ("train.lr",)).ranked()
     Baseline.read(f"{folder.root}/baseline.json", IDENTITY, 2)
-    _tolerant(RowResults.from_json, (Path(folder.root) / "rows.json").read_bytes().decode(errors="replace"))
-
-
-def _tolerant(read: Any, text: str) -> None:
-    """The callers of these take their errors for "not there"."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        read(text)
+    records.read(f"{folder.root}/rows.json", RowResults)

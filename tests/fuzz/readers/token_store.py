@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from olora_ray.common.storage import seal
+from olora_ray.common.records import seal
 from olora_ray.tokens.prepare import prepare as make_store
 from olora_ray.tokens.store import TokenStore
 from tests.fuzz import mutate
