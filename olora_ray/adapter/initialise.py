@@ -154,13 +154,10 @@ def initialise(
     use = METHODS[method]
     assert use.needs == "weight", f"{method} needs data: use train/data_driven.py"
     start = time.perf_counter()
-    own, problem, rank_here = {}, None, collectives.rank()
-    try:
-        own = {name: _compute(name, targets[name], use, rank, seed, device, options) for name in shares[rank_here]}
-    except UserError as error:
-        problem = str(error)
-    # All workers raise, because the others would wait for this one in the exchange.
-    collectives.raise_together(problem)
+    mine = shares[collectives.rank()]
+    own = collectives.together(
+        lambda: {name: _compute(name, targets[name], use, rank, seed, device, options) for name in mine}
+    )
     seconds = time.perf_counter() - start
 
     start = time.perf_counter()

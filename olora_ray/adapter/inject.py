@@ -9,7 +9,7 @@ from torch import nn
 
 from olora_ray.adapter.candidates import Candidate, Reason, Target, candidates, other_parts, output_head, part_of, stack
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedStack, AdaptedWeight, Factors, is_linear
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error
 
 # The weights that `adapter.targets` means.
 
@@ -71,10 +71,8 @@ def _matches(entry: str, maps: Mapping[str, Candidate]) -> list[str]:
     names = {name: [name] if item.target.experts is None else [name, item.module_name] for name, item in maps.items()}
     matched = [name for name, known in names.items() if any(f".{each}".endswith(f".{entry}") for each in known)]
     if not matched:
-        try:
+        with as_user_error(f"adapter.targets: {entry!r} is not a regular expression", re.error):
             matched = [name for name in maps if re.fullmatch(entry, name)]
-        except re.error as error:
-            raise UserError(f"adapter.targets: {entry!r} is not a regular expression: {error}") from None
     if not matched:
         last_parts = sorted({name.rpartition(".")[2] for name in maps})
         raise UserError(

@@ -1,10 +1,8 @@
 """Input and result of a training worker."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.common import storage
@@ -101,6 +99,8 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class TrainResult:
+    """The JSON form is training.json."""
+
     problem: str | None = None
     """Why training stopped, if the user must act."""
     passes: bool = False
@@ -114,24 +114,3 @@ class TrainResult:
     answers: tuple[AnswerPair, ...] = ()
     self_test: dict[str, Any] | None = None
     """Result of the model's self-test (train/self_test.py)."""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "TrainResult":
-        """Return the result in a text of `to_json`; raises ValueError, with a message of one line, for another text."""
-        tree = json.loads(text)
-        names, inner = ({field.name for field in fields(each)} for each in (cls, TrainState))
-        if not isinstance(tree, dict) or not {"answers", "state"} <= tree.keys() <= names:
-            raise ValueError("not the result of a training")
-        if isinstance(tree["state"], dict) and (unknown := tree["state"].keys() - inner):
-            raise ValueError(f"state: unknown field {min(unknown)}")
-        try:
-            return _RESULT.validate_python(tree)
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}".removeprefix(": ")) from None
-
-
-_RESULT = TypeAdapter(TrainResult)

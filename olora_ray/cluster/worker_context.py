@@ -27,7 +27,7 @@ from olora_ray.model import attention
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.parallel import load_base, together
+from olora_ray.train.parallel import load_base
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
 
     If one worker has a UserError, for example because its node has no access to the model, all workers raise it.
     """
-    base = together(lambda: _on_every_node(spec))
+    base = collectives.together(lambda: _on_every_node(spec))
     return load_base(base.folder, agreed(spec.config, device), device)
 
 

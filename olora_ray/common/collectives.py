@@ -10,7 +10,7 @@ notice the loss by themselves: the driver ends the group.
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -126,6 +126,17 @@ def raise_together(problem: UserError | str | None) -> None:
     if first := next((each for each in problems if each), None):
         text, later = first
         raise (TryAgain if later else UserError)(text)
+
+
+def together(work: Callable[[], Value]) -> Value:
+    """Return the result of `work`; a UserError of one worker is raised on all workers (`raise_together`)."""
+    problem, results = None, list[Value]()
+    try:
+        results.append(work())
+    except UserError as error:
+        problem = error
+    raise_together(problem)
+    return results[0]
 
 
 def share(count: int, worker: int, workers: int) -> range:

@@ -262,10 +262,7 @@ def held(file: str, subject: str, remedy: str | None = None) -> Iterator[Lock]:
 
 def is_held(location: str) -> bool:
     """True if the lock at `location` is held, by this machine's clock. Writes nothing. Raises OSError."""
-    try:
-        holder = _holder(Seen(storage.read_bytes(location)))
-    except FileNotFoundError:
-        return False
+    holder = records.read(location, Holder)
     return holder is not None and not holder.has_ended() and time.time() - holder.renewed <= EXPIRES
 
 

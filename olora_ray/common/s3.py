@@ -56,9 +56,9 @@ def check(location: str, field: str) -> None:
             client.put_object(Bucket=bucket, Key=key, Body=b"probe")
             client.get_object(Bucket=bucket, Key=key)["Body"].read()
             client.delete_object(Bucket=bucket, Key=key)
-    except StoreUnavailable as error:
-        raise TryAgain(f"{field}: {location}: the object store at {_where()} does not answer: {error}") from None
     except StoreError as error:
+        if isinstance(error, StoreUnavailable):
+            raise TryAgain(f"{field}: {location}: the object store at {_where()} does not answer: {error}") from None
         raise UserError(f"{field}: {location} cannot be written: {error}") from None
     if (seconds := time.monotonic() - began) > SLOW_SECONDS:
         logger.warning(f"{field}: {location} is slow: writing, reading and deleting five bytes took {seconds:.0f} s")

@@ -499,17 +499,21 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
 
 def read(path: str | Path) -> dict[str, Any]:
     """Read a config file without validation; raise UserError if it is no YAML mapping."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        hint = did_you_mean(str(path)) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"config file {path}: {error.strerror}{hint}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"config file {path}: not UTF-8 text") from None
-    tree = parse_yaml(text, str(path))
+    tree = read_yaml(path, "config file")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}")
     return tree
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """Return the content of a user's file; raise a UserError that begins with `what` if it cannot be read."""
+    try:
+        return parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        hint = did_you_mean(str(path)) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{what} {path}: {error.strerror}{hint}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path}: not UTF-8 text") from None
 
 
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:

@@ -20,7 +20,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import as_user_error
 from olora_ray.data.formats import REASONING, Chat, Rejected
 
 Message = Mapping[str, Any]
@@ -52,10 +52,9 @@ class ChatTemplate:
     ) -> None:
         """Compile `source`; raise a UserError that begins with `what` if it is not valid."""
         self._special_tokens = dict(special_tokens)
-        try:
+        # Exception: constant expressions are worked out here, and 1 / 0 is a ZeroDivisionError.
+        with as_user_error(f"{what} is not valid", Exception):
             self._template = _compiled(source)
-        except Exception as error:  # constant expressions are worked out here: 1 / 0 is a ZeroDivisionError
-            raise UserError(f"{what} is not valid: {first_line(error)}") from None
 
     def render(
         self,

@@ -10,12 +10,13 @@ used only if it gives the tokenizer's own ids for HARD and one long text, and on
 """
 
 import os
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.data.formats import Rejected
@@ -23,6 +24,8 @@ from olora_ray.data.formats import Rejected
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+Answer = TypeVar("Answer")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Texts to put before a piece that continues another one; the first with which the piece does not merge is used.
 ANCHORS = ("\n", "|", "\u2500", "0")
 
@@ -97,13 +100,9 @@ class Encoder:
         return frozenset(number for number, token in added.items() if token.special)
 
     def is_blank(self, number: int) -> bool:
-        try:
-            text: str = self._tokenizer.decode([number], skip_special_tokens=False)
-        except BaseException as error:
-            if not _is_the_tokenizers_own(error):
-                raise
-            return False  # a broken decoder does not matter here: it only reads what a model writes
-        return not text.strip()
+        # A broken decoder does not matter here: it only reads what a model writes.
+        text, _ = _tried(self._tokenizer.decode, [number], skip_special_tokens=False)
+        return text is not None and not text.strip()
 
     def encode(self, text: str, continues: bool = False) -> Piece:
         """Tokenise a text that begins an example, or `continues` one; raise Rejected if the tokenizer cannot."""
@@ -185,25 +184,18 @@ class Encoder:
     def _encode(self, text: str) -> "Encoding":
         if (encoding := self._ahead.get(text)) is not None:
             return encoding
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # half a surrogate pair, which JSON can hold and UTF-8 cannot
-            raise Rejected("bad_text", "the text has half a surrogate pair (\\ud800 to \\udfff)") from None
-        except BaseException as error:
-            if not _is_the_tokenizers_own(error):
-                raise
-            raise Rejected("tokenizer", f"the tokenizer fails on the text: {first_line(error)}") from None
+        encoding, why = _tried(self._tokenizer.encode, text, add_special_tokens=False)
+        if encoding is not None:
+            return encoding
+        if _SURROGATE.search(text):  # JSON can hold half a pair, and UTF-8 cannot
+            raise Rejected("bad_text", "the text has half a surrogate pair (\\ud800 to \\udfff)")
+        raise Rejected("tokenizer", f"the tokenizer fails on the text: {why}")
 
 
 def _together(encode: Callable[..., "list[Encoding]"], texts: Sequence[str]) -> "dict[str, Encoding]":
     # Empty if the tokenizer fails: the later call for a single text shows which text is the cause.
-    try:
-        encodings = encode(list(texts), add_special_tokens=False)
-    except BaseException as error:
-        if not _is_the_tokenizers_own(error):
-            raise
-        return {}
-    return dict(zip(texts, encodings, strict=True))
+    encodings, _ = _tried(encode, list(texts), add_special_tokens=False)
+    return {} if encodings is None else dict(zip(texts, encodings, strict=True))
 
 
 def _start(encoding: "Encoding", number: int) -> int:
@@ -212,18 +204,20 @@ def _start(encoding: "Encoding", number: int) -> int:
     return span[0]
 
 
-def _is_the_tokenizers_own(error: BaseException) -> bool:
-    # The Rust code raises Exception itself, or a panic, which derives from BaseException.
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+def _tried(call: Callable[..., Answer], *arguments: Any, **named: Any) -> tuple[Answer | None, str]:
+    """Return the answer of a tokenizer's code, or None and why it fails."""
+    try:
+        return call(*arguments, **named), ""
+    except BaseException as error:
+        # The Rust code raises Exception itself, or a panic, which derives from BaseException.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        return None, first_line(error)
 
 
 def _quickly(quick: Any, texts: Sequence[str]) -> list[list[int]] | None:
-    try:
-        return [encoding.ids for encoding in quick.encode_batch(list(texts))]
-    except BaseException as error:
-        if not _is_the_tokenizers_own(error):
-            raise
-        return None
+    encodings, _ = _tried(quick.encode_batch, list(texts))
+    return None if encodings is None else [encoding.ids for encoding in encodings]
 
 
 class _Loaded:
@@ -243,20 +237,21 @@ class _Loaded:
         added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()][:CHECKED]
         texts = ["", *HARD.splitlines(), HARD, "".join(map(chr, range(0x180))), _long()]
         texts += [text for token in added for text in (token, f" {token} a", f"a{token}\n{token}", f"\n\n{token}  ")]
-        try:
-            from fastokens import Tokenizer
-
-            quick = Tokenizer.from_json_str(self._content)
-            quick.no_truncation()
-            quick.no_padding()
-            own = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        except BaseException as error:
-            if not _is_the_tokenizers_own(error):
-                raise
+        quick, _ = _tried(self._fastokens)
+        own, _ = _tried(lambda: [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts])
+        if quick is None or own is None:
             return None
         # One by one, because it refuses some that the tokenizer does not.
         pairs = zip(texts, own, strict=True)
         return quick if all(_quickly(quick, [text]) in (None, [ids]) for text, ids in pairs) else None
+
+    def _fastokens(self) -> Any:
+        from fastokens import Tokenizer
+
+        quick = Tokenizer.from_json_str(self._content)
+        quick.no_truncation()
+        quick.no_padding()
+        return quick
 
 
 @lru_cache(maxsize=4)
@@ -265,12 +260,10 @@ def _loaded(content: str, name: str) -> _Loaded:
 
     # Each task has one core: threads of the tokenizer would only slow down the other tasks.
     os.environ.update(TOKENIZERS_PARALLELISM="false", FASTOKENS_BPE_THREADS="1")
-    try:
-        loaded: Any = Tokenizer.from_str(content)
-    except BaseException as error:
-        if not _is_the_tokenizers_own(error):
-            raise
-        raise UserError(f"model.name: the tokenizer of {name} does not load: {first_line(error)}") from None
+    loaded: Any
+    loaded, why = _tried(Tokenizer.from_str, content)
+    if loaded is None:
+        raise UserError(f"model.name: the tokenizer of {name} does not load: {why}")
     loaded.no_truncation()
     loaded.no_padding()
     loaded.post_processor = None

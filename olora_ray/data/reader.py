@@ -226,9 +226,9 @@ def _values(column: Any) -> list[Any]:
     try:
         values = column.to_pylist()
         return [_with_objects(value, column.type) for value in values] if _has_maps(column.type) else values
-    except UnicodeDecodeError:
-        raise
     except (OverflowError, ValueError, LookupError) as error:  # a time that Python does not have, such as year 10000
+        if isinstance(error, UnicodeDecodeError):
+            raise
         return [f"<{first_line(error)}>"] * len(column)
 
 

@@ -120,12 +120,9 @@ def _is_cut_row(line: bytes) -> bool:
     try:
         if _BEGUN_ROW.match(line):
             json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        return error.msg != "Extra data"
-    except UnicodeDecodeError:
-        return True
-    except (RecursionError, ValueError):
-        pass  # The reader rejects the row and says why.
+    except (ValueError, RecursionError) as error:  # of other errors the reader rejects the row and says why
+        cut = isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
+        return cut or isinstance(error, UnicodeDecodeError)
     return False
 
 

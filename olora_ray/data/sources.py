@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from pyarrow import fs
 
-from olora_ray.common import patience, records, storage
+from olora_ray.common import patience, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.patience import is_temporary
 from olora_ray.common.storage import digest
@@ -178,10 +178,9 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
     key = digest(uri, dataset._fingerprint, length=32)
     folder = storage.join(storage_root, "tokens", "hub", key)
     listing = storage.join(folder, "files.json")
-    if (names := records.read(listing, list[str])) is None:
-        names = _write(dataset, folder)
-        records.write(listing, names)
-    return [storage.join(folder, name) for name in names]
+    if not storage.exists(listing):
+        storage.write_text(listing, json.dumps(_write(dataset, folder)))
+    return [storage.join(folder, name) for name in json.loads(storage.read_text(listing))]
 
 
 def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:

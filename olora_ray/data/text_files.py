@@ -4,6 +4,7 @@ Only the scan detects it; the result is kept with the scan and is part of the na
 """
 
 import codecs
+import contextlib
 import csv
 import io
 import json
@@ -67,10 +68,7 @@ def _by_values(text: str, kind: str) -> str:
     text = text.lstrip()
     first, _, rest = text.partition("\n")
     if rest.strip():
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             json.loads(first)
-        except (ValueError, RecursionError):
-            pass
-        else:
             return "jsonl"
     return "json" if re.match(r"\[\s*\{", text) else kind

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster.worker_context import assigned_device
-from olora_ray.common.errors import TryAgain, UserError, first_line
+from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line
 from olora_ray.common.logs import quiet_lm_eval
 from olora_ray.common.patience import is_temporary
 from olora_ray.config import command_line
@@ -59,11 +59,10 @@ def overrides(task: str, data: str) -> dict[str, Any]:
             f"--task-data {data}: no data of {task}; expected {candidates[-1]}/validation or /test, "
             "each written by datasets.save_to_disk"
         )
-    try:
-        # In memory, because datasets would otherwise write its caches of derived columns into the user's folder.
+    # In memory, because datasets would otherwise write its caches of derived columns into the user's folder.
+    failure = f"--task-data {data}: {task}: cannot be read by datasets.load_from_disk"
+    with as_user_error(failure, OSError, ValueError, KeyError):
         splits: dict[str, Any] = {name: load_from_disk(str(path), keep_in_memory=True) for name, path in chosen.items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--task-data {data}: {task}: cannot be read by datasets.load_from_disk: {error}") from None
     for name, rows in splits.items():
         # Some copies of BoolQ have `answer` (true, false) instead of the `label` (1, 0) that lm-eval reads.
         if task == "boolq" and "label" not in rows.column_names and "answer" in rows.column_names:

@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from olora_ray.common import node_cache, storage
-from olora_ray.common.errors import UserError, first_line, short_reason
+from olora_ray.common import node_cache, records, storage
+from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
 from olora_ray.common.text import plural
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
@@ -89,16 +89,10 @@ def parameters(folder: str | Path) -> int:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model; raise UserError for anything else."""
-    try:
+    with as_user_error(f"model.name: {file}", OSError, ValueError, RecursionError, reason=short_reason):
         if file.stat().st_size > _LARGEST_JSON:
             raise UserError(f"model.name: {file} is larger than {_LARGEST_JSON >> 20} MB, too large for a model's file")
         tree = json.loads(file.read_bytes())
-    except RecursionError:
-        raise UserError(f"model.name: {file}: nested too deeply") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"model.name: {file}: {short_reason(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"model.name: {file}: expected a JSON object, found {type(tree).__name__}")
     return tree
@@ -192,12 +186,9 @@ def _digest_of_weights(file: Path) -> str:
 
 def _digest_of_text(file: Path) -> str:
     if file.name in _CONFIGS:
-        try:
-            tree = json.loads(file.read_bytes())
-            fields = {name: value for name, value in tree.items() if name not in _UNIMPORTANT}
-            return storage.digest_json(fields)
-        except (ValueError, AttributeError, RecursionError):  # damaged: loading it will say so
-            pass
+        tree = records.parsed(file.read_bytes(), dict[str, Any])
+        if tree is not None:  # of a damaged file the loading will say so
+            return storage.digest_json({name: value for name, value in tree.items() if name not in _UNIMPORTANT})
     return storage.digest_file(file)
 
 
@@ -212,13 +203,10 @@ def foreign(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, ModuleNotFoundError):
-        raise
-    except Exception as error:
-        raise UserError(f"{what}: {why(error)}") from None
     except BaseException as error:
         # A panic of the Rust code of tokenizers or safetensors is no Exception.
-        if type(error).__name__ != "PanicException":
+        own = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not own or isinstance(error, UserError | ModuleNotFoundError):
             raise
         raise UserError(f"{what}: {why(error)}") from None
 

@@ -18,6 +18,7 @@ from olora_ray.common.errors import (
     Stopped,
     TakenOver,
     UserError,
+    as_user_error,
 )
 from olora_ray.common.logs import ENVIRONMENT
 from olora_ray.config.schema import AnyConfig
@@ -139,7 +140,6 @@ def _join_or_start(target: str) -> None:
             ) from None
         return
     address.join(target, address.PATIENCE)
-    try:
+    failure = f"{address.name(target)}: cannot connect"  # another Python version, or this machine is no node
+    with as_user_error(failure, ConnectionError, RuntimeError, RayError, reason=lambda why: " ".join(str(why).split())):
         ray.init(address=target, **shared)
-    except (ConnectionError, RuntimeError, RayError) as error:  # another Python version, or this machine is no node
-        raise UserError(f"{address.name(target)}: cannot connect: {' '.join(str(error).split())}") from error

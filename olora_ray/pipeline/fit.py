@@ -332,7 +332,7 @@ def train(
             result = Attempts(spec, build, monitor, stop, worker, fit, placed=fit_on is not None).run()
     finally:
         stop.gentle = False
-    folder.write_training(result.to_json())
+    folder.write_training(result)
     if stop.asked:
         raise stop.stopped("stopped after the last step")
     return result

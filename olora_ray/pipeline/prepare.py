@@ -10,8 +10,7 @@ from olora_ray.cluster import preflight
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError, short_reason
-from olora_ray.common.storage import digest
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -247,7 +246,6 @@ def _digest_of_start(config: Config) -> str | None:
     # The manifest contains the digests of all files of the checkpoint.
     if config.train.start is None:
         return None
-    try:
-        return digest(storage.read_text(storage.join(config.train.start, checkpoint.MANIFEST)), length=32)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"train.start: {config.train.start} is no checkpoint: {short_reason(error)}") from None
+    with as_user_error(f"train.start: {config.train.start} is no checkpoint", OSError, reason=short_reason):
+        content = storage.read_bytes(storage.join(config.train.start, checkpoint.MANIFEST))
+    return storage.digest_bytes(content)[:32]

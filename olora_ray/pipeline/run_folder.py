@@ -3,8 +3,6 @@
 A run is identified by its settings and by the contents of its model and data. Their paths may change between attempts.
 """
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -200,9 +198,7 @@ class RunFolder:
             return None
         try:
             return build(parse_yaml(storage.read_text(self.settings), self.settings), "config.yaml")
-        except UnicodeDecodeError:
-            raise UserError(f"{self.settings}: not UTF-8 text; restore the file, or delete {self.root}") from None
-        except UserError as error:  # never "delete these fields": the numbers of the run may depend on them
+        except ValueError as error:  # never "delete these fields": the numbers of the run may depend on them
             raise UserError(
                 f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
                 f" ({str(error)[:200]}); set another run.name, or delete the folder"
@@ -239,9 +235,9 @@ class RunFolder:
     def write_parity(self, config: Config, measured: dict[str, Any]) -> None:
         records.write(self.parity, {**measured, "export": config.export.model_dump()}, indent=2, end="\n")
 
-    def write_training(self, text: str) -> None:
+    def write_training(self, result: "TrainResult") -> None:
         """Write training.json, so that export and registration can be retried without training."""
-        storage.write_text(self.training, text)
+        records.write(self.training, result)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, the last file of a run."""
@@ -334,4 +330,4 @@ def settings_digest(config: Config) -> str:
     }
     if config.export.rank is not None:  # compression changes the outputs, export.merged does not
         sections["export"] = {"rank": config.export.rank}
-    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:32]
+    return storage.digest_json(sections, length=32)

@@ -12,7 +12,7 @@ measured rows, the gate's verdict as a tag. So the next call resumes an interrup
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from olora_ray.common import lock, storage
@@ -94,19 +94,12 @@ def run(config: Config) -> None:
     Raises UserError for problems that the user can fix, TryAgain if another retraining of the model runs or MLflow does
     not answer, and Stopped after a signal; deploy/night.py sends the notification of these two.
     """
-    with _failures_told(config):
+    try:
         _locked(config)
         _push_champion(config)
-
-
-@contextlib.contextmanager
-def _failures_told(config: Config) -> Iterator[None]:
-    try:
-        yield
-    except (TryAgain, StoreUnavailable):
-        raise
     except Exception as error:
-        notify.tell(config, "failed", _reason(error))
+        if not isinstance(error, TryAgain | StoreUnavailable):
+            notify.tell(config, "failed", _reason(error))
         raise
 
 

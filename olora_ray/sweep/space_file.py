@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.common.errors import UserError, of_problems
-from olora_ray.config.load import at, flatten, override, parse_yaml, validated
+from olora_ray.config.load import at, flatten, override, read_yaml, validated
 from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare
@@ -31,12 +31,7 @@ def load(path: str | Path, config: Config) -> Space:
     Raises UserError that names the field for unknown fields, empty ranges, values that the config refuses, and a metric
     that no trial would report.
     """
-    try:
-        tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise UserError(f"space file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"space file {path}: not UTF-8 text") from None
+    tree = read_yaml(path, "space file")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected fields (search:, metric:, ...), but it holds a {type(tree).__name__}")
     space = validated(Space, tree, str(path))

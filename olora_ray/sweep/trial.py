@@ -100,10 +100,9 @@ class TrialRun:
             ended = Ended("finished")
         except Stopped:
             ended = Ended("stopped")
-        except UserError as error:
-            ended = Ended("failed", str(error))
         except Exception as error:
-            ended = Ended("failed", f"{type(error).__name__}: {reason(error)}")
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
+            ended = Ended("failed", why)
         try:
             self._file.ended(ended.status, ended.reason)
         finally:  # otherwise `next` would wait for ever

@@ -61,7 +61,7 @@ def _as_trained(config: Config) -> dict[str, Source]:
     path = storage.join(config.folder(), "config.yaml")
     try:
         trained = _sources(build(parse_yaml(storage.read_text(path), path), path))
-    except (OSError, UnicodeDecodeError, UserError):
+    except (OSError, ValueError):
         return {}
     return {name: trained[name] for name, each in _sources(config).items() if each.format == "auto" and name in trained}
 

@@ -311,10 +311,9 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
         return sidecar
     try:
         shard = shards.build(job.rules, part)
-    except Changed as error:
-        forget_scan(error.file, job.storage_root)
-        return {"error": str(error)}
     except UserError as error:
+        if isinstance(error, Changed):
+            forget_scan(error.file, job.storage_root)
         return {"error": str(error)}
     # The sidecar is written after the shard: for readers a shard with a sidecar is complete.
     content = shards.file_bytes(shard.table())

@@ -30,7 +30,7 @@ from olora_ray.common import records
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.tracking import checksums
 from olora_ray.tracking.checksums import Version, name_filter
-from olora_ray.tracking.client import connect, is_unavailable, reachable
+from olora_ray.tracking.client import connect, existing, is_unavailable, reachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -364,14 +364,7 @@ class Aliases:
             raise UserError(f"{self.name} has no version {number}; {self._there()}") from None
 
     def _model(self) -> "RegisteredModel | None":
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self.client.get_registered_model(self.name)
-        except MlflowException as error:
-            if is_unavailable(error) or error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
+        return existing(self.client.get_registered_model, self.name)
 
     def _there(self) -> str:
         versions = [item.number for item in self.versions()]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import size_and_digest
-from olora_ray.tracking.client import is_unavailable, reason
+from olora_ray.tracking.client import refused
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -133,22 +133,17 @@ def _refuse_added(version: Version, present: Iterable[str], known: Iterable[str]
 
 def _listed(version: Version, place: str, tracking_uri: str) -> list[str]:
     from mlflow.artifacts import list_artifacts
-    from mlflow.exceptions import MlflowException
 
     if (root := _root(place)) is not None:
         return _below(root)
     files, folders = list[str](), [""]
-    try:
+    with refused(f"{_name(version)}: its files at {place} cannot be listed"):
         while folders:
             folder = folders.pop()
             address = f"{place.rstrip('/')}/{folder}".rstrip("/")
             for item in list_artifacts(artifact_uri=address, tracking_uri=tracking_uri):
                 name = f"{folder}/{item.path.rstrip('/').rpartition('/')[2]}".lstrip("/")
                 (folders if item.is_dir else files).append(name)
-    except (MlflowException, OSError) as error:
-        if is_unavailable(error):
-            raise
-        raise UserError(f"{_name(version)}: its files at {place} cannot be listed: {reason(error)}") from None
     return files
 
 
@@ -162,18 +157,13 @@ def _below(root: Path) -> list[str]:
 
 def _local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
-    try:
-        if (root := _root(place)) is not None:
-            file = root / name
-        else:
+    if (root := _root(place)) is not None:
+        file = root / name
+    else:
+        with refused(f"{_name(version)}: {name} cannot be read"):
             source = f"{place.rstrip('/')}/{name}"
             file = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
-    except (MlflowException, OSError) as error:
-        if is_unavailable(error):
-            raise
-        raise UserError(f"{_name(version)}: {name} cannot be read: {reason(error)}") from None
     if not file.is_file():
         raise UserError(f"{_name(version)}: {name} is missing at {place}")
     return file

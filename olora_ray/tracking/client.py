@@ -11,10 +11,10 @@ import re
 import socket
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from olora_ray.common import patience
@@ -24,6 +24,8 @@ from olora_ray.common.secrets import mask
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+Answer = TypeVar("Answer")
 
 # Errors of MLflow, its database and its artifact store that a person must fix, and the remedy for each.
 
@@ -124,10 +126,10 @@ def check(uri: str) -> None:
     except ModuleNotFoundError as error:
         install = ": pip install 'olora-ray[postgresql]'" if urlsplit(uri).scheme == "postgresql" else ""
         raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}{install}") from None
-    except UserError:
-        raise
     # ValueError: an address such as [::1
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         error_type = TrackingUnavailable if is_unavailable(error) and remedy(error) is None else UserError
         raise error_type(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 
@@ -188,6 +190,31 @@ def probe(uri: str) -> None:
         with closing(sqlite3.connect(path, timeout=_PROBE_SECONDS, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
+
+
+def existing(ask: Callable[..., Answer], *arguments: Any) -> Answer | None:
+    """Return the answer of MLflow; None if it has no such run, version or model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return ask(*arguments)
+    except MlflowException as error:
+        if is_unavailable(error) or error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+@contextmanager
+def refused(subject: str) -> Iterator[None]:
+    """Raise an error of MLflow or of its files as the UserError `subject: reason`, unless it does not answer."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        if is_unavailable(error):
+            raise
+        raise UserError(f"{subject}: {reason(error)}") from None
 
 
 def is_unavailable(error: BaseException) -> bool:

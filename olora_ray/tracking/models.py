@@ -31,7 +31,7 @@ from olora_ray.config.schema import AnyConfig
 from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
 from olora_ray.tracking.checksums import SETTINGS, Version, name_filter
-from olora_ray.tracking.client import connect, is_unavailable, reachable
+from olora_ray.tracking.client import connect, existing, is_unavailable, reachable
 from olora_ray.tracking.run import PARAM_LENGTH, Tracker
 from olora_ray.tracking.start import resolve_uri
 
@@ -324,17 +324,11 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
 
 def of_run(tracking_uri: str, run_id: str) -> str | None:
     """Return the id of the newest model that an MLflow run has logged; None if there is no such model or run."""
-    from mlflow.exceptions import MlflowException
-
     client = connect(tracking_uri)
     with reachable(tracking_uri):
-        try:
-            experiment = client.get_run(run_id).info.experiment_id
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        if (run := existing(client.get_run, run_id)) is None:
             return None
-        found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+        found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
         return max(found, key=lambda model: model.creation_timestamp).model_id if found else None
 
 
@@ -531,20 +525,14 @@ def _resolve(client: "MlflowClient", uri: str) -> "ModelVersion":
     except MlflowException as error:
         if is_unavailable(error):
             raise
-        raise UserError(f"model.name: {uri}: {_known_names(client, name, error)}") from None
+        raise UserError(f"model.name: {uri}: {_known_names(client, name)}") from None
 
 
-def _known_names(client: "MlflowClient", name: str, error: Exception) -> str:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        aliases = client.get_registered_model(name).aliases
-        versions = [str(item.version) for item in client.search_model_versions(name_filter(name))]
-    except MlflowException as missing:
-        if missing.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return f"no model {name!r} is registered in the tracking server"
-        return first_line(error)
-    named = ", ".join(f"@{alias} = {version}" for alias, version in aliases.items()) or "none"
+def _known_names(client: "MlflowClient", name: str) -> str:
+    if (model := existing(client.get_registered_model, name)) is None:
+        return f"no model {name!r} is registered in the tracking server"
+    versions = [str(item.version) for item in client.search_model_versions(name_filter(name))]
+    named = ", ".join(f"@{alias} = {version}" for alias, version in model.aliases.items()) or "none"
     return f"not registered; {name} has versions {', '.join(sorted(versions, key=int)) or 'none'} and aliases {named}"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from olora_ray.common import storage
-from olora_ray.tracking.client import TrackingUnavailable, connect, reachable, reason, shown_uri, unavailable
+from olora_ray.tracking.client import TrackingUnavailable, connect, existing, reachable, reason, shown_uri, unavailable
 from olora_ray.tracking.write_queue import WriteQueue
 
 if TYPE_CHECKING:
@@ -147,14 +147,9 @@ class Tracker:
     def evaluates(self, model_id: str) -> bool:
         """Record a logged model as an input of this run; return False if this MLflow does not have it."""
         from mlflow.entities import LoggedModelInput
-        from mlflow.exceptions import MlflowException
 
         with reachable(self.uri):
-            try:
-                self.client().get_logged_model(model_id)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
+            if existing(self.client().get_logged_model, model_id) is None:
                 return False
             self.client().log_inputs(self.run_id, models=[LoggedModelInput(model_id)])
         return True

@@ -22,6 +22,7 @@ from olora_ray.tracking.client import (
     TrackingUnavailable,
     check,
     connect,
+    existing,
     is_unavailable,
     reachable,
     reason,
@@ -285,15 +286,9 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
 
 
 def _reopen(client: "MlflowClient", run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        if client.get_run(run_id).info.lifecycle_stage == "active":
-            client.update_run(run_id, status="RUNNING")
-            return True
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    if (run := existing(client.get_run, run_id)) and run.info.lifecycle_stage == "active":
+        client.update_run(run_id, status="RUNNING")
+        return True
     logger.warning("MLflow run %s no longer exists: the rest of this run is logged to a new MLflow run", run_id)
     return False
 
@@ -355,11 +350,10 @@ def mlflow_run(
     try:
         try:
             yield tracker
-        except TakenOver:
-            raise  # the run now belongs to another driver
         except BaseException as error:
-            with contextlib.suppress(TrackingUnavailable):
-                tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)
+            if not isinstance(error, TakenOver):  # otherwise the run belongs to another driver now
+                with contextlib.suppress(TrackingUnavailable):
+                    tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)
             raise
         tracker.end("FINISHED")
     except TrackingUnavailable as error:
@@ -375,12 +369,7 @@ def mlflow_run(
 
 def _is_deleted(tracker: Tracker) -> bool:
     """True if the run is deleted, for good or in MLflow's trash, perhaps with its experiment."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with reachable(tracker.uri):
-            return bool(tracker.client().get_run(tracker.run_id).info.lifecycle_stage == "deleted")
-    except TrackingUnavailable:
-        return False
-    except MlflowException as error:
-        return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+    with contextlib.suppress(TrackingUnavailable), reachable(tracker.uri):
+        run = existing(tracker.client().get_run, tracker.run_id)
+        return run is None or run.info.lifecycle_stage == "deleted"
+    return False

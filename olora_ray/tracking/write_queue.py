@@ -13,7 +13,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from olora_ray.tracking.client import connect, is_answer, is_refusal, probe, reason
+from olora_ray.tracking.client import connect, existing, is_answer, is_refusal, probe, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -159,14 +159,7 @@ class WriteQueue:
             return not self._closed
 
     def _load(self, client: "MlflowClient") -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = client.get_run(self._run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            run = None
+        run = existing(client.get_run, self._run_id)
         if run is None or run.info.lifecycle_stage != "active":
             self._note_gone()
             return

@@ -219,14 +219,9 @@ class RowExchange(ABC):
                 logger.info(f"initialisation: {done:,} of {len(pieces):,} sequences processed")
 
     def _round(self, pieces: Sequence[Piece]) -> None:
-        problem, rows = None, []
-        try:
-            # Every worker runs the model, because the blocks of a sharded base need all workers. A worker without a
-            # sequence repeats the last one, and sends nothing.
-            rows = self.make(pieces[min(self._here, len(pieces) - 1)])
-        except UserError as error:
-            problem = str(error)
-        collectives.raise_together(problem)
+        # Every worker runs the model, because the blocks of a sharded base need all workers. A worker without a
+        # sequence repeats the last one, and sends nothing.
+        rows = collectives.together(lambda: self.make(pieces[min(self._here, len(pieces) - 1)]))
         most = max(map(self.count, pieces))
         for numbers in in_parts(range(len(self.types)), lambda number: most * self.types[number].bytes, AT_ONCE):
             self._send(numbers, pieces, rows)

@@ -174,7 +174,8 @@ def save(
 
 def load(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint; raises UserError with the name of the file that is wrong."""
-    verify(folder)
+    if problem := damage(folder):
+        raise UserError(problem)
     if (kept := records.read(str(folder / STATE), _StateFile)) is None:
         raise UserError(f"checkpoint {folder}: cannot be loaded: {STATE} is damaged, or of another version")
     state = TrainState(**{each.name: getattr(kept, each.name) for each in fields(TrainState)})
@@ -209,20 +210,21 @@ def _difference(old: str, new: str) -> str:
     return f"was {old[:12] or 'none'}, is now {new[:12] or 'none'}"
 
 
-def verify(folder: Path) -> None:
-    """Raise UserError unless the folder is a complete checkpoint with the bytes that were written.
+def damage(folder: Path) -> str:
+    """Return why the folder is no complete checkpoint with the bytes that were written; empty if it is one.
 
     Raises OSError if the storage cannot read a file now; the checkpoint may still be good.
     """
     if (manifest := Manifest.of(str(folder))) is None:
-        raise UserError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing or damaged)")
+        return f"{folder}: not a complete checkpoint ({MANIFEST} is missing or damaged)"
     files = manifest.files
     complete = manifest.format == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
     if not complete or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):
-        raise UserError(f"{folder / MANIFEST}: does not fit this folder, or comes from another version of olora_ray")
+        return f"{folder / MANIFEST}: does not fit this folder, or comes from another version of olora_ray"
     for name, expected in files.items():
         if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
-            raise UserError(f"checkpoint {folder}: {name} is missing or damaged")
+            return f"checkpoint {folder}: {name} is missing or damaged"
+    return ""
 
 
 def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ manifest is uploaded last, and a folder without a manifest is ignored. Only the 
 waits for the controller, and Ray resumes from the checkpoint reported last even if that cannot be read.
 """
 
+import contextlib
 import contextvars
 import errno
 import logging
@@ -23,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from olora_ray.common import node_cache, records, storage
-from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
@@ -88,17 +89,16 @@ def latest_good(root: str) -> tuple[str, Checkpoint] | None:
     Raises TryAgain if the storage cannot read a checkpoint now, because it may be good. Raises Closed for a checkpoint
     that this user may not read.
     """
-    try:
+    failure = f"{root}: the checkpoints cannot be listed"
+    with as_user_error(failure, OSError, reason=short_reason, passes=lambda _: True):
         listed = names(root)
-    except OSError as error:
-        raise TryAgain(f"{root}: the checkpoints cannot be listed: {short_reason(error)}") from None
     for name in reversed(listed):
         folder = storage.join(root, name)
         try:
             return folder, read(folder)
-        except (TryAgain, Closed):
-            raise
         except UserError as error:
+            if isinstance(error, TryAgain | Closed):
+                raise
             logger.warning(f"{name} is skipped: {error}")
     return None
 
@@ -120,11 +120,7 @@ def read(folder: str) -> Checkpoint:
 def is_whole(folder: str) -> bool:
     """True if a checkpoint has the bytes that were written; in an object store only the sizes are compared."""
     if not storage.is_uri(folder):
-        try:
-            checkpoint.verify(Path(folder))
-        except UserError:
-            return False
-        return True
+        return not checkpoint.damage(Path(folder))
     files = storage.files_below(folder)
     if checkpoint.MANIFEST not in files:
         return False
@@ -170,10 +166,8 @@ def drop(target: str) -> None:
         return
     final = Path(target)
     discarded = storage.beside(final)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.rename(final, discarded)
-    except FileNotFoundError:
-        return
     shutil.rmtree(discarded, ignore_errors=True)
 
 

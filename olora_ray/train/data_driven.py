@@ -84,20 +84,18 @@ def refuse(targets: Mapping[str, Target], method: str) -> None:
 
 
 def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None) -> list[Piece]:
-    problem, pieces = None, []
-    try:
+    def read() -> list[Piece]:
         pieces = first_tokens(store, adapter.init_tokens, waiting)
         # `count` components and the mean need more than `count` tokens.
         if (total := pieces[-1].end if pieces else 0) <= count:
-            problem = (
+            raise UserError(
                 f"adapter.method={adapter.method}: the training data has {plural(total, 'supervised token')}, but"
                 f" {count} components (rho x rank) need more than {count}; use more data, lower adapter.rank or"
                 " adapter.rho, or use another method"
             )
-    except UserError as error:
-        problem = str(error)
-    collectives.raise_together(problem)
-    return pieces
+        return pieces
+
+    return collectives.together(read)
 
 
 def probe(loss: SupervisedLoss, pack: Pack) -> Batch:

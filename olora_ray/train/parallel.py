@@ -318,14 +318,14 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
     `load_frozen`.
     """
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
-        return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
+        return SupervisedLoss(collectives.together(lambda: load_frozen(folder, config.model, device)))
     if config.cluster.fsdp_offload and not has_own_memory(device):
         logger.info("cluster.fsdp_offload: no effect without a GPU: the base model is in the node's memory anyway")
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
         logger.info(f"fsdp: each worker loads the complete base model before sharding it, because {loss}")
-        return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
+        return SupervisedLoss(collectives.together(lambda: load_frozen(folder, config.model, device)))
     logger.info(f"fsdp: each worker has read its part of the base model in {time.perf_counter() - began:.2f} s")
     return loss
 
@@ -335,20 +335,20 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
 
     All workers return the same type, and the same reason.
     """
-    model = together(lambda: empty_model(folder, config.model, device))
-    files = together(lambda: base_files.find(Path(folder), model))
+    model = collectives.together(lambda: empty_model(folder, config.model, device))
+    files = collectives.together(lambda: base_files.find(Path(folder), model))
     if isinstance(files := _agreed(files), str):
         return files
     whole = outside(model, blocks_to_shard(model))
     wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
-    together(lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device)))
+    collectives.together(lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device)))
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.read_rows = files.rows
     shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
     target = target_device(loss, device)
     # Tensors on the meta device, above all shards of weights, get memory here; all others already have their values.
     loss._apply(lambda part: torch.empty_like(part, device=target(part)) if part.is_meta else part.to(target(part)))
-    together(lambda: _read_shards(model, files))
+    collectives.together(lambda: _read_shards(model, files))
     sharded: SupervisedLoss = loss
     return sharded
 
@@ -357,22 +357,9 @@ def _agreed(files: BaseFiles | str) -> BaseFiles | str:
     problems = collectives.gather(files if isinstance(files, str) else None)
     if isinstance(files, BaseFiles) and not any(problems):
         differs = partial(files.differs, collectives.rank(), collectives.world_size())
-        problems = collectives.gather(together(differs))
+        problems = collectives.gather(collectives.together(differs))
     first = next((problem for problem in problems if problem), None)
     return files if first is None else first
-
-
-def together(work: Callable[[], Value]) -> Value:
-    """Return the result of `work`; a UserError of one worker is raised on all workers."""
-    # Otherwise the other workers would wait for the failed one in their next exchange.
-    problem: UserError | None = None
-    results = []
-    try:
-        results.append(work())
-    except UserError as error:
-        problem = error
-    collectives.raise_together(problem)
-    return results[0]
 
 
 @torch.no_grad()

@@ -95,9 +95,9 @@ class Judge:
         """Return the scores of an answer; raises UserError if the scorer fails, or a score is not a finite number."""
         try:
             raw = self._scorer(prediction, reference)
-        except UserError:
-            raise
         except Exception as error:  # the user's function may raise anything
+            if isinstance(error, UserError):
+                raise
             cause = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(
                 f"evaluation.scorer: {self.name} fails on the answer {_short(prediction)} and the reference"

@@ -348,9 +348,9 @@ class _Trial:
                 alone = self._differences(name, self.examples[1:2])
                 self.only_beside = alone.problem() is None
                 differences = differences if self.only_beside else alone
-        except torch.OutOfMemoryError:
-            raise
         except (UserError, ImportError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             why = first_line(error)
             if isinstance(error, UserError):
                 return why.partition(": ")[2].partition(";")[0], None

@@ -21,6 +21,7 @@ from comparison.run import INIT, Final, Run
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.train.checkpoint import TrainState
@@ -146,8 +147,8 @@ class Cluster:
         result = TrainResult(
             state=TrainState(step=STEPS, history=course(last), lr=AUTO.get(config.adapter.method, 1e-3))
         )
-        (folder / "training.json").write_text(result.to_json())
-        self._record(folder, number, values, "finished", json.loads(result.to_json()))
+        RunFolder(str(folder)).write_training(result)
+        self._record(folder, number, values, "finished", asdict(result))
 
     def _record(
         self, folder: Path, number: int, values: dict[str, Any], status: Any, result: Any, reason: str = ""

@@ -47,7 +47,7 @@ def test_they_add_up_to_the_last_evaluation(
         row_losses.result_of(folder.root, settings, len(places))
     shared = SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
     result = train_at(SharedBaseContext(shared), spec, folder.checkpoints, channel)
-    folder.write_training(result.to_json())
+    folder.write_training(result)
     assert result.state is not None
     curve = [row["eval/loss"] for row in result.state.history if "eval/loss" in row]
     if lr > 0.1:

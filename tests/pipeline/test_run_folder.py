@@ -81,7 +81,7 @@ def ended(config: Config, step: int = 6, stale: int = 0) -> RunFolder:
     """A run that has ended after so many steps."""
     folder = begin(config)
     (Path(folder.checkpoints) / f"step-{step:07d}").mkdir()
-    folder.write_training(TrainResult(state=TrainState(step=step, stale=stale)).to_json())
+    folder.write_training(TrainResult(state=TrainState(step=step, stale=stale)))
     folder.write_result({"steps": step, "metrics": {}})
     return folder
 

@@ -99,10 +99,10 @@ def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
     place = tmp_path / "trials" / "trial-003"
     trial_file.TrialFile(str(place), record(), "min").begin()
 
-    def fail(_: str) -> str:
+    def fail(_: str) -> bytes:
         raise error
 
-    monkeypatch.setattr(trial_file.storage, "read_text", fail)
+    monkeypatch.setattr(trial_file.storage, "read_bytes", fail)
     with pytest.raises(OSError, match=str(error.args[-1])):
         trial_file.read(str(place))
     with pytest.raises(kind, match=r"trials: cannot read the records of the trials: ") as told:
