@@ -63,7 +63,7 @@ def check(config: Config, space: Space) -> None:
 
 @dataclass(frozen=True)
 class Begun:
-    """What a search began with. Its JSON form is search.json."""
+    """Settings, space and contents with which a search began. The JSON form is search.json."""
 
     config: dict[str, Any]
     space: dict[str, Any]
