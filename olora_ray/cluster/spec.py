@@ -99,8 +99,6 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The JSON form is training.json."""
-
     problem: str | None = None
     """Why training stopped, if the user must act."""
     passes: bool = False

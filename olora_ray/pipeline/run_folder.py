@@ -98,7 +98,6 @@ class RunState:
         return self.changes(config, _places)
 
     def delivered_otherwise(self, config: Config) -> str:
-        """Return the changed settings of export and registry, with both values."""
         return self.changes(config, _delivery)
 
     def changes(self, config: Config, part: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
@@ -236,11 +235,9 @@ class RunFolder:
         records.write(self.parity, {**measured, "export": config.export.model_dump()}, indent=2, end="\n")
 
     def write_training(self, result: "TrainResult") -> None:
-        """Write training.json, so that export and registration can be retried without training."""
         records.write(self.training, result)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Write result.json, the last file of a run."""
         records.write(self.result, result, indent=2, end="\n")
 
     def drop_result(self) -> None:
@@ -258,9 +255,7 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
-class _Identified:
-    """The part of a checkpoint's state.json that says what the run was trained with."""
-
+class _Identified:  # a checkpoint's state.json, as far as it is read here
     identity: dict[str, str]
 
 

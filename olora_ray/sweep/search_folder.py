@@ -62,9 +62,7 @@ def check(config: Config, space: Space) -> None:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """Settings, space and contents with which a search began. The JSON form is search.json."""
-
+class Begun:  # search.json
     config: dict[str, Any]
     space: dict[str, Any]
     contents: dict[str, str]

@@ -377,8 +377,6 @@ _Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 
 
 @dataclass(frozen=True)
-class _Move:
-    """The JSON form is the text of the tag MOVE."""
-
+class _Move:  # the tag MOVE
     previous: _Number | None
     verdicts: dict[_Number, str]

@@ -40,6 +40,9 @@ class TrainState:
     generator state to keep.
     """
 
+    # A field of another version is an error, because the numbers may depend on it.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     step: int = 0
     """Optimizer steps done."""
     best_loss: float | None = None
@@ -98,9 +101,6 @@ _NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
 
 @dataclass(kw_only=True)
 class _StateFile(TrainState):
-    """The JSON form is state.json. A field of another version is an error: the numbers may depend on it."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
     format: int
     identity: dict[str, str]
 
@@ -113,8 +113,6 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The JSON form is manifest.json."""
-
     format: int
     files: dict[str, File]
 

@@ -181,9 +181,7 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """The JSON form of a baseline."""
-
+class _Kept:  # baseline.json
     identity: dict[str, str]
     loss: float | None
     answers: list[list[int]] | None
