@@ -46,6 +46,8 @@ _STRETCH = re.compile(r".{1,524288}(?:(?<=\S)(?=\s)|\Z)|.{1,524288}", re.DOTALL)
 # Stand for a content and a reasoning, to find out what a template writes around them.
 MARK, WHY = "olora_content", "olora_reasoning"
 THOUGHT = dict.fromkeys((*REASONING, "thought"), WHY)
+# Switches reasoning on in most templates that can leave it out.
+SWITCH = "{% set enable_thinking, thinking = true, true %}"
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class ExampleTokenizer:
             rest = head.rpartition(key)[2] if closed and key in head else head[_shared(head, tail) :]
         if closed and thought not in (body or ""):
             why = f"message {number + 1}: {self._spec.what} ends the reasoning in its generation prompt"
-            raise _refused(f"{why}: remove the reasoning from the rows", "a copy in which reasoning is switched on")
+            raise _refused(f"{why}: remove the reasoning from the rows", f"a copy that begins with {SWITCH}")
         if closed or not (opened or thought):
             start = rest
         elif opened and not thought and head.rstrip().endswith(key):  # the template closes the reasoning itself
@@ -233,7 +235,7 @@ class ExampleTokenizer:
             self._marked = True
         else:
             start = lead and (opening := _after(since(lead), tail)) and opening + thought + close
-        if start is None or body is None:
+        if start is None or body is None or (thought and not key):
             shown = [repr(each[max(0, _same(before, plain) - 20) :][:60]) for each in (before, plain)]
             why = f"message {number + 1} should start after {shown[0]}, but is {shown[1]}; remove such rows"
             raise _refused(f"{self._spec.what} does not continue its own generation prompt: {why}")
@@ -548,11 +550,10 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
     Empty if the same rows have always had the same tokens.
     """
     inputs: dict[str, Any] = {}
-    if source.format in RULES:
-        inputs["rules"] = RULES[source.format]
-    elif COLUMNS_OF_STRUCTS.intersection(kinds):
-        inputs["rules"] = 2
-    if source.format in WITH_TOOLS and COLUMNS_OF_STRUCTS.intersection(kinds):
+    structs = COLUMNS_OF_STRUCTS.intersection(kinds)
+    if rules := RULES.get(source.format, 2 if structs else None):
+        inputs["rules"] = rules
+    if source.format in WITH_TOOLS and structs:
         inputs["maps"] = "objects"
     if source.format == "prompt_completion":
         inputs["chat"] = as_chat(source, spec)

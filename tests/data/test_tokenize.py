@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,7 +144,9 @@ def test_the_tags_of_the_reasoning_are_learnt_from_the_template(
     assert marked(tokens) == f"{start}[[{plain}<|im_end|>]]"
     row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "thinking": "why"}))
     if thinks is None:
-        with pytest.raises(Rejected, match=r"message 2: .* ends the reasoning in its generation prompt: .*switched on"):
+        with pytest.raises(
+            Rejected, match=r"message 2: .* ends the reasoning in its generation prompt: .*begins with \{% set"
+        ):
             make(row)
     else:
         [tokens] = make(row)
@@ -165,6 +168,25 @@ def test_tags_that_stand_only_beside_a_tool_call_are_learnt_whole() -> None:
     row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "reasoning": "why"}))
     [tokens] = tokenizer(template)(row)
     assert marked(tokens).endswith("<|im_start|>A [[<|R>why<R|>one<|im_end|>]]")
+
+
+def test_a_reasoning_that_a_template_does_not_close_is_refused() -> None:
+    # Command R7B's template opens a reasoning beside a tool call alone, and writes another tag before a plain content.
+    template = TAGS.replace("m.thinking and loop.last", "m.tool_calls").replace("m.thinking", "m.thinking | string")
+    row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "reasoning": "why"}))
+    with pytest.raises(Rejected, match=r"message 2 should start after .*A ', but is .*A \(B\)one"):
+        tokenizer(template.replace("BEFORE", "(B)").replace("PROMPT", ""))(row)
+
+
+def test_the_line_of_the_refusal_switches_the_reasoning_on() -> None:
+    template = TAGS.replace("BEFORE", "").replace("PROMPT", "(R)(/R)").replace("'<|im_start|>A (R)(/R)'", "P")
+    template = template.replace("{{ P }}", "{{ '<|im_start|>A (R)' + ('' if enable_thinking else '(/R)') }}")
+    row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "thinking": "why"}))
+    with pytest.raises(Rejected) as refused:
+        tokenizer(template)(row)
+    [line] = re.findall(r"a copy that begins with (\{%.*%\})", refused.value.message)
+    [tokens] = tokenizer(line + template)(row)
+    assert marked(tokens).endswith("<|im_start|>A (R)[[why(/R) one<|im_end|>]]")
 
 
 @pytest.mark.parametrize("end", ["<|im_start|>A ", "<|im_start|>A (R)(/R)", "\n<|im_end|>"])
