@@ -72,7 +72,9 @@ def followed(name: str, entrypoint: str, folder: str | None) -> int:
 
 
 def begun(client: JobSubmissionClient, name: str, entrypoint: str, folder: str | None) -> str:
-    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
+    # MLflow names LOGNAME as the user of a run; on the cluster that would be the user of Ray.
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "LOGNAME": os.environ.get("LOGNAME", "")}
+    environment = {"env_vars": variables}
     # A submission id can be used once, so a job of this name that has ended gets a successor NAME-2.
     for number in itertools.count(1):
         job = name if number == 1 else f"{name}-{number}"
