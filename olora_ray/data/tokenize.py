@@ -539,9 +539,7 @@ COLUMNS_OF_STRUCTS = {"parquet", "arrow"}
 
 def as_chat(source: Source, spec: TokenizerSpec) -> bool:
     """True if the prompts and completions of a source become turns of a chat."""
-    if source.format != "prompt_completion":
-        return False
-    return spec.has_template if source.chat == "auto" else source.chat
+    return source.format == "prompt_completion" and (spec.has_template if source.chat == "auto" else source.chat)
 
 
 def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -> dict[str, Any]:

@@ -199,9 +199,8 @@ def _write_adapter(
         peft = check_adapter(folder, work.model, written, config.adapter.scale())
         logits = "compression of the adapter changes the logits" if lost else _logits(work, merged, folder)
         parity = Parity(merged_check, peft, logits)
-        compressed = None
-        if limit:
-            compressed = Compressed(limit, lost, export_shares.compressed_loss(work, written) if lost else None)
+        loss = export_shares.compressed_loss(work, written) if lost else None
+        compressed = Compressed(limit, lost, loss) if limit else None
         complete(
             config,
             work.base,
@@ -222,7 +221,13 @@ def _write_adapter(
 
 
 def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread: Spread[Any]) -> MergedFolder:
-    """Write the merged folder and check it; `parts` name the final folder, and are redirected to a temporary one."""
+    """Write the merged folder and check it; `parts` name the final folder, and are redirected to a temporary one.
+
+    The folder of a stopped attempt is kept if its bytes are right.
+    """
+    if out.is_dir() and not (kept := export_shares.check(work, parts, spread)).problems():
+        logger.info("export: keeping the merged model of an earlier attempt, which has the right bytes")
+        return kept
     with replacing(out) as partial_folder:
         size = sum(group.size for group in work.groups) / 2**30
         logger.info(f"export: merging the adapter into {plural(len(work.groups), 'weight')}, {size:.2f} GiB")

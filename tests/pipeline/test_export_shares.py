@@ -72,6 +72,21 @@ def test_an_export_is_written_and_checked(run: Run) -> None:
     assert not list(Path(run.folder.merged).parent.glob(".*")), "no leftovers"
 
 
+@pytest.mark.lengthy
+@pytest.mark.parametrize("damaged", [None, 8, -1])
+def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(run: Run, damaged: int | None) -> None:
+    export.export_run(run.spec, run.folder, STEP)
+    file = Path(run.folder.merged) / "model.safetensors"
+    number, right = file.stat().st_ino, file.read_bytes()
+    if damaged is not None:
+        wrong = bytearray(right)
+        wrong[damaged] ^= 1
+        file.write_bytes(wrong)
+    assert export.export_run(run.spec, run.folder, STEP)["ok"]
+    assert (file.stat().st_ino == number) == (damaged is None)
+    assert file.read_bytes() == right
+
+
 def test_shares_are_worth_it_for_large_models_that_all_nodes_see(run: Run, tmp_path: Path) -> None:
     work = export_shares.prepare(run.spec, str(Path(run.folder.checkpoints) / f"step-{STEP:07d}"))
     spec = replace(run.spec, config=tiny.config(cluster__workers=4))
