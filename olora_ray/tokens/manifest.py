@@ -261,9 +261,9 @@ class Limits:
         counts = (re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long")
         longest = max((int(count[0]) for count in counts if count), default=0)
         where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
-        shorten = " or set data.too_long to drop_turns or cut" if self.too_long == "reject" else ""
+        shorter = {"reject": " or set data.too_long to drop_turns or cut", "drop_turns": " or set data.too_long to cut"}
         most = f" (up to {longest:,}, as far as the model has positions)" if longest else ""
-        remedy = rejection_remedy(reasons, rows, where, f"{most}{shorten}")
+        remedy = rejection_remedy(reasons, rows, where, most + shorter.get(self.too_long, ""))
         raise UserError(f"{where}: {problem} ({reason_counts(reasons)}); {first}; {remedy}")
 
 

@@ -61,14 +61,15 @@ def test_rows_held_out_of_the_training_sources_are_named_as_such(tmp_path: Path,
         describe(config, tiny_spec, "train")
 
 
-def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+@pytest.mark.parametrize(("too_long", "shorter"), [("reject", "drop_turns or cut"), ("drop_turns", "cut")])
+def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec, too_long: str, shorter: str) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(90), *[chat("q" * n, "a") for n in (150, 200, 170)]])
     with pytest.raises(UserError) as caught:
-        prepare(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
+        prepare(helpers.config(tmp_path / "runs", path, too_long=too_long), tiny_spec, "train")
     told = str(caught.value)
     longer = (
         "; raise data.max_length (up to 222, as far as the model has positions)"
-        " or set data.too_long to drop_turns or cut, or allow them with "
+        f" or set data.too_long to {shorter}, or allow them with "
     )
     assert longer in told
     share = float(told.split("data.max_rejected=")[1])
