@@ -1,6 +1,7 @@
 """The first step of Adam: what is predicted of it, and what is made even by it."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.cluster.resume import measure_first_step
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train import first_step
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss, watched
 from tests import tiny
@@ -129,6 +132,18 @@ def test_more_steps_lower_the_rate() -> None:
     measured = first_step.moves(one.loss, one.adapted, batch())
     rate = first_step.best_rate(measured, 1.0, 20)
     assert first_step.best_rate(measured, 1.0, 20 * 16) == pytest.approx(rate / 2, rel=0.1)
+
+
+def test_a_run_that_is_trained_longer_lowers_the_rate_and_tells_both() -> None:
+    one: Any = trainer("olora")
+    state = TrainState(step=6, lr=2.8e-4, lr_steps=6)
+    start: Any = SimpleNamespace(trainer=one, state=state, resumed=True)
+    told = "train.lr=auto: the peak rate is 0.00024 for 12 steps; it was 0.00028 for 6"
+    for steps, rate, expected in ((6, 2.8e-4, []), (12, 2.4e-4, [told])):
+        spec: Any = SimpleNamespace(config=tiny.config(train__lr="auto", train__steps=steps), train=tiny.store())
+        with said() as lines:
+            measure_first_step(SimpleNamespace(), spec, start)  # type: ignore[arg-type]
+        assert (state.lr, state.lr_steps, lines) == (rate, steps, expected)
 
 
 def test_measuring_leaves_the_factors_as_they_were() -> None:
