@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow serve-test quick check style types setup docs models versions lock bench clean
+.PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
@@ -42,10 +42,14 @@ test-others: $(VENV)/.dev
 	nice -n 19 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray" > build/test-others.txt 2>&1; \
 	    code=$$?; cat build/test-others.txt; exit $$code
 
-quick: $(VENV)/.dev ## at every change: style, and the short tests that start no Ray, server or other process
+quick: $(VENV)/.dev ## at every change: style, and short tests of what differs from main that start no process
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-processes -m "not slow and not ray and not lengthy"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-processes -m "not slow and not ray and not lengthy" \
+	    $$($(BIN)/python tools/changed_tests.py)
+
+durations: $(VENV)/.dev ## tests/durations.json: which tests are too long for make quick
+	$(BIN)/python -m pytest --record-durations --no-processes -m "not slow and not ray"
 
 test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out of make test; one Ray at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rP -m "slow and not ray"

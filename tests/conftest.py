@@ -1,6 +1,7 @@
 """Fixtures for all tests, and their threads: one a process, since the models are tiny and processes share cores."""
 
 import gc
+import json
 import logging
 import multiprocessing.process
 import os
@@ -27,6 +28,11 @@ from tests.installed import installed, olora_ray, wheel  # noqa: F401  # fixture
 from tests.s3_server import bucket, s3_server  # noqa: F401  # fixtures
 from tests.tokens import helpers
 
+DURATIONS = Path(__file__).with_name("durations.json")
+LENGTHY = 0.3  # seconds of a test, of which make quick leaves out those that take longer
+# Tests of what uses the package, and no other part uses.
+RECIPES = ("tests/comparison/", "tests/mobility/", "tests/pipelines/evidence/", "tests/pipelines/test_compare.py")
+
 torch.set_num_threads(1)
 gc.disable()  # until all tests are imported, which takes a sixth less
 
@@ -38,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-processes", action="store_true", help="skip a test at the moment at which it starts a process"
     )
+    parser.addoption("--record-durations", action="store_true", help=f"write {DURATIONS.name}: make durations")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +53,39 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"error:::{module}")
     if config.getoption("--no-processes"):
         config.pluginmanager.register(NoProcesses())
+    if config.getoption("--record-durations"):
+        config.pluginmanager.register(Durations())
+
+
+class Durations:
+    """Records what all cases of a test take, in seconds of the processor, since others use it at the same time."""
+
+    def __init__(self) -> None:
+        self.fixtures: dict[str, float] = {}
+        self.tests: dict[str, float] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+        start = time.process_time()
+        try:
+            return (yield)
+        finally:
+            self.fixtures[fixturedef.argname] = time.process_time() - start
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Function) -> Iterator[None]:
+        start = time.process_time()
+        try:
+            return (yield)
+        finally:
+            # Each test pays for the fixtures that it shares, since without the others it would be the first.
+            shared = sum(self.fixtures.get(name, 0) for name in item.fixturenames)
+            name = _function(item)
+            self.tests[name] = max(self.tests.get(name, 0), shared) + time.process_time() - start
+
+    def pytest_sessionfinish(self) -> None:
+        lengthy = {name: round(spent, 1) for name, spent in sorted(self.tests.items()) if spent > LENGTHY}
+        DURATIONS.write_text(json.dumps(lengthy, indent=0) + "\n", encoding="utf-8")
 
 
 class NoProcesses:
@@ -80,9 +120,18 @@ class NoProcesses:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    lengthy = json.loads(DURATIONS.read_text(encoding="utf-8"))
     for item in items:
+        if _function(item) in lengthy:
+            item.add_marker("lengthy")
+        if item.nodeid.startswith(RECIPES):
+            item.add_marker("slow")
         if "ray_with" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 def pytest_collection_finish() -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.installed import Command
 from tests.pipelines import project
 
-pytestmark = [pytest.mark.ray, pytest.mark.lengthy]
+pytestmark = pytest.mark.ray
 QUESTIONS = "Wo ist Paket {}?", "Wann kommt Bestellung {}?", "Wie storniere ich Auftrag {}?"
 
 

@@ -20,7 +20,6 @@ def olora_ray(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[s
 COMMANDS = ["quickstart", "init", "finetune", "chat", "runs", "evaluate", "sweep", "compare", "registry", "retrain"]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("words", [(), ("--help",)])
 def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> None:
     done = olora_ray(*words)
@@ -32,7 +31,6 @@ def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> Non
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -59,7 +57,6 @@ def test_help_and_mistakes_come_before_anything_heavy_is_imported(words: list[st
     assert not {"torch", "ray", "mlflow", "transformers"} & set(imported.split())
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_has_help(command: str, tmp_path: Path) -> None:
     done = olora_ray(command, "--help", folder=tmp_path)
@@ -68,7 +65,6 @@ def test_a_command_has_help(command: str, tmp_path: Path) -> None:
     assert "python pipelines" not in done.stdout
 
 
-@pytest.mark.lengthy
 def test_the_help_of_retrain_has_the_sections_that_set_its_conditions() -> None:
     shown = olora_ray("retrain", "--help").stdout
     assert all(f"\n{section}:\n" in shown for section in ("registry", "retrain", "gate", "notify"))

@@ -8,8 +8,6 @@ import pytest
 from tests.installed import ROOT, Command, run
 from tests.pipelines import project
 
-pytestmark = pytest.mark.lengthy
-
 
 def test_the_wheel_has_what_its_commands_name_and_no_name_of_others(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -15,7 +15,6 @@ from olora_ray.train.loop import train_mode
 from tests.families import zoo
 from tests.families.variants import ALL, EXPERTS, MIXTURES
 
-pytestmark = pytest.mark.lengthy  # hundreds of cases
 RANK, SCALE = 4, 1.5
 CPU = torch.device("cpu")
 IDS = torch.arange(40).reshape(2, 20) * 7 % 94 + 2

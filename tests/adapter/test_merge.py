@@ -35,7 +35,6 @@ def load(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
 def test_what_transformers_puts_together_is_taken_apart_again(tmp_path: Path, family: str) -> None:
     """Experts stored one by one, fused, transposed or renamed: the files are the base's plus the change."""
@@ -48,7 +47,6 @@ def test_what_transformers_puts_together_is_taken_apart_again(tmp_path: Path, fa
     torch.testing.assert_close(logits(load(tmp_path / "merged")), case.logits, atol=2e-5, rtol=0)
 
 
-@pytest.mark.lengthy
 def test_experts_are_merged_some_at_a_time_with_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,7 +215,6 @@ def test_a_weight_of_low_rank_is_named_where_its_vectors_are_arbitrary(method: s
     assert all(torch.isfinite(part).all() for part in parts(found))
 
 
-@pytest.mark.lengthy
 @given(m=sizes, n=sizes, seed=seeds, scale=st.floats(0.1, 10.0))
 def test_matched_rows_of_nora_are_as_long_as_those_of_lora_at_any_scale(
     m: int, n: int, seed: int, scale: float

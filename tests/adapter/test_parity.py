@@ -86,7 +86,6 @@ def made(found: Logits | str) -> Logits:
     return found
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_left_but_float32s_own_noise(tmp_path: Path, dtype: torch.dtype) -> None:
     found = made(measure(make_case(tmp_path / "base", tiny.llama(dtype=dtype), SETTINGS), tmp_path))
@@ -101,7 +100,6 @@ def test_nothing_is_left_but_float32s_own_noise(tmp_path: Path, dtype: torch.dty
     assert found.effect > 1000 * found.noise
 
 
-@pytest.mark.lengthy
 def test_conv1d_and_a_run_without_a_merged_folder(tmp_path: Path) -> None:
     case = make_case(tmp_path / "base", tiny.gpt2(), SETTINGS)
     assert made(measure(case, tmp_path)).problems() == []
@@ -122,7 +120,6 @@ class Unused(nn.Module):
         return self.base(x)
 
 
-@pytest.mark.lengthy
 def test_an_adapter_that_took_no_part_in_the_training_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +137,6 @@ def test_an_adapter_that_took_no_part_in_the_training_is_caught(
     assert len(found.problems()) == 2
 
 
-@pytest.mark.lengthy
 def test_a_family_without_sdpa_is_compared_in_its_own_attention(tmp_path: Path) -> None:
     model = zoo.make(ALL["gemma2"])
     assert not model._supports_sdpa, "what this is about"

@@ -51,7 +51,6 @@ def assert_reads_back(case: Case, folder: Path) -> None:
         torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("settings", METHODS, ids=lambda item: f"{item.method}-{item.rank_stabilized}")
 def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, settings: Adapter) -> None:
@@ -62,7 +61,6 @@ def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, sett
     assert_reads_back(case, folder)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
 def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(tmp_path: Path, family: str) -> None:
     case = make_stacked_case(tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6))

@@ -155,7 +155,6 @@ def train(one: Trainer, first: int, last: int) -> None:
             break
 
 
-@pytest.mark.lengthy
 def test_a_run_with_a_rank_for_every_layer_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     start = ranked_start(tiny.llama())
     whole = trainer(start)

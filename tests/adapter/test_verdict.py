@@ -51,12 +51,10 @@ def _print(title: str, rows: Counter[tuple[str, str]], wrong: int, word: str) ->
         print(f"  {first:<26} {second:<16} {count:>4}")
 
 
-@pytest.mark.lengthy
 def test_the_first_right_exports_pass(tmp_path: Path) -> None:
     assert refused(tmp_path, range(RIGHT_FEW)) == []
 
 
-@pytest.mark.lengthy
 def test_the_first_planted_errors_are_caught(tmp_path: Path) -> None:
     assert missed(tmp_path, range(PLANTED_FEW)) == []
 

@@ -12,7 +12,6 @@ import torch
 from tests.pipelines import project
 
 
-@pytest.mark.lengthy
 def test_the_whole_kit_runs_on_a_cpu(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "gpu.json"
     code = benchmark("gpu").main(["--size", "tiny", "--device", "cpu", "--lengths", "64", "--json", str(file)])
@@ -47,7 +46,6 @@ def test_other_gradients_than_pefts_are_told(benchmark: Any) -> None:
     assert found["difference"] == pytest.approx(0.01, rel=0.05)
 
 
-@pytest.mark.lengthy
 def test_a_job_in_a_process_of_its_own_prints_what_it_gives(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     module = benchmark("gpu")
     assert module.main(["--job", json.dumps({"kind": "card", "device": "cpu", "dtype": "float32"})]) == 0

@@ -26,7 +26,6 @@ def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
     assert [data.supervised for data in steps] == [8, 8, 8]
 
 
-@pytest.mark.lengthy
 def test_the_flat_sum_takes_part_in_a_step(benchmark: Any) -> None:
     found = []
     for flat in (False, True):
@@ -39,7 +38,6 @@ def test_the_flat_sum_takes_part_in_a_step(benchmark: Any) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-@pytest.mark.lengthy
 def test_eva_and_lora_ga_find_on_a_batch_what_peft_finds(benchmark: Any) -> None:
     module = benchmark("init_from_data")
     watch = benchmark("init").Watch

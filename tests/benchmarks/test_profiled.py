@@ -33,7 +33,6 @@ def test_the_operations_of_a_step_are_told_apart(benchmark: Any) -> None:
     assert of["aten::addmm_"] == {"matrix products"}
 
 
-@pytest.mark.lengthy
 def test_the_seconds_of_a_pass_are_shared_out_whole(benchmark: Any) -> None:
     module, store = benchmark("profiled"), tiny.store()
     settings = tiny.config(train__steps=2)

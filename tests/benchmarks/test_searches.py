@@ -3,12 +3,9 @@
 import subprocess
 import sys
 
-import pytest
-
 from tests.pipelines import project
 
 
-@pytest.mark.lengthy
 def test_a_search_finds_nearly_the_best_trial_with_a_third_of_the_compute() -> None:
     done = subprocess.run(
         [sys.executable, "benchmarks/searches.py", "replay"],

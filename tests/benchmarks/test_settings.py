@@ -81,7 +81,6 @@ def test_a_diverged_training_ends_its_statement(settings: Any) -> None:
     assert "diverged" in text
 
 
-@pytest.mark.lengthy
 def test_a_training_continues_from_its_saved_state(settings: Any, tmp_path: Path) -> None:
     def losses(done: dict[str, Any], stop: int) -> list[float]:
         trainer, store = tiny.trainer(tiny.config(train__global_batch=2, train__micro_batch=1)), tiny.store(8)

@@ -86,7 +86,6 @@ def test_a_ray_of_this_machine_that_has_died_is_named(tmp_path: Path) -> None:
         address.find(patience=0)
 
 
-@pytest.mark.lengthy
 def test_what_answers_and_is_no_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection, and never says a word
         given = f"127.0.0.1:{server.getsockname()[1]}"

@@ -33,7 +33,6 @@ def ranks(folder: Path) -> set[int]:
     return {item.factors.rank for item in checkpoints.read(str(folder / checkpoints.name_of(6))).adapter.values()}
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("lost", [(6,), (6, 3, 0)])
 def test_a_resumed_run_has_the_factors_of_its_checkpoint(
     whole: Path, tmp_path: Path, lost: tuple[int, ...], without_new_factors: Callable[[], None]
@@ -48,7 +47,6 @@ def test_a_resumed_run_has_the_factors_of_its_checkpoint(
     assert min(ranks(whole)) < 4 < max(ranks(whole))
 
 
-@pytest.mark.lengthy
 def test_factors_of_gradients_are_made_and_kept_too(tmp_path: Path, without_new_factors: Callable[[], None]) -> None:
     settings = {"adapter__method": "lora_ga", "adapter__init_tokens": 60}
     first, channel = train(tmp_path, **settings)
@@ -79,7 +77,6 @@ def base() -> SharedBase:
     return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
 
 
-@pytest.mark.lengthy
 def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_new_factors: Callable[[], None]
 ) -> None:

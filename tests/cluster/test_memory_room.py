@@ -163,7 +163,6 @@ def one_node(monkeypatch: pytest.MonkeyPatch, memory: int) -> Answers:
     return cluster_of(monkeypatch, ("10.0.0.1", {"CPU": 1.0}, NodeInfo({}, memory)))
 
 
-@pytest.mark.lengthy
 def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, base, plain = sized(model, "auto")
     again = sized(model, again=True)[2]
@@ -212,7 +211,6 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     assert as_loaded(tiny.config(), {"CPU": 1.0}, answers) == tiny.config()
 
 
-@pytest.mark.lengthy
 def test_an_offloaded_base_lies_in_the_memory_of_the_node(model: str) -> None:
     def of(offload: bool) -> tuple[Config, BaseModel, MemoryEstimate]:
         cluster = {"cluster__strategy": "fsdp", "cluster__workers": 2, "cluster__fsdp_offload": offload}
@@ -235,7 +233,6 @@ def test_an_offloaded_base_lies_in_the_memory_of_the_node(model: str) -> None:
     assert not any("cluster.fsdp_offload" in change for change in changes(config))
 
 
-@pytest.mark.lengthy
 def test_fewer_answers_at_once_may_be_what_makes_it_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, base, _ = sized(model, again=True, micro=1)
     config = override(config, {"data.eval_fraction": 0.1, "evaluation.samples": 16, "evaluation.max_new_tokens": 500})
@@ -246,7 +243,6 @@ def test_fewer_answers_at_once_may_be_what_makes_it_fit(model: str, monkeypatch:
     assert problem.endswith("; it fits with evaluation.samples=8")
 
 
-@pytest.mark.lengthy
 def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     room = sized(model, again=True, micro=2)[2].total_bytes()
     answers = one_node(monkeypatch, room + PROCESS_BYTES)

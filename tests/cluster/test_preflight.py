@@ -160,7 +160,6 @@ def test_no_part_of_a_gpu_lies_on_two(each: float, gpus: float, fits: int) -> No
     assert resources.room({"CPU": each}, [resources.Nodes({"CPU": 2.0}, 1)]) == int(2 / each + 1e-6)
 
 
-@pytest.mark.lengthy
 def test_uploads_need_room_in_the_temporary_folder(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +174,6 @@ def test_uploads_need_room_in_the_temporary_folder(
     assert f"in {tmp_path}, " in found[0]
 
 
-@pytest.mark.lengthy
 def test_the_tokens_of_other_runs_are_no_room_for_this_one(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

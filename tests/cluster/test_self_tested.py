@@ -87,7 +87,6 @@ def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes() -> None:
     assert not any(layer.training for layer in again.trainer.adapted.values())
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     "changed",
     [
@@ -103,7 +102,6 @@ def test_other_settings_are_tested_again(changed: dict[str, Any]) -> None:
     assert _resumed(first.state, **changed)[1]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("what", ["device", "processor", "threads", "torch", "code", "precision"])
 def test_another_worker_or_version_tests_again(what: str) -> None:
     first, _ = _resumed(TrainState())
@@ -115,7 +113,6 @@ def test_another_worker_or_version_tests_again(what: str) -> None:
     assert again.state.self_test["with"][what] != "another"
 
 
-@pytest.mark.lengthy
 def test_what_cannot_be_read_is_tested_again() -> None:
     first, _ = _resumed(TrainState())
     assert first.state.self_test is not None
@@ -167,7 +164,6 @@ def test_an_error_of_the_familys_code_is_one_line() -> None:
         _partly_unused(fails)
 
 
-@pytest.mark.lengthy
 def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
     first, done = _resumed(TrainState(), "base")
     assert done
@@ -184,7 +180,6 @@ def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
     assert not _resumed(TrainState(), "base")[1]
 
 
-@pytest.mark.lengthy
 def test_what_a_node_has_kept_of_a_broken_disk_is_tested_again(node: Path) -> None:
     _resumed(TrainState(), "base")
     [file] = (node / "self-tests").iterdir()

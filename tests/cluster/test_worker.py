@@ -62,7 +62,6 @@ def train(
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
 
 
-@pytest.mark.lengthy
 def test_a_trial_on_a_shared_base_has_the_precision_of_that(tmp_path: Path) -> None:
     """And says once that it began in another, on another kind of node."""
     with pytest.MonkeyPatch.context() as patch, said() as lines:
@@ -150,7 +149,6 @@ def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) ->
     assert [list(pair.before) for pair in result.answers] == result.state.before
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("lost", [(6,), (6, 3)])
 def test_a_resumed_run_ends_with_the_same_bytes(
     whole: tuple[Path, TrainResult, Channel],
@@ -173,7 +171,6 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
 
 
-@pytest.mark.lengthy
 def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
     """Its data and random numbers are those of a run of that length, and its rates from there on."""
     flat: dict[str, Any] = {"train__schedule": "constant", "train__warmup": 0.0}
@@ -192,7 +189,6 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert moments[0].read_bytes() == moments[1].read_bytes()
 
 
-@pytest.mark.lengthy
 def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, train__steps=None, train__epochs=1)  # 8 sequences are 2 steps
@@ -203,7 +199,6 @@ def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: 
     assert result.state.step == 8
 
 
-@pytest.mark.lengthy
 def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
     def kinds(result: TrainResult) -> list[str]:
         assert result.state is not None
@@ -222,7 +217,6 @@ def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
     assert "(threads: 1, 2)" in str(said[0])
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("method", ["pissa", "nora", "orthogonal"])
 def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp_path: Path, method: str) -> None:
     settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__precondition": True}
@@ -239,7 +233,6 @@ def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp
         assert torch.equal(cut.adapter[name].db, weights.db)
 
 
-@pytest.mark.lengthy
 def test_an_automatic_rate_and_even_factors_are_kept_through_a_resume(tmp_path: Path) -> None:
     settings = {"adapter__method": "olora_even", "train__lr": "auto", "train__lr_factor": 0.5}
     result, whole = train(tmp_path / "whole", **settings)
@@ -253,7 +246,6 @@ def test_an_automatic_rate_and_even_factors_are_kept_through_a_resume(tmp_path: 
     assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
 
 
-@pytest.mark.lengthy
 def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path) -> None:
     first, _ = train(tmp_path, train__lr="auto")
     with said() as lines:
@@ -266,7 +258,6 @@ def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path
     assert len([line for line in lines if "96 steps; it was" in line]) == 1
 
 
-@pytest.mark.lengthy
 def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
     result, channel = train(tmp_path / "fits", train__lr="auto")
     assert result.state is not None
@@ -278,7 +269,6 @@ def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
         assert sum("times the rate that fits" in str(message) for message in channel.messages) == lines
 
 
-@pytest.mark.lengthy
 def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     train(tmp_path)
     for step in (0, 3, 6):
@@ -289,7 +279,6 @@ def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     assert channel.metrics("eval/loss")[0] == 99.0
 
 
-@pytest.mark.lengthy
 def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
     # A rate at which the held-out loss soon grows, by a clear margin: on other processors sums round differently.
     settings = {"train__lr": 0.2, "train__schedule": "constant"}
@@ -306,7 +295,6 @@ def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
     assert again.answers == first.answers
 
 
-@pytest.mark.lengthy
 def test_the_last_adapter_is_back_when_others_are_lost_while_the_best_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,7 +362,6 @@ def test_a_checkpoint_is_due_after_some_seconds_unless_it_costs_too_much(
     assert sorted(checkpoints.steps_of(str(tmp_path))) == steps
 
 
-@pytest.mark.lengthy
 def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, adapter__alpha=4)
@@ -396,7 +383,6 @@ def test_a_store_that_does_not_answer_a_worker_is_told_as_what_passes(
     assert train(tmp_path, train__start="/a")[0] == TrainResult(problem="train.start: slow down", passes=True)
 
 
-@pytest.mark.lengthy
 def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
     train(tmp_path / "first", measured_on=tiny.store(8))  # on what it trains on it gets better
     place = str(tmp_path / "first" / checkpoints.name_of(6))
@@ -413,7 +399,6 @@ def whole_losses(folder: Path) -> dict[int, float]:
     return {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
 
 
-@pytest.mark.lengthy
 def test_blocks_that_are_run_again_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: dict[bool, int] = {}
     inner, found = parallel.checkpoint, []

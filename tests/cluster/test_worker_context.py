@@ -72,7 +72,6 @@ def in_threads(functions: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-@pytest.mark.lengthy
 def test_adapters_that_share_a_base_train_as_if_each_were_alone() -> None:
     alone = [train(base(), changes) for changes in MEMBERS]
     shared = base()
@@ -109,7 +108,6 @@ def test_a_model_that_one_node_does_not_have_ends_all_workers(
     assert str(found[0]) == str(found[1])
 
 
-@pytest.mark.lengthy
 def test_turns_go_to_whoever_has_waited_longest() -> None:
     turns, order, ready = Turns(), list[int](), threading.Event()
 

@@ -53,7 +53,6 @@ def test_the_problem_of_one_worker_is_raised_on_all(crew: Callable[[int], Crew])
     assert [str(error) for error in crew(2).run(with_problems, "first", "second")] == ["first"] * 2
 
 
-@pytest.mark.lengthy
 def test_no_other_file_calls_a_collective() -> None:
     calling = [file for file in PACKAGE.rglob("*.py") if _imports_distributed(file)]
     makes_the_group = PACKAGE / "cluster" / "train_backend.py"

@@ -79,7 +79,6 @@ def test_what_an_earlier_attempt_left_does_not_stay_beside_it(bucket: str, s3_se
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.lengthy
 def test_a_large_file_comes_and_goes_in_large_parts(s3_server: Server, bucket: str, tmp_path: Path) -> None:
     size = 40 * 2**20
     (tmp_path / "up").mkdir()

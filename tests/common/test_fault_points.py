@@ -27,7 +27,6 @@ def test_a_handler_is_told_and_what_it_raises_goes_through(monkeypatch: pytest.M
     assert told == [("step", 3, 1), ("export", None, None)]
 
 
-@pytest.mark.lengthy
 def test_the_points_that_are_described_are_those_of_the_product() -> None:
     described = re.findall(r"^    (\w+) {2,}", fault_points.__doc__ or "", re.MULTILINE)
     found = [

@@ -130,7 +130,6 @@ def test_a_held_lock_is_renewed(place: str) -> None:
         assert time.time() - Path(place).stat().st_mtime < lock.EXPIRES
 
 
-@pytest.mark.lengthy
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("removed", [False, True])
 def test_who_has_lost_the_lock_learns_it_and_leaves_it_alone(place: str, removed: bool) -> None:
@@ -181,7 +180,6 @@ class Takers:
         return self.locks[number]
 
 
-@pytest.mark.lengthy
 def test_the_look_and_the_write_are_one_step(place: str) -> None:
     Path(place).parent.mkdir()
     with storage.flocked(Path(f"{place}.guard")):  # as another one between its look and its write
@@ -218,7 +216,6 @@ class TestObjectStore:
     def place(self, bucket: str) -> str:
         return f"{bucket}/locks/model.json"
 
-    @pytest.mark.lengthy
     def test_a_second_one_is_refused_and_the_next_one_taken(self, place: str) -> None:
         with lock.held(place, "the work") as first:
             assert f"already running (process {os.getpid()} on " in str(refused(place))
@@ -226,7 +223,6 @@ class TestObjectStore:
         with lock.held(place, "the work") as second:
             second.check()
 
-    @pytest.mark.lengthy
     @pytest.mark.parametrize("ignored", [False, True])
     def test_of_two_that_find_it_free_one_has_it(self, s3_server: Server, place: str, ignored: bool) -> None:
         """Both have looked before either writes; a store that ignores conditions settles it by waiting."""
@@ -235,7 +231,6 @@ class TestObjectStore:
         winner.check()
         winner.release()
 
-    @pytest.mark.lengthy
     def test_a_writer_that_pauses_between_look_and_write_takes_nothing(self, s3_server: Server, place: str) -> None:
         """The second looks, pauses longer than the first one needs to take the lock, and writes."""
         first, second = lock.Lock(place, "first"), lock.Lock(place, "second")
@@ -254,7 +249,6 @@ class TestObjectStore:
             first.check()
         first.release()
 
-    @pytest.mark.lengthy
     def test_a_silent_holder_is_followed_by_one_of_many(self, place: str) -> None:
         files = [lock.S3File(place, "the work") for _ in range(4)]
         assert files[0].write(b"silent", files[0].read())
@@ -262,7 +256,6 @@ class TestObjectStore:
         written = [file.write(b"%d" % number, seen[number]) for number, file in enumerate(files)]
         assert written == [True, False, False, False]
 
-    @pytest.mark.lengthy
     def test_a_renewed_lock_stays_and_a_removed_one_is_noticed(self, place: str) -> None:
         with lock.held(place, "the work") as mine:
             before = storage.read_text(place)
@@ -273,7 +266,6 @@ class TestObjectStore:
                 mine.check()
         assert not storage.exists(place)
 
-    @pytest.mark.lengthy
     def test_a_dead_store_is_told_in_one_line(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port()}")
         error = refused(place)
@@ -283,7 +275,6 @@ class TestObjectStore:
     def test_a_bucket_that_is_not_there(self, place: str) -> None:
         assert "the work: its lock s3://none/a cannot be written: there is no bucket" in str(refused("s3://none/a"))
 
-    @pytest.mark.lengthy
     def test_a_renewal_that_fails_is_told(self, s3_server: Server, place: str) -> None:
         with said() as lines, lock.held(place, "the work") as mine:
             s3_server.faults = Faults(refuse=-1)
@@ -306,7 +297,6 @@ def first_looks(count: int, barrier: threading.Barrier) -> Callable[[str, str], 
 
 
 class TestOtherStores:
-    @pytest.mark.lengthy
     @pytest.mark.usefixtures("hurried")
     def test_the_one_who_stands_there_after_a_while_has_it(self, place: str) -> None:
         """A store of which only writing and reading is known."""

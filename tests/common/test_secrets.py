@@ -285,7 +285,6 @@ def test_an_address_that_does_not_answer_is_named_without_its_password(uri: str)
     assert HIDDEN not in str(caught.value)
 
 
-@pytest.mark.lengthy
 def test_the_write_queue_logs_no_password(caplog: pytest.LogCaptureFixture) -> None:
     uri = "http://ann:c4n4ry@127.0.0.1:9"
     tracker = run.Tracker(uri, "run")

@@ -20,7 +20,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GsServer]:
         yield found
 
 
-@pytest.mark.lengthy
 def test_a_folder_is_uploaded_and_fetched(server: GsServer, tmp_path: Path) -> None:
     (tmp_path / "up" / "deep").mkdir(parents=True)
     for name in ("a", "deep/b"):
@@ -30,7 +29,6 @@ def test_a_folder_is_uploaded_and_fetched(server: GsServer, tmp_path: Path) -> N
     assert [(found / name).read_text() for name in ("a", "deep/b")] == ["a", "deep/b"]
 
 
-@pytest.mark.lengthy
 def test_checkpoints_are_found_again(server: GsServer) -> None:
     """Else a run that was killed would begin at its first step, without a word."""
     place = storage.join(PLACE, "r", "checkpoints")

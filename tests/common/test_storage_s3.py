@@ -42,7 +42,6 @@ class TestFiles:
         with gs_server(monkeypatch):
             yield f"gs://{BUCKET}/runs"
 
-    @pytest.mark.lengthy
     def test_a_file_is_written_read_and_removed(self, place: str) -> None:
         file = storage.join(place, "deep", "down", "a.txt")
         assert not storage.exists(file)
@@ -58,7 +57,6 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             storage.read_bytes(file)
 
-    @pytest.mark.lengthy
     def test_names_are_those_of_files_and_folders(self, place: str) -> None:
         assert storage.names(place) == []
         for name in ("b", "a/x", "a/y", "c/d/e"):
@@ -120,7 +118,6 @@ class TestRegion:
 
 
 class TestCheck:
-    @pytest.mark.lengthy
     def test_a_store_that_reads_parts_of_files_wrongly(self, server: Server, place: str) -> None:
         """As an RGW on dbstore does: shards and weights, which are read in parts, would be others."""
         server.faults = Faults(wrong_ranges=True)
@@ -152,21 +149,18 @@ class TestCheck:
         assert not isinstance(caught.value, TryAgain)
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.lengthy
     def test_no_credentials(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         with pytest.raises(UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"):
             storage.check(place, "run.storage")
 
-    @pytest.mark.lengthy
     def test_a_dead_server(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url := f"http://127.0.0.1:{dead_port()}")
         with pytest.raises(TryAgain, match=f"the object store at {url} does not answer: Could not connect") as caught:
             storage.check(place, "run.storage")
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.lengthy
     @pytest.mark.parametrize("fault", ["hang", "refuse"])
     def test_a_server_that_hangs_or_has_no_time(self, server: Server, place: str, hurried: None, fault: str) -> None:
         server.faults = Faults(hang=fault == "hang", refuse=-1 if fault == "refuse" else None)
@@ -198,7 +192,6 @@ class TestCheck:
 
 @pytest.mark.usefixtures("hurried")
 class TestPatience:
-    @pytest.mark.lengthy
     def test_a_store_that_has_answered_is_asked_again(self, server: Server, place: str) -> None:
         storage.write_text(storage.join(place, "a"), "x")
         server.faults = Faults(refuse=2 * patience.ATTEMPTS)
@@ -208,14 +201,12 @@ class TestPatience:
         assert lines[0].startswith(f"warning: {place.removesuffix('/runs')} does not answer (")
         assert lines[0].endswith("; retrying for 5 s more")
 
-    @pytest.mark.lengthy
     def test_one_that_never_has_is_not(self, server: Server, place: str) -> None:
         server.faults = Faults(refuse=-1)
         with said() as lines, pytest.raises(OSError, match="503"):
             storage.exists(storage.join(place, "a"))
         assert lines == []
 
-    @pytest.mark.lengthy
     @pytest.mark.parametrize(
         ("fault", "reason"), [(Faults(refuse=-1), "503"), (Faults(hang=True), "NETWORK_CONNECTION")]
     )
@@ -237,7 +228,6 @@ class TestPatience:
 
 
 class TestConditions:
-    @pytest.mark.lengthy
     def test_the_first_of_two_writes_and_the_owner_writes_again(self, place: str) -> None:
         key = storage.join(place, "lock")
         first = s3.put_if(key, b"first", None)
@@ -251,7 +241,6 @@ class TestConditions:
         assert s3.get(key) is None
         assert s3.put_if(key, b"late", again) is None
 
-    @pytest.mark.lengthy
     def test_uploads_that_were_cut_are_ended(self, server: Server, place: str) -> None:
         bucket, key = s3.split(place)
         for name in (f"{key}/checkpoints/a", f"{key}/other/b"):

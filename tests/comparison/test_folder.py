@@ -23,7 +23,6 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     return found
 
 
-@pytest.mark.lengthy
 def test_the_same_comparison_goes_on(begun: Comparison) -> None:
     folder.check(begun)
     folder.begin(begun, {"test rows": "a", "base model": "b"})
@@ -33,7 +32,6 @@ def test_the_same_comparison_goes_on(begun: Comparison) -> None:
 OTHER = made.arm("olora", adapter__method="olora", adapter__rank=8)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("changes", "compare", "seeds", "arms", "message"),
     [
@@ -59,7 +57,6 @@ def test_what_is_compared_is_fixed_before_it_begins(
         folder.check(replace(other, seeds=tuple(range(4, 4 + seeds))))
 
 
-@pytest.mark.lengthy
 def test_seeds_and_arms_may_be_added_and_stay(begun: Comparison) -> None:
     contents = {"test rows": "a", "base model": "b"}
     more = replace(begun, seeds=(*begun.seeds, 8), arms=(*begun.arms, made.arm("r8", adapter__rank=8)))
@@ -69,7 +66,6 @@ def test_seeds_and_arms_may_be_added_and_stay(begun: Comparison) -> None:
         folder.check(begun)
 
 
-@pytest.mark.lengthy
 def test_versions_are_noted_for_each_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison that was killed before its first training ended was once reported as a mixture for ever."""
     root = str(tmp_path)
@@ -84,7 +80,6 @@ def test_versions_are_noted_for_each_training(tmp_path: Path, monkeypatch: pytes
         assert folder.notes(root) == ((folder.MIXED,) if mixed else ())
 
 
-@pytest.mark.lengthy
 def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -> None:
     place = Path(begun.config.folder())
     (place / "tuning" / "trials").rmdir()
@@ -102,7 +97,6 @@ def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -
         folder.check(begun)
 
 
-@pytest.mark.lengthy
 def test_other_rows_and_damage_are_refused(begun: Comparison) -> None:
     with pytest.raises(UserError, match="another test rows"):
         folder.begin(begun, {"test rows": "other", "base model": "b"})

@@ -59,7 +59,6 @@ def test_tune_gets_each_fixed_trial_once(tmp_path: Path) -> None:
     assert space.own_name(3) == "olora-x0.5-seed5"
 
 
-@pytest.mark.lengthy
 def test_the_space_survives_what_tune_does_to_it(tmp_path: Path) -> None:
     space = FixedTrials.of(trials(tmp_path))
     callback = SweepCallback(str(tmp_path), space)

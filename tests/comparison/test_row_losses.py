@@ -22,7 +22,6 @@ from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(("method", "lr"), [("olora", 1e-3), ("lora", 0.3)])
 def test_they_add_up_to_the_last_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, lr: float

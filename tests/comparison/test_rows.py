@@ -74,7 +74,6 @@ def numbers(found: rows.RowSets, kind: rows.Kind) -> set[str]:
 KINDS: tuple[rows.Kind, ...] = ("train", "tuning", "test")
 
 
-@pytest.mark.lengthy
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 30), min_size=40, max_size=60), st.integers(0, 2**16))
 def test_sets_are_disjoint_and_follow_from_content(tmp_path: Path, drawn: list[int], seed: int) -> None:

@@ -160,7 +160,6 @@ def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
     assert len(cluster.trained) == trained
 
 
-@pytest.mark.lengthy
 def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, losses of one version were silently compared with those of another."""
     asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=5), ["one"]
@@ -179,7 +178,6 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
     assert not any(folder.MIXED in line for line in lines)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("killed_at", [0, 3])
 def test_a_driver_that_is_killed_has_noted_its_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
@@ -196,7 +194,6 @@ def test_a_driver_that_is_killed_has_noted_its_version(
     assert compared(monkeypatch, asked, Cluster()).notes == ((folder.MIXED,) if killed_at else ())
 
 
-@pytest.mark.lengthy
 def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path / "a"), whole)
@@ -210,7 +207,6 @@ def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypa
         assert [each.against for each in again.arms] == [each.against for each in record.arms]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("reason", ["CUDA out of memory", "step 0: the held-out loss is not finite"])
 def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
     reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -225,7 +221,6 @@ def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
     assert not set(again[1:]) & set(cluster.names[:done])
 
 
-@pytest.mark.lengthy
 def test_an_arm_that_breaks_off_with_a_seed_has_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def last(config: Config) -> float:
         broken = config.adapter.method == "olora" and config.run.seed == 6
@@ -239,7 +234,6 @@ def test_an_arm_that_breaks_off_with_a_seed_has_no_difference(tmp_path: Path, mo
     report.write(record, str(tmp_path))
 
 
-@pytest.mark.lengthy
 def test_an_arm_whose_every_trial_breaks_off_leaves_the_others_their_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +256,6 @@ def test_an_arm_whose_every_trial_breaks_off_leaves_the_others_their_report(
     report.lines(record)
 
 
-@pytest.mark.lengthy
 def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
     names = [Path(file).name for file in report.write(record, str(tmp_path / "out"))]

@@ -42,7 +42,6 @@ def over_seeds(values: NDArray[np.float64]) -> Difference:
     return Difference(float(means.mean()), float(means.std(ddof=1)) / math.sqrt(len(means)), len(means) - 1)
 
 
-@pytest.mark.lengthy
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     found = coverage(200, seed=0.01)
     assert 0.90 <= found["crossed"] <= 0.99

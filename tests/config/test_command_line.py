@@ -307,7 +307,6 @@ preprocessing_num_workers logging_steps plot_loss report_to gradient_accumulatio
 torch_dtype attn_implementation dataset_mixture max_seq_length eval_strategy save_total_limit seed warmup_ratio"""
 
 
-@pytest.mark.lengthy
 def test_a_cluster_with_an_old_ray_is_refused_in_one_line(tmp_path: Path) -> None:
     """Ray jobs bring the project to nodes whose packages nobody has compared with pyproject.toml."""
     (tmp_path / "ray-2.57.1.dist-info").mkdir()

@@ -533,14 +533,12 @@ configs = st.builds(
 )
 
 
-@pytest.mark.lengthy
 @given(configs)
 def test_a_dump_is_read_back_to_an_equal_config(config: Config) -> None:
     assert build(parse_yaml(dump(config), "dump")) == config
     assert build(yaml.safe_load(dump(config))) == config  # and by any other YAML reader
 
 
-@pytest.mark.lengthy
 @given(configs)
 def test_the_flat_form_names_every_value(config: Config) -> None:
     flat = flatten(config)

@@ -37,7 +37,6 @@ def read(file: File, units: Units | list[Unit]) -> list[tuple[int, Any]]:
     return [found for unit in units for found in read_unit(file, unit, ("text", "number"), ["text"])]
 
 
-@pytest.mark.lengthy
 @given(batches=st.lists(st.integers(0, 9), max_size=12), dictionary=st.booleans())
 def test_units_are_all_rows_in_any_order(
     batches: list[int], dictionary: bool, tmp_path_factory: pytest.TempPathFactory
@@ -113,7 +112,6 @@ def test_a_stream_that_ends_before_the_unit_does_is_no_end_of_rows(tmp_path: Pat
             read(file, [unit])
 
 
-@pytest.mark.lengthy
 def test_in_a_bucket_little_more_is_read_than_there_is(s3_server: Server, bucket: str, tmp_path: Path) -> None:
     # Each of 64 units was read from the start of the file, on average half of it.
     local = write(tmp_path / "a.arrow", [100] * 100, pa.array([text * 100 for text in texts(10_000)]))

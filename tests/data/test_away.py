@@ -99,7 +99,6 @@ def test_it_is_asked_again(name: str, store: Store) -> None:
     assert f"warning: s3://bucket does not answer ({AWAY}); retrying for 1 s more" in lines
 
 
-@pytest.mark.lengthy
 def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
     # Exit code 75 lets the caller start the same command again; it was 2, with the message "not readable".
     [file] = sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
@@ -112,7 +111,6 @@ def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
         sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
 
 
-@pytest.mark.lengthy
 def test_neither_is_it_a_damaged_file_for_a_task(store: Store, tmp_path: Path) -> None:
     config = helpers.config(tmp_path / "st", {"path": "s3://bucket/a.jsonl", "format": "text"})
     plan = prepare.plan_here(config, helpers.spec(), "train")

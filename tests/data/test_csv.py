@@ -80,7 +80,6 @@ def check(folder: Path, text: str, name: str = "a.csv", start: bytes = b"") -> N
                 assert row.reason == "broken_csv"
 
 
-@pytest.mark.lengthy
 @settings(max_examples=400, deadline=None)
 @given(text=ANYTHING, size=st.sampled_from([1, 7, 4096]), start=st.sampled_from([b"", b"\xef\xbb\xbf"]))
 def test_any_text_gives_the_rows_of_csv_reader(
@@ -93,7 +92,6 @@ def test_any_text_gives_the_rows_of_csv_reader(
             check(tmp_path_factory.getbasetemp(), text, name, start)
 
 
-@pytest.mark.lengthy
 @settings(max_examples=200, deadline=None)
 @given(rows=ROWS, end=st.sampled_from(["\n", "\r\n", "\r"]), cut=st.booleans(), quoting=st.sampled_from([0, 1]))
 def test_what_csv_writer_wrote(
@@ -107,7 +105,6 @@ def test_what_csv_writer_wrote(
         check(tmp_path_factory.getbasetemp(), sink.getvalue().removesuffix(end if cut else ""))
 
 
-@pytest.mark.lengthy
 def test_a_stray_quote_in_a_cell_harms_no_record_after_it(tmp_path: Path) -> None:
     text = "size,answer\n" + 'a 5" pipe,b\n' + "".join(f'{n},"line one {n}\nline two {n}"\n' for n in range(60_000))
     columns, rows = read(file_of(tmp_path, text.encode()))

@@ -172,7 +172,6 @@ def test_a_token_that_begins_in_the_answer_and_ends_behind_it_is_supervised() ->
     assert tokens.supervised.tolist() == [False, False, True, True]
 
 
-@pytest.mark.lengthy
 def test_a_tokenizer_that_panics_rejects_the_row() -> None:
     inner = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")

@@ -59,7 +59,6 @@ def test_a_json_file_that_is_too_large(name: str, tmp_path: Path, monkeypatch: p
         scanned(tmp_path / name)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.txt.gz"])
 def test_a_bomb_needs_no_more_memory_than_the_limit(name: str, tmp_path: Path) -> None:
     block = gzip.compress(b" " * 2**25, 1)
@@ -71,7 +70,6 @@ def test_a_bomb_needs_no_more_memory_than_the_limit(name: str, tmp_path: Path) -
     assert grown < 600 * 2**10
 
 
-@pytest.mark.lengthy
 def test_many_short_lines_of_a_compressed_file_take_little_memory(tmp_path: Path) -> None:
     # The offsets of all lines were kept: 60 million took 1.4 GB.
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((b"1" * 15 + b"\n") * (2**20 + 1), 1))

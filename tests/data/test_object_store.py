@@ -41,7 +41,6 @@ def texts(files: list[sources.File]) -> list[str]:
     return found
 
 
-@pytest.mark.lengthy
 def test_keys_are_taken_letter_by_letter(s3_server: Server, bucket: str) -> None:
     for name in NAMES:
         put(s3_server, bucket, f"odd#folder/{name}", row(name))
@@ -68,7 +67,6 @@ def test_what_a_folder_has_beside_is_said(s3_server: Server, bucket: str) -> Non
     assert f"not read in {bucket}/folder: 1 .xlsx, 1 without suffix;" in lines[0]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_object_that_changes_after_the_scan_is_not_read(
     kind: str, s3_server: Server, bucket: str, tmp_path: Path

@@ -7,8 +7,6 @@ import pytest
 
 from tests.data import other_tools as bar
 
-pytestmark = pytest.mark.lengthy
-
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bar.File], str]:

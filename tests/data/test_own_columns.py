@@ -15,8 +15,6 @@ from tests.data.other_tools import TEMPLATE
 from tests.data.own_files import HARMLESS, MATTERS, Case, without, write
 from tests.tokens import helpers
 
-pytestmark = pytest.mark.lengthy
-
 ROWS = json.dumps([case.rows for case in MATTERS + HARMLESS], ensure_ascii=False, default=str)
 
 

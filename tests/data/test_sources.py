@@ -82,7 +82,6 @@ KINDS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_gives_the_same_rows(name: str, tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     KINDS[name](tmp_path / name)
@@ -113,7 +112,6 @@ def source(path: Path | str, **changes: Any) -> Any:
     return config.data.train[0]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "saved"])
 def test_units_cover_a_file_exactly_and_know_their_places(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -335,7 +333,6 @@ def test_a_data_set_of_the_hub_is_no_path(name: str, tmp_path: Path) -> None:
         sources.list_files(source(f"hf://{name}"), "data.train.0", str(tmp_path))
 
 
-@pytest.mark.lengthy
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_spec: TokenizerSpec) -> None:
     # No hub is reachable here, but `datasets` accepts a folder of that name in place of a name of the hub.
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -417,7 +414,6 @@ def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.Mon
         assert np.sum([unit.size for unit in seen.units]) <= file.size * 3
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
 def test_a_cheap_look_goes_on_to_the_first_row(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("a\n" * (name == "a.csv") + '"' + "x" * 2 * scan.CHUNK + '"')

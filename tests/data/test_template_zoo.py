@@ -8,7 +8,6 @@ from tests.data import template_zoo as zoo
 
 NAMES = [*zoo.sources()]
 pytestmark = [
-    pytest.mark.lengthy,
     pytest.mark.skipif(not NAMES, reason="TRL's package, which has the templates, is not installed"),
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "generated" / "models.md"

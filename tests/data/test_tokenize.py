@@ -407,7 +407,6 @@ def pretrained_smollm2() -> Any:
     return AutoTokenizer.from_pretrained(Path(found.submodule_search_locations[0]), gguf_file=PACKAGE_MODEL)
 
 
-@pytest.mark.lengthy
 def test_a_long_document_is_tokenised_in_bounded_memory() -> None:
     # Tokenising took 400 times the size of the document.
     spec, text = helpers.spec(), "word and " * 170_000

@@ -130,7 +130,6 @@ def test_a_file_that_changes_while_it_is_looked_at(name: str, tmp_path: Path, mo
         scan.scan(file, "")
 
 
-@pytest.mark.lengthy
 def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None:
     lines_of("old")(tmp_path / "a.jsonl")
     config = helpers.config(tmp_path / "runs", {"path": str(tmp_path / "a.jsonl"), "format": "text"})
@@ -150,7 +149,6 @@ def believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "BELIEVED_FROM", 1)
 
 
-@pytest.mark.lengthy
 @pytest.mark.usefixtures("believed")
 def test_the_kept_scan_of_a_large_file_does_not_outlive_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
     # `cp -p` and `rsync -t` leave such files: without forgetting the scan, the same command would fail for ever.

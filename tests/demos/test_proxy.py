@@ -38,7 +38,6 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
-@pytest.mark.lengthy
 def test_it_has_the_password_and_its_caller_needs_none(server: str) -> None:
     assert requests.get(f"{server}/page", timeout=10).status_code == 401
     with signed_in(server, "nightly", "right") as address:
@@ -49,7 +48,6 @@ def test_it_has_the_password_and_its_caller_needs_none(server: str) -> None:
         requests.get(address, timeout=10)
 
 
-@pytest.mark.lengthy
 def test_a_wrong_password_is_refused_through_it_too(server: str) -> None:
     with signed_in(server, "nightly", "wrong") as address:
         assert requests.get(f"{address}/page", timeout=10).status_code == 401

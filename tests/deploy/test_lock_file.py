@@ -69,7 +69,6 @@ def test_every_requirement_of_the_project_is_met() -> None:
     assert [problem for problem in map(unmet, wanted()) if problem] == []
 
 
-@pytest.mark.lengthy
 def test_so_is_what_they_need_themselves_with_their_extras() -> None:
     ahead, seen, problems = wanted(), set[tuple[str, frozenset[str]]](), []
     while ahead:
@@ -113,7 +112,6 @@ def test_a_manifest_is_stamped_with_both_versions() -> None:
     assert stamped == manifest.replace("1.0.0", "2.70.1").replace("0.0.1", "0.2.0-ray2.70.1")
 
 
-@pytest.mark.lengthy
 def test_what_is_installed_here_is_a_limit_without_a_builds_tag() -> None:
     limits = dict(line.split("==") for line in write_lock.constraints().splitlines())
     assert limits["torch"] == distribution("torch").version.partition("+")[0]

@@ -16,8 +16,6 @@ from tests import finished_run
 from tests.finished_run import FinishedRun
 from tests.said import said
 
-pytestmark = pytest.mark.lengthy
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:

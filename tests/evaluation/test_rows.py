@@ -98,7 +98,6 @@ def test_each_example_has_the_loss_it_has_alone(model_folder: Path, attention: s
     assert found == pytest.approx([plain_loss(measurer.model, item) for item in tiny.unpacked(packs)], rel=1e-5)
 
 
-@pytest.mark.lengthy
 def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path, tmp_path: Path) -> None:
     settings = tiny.config(model__dtype="float32", evaluation__max_new_tokens=6)
     trainer = tiny.trainer(settings, "segments", held_out.load(base(model_folder), None, settings, torch.device("cpu")))
@@ -157,7 +156,6 @@ def columns(rows: list[tuple[float, float, float]]) -> tuple[list[float], list[f
     return list(ours), list(theirs), list(weights)
 
 
-@pytest.mark.lengthy
 @given(VALUES)
 def test_bounds_surround_the_middle_of_the_draws_and_swapping_turns_the_sign(
     rows: list[tuple[float, float, float]],

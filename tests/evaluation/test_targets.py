@@ -74,7 +74,6 @@ def test_models_are_measured_on_the_weights_that_they_are_exported_for(case: exp
     )
 
 
-@pytest.mark.lengthy
 def test_a_checkpoint_is_the_adapter_of_its_step_and_a_run_without_exports_its_best(
     case: export_parts.Case, run: Path
 ) -> None:
@@ -82,7 +81,6 @@ def test_a_checkpoint_is_the_adapter_of_its_step_and_a_run_without_exports_its_b
     torch.testing.assert_close(logits(run), logits(case.base, targets.settings([str(run)], None, {})))
 
 
-@pytest.mark.lengthy
 def test_a_run_with_exports_is_its_merged_model_wherever_it_was_moved(case: export_parts.Case, run: Path) -> None:
     moved = run.rename(run.with_name("moved"))
     case.write_merged(moved / "export" / "merged")

@@ -18,7 +18,6 @@ def test_none_is_forgotten_here_or_on_the_page() -> None:
     assert sorted(table.told(page)) == sorted(every.others())
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     "family", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in every.others()]
 )
@@ -28,7 +27,6 @@ def test_a_family_is_right_or_refused_before_the_first_step(family: str) -> None
     assert "\n" not in row.verdict
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("family", "line"),
     [

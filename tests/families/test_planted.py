@@ -1,12 +1,9 @@
 """The self-test has the power that docs/generated/models.md reports, in both precisions."""
 
-import pytest
-
 from tests.families import planted
 from tools import write_models
 
 
-@pytest.mark.lengthy
 def test_the_self_test_finds_each_planted_mistake_and_no_other() -> None:
     found, none = planted.table(planted.MISTAKES), planted.table(planted.NONE)
     print(f"\n{found}\n{none}")

@@ -46,14 +46,12 @@ def test_it_passes_what_is_right(tmp_path: Path) -> None:
     assert chosen("llama", tmp_path).attention == "segments"
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", [*STATES, *STATES_AND_EXPERTS])
 def test_packed_examples_of_models_with_a_state(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.packing: .*set data\.packing: false$"):
         chosen(name, tmp_path)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", STATES)
 def test_packed_examples_of_models_with_a_state_in_bfloat16(name: str, tmp_path: Path) -> None:
     # Without experts: if rounding decides on experts, a leak may be smaller than the effect of rounding.
@@ -61,7 +59,6 @@ def test_packed_examples_of_models_with_a_state_in_bfloat16(name: str, tmp_path:
         chosen(name, tmp_path, torch.bfloat16)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_whose_scaling_is_left_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "OutputHead", lambda made: made.get_output_embeddings())
@@ -80,7 +77,6 @@ def test_borders_that_do_not_reach_the_attention(
     assert "segments" in found.passed_over
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_an_attention_that_the_family_does_not_call(dtype: torch.dtype, tmp_path: Path) -> None:
     # Bloom makes no mask for an attention that it does not know: every token would see later ones.

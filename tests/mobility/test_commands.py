@@ -30,7 +30,6 @@ def records(tmp_path: Path) -> Path:
     return tmp_path / "records"
 
 
-@pytest.mark.lengthy
 def test_from_nothing_to_a_table(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     prepare.main(

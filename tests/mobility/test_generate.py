@@ -74,7 +74,6 @@ def test_what_is_generated_follows_the_law() -> None:
     assert _chi_squared(drawn, expected, 4000) < 60  # 30 places
 
 
-@pytest.mark.lengthy
 def test_stays_are_drawn_with_the_chances_that_are_reported(law: Law) -> None:
     # Each generated stay against the law in its own state: expected and observed counts by probability.
     generated = replace_people(40)
@@ -97,7 +96,6 @@ def test_stays_are_drawn_with_the_chances_that_are_reported(law: Law) -> None:
     assert np.all(np.abs(observed - expected) < 4.5 * np.sqrt(expected) + 5)
 
 
-@pytest.mark.lengthy
 def test_the_best_answer_is_right_as_often_as_the_law_says() -> None:
     found = list(visits(replace_people(100)))
     chances = np.array([visit.chance for visit in found])

@@ -233,7 +233,6 @@ def test_a_broken_point_is_named_and_can_be_left_out(tmp_path: Path, point: str,
     assert repairs.counts["broken"] == 1
 
 
-@pytest.mark.lengthy
 @given(
     st.lists(
         st.tuples(st.integers(0, 3), st.integers(0, 99), st.integers(0, 20), st.integers(0, 1439)),

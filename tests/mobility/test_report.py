@@ -57,7 +57,6 @@ def test_the_model_and_each_baseline_on_the_same_rows(tmp_path: Path) -> None:
     assert {each.name for each in found.baselines if not each.simple} == {report.MOVING}
 
 
-@pytest.mark.lengthy
 def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
     """The weighted F1 of a number that no array holds once ended the report with a traceback."""
     write(tmp_path)
@@ -75,7 +74,6 @@ def test_a_first_stay_can_be_asked_for(tmp_path: Path) -> None:
     assert {each.places for each in found.baselines if each.simple} == {(report.NOWHERE, 3, 3)}
 
 
-@pytest.mark.lengthy
 def test_rows_that_were_not_answered_are_not_compared(tmp_path: Path) -> None:
     write(tmp_path)
     found = make_report(tmp_path, answers(tmp_path, answer.write(3), skip=40))

@@ -45,7 +45,6 @@ def test_a_whole_file_is_converted(whole: bytes, tmp_path: Path) -> None:
     assert obtain(tmp_path, whole) == base
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("layer", ["attn_q", "ffn_up"])
 def test_biases_that_transformers_leaves_out_are_refused(tmp_path: Path, layer: str) -> None:
     size = {"attn_q": small_gguf.WIDTH, "ffn_up": small_gguf.INNER}[layer]
@@ -84,7 +83,6 @@ def test_counts_are_compared_with_the_size_of_the_file(whole: bytes, tmp_path: P
     refused_at_once(tmp_path, with_number(whole, place, "Q", count), "")
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("key", ["tokenizer.ggml.token_type", "tokenizer.ggml.tokens"])
 def test_a_list_that_is_longer_than_the_file_is_not_gone_through(whole: bytes, tmp_path: Path, key: str) -> None:
     length = value_of(whole, key) + 4  # behind the type of what is listed

@@ -72,7 +72,6 @@ def test_scaled_frequencies(tmp_path: Path, kind: str, dtype: str) -> None:
     assert_alike(tmp_path, dtype)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", USUAL)
 def test_families(tmp_path: Path, family: str, dtype: str) -> None:

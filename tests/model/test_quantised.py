@@ -52,7 +52,6 @@ def test_a_weight_is_near_what_was_packed_in_fewer_bytes(kind: str) -> None:
     assert layer.state_dict() == {}
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_packing_in_parts_gives_the_same_bytes(kind: str) -> None:
     weight, parts = made(70, 2**18, kind)

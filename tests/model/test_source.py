@@ -319,7 +319,6 @@ def test_the_fastest_precision_that_is_there_is_chosen(model_folder: Path) -> No
     assert load.pick_dtype(config, CPU) == (torch.bfloat16 if native else torch.float32)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
@@ -456,7 +455,6 @@ def test_a_glance_reads_little_of_large_weights(copy: Path) -> None:
 
 @pytest.mark.usefixtures("cache")
 class TestObjectStore:
-    @pytest.mark.lengthy
     def test_a_model_there_is_fetched_once_and_again_when_it_changes(
         self, s3_server: Server, bucket: str, copy: Path
     ) -> None:

@@ -184,7 +184,6 @@ def test_a_training_whose_place_is_kept_waits_for_no_room(training: Training) ->
     assert attempts.cause == "the process that several trials share died"
 
 
-@pytest.mark.lengthy
 def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training) -> None:
     training.stop.asked = "SIGTERM"
     with pytest.raises(Stopped) as caught:
@@ -196,7 +195,6 @@ def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training) -> No
     assert (training.ended, "training has ended" in training.asked) == (1, False)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("started", [False, True])
 def test_what_the_first_workers_wait_for_is_said_once(training: Training, started: bool) -> None:
     training.events = {0.0: Started(1)} if started else {}

@@ -74,7 +74,6 @@ def test_who_has_lost_the_run_stops_at_once(config: Config, gentle: bool) -> Non
     assert caught.value.exit_code == 75
 
 
-@pytest.mark.lengthy
 def test_a_storage_that_does_not_answer_for_a_while_ends_nothing_that_can_be_done_twice(config: Config) -> None:
     with only_driver(config) as mine, Stop() as stop:
         hide(config)

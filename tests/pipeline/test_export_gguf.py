@@ -95,7 +95,6 @@ LLAMA3 = {
 }
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -118,7 +117,6 @@ def test_transformers_reads_the_same_model(tmp_path: Path, name: str, changes: d
     assert (logits(read) - before).abs().max() < 1e-5
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(("kind", "error"), [("f16", 1e-2), ("bf16", 0.1), ("q8_0", 0.2)])
 def test_a_smaller_type_is_nearly_the_same_model(tmp_path: Path, kind: str, error: float) -> None:
     folder = llama(tmp_path / "base")
@@ -155,7 +153,6 @@ def test_the_rules_of_the_tokenizer_are_named(tmp_path: Path, before: Any, chang
     assert header(written(folder))["tokenizer.ggml.pre"] == name
 
 
-@pytest.mark.lengthy
 def test_tokens_and_template_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     folder = llama(tmp_path / "base")
     own = AutoTokenizer.from_pretrained(folder)
@@ -272,7 +269,6 @@ def _shrink(tree: dict[str, Any]) -> None:
     tree["model"]["merges"] = []
 
 
-@pytest.mark.lengthy
 def test_an_export_writes_the_file_of_its_own_merged_model(tmp_path: Path) -> None:
     run = Run(tmp_path)
     tokenizer(run.case.base)

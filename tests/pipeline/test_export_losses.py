@@ -53,7 +53,6 @@ def by_peft(run: Run, adapter: Path, packs: Sequence[Any], base: Path | None = N
     return float(torch.cat(losses).mean())
 
 
-@pytest.mark.lengthy
 def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     spec = spec_of(run, export__rank=2)
     with said() as lines:
@@ -74,7 +73,6 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"]) == (2, 4)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("changes", "what", "card"),
     [
@@ -93,7 +91,6 @@ def test_why_it_is_not_measured_is_said_in_the_report_and_not_on_the_card(
     assert "/home" not in shown
 
 
-@pytest.mark.lengthy
 def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert export.export_run(spec_of(run, 0, export__rank=2), run.folder, STEP)["compressed"]["loss"] == (
         "no rows are held out"
@@ -104,7 +101,6 @@ def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: p
     assert "too large for the memory of one cpu" in export.export_run(spec_of(run), run.folder, STEP)["logits"]
 
 
-@pytest.mark.lengthy
 def test_nothing_lost_is_nothing_to_measure(run: Run) -> None:
     found = export.export_run(spec_of(run, export__rank=8), run.folder, STEP)
     assert found["compressed"] == {"rank": 8, "lost": 0.0}
@@ -112,7 +108,6 @@ def test_nothing_lost_is_nothing_to_measure(run: Run) -> None:
     assert "Compressed" not in (Path(run.folder.adapter) / "README.md").read_text()
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("merged", [True, False])
 def test_the_template_that_was_trained_with_goes_into_all_that_is_exported(run: Run, merged: bool) -> None:
     own = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
@@ -124,7 +119,6 @@ def test_the_template_that_was_trained_with_goes_into_all_that_is_exported(run: 
 CHECKED = "Checks of the export: PEFT computes each layer's change with a relative error of at most 1e-05; "
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("merged", [True, False])
 def test_the_card_says_what_the_checks_found(run: Run, merged: bool) -> None:
     export.export_run(spec_of(run, export__merged=merged), run.folder, STEP)
@@ -136,7 +130,6 @@ def test_the_card_says_what_the_checks_found(run: Run, merged: bool) -> None:
     assert f"{CHECKED}{weights if merged else ''}{logits}" in card
 
 
-@pytest.mark.lengthy
 def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     real = export.new_adapter
 
@@ -149,7 +142,6 @@ def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: py
     assert "export: NOT right" in (Path(run.folder.adapter) / "README.md").read_text()
 
 
-@pytest.mark.lengthy
 def test_an_old_adapter_stays_until_the_new_one_is_checked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(run)
     export.export_run(spec, run.folder, STEP)
@@ -166,7 +158,6 @@ def test_an_old_adapter_stays_until_the_new_one_is_checked(run: Run, monkeypatch
     assert not list(folder.parent.glob(".*")), "no leftovers"
 
 
-@pytest.mark.lengthy
 def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -> None:
     spec = spec_of(run, model__quantization="fp8")
     with said() as lines:
@@ -187,7 +178,6 @@ def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -
     assert found["in_words"].startswith(text)
 
 
-@pytest.mark.lengthy
 def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:
     export.export_run(spec_of(run), run.folder, STEP)
     before = run.merged()
@@ -199,7 +189,6 @@ def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.lengthy
 def test_without_held_out_rows_it_is_the_loss_on_training_rows(run: Run) -> None:
     spec = spec_of(run, 0, model__quantization="fp8", export__merged=False)
     found = export.export_run(spec, run.folder, STEP)["quantised"]

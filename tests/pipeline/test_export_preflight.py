@@ -38,7 +38,6 @@ def tried(folder: Path, model: Any, names: list[str] | None = None) -> list[str]
     return looked(folder, names or linear_and_stacks(model))
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3", "llama", "gpt2"])
 def test_what_can_be_delivered_is_not_refused(tmp_path: Path, family: str) -> None:
     assert tried(tmp_path, zoo.make(ALL[family])) == []
@@ -65,7 +64,6 @@ def rewritten(folder: Path, change: dict[str, torch.Tensor | None]) -> list[str]
     return looked(folder, linear_and_stacks(model))
 
 
-@pytest.mark.lengthy
 def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     eight_bits = torch.zeros(64, 64).to(torch.float8_e4m3fn)
     (line,) = rewritten(tmp_path, {f"{Q}.weight": eight_bits, f"{Q.replace('.0.', '.1.')}.weight": eight_bits.clone()})
@@ -75,7 +73,6 @@ def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     assert "has no weight" in line
 
 
-@pytest.mark.lengthy
 def test_of_many_kinds_of_layers_two_are_named(tmp_path: Path) -> None:
     rewritten(
         tmp_path, {f"{Q.replace('q_proj', part)}.weight": None for part in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -85,7 +82,6 @@ def test_of_many_kinds_of_layers_two_are_named(tmp_path: Path) -> None:
         prepare.deliverable(config, BaseModel(str(tmp_path), str(tmp_path), ""))
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
 def test_a_base_that_stays_quantised_is_refused_whatever_is_exported(tmp_path: Path, method: str) -> None:
     folder = tmp_path / "base"

@@ -59,7 +59,6 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-@pytest.mark.lengthy
 def test_an_export_is_written_and_checked(run: Run) -> None:
     measured = export.export_run(run.spec, run.folder, STEP)
     assert run.folder.exported(run.config, STEP) == json.loads(json.dumps(measured))
@@ -72,7 +71,6 @@ def test_an_export_is_written_and_checked(run: Run) -> None:
     assert not list(Path(run.folder.merged).parent.glob(".*")), "no leftovers"
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("damaged", [None, 8, -1])
 def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(run: Run, damaged: int | None) -> None:
     export.export_run(run.spec, run.folder, STEP)
@@ -102,7 +100,6 @@ def test_shares_are_worth_it_for_large_models_that_all_nodes_see(run: Run, tmp_p
         assert [(part.number, part.of) for part in parts] == [(number, count) for number in range(count)]
 
 
-@pytest.mark.lengthy
 @pytest.mark.usefixtures("small_shares")
 def test_three_shares_write_what_one_process_writes(tmp_path: Path) -> None:
     one, three = Run(tmp_path / "one"), Run(tmp_path / "three", workers=3)
@@ -130,7 +127,6 @@ def test_shares_in_tasks_of_ray_write_what_one_process_writes(ray_with: Callable
     assert all(torch.equal(part, three.merged()[name]) for name, part in one.merged().items())
 
 
-@pytest.mark.lengthy
 @pytest.mark.usefixtures("small_shares")
 def test_a_share_that_was_not_merged_is_found(tmp_path: Path) -> None:
     run = Run(tmp_path, workers=3)

@@ -32,7 +32,6 @@ def run(
         yield finished_run.make(tmp_path, tracking={"uri": address})
 
 
-@pytest.mark.lengthy
 def test_the_model_of_a_run_is_found_by_its_loss_and_its_evaluations_are_linked_with_it(
     run: finished_run.FinishedRun,
 ) -> None:

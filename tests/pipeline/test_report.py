@@ -122,7 +122,6 @@ def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
     return lines
 
 
-@pytest.mark.lengthy
 def test_the_plan_says_how_much_of_the_model_is_adapted_and_what_is_not(tmp_path: Path) -> None:
     lines = plan_lines(tmp_path, ALL["qwen3_moe"])
     assert "olora rank 4 on 8 layers and 4 stacks of 4 experts: " in lines[0]
@@ -132,14 +131,12 @@ def test_the_plan_says_how_much_of_the_model_is_adapted_and_what_is_not(tmp_path
     assert len(lines) == 2
 
 
-@pytest.mark.lengthy
 def test_an_early_stop_that_nothing_can_ask_for_is_told(tmp_path: Path) -> None:
     for held_out, told in ((None, True), (0.1, False)):
         lines = plan_lines(tmp_path, ALL["llama"], train__early_stop=3, data__eval_fraction=held_out)
         assert any("train.early_stop: has no effect" in line for line in lines) is told
 
 
-@pytest.mark.lengthy
 def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
     lines = plan_lines(tmp_path, ALL["mamba"], data__max_length=64)  # its code goes position by position
     assert [line for line in lines if "leaves out" in line] == [

@@ -28,7 +28,6 @@ def made(root: str, name: str, step: int = 4, **changes: object) -> RunFolder:
     return folder
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("place", ["tmp_path", "bucket"])
 def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequest) -> None:
     root = str(request.getfixturevalue(place))

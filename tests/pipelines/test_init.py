@@ -70,7 +70,6 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
     assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "model", "my_run.yaml"]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("count", [10, 60, 7000, 30_000])
 def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count: int) -> None:
     found = written(rows("a.jsonl", range(count)))

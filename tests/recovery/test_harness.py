@@ -68,7 +68,6 @@ def test_times_may_differ() -> None:
     assert runs.differences(slower, END) == []
 
 
-@pytest.mark.lengthy
 def test_a_step_that_mlflow_has_twice_is_read_twice(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

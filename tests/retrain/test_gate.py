@@ -44,7 +44,6 @@ def test_a_better_challenger_never_fails_where_a_worse_one_passes(losses: list[f
     assert better.passed >= worse.passed
 
 
-@pytest.mark.lengthy
 @given(LOSSES, LOSSES, st.floats(-1.0, 1.0), st.floats(-1.0, 1.0), st.booleans())
 def test_asking_for_more_never_lets_more_through(
     ours: list[float], theirs: list[float], a: float, b: float, confident: bool
@@ -56,7 +55,6 @@ def test_asking_for_more_never_lets_more_through(
     assert decide(lax(must_improve_by=a), *pair).passed >= decide(gate(must_improve_by=a), *pair).passed
 
 
-@pytest.mark.lengthy
 @given(LOSSES)
 def test_the_same_model_never_passes_unless_it_may_be_worse(losses: list[float]) -> None:
     same = results(losses, score=losses)
@@ -238,7 +236,6 @@ def test_the_means_that_are_told_are_of_the_rows_that_are_compared() -> None:
     )
 
 
-@pytest.mark.lengthy
 def test_a_challenger_that_is_as_good_rarely_passes_on_few_rows_either() -> None:
     """By chance both of two rows are better every fourth night, which was enough with such a low gate.min_rows."""
     rng = np.random.default_rng(6)

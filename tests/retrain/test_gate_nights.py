@@ -8,7 +8,6 @@ from tests.retrain import nights
 from tests.retrain.nights import ABOVE, KINDS
 
 
-@pytest.mark.lengthy
 def test_an_equal_challenger_is_rarely_promoted_and_a_better_one_often() -> None:
     """A part of the table; 60 nights at 2.5 % have more than 7 promotions once in 10,000 times."""
     for kind in (KINDS[1], KINDS[5]):

@@ -60,7 +60,6 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
     }
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -87,7 +86,6 @@ def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-@pytest.mark.lengthy
 def test_a_command_gets_the_same_on_its_standard_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file, address = tmp_path / "got.json", tmp_path / "address"
     with receiver() as hook:
@@ -98,7 +96,6 @@ def test_a_command_gets_the_same_on_its_standard_input(tmp_path: Path, caplog: p
     assert hook.got[0]["text"].endswith(": failed: tracking.uri=postgresql://user:***@server/db: no answer")
 
 
-@pytest.mark.lengthy
 def test_a_webhook_that_refuses_is_one_warning_without_its_address(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,7 +107,6 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(
     assert caplog.messages[1:] == ["notify.command: the event 'failed' was not sent: exit code 3"]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("address", "why"),
     [

@@ -317,7 +317,6 @@ def test_nothing_is_replayed_if_nothing_is_to_be(config: Config, tmp_path: Path)
     assert only.only == (f"{tmp_path}/chats/c.jsonl",)
 
 
-@pytest.mark.lengthy
 def test_a_night_without_changes_is_told_without_torch(
     tmp_path: Path, model: Path, node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

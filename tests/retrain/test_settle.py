@@ -50,7 +50,6 @@ def settled(
     return "".join(lines), against
 
 
-@pytest.mark.lengthy
 def test_a_challenger_that_passes_is_champion_and_one_that_fails_is_not(aliases: Aliases) -> None:
     log, against = settled(aliases, NO)
     assert "refused: worse" in log
@@ -64,7 +63,6 @@ def test_a_challenger_that_passes_is_champion_and_one_that_fails_is_not(aliases:
     assert aliases.version("3").tags[AGAINST] == "2"
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("decision", [YES, NO])
 def test_a_rollback_meanwhile_stands_and_the_gate_decides_again(aliases: Aliases, decision: Decision) -> None:
     log, against = settled(aliases, decision, lambda: aliases.rollback("bad answers"))
@@ -76,7 +74,6 @@ def test_a_rollback_meanwhile_stands_and_the_gate_decides_again(aliases: Aliases
     assert aliases.current() == (passed if decision is YES else {"champion": "1", "challenger": "3"})
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("decision", [YES, NO])
 def test_what_a_person_decides_on_the_version_itself_stands(aliases: Aliases, decision: Decision) -> None:
     log, _ = settled(aliases, decision, lambda: aliases.promote("3", "promoted by hand"))
@@ -89,7 +86,6 @@ def test_what_a_person_decides_on_the_version_itself_stands(aliases: Aliases, de
     assert aliases.version("3").tags[GATE] == "rolled back: after all"
 
 
-@pytest.mark.lengthy
 def test_the_child_of_a_version_that_was_rolled_back_is_refused_and_another_is_trained(aliases: Aliases) -> None:
     now = Fingerprint("base", "data", "held", "s")
     for tag, text in {**now.tags(), ORIGIN: "champion, version 2"}.items():
@@ -102,7 +98,6 @@ def test_the_child_of_a_version_that_was_rolled_back_is_refused_and_another_is_t
     assert find_decision(found.versions, found.version, now) is None, "the next call trains from version 1"
 
 
-@pytest.mark.lengthy
 def test_a_champion_that_never_rests_ends_it(aliases: Aliases) -> None:
     def decide(_: Version, champion: Version | None) -> Decision:
         assert champion is not None

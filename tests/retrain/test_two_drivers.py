@@ -28,7 +28,6 @@ def check(tally: Tally) -> None:
     assert tally.inconsistent == []
 
 
-@pytest.mark.lengthy
 def test_a_few_interleavings(aliases: Aliases) -> None:
     check(play(aliases, range(5)))
 

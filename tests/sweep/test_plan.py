@@ -127,7 +127,6 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
     )
 
 
-@pytest.mark.lengthy
 def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
     space = over(["up_proj"], ["q_proj", "up_proj"], ["v_proj"])
     with pytest.raises(UserError) as found:
@@ -142,7 +141,6 @@ def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
     assert second.endswith("or set export.merged: false")
 
 
-@pytest.mark.lengthy
 def test_the_config_counts_where_it_is_a_trial(model: Path) -> None:
     lr = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}}
     for space in (over(["up_proj"]), lr, lr | {"include_default": False}):
@@ -152,7 +150,6 @@ def test_the_config_counts_where_it_is_a_trial(model: Path) -> None:
     assert planned(model, lr, export__merged=False)
 
 
-@pytest.mark.lengthy
 def test_whether_it_is_merged_may_be_searched(model: Path) -> None:
     space = {"search": {"export.merged": {"choice": [False, True]}}, "include_default": False}
     with pytest.raises(UserError, match=r"^search\.export\.merged=True: adapter\.targets: .*q_proj cannot be merged"):
@@ -168,7 +165,6 @@ def test_a_rank_or_a_layer_that_is_not_there_is_refused_with_the_rest(model: Pat
         assert part in str(found.value), part
 
 
-@pytest.mark.lengthy
 def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     space = over(["up_proj"], ["gate_proj", "up_proj"])
     space["search"]["adapter.rank"] = {"choice": [2, 16]}
@@ -184,7 +180,6 @@ def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     assert sum("memory per worker" in line for line in lines) == 3
 
 
-@pytest.mark.lengthy
 def test_a_method_that_cannot_have_a_layer_is_refused(tmp_path: Path) -> None:
     zoo.build(ALL["mixtral"], tmp_path)
     space = {"search": {"adapter.method": {"choice": ["olora", "eva"]}}, "include_default": False}

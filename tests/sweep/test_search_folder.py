@@ -38,7 +38,6 @@ def begun(config: Config) -> Path:
     return Path(config.folder(), "search.json")
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -64,7 +63,6 @@ def test_a_search_with_another_space_is_refused_and_the_difference_told(
     assert len(text) < 1000
 
 
-@pytest.mark.lengthy
 def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_change(config: Config) -> None:
     begun(config)
     search_folder.check(config, space(patience=3, time_budget=10, min_improvement=0.1, concurrency=2))
@@ -75,7 +73,6 @@ def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_chang
         search_folder.check(override(config, {"train.weight_decay": 0.1}), space())
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}"])
 def test_a_damaged_description_is_no_traceback(config: Config, text: str) -> None:
     begun(config).write_text(text)

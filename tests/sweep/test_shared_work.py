@@ -92,7 +92,6 @@ def factors(base: SharedBase, spec: TrainSpec) -> dict[str, Any]:
     return resume.factors(SharedBaseContext(base), spec, base.loss, None)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("rank", [8, 4])
 def test_every_trial_starts_with_the_factors_that_it_would_make(
     base: SharedBase, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
@@ -152,7 +151,6 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, ba
     assert found.loss == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.lengthy
 def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, bases: Any) -> None:
     """With another attention than the trials if theirs needs a GPU."""
     for number, attention in enumerate(("varlen", "flash_attention_2", "sdpa")):

@@ -78,7 +78,6 @@ def test_each_kind_of_row_is_taken_by_its_share(layout: str, weight: float, peri
         assert is_share(extra, ROWS // period, share), (kind, extra)
 
 
-@pytest.mark.lengthy
 def test_a_source_among_others_has_its_share(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     blank = as_lines(tmp_path / "blank.jsonl", [f"b {n}" for n in range(1000)], "\n")
     other = as_lines(tmp_path / "other.jsonl", [f"o {n}" for n in range(1000)])

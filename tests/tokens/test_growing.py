@@ -94,7 +94,6 @@ def test_a_growing_store_travels_and_becomes_complete(
     assert pickle.loads(pickle.dumps(elsewhere)).complete
 
 
-@pytest.mark.lengthy
 def test_a_store_that_is_being_repaired_counts_as_growing(
     corpus: Config, tiny_spec: TokenizerSpec, small_shards: None
 ) -> None:
@@ -110,7 +109,6 @@ def test_a_store_that_is_being_repaired_counts_as_growing(
     assert same(store[len(store) - 1], complete[len(store) - 1])
 
 
-@pytest.mark.lengthy
 def test_start_gives_the_same_store_as_prepare(corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore) -> None:
     preparation = begin(corpus, tiny_spec, "train")
     preparation.start()
@@ -125,7 +123,6 @@ def test_start_gives_the_same_store_as_prepare(corpus: Config, tiny_spec: Tokeni
     again.run()
 
 
-@pytest.mark.lengthy
 def test_a_stopped_preparation_is_finished_by_the_next(
     corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,6 @@ def half(config: Config, spec: TokenizerSpec) -> None:
     (folder / "manifest.json").unlink()
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("before", [lambda config, spec: None, half, whole], ids=["nothing", "half", "whole"])
 @pytest.mark.parametrize(
     ("shared", "held_out", "told"),

@@ -65,7 +65,6 @@ def config_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return plan.make_plan(config, helpers.spec(), "train", plan.looking("", lambda found: [[scans]], read_as))
 
 
-@pytest.mark.lengthy
 def test_a_task_makes_the_same_shard_of_its_part_alone(made: Plan) -> None:
     rules, parts = pickle.loads(pickle.dumps((made.rules(), [made.part(n) for n in range(len(made.shards))])))
     for number, part in enumerate(parts):

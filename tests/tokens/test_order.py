@@ -1,7 +1,6 @@
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +16,6 @@ def test_each_epoch_is_a_permutation_and_the_first_is_the_stores_order(packs: in
     assert (np.sort(epochs, axis=1) == np.arange(packs)).all()
 
 
-@pytest.mark.lengthy
 @given(st.integers(1, 50), st.integers(0, 9), st.lists(st.integers(0, 200), min_size=1, max_size=8))
 def test_any_split_into_ranges_gives_the_same_stream(packs: int, seed: int, cuts: list[int]) -> None:
     borders = [0, *sorted(cuts), 200]

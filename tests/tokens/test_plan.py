@@ -54,7 +54,6 @@ def test_a_file_that_grows_between_the_splits_is_split_once(tmp_path: Path, tiny
     assert digests[0] == digests[1] != build.store.digest, "the next run looks again"
 
 
-@pytest.mark.lengthy
 def test_a_weight_says_how_often_a_row_is_used(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     a, b, c = (corpus(tmp_path / f"{letter}.jsonl", letter, 300) for letter in "abc")
     config = helpers.config(tmp_path / "runs", text(a), text(b, 2.5), text(c, 0.25))
@@ -79,7 +78,6 @@ def test_sources_are_mixed_evenly(tmp_path: Path, tiny_spec: TokenizerSpec) -> N
     assert np.allclose(shares, 2 / 42, atol=0.02)
 
 
-@pytest.mark.lengthy
 def test_training_is_shuffled_and_evaluation_is_not(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     a = corpus(tmp_path / "a.jsonl", "a", 2000)
     config = helpers.config(tmp_path / "runs", text(a), eval=[text(a)], packing=False)
@@ -91,7 +89,6 @@ def test_training_is_shuffled_and_evaluation_is_not(tmp_path: Path, tiny_spec: T
     assert [int(row[1:]) for row in rows(other, tiny_spec)] != found
 
 
-@pytest.mark.lengthy
 def test_packs_are_not_sorted_by_length(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     lengths = np.random.default_rng(0).integers(2, 120, 2000)
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * int(n)} for n in lengths])
@@ -103,7 +100,6 @@ def test_packs_are_not_sorted_by_length(tmp_path: Path, tiny_spec: TokenizerSpec
     assert store.manifest.fill > 0.95
 
 
-@pytest.mark.lengthy
 def test_held_out_rows_are_drawn_from_seed_and_content_alone(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     a = corpus(tmp_path / "a.jsonl", "a", 3000)
     config = helpers.config(tmp_path / "runs", text(a), eval_fraction=0.1)

@@ -22,7 +22,6 @@ from tests.tokens.helpers import chat, rows
 NUMBERS = ("rows", "packs", "tokens", "supervised", "rejected")
 
 
-@pytest.mark.lengthy
 def test_a_small_corpus_is_described_exactly(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     preview = describe(corpus, tiny_spec)
     manifest = prepare(corpus, tiny_spec, "train").manifest
@@ -36,7 +35,6 @@ def test_a_small_corpus_is_described_exactly(corpus: Config, tiny_spec: Tokenize
     ]
 
 
-@pytest.mark.lengthy
 def test_held_out_rows_are_described_as_they_are_prepared(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(200))
     for data in ({"eval": [{"path": str(path)}]}, {"eval_fraction": 0.2}):
@@ -77,7 +75,6 @@ def test_the_lengths_are_those_of_the_examples(tmp_path: Path, tiny_spec: Tokeni
     assert lengths[0] == lengths[-1] - 19
 
 
-@pytest.mark.lengthy
 def test_the_first_sequences_can_be_trained_on(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
     for number, pack in enumerate(describe(corpus, tiny_spec).some_packs):
@@ -118,7 +115,6 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(previews, "READ_ALL", 0)
 
 
-@pytest.mark.lengthy
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(("limit", "scanned"), [(200, 2**20), (200, 0), (10_000, 0)])
 def test_a_large_corpus_is_estimated_from_a_part(
@@ -132,7 +128,6 @@ def test_a_large_corpus_is_estimated_from_a_part(
         assert getattr(preview, name) == pytest.approx(getattr(manifest, name), rel=0.15), name
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(("split", "times"), [("train", 1), ("eval", 1), ("train", 17)])
 def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
     split: Literal["train", "eval"], times: int, tmp_path: Path, tiny_spec: TokenizerSpec
@@ -157,7 +152,6 @@ def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
     assert found.rejected["too_long"] / found.read == pytest.approx((lengths > 900).mean(), rel=0.1)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_of_a_large_file_that_is_read_from_its_beginning_only_that_is_said(
     kind: str, tmp_path: Path, tiny_spec: TokenizerSpec

@@ -32,7 +32,6 @@ def expected(uri: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-@pytest.mark.lengthy
 def test_a_row_that_weights_repeat_is_listed_once_where_it_comes_first(
     config: Config, tiny_spec: TokenizerSpec
 ) -> None:
@@ -43,7 +42,6 @@ def test_a_row_that_weights_repeat_is_listed_once_where_it_comes_first(
     assert sum(store.manifest.rejected.values()) > 6 * 300  # each use counts
 
 
-@pytest.mark.lengthy
 def test_shards_of_an_earlier_attempt_and_new_ones_are_listed_in_their_order(
     config: Config, tiny_spec: TokenizerSpec
 ) -> None:
@@ -57,7 +55,6 @@ def test_shards_of_an_earlier_attempt_and_new_ones_are_listed_in_their_order(
     assert helpers.content(str(folder)) == whole
 
 
-@pytest.mark.lengthy
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", helpers.rows(3000))
     rows = RejectedRows(plan_here(helpers.config(tmp_path / "runs", path), tiny_spec, "train"))

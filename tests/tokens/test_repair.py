@@ -31,7 +31,6 @@ def kept(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize(
     ("name", "damage"),
@@ -79,7 +78,6 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
         assert name in warned[0]
 
 
-@pytest.mark.lengthy
 def test_a_shard_that_is_not_what_it_was_is_refused(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     folder = Path(prepare(corpus, tiny_spec, "train").uri)
     tree = records.read(str(folder / "manifest.json"), dict[str, Any], sealed=True)
@@ -100,7 +98,6 @@ def test_a_stricter_limit_holds_for_a_store_that_needs_repair(tmp_path: Path, ti
         prepare(helpers.config(tmp_path, path), tiny_spec, "train")
 
 
-@pytest.mark.lengthy
 def test_a_shard_that_was_finished_meanwhile_is_taken(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     preparation = begin(corpus, tiny_spec, "train")  # sees nothing yet
     folder = Path(prepare(corpus, tiny_spec, "train").uri)
@@ -193,7 +190,6 @@ NAMES = st.sampled_from(
 )
 
 
-@pytest.mark.lengthy
 @settings(max_examples=150)
 @given(st.data(), st.lists(NAMES, min_size=1, max_size=3, unique=True), st.booleans())
 def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names: list[str], killed: bool) -> None:
@@ -218,7 +214,6 @@ def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names:
             _ = [store[index] for index in range(len(store))]
 
 
-@pytest.mark.lengthy
 @given(st.data())
 def test_a_damaged_scan_is_made_again(small: Small, data: st.DataObject) -> None:
     small.damaged({})
@@ -232,7 +227,6 @@ def test_a_damaged_scan_is_made_again(small: Small, data: st.DataObject) -> None
     assert path.read_bytes() == good
 
 
-@pytest.mark.lengthy
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), st.data())
 def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataObject) -> None:
     tree.pop("seal", None)
@@ -242,7 +236,6 @@ def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataOb
     assert changed in (None, tree)  # white space, say
 
 
-@pytest.mark.lengthy
 def test_a_half_written_shard_is_not_taken_for_good(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     # The sidecar of a shard counts only together with a shard of the right size.
     store = prepare(corpus, tiny_spec, "train")

@@ -27,7 +27,6 @@ from tests.tokens import helpers
 from tests.tokens.helpers import chat, content, rows
 
 
-@pytest.mark.lengthy
 def test_packs(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
     manifest = store.manifest
@@ -66,7 +65,6 @@ def test_origins_name_the_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None
         assert row["messages"][1]["content"] in helpers.decode(store[index].input_ids)
 
 
-@pytest.mark.lengthy
 def test_a_complete_store_is_opened_without_work(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
     made = {path: path.stat().st_mtime_ns for path in Path(store.uri).iterdir()}
@@ -77,7 +75,6 @@ def test_a_complete_store_is_opened_without_work(corpus: Config, tiny_spec: Toke
     assert {path: path.stat().st_mtime_ns for path in Path(store.uri).iterdir()} == made
 
 
-@pytest.mark.lengthy
 def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     # The state after a kill: no manifest, a shard without its sidecar, missing shards.
     store = prepare(corpus, tiny_spec, "train")
@@ -94,7 +91,6 @@ def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec
     assert any("10 of 12 shards exist already" in line for line in lines)
 
 
-@pytest.mark.lengthy
 def test_a_store_travels_as_its_address(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
     store[3]
@@ -103,7 +99,6 @@ def test_a_store_travels_as_its_address(corpus: Config, tiny_spec: TokenizerSpec
     assert (pickle.loads(packed)[3].input_ids == store[3].input_ids).all()
 
 
-@pytest.mark.lengthy
 def test_a_remote_store_is_read_through_a_local_copy(corpus: Config, tiny_spec: TokenizerSpec, temporary: Path) -> None:
     local = prepare(corpus, tiny_spec, "train")
     remote = TokenStore.open(f"file://{local.uri}")
@@ -116,7 +111,6 @@ def test_a_remote_store_is_read_through_a_local_copy(corpus: Config, tiny_spec: 
     assert all((again[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
 
 
-@pytest.mark.lengthy
 def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
     corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path, temporary: Path, bucket: str
 ) -> None:
@@ -133,7 +127,6 @@ def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
     assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
 
 
-@pytest.mark.lengthy
 def test_the_copies_of_a_node_have_a_bound(
     corpus: Config, tiny_spec: TokenizerSpec, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +144,6 @@ def test_the_copies_of_a_node_have_a_bound(
     assert not old.exists()
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
 def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
@@ -165,7 +157,6 @@ def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: Tokeni
         TokenStore.open(store.uri)[sum(shard.packs for shard in store.manifest.shards[:2])]
 
 
-@pytest.mark.lengthy
 def test_a_damaged_manifest_is_an_error(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
     Path(store.uri, "manifest.json").write_text('{"digest": 1}')

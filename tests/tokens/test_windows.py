@@ -72,7 +72,6 @@ def test_each_pass_is_a_permutation(packs: list[int], seed: int, window: int, nu
     assert sorted(found.tolist()) == list(range(ends[-1]))
 
 
-@pytest.mark.lengthy
 @given(st.integers(0, 9), st.lists(st.integers(0, 2000), min_size=1, max_size=8))
 def test_any_split_into_ranges_gives_the_same_stream(seed: int, cuts: list[int]) -> None:
     start = 2 * len(large()) - 1000  # the ranges lie in two passes, and in several windows
@@ -112,7 +111,6 @@ def test_few_shards_are_open_at_a_time_and_each_is_opened_once() -> None:
     assert len(np.unique(shards_of(whole[:step]))) > 2.5 * WINDOW
 
 
-@pytest.mark.lengthy
 def test_a_sequence_may_lie_anywhere_in_a_pass() -> None:
     # Positions of 12 sequences in 100 passes: each tenth of the pass has a tenth of them.
     total = len(large())

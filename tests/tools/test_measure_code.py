@@ -18,7 +18,6 @@ def write(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-@pytest.mark.lengthy
 def test_the_tree_is_within_its_budget() -> None:
     budget = json.loads(measure_code.BUDGET.read_text())
     tree = Tree(ROOT)

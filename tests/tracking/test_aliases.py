@@ -124,7 +124,6 @@ class Dying(Clocked):
         return write
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("action", ["promote", "rollback"])
 def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(database: Path, action: str) -> None:
     aliases = Clocked(registered.model(database, f"crash-{action}", 3).uri, f"crash-{action}")
@@ -171,7 +170,6 @@ def large(against: str) -> dict[str, str]:
     return {"olora.gate_against": against, "olora.gate_details": json.dumps({"challenger": scores, "champion": scores})}
 
 
-@pytest.mark.lengthy
 def test_a_long_verdict_and_what_it_stands_on_are_kept(database: Path) -> None:
     aliases = registered.model(database, "large", 2)
     why = "passed: " + "; ".join(f'eval/\u00e4"{number} 0.1234' for number in range(400))
@@ -183,7 +181,6 @@ def test_a_long_verdict_and_what_it_stands_on_are_kept(database: Path) -> None:
     assert aliases.version("2").tags[GATE] == f"rolled back: {why}"
 
 
-@pytest.mark.lengthy
 def test_a_promotion_that_was_cut_off_counts_as_a_whole_or_not_at_all(database: Path) -> None:
     """An old verdict, against another champion, does not count against the current champion."""
     aliases = Clocked(registered.model(database, "cut-off-record", 2).uri, "cut-off-record")
@@ -211,7 +208,6 @@ def announced(aliases: Aliases, number: str, text: str) -> None:
     aliases.client.set_model_version_tag(aliases.name, number, MOVE, text)
 
 
-@pytest.mark.lengthy
 def test_a_move_that_was_cut_off_does_not_undo_a_later_one(database: Path) -> None:
     aliases = registered.model(database, "by-hand", 3)
     aliases.promote("1", "passed")
@@ -225,7 +221,6 @@ def test_a_move_that_was_cut_off_does_not_undo_a_later_one(database: Path) -> No
     assert aliases.version("3").tags[GATE] == "refused: worse", "the later verdict stands"
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("gone", ["champion", "previous", "bad"])
 def test_a_move_whose_version_has_been_deleted_stops_nobody(database: Path, gone: str) -> None:
     aliases = registered.model(database, f"deleted-{gone}", 4)
@@ -238,7 +233,6 @@ def test_a_move_whose_version_has_been_deleted_stops_nobody(database: Path, gone
     assert aliases.current()["champion"] == "4"
 
 
-@pytest.mark.lengthy
 def test_an_announcement_that_cannot_be_read_is_removed(database: Path) -> None:
     aliases = registered.model(database, "unreadable", 1)
     aliases.promote("1", "passed")
@@ -251,7 +245,6 @@ def test_an_announcement_that_cannot_be_read_is_removed(database: Path) -> None:
         assert MOVE not in aliases.version("1").tags
 
 
-@pytest.mark.lengthy
 def test_a_decision_against_another_champion_is_not_carried_out(database: Path) -> None:
     aliases = registered.model(database, "overtaken", 3)
     aliases.promote("1", "passed", instead_of="")
@@ -269,7 +262,6 @@ def test_a_decision_against_another_champion_is_not_carried_out(database: Path) 
     assert aliases.current() == {"champion": "1"}
 
 
-@pytest.mark.lengthy
 def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_promoted(database: Path) -> None:
     aliases = registered.model(database, "added", 2)
     aliases.promote("1", "passed")
@@ -296,7 +288,6 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.lengthy
 def test_checksums_that_are_none_are_one_line(database: Path) -> None:
     aliases = registered.model(database, "no-list", 1)
     for content in FOREIGN:

@@ -29,13 +29,11 @@ def check(config: Config) -> None:
     start.check_artifacts(config, start.resolve_uri(config))
 
 
-@pytest.mark.lengthy
 def test_a_good_store_passes_and_nothing_is_left(s3_server: S3Server, bucket: str, config: Config) -> None:
     check(config)
     assert s3_server.keys(bucket) == []
 
 
-@pytest.mark.lengthy
 def test_a_runs_files_and_model_lie_in_the_bucket(
     s3_server: S3Server, bucket: str, config: Config, merged: Path, tmp_path: Path
 ) -> None:
@@ -84,7 +82,6 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
         server.kill()
 
 
-@pytest.mark.lengthy
 def test_an_experiment_whose_bucket_is_gone(config: Config) -> None:
     """The experiment was created while another store was configured."""
     connect(start.resolve_uri(config)).create_experiment("on s3", artifact_location="s3://gone/mlartifacts")

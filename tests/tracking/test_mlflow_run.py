@@ -33,7 +33,6 @@ def status(tracker: Tracker) -> str:
     return str(tracker.client().get_run(tracker.run_id).info.status)
 
 
-@pytest.mark.lengthy
 def test_the_next_attempt_resumes_the_run(config: Config) -> None:
     ids = Ids()
     with mlflow_run(config, {"a": "b"}, ids, {"x": 1}, parent="above") as first:
@@ -49,7 +48,6 @@ def test_the_next_attempt_resumes_the_run(config: Config) -> None:
     assert (found.data.tags["a"], found.data.tags["mlflow.parentRunId"]) == ("b", "above")
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("error", "after_error", "expected"),
     [

@@ -51,7 +51,6 @@ class Other(Clocked):
         self.client.set_registered_model_tag("m", self.tag, "process 7 on other, since yesterday")
 
 
-@pytest.mark.lengthy
 def test_one_at_a_time_and_nothing_is_left(client: Any) -> None:
     inside, most, done = 0, 0, 0
 
@@ -79,7 +78,6 @@ def test_one_at_a_time_and_nothing_is_left(client: Any) -> None:
     assert tags(client) == {}
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("text", ["process 7 on other, since yesterday", ""])
 def test_a_silent_holder_is_passed_over(client: Any, text: str) -> None:
     client.set_registered_model_tag("m", f"{LOCK}1", text)
@@ -90,7 +88,6 @@ def test_a_silent_holder_is_passed_over(client: Any, text: str) -> None:
     assert tags(client) == {}
 
 
-@pytest.mark.lengthy
 def test_live_holders_are_waited_for(client: Any) -> None:
     lock = Other(client)
     lock.pause()

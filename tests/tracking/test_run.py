@@ -132,7 +132,6 @@ def answering(status: int, text: bytes) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
@@ -156,7 +155,6 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("status", "text", "message"),
     [
@@ -263,7 +261,6 @@ def test_a_deleted_experiment(settings: Config, storage: Path) -> None:
         start_run(other, "test", {})
 
 
-@pytest.mark.lengthy
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tracker = start_run(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
     tracker.metrics({0: {"a": 1.0}})

@@ -215,7 +215,6 @@ def test_a_locked_database_is_waited_for(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.lengthy
 def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
     others = threads()
     tracker = run.Tracker(CLOSED, "0" * 32)
@@ -237,7 +236,6 @@ def test_a_new_run_needs_mlflow_and_a_known_one_does_not() -> None:
         known.end(seconds=0.1)
 
 
-@pytest.mark.lengthy
 def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     reach.connect(CLOSED)
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "8"

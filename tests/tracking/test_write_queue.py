@@ -77,7 +77,6 @@ def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
     assert caplog.text.count("MLflow refuses parameters: ") == 1
 
 
-@pytest.mark.lengthy
 def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     """Regression: HTTP 500 for one key, as for an emoji in a MySQL column, ended every run with exit code 75."""
     written: dict[str, list[int]] = {}
@@ -93,7 +92,6 @@ def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCa
     assert [line.partition(":")[0] for line in refusals] == ["MLflow refuses the metric bad", "MLflow refuses tags"]
 
 
-@pytest.mark.lengthy
 def test_a_server_that_fails_at_all_writes_for_a_while_loses_none(caplog: pytest.LogCaptureFixture) -> None:
     """A read-only database answers reads, and is no reason to drop a metric."""
     written: dict[str, list[int]] = {}

@@ -256,7 +256,6 @@ def test_a_manifest_that_lists_nothing_is_refused(saved: Path, tmp_path: Path, t
         checkpoint.load(folder)
 
 
-@pytest.mark.lengthy
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(FILES), st.floats(0.0, 1.0, exclude_max=True), st.integers(1, 255))
 def test_a_changed_byte_is_an_error_never_another_result(

@@ -236,7 +236,6 @@ def test_a_bug_while_writing_is_raised_in_the_thread_that_trains(tmp_path: Path)
         found.save(4, writer(4))
 
 
-@pytest.mark.lengthy
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_whatever_is_damaged_the_newest_good_one_is_found(tmp_path: Path, data: st.DataObject) -> None:
@@ -297,7 +296,6 @@ def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: st
     assert is_good(place, 30)
 
 
-@pytest.mark.lengthy
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     states=st.dictionaries(
@@ -345,7 +343,6 @@ class TestObjectStore:
         yield f"{bucket}/r1/checkpoints"
         assert list(temporary.iterdir()) == []
 
-    @pytest.mark.lengthy
     def test_the_newest_comes_back_and_old_ones_go(self, s3_server: Server, place: str) -> None:
         filled(place, 0, 2, 4, keep=2)
         found = checkpoints.latest_good(place)
@@ -354,7 +351,6 @@ class TestObjectStore:
         assert torch.equal(found[1].optimizer["a"], torch.full((4,), 4.0))
         assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
 
-    @pytest.mark.lengthy
     def test_an_upload_that_was_cut_is_not_counted_and_is_swept(self, s3_server: Server, place: str) -> None:
         filled(place, 2, 4, 6)
         damage(place, 6, "manifest")
@@ -370,7 +366,6 @@ class TestObjectStore:
         assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
         assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket=name)
 
-    @pytest.mark.lengthy
     @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         states=st.dictionaries(st.sampled_from([0, 2, 4, 6]), st.sampled_from(["good", "cut", "empty", "manifest"])),
@@ -383,7 +378,6 @@ class TestObjectStore:
         storage.remove(place)
         the_newest_good_ones_stay(place, states, step, keep)
 
-    @pytest.mark.lengthy
     @pytest.mark.usefixtures("impatient")
     def test_what_does_not_arrive_now_is_not_passed_over(self, s3_server: Server, place: str) -> None:
         """Otherwise a restart during a bad minute of the object store would begin at an earlier step, or at step 0."""
@@ -394,7 +388,6 @@ class TestObjectStore:
         with pytest.raises(TryAgain, match=r"step-0000004: cannot be read: .*503"):
             checkpoints.latest_good(place)
 
-    @pytest.mark.lengthy
     def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(self, s3_server: Server, place: str) -> None:
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=2 * patience.ATTEMPTS)
@@ -405,7 +398,6 @@ class TestObjectStore:
         assert all("does not answer" in line for line in lines)
         assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
 
-    @pytest.mark.lengthy
     @pytest.mark.usefixtures("impatient")
     def test_one_that_stays_away_is_told_and_training_continues(self, s3_server: Server, place: str) -> None:
         found = filled(place, 2)

@@ -275,7 +275,6 @@ def test_the_first_tokens_are_those_of_the_stores_order() -> None:
     assert first_tokens(packs, 10**6)[-1].end == packs.supervised(range(8))
 
 
-@pytest.mark.lengthy
 def test_a_growing_store_is_waited_for_and_decides_nothing() -> None:
     packs = store()
     growing = tiny.ListStore([packs[i] for i in range(8)], sizes=[1, 2, 5], arrived=1)

@@ -31,7 +31,6 @@ def settings(folder: Path, rank: int) -> Config:
     )
 
 
-@pytest.mark.lengthy
 def test_a_method_that_a_layer_does_not_allow_is_refused_on_the_model_without_weights(model: Path) -> None:
     for rank, problem in (
         (385, r"adapter\.rank=385 is too large for .*\(768 x 768\) with adapter\.method=lora_ga"),
@@ -42,7 +41,6 @@ def test_a_method_that_a_layer_does_not_allow_is_refused_on_the_model_without_we
             estimate(config, obtain(config))
 
 
-@pytest.mark.lengthy
 def test_of_a_sharded_base_blocks_are_gathered_and_the_rest_is_whole(tmp_path: Path) -> None:
     """FSDP2 gathers into one buffer and copies the weights to their places."""
     made = tiny.llama(vocab_size=50_000)
@@ -57,7 +55,6 @@ def test_of_a_sharded_base_blocks_are_gathered_and_the_rest_is_whole(tmp_path: P
     assert found.gathered_bytes == 4 * 3 * block
 
 
-@pytest.mark.lengthy
 def test_a_method_without_b0_needs_less_memory_whichever_it_is(model: Path) -> None:
     size: dict[bool, set[int]] = {}
     for method, use in METHODS.items():
@@ -78,7 +75,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_no_gpu_is_asked_and_bfloat16_is_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """Asking a GPU of this machine would start CUDA in the driver, which takes memory from the workers."""
@@ -92,7 +88,6 @@ def test_no_gpu_is_asked_and_bfloat16_is_assumed(tmp_path: Path, monkeypatch: py
     assert size.base_bytes == 2 * size.parameters
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("family", "stack", "n", "layers"),
     [("qwen3_moe", "model.layers.0.mlp", 24, 2), ("llama4_text", "model.layers.1.feed_forward", 96, 1)],
@@ -111,7 +106,6 @@ def test_adapters_of_experts_count(tmp_path: Path, family: str, stack: str, n: i
     assert few.coverage.share < all_of_them.coverage.share
 
 
-@pytest.mark.lengthy
 def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -> None:
     even = settings(model, 8)
     sizes = {

@@ -74,7 +74,6 @@ def trained(case: Case) -> tuple[list[float], Tensor]:
     return numbers, trainer.flat.vector
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", CASES)
 def test_no_bit_depends_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     losses, vector = trained(CASES[name])

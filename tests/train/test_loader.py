@@ -24,7 +24,6 @@ def reader(found: Any, train: Train, worker: int = 0, workers: int = 1, waiting:
     return StepLoader(found, train, SEED, "segments", worker, workers, waiting)
 
 
-@pytest.mark.lengthy
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
 def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(batch: int, workers: int, micro: int) -> None:
     train = Train(global_batch=batch, micro_batch=micro)
@@ -49,7 +48,6 @@ def test_a_worker_without_micro_batches_has_one_of_the_step_to_run_for_the_other
     assert torch.equal(idle.padding.labels, busy.micro[0].labels)
 
 
-@pytest.mark.lengthy
 @settings(max_examples=60)
 @given(
     sizes_of,
@@ -87,7 +85,6 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
     assert sorted(index for sequences in met for index in sequences) == sorted(order(packs, SEED, 0, total * batch))
 
 
-@pytest.mark.lengthy
 def test_a_step_waits_for_its_own_shards_only() -> None:
     """Reading ahead waits for the second shard, but the step that is complete does not."""
     train = Train(global_batch=4)

@@ -169,7 +169,6 @@ def dropout_settings() -> Config:
     return tiny.config(adapter__dropout=0.2)
 
 
-@pytest.mark.lengthy
 def test_identical_runs_give_identical_bytes() -> None:
     outcomes = []
     for ambient_seed in (1, 2):
@@ -180,7 +179,6 @@ def test_identical_runs_give_identical_bytes() -> None:
     assert outcomes[0] == outcomes[1]
 
 
-@pytest.mark.lengthy
 def test_another_seed_gives_another_adapter() -> None:
     digests = set()
     for seed in (1, 2):
@@ -190,7 +188,6 @@ def test_another_seed_gives_another_adapter() -> None:
     assert len(digests) == 2
 
 
-@pytest.mark.lengthy
 def test_training_lowers_the_loss() -> None:
     trainer = tiny.trainer(tiny.config(train__schedule="constant", train__global_batch=8))
     store = tiny.store()
@@ -199,7 +196,6 @@ def test_training_lowers_the_loss() -> None:
     assert [result.step for result in results] == list(range(1, 13))
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("stop", range(STEPS))
 def test_a_run_restored_at_any_step_ends_with_the_same_bytes(tmp_path: Path, stop: int) -> None:
     settings, store = dropout_settings(), tiny.store()

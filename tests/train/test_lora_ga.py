@@ -108,7 +108,6 @@ def test_the_same_bytes_come_of_1_2_and_3_workers(crew: Callable[[int], Crew]) -
     assert answers[0][1] > answers[1][1] > answers[3][1], "each holds its part"
 
 
-@pytest.mark.lengthy
 def test_layers_that_do_not_fit_together_are_made_one_part_after_the_other() -> None:
     whole, parts = _bytes(), _bytes(at_once=2**14)
     assert parts[2] == whole[2]

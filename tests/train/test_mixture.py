@@ -28,7 +28,6 @@ def train(made: Trainer, start: int = 0, stop: int = STEPS) -> list[float]:
     return [result.loss for _, result in zip(range(start, stop), steps, strict=False)]
 
 
-@pytest.mark.lengthy
 def test_the_experts_learn_what_the_linear_layers_do() -> None:
     made = trainer()
     before = evaluate(made, tiny.store(), "sdpa")
@@ -38,7 +37,6 @@ def test_the_experts_learn_what_the_linear_layers_do() -> None:
         assert layer.db.any(), name
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_a_checkpoint_has_the_experts_and_training_goes_on_to_the_same_bits(tmp_path: Path, family: str) -> None:
     whole = trainer(family, dropout=0.1)

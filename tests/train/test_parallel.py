@@ -202,7 +202,6 @@ def group_of_one() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.lengthy
 def test_answers_of_a_sharded_base_may_come_before_any_loss(group_of_one: None) -> None:
     whole, sharded = (tiny.trainer(tiny.config()) for _ in range(2))
     parallel.shard(sharded.loss, sharded.device)

@@ -127,7 +127,6 @@ def _trained_by_two(strategy: str, ratio: float) -> tuple[list[float], Tensor, T
     return _trained(strategy, 2, train__lr_ratio=ratio)
 
 
-@pytest.mark.lengthy
 def test_it_is_done_before_clipping() -> None:
     _, given_to_adamw, _ = _trained("ddp", 1, train__clip=0.5)
     assert float(given_to_adamw.norm()) == pytest.approx(0.5, rel=1e-4)

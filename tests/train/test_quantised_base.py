@@ -137,7 +137,6 @@ def test_the_whole_base_is_never_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert live.most < kept + 1.5 * packed  # in float32 the packed layers take four times their number
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_factors_start_and_gradients_are_those_of_the_unpacked_weights(tmp_path: Path, kind: str) -> None:
     zoo.build(ALL["qwen2"], tmp_path)
@@ -227,7 +226,6 @@ def test_routers_and_gates_stay() -> None:
     assert not any(name.endswith((".gate", "shared_expert_gate", "lm_head")) for name in names)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_the_plan_has_the_bytes_that_the_base_takes(tmp_path: Path, kind: str) -> None:
     zoo.build(ALL["llama"], tmp_path)

@@ -134,7 +134,6 @@ def test_a_cache_is_filled_once_even_where_gradients_are_on() -> None:
     assert output.past_key_values.get_seq_length() == 3
 
 
-@pytest.mark.lengthy
 def test_factors_of_gradients_are_the_same() -> None:
     found = []
     for on in (False, True):

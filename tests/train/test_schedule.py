@@ -53,7 +53,6 @@ trains = st.builds(
 )
 
 
-@pytest.mark.lengthy
 @given(trains, sizes_of)
 def test_a_growing_store_gives_the_same_steps_and_rates(train: Train, sizes: list[int]) -> None:
     whole = Schedule(train, store(sizes))

@@ -56,7 +56,6 @@ def test_a_llama_passes_with_the_fastest(dtype: torch.dtype) -> None:
     assert re.fullmatch(line, found.line())  # the loss's difference, of 0.09, was read as an error
 
 
-@pytest.mark.lengthy
 @DTYPES
 def test_attention_that_is_not_told_the_borders_is_passed_over(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -75,7 +74,6 @@ def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtyp
     assert (found.attention, found.given_masks) == ("eager", True)
 
 
-@pytest.mark.lengthy
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
     attention.register()
     loss = SupervisedLoss(of_kind("gpt_oss", SINKS))
@@ -117,7 +115,6 @@ def test_the_self_test_of_a_window_goes_just_beyond_it() -> None:
         assert most / 2 <= sum(map(len, examples)) <= most, "they may be in one sequence"
 
 
-@pytest.mark.lengthy
 def test_logits_of_the_self_test_are_there_once() -> None:
     vocabulary, length, window = 2**16, 256, 200
     made = of_kind("mistral", SMALL | {"sliding_window": window, "vocab_size": vocabulary})
@@ -179,7 +176,6 @@ def _of_a_sharded_base(_: None) -> tuple[str, float]:
     return name, float(trainer.loss(collate(PACKED, "segments")).detach())
 
 
-@pytest.mark.lengthy
 @NEWER
 @DTYPES
 @pytest.mark.usefixtures("varlen_first")
@@ -201,7 +197,6 @@ def test_varlen_passes_where_it_does_what_the_model_does(dtype: torch.dtype) -> 
     assert "the output of model.layers.0.self_attn differs by" in wrong.passed_over["varlen"]
 
 
-@pytest.mark.lengthy
 @DTYPES
 @pytest.mark.parametrize("kind", ["lfm2", "mamba"])
 def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str, dtype: torch.dtype) -> None:
@@ -244,7 +239,6 @@ def no_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "own", lambda _: "eager")
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("broken", [head_without_scale, no_mask])
 def test_what_is_broken_here_is_found(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
     made = of_kind("granite", SMALL | {"logits_scaling": 3.0, "initializer_range": 0.2})
@@ -292,7 +286,6 @@ class Mixture(torch.nn.Module):
         return x if self.chosen is None else self.experts[self.chosen](x)
 
 
-@pytest.mark.lengthy
 def test_experts_to_which_no_token_of_the_examples_goes_are_no_mistake() -> None:
     for chosen_expert in (2, None):
         made = tiny.llama(attention="segments")

@@ -60,7 +60,6 @@ def full(config: Config, attention: str) -> Batch:
 FAMILIES = ["llama", "gemma3_text", "gpt2", "mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "llama4_text"]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("on", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_is_what_a_step_takes(family: str, on: bool) -> None:
@@ -72,7 +71,6 @@ def test_the_plan_is_what_a_step_takes(family: str, on: bool) -> None:
     assert share == pytest.approx(1.0, rel=0.06 if on else 0.02)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("on", [False, True])
 def test_blocks_that_are_not_run_count(on: bool) -> None:
     config, sizes = settings(on), {"num_hidden_layers": 7}
@@ -82,7 +80,6 @@ def test_blocks_that_are_not_run_count(on: bool) -> None:
     assert planned(config, meta) == pytest.approx(taken(config, model, full(config, "segments")), rel=0.02)
 
 
-@pytest.mark.lengthy
 def test_a_run_without_numbers_leaves_nothing_behind() -> None:
     config, model = settings(), tiny.llama(attention="segments", dtype=torch.bfloat16)
     made: Trainer = tiny.trainer(config, model=model)
@@ -96,7 +93,6 @@ def test_a_run_without_numbers_leaves_nothing_behind() -> None:
     assert torch.equal(made.loss(batch).detach(), before)
 
 
-@pytest.mark.lengthy
 def test_a_model_whose_code_looks_at_numbers_has_a_plan_without_activations() -> None:
     with torch.device("meta"):
         meta = tiny.llama()
@@ -109,7 +105,6 @@ def test_a_model_whose_code_looks_at_numbers_has_a_plan_without_activations() ->
     assert found.problem.startswith("activations (DataDependent")
 
 
-@pytest.mark.lengthy
 def test_a_batch_that_is_far_too_large_is_planned_from_a_smaller_one() -> None:
     """Its tokens alone would fill the driver's memory."""
     with torch.device("meta"):
@@ -119,7 +114,6 @@ def test_a_batch_that_is_far_too_large_is_planned_from_a_smaller_one() -> None:
     assert found > rows * length * 4 * meta.config.hidden_size
 
 
-@pytest.mark.lengthy
 def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_attention, "kernel", lambda: object())
     used, plans = [], {}
@@ -131,7 +125,6 @@ def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypa
     assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], "without the products of a CPU"
 
 
-@pytest.mark.lengthy
 def test_what_is_not_laid_out_in_one_row_is_not_planned_so() -> None:
     variant = ALL["llama4_text"]
     scaled = replace(variant, sizes=variant.sizes | {"floor_scale": 64})
@@ -168,7 +161,6 @@ def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
     assert plan == pytest.approx(taken_by_answers(config, zoo.make(variant)), rel=0.1)
 
 
-@pytest.mark.lengthy
 def test_blocks_that_are_not_run_count_in_answers_too() -> None:
     sizes, config = {"num_hidden_layers": 7}, answering(evaluation__max_new_tokens=4)
     with torch.device("meta"):
@@ -176,7 +168,6 @@ def test_blocks_that_are_not_run_count_in_answers_too() -> None:
     assert plan_of(config, meta).answers == pytest.approx(taken_by_answers(config, tiny.llama(**sizes)), rel=0.1)
 
 
-@pytest.mark.lengthy
 def test_only_what_is_answered_counts() -> None:
     assert answers_at_once(answering()) == ROWS
     assert answers_at_once(answering(evaluation__samples=3, evaluation__scorer="exact_match")) == AT_ONCE

@@ -102,7 +102,6 @@ def test_a_wrong_sign_of_the_packages_verifier_is_counted(make: Make, tmp_path: 
     assert left_out["the package's verifier refuses its own answer"] > 0
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -39,7 +39,6 @@ def named(figure: Figure) -> list[str]:
     return [item.get_text() for item in legend.get_texts()]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ODD)
 def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
     with warnings.catch_warnings():
@@ -48,7 +47,6 @@ def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
     assert all(imread(io.BytesIO(png)).std() > 0 for png in drawn.values())
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("draw", [parallel, curves, rate])
 def test_the_best_trial_stands_out_and_only_where_there_is_one(draw: Draw) -> None:
     def orange(record: SearchRecord) -> int:
@@ -58,7 +56,6 @@ def test_the_best_trial_stands_out_and_only_where_there_is_one(draw: Draw) -> No
     assert orange(ODD["all failed"]) == 0
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("draw", FIGURES.values())
 @pytest.mark.parametrize("record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"])
 def test_no_word_is_cut_off_and_no_two_labels_overlap(draw: Draw, record: SearchRecord) -> None:
@@ -104,13 +101,11 @@ def test_the_rate_is_drawn_by_rank_on_a_logarithmic_axis() -> None:
     assert steps == pytest.approx(np.full(len(steps), steps[0]), rel=0.01)
 
 
-@pytest.mark.lengthy
 def test_dollars_are_not_taken_for_mathematics() -> None:
     strange = search([({f"data.{NASTY}": rf"$\undefined{i}$"}, 1.0 + i) for i in range(3)])
     render({name: partial(draw, strange) for name, draw in FIGURES.items()})  # without an error of matplotlib
 
 
-@pytest.mark.lengthy
 def test_the_field_that_decides_is_the_most_important() -> None:
     rng = random.Random(0)
     rows = []
@@ -131,7 +126,6 @@ def test_fields_that_move_together_share_one_importance_though_the_default_break
     assert record.trials[0].params["adapter.alpha"] != 2 * record.trials[0].params["adapter.rank"]
 
 
-@pytest.mark.lengthy
 def test_one_diverged_trial_does_not_decide_alone() -> None:
     """With plain values, the field that only the diverged trial sets would get all the importance."""
     record = realistic(40)

@@ -10,7 +10,6 @@ from tests import browser
 from tests.sweep.odd import NASTY, ODD
 from tests.sweep.searches import realistic
 
-pytestmark = pytest.mark.lengthy  # because matplotlib draws
 FILES = {"report.html", "leaderboard.json", *(f"{name}.png" for name in FIGURES)}
 
 
