@@ -13,7 +13,4 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A folder with train.jsonl (60 rows) and eval.jsonl (7 rows)."""
-    project.make_corpus(tmp_path / "train.jsonl", 60)
-    project.make_corpus(tmp_path / "eval.jsonl", 7, first=100)
-    return tmp_path
+    return project.make_rows(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from olora_ray.common import node_cache
+from tests import mlflow_database
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
@@ -63,6 +64,14 @@ def make_corpus(file: Path, rows: int, first: int = 0) -> Path:
             ]
             out.write(json.dumps({"messages": messages}) + "\n")
     return file
+
+
+def make_rows(folder: Path) -> Path:
+    """Fill a folder with train.jsonl (60 rows), eval.jsonl (7 rows), and an MLflow with nothing in it in runs/."""
+    make_corpus(folder / "train.jsonl", 60)
+    make_corpus(folder / "eval.jsonl", 7, first=100)
+    mlflow_database.place(folder / "runs")
+    return folder
 
 
 def make_tiny(folder: Path) -> Path:

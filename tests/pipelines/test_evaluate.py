@@ -49,7 +49,7 @@ def test_accuracies_are_those_of_lm_eval_on_the_same_rows(tiny_model: Path, corp
 def test_a_base_model_is_evaluated_on_rows_that_the_command_line_names(
     tiny_model: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    words = [f"data.eval=[{{path: {corpus / 'eval.jsonl'}}}]", "cluster.workers=1", f"run.storage={tmp_path / 'runs'}"]
+    words = [f"data.eval=[{{path: {corpus / 'eval.jsonl'}}}]", "cluster.workers=1", f"run.storage={tmp_path / 'other'}"]
     ended = project.run_script("evaluate.py", tiny_model, *words, "--scorer", "exact_match", "--out", tmp_path)
     assert ended.returncode == 0, ended.stderr
     [found] = json.loads((tmp_path / "evaluation.json").read_text())["models"]
@@ -58,7 +58,7 @@ def test_a_base_model_is_evaluated_on_rows_that_the_command_line_names(
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert sorted(int(item["origin"].rpartition(":")[2]) for item in answers) == list(range(1, 8))
     assert {item["reference"] for item in answers} == {str(number) for number in range(101, 108)}
-    assert not (tmp_path / "runs" / "mlflow.db").exists()
+    assert not (tmp_path / "other" / "mlflow.db").exists()
 
 
 def logged(database: Path) -> list[dict[str, float]]:

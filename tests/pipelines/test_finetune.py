@@ -28,8 +28,7 @@ def finished(
 ) -> tuple[Path, str]:
     """A finished run: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("finished")
-    project.make_corpus(folder / "train.jsonl", 60)
-    project.make_corpus(folder / "eval.jsonl", 7, first=100)
+    project.make_rows(folder)
     (folder / "own.jinja").write_text(OWN)
     settings = project.settings(folder, tiny_model, data__chat_template=str(folder / "own.jinja"))
     file = project.write_config(folder, settings)

@@ -81,7 +81,7 @@ def test_a_broken_config_fails_the_job_with_one_line(head: Head, tiny_model: Pat
     newest = max(head.client().list_jobs(), key=lambda job: job.start_time or 0)
     assert newest.status == JobStatus.FAILED
     assert "Traceback" not in log
-    assert not (corpus / "runs").exists()
+    assert not (corpus / "runs" / "small").exists()
 
 
 @pytest.mark.slow

@@ -65,8 +65,7 @@ def sweep(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished search with stopped and failed trials: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("searched")
-    project.make_corpus(folder / "train.jsonl", 60)
-    project.make_corpus(folder / "eval.jsonl", 7, first=100)
+    project.make_rows(folder)
     done = sweep(*write(folder, tiny_model, SPACE), "--register")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "runs" / "small-space", done.stdout

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from olora_ray.tracking.aliases import Aliases
+from tests import mlflow_database
 from tests.pipelines import project
 from tests.recovery.processes import kill_all
 
@@ -39,6 +40,7 @@ class Nightly:
         tree["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 0, "max_new_tokens": 6}
         tree["registry"] = {"model": "nightly"}
         self.config = project.write_config(folder, tree | changes)
+        mlflow_database.place(folder / "runs")
         self.aliases = Aliases(f"sqlite:///{folder}/runs/mlflow.db", "nightly")
 
     def add(self, name: str, words: Sequence[str], rows: int, shuffled: bool = False) -> None:

@@ -16,17 +16,17 @@ from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.tuner import SweepCallback
-from tests import tiny
+from tests import mlflow_database, tiny
 
 TREE: dict[str, Any] = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}, "metric": "train/loss", "trials": 4}
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Config of a search in an empty storage."""
+    """Config of a search in a storage with nothing but MLflow's database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(search_folder.address, "find", lambda: "local")  # whether or not Ray runs on this machine
-    return override(tiny.config(), {"run.storage": str(tmp_path), "run.name": "quick-space"})
+    return override(tiny.config(), {"run.storage": str(mlflow_database.place(tmp_path)), "run.name": "quick-space"})
 
 
 def space(**changes: Any) -> Space:
