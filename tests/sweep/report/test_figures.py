@@ -39,7 +39,10 @@ def named(figure: Figure) -> list[str]:
     return [item.get_text() for item in legend.get_texts()]
 
 
-@pytest.mark.parametrize("name", ODD)
+FIRST = ("no trials", "all failed", "NaN and infinity", "mixed types", "missing parameters", "nasty text")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in ODD])
 def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
