@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.malloc import ONE_POOL
+from olora_ray.cluster.resume import check_base
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, assigned_device
@@ -36,6 +37,11 @@ ANSWERS = 10.0
 """Timeout for an actor's answer. An actor whose node is lost answers only after it gets room on another node."""
 FULL = 0.5
 """Seconds between two searches for a free slot while all are taken."""
+
+
+def self_test(shared: SharedBase, spec: TrainSpec) -> None:
+    """Test the base, and give it the attention that passes. Raises UserError if none does."""
+    check_base(shared.loss, spec, shared.device)
 
 
 class SharedBaseActor:

@@ -18,7 +18,7 @@ from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
-from olora_ray.cluster.resume import check_base
+from olora_ray.cluster.shared_base import self_test
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase, assigned_device, on_cpu
 from olora_ray.common import storage
@@ -88,7 +88,7 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     lines = [line for factors in missing if (line := _make_factors(factors, shared))]
     between = time.perf_counter()
     if not known and not sharded:
-        check_base(shared.loss, spec, shared.device)  # with the attention that the trials will have
+        self_test(shared, spec)  # with the attention that the trials will have
         _measure(spec, shared, folder)
     return Shared(between - began, time.perf_counter() - between, tuple(lines))
 
@@ -106,7 +106,7 @@ def _make_factors(spec: TrainSpec, shared: SharedBase) -> str | None:
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, adapter.rank)
     if adapter.method not in FROM_WEIGHTS:
-        check_base(shared.loss, spec, shared.device)
+        self_test(shared, spec)
     factors, _, of_data = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
     prefix = METHODS[adapter.method].prefix
     factor_cache.write(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
