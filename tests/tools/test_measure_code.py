@@ -85,7 +85,7 @@ def test_the_figures_of_a_small_tree(tmp_path: Path) -> None:
     files = {
         "olora_ray/a/one.py": text,
         "olora_ray/a/two.py": "import olora_ray.a.one\nfrom ray._private import worker\n",
-        "olora_ray/b/three.py": "from olora_ray.a import two\nfrom olora_ray.a.one import f\n\ntwo.worker, two.worker\n",
+        "olora_ray/b/three.py": "from olora_ray.a import two\nfrom olora_ray.a.one import f\n\ntwo.worker\n",
         "pipelines/recipe.py": "try:\n    f()\nexcept OSError:\n    pass\n",
         "olora_ray/b/__init__.py": "\n",
         "tests/test_a.py": test,
