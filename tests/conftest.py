@@ -231,6 +231,6 @@ def ray_with() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A node that has kept nothing yet."""
-    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path))
-    return tmp_path
+    """The cache of a node that has kept nothing yet."""
+    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "node"))
+    return tmp_path / "node"

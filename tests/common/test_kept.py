@@ -13,11 +13,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_preflight
 from tests import tiny
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("node")
 
 
 def test_it_is_found_by_its_inputs_and_by_the_code_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +28,7 @@ def test_it_is_found_by_its_inputs_and_by_the_code_and_libraries(monkeypatch: py
     node_cache.code.cache_clear()
 
 
-def test_what_is_old_goes_when_something_is_kept(cache: Path) -> None:
+def test_what_is_old_goes_when_something_is_kept(node: Path) -> None:
     old, young = node_cache.result_path("plans", "old"), node_cache.result_path("plans", "young")
     for place, days in ((old, 91), (young, 89)):
         node_cache.keep(place, "found")
@@ -41,7 +37,7 @@ def test_what_is_old_goes_when_something_is_kept(cache: Path) -> None:
     node_cache.keep(node_cache.result_path("plans", "new"), "found")
     assert node_cache.read(old) is None
     assert node_cache.read(young) == "found"
-    assert len(list((cache / "plans").iterdir())) == 2
+    assert len(list((node / "plans").iterdir())) == 2
 
 
 def test_the_code_is_all_of_ours(tmp_path: Path) -> None:
@@ -52,8 +48,8 @@ def test_the_code_is_all_of_ours(tmp_path: Path) -> None:
     assert one == same != other
 
 
-def test_where_nothing_can_be_written_nothing_is_kept(cache: Path) -> None:
-    cache.write_text("a file in its place")
+def test_where_nothing_can_be_written_nothing_is_kept(node: Path) -> None:
+    node.write_text("a file in its place")
     node_cache.keep(node_cache.result_path("plans", 1), "found")
     assert node_cache.read(node_cache.result_path("plans", 1)) is None
 

@@ -16,7 +16,7 @@ from tests.comparison import made
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(folder.address, "find", lambda: "local")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
     found = made.comparison(tmp_path)
     folder.begin(found, {"test rows": "a", "base model": "b"})
     (Path(found.config.folder()) / "tuning" / "trials").mkdir(parents=True)

@@ -160,7 +160,7 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
 
 def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/evaluation.md promises it; with tasks alone the answers were once missing without a line."""
-    monkeypatch.setattr("olora_ray.evaluation.results.address.find", lambda: "local")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
     request = Request(("base",), None, {}, ("boolq",), None, None, None)
     with said() as lines:
         results.check(request, tiny.config())

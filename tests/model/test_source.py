@@ -34,13 +34,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of this node."""
-    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def copy(model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_folder, tmp_path / "copy"))
 
@@ -68,15 +61,15 @@ def test_a_folder_is_taken_as_it_is(model_folder: Path) -> None:
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_the_digest_of_large_weights_is_kept_until_they_change(
-    copy: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+    copy: Path, node: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
 ) -> None:
     plain = obtain(copy).digest
     monkeypatch.setattr(folder, "KEPT_FROM", 1)
     if not writable:
-        cache.write_text("a file, below which there is no folder")
+        node.write_text("a file, below which there is no folder")
     assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
     if writable:
-        (kept,) = (cache / "digests").iterdir()
+        (kept,) = (node / "digests").iterdir()
         kept.write_text("0" * 64)
         assert obtain(copy).digest != plain, "it was read, not made again"
         os.utime(copy / "model.safetensors", ns=(1, 1))
@@ -453,7 +446,7 @@ def test_a_glance_reads_little_of_large_weights(copy: Path) -> None:
     assert folder.look(copy, code=False) != before
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("node")
 class TestObjectStore:
     def test_a_model_there_is_fetched_once_and_again_when_it_changes(
         self, s3_server: Server, bucket: str, copy: Path

@@ -25,7 +25,7 @@ TREE: dict[str, Any] = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}, "metri
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Config of a search in a storage with nothing but MLflow's database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(search_folder.address, "find", lambda: "local")  # whether or not Ray runs on this machine
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # whether or not Ray runs on this machine
     return override(tiny.config(), {"run.storage": str(mlflow_database.place(tmp_path)), "run.name": "quick-space"})
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,13 +47,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder for checkpoints, as a path and as a URI."""
     folder = tmp_path / "checkpoints"
     return str(folder) if request.param == "folder" else folder.as_uri()
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
-    (tmp_path / "t").mkdir()
-    return tmp_path / "t"
 
 
 def is_good(place: str, step: int) -> bool:

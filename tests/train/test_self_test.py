@@ -13,7 +13,6 @@ import torch
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.tokens.collate import collate
-from olora_ray.train import loss as loss_module
 from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, three_examples
@@ -54,18 +53,6 @@ def test_a_llama_passes_with_the_fastest(dtype: torch.dtype) -> None:
         r"self-test: passed with attention=segments, in .* s; .* up to rounding \(relative difference .*, allowed .*\)"
     )
     assert re.fullmatch(line, found.line())  # the loss's difference, of 0.09, was read as an error
-
-
-@DTYPES
-def test_attention_that_is_not_told_the_borders_is_passed_over(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = of_kind("nemotron", SMALL | {"initializer_range": 0.2}).to(dtype)  # it hands positions on, no borders
-    assert chosen(made).attention == "segments"
-    monkeypatch.setattr(attention, "_borders", lambda positions: [0, positions.shape[1]])
-    found = chosen(made)
-    assert found.attention == "sdpa"
-    assert "other examples in its sequence" in found.passed_over["segments"]
 
 
 @DTYPES
@@ -219,33 +206,6 @@ def test_a_state_is_never_laid_out_in_one_row() -> None:
 def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
     with pytest.raises(UserError, match=r"^model\.attention=segments: with Mistral.*; set model.attention: sdpa$"):
         chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
-
-
-Break = Callable[[pytest.MonkeyPatch], None]
-
-
-def head_without_scale(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(loss_module, "OutputHead", lambda made: made.get_output_embeddings())
-
-
-def no_mask(patch: pytest.MonkeyPatch) -> None:
-    """Attention that sees later tokens."""
-    real = torch.nn.functional.scaled_dot_product_attention
-
-    def seen(*parts: Any, is_causal: bool = False, **more: Any) -> Any:
-        return real(*parts, is_causal=False, **more)
-
-    patch.setattr(attention.F, "scaled_dot_product_attention", seen)
-    patch.setattr(attention, "own", lambda _: "eager")
-
-
-@pytest.mark.parametrize("broken", [head_without_scale, no_mask])
-def test_what_is_broken_here_is_found(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = of_kind("granite", SMALL | {"logits_scaling": 3.0, "initializer_range": 0.2})
-    assert chosen(made).attention == "segments"
-    broken(monkeypatch)
-    with pytest.raises(UserError, match="GraniteForCausalLM"):
-        chosen(made, model__attention="segments")
 
 
 def adapted(settings: Any = None) -> Any:
