@@ -124,7 +124,7 @@ class Dying(Clocked):
         return write
 
 
-@pytest.mark.parametrize("action", ["promote", "rollback"])
+@pytest.mark.parametrize("action", ["promote", pytest.param("rollback", marks=pytest.mark.slow)])
 def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(database: Path, action: str) -> None:
     aliases = Clocked(registered.model(database, f"crash-{action}", 3).uri, f"crash-{action}")
     real = aliases.client
