@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from olora_ray.adapter import initialise
@@ -25,7 +24,7 @@ from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
-from olora_ray.common import collectives, node_cache
+from olora_ray.common import collectives, node_cache, records
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
@@ -117,22 +116,20 @@ def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
     path = collectives.from_first(newest[0] if newest else None)
     if path is None:
         return None
-    problem, chosen = None, newest[1] if newest else None
+    subject = f"run.storage: worker {rank} cannot read the checkpoint that worker 0 can read"
     try:
-        chosen = chosen or checkpoints.read(path)
-    except UserError as error:
-        problem = _with_subject(error, f"run.storage: worker {rank} cannot read the checkpoint that worker 0 can read")
-    try:
-        collectives.raise_together(problem)
+        chosen = collectives.together(lambda: newest[1] if newest else _read(path, subject))
     except TryAgain as error:
         raise StoreUnavailable(str(error)) from None
-    assert chosen is not None
     checkpoint.require_same(chosen.identity, spec.identity(), path)
     return chosen
 
 
-def _with_subject(error: UserError, subject: str) -> UserError:
-    return (TryAgain if isinstance(error, TryAgain) else UserError)(f"{subject}: {error}")
+def _read(path: str, subject: str) -> Checkpoint:
+    try:
+        return checkpoints.read(path)
+    except UserError as error:
+        raise (TryAgain if isinstance(error, TryAgain) else UserError)(f"{subject}: {error}") from None
 
 
 def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
@@ -140,19 +137,12 @@ def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
     path = spec.config.train.start
     if path is None:
         return None
-    problem, start = None, None
-    try:
-        start = checkpoints.read(path)
-        wanted = spec.identity()
-        if other := [name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]]:
-            problem = UserError(
-                f"train.start: {path} was trained with another {' and another '.join(other)}; use a checkpoint with the"
-                " model and adapter sections of this config, or set train.start: null"
-            )
-    except UserError as error:
-        problem = _with_subject(error, "train.start")
-    collectives.raise_together(problem)
-    assert start is not None
+    start, wanted = collectives.together(lambda: _read(path, "train.start")), spec.identity()
+    if other := [name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]]:
+        raise UserError(
+            f"train.start: {path} was trained with another {' and another '.join(other)}; use a checkpoint with the"
+            " model and adapter sections of this config, or set train.start: null"
+        )
     return start.best_adapter()
 
 
@@ -287,13 +277,8 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
 
 
 def check_base(loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None) -> None:
-    # All workers must call it together, and all raise the UserError of one.
-    problem = None
-    try:
-        tested(loss, spec, first_sequences(spec, waiting), device)
-    except UserError as error:
-        problem = str(error)
-    collectives.raise_together(problem)  # the test may have passed on the GPUs of other workers
+    # All workers must call it together: the test may have passed on the GPUs of others.
+    collectives.together(lambda: tested(loss, spec, first_sequences(spec, waiting), device))
 
 
 def self_tested(
@@ -314,28 +299,25 @@ def self_tested(
         start = replace(start, attention=_take_over(context, spec, start, known))
         return _without(context, spec, start, known.without)
     logger.info("self-test: comparing the training step with the model's own attention")
-    problem, name = None, start.attention
-    without: tuple[str, ...] = ()
-    loss, adapted = start.trainer.loss, start.trainer.adapted
-    try:
-        packs = first_sequences(spec, waiting)
-        train_mode(adapted, False)
-        with context.activate(adapted):
-            name = tested(loss, spec, packs, context.device).attention
-            new, named = not start.trained, not isinstance(spec.config.adapter.targets, str)
-            with _as_user_error(loss):
-                missed, off = check_adapters(loss, adapted, packs, name, context.device, new=new, named=named)
-            assert loss.tested is not None
-            loss.tested, without = replace(loss.tested, gradients=off), tuple(missed)
-    except UserError as error:
-        problem = str(error)
-    collectives.raise_together(problem)  # the test may have passed on the GPUs of other workers
-    assert loss.tested is not None
-    result = replace(loss.tested, without=without).to_json()
-    start.state.self_test = {"with": used, "found": result}
+    # The test may pass here and fail on the GPUs of other workers.
+    found = collectives.together(lambda: _test(context, spec, start, waiting))
+    start.state.self_test = {"with": used, "found": found.to_json()}
     if kept is not None:
-        node_cache.keep(kept, json.dumps(result))
-    return _without(context, spec, replace(start, attention=name), without)
+        node_cache.keep(kept, json.dumps(found.to_json()))
+    return _without(context, spec, replace(start, attention=found.attention), found.without)
+
+
+def _test(context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None) -> SelfTest:
+    loss, adapted, packs = start.trainer.loss, start.trainer.adapted, first_sequences(spec, waiting)
+    train_mode(adapted, False)
+    with context.activate(adapted):
+        attention = tested(loss, spec, packs, context.device).attention
+        new, named = not start.trained, not isinstance(spec.config.adapter.targets, str)
+        with _as_user_error(loss):
+            missed, off = check_adapters(loss, adapted, packs, attention, context.device, new=new, named=named)
+    assert loss.tested is not None
+    loss.tested = replace(loss.tested, gradients=off)
+    return replace(loss.tested, without=tuple(missed))
 
 
 # The first step of a new adapter: how far it moves each layer decides the sizes of even factors and the automatic rate.
@@ -414,10 +396,7 @@ def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
     stored: Any = start.state.self_test
     if not start.resumed or not isinstance(stored, dict) or stored.get("with") != used:
         return None
-    try:
-        return TypeAdapter(SelfTest).validate_python(stored.get("found"))
-    except ValidationError:
-        return None
+    return records.parsed(json.dumps(stored.get("found")), SelfTest)
 
 
 def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
@@ -429,10 +408,7 @@ def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
 
 def _kept(file: str | None) -> SelfTest | None:
     text = node_cache.read(file) if file is not None else None
-    try:
-        return None if text is None else TypeAdapter(SelfTest).validate_json(text)
-    except ValidationError:
-        return None
+    return None if text is None else records.parsed(text, SelfTest)
 
 
 def _take_over(context: WorkerContext, spec: TrainSpec, start: StartingPoint, known: SelfTest) -> str:

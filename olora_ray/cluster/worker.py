@@ -142,9 +142,10 @@ class Worker:
 
     def _rescue(self) -> None:
         """Write the last whole step before Ray ends this process. Only rank 0 does, because two could write at once."""
-        if self.manager and self._evaluated:
+        if self.manager:
             with contextlib.suppress(UserError):  # the manager has logged the reason
-                self._checkpoint()
+                if self._evaluated:
+                    self._checkpoint()
                 self.manager.finish()
 
     def _begin(self) -> None:
@@ -212,13 +213,7 @@ class Worker:
         return limit is not None and self.state.stale >= limit
 
     def _finish(self, interrupted: bool) -> TrainResult:
-        problem: UserError | None = None
-        try:
-            if self.manager:
-                self.manager.finish()
-        except UserError as error:
-            problem = error
-        collectives.raise_together(problem)
+        collectives.together(lambda: self.manager.finish() if self.manager else None)
         if interrupted:
             return TrainResult(interrupted=self.stop_requests.reason(), state=self.state)
         answers = self.evaluator.answer_pairs(self.state.before)
