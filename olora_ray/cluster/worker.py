@@ -5,6 +5,7 @@ another group, which resumes from the newest checkpoint.
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -123,7 +124,7 @@ class Worker:
         self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting, self.state.lr)
         # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
         self.manager = CheckpointManager(checkpoints, self.config.train.keep, self._saved) if not context.rank else None
-        self._saved_at, self._saving = time.monotonic(), 0.0
+        self._saved_at, self._saving = time.monotonic(), math.inf
         self._saved_step = self.state.step if self.resumed else -1
         self._evaluated = True
         """False between a step and its evaluation and report."""

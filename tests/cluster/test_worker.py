@@ -352,14 +352,15 @@ def test_a_worker_that_loses_the_others_keeps_its_last_whole_step(
     assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
 
 
-@pytest.mark.parametrize(("share", "steps"), [(1e9, [0, 1, 2, 3, 4, 5, 6]), (1e-9, [0, 3, 6])])
+@pytest.mark.parametrize(("share", "more"), [(1e9, True), (1e-9, False)])
 def test_a_checkpoint_is_due_after_some_seconds_unless_it_costs_too_much(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, steps: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, more: bool
 ) -> None:
     monkeypatch.setattr(worker, "MOST_LOST", 0.0)
     monkeypatch.setattr(worker, "SHARE", share)
     train(tmp_path)
-    assert sorted(checkpoints.steps_of(str(tmp_path))) == steps
+    saved = set(checkpoints.steps_of(str(tmp_path)))
+    assert saved > {0, 3, 6} if more else saved == {0, 3, 6}
 
 
 def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
