@@ -30,6 +30,7 @@ import numpy as np
 from common import MODEL, machine, met, model_folder, processes_below, table
 
 from olora_ray.cluster.spec import TrainResult
+from olora_ray.common import records
 from olora_ray.train.checkpoint import MANIFEST
 from olora_ray.train.checkpoints import name_of
 
@@ -164,9 +165,10 @@ def taken_by_others(seen: Sequence[Busy], began: float, ended: float) -> float:
 def recorded(folder: Path, steps: int, seen: Sequence[Busy] = ()) -> Run:
     """Read the records in a run folder, from the first counted checkpoint to the last one."""
     first = counted_from(steps)
-    state = TrainResult.from_json((folder / "training.json").read_text()).state
-    assert state is not None
-    rows = [row for row in state.history if row["step"] > first and "train/step_seconds" in row]
+    result = records.read(str(folder / "training.json"), TrainResult)
+    assert result is not None
+    assert result.state is not None
+    rows = [row for row in result.state.history if row["step"] > first and "train/step_seconds" in row]
     assert len(rows) == steps - first, "a step is missing: was the run resumed?"
     seconds = [row["train/step_seconds"] for row in rows]
     began, ended = ((folder / "checkpoints" / name_of(step) / MANIFEST).stat().st_mtime for step in (first, steps))

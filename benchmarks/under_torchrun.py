@@ -44,10 +44,7 @@ class NobodyAsks:
     def pending(self) -> bool:
         return False
 
-    def decided(self) -> bool:
-        raise AssertionError("nobody has asked")
-
-    def reason(self) -> tuple[str, bool]:
+    def reason(self) -> str:
         raise AssertionError("nobody has asked")
 
 
@@ -59,12 +56,12 @@ def main(file: str) -> None:
     if result.problem or result.state is None:
         raise SystemExit(f"training has failed: {result.problem}")
     if dist.get_rank() == 0:
-        RunFolder(config).write_training(result.to_json())
+        RunFolder(config.folder()).write_training(result)
     dist.barrier()
 
 
 def train(context: TorchrunContext, config: Config) -> TrainResult:
-    base, folder, requests = open_base(config), RunFolder(config), NobodyAsks()
+    base, folder, requests = open_base(config), RunFolder(config.folder()), NobodyAsks()
     if context.rank == 0:
         begin(config, base.spec, "train").run()
     dist.barrier()

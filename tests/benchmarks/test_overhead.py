@@ -33,7 +33,7 @@ def make_run(folder: Path, steps: int, seconds: float, between: float, waited: f
         place.mkdir(parents=True)
         (place / MANIFEST).write_text("{}")
         os.utime(place / MANIFEST, (0, 1000.0 + step * (seconds + between)))
-    (folder / "training.json").write_text(TrainResult(state=state).to_json())
+    RunFolder(str(folder)).write_training(TrainResult(state=state))
     return folder
 
 

@@ -119,7 +119,6 @@ def test_a_part_of_a_gpu_has_a_part_of_its_memory(base: tuple[str, BaseModel]) -
     assert missing(1, half, [node(1, memory=99 * GIB)]) is None  # nobody tells how large it is
 
 
-@pytest.mark.parametrize("base", [torch.bfloat16], indirect=True)
 @pytest.mark.parametrize("base", [torch.float16], indirect=True)
 def test_only_nodes_with_room_for_workers_are_counted(
     base: tuple[str, BaseModel], monkeypatch: pytest.MonkeyPatch

@@ -45,7 +45,7 @@ def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequ
         folder = made(root, f"bad-{len(text)}")
         storage.write_text(storage.join(folder.root, file), text)
     storage.remove(made(root, "bad").settings)
-    with only_driver(made(root, "now").config):
+    with only_driver(made(root, "now").state().config):
         lines = runs.table(root)
     assert lines[0].split() == list(runs.HEAD)
     cells = {line.split("  ")[0]: " ".join(line.split()[1:-2]) for line in lines[1:]}
