@@ -66,20 +66,6 @@ def test_seeds_and_arms_may_be_added_and_stay(begun: Comparison) -> None:
         folder.check(begun)
 
 
-def test_versions_are_noted_for_each_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A comparison that was killed before its first training ended was once reported as a mixture for ever."""
-    root = str(tmp_path)
-    for code, begun, mixed in (
-        ("one", {"a": 0, "b": 0}, False),
-        ("two", {"a": 0, "b": 0}, False),  # the first attempt left nothing
-        ("two", {"a": 8}, False),
-        ("three", {"b": 8}, True),
-    ):
-        monkeypatch.setattr(folder.node_cache, "code", lambda code=code: code)
-        folder.note_code(root, begun)
-        assert folder.notes(root) == ((folder.MIXED,) if mixed else ())
-
-
 def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -> None:
     place = Path(begun.config.folder())
     (place / "tuning" / "trials").rmdir()
