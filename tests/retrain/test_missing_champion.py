@@ -49,7 +49,6 @@ class Nights:
         self.loss = 0.0
         self.meanwhile: Callable[[], object] = lambda: None
         """Happens when the challenger is trained, and nothing is measured yet."""
-        self.before_measuring: Callable[[], object] = lambda: None
 
     def call(self, loss: float | None = None) -> str:
         """Run a night on a new file with a version of this loss (None: on the same files); return the log."""
@@ -89,19 +88,19 @@ class Nights:
         self.meanwhile()
         return {"mlflow": {"run_id": config.run.name}, "best_step": 1}
 
-    def measured(self, _: object, __: object, versions: list[Version]) -> list[RowResults]:
-        """Stands for compare.measured."""
-        self.before_measuring()
-        rows, tokens = 24, 10
-        return [
-            RowResults(
-                "rows", (tokens,) * rows, (float(v.tags[LOSS]) * tokens,) * rows, {}, tuple((0, n) for n in range(rows))
-            )
-            for v in versions
-        ]
-
     def made(self) -> list[str]:
         return [version.number for version in self.aliases.versions()]
+
+
+def measured(_: object, __: object, versions: list[Version]) -> list[RowResults]:
+    """Stands for compare.measured."""
+    rows, tokens = 24, 10
+    return [
+        RowResults(
+            "rows", (tokens,) * rows, (float(v.tags[LOSS]) * tokens,) * rows, {}, tuple((0, n) for n in range(rows))
+        )
+        for v in versions
+    ]
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Begun:
 def replaced(patch: pytest.MonkeyPatch, nights: Nights) -> None:
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     patch.setattr(pipeline, "run", nights.train)
-    patch.setattr(compare, "measured", nights.measured)
+    patch.setattr(compare, "measured", measured)
 
 
 @pytest.fixture
@@ -259,8 +258,15 @@ def test_a_champion_that_is_deleted_while_a_night_trains(nights: Nights, delete:
 
 
 @pytest.mark.parametrize("delete", [without_alias, without_version("3")], ids=["alias", "version"])
-def test_a_champion_that_is_deleted_while_it_is_measured(nights: Nights, delete: Callable[[Nights], None]) -> None:
-    nights.before_measuring = lambda: delete(nights) if "champion" in nights.aliases.current() else None
+def test_a_champion_that_is_deleted_while_it_is_measured(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, delete: Callable[[Nights], None]
+) -> None:
+    def measures(*arguments: Any) -> list[RowResults]:
+        if "champion" in nights.aliases.current():
+            delete(nights)
+        return measured(*arguments)
+
+    monkeypatch.setattr(compare, "measured", measures)
     log = nights.call(1.0)  # better than version 2
     assert "the champion was version 3, and is now none: the gate decides again" in log
     promoted = delete is not without_alias
@@ -268,10 +274,16 @@ def test_a_champion_that_is_deleted_while_it_is_measured(nights: Nights, delete:
     assert nights.aliases.current()["previous"] == "2"
 
 
-def test_a_challenger_that_is_deleted_before_it_is_judged_is_registered_again(nights: Nights) -> None:
-    nights.before_measuring = lambda: nights.client.delete_model_version(NAME, "4")
-    assert "nightly has no version 4; it has 1, 2, 3" in nights.stops(BETTER)
-    nights.before_measuring = lambda: None
+def test_a_challenger_that_is_deleted_before_it_is_judged_is_registered_again(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measures(*arguments: Any) -> list[RowResults]:
+        nights.client.delete_model_version(NAME, "4")
+        return measured(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "measured", measures)
+        assert "nightly has no version 4; it has 1, 2, 3" in nights.stops(BETTER)
     assert nights.aliases.current() == {"champion": "3", "previous": "2"}
     assert "version 5 is the champion" in nights.call()
 
