@@ -19,7 +19,7 @@ from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import Worker
 from olora_ray.cluster.worker_context import RayTrainContext, use_cpus
 from olora_ray.common.logs import quiet_transformers
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
@@ -50,7 +50,7 @@ class NobodyAsks:
 
 def main(file: str) -> None:
     quiet_transformers()
-    config = load(file)
+    config = load_config(file)
     dist.init_process_group("gloo")
     result = train(TorchrunContext(config), config)
     if result.problem or result.state is None:

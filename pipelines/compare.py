@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     comparison = arguments.parse(argv, usage=__doc__ or "")
     from olora_ray.tokens import first_look
 
-    comparison = replace(comparison, config=first_look.check(comparison.config))
+    comparison = replace(comparison, config=first_look.check_data(comparison.config))
     from comparison import folder, report, rows, run
     from comparison.record import best_config, recorded
     from olora_ray.pipeline.base import open_base

@@ -33,12 +33,12 @@ def main(argv: list[str]) -> None:
         command_line.parse(argv, usage=__doc__ or "")
     from olora_ray.evaluation import lm_eval_tasks, results, targets
 
-    request = results.read(argv, usage=__doc__ or "")
+    request = results.read_request(argv, usage=__doc__ or "")
     config = targets.settings(request.models, request.config, request.changes)
-    results.check(request, config)
+    results.check_request(request, config)
     results.check_tracking(request)
     # Tasks and models are looked up before a cluster is started, so that a wrong name costs no waiting.
-    sets = lm_eval_tasks.load(request.tasks, request.task_data)
+    sets = lm_eval_tasks.load_tasks(request.tasks, request.task_data)
     models = [targets.resolve(name, config) for name in request.models]
     uri = results.tracking_address(request, models)
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         measured = [results.evaluate(target, sets, request.limit) for target in models]
     intervals = results.differences(*measured) if len(measured) == 2 else {}
     print("\n".join(["", *results.lines(measured, intervals), ""]), flush=True)
-    results.write(request, measured, intervals, uri)
+    results.write_results(request, measured, intervals, uri)
 
 
 if __name__ == "__main__":

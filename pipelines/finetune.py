@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     config, flags = command_line.read_arguments(argv, usage=__doc__ or "")
     from olora_ray.tokens import first_look
 
-    config = first_look.check(config)
+    config = first_look.check_data(config)
     logging.getLogger("olora_ray").info("importing torch, transformers and Ray")
     if "--dry-run" in flags:
         from olora_ray.pipeline.dry_run import dry_run

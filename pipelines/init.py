@@ -173,7 +173,7 @@ def _look(config: Config, number: int, shown: str) -> Look:
     if source.format == "auto":
         source, seen = first_look.find_format(source, where, config.run.storage)
     else:
-        first_look.check(config)
+        first_look.check_data(config)
     files = list_files(source, where, config.run.storage)
     some = files[:8]
     rows = round(sum(head(file).rows for file in some) * total_bytes(files) / max(total_bytes(some), 1))

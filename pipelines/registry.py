@@ -31,7 +31,7 @@ from olora_ray.config import command_line
 from olora_ray.tracking import checksums, models, start
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.checksums import Version
-from olora_ray.tracking.client import check, connect, reachable, shown_uri
+from olora_ray.tracking.client import check_uri, connect, reachable, shown_uri
 from olora_ray.tracking.start import absolute
 
 DATABASE = Path("runs/mlflow.db")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     if len(names) != len(wanted):
         raise UserError(f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]")
     uri = _tracking_uri(parsed.options.get("--tracking-uri"))
-    check(uri)
+    check_uri(uri)
     folder, _, name = uri.removeprefix("sqlite:///").rpartition("/")
     if act is not show_all and name == start.DATABASE and os.path.isdir(os.path.join(folder, start.FOLDER)):
         # The database may have moved with its folder, and with it the files; `list` reads no file.
@@ -89,7 +89,7 @@ def show_one(aliases: Aliases, which: str) -> None:
     for name, text in sorted(version.tags.items()):
         print(f"  {name} = {text}")
     with reachable(aliases.uri, upload=True):
-        files = checksums.read(version, files_uri, aliases.uri)
+        files = checksums.read_checksums(version, files_uri, aliases.uri)
     for name, entry in sorted(files.items()):
         print(f"  {entry['sha256'][:16]}  {entry['bytes']:>13,}  {name}")
     print(f"all {aliases.verify(number)} files have their checksums")

@@ -26,10 +26,10 @@ def main(argv: list[str]) -> None:
     config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
     from olora_ray.tokens import first_look
 
-    config = first_look.check(config)
-    from olora_ray.sweep.space_file import load
+    config = first_look.check_data(config)
+    from olora_ray.sweep.space_file import load_space
 
-    space = load(file, config)
+    space = load_space(file, config)
     from olora_ray.pipeline import prepare, run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     if config.data.max_length == "auto":
         config = prepare.with_length(config, open_base(config))
     search = search_folder.search_config(config, space, file, registers="--register" in flags)
-    search_folder.check(search, space)
+    search_folder.check_search(search, space)
     with only_driver(search) as driver:
         base = open_base(search)
         space_file.plan(search, space, base.model)

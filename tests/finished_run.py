@@ -59,7 +59,7 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
     from transformers import AutoModelForCausalLM
 
     project.make_tiny(folder)
-    config = first_look.check(build(project.settings(folder, folder / "model", **changes)))
+    config = first_look.check_data(build(project.settings(folder, folder / "model", **changes)))
     mlflow_database.place(Path(config.run.storage))
     case = make_case(folder / "model", AutoModelForCausalLM.from_pretrained(folder / "model"), config.adapter)
     base = open_base(config)

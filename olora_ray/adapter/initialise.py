@@ -121,7 +121,7 @@ def options_of(adapter: Adapter) -> Options:
     return Options(**{field.name: getattr(adapter, field.name) for field in fields(Options)})
 
 
-def check(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
+def check_rank(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
     for name, (*_, m, n) in shapes.items():
         if problem := METHODS[method].problem(m, n, rank, name):
             raise UserError(problem)
@@ -149,7 +149,7 @@ def initialise(
     UserError that names a layer in which the method cannot have this rank, or whose weight has NaN or infinite values.
     """
     shapes: dict[str, Shape] = {name: target.whole_shape for name, target in targets.items()}
-    check(shapes, method, rank)
+    check_rank(shapes, method, rank)
     shares = assign(shapes, rank, collectives.world_size(), method)
     use = METHODS[method]
     assert use.needs == "weight", f"{method} needs data: use train/data_driven.py"
@@ -214,7 +214,7 @@ def _together(chunks: list[Factors]) -> Factors:
 TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
 
 
-def write(
+def write_factors(
     folder_uri: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int, prefix: bool = True
 ) -> None:
     """Write factors into the folder `folder_uri`. `origin` identifies their inputs; `prefix` is the method's."""
@@ -249,7 +249,7 @@ def _description(folder_uri: str, origin: Mapping[str, str], rank: int) -> dict[
     return described if enough else None
 
 
-def read(folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
+def read_factors(folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
     """Return the factors of these layers at `rank`; None if missing, of another origin, or of too small a rank."""
     description = _description(folder_uri, origin, rank)
     if description is None:

@@ -245,7 +245,7 @@ _MORE = ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "layer_
 """PEFT's settings that make an adapter more than one product of two matrices per layer."""
 
 
-def read(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
+def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
     """Return layer -> its adapter in float32, and the scale of all; `model` is the base, with weights or without.
 
     The whole change is in dA and dB, with B0 = 0. Raises UserError for an adapter of another form or of another model:

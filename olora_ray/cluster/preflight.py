@@ -272,7 +272,7 @@ def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.d
 Answers = list[tuple[str, NodeInfo]]
 
 
-def check(config: AnyConfig, base: BaseModel | None) -> None:
+def check_cluster(config: AnyConfig, base: BaseModel | None) -> None:
     """Raise UserError with all problems that prevent the run on this cluster. Needs ray.init.
 
     It is no problem, but logged, if the run must wait for nodes that the autoscaler may start, or if it has a range of

@@ -161,7 +161,7 @@ def factors(
         return {name: known[name].factors for name in sorted(known, key=lambda name: order.get(name, len(order)))}
     if spec.shared:
         began = time.perf_counter()
-        shared = initialise.read(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets))
+        shared = initialise.read_factors(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets))
         # All workers compute the factors if one of them cannot read them. It would wait for the others otherwise.
         if all(collectives.gather(bool(shared))) and shared:
             logger.info(

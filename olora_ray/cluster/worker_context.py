@@ -99,7 +99,7 @@ class RayTrainContext:
     def base(self, spec: TrainSpec) -> SupervisedLoss:
         """Return the base model, which is loaded at the first call. Use it only inside `activate`."""
         if self._loss is None:
-            self._loss = load(spec, self.device)
+            self._loss = load_loss(spec, self.device)
         self._loss.recompute = spec.recompute
         return self._loss
 
@@ -123,7 +123,7 @@ class SharedBase:
     def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
         use_cpus(spec.config, device)
         config = agreed(spec.config, device)
-        return cls(load(replace(spec, config=config), device), device, config.model.dtype)
+        return cls(load_loss(replace(spec, config=config), device), device, config.model.dtype)
 
 
 def on_cpu(spec: TrainSpec) -> TrainSpec:
@@ -185,7 +185,7 @@ class Turns:
                 self._waiting[0].set()
 
 
-def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
+def load_loss(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
     """Load the frozen base model of a spec; of a sharded base, this worker's part. All workers must call it together.
 
     If one worker has a UserError, for example because its node has no access to the model, all workers raise it.

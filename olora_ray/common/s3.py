@@ -42,7 +42,7 @@ def require_boto3(location: str, field: str) -> None:
         ) from None
 
 
-def check(location: str, field: str) -> None:
+def check_bucket(location: str, field: str) -> None:
     """Write, read and delete a small object below `location`, and log a warning if that is slow.
 
     Raises a UserError that starts with `field` and says what to do, and TryAgain for a problem that may pass by itself.

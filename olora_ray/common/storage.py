@@ -164,14 +164,14 @@ def ask(location: str, request: Callable[[fs.FileSystem, str], Answer]) -> Answe
     return patiently("/".join(location.split("/")[:3]), lambda: request(*filesystem(location)))
 
 
-def check(location: str, field: str) -> None:
+def check_storage(location: str, field: str) -> None:
     """Write, read and delete a small file below `location`, so that a wrong storage fails before any long work.
 
     Raises a UserError that starts with `field`, the setting of the location, and says what to do; TryAgain if an object
     store does not answer. Leaves no file.
     """
     if s3.is_s3(location):
-        s3.check(location, field)
+        s3.check_bucket(location, field)
     probe = join(location, f".probe-{uuid.uuid4().hex}")
     content, subject = os.urandom(4 * PART), f"{field}: {location}"
     with as_user_error(f"{subject} cannot be written", OSError, ValueError, reason=short_reason, passes=passes):

@@ -24,7 +24,7 @@ from olora_ray.common import logs
 from olora_ray.common.errors import Stopped, StoreError, UserError, as_user_error, of_the_machine, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import is_uri
-from olora_ray.config.load import load, meant, parse_assignments, spelling_advice
+from olora_ray.config.load import load_config, meant, parse_assignments, spelling_advice
 from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
 from olora_ray.config.section import AnySection, Section
 
@@ -351,7 +351,7 @@ def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str,
 
 
 def _loaded(file: str | Path, changes: dict[str, Any]) -> Config:
-    return resolved(load(file, changes), Path.cwd())
+    return resolved(load_config(file, changes), Path.cwd())
 
 
 # Libraries log addresses as they got them, with the passwords in them.

@@ -485,9 +485,9 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return next((section for inner in get_args(annotation) if (section := _section_in(inner))), None)
 
 
-def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     """Read a config file and apply dotted `changes`; raise UserError that lists every problem with its field."""
-    file, changes = read(path), changes or {}
+    file, changes = read_tree(path), changes or {}
     config = build(changed(file, changes), str(path))
     before, train = (file.get("train") or {}).get("steps"), config.train
     if before and train.steps is None and "train.epochs" in changes:
@@ -497,7 +497,7 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     return config
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_tree(path: str | Path) -> dict[str, Any]:
     """Read a config file without validation; raise UserError if it is no YAML mapping."""
     tree = read_yaml(path, "config file")
     if not isinstance(tree, dict):
@@ -562,5 +562,5 @@ def override(config: AnySection, changes: Mapping[str, Any]) -> AnySection:
 
 
 def dump(config: Config) -> str:
-    """Return the config as YAML; `load` reads it back to an equal config."""
+    """Return the config as YAML; `load_config` reads it back to an equal config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -114,7 +114,7 @@ class Answers:
             raise UserError(f"argument --system: {run} was trained on texts without a chat template; leave it out")
         self.system = _system(target.config.data.train) if system is None and self.chat else system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = held_out.load(target.base, adapter, target.config, self.device)
+        self.model = held_out.load_adapted(target.base, adapter, target.config, self.device)
 
     def __call__(self, prompt: str, adapted: bool) -> str:
         """Return the answer of the fine-tuned model (`adapted`) or of the base model.

@@ -23,7 +23,7 @@ from olora_ray.evaluation.groups import origins
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.model.load import load_model, pick_dtype
 from olora_ray.model.source import BaseModel, on_this_node
-from olora_ray.pipeline.answers import as_text, check
+from olora_ray.pipeline.answers import as_text, check_answers
 from olora_ray.pipeline.base import Base
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
@@ -148,7 +148,7 @@ def measure_and_answer(
     depend on the number of actors. Needs ray.init. Raises UserError if a file does not load, or if the scorer cannot
     score a reference.
     """
-    check(config, store, base.tokenizer)
+    check_answers(config, store, base.tokenizer)
     width = config.train.micro_batch
     packs = [store[number] for number in range(len(store))]
     asked = questions(store, config.evaluation.rows) if config.evaluation.scorer else []
@@ -190,7 +190,7 @@ class Measurer:
         Raises UserError if it does not load, or fails its self-test.
         """
         self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, assigned_device()
-        self.model = load(base, adapter, config, self.device)
+        self.model = load_adapted(base, adapter, config, self.device)
         self.loss = SupervisedLoss(self.model)
         # All actors test the same examples, so that all choose the same attention and compute the same bits.
         self.attention = choose_attention(self.loss, tried, config, self.device).attention
@@ -206,7 +206,7 @@ class Measurer:
         return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
 
 
-def load(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device) -> Any:
+def load_adapted(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device) -> Any:
     """Return the frozen model on `device`, with the plain-LoRA adapter in its layers if one is set.
 
     Loads the weights as they are stored and ignores model.quantization, because exports are made for these weights.

@@ -121,7 +121,7 @@ class HarnessModel:
         from lm_eval.models.huggingface import HFLM
 
         quiet_lm_eval()
-        model = held_out.load(base, adapter, config, assigned_device())
+        model = held_out.load_adapted(base, adapter, config, assigned_device())
         # lm-eval pads the rows of a batch to one length, and the model's own attention takes such batches.
         model.set_attn_implementation(attention.own(model))
         tokenizer = load_tokenizer(on_this_node(base, config), config.model)
@@ -164,7 +164,7 @@ class TaskResult:
     """Metric -> its value for each row, in order; only metrics that are the mean of their rows (see `_is_mean`)."""
 
 
-def load(names: Sequence[str], data: str | None) -> Tasks:
+def load_tasks(names: Sequence[str], data: str | None) -> Tasks:
     """Load the tasks with their rows, from the folder `data` (see `overrides`) or, if it is None, from the hub.
 
     Raises UserError if a task is unknown, if its data is missing, or if lm-eval is not installed; TryAgain if the hub

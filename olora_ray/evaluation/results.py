@@ -52,7 +52,7 @@ class Request:
     out: str | None
 
 
-def read(argv: Sequence[str], usage: str) -> Request:
+def read_request(argv: Sequence[str], usage: str) -> Request:
     """Parse `argv`; --help prints `usage` and exits. Raises UserError for unknown or wrong arguments."""
     arguments = command_line.parse(argv, usage, options=OPTIONS)
     models, changes, options = tuple(arguments.names()), arguments.changes(), arguments.options
@@ -108,7 +108,7 @@ class Evaluation:
         }
 
 
-def check(request: Request, config: AnyConfig) -> None:
+def check_request(request: Request, config: AnyConfig) -> None:
     """Raise UserError if there is nothing to evaluate, the scorer cannot be used, or Ray does not answer."""
     config.data.length()  # raises UserError for data.max_length=auto
     if config.evaluation.scorer:
@@ -121,7 +121,7 @@ def check(request: Request, config: AnyConfig) -> None:
     if config.evaluation.scorer and not config.data.holds_out():
         logger.warning("evaluation.scorer: no answers to score, because no rows are held out; set data.eval")
     if storage.is_uri(config.run.storage):
-        storage.check(config.run.storage, "run.storage")
+        storage.check_storage(config.run.storage, "run.storage")
     address.find()
 
 
@@ -212,7 +212,7 @@ ANSWERS = "answers.jsonl"
 def check_tracking(request: Request) -> None:
     """Raise UserError if the results cannot be written, before anything is measured."""
     if folder := _folder(request):
-        storage.check(folder, "argument --out")
+        storage.check_storage(folder, "argument --out")
 
 
 def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
@@ -224,11 +224,11 @@ def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
     if not (configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")):
         return None
     uri = resolve_uri(targets[0].config)
-    client.check(uri)
+    client.check_uri(uri)
     return uri
 
 
-def write(
+def write_results(
     request: Request,
     results: Sequence[Evaluation],
     intervals: Mapping[str, Interval],

@@ -21,7 +21,7 @@ from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
-from olora_ray.config.load import build, load, override, parse_yaml, validated
+from olora_ray.config.load import build, load_config, override, parse_yaml, validated
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
@@ -68,7 +68,7 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
-        return command_line.resolved(load(file, {**NO_GATE, **changes}), Path.cwd())
+        return command_line.resolved(load_config(file, {**NO_GATE, **changes}), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
         own = _read(storage.join(run, SETTINGS))
         parent, _, name = run.rpartition("/")

@@ -59,7 +59,7 @@ SECONDS_BETWEEN_LINES = 10.0
 _INSTEAD = "name the folder or hub id with its original safetensors"
 
 
-def check(file: Path) -> dict[str, Any]:
+def check_gguf(file: Path) -> dict[str, Any]:
     """Raise UserError unless a file has everything that its header counts, and its sizes are those of its tensors.
 
     Return the rotary positions and the window that transformers ignores, as fields of its config, for the caller to
@@ -275,7 +275,7 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     quiet_gguf()
     what = f"model.name: {file} cannot be loaded as a GGUF model"
     with as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError), foreign(what):
-        passed_by = check(file)
+        passed_by = check_gguf(file)
         model, _ = whole_model(what, file.parent, gguf_file=file.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     _check_biases(file, model)

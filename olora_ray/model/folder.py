@@ -30,7 +30,7 @@ _MOST_LAYERS = 2000
 _COUNTS_LAYERS = re.compile(r"layers?$")
 
 
-def check(folder: Path) -> None:
+def check_model(folder: Path) -> None:
     """Raise UserError unless config, index and headers of a folder with safetensors can be true."""
     if (folder / ADAPTER).exists():
         raise UserError(

@@ -10,7 +10,7 @@ from torch import nn
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import attention, convert
-from olora_ray.model.folder import check, foreign, parameters, read_json, text_class, whole_model
+from olora_ray.model.folder import check_model, foreign, parameters, read_json, text_class, whole_model
 from olora_ray.model.source import BaseModel
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def empty_model(folder: str | Path, config: ModelConfig, device: torch.device) -
 
 def _start(folder: str | Path, config: ModelConfig, device: torch.device) -> tuple[torch.dtype, str]:
     attention.register()
-    check(Path(folder))
+    check_model(Path(folder))
     base, dtype = BaseModel(str(folder), str(folder), ""), pick_dtype(config, device)
     shape = skeleton(base, config)
     _check_size(base, shape)

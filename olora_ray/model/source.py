@@ -53,7 +53,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
     elif not folder.weight_files(source):
         source = convert.pickled(source, config)
-    folder.check(source)
+    folder.check_model(source)
     _keep(source)
     code = config.model.trust_remote_code
     return BaseModel(name, str(source), folder.of_folder(source, code), folder.look(source, code))

@@ -48,7 +48,7 @@ def score(config: Config, answers: Sequence[Sample]) -> Scores:
     return {"before": scoring.means(before), "after": scoring.means(after)}
 
 
-def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> frozenset[str]:
+def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> frozenset[str]:
     """Score each reference against itself, before any expensive work; return the names of the scores.
 
     Raises UserError with the first row whose reference the scorer cannot score, or if the gate needs a score that the

@@ -77,7 +77,7 @@ def _merged(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
         logger.info(f"model.name: merging {entry.version.name} version {entry.version.number} into its base model")
         with storage.staged(target) as folder:
             shape = skeleton(model, own.model)
-            adapter, scale = peft_folder.read(entry.folder, shape)
+            adapter, scale = peft_folder.read_adapter(entry.folder, shape)
             write_merged(Path(model.folder), adapter, scale, folder, shape)
             portable.copy_tokenizer(entry.folder, folder)
     return target

@@ -104,7 +104,7 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
             logger.info(
                 f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
             )
-            preflight.check(config, base)
+            preflight.check_cluster(config, base)
             yield stop
     except BaseException:
         # A thread of Ray Data that calls Ray after ray.shutdown kills the process without a message, so the user would

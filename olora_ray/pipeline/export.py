@@ -225,7 +225,7 @@ def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread
 
     The folder of a stopped attempt is kept if its bytes are right.
     """
-    if out.is_dir() and not (kept := export_shares.check(work, parts, spread)).problems():
+    if out.is_dir() and not (kept := export_shares.check_merged(work, parts, spread)).problems():
         logger.info("export: keeping the merged model of an earlier attempt, which has the right bytes")
         return kept
     with replacing(out) as partial_folder:
@@ -237,7 +237,7 @@ def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread
         if more_ends(work.spec.eos, work.base, work.tokenizer):
             portable.end_with(partial_folder, work.spec.eos)
     logger.info("export: checking the merged weights")
-    return export_shares.check(work, parts, spread)
+    return export_shares.check_merged(work, parts, spread)
 
 
 def _write_gguf(work: Work, merged: Path, out: Path) -> None:
@@ -246,7 +246,7 @@ def _write_gguf(work: Work, merged: Path, out: Path) -> None:
     with replacing(out) as partial_folder:
         file = partial_folder / f"{config.run.name}-{config.export.gguf.upper()}.gguf"
         logger.info(f"writing {file.name}")
-        export_gguf.write(merged, file, work.model, config, work.spec.eos)
+        export_gguf.write_gguf(merged, file, work.model, config, work.spec.eos)
 
 
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:

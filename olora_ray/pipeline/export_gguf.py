@@ -135,7 +135,7 @@ def _frame(tokenizer: Any) -> tuple[bool, bool] | None:
     return next((case for case in cases if bos * case[0] + text + eos * case[1] == framed), None)
 
 
-def write(merged: Path, out: Path, model: "PreTrainedModel", config: Config, ends: Collection[int]) -> None:
+def write_gguf(merged: Path, out: Path, model: "PreTrainedModel", config: Config, ends: Collection[int]) -> None:
     """Write the merged model with its tokenizer and template to the file `out`; `ends` are the ids that end an answer.
 
     `problem` must have found nothing. Memory holds one tensor at a time.

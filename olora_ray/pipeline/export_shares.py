@@ -119,7 +119,7 @@ def check_part(part: Part) -> MergedFolder:
     return MergedFolder(worst, tuple(merge.changed_bytes(base, part.folder, work.groups, files)))
 
 
-def check(work: Work, parts: Sequence[Part], spread: Spread[Any]) -> MergedFolder:
+def check_merged(work: Work, parts: Sequence[Part], spread: Spread[Any]) -> MergedFolder:
     if lines := merge.changed_files(Path(work.base.folder), parts[0].folder):
         return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(lines))
     results = spread(check_part, parts)

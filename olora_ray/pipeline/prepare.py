@@ -212,7 +212,7 @@ def prepare_tokens(
         if wait:
             build.run(cpus_held)
         held_out = TokenStore.open(other.store.uri) if other else None
-        scores = answers.check(config, held_out, base.tokenizer)
+        scores = answers.check_answers(config, held_out, base.tokenizer)
         # This process prepares a small store in a moment. A larger one is prepared by Ray tasks, beside the training.
         if not wait and (build.complete or build.small):
             build.run()

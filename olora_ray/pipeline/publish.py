@@ -188,7 +188,7 @@ def check_tracking(config: Config, folder: RunFolder) -> None:
         check_adapter_only()
     # A resumed run needs neither until it has results, so an outage does not delay it.
     if folder.tracking_run(uri, config.run.storage) is None:
-        client.check(uri)
+        client.check_uri(uri)
         check_artifacts(config, uri)
         if config.export.push:
             check_hub(config.export.push)

@@ -166,7 +166,7 @@ class RunFolder:
         Return the config with the number of the existing run for `data.max_length: auto`, and the state of that run.
         Another length is allowed. Raises UserError if a check fails, and TryAgain if an object store does not answer.
         """
-        storage.check(config.run.storage, "run.storage")
+        storage.check_storage(config.run.storage, "run.storage")
         with as_user_error(f"run.storage: {self.root} cannot be read", OSError, reason=short_reason):
             state = self.state()
         if config.data.max_length == "auto" and state.config and (state.step is not None or state.result):

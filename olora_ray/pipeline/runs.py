@@ -77,7 +77,7 @@ def _of_run(folder: str, state: str, longer: bool) -> list[str]:
     file = "config.yaml"
     try:
         text = storage.read_text(storage.join(folder, file))
-        # Not `load` of config/load.py, which is ten times slower: a storage may have thousands of runs.
+        # Not `load_config`, which is ten times slower: a storage may have thousands of runs.
         config: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are
         train, (first, *more) = config["train"], config["data"]["train"]
         length = f"/{train['steps']}" if train["steps"] else f" ({train['epochs']:g} epochs)"

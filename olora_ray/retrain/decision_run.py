@@ -35,7 +35,7 @@ class Entry:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
+def write_decision(config: Config, entry: Entry, run_id: str | None = None) -> str:
     """Create the MLflow run of a decision, or complete `run_id`; return its id.
 
     Raises TrackingUnavailable if MLflow does not answer.
@@ -69,7 +69,7 @@ def of_version(config: Config, version: Version) -> None:
     reason = tags[GATE].partition(": ")[2] or tags[GATE]
     details = json.loads(tags.get(DETAILS, "{}"))
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
-    run_id = write(config, entry, _begun(config, entry))
+    run_id = write_decision(config, entry, _begun(config, entry))
     uri = resolve_uri(config)
     models.add(uri, version.name, version.number, _verdict(entry))
     # Before the tag: a call that is killed here tells again, instead of never.
@@ -98,7 +98,7 @@ def unchanged(config: Config, entry: Entry) -> None:
             client.set_tag(run_id, CALLS, str(int(calls) + 1 if calls.isdecimal() else 2))
             client.set_tag(run_id, "olora.last_call", time.strftime("%Y-%m-%d %H:%M:%S"))
             return
-    write(config, entry)
+    write_decision(config, entry)
 
 
 def _begun(config: Config, entry: Entry) -> str | None:

@@ -113,7 +113,7 @@ def _locked(config: Config) -> None:
     name = config.registry.model
     if name is None:
         raise UserError("registry.model: not set; retraining needs the name of a registered model")
-    client.check(resolve_uri(config))
+    client.check_uri(resolve_uri(config))
     start.follow(config.run.storage)
     path = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(path, f"the retraining of {name}") as lease:
@@ -122,7 +122,7 @@ def _locked(config: Config) -> None:
         except Exception as error:
             if not isinstance(error, TryAgain | StoreUnavailable):
                 with contextlib.suppress(Exception):  # the error itself matters more than a failure to record it
-                    decision_run.write(config, Entry("failed", f"{type(error).__name__}: {error}"))
+                    decision_run.write_decision(config, Entry("failed", f"{type(error).__name__}: {error}"))
             raise
 
 

@@ -68,7 +68,7 @@ def conclude(config: Config, sweep_spec: SweepSpec, search: SearchRecord, tracke
     assert best is not None
     path = storage.join(sweep_spec.folder, "best.yaml")
     storage.write_text(path, dump(best_config(config, sweep_spec, best)))
-    for file in [*page.write(search, sweep_spec.folder), path]:
+    for file in [*page.write_report(search, sweep_spec.folder), path]:
         with node_cache.fetched(file) as local:
             tracker.artifact(local)
     tracker.table("leaderboard", *text.table(search))

@@ -128,7 +128,7 @@ class TrialFile:
         # that became free earlier. If the late process wrote here, it would overwrite the progress of the trial.
         self.path, self.mode = storage.join(folder, FILE), mode
         self._began = time.monotonic()
-        self._previous = read(folder)
+        self._previous = read_record(folder)
         self._seconds = self._previous.seconds if self._previous else 0.0
         if self._previous and self._previous.first_step is not None:
             record = replace(record, first_step=self._previous.first_step)
@@ -171,7 +171,7 @@ class TrialFile:
             logger.warning(f"{self.path}: cannot be written now ({short_reason(error)}); the trial continues")
 
 
-def read(folder: str) -> TrialRecord | None:
+def read_record(folder: str) -> TrialRecord | None:
     """Return the record of the trial in `folder`; None if there is no readable one.
 
     Its field `folder` is set to this folder, because the search may have moved. Raises OSError if the storage is
@@ -191,5 +191,5 @@ def read_all(folder: str) -> dict[int, TrialRecord]:
     failure = f"{trials}: cannot read the records of the trials"
     # In parallel: an object store answers slowly, and a search may have thousands of records.
     with as_user_error(failure, OSError, reason=short_reason), ThreadPoolExecutor(16) as pool:
-        found = pool.map(read, [storage.join(trials, name) for name in storage.names(trials)])
+        found = pool.map(read_record, [storage.join(trials, name) for name in storage.names(trials)])
         return {record.number: record for record in found if record}

@@ -40,7 +40,7 @@ class Halving(ASHAScheduler):
         # The trial is new, or it ran before an interruption: then its earlier results count again.
         kept = None
         with contextlib.suppress(OSError):  # raising would make Tune start the whole search again
-            kept = record.read(trial_path(self.folder, number_of(str(trial))))
+            kept = record.read_record(trial_path(self.folder, number_of(str(trial))))
         if kept is None or not kept.total:
             return
         for step, value in kept.compared if self.measured == PAIRED else kept.curve:

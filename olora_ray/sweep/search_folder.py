@@ -46,7 +46,7 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
     return override(config, {**NO_GATE, **space.set, **own})
 
 
-def check(config: Config, space: Space) -> None:
+def check_search(config: Config, space: Space) -> None:
     """Raise UserError if storage, MLflow or Ray cannot be used, or if the folder holds a different search."""
     folder = RunFolder(config.folder())
     folder.check(config)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from olora_ray.adapter import initialise as factor_cache
-from olora_ray.adapter.initialise import Shape, check, initialise
+from olora_ray.adapter.initialise import Shape, check_rank, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.failures import user_errors
@@ -61,7 +61,7 @@ def factor_keys(config: Config, space: Space) -> list[FactorKey]:
 def check_ranks(config: Config, space: Space, shapes: Mapping[str, Shape]) -> None:
     rank = max(space.possible("adapter.rank", config.adapter.rank))
     for method in space.listed("adapter.method", config.adapter.method):
-        check(shapes, method, rank)
+        check_rank(shapes, method, rank)
 
 
 def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
@@ -109,7 +109,7 @@ def _make_factors(spec: TrainSpec, shared: SharedBase) -> str | None:
         self_test(shared, spec)
     factors, _, of_data = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
     prefix = METHODS[adapter.method].prefix
-    factor_cache.write(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
+    factor_cache.write_factors(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
     return of_data.line(adapter.method) if of_data else None
 
 

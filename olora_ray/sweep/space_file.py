@@ -25,7 +25,7 @@ METHOD, RANK = "adapter.method", "adapter.rank"
 """Fields that are checked together."""
 
 
-def load(path: str | Path, config: Config) -> Space:
+def load_space(path: str | Path, config: Config) -> Space:
     """Read a space file and check it against a config.
 
     Raises UserError that names the field for unknown fields, empty ranges, values that the config refuses, and a metric
@@ -35,11 +35,11 @@ def load(path: str | Path, config: Config) -> Space:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected fields (search:, metric:, ...), but it holds a {type(tree).__name__}")
     space = validated(Space, tree, str(path))
-    check(space, config, str(path))
+    check_space(space, config, str(path))
     return space
 
 
-def check(space: Space, config: Config, where: str = "space") -> None:
+def check_space(space: Space, config: Config, where: str = "space") -> None:
     """Raise UserError unless the config accepts every value of the space, and trials report its metric."""
     for part, fields in (("search", space.search), ("set", space.set)):
         for field in fields:

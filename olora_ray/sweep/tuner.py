@@ -156,7 +156,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def _record(self, trial: Any) -> TrialRecord | None:
         # The trial's own record, not Tune's result: it is what the leaderboard shows.
         try:
-            return record.read(trial_path(self.folder, _number(trial), self.space))
+            return record.read_record(trial_path(self.folder, _number(trial), self.space))
         except OSError:  # raising would make Tune count the trial as failed; only its log line lacks the value
             return None
 

@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 Looked = tuple[File, int, Any]
 
 
-def check(config: Config) -> Config:
+def check_data(config: Config) -> Config:
     """Return the config with the formats that its sources have.
 
     Raise UserError for a source without files, and if none of its first, middle and last rows can be used. The data

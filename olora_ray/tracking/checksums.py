@@ -76,7 +76,7 @@ def of_folders(folders: dict[str, Path]) -> str:
     return json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
 
 
-def read(version: Version, place: str, tracking_uri: str) -> Files:
+def read_checksums(version: Version, place: str, tracking_uri: str) -> Files:
     """Return the checksums of a version; `place`, a URI or a local folder, holds its files.
 
     Raises UserError if the version has no checksums, or if they changed since its registration.
@@ -102,7 +102,7 @@ def verify(version: Version, place: str, tracking_uri: str) -> int:
 
     Reads all files, one at a time. Raises UserError that names the first added, missing or changed file.
     """
-    files = read(version, place, tracking_uri)
+    files = read_checksums(version, place, tracking_uri)
     _refuse_added(version, _listed(version, place, tracking_uri), files.keys() | {FILE} | FROM_MLFLOW)
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
@@ -116,7 +116,7 @@ def verify(version: Version, place: str, tracking_uri: str) -> int:
 def verify_copy(version: Version, place: str, tracking_uri: str, folder: Path) -> None:
     """Check that `folder` is an unchanged copy of the version's merged model; raise UserError as `verify`."""
     inner = "model/"
-    listed = read(version, place, tracking_uri).items()
+    listed = read_checksums(version, place, tracking_uri).items()
     files = {name.removeprefix(inner): wanted for name, wanted in listed if name.startswith(inner)}
     _refuse_added(version, _below(folder), files)
     for name, wanted in files.items():

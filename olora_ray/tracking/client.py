@@ -113,7 +113,7 @@ class TrackingUnavailable(TryAgain):
     """MLflow does not answer now; the same call may work later."""
 
 
-def check(uri: str) -> None:
+def check_uri(uri: str) -> None:
     """Raise UserError within seconds if no MLflow server or database answers at `uri`.
 
     Raises its subclass TrackingUnavailable if MLflow may answer later.

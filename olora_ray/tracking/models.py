@@ -115,7 +115,7 @@ _HELLO = {"prompt": "Hello"}
 _EXAMPLE, _SERVED = "input_example.json", "serving_input_example.json"
 
 
-def write(folder: Path, contents: Contents, logged: "LoggedModel", run_id: str) -> None:
+def write_model(folder: Path, contents: Contents, logged: "LoggedModel", run_id: str) -> None:
     """Write all files except the model itself into `folder`, the root of the logged model."""
     _write_tokenizer(folder / "components" / "tokenizer", contents)
     packages = (*_PACKAGES, *(("peft",) if contents.base else ()))
@@ -309,7 +309,7 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     files = get_artifact_repository(model.artifact_location, tracking_uri=tracker.uri)
     files.log_artifacts(str(contents.folder), contents.artifact_folder)
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
-        write(Path(folder), contents, model, run_id)
+        write_model(Path(folder), contents, model, run_id)
         text = checksums.of_folders({contents.artifact_folder: contents.folder, "": Path(folder)})
         (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
         files.log_artifacts(folder)

@@ -20,7 +20,7 @@ from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.tracking.client import (
     TrackingUnavailable,
-    check,
+    check_uri,
     connect,
     existing,
     is_unavailable,
@@ -105,7 +105,7 @@ def probe(place: str, uri: str) -> None:
     """
     use_paths()
     if place.startswith("s3://") and not os.environ.get("MLFLOW_S3_ENDPOINT_URL"):
-        storage.check(place, FIELD)
+        storage.check_storage(place, FIELD)
     failed: list[Exception] = []
 
     def work() -> None:
@@ -245,7 +245,7 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
     use_paths()
     follow(config.run.storage)
     try:
-        check(uri)
+        check_uri(uri)
         with reachable(uri):
             return _start(connect(uri), uri, config, run_name, {**_context_tags(), **tags}, run_id)
     except TrackingUnavailable:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from olora_ray.adapter.candidates import Target
-from olora_ray.adapter.initialise import at_scale, check, initialise, options_of
+from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
 from olora_ray.adapter.inject import Coverage, Selection, coverage, find_targets, inject, select
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.common.errors import UserError, first_line
@@ -260,7 +260,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
     check_lengths(model, config)
     selection = select(model, config.adapter.targets, config.adapter.rank)
     targets = {name: target.whole_shape for name, target in selection.targets.items()}
-    check(targets, config.adapter.method, config.adapter.rank)
+    check_rank(targets, config.adapter.method, config.adapter.rank)
     if config.adapter.method not in FROM_WEIGHTS:
         refuse(selection.targets, config.adapter.method)
     trainable = _trainable(targets.values(), config.adapter)

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.command_line import resolved
-from olora_ray.config.load import build, changed, flatten, override, parse_assignments, read, validated
+from olora_ray.config.load import build, changed, flatten, override, parse_assignments, read_tree, validated
 from olora_ray.config.schema import Adapter, Config, Section
 from olora_ray.config.section import NAME
 
@@ -124,7 +124,7 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
     parsed = command_line.parse(argv, usage, options=(ARM, METHODS, SEEDS, BUDGET), fields=ComparedConfig)
     if len(files := parsed.names()) != 1:
         raise UserError(f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how")
-    tree = changed(read(files[0]), parsed.changes())
+    tree = changed(read_tree(files[0]), parsed.changes())
     compared = validated(ComparedConfig, tree, files[0])
     config = resolved(build(tree, files[0]), Path.cwd())
     texts = [text for name, text in parsed.given if name == ARM]

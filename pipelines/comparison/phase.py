@@ -146,7 +146,7 @@ def _place(folder: str, trial: Trial) -> str:
 
 def _records(folder: str, trials: Sequence[Trial]) -> list[TrialRecord | None]:
     with as_user_error(f"{folder}: cannot read the records of the trials", OSError, reason=short_reason):
-        return [records.read(_place(folder, trial)) for trial in trials]
+        return [records.read_record(_place(folder, trial)) for trial in trials]
 
 
 def _has_ended(record: TrialRecord) -> bool:

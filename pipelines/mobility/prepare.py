@@ -80,10 +80,10 @@ def main(argv: list[str]) -> None:
 def fitting(config_file: str) -> prompt.Fits:
     """Return the test that a question fits in data.max_length, in tokens of the config's model."""
     from olora_ray.config.command_line import resolved
-    from olora_ray.config.load import load
+    from olora_ray.config.load import load_config
     from olora_ray.pipeline.base import open_base
 
-    config = resolved(load(config_file, {}), Path.cwd())
+    config = resolved(load_config(config_file, {}), Path.cwd())
     return prompt.fits(open_base(config).spec, config.data.length())
 
 

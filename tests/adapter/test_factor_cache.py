@@ -32,9 +32,9 @@ def test_what_promises_no_prefix_has_none(method: str) -> None:
 
 
 def test_without_a_prefix_the_rank_must_be_that_of_the_factors(tmp_path: Path) -> None:
-    initialise.write(str(tmp_path), factors(), ORIGIN, 8, prefix=False)
-    assert initialise.read(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
-    found = initialise.read(str(tmp_path), ORIGIN, 8, ["layer0"])
+    initialise.write_factors(str(tmp_path), factors(), ORIGIN, 8, prefix=False)
+    assert initialise.read_factors(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
+    found = initialise.read_factors(str(tmp_path), ORIGIN, 8, ["layer0"])
     assert found is not None
     assert torch.equal(found["layer0"].a0, factors()["layer0"].a0)
 
@@ -55,33 +55,33 @@ def factors(full_rank: bool = True) -> dict[str, Factors]:
 @pytest.mark.parametrize("place", ["{}", "file://{}"])
 def test_what_is_kept_reads_back_at_any_rank_up_to_its_own(tmp_path: Path, place: str) -> None:
     where, made = place.format(tmp_path / "shared"), factors()
-    initialise.write(where, made, ORIGIN, 8)
+    initialise.write_factors(where, made, ORIGIN, 8)
     for rank in (1, 5, 8):
-        found = initialise.read(where, ORIGIN, rank, list(made))
+        found = initialise.read_factors(where, ORIGIN, rank, list(made))
         assert found is not None
         for name, whole in made.items():
             assert torch.equal(found[name].a0, whole.a0[..., :rank, :])
             b0 = found[name].b0
             assert (whole.b0 is None) == (b0 is None)
             assert whole.b0 is None or b0 is None or torch.equal(b0, whole.b0[..., :rank])
-    assert initialise.read(where, ORIGIN, 9, list(made)) is None
+    assert initialise.read_factors(where, ORIGIN, 9, list(made)) is None
 
 
 @pytest.mark.parametrize("what", sorted(ORIGIN))
 def test_factors_of_another_origin_are_not_taken(tmp_path: Path, what: str) -> None:
-    initialise.write(str(tmp_path), factors(), ORIGIN, 8)
+    initialise.write_factors(str(tmp_path), factors(), ORIGIN, 8)
     assert initialise.has(str(tmp_path), ORIGIN, 8)
     assert not initialise.has(str(tmp_path), ORIGIN | {what: "other"}, 8)
 
 
 def test_completed_factors_are_computed_anew_for_each_rank(tmp_path: Path) -> None:
-    initialise.write(str(tmp_path), factors(full_rank=False), ORIGIN, 8)
+    initialise.write_factors(str(tmp_path), factors(full_rank=False), ORIGIN, 8)
     assert not initialise.has(str(tmp_path), ORIGIN, 4)
 
 
 def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
-    initialise.write(str(tmp_path), factors(), ORIGIN, 8)
+    initialise.write_factors(str(tmp_path), factors(), ORIGIN, 8)
     (tmp_path / initialise.TENSORS).write_bytes(b"\0" * 100)
-    assert initialise.read(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
+    assert initialise.read_factors(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
     (tmp_path / initialise.DESCRIPTION).write_text("{")
     assert not initialise.has(str(tmp_path), ORIGIN, 4)

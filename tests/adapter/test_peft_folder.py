@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from olora_ray.adapter.parity import BOUND, check_adapter
-from olora_ray.adapter.peft_folder import read, write_adapter
+from olora_ray.adapter.peft_folder import read_adapter, write_adapter
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from tests import tiny
@@ -45,7 +45,7 @@ def from_peft(case: Case, folder: Path) -> torch.Tensor:
 
 
 def assert_reads_back(case: Case, folder: Path) -> None:
-    again, scale = read(folder, case.model)
+    again, scale = read_adapter(folder, case.model)
     assert again.keys() == case.adapter.keys()
     for name, item in case.adapter.items():
         torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
@@ -91,7 +91,7 @@ def test_a_stack_that_is_called_as_a_layer_is_read_back(tmp_path: Path) -> None:
     adapter = {name: random_adapter(model, name, 2, seed) for seed, name in enumerate(names)}
     settings = Adapter(rank=2, alpha=4)
     write_adapter(adapter, settings, "base", tmp_path / "adapter", model)
-    again, scale = read(tmp_path / "adapter", model)
+    again, scale = read_adapter(tmp_path / "adapter", model)
     assert set(again) == set(names)
     for name, item in adapter.items():
         torch.testing.assert_close(again[name].delta(scale), item.delta(settings.scale()), atol=1e-6, rtol=0)
@@ -155,11 +155,11 @@ def test_matrices_that_are_missing_or_left_over_are_told(llama: Case, tmp_path: 
         f"PEFT finds no matrices for {LAYER}",
     )
     with pytest.raises(UserError, match="a lora_A and a lora_B for each layer"):
-        read(folder, llama.model)
+        read_adapter(folder, llama.model)
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}, file)
     assert "more than" in check_adapter(folder, llama.model, llama.adapter, llama.scale).problems[0]
     with pytest.raises(UserError, match="a lora_A and a lora_B for each layer"):
-        read(folder, llama.model)
+        read_adapter(folder, llama.model)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_an_adapter_of_another_form_is_not_read(llama: Case, tmp_path: Path, fie
     folder = llama.write_adapter(tmp_path / "adapter")
     edit(folder, **fields)
     with pytest.raises(UserError, match="is not a plain LoRA, so it cannot be merged here"):
-        read(folder, llama.model)
+        read_adapter(folder, llama.model)
 
 
 def test_what_peft_does_not_load_is_one_line(llama: Case, tmp_path: Path) -> None:

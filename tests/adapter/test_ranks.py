@@ -17,7 +17,7 @@ from olora_ray.adapter.initialise import exchange, initialise
 from olora_ray.adapter.inject import inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.parity import check_adapter
-from olora_ray.adapter.peft_folder import compress, read
+from olora_ray.adapter.peft_folder import compress, read_adapter
 from olora_ray.adapter.stored import groups
 from olora_ray.cluster.resume import resume
 from olora_ray.common import collectives
@@ -127,7 +127,7 @@ def test_peft_reads_the_padded_folder_as_a_plain_lora(tmp_path: Path, family: st
     loaded = AutoModelForCausalLM.from_pretrained(case.base, attn_implementation="eager")
     says = logits(PeftModel.from_pretrained(loaded, folder).eval())
     torch.testing.assert_close(says, case.logits, atol=5e-5, rtol=0)
-    again, scale = read(folder, case.model)
+    again, scale = read_adapter(folder, case.model)
     for name, item in case.adapter.items():
         torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
 

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from olora_ray.cluster.spec import TrainResult
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train.checkpoint import MANIFEST, TrainState
 from olora_ray.train.checkpoints import name_of, names
@@ -76,7 +76,7 @@ def test_both_targets_are_told_met_or_missed(benchmark: Any) -> None:
 def test_the_config_of_both_is_one_that_the_product_takes(benchmark: Any, tmp_path: Path) -> None:
     module = benchmark("overhead")
     args = SimpleNamespace(steps=8, workers=2, model="package://a/b.gguf")
-    one, two = (load(module.settings(tmp_path, name, args)) for name in ("ray-0", "torchrun-0"))
+    one, two = (load_config(module.settings(tmp_path, name, args)) for name in ("ray-0", "torchrun-0"))
     assert one.model_copy(update={"run": two.run}) == two
     assert one.train.checkpoint_every == module.counted_from(8) == 2
 
@@ -100,7 +100,7 @@ def test_the_side_without_ray_trains_and_leaves_what_is_read(
         module.main(str(file))
     finally:
         dist.destroy_process_group()
-    folder = RunFolder(load(file).folder())
+    folder = RunFolder(load_config(file).folder())
     assert names(folder.checkpoints) == [name_of(step) for step in range(5)]
     found = overhead.recorded(Path(folder.root), 4)
     assert found.step > 0

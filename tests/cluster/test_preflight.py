@@ -67,7 +67,7 @@ def config(place: Path, **changes: Any) -> Config:
 
 def refused(settings: Config, base: BaseModel | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        preflight.check(settings, base)
+        preflight.check_cluster(settings, base)
     return str(caught.value)
 
 
@@ -122,7 +122,7 @@ class TestTwoNodes:
 
     def test_a_range_of_workers_waits(self, cluster: Path) -> None:
         with said() as lines, pytest.raises(UserError, match="torch"):  # nothing else is wrong
-            preflight.check(config(cluster, cluster__workers=[3, 4]), None)
+            preflight.check_cluster(config(cluster, cluster__workers=[3, 4]), None)
         assert lines[0].startswith("training waits for the cluster to grow: cluster.workers=3 ")
 
     def test_what_the_launcher_may_start_counts(self, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ class TestTwoNodes:
         (home / "ray_bootstrap_config.yaml").write_text(str(tree))
         monkeypatch.setenv("HOME", str(home))
         with said() as lines, pytest.raises(UserError, match=r"^node 127.0.0.2: has torch [^;]*$"):
-            preflight.check(config(cluster, cluster__workers=4), None)
+            preflight.check_cluster(config(cluster, cluster__workers=4), None)
         assert "waits for the cluster to grow" in lines[0]
         assert "can grow to 5" in refused(config(cluster, cluster__workers=6, train__global_batch=8))
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.cluster import worker_context
-from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turns, agreed, load
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turns, agreed, load_loss
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
@@ -90,7 +90,7 @@ def load_what_lies_there(folders: list[str]) -> None:
     """In a worker: load the model of its node."""
     base = BaseModel("/models/m", folders[collectives.rank()], "digest")
     spec: Any = SimpleNamespace(base=base, config=tiny.config(cluster__workers=2))
-    load(spec, CPU)
+    load_loss(spec, CPU)
 
 
 @pytest.mark.parametrize("problem", ["is not on every node", "no such file or directory"])
@@ -181,5 +181,5 @@ def test_workers_wait_for_those_that_still_fetch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(collectives, "wait_for_all", lambda: done.append("all are here"))
     spec: Any = SimpleNamespace(base=None, config=None)
     with pytest.raises(UserError, match="the hub is away"):
-        load(spec, CPU)
+        load_loss(spec, CPU)
     assert done == ["fetched", "all are here"]

@@ -45,7 +45,7 @@ def test_a_store_that_does_not_answer_may_answer_later(monkeypatch: pytest.Monke
         gs_server(monkeypatch, seconds=0),
         pytest.raises(TryAgain, match=r"^run\.storage: gs://silent/runs cannot be written: .*DEADLINE_EXCEEDED"),
     ):
-        storage.check("gs://silent/runs", "run.storage")
+        storage.check_storage("gs://silent/runs", "run.storage")
 
 
 @pytest.mark.parametrize(

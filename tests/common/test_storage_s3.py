@@ -122,17 +122,17 @@ class TestCheck:
         """As an RGW on dbstore does: shards and weights, which are read in parts, would be others."""
         server.faults = Faults(wrong_ranges=True)
         with pytest.raises(UserError, match=r"run.storage: s3://\S+: .*HTTP ranges"):
-            storage.check(place, "run.storage")
+            storage.check_storage(place, "run.storage")
 
     def test_a_good_store_passes_and_nothing_is_left(self, server: Server, place: str) -> None:
         with said() as lines:
-            storage.check(place, "run.storage")
+            storage.check_storage(place, "run.storage")
         assert server.keys(place) == []
         assert lines == []
 
     def test_a_missing_bucket(self, place: str) -> None:
         with pytest.raises(UserError, match=r"run\.storage: s3://none/x cannot be written: there is no bucket of this"):
-            storage.check("s3://none/x", "run.storage")
+            storage.check_storage("s3://none/x", "run.storage")
 
     def test_wrong_credentials(self, server: Server, place: str) -> None:
         """A server that checks them, as all but moto do by themselves."""
@@ -143,7 +143,7 @@ class TestCheck:
             with pytest.raises(
                 UserError, match=r"refuses access \(InvalidAccessKeyId\); check the credentials"
             ) as caught:
-                storage.check(place, "run.storage")
+                storage.check_storage(place, "run.storage")
         finally:
             requests.post(f"{server.url}/moto-api/reset-auth", data=b"Infinity", timeout=10)
         assert not isinstance(caught.value, TryAgain)
@@ -153,12 +153,12 @@ class TestCheck:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         with pytest.raises(UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"):
-            storage.check(place, "run.storage")
+            storage.check_storage(place, "run.storage")
 
     def test_a_dead_server(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url := f"http://127.0.0.1:{dead_port()}")
         with pytest.raises(TryAgain, match=f"the object store at {url} does not answer: Could not connect") as caught:
-            storage.check(place, "run.storage")
+            storage.check_storage(place, "run.storage")
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("fault", ["hang", "refuse"])
@@ -166,12 +166,12 @@ class TestCheck:
         server.faults = Faults(hang=fault == "hang", refuse=-1 if fault == "refuse" else None)
         says = "Read timeout" if fault == "hang" else r"SlowDown \(HTTP 503\)"
         with pytest.raises(TryAgain, match=f"does not answer: {says}"), within(15):
-            storage.check(place, "run.storage")
+            storage.check_storage(place, "run.storage")
 
     def test_a_full_store_does_not_pass_by_itself(self, server: Server, place: str) -> None:
         server.faults = Faults(full=True)
         with pytest.raises(UserError, match=r"cannot be written: .*XMinioStorageFull.*make room") as caught:
-            storage.check(place, "run.storage")
+            storage.check_storage(place, "run.storage")
         assert caught.value.exit_code == 2
         with pytest.raises(StoreError, match="507") as written:
             storage.write_text(storage.join(place, "a"), "x")
@@ -182,12 +182,12 @@ class TestCheck:
     ) -> None:
         monkeypatch.setitem(sys.modules, "boto3", None)
         with pytest.raises(UserError, match=r"run\.storage: s3://.* needs .* boto3.*: pip install 'olora-ray\[s3\]'"):
-            storage.check(place, "run.storage")
+            storage.check_storage(place, "run.storage")
 
     def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match=r"run\.storage: .*file/below cannot be written: Not a directory"):
-            storage.check(str(tmp_path / "file" / "below"), "run.storage")
+            storage.check_storage(str(tmp_path / "file" / "below"), "run.storage")
 
 
 @pytest.mark.usefixtures("hurried")

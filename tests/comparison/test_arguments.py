@@ -9,7 +9,7 @@ import yaml
 from comparison.arguments import Compare, parse
 from olora_ray.common.errors import UserError
 from olora_ray.config.command_line import default
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 
 
 @pytest.fixture
@@ -126,10 +126,10 @@ def test_mistakes_are_one_line(file: str, words: list[str], message: str) -> Non
 
 
 def test_the_file_of_a_run_has_the_section_and_other_commands_leave_it_out(file: str) -> None:
-    alone = load(file)
+    alone = load_config(file)
     with Path(file).open("a") as added:
         added.write("compare: {test_rows: 64, relevant: 0.02}\n")
-    assert load(file) == alone
+    assert load_config(file) == alone
     found = parse([file, "compare.tuning_rows=40"], "usage")
     assert found.compare == Compare(tuning_rows=40, test_rows=64, relevant=0.02)
     assert found.config.model_dump().keys() == alone.model_dump().keys()

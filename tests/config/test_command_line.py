@@ -16,7 +16,7 @@ import pytest
 from olora_ray.common.errors import Problems, UserError
 from olora_ray.config import command_line
 from olora_ray.config.command_line import FIRST, help_text, parse, read_arguments, read_search_arguments, resolved
-from olora_ray.config.load import flatten, load
+from olora_ray.config.load import flatten, load_config
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = ROOT / "pipelines" / "finetune.py"
@@ -91,7 +91,7 @@ def test_a_place_at_which_nobody_can_look_is_one_line(config: Path, monkeypatch:
 
     monkeypatch.setattr(Path, "stat", closed)  # root may look everywhere
     with pytest.raises(UserError, match=r"^model\.name: /home/other/model: Permission denied$"):
-        resolved(load(config, {"model.name": "/home/other/model"}), Path("/"))
+        resolved(load_config(config, {"model.name": "/home/other/model"}), Path("/"))
 
 
 def test_files_of_the_package_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_help_all_prints_every_field(config: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_fields_of_a_first_run_are_fields(config: Path) -> None:
-    assert set(FIRST) <= flatten(load(config)).keys() | {"data.train", "data.eval"}
+    assert set(FIRST) <= flatten(load_config(config)).keys() | {"data.train", "data.eval"}
 
 
 def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, changed, dump, flatten, load, override, parse_assignments, parse_yaml
+from olora_ray.config.load import build, changed, dump, flatten, load_config, override, parse_assignments, parse_yaml
 from olora_ray.config.schema import IN_STORAGE, Cluster, Config, EvaluationConfig, Model, Source
 from tests import tiny
 from tests.said import said
@@ -33,7 +33,7 @@ def problem(**changes: Any) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_parses(path: Path) -> None:
-    config = load(path)
+    config = load_config(path)
     assert config.accumulation() >= 1
     assert override(config, {}) == config
 
@@ -399,21 +399,21 @@ BEGIN = "run: {name: a}\nmodel: {name: m}\n"
 )
 def test_what_is_no_config_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        load(write(tmp_path, text))
+        load_config(write(tmp_path, text))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
-        load(tmp_path / "nowhere.yaml")
+        load_config(tmp_path / "nowhere.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"run: {name: \xe9}")
     with pytest.raises(UserError, match=r"latin\.yaml: not UTF-8"):
-        load(tmp_path / "latin.yaml")
+        load_config(tmp_path / "latin.yaml")
 
 
 def test_a_problem_in_a_file_names_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "run: {name: a}\nmodel: {name: m}\ndata: {train: [{path: a}]}\nadapter: {rnk: 3}\n")
     with pytest.raises(UserError, match=rf"^{path}: adapter\.rnk: unknown field; did you mean adapter\.rank\?$"):
-        load(path)
+        load_config(path)
 
 
 def test_assignments_change_fields_of_every_depth() -> None:
@@ -474,7 +474,7 @@ def test_a_change_is_validated_like_a_file(changes: dict[str, Any], expected: st
 def test_a_field_of_what_has_none_is_one_line(tmp_path: Path, section: str, word: str, expected: str) -> None:
     path = write(tmp_path, f"run: {{name: a}}\nmodel: {{name: m}}\n{section}\n")
     with pytest.raises(UserError) as caught:
-        load(path, parse_assignments([word]))
+        load_config(path, parse_assignments([word]))
     assert str(caught.value).startswith(expected)
 
 
@@ -492,7 +492,7 @@ def test_of_epochs_and_steps_the_later_word_counts(
 ) -> None:
     path = write(tmp_path, f"{BEGIN}data: {{train: a}}\ntrain: {{{train}}}\n")
     with said() as lines:
-        assert load(path, parse_assignments(words)).train.steps == steps
+        assert load_config(path, parse_assignments(words)).train.steps == steps
     assert [told in line for line in lines] == [True] * bool(told)
 
 
@@ -500,9 +500,9 @@ def test_of_epochs_and_steps_the_later_word_counts(
 def test_a_source_has_its_number_however_it_is_written(tmp_path: Path, train: str) -> None:
     """--help and the messages name fields as data.train.0.format."""
     path = write(tmp_path, f"run: {{name: a}}\nmodel: {{name: m}}\ndata: {{train: {train}}}\n")
-    data = load(path, parse_assignments(["data.train.0.weight=2", "data.eval.0.path=b.jsonl"])).data
+    data = load_config(path, parse_assignments(["data.train.0.weight=2", "data.eval.0.path=b.jsonl"])).data
     assert [(source.path, source.weight) for source in (*data.train, *data.eval)] == [("a.jsonl", 2), ("b.jsonl", 1)]
-    assert load(path, parse_assignments(["data.train.0=c.jsonl"])).data.train[0].path == "c.jsonl"
+    assert load_config(path, parse_assignments(["data.train.0=c.jsonl"])).data.train[0].path == "c.jsonl"
 
 
 def test_an_override_leaves_the_original_alone() -> None:

@@ -631,7 +631,7 @@ def outcome(file: File, folder: Path) -> str:
     config = helpers.config(folder / "runs", str(file.write(folder)), max_length=600, max_rejected=0)
     try:
         with said() as lines:
-            known = first_look.check(config).data.train[0]
+            known = first_look.check_data(config).data.train[0]
             rows = sorted(_read(helpers.config(folder / "runs", known.model_dump(), max_length=600, max_rejected=0)))
     except UserError as error:
         line = str(error).replace(f"{folder}/", "")

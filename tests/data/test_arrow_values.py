@@ -40,7 +40,7 @@ def test_a_time_that_python_does_not_have_is_a_text(values: pa.Array, tmp_path: 
     assert [row["text"] for row in found] == ["a", "b"]
     assert isinstance(found[0]["until"], str)
     data = {"train": [{"path": str(path), "format": "text", "fields": {"until": "none"}}]}
-    first_look.check(build({"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}))
+    first_look.check_data(build({"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}))
 
 
 def as_maps(of: pa.DataType) -> pa.DataType:

@@ -29,7 +29,7 @@ WHOLE: dict[str, bytes] = {
     "old Macintosh.csv": CELLS.replace("\n", "\r").encode(),
 }
 LOOKS: dict[str, Callable[[Config], object]] = {
-    "first look": first_look.check,
+    "first look": first_look.check_data,
     "dry run": lambda config: preview.describe(config, helpers.spec()),
     "preparation": lambda config: prepare.begin(config, helpers.spec(), "train"),
     "retraining": lambda config: prepare.plan_here(config, helpers.spec(), "train"),

@@ -37,7 +37,7 @@ def dry_run(path: Path, fields: dict[str, str], folder: Path) -> tuple[str, str,
     source = {"path": str(path), "fields": fields}
     config = helpers.config(folder / "runs", source, max_length=8192, max_rejected=0)
     try:
-        preview = describe(first_look.check(config), SPEC)
+        preview = describe(first_look.check_data(config), SPEC)
     except UserError as error:
         return str(error), "", []
     ids = [int(one) for pack in preview.some_packs for one in pack.input_ids]

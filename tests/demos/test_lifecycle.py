@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from tests import browser
 from tests.demos import lifecycle, scenario
 from tests.demos.scenario import Scenario
@@ -40,7 +40,7 @@ def test_its_configs_register_and_have_a_gate_with_a_condition(
     tmp_path: Path, make: Callable[[Path], Scenario]
 ) -> None:
     played = make(tmp_path)
-    config = load(played.config)
+    config = load_config(played.config)
     assert config.registry.model == scenario.NAME
     assert config.gate.conditions
     assert not {str(row) for row in played.first} & {str(row) for row in played.more}

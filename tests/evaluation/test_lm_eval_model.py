@@ -33,7 +33,7 @@ def test_every_number_is_the_same(folders: tuple[Path, Path], tmp_path: Path, mo
     monkeypatch.setattr(held_out, "map_over_actors", in_turn)
     model, data = folders
     settings = build(project.settings(tmp_path, model))
-    loaded = lm_eval_tasks.load(NAMES, str(data))
+    loaded = lm_eval_tasks.load_tasks(NAMES, str(data))
     assert LIMIT * 6 > lm_eval_tasks.PIECE, "requests travel in several pieces"
     found = lm_eval_tasks.run(loaded, LIMIT, BaseModel(str(model), str(model), ""), None, settings)
     expected = harness.by_lm_eval(model, data, tmp_path, NAMES, LIMIT)

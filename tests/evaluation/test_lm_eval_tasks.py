@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(names: list[str], folder: Path) -> dict[str, Any]:
-    return lm_eval_tasks.load(names, str(folder))
+    return lm_eval_tasks.load_tasks(names, str(folder))
 
 
 def test_rows_of_a_local_folder_are_read_as_the_task_says(folder: Path) -> None:
@@ -72,18 +72,18 @@ def test_rows_are_kept_only_of_metrics_that_are_their_mean() -> None:
 )
 def test_data_that_is_not_there_is_one_line(folder: Path, names: list[str], data: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        lm_eval_tasks.load(names, data and data.format(folder=folder))
+        lm_eval_tasks.load_tasks(names, data and data.format(folder=folder))
 
 
 @pytest.mark.slow  # reads all tasks of lm-eval
 def test_an_unknown_task_is_named_with_what_it_may_have_been() -> None:
     with pytest.raises(UserError, match=r"--tasks: arc_esay is unknown to lm-eval; did you mean .*arc_easy"):
-        lm_eval_tasks.load(["arc_esay"], None)
+        lm_eval_tasks.load_tasks(["arc_esay"], None)
     with pytest.raises(UserError, match=r"--tasks: mmlu is a group; name its tasks"):
-        lm_eval_tasks.load(["mmlu"], None)
+        lm_eval_tasks.load_tasks(["mmlu"], None)
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'olora-ray\[eval\]'"):
-        lm_eval_tasks.load(["arc_easy"], None)
+        lm_eval_tasks.load_tasks(["arc_easy"], None)

@@ -89,8 +89,8 @@ def test_one_group_alone_has_no_interval() -> None:
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    request = results.read(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
-    results.write(request, pair, differences(*pair), None)
+    request = results.read_request(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
+    results.write_results(request, pair, differences(*pair), None)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert [item["model"] for item in tree["models"]] == ["tuned", "base"]
     assert tree["models"][0]["metrics"]["arc_easy/acc"] == 1.0
@@ -107,7 +107,7 @@ def test_results_outlast_the_job_that_asks_for_them_by_a_relative_path(
     monkeypatch.chdir(job)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     one = evaluation("tuned", (1.0, 1.0))
-    results.write(results.read(["tuned", "--out", "results"], ""), [one], {}, None)
+    results.write_results(results.read_request(["tuned", "--out", "results"], ""), [one], {}, None)
     assert (tmp_path / "home" / "olora_ray" / "results" / "evaluation.json").is_file()
     assert not list(job.iterdir())
 
@@ -122,7 +122,7 @@ def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
         "--scorer",
         "exact_match",
     ]
-    assert results.read(words, "") == Request(
+    assert results.read_request(words, "") == Request(
         ("runs/a", "models:/b@champion"),
         None,
         {"model.dtype": "float32", "evaluation.scorer": "exact_match"},
@@ -132,15 +132,15 @@ def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
         None,
     )
     with pytest.raises(SystemExit) as ended:
-        results.read(["--help"], "how it is called\n")
+        results.read_request(["--help"], "how it is called\n")
     assert ended.value.code == 0
     assert capsys.readouterr().out == "how it is called\n"
 
 
 def test_an_empty_scorer_leaves_the_configs_and_a_limit_is_a_number() -> None:
-    assert results.read(["m", "--scorer", ""], "").changes == {}
+    assert results.read_request(["m", "--scorer", ""], "").changes == {}
     with pytest.raises(UserError, match="--limit: expected a number of rows"):
-        results.read(["m", "--limit", "\N{SUPERSCRIPT TWO}"], "")
+        results.read_request(["m", "--limit", "\N{SUPERSCRIPT TWO}"], "")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
 ) -> None:
     request = Request(("base",), None, {}, names, None, None, None)
     with pytest.raises(UserError, match=message):
-        results.check(request, tiny.config(**changes))
+        results.check_request(request, tiny.config(**changes))
 
 
 def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,10 +163,10 @@ def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     request = Request(("base",), None, {}, ("boolq",), None, None, None)
     with said() as lines:
-        results.check(request, tiny.config())
+        results.check_request(request, tiny.config())
     assert not lines
     with said() as lines:
-        results.check(request, tiny.config(evaluation__scorer="exact_match"))
+        results.check_request(request, tiny.config(evaluation__scorer="exact_match"))
     assert len(lines) == 1
     assert re.search(r"evaluation\.scorer: no answers .* data\.eval", lines[0])
 
@@ -217,8 +217,8 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
     assert len(set(zip(groups, people, strict=True))) == len(set(people)) == len(set(groups)) > 1
 
     target = Target("runs/small", base.model, None, config)
-    request = results.read(["runs/small", "--out", str(tmp_path / "out")], "")
-    results.write(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
+    request = results.read_request(["runs/small", "--out", str(tmp_path / "out")], "")
+    results.write_results(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
     kept = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [(item["origin"], item["text"], item["reference"]) for item in kept] == [
         (item.origin, item.text, item.reference) for item in answers
@@ -233,13 +233,13 @@ def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(config
 
 
 def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(config: Config, tmp_path: Path) -> None:
-    request = results.read(["m", "--out", str(tmp_path)], "")
+    request = results.read_request(["m", "--out", str(tmp_path)], "")
     found = [Evaluation(Target("m", open_base(config).model, None, config), None, {})]
-    results.write(request, found, {}, None)
+    results.write_results(request, found, {}, None)
     assert not (tmp_path / "answers.jsonl").exists()
     (tmp_path / "answers.jsonl").write_text("{}\n")
     with said() as lines:
-        results.write(request, found, {}, None)
+        results.write_results(request, found, {}, None)
     expected = f"{tmp_path}/answers.jsonl: left by an earlier evaluation"
     assert [line for line in lines if expected in line]
     assert (tmp_path / "answers.jsonl").read_text() == "{}\n"

@@ -100,7 +100,9 @@ def test_each_example_has_the_loss_it_has_alone(model_folder: Path, attention: s
 
 def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path, tmp_path: Path) -> None:
     settings = tiny.config(model__dtype="float32", evaluation__max_new_tokens=6)
-    trainer = tiny.trainer(settings, "segments", held_out.load(base(model_folder), None, settings, torch.device("cpu")))
+    trainer = tiny.trainer(
+        settings, "segments", held_out.load_adapted(base(model_folder), None, settings, torch.device("cpu"))
+    )
     trainer.flat.vector.copy_(0.1 * torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0)))
     weights = {name: layer.weights() for name, layer in trainer.adapted.items()}
     write_adapter(weights, settings.adapter, str(model_folder), tmp_path / "adapter", trainer.loss.model)

@@ -55,7 +55,7 @@ def config(base: Path, folder: Path) -> Config:
 def logits(name: str | Path, shared: Config | None = None) -> torch.Tensor:
     shared = shared or targets.settings([str(name)], None, {})
     found = targets.resolve(str(name), shared)
-    return export_parts.logits(held_out.load(found.base, found.adapter, found.config, torch.device("cpu")))
+    return export_parts.logits(held_out.load_adapted(found.base, found.adapter, found.config, torch.device("cpu")))
 
 
 def test_models_are_measured_on_the_weights_that_they_are_exported_for(case: export_parts.Case, tmp_path: Path) -> None:
@@ -68,9 +68,10 @@ def test_models_are_measured_on_the_weights_that_they_are_exported_for(case: exp
     assert len(lines) == 1
     assert lines[0].startswith("model.quantization=fp8: ignored")
     # Where nobody has asked for it, as the gate of a retraining, too.
-    loaded = held_out.load(obtain(mine), None, mine, torch.device("cpu"))
+    loaded = held_out.load_adapted(obtain(mine), None, mine, torch.device("cpu"))
     assert torch.equal(
-        export_parts.logits(loaded), export_parts.logits(held_out.load(obtain(mine), None, found, torch.device("cpu")))
+        export_parts.logits(loaded),
+        export_parts.logits(held_out.load_adapted(obtain(mine), None, found, torch.device("cpu"))),
     )
 
 

@@ -15,7 +15,7 @@ from prompt import Template
 from stays import numbered
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from olora_ray.data.formats import to_example
 from olora_ray.data.tokenize import ExampleTokenizer
 from olora_ray.pipeline.base import open_base
@@ -162,7 +162,7 @@ def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path) -> None:
     )
     shown = [json.loads(line)["shown"] for line in (out / "test.jsonl").read_text().splitlines()]
     assert 0 < max(shown) < 45
-    tokens = ExampleTokenizer(open_base(load(config)).spec, 520)
+    tokens = ExampleTokenizer(open_base(load_config(config)).spec, 520)
     for line in (out / "train.jsonl").read_text().splitlines():
         assert tokens(to_example("messages", json.loads(line), {}))  # else Rejected
 
@@ -268,7 +268,7 @@ def test_a_venue_may_be_one_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mobility", "mobility-demo"])
 def test_the_configs_score_by_place_and_group_by_person(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(COMMANDS)  # as Python does for a script there
-    config = load(COMMANDS / "configs" / f"{name}.yaml")
+    config = load_config(COMMANDS / "configs" / f"{name}.yaml")
     assert config.gate.group == "user"
     assert config.gate.metric == "eval/acc_at_1"
     given = '{"prediction": 12}'

@@ -164,7 +164,7 @@ def test_positions_that_would_be_others_are_refused(
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)
     with pytest.raises(UserError, match=rf"model\.gguf .* scaled rotary positions \({what}\) .*safetensors"):
-        convert.check(file)
+        convert.check_gguf(file)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_positions_that_are_not_scaled_are_taken(
     tmp_path: Path, scaling: dict[str, Any], more: dict[str, list[float]]
 ) -> None:
     pytest.importorskip("gguf")
-    assert convert.check(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) == {}
+    assert convert.check_gguf(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) == {}
 
 
 def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(tmp_path: Path) -> None:
@@ -189,17 +189,17 @@ def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(tmp
     for family in ("starcoder2", "stablelm"):
         assert "rope.freq_base" not in GGUF_CONFIG_MAPPING[family], "what this is about"
         file = small_gguf.write(tmp_path / f"{family}.gguf", 2.0**20, architecture=family)
-        assert convert.check(file) == {"rope_parameters": {"rope_theta": 2.0**20}}
+        assert convert.check_gguf(file) == {"rope_parameters": {"rope_theta": 2.0**20}}
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_an_attention_that_is_divided_by_what_the_file_does_not_say_is_refused(tmp_path: Path, family: str) -> None:
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "small.gguf", architecture=family, head=256)
-    assert convert.check(file) == {}
+    assert convert.check_gguf(file) == {}
     file = small_gguf.write(tmp_path / "27b.gguf", architecture=family, head=128)
     with pytest.raises(UserError, match=r"27b\.gguf .* does not contain this model's attention scale; name"):
-        convert.check(file)
+        convert.check_gguf(file)
 
 
 def test_the_window_of_phi_3_is_told(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_the_window_of_phi_3_is_told(tmp_path: Path) -> None:
     assert "attention.sliding_window" not in GGUF_CONFIG_MAPPING["phi3"], "what this is about"
     for window, told in ((2047, {"sliding_window": 2047}), (0, {}), (None, {})):
         file = small_gguf.write(tmp_path / "phi.gguf", architecture="phi3", window=window)
-        assert convert.check(file) == told
+        assert convert.check_gguf(file) == told
 
 
 def test_a_machine_converts_a_file_once_for_all_storages_and_tells_of_it(

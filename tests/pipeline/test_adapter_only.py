@@ -71,7 +71,7 @@ def base(run: FinishedRun) -> Iterator[Path]:
 
 
 def logits(target: targets.Target) -> torch.Tensor:
-    return export_parts.logits(held_out.load(target.base, target.adapter, target.config, torch.device("cpu")))
+    return export_parts.logits(held_out.load_adapted(target.base, target.adapter, target.config, torch.device("cpu")))
 
 
 def named(run: FinishedRun, name: str = "models:/small/1") -> Config:

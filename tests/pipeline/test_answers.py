@@ -24,7 +24,7 @@ class Tokenizer:
 def check(**changes: Any) -> str:
     """The warnings of a check against a small store."""
     with said() as lines:
-        answers.check(tiny.config(**changes), tiny.store(3), Tokenizer())  # type: ignore[arg-type]
+        answers.check_answers(tiny.config(**changes), tiny.store(3), Tokenizer())  # type: ignore[arg-type]
     return "".join(lines)
 
 
@@ -51,10 +51,10 @@ def test_good_references_and_no_scorer_say_nothing() -> None:
 
 
 def test_a_scorer_with_nothing_to_score_is_told() -> None:
-    assert answers.check(tiny.config(evaluation__scorer="exact_match"), None, Tokenizer()) == frozenset()
+    assert answers.check_answers(tiny.config(evaluation__scorer="exact_match"), None, Tokenizer()) == frozenset()
     with said() as lines:
         text: Any = tiny.ListStore([tiny.pack(8, prompt=1)])  # all but its first token is supervised
-        answers.check(tiny.config(evaluation__scorer="exact_match"), text, Tokenizer())
+        answers.check_answers(tiny.config(evaluation__scorer="exact_match"), text, Tokenizer())
     assert "evaluation.scorer: no answers are scored, because no held-out row has a question" in "".join(lines)
 
 
@@ -63,7 +63,7 @@ def test_references_that_no_answer_can_be_as_long_as_are_told() -> None:
     for most, told in ((10, None), (9, "1 of 3 references"), (4, "2 of 3 references")):
         config = tiny.config(evaluation__scorer="exact_match", evaluation__max_new_tokens=most)
         with said() as lines:
-            answers.check(config, store, Tokenizer())
+            answers.check_answers(config, store, Tokenizer())
         text = "".join(lines)
         assert text == "" if told is None else f"max_new_tokens={most}: {told} " in text
         assert told is None or text.endswith("set it to 11")
@@ -80,7 +80,7 @@ def test_references_of_special_tokens_alone_are_told() -> None:
     supervised = np.array([False, False, False, True, True] * 2)
     store: Any = tiny.ListStore([Pack(ids, supervised, (5, 5))])
     with said() as lines:
-        answers.check(tiny.config(evaluation__scorer="exact_match"), store, Special())
+        answers.check_answers(tiny.config(evaluation__scorer="exact_match"), store, Special())
     assert "evaluation.scorer: 1 of 2 references " in "".join(lines)
 
 
@@ -94,7 +94,7 @@ def test_a_gate_on_a_score_of_rows_that_have_no_question() -> None:
     config = tiny.config(evaluation__scorer="exact_match", gate__metric="eval/exact_match")
     text: Any = tiny.ListStore([tiny.pack(8, prompt=1)])
     with pytest.raises(UserError, match=r"^gate: eval/exact_match is not measured: no held-out row has a question"):
-        answers.check(config, text, Tokenizer())
+        answers.check_answers(config, text, Tokenizer())
 
 
 def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ EACH = pytest.mark.parametrize(
 @EACH
 def test_the_format_of_a_documented_row_is_found(row: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", [row[1]]))
-    found = first_look.check(config).data.train[0]
+    found = first_look.check_data(config).data.train[0]
     asked = {name: name for name in ASKED.get(row[0], ()) if name in row[1]}
     assert (found.format, found.fields) == (row[0], asked)
 
@@ -72,7 +72,7 @@ def test_a_documented_row_is_used_as_it_is(row: tuple[str, dict[str, Any]], rena
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [{fields.get(name, name): columns[name] for name in columns}])
     source = {"path": str(path), "format": format, "fields": fields}
     config = helpers.config(tmp_path / "runs", source, max_length=512)
-    first_look.check(config)
+    first_look.check_data(config)
     spec = helpers.spec("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + helpers.CHATML)
     with said() as lines:
         preview = describe(config, spec)

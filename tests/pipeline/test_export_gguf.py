@@ -75,7 +75,7 @@ def written(folder: Path, kind: str = "f32", ends: tuple[int, ...] = (1,)) -> Pa
     config = tiny.config(model__name=str(folder), export__gguf=kind)
     assert problem(folder, kind) is None
     out = folder / f"model-{kind}.gguf"
-    export_gguf.write(folder, out, skeleton(BaseModel(str(folder), str(folder), ""), config.model), config, ends)
+    export_gguf.write_gguf(folder, out, skeleton(BaseModel(str(folder), str(folder), ""), config.model), config, ends)
     return out
 
 

@@ -59,8 +59,8 @@ def test_the_model_of_a_run_is_found_by_its_loss_and_its_evaluations_are_linked_
     registered = f"models:/{run.config.registry.model}/1"
     for number, name in enumerate((registered, run.config.folder()), 1):
         target = targets.resolve(name, override(run.config, {"run.name": "evaluation"}))
-        request = results.read([name], "")
-        results.write(request, [Evaluation(target, measured, {})], {}, tracker.uri)
+        request = results.read_request([name], "")
+        results.write_results(request, [Evaluation(target, measured, {})], {}, tracker.uri)
         model = client.get_logged_model(model.model_id)
         values = [each for each in model.metrics if each.key == "eval/loss" and each.dataset_digest == digest]
         assert sorted(each.value for each in values) == [1.25, *[2.0] * number]

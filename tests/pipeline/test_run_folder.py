@@ -10,7 +10,7 @@ import pytest
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
-from olora_ray.config.load import load, override
+from olora_ray.config.load import load_config, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder, RunState
 from olora_ray.train.checkpoint import TrainState
@@ -42,7 +42,7 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
     check(override(config, {"adapter.rank": 8}))  # a run that has never trained does not hold its name
     folder = begin(config)
     check(config)
-    assert (load(folder.settings), folder.root) == (config, f"{config.run.storage}/mine")
+    assert (load_config(folder.settings), folder.root) == (config, f"{config.run.storage}/mine")
 
 
 def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Config) -> None:
@@ -74,7 +74,7 @@ def test_a_name_with_other_settings_is_refused(config: Config, field: str, value
     assert message.startswith("run.name: 'mine' exists with other settings (")
     assert field in message
     assert f"; set another run.name, remove run.name, or delete {config.folder()}" in message
-    assert load(RunFolder(config.folder()).settings) == config
+    assert load_config(RunFolder(config.folder()).settings) == config
 
 
 def ended(config: Config, step: int = 6, stale: int = 0) -> RunFolder:
@@ -118,7 +118,7 @@ def test_a_run_may_be_made_longer_and_has_not_ended_then(
     assert len(lines) == 1
     assert "training continues after step 6 with the optimizer's state" in lines[0]
     state = folder.state()
-    assert (state.result, state.training, load(folder.settings)) == (None, None, longer)
+    assert (state.result, state.training, load_config(folder.settings)) == (None, None, longer)
 
 
 @pytest.mark.parametrize("written", range(4))
@@ -216,7 +216,7 @@ def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config: Config) -
     state.require_same(moved, {"base model": CONTENTS["base model"]})
     folder.claim(moved, state)
     assert not folder.state().moved(moved)
-    assert load(folder.settings).model.name == "/moved/model"
+    assert load_config(folder.settings).model.name == "/moved/model"
 
 
 @pytest.mark.parametrize("what", CONTENTS)
@@ -261,7 +261,7 @@ def test_what_does_not_change_the_numbers_may_change(config: Config, field: str,
     begin(config)
     changed = override(config, {field: value})
     check(changed)
-    assert load(tiny.claimed(changed).settings) == changed
+    assert load_config(tiny.claimed(changed).settings) == changed
 
 
 def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:

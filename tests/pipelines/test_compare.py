@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from tests.pipelines import project
 from tests.ray_head import Head
 from tests.recovery.processes import scratch
@@ -84,7 +84,7 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     assert "verdict: olora beside lora: " in done.stdout
     assert "left to do: " in done.stdout
     assert f"olora-ray finetune {folder}/best.yaml" in done.stdout
-    assert load(folder / "best.yaml").run.name == "small-compare-best"
+    assert load_config(folder / "best.yaml").run.name == "small-compare-best"
     _mlflow(folder)
 
     before = times(folder)

@@ -11,7 +11,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.load import load, override, parse_yaml
+from olora_ray.config.load import load_config, override, parse_yaml
 from olora_ray.config.schema import Config
 from olora_ray.evaluation.groups import count_planned
 from olora_ray.pipeline.dry_run import dry_run
@@ -45,7 +45,7 @@ def model(folder: str) -> str:
 
 def written(*words: str, out: str = "my_run.yaml") -> Config:
     init.main([*words])
-    return load(out)
+    return load_config(out)
 
 
 def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from olora_ray.config.load import flatten, load
+from olora_ray.config.load import flatten, load_config
 from tests.pipelines import project
 from tests.recovery import processes
 
@@ -84,7 +84,7 @@ def test_a_search_leaves_what_the_docs_promise(searched: tuple[Path, str]) -> No
     assert sorted(found) == list(range(7))
     assert len(list((folder / "trials").iterdir())) == 7
     best = min((trial for trial in found.values() if trial["value"] is not None), key=lambda trial: trial["value"])
-    values = flatten(load(folder / "best.yaml"))
+    values = flatten(load_config(folder / "best.yaml"))
     assert {field: values[field] for field in best["params"]} == best["params"]
     assert (folder / "trials" / f"trial-{best['number']:03d}" / "export" / "parity.json").is_file()
     table = (folder / "tune" / f"trial-{best['number']:03d}" / "progress.csv").read_text().splitlines()

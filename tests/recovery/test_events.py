@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from tests.recovery import disturbances, moments, processes, runs, soak, tally
 from tests.recovery.cluster import Cluster
 from tests.recovery.disturbances import Disturbances
@@ -32,7 +32,7 @@ def test_events_follow_from_the_seed() -> None:
 
 
 def test_the_config_is_one_that_the_product_takes(tmp_path: Path) -> None:
-    config = load(runs.written(tmp_path, tmp_path, **soak.SCHEDULE))
+    config = load_config(runs.written(tmp_path, tmp_path, **soak.SCHEDULE))
     assert (config.cluster.workers, config.cluster.max_failures, config.train.global_batch) == ((1, 2), -1, 8)
 
 

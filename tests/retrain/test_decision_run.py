@@ -105,7 +105,7 @@ def test_calls_that_find_nothing_share_a_run_until_something_else_is_said(config
     (tags,) = latest()
     assert (tags["olora.calls"], tags["olora.decision"]) == ("3", "unchanged")
     assert tags["olora.last_call"]
-    decision_run.write(config, Entry("failed", "no such file", champion="99"))
+    decision_run.write_decision(config, Entry("failed", "no such file", champion="99"))
     decision_run.unchanged(config, nothing)
     decision_run.unchanged(config, replace(nothing, reason="nothing changed since version 98"))
     assert [tags["olora.decision"] for tags in latest()] == ["unchanged", "failed", "unchanged", "unchanged"]

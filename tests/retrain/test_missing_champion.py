@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest
-from olora_ray.config.load import load, override
+from olora_ray.config.load import load_config, override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import run as pipeline
@@ -114,7 +114,7 @@ class Begun:
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Begun:
     folder = tmp_path_factory.mktemp("begun")
-    nights = Nights(folder, load(Nightly(folder, model).config))
+    nights = Nights(folder, load_config(Nightly(folder, model).config))
     mlflow_database.place(folder / "runs")
     nights.client.create_registered_model(NAME)
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from olora_ray.config.schema import Config
 from olora_ray.retrain import notify, recipe
 from olora_ray.retrain.recipe import AGAINST
@@ -35,7 +35,7 @@ def nightly(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Night
 def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, verdict: str) -> None:
     client = connect(nightly.aliases.uri)
     client.create_registered_model("nightly")
-    found = recipe.look(load(nightly.config))
+    found = recipe.look(load_config(nightly.config))
     assert found.config.data.train[0].format == "messages", "what the config leaves open"
     now = found.fingerprint
     # The state after an interruption between the gate's decision and its record.
@@ -55,7 +55,7 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
         "reason": "eval/loss 0.5",
         "version": "1",
         "champion": None,
-        "run": load(nightly.config).run.name,
+        "run": load_config(nightly.config).run.name,
         "text": f"nightly: version 1 {event}: eval/loss 0.5",
     }
 

@@ -15,7 +15,7 @@ import torch
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, dump, load, override
+from olora_ray.config.load import build, dump, load_config, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
@@ -326,7 +326,7 @@ def test_a_night_without_changes_is_told_without_torch(
     rows = project.make_corpus(tmp_path / "train.jsonl", 20)
     project.make_corpus(tmp_path / "eval.jsonl", 7, first=100)
     file = project.write_config(tmp_path, project.settings(tmp_path, own, registry__model="m"))
-    config = load(file, {"data.chat_template": str(template)})
+    config = load_config(file, {"data.chat_template": str(template)})
     with said() as lines:
         assert recipe.look_again(config) is None
         now = recipe.look(config).fingerprint

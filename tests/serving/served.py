@@ -47,7 +47,7 @@ class Served:
         file = Path(self.folder.root) / f"{kind}.gguf"
         settings = self.config.export.model_copy(update={"gguf": kind})
         config = self.config.model_copy(update={"export": settings})
-        export_gguf.write(Path(self.folder.merged), file, self.work.model, config, self.work.spec.eos)
+        export_gguf.write_gguf(Path(self.folder.merged), file, self.work.model, config, self.work.spec.eos)
         return file
 
 

@@ -67,7 +67,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(config: Config, base: Any, wait: bool) -> Prepared:
         store: Any = tiny.store()
         spec = TrainSpec(config, base.model, "t", (1,), store, store)
-        return Prepared(spec, store, answers.check(config, store, base.tokenizer))
+        return Prepared(spec, store, answers.check_answers(config, store, base.tokenizer))
 
     monkeypatch.setattr(run, "prepare_tokens", prepare)
 

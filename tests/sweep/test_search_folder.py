@@ -54,7 +54,7 @@ def test_a_search_with_another_space_is_refused_and_the_difference_told(
 ) -> None:
     begun(config)
     with pytest.raises(UserError) as error:
-        search_folder.check(config, space(**changes))
+        search_folder.check_search(config, space(**changes))
     text = str(error.value)
     assert text.startswith(f"run.name: {config.folder()} holds a search with different settings (")
     assert said in text
@@ -65,19 +65,19 @@ def test_a_search_with_another_space_is_refused_and_the_difference_told(
 
 def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_change(config: Config) -> None:
     begun(config)
-    search_folder.check(config, space(patience=3, time_budget=10, min_improvement=0.1, concurrency=2))
-    search_folder.check(override(config, {"cluster.cpus_per_worker": 2}), space())
+    search_folder.check_search(config, space(patience=3, time_budget=10, min_improvement=0.1, concurrency=2))
+    search_folder.check_search(override(config, {"cluster.cpus_per_worker": 2}), space())
     elsewhere = {"data.train.0.path": "/elsewhere/rows.jsonl", "model.name": "/elsewhere/model"}
-    search_folder.check(override(config, elsewhere), space())
+    search_folder.check_search(override(config, elsewhere), space())
     with pytest.raises(UserError, match=r"\(config\.train\.weight_decay was 0\.0, is 0\.1\)"):
-        search_folder.check(override(config, {"train.weight_decay": 0.1}), space())
+        search_folder.check_search(override(config, {"train.weight_decay": 0.1}), space())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}"])
 def test_a_damaged_description_is_no_traceback(config: Config, text: str) -> None:
     begun(config).write_text(text)
     with pytest.raises(UserError, match="holds a search with different settings"):
-        search_folder.check(config, space())
+        search_folder.check_search(config, space())
 
 
 def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: Config) -> None:

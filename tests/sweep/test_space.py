@@ -11,26 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, flatten, load, override
+from olora_ray.config.load import build, flatten, load_config, override
 from olora_ray.sweep import outcome, search_folder, space_file
 from olora_ray.sweep.space import Domain, Space, Suggested
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 SPACES = sorted((ROOT / "tune_spaces").glob("*.yaml"))
-CONFIG = load(ROOT / "pipelines" / "configs" / "quickstart.yaml")
+CONFIG = load_config(ROOT / "pipelines" / "configs" / "quickstart.yaml")
 
 
 def space(tmp_path: Path, **tree: Any) -> Space:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump(tree))
-    return space_file.load(file, CONFIG)
+    return space_file.load_space(file, CONFIG)
 
 
 def test_every_shipped_space_fits_the_config() -> None:
     assert {path.stem for path in SPACES} >= {"smoke", "rank_alpha_lr", "lr_only", "methods"}
     for path in SPACES:
-        found = space_file.load(path, CONFIG)
+        found = space_file.load_space(path, CONFIG)
         for number in range(found.count()):
             override(CONFIG, {**found.set, **found.values(found.drawn(number))})
 
@@ -48,7 +48,7 @@ GATED = override(
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
     """A search has no gate, and some spaces answer no rows. The best config has its gate again."""
-    found = space_file.load(path, GATED)
+    found = space_file.load_space(path, GATED)
     search = search_folder.search_config(GATED, found, path, registers=False)
     spec: Any = SimpleNamespace(space=found, name="search")
     trial: Any = SimpleNamespace(params=found.values(found.drawn(0)) if found.searcher != "tpe" else {})
@@ -265,9 +265,9 @@ def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
     """With a method that allows even ranks only."""
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"adapter.rank": {"choice": [2, 3]}}}))
-    space_file.load(file, CONFIG)
+    space_file.load_space(file, CONFIG)
     with pytest.raises(UserError, match=r"search\.adapter\.rank: .*rank=3 is odd"):
-        space_file.load(file, override(CONFIG, {"adapter.method": "orthogonal"}))
+        space_file.load_space(file, override(CONFIG, {"adapter.method": "orthogonal"}))
 
 
 def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_held_out_metrics_need_held_out_rows(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"train.lr": {"choice": [1e-3]}}}))
     with pytest.raises(UserError, match=r"metric: eval/loss needs held-out rows: set data\.eval"):
-        space_file.load(file, tiny.config())
+        space_file.load_space(file, tiny.config())
 
 
 def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> None:

@@ -67,9 +67,9 @@ def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) ->
     kept.begin()
     kept.ended("failed", "step 2: the loss is not finite")
     late = trial_file.TrialFile(str(tmp_path), record(), "min")
-    assert trial_file.read(str(tmp_path)) == kept.record
+    assert trial_file.read_record(str(tmp_path)) == kept.record
     late.begin()
-    found = trial_file.read(str(tmp_path))
+    found = trial_file.read_record(str(tmp_path))
     assert found is not None
     assert found.status == "unfinished"
 
@@ -83,7 +83,7 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
     assert lines == [f"warning: {tmp_path}/trial.json: cannot be written now (Is a directory); the trial continues"] * 2
     (tmp_path / "trial.json").rmdir()
     kept.measured(8, 0.4)
-    found = trial_file.read(str(tmp_path))
+    found = trial_file.read_record(str(tmp_path))
     assert found is not None
     assert found.curve == ((4, 0.5), (8, 0.4))
 
@@ -104,7 +104,7 @@ def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
 
     monkeypatch.setattr(trial_file.storage, "read_bytes", fail)
     with pytest.raises(OSError, match=str(error.args[-1])):
-        trial_file.read(str(place))
+        trial_file.read_record(str(place))
     with pytest.raises(kind, match=r"trials: cannot read the records of the trials: ") as told:
         trial_file.read_all(str(tmp_path))
     assert told.value.exit_code == code
@@ -113,4 +113,4 @@ def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
 def test_a_damaged_record_counts_as_missing(tmp_path: Path) -> None:
     trial_file.TrialFile(str(tmp_path), record(), "min").begin()
     (tmp_path / trial_file.FILE).write_text('{"number": 1}')
-    assert trial_file.read(str(tmp_path)) is None
+    assert trial_file.read_record(str(tmp_path)) is None

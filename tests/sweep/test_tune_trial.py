@@ -18,7 +18,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.sweep import run as search_run
 from olora_ray.sweep import trial as trials
 from olora_ray.sweep import tuner
-from olora_ray.sweep.record import TrialFile, TrialRecord, read, read_all
+from olora_ray.sweep.record import TrialFile, TrialRecord, read_all, read_record
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import NUMBER, PAIRED, SweepSpec, trial_name, trial_path
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
@@ -282,7 +282,7 @@ def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path) -> None:
     kept.measured(2, 0.5)
     with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
         again(search)
-    assert read(trial_path(search.folder, 0)) == kept.record
+    assert read_record(trial_path(search.folder, 0)) == kept.record
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])

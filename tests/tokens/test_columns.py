@@ -39,7 +39,11 @@ def config(folder: Path, rows: list[Any], **source: Any) -> Config:
 def refusals(config: Config) -> list[str]:
     """The lines that first look, dry run and preparation end with; "" if they accept the rows."""
     found = []
-    for look in (first_look.check, lambda given: describe(given, SPEC), lambda given: prepare(given, SPEC, "train")):
+    for look in (
+        first_look.check_data,
+        lambda given: describe(given, SPEC),
+        lambda given: prepare(given, SPEC, "train"),
+    ):
         try:
             look(config)
             found.append("")
@@ -120,7 +124,7 @@ def test_a_text_beside_a_class_is_read_as_the_line_says(tmp_path: Path) -> None:
     line = refusals(config(tmp_path, DROPPED["sql"]))[0]
     answer = "train it as the answer with 'data.train.0.fields={instruction: text, output: sql}', or leave it out with"
     assert f"{answer} 'data.train.0.fields={{sql: none}}'" in line
-    known = first_look.check(config(tmp_path, DROPPED["sql"], fields={"instruction": "text", "output": "sql"}))
+    known = first_look.check_data(config(tmp_path, DROPPED["sql"], fields={"instruction": "text", "output": "sql"}))
     assert known.data.train[0].format == "alpaca"
 
 
@@ -134,14 +138,14 @@ def test_a_text_beside_a_class_is_read_as_the_line_says(tmp_path: Path) -> None:
     ],
 )
 def test_a_system_prompt_beside_messages_is_the_system_message(value: Any, role: str, tmp_path: Path) -> None:
-    preview = describe(first_look.check(config(tmp_path, with_column(CHATS, system=value))), SPEC)
+    preview = describe(first_look.check_data(config(tmp_path, with_column(CHATS, system=value))), SPEC)
     text = helpers.decode(preview.examples[0].input_ids)
     assert text.startswith(f"<|im_start|>{role}\n{'be short' if value else 'q'}")
 
 
 @pytest.mark.parametrize("name", ["completion_mask", "assistant_masks"])
 def test_the_masks_of_trl_decide_what_is_supervised(name: str, tmp_path: Path) -> None:
-    preview = describe(first_look.check(config(tmp_path, with_column(TOKENS, **{name: [0, 0, 1, 1]}))), SPEC)
+    preview = describe(first_look.check_data(config(tmp_path, with_column(TOKENS, **{name: [0, 0, 1, 1]}))), SPEC)
     assert preview.examples[0].mask.tolist() == [False, False, True, True]
     fields = {name: name}
     lines = refusals(config(tmp_path, with_column(TOKENS, **{name: [0, 1]}), format="tokens", fields=fields))
@@ -171,7 +175,7 @@ def test_a_key_of_a_message_that_nothing_reads_needs_an_answer(key: str, tmp_pat
     assert refusals(config(tmp_path, rows, fields={key: "none"})) == [""] * 3
     if key == "function_call":
         reads = helpers.spec(helpers.CHATML.replace("content']", "content'] ~ (message.function_call or '')"))
-        assert describe(first_look.check(config(tmp_path, rows)), reads).rows == 30
+        assert describe(first_look.check_data(config(tmp_path, rows)), reads).rows == 30
 
 
 @pytest.mark.parametrize("mark", ["train", "weight"])
@@ -214,7 +218,7 @@ def test_an_answer_changes_no_store_and_no_group(tmp_path: Path, tiny_spec: Toke
     # What the gate reads needs no other answer.
     grouped = override(config(tmp_path, rows), {"gate.group": "topic"})
     assert refusals(grouped) == [""] * 3
-    assert count_planned("topic", plan_here(first_look.check(grouped), tiny_spec, "train"), 9) == 2
+    assert count_planned("topic", plan_here(first_look.check_data(grouped), tiny_spec, "train"), 9) == 2
 
 
 @pytest.mark.parametrize("name", ["Kategorie ", "a\tb\n  c", "it's: {a}", "yes", "Über", "=", "Ja, nein"])
@@ -230,5 +234,5 @@ def test_the_printed_setting_works_for_any_name(name: str, tmp_path: Path) -> No
 def test_what_is_noted_about_columns_is_bounded(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     rows = [{**helpers.chat("q", "a"), f"{n} " * 200: "x"} for n in range(300)]
     with pytest.raises(UserError) as caught:
-        first_look.check(config(tmp_path, rows))
+        first_look.check_data(config(tmp_path, rows))
     assert len(str(caught.value)) < 12_000

@@ -33,7 +33,7 @@ def config(folder: Path, train: Any, **data: Any) -> Config:
 
 def refusal(config: Config) -> str:
     with pytest.raises(UserError) as caught:
-        first_look.check(config)
+        first_look.check_data(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -130,7 +130,7 @@ def test_one_usable_row_is_enough_for_the_first_look(tmp_path: Path, place: int)
     rows: list[Any] = [{"x": 1}] * 40
     rows[place] = good
     lines(*rows)(tmp_path / "a.jsonl")
-    first_look.check(config(tmp_path, str(tmp_path / "a.jsonl")))
+    first_look.check_data(config(tmp_path, str(tmp_path / "a.jsonl")))
 
 
 def test_a_finished_run_needs_its_data_no_more(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_finished_run_needs_its_data_no_more(tmp_path: Path) -> None:
     assert "no such file" in refusal(gone)
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "result.json").write_text("{}")
-    first_look.check(gone)
+    first_look.check_data(gone)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,12 @@ def test_what_is_found_is_said_once_and_is_what_one_could_have_set(tmp_path: Pat
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     with said() as told:
-        found = first_look.check(config(tmp_path, str(path)))
+        found = first_look.check_data(config(tmp_path, str(path)))
         preview.describe(found, helpers.spec())
     assert told == [FOUND]
     given = config(tmp_path, {"path": str(path), **SET})
     with said() as told:
-        assert first_look.check(given) == given == found
+        assert first_look.check_data(given) == given == found
     assert told == [f"data.train.0: {path} is read as semicolon csv, cp1252"]
 
 
@@ -217,14 +217,14 @@ def test_a_run_continues_whether_its_format_was_set_or_found(now: dict[str, Any]
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     for before in ({}, SET):
-        tiny.claimed(first_look.check(config(tmp_path, {"path": str(path), **before})))
+        tiny.claimed(first_look.check_data(config(tmp_path, {"path": str(path), **before})))
         (tmp_path / "runs/a/checkpoints/step-0000001").mkdir(parents=True, exist_ok=True)
-        again = first_look.check(config(tmp_path, {"path": str(path), **now}))
+        again = first_look.check_data(config(tmp_path, {"path": str(path), **now}))
         RunFolder(again.folder()).check(again)
     # A finished run has its format, and does not detect it again.
     (tmp_path / "runs/a/result.json").write_text("{}")
     path.unlink()
-    again = first_look.check(config(tmp_path, {"path": str(path), **now}))
+    again = first_look.check_data(config(tmp_path, {"path": str(path), **now}))
     RunFolder(again.folder()).check(again)
     assert again.data.train[0].fields == SET["fields"]
 
@@ -240,7 +240,7 @@ def test_a_file_of_another_kind_turns_no_source_round_in_silence(tmp_path: Path)
     for name in "bc":
         lines(*[helpers.chat("q", "a")] * 20)(tmp_path / f"{name}.jsonl")
     lines(*[{"instruction": "q", "output": "a"}] * 20)(tmp_path / "a.jsonl")
-    found = first_look.check(config(tmp_path, f"{tmp_path}/*.jsonl"))
+    found = first_look.check_data(config(tmp_path, f"{tmp_path}/*.jsonl"))
     assert found.data.train[0].format == "messages"
     with pytest.raises(UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is missing"):
         preview.describe(found, helpers.spec())

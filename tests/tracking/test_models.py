@@ -111,7 +111,7 @@ def test_a_copy_that_was_interrupted_is_filled_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "write", killed)
+        patch.setattr(models, "write_model", killed)
         with pytest.raises(KeyboardInterrupt):
             models.register(tracker, Contents(merged), "other", "candidate", TAGS)
     version = models.register(tracker, Contents(merged), "other", "candidate", TAGS)

@@ -149,7 +149,7 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
 
     begin = time.perf_counter()
     with pytest.raises(UserError, match=message) as caught:
-        client_module.check(uri)
+        client_module.check_uri(uri)
     assert time.perf_counter() - begin < 8
     assert str(caught.value).startswith("tracking.uri=")
     assert "\n" not in str(caught.value)
@@ -164,7 +164,7 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
 )
 def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(status: int, text: bytes, message: str) -> None:
     with answering(status, text) as uri, pytest.raises(UserError, match=message) as caught:
-        client_module.check(uri)
+        client_module.check_uri(uri)
     assert "\n" not in str(caught.value)
 
 

@@ -344,7 +344,7 @@ def test_the_driver_of_a_database_that_is_not_installed_is_named(monkeypatch: py
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"postgresql://127.0.0.1:{server.getsockname()[1]}/mlflow"
         with pytest.raises(UserError, match=r"psycopg2?: pip install 'olora-ray\[postgresql\]'$") as caught:
-            reach.check(address)
+            reach.check_uri(address)
     assert str(caught.value).startswith(f"tracking.uri={address}: needs the Python package psycopg")
 
 

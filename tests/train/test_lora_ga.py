@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olora_ray.adapter.initialise import InitReport, check
+from olora_ray.adapter.initialise import InitReport, check_rank
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import METHODS, Options
@@ -140,8 +140,8 @@ def test_nothing_is_left_on_the_base_and_the_start_is_the_base() -> None:
 
 def test_a_rank_above_half_of_a_layer_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"adapter\.rank=17 is too large for k \(32 x 64\) .* use at most 16, or leave"):
-        check({"q": (64, 64), "k": (32, 64)}, "lora_ga", 17)
-    check({"k": (32, 64)}, "lora_ga", 16)
+        check_rank({"q": (64, 64), "k": (32, 64)}, "lora_ga", 17)
+    check_rank({"k": (32, 64)}, "lora_ga", 16)
 
 
 def test_experts_and_data_without_supervised_tokens_are_refused() -> None:

@@ -111,7 +111,7 @@ def table(heads: Iterable[str], rows: Iterable[str]) -> str:
     )
 
 
-def write(record: SearchRecord, folder: str) -> list[str]:
+def write_report(record: SearchRecord, folder: str) -> list[str]:
     """Write report.html, the figures as PNG and leaderboard.json into `folder`, a path or URI; return the files.
 
     Replaces the files of an earlier report.

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from olora_ray.config.load import build, dump, flatten, load, parse_yaml
+from olora_ray.config.load import build, dump, flatten, load_config, parse_yaml
 from tests.fuzz import mutate
 from tests.fuzz.case import Case, agree
 
@@ -102,6 +102,6 @@ def read(content: str | bytes, place: Path, made: Any) -> None:
     """As an entry script does; what is read is written and read again."""
     file = place / "run.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    config = load(file)
+    config = load_config(file)
     agree(build(parse_yaml(dump(config), "dump")), config, "what was written is read as")
     flatten(config)

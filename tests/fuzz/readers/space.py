@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from olora_ray.config.load import load, override
+from olora_ray.config.load import load_config, override
 from olora_ray.sweep import space_file
 from tests.fuzz import mutate
 from tests.fuzz.case import Case
@@ -16,7 +16,7 @@ from tests.fuzz.readers import config as of_configs
 ROOT = Path(__file__).parents[3]
 SHIPPED = [file.read_text() for file in sorted((ROOT / "tune_spaces").glob("*.yaml"))]
 TREES: list[Any] = [yaml.safe_load(text) for text in SHIPPED]
-CONFIG = load(ROOT / "pipelines" / "configs" / "quickstart.yaml")
+CONFIG = load_config(ROOT / "pipelines" / "configs" / "quickstart.yaml")
 FIELDS = [
     "train.lr",
     "train.clip",
@@ -63,6 +63,6 @@ def read(content: str, place: Path, made: Any) -> None:
     """As `sweep.py` does, and what its first trials would be."""
     file = place / "space.yaml"
     file.write_bytes(content.encode("utf-8", "surrogatepass"))
-    space = space_file.load(file, CONFIG)
+    space = space_file.load_space(file, CONFIG)
     for number in range(min(space.count(), 3)):
         override(CONFIG, {**space.set, **space.values(space.drawn(number))})

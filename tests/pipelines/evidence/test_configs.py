@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from olora_ray.config.schema import Config
 from olora_ray.data.formats import check_fields
 from olora_ray.train import estimate
@@ -35,7 +35,7 @@ def test_there_are_all_of_them() -> None:
 @configs
 def test_it_loads_and_its_scorer_is_found_beside_the_commands(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "pipelines")  # as Python does for a script there
-    config = load(file)
+    config = load_config(file)
     assert config.run.name.startswith("evidence-")
     assert config.data.holds_out()
     for number, source in enumerate(config.data.train):
@@ -55,22 +55,22 @@ def test_what_has_not_been_run_says_so_first(file: Path) -> None:
 
 @configs
 def test_no_comparison_has_weight_decay(file: Path) -> None:
-    assert load(file).train.weight_decay == 0.0  # it pulls to the start here, to 0 in PEFT
+    assert load_config(file).train.weight_decay == 0.0  # it pulls to the start here, to 0 in PEFT
 
 
 @pytest.mark.parametrize("name", ON_TWO_CORES)
 def test_the_two_of_two_cores_have_the_protocols_settings(name: str) -> None:
-    config = load(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml")
+    config = load_config(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml")
     assert (config.train.steps, config.train.global_batch, config.data.packing) == (20, 8, False)
     assert (config.adapter.rank, config.adapter.alpha, config.adapter.targets) == (16, 16.0, "all-linear")
     assert config.adapter.dropout == 0.0
     assert config.gate.group == "group"
-    assert config.model == load(ROOT / "pipelines" / "configs" / "quickstart.yaml").model
+    assert config.model == load_config(ROOT / "pipelines" / "configs" / "quickstart.yaml").model
 
 
 @pytest.mark.parametrize("name", ON_TWO_CORES)
 def test_the_time_of_the_two_is_estimated_on_cpus_and_that_of_a_large_model_is_not(name: str) -> None:
-    config, size = load(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml"), SimpleNamespace()
+    config, size = load_config(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml"), SimpleNamespace()
     for parameters, measured in ((134_515_008, True), (8_000_000_000, False)):
         size.parameters = parameters
         found: Any = size
@@ -78,7 +78,7 @@ def test_the_time_of_the_two_is_estimated_on_cpus_and_that_of_a_large_model_is_n
 
 
 def test_both_differ_in_the_data_and_the_answers_alone() -> None:
-    two = [load(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml") for name in ON_TWO_CORES]
+    two = [load_config(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml") for name in ON_TWO_CORES]
     left, right = (
         [getattr(config, name) for name in ("model", "adapter", "train", "cluster", "gate")] for config in two
     )
@@ -86,7 +86,7 @@ def test_both_differ_in_the_data_and_the_answers_alone() -> None:
 
 
 def settings(name: str) -> Config:
-    return load(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml")
+    return load_config(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ FILES = {"report.html", "leaderboard.json", *(f"{name}.png" for name in FIGURES)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("report")
-    page.write(realistic(), str(made))
+    page.write_report(realistic(), str(made))
     return made
 
 
@@ -50,7 +50,7 @@ def test_every_search_has_a_page_with_all_its_trials(name: str) -> None:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("large")
-    page.write(realistic(2000), str(made))
+    page.write_report(realistic(2000), str(made))
     return made
 
 
