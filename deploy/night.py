@@ -31,7 +31,7 @@ from olora_ray.common import lock
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.secrets import mask
 from olora_ray.config import command_line
-from olora_ray.config.load import build, load, read
+from olora_ray.config.load import build, load_config, read_tree
 from olora_ray.config.schema import Config
 from olora_ray.retrain import notify
 
@@ -76,11 +76,11 @@ def _loaded(file: str) -> Config | None:
     # The command runs even with a broken config, because its own error is clearer than one from here. Who is told of it
     # stands in two sections, which may be valid.
     try:
-        return load(file)
+        return load_config(file)
     except UserError as error:
         problem = error
     try:
-        told = {name: section for name, section in read(file).items() if name in ("registry", "notify")}
+        told = {name: section for name, section in read_tree(file).items() if name in ("registry", "notify")}
         return build({"run": {"name": Path(file).stem}, "model": {"name": "-"}, "data": {"train": ["-"]}, **told}, file)
     except UserError:
         logger.warning(f"this night sends no notification, because the config does not load: {problem}")
