@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -21,20 +21,14 @@ from olora_ray.common import logs
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """A group of workers resumes from a checkpoint."""
-
-    step: int
-    total: int | None
-    """Steps of the complete schedule, if already known."""
-    workers: int
-    history: list[dict[str, float]]
-    """Rows of metrics up to this step."""
-
-
-@dataclass(frozen=True)
 class Started:
+    """A group of workers trains."""
+
     workers: int
+    resumed_from: int | None = None
+    """Step of the checkpoint; None if the training begins."""
+    history: Sequence[dict[str, float]] = ()
+    """Rows of metrics up to this step."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Took:
     """Seconds by `start` (of a worker), `evaluation` (the last one) and `answers` (before training)."""
 
 
-Message = dict[str, float] | str | Resumed | Started | Saved | Took
+Message = dict[str, float] | str | Started | Saved | Took
 """A row of metrics with its `step`, a line for the log, or an event."""
 
 

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Resumed, Saved, Started, Took, give_signs_of_life, sent_to
+from olora_ray.cluster.channel import Saved, Started, Took, give_signs_of_life, sent_to
 from olora_ray.cluster.failures import advice_for_memory
 from olora_ray.cluster.resume import StartingPoint, measure_first_step, self_tested, starting_point
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
@@ -157,8 +157,7 @@ class Worker:
                     f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
                     f"{self.config.train.epochs:g} gives {total}; raise train.epochs or set train.steps"
                 )
-            total, history = self.schedule.total(), list(self.state.history)
-            self._tell_driver(Resumed(self.state.step, total, self.context.world, history))
+            self._tell_driver(Started(self.context.world, self.state.step, list(self.state.history)))
         else:
             self._tell_driver(Started(self.context.world))
             self._checkpoint()  # so that a restart does not repeat the initialisation

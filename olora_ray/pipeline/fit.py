@@ -11,7 +11,7 @@ import ray.train
 from ray.exceptions import RayActorError, RayError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Message, Resumed, Saved, Started, Took, make_channel
+from olora_ray.cluster.channel import Message, Saved, Started, Took, make_channel
 from olora_ray.cluster.failures import cause, counts, passes, user_errors
 from olora_ray.cluster.group import Fit, Group, answer, end_hung, ray_trainer
 from olora_ray.cluster.resources import PlacementRequest, free_abandoned, free_workers, worker_resources
@@ -29,7 +29,6 @@ from olora_ray.train.loader import Schedule
 
 logger = logging.getLogger(__name__)
 
-Event = Started | Resumed
 OnRow = Callable[[int, dict[str, float]], None]
 """Receives the metrics of every step; after a restart also those of earlier steps again."""
 
@@ -43,8 +42,8 @@ class Monitor:
         self.highest = tracker.last_step("train/loss") or 0
         """The last step that a worker has reported as done."""
 
-    def collect(self, on_event: Callable[[Event], None]) -> None:
-        """Show and track new messages in order; `on_event` gets those about the attempt."""
+    def collect(self, on_start: Callable[[Started], None]) -> None:
+        """Show and track new messages in order; `on_start` gets those of a group that trains."""
         try:
             messages: list[Message] = ray.get(self.channel.drain.remote(), timeout=30)
         except RayError:
@@ -59,10 +58,8 @@ class Monitor:
                 case Took():
                     self.progress.took |= message.seconds
                 case Started():
-                    on_event(message)
-                case Resumed():
                     rows |= {int(row["step"]): _without_step(row) for row in message.history}
-                    on_event(message)
+                    on_start(message)
                 case dict():
                     rows[int(message["step"])] = _without_step(message)
                     self.highest = max(self.highest, int(message["step"]))
@@ -195,11 +192,11 @@ class Attempts:
                 self._look()
                 result = answer(self.channel.result.remote())
                 if time.monotonic() - collected >= 1.0:
-                    self.monitor.collect(self._on_event)
+                    self.monitor.collect(self._started)
                     self._await_workers(group.workers)
                     self._watch()
                     collected = time.monotonic()
-            self.monitor.collect(self._on_event)
+            self.monitor.collect(self._started)
             return result or answer(self.channel.result.remote()) or group.result()
         finally:
             self.monitor.telemetry.ended()
@@ -267,15 +264,12 @@ class Attempts:
         self._asked = True
         self.channel.request_stop.remote(why)
 
-    def _on_event(self, event: Event) -> None:
-        resumed = isinstance(event, Resumed)
-        self._started(event.step if isinstance(event, Resumed) else 0, event.workers, resumed)
-
-    def _started(self, step: int, workers: int, resumed: bool) -> None:
+    def _started(self, event: Started) -> None:
+        workers, step = event.workers, event.resumed_from or 0
         again = max(0, self.monitor.highest - step)
         first = self.workers is None and self.cause is None
         self.monitor.telemetry.started(workers, again=not first)
-        if resumed or again or not first:
+        if event.resumed_from is not None or again or not first:
             reason = self.cause or ("resumed" if first else "restarted")
             if self.workers not in (None, workers):
                 reason = f"{self.cause or 'the cluster has changed'}, {workers} instead of {self.workers} workers"

@@ -69,9 +69,10 @@ def test_a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel: Any)
     for member in (one, two):
         channel.alive.remote(member)
     assert ray.get(channel.members.remote(60.0)) == ([one, two], [])
-    asked = channel.members.remote(0.5)  # looks again after two seconds, in which one gives a sign
-    time.sleep(1.9)
-    channel.alive.remote(one)
+    time.sleep(1.5)
+    asked = channel.members.remote(1.0)  # looks again after two seconds, in which one gives signs
+    while not ray.wait([asked], timeout=0.2)[0]:
+        channel.alive.remote(one)
     assert ray.get(asked) == ([one, two], [two])
     channel.request_stop.remote("SIGTERM")
     channel.finish.remote(TrainResult(problem="x"))

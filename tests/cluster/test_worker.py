@@ -11,7 +11,7 @@ import ray
 import torch
 
 from olora_ray.cluster import ray_internals, worker
-from olora_ray.cluster.channel import Resumed, Started, Took
+from olora_ray.cluster.channel import Started, Took
 from olora_ray.cluster.resume import named
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import Evaluator, Worker, train_at
@@ -117,6 +117,10 @@ def test_a_step_without_memory_names_the_settings_that_need_less(tmp_path: Path,
     assert not result.passes
 
 
+def resumptions(channel: Channel) -> list[Started]:
+    return [each for each in channel.messages if isinstance(each, Started) and each.resumed_from is not None]
+
+
 def adapter(folder: Path, step: int, best: bool = False) -> dict[str, torch.Tensor]:
     """The adapter after a step, or the best until then, which may be that of the start: zero."""
     found = checkpoints.read(str(folder / checkpoints.name_of(step)))
@@ -163,9 +167,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(
         without_new_factors()
     result, channel = train(tmp_path)
     at = 0 if 3 in lost else 3
-    resumed = [message for message in channel.messages if isinstance(message, Resumed)]
+    resumed = resumptions(channel)
     rows = 4 if at else 0  # the base model's, and one per step; the first checkpoint comes before all
-    assert [(each.step, each.total, each.workers, len(each.history)) for each in resumed] == [(at, 6, 1, rows)]
+    assert [(each.resumed_from, each.workers, len(each.history)) for each in resumed] == [(at, 1, rows)]
     assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
     assert result.answers == whole[1].answers
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
@@ -179,7 +183,7 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
         train(short, **schedule)
         _, whole = train(long, train__steps=10, **schedule)
         result, channel = train(short, train__steps=10, **schedule)
-        assert [(each.step, each.total) for each in channel.messages if isinstance(each, Resumed)] == [(6, 10)]
+        assert [each.resumed_from for each in resumptions(channel)] == [6]
         later = {step: rate for step, rate in whole.metrics("train/lr").items() if step > 6}
         assert channel.metrics("train/lr") == later
         assert result.state is not None
@@ -224,7 +228,7 @@ def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp
     train(tmp_path / "cut", **settings)
     (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
     _, channel = train(tmp_path / "cut", **settings)
-    assert [message.step for message in channel.messages if isinstance(message, Resumed)] == [3]
+    assert [each.resumed_from for each in resumptions(channel)] == [3]
     cut, whole = (checkpoints.read(str(tmp_path / name / checkpoints.name_of(6))) for name in ("cut", "whole"))
     for name, weights in whole.adapter.items():
         assert weights.db.any()
@@ -348,7 +352,7 @@ def test_a_worker_that_loses_the_others_keeps_its_last_whole_step(
             train(tmp_path)
     assert checkpoints.names(str(tmp_path))[-1] == checkpoints.name_of(saved)
     _, channel = train(tmp_path)
-    assert [message.step for message in channel.messages if isinstance(message, Resumed)] == [saved]
+    assert [each.resumed_from for each in resumptions(channel)] == [saved]
     assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.pipeline import publish
+from olora_ray.pipeline import version
 from tests.pipelines import project
 
 
@@ -23,15 +23,15 @@ SYSTEM = {"role": "system", "content": "Count."}
 @pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER]])
 def test_messages_are_found_in_the_text_of_a_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> None:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert publish.chat(tokenizer, text) == messages
+    assert version.chat(tokenizer, text) == messages
 
 
 def test_a_longer_conversation_and_a_text_that_is_none_give_no_example(tokenizer: Any) -> None:
     answer = {"role": "assistant", "content": "4"}
     text = tokenizer.apply_chat_template([USER, answer, USER], add_generation_prompt=True, tokenize=False)
-    found = publish.chat(tokenizer, text)
+    found = version.chat(tokenizer, text)
     assert found is None or tokenizer.apply_chat_template(found, add_generation_prompt=True, tokenize=False) == text
-    assert publish.chat(tokenizer, "Once upon a time") is None
+    assert version.chat(tokenizer, "Once upon a time") is None
 
 
 def test_a_template_that_refuses_a_system_message(tokenizer: Any) -> None:
@@ -39,5 +39,5 @@ def test_a_template_that_refuses_a_system_message(tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = picky
     text = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
-    assert publish.chat(tokenizer, text) == [USER]
-    assert publish.chat(tokenizer, "no such text") is None
+    assert version.chat(tokenizer, text) == [USER]
+    assert version.chat(tokenizer, "no such text") is None

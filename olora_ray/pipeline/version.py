@@ -1,0 +1,166 @@
+"""What a version in MLflow's registry holds: its files, its description and its input example."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from olora_ray.adapter.portable import facts_of
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common import node_cache
+from olora_ray.common.errors import UserError
+from olora_ray.common.secrets import mask
+from olora_ray.common.text import plural
+from olora_ray.config.load import flatten
+from olora_ray.config.schema import Config
+from olora_ray.model.load import load_tokenizer
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.answers import Scores, as_text
+from olora_ray.pipeline.export import Exported
+from olora_ray.tracking import models
+from olora_ray.tracking.models import BaseOfAdapter, Contents, Measured, has_chat_template
+
+# The description of a version, in the Markdown that MLflow's page shows.
+
+
+LOAD = """### Load
+
+```python
+import mlflow  # with MLFLOW_TRACKING_URI set to this server
+
+generate = mlflow.transformers.load_model("{uri}"ELSEWHERE)
+```"""
+
+
+def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None, files: Path) -> str:
+    """Return the description, with {uri} for the models:/ address; `base` is set for an adapter-only version.
+
+    `files` is the export; its model card has the same facts.
+    """
+    elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"' if base and not base.on_hub else ""
+    needed = f"This version is only the adapter. Loading it needs its base model, {_name(base)}." if base else ""
+    blocks = [facts_of(files), "\n".join(_table(exported, scores)), LOAD.replace("ELSEWHERE", elsewhere), needed]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _table(exported: Exported, scores: Scores) -> Iterator[str]:
+    state, rows = exported.state, []
+    if losses := exported.losses():
+        best = losses[-1] if state.best_loss is None else state.best_loss
+        rows.append(("loss per held-out token", f"{losses[0]:.4f}", f"{best:.4f}"))
+    answers = plural(len(exported.result.answers), "row")
+    for name, after in scores.get("after", {}).items():
+        before = scores.get("before", {}).get(name)
+        rows.append((f"{_clean(name)} ({answers})", "-" if before is None else f"{before:.3f}", f"{after:.3f}"))
+    if rows:
+        yield from ("| | before | after |", "|---|---|---|")
+        yield from (f"| {name} | {before} | **{after}** |" for name, before, after in rows)
+
+
+def _name(base: BaseOfAdapter) -> str:
+    if base.on_hub:
+        return f"`{_clean(base.name)}` at commit `{base.revision}`"
+    # The description must not show the folders of this cluster.
+    name = _clean(base.name.rstrip("/").rpartition("/")[2])
+    return f"a copy of `{name}`; without `base_model_path`, MLflow uses its path at registration"
+
+
+def _clean(text: str) -> str:
+    # Backticks and bars are syntax of Markdown tables, and a path or a column name may contain them.
+    flat = " ".join(mask(text).replace("`", "'").replace("|", "/").split())
+    return flat if len(flat) <= 80 else f"{flat[:77]}..."
+
+
+# The input example of a version: the first held-out question as a request.
+
+
+_PLACE = "OBJECTREPLACEMENT"
+"""Placeholder for the text of a message; it has only letters, which neither templates nor regexes change."""
+
+
+def request(config: Config, folder: Path, prompt: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return a request with the question in `prompt` (token ids) for the model in `folder`, or None."""
+    tokenizer = load_tokenizer(BaseModel(str(folder), str(folder), ""), config.model)
+    chats = has_chat_template(folder)
+    text = as_text(tokenizer, prompt, special=chats)
+    asked = chat(tokenizer, text) if chats else text
+    if not asked or len(text) > 4000:  # a longer text would make the example on MLflow's page unreadable
+        return None
+    return {"messages" if chats else "prompt": asked, "max_tokens": config.evaluation.max_new_tokens}
+
+
+def chat(tokenizer: Any, text: str) -> list[dict[str, str]] | None:
+    """Return one or two messages that the chat template renders as `text`, or None."""
+    # A template cannot be inverted, so render it with placeholders, and read the messages from `text` at their places.
+    for roles in (["user"], ["system", "user"]):
+        pattern = re.escape(_rendered(tokenizer, [{"role": role, "content": _PLACE} for role in roles]))
+        match = re.fullmatch(pattern.replace(_PLACE, "(.+?)"), text, re.DOTALL)
+        if match and len(match.groups()) == len(roles):
+            messages = [{"role": role, "content": content} for role, content in zip(roles, match.groups(), strict=True)]
+            if _rendered(tokenizer, messages) == text:
+                return messages
+    return None
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)).strip()
+    except Exception:  # a template is code that may raise any exception
+        return ""
+
+
+# The registered files: the merged model, or the adapter with a reference to its base model.
+
+
+@contextmanager
+def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
+    """Yield the files that a finished run registers, on this machine for the duration of the block."""
+    spec, folder, config = exported.spec, exported.folder, exported.spec.config
+    with node_cache.fetched(folder.merged if config.export.merged else folder.adapter) as files:
+        base = None if config.export.merged else _reference(spec, files)
+        example = None
+        if answers := exported.result.answers:
+            with suppress(UserError):  # without a tokenizer the version only lacks its example
+                example = request(config, files, answers[0].prompt)
+        yield Contents(
+            files,
+            base,
+            answers_as=config.registry.model or config.run.name,
+            description=describe(exported, scores, base, files),
+            example=example,
+            params=flatten(config),
+            measured=_measured(exported, scores),
+        )
+
+
+def _measured(exported: Exported, scores: Scores) -> list[Measured]:
+    spec, step = exported.spec, exported.step
+    found = [Measured(step, ["train/loss"], ("training", spec.train.digest))]
+    if spec.eval:
+        held_out = ("evaluation", spec.eval.digest)
+        names = [f"score/{name}" for name in scores.get("after", {})]
+        found += [Measured(step, ["eval/loss", "eval/perplexity"], held_out)]
+        found += [Measured(exported.state.step, names, held_out)]
+    return found
+
+
+def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
+    base, revision = spec.base, spec.config.model.revision
+    commit = _commit(base)
+    # MLflow loads the tokenizer from where it loads the base model. If the run added a chat template, the hub's
+    # tokenizer lacks it, so the base model must not be loaded from the hub.
+    on_hub = (
+        commit is not None
+        and spec.template is None
+        and has_chat_template(adapter) == has_chat_template(Path(base.folder))
+    )
+    name = models.pinned(base.name, spec.config)
+    return BaseOfAdapter(name, base.digest, base.folder, commit or revision, on_hub)
+
+
+def _commit(base: BaseModel) -> str | None:
+    """Return the commit of a model in the hub client's cache (models--ORG--NAME/snapshots/COMMIT), otherwise None."""
+    folder = Path(base.folder)
+    from_hub = folder.parts[-3:-1] == (f"models--{base.name.replace('/', '--')}", "snapshots")
+    return folder.name if from_hub else None
