@@ -65,22 +65,25 @@ def test_a_channel_that_died_is_one_line(channel: Any) -> None:
 def test_a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel: Any) -> None:
     import ray
 
+    def told(call: str, *arguments: Any) -> Any:  # one after the other: the channel's methods are async
+        return ray.get(getattr(channel, call).remote(*arguments))
+
     one, two = (Member(rank, "node", rank, str(rank)) for rank in (0, 1))
     for member in (one, two):
-        channel.alive.remote(member)
-    assert ray.get(channel.members.remote(60.0)) == ([one, two], [])
+        told("alive", member)
+    assert told("members", 60.0) == ([one, two], [])
     time.sleep(1.5)
     asked = channel.members.remote(1.0)  # looks again after two seconds, in which one gives signs
     while not ray.wait([asked], timeout=0.2)[0]:
-        channel.alive.remote(one)
+        told("alive", one)
     assert ray.get(asked) == ([one, two], [two])
-    channel.request_stop.remote("SIGTERM")
-    channel.finish.remote(TrainResult(problem="x"))
-    assert ray.get(channel.result.remote()).problem == "x"
-    channel.begin.remote()
-    channel.alive.remote(two)  # of the group before: it had stood still
-    assert ray.get(channel.members.remote(60.0)) == ([], [])
-    assert ray.get(channel.result.remote()) is None
+    told("request_stop", "SIGTERM")
+    told("finish", TrainResult(problem="x"))
+    assert told("result").problem == "x"
+    told("begin")
+    told("alive", two)  # of the group before: it had stood still
+    assert told("members", 60.0) == ([], [])
+    assert told("result") is None
     assert ray.wait([channel.wait_for_stop.remote()], timeout=0.5)[0] == []
 
 
