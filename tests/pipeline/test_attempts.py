@@ -34,6 +34,7 @@ class Training:
         self.silent: list[Member] = []
         self.draining: set[str] = set()
         self.hung: list[str] = []
+        self.worker = {"CPU": 1.0}
         self.groups: list[int] = []
         self.asked: list[object] = []
         self.told: list[str] = []
@@ -92,7 +93,7 @@ class Training:
         )
         build: Any = SimpleNamespace(store=tiny.store(8), problem=None, join=lambda: None)
         spec: Any = SimpleNamespace(config=tiny.config(**settings))
-        return Attempts(spec, build, monitor, self.stop, {"CPU": 1.0}, self.fit, placed)
+        return Attempts(spec, build, monitor, self.stop, self.worker, self.fit, placed)
 
 
 @pytest.fixture
@@ -131,9 +132,12 @@ def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(training: Trai
     assert caught.value.exit_code == code
 
 
+@pytest.mark.parametrize("resources", [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}])
 @pytest.mark.parametrize(("limit", "ends"), [(1, True), (0, False)])
-def test_a_worker_that_hangs_is_ended_with_its_group_and_counts(training: Training, limit: int, ends: bool) -> None:
-    training.events = {0.0: Started(1)}
+def test_a_worker_that_hangs_is_ended_with_its_group_and_counts(
+    training: Training, resources: dict[str, float], limit: int, ends: bool
+) -> None:
+    training.events, training.worker = {0.0: Started(1)}, resources
     training.silent = [Member(1, "node", 2**22, "hangs")]
     attempts = training.attempts(training.works, cluster__max_failures=limit)
     why = "worker 1 gave no sign of life for 20 s"
