@@ -91,6 +91,8 @@ class StopRequests:
 # The training.
 
 
+ENDED = 30.0
+"""Seconds in which Ray or the driver ends a group whose worker is lost."""
 MOST_LOST = 30.0
 """Seconds of training that a lost worker may cost, where a checkpoint every so often takes less than `SHARE` of it."""
 SHARE = 0.01
@@ -363,7 +365,13 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult
     ray_internals.quiet_train_worker()
     context = RayTrainContext(spec.config)
     give_signs_of_life(channel, context.rank)
-    result = train_at(context, spec, checkpoints, channel)
+    try:
+        result = train_at(context, spec, checkpoints, channel)
+    except PeerLost:
+        # Ray sees why the other worker was lost, and ends this process with the group. Until then say nothing: the
+        # traceback of a consequence would hide the cause.
+        time.sleep(ENDED)
+        raise
     # If only this worker has a problem, the others wait for it in an exchange, and Ray Train does not return. So the
     # driver gets the problem over the channel.
     if result.problem is not None:

@@ -85,3 +85,4 @@ def went_on(run: Run) -> None:
     assert run.initialised() == 1, run.tail()
     assert run.again() <= runs.CHECKPOINT_EVERY, run.tail()
     assert [found.workers for found in run.resumptions()] == [2], run.tail()
+    assert "PeerLost" not in (run.folder / "attempt-1.err").read_text()  # a consequence, with a long traceback
