@@ -91,8 +91,6 @@ class StopRequests:
 # The training.
 
 
-ENDED = 30.0
-"""Seconds in which Ray or the driver ends a group whose worker is lost."""
 MOST_LOST = 30.0
 """Seconds of training that a lost worker may cost, where a checkpoint every so often takes less than `SHARE` of it."""
 SHARE = 0.01
@@ -368,9 +366,9 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult
     try:
         result = train_at(context, spec, checkpoints, channel)
     except PeerLost:
-        # Ray sees why the other worker was lost, and ends this process with the group. Until then say nothing: the
-        # traceback of a consequence would hide the cause.
-        time.sleep(ENDED)
+        # Ray or the driver sees why the other worker was lost, and ends this process with the group. Until then say
+        # nothing: the traceback of a consequence would hide the cause.
+        time.sleep(spec.config.cluster.silence + 10.0)
         raise
     # If only this worker has a problem, the others wait for it in an exchange, and Ray Train does not return. So the
     # driver gets the problem over the channel.
