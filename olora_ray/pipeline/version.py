@@ -1,4 +1,4 @@
-"""What a version in MLflow's registry holds: its files, its description and its input example."""
+"""The content of a version in MLflow's registry: its files, its description and its input example."""
 
 import re
 from collections.abc import Iterator

@@ -48,7 +48,7 @@ def test_shared_factors_that_one_worker_cannot_read_are_made_by_all(
     others: list[bool], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk of its node was full: it went to make them alone, and waited for the others, which trained already."""
-    put(monkeypatch, resume.initialise, read=lambda *_: {"shared": None})
+    put(monkeypatch, resume.initialise, read_factors=lambda *_: {"shared": None})
     put(monkeypatch, resume.collectives, gather=lambda value: [value, *others])
     made = {"new_factors": lambda *_: ({"made": None}, None, None), "at_scale": lambda made, adapter: made}
     put(monkeypatch, resume, describe=lambda *_: "", **made)
