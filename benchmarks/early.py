@@ -27,11 +27,11 @@ import sys, time
 from olora_ray.common.logs import quiet_environment
 quiet_environment()
 from olora_ray.common import logs
-from olora_ray.config.load import load
+from olora_ray.config.load import load_config
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.connection import connect
 from olora_ray.tokens.prepare import prepare
-config = load(sys.argv[1])
+config = load_config(sys.argv[1])
 with logs.printed():
     base = open_base(config)
     with connect(config):

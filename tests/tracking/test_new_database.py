@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CODE = "import sys; from olora_ray.tracking.client import check; sys.stdin.readline(); check(sys.argv[1])"
+CODE = "import sys; from olora_ray.tracking.client import check_uri; sys.stdin.readline(); check_uri(sys.argv[1])"
 
 
 def test_a_new_database_can_be_opened_by_several_processes_at_once(tmp_path: Path) -> None:
