@@ -126,28 +126,14 @@ class Worker:
         self.manager = CheckpointManager(checkpoints, self.config.train.keep, self._saved) if not context.rank else None
         self._saved_at, self._saving = time.monotonic(), math.inf
         self._saved_step = self.state.step if self.resumed else -1
-        self._evaluated = True
-        """False between a step and its evaluation and report."""
 
     def run(self) -> TrainResult:
         self._begin()
-        try:
-            return self._finish(self._train())
-        except PeerLost:
-            self._rescue()
-            raise
+        return self._finish(self._train())
 
     def _saved(self, step: int, seconds: float) -> None:
         self._saving = seconds
         self._tell_driver(Saved(step, seconds))
-
-    def _rescue(self) -> None:
-        """Write the last whole step before Ray ends this process. Only rank 0 does, because two could write at once."""
-        if self.manager:
-            with contextlib.suppress(UserError):  # the manager has logged the reason
-                if self._evaluated:
-                    self._checkpoint()
-                self.manager.finish()
 
     def _begin(self) -> None:
         self._tell_driver(Took(self.evaluator.took))
@@ -187,7 +173,7 @@ class Worker:
                     result = next(steps, None)
                 if result is None:
                     return False
-                self.state.step, self._evaluated = result.step, False
+                self.state.step = result.step
                 if self._after_step(result):
                     return False
                 if result.signal:
@@ -201,7 +187,6 @@ class Worker:
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
             metrics |= self.evaluator.measure(self.state)
         self._tell(metrics)
-        self._evaluated = True
         end = last or self._stale()
         overdue = time.monotonic() - self._saved_at >= max(MOST_LOST, self._saving / SHARE)
         if end or overdue or result.step % self.config.train.checkpoint_every == 0:
@@ -286,7 +271,6 @@ class Evaluator:
     @contextlib.contextmanager
     def _best_in_place(self) -> Iterator[None]:
         """Use the best adapter during the block. Without an evaluation it is the last one."""
-        # The last adapter returns even if workers are lost meanwhile: `_rescue` may save it.
         vector = self.trainer.flat.vector
         last = vector.clone()
         try:

@@ -20,7 +20,6 @@ from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import TryAgain
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoints, parallel
-from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.said import said
@@ -325,35 +324,6 @@ def test_the_last_adapter_is_back_when_others_are_lost_while_the_best_answers(
     saved = named(checkpoints.read(str(tmp_path / checkpoints.name_of(6))).adapter)
     assert not torch.equal(flat.vector, found[0].evaluator.best)
     assert all(torch.equal(flat.view(flat.vector, name), part) for name, part in saved.items())
-
-
-@pytest.mark.parametrize(("lost_at", "saved"), [("step", 4), ("evaluation", 3)])
-def test_a_worker_that_loses_the_others_keeps_its_last_whole_step(
-    tmp_path: Path, whole: tuple[Path, TrainResult, Channel], monkeypatch: pytest.MonkeyPatch, lost_at: str, saved: int
-) -> None:
-    """Not a step without its evaluation, which nobody would make up for."""
-
-    def lost(inner: Callable[..., Any], nth: int) -> Callable[..., Any]:
-        calls: list[int] = []
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            calls.append(1)
-            if len(calls) == nth:
-                raise PeerLost
-            return inner(*arguments, **named)
-
-        return call
-
-    owner: Any
-    owner, name, nth = (Trainer, "_shared", 5) if lost_at == "step" else (Evaluator, "loss", 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, lost(getattr(owner, name), nth))
-        with pytest.raises(PeerLost):
-            train(tmp_path)
-    assert checkpoints.names(str(tmp_path))[-1] == checkpoints.name_of(saved)
-    _, channel = train(tmp_path)
-    assert [each.resumed_from for each in resumptions(channel)] == [saved]
-    assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
 
 
 @pytest.mark.parametrize(("share", "more"), [(1e9, True), (1e-9, False)])
