@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
@@ -35,19 +34,3 @@ def test_percent_signs_in_a_file_uri_are_those_of_uris(tmp_path: Path) -> None:
     (tmp_path / "some folder" / "a.jsonl").write_text('{"text": "x"}\n')
     for path in ("some%20folder", "some folder", "some%20folder/a.jsonl", "some%20folder/*.jsonl"):
         assert texts(f"file://{tmp_path}/{path}") == ["x"]
-
-
-@pytest.mark.parametrize(
-    ("uri", "message"),
-    [
-        (
-            "s3://bucket/is?it.jsonl",
-            "after a '?' come options such as region=...; rename a file with a '?' in its name",
-        ),
-        ("s3://bucket/is?it.jsonl=1", "Unexpected query parameter in S3 URI: 'it.jsonl'"),
-    ],
-)
-def test_an_option_that_is_none(uri: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        sources.list_files(Source(path=uri, format="text"), "data.train.0", "")
-    assert str(caught.value) == f"data.train.0.path: {uri}: {message}"

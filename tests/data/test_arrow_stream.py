@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pyarrow import ipc
 
 from olora_ray.data import scan
-from olora_ray.data.formats import Rejected
 from olora_ray.data.reader import Unit, Units, read_unit
 from olora_ray.data.sources import Changed, File
 from tests.s3_server import Server
@@ -58,17 +57,6 @@ def test_units_are_all_rows_in_any_order(
     assert read(file, [dataclasses.replace(unit, offset=0, before=0) for unit in found.units]) == rows
 
 
-def test_a_look_at_a_file_reads_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write(tmp_path / "a.arrow", [100] * 50, pa.array(texts(5000)))
-    whole = scan.scan(file, "")
-    monkeypatch.setattr(scan, "CHUNK", file.size // 10)
-    found = scan.head(file)
-    assert (found.sha256, found.columns) == ("", whole.columns)
-    assert found.rows == pytest.approx(whole.rows, rel=0.05)
-    assert 500 <= found.units.rows <= 700
-    assert read(file, found.units) == read(file, whole.units)[: found.units.rows]
-
-
 @pytest.mark.parametrize("cut", [-1, -9, -3000])
 def test_a_file_that_ends_too_early_is_refused(cut: int, tmp_path: Path) -> None:
     # Without its last eight bytes, which mark the end of the batches, the file still has all its rows.
@@ -96,11 +84,6 @@ def test_a_file_that_is_damaged_inside_is_refused(tmp_path: Path) -> None:
             told.append(str(error))
     assert len(told) > 15
     assert all(line.startswith(f"{tmp_path}/a.arrow: not a readable arrow file: ") for line in told)
-
-
-def test_a_text_of_a_saved_data_set_that_is_none_rejects_its_row_alone(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.arrow", [3], pa.array([b"a", b"\xed\xa0\x80", b"c"]).view(pa.string()))
-    assert [type(row) for _, row in read(file, scan.scan(file, "").units)] == [dict, Rejected, dict]
 
 
 def test_a_stream_that_ends_before_the_unit_does_is_no_end_of_rows(tmp_path: Path) -> None:

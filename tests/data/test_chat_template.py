@@ -8,39 +8,6 @@ from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT, ChatTemplate
 from tests.tokens import helpers
 
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = """{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content'] | trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{%- if not tools is defined %}
-    {%- set tools = none %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{%- if tools is not none %}
-    {{- "Environment: ipython\\n" }}
-    {%- for t in tools %}
-        {{- t | tojson(indent=4) }}
-        {{- "\\n\\n" }}
-    {%- endfor %}
-{%- endif %}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
 MISTRAL = """{%- if messages[0]['role'] == 'system' %}
     {%- set system_message = messages[0]['content'] %}
     {%- set loop_messages = messages[1:] %}
@@ -63,16 +30,6 @@ MISTRAL = """{%- if messages[0]['role'] == 'system' %}
     {%- endif %}
 {%- endfor %}
 """
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
-    "{% else %}{% set role = message['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
-)
 QWEN3 = """{%- set ns = namespace(last=-1) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
@@ -101,13 +58,11 @@ GENERATION = """{% for message in messages %}
 {% endfor %}
 """
 ALL = {
-    "smollm2": SMOLLM2,
-    "llama3": LLAMA3,
     "mistral": MISTRAL,
-    "gemma": GEMMA,
     "qwen3": QWEN3,
     "generation": GENERATION,
     "default": DEFAULT,
+    "tools": "{% if tools %}{{ tools | tojson(indent=4) }}{% endif %}" + helpers.CHATML,
 }
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TOOLS = [{"type": "function", "function": {"name": "größe", "description": "<b>bold</b>", "parameters": {}}}]
@@ -134,8 +89,7 @@ def transformers_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_renders_as_transformers_does(
     name: str, generation_prompt: bool, tools: Any, transformers_tokenizer: Any
 ) -> None:
-    systems = [None] if name == "gemma" else [None, "Be <brief> & süß.\n"]
-    for system in systems:
+    for system in (None, "Be <brief> & süß.\n"):
         messages = conversation(" Hi \n", "<think>hm</think>\nHello & 'welcome'", "2 < 3?", "yes ", system=system)
         for count in range(1 + bool(system), len(messages) + 1):
             expected = transformers_tokenizer.apply_chat_template(

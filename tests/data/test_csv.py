@@ -108,25 +108,3 @@ def test_a_stray_quote_in_a_cell_harms_no_record_after_it(tmp_path: Path) -> Non
     assert columns == ("size", "answer")
     assert [row["answer"] for _, row in rows] == ["b", *(f"line one {n}\nline two {n}" for n in range(60_000))]
     assert [place for place, _ in rows] == [1, *(2 + 2 * n for n in range(60_000))], "lines of a record's start"
-
-
-def test_a_large_file_keeps_few_marks_and_all_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "UNIT_BYTES", 3000)
-    cells = ["x" * (400 if 7000 < n < 7100 else 3) for n in range(20_000)]
-    file = file_of(tmp_path, ("\na\n" + "".join(f"{cell}\n" for cell in cells)).encode())
-    found = scan.scan(file, "")
-    assert [row["a"] for _, row in read(file)[1]] == cells
-    assert len(found.units) < 120
-    assert all(unit.size <= 3000 for unit in found.units)
-
-
-@pytest.mark.parametrize("header", ["a,b,a", '"a","b","a"', "a,b,a,,"])
-def test_a_column_name_that_is_there_twice_is_refused(header: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.csv: several columns are named 'a'") as caught:
-        scan.scan(file_of(tmp_path, f"{header}\n1,2,3\n".encode()), "")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_was_cut_inside_a_quoted_cell_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.csv:4: .* a quoted cell that is not closed"):
-        scan.scan(file_of(tmp_path, b'a,b\n1,"x\ny"\n2,"cut off\nhere'), "")

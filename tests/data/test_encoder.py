@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import ChatTemplate
-from olora_ray.data.encoder import ANCHORS, Encoder
+from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from tests.data import small_tokenizers
@@ -127,35 +127,6 @@ def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
     assert [told(each.finish) for each in begun] == alone
     assert ("bad_text" in str(alone)) == broken
     tokenizer.ahead([])
-
-
-def test_a_token_starts_with_its_leading_blank() -> None:
-    for kind in ("byte-level", "byte-level-trimmed"):
-        piece = Encoder(small_tokenizers.spec(kind).json).encode("hello  there ")
-        texts = [small_tokenizers.tokenizer(kind).id_to_token(number) for number in piece.ids]
-        starts = [sum(map(len, texts[:place])) for place in range(len(texts))]
-        for place in range(14):
-            assert piece.starting_before(place) == sum(start < place for start in starts)
-
-
-@given(KINDS, TEXTS, st.booleans(), st.integers(0, 16))
-@example("byte-level", "\U0001f600\U0001f389", False, 1)
-@example("prepend", "hello there", True, 6)
-@example("metaspace-always", "hello", True, 1)
-def test_tokens_that_start_before_a_place_are_the_first_ones(kind: str, text: str, continues: bool, place: int) -> None:
-    # Bisection needs sorted offsets, also for a text that was encoded after an anchor.
-    encoder, tokenizer = Encoder(small_tokenizers.spec(kind).json), small_tokenizers.tokenizer(kind)
-    piece = encoder.encode(text, continues)
-    for anchor in ("", *ANCHORS):
-        found = tokenizer.encode(anchor + text, add_special_tokens=False)
-        first = len(found.ids) - len(piece.ids)
-        if found.ids[first:] == piece.ids and found.ids[:first] == plain(kind, anchor):
-            starts = [start - len(anchor) for start, _ in found.offsets[first:]]
-            assert starts == sorted(starts)
-            if kind != "byte-level-trimmed":  # whose own offsets leave blanks out
-                assert piece.starting_before(place) == sum(start < place for start in starts)
-            return
-    assert not text
 
 
 def test_a_token_that_begins_in_the_answer_and_ends_behind_it_is_supervised() -> None:

@@ -1,4 +1,4 @@
-"""Detection of format and fields for rows whose source sets none."""
+"""Detection of format and fields for rows whose source sets none: what the files of test_other_tools.py do not show."""
 
 from typing import Any
 
@@ -15,26 +15,12 @@ QUESTION = {"question": "q", "answer": "a"}
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (QUESTION, "format: alpaca, fields: {instruction: question, output: answer}"),
         ({"Question": "q", "completion": "a"}, "format: prompt_completion, fields: {prompt: Question}"),
-        ({"prompt": "q", "response": "a", "id": 3}, "format: prompt_completion, fields: {completion: response}"),
-        ({"conversation": MESSAGES}, "format: messages, fields: {messages: conversation}"),
-        ({"instruction": "q", "input": "", "output": "a"}, "format: alpaca"),
-        ({"prompt": "q", "completion": "a"}, "format: prompt_completion"),
         ({"prompt": "q", "completion": "a", "context": "c"}, "format: alpaca, fields: {instruction: prompt, output:"),
         ({"instruction": "q", "output": "a", "tools": "[{}]"}, "format: prompt_completion, fields: {prompt: instruct"),
-        ({"instruction": "q", "context": "c", "response": "a"}, "format: alpaca, fields: {output: response, input: co"),
-        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "tools": "[]"}, "format: prompt_completion"),
-        ({"conversations": TURNS}, "format: sharegpt"),
         ({"conversations": TURNS, "messages": MESSAGES}, "format: messages"),
         ({"problem": "p", "solution": "s", "messages": MESSAGES}, "format: messages"),
-        ({"messages": MESSAGES, "system": "s"}, "format: messages"),
-        ({"messages": MESSAGES, "system": ""}, "format: messages"),
-        ({"text": "some text", "url": "u"}, "format: text"),
-        ({"text": "some text", "label": 1}, "format: text"),
         ({"content": "some text"}, "format: text, fields: {text: content}"),
-        ({"text": "some text", "input_ids": [1, 2], "attention_mask": [1, 1]}, "format: text"),
-        ({"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]}, "format: tokens"),
     ],
 )
 def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None:
@@ -44,20 +30,10 @@ def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None
     assert found.used == 1
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({**QUESTION, "response": "b"}, "in two ways; set format: alpaca, .*answer}, or format: alpaca, .*response}"),
-        ({"instruction": "i", **QUESTION}, "in two ways"),
-        (
-            {"instruction": "i", "output": "o", "prompt": "p", "completion": "c"},
-            "set format: alpaca, or format: prompt_",
-        ),
-    ],
-)
-def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: str) -> None:
+def test_rows_that_say_more_than_one_way_can_tell() -> None:
+    message = "in two ways; set format: alpaca, .*answer}, or format: alpaca, .*response}"
     with pytest.raises(UserError, match=message) as caught:
-        find([row], {})
+        find([{**QUESTION, "response": "b"}], {})
     assert "\n" not in str(caught.value)
 
 
@@ -65,14 +41,8 @@ def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: 
     ("row", "reason"),
     [
         ({"a": 1, "b": 2}, "no format has its columns (a, b); set format and fields"),
-        ({"prompt": "q"}, "no format has its columns"),
         ([1], "expected an object with fields, found a list"),
-        ({"messages": []}, "no assistant message"),
         ({"question": "q", "answer": 4}, "field 'answer' is a number, not text"),
-        (
-            {"id": "7", "document": "d", "summary": "s"},
-            "'data.train.0.fields={instruction: document, output: summary}'",
-        ),
         ({"Quelle": "Mail", "Frage": "Wie?", "Antwort": "So."}, "={instruction: Frage, output: Antwort}'"),
     ],
 )
@@ -86,9 +56,7 @@ def test_nothing_is_found_that_does_not_help(row: Any, reason: str) -> None:
     [
         ({"prompt": "question"}, "auto", "format: prompt_completion, fields: {prompt: question, completion: answer}"),
         ({"output": "question", "instruction": "answer"}, "auto", "fields: {instruction: answer, output: question}"),
-        ({"text": "question"}, "auto", "format: text, fields: {text: question}"),
         ({"question": "none"}, "auto", "None"),
-        ({"system": "none"}, "auto", "fields: {instruction: question, output: answer, system: none}"),
         ({}, False, "format: prompt_completion, fields: {prompt: question, completion: answer}"),
     ],
 )

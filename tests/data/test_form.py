@@ -58,19 +58,6 @@ def test_the_form_is_said_and_trained(spec: TokenizerSpec, chat: Any, text: str,
     assert helpers.texts(store) == [text]
 
 
-def test_the_form_is_said_once_for_each_source(tmp_path: Path) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{**ROW, "completion": str(number)} for number in range(40)])
-    own = source(path=str(path))
-    with said() as lines:
-        config = helpers.config(tmp_path / "runs", own, own, eval_fraction=0.3)
-        prepare(config, helpers.spec(), "train")
-        prepare(config, helpers.spec(), "eval")
-    assert [line[:12] for line in lines if "turns of a chat" in line] == ["data.train.0", "data.train.1"]
-    with said() as lines:
-        prepare(helpers.config(tmp_path / "runs", own, eval=[own]), helpers.spec(), "eval")
-    assert [line[:11] for line in lines if "turns of a chat" in line] == ["data.eval.0"]
-
-
 @pytest.mark.parametrize(
     ("format", "chat", "message"),
     [
@@ -93,15 +80,6 @@ def inputs(tmp_path: Path, chat: Any, format: str, spec: TokenizerSpec, **data: 
         helpers.config(tmp_path, source(chat, format, path=str(path)), **data), spec, "train"
     ).inputs()
     return {**found, **found["sources"][0]}
-
-
-def test_the_store_of_messages_has_the_name_that_it_had(tmp_path: Path) -> None:
-    # Runs that were interrupted before this choice existed must find their tokens.
-    before = {"version", "split", "sources", "tokenizer", "max_length", "packing", "seed", "eval_fraction"}
-    found = inputs(tmp_path, "auto", "messages", helpers.spec())
-    assert found.keys() == before | {"format", "fields", "weight", "files"}
-    assert inputs(tmp_path, True, "messages", helpers.spec()) == found
-    assert inputs(tmp_path, "auto", "messages", helpers.spec(), last_turn_only=True)["last_turn_only"] is True
 
 
 CALLS = "{% for call in message.tool_calls or [] %}{{ call.function.WRITTEN }}{% endfor %}"

@@ -6,8 +6,7 @@ import datasets
 import pytest
 from pyarrow import parquet
 
-from olora_ray.common.errors import UserError
-from olora_ray.data.formats import Chat, Completion, Rejected, Text, check_fields, to_example
+from olora_ray.data.formats import Chat, Completion, Rejected, to_example
 from tests.tokens.helpers import chat
 
 
@@ -92,38 +91,6 @@ def test_turns_as_a_sequence_of_datasets_are_stored(tmp_path: Path) -> None:
         read("messages", {"messages": {"role": ["user", "assistant"], "content": ["q"]}})
 
 
-def test_alpaca() -> None:
-    row = {"instruction": "Sum up.", "input": "A text.", "output": "Short."}
-    assert roles("alpaca", row) == [("user", "Sum up.\n\nA text."), ("assistant", "Short.")]
-    assert roles("alpaca", {**row, "input": ""})[0] == ("user", "Sum up.")
-    assert roles("alpaca", {**row, "system": "Be kind."})[0] == ("system", "Be kind.")
-
-
-def test_the_history_of_alpaca_is_earlier_turns() -> None:
-    row = {"instruction": "q3", "output": "a3", "system": "s"}
-    earlier = [["q1", "a1"], ["q2", "a2"]]
-    expected = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q3")]
-    for history in (earlier, json.dumps(earlier)):
-        assert roles("alpaca", {**row, "history": history}) == [("system", "s"), *expected, ("assistant", "a3")]
-    for nothing in ([], None, ""):
-        assert len(roles("alpaca", {**row, "history": nothing})) == 3
-
-
-@pytest.mark.parametrize(
-    ("mark", "weight"),
-    [({"train": False}, 0), ({"training": False}, 0), ({"loss": False}, 0), ({"train": True}, 1), ({"loss": 0.7}, 1)],
-)
-def test_an_answer_that_other_tools_do_not_train_on_is_not_supervised(mark: dict[str, Any], weight: int) -> None:
-    # Keys of Axolotl, ms-swift and LLaMA-Factory; a number under such a key is a measurement.
-    for format, field, turns in (
-        ("messages", "messages", [USER, {**ANSWER, **mark}, USER, ANSWER]),
-        ("sharegpt", "conversations", [TURNS[0], {"from": "gpt", "value": "a", **mark}, TURNS[0], TURNS[1]]),
-    ):
-        first = read(format, {field: turns}).messages[1]
-        assert first.get("weight", 1) == weight
-        assert set(mark) <= set(first) or isinstance(mark.popitem()[1], bool)
-
-
 DEEP = "[" * 100_000
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -161,24 +128,6 @@ def test_tool_calls_of_sharegpt() -> None:
     for broken in ("weather(X)", "[]", '{"arguments": {}}', None):
         with pytest.raises(Rejected, match="message 2: the value of a function_call is not JSON text"):
             read("sharegpt", {"conversations": [turns[0], {"from": "function_call", "value": broken}]})
-
-
-def test_nulls_inside_of_objects_are_missing_keys_but_for_those_in_json_text() -> None:
-    tools = [{"name": "f", "parameters": {"x": {"type": "text", "expr": None}, "y": None}, "enum": [None, {"z": None}]}]
-    calls = [{"function": {"name": "f", "arguments": {"x": 1, "y": None}}}]
-
-    def found(tools: Any, calls: Any) -> tuple[Any, Any]:
-        answer = {"role": "assistant", "content": None, "tool_calls": calls}
-        example = read("messages", {"messages": [USER, answer], "tools": tools})
-        return example.tools, example.messages[1]["tool_calls"]
-
-    without = {"name": "f", "parameters": {"x": {"type": "text"}}, "enum": [None, {}]}
-    assert found(tools, calls) == ((without,), [{"function": {"name": "f", "arguments": {"x": 1}}}])
-    assert found(json.dumps(tools), json.dumps(calls)) == (tuple(tools), calls)
-
-
-def test_text() -> None:
-    assert to_example("text", {"body": "abc"}, {"text": "body"}) == Text("abc")
 
 
 PICTURE = {"role": "user", "content": [{"type": "image", "text": "", "image": "a.png"}]}
@@ -250,8 +199,3 @@ def test_a_message_about_a_row_is_one_line() -> None:
 def test_a_mapped_field_is_named_as_in_the_file() -> None:
     with pytest.raises(Rejected, match=r"field 'question' \(set as prompt in fields\) is missing; the row has q, a"):
         to_example("prompt_completion", {"q": "x", "a": "y"}, {"prompt": "question"})
-
-
-def test_an_unknown_name_in_fields() -> None:
-    with pytest.raises(UserError, match=r"data.train.0.fields: format text has no field 'txet'; it has text"):
-        check_fields("text", {"txet": "body"}, "data.train.0")

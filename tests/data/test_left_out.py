@@ -30,20 +30,6 @@ def text(template: str, *heads: tuple[str, str], tools: Any = None, **changes: A
 
 
 @pytest.mark.parametrize(
-    ("template", "role"),
-    [
-        (helpers.CHATML, "developer"),
-        (KNOWN, "system"),
-        (only("user", "assistant"), None),
-        ("{% if messages[0].role == 'developer' %}{{ raise_exception('no') }}{% endif %}" + KNOWN, "developer"),
-    ],
-)
-def test_the_role_under_which_a_template_writes_a_developer(template: str, role: str | None) -> None:
-    # A template that refuses the role says why itself.
-    assert helpers.spec(template).chat_form(tools=False).developer == role
-
-
-@pytest.mark.parametrize(
     ("template", "heads", "role", "written"),
     [
         (KNOWN, [("developer", "short")], "system", "short"),
@@ -91,12 +77,6 @@ NESTED = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
 )
 def test_tools_that_a_template_writes_somewhere_are_not_left_out(written: str) -> None:
     assert helpers.spec(written + helpers.CHATML).chat_form(tools=True).writes_tools
-
-
-def test_a_template_that_refuses_every_conversation_is_judged_by_rows() -> None:
-    refuses = "{{ raise_exception('no ' + (tools | string)) }}"
-    form = helpers.spec(refuses).chat_form(tools=True)
-    assert (form.writes_tools, form.developer) == (True, "developer")
 
 
 def test_tools_are_looked_for_in_the_template_for_tools() -> None:

@@ -2,7 +2,6 @@
 
 import gzip
 import resource
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,13 +32,12 @@ LONG: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("chunk", [64, 2**20])
 @pytest.mark.parametrize("pack", [None, gzip.compress])
 def test_a_row_that_is_too_long(
-    name: str, chunk: int, pack: Callable[[bytes], bytes] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, pack: Callable[[bytes], bytes] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan, "LINE_BYTES", 1000)
-    monkeypatch.setattr(scan, "CHUNK", chunk)
+    monkeypatch.setattr(scan, "CHUNK", 64)
     content, message = LONG[name]
     path = tmp_path / (f"{name}.gz" if pack else name)
     path.write_bytes(pack(content) if pack else content)
@@ -68,15 +66,3 @@ def test_a_bomb_needs_no_more_memory_than_the_limit(name: str, tmp_path: Path) -
         scanned(tmp_path / name)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 600 * 2**10
-
-
-def test_many_short_lines_of_a_compressed_file_take_little_memory(tmp_path: Path) -> None:
-    # The offsets of all lines were kept: 60 million took 1.4 GB.
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((b"1" * 15 + b"\n") * (2**20 + 1), 1))
-    tracemalloc.start()
-    found = scanned(tmp_path / "a.jsonl.gz")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 40 * 2**20
-    assert sum(unit.rows for unit in found.units) == found.rows == 2**20 + 1
-    assert len(found.units) == 8

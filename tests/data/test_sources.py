@@ -24,7 +24,6 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Source
 from olora_ray.data import reader, scan, sources
 from olora_ray.data.formats import Rejected
-from olora_ray.data.reader import Units
 from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.prepare import prepare
@@ -127,16 +126,6 @@ def test_units_cover_a_file_exactly_and_know_their_places(
         assert [place for place, _ in found] == expected
 
 
-def test_a_large_file_has_many_units_and_a_small_one_small_ones(tmp_path: Path) -> None:
-    def units(rows: int) -> Units:
-        path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in range(rows)])
-        [file] = sources.list_files(source(path), "x", "")
-        return scan.scan(file, "").units
-
-    assert [unit.rows for unit in units(100)] == [16] * 6 + [4]
-    assert {unit.rows for unit in units(256 * 100)} == {256}
-
-
 def test_blank_lines_bom_and_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n   \n{"prompt": "c"}')
@@ -159,10 +148,9 @@ def test_lines_that_cannot_be_read_do_not_harm_others(tmp_path: Path) -> None:
     assert reasons == ["a", "broken_csv", "not_utf8", "e"]
 
 
-@pytest.mark.parametrize(("kind", "mark"), [("csv", ","), ("tsv", "\t")])
-def test_quotes_that_are_written_with_backslashes_are_refused(kind: str, mark: str, tmp_path: Path) -> None:
+def test_quotes_that_are_written_with_backslashes_are_refused(tmp_path: Path) -> None:
     # Exports of Spark and MySQL have them: csv.reader silently removes characters and moves quotes.
-    path = tmp_path / f"a.{kind}"
+    path = tmp_path / "a.csv"
     lines = [
         "prompt|completion",
         r'"He said \"hi\" to me"|"ok"',
@@ -172,7 +160,7 @@ def test_quotes_that_are_written_with_backslashes_are_refused(kind: str, mark: s
         r'"again \"|\" here"|y',
         r"no \" quoted|z",
     ]
-    path.write_text("".join(line.replace("|", mark) + "\r\n" for line in lines), newline="")
+    path.write_text("".join(line.replace("|", ",") + "\r\n" for line in lines), newline="")
     found = [row.message if isinstance(row, Rejected) else row["prompt"] for _, row in places(path)]
     assert found == [
         r'a quote inside a quoted cell is written as \", not doubled as ""',
@@ -218,19 +206,6 @@ def names(path: Path | str) -> list[str]:
     return [file.uri.rsplit("/", 1)[1] for file in listed(path)]
 
 
-@pytest.mark.parametrize("scheme", ["", "file://"])
-def test_folders_and_globs(scheme: str, tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.csv", "sub/c.jsonl.gz", "sub/.hidden.jsonl", "_temporary/d.jsonl", "README.md"):
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / name).write_text("")
-    root = f"{scheme}{tmp_path}/data"
-    assert names(root) == ["a.csv", "b.jsonl", "c.jsonl.gz"]
-    assert names(f"{root}/*.jsonl") == ["b.jsonl"]
-    assert names(f"{root}/[ab].*") == ["a.csv", "b.jsonl"]
-    assert "c.jsonl.gz" in names(f"{root}/**/*.gz")
-    assert names(f"{root}/[!b].*") == ["a.csv"]
-
-
 @pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9/a.jsonl"])
 def test_a_name_that_is_not_utf8_is_told(name: bytes, tmp_path: Path) -> None:
     # The first look sees three of many files: the scan of another one ended with a traceback.
@@ -259,7 +234,7 @@ def test_a_table_whose_log_is_not_read_is_told(scheme: str, log: str, kind: str,
     assert lines[0].startswith(
         f"warning: data.train.0.path: {place} is a {kind} table ({log}), but all its files are read"
     )
-    for number, pattern in enumerate(("*", "*.parquet", "part-*", "**", "**/*", "**/*.parquet"), 1):
+    for number, pattern in enumerate(("*.parquet", "**"), 1):
         as_parquet(table(number) / log / "0.checkpoint.parquet")
         with said() as lines:
             assert names(f"{scheme}{tmp_path}/{number}/table/{pattern}") == ["part-0.parquet"], "nor is the log read"
@@ -284,16 +259,6 @@ def test_a_glob_means_the_same_on_a_disk_and_on_an_object_store(pattern: str, tm
     )
     assert matching <= set(local)
     assert sorted(remote) == sorted(local)
-
-
-def test_saved_data_sets_that_match_a_glob(tmp_path: Path) -> None:
-    import datasets
-
-    for name in ("day-1", "day-2", "other"):
-        datasets.Dataset.from_list(ROWS[:3]).save_to_disk(tmp_path / name)
-    local, remote = (listed(f"{scheme}{tmp_path}/day-*") for scheme in ("", "file://"))
-    assert [file.kind for file in local] == ["arrow", "arrow"]
-    assert [file.uri for file in remote] == [f"file://{file.uri}" for file in local]
 
 
 def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
@@ -364,21 +329,16 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
     "a.json": (b'[{"prompt": 1},\n{"prompt": }]', r"a.json:2: broken JSON: Expecting value"),
-    "b.json": (b'{"a": \n1}\n{"a": 2}', r"b.json:3: broken JSON: Extra data"),
     "c.json": (b'{"a": [1, 2], "b": [1]}', r"c.json: expected a list of rows, or an object of columns of equal length"),
     "a.parquet": (b"no parquet at all", r"a.parquet: not a readable parquet file"),
     "a.jsonl.gz": (b"no gzip at all, but long enough", r"a.jsonl.gz: not a readable gzip file"),
     "b.jsonl.gz": (gzip.compress(os.urandom(4000))[:2000], r"b.jsonl.gz: not a readable gzip file"),
-    "a.jsonl.zst": (b"no zstd at all, but long enough", r"a.jsonl.zst: not a readable zstd file"),
-    "a.jsonl.bz2": (b"no bz2 at all, but long enough", r"a.jsonl.bz2: not a readable bz2 file"),
     "b.jsonl.xz": (lzma.compress(os.urandom(4000))[:2000], r"b.jsonl.xz: not a readable xz file"),
     "f.json": (b"[" * 10**6, r"f.json: broken JSON: nested too deeply"),
-    "a.docx": (b"x", r"data.train.0.path: .*a.docx: unknown file type; save it as one of these: .jsonl, .json, "),
     "a.parquet.gz": (b"x", r"a.parquet.gz: unknown file type"),
     "empty.jsonl": (b"", r"data.train.0.path: .*empty.jsonl is empty: it has no rows"),
     "empty.csv": (b"prompt,completion\n", r"empty.csv is empty"),
     "empty.json": (b"[]", r"empty.json is empty"),
-    "empty.txt": (b"", r"empty.txt is empty"),
 }
 
 
@@ -392,15 +352,6 @@ def test_files_that_cannot_be_read(name: str, tmp_path: Path, tiny_spec: Tokeniz
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("scheme", ["", "file://"])
-def test_paths_without_files(scheme: str, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/notes.md").write_text("x")
-    for name in ("missing.jsonl", "missing/", "*.jsonl", "folder"):
-        with pytest.raises(UserError, match=rf"^data.train.0.path: .*{tmp_path.name}"):
-            listed(f"{scheme}{tmp_path}/{name}")
-
-
 def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "CHUNK", 5000)
     for name in ("a.jsonl", "a.csv", "a.parquet", "a.json"):
@@ -412,13 +363,6 @@ def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.Mon
         assert seen.sha256 == ""
         assert all(unit in whole.units or unit.rows for unit in seen.units)
         assert np.sum([unit.size for unit in seen.units]) <= file.size * 3
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
-def test_a_cheap_look_goes_on_to_the_first_row(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("a\n" * (name == "a.csv") + '"' + "x" * 2 * scan.CHUNK + '"')
-    [file] = listed(tmp_path / name)
-    assert [unit.size for unit in scan.head(file).units] == [2 * scan.CHUNK + 2]
 
 
 def test_only_some_files_of_a_folder(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import Chat, Completion, Ids, Rejected, Text
-from olora_ray.data.tokenize import ExampleTokenizer, Tokens, turn_end
+from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
 from tests.tokens import helpers
@@ -49,17 +49,7 @@ def chat(*turns: str, system: str | None = None) -> Chat:
     return Chat(tuple(conversation(*turns, system=system)))
 
 
-# Like Phi-3's.
-TWO_ENDS = "{% for m in messages %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{{ eos_token }}"
 NO_END = "{% for m in messages %}{{ m.content + '\n\n' }}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "end"),
-    [(helpers.CHATML, 4), (ALL["mistral"], 2), (TWO_ENDS, 4), (NO_END, 2), ("{{ raise_exception('no') }}", None)],
-)
-def test_the_token_with_which_a_template_ends_an_answer(template: str, end: int | None) -> None:
-    assert turn_end(helpers.spec(template)) == end
 
 
 def test_answers_and_the_end_of_their_turns_are_supervised() -> None:
@@ -69,22 +59,6 @@ def test_answers_and_the_end_of_their_turns_are_supervised() -> None:
         "<|im_start|>assistant\n[[hello<|im_end|>]]\n<|im_start|>user\nmore<|im_end|>\n"
         "<|im_start|>assistant\n[[bye\n<|im_end|>]]\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("mistral", ["[/INST][[ one</s>]]", "[/INST][[ two</s>]]"]),
-        ("smollm2", ["assistant\n[[one<|im_end|>]]\n", "assistant\n[[two<|im_end|>]]\n"]),
-        ("default", ["Assistant:[[ one</s>]]\n\nUser", "Assistant:[[ two</s>]]\n\n"]),
-    ],
-)
-def test_masks_of_real_templates(name: str, expected: list[str]) -> None:
-    [tokens] = tokenizer(ALL[name])(chat("hi", "one", "continue", "two"))
-    text = marked(tokens)
-    assert text.count("[[") == 2
-    for part in expected:
-        assert part in text
 
 
 def test_a_template_that_shows_earlier_answers_differently_gives_an_example_a_turn() -> None:
@@ -153,31 +127,6 @@ def test_the_tags_of_the_reasoning_are_learnt_from_the_template(
         assert marked(tokens) == f"{start}[[{thinks}<|im_end|>]]"
 
 
-def test_tags_that_stand_only_beside_a_tool_call_are_learnt_whole() -> None:
-    # Gemma 4's templates write no other reasoning.
-    template = TAGS.replace("m.thinking and loop.last", "m.thinking and m.tool_calls").replace("(R)", "<|R>")
-    template = (
-        template.replace("(/R) ", "<R|>")
-        .replace("BEFORE", "")
-        .replace("PROMPT", "")
-        .replace(
-            "{{ m.content",
-            "{% for c in m.tool_calls or [] %}<|call>{{ c.function.name }}<call|>{% endfor %}{{ m.content",
-        )
-    )
-    row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "reasoning": "why"}))
-    [tokens] = tokenizer(template)(row)
-    assert marked(tokens).endswith("<|im_start|>A [[<|R>why<R|>one<|im_end|>]]")
-
-
-def test_a_reasoning_that_a_template_does_not_close_is_refused() -> None:
-    # Command R7B's template opens a reasoning beside a tool call alone, and writes another tag before a plain content.
-    template = TAGS.replace("m.thinking and loop.last", "m.tool_calls").replace("m.thinking", "m.thinking | string")
-    row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "reasoning": "why"}))
-    with pytest.raises(Rejected, match=r"message 2 should start after .*A ', but is .*A \(B\)one"):
-        tokenizer(template.replace("BEFORE", "(B)").replace("PROMPT", ""))(row)
-
-
 def test_the_line_of_the_refusal_switches_the_reasoning_on() -> None:
     template = TAGS.replace("BEFORE", "").replace("PROMPT", "(R)(/R)").replace("'<|im_start|>A (R)(/R)'", "P")
     template = template.replace("{{ P }}", "{{ '<|im_start|>A (R)' + ('' if enable_thinking else '(/R)') }}")
@@ -243,18 +192,6 @@ def test_no_answer_is_trained_without_the_token_at_which_the_model_stops(
     assert found == (expected or [marked(tokens) for tokens in tokenizer()(chat("hi", "one", "more", "two"))])
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning", "another"])
-@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
-def test_reasoning_reaches_a_template_that_reads_another_name_of_it(read: str, name: str) -> None:
-    template = helpers.CHATML.replace("message['content']", f"(message.{read} or '') + message['content']", 1)
-    thinks = Chat((*conversation("hi"), {"role": "assistant", "content": "hello", name: "why "}))
-    [tokens] = tokenizer(template)(thinks)
-    assert ("[[why hello<|im_end|>]]" in marked(tokens)) == (name != "another")
-    if name != "another":  # a template that has no place for it
-        [tokens] = tokenizer()(thinks)
-        assert "[[<think>\nwhy\n</think>\n\nhello<|im_end|>]]" in marked(tokens)
-
-
 @pytest.mark.parametrize("code", ["{{ 1 / 0 }}", "{{ messages.nothing.there }}", "{{ f(1) }}", "{{ messages[0] + 1 }}"])
 def test_whatever_a_template_raises_is_a_rejected_row(code: str) -> None:
     macro = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}"
@@ -274,11 +211,11 @@ def test_only_the_last_answer() -> None:
     assert len(thinking(chat("hi", "<think>a</think>one", "more", "<think>b</think>two"))) == 1
 
 
-@pytest.mark.parametrize("content", ["", "message['content'][:0]", "' '", "'\\n \\n'"])
+@pytest.mark.parametrize("content", ["''", "'\\n \\n'"])
 def test_a_template_that_leaves_the_answer_out_gives_no_example(content: str) -> None:
     # Only the end of the turn would be left to train on.
     silent = helpers.CHATML.replace(
-        "message['content']", f"(message['content'] if message.role == 'user' else {content or repr('')})"
+        "message['content']", f"(message['content'] if message.role == 'user' else {content})"
     )
     with pytest.raises(Rejected, match="no token of its own") as caught:
         tokenizer(silent)(chat("hi", "hello"))
@@ -378,23 +315,6 @@ def test_a_token_that_the_model_has_no_embedding_for_is_rejected() -> None:
             make(example)
         assert caught.value.reason == "no_embedding"
     assert helpers.spec(embeddings=100).digest != helpers.spec().digest, "other rows are rejected"
-
-
-def test_characters_of_several_tokens(smollm2: TokenizerSpec) -> None:
-    # Byte-level tokens of one character share its offsets.
-    [tokens] = ExampleTokenizer(smollm2, 200)(chat("größe? 漢字", "ﷺ 漢字 🙂"))
-    backend = Tokenizer.from_str(smollm2.json)
-    answer = backend.decode(tokens.ids[tokens.supervised].tolist(), skip_special_tokens=False)
-    assert answer == "ﷺ 漢字 🙂<|im_end|>"
-    assert backend.decode(tokens.ids[~tokens.supervised].tolist(), skip_special_tokens=False).count("漢字") == 1
-
-
-@pytest.mark.parametrize(("prompt", "answer"), [("Say hel", "lo to everyone"), ("Sentiment: ", "positive")])
-def test_no_token_lies_on_the_border_of_prompt_and_answer(prompt: str, answer: str, smollm2: TokenizerSpec) -> None:
-    [tokens] = ExampleTokenizer(smollm2, 200)(Completion(prompt, answer))
-    backend = Tokenizer.from_str(smollm2.json)
-    assert backend.decode(tokens.ids[~tokens.supervised].tolist()) == prompt
-    assert backend.decode(tokens.ids[tokens.supervised].tolist(), skip_special_tokens=False) == f"{answer}<|im_end|>"
 
 
 @pytest.fixture(scope="session")
@@ -569,20 +489,6 @@ def test_a_template_that_writes_calls_only_without_content_gets_them_so(argument
     assert marked(tokens) == "<|im_start|>hi<|im_end|>[[weather{}</s>]]"
     with pytest.raises(Rejected, match="drops the tool call"):  # a text beside it takes the call's place
         encode(Chat((*conversation("hi"), calling("weather", content="I ask weather"))))
-
-
-def test_arguments_that_are_no_object_stay() -> None:
-    calls: list[Any] = [
-        {"function": {"arguments": "[1]"}},
-        {"arguments": "{"},
-        {"function": None},
-        "f",
-        {"arguments": {}},
-    ]
-    form = helpers.spec(_calling(AS_OBJECT)).chat_form(tools=False)
-    for given, written in ((calls, calls), ([{"arguments": '{"a": 1}'}], [{"arguments": {"a": 1}}])):
-        made = form(Chat(({"role": "assistant", "content": "", "tool_calls": given}, *conversation("x"))))
-        assert made.messages == ({"role": "assistant", "content": "", "tool_calls": written}, *conversation("x"))
 
 
 def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from olora_ray.common import records
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
-from olora_ray.data import reader, scan, sources
+from olora_ray.data import scan, sources
 from olora_ray.data.reader import Unit, read_unit
 from olora_ray.data.sources import Changed, File
 from olora_ray.tokens import prepare, preview
@@ -95,39 +95,6 @@ def test_a_file_that_changes_after_the_scan_is_not_read(name: str, tmp_path: Pat
     for unit in found.units:
         with pytest.raises(Changed, match=rf"{Path(file.uri).name}: {MESSAGE}$"):
             read(file, (unit,), found.columns)
-
-
-def test_rows_that_are_added_at_the_end_change_nothing_before(tmp_path: Path) -> None:
-    lines_of("old")(tmp_path / "a.jsonl")
-    file = only(tmp_path / "a.jsonl")
-    found = scan.scan(file, "")
-    with (tmp_path / "a.jsonl").open("a") as more:
-        more.write('{"text": "new"}\n')
-    assert len(read(file, found.units, found.columns)) == 2000
-
-
-def test_a_storage_that_returns_another_range_is_noticed(tmp_path: Path) -> None:
-    lines_of("old")(tmp_path / "a.jsonl")
-    file = only(tmp_path / "a.jsonl")
-    first, second, *_ = scan.scan(file, "").units
-    wrong = Unit(second.first, second.rows, first.offset, second.size, second.before, second.after)
-    with pytest.raises(Changed):
-        read(file, (wrong,), ())
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "saved"])
-def test_a_file_that_changes_while_it_is_looked_at(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    KINDS[name]("old")(tmp_path / name)
-    file = only(tmp_path / name)
-    buffered = reader.buffered
-
-    def late(stream: Any) -> Any:
-        KINDS[name]("other")(tmp_path / name)
-        return buffered(stream)
-
-    monkeypatch.setattr(reader, "buffered", late)
-    with pytest.raises(UserError, match=MESSAGE):
-        scan.scan(file, "")
 
 
 def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None:

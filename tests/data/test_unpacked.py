@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import json
 import lzma
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
 from olora_ray.data import reader, scan, sources
 from olora_ray.data.reader import Units
-from olora_ray.data.sources import Changed, File
+from olora_ray.data.sources import File
 
 PACKS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -84,13 +83,6 @@ def test_a_damaged_copy_is_not_used(packed: Path, temporary: Path) -> None:
             assert read(file, units) == ROWS
 
 
-def test_a_file_that_changes_before_it_is_copied_is_refused(packed: Path) -> None:
-    file, units = scanned(packed)
-    packed.write_bytes(gzip.compress(content(list(reversed(ROWS)))))
-    with pytest.raises(Changed):
-        read(file, units[-1:])
-
-
 def test_a_file_that_is_damaged_in_its_middle_is_named(packed: Path, temporary: Path) -> None:
     file, units = scanned(packed)
     packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
@@ -108,22 +100,3 @@ def test_without_room_or_a_folder_a_file_is_read_as_before(folder: bool, packed:
         (temporary / f"olora_ray-{os.getuid()}").touch()
     assert read(file, units) == ROWS
     assert copies(temporary) == []
-
-
-def _read_all(path: str, start: Any, answers: Any) -> None:
-    file, units = scanned(Path(path))
-    start.wait(30)
-    answers.put(read(file, units) == ROWS)
-
-
-def test_two_processes_make_one_copy(packed: Path, temporary: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    start, answers = context.Barrier(2), context.Queue()
-    job = (str(packed), start, answers)
-    processes = [context.Process(target=_read_all, args=job) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert all(answers.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(30)
-    assert [copy.read_bytes() for copy in copies(temporary)] == [content(ROWS)]
