@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olora_ray.tokens import collate as collate_module
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.plan import Pack
 from tests import tiny
@@ -87,35 +86,4 @@ class _Copies(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         if isinstance(found, torch.Tensor) and isinstance(args[0], torch.Tensor):
             self.count += found.device != args[0].device
-        return found
-
-
-@pytest.mark.parametrize("attention", ["segments", "sdpa"])
-def test_what_a_batch_says_comes_through_the_copy(attention: str) -> None:
-    batch = collate([tiny.pack(6), tiny.pack(3, 8)], attention)
-    parts = [*(value for value in batch.inputs.values() if isinstance(value, torch.Tensor)), batch.labels]
-    for part, moved in zip(parts, collate_module._moved(parts, torch.device("cpu")), strict=True):
-        assert torch.equal(part, moved)
-        assert part.dtype == moved.dtype
-
-
-@LAYOUTS
-def test_nothing_that_is_made_for_a_batch_is_quadratic(attention: str) -> None:
-    length = 300
-    with _Largest() as seen:
-        collate([tiny.pack(*[length // 3] * 3), tiny.pack(length)], attention)
-    assert 0 < seen.numbers <= 2 * length
-
-
-class _Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that is created."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, torch.Tensor):
-            self.numbers = max(self.numbers, found.numel())
         return found

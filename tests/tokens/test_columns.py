@@ -159,6 +159,59 @@ def test_packed_rows_are_refused(tmp_path: Path) -> None:
     assert all("field 'position_ids' starts again" in line for line in packed)
 
 
+def with_key(key: str, values: list[Any], turn: int) -> list[dict[str, Any]]:
+    """Chats with a further key in one of their messages."""
+    rows = [{"messages": [*map(dict, row["messages"])]} for row in CHATS]
+    for n, row in enumerate(rows):
+        row["messages"][turn][key] = values[n % len(values)]
+    return rows
+
+
+# Names that say nothing: the values decide.
+DECIDING = {
+    "equation": with_column(QUESTIONS, equation=("12*34+56", "78*91-1234")),
+    "numbers": with_column(QUESTIONS, numbers=("3, 5, 8, 12", "9, 7, 1, 22")),
+    "fen": with_column(QUESTIONS, fen=("rnbqkbnr/pppppppp/8/8/8/8/PPPP/RNBQ w KQkq - 0 1", "8/8/4K3/8 b - - 12 60")),
+    "smiles": with_column(QUESTIONS, smiles=("CC(=O)OC1=CC=CC=C1C(=O)O", "C1=CC=C(C=C1)C2=CC=CC=C2")),
+    "metadata": with_column(QUESTIONS, metadata=({"system_prompt": "Be a pirate"}, {"system_prompt": "Be a monk"})),
+    "source": with_column(QUESTIONS, source=("Guten Morgen zusammen", "Gute Nacht allerseits")),
+    "icd": [{"text": row["question"], "icd": f"J{n}.{n}"} for n, row in enumerate(QUESTIONS)],
+    "tools": with_key("tools", [[{"name": "f"}], [{"name": "g"}]], turn=0),
+    "attachments": with_key("attachments", [["a.pdf"], ["b.pdf"]], turn=0),
+    "sku": with_column(QUESTIONS, sku=("AB-10007-X", "CD-17926-Y")),
+    "stand": with_column(QUESTIONS, stand=("27.02.2024 08:15", "2024-03-01 09:00:00+01:00")),
+    "Betrag": with_column(QUESTIONS, Betrag=("1.234,50 €", "-17%")),
+    "lastModifiedBy": with_column(QUESTIONS, lastModifiedBy=("anna", "ben")),
+    "token_counts": with_column(QUESTIONS, token_counts=({"prompt": 3}, {"prompt": 4})),
+    "source_urls": with_column(QUESTIONS, source_urls=(["https://a.example/1"], ["https://b.example/2"])),
+    "ip": with_column(QUESTIONS, ip=("10.0.12.7", "192.168.0.44")),
+    "hash": with_column(TEXTS, hash=("8c7dd922ad47494fc02c388e12c00eac", "4e07408562bedb8b60ce05c1decfe3ad")),
+    "embedding": with_column(TEXTS, embedding=([0.25] * 8, [0.5] * 8)),
+    "id": with_key("id", ["a", "b"], turn=1),
+    "Dateiname": with_column(QUESTIONS, Dateiname=("scan_10007.pdf", "scan_17926.pdf")),
+}
+IDLE = {
+    "sku",
+    "stand",
+    "Betrag",
+    "lastModifiedBy",
+    "token_counts",
+    "source_urls",
+    "ip",
+    "hash",
+    "embedding",
+    "id",
+    "Dateiname",
+}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_the_values_of_a_column_say_whether_it_decides(name: str, tmp_path: Path) -> None:
+    line = refusals(config(tmp_path, DECIDING[name]))[0]
+    assert (f"{name!r} (such as " in line) is (name not in IDLE), line
+    assert bool(line) is (name not in IDLE), line
+
+
 MARKED = {
     "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}],
     "images": ["a.png"],
@@ -229,10 +282,3 @@ def test_the_printed_setting_works_for_any_name(name: str, tmp_path: Path) -> No
     setting = shlex.split(line.rpartition("leave it out with ")[2])[0]
     changes = command_line.parse(["x.yaml", setting], usage="", options=[]).changes()
     assert refusals(override(config(tmp_path, rows), changes)) == [""] * 3
-
-
-def test_what_is_noted_about_columns_is_bounded(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    rows = [{**helpers.chat("q", "a"), f"{n} " * 200: "x"} for n in range(300)]
-    with pytest.raises(UserError) as caught:
-        first_look.check_data(config(tmp_path, rows))
-    assert len(str(caught.value)) < 12_000

@@ -12,9 +12,8 @@ import pytest
 
 from olora_ray.config.schema import Config
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.plan import Plan, taken
-from olora_ray.tokens.prepare import plan_here, prepare
+from olora_ray.tokens.prepare import plan_here
 from tests.tokens import helpers
 
 ROWS = 4000
@@ -78,15 +77,6 @@ def test_each_kind_of_row_is_taken_by_its_share(layout: str, weight: float, peri
         assert is_share(extra, ROWS // period, share), (kind, extra)
 
 
-def test_a_source_among_others_has_its_share(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    blank = as_lines(tmp_path / "blank.jsonl", [f"b {n}" for n in range(1000)], "\n")
-    other = as_lines(tmp_path / "other.jsonl", [f"o {n}" for n in range(1000)])
-    config = helpers.config(tmp_path / "runs", source(blank, 0.5), source(other, 1))
-    kinds = Counter(text.removeprefix("<s>")[0] for text in helpers.texts(prepare(config, tiny_spec, "train")))
-    assert kinds["o"] == 1000
-    assert is_share(kinds["b"], 1000, 0.5)
-
-
 def test_another_night_draws_other_rows(tmp_path: Path) -> None:
     # retrain.replay does this: the known file with a low weight, beside new files.
     known = as_lines(tmp_path / "known.jsonl", [f"{n % 5} {n}" for n in range(ROWS)])
@@ -112,12 +102,6 @@ def test_the_draw_is_that_of_contents_and_seed(tmp_path: Path) -> None:
     assert is_share(both, ROWS, 0.25)
 
 
-def test_a_file_that_is_named_twice_is_drawn_twice(tmp_path: Path) -> None:
-    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
-    counts = drawn(helpers.config(tmp_path / "runs", source(path, 0.5), source(path, 0.5)))
-    assert is_share(sum(count == 2 for count in counts.values()), ROWS, 0.25)
-
-
 def test_held_out_rows_are_the_same_with_every_seed_and_beside_other_sources(tmp_path: Path) -> None:
     path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
     extra = as_lines(tmp_path / "b.jsonl", ["extra"])
@@ -126,29 +110,3 @@ def test_held_out_rows_are_the_same_with_every_seed_and_beside_other_sources(tmp
     first, second = drawn(plain, "eval"), drawn(more, "eval")
     assert second.pop("extra") == 1
     assert first == second
-
-
-def test_a_draw_does_not_follow_the_draw_of_held_out_rows(tmp_path: Path) -> None:
-    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
-    config = helpers.config(tmp_path / "runs", source(path, 0.5), eval_fraction=0.5)
-    train, held_out = (sum(drawn(config, split).values()) for split in ("train", "eval"))
-    assert is_share(train, ROWS, 0.25)
-    assert is_share(held_out, ROWS, 0.25)
-
-
-def test_only_a_weight_that_is_not_whole_is_another_store_than_before(tmp_path: Path) -> None:
-    # An old store is used again only if a new one would have the same rows.
-    path, table = as_lines(tmp_path / "a.jsonl", ["x"]), as_csv(tmp_path / "a.csv", ["x"])
-
-    def described(path: Path, weight: float) -> Any:
-        chats = {"path": str(path), "format": "messages", "weight": weight}
-        plan = plan_here(helpers.config(tmp_path / "runs", chats), helpers.spec(), "train")
-        return plan.inputs()["sources"], plan.files[0].sha256
-
-    for weight in (1.0, 2.0):
-        [found], sha256 = described(path, weight)
-        assert found == {"format": "messages", "fields": {}, "weight": weight, "files": [["jsonl", sha256]]}
-    [found], _ = described(path, 2.5)
-    assert found["drawn_by"] == "hash"
-    [found], sha256 = described(table, 1.0)
-    assert found["files"] == [["csv", sha256]]

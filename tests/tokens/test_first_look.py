@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,7 +18,7 @@ from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens import first_look, prepare, preview
-from olora_ray.tokens.plan import Split, as_found
+from olora_ray.tokens.plan import Split
 from tests import tiny
 from tests.pipelines import project
 from tests.said import said
@@ -117,13 +117,6 @@ def test_a_source_of_which_no_row_can_be_used(case: str, tmp_path: Path) -> None
     assert all(part in message for part in expected), message
 
 
-def test_held_out_sources_are_looked_at_too(tmp_path: Path) -> None:
-    good = project.make_corpus(tmp_path / "good.jsonl", 3)
-    lines({"x": "text"})(tmp_path / "bad.jsonl")
-    message = refusal(config(tmp_path, str(good), eval=[str(good), str(tmp_path / "bad.jsonl")]))
-    assert message.startswith("data.eval.1: none of the 1 rows read can be used; ")
-
-
 @pytest.mark.parametrize("place", [0, 20, 39])
 def test_one_usable_row_is_enough_for_the_first_look(tmp_path: Path, place: int) -> None:
     good = json.loads(project.make_corpus(tmp_path / "good.jsonl", 1).read_text())
@@ -201,17 +194,6 @@ def test_the_preparation_finds_the_same_and_makes_the_same_store(split: Split, t
     assert inputs["sources"][0]["files"][0][0] == "semicolon csv, cp1252"
 
 
-def test_a_config_gets_the_formats_that_its_plans_have_found(tmp_path: Path) -> None:
-    # The trials of a search over sources need this, because no command looks at their sources.
-    for name in ("train", "eval"):
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "One, two, three."}\n' * 3)
-    given = config(tmp_path, str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
-    plans = [prepare.plan_here(given, helpers.spec(), split) for split in get_args(Split)]
-    found = as_found(given, *plans)
-    assert [source.format for source in (*given.data.train, *given.data.eval)] == ["auto", "auto"]
-    assert [source.format for source in (*found.data.train, *found.data.eval)] == ["text", "text"]
-
-
 @pytest.mark.parametrize("now", [{}, SET])
 def test_a_run_continues_whether_its_format_was_set_or_found(now: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
@@ -244,14 +226,3 @@ def test_a_file_of_another_kind_turns_no_source_round_in_silence(tmp_path: Path)
     assert found.data.train[0].format == "messages"
     with pytest.raises(UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is missing"):
         preview.describe(found, helpers.spec())
-
-
-@pytest.mark.parametrize("rows", [[], [{"a": 1}]])
-def test_a_source_whose_format_is_not_found_is_refused_by_the_preparation_too(rows: list[Any], tmp_path: Path) -> None:
-    lines(*rows)(tmp_path / "a.jsonl")
-    asked = config(tmp_path, str(tmp_path / "a.jsonl"))
-    message = refusal(asked)
-    for look in (preview.describe, prepare.prepare):
-        with pytest.raises(UserError) as caught:
-            look(asked, helpers.spec(), "train")
-        assert str(caught.value) == message

@@ -94,21 +94,6 @@ def test_a_growing_store_travels_and_becomes_complete(
     assert pickle.loads(pickle.dumps(elsewhere)).complete
 
 
-def test_a_store_that_is_being_repaired_counts_as_growing(
-    corpus: Config, tiny_spec: TokenizerSpec, small_shards: None
-) -> None:
-    complete = prepare(corpus, tiny_spec, "train")
-    Path(complete.uri, "shard-00003.arrow").unlink()
-    preparation = begin(corpus, tiny_spec, "train")
-    store = preparation.store
-    assert (preparation.complete, store.complete, store.available_shards) == (False, False, 3)
-    assert all(same(store[index], complete[index]) for index in range(store.available))
-    preparation.run()
-    store.refresh()
-    assert store.complete
-    assert same(store[len(store) - 1], complete[len(store) - 1])
-
-
 def test_start_gives_the_same_store_as_prepare(corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore) -> None:
     preparation = begin(corpus, tiny_spec, "train")
     preparation.start()

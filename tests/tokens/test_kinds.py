@@ -89,13 +89,3 @@ def test_parquet_and_jsonl_of_the_same_rows_have_the_same_tokens(
     assert "null" not in "".join(expected)
     # Rows that were converted by Arrow once, and written as jsonl with Arrow's nulls.
     assert tokens(tmp_path, helpers.write_jsonl(tmp_path / "b.jsonl", read), format) == expected
-
-
-def test_json_text_in_parquet_keeps_what_columns_lose(tmp_path: Path) -> None:
-    # Intended nulls, the order of keys, and values of several types.
-    tools = [[tool("f", x={"default": None, "enum": [1, "a"]})], [tool("g", y=1, x="b")], [tool("h", x="b", y=1)]]
-    rows = [{"messages": ROWS[2]["messages"], "tools": json.dumps(each)} for each in tools]
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = tokens(tmp_path, tmp_path / "a.parquet", "messages")
-    assert found == tokens(tmp_path, helpers.write_jsonl(tmp_path / "a.jsonl", rows), "messages")
-    assert found[0].startswith(json.dumps(tools[0]))

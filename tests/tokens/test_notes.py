@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -81,15 +80,3 @@ def test_reasoning_for_which_the_template_has_no_place(tmp_path: Path, tiny_spec
         describe(helpers.config(tmp_path / "runs", path), tiny_spec)
     (line,) = (line for line in printed if "reasoning" in line)
     assert "trained as <think>...</think> before the answer: 1 (" in line
-
-
-def test_ordinary_rows_are_not_worth_a_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    rows: list[Any] = [helpers.chat("q", "a"), helpers.chat("q", "abc")]
-    store = prepare(
-        helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", rows)), tiny_spec, "train"
-    )
-    assert store.manifest.notes == {"chats": 2}
-    texts = helpers.write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "abcdefgh"}])
-    source = {"path": str(texts), "format": "text"}
-    assert prepare(helpers.config(tmp_path / "runs", source, max_length=8), tiny_spec, "train").manifest.notes == {}
-    assert lines({"chats": 2}) == lines({}) == []

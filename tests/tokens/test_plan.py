@@ -54,15 +54,6 @@ def test_a_file_that_grows_between_the_splits_is_split_once(tmp_path: Path, tiny
     assert digests[0] == digests[1] != build.store.digest, "the next run looks again"
 
 
-def test_a_weight_says_how_often_a_row_is_used(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    a, b, c = (corpus(tmp_path / f"{letter}.jsonl", letter, 300) for letter in "abc")
-    config = helpers.config(tmp_path / "runs", text(a), text(b, 2.5), text(c, 0.25))
-    counts = Counter(rows(config, tiny_spec))
-    assert {counts[f"a{n}"] for n in range(300)} == {1}
-    assert {counts[f"b{n}"] for n in range(300)} == {2, 3}
-    assert {counts[f"c{n}"] for n in range(300)} == {0, 1}
-
-
 def test_sources_are_mixed_evenly(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     a, b = corpus(tmp_path / "a.jsonl", "a", 40_000), corpus(tmp_path / "b.jsonl", "b", 2_000)
     config = helpers.config(tmp_path / "runs", text(a), text(b))

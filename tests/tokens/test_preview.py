@@ -1,14 +1,11 @@
 """A dry run reports about the data what the preparation does with it."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import csv, parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -66,21 +63,6 @@ def test_the_examples_are_of_two_sources_with_what_is_supervised(corpus: Config,
         path, _, line = each.origin.rpartition(":")
         row = json.loads(Path(path).read_text().splitlines()[int(line) - 1])
         assert helpers.decode(each.input_ids[each.mask]) == f"{row['messages'][1]['content']}<|im_end|>"
-
-
-def test_the_lengths_are_those_of_the_examples(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [chat("q", "a" * n) for n in range(1, 21)])
-    lengths = describe(helpers.config(tmp_path / "runs", path), tiny_spec).lengths
-    assert np.diff(lengths).tolist() == [9, 8, 2, 0]
-    assert lengths[0] == lengths[-1] - 19
-
-
-def test_the_first_sequences_can_be_trained_on(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    store = prepare(corpus, tiny_spec, "train")
-    for number, pack in enumerate(describe(corpus, tiny_spec).some_packs):
-        assert pack.segments == tuple(store[number].segments)
-        assert np.array_equal(pack.input_ids, store[number].input_ids)
-        assert np.array_equal(pack.supervised, store[number].supervised)
 
 
 BAD: dict[str, list[Any]] = {
@@ -150,27 +132,6 @@ def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
     assert bool(found.note) == (times > 1)
     assert found.tokens == pytest.approx(lengths[lengths <= 900].sum(), rel=0.05)
     assert found.rejected["too_long"] / found.read == pytest.approx((lengths > 900).mean(), rel=0.1)
-
-
-@pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_of_a_large_file_that_is_read_from_its_beginning_only_that_is_said(
-    kind: str, tmp_path: Path, tiny_spec: TokenizerSpec
-) -> None:
-    answers, path = [20 + number // 20 for number in range(20_000)], tmp_path / f"a.{kind}"
-    pad = base64.b64encode(np.random.default_rng(0).bytes(6_000)).decode()
-    columns = {"prompt": ["q"] * 20_000, "completion": ["a" * n for n in answers], "pad": [pad] * 20_000}
-    if kind == "parquet":
-        parquet.write_table(pa.table(columns), path, 1_000, compression="none", use_dictionary=False)
-    else:
-        csv.write_csv(pa.table(columns), path)
-    source = {"path": str(path), "format": "prompt_completion"}
-    found = describe(helpers.config(tmp_path / "runs", source, max_length=700, max_rejected=1.0), tiny_spec)
-    assert (found.note == "") == (kind == "parquet")
-    if kind == "parquet":
-        assert found.rows == 20_000
-        assert found.rejected["too_long"] / found.read == pytest.approx(0.335, rel=0.1)
-    else:
-        assert found.note == "only the beginnings of csv files, so sorted files mislead"
 
 
 @pytest.mark.usefixtures("large")

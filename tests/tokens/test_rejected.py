@@ -1,16 +1,13 @@
 """rejected.jsonl is written from a temporary file: the same lines, without holding them in memory."""
 
 import json
-import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens.manifest import RejectedRows
-from olora_ray.tokens.prepare import begin, plan_here, prepare
+from olora_ray.tokens.prepare import begin, prepare
 from tests.tokens import helpers
 
 
@@ -53,17 +50,3 @@ def test_shards_of_an_earlier_attempt_and_new_ones_are_listed_in_their_order(
     preparation = begin(config, tiny_spec, "train")
     preparation.run()
     assert helpers.content(str(folder)) == whole
-
-
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", helpers.rows(3000))
-    rows = RejectedRows(plan_here(helpers.config(tmp_path / "runs", path), tiny_spec, "train"))
-    entry: dict[str, Any] = {"source": 0, "file": str(path), "reason": "too_long", "message": "x" * 200}
-    tracemalloc.start()
-    for number in range(40):
-        rows.put(number, [{**entry, "line": line} for line in range(number * 500, (number + 1) * 500)])
-    assert [found["line"] for found in rows] == list(range(20_000))
-    assert sum(map(len, rows.chunks())) > 5 * 10**6
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2**23

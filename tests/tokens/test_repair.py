@@ -212,38 +212,3 @@ def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names:
     if any(found[name] != small.files[name] for name in unseen if name.endswith("arrow")):
         with pytest.raises(UserError, match=r"is damaged; delete it"):
             _ = [store[index] for index in range(len(store))]
-
-
-@given(st.data())
-def test_a_damaged_scan_is_made_again(small: Small, data: st.DataObject) -> None:
-    small.damaged({})
-    [path] = Path(small.folder, "runs/tokens/scans").iterdir()
-    good = path.read_bytes()
-    if (found := broken(good, data)) is None:
-        path.unlink()
-    else:
-        path.write_bytes(found)
-    assert begin(small.config, helpers.spec(), "train").store.digest == small.store.digest
-    assert path.read_bytes() == good
-
-
-@given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), st.data())
-def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataObject) -> None:
-    tree.pop("seal", None)
-    text = records.seal(tree)
-    assert records.parsed(text, dict[str, Any], sealed=True) == tree
-    changed = records.parsed(broken(text.encode(), data) or b"", dict[str, Any], sealed=True)
-    assert changed in (None, tree)  # white space, say
-
-
-def test_a_half_written_shard_is_not_taken_for_good(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    # The sidecar of a shard counts only together with a shard of the right size.
-    store = prepare(corpus, tiny_spec, "train")
-    path = Path(store.uri, "shard-00000.arrow")
-    path.write_bytes(path.read_bytes()[:-1])
-    Path(store.uri, "manifest.json").unlink()
-    growing = TokenStore.growing(store.uri, store.manifest.outline())
-    assert growing.available == 0
-    preparation = begin(corpus, tiny_spec, "train")
-    assert preparation.small
-    assert not preparation.complete

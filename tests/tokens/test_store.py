@@ -1,6 +1,5 @@
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olora_ray.common import node_cache, storage
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -65,16 +64,6 @@ def test_origins_name_the_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None
         assert row["messages"][1]["content"] in helpers.decode(store[index].input_ids)
 
 
-def test_a_complete_store_is_opened_without_work(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    store = prepare(corpus, tiny_spec, "train")
-    made = {path: path.stat().st_mtime_ns for path in Path(store.uri).iterdir()}
-    with said() as lines:
-        assert prepare(corpus, tiny_spec, "train").uri == store.uri
-        prepare(corpus, tiny_spec, "train", tell=False)
-    assert sum("built earlier" in line for line in lines) == 1
-    assert {path: path.stat().st_mtime_ns for path in Path(store.uri).iterdir()} == made
-
-
 def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     # The state after a kill: no manifest, a shard without its sidecar, missing shards.
     store = prepare(corpus, tiny_spec, "train")
@@ -89,14 +78,6 @@ def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec
     assert content(store.uri) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert any("10 of 12 shards exist already" in line for line in lines)
-
-
-def test_a_store_travels_as_its_address(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    store = prepare(corpus, tiny_spec, "train")
-    store[3]
-    packed = pickle.dumps(store)
-    assert len(packed) < 10_000
-    assert (pickle.loads(packed)[3].input_ids == store[3].input_ids).all()
 
 
 def test_a_remote_store_is_read_through_a_local_copy(corpus: Config, tiny_spec: TokenizerSpec, temporary: Path) -> None:
@@ -125,23 +106,6 @@ def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
     shards = [shard_name(number) for number in range(12)]
     assert all(storage.read_bytes(f"{remote.uri}/{n}") == Path(local.uri, n).read_bytes() for n in shards)
     assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
-
-
-def test_the_copies_of_a_node_have_a_bound(
-    corpus: Config, tiny_spec: TokenizerSpec, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Shards that were not opened for a while make room for others.
-    local = prepare(corpus, tiny_spec, "train")
-    tokens = temporary / f"olora_ray-{os.getuid()}" / "tokens"
-    old = tokens / "another" / "shard-00000.arrow"
-    TokenStore.open(f"file://{local.uri}")[0]
-    old.parent.mkdir()
-    old.write_bytes(b"x")
-    os.utime(old, (0, 0))
-    monkeypatch.setattr(node_cache, "SHARE", 0.0)
-    found = TokenStore.open(f"file://{local.uri}")
-    assert (found[len(found) - 1].input_ids == local[len(found) - 1].input_ids).all()
-    assert not old.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
@@ -229,15 +193,6 @@ def test_the_run_stops_as_soon_as_the_limit_is_passed(
     assert len(list((tmp_path / "runs/tokens").glob("*/*.arrow"))) < 3
 
 
-def test_columns_of_a_parquet_file_are_named(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    parquet.write_table(pa.Table.from_pylist([{"instruction": "x", "answer": "y", "id": 1}]), tmp_path / "a.parquet")
-    config = helpers.config(tmp_path / "runs", {"path": str(tmp_path / "a.parquet"), "format": "alpaca"})
-    assert "field 'output' is missing; the row has instruction, answer, id" in failure(config, tiny_spec)
-
-
 def test_a_template_that_refuses_all_rows_is_named(tmp_path: Path) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
     config, spec = helpers.config(tmp_path, path), helpers.spec(BOT)
@@ -302,14 +257,6 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
     Path(corpus.data.train[0].path).rename(tmp_path / "c.jsonl.gz")
     broken = helpers.config(tmp_path / "runs", tmp_path / "c.jsonl.gz", tmp_path / "b.jsonl")
     assert "c.jsonl.gz: not a readable gzip file" in failure(broken, tiny_spec)
-
-
-@pytest.mark.parametrize(("add_bos", "used"), [(True, True), (False, False)])
-def test_a_text_of_one_token_is_used_if_the_token_itself_is_trained(add_bos: bool, used: bool, tmp_path: Path) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, *[{"text": "abc"}] * 20])
-    config = helpers.config(tmp_path / "runs", {"path": str(path), "format": "text"}, max_rejected=0.1)
-    found = prepare(config, helpers.spec(add_bos=add_bos), "train").manifest.rejected
-    assert found == ({} if used else {"no_supervised_token": 1})
 
 
 def test_a_row_that_is_far_too_long_is_rejected_before_it_is_tokenised(

@@ -70,12 +70,6 @@ def test_of_answers_that_are_examples_of_their_own_those_that_fit_stay() -> None
         left(CHAT, "reject", 40, ALL["qwen3"])
 
 
-def test_the_last_turn_alone_is_the_last_that_fits() -> None:
-    assert left(CHAT, "drop_turns", 54, last_turn_only=True) == [f"{CONTEXT}[[two<|im_end|>]]\n"]
-    assert left(CHAT, "drop_turns", 52, last_turn_only=True) == [FIRST]
-    assert left(CHAT, "drop_turns", 68, ALL["qwen3"], last_turn_only=True) == [f"{THINKS}\n"]
-
-
 @pytest.mark.parametrize("too_long", ["cut", "drop_turns"])
 def test_shortened_rows_are_counted_and_told_and_none_of_their_answers_is_asked_for(
     too_long: str, tmp_path: Path

@@ -30,13 +30,6 @@ def test_the_share_of_the_rows_or_a_single_one_may_be_rejected(share: float, cou
     assert limits.exceeded({"too_long": allowed + 1}, count)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 1.0])
-@pytest.mark.parametrize("count", [1, 10, 500])
-def test_rows_of_which_none_can_be_used_always_stop_the_run(share: float, count: int) -> None:
-    with pytest.raises(UserError, match=f"none of the {count} rows can be used"):
-        Limits("data.train", share).check({"template": count}, count, list)
-
-
 def prepared(folder: Path, spec: TokenizerSpec, bad: int, good: int, **data: Any) -> None:
     """Prepare held-out rows of which so many are too long, beside good training rows."""
     path = helpers.write_jsonl(folder / "heldout.jsonl", [*rows(good), *[chat("q" * 200, "a")] * bad])
@@ -75,17 +68,6 @@ def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec, too_long
     share = float(told.split("data.max_rejected=")[1])
     for data in ({"max_rejected": share}, {"max_length": 222, "max_rejected": 0.0}):
         assert prepare(helpers.config(tmp_path / "runs", path, **data), tiny_spec, "train").manifest.rows == 93
-
-
-@pytest.mark.parametrize(("bad", "allowed"), [(20, True), (39, False)])
-def test_that_most_rows_are_rejected_is_never_to_be_allowed(bad: int, allowed: bool) -> None:
-    assert ("max_rejected" in remedy({"broken_json": bad}, 100 if allowed else 40, "data.train.0")) == allowed
-
-
-def test_the_remedy_is_that_of_the_most_frequent_reason() -> None:
-    assert "fields of data.train.2, or" in remedy({"missing_field": 3, "too_long": 1}, 100, "held out of data.train.2")
-    assert "own tokenizer" in remedy({"no_embedding": 2, "too_long": 1}, 3, "x")
-    assert remedy({"empty_answer": 3}, 3, "x") == "fix or remove them"
 
 
 @pytest.mark.parametrize(

@@ -111,40 +111,6 @@ def test_few_shards_are_open_at_a_time_and_each_is_opened_once() -> None:
     assert len(np.unique(shards_of(whole[:step]))) > 2.5 * WINDOW
 
 
-def test_a_sequence_may_lie_anywhere_in_a_pass() -> None:
-    # Positions of 12 sequences in 100 passes: each tenth of the pass has a tenth of them.
-    total = len(large())
-    chosen = np.linspace(0, total - 1, 12).astype(int)
-    counts = np.zeros((len(chosen), 10))
-    for number in range(1, 101):
-        inverse = np.empty(total, dtype=np.int64)
-        inverse[pass_of(number)] = np.arange(total)
-        counts[np.arange(len(chosen)), inverse[chosen] * 10 // total] += 1
-    chi_squared = ((counts - 10) ** 2 / 10).sum(axis=1)  # 9 degrees of freedom: above 27.9 once in a thousand
-    assert (chi_squared < 27.9).all()
-    assert 4 < chi_squared.mean() < 14
-
-
-def test_neighbours_of_the_store_are_far_apart() -> None:
-    # Within a shard: a third of a window on average, as for independent draws; across shards a third of the store.
-    total = len(large())
-    inverse = np.empty(total, dtype=np.int64)
-    inverse[pass_of(1)] = np.arange(total)
-    shard = shards_of(np.arange(total))
-    apart = np.abs(np.diff(inverse))
-    windows = -(-large().shard_count // WINDOW)
-    assert apart[np.diff(shard) == 0].mean() == pytest.approx(total / windows / 3, rel=0.05)
-    assert apart[np.diff(shard) > 0].mean() == pytest.approx(total / 3, rel=0.05)
-
-
-def test_rows_of_one_shard_do_not_stay_together() -> None:
-    # The share of a shard in any part of a pass is that of draws from its window; the next part has another window.
-    shard = shards_of(pass_of(1))
-    windows = -(-large().shard_count // WINDOW)
-    together = (shard[1:] == shard[:-1]).mean()
-    assert together == pytest.approx((PACKS * (PACKS - 1)).sum() / PACKS.sum() ** 2 * windows, rel=0.1)
-
-
 def test_what_is_beside_a_sequence_changes_from_pass_to_pass() -> None:
     total = len(large())
     places = []
