@@ -1,6 +1,5 @@
 """A group of workers exchanges values; a process alone gets its own back."""
 
-import ast
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,6 @@ import torch.distributed as dist
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from tests.crew import Crew
-
-PACKAGE = Path(collectives.__file__).parents[1]
 
 
 def exchanged() -> dict[str, Any]:
@@ -51,24 +48,6 @@ def test_the_problem_of_one_worker_is_raised_on_all(crew: Callable[[int], Crew])
     assert crew(2).run(with_problems, None, None) == [None, None]
     assert [str(error) for error in crew(2).run(with_problems, None, "one is broken")] == ["one is broken"] * 2
     assert [str(error) for error in crew(2).run(with_problems, "first", "second")] == ["first"] * 2
-
-
-def test_no_other_file_calls_a_collective() -> None:
-    calling = [file for file in PACKAGE.rglob("*.py") if _imports_distributed(file)]
-    makes_the_group = PACKAGE / "cluster" / "train_backend.py"
-    assert set(calling) == {PACKAGE / "common" / "collectives.py", makes_the_group}
-
-
-def _imports_distributed(file: Path) -> bool:
-    """Whether a file imports torch.distributed itself; its submodules, as for FSDP, are no collectives."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        module = getattr(node, "module", None)
-        if "torch.distributed" in (names if isinstance(node, ast.Import) else [module]):
-            return True
-        if isinstance(node, ast.ImportFrom) and module == "torch" and "distributed" in names:
-            return True
-    return False
 
 
 def _swapped() -> list[list[int]]:

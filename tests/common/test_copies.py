@@ -1,6 +1,5 @@
 """Copies of files and folders from and to a real S3 server."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -77,16 +76,3 @@ def test_what_an_earlier_attempt_left_does_not_stay_beside_it(bucket: str, s3_se
     assert sorted(s3_server.keys(place)) == ["a", "deep/new"]
     assert storage.read_text(storage.join(place, "a")) == "new"
     assert list(temporary.iterdir()) == []
-
-
-def test_a_large_file_comes_and_goes_in_large_parts(s3_server: Server, bucket: str, tmp_path: Path) -> None:
-    size = 40 * 2**20
-    (tmp_path / "up").mkdir()
-    (tmp_path / "up" / "large").write_bytes(os.urandom(size))
-    with s3_server.counted() as up:
-        node_cache.upload(tmp_path / "up", bucket)
-    assert len(up) <= 6  # parts of 10 MB, beginning and end
-    with s3_server.counted() as down:
-        found = node_cache.local_copy(bucket, tmp_path / "down")
-    assert [path for method, path in down if method == "GET" and "large" in path] == [down[-1][1]] * 2
-    assert (found / "large").read_bytes() == (tmp_path / "up" / "large").read_bytes()

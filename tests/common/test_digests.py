@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
-
-import pytest
 
 from olora_ray.common import records, storage
 
@@ -23,12 +20,3 @@ def test_json_has_sorted_keys() -> None:
     assert storage.digest_json(FIXED) == expected == storage.digest_json(dict(reversed(FIXED.items())))
     assert storage.digest_json(FIXED, length=8) == "1bada249"
     assert json.loads(records.seal(FIXED))["seal"] == expected
-
-
-@pytest.mark.parametrize("content", [b"", b"a\r\nb\0", b"x" * 3_000_000])
-def test_a_file_and_its_bytes_have_one_digest(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(content)
-    expected = hashlib.sha256(content).hexdigest()
-    assert storage.digest_bytes(content) == expected
-    assert storage.digest_file(tmp_path / "file") == expected
-    assert storage.size_and_digest(tmp_path / "file") == {"bytes": len(content), "sha256": expected}

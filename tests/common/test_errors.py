@@ -15,14 +15,7 @@ from olora_ray.common.errors import (
     UserError,
     as_user_error,
     of_the_machine,
-    short_reason,
 )
-
-
-def test_a_reason_is_one_line() -> None:
-    assert short_reason(FileNotFoundError(2, "No such file or directory", "/a")) == "No such file or directory"
-    assert short_reason(OSError("\n cut off\nhere")) == "cut off"
-    assert short_reason(EOFError()) == "EOFError"
 
 
 def test_only_these_kinds_become_user_errors() -> None:

@@ -40,14 +40,6 @@ def test_what_is_old_goes_when_something_is_kept(node: Path) -> None:
     assert len(list((node / "plans").iterdir())) == 2
 
 
-def test_the_code_is_all_of_ours(tmp_path: Path) -> None:
-    for name, line in (("one", "x = 1\n"), ("same", "x = 1\n"), ("other", "x = 2\n")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "module.py").write_text(line)
-    one, same, other = (node_cache.project(tmp_path / name) for name in ("one", "same", "other"))
-    assert one == same != other
-
-
 def test_where_nothing_can_be_written_nothing_is_kept(node: Path) -> None:
     node.write_text("a file in its place")
     node_cache.keep(node_cache.result_path("plans", 1), "found")

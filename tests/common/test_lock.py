@@ -18,7 +18,7 @@ import pytest
 
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import TryAgain, UserError
-from tests.s3_server import Faults, Server, dead_port
+from tests.s3_server import Faults, Server
 from tests.said import said
 from tests.waiting import until
 
@@ -180,15 +180,6 @@ class Takers:
         return self.locks[number]
 
 
-def test_the_look_and_the_write_are_one_step(place: str) -> None:
-    Path(place).parent.mkdir()
-    with storage.flocked(Path(f"{place}.guard")):  # as another one between its look and its write
-        takers = Takers([lock.Lock(place, "the work") for _ in range(2)])
-        takers.threads[0].join(0.3)
-        assert not takers.found
-    takers.winner().release()
-
-
 class TestRefused:
     def test_a_folder_in_its_place(self, place: str) -> None:
         Path(place).mkdir(parents=True)
@@ -249,13 +240,6 @@ class TestObjectStore:
             first.check()
         first.release()
 
-    def test_a_silent_holder_is_followed_by_one_of_many(self, place: str) -> None:
-        files = [lock.S3File(place, "the work") for _ in range(4)]
-        assert files[0].write(b"silent", files[0].read())
-        seen = [file.read() for file in files]
-        written = [file.write(b"%d" % number, seen[number]) for number, file in enumerate(files)]
-        assert written == [True, False, False, False]
-
     def test_a_renewed_lock_stays_and_a_removed_one_is_noticed(self, place: str) -> None:
         with lock.held(place, "the work") as mine:
             before = storage.read_text(place)
@@ -265,15 +249,6 @@ class TestObjectStore:
             with pytest.raises(TryAgain, match="was removed"):
                 mine.check()
         assert not storage.exists(place)
-
-    def test_a_dead_store_is_told_in_one_line(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port()}")
-        error = refused(place)
-        assert isinstance(error, TryAgain)
-        assert re.match(r"the work: its lock s3://.* cannot be written: Could not connect", str(error))
-
-    def test_a_bucket_that_is_not_there(self, place: str) -> None:
-        assert "the work: its lock s3://none/a cannot be written: there is no bucket" in str(refused("s3://none/a"))
 
     def test_a_renewal_that_fails_is_told(self, s3_server: Server, place: str) -> None:
         with said() as lines, lock.held(place, "the work") as mine:
@@ -297,20 +272,6 @@ def first_looks(count: int, barrier: threading.Barrier) -> Callable[[str, str], 
 
 
 class TestOtherStores:
-    @pytest.mark.usefixtures("hurried")
-    def test_the_one_who_stands_there_after_a_while_has_it(self, place: str) -> None:
-        """A store of which only writing and reading is known."""
-        Path(place).parent.mkdir()
-        first, second = lock.LockFile(place, "the work"), lock.LockFile(place, "the work")
-        seen = first.read()
-        assert second.read().content is None
-        assert first.write(b"first", seen)
-        assert second.write(b"second", seen)
-        assert second.stands(b"second")
-        assert not first.stands(b"first")
-        second.clear(second.read())
-        assert second.read().content is None
-
     def test_the_clock_of_a_host_does_not_matter(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A host that is ahead would take the lock of one that lives, one that is behind would never take any."""
         with holder(place) as process:

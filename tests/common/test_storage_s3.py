@@ -85,14 +85,6 @@ class TestRequests:
                 storage.write_bytes(storage.join(place, "deep", "a"), content)
             assert [method for method, _ in requests] == ["PUT"]
 
-    def test_a_process_has_one_connection(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        first, path = storage.filesystem(storage.join(place, "a"))
-        second, _ = storage.filesystem(storage.join(place, "b"))
-        assert first is second
-        assert path == place.removeprefix("s3://") + "/a"
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
-        assert storage.filesystem(storage.join(place, "a"))[0] is not first
-
 
 class TestRegion:
     @pytest.fixture(autouse=True)
@@ -183,11 +175,6 @@ class TestCheck:
         monkeypatch.setitem(sys.modules, "boto3", None)
         with pytest.raises(UserError, match=r"run\.storage: s3://.* needs .* boto3.*: pip install 'olora-ray\[s3\]'"):
             storage.check_storage(place, "run.storage")
-
-    def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(UserError, match=r"run\.storage: .*file/below cannot be written: Not a directory"):
-            storage.check_storage(str(tmp_path / "file" / "below"), "run.storage")
 
 
 @pytest.mark.usefixtures("hurried")

@@ -15,8 +15,8 @@ import pytest
 
 from olora_ray.common.errors import Problems, UserError
 from olora_ray.config import command_line
-from olora_ray.config.command_line import FIRST, help_text, parse, read_arguments, read_search_arguments, resolved
-from olora_ray.config.load import flatten, load_config
+from olora_ray.config.command_line import parse, read_arguments, read_search_arguments, resolved
+from olora_ray.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = ROOT / "pipelines" / "finetune.py"
@@ -35,12 +35,6 @@ def start(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=folder, env=environment
     )
-
-
-def test_a_config_is_read(config: Path) -> None:
-    read, flags = read_arguments([str(config)], "usage")
-    assert read.run.name == "a"
-    assert not flags
 
 
 def test_file_assignments_and_flag_come_in_any_order(config: Path) -> None:
@@ -141,15 +135,6 @@ def test_an_argument_that_is_not_understood_is_named(config: Path, argv: list[st
     assert expected in str(caught.value)
 
 
-def test_options_have_a_value_in_two_forms() -> None:
-    words = ["a", "--out", "x y", "b=1", "--now", "--at=http://host:1?q=2", "c"]
-    found = parse(words, "usage", flags=["--now"], options=["--out", "--at"])
-    assert found.words == ("a", "b=1", "c")
-    assert found.names() == ["a", "c"]
-    assert (found.flags, found.options) == ({"--now"}, {"--out": "x y", "--at": "http://host:1?q=2"})
-    assert parse(["--out", "-1", "--out="], "usage", options=["--out"]).options == {"--out": ""}
-
-
 @pytest.mark.parametrize("rest", [(), ("--now",)])
 def test_an_option_without_its_value_is_named(rest: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match="argument --out: its value is missing"):
@@ -192,16 +177,6 @@ def test_help_prints_usage_and_fields_and_ends_well(
     assert "  rank " in printed
     assert "  rank_stabilized " not in printed
     assert len(printed.splitlines()) < 50
-
-
-def test_help_all_prints_every_field(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        read_arguments([str(config), "--help", "all"], "how to use it")
-    assert help_text() in capsys.readouterr().out
-
-
-def test_the_fields_of_a_first_run_are_fields(config: Path) -> None:
-    assert set(FIRST) <= flatten(load_config(config)).keys() | {"data.train", "data.eval"}
 
 
 def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
@@ -273,13 +248,6 @@ def test_characters_that_the_locale_does_not_have_are_written_otherwise(
 def test_each_way_to_end_has_its_exit_code(body: str, code: int, told: str, tmp_path: Path) -> None:
     done = script(tmp_path, body)
     assert (done.returncode, done.stderr) == (code, told)
-
-
-def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
-    done = script(tmp_path, "raise KeyError('ours')")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "KeyError: 'ours'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,13 @@
 """The schema in words, for --help and for docs/generated/configuration.md."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pytest
-from pydantic import Field
 
-from olora_ray.config.command_line import WIDTH, help_text, plain, shape
+from olora_ray.config.command_line import WIDTH, help_text
 from olora_ray.config.schema import Condition, Config, Source
 from olora_ray.data.formats import FIELDS
-
-
-@pytest.mark.parametrize(
-    ("annotation", "shown"),
-    [
-        (bool, "`true` or `false`"),
-        (Annotated[int, Field(ge=0, lt=2**31)], "whole number (≥ 0, < 2147483648)"),
-        (Annotated[float, Field(gt=0.0, le=1.0)] | None, "number (> 0, ≤ 1) or `null`"),
-        (Literal["all"] | tuple[str, ...], "`all` or list of text"),
-        (tuple[int, int], "list [whole number, whole number]"),
-        (dict[str, float], "mapping of text to number"),
-    ],
-)
-def test_types_in_words(annotation: object, shown: str) -> None:
-    assert shape(annotation) == shown
-
-
-def test_defaults_as_they_stand_in_a_config() -> None:
-    shown = ["null", "true", "[]", "{}", "0.0003", "auto", "[1, 2]"]
-    assert [*map(plain, (None, True, (), {}, 3.0e-4, "auto", (1, 2)))] == shown
 
 
 def test_help_has_every_field_of_every_section() -> None:

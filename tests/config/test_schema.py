@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, changed, dump, flatten, load_config, override, parse_assignments, parse_yaml
-from olora_ray.config.schema import IN_STORAGE, Cluster, Config, EvaluationConfig, Model, Source
+from olora_ray.config.schema import IN_STORAGE, Config, Source
 from tests import tiny
 from tests.said import said
 
@@ -115,14 +115,6 @@ def test_a_switch_is_no_number(field: str, switch: bool) -> None:
         override(config, {field: switch})
 
 
-def test_a_switch_in_a_list_is_no_number_and_where_switches_are_taken_they_stay() -> None:
-    for workers in ([1, True], True, [True, True]):
-        with pytest.raises(UserError, match=r"^config: cluster\.workers: expected a number"):
-            tiny.config(cluster__workers=workers)
-    config = tiny.config(data__packing=True, data__train=[{"path": "a", "format": "prompt_completion", "chat": False}])
-    assert (config.data.packing, config.data.train[0].chat) == (True, False)
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -169,11 +161,6 @@ def test_a_name_is_not_a_path(section: str, field: str, name: str) -> None:
 @pytest.mark.parametrize("name", [*PATHS_AS_NAMES, "a:b", "a'b", "a?b", "a%2e", " a"])
 def test_a_registered_model_has_a_name_that_is_safe_in_urls_and_queries(name: str) -> None:
     assert "registry.model: " in problem(registry={"model": name})
-
-
-@pytest.mark.parametrize("name", ["a", "support bot", "catalog.schema.model", "Ünïcode", "a-b_c.1", "7"])
-def test_ordinary_names_are_taken(name: str) -> None:
-    assert build(tree(registry={"model": name})).registry.model == name
 
 
 @pytest.mark.parametrize("name", sorted({*IN_STORAGE, "mlflow.db", "mlflow.db-wal", "mlflow.db-journal", "locks"}))
@@ -231,11 +218,6 @@ def test_an_address_that_others_lie_below_has_no_options(place: str) -> None:
     for field in ("run.storage", "model.name", "train.start"):
         assert f"{field}: " in message
     assert "AWS_ENDPOINT_URL and AWS_REGION" in message
-
-
-@pytest.mark.parametrize("place", ["s3://b/p", "file:///a%20b", "/a?b#c", "runs"])
-def test_other_addresses_and_paths_are_taken(place: str) -> None:
-    assert build(tree(run={"name": "a", "storage": place})).run.storage == place
 
 
 @pytest.mark.parametrize(
@@ -314,20 +296,6 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
 )
 def test_workers_that_cannot_be_are_refused(cluster: dict[str, Any], expected: str) -> None:
     assert problem(cluster=cluster).startswith(f"config: cluster{expected}")
-
-
-def test_only_a_sharded_base_is_offloaded() -> None:
-    assert build(tree(cluster={"fsdp_offload": True, "strategy": "fsdp"})).cluster.fsdp_offload
-
-
-@pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (1, 2), (0.6, 2), (0.25, 1), ("auto", 2)])
-def test_other_gpus_are_taken(gpus: Any, workers: int) -> None:
-    assert build(tree(cluster={"gpus_per_worker": gpus, "workers": workers})).cluster.gpus_per_worker == gpus
-
-
-def test_actors_of_an_evaluation_may_share_a_gpu() -> None:
-    found = EvaluationConfig(model=Model(name="m"), cluster=Cluster(gpus_per_worker=0.25, workers=4))
-    assert found.cluster.may_share_gpus()
 
 
 @pytest.mark.parametrize(
@@ -410,12 +378,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
 
 
-def test_a_problem_in_a_file_names_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "run: {name: a}\nmodel: {name: m}\ndata: {train: [{path: a}]}\nadapter: {rnk: 3}\n")
-    with pytest.raises(UserError, match=rf"^{path}: adapter\.rnk: unknown field; did you mean adapter\.rank\?$"):
-        load_config(path)
-
-
 def test_assignments_change_fields_of_every_depth() -> None:
     words = [
         "adapter.rank=32",
@@ -440,11 +402,6 @@ def test_a_word_that_is_no_assignment_is_named(word: str) -> None:
         parse_assignments([word])
 
 
-def test_a_broken_value_names_the_argument() -> None:
-    with pytest.raises(UserError, match=r"argument 'adapter.rank=\[3'.*not valid YAML"):
-        parse_assignments(["adapter.rank=[3"])
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -462,20 +419,6 @@ def test_a_change_is_validated_like_a_file(changes: dict[str, Any], expected: st
     with pytest.raises(UserError) as caught:
         override(build(tree()), changes)
     assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("section", "word", "expected"),
-    [
-        ("data: {train: a.jsonl}", "data.train.weight=2", "data.train.weight: 'train' is a path"),
-        ("cluster: {workers: [1, 2]}", "cluster.workers.0.x=3", "cluster.workers.0.x: '0' has no fields to set"),
-    ],
-)
-def test_a_field_of_what_has_none_is_one_line(tmp_path: Path, section: str, word: str, expected: str) -> None:
-    path = write(tmp_path, f"run: {{name: a}}\nmodel: {{name: m}}\n{section}\n")
-    with pytest.raises(UserError) as caught:
-        load_config(path, parse_assignments([word]))
-    assert str(caught.value).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -505,14 +448,6 @@ def test_a_source_has_its_number_however_it_is_written(tmp_path: Path, train: st
     assert load_config(path, parse_assignments(["data.train.0=c.jsonl"])).data.train[0].path == "c.jsonl"
 
 
-def test_an_override_leaves_the_original_alone() -> None:
-    config = build(tree())
-    override(config, {"adapter.rank": 3, "data.train.0.path": "b"})
-    assert config == build(tree())
-    with pytest.raises(ValueError, match="frozen"):
-        config.adapter.rank = 3  # type: ignore[misc]
-
-
 words = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1, max_size=12)
 configs = st.builds(
     lambda rank, lr, targets, uri, fields, name: build(
@@ -539,31 +474,12 @@ def test_a_dump_is_read_back_to_an_equal_config(config: Config) -> None:
     assert build(yaml.safe_load(dump(config))) == config  # and by any other YAML reader
 
 
-@given(configs)
-def test_the_flat_form_names_every_value(config: Config) -> None:
-    flat = flatten(config)
-    assert flat["adapter.rank"] == config.adapter.rank
-    assert flat["data.train.1.format"] == "text"
-    assert flat["train.lr"] == config.train.lr
-    assert all(not isinstance(value, dict) or not value for value in flat.values())
-    # What it names can be set: the flat form of a config makes that config from any other.
-    smallest = build(tree(data={"train": [{"path": "x"}, {"path": "y"}]}))
-    settable = {name: value for name, value in flat.items() if not name.startswith("data.train.0.fields")}
-    rebuilt = flatten(override(smallest, settable))
-    assert {name: value for name, value in rebuilt.items() if name in settable} == settable
-
-
 def test_every_field_is_explained() -> None:
     for section in (Config, *(field.annotation for field in Config.model_fields.values()), Source):
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         if section is not Config:
             assert all(field.description for field in section.model_fields.values()), section
-
-
-def test_the_scale_is_that_of_lora_or_rank_stabilised() -> None:
-    assert build(tree(adapter={"rank": 16, "alpha": 8})).adapter.scale() == 0.5
-    assert build(tree(adapter={"rank": 16, "alpha": 8, "rank_stabilized": True})).adapter.scale() == 2.0
 
 
 @pytest.mark.parametrize(

@@ -32,22 +32,7 @@ def test_a_word_of_another_tool_leads_to_our_field(word: str, field: str) -> Non
     assert there(field)
 
 
-@pytest.mark.parametrize("word", ["gradient_accumulation_steps", "warmup_ratio", "optim", "report_to"])
-def test_a_word_without_a_field_of_its_meaning_is_explained(word: str) -> None:
-    assert advice(word) == EXPLAINED[word]
-
-
 def test_every_advice_names_a_field_that_there_is() -> None:
     named = re.findall(r"\b(?:train|data|model|tracking|adapter)\.\w+", " ".join(EXPLAINED.values()))
     assert len(named) > 8
     assert [field for field in (*PLAIN, *named) if not there(field)] == []
-
-
-def test_a_word_means_one_field() -> None:
-    words = [word for text in PLAIN.values() for word in text.split()]
-    assert len(words) == len({*words, *EXPLAINED}) - len(EXPLAINED)
-
-
-@pytest.mark.parametrize(("word", "place"), [("zzz", ""), ("name", ""), ("epochs", "train.epochs")])
-def test_nothing_is_advised_where_nothing_is_known(word: str, place: str) -> None:
-    assert advice(word, place) is None

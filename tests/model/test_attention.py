@@ -36,10 +36,6 @@ def test_what_the_family_has_the_fastest_first() -> None:
     assert [own(made) for made in (tiny.llama(), of_kind("bloom", BLOOM))] == ["sdpa", "eager"]
 
 
-def test_the_one_that_is_named_alone() -> None:
-    assert tried(tiny.llama(), "eager") == ("eager",)
-
-
 @pytest.mark.parametrize("wanted", ["segments", "sdpa", "flash_attention_2"])
 def test_what_the_family_does_not_have_is_refused(wanted: str) -> None:
     with pytest.raises(UserError, match=rf"{wanted}: BloomForCausalLM does not support it; set model.attention: auto$"):
@@ -257,18 +253,6 @@ def test_segments_equal_the_definition(lengths: tuple[int, ...], dtype: torch.dt
     for got, right in zip(gradients(run_segments(parts, lengths), parts), expected, strict=True):
         assert got.shape == right.shape
         assert (got.double() - right).norm() <= tolerance * right.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_segments_do_not_see_each_other(dtype: torch.dtype) -> None:
-    lengths = (20, 13, 20)
-    parts = segments(lengths, dtype)
-    before = run_segments(parts, lengths)
-    for part in parts:
-        part[:, :, 20:33] = 100.0
-    after = run_segments(parts, lengths)
-    assert torch.equal(before[:, :20], after[:, :20])
-    assert torch.equal(before[:, 33:], after[:, 33:])
 
 
 @pytest.mark.parametrize("wish", [{"softcap": 50.0}, {"sliding_window": 4}, {"s_aux": torch.zeros(6)}])

@@ -134,15 +134,6 @@ def test_a_pickle_without_a_layer_is_refused(folder: Path) -> None:
         source.obtain(named(folder, model__allow_pickle=True))
 
 
-def test_other_pickles_cannot_be_converted(folder: Path) -> None:
-    (folder / "pytorch_model.bin").rename(folder / "consolidated.pth")
-    (folder / "a_training_args.bin").unlink()
-    with pytest.raises(UserError, match=r"only consolidated\.pth, a pickle"):
-        source.obtain(named(folder))
-    with pytest.raises(UserError, match=r"consolidated\.pth cannot be converted, only pytorch_model\*\.bin"):
-        source.obtain(named(folder, model__allow_pickle=True))
-
-
 CODE = """
 from pathlib import Path
 Path({mark!r}).touch()

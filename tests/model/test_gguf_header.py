@@ -77,18 +77,6 @@ def test_a_number_that_cannot_be_is_named_at_once(
     assert not (tmp_path / "runs" / "models").exists() or not list((tmp_path / "runs" / "models").glob("model-*"))
 
 
-@pytest.mark.parametrize("place", [8, 16], ids=["tensors", "values"])
-@pytest.mark.parametrize("count", [2**63, 2**64 - 1, 10**6])
-def test_counts_are_compared_with_the_size_of_the_file(whole: bytes, tmp_path: Path, place: int, count: int) -> None:
-    refused_at_once(tmp_path, with_number(whole, place, "Q", count), "")
-
-
-@pytest.mark.parametrize("key", ["tokenizer.ggml.token_type", "tokenizer.ggml.tokens"])
-def test_a_list_that_is_longer_than_the_file_is_not_gone_through(whole: bytes, tmp_path: Path, key: str) -> None:
-    length = value_of(whole, key) + 4  # behind the type of what is listed
-    refused_at_once(tmp_path, with_number(whole, length, "Q", 2**63), "")
-
-
 @pytest.mark.parametrize("length", [0, 3, 4, 8, 24, 100, 2000, -1, -5000])
 def test_a_file_that_is_cut_off_is_refused(whole: bytes, tmp_path: Path, length: int) -> None:
     refused_at_once(tmp_path, whole[:length], "")

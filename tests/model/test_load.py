@@ -98,9 +98,3 @@ def test_free_memory_is_that_of_the_machine_or_less(monkeypatch: pytest.MonkeyPa
     assert load.free(CPU) == 1500
     (tmp_path / "memory.max").write_text("max")
     assert load.free(CPU) > 2**20
-
-
-def test_a_model_needs_room_where_it_runs() -> None:
-    room = load.free(CPU)
-    assert load.too_large(room // 40, torch.float32, CPU) is None
-    assert str(load.too_large(room, torch.float32, CPU)).endswith("too large for the memory of one cpu")

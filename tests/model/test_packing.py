@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from olora_ray.common.errors import UserError
 from olora_ray.model.packing import (
@@ -41,14 +40,6 @@ def test_models_that_carry_something_over(kind: str) -> None:
 def test_padding_is_for_models_that_leave_it_out(kind: str) -> None:
     with torch.device("meta"):
         assert takes_padding(of_kind(kind, APART[kind][0])) == (kind != "recurrent_gemma")
-
-
-def test_convolutions_of_an_unknown_family() -> None:
-    made = tiny.llama()
-    assert takes_padding(made)
-    made.model.layers[0].mixer = torch.nn.Conv1d(64, 64, 4)
-    assert why_apart(made) == "has convolutions over the tokens"
-    assert not takes_padding(made)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "mixtral", "falcon"])
@@ -101,10 +92,6 @@ def test_positions_that_are_encoded_by_the_longest_so_far_are_refused(kind: str,
     assert told.endswith("; set data.max_length to 64 at most")
 
 
-def test_positions_as_most_models_have_them_have_no_limit() -> None:
-    assert refusal("llama", SMALL | {"max_position_embeddings": 64}, 4096) is None
-
-
 @pytest.mark.parametrize("family", ["gpt2", "opt", "opt 350m", "gpt_neo", "gpt_bigcode", "biogpt", "gptj", "codegen"])
 def test_positions_that_are_looked_up_in_a_table_end_with_it(family: str) -> None:
     made = zoo.on_meta(ALL[family])
@@ -150,17 +137,3 @@ def test_logits_are_those_of_the_model_to_the_bit(family: Variant) -> None:
     assert torch.equal(head(hidden), made(input_ids=IDS).logits[0])
     rows = torch.stack([head(row[None])[0] for row in hidden])
     torch.testing.assert_close(rows, head(hidden))
-
-
-def test_the_head_is_the_models_own_also_after_a_change() -> None:
-    made = tiny.llama()
-    head, hidden = OutputHead(made), torch.randn(3, 64)
-    before = head(hidden)
-    made.lm_head.weight.data.mul_(2)
-    torch.testing.assert_close(head(hidden), 2 * before)
-    assert [name for name, _ in made.named_children()] == ["model", "lm_head"]
-
-
-def test_what_has_no_backbone_is_refused() -> None:
-    with pytest.raises(UserError, match="Linear has no backbone with an output head"):
-        OutputHead(nn.Linear(2, 2))

@@ -86,17 +86,6 @@ def test_nf4_is_by_its_formula(m: int, n: int) -> None:
     assert (nearest.abs().argmin(dim=1) == codes[: m * n]).float().mean() > 0.999  # but for ties
 
 
-@needs_bitsandbytes
-def test_nf4_is_what_qlora_trains_on() -> None:
-    import bitsandbytes
-
-    weight, layer = made(96, 64, "nf4")
-    theirs = bitsandbytes.nn.Linear4bit(64, 96, bias=False, quant_type="nf4", compress_statistics=False)
-    theirs.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
-    packed = theirs.to("cpu").weight
-    assert torch.equal(bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state), layer.weight)
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_package_that_is_missing_is_named_with_what_installs_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

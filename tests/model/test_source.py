@@ -186,11 +186,6 @@ def test_the_hub_s_cache_of_links_into_its_blobs_is_a_model(copy: Path, tmp_path
     assert load.load_model(snapshot, named(snapshot).model, CPU) is not None
 
 
-def test_a_folder_with_an_adapter_in_it_is_no_base_model(copy: Path) -> None:
-    (copy / "adapter_config.json").write_text("{}")
-    assert "has an adapter (adapter_config.json)" in refusal(copy)
-
-
 def with_header(folder: Path, header: bytes, length: int | None = None) -> None:
     content = len(header).to_bytes(8, "little") if length is None else length.to_bytes(8, "little")
     (folder / "model.safetensors").write_bytes(content + header + bytes(64))
@@ -276,11 +271,6 @@ def test_a_package_may_hold_a_model(copy: Path, tmp_path: Path, monkeypatch: pyt
     assert base.name == "package://carrier/weights"
 
 
-def test_a_registered_model_is_found_by_the_registry(model_folder: Path) -> None:
-    base = source.obtain(named("models:/triage@champion"), model_folder)
-    assert (base.name, base.folder) == ("models:/triage@champion", str(model_folder))
-
-
 def test_a_folder_without_a_config_is_no_model(copy: Path) -> None:
     (copy / "config.json").unlink()
     assert refusal(copy).endswith("has no config.json, so it is not a model folder")
@@ -306,12 +296,6 @@ def test_the_base_loads_frozen_in_evaluation_mode(model_folder: Path, dtype: str
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
-def test_the_fastest_precision_that_is_there_is_chosen(model_folder: Path) -> None:
-    config = named(model_folder).model
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert load.pick_dtype(config, CPU) == (torch.bfloat16 if native else torch.float32)
-
-
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
@@ -328,17 +312,6 @@ def test_weights_that_do_not_fit_the_config_are_an_error(copy: Path, fields: dic
     (copy / "config.json").write_text(json.dumps({**config, **fields}))
     with pytest.raises(UserError, match=problem):
         load.load_model(copy, named(copy).model, CPU)
-
-
-def test_the_skeleton_has_names_and_shapes_but_no_weights(model_folder: Path) -> None:
-    bones = load.skeleton(obtain(model_folder), named(model_folder).model)
-    shapes = {name: parameter.shape for name, parameter in bones.named_parameters()}
-    assert shapes == {name: parameter.shape for name, parameter in tiny.llama().named_parameters()}
-    assert all(parameter.is_meta for parameter in bones.parameters())
-
-
-def test_parameters_are_counted_from_the_headers(model_folder: Path) -> None:
-    assert folder.parameters(model_folder) == sum(p.numel() for p in tiny.llama().parameters())
 
 
 def test_weights_that_lie_there_twice_are_counted_once(model_folder: Path, copy: Path) -> None:
@@ -377,16 +350,6 @@ def test_end_tokens_come_from_tokenizer_and_generation_config(
         file.write_text(json.dumps(generation))
     stand_in: Any = SimpleNamespace(eos_token_id=tokenizer)
     assert load.end_tokens(obtain(copy), stand_in) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[5]", '{"eos_token_id": "x"}', '{"eos_token_id": [[1]]}', '{"eos_token_id": 1.5}']
-)
-def test_a_damaged_generation_config_is_named(copy: Path, text: str) -> None:
-    (copy / "generation_config.json").write_text(text)
-    stand_in: Any = SimpleNamespace(eos_token_id=7)
-    with pytest.raises(UserError, match=r"model\.name: .*generation_config\.json: "):
-        load.end_tokens(obtain(copy), stand_in)
 
 
 def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None:
@@ -430,20 +393,6 @@ def test_a_hub_model_of_which_files_are_missing_on_a_node_is_fetched_to_its_end(
     (copy / "model.safetensors").rename(tmp_path / "on its way")
     assert source.on_this_node(found, config) == found
     assert len(fetched) == 2
-
-
-def test_a_glance_reads_little_of_large_weights(copy: Path) -> None:
-    weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes() + bytes(2**20))
-    before, content = folder.look(copy, code=False), weights.read_bytes()
-    between = len(content) // 64 - 100  # before the second of 64 pieces of 4,096 bytes
-    for place, seen in ((0, True), (between + 100, True), (len(content) - 1, True), (between, False)):
-        other = bytearray(content)
-        other[place] ^= 1
-        weights.write_bytes(other)
-        assert (folder.look(copy, code=False) != before) is seen
-    weights.write_bytes(content + b"x")
-    assert folder.look(copy, code=False) != before
 
 
 @pytest.mark.usefixtures("node")
