@@ -43,8 +43,6 @@ def test_every_shipped_config_parses(path: Path) -> None:
     [
         ({"adapter": {"rnk": 4}}, "adapter.rnk: unknown field; did you mean adapter.rank?"),
         ({"trian": {}}, "trian: unknown field; did you mean train?"),
-        ({"train": {"learning": 1}}, "train.learning: unknown field; --help all lists the fields"),
-        ({"train": {"rank": 1}}, "train.rank: unknown field; use adapter.rank"),
         ({"lr": 1}, "lr: unknown field; use train.lr"),
         (
             {"data": {"train": [{"path": "a", "formt": "text"}]}},
@@ -68,15 +66,7 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
         ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
         ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'olora_even', 'lora'", "(got 'svd')"]),
         ({"adapter": {"method": "orthogonal", "rank": 7}}, ["adapter: rank=7 is odd", "use 6 or 8"]),
-        ({"adapter": {"method": "orthogonal", "rank": 1}}, ["adapter: rank=1 is odd", "use 2"]),
         ({"adapter": {"method": "eva", "init_tokens": 32}}, ["adapter: init_tokens=32 ", "= 32;", "rho"]),
-        ({"adapter": {"sigma": "big"}}, ["adapter.sigma: "]),
-        ({"train": {"lr_ratio": 0}}, ["train.lr_ratio: ", "greater than 0"]),
-        ({"adapter": {"targets": 3}}, ["adapter.targets: ", "(got 3)"]),
-        ({"adapter": {"dropout": 1.0}}, ["adapter.dropout: ", "less than 1"]),
-        ({"train": {"lr": -1.0}}, ["train.lr: ", "greater than 0"]),
-        ({"cluster": {"gpus_per_worker": "some"}}, ["cluster.gpus_per_worker: ", "(got 'some')"]),
-        ({"run": {"name": ""}}, ["run.name: ", "letter", "digit"]),
         ({"data": {"train": [{"format": "text"}]}}, ["data.train.0.path: required, but not set"]),
         ({"gate": {"and": [{"metric": "eval/loss"}]}}, ["gate.and.0: set at_least or at_most"]),
         ({"gate": {"metric": "eval/exact_match"}}, ["gate: metric eval/exact_match is not measured", "scorer"]),
@@ -93,7 +83,6 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
             },
             ["gate: metric eval/exact_match is not measured", "format text", "use eval/loss"],
         ),
-        ({"retrain": {"from": "challenger"}}, ["retrain.from: ", "'base' or 'champion'"]),
     ],
     ids=lambda value: str(value)[:40],
 )

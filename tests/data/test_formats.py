@@ -146,39 +146,23 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
     [
         ("messages", [1], "not_an_object", "expected an object with fields, found a list"),
         ("messages", {"text": "x", "id": 1}, "missing_field", "field 'messages' is missing; the row has text, id"),
-        ("messages", {"messages": None}, "missing_field", "field 'messages' is null"),
-        ("messages", {"messages": 3}, "wrong_type", "field 'messages' is a number, not a list"),
         ("messages", {"messages": "hello"}, "wrong_type", "field 'messages' is text, not a list of messages"),
         ("messages", {"messages": DEEP}, "wrong_type", "nested too deeply"),
-        ("messages", {"messages": "1" * 5000}, "wrong_type", "is text, not a list of messages"),
-        ("messages", turns("x"), "wrong_type", "message 1 is text, not an object"),
         ("messages", turns({"content": "x"}), "missing_field", "message 1 has no 'role'; it has content"),
-        ("messages", turns({"role": "bot"}), "bad_role", "unknown role 'bot'; known: assistant"),
         ("messages", turns({"role": "human"}), "bad_role", "format: sharegpt has the role 'human'"),
         ("messages", turns({"role": "User"}), "bad_role", "(write 'user')"),
         ("messages", turns(USER, {**ANSWER, "content": " "}), "empty_answer", "message 2"),
-        ("messages", turns(USER, {**ANSWER, "content": {}}), "wrong_type", "'content' is an object"),
-        ("messages", turns({"role": "user"}, ANSWER), "missing_field", "message 1 has no 'content'"),
         ("messages", turns(USER), "no_answer", "no assistant message; roles: user"),
-        ("messages", turns(), "no_answer", "roles: none"),
         ("messages", turns(ANSWER, USER, ANSWER), "bad_role", "must be from user, not from assistant"),
         ("messages", turns(USER, {**USER, "role": "system"}, ANSWER), "bad_role", "message 2: a system"),
         ("messages", turns(USER, {**ANSWER, "weight": 0.5}), "wrong_type", "message 2: weight must be 0 or 1, not 0.5"),
         ("messages", turns(PICTURE, ANSWER), "wrong_type", "message 1: 'content' has a part of type 'image', which is"),
         ("messages", turns(USER, {**ANSWER, "tool_calls": "f()"}), "wrong_type", "is text, but not JSON"),
-        ("messages", turns(USER, {**ANSWER, "tool_calls": {}}), "wrong_type", "an object, not a list of objects"),
         ("messages", turns(*TURNS), "missing_field", "from and value need format: sharegpt"),
         ("prompt_completion", {"prompt": "x", "completion": ""}, "empty_answer", "'completion' is empty"),
-        ("prompt_completion", {"prompt": 1, "completion": "y"}, "wrong_type", "field 'prompt' is a number, not text"),
-        ("alpaca", {"instruction": "x"}, "missing_field", "field 'output' is missing; the row has instruction"),
-        ("alpaca", {"instruction": "x", "output": ""}, "empty_answer", "empty"),
-        ("alpaca", {"instruction": "x", "output": "y", "input": [1]}, "wrong_type", "'input' is a list"),
         ("alpaca", {"instruction": "x", "output": "y", "history": [["q"]]}, "wrong_type", "not a list of [question,"),
-        ("sharegpt", said({"from": "alien", "value": "x"}), "bad_role", "unknown role 'alien'"),
         ("sharegpt", said({"from": ["gpt"], "value": "x"}), "missing_field", "message 1 has no 'from'"),
-        ("sharegpt", said(*TURNS, system=1), "wrong_type", "field 'system' is a number, not text"),
         ("sharegpt", said(*TURNS, tools="f"), "wrong_type", "field 'tools' is text, but not JSON"),
-        ("sharegpt", said(*TURNS, tools=[1]), "wrong_type", "field 'tools' must contain only objects, not a number"),
         ("text", {"text": " \n"}, "empty_text", "empty"),
     ],
 )
@@ -187,13 +171,6 @@ def test_rows_that_cannot_be_used(format: str, row: Any, reason: str, message: s
         to_example(format, row, {})
     assert caught.value.reason == reason
     assert message in caught.value.message
-
-
-def test_a_message_about_a_row_is_one_line() -> None:
-    with pytest.raises(Rejected) as caught:
-        to_example("messages", {"a\nb\ud800": 1, "c" * 900: 2}, {})
-    assert caught.value.message.startswith("field 'messages' is missing; the row has a b\\ud800, ccc")
-    assert len(caught.value.message) < 500
 
 
 def test_a_mapped_field_is_named_as_in_the_file() -> None:
