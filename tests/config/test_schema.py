@@ -437,6 +437,14 @@ def test_a_source_has_its_number_however_it_is_written(tmp_path: Path, train: st
     assert load_config(path, parse_assignments(["data.train.0=c.jsonl"])).data.train[0].path == "c.jsonl"
 
 
+def test_an_override_leaves_the_original_alone() -> None:
+    config = build(tree())
+    override(config, {"adapter.rank": 3, "data.train.0.path": "b"})
+    assert config == build(tree())
+    with pytest.raises(ValueError, match="frozen"):
+        config.adapter.rank = 3  # type: ignore[misc]
+
+
 words = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1, max_size=12)
 configs = st.builds(
     lambda rank, lr, targets, uri, fields, name: build(

@@ -186,6 +186,11 @@ def test_the_hub_s_cache_of_links_into_its_blobs_is_a_model(copy: Path, tmp_path
     assert load.load_model(snapshot, named(snapshot).model, CPU) is not None
 
 
+def test_a_folder_with_an_adapter_in_it_is_no_base_model(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text("{}")
+    assert "has an adapter (adapter_config.json)" in refusal(copy)
+
+
 def with_header(folder: Path, header: bytes, length: int | None = None) -> None:
     content = len(header).to_bytes(8, "little") if length is None else length.to_bytes(8, "little")
     (folder / "model.safetensors").write_bytes(content + header + bytes(64))

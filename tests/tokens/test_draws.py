@@ -110,3 +110,11 @@ def test_held_out_rows_are_the_same_with_every_seed_and_beside_other_sources(tmp
     first, second = drawn(plain, "eval"), drawn(more, "eval")
     assert second.pop("extra") == 1
     assert first == second
+
+
+def test_a_draw_does_not_follow_the_draw_of_held_out_rows(tmp_path: Path) -> None:
+    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
+    config = helpers.config(tmp_path / "runs", source(path, 0.5), eval_fraction=0.5)
+    train, held_out = (sum(drawn(config, split).values()) for split in ("train", "eval"))
+    assert is_share(train, ROWS, 0.25)
+    assert is_share(held_out, ROWS, 0.25)

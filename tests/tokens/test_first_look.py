@@ -117,6 +117,13 @@ def test_a_source_of_which_no_row_can_be_used(case: str, tmp_path: Path) -> None
     assert all(part in message for part in expected), message
 
 
+def test_held_out_sources_are_looked_at_too(tmp_path: Path) -> None:
+    good = project.make_corpus(tmp_path / "good.jsonl", 3)
+    lines({"x": "text"})(tmp_path / "bad.jsonl")
+    message = refusal(config(tmp_path, str(good), eval=[str(good), str(tmp_path / "bad.jsonl")]))
+    assert message.startswith("data.eval.1: none of the 1 rows read can be used; ")
+
+
 @pytest.mark.parametrize("place", [0, 20, 39])
 def test_one_usable_row_is_enough_for_the_first_look(tmp_path: Path, place: int) -> None:
     good = json.loads(project.make_corpus(tmp_path / "good.jsonl", 1).read_text())
