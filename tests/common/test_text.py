@@ -21,3 +21,10 @@ from olora_ray.common import text
 )
 def test_times(seconds: float, running_down: str, length: str) -> None:
     assert (text.clock(seconds), text.duration(seconds)) == (running_down, length)
+
+
+def test_columns() -> None:
+    rows = [("name", "rows"), ("a", "7"), ("longer", "")]
+    assert text.aligned(rows) == ["name    rows", "a       7", "longer"]
+    assert text.aligned(rows, right=[False, True]) == ["name    rows", "a          7", "longer"]
+    assert text.aligned([]) == []
