@@ -30,10 +30,19 @@ def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None
     assert found.used == 1
 
 
-def test_rows_that_say_more_than_one_way_can_tell() -> None:
-    message = "in two ways; set format: alpaca, .*answer}, or format: alpaca, .*response}"
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**QUESTION, "response": "b"}, "in two ways; set format: alpaca, .*answer}, or format: alpaca, .*response}"),
+        (
+            {"instruction": "i", "output": "o", "prompt": "p", "completion": "c"},
+            "set format: alpaca, or format: prompt_",
+        ),
+    ],
+)
+def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        find([{**QUESTION, "response": "b"}], {})
+        find([row], {})
     assert "\n" not in str(caught.value)
 
 
