@@ -140,19 +140,6 @@ def test_a_model_of_no_run_has_settings_without_a_training(tmp_path: Path) -> No
     assert held_out.data.eval[0].path == str(Path.cwd() / "rows.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"adapter.rank": 8}, "adapter: unknown field"),
-        ({"data.eval_fractions": 0.5}, "did you mean data.eval_fraction"),
-        ({"tracking.uri": "postgresql://user:word@server/db"}, "tracking.uri: .* contains a secret"),
-    ],
-)
-def test_settings_that_cannot_be_are_one_line(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        targets.settings(["org/base"], None, changes)
-
-
 def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_path: Path) -> None:
     mine = config(case.base, tmp_path)
     step = Path(mine.folder()) / "checkpoints" / f"step-{STEP:07d}"

@@ -17,7 +17,7 @@ from tests.families import check as check_module
 from tests.families import table
 from tests.families.check import check
 from tests.families.row import Row
-from tests.families.variants import ALL, DENSE, variant
+from tests.families.variants import ALL
 
 LLAMA = ALL["llama"]
 
@@ -109,24 +109,6 @@ def test_an_end_after_training_is_not_taken_for_a_refusal(
     assert not row.right
     assert not row.refused
     assert row.verdict in ("refused after step 4: export: no", "traceback at export: ValueError: two")
-
-
-def test_a_refusal_before_the_first_step_is_none_of_an_error(tmp_path: Path) -> None:
-    row = check(variant("bert", DENSE, chat=False), "fp32", tmp_path)
-    assert row.refused
-    assert "BertLMHeadModel" in row.verdict
-    assert str(tmp_path) not in row.verdict
-
-
-def test_differences_are_shown_without_their_digits() -> None:
-    assert [table.shown(each) for each in (None, 0.0, 9.4e-8, 0.5, 1.2, float("nan"))] == [
-        "–",
-        "0",
-        "<1e-7",
-        "<1e0",
-        "<1e1",
-        "nan",
-    ]
 
 
 def test_the_table_has_a_line_for_each_group_of_rows() -> None:

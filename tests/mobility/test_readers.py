@@ -1,7 +1,6 @@
 """Records become stays, and every record counts; an error names the record's line."""
 
 import csv
-import gzip
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -76,23 +75,6 @@ def test_a_weekday_that_contradicts_the_day_is_broken(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.csv:5: weekday is 4, but by earlier records day 11 has 5"):
         check_ins(tmp_path, HEADER + rows)
     assert len(check_ins(tmp_path, HEADER + rows, "broken").people["1"]) == 2
-
-
-def test_whole_numbers_with_a_point_and_compressed_files_are_read(tmp_path: Path) -> None:
-    """pandas writes whole numbers with a point if the column has gaps."""
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(f"{HEADER}0,10,7.0,,,3.0,450.0,4.0\n".encode()))
-    for place in (tmp_path / "a.csv.gz", tmp_path):
-        found = read([str(place)], "checkins", Repairs())
-        assert found.people["10"] == [Stay(7, 3 * 1440 + 450, When(4, 450))]
-    (tmp_path / "a.csv.gz").write_bytes((tmp_path / "a.csv.gz").read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"a\.csv\.gz:\d: no csv in UTF-8"):
-        read([str(tmp_path)], "checkins", Repairs())
-
-
-def test_a_broken_duration_is_refused(tmp_path: Path) -> None:
-    for text in ("long", "nan", "-3", "inf"):
-        with pytest.raises(UserError, match=r":2: duration is .*, not a number of minutes"):
-            check_ins(tmp_path, f"{GEOLIFE}0,1,2,{text},0,0,60,91,5\n")
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -203,12 +185,6 @@ def test_points_of_geolife_become_stays(tmp_path: Path) -> None:
     assert stays[0].place == stays[1].place == 1
     assert stays[0].when == When(3, 10 * 60 + 53)  # in Beijing
     assert (stays[0].line, stays[1].line) == (7, 10)
-
-
-def test_a_night_between_two_files_is_part_of_a_stay_but_no_week(tmp_path: Path) -> None:
-    for name, minute in (("a", 0.0), ("b", 700.0), ("c", 700.0 + 7 * 1440)):
-        plt(tmp_path, "1", name, [(39.9, 116.3, after(minute)), (39.9, 116.3, after(minute + 21))])
-    assert [stay.duration for stay in read([str(tmp_path)], "geolife", Repairs()).people["1"]] == [721, 21]
 
 
 @pytest.mark.parametrize(
