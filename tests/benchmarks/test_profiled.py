@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from olora_ray.tokens.collate import collate
-from olora_ray.train.loader import Schedule, StepLoader
 from tests import tiny
 
 
@@ -31,14 +29,3 @@ def test_the_operations_of_a_step_are_told_apart(benchmark: Any) -> None:
     assert of["aten::_fused_adamw_" if "aten::_fused_adamw_" in of else "aten::lerp_"] <= {"optimizer"}
     assert {"matrix products", "head and loss"} <= of["aten::mm"]
     assert of["aten::addmm_"] == {"matrix products"}
-
-
-def test_the_seconds_of_a_pass_are_shared_out_whole(benchmark: Any) -> None:
-    module, store = benchmark("profiled"), tiny.store()
-    settings = tiny.config(train__steps=2)
-    trainer = tiny.trainer(settings)
-    loader = StepLoader(store, settings.train, 0, "segments")
-    taken, seconds = module.where(trainer, lambda: trainer.steps(loader, 0, Schedule(settings.train, store)))
-    assert tuple(taken) == module.CATEGORIES
-    assert sum(taken.values()) == pytest.approx(seconds, rel=0.2)
-    assert all(taken[name] > 0 for name in module.CATEGORIES)
