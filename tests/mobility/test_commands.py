@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -135,14 +134,6 @@ def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path) -> None:
         assert tokens(to_example("messages", json.loads(line), {}))  # else Rejected
 
 
-@pytest.fixture
-def cells_as_a_new_process_takes_them() -> Iterator[None]:
-    """Reset csv's limit, which is global and which readers of training data raise in other tests."""
-    before = csv.field_size_limit(131_072)
-    yield
-    csv.field_size_limit(before)
-
-
 HEAD = "date_time,time,rating,price,weather,day,type,lat,lon,tid,label\n"
 LINE = "{time},1,-1.0,-1,Clear,Monday,Office,{lat},-73.9,{tid},Food\n"
 
@@ -172,27 +163,6 @@ def test_people_are_put_together_from_their_weeks(tmp_path: Path, capsys: pytest
     assert [row["latitude"] for row in rows] == ["40.1", "40.2", "40.2", "40.3", "40.3", "40.3"]
     assert (rows[1]["start_day"], rows[1]["start_min"], rows[1]["weekday"]) == ("1", "570", "1")
     assert datetime(2012, 5, 8).weekday() == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("time,tid\n1,2\n", "a.csv:1: no column 'date_time' in the first line; it has time, tid"),
-        (HEAD + LINE.format(time="8 o'clock", lat="40", tid=1), "a.csv:2: no check-in: Invalid isoformat string"),
-        (HEAD + LINE.format(time="2012-05-07 08:00:00", lat="140", tid=1), "a.csv:2: no check-in: latitude 140"),
-        (HEAD + LINE.format(time="2012-05-07 08:00:00", lat="40", tid="x"), "a.csv:2: no check-in: invalid literal"),
-        (HEAD + "2012-05-07 08:00:00,1\n", "a.csv:2: no check-in"),
-        (HEAD, "argument FILE.csv: no check-ins"),
-        (HEAD + "x" * 200_000, "argument FILE.csv: field larger than field limit"),
-    ],
-)
-@pytest.mark.usefixtures("cells_as_a_new_process_takes_them")
-def test_a_broken_sample_is_named(tmp_path: Path, text: str, expected: str) -> None:
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(UserError) as caught:
-        mat_data.main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "out.csv")])
-    assert expected in str(caught.value)
-    assert not (tmp_path / "out.csv").exists()
 
 
 @pytest.mark.parametrize("name", ["mobility", "mobility-demo"])

@@ -140,24 +140,6 @@ def test_foursquare_has_local_times_and_numbers_for_venues(tmp_path: Path) -> No
     assert stays[1].at - stays[0].at == 510
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (VENUE.format(venue="", minutes=0, time="Tue Apr 03 18:00:09 +0000 2012"), "unknown place: the venue is empty"),
-        (VENUE.format(venue="a", minutes=0, time="Tue Apr 31 18:00:09 +0000 2012"), "the time is 'Tue Apr 31"),
-        (VENUE.format(venue="a", minutes=0, time="2012-04-03 18:00:09"), "the time is '2012-04-03"),
-        (VENUE.format(venue="a", minutes=0, time="Tue Apr 03 25:00:09 +0000 2012"), "the time is 'Tue Apr 03 25"),
-        (VENUE.format(venue="a", minutes=9999, time="Tue Apr 03 18:00:09 +0000 2012"), "the minutes from UTC is 9999"),
-        ("40\tb\n", "2 columns with tabs between them, not 8"),
-    ],
-)
-def test_a_broken_line_of_foursquare_is_named(tmp_path: Path, line: str, expected: str) -> None:
-    good = VENUE.format(venue="b", minutes=-240, time="Tue Apr 03 18:00:09 +0000 2012")
-    with pytest.raises(UserError) as caught:
-        foursquare(tmp_path, good + line)
-    assert str(caught.value).startswith(f"{tmp_path}/a.txt:2: {expected}")
-
-
 def plt(folder: Path, user: str, name: str, points: list[tuple[float, float, datetime]]) -> None:
     lines = [f"{lat},{lon},0,492,39744.1,{t:%Y-%m-%d},{t:%H:%M:%S}" for lat, lon, t in points]
     file = folder / user / "Trajectory" / f"{name}.plt"
@@ -185,28 +167,6 @@ def test_points_of_geolife_become_stays(tmp_path: Path) -> None:
     assert stays[0].place == stays[1].place == 1
     assert stays[0].when == When(3, 10 * 60 + 53)  # in Beijing
     assert (stays[0].line, stays[1].line) == (7, 10)
-
-
-@pytest.mark.parametrize(
-    ("point", "expected"),
-    [
-        ("400.1,116.3,0,1,1,2008-10-23,03:00:00", "unknown place: latitude '400.1'"),
-        ("nan,116.3,0,1,1,2008-10-23,03:00:00", "unknown place"),
-        ("39.9,116.3,0,1,1,2008-10-23,24:00:00", "the time is '2008-10-23', '24:00:00'"),
-        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time is earlier than in the point at"),
-        ("39.9,116.3", "2 cells with commas"),
-    ],
-)
-def test_a_broken_point_is_named_and_can_be_left_out(tmp_path: Path, point: str, expected: str) -> None:
-    plt(tmp_path, "1", "a", [(39.9, 116.3, after(0))])
-    file = tmp_path / "1" / "Trajectory" / "a.plt"
-    file.write_text(f"{file.read_text()}\n{point}\n39.9,116.3,0,1,1,2008-10-23,04:00:00\n")
-    with pytest.raises(UserError) as caught:
-        read([str(tmp_path)], "geolife", Repairs())
-    assert str(caught.value).startswith(f"{file}:8: {expected}")
-    repairs = Repairs(["broken"])
-    assert len(read([str(tmp_path)], "geolife", repairs)) == 1
-    assert repairs.counts["broken"] == 1
 
 
 @given(

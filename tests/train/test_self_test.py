@@ -184,12 +184,6 @@ def adapted(settings: Any = None) -> Any:
     return tiny.trainer(settings or tiny.config())
 
 
-def test_untrained_adapters_change_nothing_and_get_gradients() -> None:
-    trainer = adapted()
-    check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
-    assert not trainer.flat.grad.any()
-
-
 def test_adapters_that_start_elsewhere_are_found() -> None:
     trainer = adapted()
     trainer.flat.vector[3] = 0.5

@@ -271,13 +271,6 @@ def _twice(folder: Path, changed: float = 0.0) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_a_tied_weight_that_is_stored_twice(crew: Callable[[int], Crew], tmp_path: Path) -> None:
-    _twice(tmp_path)
-    (whole, _), (sharded, _) = (crew(2).run(trained, tmp_path, strategy) for strategy in ("ddp", "fsdp"))
-    assert sharded.by_rows
-    assert_same(sharded, whole)
-
-
 def _both_layouts(folder: Path) -> None:
     """Write one file with all weights, and an index that names another file."""
     zoo.build(ALL["llama"], folder)
