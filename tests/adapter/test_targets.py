@@ -54,19 +54,6 @@ def test_routers_and_gates_of_one_row_are_left_out(family: str, routers: int, ga
     assert len(left) == routers + gates + 1  # the head
 
 
-def test_a_layer_that_has_no_weight_any_more_is_packed() -> None:
-    model = nn.ModuleDict({"up": nn.Linear(8, 6), "down": nn.Linear(6, 8)})
-    layer: Any = model["up"]
-    del layer.weight
-    layer.weight_packed = nn.Parameter(torch.zeros(6, 1, dtype=torch.int32), requires_grad=False)
-    selection = select(model, "all-linear", 2)
-    assert list(selection.targets) == ["down"]
-    assert selection.left_out["up"].kind == "layers with packed weights"
-    del model["down"]
-    with pytest.raises(UserError, match=r"no linear layer to adapt, only layers with packed weights$"):
-        select(model, "all-linear", 2)
-
-
 class Block(nn.Module):
     """A mixture with a plain linear layer as its router, and experts as modules."""
 

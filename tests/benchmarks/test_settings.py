@@ -5,10 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from olora_ray.train.loader import Schedule, StepLoader
-from tests import tiny
 
 
 @pytest.fixture
@@ -40,19 +36,3 @@ def test_the_plan_ends_and_its_tables_have_every_statement(settings: Any, tmp_pa
     assert text.count("new  ") == 6  # three tasks at 20 and at 200 steps
     assert "lora r<=64: lora 64/64 x2" in text
     assert settings.left(settings.read(path)).count("\n") == 1
-
-
-def test_a_training_continues_from_its_saved_state(settings: Any, tmp_path: Path) -> None:
-    def losses(done: dict[str, Any], stop: int) -> list[float]:
-        trainer, store = tiny.trainer(tiny.config(train__global_batch=2, train__micro_batch=1)), tiny.store(8)
-        train = trainer.config.train.model_copy(update={"steps": 6})
-        loader = StepLoader(store, train, 0, "segments")
-        for found in settings.steps(trainer, loader, Schedule(train, store), done):
-            if len(found) == stop:
-                settings.save(tmp_path / "state.pt", trainer, {"losses": found})
-                break
-        return found
-
-    whole = losses({"losses": []}, 6)
-    assert losses({"losses": []}, 3) == whole[:3]
-    assert losses(torch.load(tmp_path / "state.pt"), 6) == whole

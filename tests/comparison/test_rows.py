@@ -165,19 +165,3 @@ def test_rows_that_cannot_be_read_are_said_or_refused(tmp_path: Path, caplog: py
     file.write_text(file.read_text() + "{broken\n" * 40)
     with pytest.raises(UserError, match=r"data\.train\.0: 41 of 241 rows cannot be used"):
         split(override(config(tmp_path, file), {"run.name": "other"}))
-
-
-def test_the_same_rows_are_written_once(tmp_path: Path) -> None:
-    file = written(tmp_path / "a.jsonl", [row(number) for number in range(30)])
-    given = config(tmp_path, file)
-    split(given, Compare(tuning_rows=4, test_rows=7))
-    first = split(given)
-    place = Path(given.folder()) / "rows"
-    assert len(lines(first, "test")) == 6
-    times = {path: path.stat().st_mtime_ns for path in place.iterdir()}
-    assert split(given) == first
-    assert {path: path.stat().st_mtime_ns for path in times} == times
-    (place / "test-0.jsonl").unlink()
-    assert lines(split(given), "test")
-    written(file, [row(number) for number in range(31)])
-    assert rows.split(given, WANTED, SPEC).contents() != first.contents()  # which the comparison's folder refuses

@@ -29,7 +29,6 @@ METHODS = ["lora", "olora", "pissa", "milora", "orthogonal", "nora", "eva", "lor
 @pytest.mark.parametrize(
     ("search", "expected"),
     [
-        ({"train.lr": {"choice": [1e-3]}}, [("olora", 8)]),
         ({"adapter.rank": {"choice": [4, 16]}}, [("olora", 16)]),
         ({"adapter.method": {"grid": ["lora", "nora"]}}, [("lora", 8), ("nora", 8), ("olora", 8)]),
         (
@@ -39,14 +38,6 @@ METHODS = ["lora", "olora", "pissa", "milora", "orthogonal", "nora", "eva", "lor
         (
             {"adapter.method": {"choice": ["orthogonal", "lora"]}, "adapter.rank": {"quniform": [2, 32, 2]}},
             [("lora", 32), ("olora", 32)],  # each trial makes its own factors
-        ),
-        (
-            {
-                "adapter.method": {"choice": ["orthogonal"]},
-                "adapter.alpha": {"choice": [4, 8]},
-                "adapter.rank": {"of": "adapter.alpha", "times": [1, 2]},
-            },
-            [("orthogonal", 4), ("orthogonal", 8), ("orthogonal", 16), ("olora", 16)],
         ),
     ],
 )

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft.optimizers import create_riemannian_optimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight, Factors
 from olora_ray.train.optim import precondition
@@ -78,23 +76,6 @@ def test_what_is_not_finite_stays_visible() -> None:
     assert layer.db.grad is not None
     layer.db.grad[0, 0] = torch.inf
     assert not torch.isfinite(applied(layer)[1]).all()
-
-
-def test_without_the_norm_it_is_pefts() -> None:
-    layer = adapter(False)
-    model = nn.Sequential()
-    model.add_module("proj", nn.Linear(N, M, bias=False))
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["proj"]))
-    proj: Any = theirs.base_model.model.proj
-    proj.lora_A["default"].weight.data = (layer.a0 + layer.da).detach().clone()
-    proj.lora_B["default"].weight.data = layer.db.detach().clone()
-    for part, grad in (("lora_A", layer.da.grad), ("lora_B", layer.db.grad)):
-        assert grad is not None
-        getattr(proj, part)["default"].weight.grad = grad.clone()
-    create_riemannian_optimizer(theirs, torch.optim.SGD, lr=0.0, reg=1e-3).step()
-    precondition({"layer": layer}, epsilon=1e-3, unit=False)
-    torch.testing.assert_close(layer.da.grad, proj.lora_A["default"].weight.grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.db.grad, proj.lora_B["default"].weight.grad, rtol=1e-5, atol=1e-5)
 
 
 def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
