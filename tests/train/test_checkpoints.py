@@ -54,20 +54,15 @@ def is_good(place: str, step: int) -> bool:
         return False
 
 
-def damage(place: str, step: int, how: str) -> None:
-    """`flipped` byte, file `cut` short, `empty` manifest, or no `manifest`, as after an upload that was cut off."""
-    folder = storage.join(place, checkpoints.name_of(step))
-    name = "manifest.json" if how in ("manifest", "empty") else "optimizer.safetensors"
-    file = storage.join(folder, name)
-    content = storage.read_bytes(file)
-    if how == "manifest":
-        storage.remove(file)
-    elif how == "empty":
-        storage.write_bytes(file, b"")
-    elif how == "cut":
-        storage.write_bytes(file, content[:-1])
-    else:
-        storage.write_bytes(file, content[:-1] + bytes([content[-1] ^ 1]))
+def cut(place: str, step: int) -> None:
+    """Take the last byte of a file away."""
+    file = storage.join(place, checkpoints.name_of(step), "optimizer.safetensors")
+    storage.write_bytes(file, storage.read_bytes(file)[:-1])
+
+
+def cut_off(place: str, step: int) -> None:
+    """Take the manifest away, as after an upload that was cut off."""
+    storage.remove(storage.join(place, checkpoints.name_of(step), "manifest.json"))
 
 
 def test_the_newest_checkpoint_comes_back(place: str) -> None:
@@ -200,7 +195,7 @@ def test_a_bug_while_writing_is_raised_in_the_thread_that_trains(tmp_path: Path)
 def test_a_damaged_newer_one_displaces_no_good_one(place: str, keep: int) -> None:
     """K1: the newest checkpoint, 39, is damaged; the next attempt starts at 20 and saves 30."""
     filled(place, 20, 39)
-    damage(place, 39, "cut")
+    cut(place, 39)
     filled(place, 30, keep=keep)
     assert checkpoints.names(place) == ["step-0000020", "step-0000030"][-keep:]
     found = checkpoints.latest_good(place)
@@ -226,7 +221,7 @@ def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: st
     mine.save(20, slow(go_on, 20))
     filled(place, 30, 40, keep=9)
     if half:  # as what is being uploaded
-        damage(place, 40, "manifest")
+        cut_off(place, 40)
     go_on.set()
     mine.finish()
     assert [step in checkpoints.steps_of(place) for step in (0, 10, 20, 30, 40)] == [False, True, True, True, True]
@@ -253,7 +248,7 @@ class TestObjectStore:
 
     def test_an_upload_that_was_cut_is_not_counted_and_is_swept(self, s3_server: Server, place: str) -> None:
         filled(place, 2, 4, 6)
-        damage(place, 6, "manifest")
+        cut_off(place, 6)
         with said() as lines:
             found = checkpoints.latest_good(place)
         assert lines == []
