@@ -94,3 +94,11 @@ def test_everything_can_be_said_and_tabled(name: str) -> None:
     columns, rows = text.table(record)
     assert all(len(row) == len(columns) for row in rows)
     json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.25, "0.25"), (0.0003, "3e-4"), (1.23456e-05, "1.235e-5"), (64.0, "64"), (123456.7, "123457")],
+)
+def test_numbers_are_short(value: float, shown: str) -> None:
+    assert text.number(value) == shown
