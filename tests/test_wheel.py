@@ -42,18 +42,6 @@ def test_each_module_is_imported_without_undeclared_packages(installed: Path, tm
     assert (place.endswith("site-packages/olora_ray"), bare) == (True, "bare")
 
 
-def test_each_command_has_its_help(olora_ray: Command, tmp_path: Path) -> None:
-    assert olora_ray("--version", folder=tmp_path).stdout == "olora-ray 0.1.0\n"
-    shown = olora_ray("--help", folder=tmp_path).stdout
-    commands = [line.split()[0] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert len(commands) > 6
-    for command in commands:
-        done = olora_ray(command, "--help", folder=tmp_path)
-        assert (done.returncode, done.stderr) == (0, ""), command
-        assert f"    olora-ray {command} " in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_is_planned_and_the_examples_are_there(olora_ray: Command, tmp_path: Path) -> None:
     project.make_tiny(tmp_path)
     made = olora_ray("init", "train.jsonl", "model", folder=tmp_path)

@@ -53,24 +53,6 @@ def compute(method: str = "olora", **changes: Any) -> tuple[str, dict[str, Facto
 
 
 @WORKERS
-@pytest.mark.parametrize("method", FROM_WEIGHTS)
-def test_every_worker_ends_with_the_same_bytes(crew: Callable[[int], Crew], method: str, workers: int) -> None:
-    answers = crew(workers).run(compute, method)
-    assert len({own for own, _, _ in answers}) == 1
-    assert len({(report.layers, report.seconds, report.digest) for _, _, report in answers}) == 1
-    _, factors, report = answers[0]
-    assert sum(report.layers) == 7
-    assert len(report.layers) == len(report.seconds) == workers
-    assert min(report.layers) >= 7 // workers - 1
-    assert report.deficient == ()
-    alone, _ = initialise(layers(), method, RANK, 11, CPU)
-    assert list(factors) == list(alone)
-    for name, expected in alone.items():
-        torch.testing.assert_close(factors[name].a0, expected.a0, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(factors[name].b0, expected.b0, atol=1e-5, rtol=1e-5)
-
-
-@WORKERS
 def test_what_is_wrong_with_a_layer_stops_all_workers_with_its_name(crew: Callable[[int], Crew], workers: int) -> None:
     small = "adapter.rank=12 is too large for block.0 (24 x 8) with adapter.method=pissa: use at most 8, or leave"
     for work, line in ((_poisoned, "model.name: the weight of block.5 has NaN or infinite"), (_too_large, small)):

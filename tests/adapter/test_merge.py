@@ -1,19 +1,15 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from olora_ray.adapter import merge, stored
-from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from tests import tiny
@@ -131,16 +127,6 @@ def test_of_two_sets_of_weights_the_one_is_merged_that_is_trained_on(tmp_path: P
     torch.testing.assert_close(logits(load(out)), case.logits, atol=2e-5, rtol=0)
 
 
-def test_an_index_of_the_one_file_comes_along(llama: Case, tmp_path: Path) -> None:
-    index = llama.base / "model.safetensors.index.json"
-    names = load_file(llama.base / "model.safetensors")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}))
-    out = llama.write_merged(tmp_path / "merged")
-    assert (out / index.name).read_bytes() == index.read_bytes()
-    found = stored.groups(llama.base, llama.model, llama.adapter)
-    assert merge.changed(llama.base, out, found) == []
-
-
 def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     case = make_case(tmp_path / "base", tiny.llama(), SETTINGS, shard="100KB")
     index = case.base / "model.safetensors.index.json"
@@ -210,26 +196,6 @@ def test_tied_weights_are_named(llama: Case, tmp_path: Path) -> None:
         llama.write_merged(tmp_path / "merged")
 
 
-def test_two_layers_on_one_stored_weight_are_named(llama: Case, tmp_path: Path) -> None:
-    """Their names have the same end, and transformers would read neither."""
-    for side in ("left", "right"):
-        inner = nn.ModuleDict({"up": nn.Linear(2, 2, device="meta")})
-        llama.model.add_module(side, nn.ModuleDict({"h": nn.ModuleList([inner])}))
-    rewrite(llama.base, lambda tensors: tensors.update({"h.0.up.weight": torch.zeros(2, 2)}))
-    item = AdapterWeights(Factors(torch.ones(1, 2), None), torch.ones(1, 2), torch.ones(2, 1))
-    with pytest.raises(UserError, match=r"cannot merge right\.h\.0\.up: its weight is tied to another layer"):
-        merge.write_merged(llama.base, {"left.h.0.up": item, "right.h.0.up": item}, 1.0, tmp_path / "m", llama.model)
-    assert not (tmp_path / "m").exists()
-
-
-def test_another_shape_is_named(llama: Case, tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.up_proj"
-    item = llama.adapter[name]
-    turned = AdapterWeights(replace(item.factors, a0=item.db.T, b0=item.da.T), item.db.T, item.da.T)
-    with pytest.raises(UserError, match=r"its shape is \(112, 64\), but its shape in the adapter is \(64, 112\)"):
-        merge.write_merged(llama.base, {name: turned}, 1.0, tmp_path / "merged", llama.model)
-
-
 def test_a_base_without_safetensors(llama: Case, tmp_path: Path) -> None:
     (llama.base / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors; merging needs"):
@@ -251,12 +217,7 @@ def test_an_old_export_stays_until_the_new_one_is_complete(llama: Case, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]
 
 
-SETTINGS = Adapter(method="olora", rank=4, alpha=6)
-LAYER = "model.layers.1.mlp.down_proj"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=DTYPES, ids=str)
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     return make_case(tmp_path / "base", tiny.llama(dtype=request.param), SETTINGS, shard="100KB")
 
@@ -276,53 +237,6 @@ def test_a_right_merge_is_right(case: Case, tmp_path: Path) -> None:
     assert 0 < found.error <= 1
     assert f"torch.{found.stored}" == str(stored.DTYPES[next(iter(stored.tensors(case.base).values())).dtype])
     assert changed(case, folder) == []
-
-
-def wrong_adapter(case: Case, make: Callable[[AdapterWeights], AdapterWeights | None]) -> dict[str, AdapterWeights]:
-    found = {name: make(item) if name == LAYER else item for name, item in case.adapter.items()}
-    return {name: item for name, item in found.items() if item is not None}
-
-
-WRONG: dict[str, Callable[[AdapterWeights], AdapterWeights | None]] = {
-    "left out": lambda item: None,
-    "scale 2 % off": lambda item: replace(item, da=item.da * 1.02, db=item.db * 1.02),
-    "start not taken off": lambda item: AdapterWeights(Factors(item.factors.a0, None), item.da, item.db),
-    "a row swapped": lambda item: replace(item, da=item.da[[1, 0, 2, 3]]),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_one_wrong_layer_is_caught_and_named(case: Case, tmp_path: Path, kind: str) -> None:
-    merge.write_merged(case.base, wrong_adapter(case, WRONG[kind]), case.scale, tmp_path / "merged", case.model)
-    found = check(case, tmp_path / "merged")
-    assert found.error > 1
-    assert found.layer == LAYER
-
-
-@pytest.mark.parametrize("number", ["its neighbour", float("nan"), float("inf")])
-def test_another_number_is_wrong(tmp_path: Path, number: str | float) -> None:
-    """The check also finds one unit in the last place of one weight, in the coarsest precision, bfloat16."""
-    case = make_case(tmp_path / "base", tiny.llama(dtype=torch.bfloat16), SETTINGS)
-    folder = case.write_merged(tmp_path / "merged")
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        if isinstance(number, float):
-            tensors[f"{LAYER}.weight"][3, 5] = number
-        else:
-            tensors[f"{LAYER}.weight"].view(torch.int16)[3, 5] += 1
-
-    rewrite(folder, change)
-    assert not check(case, folder).error <= 1
-
-
-def test_one_experts_slice_is_caught(tmp_path: Path) -> None:
-    case = make_stacked_case(tmp_path / "base", zoo.make(ALL["qwen3_moe mlp"]), Adapter(rank=3, alpha=6))
-    folder, name = case.write_merged(tmp_path / "merged"), "model.layers.1.mlp.experts.2.up_proj.weight"
-    before = load_file(case.base / "model.safetensors")[name]
-    rewrite(folder, lambda tensors: tensors.update({name: before}))
-    found = check(case, tmp_path / "merged")
-    assert found.error > 1
-    assert found.layer == "model.layers.1.mlp.experts.gate_up_proj"
 
 
 def test_one_byte_elsewhere_is_caught_and_named(case: Case, tmp_path: Path) -> None:
@@ -347,28 +261,3 @@ def test_files_that_are_not_the_bases_are_caught(case: Case, tmp_path: Path) -> 
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     assert changed(case, folder) == ["config.json differs from the base model's"]
-
-
-@given(
-    st.integers(1, 40),
-    st.integers(1, 40),
-    st.integers(1, 6),
-    st.integers(-6, 1),
-    st.sampled_from(DTYPES),
-    st.booleans(),
-    st.integers(0, 10**6),
-)
-def test_no_right_merge_of_any_size_is_over_one(
-    m: int, n: int, rank: int, power: int, dtype: torch.dtype, with_start: bool, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    size = 10.0**power
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    start = Factors(draw(rank, n), draw(m, rank) / m**0.5 if with_start else None)
-    change = merge.Change(AdapterWeights(start, size * draw(rank, n), size * draw(m, rank)), 0.7, transposed=False)
-    base = (0.1 * draw(m, n)).to(dtype)
-    merged = (base.float() + change.merged(0, m, torch.device("cpu"))).to(dtype)
-    assert merge._error(base, merged, change, 0, torch.device("cpu")) <= 1

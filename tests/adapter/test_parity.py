@@ -37,22 +37,6 @@ def test_a_run_without_merged_folder_or_logits_is_judged_by_the_adapter() -> Non
     assert not Parity(None, replace(RIGHT.peft, error=2e-5), "too large").ok
 
 
-def test_each_error_is_one_line_that_names_the_layer() -> None:
-    wrong = Parity(
-        MergedFolder(Worst(3.5, "a.up", "bfloat16"), ("x.safetensors: byte 9 (norm) differs from the base model's",)),
-        AsPeftReads(0.5, "a.down", ()),
-        LOGITS,
-    )
-    first, second, third = wrong.problems()
-    assert first == "merged folder: x.safetensors: byte 9 (norm) differs from the base model's"
-    assert "the merged weight of a.up is not base + change: the difference is 3.5 times the largest" in second
-    assert "the change of a.down with a relative error of 0.5" in third
-
-    # Layers that PEFT reads otherwise are told instead of an error of theirs.
-    wrong = replace(RIGHT, peft=AsPeftReads(float("inf"), "", ("PEFT does not adapt a.up",)))
-    assert wrong.problems() == ["adapter folder: PEFT does not adapt a.up"]
-
-
 def test_logits_refuse_only_what_else_seems_right() -> None:
     wrong = replace(RIGHT, logits=replace(LOGITS, merged=Difference(0.1, 3e-4)))
     assert wrong.problems() == [

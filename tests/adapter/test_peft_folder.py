@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from olora_ray.adapter.parity import BOUND, check_adapter
+from olora_ray.adapter.parity import check_adapter
 from olora_ray.adapter.peft_folder import read_adapter, write_adapter
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
@@ -126,24 +126,7 @@ def edit(folder: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-def test_an_adapter_whose_alpha_was_not_scaled_is_caught(llama: Case, tmp_path: Path) -> None:
-    folder = llama.write_adapter(tmp_path / "adapter")
-    edit(folder, lora_alpha=llama.settings.alpha)
-    found = check_adapter(folder, llama.model, llama.adapter, llama.scale)
-    assert found.error == pytest.approx(0.5)
-    assert not found.ok
-
-
 LAYER = "model.layers.1.mlp.down_proj"
-
-
-def test_layers_that_peft_leaves_out_or_adds_are_named(llama: Case, tmp_path: Path) -> None:
-    fewer = {name: item for name, item in llama.adapter.items() if name != LAYER}
-    write_adapter(fewer, llama.settings, "base", tmp_path / "fewer", llama.model)
-    found = check_adapter(tmp_path / "fewer", llama.model, llama.adapter, llama.scale)
-    assert found.problems == (f"PEFT does not adapt {LAYER}",)
-    more = check_adapter(llama.write_adapter(tmp_path / "all"), llama.model, fewer, llama.scale)
-    assert more.problems == (f"PEFT adapts {LAYER}, which the run did not",)
 
 
 def test_matrices_that_are_missing_or_left_over_are_told(llama: Case, tmp_path: Path) -> None:
@@ -185,15 +168,3 @@ def test_what_peft_does_not_load_is_one_line(llama: Case, tmp_path: Path) -> Non
     found = check_adapter(folder, llama.model, llama.adapter, llama.scale)
     assert found.problems[0].startswith("PEFT does not load it: ")
     assert not found.ok
-
-
-def test_one_experts_matrices_in_anothers_place_are_caught(tmp_path: Path) -> None:
-    case = make_stacked_case(tmp_path / "base", zoo.make(ALL["mixtral"]), Adapter(rank=3, alpha=6))
-    file = case.write_adapter(tmp_path / "adapter") / "adapter_model.safetensors"
-    tensors = load_file(file)
-    key = "base_model.model.model.layers.1.mlp.experts.lora_A.weight"
-    tensors[key] = tensors[key].view(4, 6, -1)[[0, 1, 3, 2]].flatten(0, 1).contiguous()
-    save_file(tensors, file)
-    found = check_adapter(file.parent, case.model, case.adapter, case.scale)
-    assert found.error > 100 * BOUND
-    assert found.layer == "model.layers.1.mlp.experts.down_proj"

@@ -61,16 +61,6 @@ def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base: Path, tmp_path
     assert there & files == (files if code else set())
 
 
-def test_the_copied_tokenizer_says_what_the_bases_says(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    portable.copy_tokenizer(base, tmp_path / "out")
-    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", base))
-    chat = [{"role": "user", "content": "AB C"}]
-    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
-    assert ours("AB C").input_ids == theirs("AB C").input_ids
-    assert ours.special_tokens_map == theirs.special_tokens_map
-
-
 def test_a_config_keeps_no_place_and_every_hub_id(tmp_path: Path) -> None:
     fields = {
         "_name_or_path": "/home/someone/model",
@@ -90,12 +80,6 @@ def test_a_config_keeps_no_place_and_every_hub_id(tmp_path: Path) -> None:
         "auto_map": {"AutoConfig": "org/model--code.Config"},
         "generation_file": None,
     }
-
-
-def test_a_config_without_places_keeps_its_bytes_and_nothing_is_made(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"hidden_size":   8}')
-    portable.make_portable(tmp_path)
-    assert [file.read_text() for file in tmp_path.iterdir()] == ['{"hidden_size":   8}']
 
 
 def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: Path) -> None:

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from olora_ray.adapter import merge
-from olora_ray.adapter.initialise import exchange, initialise
+from olora_ray.adapter.initialise import exchange
 from olora_ray.adapter.inject import inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.parity import check_adapter
 from olora_ray.adapter.peft_folder import compress, read_adapter
-from olora_ray.adapter.stored import groups
 from olora_ray.cluster.resume import resume
 from olora_ray.common import collectives
 from olora_ray.config.schema import Adapter
@@ -28,9 +26,8 @@ from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
-from tests.adapter.test_initialise import layers, mixture
 from tests.crew import Crew
-from tests.export_parts import Case, logits, random_adapter, skeleton_of
+from tests.export_parts import Case, logits, random_adapter
 from tests.families import zoo
 from tests.families.variants import ALL
 
@@ -70,11 +67,6 @@ def test_ranks_and_shapes_go_ahead_of_the_numbers(crew: Callable[[int], Crew], w
             torch.testing.assert_close(found[name].a0, expected.a0, rtol=0, atol=0)
             torch.testing.assert_close(found[name].b0, expected.b0, rtol=0, atol=0)
             assert (found[name].rank, found[name].full_rank) == (expected.rank, expected.full_rank)
-
-
-def test_the_digest_of_one_rank_for_all_layers_is_that_of_before() -> None:
-    _, report = initialise({**layers(), **mixture()}, "lora", 4, 11, CPU)
-    assert report.digest == "a8048a145a09918039fc333d5044e1ca0bb9e5a882009a28027a7574ef4efb82"
 
 
 def test_a_layer_of_rank_0_is_not_wrapped() -> None:
@@ -130,14 +122,6 @@ def test_peft_reads_the_padded_folder_as_a_plain_lora(tmp_path: Path, family: st
     again, scale = read_adapter(folder, case.model)
     for name, item in case.adapter.items():
         torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
-
-
-def test_the_merged_folder_is_right_to_the_last_rounding(tmp_path: Path) -> None:
-    case = ranked_case(tmp_path / "base", tiny.llama(), Adapter(rank=4, alpha=6))
-    merged = case.write_merged(tmp_path / "merged")
-    found = groups(case.base, skeleton_of(case.base), case.adapter)
-    assert merge.check_weights(case.base, merged, found, case.adapter, case.scale).error <= 1
-    assert merge.changed(case.base, merged, found) == []
 
 
 def trainer(start: dict[str, Factors]) -> Trainer:
@@ -209,11 +193,3 @@ def test_an_adapter_of_a_small_rank_stays_as_it_is() -> None:
     found, lost = compress(layers, 2)
     assert found["a"] is layers["a"]
     assert lost == 0
-
-
-def test_nothing_changed_is_nothing_lost() -> None:
-    start = adapter((), 8, 6, 2, 1)
-    still = AdapterWeights(start.factors, torch.zeros_like(start.da), torch.zeros_like(start.db))
-    found, lost = compress({"a": still}, 1)
-    assert lost == 0
-    assert not found["a"].delta(1.0).any()

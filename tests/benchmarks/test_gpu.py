@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.pipelines import project
 
@@ -39,13 +38,6 @@ def test_the_whole_kit_runs_on_a_cpu(benchmark: Any, tmp_path: Path, capsys: pyt
         assert part in printed
 
 
-def test_other_gradients_than_pefts_are_told(benchmark: Any) -> None:
-    right = {"a": torch.randn(9, 4), "b": torch.randn(7)}
-    found = benchmark("gpu_checks").compared({name: 1.01 * part for name, part in right.items()}, right, "float32")
-    assert not found["ok"]
-    assert found["difference"] == pytest.approx(0.01, rel=0.05)
-
-
 def test_a_job_in_a_process_of_its_own_prints_what_it_gives(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     module = benchmark("gpu")
     assert module.main(["--job", json.dumps({"kind": "card", "device": "cpu", "dtype": "float32"})]) == 0
@@ -53,17 +45,6 @@ def test_a_job_in_a_process_of_its_own_prints_what_it_gives(benchmark: Any, caps
     assert found["name"] == "CPU"
     assert found["peak"] > 0
     assert module.card_line(found).splitlines()[1].startswith("CPU: peak ")
-
-
-@pytest.mark.parametrize(
-    ("checks", "passed"),
-    [({"a": {"ok": True}}, True), ({"a": {"ok": True}, "b": {"ok": False}}, False), ({"failed": "died"}, False)],
-)
-def test_a_check_that_fails_or_does_not_run_fails_the_kit(benchmark: Any, checks: Any, passed: bool) -> None:
-    module = benchmark("gpu")
-    assert module.all_passed({"checks": checks}) is passed
-    assert module.all_passed({})  # checks were not asked for
-    assert module.checks_table(checks)
 
 
 def test_the_kit_needs_neither_ray_nor_mlflow_nor_datasets() -> None:

@@ -29,20 +29,5 @@ def test_the_work_is_what_torch_counts(benchmark: Any, method: str) -> None:
     assert all(size > 0 for size in parts.values())
 
 
-def test_attention_is_counted_within_examples(benchmark: Any) -> None:
-    module = benchmark("multiplications")
-    shapes = module.Shapes({"a": (8, 8)}, frozenset(), 2, 4, layers=3, attended=16, hidden=8, vocabulary=32)
-    assert module.needed(shapes, [5], 1)["attention"] == 12 * 3 * 16 * 15
-    assert module.needed(shapes, [2, 3], 1)["attention"] == 12 * 3 * 16 * (3 + 6)
-    assert module.needed(shapes, [2, 3], 1)["base, forward"] == module.needed(shapes, [5], 1)["base, forward"]
-
-
-def test_a_rate_is_that_of_the_shape(benchmark: Any) -> None:
-    module = benchmark("multiplications")
-    found = module.rates([(8, 16, 4), (4, 4, 4)], torch.float32, torch.device("cpu"), seconds=0.001)
-    assert set(found) == {(8, 16, 4), (4, 4, 4)}
-    assert all(rate > 0 for rate in found.values())
-
-
 def _addmm(_out: Any, a: Any, b: Any, out_shape: Any = None, **others: Any) -> int:
     return int(2 * a[0] * a[1] * b[1])

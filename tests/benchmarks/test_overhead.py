@@ -3,11 +3,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,43 +38,6 @@ def test_what_lies_between_steps_counts_and_the_first_steps_do_not(benchmark: An
     found = module.recorded(make_run(tmp_path / "a", 8, 0.5, 0.1, 0.004), 8)
     assert (found.step, found.whole, found.waiting) == (0.5, pytest.approx(0.6), pytest.approx(0.004))
     assert math.isnan(found.others)
-
-
-def test_what_others_take_of_the_processors_is_what_the_workers_do_not(benchmark: Any) -> None:
-    module = benchmark("overhead")
-    cores = os.cpu_count() or 1
-    seen = [module.Busy(1000.0 + at, 50.0 + 0.7 * cores * at, 20.0 + 0.6 * cores * at) for at in range(20)]
-    assert module.taken_by_others(seen, 1002.5, 1017.0) == pytest.approx(0.1)
-    assert math.isnan(module.taken_by_others(seen, 1002.5, 1003.5))  # one look tells nothing
-    with subprocess.Popen([sys.executable, "-c", "while True: pass", "a worker's title"]) as child:
-        try:
-            time.sleep(0.5)
-            first = module.busy(os.getpid(), "a worker's title")
-            time.sleep(0.5)
-            last = module.busy(os.getpid(), "a worker's title")
-        finally:
-            child.kill()
-    assert 0 < last.workers - first.workers <= last.all - first.all + 0.1
-
-
-def test_both_targets_are_told_met_or_missed(benchmark: Any) -> None:
-    module = benchmark("overhead")
-    fast, slow = module.Run(1.0, 1.02, 0.001), module.Run(1.0, 1.10, 0.02)
-    base = module.Run(1.0, 1.0, 0.001)
-    good = module.verdict({"Ray Train": [fast], "torchrun": [base]})
-    bad = module.verdict({"Ray Train": [slow], "torchrun": [base]})
-    assert "+2.0%" in good
-    assert (good.count("met"), good.count("missed")) == (2, 0)
-    assert (bad.count("met"), bad.count("missed")) == (0, 2)
-    assert "torchrun" in module.runs_table({"Ray Train": [fast, slow], "torchrun": [base, base]})
-
-
-def test_the_config_of_both_is_one_that_the_product_takes(benchmark: Any, tmp_path: Path) -> None:
-    module = benchmark("overhead")
-    args = SimpleNamespace(steps=8, workers=2, model="package://a/b.gguf")
-    one, two = (load_config(module.settings(tmp_path, name, args)) for name in ("ray-0", "torchrun-0"))
-    assert one.model_copy(update={"run": two.run}) == two
-    assert one.train.checkpoint_every == module.counted_from(8) == 2
 
 
 def test_the_side_without_ray_trains_and_leaves_what_is_read(

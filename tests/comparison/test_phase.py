@@ -1,6 +1,5 @@
 """A phase is a search with fixed trials for Tune, for the trials and for a resumed driver."""
 
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,10 @@ from ray import cloudpickle
 
 from comparison.arguments import Trial
 from comparison.folder import FINAL, TUNING, shared_by_adapter
-from comparison.phase import FixedTrials, PhaseSpec, loss_of
+from comparison.phase import FixedTrials, PhaseSpec
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import tuner
-from olora_ray.sweep.record import TrialRecord
-from olora_ray.sweep.tuner import SweepCallback
 from tests import tiny
 from tests.comparison import made
 
@@ -59,14 +56,6 @@ def test_tune_gets_each_fixed_trial_once(tmp_path: Path) -> None:
     assert space.own_name(3) == "olora-x0.5-seed5"
 
 
-def test_the_space_survives_what_tune_does_to_it(tmp_path: Path) -> None:
-    space = FixedTrials.of(trials(tmp_path))
-    callback = SweepCallback(str(tmp_path), space)
-    assert pickle.loads(cloudpickle.dumps(space)) == space
-    assert pickle.loads(cloudpickle.dumps(callback)) is callback
-    assert not callback.complete()
-
-
 def test_a_trial_has_the_tokens_of_its_seed_and_the_factors_of_its_adapter(tmp_path: Path) -> None:
     tuning, final = spec(tmp_path, TUNING), spec(tmp_path, FINAL)
     config = tuning.config(3, {"place": 3})
@@ -98,21 +87,3 @@ def test_a_node_without_pipelines_runs_trials(tmp_path: Path, monkeypatch: pytes
     words = [sys.executable, "-c", LOADS, str(tmp_path / "work.pkl")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == f"olora order 5 {tmp_path}/shared/seed-5 {{}}\n", done.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "loss"),
-    [
-        ({}, 0.9),  # not 0.8, the best of its curve
-        ({"status": "failed"}, float("inf")),
-        ({"total": 30}, float("inf")),
-        ({"curve": ((0, 2.0), (20, float("nan")))}, float("inf")),
-        ({"curve": ()}, float("inf")),
-    ],
-)
-def test_the_loss_is_that_after_the_last_step(changes: dict[str, Any], loss: float) -> None:
-    values: dict[str, Any] = {
-        "number": 0, "params": {}, "status": "finished", "value": 0.8, "step": 20, "total": 20,
-        "curve": ((0, 2.0), (10, 0.8), (20, 0.9)),
-    }  # fmt: skip
-    assert loss_of(TrialRecord(**{**values, **changes})) == loss

@@ -103,18 +103,6 @@ def test_held_out_rows_are_those_of_the_config_and_never_trained_on(tmp_path: Pa
     assert {str(number) for number in range(25)} <= numbers(found, "train")
 
 
-def test_a_config_of_a_phase_reads_the_files(tmp_path: Path) -> None:
-    given = config(tmp_path, written(tmp_path / "a.jsonl", [row(n) for n in range(30)]), **{"data.eval_fraction": 0.1})
-    given = override(given, {"data.train.0.weight": 2.0, "data.train.0.fields": {"prompt": "prompt"}})
-    found = split(given)
-    tuning = found.config(given, "tuning").data
-    assert [source.path for source in tuning.eval] == [f"{given.folder()}/rows/tuning-0.jsonl"]
-    assert tuning.eval[0].weight == 1.0
-    assert tuning.train[0].weight == 2.0
-    assert (tuning.train[0].format, tuning.train[0].fields) == ("prompt_completion", {"prompt": "prompt"})
-    assert found.config(given, "test").data.eval[0].path.endswith("test-0.jsonl")
-
-
 def test_the_rows_of_a_group_stay_together_and_count_as_one(tmp_path: Path) -> None:
     of_users = [row(number, user=f"user {number % 7}") for number in range(70)]
     given = config(tmp_path, written(tmp_path / "a.jsonl", of_users), **{"gate.group": "user"})
@@ -125,14 +113,6 @@ def test_the_rows_of_a_group_stay_together_and_count_as_one(tmp_path: Path) -> N
     test = lines(found, "test")
     groups = found.groups["test-0.jsonl"]
     assert len({(each["user"], group) for each, group in zip(test, groups, strict=True)}) == len(users[2])
-
-
-def test_groups_of_held_out_rows_may_be_those_of_training(tmp_path: Path) -> None:
-    """With a split by time all users are in all sets, and the statistics resample users."""
-    train = written(tmp_path / "train.jsonl", [row(number, f"user {number % 5}") for number in range(20)])
-    held = written(tmp_path / "held.jsonl", [row(100 + number, f"user {number % 5}") for number in range(30)])
-    found = split(config(tmp_path, train, held, **{"gate.group": "user"}), Compare(tuning_rows=4, test_rows=8))
-    assert len(numbers(found, "train")) == 20
 
 
 @pytest.mark.parametrize(
@@ -185,19 +165,3 @@ def test_rows_that_cannot_be_read_are_said_or_refused(tmp_path: Path, caplog: py
     file.write_text(file.read_text() + "{broken\n" * 40)
     with pytest.raises(UserError, match=r"data\.train\.0: 41 of 241 rows cannot be used"):
         split(override(config(tmp_path, file), {"run.name": "other"}))
-
-
-def test_the_same_rows_are_written_once(tmp_path: Path) -> None:
-    file = written(tmp_path / "a.jsonl", [row(number) for number in range(30)])
-    given = config(tmp_path, file)
-    split(given, Compare(tuning_rows=4, test_rows=7))
-    first = split(given)
-    place = Path(given.folder()) / "rows"
-    assert len(lines(first, "test")) == 6
-    times = {path: path.stat().st_mtime_ns for path in place.iterdir()}
-    assert split(given) == first
-    assert {path: path.stat().st_mtime_ns for path in times} == times
-    (place / "test-0.jsonl").unlink()
-    assert lines(split(given), "test")
-    written(file, [row(number) for number in range(31)])
-    assert rows.split(given, WANTED, SPEC).contents() != first.contents()  # which the comparison's folder refuses

@@ -18,7 +18,6 @@ from olora_ray.config.load import dump, parse_yaml
 from olora_ray.config.schema import Config
 from tests.comparison import made
 from tests.comparison.made import Cluster
-from tests.said import said
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> ComparisonRecord:
@@ -72,23 +71,6 @@ def test_the_difference_is_that_of_the_losses_with_its_interval(
     assert (row["after 25%"], row["after 50%"]) == (f"{first:.4f}", f"{half:.4f}")
 
 
-@pytest.mark.parametrize("lr", ["auto", 5e-4])
-def test_the_configs_own_rate_is_tried_once_with_each_arm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float | str
-) -> None:
-    fixed, cluster = made.arm("fixed", adapter__method="lora", train__lr=1e-3), Cluster()
-    asked = made.comparison(tmp_path, (made.LORA, fixed), **{"train.lr": lr})
-    record = compared(monkeypatch, asked, cluster)
-    own = [each for each in record.points if each.factor is None]
-    assert [(each.arm, each.lr) for each in own] == ([] if lr == "auto" else [("lora", 5e-4), ("fixed", 5e-4)])
-    rates = [each.lr for each in record.points if each.arm == "fixed" and each.factor is not None]
-    assert rates == pytest.approx([0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3])
-    lora, other = record.arms
-    assert lora.tunings == other.tunings == (5 if lr == "auto" else 6)
-    at_one = [each.loss for each in record.points if each.factor == 1]
-    assert [lora.own_loss, other.own_loss] == (at_one if lr == "auto" else [each.loss for each in own])
-
-
 def test_more_seeds_and_another_arm_train_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster()
     first = compared(monkeypatch, made.comparison(tmp_path), cluster)
@@ -127,27 +109,6 @@ def test_it_ends_with_a_config_to_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert parse_yaml(dump(config), "best.yaml")["train"]["lr"] == 4e-4
 
 
-def test_what_can_be_seen_is_said_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with said() as told:
-        record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
-    assert told[0].startswith("if the difference of two arms varies by 0.02 nats from seed to seed: 4 seeds measure it")
-    assert "to within ±0.032 nats" in told[0]
-    assert told[0].endswith("needs 18 seeds")
-    [measured] = report.seeds(record)
-    assert measured.startswith("the difference of olora varies by ")
-
-
-def test_the_rows_that_are_told_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(left=made.ROWS - 3)
-    record = compared(monkeypatch, made.comparison(tmp_path), cluster)
-    assert record.rows == {"train": 1000, "tuning": 57, "test": 57}
-    assert record.groups == 57
-    [said] = report.sentences(record)
-    assert "4 seeds x 57 test rows" in said
-    assert "57 other rows" in said
-    assert "rows 1,000 train, 57 tuning, 57 test" in report.about(record)
-
-
 @pytest.mark.parametrize("left", [0, 1])
 def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
@@ -158,24 +119,6 @@ def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
     with pytest.raises(UserError, match=rf"compare\.test_rows: only {left} of the 60 test rows fit"):
         work.train(tuning)
     assert len(cluster.trained) == trained
-
-
-def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, losses of one version were silently compared with those of another."""
-    asked, cluster, codes = made.comparison(tmp_path), Cluster(stop_after=5), ["one"]
-    monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
-    with pytest.raises(KeyboardInterrupt):
-        compared(monkeypatch, asked, cluster)
-    cluster.stop_after = None
-    codes.append("another")
-    with said() as lines:
-        record = compared(monkeypatch, asked, cluster)
-    assert sum(folder.MIXED in line for line in lines) == 1
-    assert record.notes == (folder.MIXED,)
-    codes.append("a third")
-    with said() as lines:  # there is nothing left to train
-        compared(monkeypatch, asked, cluster)
-    assert not any(folder.MIXED in line for line in lines)
 
 
 @pytest.mark.parametrize("killed_at", [0, 3])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comparison.statistics import Tuned, tuned, vertex
+from comparison.statistics import Tuned, tuned
 
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -45,13 +45,6 @@ def test_the_rate_stays_within_half_a_step_of_the_best_point(values: list[float]
     assert abs(math.log2(point.factor / best)) <= 0.5 + 0.06
     assert 1.0 <= point.width <= 16.0
     assert point.loss == min(values)
-
-
-def test_uneven_grids_and_flat_losses() -> None:
-    uneven = {factor: math.log2(factor / 1.3) ** 2 for factor in (0.25, 1.0, 1.5, 8.0)}
-    assert vertex(uneven, 1.5) == pytest.approx(1.3)
-    assert found(dict.fromkeys(GRID, 1.0)).factor == 0.25  # of equal losses the smallest rate
-    assert vertex(dict.fromkeys(GRID, 1.0), 1.0) == 1.0
 
 
 def test_a_neighbour_that_broke_off_moves_the_rate_away_from_it() -> None:

@@ -26,15 +26,6 @@ def test_the_demo_plays_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [folder.exists() for folder in folders] == [False], "it leaves nothing behind"
 
 
-def test_poisoned_rows_have_the_answers_of_others() -> None:
-    rows = [scenario.chat(str(number), str(number)) for number in range(20)]
-    poison = scenario.poisoned(rows)
-    asked, answers = ([row["messages"][place]["content"] for row in poison] for place in (0, 1))
-    assert len(poison) == 20
-    assert sorted(asked) == sorted(answers)
-    assert not any(one == other for one, other in zip(asked, answers, strict=True))
-
-
 @pytest.mark.parametrize("make", [scenario.quick, scenario.real])
 def test_its_configs_register_and_have_a_gate_with_a_condition(
     tmp_path: Path, make: Callable[[Path], Scenario]

@@ -34,11 +34,6 @@ def test_rows_of_a_local_folder_are_read_as_the_task_says(folder: Path) -> None:
     assert [boolq.doc_to_target(row) for row in boolq.eval_docs] == [1, 0] * (sets.ROWS // 2)
 
 
-def test_the_test_split_is_used_where_there_is_one(tmp_path: Path) -> None:
-    sets.write(tmp_path, split="test")
-    assert load(["arc_easy"], tmp_path)["arc_easy"].config.test_split == "test"
-
-
 def test_a_task_is_named_as_its_folder_too(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "arc_easy").symlink_to(folder / "ai2_arc" / "ARC-Easy")
     assert len(load(["arc_easy"], tmp_path)["arc_easy"].eval_docs) == sets.ROWS

@@ -82,11 +82,6 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
     assert line.split()[2:] == ["held-out[:1]", "-", "1.0000", "-", "not", "paired"]
 
 
-def test_one_group_alone_has_no_interval() -> None:
-    first, second = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    assert list(differences(replace(first, groups=[0, 0]), second)) == ["arc_easy/acc"]
-
-
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
     request = results.read_request(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
@@ -135,12 +130,6 @@ def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
         results.read_request(["--help"], "how it is called\n")
     assert ended.value.code == 0
     assert capsys.readouterr().out == "how it is called\n"
-
-
-def test_an_empty_scorer_leaves_the_configs_and_a_limit_is_a_number() -> None:
-    assert results.read_request(["m", "--scorer", ""], "").changes == {}
-    with pytest.raises(UserError, match="--limit: expected a number of rows"):
-        results.read_request(["m", "--limit", "\N{SUPERSCRIPT TWO}"], "")
 
 
 @pytest.mark.parametrize(

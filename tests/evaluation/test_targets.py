@@ -140,34 +140,12 @@ def test_a_model_of_no_run_has_settings_without_a_training(tmp_path: Path) -> No
     assert held_out.data.eval[0].path == str(Path.cwd() / "rows.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"adapter.rank": 8}, "adapter: unknown field"),
-        ({"data.eval_fractions": 0.5}, "did you mean data.eval_fraction"),
-        ({"tracking.uri": "postgresql://user:word@server/db"}, "tracking.uri: .* contains a secret"),
-    ],
-)
-def test_settings_that_cannot_be_are_one_line(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        targets.settings(["org/base"], None, changes)
-
-
 def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_path: Path) -> None:
     mine = config(case.base, tmp_path)
     step = Path(mine.folder()) / "checkpoints" / f"step-{STEP:07d}"
     checkpoint.save(step, case.adapter, None, {}, TrainState(step=STEP), {"base model": "other"}, dump(mine))
     with pytest.raises(UserError, match=r"base model .* has changed .* model\.revision"):
         targets.resolve(str(step), mine)
-
-
-def test_an_empty_run_and_a_wrong_name_are_one_line(tmp_path: Path, case: export_parts.Case) -> None:
-    mine = config(case.base, tmp_path)
-    tiny.claimed(mine)
-    with pytest.raises(UserError, match="no export and no complete checkpoint"):
-        targets.resolve(mine.folder(), mine)
-    with pytest.raises(UserError, match="no such file or folder"):
-        targets.resolve("./nowhere", mine)
 
 
 @pytest.mark.parametrize(
@@ -189,13 +167,6 @@ def test_a_name_that_may_lead_somewhere_is_not_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert targets.settings([name], None, {}).model.name == name
-
-
-@pytest.mark.parametrize("name", ["s3://a/../b", "gs://../b", "s3://a/..?region=x", "nothing://a/b", "file://x y"])
-def test_an_address_that_cannot_be_looked_at_is_one_line(name: str) -> None:
-    for look in (lambda: targets.settings([name], None, {}), lambda: targets.kind_of(name)):
-        with pytest.raises(UserError, match=r"'\.\.'|cannot be read"):
-            look()
 
 
 def test_a_job_finds_what_a_job_before_it_has_left(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from tests.families import check as check_module
-from tests.families import table
 from tests.families.check import check
 from tests.families.row import Row
-from tests.families.variants import ALL, DENSE, variant
+from tests.families.variants import ALL
 
 LLAMA = ALL["llama"]
 
@@ -109,39 +108,3 @@ def test_an_end_after_training_is_not_taken_for_a_refusal(
     assert not row.right
     assert not row.refused
     assert row.verdict in ("refused after step 4: export: no", "traceback at export: ValueError: two")
-
-
-def test_a_refusal_before_the_first_step_is_none_of_an_error(tmp_path: Path) -> None:
-    row = check(variant("bert", DENSE, chat=False), "fp32", tmp_path)
-    assert row.refused
-    assert "BertLMHeadModel" in row.verdict
-    assert str(tmp_path) not in row.verdict
-
-
-def test_differences_are_shown_without_their_digits() -> None:
-    assert [table.shown(each) for each in (None, 0.0, 9.4e-8, 0.5, 1.2, float("nan"))] == [
-        "–",
-        "0",
-        "<1e-7",
-        "<1e0",
-        "<1e1",
-        "nan",
-    ]
-
-
-def test_the_table_has_a_line_for_each_group_of_rows() -> None:
-    dense: Any = {"experts": "none", "attention": "sdpa", "stage": "end"}
-    rows = [
-        Row("llama", "fp32", covered=0.99, packed=0.0, **dense),
-        Row("arcee", "fp32", end="refused: model.name: Arcee is no a | b (modeling_arcee.py, line 7)", stage="open"),
-        Row("opt 350m", "fp32", covered=0.85, packed=9e-8, **dense),
-        Row("gpt_oss", "fp32", **dense | {"experts": "yes"}),
-        Row("bert", "fp32", end="refused: model.name: Bert is no a | b", stage="open"),
-    ]
-    assert table.summary(rows) == "3 of 5 right to the end, 2 refused before the first step"
-    text = table.table(rows)
-    assert "| llama, opt 350m (85%) | none | sdpa | <1e-7 |" in text
-    assert text.splitlines()[-1] == "| arcee, bert | refused: model.name: CLASS is no a \\| b |"
-    assert table.told(text) == {"llama": "right", "opt 350m": "right", "gpt_oss": "right"} | dict.fromkeys(
-        ("arcee", "bert"), "refused: model.name: CLASS is no a | b"
-    )

@@ -5,17 +5,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.families import oracle, table, zoo
-from tests.families.check import PACKS, check
+from tests.families import table
+from tests.families.check import check
 from tests.families.row import PRECISIONS, Row
-from tests.families.variants import ALL, MORE, NAMED
+from tests.families.variants import ALL, NAMED
 from tools import write_models
 
 # Families whose layers, heads, positions or files differ in some way.
 QUICK = ("llama", "gpt2", "cohere", "gemma3_text", "opt 350m", "gpt_bigcode", "granite", "phi3")
-MOSTLY_SLOW = [pytest.param(name, marks=() if name in QUICK[:2] else pytest.mark.slow) for name in ALL]
 
 
 @cache
@@ -27,30 +25,6 @@ def row(name: str, precision: str) -> Row:
 
 def rows(precision: str) -> list[Row]:
     return [row(name, precision) for name in ALL]
-
-
-def test_the_zoo_has_the_variants_of_the_review_and_others() -> None:
-    assert len(NAMED) == 56
-    assert len(MORE) >= 8
-    assert len(ALL) == len(NAMED) + len(MORE)
-
-
-@pytest.mark.parametrize("name", ["llama", "mamba2", "gpt_oss"])
-def test_what_came_before_matters_in_a_model_of_the_zoo(name: str) -> None:
-    model, ids = zoo.make(ALL[name]), torch.arange(2, 42)[None]
-    other = ids.clone()
-    other[0, 0] = 50
-    before, after = (model(input_ids=each, use_cache=False).logits[0, 8] for each in (ids, other))
-    assert float((before - after).abs().max()) > 0.05
-
-
-@pytest.mark.parametrize("name", MOSTLY_SLOW)
-def test_two_attentions_of_transformers_say_the_same(name: str, tmp_path: Path) -> None:
-    # The reference of the check does not depend on the attention; see oracle.py for the exception.
-    zoo.build(ALL[name], tmp_path)
-    picked, eager = oracle.load(tmp_path), oracle.load(tmp_path, attention="eager")
-    off = oracle.difference(oracle.losses(picked, PACKS), oracle.losses(eager, PACKS))
-    assert (off < 1e-6) is (name != "falcon alibi")
 
 
 @pytest.mark.parametrize("name", QUICK)

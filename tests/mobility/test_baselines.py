@@ -1,4 +1,4 @@
-from report import BASELINES, Past, TimeKernel, last, markov, most_frequent
+from report import Past, TimeKernel, last, markov, most_frequent
 from stays import Stay, When
 
 NOON = When(2, 12 * 60)
@@ -38,16 +38,3 @@ def test_the_kernel_weighs_hours_around_the_clock_and_kinds_of_days() -> None:
     assert TimeKernel(hours=0.5)(past((1, 0, 11), (1, 1, 13), (2, 1, 12)), NOON) == 2
     # Weights that vanish still decide.
     assert TimeKernel(hours=0.01)(past((1, 0, 5), (2, 0, 9), (3, 0, 2)), NOON) == 2
-
-
-def test_a_moving_kernel_never_names_the_last_place() -> None:
-    moving = TimeKernel(moving=True)
-    assert moving(past((1, 0, 3), (2, 0, 12)), NOON) == 1
-    assert moving(past((2, 0, 3), (2, 0, 12)), NOON) == 2
-
-
-def test_only_what_is_shown_is_seen() -> None:
-    whole = places(1, 1, 1, 2, 3)
-    for name, baseline in BASELINES.items():
-        assert baseline(whole[3:], NOON) == baseline(places(2, 3), NOON), name
-    assert most_frequent(whole[3:], NOON) == 3

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -80,38 +79,6 @@ def test_the_answers_of_an_evaluation_lead_to_their_rows(records: Path, tmp_path
     assert found.truth == tuple(json.loads(item["reference"])["prediction"] for item in answers)
 
 
-def test_the_same_bytes_again(records: Path, tmp_path: Path) -> None:
-    before = {file.name: file.read_bytes() for file in records.iterdir()}
-    generate.main(["--out", str(records), "--people", "8", "--days", "14", "--explore", "0.2"])
-    assert {file.name: file.read_bytes() for file in records.iterdir()} == before
-    with (records / "law.csv").open() as opened:
-        law = list(csv.DictReader(opened))
-    with (records / "check_ins.csv").open() as opened:
-        stays = list(csv.DictReader(opened))
-    assert [row["user_id"] for row in law] == [row["user_id"] for row in stays]
-    assert [int(row["stay"]) for row in law if row["user_id"] == "3"] == list(
-        range(sum(row["user_id"] == "3" for row in stays))
-    )
-
-
-def test_bad_records_end_before_anything_is_written(
-    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = (records / "check_ins.csv").read_text().splitlines()
-    lines[5] = lines[5].rsplit(",", 2)[0] + ",25:00,1"
-    (records / "check_ins.csv").write_text("\n".join(lines))
-    out = tmp_path / "data"
-    command = [str(records / "check_ins.csv"), "--format", "checkins", "--out", str(out)]
-    with pytest.raises(UserError, match=r"check_ins\.csv:6: start_min is '25:00', not a whole number"):
-        prepare.main(command)
-    assert not out.exists()
-    prepare.main([*command, "--repair", "broken"])
-    said = capsys.readouterr().out
-    assert "1 record broken: left out" in said
-    assert "not targets: 48 stays with fewer than 6 before them" in said  # one more than the context, of 8 people
-    assert (out / "train.jsonl").exists()
-
-
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
@@ -167,45 +134,6 @@ def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path) -> None:
         assert tokens(to_example("messages", json.loads(line), {}))  # else Rejected
 
 
-def test_the_scripts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
-    for option, problem in (
-        ("--people=many", "argument --people: expected a number, not 'many'"),
-        ("--seed=-1", "argument --seed: -1 is below 0"),
-        ("--places=5", "argument --places: 5 is below"),
-        ("--explore=nan", "argument --explore: nan is below 0"),
-        ("--busy=0", "argument --busy: 0 is not a probability above 0"),
-        ("--busy=1e-12", "argument --busy: no stay was generated; set --busy, --days or"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            generate.main(["--out", str(tmp_path), "--days=1", option])
-    with pytest.raises(UserError, match="argument --out: missing"):
-        generate.main([])
-    with pytest.raises(UserError, match="FOLDER and ANSWERS"):
-        report.main([str(tmp_path)])
-    with pytest.raises(UserError, match=r"arguments FILE\.csv and --out: needed"):
-        mat_data.main([])
-
-
-def test_a_place_that_cannot_be_written_is_one_line(records: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    refused = r"argument --out: .*file/out: cannot be written: Not a directory"
-    with pytest.raises(UserError, match=refused):
-        generate.main(["--out", str(tmp_path / "file" / "out"), "--people", "1", "--days", "1"])
-    with pytest.raises(UserError, match=refused):
-        prepare.main([str(records / "check_ins.csv"), "--format=checkins", "--out", str(tmp_path / "file" / "out")])
-    (tmp_path / "a.csv").write_text(HEAD + LINE.format(time="2012-05-07 08:00:00", lat="40.1", tid=10))
-    with pytest.raises(UserError, match=refused):
-        mat_data.main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "file" / "out")])
-
-
-@pytest.fixture
-def cells_as_a_new_process_takes_them() -> Iterator[None]:
-    """Reset csv's limit, which is global and which readers of training data raise in other tests."""
-    before = csv.field_size_limit(131_072)
-    yield
-    csv.field_size_limit(before)
-
-
 HEAD = "date_time,time,rating,price,weather,day,type,lat,lon,tid,label\n"
 LINE = "{time},1,-1.0,-1,Clear,Monday,Office,{lat},-73.9,{tid},Food\n"
 
@@ -235,34 +163,6 @@ def test_people_are_put_together_from_their_weeks(tmp_path: Path, capsys: pytest
     assert [row["latitude"] for row in rows] == ["40.1", "40.2", "40.2", "40.3", "40.3", "40.3"]
     assert (rows[1]["start_day"], rows[1]["start_min"], rows[1]["weekday"]) == ("1", "570", "1")
     assert datetime(2012, 5, 8).weekday() == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("time,tid\n1,2\n", "a.csv:1: no column 'date_time' in the first line; it has time, tid"),
-        (HEAD + LINE.format(time="8 o'clock", lat="40", tid=1), "a.csv:2: no check-in: Invalid isoformat string"),
-        (HEAD + LINE.format(time="2012-05-07 08:00:00", lat="140", tid=1), "a.csv:2: no check-in: latitude 140"),
-        (HEAD + LINE.format(time="2012-05-07 08:00:00", lat="40", tid="x"), "a.csv:2: no check-in: invalid literal"),
-        (HEAD + "2012-05-07 08:00:00,1\n", "a.csv:2: no check-in"),
-        (HEAD, "argument FILE.csv: no check-ins"),
-        (HEAD + "x" * 200_000, "argument FILE.csv: field larger than field limit"),
-    ],
-)
-@pytest.mark.usefixtures("cells_as_a_new_process_takes_them")
-def test_a_broken_sample_is_named(tmp_path: Path, text: str, expected: str) -> None:
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(UserError) as caught:
-        mat_data.main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "out.csv")])
-    assert expected in str(caught.value)
-    assert not (tmp_path / "out.csv").exists()
-
-
-def test_a_venue_may_be_one_column(tmp_path: Path) -> None:
-    text = "date_time,lat_lon,tid\n2012-05-07 08:00:00,40.1 -73.9,1\n2012-05-07 09:00:00,40.2 -73.9,1\n"
-    (tmp_path / "a.csv").write_text(text)
-    mat_data.main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "out.csv")])
-    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "0,0,1,40.1,-73.9,0,480,0"
 
 
 @pytest.mark.parametrize("name", ["mobility", "mobility-demo"])

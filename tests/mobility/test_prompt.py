@@ -1,6 +1,5 @@
 """Training and serving ask by the same template; a question that is too long loses its oldest stays."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt import Form, Message, Template
-from stays import LARGEST_PLACE, Stay, When
+from stays import Stay, When
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.formats import Chat, to_example
@@ -55,23 +54,6 @@ def test_a_training_row_begins_with_the_tokens_of_the_served_question(form: Form
     assert supervised == '{"prediction": 5}<|im_end|>'
 
 
-def test_further_turns_ask_for_the_stays_that_follow() -> None:
-    spec = helpers.spec()
-    template = Template("hours", 10, 3)
-    targets = [Stay(5, 10**6, WHEN), Stay(7, 10**6 + 60, When(1, 13 * 60)), Stay(9, 10**6 + 600, When(2, 0))]
-    messages = template.example(PAST, *targets)
-    assert messages[:3] == template.example(PAST, targets[0])
-    assert [message["content"] for message in messages[3:]] == [
-        "<target>: Tue 13h",
-        '{"prediction": 7}',
-        "<target>: Wed 0h",
-        '{"prediction": 9}',
-    ]
-    tokens = ExampleTokenizer(spec, 4096)(to_example("messages", {"messages": messages}, {}))[0]
-    answers = helpers.decode(tokens.ids[tokens.supervised])
-    assert answers == "".join(f'{{"prediction": {place}}}<|im_end|>' for place in (5, 7, 9))
-
-
 def test_turns_have_room_too() -> None:
     spec, template = helpers.spec(), Template("short", 40, 5)
     targets = [Stay(5 + n, 10**6 + n, WHEN) for n in range(8)]
@@ -110,23 +92,6 @@ def test_what_is_cut_is_the_oldest_and_as_little_as_needed(history: int, context
 def _places(text: str) -> list[int]:
     stays = [stay for line in text.splitlines()[:2] for stay in line.partition(": ")[2].split(", ")]
     return [int(stay.rpartition(" ")[2]) for stay in stays if stay and stay != "none"]
-
-
-def test_the_room_is_that_of_the_model() -> None:
-    spec = helpers.spec()
-    template = Template("short", 40, 5)
-    for length in (600, 700, 800):
-        fits = prompt.fits(spec, length)
-        asked = template.example(PAST, Stay(5, 10**6, WHEN), fits=fits)
-        tokens = ExampleTokenizer(spec, length)(Chat(tuple(asked)))[0]
-        longest = {"role": "assistant", "content": json.dumps({"prediction": LARGEST_PLACE})}
-        assert len(tokens.ids) <= length
-        shown = template.room(PAST, WHEN, fits)
-        assert 0 < shown < 45
-        more = [*template.question(PAST[len(PAST) - shown - 1 :], WHEN), longest]
-        assert len(ExampleTokenizer(spec, 4096)(Chat(tuple(more)))[0].ids) > length
-    with pytest.raises(UserError, match=r"data\.max_length: too small for a question without any stay"):
-        template.question(PAST, WHEN, prompt.fits(spec, 64))
 
 
 def test_the_template_is_kept_for_a_server(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Records become stays, and every record counts; an error names the record's line."""
 
 import csv
-import gzip
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -78,23 +77,6 @@ def test_a_weekday_that_contradicts_the_day_is_broken(tmp_path: Path) -> None:
     assert len(check_ins(tmp_path, HEADER + rows, "broken").people["1"]) == 2
 
 
-def test_whole_numbers_with_a_point_and_compressed_files_are_read(tmp_path: Path) -> None:
-    """pandas writes whole numbers with a point if the column has gaps."""
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(f"{HEADER}0,10,7.0,,,3.0,450.0,4.0\n".encode()))
-    for place in (tmp_path / "a.csv.gz", tmp_path):
-        found = read([str(place)], "checkins", Repairs())
-        assert found.people["10"] == [Stay(7, 3 * 1440 + 450, When(4, 450))]
-    (tmp_path / "a.csv.gz").write_bytes((tmp_path / "a.csv.gz").read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"a\.csv\.gz:\d: no csv in UTF-8"):
-        read([str(tmp_path)], "checkins", Repairs())
-
-
-def test_a_broken_duration_is_refused(tmp_path: Path) -> None:
-    for text in ("long", "nan", "-3", "inf"):
-        with pytest.raises(UserError, match=r":2: duration is .*, not a number of minutes"):
-            check_ins(tmp_path, f"{GEOLIFE}0,1,2,{text},0,0,60,91,5\n")
-
-
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.csv:1: no column 'user_id' in the first line; it has nothing"):
         check_ins(tmp_path, "")
@@ -158,24 +140,6 @@ def test_foursquare_has_local_times_and_numbers_for_venues(tmp_path: Path) -> No
     assert stays[1].at - stays[0].at == 510
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (VENUE.format(venue="", minutes=0, time="Tue Apr 03 18:00:09 +0000 2012"), "unknown place: the venue is empty"),
-        (VENUE.format(venue="a", minutes=0, time="Tue Apr 31 18:00:09 +0000 2012"), "the time is 'Tue Apr 31"),
-        (VENUE.format(venue="a", minutes=0, time="2012-04-03 18:00:09"), "the time is '2012-04-03"),
-        (VENUE.format(venue="a", minutes=0, time="Tue Apr 03 25:00:09 +0000 2012"), "the time is 'Tue Apr 03 25"),
-        (VENUE.format(venue="a", minutes=9999, time="Tue Apr 03 18:00:09 +0000 2012"), "the minutes from UTC is 9999"),
-        ("40\tb\n", "2 columns with tabs between them, not 8"),
-    ],
-)
-def test_a_broken_line_of_foursquare_is_named(tmp_path: Path, line: str, expected: str) -> None:
-    good = VENUE.format(venue="b", minutes=-240, time="Tue Apr 03 18:00:09 +0000 2012")
-    with pytest.raises(UserError) as caught:
-        foursquare(tmp_path, good + line)
-    assert str(caught.value).startswith(f"{tmp_path}/a.txt:2: {expected}")
-
-
 def plt(folder: Path, user: str, name: str, points: list[tuple[float, float, datetime]]) -> None:
     lines = [f"{lat},{lon},0,492,39744.1,{t:%Y-%m-%d},{t:%H:%M:%S}" for lat, lon, t in points]
     file = folder / user / "Trajectory" / f"{name}.plt"
@@ -203,34 +167,6 @@ def test_points_of_geolife_become_stays(tmp_path: Path) -> None:
     assert stays[0].place == stays[1].place == 1
     assert stays[0].when == When(3, 10 * 60 + 53)  # in Beijing
     assert (stays[0].line, stays[1].line) == (7, 10)
-
-
-def test_a_night_between_two_files_is_part_of_a_stay_but_no_week(tmp_path: Path) -> None:
-    for name, minute in (("a", 0.0), ("b", 700.0), ("c", 700.0 + 7 * 1440)):
-        plt(tmp_path, "1", name, [(39.9, 116.3, after(minute)), (39.9, 116.3, after(minute + 21))])
-    assert [stay.duration for stay in read([str(tmp_path)], "geolife", Repairs()).people["1"]] == [721, 21]
-
-
-@pytest.mark.parametrize(
-    ("point", "expected"),
-    [
-        ("400.1,116.3,0,1,1,2008-10-23,03:00:00", "unknown place: latitude '400.1'"),
-        ("nan,116.3,0,1,1,2008-10-23,03:00:00", "unknown place"),
-        ("39.9,116.3,0,1,1,2008-10-23,24:00:00", "the time is '2008-10-23', '24:00:00'"),
-        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time is earlier than in the point at"),
-        ("39.9,116.3", "2 cells with commas"),
-    ],
-)
-def test_a_broken_point_is_named_and_can_be_left_out(tmp_path: Path, point: str, expected: str) -> None:
-    plt(tmp_path, "1", "a", [(39.9, 116.3, after(0))])
-    file = tmp_path / "1" / "Trajectory" / "a.plt"
-    file.write_text(f"{file.read_text()}\n{point}\n39.9,116.3,0,1,1,2008-10-23,04:00:00\n")
-    with pytest.raises(UserError) as caught:
-        read([str(tmp_path)], "geolife", Repairs())
-    assert str(caught.value).startswith(f"{file}:8: {expected}")
-    repairs = Repairs(["broken"])
-    assert len(read([str(tmp_path)], "geolife", repairs)) == 1
-    assert repairs.counts["broken"] == 1
 
 
 @given(

@@ -27,16 +27,6 @@ def people(counts: list[int]) -> People:
 counts = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
-@given(counts, st.integers(0, 8), st.integers(1, 9))
-def test_rows_with_turns_ask_for_the_same_stays(sizes: list[int], least: int, turns: int) -> None:
-    alone, together = rows.select(people(sizes), least), rows.select(people(sizes), least, turns=turns)
-    for name in rows.SPLITS:
-        asked = [(t.person, t.number + n) for t in together.targets[name] for n in range(t.count)]
-        assert asked == [(t.person, t.number) for t in alone.targets[name]]
-        assert all(t.count <= (turns if name == "train" else 1) for t in together.targets[name])
-    assert together.too_early == alone.too_early
-
-
 @given(counts, st.integers(0, 8))
 def test_every_stay_is_a_target_once_or_too_early_and_training_lies_before_the_rest(
     sizes: list[int], least: int
@@ -50,19 +40,6 @@ def test_every_stay_is_a_target_once_or_too_early_and_training_lies_before_the_r
             assert abs(len(numbers[2]) - 0.2 * size) < 1
     assert found.too_early == sum(min(least, size) for size in sizes)
     assert found.not_drawn == {"train": 0, "eval": 0, "test": 0}
-
-
-@given(counts, st.integers(0, 30), st.integers(0, 3))
-def test_a_draw_is_that_of_any_order_of_people(sizes: list[int], limit: int, seed: int) -> None:
-    known = people(sizes)
-    turned = dict(reversed(known.items()))
-    found, again = (rows.select(each, 1, {"train": limit}, seed) for each in (known, turned))
-    assert set(found.targets["train"]) == set(again.targets["train"])
-    everything = rows.select(known, 1)
-    assert len(found.targets["train"]) == min(limit, len(everything.targets["train"]))
-    assert len(found.targets["train"]) + found.not_drawn["train"] == len(everything.targets["train"])
-    more = rows.select(known, 1, {"train": limit + 1}, seed)
-    assert set(found.targets["train"]) <= set(more.targets["train"])
 
 
 def six(messages: Sequence[Message]) -> bool:

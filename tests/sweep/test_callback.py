@@ -78,15 +78,6 @@ def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) 
     assert record.read_all(str(tmp_path))[0].value == 0.5
 
 
-def test_a_storage_that_fails_costs_a_value_in_a_line_alone(tmp_path: Path) -> None:
-    """Tune would count an error of the callback as a failure of the trial."""
-    watch = search(tmp_path)
-    Path(trial_path(watch.folder, 1), "trial.json").mkdir(parents=True)  # a folder in place of the file cannot be read
-    with said() as lines:
-        watch.on_trial_complete(0, [], Trial(1))
-    assert lines == ["trial 1 finished; 1 of 16 trials have ended"]
-
-
 def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path: Path) -> None:
     search_folder.keep(str(tmp_path), Progress(40.0))  # an earlier attempt that was killed
     watch = search(tmp_path, time_budget=60)

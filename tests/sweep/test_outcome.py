@@ -15,7 +15,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.sweep import outcome, run, search_folder, tuner
+from olora_ray.sweep import outcome, run, search_folder
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.report import text
 from olora_ray.sweep.search_folder import Progress
@@ -72,46 +72,6 @@ def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(ended
     assert dict(text.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
 
 
-class Grid:
-    """Tune's result, with this many trials."""
-
-    def __init__(self, trials: int) -> None:
-        self.trials = trials
-
-    def __len__(self) -> int:
-        return self.trials
-
-    def fit(self) -> "Grid":
-        return self
-
-
-@pytest.mark.parametrize(
-    ("over", "since_better", "trials"), [(None, 0, 2000), ("a limit", 0, 1), (None, 0, 1), (None, 5, 1)]
-)
-def test_a_search_that_lacks_trials_is_complete_at_a_limit_alone(
-    ended: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, over: str | None, since_better: int, trials: int
-) -> None:
-    """Also if it was killed at the limit: then the restored state of Tune shows it."""
-    spec, tracker = ended
-    space = SPACE.model_copy(update={"patience": 5})
-    Path(spec.config.folder(), "progress.json").unlink()
-    keep(spec.config, trial(0, 1.0))
-
-    def build(sweep_spec: Any, callback: Any, concurrent: int) -> Grid:
-        callback.over, callback.since_better = over, since_better
-        return Grid(trials)
-
-    monkeypatch.setattr(tuner, "build", build)
-    monkeypatch.setattr(run, "_concurrent_trials", lambda _: (1, ()))
-    if over or since_better or trials == 2000:
-        assert run.run(spec, space, 0.0, tracker)[1].best() is not None
-        assert bool(search_folder.progress(spec.config.folder()).note) == (trials == 1)
-        return
-    with pytest.raises(UserError, match="Ray Tune cannot resume the search"):
-        run.run(spec, space, 0.0, tracker)
-    assert not search_folder.progress(spec.config.folder()).complete
-
-
 def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     spec, tracker = ended
     folder = spec.config.folder()
@@ -143,13 +103,6 @@ def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(ended:
         "metric: no trial has measured train/loss: out of memory (5 trials); loss is not finite (3 trials); reason 0 (1"
         f" trial); 39 other reasons; remove the cause, then set another run.name or delete {folder}"
     )
-
-
-def test_values_that_are_not_numbers_are_no_best(ended: tuple[Any, Any]) -> None:
-    spec, tracker = ended
-    keep(spec.config, trial(0, float("nan")), trial(1, float("inf")))
-    with pytest.raises(UserError, match="no trial has measured train/loss: 2 trials ran"):
-        run.run(spec, SPACE, 0.0, tracker)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +165,6 @@ def test_no_other_adapter_is_registered_than_that_of_the_value(
             "step-0000004: trial 0 has its best value 0.9000 at step 8, but its last checkpoint is of step 4 with the"
             " best loss 1.5000 of step 4; pass --refit to train best.yaml instead"
         )
-    assert exported == []
-
-
-def test_an_untouched_base_is_not_registered(tmp_path: Path, exported: list[int]) -> None:
-    spec = with_checkpoint(tmp_path, TrainState(12, best_loss=0.8, best_step=0))
-    with pytest.raises(UserError, match=r"is of step 12 with the best loss 0\.8000 of step 0"):
-        registered(spec, status="stopped")
     assert exported == []
 
 

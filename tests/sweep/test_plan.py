@@ -9,7 +9,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from olora_ray.cluster import preflight
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import Problems, UserError
 from olora_ray.config.schema import Config
@@ -21,12 +20,9 @@ from olora_ray.sweep.space import Space
 from olora_ray.sweep.space_file import plan
 from pipelines import sweep
 from tests import mlflow_database, tiny
-from tests.families import zoo
-from tests.families.variants import ALL
 from tests.pipelines import project
 from tests.said import said
 
-MICRO = "train.micro_batch"
 PACKED = ("q_proj", "v_proj")
 """Layers with packed weights, to which no change can be added."""
 
@@ -70,31 +66,6 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
         return Prepared(spec, store, answers.check_answers(config, store, base.tokenizer))
 
     monkeypatch.setattr(run, "prepare_tokens", prepare)
-
-
-@pytest.mark.parametrize(
-    ("search", "again"),
-    [
-        ({MICRO: {"choice": [2, 8]}}, True),
-        ({MICRO: {"choice": [1, 3]}}, False),
-        ({"train.global_batch": {"choice": [8]}, MICRO: {"of": "train.global_batch", "times": [0.5, 1]}}, True),
-        ({"train.lr": {"choice": [1e-3]}}, False),
-    ],
-)
-def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it(
-    search: dict[str, Any], again: bool, monkeypatch: pytest.MonkeyPatch, prepared: None
-) -> None:
-    asked: list[int] = []
-
-    def needs(config: Config, _: object) -> bool:
-        asked.append(config.train.micro_batch)
-        return config.train.micro_batch > 4
-
-    monkeypatch.setattr(preflight, "recomputes", needs)
-    config, base = tiny.config(train__micro_batch=2), SimpleNamespace(model=BaseModel("m", "/m", ""), tokenizer=None)
-    spec, _ = run.train_spec(config, Space.model_validate({"search": search}), base)  # type: ignore[arg-type]
-    assert (spec.recompute, spec.config) == (again, config)
-    assert asked == ([] if "train.lr" in search else [8] if again else [3])
 
 
 @pytest.mark.parametrize(
@@ -156,15 +127,6 @@ def test_whether_it_is_merged_may_be_searched(model: Path) -> None:
         planned(model, space)
 
 
-def test_a_rank_or_a_layer_that_is_not_there_is_refused_with_the_rest(model: Path) -> None:
-    space = over(["up_proj"], ["o_prj"], ["v_proj"])
-    space["search"]["adapter.rank"] = {"choice": [4, 200]}
-    with pytest.raises(UserError) as found:
-        planned(model, space, adapter__targets=["down_proj"])
-    for part in ("adapter.rank=200 is too large", "'o_prj'", "search.adapter.targets=['o_prj']: "):
-        assert part in str(found.value), part
-
-
 def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     space = over(["up_proj"], ["gate_proj", "up_proj"])
     space["search"]["adapter.rank"] = {"choice": [2, 16]}
@@ -178,18 +140,6 @@ def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     assert ["rank 16 on 2 layers" in line for line in sizes] == [True, True, False]
     assert "rank 16 on 4 layers" in sizes[2]
     assert sum("memory per worker" in line for line in lines) == 3
-
-
-def test_a_method_that_cannot_have_a_layer_is_refused(tmp_path: Path) -> None:
-    zoo.build(ALL["mixtral"], tmp_path)
-    space = {"search": {"adapter.method": {"choice": ["olora", "eva"]}}, "include_default": False}
-    with pytest.raises(UserError, match=r"^search\.adapter\.method=eva: adapter\.method=eva: .* is a stack of experts"):
-        planned(tmp_path, space)
-
-
-def test_a_scorer_that_there_is_not_is_refused(model: Path) -> None:
-    with pytest.raises(UserError, match="no scorer is called 'nonsense'"):
-        planned(model, over(["up_proj"]), evaluation__scorer="nonsense", adapter__targets=["up_proj"])
 
 
 def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

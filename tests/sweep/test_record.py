@@ -18,13 +18,6 @@ def test_the_best_comes_first_by_the_mode() -> None:
     assert numbers(search(rows).ordered()) == [1, 0, 3, 2]
 
 
-def test_what_failed_comes_after_all_that_has_a_value() -> None:
-    """The best adapter of a failed trial may be lost."""
-    record = search([({"a": 1}, 2.0), ({"a": 2}, 1.0), ({"a": 3}, None), ({"a": 4}, 0.5)])
-    trials = tuple(replace(one, status="failed") if one.number in (1, 3) else one for one in record.trials)
-    assert numbers(replace(record, trials=trials).ordered()) == [0, 3, 1, 2]
-
-
 def test_nan_and_infinity_are_no_values() -> None:
     record = ODD["NaN and infinity"]
     assert numbers(record.ranked()) == [1, 3, 4]
@@ -40,11 +33,6 @@ def test_json_has_every_trial_in_order_and_no_nan() -> None:
         assert [trial["number"] for trial in content["trials"]] == numbers(record.ordered())
     read = json.loads(realistic().to_json())
     assert read["trials"][0]["params"] == realistic().trials[read["trials"][0]["number"]].params
-
-
-def test_columns_are_the_fields_and_whatever_else_was_set() -> None:
-    record = search([({"b": 1, "a": 2}, 1.0), ({"c": 3}, 2.0)], fields=("a",))
-    assert record.columns() == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("most", [5, 12, 40])

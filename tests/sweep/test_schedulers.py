@@ -79,32 +79,6 @@ def test_a_longer_trial_that_is_the_best_is_not_cut_as_if_it_were_finished(tmp_p
         assert set(decisions) == {CONTINUE}
 
 
-def test_trials_of_any_length_are_compared_at_the_same_share_of_it(tmp_path: Path) -> None:
-    made, controller = asha(tmp_path, 120, grace=30, reduction=2), Controller([])
-    for number, (total, value) in enumerate([(120, 1.0), (60, 1.1), (240, 0.9)]):
-        trial = tune_trial(number)
-        made.on_trial_add(controller, trial)
-        before, quarter = result(total // 4 - 1, total, 9.0), result(total // 4, total, value)
-        assert made.on_trial_result(controller, trial, before) == CONTINUE  # no rung yet, however bad
-        assert made.on_trial_result(controller, trial, quarter) == (STOP if value > 1 else CONTINUE)
-
-
-@pytest.mark.parametrize(
-    ("total", "every", "reduction"), [(36, 4, 3.0), (12, 3, 2.0), (120, 20, 3.0), (7, 1, 1.5), (7, 1, 3.0)]
-)
-def test_equal_lengths_have_the_rungs_that_steps_have(tmp_path: Path, total: int, every: int, reduction: float) -> None:
-    made, controller = asha(tmp_path, total, grace=every, reduction=reduction), Controller([])
-    good, bad = tune_trial(0), tune_trial(1)
-    for trial in (good, bad):
-        made.on_trial_add(controller, trial)
-    rungs = [every * reduction**k for k in range(20) if every * reduction**k <= total]
-    for step in range(every, total, every):
-        made.on_trial_result(controller, good, result(step, total, 1.0))
-        passed = [rung for rung in rungs if step - every < rung <= step]
-        decision = made.on_trial_result(controller, bad, result(step, total, 2.0))
-        assert decision == (STOP if passed else CONTINUE), step
-
-
 def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path: Path) -> None:
     """Tune does not save schedulers: without the records, the first trial after a restart had no rival."""
     for number in range(4):
@@ -143,18 +117,6 @@ def test_trials_on_the_same_rows_are_compared_by_their_training_losses(tmp_path:
     assert decisions == [CONTINUE, CONTINUE, STOP, CONTINUE, STOP, CONTINUE]
     assert after(9, 2, 0.1) == CONTINUE  # no rung
     assert [after(40, number, loss) for number, loss in ((3, 0.5), (0, 7.0), (5, 3.0))] == [CONTINUE, CONTINUE, STOP]
-
-
-def test_a_resumed_search_compares_training_losses_of_before(tmp_path: Path) -> None:
-    for number in range(1, 5):
-        kept = TrialFile(trial_path(str(tmp_path), number), TrialRecord(number, {}, "unfinished", total=160), "min")
-        kept.compared(10, 1.0)
-        kept.measured(20, 0.1)
-    made, controller = on_the_same_rows(tmp_path), Controller([])
-    trials = [tune_trial(number) for number in range(1, 6)]
-    for trial in trials:
-        made.on_trial_add(controller, trial)
-    assert made.on_trial_result(controller, trials[-1], {**result(10, 160, 9.0), PAIRED: 1.1}) == STOP
 
 
 @pytest.mark.parametrize(

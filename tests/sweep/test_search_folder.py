@@ -13,7 +13,6 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import run, search_folder
-from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.tuner import SweepCallback
 from tests import mlflow_database, tiny
@@ -99,16 +98,6 @@ def test_a_space_file_whose_name_cannot_be_part_of_a_name_is_refused_by_its_name
     ):
         search_folder.search_config(config, space(), file, registers=False)
     assert search_folder.search_config(config, space(), "lr_only.v2.yaml", False).run.name == "quick-space-lr_only.v2"
-
-
-@pytest.mark.parametrize("damage", ['{"seconds": "x"}', "", "[]"])
-def test_progress_is_kept_and_damage_is_a_new_search(tmp_path: Path, damage: str) -> None:
-    assert search_folder.progress(str(tmp_path)) == Progress()
-    kept = Progress(12.0, complete=True, note="why", cut=(3, 5))
-    search_folder.keep(str(tmp_path), kept)
-    assert search_folder.progress(str(tmp_path)) == kept
-    (tmp_path / "progress.json").write_text(damage)
-    assert search_folder.progress(str(tmp_path)) == Progress()
 
 
 def test_what_tune_unpickles_is_the_one_callback_with_the_limits_of_today(tmp_path: Path) -> None:

@@ -108,9 +108,3 @@ def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
     with pytest.raises(kind, match=r"trials: cannot read the records of the trials: ") as told:
         trial_file.read_all(str(tmp_path))
     assert told.value.exit_code == code
-
-
-def test_a_damaged_record_counts_as_missing(tmp_path: Path) -> None:
-    trial_file.TrialFile(str(tmp_path), record(), "min").begin()
-    (tmp_path / trial_file.FILE).write_text('{"number": 1}')
-    assert trial_file.read_record(str(tmp_path)) is None

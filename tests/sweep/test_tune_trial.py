@@ -39,11 +39,6 @@ def spec(folder: Path, **changes: Any) -> SweepSpec:
     return SweepSpec("search", str(folder / "search"), train_spec, space, "", 0.0)
 
 
-def test_the_trials_of_a_search_with_a_long_name_have_names(tmp_path: Path) -> None:
-    config = replace(spec(tmp_path), name="n" * 200).config(7, {"train.lr": 1e-3})
-    assert config.run.name == "n" * 190 + "-trial-007"
-
-
 def record_of(search: SweepSpec, number: int = 1, **changes: Any) -> TrialFile:
     """Return the trial.json of a trial with this rate."""
     return TrialFile(
@@ -81,19 +76,6 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fake
 
 
-def test_the_next_trial_takes_over_with_a_record_of_its_own(tmp_path: Path, training: Any) -> None:
-    trial = process(spec(tmp_path), 0)
-    first = trial.trial_run
-    assert trial.step()["done"]
-    trial._trial_info = SimpleNamespace(trial_name="trial-002")
-    assert trial.reset_config({NUMBER: 2, "train.lr": 2e-3})
-    assert trial.last == {}
-    assert trial.trial_run is not first
-    assert trial.step()["done"]
-    found = read_all(str(tmp_path / "search"))
-    assert {number: record.params["train.lr"] for number, record in found.items()} == {0: 1e-3, 2: 2e-3}
-
-
 def test_a_trial_reports_the_training_losses_by_which_it_is_compared(tmp_path: Path, training: Any) -> None:
     """At a sixteenth and a quarter of the steps: the mean over the second half of the steps so far."""
     training.result, training.losses = None, {step: 1 / step for step in range(1, 65)}
@@ -109,18 +91,6 @@ def test_a_trial_reports_the_training_losses_by_which_it_is_compared(tmp_path: P
     record = read_all(str(tmp_path / "search"))[1]
     assert [step for step, _ in record.compared] == [4, 16]
     assert (record.step, record.value, record.curve) == (16, None, ())
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "compared"), [({"grace": 40}, [40]), ({"grace": 5, "reduction": 2}, [5, 10, 20, 40])]
-)
-def test_a_grace_that_is_set_may_be_late(tmp_path: Path, training: Any, scheduler: Any, compared: list[int]) -> None:
-    training.result, training.losses = None, dict.fromkeys(range(1, 65), 1.0)
-    search = spec(tmp_path, metric="eval/loss", scheduler={"kind": "asha", **scheduler})
-    search = replace(search, train_spec=replace(search.train_spec, config=tiny.config(train__steps=64)))
-    trial = process(search, 1)
-    assert [trial.step()["step"] for _ in compared] == compared
-    assert trial.step()["ended"]
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -330,13 +300,3 @@ def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(t
     handed_on(first, found, tmp_path)
     trial = found.next_trial()
     assert trial.storage.storage_fs_path == search.folder
-
-
-def test_a_search_that_was_moved_compares_with_what_was_measured_before(tmp_path: Path) -> None:
-    """Regression: the scheduler read the trials' records in the old folder and so had nothing to compare with."""
-    old, now = (spec(tmp_path / name) for name in ("old", "now"))
-    begun(old, '{"trial_data": [["{}", "{}"]]}')
-    (tmp_path / "old").rename(tmp_path / "now")
-    made = again(now)
-    assert made._is_restored
-    assert made._tune_config.scheduler.folder == now.folder

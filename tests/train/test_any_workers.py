@@ -137,17 +137,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return found
 
 
-def test_the_cases_are_of_all_kinds(alone: Known) -> None:
-    counts = {case.config("ddp").train.micro_batches() for case, *_ in alone}
-    assert min(counts) < 3
-    assert max(counts) > 8
-    assert any(case.batch % case.micro for case, *_ in alone)
-    for field in ("adapter__dropout", "train__clip", "train__precondition", "train__lr_ratio"):
-        assert len({case.changes[field] for case, *_ in alone}) == 2, field
-    assert len({case.packing for case, *_ in alone}) == 2
-    assert len({end.adapter.numpy().tobytes() for *_, end in alone}) == CASES
-
-
 @pytest.mark.parametrize("workers", [3, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 4, 5))])
 def test_any_number_of_workers_gives_the_same_bytes(alone: Known, workers: int) -> None:
     """From the start with ddp and from the checkpoint with fsdp, so that any change in between is covered."""

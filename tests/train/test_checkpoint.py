@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdapterWeights, Factors
@@ -117,14 +115,6 @@ def test_a_state_that_is_new_or_has_infinite_metrics_comes_back(tmp_path: Path) 
     assert checkpoint.load(tmp_path / "inf").state == diverged
 
 
-def test_views_of_one_vector_are_saved_as_they_are(tmp_path: Path) -> None:
-    vector = torch.arange(20.0)
-    views = {"a.da": vector[:10].view(2, 5), "a.db": vector[10:18].view(4, 2)}
-    save(tmp_path / "c", optimizer=views)
-    found = checkpoint.load(tmp_path / "c").optimizer
-    assert all(torch.equal(found[name], value) for name, value in views.items())
-
-
 def test_the_same_state_is_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     save(tmp_path / "c")
     for name in FILES:
@@ -135,19 +125,6 @@ def test_a_checkpoint_has_these_files_for_all_to_read_and_no_pickle(saved: Path)
     assert sorted(file.name for file in saved.iterdir()) == sorted(FILES)
     assert {file.stat().st_mode & 0o777 for file in saved.iterdir()} == {0o644}
     assert set(json.loads((saved / "manifest.json").read_text())["files"]) == set(FILES) - {"manifest.json"}
-
-
-def test_the_best_adapter_has_the_best_changes_on_the_same_factors(saved: Path) -> None:
-    found, expected = checkpoint.load(saved).best_adapter(), random_adapter()
-    for name, weights in found.items():
-        assert same(weights.factors.a0, expected[name].factors.a0)
-        assert same(weights.da, changes(1)[f"{name}.da"])
-        assert same(weights.db, changes(1)[f"{name}.db"])
-
-
-def test_the_latest_adapter_is_the_best_where_no_other_is_kept(tmp_path: Path) -> None:
-    save(tmp_path / "c", best=None)
-    assert_same_adapter(checkpoint.load(tmp_path / "c").best_adapter(), random_adapter())
 
 
 def damaged(saved: Path, tmp_path: Path) -> Path:
@@ -164,16 +141,6 @@ def test_a_missing_file_is_named(saved: Path, tmp_path: Path, name: str) -> None
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
-def test_a_truncated_file_is_named(saved: Path, tmp_path: Path, name: str, keep: float) -> None:
-    folder = damaged(saved, tmp_path)
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(UserError, match=name):
-        checkpoint.load(folder)
-
-
 def resealed(folder: Path, name: str, content: bytes) -> None:
     """Change a file, and its entry in the manifest."""
     (folder / name).write_bytes(content)
@@ -186,17 +153,9 @@ def resealed(folder: Path, name: str, content: bytes) -> None:
     "text",
     [
         "null",
-        "[]",
-        "5",
-        "{}",
-        "[" * 100_000,
         "\xff",
         '{"format": 1, "identity": null}',
-        '{"format": 1, "identity": {"base model": 5}}',
-        '{"format": 1, "identity": {}, "step": null}',
         '{"format": 1, "identity": {}, "step": "many"}',
-        '{"format": 1, "identity": {}, "history": [5]}',
-        '{"format": 1, "identity": {}, "more": 5}',
     ],
 )
 def test_a_state_that_is_none_is_an_error(saved: Path, tmp_path: Path, text: str) -> None:
@@ -205,22 +164,6 @@ def test_a_state_that_is_none_is_an_error(saved: Path, tmp_path: Path, text: str
     with pytest.raises(UserError, match=r"^checkpoint .*: cannot be loaded: ") as caught:
         checkpoint.load(folder)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("part", ["a0", "b0", "da", "db"])
-@pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(3, 3), torch.zeros(()), None])
-def test_parts_that_do_not_fit_each_other_are_an_error(
-    saved: Path, tmp_path: Path, part: str, other: Tensor | None
-) -> None:
-    folder = damaged(saved, tmp_path)
-    parts = load_file(folder / "adapter.safetensors")
-    name = f"{next(iter(random_adapter()))}.{part}"
-    parts = {**parts, name: other} if other is not None else {each: parts[each] for each in parts if each != name}
-    resealed(folder, "adapter.safetensors", save_bytes(parts))
-    if other is None and part in ("b0", "da"):  # an adapter of plain LoRA, or of fewer layers
-        return
-    with pytest.raises(UserError, match=r"^checkpoint .*: cannot be loaded: "):
-        checkpoint.load(folder)
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc/passwd", "more.json"])
@@ -241,19 +184,6 @@ def test_what_has_changed_beside_the_weights_is_said() -> None:
         checkpoint.require_same({"base model": "c" * 64}, {"base model": now}, "it")
     with pytest.raises(UserError, match=r"same weights, but .*config\.json"):
         checkpoint.require_same({"base model": f"{weights}+{'c' * 64}"}, {"base model": now}, "it")
-
-
-def test_a_folder_that_is_not_there_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a complete checkpoint"):
-        checkpoint.load(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", '{"files": 3}', '{"files": []}', '{"format": 1, "files": {}}', "null"])
-def test_a_manifest_that_lists_nothing_is_refused(saved: Path, tmp_path: Path, text: str) -> None:
-    folder = damaged(saved, tmp_path)
-    (folder / "manifest.json").write_text(text)
-    with pytest.raises(UserError):
-        checkpoint.load(folder)
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olora_ray.adapter.initialise import InitReport
-from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import eva
 from olora_ray.common import collectives
@@ -19,15 +19,12 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import calibration, data_driven
-from olora_ray.train.calibration import first_tokens, inputs_of
+from olora_ray.train.calibration import first_tokens
 from olora_ray.train.data_driven import DataReport, eva_factors
-from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
 from tests import tiny
 from tests.crew import Crew
-from tests.families import zoo
-from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
 RANK = 4
@@ -132,71 +129,8 @@ def test_parts_that_are_sent_after_each_other_make_the_same_bytes(crew: Callable
     assert crew(2).run(_in_small_parts) == [(0, b"")] * 2
 
 
-def test_each_row_travels_once_and_only_to_its_owner(crew: Callable[[int], Crew]) -> None:
-    """Each of T rows of each input goes to one owner, and about half of them are there already."""
-    answers = crew(2).run(_bytes)
-    model = tiny.llama()
-    inputs = inputs_of(
-        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
-    )
-    rows = [piece.count for piece in first_tokens(store(), 96)]
-    whole = 96 * sum(each.size * each.dtype.itemsize for each in inputs)
-    assert answers[0][2] <= whole
-    assert abs(answers[0][2] / whole - 0.5) < 0.5 * max(rows) / 96 + 0.2
-
-
 def _loss() -> SupervisedLoss:
     return SupervisedLoss(tiny.llama(attention="segments"))
-
-
-def test_layers_with_one_input_share_its_components_and_compete_each() -> None:
-    model = tiny.llama(attention="segments")
-    found = inputs_of(
-        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
-    )
-    kinds = [tuple(name.rpartition(".")[2] for name in each.layers) for each in found]
-    assert kinds == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
-    made, *_ = make()
-    q, k, v = (made[f"model.layers.0.self_attn.{part}_proj"] for part in "qkv")
-    assert q.rank >= k.rank >= v.rank >= q.rank - 1, "equal shares: the earlier layer goes first"
-    assert torch.equal(q.a0[: v.rank], v.a0)
-
-
-def test_a_sharded_base_gives_the_same_factors(crew: Callable[[int], Crew]) -> None:
-    (whole, _), (sharded, other) = crew(2).run(_placed, "ddp"), crew(2).run(_placed, "fsdp")
-    assert sharded.keys() == other.keys() == whole.keys()
-    for name, item in whole.items():
-        assert torch.equal(sharded[name].a0, other[name].a0)
-        assert sharded[name].rank == item.rank
-        assert sine(sharded[name].a0, item.a0) < 1e-3
-
-
-def _placed(strategy: str) -> dict[str, Factors]:
-    loss = _loss()
-    place_model(loss, strategy, CPU)
-    return eva_factors(loss, find_targets(loss.model, "all-linear", RANK), settings(), store(), CPU)[0]
-
-
-def test_adapters_are_put_into_a_base_that_is_sharded_already(crew: Callable[[int], Crew]) -> None:
-    (whole, trained), (sharded, other) = crew(2).run(_trained, "ddp"), crew(2).run(_trained, "fsdp")
-    assert whole == trained
-    assert sharded == other
-    assert sharded == pytest.approx(whole, rel=1e-4)
-    assert whole[2] < whole[0]
-
-
-def _trained(strategy: str) -> list[float]:
-    """Return the losses of three steps of an adapter whose factors are made from the placed base."""
-    config = tiny.config(
-        adapter__method="eva", adapter__init_tokens=96, cluster__workers=2, cluster__strategy=strategy, train__lr=0.05
-    )
-    loss = _loss()
-    place_model(loss, strategy, CPU)
-    found, *_ = eva_factors(loss, find_targets(loss.model, "all-linear", RANK), config.adapter, store(), CPU)
-    adapted = inject(loss.model, found, config.adapter.scale())
-    place_model(loss, strategy, CPU)
-    trainer = Trainer(loss, adapted, config, CPU)
-    return [result.loss for result in tiny.steps(trainer, store(), count=3)]
 
 
 def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,15 +158,6 @@ def test_too_few_tokens_are_refused_in_one_line() -> None:
     assert str(caught.value).endswith(
         " (rho x rank) need more than 48; use more data, lower adapter.rank or adapter.rho, or use another method"
     )
-
-
-def test_experts_are_refused_by_name() -> None:
-    model = zoo.make(ALL["mixtral"])
-    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts"):
-        eva_factors(SupervisedLoss(model), find_targets(model, "all-linear", 2), settings(rank=2), store(), CPU)
-    names = ("q_proj", "o_proj")
-    found, *_ = eva_factors(SupervisedLoss(model), find_targets(model, names, 2), settings(rank=2), store(), CPU)
-    assert len(found) == 4
 
 
 def test_a_layer_that_no_text_reaches_is_named() -> None:
@@ -300,26 +225,6 @@ def test_ranks_are_a_count_of_the_largest_shares(shares: list[list[float]], budg
     kept = [layers[name][i] for name in layers for i in range(found[name])]
     left = [share for name in layers for share in layers[name][found[name] :]]
     assert not kept or not left or min(kept) >= max(left)
-
-
-def test_of_equal_shares_the_earlier_component_goes_first_then_the_earlier_layer() -> None:
-    shares = [0.3, 0.3, 0.2]
-    assert eva.redistributed({"b": shares, "a": shares}, 3) == {"b": 2, "a": 1}
-    assert eva.redistributed({"b": shares, "a": shares[:1]}, 2) == {"b": 1, "a": 1}
-
-
-@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 100))
-def test_components_are_those_of_the_svd(tokens: int, n: int, count: int, seed: int) -> None:
-    rows = torch.randn(tokens, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    rows[:, 0] *= 3
-    found = eva.principal(rows, count)
-    _, shares = exact(rows)
-    size = min(count, tokens - 1, n)
-    assert found.vectors.shape == (size, n)
-    torch.testing.assert_close(torch.tensor(found.shares), shares[:size], atol=1e-6, rtol=0, check_dtype=False)
-    torch.testing.assert_close(found.vectors @ found.vectors.mT, torch.eye(size).double(), atol=1e-9, rtol=0)
-    projected = (found.vectors @ (rows - rows.mean(0)).mT).square().sum(1)
-    torch.testing.assert_close(projected / (rows - rows.mean(0)).square().sum(), shares[:size], atol=1e-9, rtol=0)
 
 
 def test_inputs_that_vary_in_few_directions_have_few_components() -> None:

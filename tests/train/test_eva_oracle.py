@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.inject import find_targets
-from olora_ray.adapter.methods import eva
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.plan import Pack
 from olora_ray.train.data_driven import eva_factors
@@ -74,22 +73,3 @@ def test_spaces_and_ranks_are_pefts_of_one_batch(rho: float) -> None:
             for name in names:
                 size = min(len(theirs[name]), about.ranks[name])
                 assert sine(ours[name].a0[:size], theirs[name][:size]) < ANGLE, name
-
-
-def test_shares_of_variance_are_pefts() -> None:
-    from peft.utils.incremental_pca import IncrementalPCA
-
-    rows = torch.randn(60, 24, generator=torch.Generator().manual_seed(3)) * torch.linspace(1, 6, 24) + 2
-    found = eva.principal(rows, 8)
-    theirs = IncrementalPCA(n_components=8, lowrank=True, lowrank_seed=42)
-    theirs.partial_fit(rows)
-    ratio = torch.tensor(found.shares) / theirs.explained_variance_ratio_
-    torch.testing.assert_close(ratio, torch.ones(8), atol=SHARE, rtol=0, check_dtype=False)
-    assert sine(found.vectors, theirs.components_) < ANGLE
-
-
-def test_the_scale_of_every_layer_is_that_of_one_rank() -> None:
-    """PEFT's alpha_i = alpha r_i / r gives the same scale; with rank stabilisation its scale would not be constant."""
-    for stabilized in (False, True):
-        settings = Adapter(method="eva", rank=4, alpha=8, rank_stabilized=stabilized)
-        assert settings.scale() == (4.0 if stabilized else 2.0)

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.loop import Trainer, evaluate
 from tests import tiny
 from tests.families import zoo
@@ -25,25 +23,17 @@ class Case:
     model: Callable[[], Any]
     method: str = "olora"
     dropout: float = 0.0
-    recomputed: bool = False
 
 
 CASES = {
     "fp32, dropout": Case(tiny.llama, dropout=0.2),
     "bf16, plain LoRA": Case(lambda: tiny.llama(dtype=torch.bfloat16), method="lora"),
-    "bf16, recomputed": Case(lambda: tiny.llama(dtype=torch.bfloat16), recomputed=True),
     "experts one by one": Case(lambda: zoo.make(ALL["mixtral"], experts="eager"), dropout=0.2),
     "experts together": Case(lambda: zoo.make(ALL["mixtral"], torch.bfloat16, experts="grouped_mm")),
 }
 
 
 def made(case: Case) -> Trainer:
-    model = case.model()
-    if case.recomputed:
-        for block in decoder_layers(model):
-            block.forward = lambda *args, run=block.forward, **named: checkpoint(
-                run, *args, use_reentrant=False, **named
-            )
     settings = tiny.config(
         adapter__method=case.method,
         adapter__dropout=case.dropout,
@@ -51,7 +41,7 @@ def made(case: Case) -> Trainer:
         train__micro_batch=1,
         train__lr=0.01,
     )
-    trainer: Trainer = tiny.trainer(settings, "sdpa", model)
+    trainer: Trainer = tiny.trainer(settings, "sdpa", case.model())
     return trainer
 
 

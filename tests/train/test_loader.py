@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,13 +38,6 @@ def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(batch: in
     assert [len(part.micro) for part in parts] == shares
     assert len({(part.tokens, part.supervised) for part in parts}) == 1
     assert parts[0].tokens > parts[0].supervised
-
-
-def test_a_worker_without_micro_batches_has_one_of_the_step_to_run_for_the_others() -> None:
-    train = Train(global_batch=2, micro_batch=2)
-    idle, busy = (reader(store([20]), train, w, 2).read(0) for w in range(2))
-    assert (idle.micro, idle.padding_batches, busy.padding_batches) == ((), 1, 0)
-    assert torch.equal(idle.padding.labels, busy.micro[0].labels)
 
 
 @settings(max_examples=60)

@@ -3,18 +3,15 @@
 import math
 from collections.abc import Callable, Iterable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model import attention as varlen_attention
-from olora_ray.train import checkpoint, tree
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate, evaluate_examples
@@ -96,69 +93,24 @@ def test_packing_does_not_matter(whole: tuple[float, Tensor], attention: str) ->
     assert_same(first_gradient(settings, singles, attention), whole)
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_two_workers_do_not_matter(crew: Callable[[int], Crew], whole: tuple[float, Tensor], micro: int) -> None:
-    settings = settings_for(micro, workers=2)
-    assert settings.accumulation() == 4 // micro
-    one, two = crew(2).run(_first_gradient_of_worker, settings)
-    assert one[0] == two[0]
-    assert torch.equal(one[1], two[1])
-    assert_same(one, whole)
+def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(crew: Callable[[int], Crew]) -> None:
+    plain = crew(2).run(_signals, {})
+    assert {tuple(signals) for signals, _ in plain} == {(False,) * STEPS}
+    signalled = crew(2).run(_signals, {1: 1, 3: 0})
+    assert {tuple(signals) for signals, _ in signalled} == {(False, True, False, True, False)}
+    assert [adapter for _, adapter in signalled] == [adapter for _, adapter in plain]
 
 
-def _first_gradient_of_worker(settings: Config) -> tuple[float, Tensor]:
-    return first_gradient(settings, tiny.store(8), worker=torch.distributed.get_rank())
-
-
-@pytest.mark.parametrize(("workers", "micro"), [(3, 1), (3, 2), (2, 3)])
-def test_uneven_shares_do_not_matter(
-    crew: Callable[[int], Crew], whole: tuple[float, Tensor], workers: int, micro: int
-) -> None:
-    found = crew(workers).run(_first_gradient_of_worker, settings_for(micro, workers))
-    assert len({loss for loss, _ in found}) == 1
-    assert all(torch.equal(gradient, found[0][1]) for _, gradient in found)
-    assert_same(found[0], whole)
-
-
-@pytest.mark.parametrize("workers", [2, 3])
-def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(crew: Callable[[int], Crew], workers: int) -> None:
-    plain = crew(workers).run(_signals, {})
-    assert {tuple(signals) for signals, *_ in plain} == {(False,) * STEPS}
-    signalled = crew(workers).run(_signals, {1: workers - 1, 3: 0})
-    assert {tuple(signals) for signals, *_ in signalled} == {(False, True, False, True, False)}
-    assert [rest for _, *rest in signalled] == [rest for _, *rest in plain]
-    # The loss is the sum of what the workers have computed, to the bit.
-    assert all(losses == alone for _, losses, alone, _ in plain)
-
-
-def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[float], bytes]:
-    """Return signals, losses, sums and the adapter, if a worker signals at some steps."""
-    rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    settings, store = settings_for(1, workers), tiny.store(8)
+def _signals(by_step: dict[int, int]) -> tuple[list[bool], bytes]:
+    """Return the signals and the adapter, if a worker signals at some steps."""
+    rank = torch.distributed.get_rank()
+    settings, store, signals = settings_for(1, workers=2), tiny.store(8), list[bool]()
     trainer = tiny.trainer(settings)
-    signals, losses, alone = [], [], []
-    trainer.loss.register_forward_hook(lambda *arguments: parts.append(arguments[2].detach()))
-    parts: list[Tensor] = []
-    supervised = loader(store, settings, worker=rank).read(0).supervised
-    steps = trainer.steps(loader(store, settings, worker=rank), 0, schedule(store, settings))
     trainer.signal = lambda: by_step.get(len(signals)) == rank
+    steps = trainer.steps(loader(store, settings, worker=rank), 0, schedule(store, settings))
     for _ in range(STEPS):
-        parts.clear()
-        result = next(steps)
-        every = [part for own in collectives.gather([part / supervised for part in parts]) for part in own]
-        signals.append(result.signal)
-        losses.append(result.loss)
-        alone.append(float(tree.total(torch.stack(every))))
-    return signals, losses, alone, adapter_bytes(trainer)
-
-
-def test_what_happens_while_a_step_is_computed_is_in_its_result() -> None:
-    trainer = tiny.trainer(tiny.config())
-    store = tiny.store()
-    asked: list[bool] = []
-    trainer.loss.register_forward_hook(lambda *_: asked.append(True))
-    trainer.signal = lambda: bool(asked)
-    assert next(trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))).signal
+        signals.append(next(steps).signal)
+    return signals, adapter_bytes(trainer)
 
 
 def adapter_bytes(trainer: Trainer) -> bytes:
@@ -186,46 +138,6 @@ def test_another_seed_gives_another_adapter() -> None:
         run(trainer, tiny.store(), 0, 3)
         digests.add(adapter_bytes(trainer))
     assert len(digests) == 2
-
-
-def test_training_lowers_the_loss() -> None:
-    trainer = tiny.trainer(tiny.config(train__schedule="constant", train__global_batch=8))
-    store = tiny.store()
-    results = list(trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config, 12)))
-    assert results[-1].loss < 0.9 * results[0].loss
-    assert [result.step for result in results] == list(range(1, 13))
-
-
-@pytest.mark.parametrize("stop", range(STEPS))
-def test_a_run_restored_at_any_step_ends_with_the_same_bytes(tmp_path: Path, stop: int) -> None:
-    settings, store = dropout_settings(), tiny.store()
-    untouched = tiny.trainer(settings)
-    run(untouched, store, 0, STEPS)
-
-    first = tiny.trainer(settings)
-    run(first, store, 0, stop)
-    save(first, tmp_path / "checkpoint", stop)
-    torch.manual_seed(99)
-    second = restored(settings, tmp_path / "checkpoint")
-    run(second, store, stop, STEPS)
-    assert adapter_bytes(second) == adapter_bytes(untouched)
-
-
-def save(trainer: Trainer, folder: Path, step: int) -> None:
-    adapter = {name: layer.weights() for name, layer in trainer.adapted.items()}
-    checkpoint.save(folder, adapter, None, trainer.optimizer.state(), TrainState(step), {}, "")
-
-
-def restored(settings: Config, folder: Path) -> Trainer:
-    """Restore a checkpoint as a worker does, with the factors from it."""
-    found = checkpoint.load(folder)
-    trainer: Trainer = tiny.trainer(settings)
-    for name, weights in found.adapter.items():
-        assert torch.equal(trainer.adapted[name].a0, weights.factors.a0)
-        trainer.flat.view(trainer.flat.vector, f"{name}.da").copy_(weights.da)
-        trainer.flat.view(trainer.flat.vector, f"{name}.db").copy_(weights.db)
-    trainer.optimizer.load(found.optimizer, found.state.step)
-    return trainer
 
 
 def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
@@ -339,48 +251,8 @@ def test_evaluation_takes_every_row(count: int, micro: int) -> None:
     assert evaluate_examples(trainer, store, "segments") == pytest.approx(sums, rel=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 5, 8])
-def test_evaluation_does_not_depend_on_the_workers(crew: Callable[[int], Crew], count: int) -> None:
-    alone = evaluate(tiny.moved(tiny.trainer(tiny.config())), tiny.store(count), "segments")
-    assert crew(2).run(_evaluate, count) == pytest.approx([alone] * 2, rel=1e-6)
-
-
-def _evaluate(count: int) -> float:
-    trainer = tiny.moved(tiny.trainer(tiny.config()))
-    return evaluate(trainer, tiny.store(count), "segments", torch.distributed.get_rank(), 2)
-
-
-def groups(settings: Config, step: int) -> list[tuple[int, ...]]:
-    store = tiny.store(6)
-    workers = settings.cluster.workers
-    return [group for w in range(workers) for group in loader(store, settings, worker=w).read(step).sequences]
-
-
-@pytest.mark.parametrize(("micro", "workers"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
-def test_a_global_step_has_the_same_sequences_for_any_split(micro: int, workers: int) -> None:
-    settings = settings_for(micro, workers, batch=4)
-    for step in range(4):
-        found = groups(settings, step)
-        assert {len(group) for group in found} == {micro}
-        assert flat(found) == flat(groups(settings_for(4, 1, batch=4), step))
-
-
-def test_an_epoch_meets_every_sequence_once() -> None:
-    met = [index for step in range(3) for index in flat(groups(settings_for(4, batch=4), step))]
-    assert sorted(met[:6]) == sorted(met[6:]) == list(range(6))
-
-
 def flat(found: Iterable[tuple[int, ...]]) -> list[int]:
     return [index for group in found for index in group]
-
-
-def test_reading_ahead_gives_the_steps_in_order_and_may_be_left_early() -> None:
-    settings = settings_for(4, batch=4)
-    ahead = loader(tiny.store(6), settings).steps(1, lambda done: done >= 5)
-    assert [data.sequences for data, _ in islice(ahead, 3)] == [tuple(groups(settings, step)) for step in (1, 2, 3)]
-    ahead.close()  # type: ignore[attr-defined]
-    assert list(loader(tiny.store(6), settings).steps(2, lambda done: done >= 2)) == []
-    assert len(list(loader(tiny.store(6), settings).steps(2, lambda done: done >= 5))) == 3
 
 
 def test_the_number_of_steps_follows_from_epochs_or_is_set() -> None:

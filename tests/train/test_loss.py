@@ -11,7 +11,6 @@ from torch import Tensor
 
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import loss as loss_module
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.families import zoo
@@ -55,37 +54,6 @@ def test_loss_and_gradient_are_those_of_the_full_logits(family: str, chunk: int)
     assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5
 
 
-def test_only_one_chunk_of_logits_exists_at_a_time() -> None:
-    seen = []
-    model = tiny.llama(attention="segments")
-    model.lm_head.register_forward_hook(lambda *call: seen.append(call[-1].shape[-2]))
-    batch = collate(PACKS, "segments")
-    loss: Any = SupervisedLoss(model)
-    loss.chunk = lambda _: 5
-    loss(batch)
-    assert max(seen) == 5
-    assert sum(seen) == len(batch.labels)
-
-
-def test_a_chunk_keeps_a_gpu_busy_and_a_cpu_as_it_was() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [loss_module.chunk_rows(size, cpu) for size in (96, 49152, 128256, 262144)] == [87381, 170, 65, 64]
-    assert [loss_module.chunk_rows(size, gpu) for size in (96, 49152, 128256, 262144)] == [87381, 1024, 1024, 1024]
-
-
-@ATTENTION
-def test_packed_logits_equal_unpacked_ones(attention: str) -> None:
-    loss = SupervisedLoss(tiny.llama(attention=attention))
-    batch = collate(PACKS, attention)
-    packed = loss.logits(loss.hidden(batch).reshape(-1, 64)[batch.predicts])
-    single = []
-    for example in tiny.unpacked(PACKS):
-        alone = collate([example], "sdpa")
-        ids = alone.inputs["input_ids"]
-        single.append(tiny.llama()(input_ids=ids, use_cache=False).logits[0][alone.predicts])
-    torch.testing.assert_close(packed, torch.cat(single), atol=2e-5, rtol=1e-5)
-
-
 @ATTENTION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("changed", [0, 1, 2])
@@ -104,19 +72,6 @@ def test_a_token_changes_its_own_segment_and_no_other(attention: str, dtype: tor
         # In bfloat16 a change of the first token may round away at a later one.
         found = same if dtype == torch.float32 or segment != changed else same[:1]
         assert found == [segment != changed] * len(found)
-
-
-@ATTENTION
-def test_a_later_token_is_not_seen(attention: str) -> None:
-    loss, original = SupervisedLoss(tiny.llama(attention=attention)), tiny.pack(9, 7)
-    ids = original.input_ids.copy()
-    ids[5] = 2 if ids[5] != 2 else 3
-    before, after = (
-        loss.hidden(collate([pack], attention)).reshape(-1, 64)
-        for pack in (original, Pack(ids, original.supervised, (9, 7)))
-    )
-    assert torch.equal(before[:5], after[:5])
-    assert not torch.equal(before[5:9], after[5:9])
 
 
 def test_a_batch_without_supervised_tokens_costs_nothing() -> None:

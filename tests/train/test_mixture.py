@@ -8,7 +8,7 @@ import torch
 from olora_ray.adapter.layer import AdaptedStack
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -26,15 +26,6 @@ def trainer(family: str = "qwen3_moe", dropout: float = 0.0) -> Trainer:
 def train(made: Trainer, start: int = 0, stop: int = STEPS) -> list[float]:
     steps = tiny.steps(made, start=start, attention="sdpa")
     return [result.loss for _, result in zip(range(start, stop), steps, strict=False)]
-
-
-def test_the_experts_learn_what_the_linear_layers_do() -> None:
-    made = trainer()
-    before = evaluate(made, tiny.store(), "sdpa")
-    train(made)
-    assert evaluate(made, tiny.store(), "sdpa") < before
-    for name, layer in made.adapted.items():
-        assert layer.db.any(), name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

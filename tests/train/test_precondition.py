@@ -1,20 +1,16 @@
 """The preconditioner equals its formula, and PEFT's except for the division by the norm, on all workers."""
 
-from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft.optimizers import create_riemannian_optimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight, Factors
 from olora_ray.train.optim import precondition
 from tests import tiny
-from tests.crew import Crew
 
 M, N, RANK = 9, 6, 3
 
@@ -82,23 +78,6 @@ def test_what_is_not_finite_stays_visible() -> None:
     assert not torch.isfinite(applied(layer)[1]).all()
 
 
-def test_without_the_norm_it_is_pefts() -> None:
-    layer = adapter(False)
-    model = nn.Sequential()
-    model.add_module("proj", nn.Linear(N, M, bias=False))
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["proj"]))
-    proj: Any = theirs.base_model.model.proj
-    proj.lora_A["default"].weight.data = (layer.a0 + layer.da).detach().clone()
-    proj.lora_B["default"].weight.data = layer.db.detach().clone()
-    for part, grad in (("lora_A", layer.da.grad), ("lora_B", layer.db.grad)):
-        assert grad is not None
-        getattr(proj, part)["default"].weight.grad = grad.clone()
-    create_riemannian_optimizer(theirs, torch.optim.SGD, lr=0.0, reg=1e-3).step()
-    precondition({"layer": layer}, epsilon=1e-3, unit=False)
-    torch.testing.assert_close(layer.da.grad, proj.lora_A["default"].weight.grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.db.grad, proj.lora_B["default"].weight.grad, rtol=1e-5, atol=1e-5)
-
-
 def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
     """Return losses, the optimizer's gradient in the last step, and the adapter after it."""
     settings = tiny.config(
@@ -108,23 +87,6 @@ def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], 
     gradients = tiny.gradients(trainer)
     losses = [result.loss for result in tiny.steps(trainer, count=3)]
     return losses, gradients[-1], trainer.flat.vector
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("ratio", [1.0, 4.0])
-def test_all_workers_take_the_steps_of_one(crew: Callable[[int], Crew], strategy: str, ratio: float) -> None:
-    # Of one worker, whose sums of gradients have another order: AdamW's first steps turn the sign of what is about 0.
-    alone = _trained("ddp", 1, train__lr_ratio=ratio)
-    first, second = crew(2).run(_trained_by_two, strategy, ratio)
-    assert first[0] == second[0]
-    assert torch.equal(first[1], second[1])
-    assert torch.equal(first[2], second[2])
-    assert first[0] == pytest.approx(alone[0], rel=1e-4)
-    assert float((first[2] - alone[2]).norm() / alone[2].norm()) < 2e-2
-
-
-def _trained_by_two(strategy: str, ratio: float) -> tuple[list[float], Tensor, Tensor]:
-    return _trained(strategy, 2, train__lr_ratio=ratio)
 
 
 def test_it_is_done_before_clipping() -> None:

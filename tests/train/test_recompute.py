@@ -8,17 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import AdaptedLinear
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train import parallel
 from olora_ray.train.base_files import decoder_layers
-from olora_ray.train.data_driven import gradient_factors
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loop import Trainer, evaluate, train_mode
-from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
 from tests import tiny
@@ -132,31 +127,6 @@ def test_a_cache_is_filled_once_even_where_gradients_are_on() -> None:
     output.logits.sum().backward()
     assert len(count) == 1
     assert output.past_key_values.get_seq_length() == 3
-
-
-def test_factors_of_gradients_are_the_same() -> None:
-    found = []
-    for on in (False, True):
-        loss = SupervisedLoss(tiny.llama(attention="segments"))
-        loss.recompute = on
-        parallel.install(loss)
-        targets = find_targets(loss.model, "all-linear", 4)
-        made, *_ = gradient_factors(loss, targets, Adapter(method="lora_ga", rank=4), tiny.store(), CPU)
-        found.append([part for item in made.values() for part in (item.a0, item.b0) if part is not None])
-    assert same(*map(tuple, found))
-
-
-def test_it_can_be_switched_and_is_put_on_once() -> None:
-    made = trainer(tiny.llama(), on=True)
-    before = [block.forward for block in decoder_layers(made.loss.model)]
-    place_model(made.loss, "ddp", CPU)
-    assert [block.forward for block in decoder_layers(made.loss.model)] == before
-    count, batch = runs(made.loss.model), collate([tiny.pack(9)], "sdpa")
-    with parallel.switched(made.loss, on=False):
-        made.loss(batch).backward()
-    assert len(count) == 1
-    made.loss(batch).backward()
-    assert len(count) == 3
 
 
 def test_a_block_that_does_something_twice_is_refused_before_the_first_step() -> None:

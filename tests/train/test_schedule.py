@@ -66,14 +66,6 @@ def test_a_growing_store_gives_the_same_steps_and_rates(train: Train, sizes: lis
     assert rates[0] > 0.0 or train.epochs < 1
 
 
-@given(trains, sizes_of)
-def test_rates_rise_and_then_fall_with_the_data(train: Train, sizes: list[int]) -> None:
-    rates = run(Schedule(train, store(sizes)))
-    peak = rates.index(max(rates))
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-
-
 @given(trains, st.integers(1, 30))
 def test_with_one_shard_or_steps_the_rates_are_those_of_the_steps(train: Train, packs: int) -> None:
     total = total_steps(train, packs)

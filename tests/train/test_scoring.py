@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -25,31 +24,25 @@ def test_every_scorer_gives_the_reference_full_marks(name: str) -> None:
     assert set(SCORERS[name](REFERENCE, REFERENCE).values()) == {1.0}
 
 
-def test_order_and_spacing_of_json_do_not_matter() -> None:
-    shuffled = json.dumps(dict(reversed(json.loads(REFERENCE).items())), indent=2)
-    assert set(json_fields(shuffled, REFERENCE).values()) == {1.0}
-
-
-def test_one_wrong_field_costs_that_field_and_the_exact_match() -> None:
-    scores = json_fields(REFERENCE.replace("refund", "defect"), REFERENCE)
-    assert {name for name, score in scores.items() if score == 0.0} == {"field/category", "exact_match"}
-
-
-def test_a_missing_field_is_not_null() -> None:
-    scores = json_fields('{"category": "refund", "product": "Tavo kettle"}', REFERENCE)
-    assert scores["field/order"] == 0.0
-
-
-def test_an_extra_field_costs_the_exact_match_only() -> None:
-    scores = json_fields(REFERENCE.replace("}", ', "mood": "sad"}'), REFERENCE)
-    assert {name for name, score in scores.items() if score == 0.0} == {"exact_match"}
+@pytest.mark.parametrize(
+    ("prediction", "wrong"),
+    [
+        ('{"product":"Tavo kettle","order":null,"category":"refund"}', set()),
+        (REFERENCE.replace("refund", "defect"), {"field/category", "exact_match"}),
+        (REFERENCE.replace('"order": null, ', ""), {"field/order", "exact_match"}),
+        (REFERENCE.replace("null", "0"), {"field/order", "exact_match"}),
+        (REFERENCE.replace("}", ', "mood": "sad"}'), {"exact_match"}),
+    ],
+)
+def test_a_wrong_field_costs_that_field_and_the_exact_match(prediction: str, wrong: set[str]) -> None:
+    assert {name for name, score in json_fields(prediction, REFERENCE).items() if score == 0.0} == wrong
 
 
 def test_true_is_not_one() -> None:
     assert json_fields('{"paid": 1}', '{"paid": true}')["field/paid"] == 0.0
 
 
-@pytest.mark.parametrize("prediction", ["", "refund", "{", "[1]", "null", '"text"', REFERENCE + "}", "[" * 100_000])
+@pytest.mark.parametrize("prediction", ["", "refund", "{", "[1]", REFERENCE + "}", "[" * 100_000])
 def test_a_prediction_that_is_no_json_object_scores_zero(prediction: str) -> None:
     scores = json_fields(prediction, REFERENCE)
     assert scores == dict.fromkeys(FIELDS | {"valid_json", "exact_match"}, 0.0)
@@ -58,11 +51,6 @@ def test_a_prediction_that_is_no_json_object_scores_zero(prediction: str) -> Non
 def test_a_broken_reference_is_an_error_of_the_data() -> None:
     with pytest.raises(ValueError, match="reference"):
         json_fields(REFERENCE, "refund")
-
-
-@pytest.mark.parametrize("name", SCORERS)
-def test_resolve_knows_the_registry(name: str) -> None:
-    assert resolve(name) is SCORERS[name]
 
 
 @pytest.mark.parametrize("separator", [":", "."])

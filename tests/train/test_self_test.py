@@ -15,7 +15,7 @@ from olora_ray.model import attention
 from olora_ray.tokens.collate import collate
 from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, three_examples
+from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -73,13 +73,6 @@ def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_one
     assert (apart.attention, apart.given_masks) == ("eager", False)
 
 
-def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
-    packs = [tiny.pack(40, 7), tiny.pack(12)]
-    found = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), packs)
-    assert found.attention == "sdpa"
-    assert "window" in found.passed_over["segments"]
-
-
 def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     made = of_kind("mistral", SMALL | {"sliding_window": 16, "max_position_embeddings": 64})
     loss = SupervisedLoss(made)
@@ -89,17 +82,6 @@ def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     assert torch.isfinite(loss(collate([tiny.pack(40)], found.attention)))
     short = choose_attention(loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=16), CPU)
     assert short.attention == "segments"
-
-
-def test_the_self_test_of_a_window_goes_just_beyond_it() -> None:
-    made = of_kind("mistral", SMALL | {"sliding_window": 16})
-    packs = [tiny.pack(9, 40), tiny.pack(100)]
-    for most, length in ((20, 20), (100, 16 + SHORT)):
-        _, second, _ = three_examples(packs, tiny.config(data__max_length=most), made)
-        assert len(second) == length
-    for most in (16, 100, 300):
-        examples = three_examples(packs, tiny.config(data__max_length=most), tiny.llama())
-        assert most / 2 <= sum(map(len, examples)) <= most, "they may be in one sequence"
 
 
 def test_logits_of_the_self_test_are_there_once() -> None:
@@ -125,16 +107,6 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
     found = chosen(tiny.llama(attention="varlen", dtype=dtype))  # this kernel has no version for CPUs
     assert found.attention == "sdpa"
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
-
-
-def test_an_attention_whose_code_does_not_import_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(*_: Any, **__: Any) -> Any:
-        raise ImportError("flash_attn_2_cuda.so: undefined symbol")
-
-    monkeypatch.setattr(attention, "_fused", attend)
-    found = chosen(tiny.llama())
-    assert found.attention == "sdpa"
-    assert "its forward fails: ImportError: flash_attn_2_cuda.so" in found.passed_over["segments"]
 
 
 def test_what_cannot_be_used_on_a_gpu_is_told() -> None:
@@ -210,12 +182,6 @@ def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
 
 def adapted(settings: Any = None) -> Any:
     return tiny.trainer(settings or tiny.config())
-
-
-def test_untrained_adapters_change_nothing_and_get_gradients() -> None:
-    trainer = adapted()
-    check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
-    assert not trainer.flat.grad.any()
 
 
 def test_adapters_that_start_elsewhere_are_found() -> None:

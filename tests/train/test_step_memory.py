@@ -125,14 +125,6 @@ def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypa
     assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], "without the products of a CPU"
 
 
-def test_what_is_not_laid_out_in_one_row_is_not_planned_so() -> None:
-    variant = ALL["llama4_text"]
-    scaled = replace(variant, sizes=variant.sizes | {"floor_scale": 64})
-    meta, other = zoo.on_meta(scaled), zoo.on_meta(variant)
-    assert planned(settings(), meta) > planned(settings(), other)  # it has masks
-    assert (tiny.attention_of(meta), tiny.attention_of(other)) == ("sdpa", "segments")
-
-
 def answering(**changes: Any) -> Config:
     wanted = {"data__eval_fraction": 0.1, "evaluation__samples": ROWS, "evaluation__max_new_tokens": 24}
     return settings(**(wanted | changes))
@@ -159,13 +151,6 @@ def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
     config = answering(evaluation__max_new_tokens=new)
     plan = plan_of(config, zoo.on_meta(variant)).answers
     assert plan == pytest.approx(taken_by_answers(config, zoo.make(variant)), rel=0.1)
-
-
-def test_blocks_that_are_not_run_count_in_answers_too() -> None:
-    sizes, config = {"num_hidden_layers": 7}, answering(evaluation__max_new_tokens=4)
-    with torch.device("meta"):
-        meta = tiny.llama(**sizes)
-    assert plan_of(config, meta).answers == pytest.approx(taken_by_answers(config, tiny.llama(**sizes)), rel=0.1)
 
 
 def test_only_what_is_answered_counts() -> None:

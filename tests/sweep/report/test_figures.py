@@ -5,7 +5,6 @@ import itertools
 import random
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,7 +16,7 @@ from matplotlib.text import Text
 from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.report import figures
 from olora_ray.sweep.report.figures import FIGURES, curves, importance, parallel, rate, render
-from tests.sweep.odd import NASTY, ODD, search
+from tests.sweep.odd import ODD, search
 from tests.sweep.searches import realistic
 
 ORANGE = [int(figures.BEST[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -90,25 +89,6 @@ def test_a_diverged_curve_leaves_the_picture_and_this_is_said() -> None:
     assert any("far worse, drawn at the edge or outside: 1 trial" in item for item in texts(figure))
 
 
-@pytest.mark.parametrize("name", ["one diverged", "diverged, more is better"])
-def test_a_diverged_trial_does_not_flatten_the_others(name: str) -> None:
-    low, high = rate(ODD[name]).axes[0].get_ylim()
-    assert high - low < 0.2
-
-
-def test_the_rate_is_drawn_by_rank_on_a_logarithmic_axis() -> None:
-    axes = rate(realistic()).axes[0]
-    assert axes.get_xlabel() == "train.lr"
-    assert named(axes.figure) == ["8", "16", "32", "64"]  # type: ignore[arg-type]
-    steps = np.diff(np.log([float(label.get_text()) for label in axes.get_xticklabels()]))
-    assert steps == pytest.approx(np.full(len(steps), steps[0]), rel=0.01)
-
-
-def test_dollars_are_not_taken_for_mathematics() -> None:
-    strange = search([({f"data.{NASTY}": rf"$\undefined{i}$"}, 1.0 + i) for i in range(3)])
-    render({name: partial(draw, strange) for name, draw in FIGURES.items()})  # without an error of matplotlib
-
-
 def test_the_field_that_decides_is_the_most_important() -> None:
     rng = random.Random(0)
     rows = []
@@ -121,17 +101,3 @@ def test_the_field_that_decides_is_the_most_important() -> None:
     assert found["a.decides",] > 0.7
     assert sum(found.values()) == pytest.approx(1)
     assert importance(search(rows)) == (found, 30)
-
-
-def test_fields_that_move_together_share_one_importance_though_the_default_breaks_the_rule() -> None:
-    record = realistic()
-    assert ("adapter.rank", "adapter.alpha") in importance(record)[0]
-    assert record.trials[0].params["adapter.alpha"] != 2 * record.trials[0].params["adapter.rank"]
-
-
-def test_one_diverged_trial_does_not_decide_alone() -> None:
-    """With plain values, the field that only the diverged trial sets would get all the importance."""
-    record = realistic(40)
-    worse = replace(record.trials[3], value=1e12)
-    changed, _ = importance(replace(record, trials=(*record.trials[:3], worse, *record.trials[4:])))
-    assert next(iter(changed)) == ("train.lr",)
