@@ -150,24 +150,10 @@ def test_the_best_of_trials_with_tokens_of_their_own_is_registered(corpus: Path,
     assert re.search(r"registered: small version 1 .*, trial [01]$", done.stdout, re.MULTILINE)
 
 
-def test_a_search_of_other_settings_is_refused(searched: tuple[Path, str]) -> None:
-    project_folder = searched[0].parents[1]
-    other = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"), "train.weight_decay=0.1")
-    assert other.returncode == 2
-    assert other.stderr.startswith("error: run.name: ")
-    assert "holds a search with different settings" in other.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "error: arguments (none): expected a config and a space file"),
-        (("--regster",), "error: argument --regster: unknown; did you mean --register?"),
-        pytest.param(
-            ("CONFIG", "SPACE", "cluster.cpus_per_worker=64"),
-            "error: cluster.workers=1 with cpus_per_worker=64: the cluster has room for 0",
-            marks=pytest.mark.slow,
-        ),
         (("CONFIG", "SPACE", "registry.model=null", "--register"), "error: registry.model: not set"),
     ],
 )
@@ -246,7 +232,7 @@ def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["SIGKILL of everything", "SIGINT", "SIGINT, then it is moved"])
+@pytest.mark.parametrize("end", ["SIGKILL of everything", "SIGINT, then it is moved"])
 def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path, scratch: Path, end: str) -> None:
     """It ends in the middle; the same command ends with the same trials, finished ones as they were."""
     space = {**SPACE, "scheduler": {"kind": "none"}, "concurrency": 2, "trials_per_worker": 2}
