@@ -121,6 +121,12 @@ def test_tokenizer_without_end_token(tiny_model: Path, corpus: Path) -> None:
     assert "end token" in error
 
 
+def test_storage_that_cannot_be_written(tiny_model: Path, corpus: Path) -> None:
+    (corpus / "file").write_text("")
+    tree = project.settings(corpus, tiny_model, run__storage=str(corpus / "file" / "below"))
+    assert "run.storage" in refused(project.write_config(corpus, tree))
+
+
 def test_mlflow_server_that_is_not_there(tiny_model: Path, corpus: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
