@@ -34,17 +34,6 @@ def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_handlers_of_before_come_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Stop():
-        assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def test_no_library_can_take_it_for_an_error() -> None:
-    assert not issubclass(Stopped, Exception)
-
-
 @pytest.mark.ray
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_wait_for_ray(number: signal.Signals, ray_with: Callable[[int], None]) -> None:
