@@ -28,13 +28,13 @@ def refused(file: Path, *arguments: str) -> str:
 
 @pytest.mark.ray
 def test_a_mistake_is_one_line_and_an_exit_code(tiny_model: Path, corpus: Path) -> None:
-    (corpus / "train.jsonl").write_text("{broken\n")
+    (corpus / "train.jsonl").write_text(f"{chat('a', 'b')}\n{{broken\n")  # which is found when Ray runs
     done = project.finetune(project.write_config(corpus, project.settings(corpus, tiny_model)))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert "train.jsonl:1" in last
+    assert "train.jsonl:2" in last
 
 
 def change(section: str, name: str, value: Any) -> Callable[[Tree], None]:
@@ -92,16 +92,6 @@ def test_mistakes_in_the_data(case: str, tiny_model: Path, corpus: Path) -> None
     spoil(corpus / "train.jsonl")
     error = refused(project.write_config(corpus, project.settings(corpus, tiny_model)))
     assert all(part in error for part in expected), error
-
-
-@pytest.mark.ray
-def test_a_dry_run_ends_with_the_line_of_the_run(tiny_model: Path, corpus: Path) -> None:
-    with (corpus / "eval.jsonl").open("a") as file:
-        file.write(f"{chat('long ' * 99, 'b')}\n" * 3)
-    config = project.write_config(corpus, project.settings(corpus, tiny_model))
-    dry = refused(config, "--dry-run")
-    assert dry.startswith("data.eval.0: 3 of 10 rows cannot be used")
-    assert refused(config) == dry
 
 
 def test_model_without_weights(tiny_model: Path, corpus: Path) -> None:

@@ -46,6 +46,7 @@ def test_accuracies_are_those_of_lm_eval_on_the_same_rows(tiny_model: Path, corp
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # in make test a run is evaluated: tests/test_first_day.py
 def test_a_base_model_is_evaluated_on_rows_that_the_command_line_names(
     tiny_model: Path, corpus: Path, tmp_path: Path
 ) -> None:
