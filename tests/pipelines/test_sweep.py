@@ -314,28 +314,3 @@ def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tin
     texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(4)]
     assert all("the process that several trials share died: training continues after step" in text for text in texts)
     assert all([step for step, _ in found[number]["curve"]] == list(range(0, 201, 20)) for number in range(4))
-
-
-@pytest.mark.slow
-def test_trials_of_other_lengths_are_stopped_or_do_all_their_steps(corpus: Path, tiny_model: Path) -> None:
-    space = {
-        "search": {"train.steps": {"grid": [6, 12, 24]}},
-        "set": {"train.lr": 1e-3, "train.schedule": "constant"},  # at each share the longest is the best
-        "searcher": "grid",
-        "scheduler": {"kind": "asha", "reduction": 2},
-        "trials_per_worker": 4,
-    }
-    done = sweep(*write(corpus, tiny_model, space))
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = records(corpus / "runs" / "small-space")
-    for trial in found.values():
-        assert trial["total"] == trial["params"]["train.steps"]
-        if trial["status"] == "finished":
-            assert trial["step"] == trial["total"]
-        else:
-            assert trial["status"] == "stopped"
-            assert trial["step"] < trial["total"]
-            assert trial["reason"] == f"asha after {trial['step'] / trial['total']:.0%} of its {trial['total']} steps"
-            assert f"{trial['step']} of {trial['total']}" in done.stdout
-    [longest] = [trial for trial in found.values() if trial["total"] == 24]
-    assert longest["status"] == "finished"

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -193,3 +194,14 @@ def test_a_deleted_experiment(settings: Config, storage: Path) -> None:
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' was deleted"):
         start_run(other, "test", {})
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = start_run(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
+    tracker.metrics({0: {"a": 1.0}})
+    tracker.watch_system(0.1)
+    tracker.end()
+    assert capfd.readouterr() == ("", "")
+    assert not logging.getLogger("mlflow.store.db.utils").isEnabledFor(logging.ERROR)  # a traceback for a locked file
+    for name in ("mlflow.store", "alembic"):
+        assert logging.getLogger(name).getEffectiveLevel() == logging.WARNING
