@@ -173,6 +173,16 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert moments[0].read_bytes() == moments[1].read_bytes()
 
 
+def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: Path) -> None:
+    train(tmp_path)
+    result, _ = train(tmp_path, train__steps=None, train__epochs=1)  # 8 sequences are 2 steps
+    assert result.problem is not None
+    assert result.problem.startswith("train.epochs: the run has already done 6 steps, and train.epochs=1 gives 2")
+    result, _ = train(tmp_path, train__steps=None, train__epochs=4)
+    assert result.state is not None
+    assert result.state.step == 8
+
+
 @pytest.mark.parametrize("method", ["pissa", "orthogonal"])
 def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp_path: Path, method: str) -> None:
     settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__precondition": True}
@@ -212,6 +222,17 @@ def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path
     assert longer.state.lr == pytest.approx(first.state.lr / 2, rel=0.05)
     assert channel.metrics("train/lr")[7] == pytest.approx(longer.state.lr, rel=0.05)
     assert len([line for line in lines if "96 steps; it was" in line]) == 1
+
+
+def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
+    result, channel = train(tmp_path / "fits", train__lr="auto")
+    assert result.state is not None
+    assert result.state.lr is not None
+    told = [str(message) for message in channel.messages if "train.lr=auto" in str(message)]
+    assert len(told) == 1
+    for factor, lines in ((3.0, 0), (8.0, 1), (0.1, 0)):
+        _, channel = train(tmp_path / f"{factor}", train__lr=result.state.lr * factor, train__steps=1)
+        assert sum("times the rate that fits" in str(message) for message in channel.messages) == lines
 
 
 def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
