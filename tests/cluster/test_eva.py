@@ -5,19 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from olora_ray.adapter import initialise
 from olora_ray.cluster.channel import Started
-from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.worker import train_at
-from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
-from olora_ray.model.source import BaseModel
-from olora_ray.sweep import shared_work
 from olora_ray.train import checkpoints
-from olora_ray.train.loss import SupervisedLoss
-from tests import tiny
-from tests.cluster.test_worker import SETTINGS, Channel, adapter, same, train
+from tests.cluster.test_worker import adapter, same, train
 
 EVA: dict[str, Any] = {"adapter__method": "eva", "adapter__init_tokens": 96}
 
@@ -64,30 +55,3 @@ def test_too_few_supervised_tokens_end_the_run_before_it_trains(tmp_path: Path) 
     assert result.problem is not None
     assert result.problem.startswith("adapter.method=eva: the training data has ")
     assert Started(1) not in channel.messages
-
-
-def spec(shared: str | None) -> TrainSpec:
-    store: Any = tiny.store(8)
-    held_out: Any = tiny.store(3, seed=9)
-    base = BaseModel("m", "/m", "base")
-    return TrainSpec(tiny.config(**(SETTINGS | EVA)), base, "tokenizer", (1,), store, held_out, shared=shared)
-
-
-def base() -> SharedBase:
-    return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
-
-
-def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_new_factors: Callable[[], None]
-) -> None:
-    place = str(tmp_path / "shared")
-    monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: base()))
-    made = shared_work.make(spec(None), place, [("lora", 4), ("eva", 4)])
-    assert [line.partition(" supervised tokens")[0] for line in made.lines] == ["eva: 96"], "only eva looks at data"
-    mine = spec(place)
-    assert initialise.has(mine.factor_place(), mine.factor_origin(), 4)
-    assert not initialise.has(mine.factor_place(), mine.factor_origin(), 2), "ranks of another budget are others"
-    without_new_factors()
-    result = train_at(SharedBaseContext(base()), spec(place), str(tmp_path / "trial"), Channel())
-    assert result.problem is None
-    assert same(adapter(tmp_path / "trial", 6), adapter(whole, 6))

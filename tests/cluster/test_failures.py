@@ -39,12 +39,6 @@ def test_the_cause_is_named_not_its_consequences(exceptions: dict[int, Exception
     assert describe(exceptions) == expected
 
 
-def test_consequences_alone_are_told_too_and_cut() -> None:
-    text = describe({0: raised(GLOO), 1: raised(RuntimeError("x" * 999))})
-    assert text.startswith("worker 1 failed (RuntimeError: xxx")
-    assert len(text) < 250
-
-
 def preempted() -> Exception:
     return WorkerHealthCheckFailedError("health check failed", failure=RayActorError(preempted=True))
 

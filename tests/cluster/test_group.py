@@ -43,16 +43,18 @@ def test_it_ends_with_what_the_workers_return_or_raise(error: Exception | None) 
             found.result()
 
 
-@pytest.fixture
-def channel(ray_with: Callable[[int], None]) -> Any:
+@pytest.mark.ray
+def test_a_channel_tells_of_silent_workers_and_ends(ray_with: Callable[[int], None]) -> None:
     import ray
 
     ray_with(1)
-    return make_channel(ray.get_runtime_context().get_node_id())
+    channel = make_channel(ray.get_runtime_context().get_node_id())
+    a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel)
+    a_stopped_worker_is_ended_by_a_task_on_its_node()
+    a_channel_that_died_is_one_line(channel)
 
 
-@pytest.mark.ray
-def test_a_channel_that_died_is_one_line(channel: Any) -> None:
+def a_channel_that_died_is_one_line(channel: Any) -> None:
     import ray
 
     assert answer(channel.result.remote()) is None
@@ -61,8 +63,7 @@ def test_a_channel_that_died_is_one_line(channel: Any) -> None:
         answer(channel.result.remote())
 
 
-@pytest.mark.ray
-def test_a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel: Any) -> None:
+def a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel: Any) -> None:
     import ray
 
     def told(call: str, *arguments: Any) -> Any:  # one after the other: the channel's methods are async
@@ -104,8 +105,7 @@ def test_only_workers_are_killed() -> None:
             process.wait()
 
 
-@pytest.mark.ray
-def test_a_stopped_worker_is_ended_by_a_task_on_its_node(channel: Any) -> None:
+def a_stopped_worker_is_ended_by_a_task_on_its_node() -> None:
     import ray
 
     worker = subprocess.Popen([sys.executable, "-c", SLEEP, "ray::RayTrainWorker"])

@@ -3,9 +3,7 @@
 import ast
 import importlib
 import json
-import logging
 import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,69 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from olora_ray.cluster import node_facts, preflight, ray_internals
+from olora_ray.cluster.resources import free_abandoned
 from olora_ray.common.logs import ENVIRONMENT
-from tests.ray_head import free_port
 from tests.waiting import until
 
 PACKAGE = Path(ray_internals.__file__).parents[1]
-
-
-def test_a_ray_that_was_started_on_this_machine_is_found_by_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    assert ray_internals.started_address() is None
-    (tmp_path / "ray").mkdir()
-    address = f"127.0.0.1:{free_port()}"
-    (tmp_path / "ray" / "ray_current_cluster").write_text(address)
-    assert ray_internals.started_address() == address
-
-
-@pytest.mark.ray
-def test_a_thread_that_reads_data_is_found(ray_with: Callable[[int], None]) -> None:
-    import ray.data
-
-    ray_with(1)
-    assert not ray_internals.reads_data()
-    batches = iter(ray.data.range(1000).iter_batches(batch_size=10))
-    next(batches)
-    assert ray_internals.reads_data()
-    assert list(batches)
-    until(lambda: not ray_internals.reads_data())
-
-
-def test_the_loggers_are_those_that_ray_writes_to() -> None:
-    from ray._private.authentication import authentication_token_setup
-    from ray.train.v2._internal.execution import context
-
-    before = [(logger, logger.level) for logger in (authentication_token_setup.logger, context.logger)]
-    try:
-        ray_internals.quiet_ray()
-        ray_internals.quiet_train_worker()
-        assert [logger.level for logger, _ in before] == [logging.ERROR, logging.WARNING]
-    finally:
-        for logger, level in before:
-            logger.setLevel(level)
-
-
-def test_memory_is_that_of_this_machine() -> None:
-    import psutil
-
-    assert 2**28 < ray_internals.system_memory() <= psutil.virtual_memory().total
-    assert all(size > 2**30 for size in ray_internals.gpu_memory())
-
-
-def test_gpus_tell_their_memory_and_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_gpus(monkeypatch, [2**34, 2**35], [(7, 5), (8, 5)])
-    assert ray_internals.gpu_memory() == [2**34, 2**35]
-    assert ray_internals.gpu_generations() == [(7, 5), (8, 5)]
-    found = node_facts.node_info()
-    assert found.gpu_generation == (7, 5), "a node is as old as its oldest GPU"
-    cuda = torch.version.cuda
-    assert (found.driver_cuda, found.torch_cuda) == (12, int(cuda.split(".")[0]) if cuda else None)
 
 
 def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,28 +78,45 @@ class TrainController:
 def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
     import ray
 
-    ray_with(2)
+    ray_with(3)
     (node,) = ray.nodes()
     assert ray_internals.HEAD in node["Resources"]
-    assert ray_internals.free_resources()[node["NodeID"]]["CPU"] == 2
+    assert ray_internals.free_resources()[node["NodeID"]]["CPU"] == 3
     assert ray_internals.draining_nodes() == set()
     assert ray_internals.autoscaler_groups() is None
+    only_groups_of_dead_actors_are_freed()
+    only_controllers_are_ended()
+    a_thread_that_reads_data_is_found()
+    the_limits_of_an_autoscaler_are_read()
 
-    class Maker:
-        def take(self) -> bool:
-            self.group = ray.util.placement_group([{"CPU": 1}])
-            return bool(self.group.wait(30))
+
+class Maker:
+    """An actor with a placement group."""
+
+    def take(self) -> bool:
+        import ray
+
+        self.group = ray.util.placement_group([{"CPU": 1}])
+        return bool(self.group.wait(30))
+
+
+def only_groups_of_dead_actors_are_freed() -> None:
+    import ray
 
     maker: Any = ray.remote(Maker)
-    dies = maker.options(num_cpus=0).remote()
-    assert ray.get(dies.take.remote())
-    assert ray_internals.abandoned_placement_groups() == []
+    dies, lives = maker.options(num_cpus=0).remote(), maker.options(num_cpus=0).remote()
+    ours = ray.util.placement_group([{"CPU": 1}])
+    assert ours.wait(30)
+    assert ray.get([dies.take.remote(), lives.take.remote()]) == [True, True]
+    assert free_abandoned() == 0
     ray.kill(dies)
-    end = time.monotonic() + 30
-    while not (found := ray_internals.abandoned_placement_groups()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    assert [group.bundle_specs for group in found] == [[{"CPU": 1}]]
+    until(lambda: free_abandoned() == 1)
+    assert free_abandoned() == 0
+    until(lambda: ray.available_resources().get("CPU", 0) == 1)
+
+
+def only_controllers_are_ended() -> None:
+    import ray
 
     others = [ray.remote(kind).options(num_cpus=0).remote() for kind in (TrainController, Maker)]
     ray.get([one.__ray_ready__.remote() for one in others])
@@ -167,12 +126,21 @@ def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
     ray.get(others[1].__ray_ready__.remote())
 
 
-@pytest.mark.ray
-def test_the_limits_of_an_autoscaler_are_read(ray_with: Callable[[int], None]) -> None:
+def a_thread_that_reads_data_is_found() -> None:
+    import ray.data
+
+    assert not ray_internals.reads_data()
+    batches = iter(ray.data.range(1000).iter_batches(batch_size=10))
+    next(batches)
+    assert ray_internals.reads_data()
+    assert list(batches)
+    until(lambda: not ray_internals.reads_data())
+
+
+def the_limits_of_an_autoscaler_are_read() -> None:
     import ray
     from ray.core.generated import autoscaler_pb2
 
-    ray_with(1)
     limits = vars(autoscaler_pb2)["ClusterConfig"]()
     for most in (3, -1):
         group = limits.node_group_configs.add()

@@ -43,23 +43,6 @@ def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> Non
     assert all(found[name] is before[name].factors for name in order)
 
 
-@pytest.mark.parametrize(("others", "found"), [([], "shared"), ([True], "shared"), ([False], "made")])
-def test_shared_factors_that_one_worker_cannot_read_are_made_by_all(
-    others: list[bool], found: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk of its node was full: it went to make them alone, and waited for the others, which trained already."""
-    put(monkeypatch, resume.initialise, read_factors=lambda *_: {"shared": None})
-    put(monkeypatch, resume.collectives, gather=lambda value: [value, *others])
-    made = {"new_factors": lambda *_: ({"made": None}, None, None), "at_scale": lambda made, adapter: made}
-    put(monkeypatch, resume, describe=lambda *_: "", **made)
-    spec: Any = SimpleNamespace(
-        config=tiny.config(), shared="/search/shared", factor_place=str, factor_origin=dict, train=None
-    )
-    context: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))
-    loss: Any = SimpleNamespace(model=tiny.llama())
-    assert list(factors(context, spec, loss, None)) == [found]
-
-
 @pytest.mark.parametrize(("kind", "raised"), [(TryAgain, StoreUnavailable), (UserError, UserError)])
 def test_a_checkpoint_that_a_worker_cannot_fetch_now_is_for_another_group_of_workers(
     kind: type[UserError], raised: type[Exception], monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,5 @@
 """A process that several trials share, while it is not there."""
 
-import os
-import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,39 +12,45 @@ import psutil
 import pytest
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 
 from olora_ray.cluster import shared_base
 from olora_ray.cluster.malloc import keep_freed_memory
 from tests import tiny
 from tests.said import said
-from tests.waiting import until
 
 BLOCKS, BLOCK = 100, 2**20
 """Blocks of so many bytes that a training takes and frees."""
 
 
-@pytest.mark.slow
-def test_who_asks_a_process_that_has_died_waits_for_its_successor(ray_with: Callable[[int], None]) -> None:
-    """It takes its time to start; else a trial would use up all its restarts meanwhile."""
-    ray_with(1)
-    spec: Any = tiny.config()
-    [actor] = shared_base.start_actors(spec, {"CPU": 1}, 1, 4)
-    first = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
-    os.kill(first, signal.SIGKILL)
-    until(lambda: unavailable(actor))
-    assert ray.get(actor.busy.remote()) == 0
-    assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != first
-
-
-def test_those_who_come_at_the_same_time_are_shared_out(ray_with: Callable[[int], None]) -> None:
-    """The first trials of a search do: both would train on one process, turn by turn, beside one with nothing to do."""
+def test_trials_are_shared_out_and_use_the_memory_of_one_another(ray_with: Callable[[int], None]) -> None:
     ray_with(2)
     spec: Any = tiny.config()
     actors = shared_base.start_actors(spec, {"CPU": 1}, 2, 4)
+    those_who_come_at_the_same_time_are_shared_out(actors)
+    threads_use_the_memory_that_others_have_freed(actors[0])
+
+
+def those_who_come_at_the_same_time_are_shared_out(actors: Any) -> None:
+    """The first trials of a search do: both would train on one process, turn by turn, beside one with nothing to do."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(partial(shared_base.place_on, actors, adapters=4), map(str, range(8))))
     assert ray.get([actor.busy.remote() for actor in actors]) == [4, 4]
+
+
+def threads_use_the_memory_that_others_have_freed(actor: Any) -> None:
+    """Each trial of a search trains in another thread; else the process would grow by a step's memory with each."""
+    ray.get(actor.__ray_call__.remote(lambda _: keep_freed_memory()))
+    found = [ray.get(actor.__ray_call__.remote(_use_memory)) for _ in range(12)]
+    assert len({thread for thread, _ in found}) > 4
+    assert found[-1][1] - found[0][1] < BLOCKS * BLOCK
+
+
+def _use_memory(_: Any) -> tuple[int, int]:
+    """Return the thread, and the bytes of the process once what it has taken is free again."""
+    taken = [torch.ones(BLOCK // 4) for _ in range(BLOCKS)]
+    del taken
+    return threading.get_ident(), psutil.Process().memory_info().rss
 
 
 class Actor:
@@ -133,18 +137,6 @@ def test_no_process_gets_more_adapters_than_it_has_room_for(slept: Slept) -> Non
     assert (lost.asked, full.asked) == (1, 4)
 
 
-def test_where_no_process_answers_the_first_is_waited_for(slept: Slept) -> None:
-    """All of them start with the search."""
-    actors = (Actor(None), Actor(None))
-
-    def answers() -> None:
-        actors[1].load = 0
-
-    slept.happens = answers
-    assert shared_base.place_on(actors, "a", adapters=1) is actors[1]
-    assert [actor.asked for actor in actors] == [1, 1]
-
-
 def test_a_place_is_not_kept_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec: Any = tiny.config()
     actor = shared_base.SharedBaseActor(spec)
@@ -154,30 +146,3 @@ def test_a_place_is_not_kept_for_one_that_never_comes(monkeypatch: pytest.Monkey
     monkeypatch.setattr(shared_base, "EXPECTED", 0.0)
     assert actor.take("b", 2)
     assert actor.busy() == 1
-
-
-def test_threads_use_the_memory_that_others_have_freed(ray_with: Callable[[int], None]) -> None:
-    """Each trial of a search trains in another thread; else the process would grow by a step's memory with each."""
-    ray_with(1)
-    spec: Any = tiny.config()
-    [actor] = shared_base.start_actors(spec, {"CPU": 1}, 1, 1)
-    ray.get(actor.__ray_call__.remote(lambda _: keep_freed_memory()))
-    found = [ray.get(actor.__ray_call__.remote(_use_memory)) for _ in range(12)]
-    assert len({thread for thread, _ in found}) > 4
-    assert found[-1][1] - found[0][1] < BLOCKS * BLOCK
-
-
-def _use_memory(_: Any) -> tuple[int, int]:
-    """The thread, and the bytes of the process once what it has taken is free again."""
-    taken = [torch.ones(BLOCK // 4) for _ in range(BLOCKS)]
-    del taken
-    return threading.get_ident(), psutil.Process().memory_info().rss
-
-
-def unavailable(actor: Any) -> bool:
-    """Whether a call that does not wait fails."""
-    try:
-        ray.get(actor.__ray_ready__.remote())
-        return False
-    except RayActorError:
-        return True

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from olora_ray.adapter.methods import METHODS
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.common import records
 from olora_ray.common.errors import UserError
@@ -66,20 +65,6 @@ def test_the_identity_of_an_adapter_of_before_is_the_same_text(method: str) -> N
         f'{{"method":"{method}","rank":4,"alpha":8.0,"dropout":0.0,"targets":"all-linear","rank_stabilized":false}}'
     )
     assert spec(adapter__method=method).factor_origin().keys() == {"base model", "method", "targets", "seed"}
-
-
-def test_sigma_is_in_the_identity_of_nora_and_of_its_factors() -> None:
-    one, two = spec(adapter__method="nora"), spec(adapter__method="nora", adapter__sigma="matched")
-    assert one.identity() != two.identity()
-    assert (one.factor_origin()["sigma"], two.factor_origin()["sigma"]) == ("0.02", "matched")
-    assert one.factor_origin() == spec(adapter__method="nora", adapter__alpha=99).factor_origin()
-
-
-def test_factors_without_a_prefix_have_a_place_for_each_rank() -> None:
-    places = {(m, r): spec("s", adapter__method=m, adapter__rank=r).factor_place() for m in METHODS for r in (4, 8)}
-    for name, method in METHODS.items():
-        assert (places[name, 4] == places[name, 8]) == method.prefix
-    assert len(set(places.values())) == sum(1 if method.prefix else 2 for method in METHODS.values())
 
 
 def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:

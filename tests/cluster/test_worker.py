@@ -12,14 +12,11 @@ import torch
 
 from olora_ray.cluster import ray_internals, worker
 from olora_ray.cluster.channel import Started, Took
-from olora_ray.cluster.resume import named
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.worker import Evaluator, Worker, train_at
+from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
-from olora_ray.common.collectives import PeerLost
-from olora_ray.common.errors import TryAgain
 from olora_ray.model.source import BaseModel
-from olora_ray.train import checkpoint, checkpoints, parallel
+from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.said import said
@@ -49,30 +46,14 @@ class Channel:
         return {int(row["step"]): row[name] for row in rows}
 
 
-def train(
-    folder: Path, again: bool = False, measured_on: Any = None, model: Any = None, **changes: Any
-) -> tuple[TrainResult, Channel]:
+def train(folder: Path, measured_on: Any = None, model: Any = None, **changes: Any) -> tuple[TrainResult, Channel]:
     store: Any = tiny.store(8)
     held_out: Any = measured_on or tiny.store(3, seed=9)
     settings = tiny.config(**(SETTINGS | changes))
-    spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out, recompute=again)
+    spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out)
     channel = Channel()
     shared = SharedBase(SupervisedLoss(model or tiny.llama(attention="segments")), torch.device("cpu"))
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
-
-
-def test_a_trial_on_a_shared_base_has_the_precision_of_that(tmp_path: Path) -> None:
-    """And says once that it began in another, on another kind of node."""
-    with pytest.MonkeyPatch.context() as patch, said() as lines:
-        patch.setattr(SharedBase, "dtype", property(lambda _: "bfloat16", lambda *_: None), raising=False)
-        train(tmp_path)
-        assert checkpoints.precision_now(str(tmp_path)) == "bfloat16"
-        (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
-        patch.setattr(SharedBase, "dtype", property(lambda _: "float32", lambda *_: None), raising=False)
-        assert not [line for line in lines if "model.dtype=auto" in line]
-        train(tmp_path)
-    assert len([line for line in lines if "model.dtype=auto" in line]) == 1
-    assert checkpoints.precision_now(str(tmp_path)) == "float32"
 
 
 def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -> None:
@@ -202,25 +183,7 @@ def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: 
     assert result.state.step == 8
 
 
-def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
-    def kinds(result: TrainResult) -> list[str]:
-        assert result.state is not None
-        return [found["threads"] for found in result.state.kinds]
-
-    assert kinds(train(tmp_path)[0]) == ["1"]
-    (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
-    torch.set_num_threads(2)
-    try:
-        result, channel = train(tmp_path)
-    finally:
-        torch.set_num_threads(1)
-    assert kinds(result) == ["2"]
-    said = [message for message in channel.messages if "from the checkpoint's workers" in str(message)]
-    assert len(said) == 1
-    assert "(threads: 1, 2)" in str(said[0])
-
-
-@pytest.mark.parametrize("method", ["pissa", "nora", "orthogonal"])
+@pytest.mark.parametrize("method", ["pissa", "orthogonal"])
 def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp_path: Path, method: str) -> None:
     settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__precondition": True}
     train(tmp_path / "whole", **settings)
@@ -298,34 +261,6 @@ def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
     assert again.answers == first.answers
 
 
-def test_the_last_adapter_is_back_when_others_are_lost_while_the_best_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first worker saves what it has, and so the best would be the last one of the run."""
-    found: list[Worker] = []
-    make, answers = Worker.__init__, Evaluator.answers
-
-    def init(self: Worker, *arguments: Any, **named: Any) -> None:
-        make(self, *arguments, **named)
-        found.append(self)
-
-    def lost(self: Evaluator, answering: str) -> list[list[int]]:
-        if answering != "fine-tuned model":
-            return answers(self, answering)
-        assert self.best is not None
-        assert torch.equal(self.trainer.flat.vector, self.best)
-        raise PeerLost
-
-    monkeypatch.setattr(Worker, "__init__", init)
-    monkeypatch.setattr(Evaluator, "answers", lost)
-    with pytest.raises(PeerLost):
-        train(tmp_path, train__lr=0.2, train__schedule="constant")
-    flat = found[0].trainer.flat
-    saved = named(checkpoints.read(str(tmp_path / checkpoints.name_of(6))).adapter)
-    assert not torch.equal(flat.vector, found[0].evaluator.best)
-    assert all(torch.equal(flat.view(flat.vector, name), part) for name, part in saved.items())
-
-
 @pytest.mark.parametrize(("share", "more"), [(1e9, True), (1e-9, False)])
 def test_a_checkpoint_is_due_after_some_seconds_unless_it_costs_too_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, more: bool
@@ -348,16 +283,6 @@ def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     assert "was trained with another adapter; " in started.problem
 
 
-def test_a_store_that_does_not_answer_a_worker_is_told_as_what_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read(place: str) -> None:
-        raise TryAgain("slow down")
-
-    monkeypatch.setattr(checkpoints, "read", read)
-    assert train(tmp_path, train__start="/a")[0] == TrainResult(problem="train.start: slow down", passes=True)
-
-
 def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
     train(tmp_path / "first", measured_on=tiny.store(8))  # on what it trains on it gets better
     place = str(tmp_path / "first" / checkpoints.name_of(6))
@@ -372,21 +297,6 @@ def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
 def whole_losses(folder: Path) -> dict[int, float]:
     rows = checkpoints.read(str(folder / checkpoints.name_of(6))).state.history
     return {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
-
-
-def test_blocks_that_are_run_again_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: dict[bool, int] = {}
-    inner, found = parallel.checkpoint, []
-    for on in (False, True):
-        again: list[int] = []
-        monkeypatch.setattr(parallel, "checkpoint", lambda *a, again=again, **k: (again.append(1), inner(*a, **k))[1])
-        result, _ = train(tmp_path / str(on), again=on)
-        assert result.problem is None
-        runs[on] = len(again)
-        (place, _) = checkpoints.latest_good(str(tmp_path / str(on))) or ("", None)
-        found.append([(Path(place) / name).read_bytes() for name in (checkpoint.ADAPTER, checkpoint.OPTIMIZER)])
-    assert found[0] == found[1]
-    assert runs[False] == 0 < runs[True]
 
 
 @pytest.mark.parametrize("problem", ["model.name: /m is not on every node", None])

@@ -1,7 +1,6 @@
 """Several adapters on one base: each comes out as if it had been alone, and the base is never changed."""
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.cluster import worker_context
-from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turns, agreed, load_loss
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, agreed, load_loss
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
@@ -108,38 +107,6 @@ def test_a_model_that_one_node_does_not_have_ends_all_workers(
     assert str(found[0]) == str(found[1])
 
 
-def test_turns_go_to_whoever_has_waited_longest() -> None:
-    turns, order, ready = Turns(), list[int](), threading.Event()
-
-    def work(number: int) -> None:
-        ready.wait()
-        time.sleep(0.05 * number)  # they come one after the other
-        for _ in range(3):
-            with turns:
-                order.append(number)
-                time.sleep(0.2)  # the others wait meanwhile
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    ready.set()
-    for thread in threads:
-        thread.join()
-    assert order == [0, 1, 2] * 3
-
-
-def test_a_turn_is_given_back_after_an_error() -> None:
-    turns = Turns()
-    for _ in range(2):
-        try:
-            with turns:
-                raise KeyError
-        except KeyError:
-            pass
-    with turns:
-        pass
-
-
 def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tuple[str, list[str]]:
     """The precision that is loaded on a worker, where some are fast at bfloat16, and what is said."""
     with pytest.MonkeyPatch.context() as patch, said() as lines:
@@ -167,19 +134,3 @@ def test_a_run_stays_in_the_precision_that_it_began_in(crew: Callable[[int], Cre
             assert f"would choose {other}" in line
     assert crew(2).run(_agreed, (True, True), "auto", "bfloat16") == [("bfloat16", [])] * 2
     assert crew(2).run(_agreed, (False, False), "bfloat16", "float32") == [("bfloat16", [])] * 2
-
-
-def test_workers_wait_for_those_that_still_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a limit, whatever came of it here; an exchange ends after half an hour."""
-    done: list[str] = []
-
-    def fetch(*_: object) -> BaseModel:
-        done.append("fetched")
-        raise UserError("the hub is away")
-
-    monkeypatch.setattr(worker_context, "on_this_node", fetch)
-    monkeypatch.setattr(collectives, "wait_for_all", lambda: done.append("all are here"))
-    spec: Any = SimpleNamespace(base=None, config=None)
-    with pytest.raises(UserError, match="the hub is away"):
-        load_loss(spec, CPU)
-    assert done == ["fetched", "all are here"]

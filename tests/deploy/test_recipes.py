@@ -101,7 +101,7 @@ def cron(tmp_path: Path, code: int, config: str = "c.yaml", **changes: str) -> s
     )
 
 
-@pytest.mark.parametrize("code", [0, 2, 143])
+@pytest.mark.parametrize("code", [0, 2])
 def test_cron_gets_the_code_of_the_night_and_mails_the_end_of_the_log_of_a_bad_one(tmp_path: Path, code: int) -> None:
     done = cron(tmp_path, code)
     log = (tmp_path / "log").read_text().splitlines()
@@ -116,13 +116,6 @@ def test_cron_mails_why_nothing_began(tmp_path: Path) -> None:
     why, end = done.stdout.splitlines()
     assert "none: No such file or directory" in why
     assert (done.returncode, end.endswith(" exit code 1")) == (1, True)
-
-
-def test_make_clean_leaves_what_was_trained() -> None:
-    """The default run.storage is ./runs, with models, checkpoints and the registry's database."""
-    recipe = (ROOT / "Makefile").read_text().partition("\nclean:")[2].splitlines()[1]
-    assert shlex.split(recipe)[:2] == ["rm", "-rf"]
-    assert "runs" not in shlex.split(recipe)
 
 
 def recorder(file: Path, text: str) -> None:

@@ -5,23 +5,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, targets
-from olora_ray.pipeline import base as opening
 from olora_ray.pipeline.base import find_model
 from olora_ray.retrain import compare
-from olora_ray.tracking import checksums, models
+from olora_ray.tracking import models
 from olora_ray.tracking.checksums import RUN
 from olora_ray.tracking.client import connect
-from olora_ray.tracking.models import BaseOfAdapter
 from olora_ray.tracking.start import resolve_uri
 from tests import export_parts, finished_run
 from tests.finished_run import FinishedRun
@@ -104,28 +100,6 @@ def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(run: FinishedRun, bas
     torch.testing.assert_close(export_parts.logits(pipeline.model), run.case.logits, **CLOSE)
 
 
-def test_mlflow_serves_it_with_the_input_example(run: FinishedRun) -> None:
-    import mlflow.pyfunc
-    from mlflow.models import Model
-    from mlflow.pyfunc.scoring_server import init
-    from starlette.testclient import TestClient
-
-    example = Model.load(str(artifacts(run))).load_input_example(str(artifacts(run)))
-    assert example["messages"] == [{"role": "user", "content": "after 100?"}], "the first held-out question"
-    with TestClient(init(mlflow.pyfunc.load_model("models:/small/1"))) as client:
-        reply = client.post("/invocations", json=example)
-    assert reply.status_code == 200, reply.text
-    assert reply.json()[0]["choices"][0]["message"]["role"] == "assistant"
-
-
-def test_peft_loads_the_artifact_folder_on_the_base(run: FinishedRun) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.case.base), artifacts(run) / "peft")
-    torch.testing.assert_close(export_parts.logits(model), run.case.logits, **CLOSE)
-
-
 @pytest.mark.parametrize("name", ["models:/small@candidate", "models:/small/1"])
 def test_it_is_evaluated_as_adapter_on_its_base(run: FinishedRun, name: str) -> None:
     found = targets.resolve(name, run.config)
@@ -139,12 +113,6 @@ def test_where_the_storage_has_an_address_the_adapter_is_put_there_for_all_nodes
     found = targets.resolve("models:/small/1", override(run.config, {"run.storage": f"file://{tmp_path}"}))
     assert found.adapter is not None
     assert found.adapter.startswith(f"file://{tmp_path}/adapters/small-1-")
-    torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
-
-
-def test_the_run_itself_is_evaluated_as_its_exported_adapter(run: FinishedRun) -> None:
-    found = targets.resolve(run.folder.root, run.config)
-    assert found.adapter == run.folder.adapter
     torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
 
 
@@ -236,32 +204,6 @@ def from_hub(run: FinishedRun, name: str) -> FinishedRun:
     return replace(run, spec=replace(run.spec, config=config, base=find_model(config)))
 
 
-@pytest.mark.parametrize("answer", [TryAgain("the hub is away"), UserError("no such model")])
-def test_a_base_that_cannot_be_asked_for_now_is_not_gone(
-    run: FinishedRun, answer: UserError, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A night ended as with a user's mistake, and was not begun again."""
-
-    def obtain(config: Any, folder: Any) -> None:
-        raise UserError("model.name: /gone: no such folder") if config.model.name == "/gone" else answer
-
-    monkeypatch.setattr(opening, "obtain", obtain)
-    version: Any = SimpleNamespace(
-        version=SimpleNamespace(name="m", number="1"), base=BaseOfAdapter("org/m", "digest", "/gone")
-    )
-    with pytest.raises(type(answer), match=r"m version 1 is an adapter of org/m, which cannot be opened") as caught:
-        find_model(run.config, version)
-    assert ("; restore " in str(caught.value)) == (type(answer) is UserError)
-
-
-def test_a_base_of_the_hub_has_not_the_template_that_a_run_names(run: FinishedRun, hub: Path) -> None:
-    named = from_hub(run, "named")
-    replace(named, spec=replace(named.spec, template="{{ messages }}")).registered()
-    found = models.find("models:/named/1", resolve_uri(run.config), Path(run.config.run.storage))
-    assert found.base is not None
-    assert not found.base.on_hub, "where MLflow takes the tokenizer from"
-
-
 def test_a_base_of_the_hub_is_kept_by_id_and_commit(run: FinishedRun, hub: Path) -> None:
     import mlflow.transformers
     from mlflow.models import Model
@@ -288,22 +230,3 @@ def test_a_template_that_the_hubs_tokenizer_lacks_is_not_lost(run: FinishedRun, 
     from_hub(run, "template").registered()
     pipeline = mlflow.transformers.load_model("models:/template/1")
     assert pipeline.tokenizer.chat_template
-
-
-def test_an_adapter_that_others_have_registered_is_one_line(run: FinishedRun) -> None:
-    client = connect(resolve_uri(run.config))
-    client.create_registered_model("others")
-    client.create_model_version("others", str(artifacts(run) / "peft"))
-    with pytest.raises(UserError, match=r"models:/others/1 is registered, but has no config\.json"):
-        models.find("models:/others/1", resolve_uri(run.config), Path(run.config.run.storage))
-
-
-def test_promoted_and_rolled_back(run: FinishedRun) -> None:
-    number, aliases = run.registered(), run.aliases
-    aliases.promote("1", "by hand")
-    aliases.promote(number, "by hand")
-    assert (aliases.current()["champion"], aliases.current()["previous"]) == (number, "1")
-    torch.testing.assert_close(logits(targets.resolve("models:/small@champion", run.config)), run.case.logits, **CLOSE)
-    assert aliases.rollback("by hand") == (number, "1")
-    assert aliases.current()["champion"] == "1"
-    assert aliases.verify("1") == len(json.loads((artifacts(run) / checksums.FILE).read_text())["files"])

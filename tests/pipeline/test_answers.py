@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.answers import Sample
-from olora_ray.tokens.plan import Pack
 from olora_ray.train import scoring
 from tests import tiny
 from tests.said import said
@@ -69,32 +67,10 @@ def test_references_that_no_answer_can_be_as_long_as_are_told() -> None:
         assert told is None or text.endswith("set it to 11")
 
 
-def test_references_of_special_tokens_alone_are_told() -> None:
-    class Special(Tokenizer):
-        """Some ids have no text."""
-
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return super().decode([number for number in ids if number > 50], skip_special_tokens)
-
-    ids = np.array([60, 61, 62, 2, 3, 60, 61, 62, 70, 3], dtype=np.int32)
-    supervised = np.array([False, False, False, True, True] * 2)
-    store: Any = tiny.ListStore([Pack(ids, supervised, (5, 5))])
-    with said() as lines:
-        answers.check_answers(tiny.config(evaluation__scorer="exact_match"), store, Special())
-    assert "evaluation.scorer: 1 of 2 references " in "".join(lines)
-
-
 def test_a_gate_on_a_score_that_the_scorer_does_not_give() -> None:
     gate = {"gate__and": [{"metric": "eval/exact", "at_least": 1.0}]}
     with pytest.raises(UserError, match=r"^gate: eval/exact is not measured: exact_match returns eval/exact_match$"):
         check(evaluation__scorer="exact_match", **gate)
-
-
-def test_a_gate_on_a_score_of_rows_that_have_no_question() -> None:
-    config = tiny.config(evaluation__scorer="exact_match", gate__metric="eval/exact_match")
-    text: Any = tiny.ListStore([tiny.pack(8, prompt=1)])
-    with pytest.raises(UserError, match=r"^gate: eval/exact_match is not measured: no held-out row has a question"):
-        answers.check_answers(config, text, Tokenizer())
 
 
 def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

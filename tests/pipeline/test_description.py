@@ -8,12 +8,8 @@ from typing import Any
 
 import pytest
 
-from olora_ray.adapter.portable import in_words
-from olora_ray.config.schema import Source
 from olora_ray.pipeline import publish
-from olora_ray.pipeline.export import about_data
 from olora_ray.pipeline.version import describe
-from olora_ray.tracking import models
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.models import BaseOfAdapter
 from olora_ray.tracking.start import resolve_uri, start_run
@@ -77,16 +73,6 @@ def test_the_page_of_the_registered_model_says_what_its_aliases_mean(run: Finish
     assert client.get_registered_model("small").description == "by hand"
 
 
-def test_registering_again_leaves_a_description_that_has_changed(run: FinishedRun) -> None:
-    client = connect(resolve_uri(run.config))
-    number = run.registered()
-    version = client.get_model_version("small", number)
-    client.update_model_version("small", number, f"{version.description}\n\nby hand")
-    tracker = models.Tracker(resolve_uri(run.config), version.run_id)
-    publish.register(run.exported, tracker, {})
-    assert client.get_model_version("small", number).description.endswith("by hand")
-
-
 def test_an_adapter_alone_says_what_else_is_needed(run: FinishedRun) -> None:
     folder = "/home/somebody/models/base"
     text = described(run, finished_run.SCORES, BaseOfAdapter(folder, "cafe", folder))
@@ -95,20 +81,6 @@ def test_an_adapter_alone_says_what_else_is_needed(run: FinishedRun) -> None:
     assert "/home" not in text
     text = described(run, finished_run.SCORES, BaseOfAdapter("org/base", "cafe", folder, "0123", True))
     assert "`org/base` at commit `0123`" in text
-
-
-def test_many_sources_and_odd_names_stay_readable(run: FinishedRun) -> None:
-    sources = [Source(path=f"/data/`odd`\n{number}.jsonl", format="messages", weight=2.0) for number in range(40)]
-    text = in_words(sources)
-    assert text.startswith("`'odd' 0.jsonl` (messages, weight 2), ")
-    assert text.endswith("`'odd' 5.jsonl` (messages, weight 2), 34 more")
-
-
-def test_without_held_out_rows_there_is_no_table(run: FinishedRun) -> None:
-    assert run.result.state is not None
-    state = replace(run.result.state, history=[], best_loss=None, best_step=None)
-    assert "|---|" not in described(run, state=state)
-    assert about_data(replace(run.spec, eval=None))["held_out"] == ""
 
 
 def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: FinishedRun) -> None:

@@ -57,14 +57,6 @@ EACH = pytest.mark.parametrize(
 
 
 @EACH
-def test_the_format_of_a_documented_row_is_found(row: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
-    config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", [row[1]]))
-    found = first_look.check_data(config).data.train[0]
-    asked = {name: name for name in ASKED.get(row[0], ()) if name in row[1]}
-    assert (found.format, found.fields) == (row[0], asked)
-
-
-@EACH
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_documented_row_is_used_as_it_is(row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path) -> None:
     format, columns = row

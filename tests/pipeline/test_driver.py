@@ -37,12 +37,6 @@ def hide(config: Config) -> None:
     lock_of(config).mkdir()
 
 
-def test_the_longest_name_of_a_run_has_room_for_its_lock(config: Config) -> None:
-    longest = override(config, {"run.name": "n" * 200})
-    with only_driver(longest), pytest.raises(TryAgain), only_driver(longest):
-        pass
-
-
 def test_a_second_driver_leaves_and_says_who_works_on_the_run(config: Config) -> None:
     with only_driver(config), pytest.raises(TryAgain) as caught, only_driver(config):
         pass

@@ -9,7 +9,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.pipeline.dry_run import dry_run, layers
+from olora_ray.pipeline.dry_run import dry_run
 from tests.pipelines import project
 from tests.said import said
 
@@ -74,25 +74,11 @@ def test_two_examples_with_what_is_supervised(shown: Shown) -> None:
         assert int(count) == len(str(number + 1)) + 1
 
 
-def test_a_long_example_is_cut_and_its_line_breaks_are_written(shown: Shown, tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "line\n" * 400}, {"role": "assistant", "content": "yes\nno " * 200}]
-    rows = [{"messages": turns}] * 20
-    project.make_corpus(tmp_path / "train.jsonl", 1)
-    (tmp_path / "long.jsonl").write_text("".join(f"{project.json.dumps(row)}\n" for row in rows))
-    page, lines = shown(data__train=[str(tmp_path / "long.jsonl")], data__max_length=4096)
-    assert len(page.splitlines()) + len(lines) < 40
-    assert page.count(" ... ") == 4
-    assert "line\\nline" in page
-    assert "[[yes\\nno" in page
-    assert page.count("<|end|>]]") == 2
-
-
 @pytest.mark.parametrize(
     ("letters", "too_long", "number", "longest"),
     [
         (10, "reject", 256, 17),
         (900, "reject", 960, 905),
-        (1019, "reject", 1024, 1024),
         (3000, "reject", 256, 17),
         (3000, "cut", 2048, 2048),
     ],
@@ -113,13 +99,6 @@ def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_pos
     assert value(page, "rows").startswith(f"61, {rejected}")
 
 
-def test_plain_text_has_no_length_to_choose(shown: Shown, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text " * 500)
-    source = {"path": str(tmp_path / "a.txt"), "format": "text"}
-    with pytest.raises(UserError, match=r"^data\.max_length: auto .* plain text.*; set a number$"):
-        shown(data__train=[source], data__eval=[], data__max_length="auto", evaluation__scorer=None)
-
-
 def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> None:
     bad = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}
     (tmp_path / "bad.jsonl").write_text(project.json.dumps(bad) + "\n")
@@ -127,14 +106,6 @@ def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> No
     page, _ = shown(data__train=[str(tmp_path / "train.jsonl"), odd, str(tmp_path / "train.jsonl")])
     assert value(page, "data.train.1").endswith("(messages): 1 row read, 1 rejected")
     assert value(page, "rows") == "121, 1 rejected (empty_answer 1; data.max_rejected = 0.01 allows 1)"
-
-
-def test_without_held_out_rows_it_says_so_and_that_nothing_will_be_scored(shown: Shown) -> None:
-    page, lines = shown(data__eval=[])
-    assert value(page, "held out") == "none (set data.eval or data.eval_fraction)"
-    assert [line for line in lines if line.startswith("warning: evaluation.scorer: has no effect")]
-    _, lines = shown(data__eval=[], evaluation__scorer=None)
-    assert not [line for line in lines if "evaluation.scorer" in line]
 
 
 def test_held_out_rows_that_are_trained_on_too_are_told_and_refused(shown: Shown, tmp_path: Path) -> None:
@@ -145,23 +116,12 @@ def test_held_out_rows_that_are_trained_on_too_are_told_and_refused(shown: Shown
     assert line.startswith("warning: data.eval: 1 of 20 held-out rows are training rows too")
 
 
-def test_the_config_is_shown_when_asked_for(shown: Shown) -> None:
-    assert "micro_batch: 1" not in shown()[0]
-    assert "micro_batch: 1" in shown(show_config=True)[0]
-
-
 def test_no_time_is_given_where_it_is_not_known(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert value(shown()[0], "time") == "not estimated: the workers run on another machine"
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setattr("olora_ray.train.estimate.MOST_WORK", 0)
     assert value(shown()[0], "time").startswith("not estimated: one micro-batch of this model and length would take")
-
-
-def test_an_address_of_mlflow_that_is_not_there_is_one_line(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OLORA_NO_ADDRESS", raising=False)
-    with pytest.raises(UserError, match=r"^tracking\.uri: .*OLORA_NO_ADDRESS"):
-        shown(tracking={"uri": "env:OLORA_NO_ADDRESS"})
 
 
 def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(tmp_path: Path, model: Path) -> None:
@@ -192,17 +152,3 @@ def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(
     assert "\nexamples, with the supervised tokens in [[ ]]\n" in capsys.readouterr().out
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert value(shown(data__max_length=2**25)[0], "time").startswith("not estimated: the workers run on another")
-
-
-def test_layers_are_grouped_by_kind() -> None:
-    mixed = {
-        **{f"model.layers.{n}.attn.q": (4, 4) for n in range(3)},
-        **{f"model.layers.{n}.mlp.experts.{e}.w1": (8, 4) for n in range(3) for e in range(2)},
-        **{f"model.layers.{n}.mlp.w1": (9, 4) for n in range(3)},
-        "model.project": (2, 4),
-        "model.layers.0.stack": (8, 48, 32),
-    }
-    assert layers(mixed) == (
-        "3 x 2 layers: q 4 x 4, mlp.w1 9 x 4; 6 x 1 layers: experts.w1 8 x 4;"
-        " 1 x 2 layers: project 2 x 4, stack 8 x 48 x 32"
-    )

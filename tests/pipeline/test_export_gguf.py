@@ -177,37 +177,14 @@ def test_what_the_tokenizer_puts_around_a_text_is_written(tmp_path: Path, frame:
     assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == found
 
 
-def _spaces(tree: dict[str, Any]) -> None:
-    tree["added_tokens"][0]["lstrip"] = True
-
-
-def _too_many(tree: dict[str, Any]) -> None:
-    tree["model"]["vocab"]["abc"] = 300
-
-
-def _around(tree: dict[str, Any]) -> None:
-    name = {"SpecialToken": {"id": "<|user|>", "type_id": 0}}
-    single = [name, {"Sequence": {"id": "A", "type_id": 0}}]
-    tokens = {"<|user|>": {"id": "<|user|>", "ids": [2], "tokens": ["<|user|>"]}}
-    tree["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": tokens,
-    }
-
-
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True), "splits? a text as this tokenizer does"),
-        (lambda tree: tree["pre_tokenizer"].update(use_regex=False), "splits? a text as this tokenizer does"),
         (lambda tree: tree["model"].update(ignore_merges=True), "splits? a text as this tokenizer does"),
-        (lambda tree: tree["model"].update(byte_fallback=True), "splits? a text as this tokenizer does"),
         (lambda tree: tree.update(normalizer={"type": "Lowercase"}), "splits? a text as this tokenizer does"),
-        (_spaces, "the spaces beside them"),
-        (_too_many, "more tokens than the model"),
-        (_around, "puts around a text"),
+        (lambda tree: tree["added_tokens"][0].update(lstrip=True), "the spaces beside them"),
+        (lambda tree: tree["model"]["vocab"].update(abc=300), "more tokens than the model"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path, change: Any, why: str) -> None:
@@ -225,12 +202,10 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
     ("make", "why"),
     [
         (tiny.gpt2, "gpt2 is none of the model types that it can write (llama, qwen2, qwen3)"),
-        (lambda: tiny.llama(hidden_act="gelu"), "it cannot write the activation gelu"),
         (
             lambda: tiny.llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
             "it cannot write rotary positions of type linear",
         ),
-        (lambda: zoo.make(ALL["mistral"]), "mistral is none of the model types"),
     ],
 )
 def test_a_model_that_cannot_be_written_is_refused_before_the_training(tmp_path: Path, make: Any, why: str) -> None:

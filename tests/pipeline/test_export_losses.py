@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
-from olora_ray.pipeline import export, export_shares
+from olora_ray.pipeline import export
 from olora_ray.train.parallel import load_frozen
 from tests import tiny
 from tests.packed import unpack
@@ -73,24 +73,6 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"]) == (2, 4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "what", "card"),
-    [
-        ({"export__rank": 2}, "compressed", "of the change of the weights is lost; the held-out loss is not measured"),
-        ({"model__quantization": "fp8"}, "quantised", "original weights; the held-out loss was not compared"),
-    ],
-)
-def test_why_it_is_not_measured_is_said_in_the_report_and_not_on_the_card(
-    run: Run, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], what: str, card: str
-) -> None:
-    monkeypatch.setattr(export_shares, "choose_attention", lambda *_: {}["/home/someone/model"])
-    found = export.export_run(spec_of(run, export__merged=False, **changes), run.folder, STEP)
-    assert (found["ok"], found[what]["loss"]) == (True, "the model does not run here: '/home/someone/model'")
-    shown = (Path(run.folder.adapter) / "README.md").read_text()
-    assert f"{card}\n" in shown
-    assert "/home" not in shown
-
-
 def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert export.export_run(spec_of(run, 0, export__rank=2), run.folder, STEP)["compressed"]["loss"] == (
         "no rows are held out"
@@ -99,13 +81,6 @@ def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: p
     small = export.export_run(spec_of(run, export__rank=2), run.folder, STEP)
     assert small["compressed"]["loss"] == "in float32 the model has 0.0 GiB, too large for the memory of one cpu"
     assert "too large for the memory of one cpu" in export.export_run(spec_of(run), run.folder, STEP)["logits"]
-
-
-def test_nothing_lost_is_nothing_to_measure(run: Run) -> None:
-    found = export.export_run(spec_of(run, export__rank=8), run.folder, STEP)
-    assert found["compressed"] == {"rank": 8, "lost": 0.0}
-    assert found["logits"]["peft"] is not None
-    assert "Compressed" not in (Path(run.folder.adapter) / "README.md").read_text()
 
 
 @pytest.mark.parametrize("merged", [True, False])
@@ -187,11 +162,3 @@ def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:
     after = run.merged()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_without_held_out_rows_it_is_the_loss_on_training_rows(run: Run) -> None:
-    spec = spec_of(run, 0, model__quantization="fp8", export__merged=False)
-    found = export.export_run(spec, run.folder, STEP)["quantised"]
-    assert found["rows"] == "training"
-    assert found["loss"]["tokens"] == spec.train.supervised(range(3))  # type: ignore[attr-defined]
-    assert "original weights: loss on training rows " in found["in_words"]

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_preflight, prepare
+from olora_ray.pipeline import export_preflight
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, MIXTURES
@@ -73,15 +72,6 @@ def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     assert "has no weight" in line
 
 
-def test_of_many_kinds_of_layers_two_are_named(tmp_path: Path) -> None:
-    rewritten(
-        tmp_path, {f"{Q.replace('q_proj', part)}.weight": None for part in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    )
-    config = tiny.config(model__name=str(tmp_path))
-    with pytest.raises(UserError, match=r"q_proj cannot be merged.*k_proj cannot be merged.*; 2 more types of layers"):
-        prepare.deliverable(config, BaseModel(str(tmp_path), str(tmp_path), ""))
-
-
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
 def test_a_base_that_stays_quantised_is_refused_whatever_is_exported(tmp_path: Path, method: str) -> None:
     folder = tmp_path / "base"
@@ -106,21 +96,3 @@ def test_it_reads_no_weights(tmp_path: Path) -> None:
         header = int.from_bytes(file.read(8), "little")
         file.truncate(8 + header)  # a weight that is read would be cut off
     assert looked(tmp_path, names) == []
-
-
-def test_a_conversion_that_does_more_than_move_numbers_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers.core_model_loading import MergeModulelist
-
-    real = MergeModulelist.convert
-
-    def doubled(self: Any, *arguments: Any, **named: Any) -> Any:
-        return {name: 2 * value for name, value in real(self, *arguments, **named).items()}
-
-    model = zoo.make(ALL["mixtral"])
-    model.save_pretrained(tmp_path)
-    monkeypatch.setattr(MergeModulelist, "convert", doubled)
-    lines = looked(tmp_path, linear_and_stacks(model))
-    assert len(lines) == 2, "one for each kind of stack"
-    assert all("does more than rearrange its stored numbers" in line for line in lines)

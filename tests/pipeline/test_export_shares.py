@@ -3,9 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,21 +81,6 @@ def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(run: 
     assert export.export_run(run.spec, run.folder, STEP)["ok"]
     assert (file.stat().st_ino == number) == (damaged is None)
     assert file.read_bytes() == right
-
-
-def test_shares_are_worth_it_for_large_models_that_all_nodes_see(run: Run, tmp_path: Path) -> None:
-    work = export_shares.prepare(run.spec, str(Path(run.folder.checkpoints) / f"step-{STEP:07d}"))
-    spec = replace(run.spec, config=tiny.config(cluster__workers=4))
-    share, here = export_shares.SHARE_BYTES, str(tmp_path)
-    for size, place, count in (
-        (0, here, 1),
-        (3 * share - 1, here, 2),
-        (100 * share, here, 4),
-        (2**40, "s3://b/run", 1),
-    ):
-        large: Any = replace(work, groups=[SimpleNamespace(size=size)])
-        parts = export_shares.parts_of(spec, "checkpoint", tmp_path, place, large)
-        assert [(part.number, part.of) for part in parts] == [(number, count) for number in range(count)]
 
 
 @pytest.mark.usefixtures("small_shares")

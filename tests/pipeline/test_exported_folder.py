@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
-from olora_ray.model.load import end_tokens, load_tokenizer
+from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.export import PARITY_TOKENS, complete, first_examples, give_template, more_ends, public_name
+from olora_ray.pipeline.export import complete, give_template, public_name
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 from tests.data import small_tokenizers
@@ -50,12 +50,6 @@ def completed(model: BaseModel, state: TrainState, out: Path, config: Config) ->
 )
 def test_a_hub_id_stays_and_everything_else_is_a_folder(name: str, public: str) -> None:
     assert public_name(BaseModel(name, "/runs/models/model-1", "")) == public
-
-
-def test_a_file_of_weights_is_named_by_the_folder_that_others_can_load(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"")
-    assert public_name(BaseModel(str(tmp_path / "model.gguf"), "/runs/models/model-1", "")) == "/runs/models/model-1"
-    assert public_name(BaseModel(str(tmp_path), str(tmp_path), "")) == str(tmp_path)
 
 
 @pytest.mark.parametrize("template", [True, False])
@@ -125,17 +119,6 @@ def test_an_adapters_tokenizer_cuts_text_as_the_bases(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(out).backend_tokenizer.to_str() == own.to_str()
 
 
-def test_the_card_names_the_commit_of_a_base_from_the_hub_only(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    save_tokenizer(base)
-    for name, named in (("org/model", True), (str(base), False)):
-        settings = config(name)
-        model = settings.model.model_copy(update={"revision": "1f2e"})
-        settings = settings.model_copy(update={"model": model})
-        out = completed(BaseModel(name, str(base), "cafe"), TrainState(step=1), tmp_path / f"adapter-{named}", settings)
-        assert ('revision="1f2e"' in (out / "README.md").read_text()) == named
-
-
 def exported(folder: Path, begin: bool, **source: Any) -> str | None:
     """The template of the merged folder of a base whose tokenizer has none."""
     from tokenizers.processors import TemplateProcessing
@@ -162,27 +145,6 @@ def test_chats_get_the_template_that_was_trained(begin: bool, source: dict[str, 
 @pytest.mark.parametrize("source", [{"format": "text"}, {"format": "prompt_completion"}])
 def test_texts_get_none(source: dict[str, Any], tmp_path: Path) -> None:
     assert exported(tmp_path, False, **source) is None
-
-
-@pytest.mark.parametrize(
-    ("lengths", "taken"),
-    [((100, 100, 100), [100, 100]), ((3000, 10), [PARITY_TOKENS]), ((PARITY_TOKENS, 1), [PARITY_TOKENS])],
-)
-def test_logits_are_of_few_tokens_however_long_examples_are(lengths: tuple[int, ...], taken: list[int]) -> None:
-    item = tiny.pack(*lengths)
-    store: Any = tiny.ListStore([item, tiny.pack(5)])
-    found = first_examples(store)
-    assert [ids.shape for ids in found] == [(1, size) for size in taken]
-    assert found[0][0].tolist() == item.input_ids[: taken[0]].tolist()
-
-
-def test_what_ends_answers_beyond_the_bases_own_files_is_named(tmp_path: Path) -> None:
-    exported(tmp_path, False)
-    base = BaseModel("tiny", str(tmp_path / "base"), "")
-    tokenizer = load_tokenizer(base, tiny.config().model)
-    ends, found = end_tokens(base, tokenizer), more_ends((0, 1, 2), base, tokenizer)
-    assert [f"({token})" in found for token in (0, 1, 2)] == [token not in ends for token in (0, 1, 2)]
-    assert more_ends(ends, base, tokenizer) == ""
 
 
 def test_mistrals_own_form_of_a_tokenizer_does_not_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """The request of an input example says what the held-out question says, or there is none."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -32,12 +31,3 @@ def test_a_longer_conversation_and_a_text_that_is_none_give_no_example(tokenizer
     found = version.chat(tokenizer, text)
     assert found is None or tokenizer.apply_chat_template(found, add_generation_prompt=True, tokenize=False) == text
     assert version.chat(tokenizer, "Once upon a time") is None
-
-
-def test_a_template_that_refuses_a_system_message(tokenizer: Any) -> None:
-    picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + project.TEMPLATE
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = picky
-    text = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
-    assert version.chat(tokenizer, text) == [USER]
-    assert version.chat(tokenizer, "no such text") is None

@@ -67,23 +67,6 @@ def test_commands_work_in_any_folder(project: Path, tmp_path: Path, monkeypatch:
     assert [line.partition(":")[0] for line in told] == ["registered", "MLflow"]  # the gate has not decided
 
 
-def test_the_lines_for_python_are_python(project: Path) -> None:
-    code = command(next_steps(result(project), None), "load")
-    called: list[str] = []
-
-    class Stub:
-        """Takes every call."""
-
-        def __getattr__(self, name: str) -> Any:
-            return self
-
-        def __call__(self, text: str) -> None:
-            called.append(text)
-
-    exec(code, {"mlflow": Stub()})
-    assert called == [f"sqlite:///{project}/runs/mlflow.db", f"models:/{NAME}@candidate"]
-
-
 def test_the_page_of_a_server_is_enough_and_an_unregistered_model_is_not_served(project: Path) -> None:
     lines = next_steps({**result(project), "registered": None}, "http://mlflow:5000/#/experiments/1/runs/cafe")
     assert lines == ["MLflow: http://mlflow:5000/#/experiments/1/runs/cafe"]
@@ -120,21 +103,6 @@ def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
     with said() as lines:
         plan(config, obtain(config))
     return lines
-
-
-def test_the_plan_says_how_much_of_the_model_is_adapted_and_what_is_not(tmp_path: Path) -> None:
-    lines = plan_lines(tmp_path, ALL["qwen3_moe"])
-    assert "olora rank 4 on 8 layers and 4 stacks of 4 experts: " in lines[0]
-    assert lines[0].endswith(
-        "; covers 82% of the parameters (left out: embeddings, output head, norms, biases and others)"
-    )
-    assert len(lines) == 2
-
-
-def test_an_early_stop_that_nothing_can_ask_for_is_told(tmp_path: Path) -> None:
-    for held_out, told in ((None, True), (0.1, False)):
-        lines = plan_lines(tmp_path, ALL["llama"], train__early_stop=3, data__eval_fraction=held_out)
-        assert any("train.early_stop: has no effect" in line for line in lines) is told
 
 
 def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from olora_ray.cluster.failures import user_errors
-from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError
+from olora_ray.common.errors import StoreError, StoreUnavailable, UserError
 
 
 def raised_by_a_task(error: Exception) -> Exception:
@@ -20,7 +20,6 @@ def raised_by_a_task(error: Exception) -> Exception:
     ("error", "code"),
     [
         (UserError("data.train: broken"), 2),
-        (TryAgain("checkpoint s3://b/a: cannot be read: no answer"), 75),
         (StoreError("s3://b/a: AccessDenied"), 2),
         (StoreUnavailable("s3://b/a: no answer"), 75),
     ],

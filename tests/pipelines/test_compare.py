@@ -93,29 +93,14 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     assert times(folder) == before
     kept = json.loads((folder / "comparison.json").read_text())
     assert {**kept, "seconds": 0} == {**found, "seconds": 0}
-    other = compare(file, "--methods", "lora,olora", "--seeds", "2", "compare.relevant=0.5")
-    assert other.returncode == 2
-    assert "compare.relevant was 0.01, is 0.5" in other.stderr
 
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_more_seeds_and_another_arm_keep_what_is_trained(corpus: Path, tiny_model: Path) -> None:
-    file = write(corpus, tiny_model, train__lr="auto")
-    done = compare(file, "--methods", "lora,olora", "--seeds", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = corpus / "runs" / "small-compare"
-    before = times(folder)
-    assert len(before) == 2 * (3 + 2)
-    more = compare(file, "--methods", "lora,olora", "--seeds", "3", "--arm", "r2: adapter.rank=2, adapter.method=lora")
-    assert more.returncode == 0, more.stdout + more.stderr
+    lost = next((folder / "final" / "trials").glob("olora-*-seed5"))
+    for name in (lost / "trial.json", lost / "training.json", folder / "comparison.json"):
+        name.unlink()
+    resumed = compare(file, "--methods", "lora,olora", "--seeds", "2")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     after = times(folder)
-    assert {path: after[path] for path in before} == before
-    assert len(after) == 3 * (3 + 3)
-    found = json.loads((folder / "comparison.json").read_text())
-    assert [each["name"] for each in found["arms"]] == ["lora", "olora", "r2"]
-    assert found["arms"][2]["trainable"] < found["arms"][0]["trainable"]
-    assert not found["notes"]
+    assert {path for path in before if after[path] != before[path]} == {str(lost / "training.json")}
 
 
 def _mlflow(folder: Path) -> None:
@@ -131,28 +116,6 @@ def _mlflow(folder: Path) -> None:
     assert len(children) == len(runs) - 1 == len(list(folder.glob("*/trials/*")))
     names = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert names >= {"report.html", "comparison.json", "learning_rates.png"}
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path, tiny_model: Path) -> None:
-    """A killed comparison resumes: finished trainings stay, missing ones run."""
-    file = write(corpus, tiny_model)
-    arguments = (file, "--methods", "lora,olora", "--seeds", "2")
-    done = compare(*arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = corpus / "runs" / "small-compare"
-    before, found = times(folder), json.loads((folder / "comparison.json").read_text())
-    lost = next((folder / "final" / "trials").glob("olora-*-seed5"))
-    for name in ("trial.json", "training.json"):
-        (lost / name).unlink()
-    (folder / "comparison.json").unlink()
-    again = compare(*arguments)
-    assert again.returncode == 0, again.stdout + again.stderr
-    after = times(folder)
-    assert {path for path in before if after[path] != before[path]} == {str(lost / "training.json")}
-    kept = json.loads((folder / "comparison.json").read_text())
-    assert kept["arms"][1]["against"] == found["arms"][1]["against"]
 
 
 @pytest.mark.ray
@@ -178,12 +141,6 @@ def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
             ("compare.test_rows=90",),
             "error: data.train: its 60 different rows do not suffice for compare.test_rows = 90",
         ),
-        pytest.param(
-            ("compare.test_rows=53",),
-            "error: data.train: 1 row left to train on beside 6 tuning and 53 test rows",
-            marks=pytest.mark.slow,
-        ),
-        (("adapter.rank=4000",), "error: adapter.rank"),
         pytest.param(
             ("--budget", "2s"),
             "error: argument --budget: the comparison needs about",

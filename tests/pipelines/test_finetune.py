@@ -1,12 +1,10 @@
 """The main job end to end, through its entry script, with real Ray and MLflow."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.pipelines import project
 from tests.recovery import processes, runs
@@ -110,15 +108,6 @@ def test_the_registered_model_generates(finished: tuple[Path, str], monkeypatch:
     assert text.startswith("<|user|>after 3?")
 
 
-def test_a_finished_run_is_not_run_again(finished: tuple[Path, str]) -> None:
-    folder, _ = finished
-    before = (folder / "result.json").stat().st_mtime_ns
-    again = project.finetune(folder.parent.parent / "config.yaml")
-    assert again.returncode == 0
-    assert "is already finished" in again.stdout
-    assert (folder / "result.json").stat().st_mtime_ns == before
-
-
 def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers_too(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -137,13 +126,6 @@ def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers
         assert differences == [], "\n".join([*differences, run.tail()])
         assert [(each.step, each.workers) for each in run.resumptions()] == [(2, 1)]
         assert (run.initialised(), run.again()) == (1, 2)
-
-
-def test_a_run_name_with_another_config_is_refused(finished: tuple[Path, str]) -> None:
-    folder, _ = finished
-    done = project.finetune(folder.parent.parent / "config.yaml", "adapter.rank=8")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: run.name: 'small' exists with other settings (adapter.rank was 4, is 8)")
 
 
 def test_a_finished_run_is_trained_longer_by_more_steps(tiny_model: Path, corpus: Path) -> None:
@@ -175,21 +157,6 @@ def test_a_finished_run_is_trained_longer_by_more_steps(tiny_model: Path, corpus
     assert fewer.stderr.startswith("error: train.steps: 'small' has already done 5 steps (train.steps was 5")
 
 
-@pytest.mark.slow  # in make test a run that is killed gives the same bytes
-def test_two_identical_runs_give_the_same_adapter_bytes(
-    finished: tuple[Path, str], small_shards: dict[str, str], tmp_path: Path
-) -> None:
-    first, _ = finished
-    file = first.parent.parent / "config.yaml"
-    others = (f"run.storage={tmp_path / 'again'}", "tracking.uri=null", "registry.model=null")
-    done = project.finetune(file, *others, env=small_shards)
-    assert done.returncode == 0, done.stdout + done.stderr
-    second = tmp_path / "again" / "small"
-    one, two = (folder / "export" / "adapter" / "adapter_model.safetensors" for folder in (first, second))
-    assert one.read_bytes() == two.read_bytes()
-    assert any(part.abs().max() > 0 for name, part in load_file(two).items() if "lora_B" in name)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "3", "[1, 3]", "5"])
 def test_another_number_of_workers_trains_the_same_bytes(
@@ -207,50 +174,3 @@ def test_another_number_of_workers_trains_the_same_bytes(
     losses = [json.loads((folder / "result.json").read_text())["metrics"]["eval/loss"] for folder in (first, second)]
     assert losses[0] == losses[1]
     assert ("1 worker without a micro-batch" in done.stdout) == (workers == "5")
-
-
-def test_dry_run_shows_everything_and_starts_nothing(tiny_model: Path, corpus: Path) -> None:
-    file = project.write_config(corpus, project.settings(corpus, tiny_model))
-    done = project.finetune(file, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert "2 x 7 layers: q_proj 64 x 64" in done.stdout
-    assert "trainable" in done.stdout
-    assert "6 steps; 4 sequences per step = 2 workers x 2" in done.stdout
-    assert "memory per worker" in done.stdout
-    assert "<|assistant|>[[" in done.stdout
-    assert len(done.stdout.splitlines()) < 40
-    assert not (corpus / "runs" / "small").exists()
-    assert "ray:" not in done.stdout
-
-
-def test_help_lists_the_fields() -> None:
-    done = project.finetune("--help", "all")
-    assert done.returncode == 0
-    assert "rank_stabilized" in done.stdout
-    assert "[16]" in done.stdout
-
-
-@pytest.mark.slow
-def test_sources_may_be_relative_to_where_the_command_is_given(tiny_model: Path, corpus: Path) -> None:
-    tree = project.settings(corpus, tiny_model)
-    tree["data"]["train"][0]["path"] = "train.jsonl"
-    tree["data"]["eval"][0]["path"] = "eval.jsonl"
-    tree["run"]["storage"] = "./here"
-    file = project.write_config(corpus, tree)
-    done = project.finetune(file.name, "train.steps=1", "registry.model=null", cwd=corpus)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (corpus / "here" / "small" / "result.json").is_file()
-    assert os.listdir(corpus / "here" / "tokens")
-
-
-@pytest.mark.slow  # in make test the loop alone is asked
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_model: Path, corpus: Path) -> None:
-    tree = project.settings(
-        corpus, tiny_model, train__lr=2e9, adapter__alpha=2e9, train__clip=None, data__eval=[], registry__model=None
-    )
-    done = project.finetune(project.write_config(corpus, tree))
-    assert done.returncode == 2, done.stdout + done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: step 2: the loss is not finite; it comes from ")
-    assert "train.jsonl:" in last
-    assert not (corpus / "runs" / "small" / "export").exists()

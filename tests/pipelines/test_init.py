@@ -70,7 +70,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
     assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "model", "my_run.yaml"]
 
 
-@pytest.mark.parametrize("count", [10, 60, 7000, 30_000])
+@pytest.mark.parametrize("count", [10, 30_000])
 def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count: int) -> None:
     found = written(rows("a.jsonl", range(count)))
     assert found.data.eval_fraction
@@ -83,8 +83,6 @@ def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count: in
     [
         (["train.jsonl", "validation.jsonl", "test.jsonl"], "train.jsonl", "validation.jsonl"),
         (["d/train-00000-of-00001.jsonl", "d/test-00000-of-00001.jsonl"], "d", "d"),
-        (["d/train.jsonl", "d/test.jsonl"], "d/train.jsonl", "d/test.jsonl"),
-        (["d/train-0.jsonl", "d/train-1.jsonl"], "d", None),
         (["chats.jsonl", "test.jsonl"], "chats.jsonl", None),
     ],
 )
@@ -147,17 +145,14 @@ def test_enough_rows_are_held_out_for_the_second_night(count: int, folder: Path)
     ("words", "data", "named"),
     [
         ("a.jsonl b.csv", ["a.jsonl", "b.csv"], None),
-        ("a.jsonl b.csv base", ["a.jsonl", "b.csv"], "base"),
         ("a.jsonl b.csv --model base", ["a.jsonl", "b.csv"], "base"),
         ("a.jsonl org/model", ["a.jsonl"], "org/model"),
-        ("a.jsonl folder", ["a.jsonl", "folder"], None),
         ("a.jsonl --name mine", ["a.jsonl"], None),
     ],
 )
 def test_several_sources_and_a_model(words: str, data: list[str], named: str | None) -> None:
     rows("a.jsonl", range(60))
     Path("b.csv").write_text("question,answer\n" + "".join(f"{n}?,{n}\n" for n in range(60)))
-    rows("folder/c.jsonl", range(60, 90))
     model("base")
     found = written(*words.split())
     assert [each.path for each in found.data.train] == data
@@ -168,11 +163,9 @@ def test_several_sources_and_a_model(words: str, data: list[str], named: str | N
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        ("my chats (1).v2.jsonl", "my-chats-1"),
         ("tokens.jsonl", "tokens-run"),
         ("5 'äé\": #.jsonl", "5"),
         ("support/*.jsonl", "support"),
-        ("yes.jsonl", "yes"),
     ],
 )
 def test_any_path_is_written_as_it_is_and_gives_a_name(data: str, name: str) -> None:
@@ -190,27 +183,16 @@ def test_fields_of_the_data_are_taken_and_no_others() -> None:
         init.main(["a.jsonl", "train.lr=1", "--out", "b.yaml"])
 
 
-def test_data_of_the_hub_is_left_to_the_run() -> None:
-    found = written("hf://tatsu-lab/alpaca")
-    assert (found.run.name, found.data.train[0].path) == ("alpaca", "hf://tatsu-lab/alpaca")
-    assert found.data.eval_fraction == 0.05
-
-
 def test_nothing_is_overwritten_or_left_behind() -> None:
     good = rows("good.jsonl", range(40))
     Path("bad.jsonl").write_text('{"a": 1}\n' * 20)
     Path("mine.jsonl").write_text("mine")
-    Path("folder").mkdir()
     Path("runs/few").mkdir(parents=True)
     for words, told in (
         (["bad.jsonl"], r"^data\.train\.0: none of the 14 rows read can be used"),
         (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file or folder$"),
-        (["goood.jsonl"], r"/goood\.jsonl: no such file or folder; did you mean /.*/good\.jsonl\?$"),
         ([], "^arguments: expected DATA and an optional MODEL; --help shows how"),
         ([good, "modell"], r"^model\.name: modell: no such file or folder, and not a hub id"),
-        ([good, "goood.csv"], r"^data\.train\.1\.path: .*/goood\.csv: no such file or folder"),
-        ([good, "--model", "folder"], r"^model\.name: .*folder has no config\.json"),
-        ([good, "package://nothing/here"], r"^model\.name: .*'nothing' is not installed"),
         ([good, "--out", "mine.jsonl"], r"^mine\.jsonl: exists already; move it away, or name another config"),
         ([good, "--out", "nofolder/x.yaml"], r"^--out nofolder/x\.yaml: No such file or directory$"),
         ([rows("three.jsonl", range(3))], r"^three\.jsonl: 3 rows are too few to hold some out; at least 10"),
@@ -219,8 +201,4 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
         with pytest.raises(UserError, match=told):
             init.main(words)
     assert not list(Path().glob("*.yaml"))
-    init.main([good])
-    before = Path("my_run.yaml").read_text()
-    with pytest.raises(UserError, match=r"^my_run\.yaml: exists already; move it away, or name another"):
-        init.main([good])
-    assert Path("my_run.yaml").read_text() == before
+    assert Path("mine.jsonl").read_text() == "mine"

@@ -1,6 +1,5 @@
 """What Prometheus sees of a training: read from the metrics endpoint of a running head."""
 
-import contextlib
 import json
 import os
 import re
@@ -65,7 +64,14 @@ def kill_a_worker(head: Path) -> None:
 
 def run(file: Path, at: str, act: Callable[[], None]) -> tuple[str, list[Series]]:
     """The output of finetune.py, and what was scraped meanwhile; `act` once it has printed `at`."""
-    with running(file) as (process, lines):
+    lines: list[str] = []
+    command = [sys.executable, "pipelines/finetune.py", str(file)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, cwd=project.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
+        reader.start()
         seen, acted, end = [], False, time.monotonic() + 240
         while process.poll() is None:
             seen.append(scrape())
@@ -75,23 +81,9 @@ def run(file: Path, at: str, act: Callable[[], None]) -> tuple[str, list[Series]
             if time.monotonic() > end:
                 process.kill()
             time.sleep(0.3)
+        reader.join()
     assert process.returncode == 0, "".join(lines)
     return "".join(lines), seen
-
-
-@contextlib.contextmanager
-def running(file: Path) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
-    """finetune.py, running, and its lines so far."""
-    lines: list[str] = []
-    command = [sys.executable, "pipelines/finetune.py", str(file)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        command, cwd=project.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
-        reader.start()
-        yield process, lines
-        reader.join()
 
 
 @pytest.mark.slow

@@ -1,14 +1,11 @@
 """What is wrong with an object store is one line of the command, before a model is loaded or Ray started."""
 
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.pipelines import project
-from tests.s3_server import Faults, Server, dead_port
+from tests.s3_server import Server, dead_port
 
 
 def command(script: str, folder: Path, place: str, env: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
@@ -40,24 +37,6 @@ def test_a_dead_server(bucket: str, corpus: Path) -> None:
     assert line(done, 75).startswith(f"error: run.storage: {bucket}: the object store at http://127.0.0.1:")
 
 
-@pytest.mark.slow
-def test_a_server_that_hangs(s3_server: Server, bucket: str, corpus: Path) -> None:
-    s3_server.faults = Faults(hang=True)
-    done = command("finetune.py", corpus, bucket, {})
-    assert "does not answer: Read timeout" in line(done, 75)
-
-
-def test_an_address_with_options(corpus: Path) -> None:
-    done = command("finetune.py", corpus, "s3://b/runs?region=x", {})
-    assert re.search(r"run\.storage: [^;]*'\?'", line(done, 2))
-
-
 def test_a_retraining_meets_the_store_at_its_lock(bucket: str, corpus: Path) -> None:
     env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{dead_port()}"}
     assert "cannot be written: Could not connect" in line(command("retrain.py", corpus, bucket, env), 75)
-
-
-def test_an_evaluation_of_a_run_there(bucket: str, corpus: Path) -> None:
-    env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{dead_port()}"}
-    done = project.run_script("evaluate.py", f"{bucket}/small", env=env, timeout=100)
-    assert "NETWORK_CONNECTION" in line(done, 75)

@@ -1,47 +1,75 @@
-"""A worker that dies, outside of the matrix's small world: other models and methods, an object store, two runs at once.
+"""Interrupted runs outside of the matrix's small world: other models and methods, an object store, two runs at once.
 
 The end is that of a run that nobody touched."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from olora_ray.common import storage
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.pipelines import project
 from tests.recovery import processes, runs, table
 from tests.recovery.runs import Clean, Fault, Run
-from tests.recovery.test_methods import project_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 FIRST, OTHER = (Fault("step", "kill", step=5, rank=rank) for rank in (0, 1))
-ADAPTER = {"rank": 4, "alpha": 8}
 CASES: dict[str, tuple[str, dict[str, Any], Fault]] = {
-    "eva": ("llama", {**ADAPTER, "method": "eva", "init_tokens": 120}, OTHER),
-    "mixture of experts, dropout": ("qwen3_moe", {**ADAPTER, "dropout": 0.1}, FIRST),
-    "state-space blocks": ("falcon_h1", {**ADAPTER, "method": "pissa"}, OTHER),
+    "kill worker, mixture of experts, dropout": ("qwen3_moe", {"dropout": 0.1}, FIRST),
+    "kill worker, state-space blocks": ("falcon_h1", {"method": "pissa"}, OTHER),
+    "kill everything, eva, initialisation": (
+        "llama",
+        {"method": "eva", "init_tokens": 120},
+        Fault("initialise", rank=1),
+    ),
+    "kill everything, lora_ga on Gemma 3, middle step": (
+        "gemma3_text",
+        {"method": "lora_ga", "init_tokens": 120},
+        Fault("step", step=5, rank=1),
+    ),
+    "kill everything, milora on Qwen 3, checkpoint": ("qwen3", {"method": "milora"}, Fault("checkpoint", step=6)),
 }
-"""Family, adapter, and which worker is killed."""
+"""Family, adapter, and what happens where."""
 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_with_other_models_and_methods(case: str, tmp_path: Path, rows: list[table.Row]) -> None:
     family, adapter, fault = CASES[case]
     corpus = project_of(family, tmp_path / "project")
+    changes: dict[str, Any] = {"adapter": {"rank": 4, "alpha": 8, **adapter}}
     for name in ("clean", "killed"):
         (tmp_path / name).mkdir()
-    clean = runs.run_clean(corpus, tmp_path / "clean", adapter=adapter)
-    row = table.Row(f"kill worker, {case}")
+    clean = runs.run_clean(corpus, tmp_path / "clean", **changes)
+    row = table.Row(case)
     rows.append(row)
     with processes.scratch() as scratch:
-        run = Run(runs.written(corpus, tmp_path / "killed", adapter=adapter), scratch, fault)
-        loses_a_worker(run)
+        run = Run(runs.written(corpus, tmp_path / "killed", **changes), scratch, fault)
+        if fault.kind == "kill":
+            loses_a_worker(run)
+        else:
+            run.start()
+            run.wait_for_fault()
+            run.kill_everything()
+            assert run.wait() == -9, run.tail()
+            assert run.attempt() == 0, run.tail()
         row.again, row.lost = run.again(), run.seconds - clean.seconds
         end = runs.end_state(tmp_path / "killed")
         row.same_bytes = end.adapter == clean.end.adapter
         assert runs.differences(end, clean.end) == [], run.tail()
     row.recovered = True
+
+
+def project_of(family: str, folder: Path) -> Path:
+    """Return the tiny project with a model of another family."""
+    project.make_tiny(folder)
+    if family != "llama":
+        shutil.rmtree(folder / "model")
+        zoo.build(ALL[family], folder / "model")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -167,24 +167,11 @@ def rolled_back(nights: Nights) -> None:
     registry.main(["rollback", NAME, "--tracking-uri", nights.aliases.uri])
 
 
-def promoted_by_hand(nights: Nights) -> None:
-    for number in ("1", "2"):
-        nights.aliases.promote(number, "promoted by hand")
-
-
 DELETED = {
     "alias": ([without_alias], "3", "the alias champion is missing"),
     "version": ([without_version("3")], "2", "the champion, version 3, was deleted"),
-    "version after promotions by hand": (
-        [promoted_by_hand, without_version("2")],
-        "1",
-        "the champion, version 2, was deleted",
-    ),
     "version and previous": ([without_version("3", "2")], "1", "the champion, version 3, was deleted"),
-    "alias and record": ([without_alias, without_record], "2", "the alias champion is missing"),
-    "version and record": ([without_version("3"), without_record], "2", "the alias champion is missing"),
     "all but previous": ([without_alias, without_record, without_verdicts], "2", "the alias champion is missing"),
-    "alias after a rollback": ([rolled_back, without_alias], "2", "the alias champion is missing"),
     "version after a rollback": ([rolled_back, without_version("2")], "1", "the champion, version 2, was deleted"),
 }
 
@@ -214,7 +201,6 @@ def test_a_version_must_still_beat_one(
 STOPS = {
     "all versions": [without_version("1", "2", "3")],
     "all but one that was rolled back": [rolled_back, without_version("1", "2")],
-    "version, previous and verdicts": [without_version("3", "2"), without_verdicts],
 }
 
 
@@ -255,52 +241,3 @@ def test_a_champion_that_is_deleted_while_a_night_trains(nights: Nights, delete:
     nights.meanwhile = lambda: delete(nights)
     assert "refused: eval/loss 1.4100" in nights.call(WORSE)
     assert "champion" not in nights.aliases.current()
-
-
-@pytest.mark.parametrize("delete", [without_alias, without_version("3")], ids=["alias", "version"])
-def test_a_champion_that_is_deleted_while_it_is_measured(
-    nights: Nights, monkeypatch: pytest.MonkeyPatch, delete: Callable[[Nights], None]
-) -> None:
-    def measures(*arguments: Any) -> list[RowResults]:
-        if "champion" in nights.aliases.current():
-            delete(nights)
-        return measured(*arguments)
-
-    monkeypatch.setattr(compare, "measured", measures)
-    log = nights.call(1.0)  # better than version 2
-    assert "the champion was version 3, and is now none: the gate decides again" in log
-    promoted = delete is not without_alias
-    assert nights.aliases.current().get("champion") == ("4" if promoted else None)
-    assert nights.aliases.current()["previous"] == "2"
-
-
-def test_a_challenger_that_is_deleted_before_it_is_judged_is_registered_again(
-    nights: Nights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measures(*arguments: Any) -> list[RowResults]:
-        nights.client.delete_model_version(NAME, "4")
-        return measured(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "measured", measures)
-        assert "nightly has no version 4; it has 1, 2, 3" in nights.stops(BETTER)
-    assert nights.aliases.current() == {"champion": "3", "previous": "2"}
-    assert "version 5 is the champion" in nights.call()
-
-
-def test_by_hand_after_it_was_deleted(nights: Nights, capsys: pytest.CaptureFixture[str]) -> None:
-    """`promote` keeps `previous`, which a rollback needs."""
-    at = ("--tracking-uri", nights.aliases.uri)
-    without_alias(nights)
-    with pytest.raises(UserError, match="nothing to roll back to: there is no champion"):
-        registry.main(["rollback", NAME, *at])
-    registry.main(["promote", NAME, "3", *at])
-    assert nights.aliases.current() == {"champion": "3", "previous": "2"}
-    without_alias(nights)
-    registry.main(["promote", NAME, "2", *at])
-    assert nights.aliases.current() == {"champion": "2"}, "no version is the one before itself"
-    registry.main(["promote", NAME, "3", *at])
-    without_version("2")(nights)
-    with pytest.raises(UserError, match=r"nothing to roll back to: .* `previous` was deleted or is itself"):
-        registry.main(["rollback", NAME, *at])
-    assert nights.aliases.current() == {"champion": "3"}

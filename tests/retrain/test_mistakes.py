@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.tracking.client import connect
 from pipelines import retrain
 from tests import mlflow_database
 from tests.retrain.nightly import Nightly
@@ -29,15 +28,3 @@ def test_a_failure_is_recorded_with_its_reason(folder: Path, model: Path, monkey
     assert "heldout.jsonl: no such file" in first.data.tags["olora.reason"]
     assert first.info.status == "FAILED"
     assert not list((folder / "runs" / "locks").glob("*.json")), "the lock is given back"
-
-
-def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_said(
-    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    nightly = Nightly(folder, model)
-    mlflow_database.place(folder / "runs")
-    client = connect(nightly.aliases.uri)
-    client.delete_experiment(client.create_experiment("olora"))
-    (folder / "heldout.jsonl").unlink()
-    assert "heldout.jsonl: no such file" in refused(nightly)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 
 from olora_ray.common import lock
 from olora_ray.tracking.aliases import GATE
@@ -48,9 +47,10 @@ def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(fold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("origin", ["base", "champion"])
-def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, origin: str) -> None:
-    nightly = Nightly(folder, model, retrain={"from": origin, "replay": 0.5}, train=longer(model))
+@pytest.mark.parametrize(("origin", "merged"), [("base", True), ("champion", False)])
+def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, origin: str, merged: bool) -> None:
+    settings = {"retrain": {"from": origin, "replay": 0.5}, "export": {"merged": merged}}
+    nightly = Nightly(folder, model, train=longer(model), **settings)
     nightly.call()
     nightly.add("1-more", ["three"], 40)
     log = nightly.call()
@@ -84,50 +84,6 @@ def longer(model: Path) -> dict[str, Any]:
     """Settings with which the tiny model learns the answer to each question."""
     settings: dict[str, Any] = project.settings(model, model)["train"]
     return settings | {"steps": 60, "eval_every": 20, "checkpoint_every": 20, "global_batch": 4, "lr": 1e-2}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("origin", ["base", "champion"])
-def test_nights_of_adapters_alone(folder: Path, model: Path, origin: str) -> None:
-    nightly = Nightly(
-        folder, model, retrain={"from": origin, "replay": 0.5}, train=longer(model), export={"merged": False}
-    )
-    log = nightly.call()
-    assert "registering the adapter, without its base model, as nightly@" in log
-    assert nightly.aliases.current() == {"champion": "1"}, log
-    nightly.add("1-more", ["three"], 40)
-    log = nightly.call()
-    assert "changed since the champion, version 1: training data" in log
-    assert nightly.aliases.current() == {"champion": "2", "previous": "1"}, log
-    assert nightly.aliases.version("2").tags[GATE].startswith("passed: eval/loss")
-    assert [weights(nightly, number) for number in ("1", "2")] == [["peft/adapter_model.safetensors"]] * 2
-    assert not list(folder.glob("runs/**/export/merged"))
-    assert "nothing changed since version 2" in nightly.call()
-
-    measured, decided = evaluated(nightly, "models:/nightly@champion"), nightly.decisions()[1].data.metrics
-    assert measured["eval/loss"] == pytest.approx(decided["challenger/eval/loss"], rel=1e-4)
-    old = evaluated(nightly, "models:/nightly/1")
-    assert old["eval/loss"] == pytest.approx(decided["champion/eval/loss"], rel=1e-4)
-    assert measured["eval/loss"] < old["eval/loss"]
-    registry.main(["rollback", "nightly", "--tracking-uri", nightly.aliases.uri])
-    assert nightly.aliases.current()["champion"] == "1"
-
-
-def weights(nightly: Nightly, number: str) -> list[str]:
-    """Return the weight files of a version."""
-    place = Path(MlflowClient(nightly.aliases.uri).get_model_version("nightly", number).source)
-    return sorted(file.relative_to(place).as_posix() for file in place.rglob("*.safetensors"))
-
-
-def evaluated(nightly: Nightly, name: str) -> dict[str, float]:
-    """Return what pipelines/evaluate.py measures for a registered version on the held-out rows."""
-    out = nightly.folder / "out"
-    arguments = (name, "--config", nightly.config, "--out", out)
-    ended = project.run_script("evaluate.py", *arguments, env=nightly.environment())
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    [found] = json.loads((out / "evaluation.json").read_text())["models"]
-    metrics: dict[str, float] = found["metrics"]
-    return metrics
 
 
 KILLED_AT = {

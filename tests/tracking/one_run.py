@@ -1,8 +1,5 @@
 """A run in its own database, with its writes and the values that MLflow has."""
 
-import contextlib
-import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 from olora_ray.tracking import run
@@ -15,16 +12,6 @@ Series = list[tuple[int, float]]
 def local(address: str, run_id: str | None = None) -> run.Tracker:
     config = tiny.config(tracking__uri=address, run__storage=str(Path(address.removeprefix("sqlite:///")).parent))
     return start_run(config, "local", {}, run_id)
-
-
-@contextlib.contextmanager
-def locked(address: str) -> Iterator[None]:
-    lock = sqlite3.connect(address.removeprefix("sqlite:///"), isolation_level=None)
-    lock.execute("BEGIN EXCLUSIVE")
-    try:
-        yield
-    finally:
-        lock.close()
 
 
 def rows(begin: int, end: int) -> dict[int, dict[str, float]]:

@@ -7,7 +7,6 @@ from mlflow.entities import LoggedModelOutput
 
 from olora_ray.common.errors import Stopped, TakenOver, TryAgain, UserError
 from olora_ray.config.schema import Config
-from olora_ray.tracking import client
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import mlflow_run
 from tests import mlflow_database, tiny
@@ -52,9 +51,7 @@ def test_the_next_attempt_resumes_the_run(config: Config) -> None:
     ("error", "after_error", "expected"),
     [
         (ValueError("broken"), "FAILED", "FAILED"),
-        (ValueError("broken"), "KILLED", "KILLED"),
         (Stopped("enough", 143), "FAILED", "KILLED"),
-        (KeyboardInterrupt(), "FAILED", "KILLED"),
         (TakenOver("another driver works on it", 75), "FAILED", "RUNNING"),
     ],
 )
@@ -66,14 +63,6 @@ def test_an_end_before_the_end_is_told(config: Config, error: BaseException, aft
         raise error
     assert caught.value is error
     assert status(tracker) == expected
-
-
-def test_who_cannot_reach_mlflow_is_told_what_to_do(config: Config) -> None:
-    with (
-        pytest.raises(client.TrackingUnavailable, match=r"^away; call again$"),
-        mlflow_run(config, {}, Ids(), {}, advice="call again"),
-    ):
-        raise client.TrackingUnavailable("away")
 
 
 def delete_and_write(tracker: Tracker, experiment: bool) -> None:

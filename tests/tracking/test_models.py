@@ -6,11 +6,10 @@ import pytest
 import torch
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest
 from olora_ray.tracking import checksums, models, run
 from olora_ray.tracking.aliases import GATE, Aliases
-from olora_ray.tracking.models import Contents
+from olora_ray.tracking.models import DESCRIPTION_LENGTH, HEADING, Contents, with_line
 from olora_ray.tracking.start import start_run
 from tests import tiny
 from tests.export_parts import Case, logits
@@ -153,15 +152,6 @@ def test_registering_again_undoes_no_rollback_and_pushes_out_no_newer_version(
     assert aliases.version("2").tags[GATE] == "rolled back: bad"
 
 
-def test_another_alias_does_not_go_back_from_a_newer_version(
-    tracker: run.Tracker, database: Path, merged: Path
-) -> None:
-    second = another_run(database)
-    for one in (tracker, second, tracker):
-        models.register(one, Contents(merged), "back", "candidate", TAGS)
-    assert Aliases(tracker.uri, "back").current() == {"candidate": "2"}
-
-
 def test_a_base_model_without_a_chat_template_completes(tracker: run.Tracker, merged: Path, tmp_path: Path) -> None:
     import mlflow.pyfunc
 
@@ -176,6 +166,13 @@ def _folder_of(tracker: run.Tracker, model_id: str) -> str:
     return str(tracker.client().get_logged_model(model_id).artifact_location)
 
 
-def test_a_name_mlflow_refuses(tracker: run.Tracker, merged: Path) -> None:
-    with pytest.raises(UserError, match=r"^registry\.model=a/b: "):
-        models.register(tracker, Contents(merged), "a/b", "candidate", {})
+@pytest.mark.parametrize("body", ["", "word " * 1500])
+def test_a_description_keeps_its_length_and_the_latest_verdicts(body: str) -> None:
+    text = body
+    for number in range(60):
+        text = with_line(text, f"verdict {number}: " + "x" * 100)
+    assert len(text) <= DESCRIPTION_LENGTH
+    assert "verdict 59" in text
+    assert "verdict 3:" not in text
+    assert text.startswith(body[:200] or HEADING)
+    assert len(with_line(text, "y" * 9000)) <= DESCRIPTION_LENGTH

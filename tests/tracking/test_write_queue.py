@@ -15,18 +15,6 @@ from tests.waiting import until
 SYSTEM = "system/cpu_utilization_percentage"
 
 
-def test_mlflow_keeps_one_of_two_identical_rows(address: str) -> None:
-    """Sending a batch again relies on this."""
-    from mlflow.entities import Metric
-
-    tracker = local(address)
-    batch = [Metric("a", value, 1000, step) for step, value in enumerate([1.0, float("nan"), float("inf"), 0.1])]
-    for size in (2, 4, 4):
-        tracker.client().log_batch(tracker.run_id, metrics=batch[:size])
-    assert sorted(steps(tracker, "a")) == [0, 1, 2, 3]
-    tracker.end()
-
-
 def test_a_run_taken_up_again_ignores_what_mlflow_has(address: str) -> None:
     first = local(address)
     first.watch_system(0.1)
@@ -49,18 +37,6 @@ def test_a_run_taken_up_again_ignores_what_mlflow_has(address: str) -> None:
     after = steps(again, "system/cpu_utilization_percentage")
     assert after == list(range(len(after)))
     assert len(after) > len(before) > 0
-
-
-def test_metrics_come_from_any_thread(address: str) -> None:
-    tracker = local(address)
-    writers = [threading.Thread(target=tracker.metrics, args=(rows(0, 1500),)) for _ in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    tracker.end()
-    tracker.metrics(rows(1500, 1510))  # too late
-    assert sorted(steps(tracker, "train/lr")) == list(range(1500))
 
 
 def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(

@@ -1,15 +1,12 @@
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from tests.pipelines.evidence.conftest import PACKAGE, make_wheel
 
 Script = Callable[[str], ModuleType]
@@ -42,12 +39,6 @@ def test_rows_are_questions_with_their_solutions(make: Make, script: Script) -> 
         assert scores == {"exact_match": 1.0, "last_number": 1.0}
 
 
-def test_the_package_is_not_imported_as_a_whole(make: Make) -> None:
-    make("--rows", "2", "--heldout", "2")
-    assert "a_package_that_is_not_there" not in sys.modules
-    assert "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic" in sys.modules
-
-
 def test_no_question_is_in_both_files_under_another_name(make: Make) -> None:
     rows = make("--rows", "300", "--heldout", "100")
     keys = [
@@ -73,47 +64,3 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(make: Ma
     assert make("--rows", "40", "--heldout", "20", out="c")["heldout"] == first["heldout"]
     other = make("--rows", "20", "--heldout", "20", "--seed", "1000", out="d")
     assert not {row["prompt"] for row in other["train"]} & {row["prompt"] for row in first["train"]}
-
-
-def question(script: Script, **changes: Any) -> Any:
-    values = {"index": 0, "template": 3, "question": "1 and 2?", "solution": "1+2\n#### 3", "answer": "3"}
-    return script("make_reasoning").Question(**{**values, "accepted": True, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({}, None),
-        ({"answer": "3.0"}, None),
-        ({"accepted": False}, "the package's verifier refuses its own answer"),
-        ({"answer": "4"}, "the solution does not end in the answer"),
-        ({"solution": "3"}, "the solution does not end in the answer"),
-        ({"answer": "three"}, "the solution does not end in the answer"),
-        ({"question": "x" * 60}, "too long"),
-    ],
-)
-def test_what_is_left_out(script: Script, changes: dict[str, Any], reason: str | None) -> None:
-    assert script("make_reasoning").fault(question(script, **changes), longest=60) == reason
-
-
-def test_a_wrong_sign_of_the_packages_verifier_is_counted(make: Make, tmp_path: Path) -> None:
-    make("--rows", "60", "--heldout", "30")
-    left_out = json.loads((tmp_path / "out" / "rows.json").read_text())["left out"]
-    assert left_out["the package's verifier refuses its own answer"] > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--rows", "none"], "argument --rows: expected a whole number from 1, not 'none'"),
-        (["--split-by", "names"], "argument --split-by: expected questions or templates, not 'names'"),
-        (["--row", "1"], "argument --row: unknown; did you mean --rows"),
-        (["rows.jsonl"], "argument rows.jsonl: unknown"),
-        (["--longest", "10"], "argument --heldout 448: only 0 rows are left; ask for fewer, or set --longest"),
-    ],
-)
-def test_a_mistake_is_one_line(make: Make, arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make(*arguments)
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)

@@ -6,8 +6,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
 
@@ -49,22 +47,3 @@ def test_files_of_somebody_else_are_not_overwritten(script: Script, tmp_path: Pa
     with pytest.raises(UserError, match=r"--out .*its train\.jsonl was not written by this script"):
         script("row_files").write(tmp_path, sets(script, ("Four?", "d")), {})
     assert (tmp_path / "train.jsonl").read_text() == "mine"
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(script: Script, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"--out .*file/out: cannot be written: Not a directory"):
-        script("row_files").write(tmp_path / "file" / "out", sets(script, ("Four?", "d")), {})
-
-
-@given(text=st.text())
-def test_case_and_blanks_do_not_make_another_question(script: Script, text: str) -> None:
-    normalised = script("row_files").normalised
-    assert normalised(f"  {text}\n") == normalised(text) == normalised(text.replace(" ", "\t"))
-    assert normalised("Straße\u00a0１") == normalised("STRASSE 1")
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "", "²"])
-def test_a_count_is_a_whole_number(script: Script, text: str) -> None:
-    with pytest.raises(UserError, match="argument --rows: expected a whole number from 1"):
-        script("row_files").positive("--rows", text)

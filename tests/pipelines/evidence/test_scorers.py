@@ -1,11 +1,7 @@
-import re
 from collections.abc import Callable
-from decimal import Decimal
 from types import ModuleType
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
 
@@ -43,27 +39,3 @@ def test_a_reference_without_a_number_is_the_users_mistake(script: Script) -> No
 )
 def test_yes_no(script: Script, prediction: str, exact: float, answered: float) -> None:
     assert script("scorers").yes_no(prediction, "yes") == {"exact_match": exact, "answered": answered}
-
-
-def test_a_reference_that_is_neither_is_the_users_mistake(script: Script) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.scorer: yes_no needs yes or no as the reference, not 'true'"):
-        script("scorers").yes_no("yes", "true")
-
-
-@given(value=st.decimals(-(10**9), 10**9, places=2), before=st.text(), after=st.text(alphabet="abc .\n"))
-def test_a_marked_number_is_found_however_it_is_written(
-    script: Script, value: Decimal, before: str, after: str
-) -> None:
-    found = script("scorers").marked_number
-    assert found(f"{before}#### {value:f} {after}") == value
-    assert found(f"{before}####{value:,f}") == value
-
-
-@given(prediction=st.text())
-def test_any_answer_can_be_scored(script: Script, prediction: str) -> None:
-    for scores in (
-        script("scorers").final_number(prediction, "#### 1"),
-        script("scorers").yes_no(prediction, "no"),
-    ):
-        assert set(scores.values()) <= {0.0, 1.0}
-    assert script("scorers").number(prediction) is None or re.search(r"\d", prediction)

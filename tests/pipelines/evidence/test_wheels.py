@@ -1,5 +1,4 @@
 import hashlib
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -25,55 +24,3 @@ def test_a_given_wheel_is_taken_if_its_bytes_are_the_release(script: Script, tmp
     file.write_bytes(file.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"--wheel .*some.whl: sha256 .* of some-data==1.0; name that release's wheel"):
         script("wheels").obtain(wheel, str(file), tmp_path)
-
-
-def test_pip_is_asked_once_without_dependencies(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    served = make_wheel(tmp_path / "served.whl", {"data/rows.jsonl": "{}"})
-    asked: list[list[str]] = []
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        asked.append(command)
-        folder = Path(command[command.index("--dest") + 1])
-        (folder / "some_data-1.0-py3-none-any.whl").write_bytes(served.read_bytes())
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(script("wheels").subprocess, "run", run)
-    for _ in range(2):
-        found = script("wheels").obtain(release(script, served), None, tmp_path / "wheels")
-        assert found == tmp_path / "wheels" / "some_data-1.0-py3-none-any.whl"
-    assert len(asked) == 1
-    assert asked[0][1:4] == ["-m", "pip", "download"]
-    assert "--no-deps" in asked[0]
-    assert asked[0][-1] == "some-data==1.0"
-    assert list((tmp_path / "wheels").iterdir()) == [found]
-
-
-def test_what_pip_says_is_one_line(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
-    monkeypatch.setattr(script("wheels").subprocess, "run", lambda *_, **__: failed)
-    wheel = script("wheels").Wheel("some-data", "1.0", "0" * 64, "MIT")
-    with pytest.raises(UserError, match=r"pip download some-data==1\.0: ERROR: no matching distribution; or download"):
-        script("wheels").obtain(wheel, None, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "no such file; leave --wheel out"), (b"not a zip", "not a wheel"), (b"", "not a wheel")],
-)
-def test_what_is_no_wheel_is_refused(script: Script, tmp_path: Path, content: bytes | None, message: str) -> None:
-    file = tmp_path / "x.whl"
-    if content is not None:
-        file.write_bytes(content)
-    sha256 = hashlib.sha256(content or b"").hexdigest()
-    with pytest.raises(UserError, match=message):
-        script("wheels").read(
-            script("wheels").obtain(script("wheels").Wheel("x", "1", sha256, ""), str(file), tmp_path), "a"
-        )
-
-
-def test_a_release_without_the_data_is_named(script: Script, tmp_path: Path) -> None:
-    file = make_wheel(tmp_path / "some.whl", {"a": "b"})
-    with pytest.raises(UserError, match=r"some.whl: it has no data/rows.jsonl"):
-        script("wheels").read(file, "data/rows.jsonl")
