@@ -11,9 +11,6 @@ from typing import Any
 import ray
 import torch
 
-from olora_ray.adapter import merge, portable
-from olora_ray.adapter.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
-from olora_ray.adapter.peft_folder import compress, new_adapter, replacing
 from olora_ray.cluster.channel import make_channel, sent_to
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
@@ -28,8 +25,10 @@ from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import ADAPTER, parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_gguf, export_shares
+from olora_ray.pipeline import export_gguf, export_shares, merge, portable
 from olora_ray.pipeline.export_shares import Compressed, OnOriginal, Spread, Work
+from olora_ray.pipeline.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
+from olora_ray.pipeline.peft_folder import compress, new_adapter, replacing
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models

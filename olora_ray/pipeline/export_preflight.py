@@ -16,14 +16,14 @@ import torch
 from olora_ray.adapter import stored
 from olora_ray.adapter.candidates import is_stack, parameter_of, stored_transposed
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.adapter.parity import BOUND, check_adapter
-from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_gguf
+from olora_ray.pipeline.parity import BOUND, check_adapter
+from olora_ray.pipeline.peft_folder import write_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from olora_ray.adapter import merge, stored
+from olora_ray.adapter import stored
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
+from olora_ray.pipeline import merge
 from tests import tiny
 from tests.export_parts import Case, logits, make_case, make_stacked_case, save_tokenizer, skeleton_of
 from tests.families import zoo

@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from olora_ray.adapter import merge, portable
-from olora_ray.adapter.portable import Card, model_card
 from olora_ray.config.schema import Adapter, Source
 from olora_ray.model.folder import text_class
+from olora_ray.pipeline import merge, portable
+from olora_ray.pipeline.portable import Card, model_card
 from tests.export_parts import save_tokenizer
 
 

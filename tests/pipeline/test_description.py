@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from olora_ray.adapter.portable import in_words
 from olora_ray.config.schema import Source
 from olora_ray.pipeline import publish
 from olora_ray.pipeline.export import about_data
+from olora_ray.pipeline.portable import in_words
 from olora_ray.pipeline.version import describe
 from olora_ray.tracking import models
 from olora_ray.tracking.client import connect
