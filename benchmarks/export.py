@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from common import machine, table
 
-from olora_ray.adapter import stored
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import build
+from olora_ray.model import stored
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_preflight, merge

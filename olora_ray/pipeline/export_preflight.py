@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from olora_ray.adapter import stored
 from olora_ray.adapter.candidates import is_stack, parameter_of, stored_transposed
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.model import stored
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_gguf

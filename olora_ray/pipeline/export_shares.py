@@ -17,7 +17,6 @@ import torch
 
 from olora_ray.adapter.inject import inject, remove
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.stored import Group, groups, weight_files
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import assigned_device
@@ -29,6 +28,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton, too_large
 from olora_ray.model.source import BaseModel, on_this_node
+from olora_ray.model.stored import Group, groups, weight_files
 from olora_ray.pipeline import merge
 from olora_ray.pipeline.parity import MergedFolder
 from olora_ray.tokens.collate import collate

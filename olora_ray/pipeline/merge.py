@@ -23,10 +23,10 @@ from torch import Tensor
 
 from olora_ray.adapter.candidates import stored_transposed
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.stored import Group, groups, is_stale_index, tensors, weight_files
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.model.folder import INDEX
+from olora_ray.model.stored import Group, groups, is_stale_index, tensors, weight_files
 from olora_ray.pipeline import portable
 from olora_ray.pipeline.peft_folder import replacing
 

@@ -11,7 +11,7 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from olora_ray.adapter import stored
+from olora_ray.model import stored
 from olora_ray.pipeline import merge
 from olora_ray.pipeline.parity import check_adapter
 from olora_ray.pipeline.peft_folder import write_adapter

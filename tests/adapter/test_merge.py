@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from olora_ray.adapter import stored
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
+from olora_ray.model import stored
 from olora_ray.pipeline import merge
 from tests import tiny
 from tests.export_parts import Case, logits, make_case, make_stacked_case, save_tokenizer, skeleton_of
@@ -56,7 +56,7 @@ def test_experts_are_merged_some_at_a_time_with_the_same_result(
             tmp_path / family / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6)
         )
         whole = load_file(case.write_merged(tmp_path / family / "whole") / "model.safetensors")
-        monkeypatch.setattr("olora_ray.adapter.stored.AT_ONCE", 1)
+        monkeypatch.setattr("olora_ray.model.stored.AT_ONCE", 1)
         found = stored.groups(case.base, case.model, case.adapter)
         assert any(len(list(group.steps())) == 4 for group in found), family
         one_by_one = load_file(case.write_merged(tmp_path / family / "parts") / "model.safetensors")

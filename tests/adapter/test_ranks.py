@@ -15,10 +15,10 @@ from torch import Tensor
 from olora_ray.adapter.initialise import exchange, initialise
 from olora_ray.adapter.inject import inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.adapter.stored import groups
 from olora_ray.cluster.resume import resume
 from olora_ray.common import collectives
 from olora_ray.config.schema import Adapter
+from olora_ray.model.stored import groups
 from olora_ray.pipeline import merge
 from olora_ray.pipeline.parity import check_adapter
 from olora_ray.pipeline.peft_folder import compress, read_adapter

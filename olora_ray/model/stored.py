@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.candidates import parameter_of
 from olora_ray.common.errors import UserError
 from olora_ray.model.folder import INDEX, SINGLE, indexed, is_unknown_bias, unsupported_bias, unsupported_packing
 
@@ -331,8 +330,10 @@ def groups(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> list[
 
 def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
     """Return the groups of stored tensors that hold these layers, and layer -> reason if one cannot be merged."""
-    wanted = {parameter_of(model, layer): layer for layer in layers}
-    stored, problems = tensors(base), _tied(model, wanted)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # A stack of experts has the name of its parameter, a linear layer that of its module.
+    wanted = {layer if layer in parameters else f"{layer}.weight": layer for layer in layers}
+    stored, problems = tensors(base), _tied(model, parameters, wanted)
     read_from = as_transformers_reads(stored, model)
     by_tensor: dict[str, Group] = {}
     problem_of_kind: dict[tuple[str, ...], str | None] = {}
@@ -353,9 +354,8 @@ def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[l
     return [group for group in by_tensor.values() if group.layers], problems
 
 
-def _tied(model: "PreTrainedModel", wanted: Mapping[str, str]) -> dict[str, str]:
+def _tied(model: "PreTrainedModel", parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, str]:
     # A tied weight has no change of its own: merging the adapter would change the other layer as well.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = Counter(id(parameter) for parameter in parameters.values())
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return {
