@@ -2,11 +2,8 @@
 
 import contextlib
 import logging
-import os
-import stat
 import sys
 from collections.abc import Iterator
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -58,9 +55,8 @@ class Progress:
             with tqdm.external_write_mode(file=sys.stdout):
                 yield
             return
-        if _is_pipe(sys.stdout):
-            # `| tee run.log` writes to the terminal a moment later, so the bar returns only with the next step.
-            self.bar.clear()
+        # `| tee run.log` writes to the terminal a moment later, so the bar returns only with the next step.
+        self.bar.clear()
         yield
 
     def line(self, text: str) -> None:
@@ -116,13 +112,6 @@ class Progress:
             seconds += evaluations * self.took.get("evaluation", 0.0)
         # The start of a worker reads the base model once. An export reads it twice, to merge and to check.
         return clock(seconds + 2 * self.took.get("start", 0.0) * self.export)
-
-
-def _is_pipe(stream: TextIO) -> bool:
-    try:
-        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError):  # a stream without a file descriptor, as in tests
-        return False
 
 
 def batch_split(config: Config, workers: int) -> str:
