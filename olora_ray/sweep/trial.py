@@ -1,10 +1,11 @@
 """One trial of a search: an ordinary training, in a thread that hands over its evaluations one by one."""
 
 import contextlib
+import io
 import logging
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,7 +116,7 @@ class TrialRun:
         self._file.record = replace(self._file.record, total=self.total)
         with (
             publish.tracked(self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent) as tracker,
-            logs.handled_by(_LogFile(self.folder.root)),
+            _log_file(self.folder.root),
         ):
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
@@ -187,30 +188,18 @@ class TrialRun:
         self._items.put(Measured(step, value))
 
 
-class _LogFile(logging.Handler):
-    """The trial's log.txt: written line by line in a local folder, at the end if the storage is a URI."""
-
-    def __init__(self, root: str) -> None:
-        super().__init__()
-        self.setFormatter(logs.LineFormatter())
-        self.path = storage.join(root, "log.txt")
-        self._remote = storage.is_uri(root)
-        self._lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = f"{self.format(record)}\n"
-        if self._remote:
-            self._lines.append(text)
-            return
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError:  # losing a line must not end the trial
-            self.handleError(record)
-
-    def close(self) -> None:
-        if self._lines:
-            with contextlib.suppress(OSError):  # as above
-                storage.write_text(self.path, "".join(self._lines))
-            self._lines = []
-        super().close()
+@contextlib.contextmanager
+def _log_file(root: str) -> Iterator[None]:
+    """Write log lines into the trial's log.txt: at once in a local folder, at the end if the storage is a URI."""
+    path, lines = storage.join(root, "log.txt"), io.StringIO()
+    handler: logging.Handler = logging.StreamHandler(lines)
+    if not storage.is_uri(root):
+        handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logs.LineFormatter())
+    try:
+        with logs.handled_by(handler):
+            yield
+    finally:
+        if text := lines.getvalue():
+            with contextlib.suppress(OSError):  # losing the lines must not end the trial
+                storage.write_text(path, text)
