@@ -26,7 +26,6 @@ from olora_ray.sweep.record import Status, TrialFile, TrialRecord
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
-from olora_ray.train.checkpoints import last_step
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ class TrialRun:
             self.folder.claim(self.config, state)
             result = fit.finished_training(spec, self.folder, state)
             if result is None:
-                self._file.keep_curve(last_step(self.folder.checkpoints))
+                self._file.keep_curve(state.step or 0)
                 result = self._fitted(spec, tracker)
             assert result.state is not None
             for row in result.state.history:  # the rows of a training that had ended before, too

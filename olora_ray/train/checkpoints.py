@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from safetensors import SafetensorError
 
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 PREFIX = "step-"
 AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
 """Errors of a mounted storage that is unreachable at the moment."""
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class Closed(UserError):
@@ -54,32 +54,31 @@ def names(root: str) -> list[str]:
     return [name_of(step) for step in sorted(steps)]
 
 
-def step_of(name: str) -> int:
-    return int(name.removeprefix(PREFIX))
-
-
-def last_step(root: str) -> int:
-    return max(map(step_of, names(root)), default=0)
-
-
 def steps_of(root: str) -> list[int]:
     numbers = (name.removeprefix(PREFIX) for name in storage.names(root) if name.startswith(PREFIX))
     return [int(number) for number in numbers if number.isdecimal()]
 
 
-def names_now(root: str) -> list[str]:
-    try:
-        return names(root)
-    except OSError:
-        return []
+@dataclass(frozen=True)
+class Kept:
+    """The facts in a checkpoint's state.json that others than a training need."""
+
+    identity: dict[str, str]
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+def newest(root: str) -> tuple[int | None, Kept]:
+    """Return the step of the newest checkpoint, which may be damaged, and the facts of the newest readable one."""
+    listed = names(root)
+    files = (storage.join(root, name, checkpoint.STATE) for name in reversed(listed))
+    kept = next(filter(None, (records.read(file, Kept) for file in files)), Kept({}))
+    return (int(listed[-1].removeprefix(PREFIX)) if listed else None), kept
 
 
 def precision_now(root: str) -> str | None:
-    """Return the precision in which a run started, from its newest readable checkpoint; None if it is unknown."""
-    for name in reversed(names_now(root)):
-        state = records.read(storage.join(root, name, checkpoint.STATE), dict[str, Any])
-        if state and "precision" in state:
-            return str(state["precision"]) if state["precision"] in PRECISIONS else None
+    """Return the precision in which a run started; None if it is unknown."""
+    with contextlib.suppress(OSError):
+        return newest(root)[1].precision
     return None
 
 
@@ -254,11 +253,9 @@ class CheckpointManager:
             except (OSError, SafetensorError) as error:
                 if pause is None:
                     self._problem = error
-                    written = names_now(self.root)
-                    last = f"the last checkpoint is {written[-1]}" if written else "there is no checkpoint yet"
                     logger.warning(
                         f"the checkpoint of step {step} cannot be written ({short_reason(error)}), after"
-                        f" {plural(number, 'attempt')}; training continues; {last}"
+                        f" {plural(number, 'attempt')}; training continues"
                     )
                     return
                 logger.warning(f"retrying to write the checkpoint of step {step}: {short_reason(error)}")
