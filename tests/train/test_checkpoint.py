@@ -207,18 +207,12 @@ def test_a_state_that_is_none_is_an_error(saved: Path, tmp_path: Path, text: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["a0", "b0", "da", "db"])
-@pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(3, 3), torch.zeros(()), None])
-def test_parts_that_do_not_fit_each_other_are_an_error(
-    saved: Path, tmp_path: Path, part: str, other: Tensor | None
-) -> None:
+@pytest.mark.parametrize("part", ["a0", "db"])
+def test_a_missing_part_of_a_layer_is_an_error(saved: Path, tmp_path: Path, part: str) -> None:
     folder = damaged(saved, tmp_path)
     parts = load_file(folder / "adapter.safetensors")
-    name = f"{next(iter(random_adapter()))}.{part}"
-    parts = {**parts, name: other} if other is not None else {each: parts[each] for each in parts if each != name}
+    del parts[f"{next(iter(random_adapter()))}.{part}"]
     resealed(folder, "adapter.safetensors", save_bytes(parts))
-    if other is None and part in ("b0", "da"):  # an adapter of plain LoRA, or of fewer layers
-        return
     with pytest.raises(UserError, match=r"^checkpoint .*: cannot be loaded: "):
         checkpoint.load(folder)
 
