@@ -99,10 +99,6 @@ class SearchRecord:
     def of(self, number: int | None) -> TrialRecord | None:
         return next((trial for trial in self.trials if trial.number == number), None)
 
-    def columns(self) -> list[str]:
-        others = (name for trial in self.trials for name in trial.params)
-        return list(dict.fromkeys([*self.fields, *others]))
-
     def to_json(self) -> str:
         """Return the text of leaderboard.json, the best trial first; NaN and infinity become null."""
         content = {**asdict(self), "trials": [asdict(trial) for trial in self.ordered()]}

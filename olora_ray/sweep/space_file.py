@@ -129,17 +129,8 @@ def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
         for value in domain.probes():
             yield {field: value}
         return
-    for base, factor in _pairs(space.search[domain.of].extremes(), domain.factors()):
+    for base, factor in itertools.product(space.search[domain.of].extremes(), domain.factors()):
         yield {domain.of: base, field: multiple(base, factor)}
-
-
-def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any, float]]:
-    """Yield each base with each factor; if there are very many, each only with the ends of the other list."""
-    if len(bases) * len(factors) <= 1_000:
-        yield from itertools.product(bases, factors)
-        return
-    yield from itertools.product(bases, (min(factors), max(factors)))
-    yield from itertools.product((min(bases), max(bases)), factors)
 
 
 def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> None:

@@ -42,11 +42,6 @@ def test_json_has_every_trial_in_order_and_no_nan() -> None:
     assert read["trials"][0]["params"] == realistic().trials[read["trials"][0]["number"]].params
 
 
-def test_columns_are_the_fields_and_whatever_else_was_set() -> None:
-    record = search([({"b": 1, "a": 2}, 1.0), ({"c": 3}, 2.0)], fields=("a",))
-    assert record.columns() == ["a", "b", "c"]
-
-
 @pytest.mark.parametrize("most", [5, 12, 40])
 def test_a_thinned_search_keeps_its_best_its_default_and_both_ends(most: int) -> None:
     record = realistic(40)

@@ -326,7 +326,7 @@ def _rate_fields(record: SearchRecord) -> tuple[str | None, str | None]:
         shares, _ = importance(record)
         order = [name for group in shares for name in group] if isinstance(shares, dict) else []
         fields.sort(key=lambda name: order.index(name) if name in order else len(order))
-    numeric = [name for name in fields if all(text.is_number(trial.params.get(name, 0)) for trial in record.trials)]
+    numeric = [name for name in fields if text.numeric(record, name)]
     field = next((name for name in ("train.lr", *numeric, *fields) if name in fields), None)
     return field, next((name for name in ("adapter.rank", *fields) if name in fields and name != field), None)
 

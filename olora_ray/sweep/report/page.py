@@ -166,10 +166,8 @@ def _cards(record: SearchRecord) -> str:
 
 
 def _table(record: SearchRecord) -> str:
-    fields = record.columns()
-    names = text.short(fields)
-    numeric = {name: all(text.is_number(t.params.get(name, 0)) for t in record.trials) for name in fields}
-    heads = [head("trial", True), *(head(names[name], numeric[name], name) for name in fields)]
+    names, numeric = text.short(record.fields), {name: text.numeric(record, name) for name in record.fields}
+    heads = [head("trial", True), *(head(names[name], numeric[name], name) for name in record.fields)]
     heads += [head(name, True) for name in (record.metric, "steps", "time")]
     heads += [head(name, False) for name in ("status", "reason")]
     ordered, best, default = record.ordered(), record.best(), record.of(record.default)
