@@ -158,8 +158,6 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
                 what = f"a set of experts with packed weights ({str(dtype).removeprefix('torch.')})"
                 refused = Reason(what, "experts with packed weights")
             maps[f"{name}.{parameter}"] = Candidate(target, name, refused)
-        for parameter in _other_experts(module):
-            maps[f"{name}.{parameter}"] = Candidate(Target(module, parameter, False), name, _unknown(module))
     for name, item in maps.items():
         if part := part_of(name, outside):
             maps[name] = replace(item, aside=Reason(f"a part of the {part}", part))
@@ -258,18 +256,6 @@ def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3 and len(parameter) > 1 and (len(parameter) == count or _named_experts(module)):
             yield name, len(parameter)
-
-
-def _other_experts(module: nn.Module) -> Iterator[str]:
-    stacks = {name for name, _ in _stacks(module)}
-    for name, parameter in module.named_parameters(recurse=False):
-        if _named_experts(module) and parameter.dim() > 1 and name not in stacks and "bias" not in name:
-            yield name
-
-
-def _unknown(module: nn.Module) -> Reason:
-    what = f"experts whose layout is not known from the code of {type(module).__name__}"
-    return Reason(f"a set of {what}", what)
 
 
 def _named_experts(module: nn.Module) -> bool:
