@@ -64,23 +64,6 @@ def test_experts_are_merged_some_at_a_time_with_the_same_result(
         assert all(torch.equal(whole[name], one_by_one[name]) for name in whole)
 
 
-def test_shares_write_what_one_process_writes(tmp_path: Path) -> None:
-    case = make_case(tmp_path / "base", tiny.llama(), SETTINGS, shard="100KB")
-    whole = case.write_merged(tmp_path / "whole")
-    out = tmp_path / "shared"
-    out.mkdir()
-    merge.copy_files(case.base, out)
-    found = stored.groups(case.base, case.model, case.adapter)
-    shares = merge.shares(found, 3)
-    assert sorted(group.key for share in shares for group in share) == sorted(group.key for group in found)
-    sizes = [sum(group.size for group in share) for share in shares]
-    assert max(sizes) < 1.5 * min(sizes)
-    for share in [*shares, shares[1]]:  # one is done twice, as after the death of a worker
-        merge.merge(case.base, out, share, case.adapter, case.scale)
-    for file in whole.glob("*.safetensors"):
-        assert file.read_bytes() == (out / file.name).read_bytes()
-
-
 def test_weights_are_rounded_once_to_the_stored_precision(tmp_path: Path) -> None:
     case = make_case(tmp_path / "base", tiny.llama(dtype=torch.bfloat16), SETTINGS)
     before = load_file(case.base / "model.safetensors")

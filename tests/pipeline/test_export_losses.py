@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
-from olora_ray.pipeline import export, export_shares
+from olora_ray.pipeline import export, export_losses
 from olora_ray.train.parallel import load_frozen
 from tests import tiny
 from tests.packed import unpack
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
 def test_why_it_is_not_measured_is_said_in_the_report_and_not_on_the_card(
     run: Run, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], what: str, card: str
 ) -> None:
-    monkeypatch.setattr(export_shares, "choose_attention", lambda *_: {}["/home/someone/model"])
+    monkeypatch.setattr(export_losses, "choose_attention", lambda *_: {}["/home/someone/model"])
     found = export.export_run(spec_of(run, export__merged=False, **changes), run.folder, STEP)
     assert (found["ok"], found[what]["loss"]) == (True, "the model does not run here: '/home/someone/model'")
     shown = (Path(run.folder.adapter) / "README.md").read_text()
