@@ -29,7 +29,7 @@ from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
-from olora_ray.train.generate import Question, decoding, greedy, questions
+from olora_ray.train.generate import Question, greedy, questions
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import choose_attention
 
@@ -199,8 +199,7 @@ class Measurer:
         """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""
         questions = [item for item in work if isinstance(item, Question)]
         if questions:
-            with decoding(self.model):
-                return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
+            return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
         packs = [item for item in work if isinstance(item, Pack)]
         each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
         return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]

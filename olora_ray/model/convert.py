@@ -15,7 +15,6 @@ import torch
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.common.logs import quiet_gguf
 from olora_ray.config.schema import AnyConfig, Model
 from olora_ray.model.folder import (
     foreign,
@@ -227,9 +226,10 @@ def _pickles(folder: Path, config: Model) -> list[Path]:
 
 
 def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
-    from transformers import AutoTokenizer
+    from tqdm import tqdm
+    from transformers import AutoTokenizer, modeling_gguf_pytorch_utils
 
-    quiet_gguf()
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: a bar only on a terminal
     what = f"model.name: {file} cannot be loaded as a GGUF model"
     with as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError), foreign(what):
         passed_by = check_gguf(file)

@@ -33,19 +33,23 @@ logger = logging.getLogger(__name__)
 # The plan of a run: adapted layers, layers that are left out, and memory.
 
 
-def plan(config: Config, base: BaseModel) -> MemoryEstimate:
-    """Log and return the size of the run; raise UserError for impossible targets, rank or scorer."""
-    check_scorer(config)
+def plan(config: Config, base: BaseModel, prefix: str = "") -> MemoryEstimate:
+    """Log and return the size of the run; raise UserError for impossible targets, rank or scorer.
+
+    `prefix` comes before each line of the plan.
+    """
+    _check_scorer(config)
     if config.train.early_stop and not config.data.holds_out():
         logger.warning(
             "train.early_stop: has no effect, because no rows are held out; set data.eval or data.eval_fraction"
         )
-    size = deliverable(config, base)
-    say(config, size)
+    size = _deliverable(config, base)
+    for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
+        logger.info(f"{prefix}{line}")
     return size
 
 
-def check_scorer(config: Config) -> None:
+def _check_scorer(config: Config) -> None:
     """Raise UserError for an unknown scorer; warn if there are no rows to score."""
     if not config.evaluation.scorer:
         return
@@ -56,19 +60,13 @@ def check_scorer(config: Config) -> None:
         )
 
 
-def deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
+def _deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
     """Return the size of a training; raise UserError if it could not be trained or exported."""
     size = estimate(config, base)
     if problems := export_preflight.problems(base, config, size.targets):
         more = [f"{plural(len(problems) - 2, 'more type')} of layers cannot be exported"] * (len(problems) > 2)
         raise UserError("; ".join([*problems[:2], *more]))
     return size
-
-
-def say(config: Config, size: MemoryEstimate, prefix: str = "") -> None:
-    """Log the plan: adapted layers, layers that are left out, memory; `prefix` comes before each line."""
-    for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
-        logger.info(f"{prefix}{line}")
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:

@@ -179,7 +179,7 @@ class TrialRun:
         if not metric.startswith("score/"):
             return
         tokenizer = load.load_tokenizer(spec.base, spec.config.model)
-        scores = answers.score(spec.config, answers.answered(result, tokenizer)).get("after", {})
+        scores = answers.scores_after(spec.config, result, tokenizer)
         if (value := scores.get(metric.removeprefix("score/"))) is None:
             raise UserError(f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}")
         step = result.state.step if result.state else 0

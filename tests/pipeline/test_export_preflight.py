@@ -79,7 +79,7 @@ def test_of_many_kinds_of_layers_two_are_named(tmp_path: Path) -> None:
     )
     config = tiny.config(model__name=str(tmp_path))
     with pytest.raises(UserError, match=r"q_proj cannot be merged.*k_proj cannot be merged.*; 2 more types of layers"):
-        prepare.deliverable(config, BaseModel(str(tmp_path), str(tmp_path), ""))
+        prepare.plan(config, BaseModel(str(tmp_path), str(tmp_path), ""))
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])

@@ -90,7 +90,7 @@ def test_a0_is_the_exact_pca_of_the_first_supervised_tokens_of_packed_sequences(
     rows = recorded(tiny.llama(), [packs[i] for i in range(8)], 96)
     offers = {name: exact(rows[name])[1][: 2 * RANK].tolist() for name in found}
     assert about.tokens == 96
-    assert about.ranks == eva.redistributed(offers, len(found) * RANK)
+    assert about.ranks == data_driven.redistributed(offers, len(found) * RANK)
     assert min(about.ranks.values()) < RANK < max(about.ranks.values())
     for name, item in found.items():
         assert item.b0 is None
@@ -294,7 +294,7 @@ def test_a_growing_store_is_waited_for_and_decides_nothing() -> None:
 )
 def test_ranks_are_a_count_of_the_largest_shares(shares: list[list[float]], budget: int) -> None:
     layers = {f"layer {i}": sorted(each, reverse=True) for i, each in enumerate(shares)}
-    found = eva.redistributed(layers, budget)
+    found = data_driven.redistributed(layers, budget)
     assert list(found) == list(layers)
     assert sum(found.values()) == min(budget, sum(map(len, layers.values())))
     kept = [layers[name][i] for name in layers for i in range(found[name])]
@@ -304,8 +304,8 @@ def test_ranks_are_a_count_of_the_largest_shares(shares: list[list[float]], budg
 
 def test_of_equal_shares_the_earlier_component_goes_first_then_the_earlier_layer() -> None:
     shares = [0.3, 0.3, 0.2]
-    assert eva.redistributed({"b": shares, "a": shares}, 3) == {"b": 2, "a": 1}
-    assert eva.redistributed({"b": shares, "a": shares[:1]}, 2) == {"b": 1, "a": 1}
+    assert data_driven.redistributed({"b": shares, "a": shares}, 3) == {"b": 2, "a": 1}
+    assert data_driven.redistributed({"b": shares, "a": shares[:1]}, 2) == {"b": 1, "a": 1}
 
 
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 100))
