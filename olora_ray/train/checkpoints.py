@@ -213,10 +213,6 @@ class CheckpointManager:
         self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
         sweep(root)
-        try:
-            self._earlier = set(steps_of(root))  # written before this process started
-        except (OSError, UserError):
-            self._earlier = set()
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Let `write` fill a folder in the background, as the checkpoint of `step`; waits for the previous checkpoint.
@@ -268,32 +264,24 @@ class CheckpointManager:
     def _retire(self, step: int) -> None:
         """Remove the checkpoints that are not needed now that `step` is written.
 
-        Up to `step`, the newest `keep` good checkpoints stay. Of later steps, a checkpoint is removed if it was there
-        before this process started and is damaged: the resume has skipped it. Any other checkpoint of a later step
-        stays. It may be good, with the bytes that this training will write again. Or this process was given up without
-        knowing it, and the process that resumed the run has written the checkpoint.
+        Up to `step`, the newest `keep` good checkpoints stay. One of a later step stays: it may be good, with the bytes
+        that this training will write again. Or this process was given up without knowing it, and the process that
+        resumed the run has written the checkpoint.
         """
         self._good.add(name_of(step))
         kept = 0
         try:
             for existing in sorted(steps_of(self.root), reverse=True):
                 name = name_of(existing)
-                if existing > step and (existing not in self._earlier or self._may_be_good(name)):
+                if existing > step:
                     continue
-                if existing > step or kept == self.keep or not self._is_good(name):
+                if kept == self.keep or not self._is_good(name):
                     drop(storage.join(self.root, name))
                     self._good.discard(name)
                 else:
                     kept += 1
         except OSError as error:
             logger.warning(f"{self.root}: old checkpoints cannot be removed: {short_reason(error)}")
-
-    def _may_be_good(self, name: str) -> bool:
-        # A checkpoint that cannot be read now is kept, because it may be good.
-        try:
-            return self._is_good(name)
-        except OSError:
-            return True
 
     def _is_good(self, name: str) -> bool:
         if name not in self._good and is_whole(storage.join(self.root, name)):
