@@ -111,11 +111,13 @@ class Reason:
     """The map, to follow "NAME is"."""
     kind: str
     """The name of all such maps, in the plural."""
+    by_design: bool = False
+    """True if no user expects such a map to be adapted."""
 
 
-HEAD = Reason("the output head", "output head")
-ROUTER = Reason("a router", "routers")
-GATE = Reason("a gate of one row", "gates of one row")
+HEAD = Reason("the output head", "output head", by_design=True)
+ROUTER = Reason("a router", "routers", by_design=True)
+GATE = Reason("a gate of one row", "gates of one row", by_design=True)
 READ = Reason(
     "a layer whose weight the model's code reads directly", "layers whose weight the model's code reads directly"
 )

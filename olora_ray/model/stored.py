@@ -144,6 +144,11 @@ class Group:
         return [entry for entries in self.parts.values() for entry in entries]
 
     @property
+    def odd(self) -> Stored | None:
+        """The first stored tensor without a precision to which a change can be added; None if there is none."""
+        return next((entry for entry in self.stored if entry.dtype not in DTYPES), None)
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.stored[0].dtype]
 
@@ -437,12 +442,11 @@ def _check(first: Group, parameter: str, group: Group) -> None:
         raise UserError(f"its weight is tied to another layer; {_LEAVE_OUT}")
     if group.converter is None and len(names) > 1:
         raise UserError(f"its weight is stored twice, as {names[0]} and {names[1]}; {_LEAVE_OUT}")
-    for entry in group.stored:
-        if entry.dtype not in DTYPES:
-            raise UserError(
-                f"{entry.name} is stored as {entry.dtype}, which a merge cannot change; use a base model"
-                " in bfloat16, float16 or float32"
-            )
+    if odd := group.odd:
+        raise UserError(
+            f"{odd.name} is stored as {odd.dtype}, which a merge cannot change; use a base model in bfloat16, float16"
+            " or float32"
+        )
     if len({entry.dtype for entry in group.stored}) > 1:
         raise UserError(f"its parts are stored in several precisions ({names[0]}, ...); {_LEAVE_OUT}")
     own = tuple(group.model.get_parameter(parameter).shape)
@@ -489,8 +493,7 @@ def _ignored(model: Any) -> re.Pattern[str]:
 
 def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None:
     for name, parameter in model.named_parameters():
-        entries = groups[name].stored if name in groups and parameter.is_floating_point() else []
-        if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
+        if name in groups and parameter.is_floating_point() and (odd := groups[name].odd):
             return unsupported_packing(odd.name, odd.dtype)
     return None
 

@@ -22,13 +22,13 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import plain_template
-from olora_ray.model.folder import ADAPTER, parameters, read_json, text_class
+from olora_ray.model.folder import parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_gguf, export_losses, merge, portable
 from olora_ray.pipeline.export_losses import Compressed, OnOriginal, Work
 from olora_ray.pipeline.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
-from olora_ray.pipeline.peft_folder import compress, new_adapter, replacing
+from olora_ray.pipeline.peft_folder import CONFIG, compress, new_adapter, replacing
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
@@ -211,7 +211,7 @@ def _write_adapter(
             compressed=compressed.in_words(reasons=False) if compressed and lost else "",
             quantised=quantised.in_words(reasons=False) if quantised else "",
             ends=more_ends(work.spec.eos, work.base, work.tokenizer),
-            stacked="target_parameters" in read_json(folder / ADAPTER),
+            stacked="target_parameters" in read_json(folder / CONFIG),
         )
     return parity, compressed
 

@@ -78,7 +78,7 @@ def _packed(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> lis
     read = stored.as_transformers_reads(tensors, model)
     for name in names:
         group = read.get(parameter_of(model, name))
-        if group is None or any(entry.dtype not in stored.DTYPES for entry in group.stored):
+        if group is None or group.odd:
             return [
                 f"model.name: {folder} is quantised ({method_name}): {name} has no floating-point weights;"
                 " use the original model, and set model.quantization to save memory"

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from olora_ray.adapter.candidates import GATE, HEAD, ROUTER
 from olora_ray.adapter.inject import Coverage, Selection
 from olora_ray.cluster import preflight
 from olora_ray.cluster.failures import user_errors
@@ -89,10 +88,10 @@ def _coverage(coverage: Coverage) -> str:
 
 
 def _left_out(selection: Selection) -> list[str]:
-    # Head, router and gate are left out by design. The other reasons may surprise the user.
+    # The reasons that are not by design may surprise the user.
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in selection.left_out.items():
-        if reason not in (HEAD, ROUTER, GATE):
+        if not reason.by_design:
             names_by_reason.setdefault(reason.kind, []).append(name)
     return [
         f"adapter.targets: all-linear leaves out {len(names)} layers: {reason} (for example {names[0]})"

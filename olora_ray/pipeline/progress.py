@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from olora_ray.common import logs
 from olora_ray.common.collectives import share
-from olora_ray.common.text import clock, plural
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,13 @@ class Progress:
             seconds += evaluations * self.took.get("evaluation", 0.0)
         # The start of a worker reads the base model once. An export reads it twice, to merge and to check.
         return clock(seconds + 2 * self.took.get("start", 0.0) * self.export)
+
+
+def clock(seconds: float) -> str:
+    """Return a remaining time as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def batch_split(config: Config, workers: int) -> str:

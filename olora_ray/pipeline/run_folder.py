@@ -49,12 +49,6 @@ def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: settings[field]}
 
 
-def where_now(folder: str, storage_root: str) -> str:
-    """Return `folder`, or the folder of the same name in `storage_root` if the whole storage was moved."""
-    moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
-    return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
-
-
 def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in settings.items() if PLACES.fullmatch(field)}
 

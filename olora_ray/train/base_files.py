@@ -19,7 +19,7 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.model import stored
 from olora_ray.model.folder import INDEX, SINGLE
 from olora_ray.model.load import stored_buffers
-from olora_ray.model.stored import DTYPES, Group, as_transformers_reads
+from olora_ray.model.stored import Group, as_transformers_reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,7 +169,7 @@ def _unreadable(group: Group, name: str, tensor: Tensor) -> str | None:
     entries = group.stored
     if group.converter is None and len(entries) > 1:
         return f"is stored twice, as {entries[0].name} and {entries[1].name}"
-    if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
+    if odd := group.odd:
         return f"is stored as {odd.dtype}, which cannot be read by rows"
     if group.shapes.get(name) != tuple(tensor.shape):
         return f"is not stored in the model's shape {tuple(tensor.shape)}"
