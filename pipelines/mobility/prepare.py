@@ -67,11 +67,6 @@ def main(argv: list[str]) -> None:
             f"argument RECORDS: no row for {empty[0]}.jsonl: no person has enough stays; lower --least or add records"
         )
     print("\n".join([f"read: {plural(len(records), 'stay')} of {len(records.people)} people", *repairs.lines()]))
-    if records.counted():
-        print(
-            "places: numbered as they first appear, so a model can guess new places by counting; number them in another"
-            " order"
-        )
     with as_user_error(f"argument --out: {options['--out']}: cannot be written", OSError, reason=short_reason):
         written = rows.write(Path(options["--out"]), records, selection, template, fits)
     print("\n".join([*written, f"not targets: {selection.too_early} stays with fewer than {least} before them"]))

@@ -140,10 +140,6 @@ def test_a_places_number_does_not_tell_when_it_was_seen_first(tmp_path: Path) ->
     numbers = [stay.place for stay in foursquare(tmp_path, "".join(lines)).people["40"]]
     assert sorted(numbers) == list(range(1, 201))
     assert sum(after == before + 1 for before, after in pairwise(numbers)) < 10
-    when = When(0, 0)
-    for order, counted in ((numbers, False), (range(1, 201), True), (range(200, 0, -1), False), ([1, 2, 3], False)):
-        stays = [Stay(place, at, when) for at, place in enumerate(order)]
-        assert Records({"0": [*stays, *stays]}, {}).counted() is counted
 
 
 def test_foursquare_has_local_times_and_numbers_for_venues(tmp_path: Path) -> None:
