@@ -143,18 +143,13 @@ def put(write: Callable[[Path], object], target: str) -> None:
             node_cache.upload(Path(local), target, last=checkpoint.MANIFEST)
         return
     final = Path(target)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder = storage.beside(final)
-    try:
+    with storage.staged(final) as folder:
         write(folder)
         # A checkpoint of the same step may exist already: a damaged one that the resume has skipped, or one that an
         # earlier attempt of this run wrote after it was given up.
         if final.exists():
             drop(target)
-        os.rename(folder, final)
-        storage.flush_to_disk(final.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    storage.flush_to_disk(final.parent)
 
 
 def drop(target: str) -> None:

@@ -228,7 +228,7 @@ def test_an_old_export_stays_until_the_new_one_is_complete(llama: Case, tmp_path
         llama.write_merged(out)
     assert (out / "mark").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"], "no leftovers"
-    (tmp_path / ".merged.partial").mkdir()  # a killed process left it
+    (tmp_path / ".merged.0.tmp").mkdir()  # a killed process left it
     rest = {n: w for n, w in llama.adapter.items() if "q_proj" not in n}
     merge.write_merged(llama.base, rest, 1.0, out, llama.model)
     assert not (out / "mark").exists()
