@@ -16,7 +16,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from comparison.arguments import FEW_SEEDS, SEEDS, Comparison
+from comparison.arguments import SEEDS, Comparison
 from olora_ray.cluster import address
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
@@ -59,8 +59,6 @@ def check(comparison: Comparison) -> None:
     publish.check_tracking(config, folder)
     _refuse_other(comparison, {})
     address.find()
-    if len(comparison.seeds) < FEW_SEEDS:
-        logger.warning(f"{SEEDS} {len(comparison.seeds)}: intervals will be wide; use {FEW_SEEDS} or more")
 
 
 def begin(comparison: Comparison, contents: Mapping[str, str]) -> None:
