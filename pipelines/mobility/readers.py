@@ -127,18 +127,11 @@ def _check_in(row: Sequence[str], columns: Mapping[str, int], file: str, line: i
     cell = {name: row[index] for name, index in columns.items()}
     if not (person := cell["user_id"].strip()):
         raise Broken("user_id is empty")
-    place = _place(cell["location_id"])
+    place = _number(cell["location_id"], "location_id", 0, LARGEST_PLACE)
     day = _number(cell["start_day"], "start_day", 0, 10**6)
     minute = _number(cell["start_min"], "start_min", 0, MINUTES - 1)
     when = When(_number(cell["weekday"], "weekday", 0, 6), minute)
     return person, "", Stay(place, day * MINUTES + minute, when, _duration(cell.get("duration", "")), file, line)
-
-
-def _place(text: str) -> int:
-    try:
-        return _number(text, "location_id", 0, LARGEST_PLACE)
-    except Broken:
-        raise Broken(f"unknown place: location_id is {text!r}, not a number from 0 on") from None
 
 
 def _duration(text: str) -> int | None:
