@@ -24,20 +24,17 @@ class Request:
     heldout: int
     seed: int
     longest: int
-    by: str = "questions"
 
 
-def read_request(argv: list[str], usage: str, *more: str) -> Request:
-    """Return the arguments of a script, whose `usage` has their meaning; `more` are options that others lack."""
+def read_request(argv: list[str], usage: str) -> Request:
+    """Return the arguments of a script, whose `usage` has their meaning."""
     defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}
-    found = command_line.parse(argv, usage=usage, options=("--out", "--wheel", *defaults, *more))
+    found = command_line.parse(argv, usage=usage, options=("--out", "--wheel", *defaults))
     given = found.options
     if found.words or "--out" not in given:
         raise UserError(f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing")
-    if (by := given.get("--split-by", "questions")) not in ("questions", "templates"):
-        raise UserError(f"argument --split-by: expected questions or templates, not {by!r}")
     rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
-    return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest, by)
+    return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest)
 
 
 @dataclass(frozen=True)
