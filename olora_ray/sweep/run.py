@@ -133,14 +133,10 @@ def search(sweep_spec: SweepSpec) -> None:
 
     Raises UserError if not even one trial fits in the cluster, or if Tune cannot resume.
     """
-    if search_folder.progress(sweep_spec.folder).complete:
-        logger.info("search: already complete; no trial runs, the report is written again")
-    else:
-        _search(sweep_spec)
-
-
-def _search(sweep_spec: SweepSpec) -> None:
     folder, space = sweep_spec.folder, sweep_spec.space
+    if search_folder.progress(folder).complete:
+        logger.info("search: already complete; no trial runs, the report is written again")
+        return
     concurrent, shared_bases = _concurrent_trials(sweep_spec)
     callback = tuner.SweepCallback(folder, space)
     tracking_uri = start.everywhere(sweep_spec.train_spec.config)

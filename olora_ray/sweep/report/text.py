@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median, pstdev
+from statistics import pstdev
 from typing import Any
 
 from olora_ray.common.text import aligned, duration
@@ -107,7 +107,6 @@ def facts(record: SearchRecord) -> list[tuple[str, str]]:
         ("default", against_default(record)),
         ("spread", spread(record)),
         ("trials", _ends(record)),
-        ("start", _start(record)),
         *(("note", note) for note in record.notes),
     ]
     return [(name, sentence) for name, sentence in all_facts if sentence]
@@ -192,20 +191,6 @@ def _ends(record: SearchRecord) -> str:
     ]
     some = ", ".join(count for count in counts if not count.startswith("0 "))
     return f"{len(record.trials)} in {duration(record.seconds)}" + (f": {some}" if some else "")
-
-
-def _start(record: SearchRecord) -> str:
-    first = [trial.first_step for trial in record.trials if trial.first_step is not None]
-    spared = [trial.spared for trial in record.trials if trial.spared > 0]
-    parts = []
-    if first:
-        parts.append(f"first step {duration(median(first))} after the start of a trial (median)")
-    if spared:
-        parts.append(
-            f"{duration(median(spared))} of preparation and initialisation saved per trial,"
-            f" {duration(sum(spared))} in total"
-        )
-    return "; ".join(parts)
 
 
 def _because(trial: TrialRecord) -> str:
