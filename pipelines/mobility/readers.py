@@ -116,8 +116,6 @@ def _columns(header: Sequence[str], file: Path) -> dict[str, int]:
     if missing := [name for name in NEEDED if name not in names]:
         present = ", ".join(names) or "nothing"
         raise UserError(f"{file}:1: no column {missing[0]!r} in the first line; it has {present}")
-    if twice := [name for name in (*NEEDED, "duration") if names.count(name) > 1]:
-        raise UserError(f"{file}:1: the first line has the column {twice[0]!r} twice; remove one")
     return {name: names.index(name) for name in (*NEEDED, "duration") if name in names}
 
 

@@ -118,7 +118,7 @@ def test_bad_records_end_before_anything_is_written(
         ("--format=gpx", "argument --format: 'gpx' is unknown"),
         ("--history=many", "argument --history: expected a"),
         ("--rows=dev=3", "argument --rows: 'dev' is not a split"),
-        ("--rows=train=0", "argument --rows: train=0: each split"),
+        ("--rows=train=0", "argument RECORDS: no row for train.jsonl; add"),
         ("--rows=eval=", "argument --rows: expected a whole"),
         ("--turns=0", "argument --turns: a row asks for one"),
         ("--form=long", "argument --form: 'long' is unknown"),
