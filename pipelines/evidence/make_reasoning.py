@@ -106,7 +106,8 @@ def fill(questions: Iterable[Question], request: Request) -> tuple[Sets, Counter
     train, heldout = list[Row](), list[Row]()
     seen, left_out = set[object](), Counter[str]()
     for question in questions:
-        if reason := fault(question, request.longest) or _again(question, seen):
+        again = "the same question again" if identity(question) & seen else None
+        if reason := fault(question, request.longest) or again:
             left_out[reason] += 1
             continue
         seen |= identity(question)
@@ -117,10 +118,6 @@ def fill(questions: Iterable[Question], request: Request) -> tuple[Sets, Counter
     if len(heldout) < request.heldout:
         raise lacking("--heldout", request.heldout, heldout)
     raise lacking("--rows", request.rows, train)
-
-
-def _again(question: Question, seen: set[object]) -> str | None:
-    return "the same question again" if identity(question) & seen else None
 
 
 def main(argv: list[str]) -> None:
