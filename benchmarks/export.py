@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from common import machine, table
 
-from olora_ray.adapter import merge, stored
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.adapter.parity import check_adapter
-from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import build
+from olora_ray.model import stored
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_preflight
+from olora_ray.pipeline import export_preflight, merge
+from olora_ray.pipeline.parity import check_adapter
+from olora_ray.pipeline.peft_folder import write_adapter
 
 GIB = 2**30
 LLAMA_1B = {

@@ -31,16 +31,16 @@ import torch.multiprocessing as mp
 from common import MemoryStore, machine, met, table
 from export import GIB, LLAMA_1B, random_adapter, write_base
 
-from olora_ray.adapter import merge
 from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
-from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.cluster.worker_context import use_cpus
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
 from olora_ray.model.load import empty_model, pick_dtype, skeleton
 from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import merge
+from olora_ray.pipeline.peft_folder import write_adapter
 from olora_ray.tokens.plan import Pack
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.loader import Schedule, StepLoader

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from olora_ray.adapter import merge, stored
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.parity import Folders, MergedFolder, Parity, check_adapter, measure_logits
 from olora_ray.config.schema import Adapter
+from olora_ray.model import stored
+from olora_ray.pipeline import merge
+from olora_ray.pipeline.parity import Folders, MergedFolder, Parity, check_adapter, measure_logits
 from tests import tiny
 from tests.export_parts import Case, random_adapter, skeleton_of
 from tests.families import zoo

@@ -111,11 +111,13 @@ class Reason:
     """The map, to follow "NAME is"."""
     kind: str
     """The name of all such maps, in the plural."""
+    by_design: bool = False
+    """True if no user expects such a map to be adapted."""
 
 
-HEAD = Reason("the output head", "output head")
-ROUTER = Reason("a router", "routers")
-GATE = Reason("a gate of one row", "gates of one row")
+HEAD = Reason("the output head", "output head", by_design=True)
+ROUTER = Reason("a router", "routers", by_design=True)
+GATE = Reason("a gate of one row", "gates of one row", by_design=True)
 READ = Reason(
     "a layer whose weight the model's code reads directly", "layers whose weight the model's code reads directly"
 )
@@ -158,8 +160,6 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
                 what = f"a set of experts with packed weights ({str(dtype).removeprefix('torch.')})"
                 refused = Reason(what, "experts with packed weights")
             maps[f"{name}.{parameter}"] = Candidate(target, name, refused)
-        for parameter in _other_experts(module):
-            maps[f"{name}.{parameter}"] = Candidate(Target(module, parameter, False), name, _unknown(module))
     for name, item in maps.items():
         if part := part_of(name, outside):
             maps[name] = replace(item, aside=Reason(f"a part of the {part}", part))
@@ -258,18 +258,6 @@ def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3 and len(parameter) > 1 and (len(parameter) == count or _named_experts(module)):
             yield name, len(parameter)
-
-
-def _other_experts(module: nn.Module) -> Iterator[str]:
-    stacks = {name for name, _ in _stacks(module)}
-    for name, parameter in module.named_parameters(recurse=False):
-        if _named_experts(module) and parameter.dim() > 1 and name not in stacks and "bias" not in name:
-            yield name
-
-
-def _unknown(module: nn.Module) -> Reason:
-    what = f"experts whose layout is not known from the code of {type(module).__name__}"
-    return Reason(f"a set of {what}", what)
 
 
 def _named_experts(module: nn.Module) -> bool:

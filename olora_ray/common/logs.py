@@ -134,14 +134,6 @@ def quiet_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def quiet_gguf() -> None:
-    """Show transformers' progress bar of a GGUF conversion on a terminal only, not in a log."""
-    from tqdm import tqdm
-    from transformers import modeling_gguf_pytorch_utils
-
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: enabled only on a terminal
-
-
 def quiet_lm_eval() -> None:
     import datasets
     from lm_eval.api import task

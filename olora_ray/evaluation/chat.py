@@ -124,13 +124,12 @@ class Answers:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         from olora_ray.pipeline.answers import as_text
-        from olora_ray.train.generate import decoding, greedy
+        from olora_ray.train.generate import greedy
 
         for layer in self.model.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.enable_adapters(adapted)
-        with decoding(self.model):
-            (answer,) = greedy(self.model, [self._asked(prompt)], self.limit, self.base.eos, self.device)
+        (answer,) = greedy(self.model, [self._asked(prompt)], self.limit, self.base.eos, self.device)
         return as_text(self.base.tokenizer, answer)
 
     def _asked(self, prompt: str) -> tuple[int, ...]:

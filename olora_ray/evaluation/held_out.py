@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
-from olora_ray.adapter.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common import node_cache
@@ -25,11 +23,13 @@ from olora_ray.model.load import load_model, pick_dtype
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline.answers import as_text, check_answers
 from olora_ray.pipeline.base import Base
+from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
+from olora_ray.pipeline.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
-from olora_ray.train.generate import Question, decoding, greedy, questions
+from olora_ray.train.generate import Question, greedy, questions
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import choose_attention
 
@@ -199,8 +199,7 @@ class Measurer:
         """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""
         questions = [item for item in work if isinstance(item, Question)]
         if questions:
-            with decoding(self.model):
-                return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
+            return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
         packs = [item for item in work if isinstance(item, Pack)]
         each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
         return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
-from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
@@ -26,6 +24,8 @@ from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
+from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
+from olora_ray.pipeline.peft_folder import write_adapter
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking import models
 from olora_ray.train import checkpoint, checkpoints

@@ -1,15 +1,11 @@
 """Conversion of base models in other formats to safetensors, once; no other module reads those formats."""
 
-import contextlib
 import logging
 import math
 import os
 import re
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatch
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,6 @@ import torch
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.common.logs import quiet_gguf
 from olora_ray.config.schema import AnyConfig, Model
 from olora_ray.model.folder import (
     foreign,
@@ -54,8 +49,6 @@ _PASSES_WINDOW_BY = ("phi3",)
 _GUESSES_SCALE, _SCALE = ("gemma2", "gemma3"), 256
 # Of Llama 3.1 to 3.3, whose files have the divisors that follow from these numbers and a factor.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
-# Seconds between two log lines about a conversion.
-SECONDS_BETWEEN_LINES = 10.0
 _INSTEAD = "name the folder or hub id with its original safetensors"
 
 
@@ -162,7 +155,7 @@ def _are_of_llama3(divisors: Any, theta: Any, factor: float) -> bool:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLES = "pytorch_model*.bin"
 # Files of a tokenizer, a generation config or, if it is allowed, code.
 TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 
@@ -195,8 +188,7 @@ def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyCo
 
     def convert(unfinished: Path) -> None:
         logger.info(announcement)
-        with _telling():
-            write(unfinished)
+        write(unfinished)
 
     if remote:
         node_cache.cached(target, convert)
@@ -211,27 +203,7 @@ def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyCo
         else:
             shutil.copytree(entry, unfinished, copy_function=_link)
             node_cache.make_room(cache, (each for each in cache.iterdir() if not each.name.startswith(".")))
-    if not (target / "config.json").exists():
-        raise UserError(f"model.name: {target} has no config.json; delete that folder")
     return target
-
-
-@contextlib.contextmanager
-def _telling() -> Iterator[None]:
-    """Log every few seconds that the conversion in the block still works: transformers is silent for a minute."""
-    began, ended = time.monotonic(), threading.Event()
-
-    def tell() -> None:
-        while not ended.wait(SECONDS_BETWEEN_LINES):
-            logger.info(f"model: converting, {time.monotonic() - began:.0f} s so far")
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _link(source: str, target: str) -> None:
@@ -243,36 +215,21 @@ def _link(source: str, target: str) -> None:
 
 
 def _pickles(folder: Path, config: Model) -> list[Path]:
-    files = list(dict.fromkeys(file for pattern in PICKLES for file in sorted(folder.glob(pattern))))
-    names = [file.name for file in files] or _not_fetched(config)
-    if not names:
-        raise UserError(f"model.name: {folder} has no usable weights: no *.safetensors")
     if not config.allow_pickle:
         raise UserError(
-            f"model.name: {config.name} has no usable weights: only {names[0]}, a pickle, which can run code when it is"
-            " loaded; use a model with safetensors, or set model.allow_pickle: true to have its tensors converted"
+            f"model.name: {folder} has no usable weights: no *.safetensors; use a model with safetensors, or set"
+            f" model.allow_pickle: true to have the tensors of its {PICKLES} converted, which are pickles"
         )
-    weights = [file for file in files if file.match(PICKLES[0])]
-    if not weights:
-        raise UserError(f"model.name: {config.name}: {names[0]} cannot be converted, only {PICKLES[0]} can")
+    if not (weights := sorted(folder.glob(PICKLES))):
+        raise UserError(f"model.name: {folder} has no usable weights: neither *.safetensors nor {PICKLES}")
     return weights
 
 
-def _not_fetched(config: Model) -> list[str]:
-    # Pickles are not downloaded, so the hub is asked for their names.
-    from huggingface_hub import list_repo_files
-
-    try:
-        names = list_repo_files(config.name, revision=config.revision)
-    except Exception:  # no hub id, or no hub: only the wording of an error depends on it
-        return []
-    return [name for pattern in PICKLES for name in names if fnmatch(name, pattern)]
-
-
 def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
-    from transformers import AutoTokenizer
+    from tqdm import tqdm
+    from transformers import AutoTokenizer, modeling_gguf_pytorch_utils
 
-    quiet_gguf()
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: a bar only on a terminal
     what = f"model.name: {file} cannot be loaded as a GGUF model"
     with as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError), foreign(what):
         passed_by = check_gguf(file)
@@ -374,7 +331,7 @@ def _tensors(folder: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
     # A file in torch's present format is mapped: its tensors are not read all at once.
     from transformers.modeling_utils import load_state_dict
 
-    for file in sorted(folder.glob(PICKLES[0])):
+    for file in sorted(folder.glob(PICKLES)):
         for name, tensor in load_state_dict(file, map_location=device).items():
             if isinstance(tensor, torch.Tensor):
                 yield name, tensor

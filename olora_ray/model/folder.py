@@ -42,8 +42,8 @@ def check_model(folder: Path) -> None:
     # A single file takes precedence over an index, as in transformers and the merge: saving it leaves an old index.
     if missing and not (folder / SINGLE).is_file():
         raise UserError(f"model.name: {folder} has no {missing[0][:200]!r}, which {INDEX} names")
-    for _ in tensors(folder):
-        pass
+    for file in weight_files(folder):
+        _header(file)
 
 
 def indexed(folder: Path) -> list[str]:
@@ -57,12 +57,6 @@ def indexed(folder: Path) -> list[str]:
     if outside := [name for name in names if name != os.path.basename(name) or name in (".", "..") or "\0" in name]:
         raise UserError(f"model.name: {folder / INDEX} names {outside[0][:200]!r}, which is not a file in that folder")
     return names
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of each tensor from the headers; raise UserError if a header does not fit its file."""
-    for file in weight_files(folder):
-        yield from _header(file)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -82,7 +76,7 @@ def loaded_files(folder: Path) -> list[Path]:
 def parameters(folder: str | Path) -> int:
     """Return the number of parameters in a model folder, from the headers of the files that are loaded.
 
-    Raise UserError as `tensors` and `indexed`.
+    Raise UserError if a header does not fit its file, and as `indexed`.
     """
     return sum(math.prod(shape) for file in loaded_files(Path(folder)) for _, shape in _header(file))
 

@@ -48,6 +48,11 @@ def score(config: Config, answers: Sequence[Sample]) -> Scores:
     return {"before": scoring.means(before), "after": scoring.means(after)}
 
 
+def scores_after(config: Config, result: TrainResult, tokenizer: Any) -> dict[str, float]:
+    """Return the mean scores after a training; raise UserError if the scorer fails."""
+    return score(config, answered(result, tokenizer)).get("after", {})
+
+
 def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> frozenset[str]:
     """Score each reference against itself, before any expensive work; return the names of the scores.
 

@@ -5,18 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olora_ray.adapter import peft_folder, portable, stored
-from olora_ray.adapter.merge import write_merged
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenize import turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
+from olora_ray.model import stored
 from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
+from olora_ray.pipeline import peft_folder, portable
+from olora_ray.pipeline.merge import write_merged
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Registered
 

@@ -14,12 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from olora_ray.cluster import address, preflight, ray_internals
-from olora_ray.common.errors import (
-    Stopped,
-    TakenOver,
-    UserError,
-    as_user_error,
-)
+from olora_ray.common.errors import Stopped, TakenOver, as_user_error
 from olora_ray.common.logs import ENVIRONMENT
 from olora_ray.config.schema import AnyConfig
 from olora_ray.model.source import BaseModel
@@ -128,16 +123,9 @@ def _join_or_start(target: str) -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run
         # code. A user who wants the dashboard starts Ray before the run.
-        try:
+        # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
+        with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start in that folder", OSError):
             ray.init(address=target, include_dashboard=False, **shared)
-        except OSError as error:  # Linux limits the path of a socket to 107 bytes
-            if "AF_UNIX path length" not in str(error):
-                raise
-            folder = str(error).rpartition("bytes: ")[2].partition("/session_")[0]
-            raise UserError(
-                f"RAY_TMPDIR: the path {folder} is too long for Ray's sockets; set RAY_TMPDIR (it overrides TMPDIR)"
-                " to a folder with a shorter path, such as /tmp"
-            ) from None
         return
     address.join(target, address.PATIENCE)
     failure = f"{address.name(target)}: cannot connect"  # another Python version, or this machine is no node

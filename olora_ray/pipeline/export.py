@@ -11,9 +11,6 @@ from typing import Any
 import ray
 import torch
 
-from olora_ray.adapter import merge, portable
-from olora_ray.adapter.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
-from olora_ray.adapter.peft_folder import compress, new_adapter, replacing
 from olora_ray.cluster.channel import make_channel, sent_to
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
@@ -25,11 +22,13 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import plain_template
-from olora_ray.model.folder import ADAPTER, parameters, read_json, text_class
+from olora_ray.model.folder import parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_gguf, export_shares
-from olora_ray.pipeline.export_shares import Compressed, OnOriginal, Spread, Work
+from olora_ray.pipeline import export_gguf, export_losses, merge, portable
+from olora_ray.pipeline.export_losses import Compressed, OnOriginal, Work
+from olora_ray.pipeline.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
+from olora_ray.pipeline.peft_folder import CONFIG, compress, new_adapter, replacing
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
@@ -134,7 +133,7 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
         job: Any = ray.remote(_export_aloud).options(
             num_cpus=cpus, num_gpus=wanted.get("GPU", 0), max_retries=3, retry_exceptions=[OSError]
         )
-        exporting = job.remote(channel, spec, folder, step, export_shares.over_cluster(wanted["CPU"]))
+        exporting = job.remote(channel, spec, folder, step)
         while not done:
             done, _ = ray.wait([exporting], timeout=1)
             for line in ray.get(channel.drain.remote()):
@@ -148,27 +147,24 @@ def _export_aloud(channel: Any, *arguments: Any) -> dict[str, Any]:
         return export_run(*arguments)
 
 
-def export_run(
-    spec: TrainSpec, folder: RunFolder, step: int, spread: Spread[Any] = export_shares.in_turn
-) -> dict[str, Any]:
+def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     """Write export/adapter, export/merged, export/gguf and export/parity.json from the best adapter up to `step`.
 
-    `spread` runs the parts of the merge. Raises UserError if the checkpoint is missing, a weight cannot be merged, or
-    the exports disagree with the trained model.
+    Raises UserError if the checkpoint is missing, a weight cannot be merged, or the exports disagree with the trained
+    model.
     """
     quiet_transformers()
     checkpoint = storage.join(folder.checkpoints, checkpoints.name_of(step))
-    work = export_shares.prepare(spec, checkpoint)
+    work = export_losses.prepare(spec, checkpoint)
     with ExitStack() as stack:
         plain = stack.enter_context(node_cache.local_folder(folder.adapter))
         merged = merged_check = None
         if spec.config.export.merged:
             merged = stack.enter_context(node_cache.local_folder(folder.merged))
-            parts = export_shares.parts_of(spec, checkpoint, merged, folder.merged, work)
-            merged_check = _write_merged(work, merged, parts, spread)
+            merged_check = _write_merged(work, merged)
         else:
             storage.remove(folder.merged)  # an earlier attempt may have had export.merged: true
-        quantised = export_shares.loss_on_original(work)
+        quantised = export_losses.loss_on_original(work)
         parity, compressed = _write_adapter(work, plain, merged, merged_check, quantised)
         storage.remove(folder.gguf)  # of an earlier attempt, with another merged model
         if spec.config.export.gguf and merged is not None and parity.ok:
@@ -199,7 +195,7 @@ def _write_adapter(
         peft = check_adapter(folder, work.model, written, config.adapter.scale())
         logits = "compression of the adapter changes the logits" if lost else _logits(work, merged, folder)
         parity = Parity(merged_check, peft, logits)
-        loss = export_shares.compressed_loss(work, written) if lost else None
+        loss = export_losses.compressed_loss(work, written) if lost else None
         compressed = Compressed(limit, lost, loss) if limit else None
         complete(
             config,
@@ -215,29 +211,34 @@ def _write_adapter(
             compressed=compressed.in_words(reasons=False) if compressed and lost else "",
             quantised=quantised.in_words(reasons=False) if quantised else "",
             ends=more_ends(work.spec.eos, work.base, work.tokenizer),
-            stacked="target_parameters" in read_json(folder / ADAPTER),
+            stacked="target_parameters" in read_json(folder / CONFIG),
         )
     return parity, compressed
 
 
-def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread: Spread[Any]) -> MergedFolder:
-    """Write the merged folder and check it; `parts` name the final folder, and are redirected to a temporary one.
-
-    The folder of a stopped attempt is kept if its bytes are right.
-    """
-    if out.is_dir() and not (kept := export_shares.check_merged(work, parts, spread)).problems():
+def _write_merged(work: Work, out: Path) -> MergedFolder:
+    """Write the merged folder and check it; the folder of a stopped attempt is kept if its bytes are right."""
+    if out.is_dir() and not (kept := _check_merged(work, out)).problems():
         logger.info("export: keeping the merged model of an earlier attempt, which has the right bytes")
         return kept
+    base, scale = Path(work.base.folder), work.spec.config.adapter.scale()
     with replacing(out) as partial_folder:
         size = sum(group.size for group in work.groups) / 2**30
         logger.info(f"export: merging the adapter into {plural(len(work.groups), 'weight')}, {size:.2f} GiB")
-        merge.copy_files(Path(work.base.folder), partial_folder)
-        spread(export_shares.merge_part, [replace(part, folder=partial_folder) for part in parts])
+        merge.copy_files(base, partial_folder)
+        merge.merge(base, partial_folder, work.groups, work.adapter, scale, assigned_device())
         give_template(work.spec.config, work.tokenizer, partial_folder, work.spec.template)
         if more_ends(work.spec.eos, work.base, work.tokenizer):
             portable.end_with(partial_folder, work.spec.eos)
     logger.info("export: checking the merged weights")
-    return export_shares.check_merged(work, parts, spread)
+    return _check_merged(work, out)
+
+
+def _check_merged(work: Work, folder: Path) -> MergedFolder:
+    base, scale = Path(work.base.folder), work.spec.config.adapter.scale()
+    if changed := merge.changed(base, folder, work.groups):
+        return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(changed))
+    return MergedFolder(merge.check_weights(base, folder, work.groups, work.adapter, scale, assigned_device()), ())
 
 
 def _write_gguf(work: Work, merged: Path, out: Path) -> None:

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from olora_ray.adapter import stored
 from olora_ray.adapter.candidates import is_stack, parameter_of, stored_transposed
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.adapter.parity import BOUND, check_adapter
-from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.model import stored
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_gguf
+from olora_ray.pipeline.parity import BOUND, check_adapter
+from olora_ray.pipeline.peft_folder import write_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ def _packed(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> lis
     read = stored.as_transformers_reads(tensors, model)
     for name in names:
         group = read.get(parameter_of(model, name))
-        if group is None or any(entry.dtype not in stored.DTYPES for entry in group.stored):
+        if group is None or group.odd:
             return [
                 f"model.name: {folder} is quantised ({method_name}): {name} has no floating-point weights;"
                 " use the original model, and set model.quantization to save memory"

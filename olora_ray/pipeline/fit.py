@@ -350,8 +350,5 @@ def finished_training(spec: TrainSpec, folder: RunFolder, state: RunState) -> Tr
 
 
 def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int) -> TrainResult:
-    fitted = ray_trainer(spec, folder.root, worker, channel, workers).fit()
-    result = getattr(fitted, "return_value", None)
-    if not isinstance(result, TrainResult):
-        raise RuntimeError(f"training returned {result!r}")
+    result: TrainResult = ray_trainer(spec, folder.root, worker, channel, workers).fit().return_value
     return result

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from olora_ray.adapter.candidates import GATE, HEAD, ROUTER
 from olora_ray.adapter.inject import Coverage, Selection
 from olora_ray.cluster import preflight
 from olora_ray.cluster.failures import user_errors
@@ -33,19 +32,23 @@ logger = logging.getLogger(__name__)
 # The plan of a run: adapted layers, layers that are left out, and memory.
 
 
-def plan(config: Config, base: BaseModel) -> MemoryEstimate:
-    """Log and return the size of the run; raise UserError for impossible targets, rank or scorer."""
-    check_scorer(config)
+def plan(config: Config, base: BaseModel, prefix: str = "") -> MemoryEstimate:
+    """Log and return the size of the run; raise UserError for impossible targets, rank or scorer.
+
+    `prefix` comes before each line of the plan.
+    """
+    _check_scorer(config)
     if config.train.early_stop and not config.data.holds_out():
         logger.warning(
             "train.early_stop: has no effect, because no rows are held out; set data.eval or data.eval_fraction"
         )
-    size = deliverable(config, base)
-    say(config, size)
+    size = _deliverable(config, base)
+    for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
+        logger.info(f"{prefix}{line}")
     return size
 
 
-def check_scorer(config: Config) -> None:
+def _check_scorer(config: Config) -> None:
     """Raise UserError for an unknown scorer; warn if there are no rows to score."""
     if not config.evaluation.scorer:
         return
@@ -56,19 +59,13 @@ def check_scorer(config: Config) -> None:
         )
 
 
-def deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
+def _deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
     """Return the size of a training; raise UserError if it could not be trained or exported."""
     size = estimate(config, base)
     if problems := export_preflight.problems(base, config, size.targets):
         more = [f"{plural(len(problems) - 2, 'more type')} of layers cannot be exported"] * (len(problems) > 2)
         raise UserError("; ".join([*problems[:2], *more]))
     return size
-
-
-def say(config: Config, size: MemoryEstimate, prefix: str = "") -> None:
-    """Log the plan: adapted layers, layers that are left out, memory; `prefix` comes before each line."""
-    for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
-        logger.info(f"{prefix}{line}")
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:
@@ -91,10 +88,10 @@ def _coverage(coverage: Coverage) -> str:
 
 
 def _left_out(selection: Selection) -> list[str]:
-    # Head, router and gate are left out by design. The other reasons may surprise the user.
+    # The reasons that are not by design may surprise the user.
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in selection.left_out.items():
-        if reason not in (HEAD, ROUTER, GATE):
+        if not reason.by_design:
             names_by_reason.setdefault(reason.kind, []).append(name)
     return [
         f"adapter.targets: all-linear leaves out {len(names)} layers: {reason} (for example {names[0]})"

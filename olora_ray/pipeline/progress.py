@@ -2,17 +2,14 @@
 
 import contextlib
 import logging
-import os
-import stat
 import sys
 from collections.abc import Iterator
-from typing import TextIO
 
 from tqdm import tqdm
 
 from olora_ray.common import logs
 from olora_ray.common.collectives import share
-from olora_ray.common.text import clock, plural
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 
 logger = logging.getLogger(__name__)
@@ -58,9 +55,8 @@ class Progress:
             with tqdm.external_write_mode(file=sys.stdout):
                 yield
             return
-        if _is_pipe(sys.stdout):
-            # `| tee run.log` writes to the terminal a moment later, so the bar returns only with the next step.
-            self.bar.clear()
+        # `| tee run.log` writes to the terminal a moment later, so the bar returns only with the next step.
+        self.bar.clear()
         yield
 
     def line(self, text: str) -> None:
@@ -118,11 +114,11 @@ class Progress:
         return clock(seconds + 2 * self.took.get("start", 0.0) * self.export)
 
 
-def _is_pipe(stream: TextIO) -> bool:
-    try:
-        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError):  # a stream without a file descriptor, as in tests
-        return False
+def clock(seconds: float) -> str:
+    """Return a remaining time as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def batch_split(config: Config, workers: int) -> str:

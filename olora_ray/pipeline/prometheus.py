@@ -1,17 +1,11 @@
 """Prometheus metrics of a running training; Ray's agents export them on every node as `ray_NAME`.
 
-The driver sets them, because the workers' metrics arrive there anyway, so they cost the training loop nothing. An error
-here is logged once, and the training continues without these metrics.
+The driver sets them, because the workers' metrics arrive there anyway, so they cost the training loop nothing.
 """
 
-import functools
-import logging
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec
-
-logger = logging.getLogger(__name__)
-Arguments = ParamSpec("Arguments")
+from collections.abc import Mapping
+from typing import Any
 
 TAG = "run"
 """Label of every metric, with the name of the run."""
@@ -38,38 +32,13 @@ def exported() -> dict[str, str]:
     return gauges | histograms | {f"ray_{RESTARTS}_total": "counter"}
 
 
-def _harmless(
-    method: Callable[Concatenate["Telemetry", Arguments], None],
-) -> Callable[Concatenate["Telemetry", Arguments], None]:
-    """Decorate a method to log its first exception and to do nothing afterwards."""
-
-    @functools.wraps(method)
-    def call(self: "Telemetry", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        if self._broken:
-            return
-        try:
-            method(self, *args, **kwargs)
-        except Exception as error:
-            self._broken = True
-            logger.warning("metrics are no longer exported to Prometheus: %s: %s", type(error).__name__, error)
-
-    return call
-
-
 class Telemetry:
     """The metrics of one run; create it in the driver, after ray.init."""
 
     def __init__(self, run: str) -> None:
-        self._broken = False
-        self._metrics: dict[str, Any] = {}
-        self._make(run)
-
-    @_harmless
-    def _make(self, run: str) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        for name, (_, text) in GAUGES.items():
-            self._metrics[name] = Gauge(name, text, (TAG,))
+        self._metrics: dict[str, Any] = {name: Gauge(name, text, (TAG,)) for name, (_, text) in GAUGES.items()}
         self._metrics[WORKERS] = Gauge(WORKERS, "Workers that are training", (TAG,))
         self._metrics[RESTARTS] = Counter(RESTARTS, "Restarts of the workers", (TAG,))
         times = {STEP_SECONDS: "Seconds per step", CHECKPOINT_SECONDS: "Seconds to write a checkpoint"}
@@ -78,7 +47,6 @@ class Telemetry:
         for metric in self._metrics.values():
             metric.set_default_tags({TAG: run})
 
-    @_harmless
     def row(self, row: Mapping[str, float]) -> None:
         for name, (field, _) in GAUGES.items():
             if field in row and math.isfinite(row[field]):
@@ -86,16 +54,13 @@ class Telemetry:
         if "train/step_seconds" in row:
             self._metrics[STEP_SECONDS].observe(row["train/step_seconds"])
 
-    @_harmless
     def started(self, workers: int, again: bool) -> None:
         self._metrics[WORKERS].set(workers)
         if again:
             self._metrics[RESTARTS].inc()
 
-    @_harmless
     def ended(self) -> None:
         self._metrics[WORKERS].set(0)
 
-    @_harmless
     def saved(self, seconds: float) -> None:
         self._metrics[CHECKPOINT_SECONDS].observe(seconds)

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +71,6 @@ def log_data(tracker: Tracker, spec: TrainSpec) -> None:
 # The results of a finished run, and the registration of its version.
 
 
-@dataclass(frozen=True)
-class Published:
-    result: dict[str, Any]
-    """The content of result.json."""
-    page: str | None
-    """Address of the run's page on an MLflow server; None without a server."""
-
-
 def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) -> Scores:
     """Score the answers, and log scores, plots and tables; safe to repeat.
 
@@ -98,14 +89,14 @@ def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) 
     return scores
 
 
-def publish(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores) -> Published:
-    """Register a run and log its results; safe to repeat.
+def publish(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores) -> dict[str, Any]:
+    """Register a run and log its results; return the content of result.json. Safe to repeat.
 
     Raises TrackingUnavailable if MLflow does not answer; then do not write result.json, so that a retry logs the rest.
     """
     content = _result(exported, tracker, scores, register(exported, tracker, tags, scores))
     tracker.text(json.dumps(content, indent=2) + "\n", "result.json")
-    return Published(content, tracker.url())
+    return content
 
 
 def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores | None = None) -> int | None:

@@ -120,12 +120,12 @@ def _run(
                 answers = answered(result, base.tokenizer)
                 scores = publish.log_scores(exported, tracker, answers)
                 driver.check()
-                published = publish.publish(exported, tracker, tags, scores)
+                content, page = publish.publish(exported, tracker, tags, scores), tracker.url()
                 driver.check()
             # Last: result.json marks the run as finished, so an earlier failure is retried by the next attempt.
-            folder.write_result(published.result)
-            report.finished(exported, answers, published.result, published.page)
-    return published.result
+            folder.write_result(content)
+            report.finished(exported, answers, content, page)
+    return content
 
 
 def register(

@@ -49,12 +49,6 @@ def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: settings[field]}
 
 
-def where_now(folder: str, storage_root: str) -> str:
-    """Return `folder`, or the folder of the same name in `storage_root` if the whole storage was moved."""
-    moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
-    return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
-
-
 def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in settings.items() if PLACES.fullmatch(field)}
 
@@ -179,18 +173,15 @@ class RunFolder:
         """Read what earlier attempts have left; raises OSError, and UserError for a config.yaml that does not read."""
         # Here, because a retraining without changes needs no torch.
         from olora_ray.cluster.spec import TrainResult
-        from olora_ray.train import checkpoint, checkpoints
+        from olora_ray.train import checkpoints
 
-        config, names = self._config(), checkpoints.names(self.checkpoints)
+        config, (step, kept) = self._config(), checkpoints.newest(self.checkpoints)
         result = records.read(self.result, dict[str, Any])
         metrics = result.get("metrics", {}) if result else None
         if not isinstance(metrics, dict) or not all(isinstance(each, int | float | None) for each in metrics.values()):
             result = None
-        newest_first = (storage.join(self.checkpoints, name, checkpoint.STATE) for name in reversed(names))
-        kept = filter(None, (records.read(file, _Identified) for file in newest_first))
-        identity = next((each.identity for each in kept), None)
-        training, step = records.read(self.training, TrainResult), checkpoints.step_of(names[-1]) if names else None
-        return RunState(self.root, config, step, identity or _identity_in(result or {}), training, result)
+        identity = kept.identity or _identity_in(result or {})
+        return RunState(self.root, config, step, identity, records.read(self.training, TrainResult), result)
 
     def _config(self) -> Config | None:
         if not storage.exists(self.settings):
@@ -252,11 +243,6 @@ class RunFolder:
     def keep_tracking_run(self, uri: str, storage_root: str, run_id: str) -> None:
         """Write tracking.json, so that a later attempt resumes this MLflow run; passwords in `uri` are masked."""
         records.write(self._tracking, {"uri": _shown(uri, storage_root), "run_id": run_id})
-
-
-@dataclass(frozen=True)
-class _Identified:  # a checkpoint's state.json, as far as it is read here
-    identity: dict[str, str]
 
 
 def _shown(uri: str, storage_root: str) -> str:

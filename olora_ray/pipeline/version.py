@@ -6,7 +6,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from olora_ray.adapter.portable import facts_of
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
@@ -18,6 +17,7 @@ from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Scores, as_text
 from olora_ray.pipeline.export import Exported
+from olora_ray.pipeline.portable import facts_of
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Contents, Measured, has_chat_template
 

@@ -21,7 +21,6 @@ from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype
 from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base, find_model, parts, with_tokenizer
-from olora_ray.pipeline.run_folder import where_now
 from olora_ray.retrain import recipe
 from olora_ray.retrain.gate import HeldOut
 from olora_ray.retrain.recipe import Inputs
@@ -129,7 +128,7 @@ def _with_model(config: Config, name: str) -> Config:
 
 def _in_run_folder(config: Config, version: Version) -> str | None:
     """Return the address of a merged version in its run folder; None if that folder was deleted."""
-    folder = where_now(version.tags.get(RUN, ""), config.run.storage)
+    folder = recipe.where_now(version.tags.get(RUN, ""), config.run.storage)
     merged = storage.join(folder, "export", "merged")
     return merged if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)) else None
 

@@ -27,7 +27,7 @@ from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
 from olora_ray.model.source import glance
-from olora_ray.pipeline.run_folder import TAGS, Fingerprint, bound_settings, settings_digest, where_now
+from olora_ray.pipeline.run_folder import Fingerprint, bound_settings, settings_digest
 from olora_ray.tokens import manifest, prepare
 from olora_ray.tokens.plan import Plan, Split, as_found, sources_of
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
@@ -185,7 +185,7 @@ def note(config: Config, plan: Plan) -> None:
 
 def of_version(config: Config, version: Version) -> KnownFiles | None:
     """Return the files behind a version's data digest, from an earlier note or from its token store; else None."""
-    digest = version.tags.get(TAGS["data"], "")
+    digest = Fingerprint.from_tags(version.tags).data
     if noted := records.read(_note(config, digest), dict[str, Any], sealed=True):
         return KnownFiles(frozenset(noted["files"]), (noted["draw"][0], noted["draw"][1]))
     # No note in this storage: the version does not come from a retraining. Its token store may still exist.
@@ -329,7 +329,7 @@ def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | 
 
 
 def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
-    if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
+    if Fingerprint.from_tags(champion.tags).base != inputs.base.model.digest:
         return "it has another base model"
     known = of_version(config, champion)
     if known is None:
@@ -356,8 +356,15 @@ def _trained_on(folder: str, version: Version) -> bool:
     # Not from the checkpoint's config: there a worker has written the precision for `auto`.
     file = storage.join(folder, "config.yaml")
     with contextlib.suppress(UserError, FileNotFoundError):  # settings of another release
-        return settings_digest(build(parse_yaml(storage.read_text(file), file))) != version.tags.get(TAGS["settings"])
+        before = Fingerprint.from_tags(version.tags).settings
+        return settings_digest(build(parse_yaml(storage.read_text(file), file))) != before
     return False
+
+
+def where_now(folder: str, storage_root: str) -> str:
+    """Return `folder`, or the folder of the same name in `storage_root` if the whole storage was moved."""
+    moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
+    return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
 
 
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:

@@ -85,23 +85,8 @@ class SearchRecord:
     def best(self) -> TrialRecord | None:
         return next(iter(self.ranked()), None)
 
-    def thinned(self, most: int) -> "SearchRecord":
-        """Return the same search with at most `most` trials, evenly from best to worst; the default stays."""
-        last = len(self.trials) - 1
-        if last < most:
-            return self
-        ordered = self.ordered()
-        kept = {ordered[round(position * last / (most - 1))].number for position in range(most)}
-        if self.default is not None and self.default not in kept:
-            kept = {*sorted(kept - {ordered[0].number})[1:], ordered[0].number, self.default}
-        return replace(self, trials=tuple(trial for trial in self.trials if trial.number in kept))
-
     def of(self, number: int | None) -> TrialRecord | None:
         return next((trial for trial in self.trials if trial.number == number), None)
-
-    def columns(self) -> list[str]:
-        others = (name for trial in self.trials for name in trial.params)
-        return list(dict.fromkeys([*self.fields, *others]))
 
     def to_json(self) -> str:
         """Return the text of leaderboard.json, the best trial first; NaN and infinity become null."""

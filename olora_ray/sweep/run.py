@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -83,15 +83,12 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     kinds = shared_work.factor_keys(spec.config, space)
     work = shared_work.made(spec, folder, kinds, "what all trials share")
     spared = seconds + work.init / max(1, len(kinds)) + work.base
+    made = ", ".join(f"{method} factors at rank {rank}" for method, rank in kinds) or "no factors"
     logger.info(
-        f"shared by all trials: tokens {seconds:.1f} s, {_shown(kinds)} {work.init:.1f} s, the base model on the"
+        f"shared by all trials: tokens {seconds:.1f} s, {made} {work.init:.1f} s, the base model on the"
         f" held-out rows {work.base:.1f} s; each trial is spared {spared:.1f} s"
     )
     return replace(spec, shared=folder), spared
-
-
-def _shown(kinds: Sequence[shared_work.FactorKey]) -> str:
-    return ", ".join(f"{method} factors at rank {rank}" for method, rank in kinds) or "no factors"
 
 
 @contextlib.contextmanager
@@ -133,14 +130,10 @@ def search(sweep_spec: SweepSpec) -> None:
 
     Raises UserError if not even one trial fits in the cluster, or if Tune cannot resume.
     """
-    if search_folder.progress(sweep_spec.folder).complete:
-        logger.info("search: already complete; no trial runs, the report is written again")
-    else:
-        _search(sweep_spec)
-
-
-def _search(sweep_spec: SweepSpec) -> None:
     folder, space = sweep_spec.folder, sweep_spec.space
+    if search_folder.progress(folder).complete:
+        logger.info("search: already complete; no trial runs, the report is written again")
+        return
     concurrent, shared_bases = _concurrent_trials(sweep_spec)
     callback = tuner.SweepCallback(folder, space)
     tracking_uri = start.everywhere(sweep_spec.train_spec.config)

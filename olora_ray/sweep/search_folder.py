@@ -7,7 +7,6 @@
 
 import fnmatch
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,11 +35,6 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
     """
     if registers and config.registry.model is None:
         raise UserError("registry.model: not set; set the name under which the best model is registered")
-    if not re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9_-]", Path(space_file).stem):
-        raise UserError(
-            f"space file {space_file}: the name of the search contains the file's name; use only letters, digits, '.',"
-            " '_' and '-' in it"
-        )
     workers = 1 if space.trials_per_worker > 1 else config.cluster.min_workers()
     own = {"run.name": f"{config.run.name}-{Path(space_file).stem}", "cluster.workers": workers}
     return override(config, {**NO_GATE, **space.set, **own})

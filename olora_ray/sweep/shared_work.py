@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from olora_ray.adapter import initialise as factor_cache
-from olora_ray.adapter.initialise import Shape, check_rank, initialise
+from olora_ray.adapter.initialise import check_rank, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.failures import user_errors
@@ -58,7 +58,7 @@ def factor_keys(config: Config, space: Space) -> list[FactorKey]:
     return [(name, rank) for name in methods for rank in (ranks[-1:] if METHODS[name].prefix else dict.fromkeys(every))]
 
 
-def check_ranks(config: Config, space: Space, shapes: Mapping[str, Shape]) -> None:
+def check_ranks(config: Config, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> None:
     rank = max(space.possible("adapter.rank", config.adapter.rank))
     for method in space.listed("adapter.method", config.adapter.method):
         check_rank(shapes, method, rank)

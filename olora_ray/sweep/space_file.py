@@ -129,17 +129,8 @@ def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
         for value in domain.probes():
             yield {field: value}
         return
-    for base, factor in _pairs(space.search[domain.of].extremes(), domain.factors()):
+    for base, factor in itertools.product(space.search[domain.of].extremes(), domain.factors()):
         yield {domain.of: base, field: multiple(base, factor)}
-
-
-def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any, float]]:
-    """Yield each base with each factor; if there are very many, each only with the ends of the other list."""
-    if len(bases) * len(factors) <= 1_000:
-        yield from itertools.product(bases, factors)
-        return
-    yield from itertools.product(bases, (min(factors), max(factors)))
-    yield from itertools.product((min(bases), max(bases)), factors)
 
 
 def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> None:
@@ -169,22 +160,16 @@ def plan(config: Config, space: Space, base: BaseModel) -> None:
     `base` is the model of the config. Raises one UserError with all problems: an unknown scorer and, for each setting
     of the trials, unknown targets, an impossible rank, or layers that could be trained but not exported.
     """
-    prepare.check_scorer(config)
     problems: dict[str, str] = {}
-    sizes = []
     for where, changes in _settings(config, space):
         try:
             trial = override(config, changes)
             model = base if trial.model == config.model else open_base(trial).model
-            size = prepare.deliverable(trial, model)
-            shared_work.check_ranks(trial, space, size.targets)
-            sizes.append((where, trial, size))
+            shared_work.check_ranks(trial, space, prepare.plan(trial, model, where).targets)
         except UserError as error:
             problems.setdefault(str(error), f"{where}{error}")  # the same error of several settings is shown once
     if problems:
         raise of_problems("the search cannot start", list(problems.values()))
-    for where, trial, size in sizes:
-        prepare.say(trial, size, where)
 
 
 def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:

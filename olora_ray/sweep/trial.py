@@ -1,10 +1,11 @@
 """One trial of a search: an ordinary training, in a thread that hands over its evaluations one by one."""
 
 import contextlib
+import io
 import logging
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,6 @@ from olora_ray.sweep.record import Status, TrialFile, TrialRecord
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
-from olora_ray.train.checkpoints import last_step
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class TrialRun:
         self._file.record = replace(self._file.record, total=self.total)
         with (
             publish.tracked(self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent) as tracker,
-            logs.handled_by(_LogFile(self.folder.root)),
+            _log_file(self.folder.root),
         ):
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
@@ -124,7 +124,7 @@ class TrialRun:
             self.folder.claim(self.config, state)
             result = fit.finished_training(spec, self.folder, state)
             if result is None:
-                self._file.keep_curve(last_step(self.folder.checkpoints))
+                self._file.keep_curve(state.step or 0)
                 result = self._fitted(spec, tracker)
             assert result.state is not None
             for row in result.state.history:  # the rows of a training that had ended before, too
@@ -179,7 +179,7 @@ class TrialRun:
         if not metric.startswith("score/"):
             return
         tokenizer = load.load_tokenizer(spec.base, spec.config.model)
-        scores = answers.score(spec.config, answers.answered(result, tokenizer)).get("after", {})
+        scores = answers.scores_after(spec.config, result, tokenizer)
         if (value := scores.get(metric.removeprefix("score/"))) is None:
             raise UserError(f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}")
         step = result.state.step if result.state else 0
@@ -187,30 +187,18 @@ class TrialRun:
         self._items.put(Measured(step, value))
 
 
-class _LogFile(logging.Handler):
-    """The trial's log.txt: written line by line in a local folder, at the end if the storage is a URI."""
-
-    def __init__(self, root: str) -> None:
-        super().__init__()
-        self.setFormatter(logs.LineFormatter())
-        self.path = storage.join(root, "log.txt")
-        self._remote = storage.is_uri(root)
-        self._lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = f"{self.format(record)}\n"
-        if self._remote:
-            self._lines.append(text)
-            return
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError:  # losing a line must not end the trial
-            self.handleError(record)
-
-    def close(self) -> None:
-        if self._lines:
-            with contextlib.suppress(OSError):  # as above
-                storage.write_text(self.path, "".join(self._lines))
-            self._lines = []
-        super().close()
+@contextlib.contextmanager
+def _log_file(root: str) -> Iterator[None]:
+    """Write log lines into the trial's log.txt: at once in a local folder, at the end if the storage is a URI."""
+    path, lines = storage.join(root, "log.txt"), io.StringIO()
+    handler: logging.Handler = logging.StreamHandler(lines)
+    if not storage.is_uri(root):
+        handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logs.LineFormatter())
+    try:
+        with logs.handled_by(handler):
+            yield
+    finally:
+        if text := lines.getvalue():
+            with contextlib.suppress(OSError):  # losing the lines must not end the trial
+                storage.write_text(path, text)

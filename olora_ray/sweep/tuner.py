@@ -6,7 +6,6 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from olora_ray.cluster import ray_internals, resources
 from olora_ray.common import logs, storage
 from olora_ray.sweep import record, search_folder
 from olora_ray.sweep.record import TrialRecord
+from olora_ray.sweep.report import text
 from olora_ray.sweep.schedulers import scheduler
 from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space, Suggested
@@ -101,7 +101,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         step = (trial.last_result or {}).get("step")
         again = f"resumes after step {step}" if step else "starts"
-        logger.info(f"trial {_number(trial)} {again}: {described(self._values(trial)) or 'the unchanged config'}")
+        logger.info(f"trial {_number(trial)} {again}: {text.params(self._values(trial)) or 'the unchanged config'}")
         self._note_seconds()
 
     def on_trial_result(
@@ -186,12 +186,6 @@ class SweepCallback(tune.Callback, tune.Stopper):
 def _live(folder: str, space: Space) -> SweepCallback:
     """Return the callback of this process in place of a pickled one; `folder` is the search's folder at pickling."""
     return _LIVE[0] if _LIVE else SweepCallback(folder, space)
-
-
-def described(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
-    )
 
 
 def _number(trial: Any) -> int:

@@ -1,6 +1,6 @@
 """Parameters of a base, read from its files by rows: a worker of a sharded base reads its own rows only.
 
-The values are those that `from_pretrained` would load, name by name (adapter/stored.py), in the precision of the model.
+The values are those that `from_pretrained` would load, name by name (model/stored.py), in the precision of the model.
 Where this cannot be guaranteed, `find` and `BaseFiles.differs` return the reason, and the caller loads the whole base.
 """
 
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter import stored
-from olora_ray.adapter.stored import DTYPES, Group, as_transformers_reads
 from olora_ray.common.errors import UserError, first_line
+from olora_ray.model import stored
 from olora_ray.model.folder import INDEX, SINGLE
 from olora_ray.model.load import stored_buffers
+from olora_ray.model.stored import Group, as_transformers_reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,7 +169,7 @@ def _unreadable(group: Group, name: str, tensor: Tensor) -> str | None:
     entries = group.stored
     if group.converter is None and len(entries) > 1:
         return f"is stored twice, as {entries[0].name} and {entries[1].name}"
-    if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
+    if odd := group.odd:
         return f"is stored as {odd.dtype}, which cannot be read by rows"
     if group.shapes.get(name) != tuple(tensor.shape):
         return f"is not stored in the model's shape {tuple(tensor.shape)}"

@@ -180,9 +180,9 @@ def load(folder: Path) -> Checkpoint:
     try:
         best = load_file(folder / BEST) if (folder / BEST).exists() else None
         adapter, optimizer = _weights(load_file(folder / ADAPTER)), load_file(folder / OPTIMIZER)
-        if best is not None:
-            _check_best(best, adapter)
-        return Checkpoint(adapter, best, optimizer, state, kept.identity)
+        loaded = Checkpoint(adapter, best, optimizer, state, kept.identity)
+        loaded.best_adapter()  # KeyError if a layer is missing in BEST
+        return loaded
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"checkpoint {folder}: cannot be loaded: {first_line(error)}") from None
 
@@ -244,25 +244,12 @@ def _publish(file: Path) -> None:
 
 def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
     names = [key.removesuffix(".da") for key in parts if key.endswith(".da")]
-    adapter = {
+    return {
         name: AdapterWeights(
             Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")), parts[f"{name}.da"], parts[f"{name}.db"]
         )
         for name in names
     }
-    for name, weights in adapter.items():
-        a0, b0, da, db = weights.factors.a0, weights.factors.b0, weights.da, weights.db
-        same = da.shape[:-2] == db.shape[:-2] and da.shape[-2:-1] == db.shape[-1:]  # same E and same rank
-        fits = da.dim() == db.dim() in (2, 3) and a0.shape == da.shape and same
-        if not fits or (b0 is not None and b0.shape != db.shape):
-            raise ValueError(f"{name}: the shapes of its a0, b0, da and db do not fit each other")
-    return adapter
-
-
-def _check_best(best: Mapping[str, Tensor], adapter: Mapping[str, AdapterWeights]) -> None:
-    for name, weights in adapter.items():
-        if (best[f"{name}.da"].shape, best[f"{name}.db"].shape) != (weights.da.shape, weights.db.shape):
-            raise ValueError(f"{name}: its da and db have other shapes in {BEST} than in {ADAPTER}")
 
 
 def _fingerprint(file: Path) -> File:

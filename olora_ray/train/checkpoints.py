@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from safetensors import SafetensorError
 
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 PREFIX = "step-"
 AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
 """Errors of a mounted storage that is unreachable at the moment."""
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class Closed(UserError):
@@ -54,32 +54,31 @@ def names(root: str) -> list[str]:
     return [name_of(step) for step in sorted(steps)]
 
 
-def step_of(name: str) -> int:
-    return int(name.removeprefix(PREFIX))
-
-
-def last_step(root: str) -> int:
-    return max(map(step_of, names(root)), default=0)
-
-
 def steps_of(root: str) -> list[int]:
     numbers = (name.removeprefix(PREFIX) for name in storage.names(root) if name.startswith(PREFIX))
     return [int(number) for number in numbers if number.isdecimal()]
 
 
-def names_now(root: str) -> list[str]:
-    try:
-        return names(root)
-    except OSError:
-        return []
+@dataclass(frozen=True)
+class Kept:
+    """The facts in a checkpoint's state.json that others than a training need."""
+
+    identity: dict[str, str]
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+def newest(root: str) -> tuple[int | None, Kept]:
+    """Return the step of the newest checkpoint, which may be damaged, and the facts of the newest readable one."""
+    listed = names(root)
+    files = (storage.join(root, name, checkpoint.STATE) for name in reversed(listed))
+    kept = next(filter(None, (records.read(file, Kept) for file in files)), Kept({}))
+    return (int(listed[-1].removeprefix(PREFIX)) if listed else None), kept
 
 
 def precision_now(root: str) -> str | None:
-    """Return the precision in which a run started, from its newest readable checkpoint; None if it is unknown."""
-    for name in reversed(names_now(root)):
-        state = records.read(storage.join(root, name, checkpoint.STATE), dict[str, Any])
-        if state and "precision" in state:
-            return str(state["precision"]) if state["precision"] in PRECISIONS else None
+    """Return the precision in which a run started; None if it is unknown."""
+    with contextlib.suppress(OSError):
+        return newest(root)[1].precision
     return None
 
 
@@ -144,18 +143,13 @@ def put(write: Callable[[Path], object], target: str) -> None:
             node_cache.upload(Path(local), target, last=checkpoint.MANIFEST)
         return
     final = Path(target)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder = storage.beside(final)
-    try:
+    with storage.staged(final) as folder:
         write(folder)
         # A checkpoint of the same step may exist already: a damaged one that the resume has skipped, or one that an
         # earlier attempt of this run wrote after it was given up.
         if final.exists():
             drop(target)
-        os.rename(folder, final)
-        storage.flush_to_disk(final.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    storage.flush_to_disk(final.parent)
 
 
 def drop(target: str) -> None:
@@ -214,10 +208,6 @@ class CheckpointManager:
         self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
         sweep(root)
-        try:
-            self._earlier = set(steps_of(root))  # written before this process started
-        except (OSError, UserError):
-            self._earlier = set()
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Let `write` fill a folder in the background, as the checkpoint of `step`; waits for the previous checkpoint.
@@ -254,11 +244,9 @@ class CheckpointManager:
             except (OSError, SafetensorError) as error:
                 if pause is None:
                     self._problem = error
-                    written = names_now(self.root)
-                    last = f"the last checkpoint is {written[-1]}" if written else "there is no checkpoint yet"
                     logger.warning(
                         f"the checkpoint of step {step} cannot be written ({short_reason(error)}), after"
-                        f" {plural(number, 'attempt')}; training continues; {last}"
+                        f" {plural(number, 'attempt')}; training continues"
                     )
                     return
                 logger.warning(f"retrying to write the checkpoint of step {step}: {short_reason(error)}")
@@ -271,32 +259,24 @@ class CheckpointManager:
     def _retire(self, step: int) -> None:
         """Remove the checkpoints that are not needed now that `step` is written.
 
-        Up to `step`, the newest `keep` good checkpoints stay. Of later steps, a checkpoint is removed if it was there
-        before this process started and is damaged: the resume has skipped it. Any other checkpoint of a later step
-        stays. It may be good, with the bytes that this training will write again. Or this process was given up without
-        knowing it, and the process that resumed the run has written the checkpoint.
+        Up to `step`, the newest `keep` good checkpoints stay. One of a later step stays: it may be good, with the bytes
+        that this training will write again. Or this process was given up without knowing it, and the process that
+        resumed the run has written the checkpoint.
         """
         self._good.add(name_of(step))
         kept = 0
         try:
             for existing in sorted(steps_of(self.root), reverse=True):
                 name = name_of(existing)
-                if existing > step and (existing not in self._earlier or self._may_be_good(name)):
+                if existing > step:
                     continue
-                if existing > step or kept == self.keep or not self._is_good(name):
+                if kept == self.keep or not self._is_good(name):
                     drop(storage.join(self.root, name))
                     self._good.discard(name)
                 else:
                     kept += 1
         except OSError as error:
             logger.warning(f"{self.root}: old checkpoints cannot be removed: {short_reason(error)}")
-
-    def _may_be_good(self, name: str) -> bool:
-        # A checkpoint that cannot be read now is kept, because it may be good.
-        try:
-            return self._is_good(name)
-        except OSError:
-            return True
 
     def _is_good(self, name: str) -> bool:
         if name not in self._good and is_whole(storage.join(self.root, name)):

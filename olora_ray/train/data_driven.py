@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from olora_ray.adapter.candidates import Target, parameter_of
 from olora_ray.adapter.initialise import InitReport, assign, exchange, initialise, options_of
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Components, overlap, principal, redistributed
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Components, principal
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
@@ -238,6 +238,29 @@ def _until_stable(
                 return now, tokens, agreement
         before = now
     return before or {}, stages[-1], agreement
+
+
+def redistributed(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
+    """Return the number of components that each layer keeps: those of the `budget` largest of all shares.
+
+    `shares` has each layer's shares, falling, in the order of the layers. Among equal shares the earlier component
+    comes first, then the earlier layer.
+    """
+    offers = [
+        (-share, index, layer_index, name)
+        for layer_index, (name, layer) in enumerate(shares.items())
+        for index, share in enumerate(layer)
+    ]
+    kept = dict.fromkeys(shares, 0)
+    for *_, name in sorted(offers)[:budget]:
+        kept[name] += 1
+    return kept
+
+
+def overlap(now: Components, before: Components, rank: int) -> float:
+    """Return the part, 0 to 1, of the space of the first `rank` components of `now` that those of `before` span."""
+    new, old = now.vectors[:rank], before.vectors[:rank]
+    return float((new @ old.mT).square().sum()) / max(1, len(new))
 
 
 def _gathered(own: Mapping[int, Value]) -> dict[int, Value]:

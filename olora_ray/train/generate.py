@@ -100,19 +100,18 @@ def answer(
     rounds = -(-len(groups) // workers) if sharded else len(mine)
     if sharded:
         begin_at_root(trainer.loss)
-    with decoding(model):
-        for turn in range(rounds):
-            group = mine[turn] if turn < len(mine) else []
-            prompts = [asked[i].prompt for i in group or [0]]
-            try:
-                outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
-            except Exception as error:
-                # With a sharded base the error may be another worker's failure, which a restart may fix.
-                if sharded or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                problem = f"{type(model).__name__} cannot generate ({type(error).__name__}: {first_line(error)})"
-                break
-            own.extend(zip(group, outputs, strict=False))
+    for turn in range(rounds):
+        group = mine[turn] if turn < len(mine) else []
+        prompts = [asked[i].prompt for i in group or [0]]
+        try:
+            outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
+        except Exception as error:
+            # With a sharded base the error may be another worker's failure, which a restart may fix.
+            if sharded or isinstance(error, torch.OutOfMemoryError):
+                raise
+            problem = f"{type(model).__name__} cannot generate ({type(error).__name__}: {first_line(error)})"
+            break
+        own.extend(zip(group, outputs, strict=False))
     collectives.raise_together(problem)
     return [output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)]
 
@@ -144,7 +143,7 @@ def greedy(
     device: torch.device,
     together: bool = False,
 ) -> list[list[int]]:
-    """Return greedy continuations of token ids, without prompt and end token; call it inside `decoding(model)`.
+    """Return greedy continuations of token ids, without prompt and end token.
 
     Without end tokens (`eos` is empty) each continuation has `max_new_tokens`, or fewer if the model has no positions
     for more. `together`: all workers run until the last of them is done, because each holds a shard of the model. If
@@ -164,16 +163,17 @@ def greedy(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    output = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=_within(model, prompts, max_new_tokens),
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=list(eos) or None,
-        pad_token_id=eos[0] if eos else 0,
-        synced_gpus=together,
-    )
+    with decoding(model):
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=_within(model, prompts, max_new_tokens),
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=list(eos) or None,
+            pad_token_id=eos[0] if eos else 0,
+            synced_gpus=together,
+        )
     ends = set(eos)
     results = []
     for row in output[:, longest:].tolist():

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from olora_ray.common import records
@@ -166,7 +166,7 @@ class Baseline:
     def write(self, path: str, identity: Mapping[str, str]) -> None:
         """Write the baseline; if the storage fails, nothing is raised, and a resumed run measures again."""
         with contextlib.suppress(OSError):
-            records.write(path, _Kept(dict(identity), self.loss, self.answers))
+            records.write(path, {"identity": dict(identity), **asdict(self)})
 
     @classmethod
     def read(cls, path: str, identity: Mapping[str, str], questions: int) -> "Baseline | None":
@@ -181,7 +181,5 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class _Kept:  # baseline.json
+class _Kept(Baseline):  # baseline.json
     identity: dict[str, str]
-    loss: float | None
-    answers: list[list[int]] | None

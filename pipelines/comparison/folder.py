@@ -7,7 +7,7 @@
     shared/METHOD-DIGEST/            factors of an arm for the tuning, and the time they took
     shared/seed-18/                  the base model's loss on the test rows
     compare.json                     the settings and the contents that the comparison began with
-    code.json                        training -> digests of the code and libraries that trained it
+    code.json                        digests of the versions of code and libraries that trained it
     best.yaml comparison.json report.html *.png
 """
 
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from comparison.arguments import FEW_SEEDS, SEEDS, Comparison
+from comparison.arguments import SEEDS, Comparison
 from olora_ray.cluster import address
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
@@ -59,8 +59,6 @@ def check(comparison: Comparison) -> None:
     publish.check_tracking(config, folder)
     _refuse_other(comparison, {})
     address.find()
-    if len(comparison.seeds) < FEW_SEEDS:
-        logger.warning(f"{SEEDS} {len(comparison.seeds)}: intervals will be wide; use {FEW_SEEDS} or more")
 
 
 def begin(comparison: Comparison, contents: Mapping[str, str]) -> None:
@@ -116,25 +114,19 @@ def _description(comparison: Comparison, contents: Mapping[str, str]) -> dict[st
     return {"settings": settings, "contents": dict(contents)}
 
 
-def note_code(root: str, checkpoints: Mapping[str, int]) -> None:
-    """Note the code version of trainings that run now; warn if other versions have trained before.
-
-    `checkpoints` is name of a training -> step of its last checkpoint, from an earlier attempt.
-    """
-    # Before the trainings, because a driver that is killed cannot write it afterwards. A training without a checkpoint
-    # starts again, so the version of the earlier attempt has no part in it.
-    codes, now, mixed = _codes(root), node_cache.code(), notes(root)
-    for name, step in checkpoints.items():
-        codes[name] = sorted({*(codes.get(name, ()) if step else ()), now})
-    records.write(storage.join(root, _CODE), codes, indent=1, end="\n")
-    if notes(root) and not mixed:
-        logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
+def note_code(root: str) -> None:
+    """Note the code version of trainings that run now; warn if other versions have trained before."""
+    # Before the trainings, because a driver that is killed cannot write it afterwards.
+    before = _codes(root)
+    if (now := node_cache.code()) not in before:
+        records.write(storage.join(root, _CODE), [*before, now], indent=1, end="\n")
+        if before:
+            logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
 
 
 def notes(root: str) -> tuple[str, ...]:
-    versions = {version for each in _codes(root).values() for version in each}
-    return (MIXED,) if len(versions) > 1 else ()
+    return (MIXED,) if len(_codes(root)) > 1 else ()
 
 
-def _codes(root: str) -> dict[str, list[str]]:
-    return records.read(storage.join(root, _CODE), dict[str, list[str]]) or {}
+def _codes(root: str) -> list[str]:
+    return records.read(storage.join(root, _CODE), list[str]) or []

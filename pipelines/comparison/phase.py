@@ -17,7 +17,6 @@ from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.space import Domain, Draws, Scheduler, Space
 from olora_ray.sweep.spec import SweepSpec
-from olora_ray.train.checkpoints import last_step
 
 BROKE_OFF = "not finite"
 """Part of the reason if a training's loss or gradient became NaN or infinite: its learning rate was too large."""
@@ -108,8 +107,7 @@ def ended(spec: PhaseSpec, trials: Sequence[Trial]) -> list[Ended]:
     Raises UserError if a trial failed for another reason than its learning rate. The next call runs it again.
     """
     if left := missing(spec.folder, trials):
-        places = {trial.name(): storage.join(_place(spec.folder, trial), "checkpoints") for trial in left}
-        note_code(spec.root, {name: last_step(place) for name, place in places.items()})
+        note_code(spec.root)
         # Only the missing trials are searched, so Ray Tune must forget the list of an earlier attempt. The trials
         # resume from their own folders.
         storage.remove(search_folder.tune_place(spec.folder))

@@ -257,8 +257,7 @@ def _rate(tuning: TuningResult, trial: Trial) -> float | None:
 def _training(run: Run, final: Final) -> Training:
     record, loss, scores = final.ended.record, final.losses.mean() if final.losses else math.inf, {}
     if run.config.evaluation.scorer and (result := _result(record.folder)):
-        answered = answers.answered(result, run.base.tokenizer)
-        scores = answers.score(final.ended.spec.config, answered).get("after", {})
+        scores = answers.scores_after(final.ended.spec.config, result, run.base.tokenizer)
     return Training(final.ended.trial.seed, loss, record.curve, scores, record.folder, record.mlflow_run)
 
 

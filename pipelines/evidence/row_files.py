@@ -1,4 +1,4 @@
-"""Rows of prompts and answers, and the two files with them that a comparison reads.
+"""Rows of prompts and answers, the two files with them that a comparison reads, and the arguments of both scripts.
 
 DIR/train.jsonl      rows to train on
 DIR/heldout.jsonl    tuning rows and test rows; pipelines/compare.py divides them, by whole groups
@@ -13,6 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olora_ray.common.errors import UserError, as_user_error, short_reason
+from olora_ray.config import command_line
+
+
+@dataclass(frozen=True)
+class Request:
+    out: Path
+    wheel: str | None
+    rows: int
+    heldout: int
+    seed: int
+    longest: int
+
+
+def read_request(argv: list[str], usage: str) -> Request:
+    """Return the arguments of a script, whose `usage` has their meaning."""
+    defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}
+    found = command_line.parse(argv, usage=usage, options=("--out", "--wheel", *defaults))
+    given = found.options
+    if found.words or "--out" not in given:
+        raise UserError(f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing")
+    rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
+    return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest)
 
 
 @dataclass(frozen=True)
@@ -51,25 +73,22 @@ def shared(sets: Sets) -> list[str]:
 
 
 def write(folder: Path, sets: Sets, about: Mapping[str, object]) -> dict[str, str]:
-    """Write both files and rows.json; return file name -> sha256.
+    """Write both files and rows.json, and print what they have; return file name -> sha256.
 
     Raises UserError if the folder cannot be written, or has files that this script did not write.
     """
     assert not shared(sets), f"training and held-out rows share {shared(sets)[:3]}"
-    names = ("train.jsonl", "heldout.jsonl")
+    of = {"train.jsonl": sets.train, "heldout.jsonl": sets.heldout}
     # rows.json is the sign that this script wrote the files, which it may then replace.
-    if not (folder / "rows.json").exists() and (theirs := [name for name in names if (folder / name).exists()]):
+    if not (folder / "rows.json").exists() and (theirs := [name for name in of if (folder / name).exists()]):
         raise UserError(f"--out {folder}: its {theirs[0]} was not written by this script; choose another folder")
     with as_user_error(f"--out {folder}: cannot be written", OSError, reason=short_reason):
         folder.mkdir(parents=True, exist_ok=True)
-        digests = {
-            name: _written(folder / name, rows) for name, rows in zip(names, (sets.train, sets.heldout), strict=True)
-        }
-        files = {
-            name: {"rows": len(rows), "sha256": digests[name]}
-            for name, rows in zip(names, (sets.train, sets.heldout), strict=True)
-        }
-        _written_whole(folder / "rows.json", json.dumps({**about, "files": files}, indent=1) + "\n")
+        digests = {name: _written(folder / name, rows) for name, rows in of.items()}
+        files = {name: {"rows": len(rows), "sha256": digests[name]} for name, rows in of.items()}
+        (folder / "rows.json").write_text(json.dumps({**about, "files": files}, indent=1) + "\n", encoding="utf-8")
+    for name, rows in of.items():
+        print(f"{folder / name}: {len(rows)} rows, sha256 {digests[name]}")
     return digests
 
 
@@ -79,19 +98,12 @@ def positive(name: str, text: str) -> int:
     return int(text)
 
 
-def lacking(option: str, wanted: int, rows: Sequence[Row] | int, remedy: str) -> UserError:
-    count = rows if isinstance(rows, int) else len(rows)
-    return UserError(f"argument {option} {wanted}: only {count} rows are left; {remedy}")
+def lacking(option: str, wanted: int, rows: Sequence[Row]) -> UserError:
+    remedy = "ask for fewer, or set --longest higher"
+    return UserError(f"argument {option} {wanted}: only {len(rows)} rows are left; {remedy}")
 
 
 def _written(path: Path, rows: Iterable[Row]) -> str:
-    text = "".join(row.line() for row in rows)
-    _written_whole(path, text)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _written_whole(path: Path, text: str) -> None:
-    # An interrupted write leaves no file that looks complete.
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode())
-    partial.replace(path)
+    content = "".join(row.line() for row in rows).encode()
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()

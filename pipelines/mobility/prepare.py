@@ -64,14 +64,9 @@ def main(argv: list[str]) -> None:
     selection = rows.select(records.people, least, limits, seed, turns)
     if empty := [name for name in rows.SPLITS if not selection.targets[name]]:
         raise UserError(
-            f"argument RECORDS: no row for {empty[0]}.jsonl: no person has enough stays; lower --least or add records"
+            f"argument RECORDS: no row for {empty[0]}.jsonl; add records, lower --least, or ask for rows in --rows"
         )
     print("\n".join([f"read: {plural(len(records), 'stay')} of {len(records.people)} people", *repairs.lines()]))
-    if records.counted():
-        print(
-            "places: numbered as they first appear, so a model can guess new places by counting; number them in another"
-            " order"
-        )
     with as_user_error(f"argument --out: {options['--out']}: cannot be written", OSError, reason=short_reason):
         written = rows.write(Path(options["--out"]), records, selection, template, fits)
     print("\n".join([*written, f"not targets: {selection.too_early} stays with fewer than {least} before them"]))
@@ -99,10 +94,7 @@ def row_limits(text: str) -> dict[str, int]:
     pairs = [part.partition("=") for part in text.split(",") if part]
     if wrong := [name for name, _, _ in pairs if name not in rows.SPLITS]:
         raise UserError(f"argument --rows: {wrong[0]!r} is not a split; expected one like train=2000,eval=64,test=600")
-    limits = {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
-    if none := [name for name, count in limits.items() if not count]:
-        raise UserError(f"argument --rows: {none[0]}=0: each split needs a row; leave it out for all")
-    return limits
+    return {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
 
 
 if __name__ == "__main__":

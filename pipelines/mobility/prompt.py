@@ -11,6 +11,7 @@ left, and never its end. `rows.py` writes the training rows with `example`: the 
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,14 +79,11 @@ class Template:
 
         if fit(shown):
             return shown
-        # Binary search: if some stays do not fit, more stays do not fit either.
-        least, most = 0, max(0, shown - 1)
-        while least < most:
-            middle = (least + most + 1) // 2
-            least, most = (middle, most) if fit(middle) else (least, middle - 1)
-        if not fit(least):
+        # If some stays do not fit, more stays do not fit either.
+        fitting = bisect_left(range(shown), True, key=lambda count: not fit(count))
+        if not fitting:
             raise UserError("data.max_length: too small for a question without any stay; set it higher")
-        return least
+        return fitting - 1
 
     def example(self, past: Sequence[Stay], *targets: Stay, fits: Fits | None = None) -> list[Message]:
         """Return the question about the first of `targets` and its answer, then the others, each in its own turn."""

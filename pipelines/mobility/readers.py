@@ -116,8 +116,6 @@ def _columns(header: Sequence[str], file: Path) -> dict[str, int]:
     if missing := [name for name in NEEDED if name not in names]:
         present = ", ".join(names) or "nothing"
         raise UserError(f"{file}:1: no column {missing[0]!r} in the first line; it has {present}")
-    if twice := [name for name in (*NEEDED, "duration") if names.count(name) > 1]:
-        raise UserError(f"{file}:1: the first line has the column {twice[0]!r} twice; remove one")
     return {name: names.index(name) for name in (*NEEDED, "duration") if name in names}
 
 
@@ -127,18 +125,11 @@ def _check_in(row: Sequence[str], columns: Mapping[str, int], file: str, line: i
     cell = {name: row[index] for name, index in columns.items()}
     if not (person := cell["user_id"].strip()):
         raise Broken("user_id is empty")
-    place = _place(cell["location_id"])
+    place = _number(cell["location_id"], "location_id", 0, LARGEST_PLACE)
     day = _number(cell["start_day"], "start_day", 0, 10**6)
     minute = _number(cell["start_min"], "start_min", 0, MINUTES - 1)
     when = When(_number(cell["weekday"], "weekday", 0, 6), minute)
     return person, "", Stay(place, day * MINUTES + minute, when, _duration(cell.get("duration", "")), file, line)
-
-
-def _place(text: str) -> int:
-    try:
-        return _number(text, "location_id", 0, LARGEST_PLACE)
-    except Broken:
-        raise Broken(f"unknown place: location_id is {text!r}, not a number from 0 on") from None
 
 
 def _duration(text: str) -> int | None:

@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, islice, pairwise
+from itertools import pairwise
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
@@ -24,8 +24,6 @@ REPAIRS = {
     DUPLICATES: "left out",
 }
 """Fault of a record -> its repair, if it is asked for."""
-MANY = 20
-"""With fewer places, the order of their numbers shows nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +87,6 @@ class Records:
 
     def __len__(self) -> int:
         return sum(map(len, self.people.values()))
-
-    def counted(self) -> bool:
-        """True if most new places have the number after the highest so far: then a model can guess them by counting."""
-        order = dict.fromkeys(stay.place for stays in self.people.values() for stay in stays)
-        following = sum(
-            place == highest + 1 for place, highest in zip(islice(order, 1, None), accumulate(order, max), strict=False)
-        )
-        return len(order) > MANY and following > len(order) / 2
 
 
 def collect(named: Iterator[Named], repairs: Repairs) -> Records:

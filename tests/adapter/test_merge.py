@@ -9,9 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from olora_ray.adapter import merge, stored
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
+from olora_ray.model import stored
+from olora_ray.pipeline import merge
 from tests import tiny
 from tests.export_parts import Case, logits, make_case, make_stacked_case, save_tokenizer, skeleton_of
 from tests.families import zoo
@@ -51,29 +52,12 @@ def test_experts_are_merged_some_at_a_time_with_the_same_result(
             tmp_path / family / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6)
         )
         whole = load_file(case.write_merged(tmp_path / family / "whole") / "model.safetensors")
-        monkeypatch.setattr("olora_ray.adapter.stored.AT_ONCE", 1)
+        monkeypatch.setattr("olora_ray.model.stored.AT_ONCE", 1)
         found = stored.groups(case.base, case.model, case.adapter)
         assert any(len(list(group.steps())) == 4 for group in found), family
         one_by_one = load_file(case.write_merged(tmp_path / family / "parts") / "model.safetensors")
         monkeypatch.undo()
         assert all(torch.equal(whole[name], one_by_one[name]) for name in whole)
-
-
-def test_shares_write_what_one_process_writes(tmp_path: Path) -> None:
-    case = make_case(tmp_path / "base", tiny.llama(), SETTINGS, shard="100KB")
-    whole = case.write_merged(tmp_path / "whole")
-    out = tmp_path / "shared"
-    out.mkdir()
-    merge.copy_files(case.base, out)
-    found = stored.groups(case.base, case.model, case.adapter)
-    shares = merge.shares(found, 3)
-    assert sorted(group.key for share in shares for group in share) == sorted(group.key for group in found)
-    sizes = [sum(group.size for group in share) for share in shares]
-    assert max(sizes) < 1.5 * min(sizes)
-    for share in [*shares, shares[1]]:  # one is done twice, as after the death of a worker
-        merge.merge(case.base, out, share, case.adapter, case.scale)
-    for file in whole.glob("*.safetensors"):
-        assert file.read_bytes() == (out / file.name).read_bytes()
 
 
 def test_weights_are_rounded_once_to_the_stored_precision(tmp_path: Path) -> None:
@@ -210,7 +194,7 @@ def test_an_old_export_stays_until_the_new_one_is_complete(llama: Case, tmp_path
         llama.write_merged(out)
     assert (out / "mark").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"], "no leftovers"
-    (tmp_path / ".merged.partial").mkdir()  # a killed process left it
+    (tmp_path / ".merged.0.tmp").mkdir()  # a killed process left it
     rest = {n: w for n, w in llama.adapter.items() if "q_proj" not in n}
     merge.write_merged(llama.base, rest, 1.0, out, llama.model)
     assert not (out / "mark").exists()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from olora_ray.adapter import parity as module
-from olora_ray.adapter import stored
-from olora_ray.adapter.merge import Worst
-from olora_ray.adapter.parity import AsPeftReads, Difference, Folders, Logits, MergedFolder, Parity, measure_logits
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
+from olora_ray.model import stored
+from olora_ray.pipeline import parity as module
+from olora_ray.pipeline.merge import Worst
+from olora_ray.pipeline.parity import AsPeftReads, Difference, Folders, Logits, MergedFolder, Parity, measure_logits
 from tests import tiny
 from tests.export_parts import IDS, Case, make_case
 from tests.families import zoo

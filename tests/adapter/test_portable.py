@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from olora_ray.adapter import merge, portable
-from olora_ray.adapter.portable import Card, model_card
 from olora_ray.config.schema import Adapter, Source
 from olora_ray.model.folder import text_class
+from olora_ray.pipeline import merge, portable
+from olora_ray.pipeline.portable import Card, model_card
 from tests.export_parts import save_tokenizer
 
 
@@ -97,9 +97,9 @@ def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: P
         assert found == (
             {"eos_token_id": [2, 7], "temperature": 0.5} if there else {"bos_token_id": 1, "eos_token_id": [2, 7]}
         )
-        assert merge.changed_files(base, merged) == []
+        assert merge.changed(base, merged, []) == []
         (merged / "generation_config.json").write_text(json.dumps({**found, "temperature": 1.0}))
-        assert merge.changed_files(base, merged) == ["generation_config.json differs from the base model's"]
+        assert merge.changed(base, merged, []) == ["generation_config.json differs from the base model's"]
 
 
 def test_positions_are_told_by_the_names_of_transformers_4_too() -> None:

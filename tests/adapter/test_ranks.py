@@ -15,11 +15,11 @@ from torch import Tensor
 from olora_ray.adapter.initialise import exchange
 from olora_ray.adapter.inject import inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.adapter.parity import check_adapter
-from olora_ray.adapter.peft_folder import compress, read_adapter
 from olora_ray.cluster.resume import resume
 from olora_ray.common import collectives
 from olora_ray.config.schema import Adapter
+from olora_ray.pipeline.parity import check_adapter
+from olora_ray.pipeline.peft_folder import compress, read_adapter
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepLoader

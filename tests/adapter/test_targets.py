@@ -170,12 +170,12 @@ class DbrxExperts(nn.Module):
         return x @ self.w1.view(3, 4, 4)[0]
 
 
-def test_experts_in_a_layout_that_is_not_known_are_left_out_with_a_reason() -> None:
+def test_experts_in_a_layout_that_is_not_known_are_told_as_not_covered() -> None:
     model = nn.ModuleDict({"experts": DbrxExperts()})
     found = select(model, "all-linear", 4)
     assert list(found.targets) == ["experts.other"]
-    assert found.left_out["experts.w1"].kind == "experts whose layout is not known from the code of DbrxExperts"
-    with pytest.raises(UserError, match=r"'experts\.w1' is a set of experts whose layout"):
+    assert coverage(model, found).others["experts"] == 48
+    with pytest.raises(UserError, match=r"'experts\.w1' matches no linear layer"):
         find_targets(model, ("experts.w1",), 4)
 
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, conversion_mapping, modeling_utils
 from transformers.core_model_loading import Chunk, Interleave, Split, WeightConverter, WeightRenaming
 
-from olora_ray.adapter import merge, stored
 from olora_ray.config.schema import Adapter
+from olora_ray.model import stored
+from olora_ray.pipeline import merge
 from tests import tiny
 from tests.export_parts import Case, logits, make_stacked_case
 from tests.families import zoo

@@ -8,10 +8,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from olora_ray.adapter import layer, merge
+from olora_ray.adapter import layer
 from olora_ray.cluster import resume
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
+from olora_ray.pipeline import merge
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from tests.families import check as check_module
 from tests.families.check import check

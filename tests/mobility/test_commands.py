@@ -85,7 +85,7 @@ def test_the_answers_of_an_evaluation_lead_to_their_rows(records: Path, tmp_path
         ("--format=gpx", "argument --format: 'gpx' is unknown"),
         ("--history=many", "argument --history: expected a"),
         ("--rows=dev=3", "argument --rows: 'dev' is not a split"),
-        ("--rows=train=0", "argument --rows: train=0: each split"),
+        ("--rows=train=0", "argument RECORDS: no row for train.jsonl; add"),
         ("--rows=eval=", "argument --rows: expected a whole"),
         ("--turns=0", "argument --turns: a row asks for one"),
         ("--form=long", "argument --form: 'long' is unknown"),
@@ -104,14 +104,12 @@ def test_arguments_that_cannot_be_are_refused(records: Path, tmp_path: Path, opt
     assert not (tmp_path / "out").exists()
 
 
-def test_turns_and_places_that_can_be_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Records of another tool, whose places are numbered as they first appear."""
+def test_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"{n},7,{n + 1},{n // 10},{n % 10 * 60},{n // 10 % 7}" for n in range(60)]
     file, out = tmp_path / "check_ins.csv", tmp_path / "data"
     file.write_text("\n".join(["id,user_id,location_id,start_day,start_min,weekday", *rows]) + "\n")
     prepare.main([str(file), "--format", "checkins", "--out", str(out), "--turns", "10"])
     said = capsys.readouterr().out
-    assert "places: numbered as they first appear" in said
     assert "train: 3 rows of 1 people, which ask for 30 stays" in said
     first = json.loads((out / "train.jsonl").read_text().splitlines()[0])["messages"]
     assert [message["role"] for message in first] == ["system", *["user", "assistant"] * 10]

@@ -46,7 +46,7 @@ def named(folder: Path, **changes: Any) -> Config:
 
 
 def test_pickled_weights_are_refused_unless_asked_for(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"only pytorch_model\.bin, a pickle.*model\.allow_pickle: true"):
+    with pytest.raises(UserError, match=r"no usable weights: .*model\.allow_pickle: true"):
         source.obtain(named(folder))
     assert not (folder.parent / "runs").exists()
 

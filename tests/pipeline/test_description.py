@@ -90,7 +90,7 @@ def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: Fini
     ]
     result = replace(run.result, state=TrainState(4, 1.0, 2, history=history))
     tracker = start_run(run.config, "test", {})
-    found = publish.publish(replace(run.exported, result=result), tracker, {}, {}).result
+    found = publish.publish(replace(run.exported, result=result), tracker, {}, {})
     assert found["best_step"] == 2
     assert found["eval_loss_before"] == 2.0
     assert found["metrics"]["eval/loss"] == 1.0

@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_written_is_refused_before_the_training(tmp_path:
     changes = {"model__name": str(folder), "run__storage": str(tmp_path / "runs"), "data__max_length": 64}
     config = tiny.config(export__gguf="q8_0", **changes)
     with pytest.raises(UserError) as error:
-        prepare.deliverable(config, BaseModel(str(folder), str(folder), ""))
+        prepare.plan(config, BaseModel(str(folder), str(folder), ""))
     line = str(error.value)
     assert line.startswith("export.gguf: ")
     assert why in line
@@ -234,7 +234,7 @@ def test_a_file_needs_the_merged_model(tmp_path: Path) -> None:
     folder = str(llama(tmp_path / "base"))
     config = tiny.config(model__name=folder, export__gguf="q8_0", export__merged=False)
     with pytest.raises(UserError, match=r"^export\.gguf: .*; set export\.merged: true or export\.gguf: null$"):
-        prepare.deliverable(config, BaseModel(folder, folder, ""))
+        prepare.plan(config, BaseModel(folder, folder, ""))
 
 
 def _shrink(tree: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def test_the_model_of_a_run_is_found_by_its_loss_and_its_evaluations_are_linked_
     run: finished_run.FinishedRun,
 ) -> None:
     tracker = start_run(run.config, "test", {})
-    run.folder.write_result(publish.publish(run.exported, tracker, {}, {}).result)
+    run.folder.write_result(publish.publish(run.exported, tracker, {}, {}))
     publish.publish(run.exported, tracker, {}, {})  # an attempt after one that was killed
     client = tracker.client()
     experiment = client.get_run(tracker.run_id).info.experiment_id

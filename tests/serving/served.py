@@ -12,7 +12,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.load import build, dump, parse_yaml
 from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
-from olora_ray.pipeline import export, export_gguf, export_shares
+from olora_ray.pipeline import export, export_gguf, export_losses
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import prepare
@@ -32,7 +32,7 @@ class Served:
     config: Config
     base: Path
     folder: RunFolder
-    work: export_shares.Work
+    work: export_losses.Work
 
     @property
     def chats(self) -> list[Chat]:
@@ -71,7 +71,7 @@ def make(folder: Path) -> Served:
     trainer.snapshot(TrainState(STEPS), None, {}, dump(config))(checkpoint)
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
     export.export_run(spec, run, STEPS)
-    return Served(config, Path(base.model.folder), run, export_shares.prepare(spec, str(checkpoint)))
+    return Served(config, Path(base.model.folder), run, export_losses.prepare(spec, str(checkpoint)))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 import json
 from dataclasses import replace
 
-import pytest
-
 from tests.sweep.odd import ODD, search
 from tests.sweep.searches import realistic
 
@@ -33,15 +31,3 @@ def test_json_has_every_trial_in_order_and_no_nan() -> None:
         assert [trial["number"] for trial in content["trials"]] == numbers(record.ordered())
     read = json.loads(realistic().to_json())
     assert read["trials"][0]["params"] == realistic().trials[read["trials"][0]["number"]].params
-
-
-@pytest.mark.parametrize("most", [5, 12, 40])
-def test_a_thinned_search_keeps_its_best_its_default_and_both_ends(most: int) -> None:
-    record = realistic(40)
-    thin = record.thinned(most)
-    assert len(thin.trials) == most
-    assert thin.best() == record.best()
-    assert thin.of(record.default) == record.of(record.default)
-    assert thin.ordered()[-1] == record.ordered()[-1]
-    assert [trial for trial in record.trials if trial in thin.trials] == list(thin.trials)
-    assert replace(record, trials=thin.trials) == thin

@@ -87,7 +87,7 @@ def test_a0_is_the_exact_pca_of_the_first_supervised_tokens_of_packed_sequences(
     rows = recorded(tiny.llama(), [packs[i] for i in range(8)], 96)
     offers = {name: exact(rows[name])[1][: 2 * RANK].tolist() for name in found}
     assert about.tokens == 96
-    assert about.ranks == eva.redistributed(offers, len(found) * RANK)
+    assert about.ranks == data_driven.redistributed(offers, len(found) * RANK)
     assert min(about.ranks.values()) < RANK < max(about.ranks.values())
     for name, item in found.items():
         assert item.b0 is None
@@ -219,7 +219,7 @@ def test_a_growing_store_is_waited_for_and_decides_nothing() -> None:
 )
 def test_ranks_are_a_count_of_the_largest_shares(shares: list[list[float]], budget: int) -> None:
     layers = {f"layer {i}": sorted(each, reverse=True) for i, each in enumerate(shares)}
-    found = eva.redistributed(layers, budget)
+    found = data_driven.redistributed(layers, budget)
     assert list(found) == list(layers)
     assert sum(found.values()) == min(budget, sum(map(len, layers.values())))
     kept = [layers[name][i] for name in layers for i in range(found[name])]

@@ -2,9 +2,7 @@
 
 from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, olora_even, orthogonal, pissa
 from olora_ray.adapter.methods.eva import Components as Components
-from olora_ray.adapter.methods.eva import overlap as overlap
 from olora_ray.adapter.methods.eva import principal as principal
-from olora_ray.adapter.methods.eva import redistributed as redistributed
 from olora_ray.adapter.methods.method import Method as Method
 from olora_ray.adapter.methods.method import Options as Options
 

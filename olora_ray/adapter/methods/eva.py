@@ -10,7 +10,6 @@ variance, S_i^2 / sum_j S_j^2; the (layers x r) largest shares of all layers are
 the scale of rank r, as in the paper, whose alpha_i is alpha r_i / r.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,29 +46,6 @@ def principal(rows: Tensor, count: int) -> Components:
         vectors = torch.linalg.qr(x.mT @ vectors).Q
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return Components((vectors * largest.sign()).mT, tuple((values / total).tolist()))
-
-
-def redistributed(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
-    """Return the number of components that each layer keeps: those of the `budget` largest of all shares.
-
-    `shares` has each layer's shares, falling, in the order of the layers. Among equal shares the earlier component
-    comes first, then the earlier layer.
-    """
-    offers = [
-        (-share, index, layer_index, name)
-        for layer_index, (name, layer) in enumerate(shares.items())
-        for index, share in enumerate(layer)
-    ]
-    kept = dict.fromkeys(shares, 0)
-    for *_, name in sorted(offers)[:budget]:
-        kept[name] += 1
-    return kept
-
-
-def overlap(now: Components, before: Components, rank: int) -> float:
-    """Return the part, 0 to 1, of the space of the first `rank` components of `now` that those of `before` span."""
-    new, old = now.vectors[:rank], before.vectors[:rank]
-    return float((new @ old.mT).square().sum()) / max(1, len(new))
 
 
 def factors(rows: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:

@@ -142,7 +142,7 @@ def curves(record: SearchRecord) -> "Figure":
 
 
 def rate(record: SearchRecord) -> "Figure":
-    """Draw the learning rate against the metric, by rank. Without these fields: the two most important ones."""
+    """Draw the learning rate against the metric, by rank. Without these fields: the first two, a number first."""
     field, group = _rate_fields(record)
     best = record.best()
     low, high, beyond = _metric_range(record)
@@ -322,11 +322,7 @@ def _points(trial: TrialRecord) -> list[tuple[int, float]]:
 
 def _rate_fields(record: SearchRecord) -> tuple[str | None, str | None]:
     fields = _fields(record)
-    if not {"train.lr", "adapter.rank"} <= set(fields):
-        shares, _ = importance(record)
-        order = [name for group in shares for name in group] if isinstance(shares, dict) else []
-        fields.sort(key=lambda name: order.index(name) if name in order else len(order))
-    numeric = [name for name in fields if all(text.is_number(trial.params.get(name, 0)) for trial in record.trials)]
+    numeric = [name for name in fields if text.numeric(record, name)]
     field = next((name for name in ("train.lr", *numeric, *fields) if name in fields), None)
     return field, next((name for name in ("adapter.rank", *fields) if name in fields and name != field), None)
 

@@ -12,8 +12,6 @@ from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import text
 from olora_ray.sweep.report.figures import FIGURES, render
 
-# Most trials in a figure, where more lines would hide each other, and most rows of the table on the page.
-DRAWN, ROWS = 300, 500
 # Name of a figure -> (text for screen readers, True if it takes the page's full width).
 _DESCRIBED = {
     "parallel_coordinates": ("Parallel coordinates: the parameters of each trial and its value", True),
@@ -116,8 +114,7 @@ def write_report(record: SearchRecord, folder: str) -> list[str]:
 
     Replaces the files of an earlier report.
     """
-    some = record.thinned(DRAWN)
-    pictures = render({name: partial(draw, some) for name, draw in FIGURES.items()})
+    pictures = render({name: partial(draw, record) for name, draw in FIGURES.items()})
     return files(folder, pictures, {"leaderboard.json": record.to_json(), "report.html": html(record, pictures)})
 
 
@@ -136,15 +133,12 @@ def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
         f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"
         f" scheduler {record.scheduler}"
     )
-    thinned = ""
-    if len(record.trials) > DRAWN:
-        thinned = f" Figures show {DRAWN} of {len(record.trials):,} trials, evenly from the best to the worst."
     return document(
         f"{record.name}: search",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about)}</p>\n{_cards(record)}\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{_table(record)}\n'
-        f"<footer>Click a column's name to sort.{thinned} The figures are also PNG files beside this page,"
-        " and leaderboard.json has the numbers.</footer>",
+        "<footer>Click a column's name to sort. The figures are also PNG files beside this page, and leaderboard.json"
+        " has the numbers.</footer>",
     )
 
 
@@ -166,20 +160,12 @@ def _cards(record: SearchRecord) -> str:
 
 
 def _table(record: SearchRecord) -> str:
-    fields = record.columns()
-    names = text.short(fields)
-    numeric = {name: all(text.is_number(t.params.get(name, 0)) for t in record.trials) for name in fields}
-    heads = [head("trial", True), *(head(names[name], numeric[name], name) for name in fields)]
+    names, numeric = text.short(record.fields), {name: text.numeric(record, name) for name in record.fields}
+    heads = [head("trial", True), *(head(names[name], numeric[name], name) for name in record.fields)]
     heads += [head(name, True) for name in (record.metric, "steps", "time")]
     heads += [head(name, False) for name in ("status", "reason")]
-    ordered, best, default = record.ordered(), record.best(), record.of(record.default)
-    shown = ordered[:ROWS]
-    if default is not None and default not in shown:
-        shown.append(default)
-    rows = table(heads, (_row(record, trial, numeric, trial is best) for trial in shown))
-    left = len(ordered) - len(shown)
-    more = f"{left:,} more trials (worse, failed or without a value) are in leaderboard.json."
-    return rows + (f'<p class="about">{more}</p>' if left else "")
+    best = record.best()
+    return table(heads, (_row(record, trial, numeric, trial is best) for trial in record.ordered()))
 
 
 def _row(record: SearchRecord, trial: TrialRecord, numeric: Mapping[str, bool], best: bool) -> str:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median, pstdev
+from statistics import pstdev
 from typing import Any
 
 from olora_ray.common.text import aligned, duration
-from olora_ray.sweep.record import SearchRecord, TrialRecord
+from olora_ray.sweep.record import SearchRecord, TrialRecord, finite
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -65,6 +65,10 @@ def is_number(item: Any) -> bool:
     return isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
 
 
+def numeric(record: SearchRecord, field: str) -> bool:
+    return all(is_number(trial.params.get(field, 0)) for trial in record.trials)
+
+
 def short(fields: Sequence[str]) -> dict[str, str]:
     """Return field -> its last part, or the full name if two fields share the last part."""
     last = [name.rsplit(".", 1)[-1] for name in fields]
@@ -73,7 +77,7 @@ def short(fields: Sequence[str]) -> dict[str, str]:
 
 def lines(record: SearchRecord, top: int = 10) -> list[str]:
     """Return the `top` best trials as aligned columns, then trials without a value if there is room."""
-    names = short(record.columns())
+    names = short(record.fields)
     head = [
         "",
         "trial",
@@ -86,7 +90,7 @@ def lines(record: SearchRecord, top: int = 10) -> list[str]:
     ]
     ordered = record.ordered()
     rows = [_row(record, trial, list(names), rank) for rank, trial in enumerate(ordered[:top], 1)]
-    right = [True, True, *(_numeric(ordered, name) for name in names), True, True, True, False, False]
+    right = [True, True, *(numeric(record, name) for name in names), True, True, True, False, False]
     shown = aligned([head, *rows], right)
     if len(ordered) > top:
         shown.append(f"... and {len(ordered) - top} more")
@@ -103,7 +107,6 @@ def facts(record: SearchRecord) -> list[tuple[str, str]]:
         ("default", against_default(record)),
         ("spread", spread(record)),
         ("trials", _ends(record)),
-        ("start", _start(record)),
         *(("note", note) for note in record.notes),
     ]
     return [(name, sentence) for name, sentence in all_facts if sentence]
@@ -146,7 +149,7 @@ def spread(record: SearchRecord) -> str:
 
 def table(record: SearchRecord) -> tuple[list[str], list[list[Any]]]:
     """Return (columns, rows) of plain values for a table artifact, the best trial first; NaN becomes None."""
-    fields = record.columns()
+    fields = record.fields
     columns = ["trial", "status", record.metric, *fields, "steps", "seconds", "reason", "mlflow_run"]
     rows = [
         [
@@ -190,20 +193,6 @@ def _ends(record: SearchRecord) -> str:
     return f"{len(record.trials)} in {duration(record.seconds)}" + (f": {some}" if some else "")
 
 
-def _start(record: SearchRecord) -> str:
-    first = [trial.first_step for trial in record.trials if trial.first_step is not None]
-    spared = [trial.spared for trial in record.trials if trial.spared > 0]
-    parts = []
-    if first:
-        parts.append(f"first step {duration(median(first))} after the start of a trial (median)")
-    if spared:
-        parts.append(
-            f"{duration(median(spared))} of preparation and initialisation saved per trial,"
-            f" {duration(sum(spared))} in total"
-        )
-    return "; ".join(parts)
-
-
 def _because(trial: TrialRecord) -> str:
     return f": {value(trial.reason, 100)}" if trial.reason else ""
 
@@ -222,12 +211,5 @@ def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], rank: 
     ]
 
 
-def _numeric(trials: Sequence[TrialRecord], name: str) -> bool:
-    values = [trial.params[name] for trial in trials if name in trial.params]
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-
-
 def _plain(item: Any) -> Any:
-    if isinstance(item, float):
-        return item if math.isfinite(item) else None
-    return item if isinstance(item, int | str | None) else value(item)
+    return finite(item) if isinstance(item, int | float | str | None) else value(item)

@@ -49,15 +49,6 @@ def test_no_question_is_in_both_files_under_another_name(make: Make) -> None:
     assert len({row["group"] for row in rows["train"] + rows["heldout"]}) == 400
 
 
-def test_held_out_templates_are_in_no_training_row(make: Make) -> None:
-    rows = make("--rows", "60", "--heldout", "30", "--split-by", "templates")
-    templates = {name: {row["prompt"].partition(":")[0] for row in found} for name, found in rows.items()}
-    groups = {name: {row["group"] for row in found} for name, found in rows.items()}
-    assert len(templates["heldout"]) == len(groups["heldout"]) == 1
-    assert len(templates["train"]) == len(groups["train"]) == 3
-    assert not templates["train"] & templates["heldout"]
-
-
 def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(make: Make) -> None:
     first = make("--rows", "20", "--heldout", "20", out="a")
     assert make("--rows", "20", "--heldout", "20", out="b") == first

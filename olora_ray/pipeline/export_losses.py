@@ -1,36 +1,27 @@
-"""The merge of a large model and its check, spread over the cluster: each worker merges one part of the weights.
-
-All parts are written into the files of one folder that every node can reach. In an object store there is one part only.
-"""
+"""The opened base model and adapter of an export, and the losses that an export may change."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-import ray
 import torch
 
-from olora_ray.adapter import merge
 from olora_ray.adapter.inject import inject, remove
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.parity import MergedFolder
-from olora_ray.adapter.stored import Group, groups, weight_files
-from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import assigned_device
-from olora_ray.common import storage
 from olora_ray.common.errors import first_line
-from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton, too_large
 from olora_ray.model.source import BaseModel, on_this_node
+from olora_ray.model.stored import Group, groups
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
@@ -43,17 +34,10 @@ from olora_ray.train.self_test import choose_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHARE_BYTES = 4 * 2**30
-"""Bytes of adapted weights per process; for fewer, starting another process costs more than it saves."""
-
-T = TypeVar("T")
-Spread = Callable[[Callable[["Part"], T], Sequence["Part"]], list[T]]
-"""Runs a function for each part and returns the results in order."""
-
 
 @dataclass(frozen=True)
 class Work:
-    """The opened base model and adapter on this node, as a part of the merge needs them."""
+    """The opened base model and adapter on this node."""
 
     spec: TrainSpec
     base: BaseModel
@@ -69,88 +53,12 @@ class Work:
         return load_tokenizer(self.base, self.spec.config.model)
 
 
-@dataclass(frozen=True)
-class Part:
-    """The part of a merged folder that one worker writes and checks."""
-
-    spec: TrainSpec
-    checkpoint: str
-    """Path of the checkpoint whose best adapter is merged."""
-    folder: Path
-    """The merged folder, or the temporary one that will become it; it already contains the base model's files."""
-    number: int
-    of: int
-    work: Work | None = None
-    """The opened base model and adapter, if this process has them."""
-
-    def __reduce__(self) -> Any:
-        # `work` is not pickled: it is large, and the paths in it may differ on another node.
-        return Part, (self.spec, self.checkpoint, self.folder, self.number, self.of)
-
-
 def prepare(spec: TrainSpec, checkpoint: str) -> Work:
     """Open base model and adapter; raise UserError if export.merged is set and a weight cannot be merged."""
     base, read = on_this_node(spec.base, spec.config), checkpoints.read(checkpoint)
     model, adapter = skeleton(base, spec.config.model), read.best_adapter()
     adapted = groups(Path(base.folder), model, adapter) if spec.config.export.merged else []
     return Work(spec, base, model, adapter, read.state, adapted)
-
-
-def parts_of(spec: TrainSpec, checkpoint: str, folder: Path, target: str, work: Work) -> list[Part]:
-    """Return the parts of a merge, at most one per worker; `target` is the final path or URI of `folder`."""
-    count = 1
-    if not storage.is_uri(target):
-        size = sum(group.size for group in work.groups)
-        count = max(1, min(spec.config.cluster.max_workers(), size // SHARE_BYTES))
-    return [Part(spec, checkpoint, folder, number, count, work) for number in range(count)]
-
-
-def merge_part(part: Part) -> None:
-    work, share, device = _of(part)
-    scale = part.spec.config.adapter.scale()
-    merge.merge(Path(work.base.folder), part.folder, share, work.adapter, scale, device)
-
-
-def check_part(part: Part) -> MergedFolder:
-    work, share, device = _of(part)
-    base, scale = Path(work.base.folder), part.spec.config.adapter.scale()
-    worst = merge.check_weights(base, part.folder, share, work.adapter, scale, device)
-    files = weight_files(base)[part.number :: part.of]
-    return MergedFolder(worst, tuple(merge.changed_bytes(base, part.folder, work.groups, files)))
-
-
-def check_merged(work: Work, parts: Sequence[Part], spread: Spread[Any]) -> MergedFolder:
-    if lines := merge.changed_files(Path(work.base.folder), parts[0].folder):
-        return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(lines))
-    results = spread(check_part, parts)
-    lines = [line for result in results for line in result.changed]
-    return MergedFolder(merge.worst_of([result.weights for result in results]), tuple(lines))
-
-
-def in_turn(work: Callable[[Part], T], parts: Sequence[Part]) -> list[T]:
-    return [work(part) for part in parts]
-
-
-def over_cluster(cpus: float) -> Spread[Any]:
-    """Return a `Spread` that runs the first part here, in a Ray task, and the others in tasks with `cpus` CPUs each."""
-
-    def quietly(work: Callable[[Part], Any], part: Part) -> Any:
-        quiet_transformers()
-        return work(part)
-
-    def spread(work: Callable[[Part], Any], parts: Sequence[Part]) -> list[Any]:
-        job: Any = ray.remote(quietly).options(num_cpus=cpus, max_retries=3, retry_exceptions=[OSError])
-        others = [job.remote(work, part) for part in parts[1:]]
-        first = work(parts[0])
-        with user_errors():
-            return [first, *ray.get(others)]
-
-    return spread
-
-
-def _of(part: Part) -> tuple[Work, list[Group], torch.device]:
-    work = part.work or prepare(part.spec, part.checkpoint)
-    return work, merge.shares(work.groups, part.of)[part.number], assigned_device()
 
 
 # The loss of a finished adapter before and after a change by the export (compression, original weights).

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.candidates import parameter_of
 from olora_ray.common.errors import UserError
 from olora_ray.model.folder import INDEX, SINGLE, indexed, is_unknown_bias, unsupported_bias, unsupported_packing
 
@@ -143,6 +142,11 @@ class Group:
     @property
     def stored(self) -> list[Stored]:
         return [entry for entries in self.parts.values() for entry in entries]
+
+    @property
+    def odd(self) -> Stored | None:
+        """The first stored tensor without a precision to which a change can be added; None if there is none."""
+        return next((entry for entry in self.stored if entry.dtype not in DTYPES), None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -331,8 +335,10 @@ def groups(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> list[
 
 def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
     """Return the groups of stored tensors that hold these layers, and layer -> reason if one cannot be merged."""
-    wanted = {parameter_of(model, layer): layer for layer in layers}
-    stored, problems = tensors(base), _tied(model, wanted)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # A stack of experts has the name of its parameter, a linear layer that of its module.
+    wanted = {layer if layer in parameters else f"{layer}.weight": layer for layer in layers}
+    stored, problems = tensors(base), _tied(model, parameters, wanted)
     read_from = as_transformers_reads(stored, model)
     by_tensor: dict[str, Group] = {}
     problem_of_kind: dict[tuple[str, ...], str | None] = {}
@@ -353,9 +359,8 @@ def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[l
     return [group for group in by_tensor.values() if group.layers], problems
 
 
-def _tied(model: "PreTrainedModel", wanted: Mapping[str, str]) -> dict[str, str]:
+def _tied(model: "PreTrainedModel", parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, str]:
     # A tied weight has no change of its own: merging the adapter would change the other layer as well.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = Counter(id(parameter) for parameter in parameters.values())
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return {
@@ -437,12 +442,11 @@ def _check(first: Group, parameter: str, group: Group) -> None:
         raise UserError(f"its weight is tied to another layer; {_LEAVE_OUT}")
     if group.converter is None and len(names) > 1:
         raise UserError(f"its weight is stored twice, as {names[0]} and {names[1]}; {_LEAVE_OUT}")
-    for entry in group.stored:
-        if entry.dtype not in DTYPES:
-            raise UserError(
-                f"{entry.name} is stored as {entry.dtype}, which a merge cannot change; use a base model"
-                " in bfloat16, float16 or float32"
-            )
+    if odd := group.odd:
+        raise UserError(
+            f"{odd.name} is stored as {odd.dtype}, which a merge cannot change; use a base model in bfloat16, float16"
+            " or float32"
+        )
     if len({entry.dtype for entry in group.stored}) > 1:
         raise UserError(f"its parts are stored in several precisions ({names[0]}, ...); {_LEAVE_OUT}")
     own = tuple(group.model.get_parameter(parameter).shape)
@@ -489,8 +493,7 @@ def _ignored(model: Any) -> re.Pattern[str]:
 
 def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None:
     for name, parameter in model.named_parameters():
-        entries = groups[name].stored if name in groups and parameter.is_floating_point() else []
-        if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
+        if name in groups and parameter.is_floating_point() and (odd := groups[name].odd):
             return unsupported_packing(odd.name, odd.dtype)
     return None
 

@@ -3,7 +3,7 @@
 Two exact checks decide, and need no model in memory:
 
 - each merged weight is base + change, within one rounding, and every other byte of the merged folder's weights is the
-  base's (adapter/merge.py);
+  base's (merge.py);
 - PEFT adapts exactly our layers when it reads the adapter folder, and each layer's change is ours within 1e-5.
 
 Logits of the three models are compared as well if the model fits in memory. They refuse only a difference that no
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from olora_ray.adapter.candidates import parameter_of, stored_transposed
 from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.merge import AT_ONCE, Change, Worst, changes_of
-from olora_ray.adapter.peft_folder import WEIGHTS
-from olora_ray.adapter.stored import Group
 from olora_ray.common.errors import first_line
 from olora_ray.model import attention
 from olora_ray.model.folder import foreign, text_class
+from olora_ray.model.stored import Group
+from olora_ray.pipeline.merge import AT_ONCE, Change, Worst, changes_of
+from olora_ray.pipeline.peft_folder import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

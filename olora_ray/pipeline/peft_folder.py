@@ -14,7 +14,6 @@ name is written as its parameter, whose name PEFT does not change.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,20 +39,15 @@ from olora_ray.model.folder import read_json
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """Yield a new folder beside `out`, which replaces `out` if the block ends without an error."""
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    for leftover in (partial, old):
+    for leftover in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with storage.staged(out) as partial:
+        partial.mkdir()
         yield partial
         for file in partial.rglob("*"):
             storage.open_up(file)
         if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(out)
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -4,12 +4,8 @@ Each change is computed in float32 and added with one rounding to the precision 
 base's layout: each weight file is copied, and only the bytes of adapted weights are overwritten, so that every other
 byte is the base's. Memory holds one weight at a time, or a few experts of a stack, whatever the size of a file or of
 the model.
-
-Several workers can each merge a share of the weights into the same files. Merging a share twice does no harm, because a
-merge reads the base's files and not the copies.
 """
 
-import heapq
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olora_ray.adapter import portable
 from olora_ray.adapter.candidates import stored_transposed
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.peft_folder import replacing
-from olora_ray.adapter.stored import Group, groups, is_stale_index, tensors, weight_files
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.model.folder import INDEX
+from olora_ray.model.stored import Group, groups, is_stale_index, tensors, weight_files
+from olora_ray.pipeline import portable
+from olora_ray.pipeline.peft_folder import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -190,17 +186,6 @@ def changes_of(
     return group_changes
 
 
-def shares(all_groups: Sequence[Group], workers: int) -> list[list[Group]]:
-    """Return the groups for each worker: the largest group first, to the least loaded worker; deterministic."""
-    load = [(0, worker) for worker in range(workers)]
-    parts: list[list[Group]] = [[] for _ in range(workers)]
-    for group in sorted(all_groups, key=lambda group: (-group.size, group.key)):
-        total, worker = heapq.heappop(load)
-        parts[worker].append(group)
-        heapq.heappush(load, (total + group.size, worker))
-    return parts
-
-
 # The check of a merged folder: is it the base plus the change? It reads the files alone, and its verdict counts.
 
 
@@ -214,19 +199,13 @@ _OF_ENDS = (portable.ENDS, "bos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class Worst:
-    """The largest error of the merged weights of a share."""
+    """The largest error of the merged weights."""
 
     error: float
     """Unit: roundings to the stored precision."""
     layer: str
     stored: str
     """The coarsest precision in which one of the weights is stored."""
-
-
-def worst_of(of_shares: Sequence[Worst]) -> Worst:
-    largest = max(of_shares, key=lambda worst: (worst.error != worst.error, worst.error))
-    coarsest = max((worst.stored for worst in of_shares), key=lambda stored: torch.finfo(getattr(torch, stored)).eps)
-    return Worst(largest.error, largest.layer, coarsest)
 
 
 @torch.inference_mode()
@@ -253,7 +232,9 @@ def check_weights(
                 parts = (group.rows(part, parameter, first, last).contiguous() for part in (before, after))
                 if not torch.equal(*(part.view(torch.uint8) for part in parts)):
                     errors.append(Worst(float("inf"), parameter, stored))
-    return worst_of(errors)
+    largest = max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
+    coarsest = max((worst.stored for worst in errors), key=lambda stored: torch.finfo(getattr(torch, stored)).eps)
+    return Worst(largest.error, largest.layer, coarsest)
 
 
 def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.device) -> float:
@@ -280,10 +261,10 @@ def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.d
 
 def changed(base: Path, merged: Path, share: Sequence[Group]) -> list[str]:
     """Return one line for each difference between a merged folder and its base that no adapter explains."""
-    return changed_files(base, merged) or changed_bytes(base, merged, share, weight_files(base))
+    return _changed_files(base, merged) or _changed_bytes(base, merged, share)
 
 
-def changed_files(base: Path, merged: Path) -> list[str]:
+def _changed_files(base: Path, merged: Path) -> list[str]:
     """Return one line for each weight file (name, size) or config that differs from the base's."""
     files, theirs = weight_files(base), sorted(file.name for file in merged.glob("*.safetensors"))
     if theirs != files:
@@ -305,10 +286,10 @@ def _but_ends(name: str, tree: Any) -> Any:
     return {field: value for field, value in (tree or {}).items() if field not in _OF_ENDS}
 
 
-def changed_bytes(base: Path, merged: Path, share: Sequence[Group], files: Sequence[str]) -> list[str]:
-    """Return one line for each of these files that differs outside of the adapted weights, with its first such byte."""
+def _changed_bytes(base: Path, merged: Path, share: Sequence[Group]) -> list[str]:
+    """Return one line for each file that differs outside of the adapted weights, with its first such byte."""
     lines = []
-    for name in files:
+    for name in weight_files(base):
         adapted = sorted((entry.start, entry.end) for group in share for entry in group.stored if entry.file == name)
         if (offset := _first_difference(base / name, merged / name, adapted)) is not None:
             entries = tensors(base).values()
