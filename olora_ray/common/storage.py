@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from pyarrow import fs
 
@@ -136,18 +137,15 @@ WITHOUT_QUERY = "name the server with the environment variables AWS_ENDPOINT_URL
 def filesystem(location: str) -> tuple[fs.FileSystem, str]:
     """Return the pyarrow filesystem of a path or URI, and the path in it. All locations of a store share a filesystem.
 
-    The key of an object is used as it is written: no %20 for blanks.
+    The key of an object is used as it is written, no %20 for blanks; only in a file:// URI %20 is a blank.
     """
     if not is_uri(location):
         return fs.LocalFileSystem(), os.path.abspath(location)
-    if location.startswith("file://"):
-        system, path = fs.FileSystem.from_uri(location)
-        return system, path
     scheme, _, rest = location.partition("://")
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
     system, root = patience.connect(scheme, bucket, query)
-    return system, f"{root}/{key}".rstrip("/")
+    return system, f"{root}/{unquote(key) if scheme == 'file' else key}".rstrip("/")
 
 
 def local_path(location: str) -> Path | None:

@@ -15,12 +15,14 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pyarrow import fs
 
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config.schema import Config, Source
 from olora_ray.data.reader import FileScan, Unit, Units
 from olora_ray.data.scan import head, scan
-from olora_ray.data.sources import File, asked, open_filesystem, total_bytes
+from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
@@ -288,8 +290,7 @@ def _windows(files: Mapping[int, File], density: float) -> Iterator[tuple[int, F
 def _begun(file: File, low: int, high: int) -> tuple[int, int, bytes]:
     """Return the lines that begin at bytes low..high-1 of a file: their number, the first offset, their content."""
 
-    def read() -> tuple[int, int, bytes]:
-        system, path = open_filesystem(file.uri)
+    def read(system: fs.FileSystem, path: str) -> tuple[int, int, bytes]:
         with system.open_input_file(path) as stream:
             stream.seek(max(low - 1, 0))
             content = bytes(stream.read(high - max(low - 1, 0)))
@@ -305,7 +306,7 @@ def _begun(file: File, low: int, high: int) -> tuple[int, int, bytes]:
         return content.removesuffix(b"\n").count(b"\n") + 1, max(low - 1, 0) + first, content
 
     with as_user_error(file.uri, OSError):
-        return asked(file.uri, read)
+        return storage.ask(file.uri, read)
 
 
 def _spread(items: Sequence[Item], most: int) -> list[Item]:
