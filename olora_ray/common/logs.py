@@ -12,7 +12,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from olora_ray.common.secrets import mask
@@ -132,21 +131,3 @@ def quiet_transformers() -> None:
 def quiet_bitsandbytes() -> None:
     # At its import, bitsandbytes logs that it searches the hub for a kernel. PEFT imports it if it is installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-def quiet_gguf() -> None:
-    """Show transformers' progress bar of a GGUF conversion on a terminal only, not in a log."""
-    from tqdm import tqdm
-    from transformers import modeling_gguf_pytorch_utils
-
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: enabled only on a terminal
-
-
-def quiet_lm_eval() -> None:
-    import datasets
-    from lm_eval.api import task
-    from tqdm import tqdm
-
-    datasets.disable_progress_bars()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    vars(task)["tqdm"] = partial(tqdm, disable=None)

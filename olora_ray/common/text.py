@@ -10,13 +10,6 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def clock(seconds: float) -> str:
-    """Return a remaining time as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def did_you_mean(path: str) -> str:
     """Return `; did you mean PATH?` if the folder of a missing file has a similar name, else nothing."""
     folder, name = os.path.split(path)

@@ -19,7 +19,6 @@ import torch
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.common.logs import quiet_gguf
 from olora_ray.config.schema import AnyConfig, Model
 from olora_ray.model.folder import (
     foreign,
@@ -270,9 +269,11 @@ def _not_fetched(config: Model) -> list[str]:
 
 
 def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
-    from transformers import AutoTokenizer
+    from tqdm import tqdm
+    from transformers import AutoTokenizer, modeling_gguf_pytorch_utils
 
-    quiet_gguf()
+    # transformers' progress bar is for a terminal, not for a log. None: enabled only on a terminal.
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)
     what = f"model.name: {file} cannot be loaded as a GGUF model"
     with as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError), foreign(what):
         passed_by = check_gguf(file)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from olora_ray.common import logs
 from olora_ray.common.collectives import share
-from olora_ray.common.text import clock, plural
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 
 logger = logging.getLogger(__name__)
@@ -143,3 +143,10 @@ def _idle(config: Config, workers: int, idle: int) -> str:
     if config.train.global_batch < workers:
         advice = f"train.global_batch={workers} and train.micro_batch=1"
     return f"{plural(idle, 'worker')} without a micro-batch: use fewer workers, or {advice}"
+
+
+def clock(seconds: float) -> str:
+    """Return a remaining time as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

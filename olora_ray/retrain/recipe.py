@@ -22,7 +22,7 @@ from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import build, flatten, parse_yaml
+from olora_ray.config.load import flatten, read_config
 from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
@@ -354,9 +354,8 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
 def _trained_on(folder: str, version: Version) -> bool:
     """True if a longer training with the same run.name, which is another version, has written in the run folder."""
     # Not from the checkpoint's config: there a worker has written the precision for `auto`.
-    file = storage.join(folder, "config.yaml")
     with contextlib.suppress(UserError, FileNotFoundError):  # settings of another release
-        return settings_digest(build(parse_yaml(storage.read_text(file), file))) != version.tags.get(TAGS["settings"])
+        return settings_digest(read_config(storage.join(folder, "config.yaml"))) != version.tags.get(TAGS["settings"])
     return False
 
 

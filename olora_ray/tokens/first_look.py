@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, override, parse_yaml
+from olora_ray.config.load import override, read_config
 from olora_ray.config.schema import Config, Source
 from olora_ray.data import formats, reader
 from olora_ray.data.formats import EMPTY, FIELDS, INSIDE, NEEDED, NONE, Example, Rejected, listed, sequence, to_example
@@ -58,9 +58,8 @@ def _with(config: Config, known: Mapping[str, Source]) -> Config:
 
 def _as_trained(config: Config) -> dict[str, Source]:
     # The data of a finished run may be gone, so the formats come from its config.yaml, if it can be read.
-    path = storage.join(config.folder(), "config.yaml")
     try:
-        trained = _sources(build(parse_yaml(storage.read_text(path), path), path))
+        trained = _sources(read_config(storage.join(config.folder(), "config.yaml")))
     except (OSError, ValueError):
         return {}
     return {name: trained[name] for name, each in _sources(config).items() if each.format == "auto" and name in trained}

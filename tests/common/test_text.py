@@ -3,6 +3,7 @@
 import pytest
 
 from olora_ray.common import text
+from olora_ray.pipeline.progress import clock
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from olora_ray.common import text
     ],
 )
 def test_times(seconds: float, running_down: str, length: str) -> None:
-    assert (text.clock(seconds), text.duration(seconds)) == (running_down, length)
+    assert (clock(seconds), text.duration(seconds)) == (running_down, length)
 
 
 def test_columns() -> None:
