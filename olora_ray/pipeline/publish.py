@@ -81,18 +81,14 @@ class Published:
 
 
 def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) -> Scores:
-    """Score the answers, and log scores, plots and tables; safe to repeat.
+    """Score the answers, and log scores and samples; safe to repeat.
 
     Call it before `publish`: if the scorer fails, no version is registered. Raises UserError for a failing scorer, and
     TrackingUnavailable if MLflow does not answer.
     """
-    scores, history = score(exported.spec.config, answers), exported.state.history
+    scores = score(exported.spec.config, answers)
     for step, when in ((exported.state.step, "after"), (0, "before")):
         tracker.metrics({step: {f"score/{name}": value for name, value in scores.get(when, {}).items()}})
-    train, held_out = (
-        [(int(row["step"]), row[name]) for row in history if name in row] for name in ("train/loss", "eval/loss")
-    )
-    tracker.learning_curve(train, held_out)
     columns = ("prompt", "reference", "before", "after")
     tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
     return scores

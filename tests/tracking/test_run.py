@@ -220,12 +220,6 @@ def test_datasets_are_inputs(tracker: tracking.Tracker) -> None:
     assert inputs["eval"].tags[0].value == "evaluation"
 
 
-@pytest.mark.parametrize("points", [[], [(0, 2.0)]])
-def test_the_learning_curve_is_a_picture(tracker: tracking.Tracker, points: list[tuple[int, float]]) -> None:
-    tracker.learning_curve(points, points[::10])
-    assert artifact(tracker, "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_a_table_is_replaced_not_appended_to(tracker: tracking.Tracker) -> None:
     tracker.table("samples", ["prompt", "before", "after"], [["a", "b", "c"], ["d", "e", "f"]])
     tracker.table("samples", ["prompt", "before", "after"], [["g", "h", "ü"]])
