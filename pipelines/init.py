@@ -30,11 +30,11 @@ from olora_ray.common.storage import is_uri
 from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config, Source
+from olora_ray.data import first_look
 from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import KINDS, File, list_files, total_bytes
-from olora_ray.tokens import first_look
 from olora_ray.tokens.manifest import Limits
 
 CONFIG = """\

@@ -36,6 +36,7 @@ from olora_ray.data.formats import check_fields
 
 logger = logging.getLogger(__name__)
 
+
 def uri_beside(uri: str, path: str) -> str:
     """Return the URI of a path in the filesystem of `uri`; raise ValueError for a key that no URI can name."""
     address, mark, query = uri.partition("?")

@@ -21,6 +21,7 @@ beginning: all tokens up to `max_length`, as in TRL and Axolotl, or those up to 
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,10 +33,11 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
+from olora_ray.data import columns
 from olora_ray.data.chat_template import EXCHANGE, called, left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.encoder import Unlike as Unlike
-from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text
+from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text, to_example
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Span = tuple[int, int]
@@ -107,6 +109,17 @@ class ExampleTokenizer:
     def __call__(self, example: Example) -> list[Tokens]:
         """Return the tokens of an example, in several pieces for a long text; raise Rejected if it cannot be used."""
         return self.begin(example).finish()
+
+    def begin_row(self, row: Any, source: Source, number: int, notes: "Counter[str]") -> Begun:
+        """Begin a raw row of source `number`, and note its columns that nothing reads; raise Rejected as `begin`."""
+        example = to_example(source.format, row, source.fields, as_chat(source, self._spec))
+        begun = self.begin(example)
+        template = self._spec.template(isinstance(example, Chat) and example.tools is not None)
+        columns.count(notes, number, source, row, example, template)
+        # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
+        if not isinstance(example, Text | Ids) and begun.longest > (most := 1000 * self._max_length):
+            raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {self._max_length}")
+        return begun
 
     def begin(self, example: Example) -> Begun:
         """Return an example with the texts to tokenise; raise Rejected if it cannot be used."""

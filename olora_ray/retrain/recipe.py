@@ -28,8 +28,9 @@ from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
 from olora_ray.model.source import glance
 from olora_ray.pipeline.run_folder import TAGS, Fingerprint, bound_settings, settings_digest, where_now
-from olora_ray.tokens import manifest, prepare
+from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan, Split, as_found, sources_of
+from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
 from olora_ray.tracking.checksums import RUN, Version
 
@@ -189,9 +190,10 @@ def of_version(config: Config, version: Version) -> KnownFiles | None:
     if noted := records.read(_note(config, digest), dict[str, Any], sealed=True):
         return KnownFiles(frozenset(noted["files"]), (noted["draw"][0], noted["draw"][1]))
     # No note in this storage: the version does not come from a retraining. Its token store may still exist.
-    if (store := manifest.read_manifest(storage.join(config.run.storage, "tokens", digest))) is None:
+    try:
+        inputs = TokenStore.open(storage.join(config.run.storage, "tokens", digest)).manifest.inputs
+    except UserError:
         return None
-    inputs = store.inputs
     files = frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
     return KnownFiles(files, (inputs["seed"], inputs["eval_fraction"]))
 

@@ -25,9 +25,9 @@ from pydantic import Field
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
+from olora_ray.data.first_look import unanswered
 from olora_ray.data.formats import Chat, Ids, Text
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, form_line
-from olora_ray.tokens import columns
 from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
 
 logger = logging.getLogger(__name__)
@@ -305,9 +305,8 @@ class Totals:
     def check(self, limits: Limits) -> None:
         """Raise UserError if too many of all the rows were rejected, or none is left, or a column needs an answer."""
         limits.check(self.reasons, self.rows, lambda: self.rejected)
-        for number, needed in columns.unanswered(self.notes, self.plan.sources).items():
-            where = f"{limits.setting.removeprefix('held out of ')}.{number}"
-            raise columns.refusal(needed, where, self.plan.sources[number])
+        if error := self._unanswered(limits):
+            raise error
         if self._mostly_copies(self.rows):
             raise UserError(
                 f"{limits.setting}: {self.notes[COPIES]:,} of {self.rows:,} training rows are copies of held-out rows;"
@@ -321,7 +320,10 @@ class Totals:
         """True if the rows so far suffice for `check` to refuse the data."""
         rows = max(int(self.plan.rows), self.rows)
         few = limits.exceeded(self.reasons, rows) or self._mostly_copies(rows)
-        return few or bool(columns.unanswered(self.notes, self.plan.sources))
+        return few or self._unanswered(limits) is not None
+
+    def _unanswered(self, limits: Limits) -> UserError | None:
+        return unanswered(self.notes, dict(enumerate(self.plan.sources)), limits.setting.removeprefix("held out of "))
 
     def _mostly_copies(self, rows: int) -> bool:
         # Rows that are repeated many times are all held out once, and little else would be left to train on.

@@ -24,7 +24,6 @@ from olora_ray.data.sources import Changed, File, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest as notes
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.manifest import (
     MANIFEST,
     REJECTED,
@@ -540,7 +539,7 @@ def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look |
 
 def _look(config: AnyConfig, scan_files: Callable[[Sequence[File], str], "Results"]) -> Look:
     root = config.run.storage
-    look = looking(root, lambda found: _scan_all(found, root, scan_files), read_as)
+    look = looking(root, lambda found: _scan_all(found, root, scan_files))
     return look if config.data.eval_fraction is None else once(look)
 
 

@@ -26,7 +26,6 @@ from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
 from olora_ray.tokens.plan import NO_ROWS, Floats, Pack, Plan, RowDigests, Split, looking, make_plan, sample
 
@@ -98,6 +97,27 @@ class Preview:
     some_packs: tuple[Pack, ...]
     """The first sequences."""
 
+    def rejections(self) -> str:
+        return manifest.reason_counts(self.rejected)
+
+
+def describe_splits(config: Config, spec: TokenizerSpec) -> tuple[Preview, Preview | None]:
+    """Preview the training rows, and the held-out rows if there are any; log held-out rows that are training rows too.
+
+    Raise UserError as the preparation would.
+    """
+    if not config.data.holds_out():
+        return describe(config, spec), None
+    # 500 held-out rows are enough for their lengths, and are read within seconds.
+    held_out = describe(config, spec, "eval", 500)
+    if config.data.eval_fraction is not None:
+        return describe(config, spec, held_out=held_out.digests), held_out
+    train, apart = describe(config, spec), manifest.HeldOut(held_out.digests)
+    apart.meet(train.digests)
+    if line := apart.line():
+        logger.warning(line)
+    return train, held_out
+
 
 def describe(
     config: Config,
@@ -115,7 +135,7 @@ def describe(
     read.
     """
     look = _Look(config.run.storage)
-    plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
+    plan = make_plan(config, spec, split, looking(config.run.storage, look))
     plan = replace(plan, held_out=np.unique(held_out))
     exact = look.complete and plan.shards.pieces.bytes <= READ_ALL
     part, drawn = (plan, look.sizes) if exact else sample(plan, limit)

@@ -13,10 +13,10 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.formats import Chat, Ids, Rejected, Text, columns_of, to_example
+from olora_ray.data.formats import Rejected, Text, columns_of
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike, as_chat
-from olora_ray.tokens import columns, manifest
+from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike
+from olora_ray.tokens import manifest
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS
 from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation, taken
 
@@ -204,19 +204,11 @@ def _begun(
     shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
     source = rules.sources[planned.source]
-    chat = as_chat(source, rules.spec)
-    # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
-    most = 1000 * rules.max_length
     group: list[tuple[int, Begun | Rejected]] = []
     size = 0
     for position, row in _rows(rules, planned, piece):
         try:
-            example = to_example(source.format, row, source.fields, chat)
-            begun = tokenize.begin(example)
-            template = rules.spec.template(isinstance(example, Chat) and example.tools is not None)
-            columns.count(shard.notes, planned.source, source, row, example, template)
-            if not isinstance(begun.example, Text | Ids) and begun.longest > most:
-                raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {rules.max_length}")
+            begun = tokenize.begin_row(row, source, planned.source, shard.notes)
             size += begun.size
             group.append((position, begun))
         except Rejected as why:

@@ -10,7 +10,6 @@ import pytest
 
 from olora_ray.data.reader import UNIT, Unit, Units
 from olora_ray.tokens import plan, shard
-from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.plan import Plan
 from olora_ray.tokens.prepare import plan_here
 from tests.tokens import helpers
@@ -62,7 +61,7 @@ def config_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", helpers.rows(1))
     config = helpers.config(tmp_path / "runs", path)
     scans = plan.FileScan("0" * 64, 256 * len(table), (), Units(table))
-    return plan.make_plan(config, helpers.spec(), "train", plan.looking("", lambda found: [[scans]], read_as))
+    return plan.make_plan(config, helpers.spec(), "train", plan.looking("", lambda found: [[scans]]))
 
 
 def test_a_task_makes_the_same_shard_of_its_part_alone(made: Plan) -> None:

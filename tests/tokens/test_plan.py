@@ -14,7 +14,6 @@ from olora_ray.data.scan import scan
 from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan
-from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.prepare import begin, look_here, plan_here, prepare
 from olora_ray.tokens.store import TokenStore
 from tests.tokens import helpers
@@ -66,7 +65,7 @@ def test_a_weight_says_how_often_a_row_is_used(tmp_path: Path, tiny_spec: Tokeni
 def test_sources_are_mixed_evenly(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     a, b = corpus(tmp_path / "a.jsonl", "a", 40_000), corpus(tmp_path / "b.jsonl", "b", 2_000)
     config = helpers.config(tmp_path / "runs", text(a), text(b))
-    made = plan.make_plan(config, tiny_spec, "train", plan.looking("", scanned, read_as))
+    made = plan.make_plan(config, tiny_spec, "train", plan.looking("", scanned))
     assert len(made.shards) == round(42_000 / 4096)
     shares = []
     for pieces in made.shards:
@@ -135,7 +134,7 @@ def test_the_digest_covers_what_matters(change: dict[str, Any], tmp_path: Path, 
 
     def digest(source: dict[str, Any], spec: TokenizerSpec, **data: Any) -> str:
         config = helpers.config(tmp_path / "runs", source, **data)
-        return plan.make_plan(config, spec, "train", plan.looking("", scanned, read_as)).digest()
+        return plan.make_plan(config, spec, "train", plan.looking("", scanned)).digest()
 
     base = digest(text(a), tiny_spec)
     elsewhere = corpus(tmp_path / "elsewhere/z.jsonl", "a", 30)
