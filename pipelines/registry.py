@@ -29,7 +29,7 @@ from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums, models, start
-from olora_ray.tracking.aliases import GATE, Aliases
+from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import check_uri, connect, reachable, shown_uri
 from olora_ray.tracking.start import absolute
@@ -71,7 +71,7 @@ def show_all(aliases: Aliases) -> None:
                 tags.get("olora.eval_loss") or "-",
                 _date(version),
                 tags.get("olora.data_digest", "")[:8] or "-",
-                tags.get(GATE, "-"),
+                version.verdict or "-",
             )
         )
     print("\n".join(aligned(rows)))

@@ -19,7 +19,7 @@ from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
 from olora_ray.pipeline.version import contents_of
-from olora_ray.tracking import checksums, client, models
+from olora_ray.tracking import client, models
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN
 from olora_ray.tracking.models import check_adapter_only
@@ -223,7 +223,7 @@ def push_version(config: Config, number: str) -> None:
     if (repo := config.export.push) and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
         found = models.find(f"{models.SCHEME}{name}/{number}", uri, models.cache_folder(config))
-        if checksums.TAG not in found.version.tags:
+        if not found.version.checksum:
             raise UserError(
                 f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push"
             )

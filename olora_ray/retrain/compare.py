@@ -26,10 +26,9 @@ from olora_ray.retrain import recipe
 from olora_ray.retrain.gate import HeldOut
 from olora_ray.retrain.recipe import Inputs
 from olora_ray.tokens.prepare import prepare
-from olora_ray.tracking import checksums, models
+from olora_ray.tracking import models
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN, Version
-from olora_ray.tracking.models import ADAPTER_ONLY, EXPORT
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import scoring
 
@@ -109,11 +108,11 @@ class _Opened:
 
 def _opened(config: Config, version: Version) -> _Opened:
     named = _with_model(config, f"models:/{version.name}/{version.number}")
-    if storage.is_uri(config.run.storage) and version.tags.get(EXPORT) != ADAPTER_ONLY:
+    if storage.is_uri(config.run.storage) and not version.adapter_only:
         # The nodes read the model from the storage. Only the driver reads from MLflow.
         named = _with_model(config, _in_run_folder(config, version) or _copied(named, version))
         base = with_tokenizer(find_model(named), named)
-        if checksums.TAG in version.tags:
+        if version.checksum:
             Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
         return _Opened(named, base, None)
     registered = models.of_config(named)
@@ -136,7 +135,7 @@ def _in_run_folder(config: Config, version: Version) -> str | None:
 
 def _copied(named: Config, version: Version) -> str:
     # The copy is made once, under a name that identifies the version.
-    key = digest(resolve_uri(named), version.name, version.number, version.tags.get(checksums.TAG, ""), length=16)
+    key = digest(resolve_uri(named), version.name, version.number, version.checksum, length=16)
     copy = storage.join(named.run.storage, "models", key)
     if not storage.exists(storage.join(copy, CONFIG)):
         registered = models.of_config(named)
@@ -154,7 +153,7 @@ def note_file(config: Config, inputs: Inputs, version: Version) -> str:
     """Return the file of a version's results; its name is a hash of everything that the results depend on."""
     scorer = config.evaluation.scorer
     parts = [
-        [version.name, version.number, version.run_id, version.tags.get(checksums.TAG)],
+        [version.name, version.number, version.run_id, version.checksum or None],
         inputs.fingerprint.held_out,
         config.evaluation.model_dump_json(),
         scoring.source_digest(scorer) if scorer else None,

@@ -10,7 +10,7 @@ from olora_ray.config.schema import Config
 from olora_ray.retrain import notify
 from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking import models
-from olora_ray.tracking.aliases import CHAMPION, GATE
+from olora_ray.tracking.aliases import CHAMPION
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect, reachable
 from olora_ray.tracking.start import resolve_uri, start_run
@@ -62,11 +62,11 @@ def write_decision(config: Config, entry: Entry, run_id: str | None = None) -> s
 
 def of_version(config: Config, version: Version) -> None:
     """Write and tell the gate's decision on a version once; it is read from its tags, so a crash loses nothing."""
-    tags = version.tags
-    if GATE not in tags or AGAINST not in tags or tags.get(RECORDED):
+    tags, verdict = version.tags, version.verdict
+    if not verdict or AGAINST not in tags or tags.get(RECORDED):
         return
-    decision: What = "refused" if tags[GATE].startswith("refused") else "promoted"
-    reason = tags[GATE].partition(": ")[2] or tags[GATE]
+    decision: What = "refused" if verdict.startswith("refused") else "promoted"
+    reason = verdict.partition(": ")[2] or verdict
     details = json.loads(tags.get(DETAILS, "{}"))
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
     run_id = write_decision(config, entry, _begun(config, entry))

@@ -31,7 +31,7 @@ from olora_ray.pipeline.run_folder import TAGS, Fingerprint, bound_settings, set
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan, Split, as_found, sources_of
 from olora_ray.tokens.store import TokenStore
-from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
+from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, PREVIOUS, Aliases
 from olora_ray.tracking.checksums import RUN, Version
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ def find_decision(versions: Sequence[Version], champion: Version | None, now: Fi
         return champion
     against = champion.number if champion is not None else ""
     for version in reversed(versions):
-        if GATE not in version.tags or now.changes(Fingerprint.from_tags(version.tags)):
+        if not version.verdict or now.changes(Fingerprint.from_tags(version.tags)):
             continue
-        if rolled_back(version) or version.tags.get(AGAINST) == against:
+        if version.rolled_back or version.tags.get(AGAINST) == against:
             return version
     return None
 
@@ -141,12 +141,12 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
     substitutes = {
         "the last champion": there.get(last or ""),
         "the previous champion": there.get(named.get(PREVIOUS, "")),
-        "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
+        "the newest that passed": next((version for version in reversed(passed) if not version.rolled_back), None),
     }
     deleted = last is not None and last not in there
     gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
     for role, version in substitutes.items():
-        if version is not None and not rolled_back(version):
+        if version is not None and not version.rolled_back:
             logger.warning(
                 f"registry: {aliases.name}: {gone}; a new version must beat version {version.number}, {role};"
                 f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
@@ -163,7 +163,7 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
 
 def _passed(version: Version) -> bool:
     """True if the version has been a champion, by its verdict: it passed, or was promoted by hand."""
-    return GATE in version.tags and not version.tags[GATE].startswith("refused")
+    return bool(version.verdict) and not version.verdict.startswith("refused")
 
 
 # The training data of a version: its files, by digest, and how the held-out rows were drawn from them.

@@ -29,8 +29,8 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.config.schema import AnyConfig
 from olora_ray.tracking import checksums, start
-from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
-from olora_ray.tracking.checksums import SETTINGS, Version, name_filter
+from olora_ray.tracking.aliases import CHAMPION, Aliases
+from olora_ray.tracking.checksums import ADAPTER_ONLY, EXPORT, SETTINGS, Version, name_filter
 from olora_ray.tracking.client import connect, existing, is_unavailable, reachable
 from olora_ray.tracking.run import PARAM_LENGTH, Tracker
 from olora_ray.tracking.start import resolve_uri
@@ -45,9 +45,6 @@ logger = logging.getLogger(__name__)
 
 # Contents of a version: the registered folder, and its description.
 
-# Value of the tag EXPORT for a version that needs its base model.
-ADAPTER_ONLY = "adapter only"
-EXPORT = "olora.export"
 # Folders of a merged model and of an adapter in a logged model. The names are MLflow's.
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "peft"
 
@@ -336,8 +333,8 @@ def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
     """Set the alias, unless that would undo a change made since the version was registered."""
     aliases.repair()  # an interrupted promotion may have set the alias, but not yet the verdict
     now = aliases.current().get(alias)
-    verdict = aliases.version(number).tags.get(GATE)
-    if alias == CHAMPION and verdict is not None:
+    verdict = aliases.version(number).verdict
+    if alias == CHAMPION and verdict:
         if now != number:
             logger.info(
                 f"version {number} is registered again, but does not become {alias}, because of its verdict: {verdict}"
@@ -502,7 +499,7 @@ def _base(uri: str, folder: Path) -> BaseOfAdapter:
 
 
 def _verify(version: Version, folder: Path, tracking_uri: str) -> None:
-    if checksums.TAG in version.tags:
+    if version.checksum:
         checksums.verify(version, str(folder), tracking_uri)
     else:
         logger.warning(

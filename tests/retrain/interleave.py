@@ -14,8 +14,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import ORIGIN
 from olora_ray.retrain.run import apply_decision
-from olora_ray.tracking.aliases import CHAMPION, GATE, LOCK, MOVE, PREVIOUS, ROLLED_BACK, Aliases, RegistryLock
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.aliases import CHAMPION, LOCK, MOVE, PREVIOUS, Aliases, RegistryLock
+from olora_ray.tracking.checksums import GATE, ROLLED_BACK, Version
 from olora_ray.tracking.client import connect
 
 CALL, PAUSE = 0.01, 2.0

@@ -13,8 +13,7 @@ from olora_ray.retrain import decision_run
 from olora_ray.retrain.decision_run import Entry
 from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking import run as tracking
-from olora_ray.tracking.aliases import GATE
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import GATE, Version
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.start import resolve_uri, start_run
 from tests import mlflow_database, tiny

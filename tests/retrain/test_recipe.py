@@ -24,8 +24,7 @@ from olora_ray.retrain import recipe
 from olora_ray.retrain.recipe import AGAINST, Inputs, find_decision
 from olora_ray.tokens import plan as draws
 from olora_ray.tokens import prepare
-from olora_ray.tracking.aliases import GATE
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import GATE, Version
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from tests import mlflow_database, registered

@@ -9,7 +9,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest
 from olora_ray.tracking import checksums, models, run
-from olora_ray.tracking.aliases import GATE, Aliases
+from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.checksums import GATE
 from olora_ray.tracking.models import Contents
 from olora_ray.tracking.start import start_run
 from tests import tiny
