@@ -171,7 +171,7 @@ def _passed(version: Version) -> bool:
 
 @dataclass(frozen=True)
 class KnownFiles:
-    digests: frozenset[str]  # SHA-256
+    files: frozenset[str]  # SHA-256
     draw: tuple[Any, Any]
     """Seed and fraction by which rows of the files were held out."""
 
@@ -187,8 +187,8 @@ def note(config: Config, plan: Plan) -> None:
 def of_version(config: Config, version: Version) -> KnownFiles | None:
     """Return the files behind a version's data digest, from an earlier note or from its token store; else None."""
     digest = version.tags.get(TAGS["data"], "")
-    if noted := records.read(_note(config, digest), dict[str, Any], sealed=True):
-        return KnownFiles(frozenset(noted["files"]), (noted["draw"][0], noted["draw"][1]))
+    if noted := records.read(_note(config, digest), KnownFiles, sealed=True):
+        return noted
     # No note in this storage: the version does not come from a retraining. Its token store may still exist.
     try:
         inputs = TokenStore.open(storage.join(config.run.storage, "tokens", digest)).manifest.inputs
@@ -207,10 +207,10 @@ def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> fro
         return None
     if known is None or known.draw != (held_out.seed, held_out.eval_fraction):
         return frozenset()
-    if known.digests <= {each.sha256 for each in held_out.files}:
+    if known.files <= {each.sha256 for each in held_out.files}:
         return None  # files were only added, so the old files hold out the same rows as before
     # A file was changed, renamed or deleted. Any new file may be its successor, so only unchanged files count.
-    return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.digests)
+    return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.files)
 
 
 def _note(config: Config, digest: str) -> str:
@@ -223,22 +223,10 @@ ROWS = "olora.data_rows"
 _CONTINUED = "champion, version "
 
 
-@dataclass(frozen=True)
-class Recipe:
-    config: Config
-    tags: dict[str, str]
-    """Tags of the version. They describe all its data, even if this training used only a part."""
+def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Config, dict[str, str]]:
+    """Return the config of the training, and the tags of its version, which describe all its data.
 
-
-@dataclass(frozen=True)
-class _Start:
-    checkpoint: str
-    sources: tuple[Source, ...]
-    version: str
-
-
-def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
-    """Return the recipe. The run name is a hash of its inputs, so that an interrupted run is resumed.
+    The run name is a hash of the training's inputs, so that an interrupted run is resumed.
 
     Raises UserError for a gate that nothing could pass or that does not fit the held-out rows, and if many rows of the
     champion's data are missing.
@@ -260,18 +248,18 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         else:
             start = result
     wanted = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})})
-    if start:
-        train = config.train.model_copy(update={"start": start.checkpoint})
-        data = config.data.model_copy(update={"train": start.sources})
-        wanted = wanted.model_copy(update={"train": train, "data": data})
+    origin = None
+    if start and champion:
+        checkpoint, sources = start
+        train = config.train.model_copy(update={"start": checkpoint})
+        data = config.data.model_copy(update={"train": sources})
+        wanted, origin = wanted.model_copy(update={"train": train, "data": data}), champion.number
     # The name depends on the contents, the start version, and all settings that a run folder is bound to.
-    parts = [inputs.fingerprint.tags(), start.version if start else None, bound_settings(flatten(wanted))]
+    parts = [inputs.fingerprint.tags(), origin, bound_settings(flatten(wanted))]
     name = extended(config.run.name, digest_json(parts, length=8))
-    origin = f"{_CONTINUED}{start.version}" if start else "base"
-    return Recipe(
-        wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),
-        {**inputs.fingerprint.tags(), ROWS: str(inputs.plan.file_rows), ORIGIN: origin},
-    )
+    tags = {ROWS: str(inputs.plan.file_rows), ORIGIN: f"{_CONTINUED}{origin}" if origin else "base"}
+    named = wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return named, {**inputs.fingerprint.tags(), **tags}
 
 
 def continued_version(version: Version) -> str | None:
@@ -330,7 +318,8 @@ def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | 
         )
 
 
-def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
+def _continued(config: Config, inputs: Inputs, champion: Version) -> tuple[str, tuple[Source, ...]] | str:
+    """Return the checkpoint from which training continues, and its sources; or why the champion is not continued."""
     if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
         return "it has another base model"
     known = of_version(config, champion)
@@ -349,8 +338,8 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
         return "its adapter has other settings"
     if _trained_on(folder, champion):
         return f"{folder} was trained longer since"
-    sources = _split(config, inputs.plan, known.digests)
-    return _Start(path, sources, champion.number) if sources else "there is no new file"
+    sources = _split(config, inputs.plan, known.files)
+    return (path, sources) if sources else "there is no new file"
 
 
 def _trained_on(folder: str, version: Version) -> bool:

@@ -162,14 +162,14 @@ def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version
     # Imported here, because it imports Ray, which a call without changes does not need.
     from olora_ray.pipeline import run as pipeline
 
-    wanted = recipe.make(config, inputs, champion)
-    folder = RunFolder(wanted.config.folder())
-    if (done := folder.state().finished(wanted.config)) and _version_of(aliases, done) is None:
+    wanted, tags = recipe.make(config, inputs, champion)
+    folder = RunFolder(wanted.folder())
+    if (done := folder.state().finished(wanted)) and _version_of(aliases, done) is None:
         logger.info(f"the finished run {done.get('run')} has no version in this registry: it is registered again")
         folder.drop_result()
-    result = pipeline.run(wanted.config, wanted.tags, inputs.base)
+    result = pipeline.run(wanted, tags, inputs.base)
     # The best adapter is exported. If no step was better, that is the champion's adapter, from which it started.
-    learned = wanted.config.train.start is None or result["best_step"] > 0
+    learned = wanted.train.start is None or result["best_step"] > 0
     version = _version_of(aliases, result)
     assert version is not None
     return version, learned

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -115,9 +115,14 @@ def champion_of(config: Config, folder: Path, **identity: str) -> Version:
     return version(1, found.fingerprint, **{recipe.RUN: str(folder)})
 
 
-def made(config: Config, champion: Version | None) -> tuple[recipe.Recipe, str]:
+class Made(NamedTuple):
+    config: Config
+    tags: dict[str, str]
+
+
+def made(config: Config, champion: Version | None) -> tuple[Made, str]:
     with said() as lines:
-        found = recipe.make(config, inputs(config), champion)
+        found = Made(*recipe.make(config, inputs(config), champion))
     return found, " ".join(lines)
 
 
