@@ -12,7 +12,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.patience import is_temporary
-from olora_ray.config.load import flatten
+from olora_ray.config.load import flatten, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, score
@@ -222,8 +222,8 @@ def push_version(config: Config, number: str) -> None:
         last = client.connect(uri).get_registered_model(name).tags.get(PUSHED)
     if (repo := config.export.push) and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
-        found = models.find(f"{models.SCHEME}{name}/{number}", uri, models.cache_folder(config))
-        if not found.version.checksum:
+        found = models.of_config(override(config, {"model.name": f"models:/{name}/{number}", "model.revision": None}))
+        if found is None or not found.version.checksum:
             raise UserError(
                 f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push"
             )

@@ -89,16 +89,16 @@ def map_ordered(
     task.__name__ = task.__qualname__ = name = getattr(work, "__name__", "work")
     # Ray packs them block by block, so that the driver never holds all of them.
     packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
-    with quiet_stream():
-        blocks = min(len(items), TASKS)
-        results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
-        results.set_name(name)
-        # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
-        stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
-        with contextlib.closing(stream) as batches:
-            for batch in batches:
-                for result in batch.column("result"):
-                    yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
+    _quiet_stream()
+    blocks = min(len(items), TASKS)
+    results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
+    results.set_name(name)
+    # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
+    stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with contextlib.closing(stream) as batches:
+        for batch in batches:
+            for result in batch.column("result"):
+                yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
 
 
 _last: tuple[Any, Any] = (None, None)
@@ -130,38 +130,16 @@ def _resources(cpus_held: float) -> dict[str, Any]:
     return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
 
 
-@contextlib.contextmanager
-def quiet_stream() -> Iterator[None]:
-    """Run Ray Data in order within the block, without progress bars and logs."""
+def _quiet_stream() -> None:
+    """Run Ray Data of this process in order, without progress bars and logs."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    options, loud = context.execution_options, logging.getLogger("ray.data")
-    before = (
-        options.preserve_order,
-        context.enable_progress_bars,
-        context.print_on_execution_start,
-        loud.level,
-        context.raise_original_map_exception,
-        context.log_internal_stack_trace,
-    )
-    options.preserve_order = True
+    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    loud.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        (
-            options.preserve_order,
-            context.enable_progress_bars,
-            context.print_on_execution_start,
-            level,
-            context.raise_original_map_exception,
-            context.log_internal_stack_trace,
-        ) = before
-        loud.setLevel(level)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 # Writer of token stores: it builds the shards that are missing or damaged, spread over the cluster.
@@ -172,25 +150,15 @@ MAKE_HERE = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class ShardSpec:
-    """The input that all tasks that build a store's shards share; each also gets its own `Part` of the plan."""
-
-    rules: Rules
-    uri: str
-    storage_root: str
-    """`run.storage`, where scans of files are kept."""
-
-
-@dataclass(frozen=True)
 class StoreSpec:
     plan: Plan
     uri: str
     storage_root: str
-    """`run.storage`."""
+    """`run.storage`, where scans of files are kept."""
 
-    def for_tasks(self) -> ShardSpec:
-        """Return the spec without the plan, which is large."""
-        return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
+    def for_tasks(self) -> tuple[Rules, str, str]:
+        """Return what all tasks that build shards share; each also gets its own `Part` of the plan, which is large."""
+        return self.plan.rules(), self.uri, self.storage_root
 
     def outline(self) -> Outline:
         files = tuple(each.file.uri for each in self.plan.files)
@@ -298,27 +266,27 @@ def make(
     return True
 
 
-def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
+def make_shard(job: tuple[Rules, str, str], part: Part) -> dict[str, Any]:
     """Build one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
 
     A shard that another preparation has finished meanwhile is used as it is.
     """
-    number = part.number
+    (rules, uri, storage_root), number = job, part.number
     reached("shard", number)
-    sidecar = read_sidecar(job.uri, number)
-    if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
+    sidecar = read_sidecar(uri, number)
+    if sidecar is not None and file_size(uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
     try:
-        shard = shards.build(job.rules, part)
+        shard = shards.build(rules, part)
     except UserError as error:
         if isinstance(error, Changed):
-            forget_scan(error.file, job.storage_root)
+            forget_scan(error.file, storage_root)
         return {"error": str(error)}
     # The sidecar is written after the shard: for readers a shard with a sidecar is complete.
     content = shards.file_bytes(shard.table())
     sidecar = shard.sidecar(content)
-    storage.write_bytes(storage.join(job.uri, shard_name(number)), content)
-    records.write(storage.join(job.uri, sidecar_name(number)), sidecar, sealed=True)
+    storage.write_bytes(storage.join(uri, shard_name(number)), content)
+    records.write(storage.join(uri, sidecar_name(number)), sidecar, sealed=True)
     return sidecar
 
 

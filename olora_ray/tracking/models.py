@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from olora_ray.common import storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.config.schema import AnyConfig
 from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.checksums import ADAPTER_ONLY, EXPORT, SETTINGS, Version, name_filter
-from olora_ray.tracking.client import connect, existing, is_unavailable, reachable
+from olora_ray.tracking.client import connect, existing, is_unavailable, reachable, refused
 from olora_ray.tracking.run import PARAM_LENGTH, Tracker
 from olora_ray.tracking.start import resolve_uri
 
@@ -66,16 +66,6 @@ class BaseOfAdapter:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Metrics of the run that hold for the model, too."""
-
-    step: int
-    names: Sequence[str]
-    dataset: tuple[str, str]
-    """Name and digest, as in `Tracker.dataset`."""
-
-
-@dataclass(frozen=True)
 class Contents:
     folder: Path
     """A merged model, or an adapter in PEFT's format, with its tokenizer."""
@@ -88,7 +78,8 @@ class Contents:
     example: Mapping[str, Any] | None = None
     """Input example: a request to the served model; None: a request that says hello."""
     params: Mapping[str, object] = field(default_factory=dict)
-    measured: Sequence[Measured] = ()
+    measured: Sequence[tuple[int, Sequence[str], tuple[str, str]]] = ()
+    """Metrics of the run that hold for the model, too: step, names, and name and digest of their dataset."""
 
     @property
     def name(self) -> str:
@@ -310,8 +301,8 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
         text = checksums.of_folders({contents.artifact_folder: contents.folder, "": Path(folder)})
         (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
         files.log_artifacts(folder)
-    for each in contents.measured:
-        tracker.of_model(model.model_id, each.step, each.names, each.dataset)
+    for step, names, dataset in contents.measured:
+        tracker.of_model(model.model_id, step, names, dataset)
     texts |= {checksums.TAG: storage.digest(text)}
     note = {NOTE: _description(contents, f"models:/{model.model_id}")} if contents.description else {}
     client.set_logged_model_tags(model.model_id, texts | note)
@@ -535,29 +526,20 @@ def _known_names(client: "MlflowClient", name: str) -> str:
 
 def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     local = Path(place.removeprefix("file://"))
     if local.is_absolute():
         if not local.is_dir():
             raise UserError(f"model.name: the registered model's folder {local} is missing on this machine")
         return local
-    if target.is_dir():
-        return target
-    try:
-        with (
-            storage.staged(target) as folder,
-            tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts,
-        ):
-            downloads = str(Path(parts) / "files")
-            Path(download_artifacts(artifact_uri=place, dst_path=downloads, tracking_uri=tracking_uri)).replace(folder)
-    except (MlflowException, OSError) as error:
-        if target.is_dir():  # another process on this node was faster
-            return target
-        if is_unavailable(error):
-            raise
-        raise UserError(f"model.name: cannot download {place}: {first_line(error)}") from None
-    return target
+
+    def download(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts:
+            files = download_artifacts(artifact_uri=place, dst_path=f"{parts}/files", tracking_uri=tracking_uri)
+            Path(files).replace(folder)
+
+    with refused(f"model.name: cannot download {place}"):
+        return node_cache.cached(target, download)
 
 
 def scripts() -> str:
