@@ -12,7 +12,7 @@ from olora_ray.common.text import plural
 from olora_ray.data.formats import column_of
 from olora_ray.data.reader import Unit, read_unit
 from olora_ray.evaluation.rows import Origin, numbered
-from olora_ray.tokens.plan import Piece, Plan, taken
+from olora_ray.tokens.plan import Piece, Plan
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,7 @@ def count_planned(setting: str | None, plan: Plan, enough: int, files: Collectio
 
 
 def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
-    first = piece.unit.first
-    positions = np.arange(first, first + piece.unit.rows, dtype=np.int64)
-    chosen: list[int] = positions[taken(plan, plan.files[piece.file], piece, positions)].tolist()
+    chosen: list[int] = (piece.unit.first + np.flatnonzero(plan.taken(plan.files[piece.file], piece))).tolist()
     if setting == FILE:
         yield from [piece.file][: len(chosen)]  # nothing if no row of the piece is held out
     elif setting is None:

@@ -289,6 +289,31 @@ class Rules:
     """The rows that eval_fraction holds out, sorted; the training leaves out their copies. The other rules decide
     them."""
 
+    def taken(self, planned: PlannedFile, piece: Piece) -> NDArray[np.bool_]:
+        """Return the mask of the rows of a piece that belong to the split and are used in its turn, (rows,).
+
+        Whether a row is held out depends on the seed, the content of its file and its position there. If a weight is
+        not an integer, each row is drawn by a hash of its position, never by a rule that could match the layout of a
+        file.
+        """
+        positions = np.arange(piece.unit.first, piece.unit.first + piece.unit.rows, dtype=np.int64)
+        keep = np.ones(len(positions), dtype=bool)
+        if self.eval_fraction is not None:
+            held_out = bernoulli_mask(self.eval_fraction, key("eval", self.seed, planned.sha256), positions)
+            keep = held_out if self.split == "eval" else ~held_out
+        if piece.turn < 0:
+            # A sample has one random row of each run of so many rows: independent draws might take too many long rows.
+            low = (positions - piece.unit.first - 1 - piece.turn) * piece.share
+            points = [whole + mix(0, whole.astype(np.uint64)) / 2.0**64 for whole in (np.floor(low), np.floor(low) + 1)]
+            keep = keep & np.any([(low <= point) & (point < low + piece.share) for point in points], axis=0)
+        elif piece.share < 1.0:
+            drawn = key("share", self.seed, self.draw, piece.file, planned.sha256, piece.turn)
+            if self.split == "eval":
+                # The held-out rows depend neither on the seed nor on other files: results are compared over time.
+                drawn = key("share", planned.sha256, piece.turn)
+            keep = keep & bernoulli_mask(piece.share, drawn, positions)
+        return keep
+
 
 @dataclass(frozen=True)
 class Part:
@@ -471,36 +496,6 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
     drawn = np.zeros((len(plan.sources), 2))
     for piece in kept:
         unit, planned = piece.unit, plan.files[piece.file]
-        lines = taken(plan, planned, piece, np.arange(unit.first, unit.first + unit.rows, dtype=np.int64)).sum()
+        lines = plan.taken(planned, piece).sum()
         drawn[planned.source] += lines, lines * unit.size / unit.rows
     return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)]))), drawn
-
-
-# Draws of rows: which are held out, and which are used if a weight is not an integer.
-
-
-def taken(rules: Rules, planned: PlannedFile, piece: Piece, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return the mask of the rows of a piece that belong to the split and are used in its turn.
-
-    Whether a row is held out depends on the seed, the content of its file and its position there. If a weight is not
-    an integer, each row is drawn by a hash of its position, never by a rule that could match the layout of a file.
-    """
-    keep = np.ones(len(positions), dtype=bool)
-    if rules.eval_fraction is not None:
-        held_out = bernoulli_mask(rules.eval_fraction, key("eval", rules.seed, planned.sha256), positions)
-        keep = held_out if rules.split == "eval" else ~held_out
-    if piece.turn < 0:
-        # A sample has one random row of each run of so many rows: independent draws might take too many long rows.
-        low = (positions - piece.unit.first - 1 - piece.turn) * piece.share
-        points = [whole + mix(0, whole.astype(np.uint64)) / 2.0**64 for whole in (np.floor(low), np.floor(low) + 1)]
-        keep = keep & np.any([(low <= point) & (point < low + piece.share) for point in points], axis=0)
-    elif piece.share < 1.0:
-        keep = keep & bernoulli_mask(piece.share, _draw_key(rules, planned.sha256, piece), positions)
-    return keep
-
-
-def _draw_key(rules: Rules, sha256: str, piece: Piece) -> int:
-    if rules.split == "eval":
-        # The held-out rows depend neither on the seed nor on other files, because results are compared over time.
-        return key("share", sha256, piece.turn)
-    return key("share", rules.seed, rules.draw, piece.file, sha256, piece.turn)

@@ -18,7 +18,7 @@ from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike
 from olora_ray.tokens import manifest
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS
-from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation, taken
+from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation
 
 # Packing of examples into fixed-length packs: first-fit decreasing in O(n log n).
 
@@ -224,7 +224,7 @@ def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[in
     wanted = columns_of(source.format, source.fields)
     rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
     first = piece.unit.first
-    keep = taken(rules, planned, piece, np.arange(first, first + piece.unit.rows, dtype=np.int64))
+    keep = rules.taken(planned, piece)
     for position, row in rows:
         if keep[position - first]:
             yield position, _with_columns(row, planned.columns)

@@ -22,7 +22,6 @@ from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.run_folder import Fingerprint, settings_digest
 from olora_ray.retrain import recipe
 from olora_ray.retrain.recipe import AGAINST, Inputs, find_decision
-from olora_ray.tokens import plan as draws
 from olora_ray.tokens import prepare
 from olora_ray.tracking.checksums import GATE, Version
 from olora_ray.train import checkpoint
@@ -191,7 +190,7 @@ def test_replay_takes_other_rows_each_night_and_some_of_each_kind(config: Config
         for piece in (piece for shard in plan.shards for piece in shard):
             if plan.files[piece.file].file.uri.endswith("a.jsonl"):
                 places = np.arange(piece.unit.first, piece.unit.first + piece.unit.rows)
-                nights[-1] |= set(places[draws.taken(plan, plan.files[piece.file], piece, places)].tolist())
+                nights[-1] |= set(places[plan.taken(plan.files[piece.file], piece)].tolist())
         assert {place % 5 for place in nights[-1]} == set(range(5))
         assert len(nights[-1]) == pytest.approx(400, abs=90)
     assert len(nights[0] & nights[1]) == pytest.approx(80, abs=50)
