@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from olora_ray.common import secrets, storage
-from olora_ray.common.errors import Problems, UserError
+from olora_ray.common.errors import UserError, of_problems
 from olora_ray.common.text import did_you_mean
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.config.section import EXPERIMENT, HUB_NAME, MODEL_NAME, NAME, REFER, AnySection, Section
@@ -552,11 +552,10 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
         valid = section.model_validate(tree)
     except ValidationError as error:
         problems += _joined([explain(item, section) for item in relevant(error.errors())])
-    if len(problems) == 1:
-        raise UserError(f"{where}: {problems[0]}")
-    if problems or valid is None:
+    if valid is None or problems:
         more = [f"and {len(problems) - 100} more"] if len(problems) > 100 else []
-        raise Problems(f"{where} has {len(problems)} problems", *problems[:100], *more)
+        shown = [*problems[:100], *more] if len(problems) > 1 else [f"{where}: {problems[0]}"]
+        raise of_problems(f"{where} has {len(problems)} problems", shown)
     return valid
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,6 +205,21 @@ def compare(
     values, others, weights = first.values[at_first], second.values[at_second], first.weights[at_first]
     shift = difference(values, others, weights, level, seed=seed, of=curve, groups=group)
     return Comparison(shift, len(rows), len(np.unique(group)))
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in (LOSS, PERPLEXITY)
+
+
+def improvement(
+    metric: str, ours: RowResults, theirs: RowResults, level: float = 0.95, groups: Sequence[int] | None = None
+) -> Comparison:
+    """Return how much better ours are (above 0: better), with the paired interval; raise UserError as `compare`."""
+    comparison = compare(metric, ours, theirs, level, groups=groups)
+    if not lower_is_better(metric):
+        return comparison
+    was = comparison.interval
+    return replace(comparison, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low))  # -x would give -0.0
 
 
 def numbered(keys: Sequence[object]) -> list[int]:

@@ -11,7 +11,6 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.tokenize import turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
 from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
@@ -143,7 +142,7 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
 
 def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:
     # Training teaches the model to end an answer with the last token of the template, so generation stops there too.
-    ends, last = spec.ends, turn_end(spec)
+    ends, last = spec.ends, spec.turn_end()
     if last is None or last in ends:
         return ends
     token = tokenizer.convert_ids_to_tokens(last)

@@ -22,9 +22,8 @@ from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import client, models
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN
-from olora_ray.tracking.models import check_adapter_only
 from olora_ray.tracking.run import Tracker
-from olora_ray.tracking.start import CODE, check_artifacts, mlflow_run, resolve_uri
+from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
 from olora_ray.train.checkpoint import perplexity
 
 logger = logging.getLogger(__name__)
@@ -35,8 +34,6 @@ logger = logging.getLogger(__name__)
 def check_tracking(config: Config, folder: RunFolder) -> None:
     """Raise UserError if MLflow or the hub does not answer or take the results, or if MLflow cannot load the export."""
     uri = resolve_uri(config)
-    if not config.export.merged:
-        check_adapter_only()
     # A resumed run needs neither until it has results, so an outage does not delay it.
     if folder.tracking_run(uri, config.run.storage) is None:
         client.check_uri(uri)
@@ -121,7 +118,6 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
     own: dict[str, object] = {
         **made_of.tags(),
         RUN: exported.folder.root,
-        CODE: node_cache.project(),
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",

@@ -25,7 +25,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import flatten, read_config
 from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
-from olora_ray.evaluation.rows import LOSS, PERPLEXITY
+from olora_ray.evaluation.rows import lower_is_better
 from olora_ray.model.source import glance
 from olora_ray.pipeline.run_folder import TAGS, Fingerprint, bound_settings, settings_digest, where_now
 from olora_ray.tokens import prepare
@@ -302,7 +302,7 @@ def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int]
 
 def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | None) -> None:
     """Raise UserError if gate.min_rows needs more independent held-out rows than there are."""
-    gate, scored = config.gate, config.gate.metric not in (LOSS, PERPLEXITY)
+    gate, scored = config.gate, not lower_is_better(config.gate.metric)
     asked = f"gate.min_rows needs {gate.min_rows}"
     if scored and config.evaluation.rows < gate.min_rows:
         raise UserError(

@@ -23,7 +23,7 @@ from olora_ray.retrain import decision_run, gate, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
-from olora_ray.tracking import client, models, start
+from olora_ray.tracking import client, models
 from olora_ray.tracking.aliases import CHAMPION, Aliases, Overtaken
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
@@ -114,7 +114,6 @@ def _locked(config: Config) -> None:
     if name is None:
         raise UserError("registry.model: not set; retraining needs the name of a registered model")
     client.check_uri(resolve_uri(config))
-    start.follow(config.run.storage)
     path = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(path, f"the retraining of {name}") as lease:
         try:

@@ -26,8 +26,7 @@ from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.first_look import unanswered
-from olora_ray.data.formats import Chat, Ids, Text
-from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, form_line
+from olora_ray.data.tokenize import form_line
 from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
 
 logger = logging.getLogger(__name__)
@@ -366,26 +365,6 @@ def summary(manifest: Manifest) -> str:
 
 
 # Notes about unusual rows of a split: counted per shard, and logged once.
-
-
-def count(notes: "Counter[str]", begun: Begun, tokens: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
-    example = begun.example
-    if isinstance(example, Text) or (isinstance(example, Ids) and example.labels is None):
-        return
-    if isinstance(example, Chat):
-        notes["chats"] += 1
-        if begun.marked:
-            notes["marked"] += 1
-        if len(tokens) > 1:
-            notes["split"] += 1
-            notes["split_tokens"] += sum(len(each.ids) for each in tokens)
-            notes["whole_tokens"] += max(len(each.ids) for each in tokens)
-    if min(int(np.count_nonzero(each.supervised)) for each in tokens) == 1:
-        notes["single"] += 1
-    if not isinstance(example, Ids) and not all(each.shortened or tokenize.ends(each) for each in tokens):
-        notes["unended"] += 1
-    if any(each.shortened for each in tokens):
-        notes[tokenize.too_long] += 1
 
 
 def lines(notes: Mapping[str, int]) -> list[str]:

@@ -13,10 +13,9 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.formats import Rejected, Text, columns_of
+from olora_ray.data.formats import Rejected, columns_of
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike
-from olora_ray.tokens import manifest
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS
 from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation
 
@@ -161,7 +160,6 @@ def file_bytes(table: pa.Table) -> bytes:
 
 
 def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
-    end = rules.spec.eos_id
     for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([begun for _, begun in group if isinstance(begun, Begun)])
         for position, begun in group:
@@ -171,8 +169,6 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                 if isinstance(begun, Rejected):
                     raise begun
                 tokens = begun.finish()
-                if isinstance(begun.example, Text) and all((each.ids[each.supervised] == end).all() for each in tokens):
-                    raise Rejected("no_supervised_token", "a text of one token: only the end token is left to train on")
             except Rejected as why:
                 shard.rejected.append(
                     {
@@ -188,7 +184,7 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
             if _among(rules.held_out, digest):
                 shard.notes[COPIES] += 1
                 continue
-            manifest.count(shard.notes, begun, tokens, tokenize)
+            tokenize.note(begun, tokens, shard.notes)
             shard.digests.append(digest)
             shard.examples.extend(tokens)
             shard.origins.extend([(piece.file << POSITION_BITS) + position] * len(tokens))

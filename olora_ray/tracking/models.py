@@ -116,17 +116,6 @@ def write_model(folder: Path, contents: Contents, logged: "LoggedModel", run_id:
     model.save(str(folder / FILE))
 
 
-def check_adapter_only() -> None:
-    """Raise UserError if this MLflow cannot load an adapter whose base model is a folder."""
-    from mlflow.transformers.flavor_config import FlavorKey
-
-    if not hasattr(FlavorKey, "MODEL_LOCAL_BASE"):
-        raise UserError(
-            f"export.merged: MLflow {installed('mlflow')} cannot load an adapter on a local base model; upgrade it, or"
-            " leave export.merged at true"
-        )
-
-
 def has_chat_template(folder: Path) -> bool:
     """True if the folder's tokenizer has a chat template: then the model is served as a chat, else as completions."""
     # chat_template.json does not count: it belongs to processors of images and text, and no tokenizer reads it.
@@ -343,7 +332,7 @@ def _is_of(made: "ModelVersion | LoggedModel", texts: Mapping[str, str]) -> bool
 
 
 def _texts(contents: Contents, tags: Mapping[str, object]) -> dict[str, str]:
-    texts = {key: str(value) for key, value in tags.items() if str(value)}
+    texts = {key: str(value) for key, value in {start.CODE: node_cache.project(), **tags}.items() if str(value)}
     return texts | ({EXPORT: ADAPTER_ONLY} if contents.base else {})
 
 

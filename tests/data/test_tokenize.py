@@ -14,7 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import Chat, Completion, Ids, Rejected, Text
-from olora_ray.data.tokenize import ExampleTokenizer, Tokens, turn_end
+from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
 from tests.tokens import helpers
@@ -59,7 +59,7 @@ NO_END = "{% for m in messages %}{{ m.content + '\n\n' }}{% endfor %}"
     [(helpers.CHATML, 4), (ALL["mistral"], 2), (TWO_ENDS, 4), (NO_END, 2), ("{{ raise_exception('no') }}", None)],
 )
 def test_the_token_with_which_a_template_ends_an_answer(template: str, end: int | None) -> None:
-    assert turn_end(helpers.spec(template)) == end
+    assert helpers.spec(template).turn_end() == end
 
 
 def test_answers_and_the_end_of_their_turns_are_supervised() -> None:
