@@ -31,7 +31,7 @@ from olora_ray.config import command_line
 from olora_ray.tracking import checksums, models, start
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
-from olora_ray.tracking.client import check_uri, connect, reachable, shown_uri
+from olora_ray.tracking.client import check_uri, reachable, shown_uri
 from olora_ray.tracking.start import absolute
 
 DATABASE = Path("runs/mlflow.db")
@@ -81,8 +81,7 @@ def show_one(aliases: Aliases, which: str) -> None:
     """Print all facts about a version, and check its files."""
     version = aliases.version(_number(aliases, which))
     number = version.number
-    with reachable(aliases.uri, upload=True):
-        files_uri = str(connect(aliases.uri).get_model_version_download_uri(aliases.name, number))
+    files_uri = aliases.files_uri(number)
     print(f"{aliases.name} version {number}")
     print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
     print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {files_uri}")

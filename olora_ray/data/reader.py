@@ -83,6 +83,13 @@ class Units(Sequence[Unit]):
     def of(cls, units: Iterable[Unit]) -> "Units":
         return cls(np.fromiter(((*astuple(unit), 0) for unit in units), dtype=UNIT))
 
+    @staticmethod
+    def joined(parts: "Sequence[Units]") -> Table:
+        """Return the units of several files, with the numbers of the files."""
+        table = np.concatenate([np.empty(0, UNIT), *(part.table for part in parts)])
+        table["file"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return table
+
     @property
     def rows(self) -> int:
         return int(self.table["rows"].sum(dtype=np.int64))
@@ -95,10 +102,10 @@ class Units(Sequence[Unit]):
     @overload
     def __getitem__(self, index: slice) -> "Units": ...
     def __getitem__(self, index: int | slice) -> "Unit | Units":
-        return Units(self.table[index]) if isinstance(index, slice) else as_unit(self.table[index])
+        return Units(self.table[index]) if isinstance(index, slice) else _as_unit(self.table[index])
 
     def __iter__(self) -> Iterator[Unit]:
-        return map(as_unit, self.table)
+        return map(_as_unit, self.table)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Units) and np.array_equal(self.table, other.table)
@@ -118,7 +125,7 @@ class FileScan:
     """The file with the type and encoding of its content; None: those of its name."""
 
 
-def as_unit(entry: Any) -> Unit:
+def _as_unit(entry: Any) -> Unit:
     return Unit(*entry.item()[:6])
 
 

@@ -40,7 +40,7 @@ def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) ->
     if setting == FILE:
         return numbered([file for file, _ in origins])
     wanted = set(origins)
-    pieces = {(piece.file, piece.unit) for shard in plan.shards for piece in shard}
+    pieces = {(piece.file, piece.unit) for piece in plan.pieces}
     values = {
         origin: value
         for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first))
@@ -61,8 +61,7 @@ def check_column(setting: str | None, plan: Plan) -> None:
     """
     if setting is None or setting == FILE:
         return
-    pieces = (piece for shard in plan.shards for piece in shard)
-    values = (value for piece in pieces for _, value in _column(setting, plan, piece.file, piece.unit))
+    values = (value for piece in plan.pieces for _, value in _column(setting, plan, piece.file, piece.unit))
     if all(value is None for value in values):
         raise _no_column(setting, plan)
 
@@ -74,7 +73,7 @@ def count_planned(setting: str | None, plan: Plan, enough: int, files: Collectio
     files with these numbers; None: all files.
     """
     groups: set[object] = set()
-    for piece in (piece for shard in plan.shards for piece in shard if files is None or piece.file in files):
+    for piece in (piece for piece in plan.pieces if files is None or piece.file in files):
         for group in _groups(setting, plan, piece):
             groups.add(group)
             if len(groups) >= enough:

@@ -135,7 +135,7 @@ class RejectedRows:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._repeats = any(turn > 0 for turn, _ in plan.shards.pieces.takes)
+        self._repeats = any(turn > 0 for turn, _ in plan.pieces.takes)
         self._file = tempfile.SpooledTemporaryFile(4 * 2**20)  # noqa: SIM115 - closed when this object is gone
         weakref.finalize(self, self._file.close)
         self._end = 0

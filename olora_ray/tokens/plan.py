@@ -20,7 +20,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config, Source
 from olora_ray.data.first_look import grouped, read_as
 from olora_ray.data.formats import FIELDS
-from olora_ray.data.reader import UNIT, FileScan, Table, Unit, Units, as_unit
+from olora_ray.data.reader import FileScan, Table, Unit, Units
 from olora_ray.data.sources import File, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
@@ -155,33 +155,8 @@ class Pieces(Sequence[Piece]):
     def __getitem__(self, index: "int | slice | NDArray[Any]") -> "Piece | Pieces":
         if isinstance(index, slice | np.ndarray):
             return Pieces(self.units, self.unit[index], self.take[index], self.takes)
-        entry = self.units[self.unit[index]]
-        return Piece(int(entry["file"]), as_unit(entry), *self.takes[self.take[index]])
-
-
-class Shards(Sequence[Pieces]):
-    def __init__(self, pieces: Pieces, cuts: NDArray[np.int64]) -> None:
-        """Store the shards: shard k has the pieces `cuts[k]` to `cuts[k + 1]`."""
-        self.pieces, self.cuts = pieces, cuts
-
-    def __len__(self) -> int:
-        return len(self.cuts) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Pieces: ...
-    @overload
-    def __getitem__(self, index: slice) -> "tuple[Pieces, ...]": ...
-    def __getitem__(self, index: "int | slice") -> "Pieces | tuple[Pieces, ...]":
-        if isinstance(index, slice):
-            return tuple(self[number] for number in range(*index.indices(len(self))))
-        number = range(len(self))[index]
-        return self.pieces[self.cuts[number] : self.cuts[number + 1]]
-
-
-def joined(parts: Sequence[Units]) -> Table:
-    table = np.concatenate([np.empty(0, UNIT), *(part.table for part in parts)])
-    table["file"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return table
+        number = int(self.unit[index])
+        return Piece(int(self.units["file"][number]), Units(self.units)[number], *self.takes[self.take[index]])
 
 
 def turns(weight: float) -> list[float]:
@@ -331,7 +306,9 @@ class Plan(Rules):
     """Everything that determines the shards of a store."""
 
     files: tuple[PlannedFile, ...]
-    shards: Shards
+    pieces: Pieces
+    """The pieces of all shards, in their order."""
+    shards: tuple[Pieces, ...]
 
     def part(self, number: int) -> Part:
         pieces = self.shards[number].compact()
@@ -343,12 +320,12 @@ class Plan(Rules):
     @cached_property
     def rows(self) -> float:
         """Approximate number of rows to read: blank lines and the results of draws are not known yet."""
-        return float(self.shards.pieces.rows.sum()) * self.kept_share
+        return float(self.pieces.rows.sum()) * self.kept_share
 
     @property
     def file_rows(self) -> int:
         """Rows of all files, held-out rows and blank lines included, without regard to the weights of sources."""
-        return int(self.shards.pieces.units["rows"].sum())
+        return int(self.pieces.units["rows"].sum())
 
     @property
     def kept_share(self) -> float:
@@ -441,16 +418,16 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
     for number, (low, high) in enumerate(itertools.pairwise(borders)):
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
-    table, weights = joined(units), [source.weight for source in sources]
+    table, weights = Units.joined(units), [source.weight for source in sources]
     del listed, scanned, found, scans, units  # for a billion rows they take as much memory as everything else
     pieces = mixed(table, borders, weights, config.run.seed) if split == "train" else in_turn(table, borders, weights)
-    shards = _shards(pieces)
     return Plan(
         split=split,
         spec=spec,
         sources=sources,
         files=tuple(files),
-        shards=shards,
+        pieces=pieces,
+        shards=_shards(pieces),
         max_length=config.data.length(),
         packing=spec.packing(config.data.packing),
         seed=config.run.seed,
@@ -461,7 +438,7 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
     )
 
 
-def _shards(pieces: Pieces) -> Shards:
+def _shards(pieces: Pieces) -> tuple[Pieces, ...]:
     rows, size = pieces.rows, pieces.sizes
     all_rows, all_bytes = rows.sum(), size.sum()
     wanted = float(np.clip(all_rows / 512, *SHARD_ROWS))
@@ -472,7 +449,8 @@ def _shards(pieces: Pieces) -> Shards:
     del size
     middle = (np.cumsum(cost) - cost / 2) / cost.sum() * count
     shard = np.minimum(middle, count - 1).astype(int)
-    return Shards(pieces, np.array([0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]))
+    cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]
+    return tuple(pieces[low:high] for low, high in itertools.pairwise(cuts))
 
 
 def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
@@ -480,7 +458,7 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
 
     A file may be sorted: the rows are a few of each of many pieces, which are spread evenly over the files.
     """
-    pieces, kept_share = plan.shards.pieces, plan.kept_share
+    pieces, kept_share = plan.pieces, plan.kept_share
     # About 64 MB or 131,072 rows are read.
     count = max(8, int(len(pieces) * min(2**26 / max(pieces.bytes, 1), 2**17 / pieces.rows.sum())))
     by_file = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
@@ -498,4 +476,4 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
         unit, planned = piece.unit, plan.files[piece.file]
         lines = plan.taken(planned, piece).sum()
         drawn[planned.source] += lines, lines * unit.size / unit.rows
-    return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)]))), drawn
+    return dataclasses.replace(plan, pieces=kept, shards=(kept,)), drawn

@@ -137,7 +137,7 @@ def describe(
     look = _Look(config.run.storage)
     plan = make_plan(config, spec, split, looking(config.run.storage, look))
     plan = replace(plan, held_out=np.unique(held_out))
-    exact = look.complete and plan.shards.pieces.bytes <= READ_ALL
+    exact = look.complete and plan.pieces.bytes <= READ_ALL
     part, drawn = (plan, look.sizes) if exact else sample(plan, limit)
     limits = Limits.of(config, split)
     if tell and (split == "train" or config.data.eval):
