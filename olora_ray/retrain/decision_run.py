@@ -1,7 +1,6 @@
 """MLflow runs of a retraining's decisions: the decision, its reason, and the versions."""
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,8 +18,6 @@ from olora_ray.tracking.start import resolve_uri, start_run
 DETAILS = "olora.gate_details"
 # Tag of a version: the MLflow run of the gate's decision on it; empty while that run does not exist.
 RECORDED = "olora.decision_run"
-# Tag of a decision's run: the number of calls with this decision, if there were several.
-CALLS = "olora.calls"
 What = Literal["unchanged", "promoted", "refused", "failed"]
 
 
@@ -84,21 +81,12 @@ def _verdict(entry: Entry) -> str:
 
 
 def unchanged(config: Config, entry: Entry) -> None:
-    """Write that nothing has changed. If the latest run says the same, count this call there."""
-    # A scheduler may call every minute. A series of calls without changes is one run, with their number and the time
-    # of the last.
-    uri = resolve_uri(config)
-    with reachable(uri):
+    """Write that nothing has changed, unless the latest run says the same: a scheduler may call every minute."""
+    with reachable(resolve_uri(config)):
         last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)})
-        tags = last.data.tags if last is not None else {}
-        same = (tags.get("olora.decision"), tags.get("olora.reason")) == (entry.decision, entry.reason)
-        if last is not None and same:
-            calls = tags.get(CALLS, "1")
-            client, run_id = connect(uri), last.info.run_id
-            client.set_tag(run_id, CALLS, str(int(calls) + 1 if calls.isdecimal() else 2))
-            client.set_tag(run_id, "olora.last_call", time.strftime("%Y-%m-%d %H:%M:%S"))
-            return
-    write_decision(config, entry)
+    tags = last.data.tags if last is not None else {}
+    if (tags.get("olora.decision"), tags.get("olora.reason")) != (entry.decision, entry.reason):
+        write_decision(config, entry)
 
 
 def _begun(config: Config, entry: Entry) -> str | None:
