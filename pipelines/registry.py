@@ -28,7 +28,7 @@ from olora_ray.common.logs import quiet_environment
 from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
-from olora_ray.tracking import checksums, models, start
+from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import check_uri, reachable, shown_uri
@@ -97,15 +97,13 @@ def show_one(aliases: Aliases, which: str) -> None:
 def promote(aliases: Aliases, which: str) -> None:
     number = _number(aliases, which)
     # Aliases.promote checks the files against their checksums before it moves the alias.
-    old = aliases.promote(number, "promoted by hand")
-    _tell(aliases, number, "**promoted** by hand")
+    old = aliases.promote(number, f"promoted by hand, {_now()}")
     after = f", version {old} is previous" if old else ""
     print(f"{aliases.name}: version {number} is the champion{after}")
 
 
 def rollback(aliases: Aliases) -> None:
-    bad, good = aliases.rollback("by hand")
-    _tell(aliases, bad, f"**rolled back** by hand, to version {good}")
+    bad, good = aliases.rollback(f"by hand, {_now()}")
     print(f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back")
 
 
@@ -117,8 +115,8 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 }
 
 
-def _tell(aliases: Aliases, number: str, what: str) -> None:
-    models.add(aliases.uri, aliases.name, number, f"{time.strftime('%Y-%m-%d %H:%M')}: {what}")
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M")
 
 
 def _tracking_uri(given: str | None) -> str:

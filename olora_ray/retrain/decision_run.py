@@ -8,7 +8,6 @@ from typing import Any, Literal
 from olora_ray.config.schema import Config
 from olora_ray.retrain import notify
 from olora_ray.retrain.recipe import AGAINST
-from olora_ray.tracking import models
 from olora_ray.tracking.aliases import CHAMPION
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect, reachable
@@ -68,16 +67,10 @@ def of_version(config: Config, version: Version) -> None:
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
     run_id = write_decision(config, entry, _begun(config, entry))
     uri = resolve_uri(config)
-    models.add(uri, version.name, version.number, _verdict(entry))
     # Before the tag: a call that is killed here tells again, instead of never.
     notify.tell(config, entry.decision, entry.reason, entry.challenger, entry.champion)
     with reachable(uri):
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
-
-
-def _verdict(entry: Entry) -> str:
-    against = f"against version {entry.champion}" if entry.champion else "without a champion to compare with"
-    return f"The gate, {against}: **{entry.decision}**. {entry.reason}"
 
 
 def unchanged(config: Config, entry: Entry) -> None:

@@ -253,7 +253,7 @@ def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: 
     for key, text in texts.items():
         client.set_model_version_tag(name, version.version, key, text)
     number = str(version.version)
-    if contents.description and not version.description:  # an existing one may have the gate's verdict
+    if contents.description and not version.description:  # an existing one may have been edited by hand
         client.update_model_version(name, number, _description(contents, f"models:/{name}/{number}"))
     _set_alias(Aliases(tracker.uri, name), alias, number)
     return int(number)
@@ -351,33 +351,6 @@ def _create(client: "MlflowClient", name: str) -> None:
             raise
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise UserError(f"registry.model={name}: {first_line(error)}") from None
-
-
-# Verdicts in a version's description: the decisions of the gate and of people, for MLflow's page of the version.
-
-HEADING = "### Verdicts"
-# Characters of all verdicts on a version; only the latest are kept.
-_LONGEST = 2000
-
-
-def add(tracking_uri: str, name: str, number: str, line: str) -> None:
-    """Add a line to a version's description, unless it is the last line; raise TrackingUnavailable."""
-    with reachable(tracking_uri):
-        client = connect(tracking_uri)
-        text = client.get_model_version(name, number).description or ""
-        client.update_model_version(name, number, with_line(text, line))
-
-
-def with_line(description: str, line: str) -> str:
-    body, _, verdicts = description.partition(HEADING)
-    lines = [each for each in verdicts.split("\n") if each]
-    new = "- " + " ".join(line.split())[:_LONGEST]
-    if lines[-1:] != [new]:
-        lines.append(new)
-    while sum(map(len, lines)) + len(lines) > _LONGEST and len(lines) > 1:
-        del lines[0]
-    section = "\n".join([HEADING, "", *lines])
-    return f"{body.rstrip()[: DESCRIPTION_LENGTH - len(section) - 2]}\n\n{section}".lstrip()
 
 
 # From models:/NAME@ALIAS or models:/NAME/VERSION to local files, checked against their checksums.

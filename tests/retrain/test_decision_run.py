@@ -67,9 +67,6 @@ def test_a_verdict_is_recorded_once_with_its_numbers(config: Config, add: Callab
     assert run.data.metrics["improvement/low"] == 0.25
     assert run.data.metrics["champion/eval/loss"] == 1.5
     assert f"#/models/m/versions/{version.number}" in run.data.tags["mlflow.note.content"]
-    description = connect(resolve_uri(config)).get_model_version("m", version.number).description
-    assert description.endswith("- The gate, against version 1: **refused**. eval/loss: worse")
-    assert description.count("refused") == 1
 
 
 def test_a_record_that_was_cut_off_is_completed(
