@@ -15,7 +15,7 @@ from typing import Any
 
 from olora_ray.common import patience
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
-from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, TRUST, UNTRUSTED
+from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, untrusted
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,8 @@ def _as_store_error() -> Iterator[None]:
             " to the machine"
         ) from None
     except (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, OSError) as error:
-        if UNTRUSTED.search(str(error)):
-            raise StoreError(f"{_where()}: {TRUST}") from None
+        if remedy := untrusted(error):
+            raise StoreError(f"{_where()}: {remedy}") from None
         # The URL at the end names the probe, a file that the user does not know.
         why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))
         raise StoreUnavailable(f"{why}; check AWS_ENDPOINT_URL") from None

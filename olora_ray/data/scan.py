@@ -28,7 +28,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest
 from olora_ray.data import reader
 from olora_ray.data.reader import UNIT, FileScan, Unit, Units
-from olora_ray.data.sources import File, steady
+from olora_ray.data.sources import Changed, File, steady
 from olora_ray.data.text_files import BOM, DELIMITERS, as_written
 
 # Files of lines: the offsets at which a unit may end, and the units, in one pass. Each of the next numbers decides
@@ -538,10 +538,10 @@ def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | 
         records.write(_kept_path(file, storage_root), tree, sealed=True, durable=False)
 
 
-def forget_scan(file: File, storage_root: str) -> None:
-    """Drop the kept scan of a file whose content has changed although its size and modification time have not."""
-    if storage_root:
-        storage.remove(_kept_path(file, storage_root))
+def forget_changed(error: UserError, storage_root: str) -> None:
+    """Drop the kept scan of a file if the error says that its content has changed, though size and time have not."""
+    if isinstance(error, Changed) and storage_root:
+        storage.remove(_kept_path(error.file, storage_root))
 
 
 def _kept_path(file: File, storage_root: str) -> str:

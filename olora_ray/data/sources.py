@@ -481,10 +481,6 @@ def _stored(uri: str) -> File:
     return storage.ask(uri, look)
 
 
-def total_bytes(files: Sequence[File]) -> int:
-    return sum(file.size for file in files)
-
-
 # Checks that a file is still what the scan saw.
 
 

@@ -179,8 +179,12 @@ def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn
 # The spec of a tokenizer of transformers.
 
 
-def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = "") -> TokenizerSpec:
+def spec_from_pretrained(
+    tokenizer: Any, name: str | None = None, chosen: str = "", embeddings: int | None = None
+) -> TokenizerSpec:
     """Return the spec of a transformers tokenizer, with the template that `chosen` (data.chat_template) names.
+
+    `embeddings` is the number of rows of the model's embeddings, if it is known.
 
     Raise UserError if it is not a fast tokenizer, has no end token, has a token with an absurd id, or if the chosen
     template is not valid. A tokenizer without chat template gets one of `chat_template.DEFAULTS`, with a warning.
@@ -218,17 +222,13 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = 
         bos_id=tokenizer.bos_token_id,
         add_bos=add_bos,
         tool_template=str(for_tools) if for_tools and for_tools != source else None,
+        embeddings=embeddings if embeddings is not None and largest >= embeddings else None,
         name=name,
         chosen=chosen,
     )
     if chosen:
         spec.compiled(tools=False)
     return spec
-
-
-def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
-    """True if a transformers tokenizer has tokens without a row in so many embeddings."""
-    return _largest_id(tokenizer) >= embeddings
 
 
 def _largest_id(tokenizer: Any) -> int:

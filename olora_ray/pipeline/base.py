@@ -11,7 +11,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
+from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
@@ -129,14 +129,12 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             " causal model: each token attends only to earlier tokens"
         )
     ends = end_tokens(model, tokenizer)
-    spec = spec_from_pretrained(tokenizer, model.name, config.data.chat_template or "")
-    spec = replace(spec, apart=why_apart(shape), ends=ends)
     try:
         rows: int | None = int(shape.get_input_embeddings().weight.shape[0])
     except (NotImplementedError, AttributeError):
         rows = None  # the model's code does not expose its embeddings
-    if rows is not None and has_tokens_beyond(tokenizer, rows):
-        spec = replace(spec, embeddings=rows)
+    spec = spec_from_pretrained(tokenizer, model.name, config.data.chat_template or "", rows)
+    spec = replace(spec, apart=why_apart(shape), ends=ends)
     return Base(model, tokenizer, spec, _ends(model, tokenizer, spec))
 
 

@@ -19,8 +19,8 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.reader import FileScan
-from olora_ray.data.scan import forget_scan, kept_scans, scan
-from olora_ray.data.sources import Changed, File, total_bytes
+from olora_ray.data.scan import forget_changed, kept_scans, scan
+from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest as notes
 from olora_ray.tokens import shard as shards
@@ -279,8 +279,7 @@ def make_shard(job: tuple[Rules, str, str], part: Part) -> dict[str, Any]:
     try:
         shard = shards.build(rules, part)
     except UserError as error:
-        if isinstance(error, Changed):
-            forget_scan(error.file, storage_root)
+        forget_changed(error, storage_root)
         return {"error": str(error)}
     # The sidecar is written after the shard: for readers a shard with a sidecar is complete.
     content = shards.file_bytes(shard.table())
@@ -527,7 +526,7 @@ def _scan_here(files: Sequence[File], storage_root: str) -> Results:
 
 
 def _scan_there(files: Sequence[File], storage_root: str) -> Results:
-    if (size := total_bytes(files)) <= SCAN_HERE:
+    if (size := sum(file.size for file in files)) <= SCAN_HERE:
         return _scan_here(files, storage_root)
     logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
     return map_ordered(scan_file, storage_root, files)

@@ -22,7 +22,7 @@ from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config.schema import Config, Source
 from olora_ray.data.reader import FileScan, Unit, Units
 from olora_ray.data.scan import head, scan
-from olora_ray.data.sources import File, total_bytes
+from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
@@ -238,7 +238,7 @@ class _Look:
     def __call__(self, sources: Sequence[Sequence[File]]) -> list[list[FileScan]]:
         every = [file for files in sources for file in files]
         self.complete = sum(file.size * _cost(file) for file in every) <= SCAN_ALL
-        scans = [self._source(files, PLACES / max(total_bytes(every), 1)) for files in sources]
+        scans = [self._source(files, PLACES / max(sum(file.size for file in every), 1)) for files in sources]
         self.sizes = np.array([np.sum([_size(each) for each in found], axis=0) for found in scans])
         return scans
 
@@ -253,10 +253,10 @@ class _Look:
             self.notes.add("numbers of lines are estimates")
         others = sorted(set(range(len(files))) - set(lines))
         seen = _spread(others, FILES_LOOKED_AT)
-        size = total_bytes([files[number] for number in seen])
+        size = sum(files[number].size for number in seen)
         for number in seen:
             scanned = self._start(files[number], max(1, FILES_LOOKED_AT * files[number].size // max(size, 1)))
-            times = total_bytes([files[number] for number in others]) / max(size, 1)
+            times = sum(files[number].size for number in others) / max(size, 1)
             found[number] = replace(scanned, rows=round(scanned.rows * times))
         return [found.get(number, FileScan("", 0, (), Units.of(()))) for number in range(len(files))]
 
