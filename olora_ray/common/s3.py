@@ -1,4 +1,4 @@
-"""Requests to s3:// that pyarrow does not offer: conditional writes, deletion of interrupted uploads, an early check.
+"""Requests to s3:// that pyarrow does not offer: conditional writes, and an early check.
 
 boto3 is an optional dependency (olora-ray[s3]). MLflow also needs it for artifacts on s3://.
 """
@@ -87,16 +87,6 @@ def put_if(location: str, content: bytes, etag: str | None) -> str | None:
             return str(_client().put_object(Bucket=bucket, Key=key, Body=content, **condition)["ETag"])
     except (FileExistsError, FileNotFoundError):  # 404: it was deleted meanwhile
         return None
-
-
-def abort_uploads(location: str) -> None:
-    """Delete the parts of interrupted uploads below `location`, for which the store charges. Raises StoreError."""
-    bucket, key = split(location)
-    with _as_store_error():
-        client = _client()
-        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/"):
-            for upload in page.get("Uploads", []):
-                client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 def split(location: str) -> tuple[str, str]:

@@ -316,15 +316,6 @@ def remove(location: str) -> None:
     ask(location, _remove)
 
 
-def abort_uploads(location: str) -> None:
-    """Delete the parts of interrupted uploads below `location`, which some object stores keep. Raises StoreError.
-
-    Call it only if no other process writes there: its uploads would fail.
-    """
-    if s3.is_s3(location):
-        s3.abort_uploads(location)
-
-
 def _remove(system: fs.FileSystem, path: str) -> None:
     file_type = system.get_file_info(path).type
     if file_type == fs.FileType.Directory:
