@@ -31,11 +31,8 @@ class Entry:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_decision(config: Config, entry: Entry, run_id: str | None = None) -> str:
-    """Create the MLflow run of a decision, or complete `run_id`; return its id.
-
-    Raises TrackingUnavailable if MLflow does not answer.
-    """
+def write_decision(config: Config, entry: Entry) -> str:
+    """Create the MLflow run of a decision; return its id. Raises TrackingUnavailable if MLflow does not answer."""
     name = str(config.registry.model)
     interval = entry.details.get("improvement")
     tags = {
@@ -48,7 +45,7 @@ def write_decision(config: Config, entry: Entry, run_id: str | None = None) -> s
     tags |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
     if interval:
         tags["olora.interval"] = f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
-    tracker = start_run(config, f"{name} {entry.decision}", tags, run_id)
+    tracker = start_run(config, f"{name} {entry.decision}", tags)
     tracker.metrics({0: _metrics(entry.details)})
     shown = {"decision": entry.decision, "reason": entry.reason, **dict(_roles(entry)), **entry.details}
     tracker.text(json.dumps(shown, indent=2) + "\n", "decision.json")
@@ -65,7 +62,7 @@ def of_version(config: Config, version: Version) -> None:
     reason = verdict.partition(": ")[2] or verdict
     details = json.loads(tags.get(DETAILS, "{}"))
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
-    run_id = write_decision(config, entry, _begun(config, entry))
+    run_id = write_decision(config, entry)
     uri = resolve_uri(config)
     # Before the tag: a call that is killed here tells again, instead of never.
     notify.tell(config, entry.decision, entry.reason, entry.challenger, entry.champion)
@@ -80,15 +77,6 @@ def unchanged(config: Config, entry: Entry) -> None:
     tags = last.data.tags if last is not None else {}
     if (tags.get("olora.decision"), tags.get("olora.reason")) != (entry.decision, entry.reason):
         write_decision(config, entry)
-
-
-def _begun(config: Config, entry: Entry) -> str | None:
-    uri, name = resolve_uri(config), config.registry.model
-    wanted = {"olora.kind": "retraining", "olora.decision": entry.decision}
-    wanted |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
-    with reachable(uri):
-        latest = _latest(config, wanted)
-    return str(latest.info.run_id) if latest else None
 
 
 def _latest(config: Config, wanted: Mapping[str, str]) -> Any:
