@@ -176,22 +176,11 @@ class StoreStatus:
     """Sidecars of the intact shards without their rejected rows; none if the store is complete."""
     missing: list[int] = field(default_factory=list)
     """Numbers of the shards to build."""
-    damaged: list[str] = field(default_factory=list)
-    """Files that are damaged or missing."""
     complete: bool = False
     """True if nothing is left to do."""
 
     def size(self, plan: Plan) -> int:
         return sum(plan.shards[number].bytes for number in self.missing)
-
-    def lines(self, count: int) -> list[str]:
-        lines = []
-        if self.damaged:
-            more = f" and {len(self.damaged) - 4:,} more" if len(self.damaged) > 4 else ""
-            lines.append(f"tokens: damaged or missing, will be rebuilt: {', '.join(self.damaged[:4])}{more}")
-        if 0 < len(self.missing) < count:
-            lines.append(f"tokens: {count - len(self.missing):,} of {count:,} shards exist already")
-        return lines
 
 
 def store_status(job: StoreSpec) -> StoreStatus:
@@ -199,14 +188,12 @@ def store_status(job: StoreSpec) -> StoreStatus:
     sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
         manifest = read_manifest(job.uri)
-        if not manifest or (manifest.digest, len(manifest.shards)) != (job.plan.digest(), len(job.plan.shards)):
-            status.damaged.append(MANIFEST)
-        elif REJECTED not in sizes or storage.digest_of(storage.join(job.uri, REJECTED)) != manifest.rejected_sha256:
-            status.manifest = manifest
-            status.damaged.append(REJECTED)
-        else:
+        if manifest and (manifest.digest, len(manifest.shards)) == (job.plan.digest(), len(job.plan.shards)):
             status.manifest, shards = manifest, enumerate(manifest.shards)
-            status.complete = all(sizes.get(shard_name(number)) == shard.bytes for number, shard in shards)
+            listed = REJECTED in sizes and storage.digest_of(storage.join(job.uri, REJECTED))
+            status.complete = listed == manifest.rejected_sha256 and all(
+                sizes.get(shard_name(number)) == shard.bytes for number, shard in shards
+            )
     if status.complete:
         return status
     # 32 sidecars are read and held at a time, not all of them, because each may list many rejected rows.
@@ -218,11 +205,7 @@ def store_status(job: StoreSpec) -> StoreStatus:
                 lambda number: read_sidecar(job.uri, number) if sidecar_name(number) in sizes else None, batch
             )
             for number, sidecar in zip(batch, read, strict=True):
-                if sidecar is None:
-                    status.damaged += [sidecar_name(number)] if sidecar_name(number) in sizes else []
-                    status.missing.append(number)
-                elif sizes.get(shard_name(number)) != sidecar["bytes"]:
-                    status.damaged.append(shard_name(number))
+                if sidecar is None or sizes.get(shard_name(number)) != sidecar["bytes"]:
                     status.missing.append(number)
                 else:
                     status.done[number] = sidecar
@@ -464,7 +447,9 @@ def begin(
     job = StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
     status = store_status(job)
-    for line in (*notes.form_lines(plan), *status.lines(len(plan.shards))) if tell else ():
+    count = len(plan.shards)
+    known = [f"tokens: {count - len(status.missing):,} of {count:,} shards exist already"]
+    for line in (*notes.form_lines(plan), *known * (0 < len(status.missing) < count)) if tell else ():
         logger.info(line)
     if status.manifest and status.complete:
         limits.check(status.manifest.rejected, status.manifest.rows, lambda: rejected_rows(job))
