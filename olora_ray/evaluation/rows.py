@@ -40,15 +40,11 @@ def difference(
     All sequences have one value per row, in the same order of rows. `weights` are positive (None: all equal). `groups`
     has the group number of each row (None: each row is its own group). `of` is applied to each mean before the
     difference is taken (np.exp of a mean loss: perplexity). A single group gives an interval of width 0. The same
-    arguments give the same bits. Raises ValueError if sequences are empty or differ in length.
+    arguments give the same bits.
     """
     pair = np.array([ours, theirs], dtype=np.float64)  # (2, rows)
     weight = np.ones(pair.shape[-1]) if weights is None else np.asarray(weights, dtype=np.float64)
     group = np.arange(weight.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    if pair.ndim != 2 or not pair.size or weight.shape != pair.shape[1:] or group.shape != weight.shape:
-        raise ValueError(
-            f"paired rows differ in number: {len(ours)}, {len(theirs)}, {weight.size} weights, {group.size} groups"
-        )
     rng = np.random.default_rng(seed)
     count = int(group.max()) + 1
     # At most 2000 groups, to bound the time of the draws. Groups that are merged at random stay independent.
