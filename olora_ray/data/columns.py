@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import Dumper
 from olora_ray.config.schema import Source
 from olora_ray.data import formats
 from olora_ray.data.formats import FIELDS, Chat, Example, one_line
@@ -166,5 +165,5 @@ def refusal(needed: Needed, where: str, source: Source, auto: bool = False) -> U
 
 def fields(where: str, mapped: dict[str, str]) -> str:
     """Return the fields of the source `where` as an argument for a shell."""
-    line = yaml.dump(mapped, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False)
+    line = yaml.safe_dump(mapped, default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False)
     return shlex.quote(f"{where}.fields={line.strip()}")

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override, read_config
-from olora_ray.config.schema import AnyConfig, Config, Source
+from olora_ray.config.schema import Config, Source
 from olora_ray.data import columns, formats, reader
 from olora_ray.data.formats import EMPTY, FIELDS, INSIDE, NEEDED, NONE, Example, Rejected, listed, sequence, to_example
 from olora_ray.data.scan import head
-from olora_ray.data.sources import File, list_files, say_once
+from olora_ray.data.sources import File, grouped, list_files, say_once
+from olora_ray.data.tokenize import unanswered
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +65,6 @@ def _as_trained(config: Config) -> dict[str, Source]:
     return {name: trained[name] for name, each in _sources(config).items() if each.format == "auto" and name in trained}
 
 
-def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
-    """Return the sources with the answer for the column of `gate.group`, which the gate reads."""
-    group = config.gate.group if isinstance(config, Config) else None
-    if group in (None, "@file", *itertools.chain(*FIELDS.values())):
-        return tuple(sources)
-    return tuple(each.model_copy(update={"fields": {str(group): NONE, **each.fields}}) for each in sources)
-
-
 def read_as(source: Source, where: str, storage_root: str) -> Source:
     if source.format != "auto":
         if source.path.startswith("hf://"):  # `check` does not download it
@@ -112,15 +105,6 @@ def _answered(where: str, source: Source, read: Iterable[tuple[Any, Example | No
         columns.count(notes, int(number), source, row, example)
     if error := unanswered(notes, {int(number): source}, setting, len(used), auto):
         raise error
-
-
-def unanswered(
-    notes: Mapping[str, int], sources: Mapping[int, Source], setting: str, rows: int = 0, auto: bool = False
-) -> UserError | None:
-    """Return the error for the first source with a column that needs an answer; None if no column needs one."""
-    for number, needed in columns.unanswered(notes, sources, rows).items():
-        return columns.refusal(needed, f"{setting}.{number}", sources[number], auto)
-    return None
 
 
 def _check(source: Source, where: str, storage_root: str) -> None:

@@ -31,8 +31,8 @@ from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.patience import is_temporary
 from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
-from olora_ray.config.schema import Source
-from olora_ray.data.formats import check_fields
+from olora_ray.config.schema import AnyConfig, Config, Source
+from olora_ray.data.formats import FIELDS, NONE, check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -279,6 +279,14 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
     if missing := sorted(set(source.only) - {file.uri for file in files}):
         raise UserError(f"{where}.only: {missing[0]} is not among the files of {source.path}")
     return [file for file in files if file.uri in source.only]
+
+
+def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Return the sources with the answer for the column of `gate.group`, which the gate reads."""
+    group = config.gate.group if isinstance(config, Config) else None
+    if group in (None, "@file", *itertools.chain(*FIELDS.values())):
+        return tuple(sources)
+    return tuple(each.model_copy(update={"fields": {str(group): NONE, **each.fields}}) for each in sources)
 
 
 def _of_split(files: list[File], path: str, where: str) -> list[File]:

@@ -488,6 +488,15 @@ def _same(text: str, other: str) -> int:
     return next(index for index in range(length) if text[index] != other[index])
 
 
+def unanswered(
+    notes: Mapping[str, int], sources: Mapping[int, Source], setting: str, rows: int = 0, auto: bool = False
+) -> UserError | None:
+    """Return the error for the first source with a column that needs an answer; None if no column needs one."""
+    for number, needed in columns.unanswered(notes, sources, rows).items():
+        return columns.refusal(needed, f"{setting}.{number}", sources[number], auto)
+    return None
+
+
 # The form in which a source's prompts and completions are trained: turns of a chat, or joined texts.
 
 

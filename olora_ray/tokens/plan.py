@@ -18,10 +18,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config, Source
-from olora_ray.data.first_look import grouped, read_as
 from olora_ray.data.formats import FIELDS
 from olora_ray.data.reader import FileScan, Table, Unit, Units
-from olora_ray.data.sources import File, list_files
+from olora_ray.data.sources import File, grouped, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
@@ -379,8 +378,8 @@ def as_found(config: Config, *plans: Plan) -> Config:
     return override(config, sources)
 
 
-def looking(storage_root: str, scan: Scanner) -> Look:
-    """Return a Look at the files as they are now, which detects the formats that sources do not set."""
+def looking(storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]) -> Look:
+    """Return a Look at the files as they are now; `read_as` detects the formats that sources do not set."""
 
     def look(setting: str, sources: Sequence[Source]) -> Found:
         known = tuple(read_as(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources))

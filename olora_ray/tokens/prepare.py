@@ -18,6 +18,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
 from olora_ray.config.schema import AnyConfig
+from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import forget_changed, kept_scans, scan
 from olora_ray.data.sources import File
@@ -491,7 +492,7 @@ def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look |
 
 def _look(config: AnyConfig, scan_files: Callable[[Sequence[File], str], "Results"]) -> Look:
     root = config.run.storage
-    look = looking(root, lambda found: _scan_all(found, root, scan_files))
+    look = looking(root, lambda found: _scan_all(found, root, scan_files), read_as)
     return look if config.data.eval_fraction is None else once(look)
 
 

@@ -20,6 +20,7 @@ from pyarrow import fs
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config.schema import Config, Source
+from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import FileScan, Unit, Units
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File
@@ -135,7 +136,7 @@ def describe(
     read.
     """
     look = _Look(config.run.storage)
-    plan = make_plan(config, spec, split, looking(config.run.storage, look))
+    plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
     plan = replace(plan, held_out=np.unique(held_out))
     exact = look.complete and plan.pieces.bytes <= READ_ALL
     part, drawn = (plan, look.sizes) if exact else sample(plan, limit)

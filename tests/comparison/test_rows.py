@@ -15,6 +15,7 @@ from comparison.arguments import Compare
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.data.first_look import read_as
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import looking, make_plan
 from tests import tiny
@@ -29,7 +30,7 @@ def without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(config: Any, spec: Any, split: Any) -> Any:
         scans = prepare.scan
         root = config.run.storage
-        look = looking(root, lambda sources: [[scans(file, root) for file in each] for each in sources])
+        look = looking(root, lambda sources: [[scans(file, root) for file in each] for each in sources], read_as)
         return make_plan(config, spec, split, look)
 
     monkeypatch.setattr(rows, "plan_here", plan)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import UNIT, Unit, Units
 from olora_ray.tokens import plan, shard
 from olora_ray.tokens.plan import Plan
@@ -61,7 +62,7 @@ def config_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", helpers.rows(1))
     config = helpers.config(tmp_path / "runs", path)
     scans = plan.FileScan("0" * 64, 256 * len(table), (), Units(table))
-    return plan.make_plan(config, helpers.spec(), "train", plan.looking("", lambda found: [[scans]]))
+    return plan.make_plan(config, helpers.spec(), "train", plan.looking("", lambda found: [[scans]], read_as))
 
 
 def test_a_task_makes_the_same_shard_of_its_part_alone(made: Plan) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from olora_ray.config.schema import Config
+from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import File
@@ -65,7 +66,7 @@ def test_a_weight_says_how_often_a_row_is_used(tmp_path: Path, tiny_spec: Tokeni
 def test_sources_are_mixed_evenly(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     a, b = corpus(tmp_path / "a.jsonl", "a", 40_000), corpus(tmp_path / "b.jsonl", "b", 2_000)
     config = helpers.config(tmp_path / "runs", text(a), text(b))
-    made = plan.make_plan(config, tiny_spec, "train", plan.looking("", scanned))
+    made = plan.make_plan(config, tiny_spec, "train", plan.looking("", scanned, read_as))
     assert len(made.shards) == round(42_000 / 4096)
     shares = []
     for pieces in made.shards:
@@ -134,7 +135,7 @@ def test_the_digest_covers_what_matters(change: dict[str, Any], tmp_path: Path, 
 
     def digest(source: dict[str, Any], spec: TokenizerSpec, **data: Any) -> str:
         config = helpers.config(tmp_path / "runs", source, **data)
-        return plan.make_plan(config, spec, "train", plan.looking("", scanned)).digest()
+        return plan.make_plan(config, spec, "train", plan.looking("", scanned, read_as)).digest()
 
     base = digest(text(a), tiny_spec)
     elsewhere = corpus(tmp_path / "elsewhere/z.jsonl", "a", 30)
