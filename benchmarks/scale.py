@@ -162,7 +162,7 @@ def made_up(file: Any, storage_root: str, units: int) -> Any:
 
 def plan_it(folder: Path, rows: int, files: int) -> dict[str, float]:
     plan = made(folder, rows, files)
-    pieces = plan.shards.pieces
+    pieces = plan.pieces
     held = sum(each.nbytes for each in (pieces.units, pieces.unit, pieces.take))
     (folder / "part.pickle").write_bytes(pickle.dumps(plan.part(len(plan.shards) // 2)))
     return {"shards": len(plan.shards), "bytes_a_unit": held / len(pieces)}

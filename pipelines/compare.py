@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     from comparison import arguments
 
     comparison = arguments.parse(argv, usage=__doc__ or "")
-    from olora_ray.tokens import first_look
+    from olora_ray.data import first_look
 
     comparison = replace(comparison, config=first_look.check_data(comparison.config))
     from comparison import folder, report, rows, run

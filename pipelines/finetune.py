@@ -28,7 +28,7 @@ from olora_ray.config import command_line  # noqa: E402
 def main(argv: list[str]) -> None:
     # torch, transformers and Ray are imported as late as possible: mistakes in the config are reported at once.
     config, flags = command_line.read_arguments(argv, usage=__doc__ or "")
-    from olora_ray.tokens import first_look
+    from olora_ray.data import first_look
 
     config = first_look.check_data(config)
     logging.getLogger("olora_ray").info("importing torch, transformers and Ray")

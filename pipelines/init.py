@@ -30,11 +30,11 @@ from olora_ray.common.storage import is_uri
 from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config, Source
+from olora_ray.data import first_look
 from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
-from olora_ray.data.sources import KINDS, File, list_files, total_bytes
-from olora_ray.tokens import first_look
+from olora_ray.data.sources import KINDS, File, list_files
 from olora_ray.tokens.manifest import Limits
 
 CONFIG = """\
@@ -176,9 +176,10 @@ def _look(config: Config, number: int, shown: str) -> Look:
         first_look.check_data(config)
     files = list_files(source, where, config.run.storage)
     some = files[:8]
-    rows = round(sum(head(file).rows for file in some) * total_bytes(files) / max(total_bytes(some), 1))
+    size = sum(file.size for file in files)
+    rows = round(sum(head(file).rows for file in some) * size / max(sum(file.size for file in some), 1))
     # Files of up to 64 MB are read completely, which takes some seconds.
-    rejected = list(_rejected(source, number, files)) if total_bytes(files) <= 2**26 else []
+    rejected = list(_rejected(source, number, files)) if size <= 2**26 else []
     print(f"{shown}: about {rows:,} {seen or f'{source.format} rows'}")
     for entry in rejected[:1]:
         first = "{file}:{line}: {reason}: {message}".format_map(entry)

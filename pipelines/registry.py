@@ -28,10 +28,10 @@ from olora_ray.common.logs import quiet_environment
 from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
-from olora_ray.tracking import checksums, models, start
-from olora_ray.tracking.aliases import GATE, Aliases
+from olora_ray.tracking import checksums, start
+from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
-from olora_ray.tracking.client import check_uri, connect, reachable, shown_uri
+from olora_ray.tracking.client import check_uri, reachable, shown_uri
 from olora_ray.tracking.start import absolute
 
 DATABASE = Path("runs/mlflow.db")
@@ -71,7 +71,7 @@ def show_all(aliases: Aliases) -> None:
                 tags.get("olora.eval_loss") or "-",
                 _date(version),
                 tags.get("olora.data_digest", "")[:8] or "-",
-                tags.get(GATE, "-"),
+                version.verdict or "-",
             )
         )
     print("\n".join(aligned(rows)))
@@ -81,8 +81,7 @@ def show_one(aliases: Aliases, which: str) -> None:
     """Print all facts about a version, and check its files."""
     version = aliases.version(_number(aliases, which))
     number = version.number
-    with reachable(aliases.uri, upload=True):
-        files_uri = str(connect(aliases.uri).get_model_version_download_uri(aliases.name, number))
+    files_uri = aliases.files_uri(number)
     print(f"{aliases.name} version {number}")
     print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
     print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
@@ -98,15 +97,13 @@ def show_one(aliases: Aliases, which: str) -> None:
 def promote(aliases: Aliases, which: str) -> None:
     number = _number(aliases, which)
     # Aliases.promote checks the files against their checksums before it moves the alias.
-    old = aliases.promote(number, "promoted by hand")
-    _tell(aliases, number, "**promoted** by hand")
+    old = aliases.promote(number, f"promoted by hand, {_now()}")
     after = f", version {old} is previous" if old else ""
     print(f"{aliases.name}: version {number} is the champion{after}")
 
 
 def rollback(aliases: Aliases) -> None:
-    bad, good = aliases.rollback("by hand")
-    _tell(aliases, bad, f"**rolled back** by hand, to version {good}")
+    bad, good = aliases.rollback(f"by hand, {_now()}")
     print(f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back")
 
 
@@ -118,8 +115,8 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 }
 
 
-def _tell(aliases: Aliases, number: str, what: str) -> None:
-    models.add(aliases.uri, aliases.name, number, f"{time.strftime('%Y-%m-%d %H:%M')}: {what}")
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M")
 
 
 def _tracking_uri(given: str | None) -> str:

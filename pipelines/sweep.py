@@ -24,7 +24,7 @@ from olora_ray.config import command_line  # noqa: E402
 def main(argv: list[str]) -> None:
     # Imports that take seconds come after the checks of config and space file, so that mistakes are reported at once.
     config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
-    from olora_ray.tokens import first_look
+    from olora_ray.data import first_look
 
     config = first_look.check_data(config)
     from olora_ray.sweep.space_file import load_space

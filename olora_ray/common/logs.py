@@ -12,16 +12,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from olora_ray.common.secrets import mask
 
 PACKAGE = "olora_ray"
-_guard, _handlers = threading.Lock(), list[logging.Handler]()
-"""Handlers in use. Several trainings may share a process, and each has its own."""
-_before: dict[str, Any] = {}
-"""The logger's settings before the first handler."""
 
 
 def line(record: logging.LogRecord) -> str:
@@ -53,23 +48,14 @@ class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
 def handled_by(handler: logging.Handler) -> Iterator[None]:
     """Send the package's lines, from INFO on, to this handler during the block, and not to the root logger's."""
     logger = logging.getLogger(PACKAGE)
-    with _guard:
-        if not _handlers:
-            _before.update(level=logger.level, propagate=logger.propagate)
-        _handlers.append(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        with _guard:
-            _handlers.remove(handler)
-            # A new list, because another thread may be iterating over the old one.
-            logger.handlers = [each for each in logger.handlers if each is not handler]
-            if not _handlers:
-                logger.setLevel(_before["level"])
-                logger.propagate = _before["propagate"]
+        logger.removeHandler(handler)
+        logger.propagate = not logger.handlers  # several trainings may share a process, and each has its own
         handler.close()
 
 
@@ -132,13 +118,3 @@ def quiet_transformers() -> None:
 def quiet_bitsandbytes() -> None:
     # At its import, bitsandbytes logs that it searches the hub for a kernel. PEFT imports it if it is installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-def quiet_lm_eval() -> None:
-    import datasets
-    from lm_eval.api import task
-    from tqdm import tqdm
-
-    datasets.disable_progress_bars()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    vars(task)["tqdm"] = partial(tqdm, disable=None)

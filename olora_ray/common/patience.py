@@ -76,12 +76,17 @@ def _region_of(bucket: str, named: str | None) -> str:
         return named
 
 
-UNTRUSTED = re.compile(r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.version.number", re.IGNORECASE)
+_UNTRUSTED = re.compile(r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.version.number", re.IGNORECASE)
 """Messages of requests, boto3 and pyarrow about an untrusted TLS certificate, or about a server without TLS."""
-TRUST = (
+_TRUST = (
     "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file with the certificates of your CA"
     " and of the public CAs"
 )
+
+
+def untrusted(error: BaseException) -> str | None:
+    """Return what to do about an error of an untrusted certificate; None for another error."""
+    return _TRUST if _UNTRUSTED.search(str(error)) else None
 
 
 def follow_certificates() -> None:
@@ -108,7 +113,7 @@ _answered: set[str] = set()
 
 def passes(error: BaseException) -> bool:
     """True if the failure passes by itself: no answer, or an answer that asks for a retry."""
-    if UNTRUSTED.search(str(error)):
+    if untrusted(error):
         return False
     return (
         isinstance(error, StoreUnavailable | TimeoutError | ConnectionError) or _PASSING.search(str(error)) is not None
@@ -135,8 +140,8 @@ def patiently(store: str, request: Callable[[], Answer]) -> Answer:
             left = end - time.monotonic()
             if store not in _answered or not passes(error) or left <= 0:
                 error_type = StoreUnavailable if passes(error) else StoreError
-                untrusted = UNTRUSTED.search(str(error))
-                raise error_type(f"{mask(store)}: {TRUST}" if untrusted else mask(first_line(error))) from None
+                why = untrusted(error)
+                raise error_type(f"{mask(store)}: {why}" if why else mask(first_line(error))) from None
             logger.warning(f"{mask(store)} does not answer ({first_line(error)}); retrying for {left:.0f} s more")
             time.sleep(min(pause, left))
             pause *= 2

@@ -1,4 +1,4 @@
-"""Requests to s3:// that pyarrow does not offer: conditional writes, deletion of interrupted uploads, an early check.
+"""Requests to s3:// that pyarrow does not offer: conditional writes, and an early check.
 
 boto3 is an optional dependency (olora-ray[s3]). MLflow also needs it for artifacts on s3://.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from olora_ray.common import patience
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
-from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, TRUST, UNTRUSTED
+from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, untrusted
 
 logger = logging.getLogger(__name__)
 
@@ -89,16 +89,6 @@ def put_if(location: str, content: bytes, etag: str | None) -> str | None:
         return None
 
 
-def abort_uploads(location: str) -> None:
-    """Delete the parts of interrupted uploads below `location`, for which the store charges. Raises StoreError."""
-    bucket, key = split(location)
-    with _as_store_error():
-        client = _client()
-        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/"):
-            for upload in page.get("Uploads", []):
-                client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-
-
 def split(location: str) -> tuple[str, str]:
     bucket, _, key = location.removeprefix("s3://").partition("/")
     return bucket, key
@@ -143,8 +133,8 @@ def _as_store_error() -> Iterator[None]:
             " to the machine"
         ) from None
     except (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, OSError) as error:
-        if UNTRUSTED.search(str(error)):
-            raise StoreError(f"{_where()}: {TRUST}") from None
+        if remedy := untrusted(error):
+            raise StoreError(f"{_where()}: {remedy}") from None
         # The URL at the end names the probe, a file that the user does not know.
         why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))
         raise StoreUnavailable(f"{why}; check AWS_ENDPOINT_URL") from None

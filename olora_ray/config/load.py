@@ -13,9 +13,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
-from olora_ray.common import secrets
-from olora_ray.common.errors import Problems, UserError
-from olora_ray.common.storage import digest_json
+from olora_ray.common import secrets, storage
+from olora_ray.common.errors import UserError, of_problems
 from olora_ray.common.text import did_you_mean
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.config.section import EXPERIMENT, HUB_NAME, MODEL_NAME, NAME, REFER, AnySection, Section
@@ -528,12 +527,17 @@ def build(tree: Mapping[str, Any], where: str = "config") -> Config:
     return config
 
 
+def read_config(location: str) -> Config:
+    """Read the config of a run, a path or URI, as `build` does; raise OSError if it cannot be read."""
+    return build(parse_yaml(storage.read_text(location), location), location)
+
+
 def _own_name(config: Config) -> str:
     # Defaults are left out, so that a new field in a new release does not rename old runs. The length is left out, so
     # that a run can be trained longer under the same name.
     given = leaves(config.model_dump(mode="json", exclude_defaults=True), "")
     others = (*FREE_TO_CHANGE, *LENGTH)
-    digest = digest_json({field: value for field, value in given if not field.startswith(others)}, length=8)
+    digest = storage.digest_json({field: value for field, value in given if not field.startswith(others)}, length=8)
     return f"{config.adapter.method}-r{config.adapter.rank}-{digest}"
 
 
@@ -548,11 +552,10 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
         valid = section.model_validate(tree)
     except ValidationError as error:
         problems += _joined([explain(item, section) for item in relevant(error.errors())])
-    if len(problems) == 1:
-        raise UserError(f"{where}: {problems[0]}")
-    if problems or valid is None:
+    if valid is None or problems:
         more = [f"and {len(problems) - 100} more"] if len(problems) > 100 else []
-        raise Problems(f"{where} has {len(problems)} problems", *problems[:100], *more)
+        shown = [*problems[:100], *more] if len(problems) > 1 else [f"{where}: {problems[0]}"]
+        raise of_problems(f"{where} has {len(problems)} problems", shown)
     return valid
 
 

@@ -33,7 +33,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.common.storage import digest
 from olora_ray.data.formats import Rejected
-from olora_ray.data.sources import Changed, File, as_scanned, asked, open_filesystem
+from olora_ray.data.sources import Changed, File, as_scanned
 from olora_ray.data.text_files import BOM, DELIMITERS
 
 # Units, the smallest pieces of files that are read at once, in arrays with 40 bytes per unit; and the scan of a file.
@@ -83,6 +83,13 @@ class Units(Sequence[Unit]):
     def of(cls, units: Iterable[Unit]) -> "Units":
         return cls(np.fromiter(((*astuple(unit), 0) for unit in units), dtype=UNIT))
 
+    @staticmethod
+    def joined(parts: "Sequence[Units]") -> Table:
+        """Return the units of several files, with the numbers of the files."""
+        table = np.concatenate([np.empty(0, UNIT), *(part.table for part in parts)])
+        table["file"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return table
+
     @property
     def rows(self) -> int:
         return int(self.table["rows"].sum(dtype=np.int64))
@@ -95,10 +102,10 @@ class Units(Sequence[Unit]):
     @overload
     def __getitem__(self, index: slice) -> "Units": ...
     def __getitem__(self, index: int | slice) -> "Unit | Units":
-        return Units(self.table[index]) if isinstance(index, slice) else as_unit(self.table[index])
+        return Units(self.table[index]) if isinstance(index, slice) else _as_unit(self.table[index])
 
     def __iter__(self) -> Iterator[Unit]:
-        return map(as_unit, self.table)
+        return map(_as_unit, self.table)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Units) and np.array_equal(self.table, other.table)
@@ -118,7 +125,7 @@ class FileScan:
     """The file with the type and encoding of its content; None: those of its name."""
 
 
-def as_unit(entry: Any) -> Unit:
+def _as_unit(entry: Any) -> Unit:
     return Unit(*entry.item()[:6])
 
 
@@ -181,7 +188,7 @@ def _has_dictionary(type_: pa.DataType) -> bool:
 @contextlib.contextmanager
 def opened(file: File, unit: Unit) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """Yield a file's schema and its batches, from the unit's first batch on if its offset is known."""
-    system, path = open_filesystem(file.uri)
+    system, path = storage.filesystem(file.uri)
     with pa.memory_map(path) if system.type_name == "local" else system.open_input_file(path) as stream:
         # For a unit in the middle only the schema is read from the start, so a small buffer is enough.
         reader = ipc.open_stream(buffered(stream, 2**16 if unit.offset else 2**20))
@@ -361,7 +368,7 @@ def _patiently(uri: str, read: Callable[[], Iterator[Located]]) -> Iterator[Loca
     rows: Iterator[Located] | None = None
     done = 0
 
-    def more() -> list[Located]:
+    def more(*_: object) -> list[Located]:
         nonlocal rows
         rows = itertools.islice(read(), done, None) if rows is None else rows
         try:
@@ -370,7 +377,7 @@ def _patiently(uri: str, read: Callable[[], Iterator[Located]]) -> Iterator[Loca
             rows = None
             raise
 
-    while batch := asked(uri, more):
+    while batch := storage.ask(uri, more):
         yield from batch
         done += len(batch)
 
@@ -392,7 +399,7 @@ def broken(file: File, error: Exception) -> UserError | StoreUnavailable:
 
 def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) -> Any:
     """Open the content as a stream, uncompressed and in UTF-8; `wrap` gets the stream of the bytes on disk."""
-    system, path = open_filesystem(file.uri)
+    system, path = storage.filesystem(file.uri)
     raw = wrap(system.open_input_stream(path, compression=None))
     if file.compression == "xz":
         raw = lzma.LZMAFile(raw)  # noqa: SIM115 - closed by whoever closes the stream
@@ -414,7 +421,7 @@ def _bytes(file: File, unit: Unit) -> bytes:
 
 def _range(file: File, unit: Unit) -> bytes:
     if file.compression is None and file.encoding is None:
-        system, path = open_filesystem(file.uri)
+        system, path = storage.filesystem(file.uri)
         with system.open_input_file(path) as stream:
             stream.seek(unit.offset)
             return bytes(stream.read(unit.size))
@@ -515,7 +522,7 @@ def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str])
 
 
 def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    system, path = open_filesystem(file.uri)
+    system, path = storage.filesystem(file.uri)
     with as_scanned(file, unit.after), system.open_input_file(path) as stream:
         metadata, starts = _row_groups(file, unit.after)
         table = parquet.ParquetFile(stream, buffer_size=2**20, metadata=metadata)
@@ -527,7 +534,7 @@ def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[st
 @lru_cache(maxsize=4)
 def _row_groups(file: File, crc: int) -> tuple[parquet.FileMetaData, list[int]]:
     # Cached, because reading the metadata of 2,000 row groups takes long; `crc` is a key of the cache.
-    system, path = open_filesystem(file.uri)
+    system, path = storage.filesystem(file.uri)
     with system.open_input_file(path) as stream:
         metadata = parquet.ParquetFile(stream).metadata
     sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))

@@ -28,7 +28,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest
 from olora_ray.data import reader
 from olora_ray.data.reader import UNIT, FileScan, Unit, Units
-from olora_ray.data.sources import File, asked, open_filesystem, steady
+from olora_ray.data.sources import Changed, File, steady
 from olora_ray.data.text_files import BOM, DELIMITERS, as_written
 
 # Files of lines: the offsets at which a unit may end, and the units, in one pass. Each of the next numbers decides
@@ -319,8 +319,8 @@ def head(file: File) -> FileScan:
 def _scan(file: File, limit: int | None = None) -> FileScan:
     # With a limit, about so many bytes of a file of lines are read, and other files get no digest.
     try:
-        written = asked(file.uri, lambda: _written(file))
-        result = asked(file.uri, lambda: _scanned(written, limit))
+        written = storage.ask(file.uri, lambda *_: _written(file))
+        result = storage.ask(file.uri, lambda *_: _scanned(written, limit))
     except FileNotFoundError:
         raise reader.not_here(file) from None
     except PermissionError:
@@ -437,7 +437,7 @@ def _slices(first: int, rows: int, size: int, wanted: int) -> Iterator[Unit]:
 
 
 def _parquet(file: File, whole: bool) -> FileScan:
-    system, path = open_filesystem(file.uri)
+    system, path = storage.filesystem(file.uri)
     with system.open_input_file(path) as stream:
         opened = parquet.ParquetFile(stream)
         groups = [opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)]
@@ -470,7 +470,7 @@ def _arrow(file: File, limit: int | None) -> FileScan:
 
 def _buffered(file: File) -> _Hashed:
     # Little may be asked at a time, and in an object store each read is a request.
-    system, path = open_filesystem(file.uri)
+    system, path = storage.filesystem(file.uri)
     return _Hashed(reader.buffered(system.open_input_stream(path, compression=None)), with_crc=True)
 
 
@@ -509,7 +509,7 @@ def kept_scans(files: Sequence[File], storage_root: str) -> list[FileScan | None
 
 def state_of(file: File) -> list[int] | None:
     """Return inode and change time of a local file; None for other files."""
-    system, path = open_filesystem(file.uri)
+    system, path = storage.filesystem(file.uri)
     with contextlib.suppress(OSError):
         if system.type_name == "local":
             info = os.stat(path)
@@ -538,10 +538,10 @@ def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | 
         records.write(_kept_path(file, storage_root), tree, sealed=True, durable=False)
 
 
-def forget_scan(file: File, storage_root: str) -> None:
-    """Drop the kept scan of a file whose content has changed although its size and modification time have not."""
-    if storage_root:
-        storage.remove(_kept_path(file, storage_root))
+def forget_changed(error: UserError, storage_root: str) -> None:
+    """Drop the kept scan of a file if the error says that its content has changed, though size and time have not."""
+    if isinstance(error, Changed) and storage_root:
+        storage.remove(_kept_path(error.file, storage_root))
 
 
 def _kept_path(file: File, storage_root: str) -> str:

@@ -21,61 +21,32 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
 
 from pyarrow import fs
 
-from olora_ray.common import patience, storage
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.patience import is_temporary
 from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
-from olora_ray.config.schema import Source
-from olora_ray.data.formats import check_fields
+from olora_ray.config.schema import AnyConfig, Config, Source
+from olora_ray.data.formats import FIELDS, NONE, check_fields
 
 logger = logging.getLogger(__name__)
-
-# Addresses of source files: a path or URI to the filesystem and the path in it, and back.
-
-
-Found = TypeVar("Found")
-
-
-def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """Return the filesystem of a file and the path in it; connections are kept."""
-    if not storage.is_uri(uri):
-        return fs.LocalFileSystem(), uri
-    scheme, bucket, key, query = _parts(uri)
-    system, root = patience.connect(scheme, bucket, query)
-    return system, root + (unquote(key) if scheme == "file" else key)
-
-
-def asked(uri: str, request: Callable[[], Found]) -> Found:
-    """Return the result of a request to the storage of a file; retry if an object store fails (patience.py)."""
-    if not storage.is_uri(uri) or uri.startswith("file://"):
-        return request()
-    return patience.patiently("/".join(uri.partition("?")[0].split("/")[:3]), request)
 
 
 def uri_beside(uri: str, path: str) -> str:
     """Return the URI of a path in the filesystem of `uri`; raise ValueError for a key that no URI can name."""
-    scheme, bucket, _, query = _parts(uri)
-    _, root = patience.connect(scheme, bucket, query)
-    key = path.removeprefix(root)
-    if scheme == "file":
+    address, mark, query = uri.partition("?")
+    bucket = "/".join(address.split("/")[:3])
+    key = path.removeprefix(storage.filesystem(f"{bucket}{mark}{query}")[1])
+    if uri.startswith("file://"):
         key = key.replace("%", "%25").replace("?", quote("?"))
     elif "?" in key:
         raise ValueError(f"the key {key[1:]!r} has a '?', which begins options in a URI; rename it")
-    return f"{scheme}://{bucket}{key}{f'?{query}' if query else ''}"
-
-
-def _parts(uri: str) -> tuple[str, str, str, str]:
-    # Not `urlsplit`, because it would end the key at '#'.
-    scheme, _, rest = uri.partition("://")
-    address, _, query = rest.partition("?")
-    bucket, slash, key = address.partition("/")
-    return scheme, bucket, slash + key, query
+    return f"{bucket}{key}{mark}{query}"
 
 
 # The matches of a glob are the same on a disk and in the listing of an object store: those of `glob.glob`.
@@ -310,6 +281,14 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
     return [file for file in files if file.uri in source.only]
 
 
+def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Return the sources with the answer for the column of `gate.group`, which the gate reads."""
+    group = config.gate.group if isinstance(config, Config) else None
+    if group in (None, "@file", *itertools.chain(*FIELDS.values())):
+        return tuple(sources)
+    return tuple(each.model_copy(update={"fields": {str(group): NONE, **each.fields}}) for each in sources)
+
+
 def _of_split(files: list[File], path: str, where: str) -> list[File]:
     folder = posixpath.commonprefix([file.uri for file in files]).rpartition("/")[0]
     names = {file: file.uri[len(folder) :] for file in files}
@@ -455,8 +434,7 @@ def _remote(uri: str, field: str) -> list[File]:
         found = _readable(below, base, field)
         return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
 
-    def look() -> list[File]:
-        system, path = open_filesystem(fixed + suffix)
+    def look(system: fs.FileSystem, path: str) -> list[File]:
         info = system.get_file_info(path)
         if info.is_file:
             return [_remote_file(info, fixed + suffix, _known(info.path, field))]
@@ -478,7 +456,7 @@ def _remote(uri: str, field: str) -> list[File]:
         return files
 
     with as_user_error(f"{field}: {uri}", OSError, ValueError):
-        return _some(asked(uri, look), uri, field)
+        return _some(storage.ask(fixed + suffix, look), uri, field)
 
 
 def _listed(system: Any, path: str) -> list[Below]:
@@ -504,16 +482,11 @@ def _some(files: list[File], path: str, field: str) -> list[File]:
 
 
 def _stored(uri: str) -> File:
-    def look() -> File:
-        system, path = open_filesystem(uri)
+    def look(system: fs.FileSystem, path: str) -> File:
         info = system.get_file_info(path)
         return File(uri, "parquet", None, info.size, info.mtime_ns or 0)
 
-    return asked(uri, look)
-
-
-def total_bytes(files: Sequence[File]) -> int:
-    return sum(file.size for file in files)
+    return storage.ask(uri, look)
 
 
 # Checks that a file is still what the scan saw.
@@ -546,7 +519,7 @@ def steady(file: File) -> Iterator[tuple[int, int]]:
 
 
 def _state(file: File) -> tuple[int, int]:
-    system, path = open_filesystem(file.uri)
+    system, path = storage.filesystem(file.uri)
     info = system.get_file_info(path)
     if not info.is_file:
         raise FileNotFoundError(path)
@@ -567,7 +540,7 @@ def as_scanned(file: File, crc: int) -> Iterator[None]:
 @lru_cache(maxsize=4096)
 def _crc(uri: str, size: int, modified: int) -> int:
     # `size` and `modified` are keys of the cache: a file that changes is read again.
-    system, path = open_filesystem(uri)
+    system, path = storage.filesystem(uri)
     crc = 0
     with system.open_input_stream(path, compression=None) as stream:
         while chunk := stream.read(CHUNK):

@@ -21,10 +21,11 @@ beginning: all tokens up to `max_length`, as in TRL and Axolotl, or those up to 
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,15 +33,15 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
-from olora_ray.data.chat_template import EXCHANGE, called, left_out, reasoning, text_of
+from olora_ray.data import columns
+from olora_ray.data.chat_template import left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.encoder import Unlike as Unlike
-from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text
-from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text, to_example
+from olora_ray.data.tokenizer_spec import CALL, TokenizerSpec, end_of_turn
 
 Span = tuple[int, int]
 
-CALL: dict[str, Any] = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 # A document is tokenised in such parts, each up to the end of a word: tokenising takes 130 to 400 times their memory.
 _STRETCH = re.compile(r".{1,524288}(?:(?<=\S)(?=\s)|\Z)|.{1,524288}", re.DOTALL)
 # Stand for a content and a reasoning, to find out what a template writes around them.
@@ -96,7 +97,7 @@ class ExampleTokenizer:
         self._spec = spec
         self._max_length = max_length
         self._last_turn_only = last_turn_only
-        self.too_long = too_long
+        self._too_long = too_long
         self._encoder = Encoder(spec.json, spec.name)
         self._special = self._encoder.special_ids() | {spec.eos_id}
         self._mute = (self._encoder.id_of(spec.special_tokens.get("unk_token")), spec.eos_id)
@@ -107,6 +108,17 @@ class ExampleTokenizer:
     def __call__(self, example: Example) -> list[Tokens]:
         """Return the tokens of an example, in several pieces for a long text; raise Rejected if it cannot be used."""
         return self.begin(example).finish()
+
+    def begin_row(self, row: Any, source: Source, number: int, notes: "Counter[str]") -> Begun:
+        """Begin a raw row of source `number`, and note its columns that nothing reads; raise Rejected as `begin`."""
+        example = to_example(source.format, row, source.fields, as_chat(source, self._spec))
+        begun = self.begin(example)
+        template = self._spec.template(isinstance(example, Chat) and example.tools is not None)
+        columns.count(notes, number, source, row, example, template)
+        # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
+        if not isinstance(example, Text | Ids) and begun.longest > (most := 1000 * self._max_length):
+            raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {self._max_length}")
+        return begun
 
     def begin(self, example: Example) -> Begun:
         """Return an example with the texts to tokenise; raise Rejected if it cannot be used."""
@@ -135,7 +147,41 @@ class ExampleTokenizer:
         answers = [text for example in begun for text in example.answers]
         self._encoder.ahead(answers, [text for example in begun for text in example.texts])
 
-    def ends(self, tokens: Tokens) -> bool:
+    def prompt(self, text: str, chat: bool, system: str | None = None) -> tuple[int, ...]:
+        """Return the tokens of a question, as they stand before its answer; raise UserError if the template refuses it.
+
+        With `chat` it is the question of a chat, after the message `system` if there is one.
+        """
+        # An example needs an answer, whose tokens are cut off below. So any text that is not empty will do.
+        first = [{"role": "system", "content": system}] if system else []
+        turns = (*first, {"role": "user", "content": text}, {"role": "assistant", "content": text})
+        try:
+            (tokens,) = self(Chat(turns) if chat else Completion(text, text))
+        except Rejected as why:
+            raise UserError(f"this prompt does not fit the chat template: {why.message}") from None
+        return tuple(tokens.ids[: int(tokens.supervised.argmax())].tolist())
+
+    def note(self, begun: Begun, tokens: Sequence[Tokens], notes: "Counter[str]") -> None:
+        """Count what is unusual about an example and its tokens."""
+        example = begun.example
+        if isinstance(example, Text) or (isinstance(example, Ids) and example.labels is None):
+            return
+        if isinstance(example, Chat):
+            notes["chats"] += 1
+            if begun.marked:
+                notes["marked"] += 1
+            if len(tokens) > 1:
+                notes["split"] += 1
+                notes["split_tokens"] += sum(len(each.ids) for each in tokens)
+                notes["whole_tokens"] += max(len(each.ids) for each in tokens)
+        if min(int(np.count_nonzero(each.supervised)) for each in tokens) == 1:
+            notes["single"] += 1
+        if not isinstance(example, Ids) and not all(each.shortened or self._ends_well(each) for each in tokens):
+            notes["unended"] += 1
+        if any(each.shortened for each in tokens):
+            notes[self._too_long] += 1
+
+    def _ends_well(self, tokens: Tokens) -> bool:
         """True if the supervised tokens end with a special token, so that the model learns where to stop."""
         return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special
 
@@ -146,7 +192,7 @@ class ExampleTokenizer:
             for number, message in enumerate(chat.messages)
             if message["role"] == "assistant" and message.get("weight") != 0
         ]
-        if self._last_turn_only and self.too_long != "drop_turns":
+        if self._last_turn_only and self._too_long != "drop_turns":
             trained = trained[-1:]
         last = len(chat.messages) - 1
         full = self._render(chat, last + 1)
@@ -275,7 +321,7 @@ class ExampleTokenizer:
                 if why.reason != "too_long":
                     raise
                 left_out = why
-        if left_out and (not tokens or self.too_long == "reject"):
+        if left_out and (not tokens or self._too_long == "reject"):
             raise left_out
         if left_out:
             tokens[-1] = replace(tokens[-1], shortened=True)
@@ -298,7 +344,7 @@ class ExampleTokenizer:
             written_at.append(slice(len(ids), len(ids) + count))
             ids += own
         shortened, most = False, self._max_length
-        if self.too_long == "drop_turns" and (fitting := [part for part in written_at if part.stop <= most]):
+        if self._too_long == "drop_turns" and (fitting := [part for part in written_at if part.stop <= most]):
             shortened = len(fitting) < len(written_at)
             ids = ids if len(ids) <= most else ids[: fitting[-1].stop]
             written_at = fitting[-1:] if self._last_turn_only else fitting
@@ -319,7 +365,10 @@ class ExampleTokenizer:
         tokens: list[int] = []
         for stretch in stretches:
             tokens += self._encoder.ids(stretch, continues=bool(tokens))
-        return self._pieces(np.asarray([*self._begin(tokens), *tokens, *self._end(tokens)], dtype=np.int32))
+        pieces = self._pieces(np.asarray([*self._begin(tokens), *tokens, *self._end(tokens)], dtype=np.int32))
+        if all((each.ids[each.supervised] == self._spec.eos_id).all() for each in pieces):
+            raise Rejected("no_supervised_token", "a text of one token: only the end token is left to train on")
+        return pieces
 
     def _given(self, row: Ids) -> list[Tokens]:
         ids = np.asarray(row.ids, dtype=np.int64)
@@ -371,7 +420,7 @@ class ExampleTokenizer:
 
     def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_], shortened: bool = False) -> Tokens:
         if len(ids) > (most := self._max_length):
-            begun = supervised & (np.arange(len(ids)) < most) & (self.too_long == "cut")
+            begun = supervised & (np.arange(len(ids)) < most) & (self._too_long == "cut")
             if not self._says(ids[begun].tolist()):
                 raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {most}")
             ids, supervised, shortened = ids[:most], supervised[:most], True
@@ -439,91 +488,13 @@ def _same(text: str, other: str) -> int:
     return next(index for index in range(length) if text[index] != other[index])
 
 
-# The end of an answer in a chat template: a model that is trained on its chats stops there.
-
-
-@dataclass(frozen=True)
-class EndOfTurn:
-    """Fixes the end of an answer: one token at which the model stops, and nothing after it."""
-
-    stops: tuple[str, ...]
-    """Special tokens at which the model stops."""
-    tail: str
-    """Text that the template writes after the last message only, although that has ended (Phi-3: the end token)."""
-    stop: str
-    """Added to an answer without an end: the next role's token if the model stops at it (GLM-4.5), otherwise the end
-    token."""
-    call_stop: str
-    """Like `stop`, after a tool call."""
-    last: str
-    """The token that ends a plain exchange; "" if there is none, or the template refuses the exchange."""
-    fixes: bool = False
-    """True if a plain exchange is changed."""
-    cuts: bool = False
-    """True if the template begins the next turn after a plain exchange (Cohere's Command A)."""
-
-    def __call__(self, text: str, start: int, message: Mapping[str, Any]) -> str:
-        """Fix the end of a conversation whose last message is the answer; it is written after `start`."""
-        text, calls = text.removesuffix(self.tail), message.get("tool_calls")
-        parts = [str(reasoning(message) or "").strip(), text_of(message), *map(called, calls or ())]
-        said = max([start, *(text.rfind(part, start) + len(part) for part in parts if part)])
-        ends = [text.find(token, said) + len(token) for token in self.stops if token in text[said:]]
-        if ends and text[min(ends) :].strip():  # the template begins the next turn
-            return text[: min(ends)]
-        stop = self.call_stop if calls else self.stop
-        return text.rstrip() + stop if stop and not ends else text
-
-
-def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn:
-    template, form = spec.compiled(tools), spec.chat_form(tools)
-
-    def written(messages: Sequence[dict[str, Any]]) -> str:
-        try:
-            return template.render(form(Chat(tuple(messages))).messages)
-        except Exception:  # a template is code: it may raise anything
-            return ""
-
-    question: dict[str, Any]
-    question, answer = ({**message} for message in EXCHANGE)
-    call: list[dict[str, Any]] = [question, {**answer, "content": "", "tool_calls": [CALL]}]
-    result = {"role": "tool", "content": "1", "tool_call_id": CALL["id"], "name": "f"}
-    pairs = [(written(head), written([*head, more])) for head, more in (([question, answer], question), (call, result))]
-    eos = encoder.token_of(spec.eos_id) or ""
-    put = eos if encoder.ids(eos) == [spec.eos_id] else ""
-    written_texts = "".join([spec.template(tools), *(text for pair in pairs for text in pair)])
-    named = {encoder.token_of(number) or "" for number in encoder.special_ids()}
-    special = tuple(sorted({eos, *(token for token in named if token in written_texts)} - {""}, key=len, reverse=True))
-    any_special = "|".join(map(re.escape, special))
-
-    def stop(text: str, longer: str) -> str:
-        text = text.rstrip()
-        match = re.compile(rf"\s*({any_special})").match(longer, len(text)) if longer.startswith(text) else None
-        return match[0] if match and encoder.id_of(match[1]) in spec.ends else put
-
-    # The tail that only the end of a conversation has: it follows the token that ends the answer in any case.
-    parts, others = (re.split(f"({any_special})", text) for text in pairs[0])
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False)))
-    shared, tail = "".join(parts[:same]), "".join(parts[same:])
-    if not (all(pairs[0]) and shared.rstrip().endswith(special) and tail.strip()) or answer["content"] in tail:
-        tail = ""
-    plain, after = pairs[0][0], stop(*pairs[0])
-    ended = plain.removesuffix(tail).rstrip()
-    stops = [token for token in special if token == eos or encoder.id_of(token) in spec.ends]
-    ends = re.findall(any_special, ended[ended.rfind(answer["content"]) :])
-    last = next((token for token in special if ended.endswith(token)), after.strip() if plain else "")
-    last = next((token for token in ends if token in stops), last)
-    end = EndOfTurn(tuple({*stops, last} - {""}), tail, after, stop(*pairs[1]), last)
-    fixed = end(plain, 0, answer) if plain else ""
-    return replace(end, fixes=fixed != plain, cuts=len(fixed) < len(ended))
-
-
-def turn_end(spec: TokenizerSpec) -> int | None:
-    """Return the id of the token that ends an answer; None if the template renders no plain chat."""
-    try:
-        encoder = Encoder(spec.json, spec.name)
-        return encoder.id_of(end_of_turn(spec, encoder, tools=False).last)
-    except UserError:  # the tokenisation reports it
-        return None
+def unanswered(
+    notes: Mapping[str, int], sources: Mapping[int, Source], setting: str, rows: int = 0, auto: bool = False
+) -> UserError | None:
+    """Return the error for the first source with a column that needs an answer; None if no column needs one."""
+    for number, needed in columns.unanswered(notes, sources, rows).items():
+        return columns.refusal(needed, f"{setting}.{number}", sources[number], auto)
+    return None
 
 
 # The form in which a source's prompts and completions are trained: turns of a chat, or joined texts.
@@ -540,6 +511,13 @@ COLUMNS_OF_STRUCTS = {"parquet", "arrow"}
 def as_chat(source: Source, spec: TokenizerSpec) -> bool:
     """True if the prompts and completions of a source become turns of a chat."""
     return source.format == "prompt_completion" and (spec.has_template if source.chat == "auto" else source.chat)
+
+
+def asks_in_chats(source: Source, spec: TokenizerSpec) -> bool:
+    """True if the model answers in chats after a training on this source."""
+    if source.format in ("prompt_completion", "tokens"):
+        return as_chat(source, spec) if source.format == "prompt_completion" else spec.has_template
+    return source.format != "text"
 
 
 def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -> dict[str, Any]:

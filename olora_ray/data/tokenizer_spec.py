@@ -1,15 +1,20 @@
 """The parts of a model that tokenising needs: its tokenizer, its chat templates, its special tokens."""
 
 import logging
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Literal
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import digest_json
 from olora_ray.data import chat_template
-from olora_ray.data.chat_template import ChatForm, ChatTemplate
+from olora_ray.data.chat_template import EXCHANGE, ChatForm, ChatTemplate, called, reasoning, text_of
+from olora_ray.data.encoder import Encoder
+from olora_ray.data.formats import Chat
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,14 @@ class TokenizerSpec:
             del content["embeddings"]
         return digest_json(content)
 
+    def turn_end(self) -> int | None:
+        """Return the id of the token that ends an answer; None if the template renders no plain chat."""
+        try:
+            encoder = Encoder(self.json, self.name)
+            return encoder.id_of(end_of_turn(self, encoder, tools=False).last)
+        except UserError:  # the tokenisation reports it
+            return None
+
     def template(self, tools: bool) -> str:
         return self.tool_template or self.chat_template if tools else self.chat_template
 
@@ -82,8 +95,96 @@ class TokenizerSpec:
         return chat_template.chat_form(self.template(tools), self.special_tokens, self.what)
 
 
-def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = "") -> TokenizerSpec:
+# The end of an answer in a chat template: a model that is trained on its chats stops there.
+
+
+CALL: dict[str, Any] = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """Fixes the end of an answer: one token at which the model stops, and nothing after it."""
+
+    stops: tuple[str, ...]
+    """Special tokens at which the model stops."""
+    tail: str
+    """Text that the template writes after the last message only, although that has ended (Phi-3: the end token)."""
+    stop: str
+    """Added to an answer without an end: the next role's token if the model stops at it (GLM-4.5), otherwise the end
+    token."""
+    call_stop: str
+    """Like `stop`, after a tool call."""
+    last: str
+    """The token that ends a plain exchange; "" if there is none, or the template refuses the exchange."""
+    fixes: bool = False
+    """True if a plain exchange is changed."""
+    cuts: bool = False
+    """True if the template begins the next turn after a plain exchange (Cohere's Command A)."""
+
+    def __call__(self, text: str, start: int, message: Mapping[str, Any]) -> str:
+        """Fix the end of a conversation whose last message is the answer; it is written after `start`."""
+        text, calls = text.removesuffix(self.tail), message.get("tool_calls")
+        parts = [str(reasoning(message) or "").strip(), text_of(message), *map(called, calls or ())]
+        said = max([start, *(text.rfind(part, start) + len(part) for part in parts if part)])
+        ends = [text.find(token, said) + len(token) for token in self.stops if token in text[said:]]
+        if ends and text[min(ends) :].strip():  # the template begins the next turn
+            return text[: min(ends)]
+        stop = self.call_stop if calls else self.stop
+        return text.rstrip() + stop if stop and not ends else text
+
+
+def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn:
+    template, form = spec.compiled(tools), spec.chat_form(tools)
+
+    def written(messages: Sequence[dict[str, Any]]) -> str:
+        try:
+            return template.render(form(Chat(tuple(messages))).messages)
+        except Exception:  # a template is code: it may raise anything
+            return ""
+
+    question: dict[str, Any]
+    question, answer = ({**message} for message in EXCHANGE)
+    call: list[dict[str, Any]] = [question, {**answer, "content": "", "tool_calls": [CALL]}]
+    result = {"role": "tool", "content": "1", "tool_call_id": CALL["id"], "name": "f"}
+    pairs = [(written(head), written([*head, more])) for head, more in (([question, answer], question), (call, result))]
+    eos = encoder.token_of(spec.eos_id) or ""
+    put = eos if encoder.ids(eos) == [spec.eos_id] else ""
+    written_texts = "".join([spec.template(tools), *(text for pair in pairs for text in pair)])
+    named = {encoder.token_of(number) or "" for number in encoder.special_ids()}
+    special = tuple(sorted({eos, *(token for token in named if token in written_texts)} - {""}, key=len, reverse=True))
+    any_special = "|".join(map(re.escape, special))
+
+    def stop(text: str, longer: str) -> str:
+        text = text.rstrip()
+        match = re.compile(rf"\s*({any_special})").match(longer, len(text)) if longer.startswith(text) else None
+        return match[0] if match and encoder.id_of(match[1]) in spec.ends else put
+
+    # The tail that only the end of a conversation has: it follows the token that ends the answer in any case.
+    parts, others = (re.split(f"({any_special})", text) for text in pairs[0])
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False)))
+    shared, tail = "".join(parts[:same]), "".join(parts[same:])
+    if not (all(pairs[0]) and shared.rstrip().endswith(special) and tail.strip()) or answer["content"] in tail:
+        tail = ""
+    plain, after = pairs[0][0], stop(*pairs[0])
+    ended = plain.removesuffix(tail).rstrip()
+    stops = [token for token in special if token == eos or encoder.id_of(token) in spec.ends]
+    ends = re.findall(any_special, ended[ended.rfind(answer["content"]) :])
+    last = next((token for token in special if ended.endswith(token)), after.strip() if plain else "")
+    last = next((token for token in ends if token in stops), last)
+    end = EndOfTurn(tuple({*stops, last} - {""}), tail, after, stop(*pairs[1]), last)
+    fixed = end(plain, 0, answer) if plain else ""
+    return replace(end, fixes=fixed != plain, cuts=len(fixed) < len(ended))
+
+
+# The spec of a tokenizer of transformers.
+
+
+def spec_from_pretrained(
+    tokenizer: Any, name: str | None = None, chosen: str = "", embeddings: int | None = None
+) -> TokenizerSpec:
     """Return the spec of a transformers tokenizer, with the template that `chosen` (data.chat_template) names.
+
+    `embeddings` is the number of rows of the model's embeddings, if it is known.
 
     Raise UserError if it is not a fast tokenizer, has no end token, has a token with an absurd id, or if the chosen
     template is not valid. A tokenizer without chat template gets one of `chat_template.DEFAULTS`, with a warning.
@@ -121,17 +222,13 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None, chosen: str = 
         bos_id=tokenizer.bos_token_id,
         add_bos=add_bos,
         tool_template=str(for_tools) if for_tools and for_tools != source else None,
+        embeddings=embeddings if embeddings is not None and largest >= embeddings else None,
         name=name,
         chosen=chosen,
     )
     if chosen:
         spec.compiled(tools=False)
     return spec
-
-
-def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
-    """True if a transformers tokenizer has tokens without a row in so many embeddings."""
-    return _largest_id(tokenizer) >= embeddings
 
 
 def _largest_id(tokenizer: Any) -> int:

@@ -16,13 +16,13 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.load import parse_assignments
 from olora_ray.config.schema import Source
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,13 @@ FIELD = re.compile(r"\w+(\.\w+)+=")
 def main(argv: list[str]) -> None:
     arguments = command_line.parse(argv, usage=__doc__ or "", options=["--system"])
     # A prompt may contain a "=", so only words of the form section.field=value are settings.
-    settings = [word for word in arguments.words if FIELD.match(word)]
+    settings = tuple(word for word in arguments.words if FIELD.match(word))
     run, *prompts = [word for word in arguments.words if word not in settings] or [""]
     if not run or len(prompts) > 1:
         raise UserError("arguments: expected RUN and at most one PROMPT in quotes; --help shows how")
     folder = _finished(run)
     logger.info(f"{folder}: loading the base model and the adapter")
-    answers = Answers(folder, parse_assignments(settings), arguments.options.get("--system"))
+    answers = Answers(folder, replace(arguments, words=settings).changes(), arguments.options.get("--system"))
     for prompt in prompts or _lines():
         for name, adapted in (("base", False), ("fine-tuned", True)):
             text = answers(prompt, adapted) or "(nothing)"
@@ -94,7 +94,7 @@ class Answers:
         import torch
 
         from olora_ray.common.logs import quiet_transformers
-        from olora_ray.data.tokenize import ExampleTokenizer, as_chat
+        from olora_ray.data.tokenize import ExampleTokenizer, asks_in_chats
         from olora_ray.evaluation import held_out, targets
         from olora_ray.pipeline.base import with_tokenizer
 
@@ -104,12 +104,7 @@ class Answers:
         self.base = with_tokenizer(target.base, target.config)
         self.limit = target.config.evaluation.max_new_tokens
         self.tokens = ExampleTokenizer(self.base.spec, max_length=sys.maxsize)
-        self.chat = any(
-            as_chat(source, self.base.spec)
-            if source.format == "prompt_completion"
-            else source.format != "text" and (source.format != "tokens" or self.base.spec.has_template)
-            for source in target.config.data.train
-        )
+        self.chat = any(asks_in_chats(source, self.base.spec) for source in target.config.data.train)
         if system and not self.chat:
             raise UserError(f"argument --system: {run} was trained on texts without a chat template; leave it out")
         self.system = _system(target.config.data.train) if system is None and self.chat else system
@@ -129,18 +124,6 @@ class Answers:
         for layer in self.model.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.enable_adapters(adapted)
-        (answer,) = greedy(self.model, [self._asked(prompt)], self.limit, self.base.eos, self.device)
+        asked = self.tokens.prompt(prompt, self.chat, self.system)
+        (answer,) = greedy(self.model, [asked], self.limit, self.base.eos, self.device)
         return as_text(self.base.tokenizer, answer)
-
-    def _asked(self, prompt: str) -> tuple[int, ...]:
-        from olora_ray.data.formats import Chat, Completion, Rejected
-
-        asked = [{"role": "system", "content": self.system}] if self.system else []
-        # The tokenizer of examples needs an answer, and the tokens from the answer on are cut off below. So any text
-        # that is not empty will do as the answer; the prompt itself is at hand.
-        turns = (*asked, {"role": "user", "content": prompt}, {"role": "assistant", "content": prompt})
-        try:
-            (tokens,) = self.tokens(Chat(turns) if self.chat else Completion(prompt, prompt))
-        except Rejected as why:
-            raise UserError(f"this prompt does not fit the chat template: {why.message}") from None
-        return tuple(tokens.ids[: int(tokens.supervised.argmax())].tolist())

@@ -12,7 +12,7 @@ from olora_ray.common.text import plural
 from olora_ray.data.formats import column_of
 from olora_ray.data.reader import Unit, read_unit
 from olora_ray.evaluation.rows import Origin, numbered
-from olora_ray.tokens.plan import Piece, Plan, taken
+from olora_ray.tokens.plan import Piece, Plan
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) ->
     if setting == FILE:
         return numbered([file for file, _ in origins])
     wanted = set(origins)
-    pieces = {(piece.file, piece.unit) for shard in plan.shards for piece in shard}
+    pieces = {(piece.file, piece.unit) for piece in plan.pieces}
     values = {
         origin: value
         for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first))
@@ -61,8 +61,7 @@ def check_column(setting: str | None, plan: Plan) -> None:
     """
     if setting is None or setting == FILE:
         return
-    pieces = (piece for shard in plan.shards for piece in shard)
-    values = (value for piece in pieces for _, value in _column(setting, plan, piece.file, piece.unit))
+    values = (value for piece in plan.pieces for _, value in _column(setting, plan, piece.file, piece.unit))
     if all(value is None for value in values):
         raise _no_column(setting, plan)
 
@@ -74,7 +73,7 @@ def count_planned(setting: str | None, plan: Plan, enough: int, files: Collectio
     files with these numbers; None: all files.
     """
     groups: set[object] = set()
-    for piece in (piece for shard in plan.shards for piece in shard if files is None or piece.file in files):
+    for piece in (piece for piece in plan.pieces if files is None or piece.file in files):
         for group in _groups(setting, plan, piece):
             groups.add(group)
             if len(groups) >= enough:
@@ -83,9 +82,7 @@ def count_planned(setting: str | None, plan: Plan, enough: int, files: Collectio
 
 
 def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
-    first = piece.unit.first
-    positions = np.arange(first, first + piece.unit.rows, dtype=np.int64)
-    chosen: list[int] = positions[taken(plan, plan.files[piece.file], piece, positions)].tolist()
+    chosen: list[int] = (piece.unit.first + np.flatnonzero(plan.taken(plan.files[piece.file], piece))).tolist()
     if setting == FILE:
         yield from [piece.file][: len(chosen)]  # nothing if no row of the piece is held out
     elif setting is None:

@@ -74,9 +74,6 @@ def map_over_actors(
             if number is not None:
                 result, precision = ray.get(answer)
                 if isinstance(result, UserError):
-                    # Killing actors while they work would make Ray log that it retries their tasks. So wait for them.
-                    if busy := [each for each, (_, number) in pending.items() if number is not None]:
-                        ray.wait(busy, num_returns=len(busy))
                     raise result
                 before, results[number] = 10 * len(results) // len(works), result
                 precisions.add(precision)

@@ -11,7 +11,6 @@ from typing import Any
 
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line
-from olora_ray.common.logs import quiet_lm_eval
 from olora_ray.common.patience import is_temporary
 from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig
@@ -120,7 +119,7 @@ class HarnessModel:
     def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        quiet_lm_eval()
+        _quiet_lm_eval()
         model = held_out.load_adapted(base, adapter, config, assigned_device())
         # lm-eval pads the rows of a batch to one length, and the model's own attention takes such batches.
         model.set_attn_implementation(attention.own(model))
@@ -219,7 +218,7 @@ def _manager(names: Sequence[str]) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"--tasks: needs lm-eval ({error}): pip install 'olora-ray[eval]'") from None
-    quiet_lm_eval()
+    _quiet_lm_eval()
     if all(name in FOLDERS for name in names):
         root = Path(next(iter(lm_eval.__path__))) / "tasks"
         return TaskManager(include_defaults=False, include_path=sorted({root / FOLDERS[name] for name in names}))
@@ -273,3 +272,13 @@ def _is_mean(value: float, rows: Sequence[Any]) -> bool:
     if not rows or not all(isinstance(row, int | float) for row in rows):
         return False
     return math.isclose(value, math.fsum(rows) / len(rows), rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _quiet_lm_eval() -> None:
+    import datasets
+    from lm_eval.api import task
+    from tqdm import tqdm
+
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    vars(task)["tqdm"] = partial(tqdm, disable=None)  # None: enabled only on a terminal

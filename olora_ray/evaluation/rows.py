@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,15 +40,11 @@ def difference(
     All sequences have one value per row, in the same order of rows. `weights` are positive (None: all equal). `groups`
     has the group number of each row (None: each row is its own group). `of` is applied to each mean before the
     difference is taken (np.exp of a mean loss: perplexity). A single group gives an interval of width 0. The same
-    arguments give the same bits. Raises ValueError if sequences are empty or differ in length.
+    arguments give the same bits.
     """
     pair = np.array([ours, theirs], dtype=np.float64)  # (2, rows)
     weight = np.ones(pair.shape[-1]) if weights is None else np.asarray(weights, dtype=np.float64)
     group = np.arange(weight.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    if pair.ndim != 2 or not pair.size or weight.shape != pair.shape[1:] or group.shape != weight.shape:
-        raise ValueError(
-            f"paired rows differ in number: {len(ours)}, {len(theirs)}, {weight.size} weights, {group.size} groups"
-        )
     rng = np.random.default_rng(seed)
     count = int(group.max()) + 1
     # At most 2000 groups, to bound the time of the draws. Groups that are merged at random stay independent.
@@ -205,6 +201,21 @@ def compare(
     values, others, weights = first.values[at_first], second.values[at_second], first.weights[at_first]
     shift = difference(values, others, weights, level, seed=seed, of=curve, groups=group)
     return Comparison(shift, len(rows), len(np.unique(group)))
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in (LOSS, PERPLEXITY)
+
+
+def improvement(
+    metric: str, ours: RowResults, theirs: RowResults, level: float = 0.95, groups: Sequence[int] | None = None
+) -> Comparison:
+    """Return how much better ours are (above 0: better), with the paired interval; raise UserError as `compare`."""
+    comparison = compare(metric, ours, theirs, level, groups=groups)
+    if not lower_is_better(metric):
+        return comparison
+    was = comparison.interval
+    return replace(comparison, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low))  # -x would give -0.0
 
 
 def numbered(keys: Sequence[object]) -> list[int]:

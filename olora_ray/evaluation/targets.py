@@ -19,7 +19,7 @@ from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
-from olora_ray.config.load import build, load_config, override, parse_yaml, validated
+from olora_ray.config.load import load_config, override, read_config, validated
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
@@ -70,7 +70,7 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
     if file is not None:
         return command_line.resolved(load_config(file, {**NO_GATE, **changes}), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
-        own = _read(storage.join(run, SETTINGS))
+        own = read_config(storage.join(run, SETTINGS))
         parent, _, name = run.rpartition("/")
         # The user has moved the run's storage, so the config still names the old path.
         if name == own.run.name and run != own.folder():
@@ -122,7 +122,7 @@ def resolve(name: str, shared: AnyConfig) -> Target:
             return _of_run(name, shared)
         case "checkpoint":
             saved = checkpoints.read(_absolute(name))
-            own = _read(storage.join(_absolute(name), SETTINGS))
+            own = read_config(storage.join(_absolute(name), SETTINGS))
             return _of_checkpoint(name, saved, saved.adapter, own, shared)
         case "adapter":
             return _of_adapter(name, shared)
@@ -150,7 +150,7 @@ def kind_of(name: str) -> Kind:
 def _of_run(name: str, shared: AnyConfig) -> Target:
     root = _absolute(name)
     storage_path, _, run = root.rpartition("/")  # from the path, because the folder may have been moved or renamed
-    own = override(_read(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
+    own = override(read_config(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
     folder = RunFolder(own.folder())
     newest = checkpoints.latest_good(folder.checkpoints)
     done = folder.state().finished(own)
@@ -193,7 +193,7 @@ def _of_adapter(name: str, shared: AnyConfig) -> Target:
     path = _absolute(name)
     run = run_of(name)
     if run is not None:
-        own = _read(storage.join(run, SETTINGS)).model
+        own = read_config(storage.join(run, SETTINGS)).model
         base_name, revision = own.name, own.revision
     else:
         fields = records.read(storage.join(path, ADAPTER_CONFIG), dict[str, Any]) or {}
@@ -202,10 +202,6 @@ def _of_adapter(name: str, shared: AnyConfig) -> Target:
         base_name, revision = str(fields["base_model_name_or_path"]), fields.get("revision")
     config = _with_model(shared, base_name, revision)
     return Target(name, find_model(config), path, config)
-
-
-def _read(path: str) -> Config:
-    return build(parse_yaml(storage.read_text(path), path), path)
 
 
 def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:

@@ -229,7 +229,8 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     from tqdm import tqdm
     from transformers import AutoTokenizer, modeling_gguf_pytorch_utils
 
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: a bar only on a terminal
+    # transformers' progress bar is for a terminal, not for a log. None: enabled only on a terminal.
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)
     what = f"model.name: {file} cannot be loaded as a GGUF model"
     with as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError), foreign(what):
         passed_by = check_gguf(file)

@@ -9,8 +9,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.tokenize import turn_end
-from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
+from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from olora_ray.model import stored
 from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
@@ -131,20 +130,18 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             " causal model: each token attends only to earlier tokens"
         )
     ends = end_tokens(model, tokenizer)
-    spec = spec_from_pretrained(tokenizer, model.name, config.data.chat_template or "")
-    spec = replace(spec, apart=why_apart(shape), ends=ends)
     try:
         rows: int | None = int(shape.get_input_embeddings().weight.shape[0])
     except (NotImplementedError, AttributeError):
         rows = None  # the model's code does not expose its embeddings
-    if rows is not None and has_tokens_beyond(tokenizer, rows):
-        spec = replace(spec, embeddings=rows)
+    spec = spec_from_pretrained(tokenizer, model.name, config.data.chat_template or "", rows)
+    spec = replace(spec, apart=why_apart(shape), ends=ends)
     return Base(model, tokenizer, spec, _ends(model, tokenizer, spec))
 
 
 def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:
     # Training teaches the model to end an answer with the last token of the template, so generation stops there too.
-    ends, last = spec.ends, turn_end(spec)
+    ends, last = spec.ends, spec.turn_end()
     if last is None or last in ends:
         return ends
     token = tokenizer.convert_ids_to_tokens(last)

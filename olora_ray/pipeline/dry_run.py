@@ -19,9 +19,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare, report
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens.manifest import HeldOut, reason_counts
-from olora_ray.tokens.plan import NO_ROWS
-from olora_ray.tokens.preview import Example, Preview, describe
+from olora_ray.tokens.preview import Example, Preview, describe_splits
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
@@ -40,15 +38,7 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     config = prepare.with_length(config, base)
     size = prepare.plan(config, base.model)
     logger.info("reading rows")
-    # 500 held-out rows are enough for their lengths, and are read within seconds.
-    held_out = describe(config, base.spec, "eval", 500) if config.data.holds_out() else None
-    drawn = held_out is not None and config.data.eval_fraction is not None
-    train = describe(config, base.spec, "train", held_out=held_out.digests if held_out and drawn else NO_ROWS)
-    if held_out and not drawn:
-        apart = HeldOut(held_out.digests)
-        apart.meet(train.digests)
-        if line := apart.line():
-            logger.warning(line)
+    train, held_out = describe_splits(config, base.spec)
     if show_config:
         print(dump(config))
     table = [
@@ -119,7 +109,7 @@ def _rows(preview: Preview) -> str:
         return f"{text}, none rejected"
     limits = preview.limits
     allowed = f"data.max_rejected = {limits.share:g} allows {int(limits.allowed(preview.read)):,}"
-    return f"{text}, {rejected:,} rejected ({reason_counts(preview.rejected)}; {allowed})"
+    return f"{text}, {rejected:,} rejected ({preview.rejections()}; {allowed})"
 
 
 def _measured(

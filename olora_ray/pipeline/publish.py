@@ -11,19 +11,18 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.patience import is_temporary
-from olora_ray.config.load import flatten
+from olora_ray.config.load import flatten, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
 from olora_ray.pipeline.version import contents_of
-from olora_ray.tracking import checksums, client, models
+from olora_ray.tracking import client, models
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN
-from olora_ray.tracking.models import check_adapter_only
 from olora_ray.tracking.run import Tracker
-from olora_ray.tracking.start import CODE, check_artifacts, mlflow_run, resolve_uri
+from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
 from olora_ray.train.checkpoint import perplexity
 
 logger = logging.getLogger(__name__)
@@ -34,8 +33,6 @@ logger = logging.getLogger(__name__)
 def check_tracking(config: Config, folder: RunFolder) -> None:
     """Raise UserError if MLflow or the hub does not answer or take the results, or if MLflow cannot load the export."""
     uri = resolve_uri(config)
-    if not config.export.merged:
-        check_adapter_only()
     # A resumed run needs neither until it has results, so an outage does not delay it.
     if folder.tracking_run(uri, config.run.storage) is None:
         client.check_uri(uri)
@@ -72,18 +69,14 @@ def log_data(tracker: Tracker, spec: TrainSpec) -> None:
 
 
 def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) -> Scores:
-    """Score the answers, and log scores, plots and tables; safe to repeat.
+    """Score the answers, and log scores and samples; safe to repeat.
 
     Call it before `publish`: if the scorer fails, no version is registered. Raises UserError for a failing scorer, and
     TrackingUnavailable if MLflow does not answer.
     """
-    scores, history = score(exported.spec.config, answers), exported.state.history
+    scores = score(exported.spec.config, answers)
     for step, when in ((exported.state.step, "after"), (0, "before")):
         tracker.metrics({step: {f"score/{name}": value for name, value in scores.get(when, {}).items()}})
-    train, held_out = (
-        [(int(row["step"]), row[name]) for row in history if name in row] for name in ("train/loss", "eval/loss")
-    )
-    tracker.learning_curve(train, held_out)
     columns = ("prompt", "reference", "before", "after")
     tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
     return scores
@@ -116,7 +109,6 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
     own: dict[str, object] = {
         **made_of.tags(),
         RUN: exported.folder.root,
-        CODE: node_cache.project(),
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",
@@ -217,8 +209,8 @@ def push_version(config: Config, number: str) -> None:
         last = client.connect(uri).get_registered_model(name).tags.get(PUSHED)
     if (repo := config.export.push) and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
-        found = models.find(f"{models.SCHEME}{name}/{number}", uri, models.cache_folder(config))
-        if checksums.TAG not in found.version.tags:
+        found = models.of_config(override(config, {"model.name": f"models:/{name}/{number}", "model.revision": None}))
+        if found is None or not found.version.checksum:
             raise UserError(
                 f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push"
             )

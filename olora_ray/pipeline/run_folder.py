@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, build, dump, flatten, override, parse_yaml
+from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, dump, flatten, override, read_config
 from olora_ray.config.schema import Config
 from olora_ray.tracking.checksums import SETTINGS
 
@@ -187,11 +187,12 @@ class RunFolder:
         if not storage.exists(self.settings):
             return None
         try:
-            return build(parse_yaml(storage.read_text(self.settings), self.settings), "config.yaml")
+            return read_config(self.settings)
         except ValueError as error:  # never "delete these fields": the numbers of the run may depend on them
             raise UserError(
                 f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
-                f" ({str(error)[:200]}); set another run.name, or delete the folder"
+                f" ({str(error).replace(self.settings, 'config.yaml')[:200]}); set another run.name, or delete the"
+                " folder"
             ) from None
 
     def claim(self, config: Config, state: RunState) -> None:

@@ -19,7 +19,7 @@ from olora_ray.pipeline.answers import Scores, as_text
 from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.portable import facts_of
 from olora_ray.tracking import models
-from olora_ray.tracking.models import BaseOfAdapter, Contents, Measured, has_chat_template
+from olora_ray.tracking.models import BaseOfAdapter, Contents, has_chat_template
 
 # The description of a version, in the Markdown that MLflow's page shows.
 
@@ -134,14 +134,13 @@ def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
         )
 
 
-def _measured(exported: Exported, scores: Scores) -> list[Measured]:
+def _measured(exported: Exported, scores: Scores) -> list[tuple[int, list[str], tuple[str, str]]]:
     spec, step = exported.spec, exported.step
-    found = [Measured(step, ["train/loss"], ("training", spec.train.digest))]
+    found = [(step, ["train/loss"], ("training", spec.train.digest))]
     if spec.eval:
         held_out = ("evaluation", spec.eval.digest)
         names = [f"score/{name}" for name in scores.get("after", {})]
-        found += [Measured(step, ["eval/loss", "eval/perplexity"], held_out)]
-        found += [Measured(exported.state.step, names, held_out)]
+        found += [(step, ["eval/loss", "eval/perplexity"], held_out), (exported.state.step, names, held_out)]
     return found
 
 

@@ -25,10 +25,9 @@ from olora_ray.retrain import recipe
 from olora_ray.retrain.gate import HeldOut
 from olora_ray.retrain.recipe import Inputs
 from olora_ray.tokens.prepare import prepare
-from olora_ray.tracking import checksums, models
+from olora_ray.tracking import models
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN, Version
-from olora_ray.tracking.models import ADAPTER_ONLY, EXPORT
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import scoring
 
@@ -56,22 +55,22 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
     Starts Ray and opens versions only if a result is missing. Raises NotComparable if the tokenizers differ.
     """
     notes = [note_file(config, inputs, version) for version in versions]
-    known = [Measured.read(note) for note in notes]
+    known = [records.read(note, Measured) for note in notes]
     _same_tokens([each.tokenizer for each in known if each])
     if None in known:
         with connection.connect(config):
             opened = {index: _opened(config, versions[index]) for index, each in enumerate(known) if each is None}
-            _same_tokens([*(each.tokenizer for each in known if each), *(each.tokenizer for each in opened.values())])
+            digests = (base.spec.digest for _, base, _ in opened.values())
+            _same_tokens([*(each.tokenizer for each in known if each), *digests])
             with user_errors():
                 held_out = prepare(config, inputs.base.spec, "eval", tell=False)  # the training has told it
-            for index, each in opened.items():
+            for index, (named, own, adapter) in opened.items():
                 logger.info(f"measuring version {versions[index].number} on the held-out rows")
                 with user_errors():
                     # The answers of both versions end at the same tokens, which the config's base model defines.
-                    base = replace(inputs.base, model=each.base.model)
-                    rows = measure(base, each.adapter, held_out, each.config)
-                known[index] = done = Measured(each.tokenizer, rows)
-                done.write(notes[index])
+                    rows = measure(replace(inputs.base, model=own.model), adapter, held_out, named)
+                known[index] = done = Measured(own.spec.digest, rows)
+                records.write(notes[index], done)
     return [each.rows for each in known if each is not None]
 
 
@@ -83,43 +82,22 @@ class Measured:
     """Digest of the version's tokenizer, so that stored results can be compared without opening the version."""
     rows: RowResults
 
-    def write(self, note: str) -> None:
-        records.write(note, {"tokenizer": self.tokenizer, "rows": records.text_of(self.rows)})
 
-    @classmethod
-    def read(cls, note: str) -> "Measured | None":
-        kept = records.read(note, dict[str, str]) or {}
-        rows = records.parsed(kept.get("rows", ""), RowResults)
-        return cls(kept.get("tokenizer", ""), rows) if rows else None
-
-
-@dataclass(frozen=True)
-class _Opened:
-    config: AnyConfig
-    """Its `model` names the model of `base`."""
-    base: Base
-    adapter: str | None
-    """The adapter's folder, for an adapter-only version."""
-
-    @property
-    def tokenizer(self) -> str:
-        return self.base.spec.digest
-
-
-def _opened(config: Config, version: Version) -> _Opened:
+def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | None]:
+    """Return (config whose `model` names the model of the base, base, adapter's folder of an adapter-only version)."""
     named = _with_model(config, f"models:/{version.name}/{version.number}")
-    if storage.is_uri(config.run.storage) and version.tags.get(EXPORT) != ADAPTER_ONLY:
+    if storage.is_uri(config.run.storage) and not version.adapter_only:
         # The nodes read the model from the storage. Only the driver reads from MLflow.
         named = _with_model(config, _in_run_folder(config, version) or _copied(named, version))
         base = with_tokenizer(find_model(named), named)
-        if checksums.TAG in version.tags:
+        if version.checksum:
             Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
-        return _Opened(named, base, None)
+        return named, base, None
     registered = models.of_config(named)
     if registered is not None and registered.base is not None:
         own, model, adapter = parts(registered, registered.base, named)
-        return _Opened(own, with_tokenizer(model, own), adapter)
-    return _Opened(named, with_tokenizer(find_model(named, registered), named), None)
+        return own, with_tokenizer(model, own), adapter
+    return named, with_tokenizer(find_model(named, registered), named), None
 
 
 def _with_model(config: Config, name: str) -> Config:
@@ -135,7 +113,7 @@ def _in_run_folder(config: Config, version: Version) -> str | None:
 
 def _copied(named: Config, version: Version) -> str:
     # The copy is made once, under a name that identifies the version.
-    key = digest(resolve_uri(named), version.name, version.number, version.tags.get(checksums.TAG, ""), length=16)
+    key = digest(resolve_uri(named), version.name, version.number, version.checksum, length=16)
     copy = storage.join(named.run.storage, "models", key)
     if not storage.exists(storage.join(copy, CONFIG)):
         registered = models.of_config(named)
@@ -153,7 +131,7 @@ def note_file(config: Config, inputs: Inputs, version: Version) -> str:
     """Return the file of a version's results; its name is a hash of everything that the results depend on."""
     scorer = config.evaluation.scorer
     parts = [
-        [version.name, version.number, version.run_id, version.tags.get(checksums.TAG)],
+        [version.name, version.number, version.run_id, version.checksum or None],
         inputs.fingerprint.held_out,
         config.evaluation.model_dump_json(),
         scoring.source_digest(scorer) if scorer else None,

@@ -1,7 +1,6 @@
 """MLflow runs of a retraining's decisions: the decision, its reason, and the versions."""
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,8 +8,7 @@ from typing import Any, Literal
 from olora_ray.config.schema import Config
 from olora_ray.retrain import notify
 from olora_ray.retrain.recipe import AGAINST
-from olora_ray.tracking import models
-from olora_ray.tracking.aliases import CHAMPION, GATE
+from olora_ray.tracking.aliases import CHAMPION
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect, reachable
 from olora_ray.tracking.start import resolve_uri, start_run
@@ -19,8 +17,6 @@ from olora_ray.tracking.start import resolve_uri, start_run
 DETAILS = "olora.gate_details"
 # Tag of a version: the MLflow run of the gate's decision on it; empty while that run does not exist.
 RECORDED = "olora.decision_run"
-# Tag of a decision's run: the number of calls with this decision, if there were several.
-CALLS = "olora.calls"
 What = Literal["unchanged", "promoted", "refused", "failed"]
 
 
@@ -35,11 +31,8 @@ class Entry:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_decision(config: Config, entry: Entry, run_id: str | None = None) -> str:
-    """Create the MLflow run of a decision, or complete `run_id`; return its id.
-
-    Raises TrackingUnavailable if MLflow does not answer.
-    """
+def write_decision(config: Config, entry: Entry) -> str:
+    """Create the MLflow run of a decision; return its id. Raises TrackingUnavailable if MLflow does not answer."""
     name = str(config.registry.model)
     interval = entry.details.get("improvement")
     tags = {
@@ -52,7 +45,7 @@ def write_decision(config: Config, entry: Entry, run_id: str | None = None) -> s
     tags |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
     if interval:
         tags["olora.interval"] = f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
-    tracker = start_run(config, f"{name} {entry.decision}", tags, run_id)
+    tracker = start_run(config, f"{name} {entry.decision}", tags)
     tracker.metrics({0: _metrics(entry.details)})
     shown = {"decision": entry.decision, "reason": entry.reason, **dict(_roles(entry)), **entry.details}
     tracker.text(json.dumps(shown, indent=2) + "\n", "decision.json")
@@ -62,52 +55,28 @@ def write_decision(config: Config, entry: Entry, run_id: str | None = None) -> s
 
 def of_version(config: Config, version: Version) -> None:
     """Write and tell the gate's decision on a version once; it is read from its tags, so a crash loses nothing."""
-    tags = version.tags
-    if GATE not in tags or AGAINST not in tags or tags.get(RECORDED):
+    tags, verdict = version.tags, version.verdict
+    if not verdict or AGAINST not in tags or tags.get(RECORDED):
         return
-    decision: What = "refused" if tags[GATE].startswith("refused") else "promoted"
-    reason = tags[GATE].partition(": ")[2] or tags[GATE]
+    decision: What = "refused" if verdict.startswith("refused") else "promoted"
+    reason = verdict.partition(": ")[2] or verdict
     details = json.loads(tags.get(DETAILS, "{}"))
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
-    run_id = write_decision(config, entry, _begun(config, entry))
+    run_id = write_decision(config, entry)
     uri = resolve_uri(config)
-    models.add(uri, version.name, version.number, _verdict(entry))
     # Before the tag: a call that is killed here tells again, instead of never.
     notify.tell(config, entry.decision, entry.reason, entry.challenger, entry.champion)
     with reachable(uri):
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
 
 
-def _verdict(entry: Entry) -> str:
-    against = f"against version {entry.champion}" if entry.champion else "without a champion to compare with"
-    return f"The gate, {against}: **{entry.decision}**. {entry.reason}"
-
-
 def unchanged(config: Config, entry: Entry) -> None:
-    """Write that nothing has changed. If the latest run says the same, count this call there."""
-    # A scheduler may call every minute. A series of calls without changes is one run, with their number and the time
-    # of the last.
-    uri = resolve_uri(config)
-    with reachable(uri):
+    """Write that nothing has changed, unless the latest run says the same: a scheduler may call every minute."""
+    with reachable(resolve_uri(config)):
         last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)})
-        tags = last.data.tags if last is not None else {}
-        same = (tags.get("olora.decision"), tags.get("olora.reason")) == (entry.decision, entry.reason)
-        if last is not None and same:
-            calls = tags.get(CALLS, "1")
-            client, run_id = connect(uri), last.info.run_id
-            client.set_tag(run_id, CALLS, str(int(calls) + 1 if calls.isdecimal() else 2))
-            client.set_tag(run_id, "olora.last_call", time.strftime("%Y-%m-%d %H:%M:%S"))
-            return
-    write_decision(config, entry)
-
-
-def _begun(config: Config, entry: Entry) -> str | None:
-    uri, name = resolve_uri(config), config.registry.model
-    wanted = {"olora.kind": "retraining", "olora.decision": entry.decision}
-    wanted |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
-    with reachable(uri):
-        latest = _latest(config, wanted)
-    return str(latest.info.run_id) if latest else None
+    tags = last.data.tags if last is not None else {}
+    if (tags.get("olora.decision"), tags.get("olora.reason")) != (entry.decision, entry.reason):
+        write_decision(config, entry)
 
 
 def _latest(config: Config, wanted: Mapping[str, str]) -> Any:

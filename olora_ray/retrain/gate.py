@@ -18,7 +18,7 @@ from typing import Any
 
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
-from olora_ray.evaluation.rows import LOSS, PERPLEXITY, SCORE, Comparison, Interval, RowResults, compare
+from olora_ray.evaluation.rows import SCORE, RowResults, improvement, lower_is_better
 
 # Confidence of the improvement's interval.
 LEVEL = 0.95
@@ -70,21 +70,6 @@ def decide(
     return Decision(passed, "; ".join(shown), details)
 
 
-def improvement(
-    gate: Gate, challenger: RowResults, champion: RowResults, groups: Sequence[int] | None = None
-) -> Comparison:
-    """Return how much better the challenger is (above 0: better), with the paired interval."""
-    comparison = compare(gate.metric, challenger, champion, LEVEL, groups=groups)
-    if not lower_is_better(gate.metric):
-        return comparison
-    was = comparison.interval
-    return replace(comparison, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low))  # -x would give -0.0
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric in (LOSS, PERPLEXITY)
-
-
 def _compared(
     gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
 ) -> tuple[bool, str, dict[str, Any]]:
@@ -113,7 +98,7 @@ def _compared(
         if len(champion.losses) < gate.min_rows:
             return True, f"{gate.metric}: {told}, so any finite loss is better{left_out}", {"groups": 0}
         left_out += f" (left out: {told})"
-    gain = improvement(gate, challenger, champion, groups)
+    gain = improvement(gate.metric, challenger, champion, LEVEL, groups)
     interval = gain.interval
     rows = plural(gain.rows, "row") + (f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else "")
     both = sorted(_shared_rows(gate.metric, challenger, champion))

@@ -22,15 +22,16 @@ from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import build, flatten, parse_yaml
+from olora_ray.config.load import flatten, read_config
 from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
-from olora_ray.evaluation.rows import LOSS, PERPLEXITY
+from olora_ray.evaluation.rows import lower_is_better
 from olora_ray.model.source import glance
 from olora_ray.pipeline.run_folder import Fingerprint, bound_settings, settings_digest
-from olora_ray.tokens import manifest, prepare
+from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan, Split, as_found, sources_of
-from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
+from olora_ray.tokens.store import TokenStore
+from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, PREVIOUS, Aliases
 from olora_ray.tracking.checksums import RUN, Version
 
 if TYPE_CHECKING:
@@ -106,9 +107,9 @@ def find_decision(versions: Sequence[Version], champion: Version | None, now: Fi
         return champion
     against = champion.number if champion is not None else ""
     for version in reversed(versions):
-        if GATE not in version.tags or now.changes(Fingerprint.from_tags(version.tags)):
+        if not version.verdict or now.changes(Fingerprint.from_tags(version.tags)):
             continue
-        if rolled_back(version) or version.tags.get(AGAINST) == against:
+        if version.rolled_back or version.tags.get(AGAINST) == against:
             return version
     return None
 
@@ -140,12 +141,12 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
     substitutes = {
         "the last champion": there.get(last or ""),
         "the previous champion": there.get(named.get(PREVIOUS, "")),
-        "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
+        "the newest that passed": next((version for version in reversed(passed) if not version.rolled_back), None),
     }
     deleted = last is not None and last not in there
     gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
     for role, version in substitutes.items():
-        if version is not None and not rolled_back(version):
+        if version is not None and not version.rolled_back:
             logger.warning(
                 f"registry: {aliases.name}: {gone}; a new version must beat version {version.number}, {role};"
                 f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
@@ -162,7 +163,7 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
 
 def _passed(version: Version) -> bool:
     """True if the version has been a champion, by its verdict: it passed, or was promoted by hand."""
-    return GATE in version.tags and not version.tags[GATE].startswith("refused")
+    return bool(version.verdict) and not version.verdict.startswith("refused")
 
 
 # The training data of a version: its files, by digest, and how the held-out rows were drawn from them.
@@ -170,7 +171,7 @@ def _passed(version: Version) -> bool:
 
 @dataclass(frozen=True)
 class KnownFiles:
-    digests: frozenset[str]  # SHA-256
+    files: frozenset[str]  # SHA-256
     draw: tuple[Any, Any]
     """Seed and fraction by which rows of the files were held out."""
 
@@ -186,12 +187,13 @@ def note(config: Config, plan: Plan) -> None:
 def of_version(config: Config, version: Version) -> KnownFiles | None:
     """Return the files behind a version's data digest, from an earlier note or from its token store; else None."""
     digest = Fingerprint.from_tags(version.tags).data
-    if noted := records.read(_note(config, digest), dict[str, Any], sealed=True):
-        return KnownFiles(frozenset(noted["files"]), (noted["draw"][0], noted["draw"][1]))
+    if noted := records.read(_note(config, digest), KnownFiles, sealed=True):
+        return noted
     # No note in this storage: the version does not come from a retraining. Its token store may still exist.
-    if (store := manifest.read_manifest(storage.join(config.run.storage, "tokens", digest))) is None:
+    try:
+        inputs = TokenStore.open(storage.join(config.run.storage, "tokens", digest)).manifest.inputs
+    except UserError:
         return None
-    inputs = store.inputs
     files = frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
     return KnownFiles(files, (inputs["seed"], inputs["eval_fraction"]))
 
@@ -205,10 +207,10 @@ def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> fro
         return None
     if known is None or known.draw != (held_out.seed, held_out.eval_fraction):
         return frozenset()
-    if known.digests <= {each.sha256 for each in held_out.files}:
+    if known.files <= {each.sha256 for each in held_out.files}:
         return None  # files were only added, so the old files hold out the same rows as before
     # A file was changed, renamed or deleted. Any new file may be its successor, so only unchanged files count.
-    return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.digests)
+    return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.files)
 
 
 def _note(config: Config, digest: str) -> str:
@@ -221,22 +223,10 @@ ROWS = "olora.data_rows"
 _CONTINUED = "champion, version "
 
 
-@dataclass(frozen=True)
-class Recipe:
-    config: Config
-    tags: dict[str, str]
-    """Tags of the version. They describe all its data, even if this training used only a part."""
+def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Config, dict[str, str]]:
+    """Return the config of the training, and the tags of its version, which describe all its data.
 
-
-@dataclass(frozen=True)
-class _Start:
-    checkpoint: str
-    sources: tuple[Source, ...]
-    version: str
-
-
-def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
-    """Return the recipe. The run name is a hash of its inputs, so that an interrupted run is resumed.
+    The run name is a hash of the training's inputs, so that an interrupted run is resumed.
 
     Raises UserError for a gate that nothing could pass or that does not fit the held-out rows, and if many rows of the
     champion's data are missing.
@@ -258,18 +248,18 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         else:
             start = result
     wanted = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})})
-    if start:
-        train = config.train.model_copy(update={"start": start.checkpoint})
-        data = config.data.model_copy(update={"train": start.sources})
-        wanted = wanted.model_copy(update={"train": train, "data": data})
+    origin = None
+    if start and champion:
+        checkpoint, sources = start
+        train = config.train.model_copy(update={"start": checkpoint})
+        data = config.data.model_copy(update={"train": sources})
+        wanted, origin = wanted.model_copy(update={"train": train, "data": data}), champion.number
     # The name depends on the contents, the start version, and all settings that a run folder is bound to.
-    parts = [inputs.fingerprint.tags(), start.version if start else None, bound_settings(flatten(wanted))]
+    parts = [inputs.fingerprint.tags(), origin, bound_settings(flatten(wanted))]
     name = extended(config.run.name, digest_json(parts, length=8))
-    origin = f"{_CONTINUED}{start.version}" if start else "base"
-    return Recipe(
-        wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),
-        {**inputs.fingerprint.tags(), ROWS: str(inputs.plan.file_rows), ORIGIN: origin},
-    )
+    tags = {ROWS: str(inputs.plan.file_rows), ORIGIN: f"{_CONTINUED}{origin}" if origin else "base"}
+    named = wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return named, {**inputs.fingerprint.tags(), **tags}
 
 
 def continued_version(version: Version) -> str | None:
@@ -312,7 +302,7 @@ def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int]
 
 def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | None) -> None:
     """Raise UserError if gate.min_rows needs more independent held-out rows than there are."""
-    gate, scored = config.gate, config.gate.metric not in (LOSS, PERPLEXITY)
+    gate, scored = config.gate, not lower_is_better(config.gate.metric)
     asked = f"gate.min_rows needs {gate.min_rows}"
     if scored and config.evaluation.rows < gate.min_rows:
         raise UserError(
@@ -328,7 +318,8 @@ def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | 
         )
 
 
-def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
+def _continued(config: Config, inputs: Inputs, champion: Version) -> tuple[str, tuple[Source, ...]] | str:
+    """Return the checkpoint from which training continues, and its sources; or why the champion is not continued."""
     if Fingerprint.from_tags(champion.tags).base != inputs.base.model.digest:
         return "it has another base model"
     known = of_version(config, champion)
@@ -347,17 +338,16 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
         return "its adapter has other settings"
     if _trained_on(folder, champion):
         return f"{folder} was trained longer since"
-    sources = _split(config, inputs.plan, known.digests)
-    return _Start(path, sources, champion.number) if sources else "there is no new file"
+    sources = _split(config, inputs.plan, known.files)
+    return (path, sources) if sources else "there is no new file"
 
 
 def _trained_on(folder: str, version: Version) -> bool:
     """True if a longer training with the same run.name, which is another version, has written in the run folder."""
     # Not from the checkpoint's config: there a worker has written the precision for `auto`.
-    file = storage.join(folder, "config.yaml")
     with contextlib.suppress(UserError, FileNotFoundError):  # settings of another release
         before = Fingerprint.from_tags(version.tags).settings
-        return settings_digest(build(parse_yaml(storage.read_text(file), file))) != before
+        return settings_digest(read_config(storage.join(folder, "config.yaml"))) != before
     return False
 
 

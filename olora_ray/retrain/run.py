@@ -23,8 +23,8 @@ from olora_ray.retrain import decision_run, gate, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
-from olora_ray.tracking import client, models, start
-from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases, Overtaken, rolled_back
+from olora_ray.tracking import client, models
+from olora_ray.tracking.aliases import CHAMPION, Aliases, Overtaken
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
 
@@ -46,12 +46,12 @@ def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callabl
         if to_beat.version is not None and to_beat.version.number == number:
             logger.info(f"version {number} was promoted by hand meanwhile: nothing is left to decide")
             return
-        if rolled_back(challenger):
+        if challenger.rolled_back:
             logger.info(f"version {number} was rolled back by hand meanwhile: it stays rolled back")
             return
         against = to_beat.version.number if to_beat.version else ""
         parent = continued_version(challenger)
-        back = {version.number for version in to_beat.versions if rolled_back(version)}
+        back = {version.number for version in to_beat.versions if version.rolled_back}
         if parent is not None and parent != against and parent in back:
             # The champion has changed: the next call trains a version that continues the current champion.
             why = f"it continues version {parent}, which was rolled back meanwhile; promote it by hand if it is good"
@@ -114,7 +114,6 @@ def _locked(config: Config) -> None:
     if name is None:
         raise UserError("registry.model: not set; retraining needs the name of a registered model")
     client.check_uri(resolve_uri(config))
-    start.follow(config.run.storage)
     path = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(path, f"the retraining of {name}") as lease:
         try:
@@ -136,7 +135,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     if (done := recipe.find_decision(to_beat.versions, to_beat.version, now)) is not None:
         # The call that decided may have been interrupted before it wrote the decision's MLflow run.
         decision_run.of_version(config, done)
-        which = to_beat.role if done is to_beat.version else done.tags[GATE]
+        which = to_beat.role if done is to_beat.version else done.verdict
         reason = f"nothing changed since version {done.number} of {done.name} ({which})"
         logger.info(reason)
         decision_run.unchanged(config, Entry("unchanged", reason, champion=to_beat.champion or None))
@@ -162,14 +161,14 @@ def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version
     # Imported here, because it imports Ray, which a call without changes does not need.
     from olora_ray.pipeline import run as pipeline
 
-    wanted = recipe.make(config, inputs, champion)
-    folder = RunFolder(wanted.config.folder())
-    if (done := folder.state().finished(wanted.config)) and _version_of(aliases, done) is None:
+    wanted, tags = recipe.make(config, inputs, champion)
+    folder = RunFolder(wanted.folder())
+    if (done := folder.state().finished(wanted)) and _version_of(aliases, done) is None:
         logger.info(f"the finished run {done.get('run')} has no version in this registry: it is registered again")
         folder.drop_result()
-    result = pipeline.run(wanted.config, wanted.tags, inputs.base)
+    result = pipeline.run(wanted, tags, inputs.base)
     # The best adapter is exported. If no step was better, that is the champion's adapter, from which it started.
-    learned = wanted.config.train.start is None or result["best_step"] > 0
+    learned = wanted.train.start is None or result["best_step"] > 0
     version = _version_of(aliases, result)
     assert version is not None
     return version, learned

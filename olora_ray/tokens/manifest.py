@@ -25,9 +25,7 @@ from pydantic import Field
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.formats import Chat, Ids, Text
-from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, form_line
-from olora_ray.tokens import columns
+from olora_ray.data.tokenize import form_line, unanswered
 from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
 
 logger = logging.getLogger(__name__)
@@ -136,7 +134,7 @@ class RejectedRows:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._repeats = any(turn > 0 for turn, _ in plan.shards.pieces.takes)
+        self._repeats = any(turn > 0 for turn, _ in plan.pieces.takes)
         self._file = tempfile.SpooledTemporaryFile(4 * 2**20)  # noqa: SIM115 - closed when this object is gone
         weakref.finalize(self, self._file.close)
         self._end = 0
@@ -305,9 +303,8 @@ class Totals:
     def check(self, limits: Limits) -> None:
         """Raise UserError if too many of all the rows were rejected, or none is left, or a column needs an answer."""
         limits.check(self.reasons, self.rows, lambda: self.rejected)
-        for number, needed in columns.unanswered(self.notes, self.plan.sources).items():
-            where = f"{limits.setting.removeprefix('held out of ')}.{number}"
-            raise columns.refusal(needed, where, self.plan.sources[number])
+        if error := self._unanswered(limits):
+            raise error
         if self._mostly_copies(self.rows):
             raise UserError(
                 f"{limits.setting}: {self.notes[COPIES]:,} of {self.rows:,} training rows are copies of held-out rows;"
@@ -321,7 +318,10 @@ class Totals:
         """True if the rows so far suffice for `check` to refuse the data."""
         rows = max(int(self.plan.rows), self.rows)
         few = limits.exceeded(self.reasons, rows) or self._mostly_copies(rows)
-        return few or bool(columns.unanswered(self.notes, self.plan.sources))
+        return few or self._unanswered(limits) is not None
+
+    def _unanswered(self, limits: Limits) -> UserError | None:
+        return unanswered(self.notes, dict(enumerate(self.plan.sources)), limits.setting.removeprefix("held out of "))
 
     def _mostly_copies(self, rows: int) -> bool:
         # Rows that are repeated many times are all held out once, and little else would be left to train on.
@@ -364,26 +364,6 @@ def summary(manifest: Manifest) -> str:
 
 
 # Notes about unusual rows of a split: counted per shard, and logged once.
-
-
-def count(notes: "Counter[str]", begun: Begun, tokens: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
-    example = begun.example
-    if isinstance(example, Text) or (isinstance(example, Ids) and example.labels is None):
-        return
-    if isinstance(example, Chat):
-        notes["chats"] += 1
-        if begun.marked:
-            notes["marked"] += 1
-        if len(tokens) > 1:
-            notes["split"] += 1
-            notes["split_tokens"] += sum(len(each.ids) for each in tokens)
-            notes["whole_tokens"] += max(len(each.ids) for each in tokens)
-    if min(int(np.count_nonzero(each.supervised)) for each in tokens) == 1:
-        notes["single"] += 1
-    if not isinstance(example, Ids) and not all(each.shortened or tokenize.ends(each) for each in tokens):
-        notes["unended"] += 1
-    if any(each.shortened for each in tokens):
-        notes[tokenize.too_long] += 1
 
 
 def lines(notes: Mapping[str, int]) -> list[str]:

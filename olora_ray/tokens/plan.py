@@ -19,11 +19,10 @@ from olora_ray.common.storage import digest_json
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config, Source
 from olora_ray.data.formats import FIELDS
-from olora_ray.data.reader import UNIT, FileScan, Table, Unit, Units, as_unit
-from olora_ray.data.sources import File, list_files
+from olora_ray.data.reader import FileScan, Table, Unit, Units
+from olora_ray.data.sources import File, grouped, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens.columns import grouped
 
 
 @dataclass(frozen=True)
@@ -155,33 +154,8 @@ class Pieces(Sequence[Piece]):
     def __getitem__(self, index: "int | slice | NDArray[Any]") -> "Piece | Pieces":
         if isinstance(index, slice | np.ndarray):
             return Pieces(self.units, self.unit[index], self.take[index], self.takes)
-        entry = self.units[self.unit[index]]
-        return Piece(int(entry["file"]), as_unit(entry), *self.takes[self.take[index]])
-
-
-class Shards(Sequence[Pieces]):
-    def __init__(self, pieces: Pieces, cuts: NDArray[np.int64]) -> None:
-        """Store the shards: shard k has the pieces `cuts[k]` to `cuts[k + 1]`."""
-        self.pieces, self.cuts = pieces, cuts
-
-    def __len__(self) -> int:
-        return len(self.cuts) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Pieces: ...
-    @overload
-    def __getitem__(self, index: slice) -> "tuple[Pieces, ...]": ...
-    def __getitem__(self, index: "int | slice") -> "Pieces | tuple[Pieces, ...]":
-        if isinstance(index, slice):
-            return tuple(self[number] for number in range(*index.indices(len(self))))
-        number = range(len(self))[index]
-        return self.pieces[self.cuts[number] : self.cuts[number + 1]]
-
-
-def joined(parts: Sequence[Units]) -> Table:
-    table = np.concatenate([np.empty(0, UNIT), *(part.table for part in parts)])
-    table["file"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return table
+        number = int(self.unit[index])
+        return Piece(int(self.units["file"][number]), Units(self.units)[number], *self.takes[self.take[index]])
 
 
 def turns(weight: float) -> list[float]:
@@ -289,6 +263,31 @@ class Rules:
     """The rows that eval_fraction holds out, sorted; the training leaves out their copies. The other rules decide
     them."""
 
+    def taken(self, planned: PlannedFile, piece: Piece) -> NDArray[np.bool_]:
+        """Return the mask of the rows of a piece that belong to the split and are used in its turn, (rows,).
+
+        Whether a row is held out depends on the seed, the content of its file and its position there. If a weight is
+        not an integer, each row is drawn by a hash of its position, never by a rule that could match the layout of a
+        file.
+        """
+        positions = np.arange(piece.unit.first, piece.unit.first + piece.unit.rows, dtype=np.int64)
+        keep = np.ones(len(positions), dtype=bool)
+        if self.eval_fraction is not None:
+            held_out = bernoulli_mask(self.eval_fraction, key("eval", self.seed, planned.sha256), positions)
+            keep = held_out if self.split == "eval" else ~held_out
+        if piece.turn < 0:
+            # A sample has one random row of each run of so many rows: independent draws might take too many long rows.
+            low = (positions - piece.unit.first - 1 - piece.turn) * piece.share
+            points = [whole + mix(0, whole.astype(np.uint64)) / 2.0**64 for whole in (np.floor(low), np.floor(low) + 1)]
+            keep = keep & np.any([(low <= point) & (point < low + piece.share) for point in points], axis=0)
+        elif piece.share < 1.0:
+            drawn = key("share", self.seed, self.draw, piece.file, planned.sha256, piece.turn)
+            if self.split == "eval":
+                # The held-out rows depend neither on the seed nor on other files: results are compared over time.
+                drawn = key("share", planned.sha256, piece.turn)
+            keep = keep & bernoulli_mask(piece.share, drawn, positions)
+        return keep
+
 
 @dataclass(frozen=True)
 class Part:
@@ -306,7 +305,9 @@ class Plan(Rules):
     """Everything that determines the shards of a store."""
 
     files: tuple[PlannedFile, ...]
-    shards: Shards
+    pieces: Pieces
+    """The pieces of all shards, in their order."""
+    shards: tuple[Pieces, ...]
 
     def part(self, number: int) -> Part:
         pieces = self.shards[number].compact()
@@ -318,12 +319,12 @@ class Plan(Rules):
     @cached_property
     def rows(self) -> float:
         """Approximate number of rows to read: blank lines and the results of draws are not known yet."""
-        return float(self.shards.pieces.rows.sum()) * self.kept_share
+        return float(self.pieces.rows.sum()) * self.kept_share
 
     @property
     def file_rows(self) -> int:
         """Rows of all files, held-out rows and blank lines included, without regard to the weights of sources."""
-        return int(self.shards.pieces.units["rows"].sum())
+        return int(self.pieces.units["rows"].sum())
 
     @property
     def kept_share(self) -> float:
@@ -416,16 +417,16 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
     for number, (low, high) in enumerate(itertools.pairwise(borders)):
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
-    table, weights = joined(units), [source.weight for source in sources]
+    table, weights = Units.joined(units), [source.weight for source in sources]
     del listed, scanned, found, scans, units  # for a billion rows they take as much memory as everything else
     pieces = mixed(table, borders, weights, config.run.seed) if split == "train" else in_turn(table, borders, weights)
-    shards = _shards(pieces)
     return Plan(
         split=split,
         spec=spec,
         sources=sources,
         files=tuple(files),
-        shards=shards,
+        pieces=pieces,
+        shards=_shards(pieces),
         max_length=config.data.length(),
         packing=spec.packing(config.data.packing),
         seed=config.run.seed,
@@ -436,7 +437,7 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
     )
 
 
-def _shards(pieces: Pieces) -> Shards:
+def _shards(pieces: Pieces) -> tuple[Pieces, ...]:
     rows, size = pieces.rows, pieces.sizes
     all_rows, all_bytes = rows.sum(), size.sum()
     wanted = float(np.clip(all_rows / 512, *SHARD_ROWS))
@@ -447,7 +448,8 @@ def _shards(pieces: Pieces) -> Shards:
     del size
     middle = (np.cumsum(cost) - cost / 2) / cost.sum() * count
     shard = np.minimum(middle, count - 1).astype(int)
-    return Shards(pieces, np.array([0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]))
+    cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]
+    return tuple(pieces[low:high] for low, high in itertools.pairwise(cuts))
 
 
 def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
@@ -455,7 +457,7 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
 
     A file may be sorted: the rows are a few of each of many pieces, which are spread evenly over the files.
     """
-    pieces, kept_share = plan.shards.pieces, plan.kept_share
+    pieces, kept_share = plan.pieces, plan.kept_share
     # About 64 MB or 131,072 rows are read.
     count = max(8, int(len(pieces) * min(2**26 / max(pieces.bytes, 1), 2**17 / pieces.rows.sum())))
     by_file = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
@@ -471,36 +473,6 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
     drawn = np.zeros((len(plan.sources), 2))
     for piece in kept:
         unit, planned = piece.unit, plan.files[piece.file]
-        lines = taken(plan, planned, piece, np.arange(unit.first, unit.first + unit.rows, dtype=np.int64)).sum()
+        lines = plan.taken(planned, piece).sum()
         drawn[planned.source] += lines, lines * unit.size / unit.rows
-    return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)]))), drawn
-
-
-# Draws of rows: which are held out, and which are used if a weight is not an integer.
-
-
-def taken(rules: Rules, planned: PlannedFile, piece: Piece, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return the mask of the rows of a piece that belong to the split and are used in its turn.
-
-    Whether a row is held out depends on the seed, the content of its file and its position there. If a weight is not
-    an integer, each row is drawn by a hash of its position, never by a rule that could match the layout of a file.
-    """
-    keep = np.ones(len(positions), dtype=bool)
-    if rules.eval_fraction is not None:
-        held_out = bernoulli_mask(rules.eval_fraction, key("eval", rules.seed, planned.sha256), positions)
-        keep = held_out if rules.split == "eval" else ~held_out
-    if piece.turn < 0:
-        # A sample has one random row of each run of so many rows: independent draws might take too many long rows.
-        low = (positions - piece.unit.first - 1 - piece.turn) * piece.share
-        points = [whole + mix(0, whole.astype(np.uint64)) / 2.0**64 for whole in (np.floor(low), np.floor(low) + 1)]
-        keep = keep & np.any([(low <= point) & (point < low + piece.share) for point in points], axis=0)
-    elif piece.share < 1.0:
-        keep = keep & bernoulli_mask(piece.share, _draw_key(rules, planned.sha256, piece), positions)
-    return keep
-
-
-def _draw_key(rules: Rules, sha256: str, piece: Piece) -> int:
-    if rules.split == "eval":
-        # The held-out rows depend neither on the seed nor on other files, because results are compared over time.
-        return key("share", sha256, piece.turn)
-    return key("share", rules.seed, rules.draw, piece.file, sha256, piece.turn)
+    return dataclasses.replace(plan, pieces=kept, shards=(kept,)), drawn

@@ -18,13 +18,13 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
 from olora_ray.config.schema import AnyConfig
+from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import FileScan
-from olora_ray.data.scan import forget_scan, kept_scans, scan
-from olora_ray.data.sources import Changed, File, total_bytes
+from olora_ray.data.scan import forget_changed, kept_scans, scan
+from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest as notes
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.manifest import (
     MANIFEST,
     REJECTED,
@@ -90,16 +90,16 @@ def map_ordered(
     task.__name__ = task.__qualname__ = name = getattr(work, "__name__", "work")
     # Ray packs them block by block, so that the driver never holds all of them.
     packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
-    with quiet_stream():
-        blocks = min(len(items), TASKS)
-        results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
-        results.set_name(name)
-        # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
-        stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
-        with contextlib.closing(stream) as batches:
-            for batch in batches:
-                for result in batch.column("result"):
-                    yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
+    _quiet_stream()
+    blocks = min(len(items), TASKS)
+    results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
+    results.set_name(name)
+    # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
+    stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with contextlib.closing(stream) as batches:
+        for batch in batches:
+            for result in batch.column("result"):
+                yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
 
 
 _last: tuple[Any, Any] = (None, None)
@@ -131,38 +131,16 @@ def _resources(cpus_held: float) -> dict[str, Any]:
     return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
 
 
-@contextlib.contextmanager
-def quiet_stream() -> Iterator[None]:
-    """Run Ray Data in order within the block, without progress bars and logs."""
+def _quiet_stream() -> None:
+    """Run Ray Data of this process in order, without progress bars and logs."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    options, loud = context.execution_options, logging.getLogger("ray.data")
-    before = (
-        options.preserve_order,
-        context.enable_progress_bars,
-        context.print_on_execution_start,
-        loud.level,
-        context.raise_original_map_exception,
-        context.log_internal_stack_trace,
-    )
-    options.preserve_order = True
+    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    loud.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        (
-            options.preserve_order,
-            context.enable_progress_bars,
-            context.print_on_execution_start,
-            level,
-            context.raise_original_map_exception,
-            context.log_internal_stack_trace,
-        ) = before
-        loud.setLevel(level)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 # Writer of token stores: it builds the shards that are missing or damaged, spread over the cluster.
@@ -173,25 +151,15 @@ MAKE_HERE = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class ShardSpec:
-    """The input that all tasks that build a store's shards share; each also gets its own `Part` of the plan."""
-
-    rules: Rules
-    uri: str
-    storage_root: str
-    """`run.storage`, where scans of files are kept."""
-
-
-@dataclass(frozen=True)
 class StoreSpec:
     plan: Plan
     uri: str
     storage_root: str
-    """`run.storage`."""
+    """`run.storage`, where scans of files are kept."""
 
-    def for_tasks(self) -> ShardSpec:
-        """Return the spec without the plan, which is large."""
-        return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
+    def for_tasks(self) -> tuple[Rules, str, str]:
+        """Return what all tasks that build shards share; each also gets its own `Part` of the plan, which is large."""
+        return self.plan.rules(), self.uri, self.storage_root
 
     def outline(self) -> Outline:
         files = tuple(each.file.uri for each in self.plan.files)
@@ -209,22 +177,11 @@ class StoreStatus:
     """Sidecars of the intact shards without their rejected rows; none if the store is complete."""
     missing: list[int] = field(default_factory=list)
     """Numbers of the shards to build."""
-    damaged: list[str] = field(default_factory=list)
-    """Files that are damaged or missing."""
     complete: bool = False
     """True if nothing is left to do."""
 
     def size(self, plan: Plan) -> int:
         return sum(plan.shards[number].bytes for number in self.missing)
-
-    def lines(self, count: int) -> list[str]:
-        lines = []
-        if self.damaged:
-            more = f" and {len(self.damaged) - 4:,} more" if len(self.damaged) > 4 else ""
-            lines.append(f"tokens: damaged or missing, will be rebuilt: {', '.join(self.damaged[:4])}{more}")
-        if 0 < len(self.missing) < count:
-            lines.append(f"tokens: {count - len(self.missing):,} of {count:,} shards exist already")
-        return lines
 
 
 def store_status(job: StoreSpec) -> StoreStatus:
@@ -232,14 +189,12 @@ def store_status(job: StoreSpec) -> StoreStatus:
     sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
         manifest = read_manifest(job.uri)
-        if not manifest or (manifest.digest, len(manifest.shards)) != (job.plan.digest(), len(job.plan.shards)):
-            status.damaged.append(MANIFEST)
-        elif REJECTED not in sizes or storage.digest_of(storage.join(job.uri, REJECTED)) != manifest.rejected_sha256:
-            status.manifest = manifest
-            status.damaged.append(REJECTED)
-        else:
+        if manifest and (manifest.digest, len(manifest.shards)) == (job.plan.digest(), len(job.plan.shards)):
             status.manifest, shards = manifest, enumerate(manifest.shards)
-            status.complete = all(sizes.get(shard_name(number)) == shard.bytes for number, shard in shards)
+            listed = REJECTED in sizes and storage.digest_of(storage.join(job.uri, REJECTED))
+            status.complete = listed == manifest.rejected_sha256 and all(
+                sizes.get(shard_name(number)) == shard.bytes for number, shard in shards
+            )
     if status.complete:
         return status
     # 32 sidecars are read and held at a time, not all of them, because each may list many rejected rows.
@@ -251,11 +206,7 @@ def store_status(job: StoreSpec) -> StoreStatus:
                 lambda number: read_sidecar(job.uri, number) if sidecar_name(number) in sizes else None, batch
             )
             for number, sidecar in zip(batch, read, strict=True):
-                if sidecar is None:
-                    status.damaged += [sidecar_name(number)] if sidecar_name(number) in sizes else []
-                    status.missing.append(number)
-                elif sizes.get(shard_name(number)) != sidecar["bytes"]:
-                    status.damaged.append(shard_name(number))
+                if sidecar is None or sizes.get(shard_name(number)) != sidecar["bytes"]:
                     status.missing.append(number)
                 else:
                     status.done[number] = sidecar
@@ -299,27 +250,26 @@ def make(
     return True
 
 
-def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
+def make_shard(job: tuple[Rules, str, str], part: Part) -> dict[str, Any]:
     """Build one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
 
     A shard that another preparation has finished meanwhile is used as it is.
     """
-    number = part.number
+    (rules, uri, storage_root), number = job, part.number
     reached("shard", number)
-    sidecar = read_sidecar(job.uri, number)
-    if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
+    sidecar = read_sidecar(uri, number)
+    if sidecar is not None and file_size(uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
     try:
-        shard = shards.build(job.rules, part)
+        shard = shards.build(rules, part)
     except UserError as error:
-        if isinstance(error, Changed):
-            forget_scan(error.file, job.storage_root)
+        forget_changed(error, storage_root)
         return {"error": str(error)}
     # The sidecar is written after the shard: for readers a shard with a sidecar is complete.
     content = shards.file_bytes(shard.table())
     sidecar = shard.sidecar(content)
-    storage.write_bytes(storage.join(job.uri, shard_name(number)), content)
-    records.write(storage.join(job.uri, sidecar_name(number)), sidecar, sealed=True)
+    storage.write_bytes(storage.join(uri, shard_name(number)), content)
+    records.write(storage.join(uri, sidecar_name(number)), sidecar, sealed=True)
     return sidecar
 
 
@@ -498,7 +448,9 @@ def begin(
     job = StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
     status = store_status(job)
-    for line in (*notes.form_lines(plan), *status.lines(len(plan.shards))) if tell else ():
+    count = len(plan.shards)
+    known = [f"tokens: {count - len(status.missing):,} of {count:,} shards exist already"]
+    for line in (*notes.form_lines(plan), *known * (0 < len(status.missing) < count)) if tell else ():
         logger.info(line)
     if status.manifest and status.complete:
         limits.check(status.manifest.rejected, status.manifest.rows, lambda: rejected_rows(job))
@@ -560,7 +512,7 @@ def _scan_here(files: Sequence[File], storage_root: str) -> Results:
 
 
 def _scan_there(files: Sequence[File], storage_root: str) -> Results:
-    if (size := total_bytes(files)) <= SCAN_HERE:
+    if (size := sum(file.size for file in files)) <= SCAN_HERE:
         return _scan_here(files, storage_root)
     logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
     return map_ordered(scan_file, storage_root, files)

@@ -15,16 +15,18 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pyarrow import fs
 
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config.schema import Config, Source
+from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import FileScan, Unit, Units
 from olora_ray.data.scan import head, scan
-from olora_ray.data.sources import File, asked, open_filesystem, total_bytes
+from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
 from olora_ray.tokens.plan import NO_ROWS, Floats, Pack, Plan, RowDigests, Split, looking, make_plan, sample
 
@@ -96,6 +98,27 @@ class Preview:
     some_packs: tuple[Pack, ...]
     """The first sequences."""
 
+    def rejections(self) -> str:
+        return manifest.reason_counts(self.rejected)
+
+
+def describe_splits(config: Config, spec: TokenizerSpec) -> tuple[Preview, Preview | None]:
+    """Preview the training rows, and the held-out rows if there are any; log held-out rows that are training rows too.
+
+    Raise UserError as the preparation would.
+    """
+    if not config.data.holds_out():
+        return describe(config, spec), None
+    # 500 held-out rows are enough for their lengths, and are read within seconds.
+    held_out = describe(config, spec, "eval", 500)
+    if config.data.eval_fraction is not None:
+        return describe(config, spec, held_out=held_out.digests), held_out
+    train, apart = describe(config, spec), manifest.HeldOut(held_out.digests)
+    apart.meet(train.digests)
+    if line := apart.line():
+        logger.warning(line)
+    return train, held_out
+
 
 def describe(
     config: Config,
@@ -115,7 +138,7 @@ def describe(
     look = _Look(config.run.storage)
     plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
     plan = replace(plan, held_out=np.unique(held_out))
-    exact = look.complete and plan.shards.pieces.bytes <= READ_ALL
+    exact = look.complete and plan.pieces.bytes <= READ_ALL
     part, drawn = (plan, look.sizes) if exact else sample(plan, limit)
     limits = Limits.of(config, split)
     if tell and (split == "train" or config.data.eval):
@@ -216,7 +239,7 @@ class _Look:
     def __call__(self, sources: Sequence[Sequence[File]]) -> list[list[FileScan]]:
         every = [file for files in sources for file in files]
         self.complete = sum(file.size * _cost(file) for file in every) <= SCAN_ALL
-        scans = [self._source(files, PLACES / max(total_bytes(every), 1)) for files in sources]
+        scans = [self._source(files, PLACES / max(sum(file.size for file in every), 1)) for files in sources]
         self.sizes = np.array([np.sum([_size(each) for each in found], axis=0) for found in scans])
         return scans
 
@@ -231,10 +254,10 @@ class _Look:
             self.notes.add("numbers of lines are estimates")
         others = sorted(set(range(len(files))) - set(lines))
         seen = _spread(others, FILES_LOOKED_AT)
-        size = total_bytes([files[number] for number in seen])
+        size = sum(files[number].size for number in seen)
         for number in seen:
             scanned = self._start(files[number], max(1, FILES_LOOKED_AT * files[number].size // max(size, 1)))
-            times = total_bytes([files[number] for number in others]) / max(size, 1)
+            times = sum(files[number].size for number in others) / max(size, 1)
             found[number] = replace(scanned, rows=round(scanned.rows * times))
         return [found.get(number, FileScan("", 0, (), Units.of(()))) for number in range(len(files))]
 
@@ -288,8 +311,7 @@ def _windows(files: Mapping[int, File], density: float) -> Iterator[tuple[int, F
 def _begun(file: File, low: int, high: int) -> tuple[int, int, bytes]:
     """Return the lines that begin at bytes low..high-1 of a file: their number, the first offset, their content."""
 
-    def read() -> tuple[int, int, bytes]:
-        system, path = open_filesystem(file.uri)
+    def read(system: fs.FileSystem, path: str) -> tuple[int, int, bytes]:
         with system.open_input_file(path) as stream:
             stream.seek(max(low - 1, 0))
             content = bytes(stream.read(high - max(low - 1, 0)))
@@ -305,7 +327,7 @@ def _begun(file: File, low: int, high: int) -> tuple[int, int, bytes]:
         return content.removesuffix(b"\n").count(b"\n") + 1, max(low - 1, 0) + first, content
 
     with as_user_error(file.uri, OSError):
-        return asked(file.uri, read)
+        return storage.ask(file.uri, read)
 
 
 def _spread(items: Sequence[Item], most: int) -> list[Item]:

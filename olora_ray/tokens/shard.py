@@ -13,12 +13,11 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.formats import Chat, Ids, Rejected, Text, columns_of, to_example
+from olora_ray.data.formats import Rejected, columns_of
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike, as_chat
-from olora_ray.tokens import columns, manifest
+from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS
-from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation, taken
+from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation
 
 # Packing of examples into fixed-length packs: first-fit decreasing in O(n log n).
 
@@ -161,7 +160,6 @@ def file_bytes(table: pa.Table) -> bytes:
 
 
 def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
-    end = rules.spec.eos_id
     for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([begun for _, begun in group if isinstance(begun, Begun)])
         for position, begun in group:
@@ -171,8 +169,6 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                 if isinstance(begun, Rejected):
                     raise begun
                 tokens = begun.finish()
-                if isinstance(begun.example, Text) and all((each.ids[each.supervised] == end).all() for each in tokens):
-                    raise Rejected("no_supervised_token", "a text of one token: only the end token is left to train on")
             except Rejected as why:
                 shard.rejected.append(
                     {
@@ -188,7 +184,7 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
             if _among(rules.held_out, digest):
                 shard.notes[COPIES] += 1
                 continue
-            manifest.count(shard.notes, begun, tokens, tokenize)
+            tokenize.note(begun, tokens, shard.notes)
             shard.digests.append(digest)
             shard.examples.extend(tokens)
             shard.origins.extend([(piece.file << POSITION_BITS) + position] * len(tokens))
@@ -204,19 +200,11 @@ def _begun(
     shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
     source = rules.sources[planned.source]
-    chat = as_chat(source, rules.spec)
-    # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
-    most = 1000 * rules.max_length
     group: list[tuple[int, Begun | Rejected]] = []
     size = 0
     for position, row in _rows(rules, planned, piece):
         try:
-            example = to_example(source.format, row, source.fields, chat)
-            begun = tokenize.begin(example)
-            template = rules.spec.template(isinstance(example, Chat) and example.tools is not None)
-            columns.count(shard.notes, planned.source, source, row, example, template)
-            if not isinstance(begun.example, Text | Ids) and begun.longest > most:
-                raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {rules.max_length}")
+            begun = tokenize.begin_row(row, source, planned.source, shard.notes)
             size += begun.size
             group.append((position, begun))
         except Rejected as why:
@@ -232,7 +220,7 @@ def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[in
     wanted = columns_of(source.format, source.fields)
     rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
     first = piece.unit.first
-    keep = taken(rules, planned, piece, np.arange(first, first + piece.unit.rows, dtype=np.int64))
+    keep = rules.taken(planned, piece)
     for position, row in rows:
         if keep[position - first]:
             yield position, _with_columns(row, planned.columns)

@@ -29,7 +29,7 @@ from pydantic import StringConstraints
 from olora_ray.common import records
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.tracking import checksums
-from olora_ray.tracking.checksums import Version, name_filter
+from olora_ray.tracking.checksums import GATE, ROLLED_BACK, Version, name_filter
 from olora_ray.tracking.client import connect, existing, is_unavailable, reachable
 
 if TYPE_CHECKING:
@@ -128,17 +128,10 @@ def held(lock: RegistryLock) -> Iterator[RegistryLock]:
 
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-# Tag of a version: passed, refused, promoted or rolled back, with the reason.
-GATE = "olora.gate"
 # Tag of a version while it becomes the champion: the other writes of that move.
 MOVE = "olora.move"
 # Tag of a registered model: the latest champion. It stays when the alias or the version is deleted.
 LAST = "olora.last_champion"
-ROLLED_BACK = "rolled back"
-
-
-def rolled_back(version: Version) -> bool:
-    return version.tags.get(GATE, "").startswith(ROLLED_BACK)
 
 
 class Overtaken(Exception):
@@ -294,7 +287,7 @@ class Aliases:
         version, champion = self._version(number), self._now().get(CHAMPION)
         if instead_of is None:
             return
-        if champion == number or rolled_back(version):
+        if champion == number or version.rolled_back:
             raise Overtaken(f"version {number} was promoted or rolled back by hand meanwhile")
         if (champion or "") != instead_of:
             was = f"version {instead_of}" if instead_of else "none"

@@ -28,6 +28,14 @@ RUN = "olora.run_folder"
 # version.
 SETTINGS = "olora.settings_digest"
 
+# Tag of a version: passed, refused, promoted or rolled back, with the reason.
+GATE = "olora.gate"
+ROLLED_BACK = "rolled back"
+# Tag of a version, and its value for one that needs its base model.
+EXPORT, ADAPTER_ONLY = "olora.export", "adapter only"
+# Tag of a version: digest of its checksums.json.
+TAG = "olora.checksums"
+
 # A version of a registered model, as the rest of the project sees it.
 
 
@@ -50,6 +58,24 @@ class Version:
     created: float = 0.0
     """Seconds since 1970."""
 
+    @property
+    def verdict(self) -> str:
+        """The decision of the gate or of a person, with its reason; empty if there is none."""
+        return self.tags.get(GATE, "")
+
+    @property
+    def rolled_back(self) -> bool:
+        return self.verdict.startswith(ROLLED_BACK)
+
+    @property
+    def checksum(self) -> str:
+        """Digest of the version's checksums; empty if another program registered it."""
+        return self.tags.get(TAG, "")
+
+    @property
+    def adapter_only(self) -> bool:
+        return self.tags.get(EXPORT) == ADAPTER_ONLY
+
     @classmethod
     def of(cls, version: "ModelVersion") -> "Version":
         seconds = (version.creation_timestamp or 0) / 1000
@@ -57,7 +83,6 @@ class Version:
 
 
 FILE = "checksums.json"
-TAG = "olora.checksums"
 # MLflow itself adds these beside the MLmodel when it loads a version. No model is read from them.
 FROM_MLFLOW = frozenset({"registered_model_meta"})
 
@@ -81,15 +106,14 @@ def read_checksums(version: Version, place: str, tracking_uri: str) -> Files:
 
     Raises UserError if the version has no checksums, or if they changed since its registration.
     """
-    wanted = version.tags.get(TAG)
-    if wanted is None:
+    if not version.checksum:
         raise UserError(
             f"{_name(version)} has no checksums (tag {TAG}), because another program registered it; register it with"
             " this project before promoting it"
         )
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         content = _local(FILE, version, place, tracking_uri, Path(folder)).read_bytes()
-    if storage.digest_bytes(content) != wanted:
+    if storage.digest_bytes(content) != version.checksum:
         raise UserError(f"{_name(version)}: {FILE} was changed after the registration; register the model again")
     files = (records.parsed(content, dict[str, dict[str, dict[str, Any]]]) or {}).get("files")
     if files is None or not all(each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()):

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from olora_ray.common import patience
 from olora_ray.common.errors import TryAgain, UserError, first_line
-from olora_ray.common.patience import TRUST, UNTRUSTED
+from olora_ray.common.patience import untrusted
 from olora_ray.common.secrets import mask
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ _FULL = re.compile(r"database or disk is full|No space left on device|disk quota
 def remedy(error: BaseException) -> str | None:
     """Return the cause of an error and what to do; None for an error that may pass or is unknown."""
     for cause in causes(error):
-        if UNTRUSTED.search(str(cause)):
-            return TRUST
+        if trust := untrusted(cause):
+            return trust
         # An error with an errno is about the disk of this machine, not about MLflow's.
         if _FULL.search(str(cause)) and getattr(cause, "errno", None) is None:
             return "the disk there is full; make room, and run the same command again"

@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from olora_ray.common import storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.config.schema import AnyConfig
 from olora_ray.tracking import checksums, start
-from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
-from olora_ray.tracking.checksums import SETTINGS, Version, name_filter
-from olora_ray.tracking.client import connect, existing, is_unavailable, reachable
+from olora_ray.tracking.aliases import CHAMPION, Aliases
+from olora_ray.tracking.checksums import ADAPTER_ONLY, EXPORT, SETTINGS, Version, name_filter
+from olora_ray.tracking.client import connect, existing, is_unavailable, reachable, refused
 from olora_ray.tracking.run import PARAM_LENGTH, Tracker
 from olora_ray.tracking.start import resolve_uri
 
@@ -45,9 +45,6 @@ logger = logging.getLogger(__name__)
 
 # Contents of a version: the registered folder, and its description.
 
-# Value of the tag EXPORT for a version that needs its base model.
-ADAPTER_ONLY = "adapter only"
-EXPORT = "olora.export"
 # Folders of a merged model and of an adapter in a logged model. The names are MLflow's.
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "peft"
 
@@ -69,16 +66,6 @@ class BaseOfAdapter:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Metrics of the run that hold for the model, too."""
-
-    step: int
-    names: Sequence[str]
-    dataset: tuple[str, str]
-    """Name and digest, as in `Tracker.dataset`."""
-
-
-@dataclass(frozen=True)
 class Contents:
     folder: Path
     """A merged model, or an adapter in PEFT's format, with its tokenizer."""
@@ -91,7 +78,8 @@ class Contents:
     example: Mapping[str, Any] | None = None
     """Input example: a request to the served model; None: a request that says hello."""
     params: Mapping[str, object] = field(default_factory=dict)
-    measured: Sequence[Measured] = ()
+    measured: Sequence[tuple[int, Sequence[str], tuple[str, str]]] = ()
+    """Metrics of the run that hold for the model, too: step, names, and name and digest of their dataset."""
 
     @property
     def name(self) -> str:
@@ -126,17 +114,6 @@ def write_model(folder: Path, contents: Contents, logged: "LoggedModel", run_id:
     model = _mlmodel(contents, logged, run_id)
     model.saved_input_example_info = _write_example(folder, contents)
     model.save(str(folder / FILE))
-
-
-def check_adapter_only() -> None:
-    """Raise UserError if this MLflow cannot load an adapter whose base model is a folder."""
-    from mlflow.transformers.flavor_config import FlavorKey
-
-    if not hasattr(FlavorKey, "MODEL_LOCAL_BASE"):
-        raise UserError(
-            f"export.merged: MLflow {installed('mlflow')} cannot load an adapter on a local base model; upgrade it, or"
-            " leave export.merged at true"
-        )
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -276,7 +253,7 @@ def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: 
     for key, text in texts.items():
         client.set_model_version_tag(name, version.version, key, text)
     number = str(version.version)
-    if contents.description and not version.description:  # an existing one may have the gate's verdict
+    if contents.description and not version.description:  # an existing one may have been edited by hand
         client.update_model_version(name, number, _description(contents, f"models:/{name}/{number}"))
     _set_alias(Aliases(tracker.uri, name), alias, number)
     return int(number)
@@ -313,8 +290,8 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
         text = checksums.of_folders({contents.artifact_folder: contents.folder, "": Path(folder)})
         (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
         files.log_artifacts(folder)
-    for each in contents.measured:
-        tracker.of_model(model.model_id, each.step, each.names, each.dataset)
+    for step, names, dataset in contents.measured:
+        tracker.of_model(model.model_id, step, names, dataset)
     texts |= {checksums.TAG: storage.digest(text)}
     note = {NOTE: _description(contents, f"models:/{model.model_id}")} if contents.description else {}
     client.set_logged_model_tags(model.model_id, texts | note)
@@ -336,8 +313,8 @@ def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
     """Set the alias, unless that would undo a change made since the version was registered."""
     aliases.repair()  # an interrupted promotion may have set the alias, but not yet the verdict
     now = aliases.current().get(alias)
-    verdict = aliases.version(number).tags.get(GATE)
-    if alias == CHAMPION and verdict is not None:
+    verdict = aliases.version(number).verdict
+    if alias == CHAMPION and verdict:
         if now != number:
             logger.info(
                 f"version {number} is registered again, but does not become {alias}, because of its verdict: {verdict}"
@@ -355,7 +332,7 @@ def _is_of(made: "ModelVersion | LoggedModel", texts: Mapping[str, str]) -> bool
 
 
 def _texts(contents: Contents, tags: Mapping[str, object]) -> dict[str, str]:
-    texts = {key: str(value) for key, value in tags.items() if str(value)}
+    texts = {key: str(value) for key, value in {start.CODE: node_cache.project(), **tags}.items() if str(value)}
     return texts | ({EXPORT: ADAPTER_ONLY} if contents.base else {})
 
 
@@ -374,33 +351,6 @@ def _create(client: "MlflowClient", name: str) -> None:
             raise
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise UserError(f"registry.model={name}: {first_line(error)}") from None
-
-
-# Verdicts in a version's description: the decisions of the gate and of people, for MLflow's page of the version.
-
-HEADING = "### Verdicts"
-# Characters of all verdicts on a version; only the latest are kept.
-_LONGEST = 2000
-
-
-def add(tracking_uri: str, name: str, number: str, line: str) -> None:
-    """Add a line to a version's description, unless it is the last line; raise TrackingUnavailable."""
-    with reachable(tracking_uri):
-        client = connect(tracking_uri)
-        text = client.get_model_version(name, number).description or ""
-        client.update_model_version(name, number, with_line(text, line))
-
-
-def with_line(description: str, line: str) -> str:
-    body, _, verdicts = description.partition(HEADING)
-    lines = [each for each in verdicts.split("\n") if each]
-    new = "- " + " ".join(line.split())[:_LONGEST]
-    if lines[-1:] != [new]:
-        lines.append(new)
-    while sum(map(len, lines)) + len(lines) > _LONGEST and len(lines) > 1:
-        del lines[0]
-    section = "\n".join([HEADING, "", *lines])
-    return f"{body.rstrip()[: DESCRIPTION_LENGTH - len(section) - 2]}\n\n{section}".lstrip()
 
 
 # From models:/NAME@ALIAS or models:/NAME/VERSION to local files, checked against their checksums.
@@ -502,7 +452,7 @@ def _base(uri: str, folder: Path) -> BaseOfAdapter:
 
 
 def _verify(version: Version, folder: Path, tracking_uri: str) -> None:
-    if checksums.TAG in version.tags:
+    if version.checksum:
         checksums.verify(version, str(folder), tracking_uri)
     else:
         logger.warning(
@@ -538,29 +488,20 @@ def _known_names(client: "MlflowClient", name: str) -> str:
 
 def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     local = Path(place.removeprefix("file://"))
     if local.is_absolute():
         if not local.is_dir():
             raise UserError(f"model.name: the registered model's folder {local} is missing on this machine")
         return local
-    if target.is_dir():
-        return target
-    try:
-        with (
-            storage.staged(target) as folder,
-            tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts,
-        ):
-            downloads = str(Path(parts) / "files")
-            Path(download_artifacts(artifact_uri=place, dst_path=downloads, tracking_uri=tracking_uri)).replace(folder)
-    except (MlflowException, OSError) as error:
-        if target.is_dir():  # another process on this node was faster
-            return target
-        if is_unavailable(error):
-            raise
-        raise UserError(f"model.name: cannot download {place}: {first_line(error)}") from None
-    return target
+
+    def download(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts:
+            files = download_artifacts(artifact_uri=place, dst_path=f"{parts}/files", tracking_uri=tracking_uri)
+            Path(files).replace(folder)
+
+    with refused(f"model.name: cannot download {place}"):
+        return node_cache.cached(target, download)
 
 
 def scripts() -> str:

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Points = Sequence[tuple[int, float]]
-
-
 # System metrics of a run: CPU, memory, disk, network and GPUs of this machine, sampled until the run ends.
 
 
@@ -153,26 +150,6 @@ class Tracker:
                 return False
             self.client().log_inputs(self.run_id, models=[LoggedModelInput(model_id)])
         return True
-
-    def learning_curve(self, train: Points, evaluation: Points) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        steps, losses = [step for step, _ in train], [loss for _, loss in train]
-        few = "." if len(train) < 3 else None  # a line with few points is hard to see
-        axes.plot(steps, losses, color="#9bb7d4", linewidth=1.2, label="train", marker=few)
-        steps, losses = [step for step, _ in evaluation], [loss for _, loss in evaluation]
-        axes.plot(steps, losses, color="#c44e52", linewidth=1.8, label="eval", marker="o", markersize=4)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e5e5e5")
-        axes.legend(frameon=False)
-        with reachable(self.uri):
-            self.client().log_figure(self.run_id, figure, "learning_curve.png", save_kwargs={"dpi": 150})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Log a table as the artifact `name`.json; replace a table of that name."""

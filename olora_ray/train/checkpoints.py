@@ -175,8 +175,6 @@ def sweep(root: str) -> None:
         for name in map(name_of, steps_of(root)):
             if name not in complete:
                 storage.remove(storage.join(root, name))
-        # Unfinished multipart uploads cost money but are not listed as files. The run folder has those of exports too.
-        storage.abort_uploads(root.rpartition("/")[0])
     except (OSError, UserError) as error:
         logger.warning(f"{root}: incomplete checkpoints cannot be removed: {short_reason(error)}")
 

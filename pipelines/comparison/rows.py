@@ -109,7 +109,7 @@ def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
 
 def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
     plan, limits = plan_here(config, spec, split), Limits.of(config, split)
-    pieces = {(piece.file, piece.unit) for shard in plan.shards for piece in shard}
+    pieces = {(piece.file, piece.unit) for piece in plan.pieces}
     # Each row is read once, whatever the weight of its source: a row that is repeated would count twice in a loss.
     rows, bad = 0, list[dict[str, Any]]()
     for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first)):

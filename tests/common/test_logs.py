@@ -35,13 +35,13 @@ def test_a_line_has_the_time_and_no_secret(capsys: pytest.CaptureFixture[str]) -
 
 def test_after_the_last_handler_the_logger_is_as_before() -> None:
     package = logging.getLogger(logs.PACKAGE)
-    before = package.level, package.propagate, list(package.handlers)
+    before = package.propagate, list(package.handlers)
     with said() as outer:
         with said() as inner:
             logger.info("one")
         logger.info("two")  # the level is still that of the outer one
     assert (outer, inner) == (["one", "two"], ["one"])
-    assert (package.level, package.propagate, package.handlers) == before
+    assert (package.propagate, package.handlers) == before
 
 
 def test_a_closed_pipe_ends_the_main_thread_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

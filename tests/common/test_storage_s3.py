@@ -227,11 +227,3 @@ class TestConditions:
         storage.remove(key)
         assert s3.get(key) is None
         assert s3.put_if(key, b"late", again) is None
-
-    def test_uploads_that_were_cut_are_ended(self, server: Server, place: str) -> None:
-        bucket, key = s3.split(place)
-        for name in (f"{key}/checkpoints/a", f"{key}/other/b"):
-            server.client().create_multipart_upload(Bucket=bucket, Key=name)
-        storage.abort_uploads(storage.join(place, "checkpoints"))
-        left = server.client().list_multipart_uploads(Bucket=bucket)["Uploads"]
-        assert [upload["Key"] for upload in left] == [f"{key}/other/b"]

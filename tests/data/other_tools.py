@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.tokens import first_look
+from olora_ray.data import first_look
 from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers

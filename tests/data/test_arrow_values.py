@@ -9,10 +9,9 @@ from pyarrow import parquet
 
 from olora_ray.config.load import build
 from olora_ray.config.schema import Source
-from olora_ray.data import scan, sources
+from olora_ray.data import first_look, scan, sources
 from olora_ray.data.formats import Chat, to_example
 from olora_ray.data.reader import read_unit
-from olora_ray.tokens import first_look
 
 
 def rows(path: Path) -> list[Any]:

@@ -9,7 +9,8 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.tokens import first_look, prepare, preview
+from olora_ray.data import first_look
+from olora_ray.tokens import prepare, preview
 from tests.tokens import helpers
 
 ROWS = "".join(json.dumps({"text": f"größer als {number}"}, ensure_ascii=False) + "\n" for number in range(1000))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from olora_ray.common.errors import UserError
-from olora_ray.tokens import first_look
+from olora_ray.data import first_look
 from olora_ray.tokens.preview import describe
 from tests.data.other_tools import TEMPLATE
 from tests.data.own_files import HARMLESS, MATTERS, Case, without, write

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.data.tokenize import turn_end
 from tests.data import template_zoo as zoo
 
 # One per way to write turns, tools and reasoning; the others, most of them later versions of these, are slow.
@@ -55,7 +54,7 @@ def test_the_answers_are_those_that_trl_marks(name: str) -> None:
     if (twin := zoo.marked_by_twin(name, "turns")) is None:
         pytest.skip("no twin")
     stop = zoo.stops(name)[0]
-    assert turn_end(zoo.spec(name)) == zoo.ids(name)[stop], "what generation stops at"
+    assert zoo.spec(name).turn_end() == zoo.ids(name)[stop], "what generation stops at"
     ours = [answer for each in zoo.train(name, zoo.chat("turns")) for _, answer in each.answers()]
     theirs = [answer for _, answer in twin.answers()]
     assert len(ours) == len(theirs) == 2

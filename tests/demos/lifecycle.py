@@ -26,7 +26,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from olora_ray.tracking.aliases import GATE, Aliases
+from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.checksums import GATE
 from tests import browser
 from tests.demos import page, scenario
 from tests.demos.scenario import NAME, Scenario

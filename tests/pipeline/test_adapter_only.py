@@ -5,18 +5,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.evaluation import held_out, targets
-from olora_ray.pipeline.base import find_model
+from olora_ray.pipeline.base import Base, find_model
 from olora_ray.retrain import compare
 from olora_ray.tracking import models
-from olora_ray.tracking.checksums import RUN
+from olora_ray.tracking.checksums import RUN, Version
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.start import resolve_uri
 from tests import export_parts, finished_run
@@ -116,12 +117,22 @@ def test_where_the_storage_has_an_address_the_adapter_is_put_there_for_all_nodes
     torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
 
 
+class Opened(NamedTuple):
+    config: AnyConfig
+    base: Base
+    adapter: str | None
+
+
+def opened(config: Config, version: Version) -> Opened:
+    return Opened(*compare._opened(config, version))
+
+
 def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: Path) -> None:
     """Both see the same tokens and are the same model, and the adapter needs no merging."""
     number = finished_run.make(tmp_path, registry__alias="merged").registered()
-    alone, merged = (compare._opened(run.config, run.aliases.version(each)) for each in ("1", number))
+    alone, merged = (opened(run.config, run.aliases.version(each)) for each in ("1", number))
     assert (alone.adapter is None, merged.adapter is None) == (False, True)
-    assert alone.tokenizer == merged.tokenizer
+    assert alone.base.spec.digest == merged.base.spec.digest
     both = [targets.Target("", each.base.model, each.adapter, each.config) for each in (alone, merged)]
     torch.testing.assert_close(logits(both[0]), logits(both[1]), **CLOSE)
 
@@ -136,16 +147,16 @@ def test_where_the_storage_has_an_address_a_merged_version_is_read_from_it_by_al
     folder = tmp_path / "elsewhere"
     shutil.copytree(made.folder.merged, folder / "export" / "merged")
     version = replace(version, tags={**version.tags, RUN: f"file://{folder}"})
-    assert compare._opened(config, version).config.model.name == f"file://{folder}/export/merged"
+    assert opened(config, version).config.model.name == f"file://{folder}/export/merged"
     shutil.rmtree(folder)
-    found = compare._opened(config, version)
+    found = opened(config, version)
     (copy,) = (tmp_path / "storage" / "models").iterdir()
     assert found.config.model.name == f"file://{copy}"
     target = targets.Target("", found.base.model, None, found.config)
     torch.testing.assert_close(logits(target), run.case.logits, **CLOSE)
     (copy / "config.json").write_text("{}")
     with pytest.raises(UserError):
-        compare._opened(config, version)
+        opened(config, version)
 
 
 def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import pytest
 
 from olora_ray.config.schema import Source
+from olora_ray.data import first_look
 from olora_ray.data.formats import ASKED, FIELDS, NEEDED
-from olora_ray.tokens import first_look
 from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.common import records
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
@@ -87,8 +88,8 @@ def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None
     inputs: Any = Inputs()
     other = replace(VERSION, number="2")
     for version, tokenizer in ((VERSION, "tokenizer"), (other, "tokenizer")):
-        compare.Measured(tokenizer, rows()).write(note(config, version))
+        records.write(note(config, version), compare.Measured(tokenizer, rows()))
     assert compare.measured(config, inputs, [VERSION, other]) == [rows(), rows()]
-    compare.Measured("another", rows()).write(note(config, other))
+    records.write(note(config, other), compare.Measured("another", rows()))
     with pytest.raises(compare.NotComparable):
         compare.measured(config, inputs, [VERSION, other])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Gate
-from olora_ray.evaluation.rows import RowResults
-from olora_ray.retrain.gate import HeldOut, decide, improvement
+from olora_ray.evaluation.rows import RowResults, improvement
+from olora_ray.retrain.gate import HeldOut, decide
 
 LOSSES = st.lists(st.floats(0.01, 8.0), min_size=2, max_size=12)
 
@@ -55,8 +55,8 @@ def test_losses_count_downwards_and_scores_upwards() -> None:
         assert not refused.passed, metric
         assert "the improvement must be above 0" in refused.reason
         assert f": worse by {-refused.details['improvement']['mean']:.4f} (95% interval of the" in refused.reason
-    assert improvement(gate(), good, bad).interval.mean == pytest.approx(1.1)
-    assert improvement(gate(metric="eval/match"), good, bad).interval.mean == pytest.approx(0.5)
+    assert improvement("eval/loss", good, bad).interval.mean == pytest.approx(1.1)
+    assert improvement("eval/match", good, bad).interval.mean == pytest.approx(0.5)
 
 
 def test_noise_passes_as_a_point_but_not_with_confidence() -> None:
@@ -156,7 +156,7 @@ def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
         return RowResults(plain.data, plain.tokens, plain.losses, {"first": found}, plain.origins)
 
     ours, theirs = scored({0: 1.0, 1: 0.0, 2: 1.0}), scored({1: 0.0, 2: 1.0, 5: 0.0})
-    found = improvement(gate(metric="eval/first"), ours, theirs)
+    found = improvement("eval/first", ours, theirs)
     assert (found.rows, found.interval.mean, found.interval.high) == (2, 0.0, 0.0), "the same on the rows of both"
     assert (ours.metric("eval/first"), theirs.metric("eval/first")) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     decide(gate(metric="eval/first"), scored({0: 1.0, 1: 1.0, 2: 1.0}), scored({0: 1.0, 1: 0.0}))

@@ -12,7 +12,7 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.pipeline.run_folder import TAGS
 from olora_ray.retrain import recipe
 from olora_ray.retrain.recipe import KnownFiles
-from olora_ray.tokens import prepare
+from olora_ray.tokens import prepare, store
 from olora_ray.tokens.plan import Plan
 from olora_ray.tracking.checksums import Version
 
@@ -88,6 +88,6 @@ def test_a_store_that_does_not_answer_is_no_store_that_is_gone(config: Config, m
     def away(_: str) -> None:
         raise StoreUnavailable("the store does not answer")
 
-    monkeypatch.setattr(recipe.manifest, "read_manifest", away)
+    monkeypatch.setattr(store, "read_manifest", away)
     with pytest.raises(StoreUnavailable):
         recipe.of_version(config, version)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common import lock
-from olora_ray.tracking.aliases import GATE
+from olora_ray.tracking.checksums import GATE
 from pipelines import registry as registry
 from tests.pipelines import project
 from tests.retrain.nightly import Nightly

@@ -16,7 +16,7 @@ from olora_ray.config.load import load_config
 from olora_ray.config.schema import Config
 from olora_ray.retrain import notify, recipe
 from olora_ray.retrain.recipe import AGAINST
-from olora_ray.tracking.aliases import GATE
+from olora_ray.tracking.checksums import GATE
 from olora_ray.tracking.client import connect
 from pipelines import retrain
 from tests import mlflow_database, tiny
@@ -41,6 +41,8 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
     # The state after an interruption between the gate's decision and its record.
     tags = {**now.tags(), GATE: f"{verdict}: eval/loss 0.5", AGAINST: ""}
     client.create_model_version("nightly", "/nowhere", tags=tags)
+    if event == "promoted":
+        client.set_registered_model_alias("nightly", "champion", "1")
     file = nightly.folder / "told.json"
     script = Path(__file__).parents[2] / "pipelines" / "retrain.py"
     words = [sys.executable, script, nightly.config, "notify.command=kill -KILL $PPID"]

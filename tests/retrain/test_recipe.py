@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,8 +22,7 @@ from olora_ray.pipeline.run_folder import Fingerprint, settings_digest
 from olora_ray.retrain import recipe
 from olora_ray.retrain.recipe import AGAINST, Inputs, find_decision
 from olora_ray.tokens import prepare
-from olora_ray.tracking.aliases import GATE
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import GATE, Version
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from tests import mlflow_database, registered
@@ -114,9 +113,14 @@ def champion_of(config: Config, folder: Path, **identity: str) -> Version:
     return version(1, found.fingerprint, **{recipe.RUN: str(folder)})
 
 
-def made(config: Config, champion: Version | None) -> tuple[recipe.Recipe, str]:
+class Made(NamedTuple):
+    config: Config
+    tags: dict[str, str]
+
+
+def made(config: Config, champion: Version | None) -> tuple[Made, str]:
     with said() as lines:
-        found = recipe.make(config, inputs(config), champion)
+        found = Made(*recipe.make(config, inputs(config), champion))
     return found, " ".join(lines)
 
 

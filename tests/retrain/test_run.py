@@ -12,7 +12,6 @@ from olora_ray.pipeline import run as pipeline
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.retrain import recipe
 from olora_ray.retrain import run as retraining
-from olora_ray.retrain.recipe import Recipe
 from olora_ray.tracking.aliases import Aliases
 from tests import mlflow_database, registered, tiny
 
@@ -31,7 +30,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
             folder.write_result(result("ours", made))
         return folder.state().result or {}
 
-    monkeypatch.setattr(recipe, "make", lambda *_: Recipe(found, {}))
+    monkeypatch.setattr(recipe, "make", lambda *_: (found, {}))
     monkeypatch.setattr(pipeline, "run", run)
     registered.model(tmp_path / "runs", "m", 0)
     return found

@@ -10,8 +10,8 @@ from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, ORIGIN, find_decision, version_to_beat
 from olora_ray.retrain.run import apply_decision
-from olora_ray.tracking.aliases import GATE, Aliases
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.checksums import GATE, Version
 from tests import mlflow_database, registered
 from tests.said import said
 

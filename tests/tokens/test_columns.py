@@ -12,9 +12,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.data import first_look
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.groups import count_planned
-from olora_ray.tokens import first_look
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tokens.preview import describe
 from tests.tokens import helpers

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from olora_ray.config.schema import Config
 from olora_ray.data.reader import read_unit
-from olora_ray.tokens.plan import Plan, taken
+from olora_ray.tokens.plan import Plan
 from olora_ray.tokens.prepare import plan_here
 from tests.tokens import helpers
 
@@ -47,10 +46,9 @@ def used(plan: Plan) -> Counter[str]:
     found: Counter[str] = Counter()
     for piece in (piece for shard in plan.shards for piece in shard):
         planned = plan.files[piece.file]
-        first, rows = piece.unit.first, piece.unit.rows
-        keep = taken(plan, planned, piece, np.arange(first, first + rows, dtype=np.int64))
+        keep = plan.taken(planned, piece)
         for place, row in read_unit(planned.file, piece.unit, planned.columns, ["text"]):
-            found[row["text"].split("\n")[0]] += int(keep[place - first])
+            found[row["text"].split("\n")[0]] += int(keep[place - piece.unit.first])
     return found
 
 

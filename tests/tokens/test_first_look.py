@@ -16,8 +16,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.command_line import resolved
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
+from olora_ray.data import first_look
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens import first_look, prepare, preview
+from olora_ray.tokens import prepare, preview
 from olora_ray.tokens.plan import Split
 from tests import tiny
 from tests.pipelines import project

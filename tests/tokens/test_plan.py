@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from olora_ray.config.schema import Config
+from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan
-from olora_ray.tokens.first_look import read_as
 from olora_ray.tokens.prepare import begin, look_here, plan_here, prepare
 from olora_ray.tokens.store import TokenStore
 from tests.tokens import helpers

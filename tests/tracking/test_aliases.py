@@ -9,7 +9,8 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums
-from olora_ray.tracking.aliases import GATE, LAST, MOVE, Aliases, Overtaken, RegistryLock, held
+from olora_ray.tracking.aliases import LAST, MOVE, Aliases, Overtaken, RegistryLock, held
+from olora_ray.tracking.checksums import GATE
 from olora_ray.tracking.client import connect
 from tests import registered
 

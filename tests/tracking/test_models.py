@@ -6,11 +6,13 @@ import pytest
 import torch
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+from olora_ray.common.node_cache import project
 from olora_ray.common.storage import digest
 from olora_ray.tracking import checksums, models, run
-from olora_ray.tracking.aliases import GATE, Aliases
+from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.checksums import GATE
 from olora_ray.tracking.models import DESCRIPTION_LENGTH, HEADING, Contents, with_line
-from olora_ray.tracking.start import start_run
+from olora_ray.tracking.start import CODE, start_run
 from tests import tiny
 from tests.export_parts import Case, logits
 from tests.tracking.conftest import TAGS
@@ -28,7 +30,7 @@ def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
     assert version.run_id == triage.run_id
     text = (Path(version.source) / checksums.FILE).read_text()
     shown = {name: str(value) for name, value in TAGS.items() if value != ""}
-    assert version.tags == shown | {checksums.TAG: digest(text)}
+    assert version.tags == shown | {checksums.TAG: digest(text), CODE: project()}
     (output,) = triage.client().get_run(triage.run_id).outputs.model_outputs
     model = triage.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"

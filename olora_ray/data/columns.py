@@ -10,15 +10,14 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import yaml
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import Dumper
-from olora_ray.config.schema import AnyConfig, Config, Source
+from olora_ray.config.schema import Source
 from olora_ray.data import formats
 from olora_ray.data.formats import FIELDS, Chat, Example, one_line
 
@@ -134,7 +133,7 @@ def _texts(value: Any) -> Iterator[str]:
 Needed = dict[str, tuple[str, str]]
 
 
-def unanswered(notes: Mapping[str, int], sources: Sequence[Source], rows: int = 0) -> dict[int, Needed]:
+def unanswered(notes: Mapping[str, int], sources: Mapping[int, Source], rows: int = 0) -> dict[int, Needed]:
     """Return the kind and an example of each column or key that needs an answer, by number of the source and name.
 
     `rows` is the number of rows behind the notes, if it is known: a value that some of them lack is no constant.
@@ -164,15 +163,7 @@ def refusal(needed: Needed, where: str, source: Source, auto: bool = False) -> U
     return UserError(f"{where}: {source.format} rows do not use {shown}; {way}leave it out with {out}")
 
 
-def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
-    """Return the sources with the answer for the column of `gate.group`, which the gate reads."""
-    group = config.gate.group if isinstance(config, Config) else None
-    if group in (None, "@file", *itertools.chain(*FIELDS.values())):
-        return tuple(sources)
-    return tuple(each.model_copy(update={"fields": {str(group): formats.NONE, **each.fields}}) for each in sources)
-
-
 def fields(where: str, mapped: dict[str, str]) -> str:
     """Return the fields of the source `where` as an argument for a shell."""
-    line = yaml.dump(mapped, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False)
+    line = yaml.safe_dump(mapped, default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False)
     return shlex.quote(f"{where}.fields={line.strip()}")

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, override, parse_yaml
+from olora_ray.config.load import override, read_config
 from olora_ray.config.schema import Config, Source
-from olora_ray.data import formats, reader
+from olora_ray.data import columns, formats, reader
 from olora_ray.data.formats import EMPTY, FIELDS, INSIDE, NEEDED, NONE, Example, Rejected, listed, sequence, to_example
 from olora_ray.data.scan import head
-from olora_ray.data.sources import File, list_files, say_once
-from olora_ray.tokens import columns
+from olora_ray.data.sources import File, grouped, list_files, say_once
+from olora_ray.data.tokenize import unanswered
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def check_data(config: Config) -> Config:
 
 def _sources(config: Config) -> dict[str, Source]:
     splits = {"data.train": config.data.train, "data.eval": config.data.eval}
-    answered = {name: columns.grouped(config, sources) for name, sources in splits.items()}
+    answered = {name: grouped(config, sources) for name, sources in splits.items()}
     return {f"{name}.{number}": source for name, sources in answered.items() for number, source in enumerate(sources)}
 
 
@@ -58,9 +58,8 @@ def _with(config: Config, known: Mapping[str, Source]) -> Config:
 
 def _as_trained(config: Config) -> dict[str, Source]:
     # The data of a finished run may be gone, so the formats come from its config.yaml, if it can be read.
-    path = storage.join(config.folder(), "config.yaml")
     try:
-        trained = _sources(build(parse_yaml(storage.read_text(path), path), path))
+        trained = _sources(read_config(storage.join(config.folder(), "config.yaml")))
     except (OSError, ValueError):
         return {}
     return {name: trained[name] for name, each in _sources(config).items() if each.format == "auto" and name in trained}
@@ -101,10 +100,11 @@ def find_format(source: Source, where: str, storage_root: str) -> tuple[Source, 
 
 def _answered(where: str, source: Source, read: Iterable[tuple[Any, Example | None]], auto: bool) -> None:
     notes, used = Counter[str](), [(row, example) for row, example in read if example]
+    setting, _, number = where.rpartition(".")
     for row, example in used:
-        columns.count(notes, 0, source, row, example)
-    for needed in columns.unanswered(notes, [source], len(used)).values():
-        raise columns.refusal(needed, where, source, auto)
+        columns.count(notes, int(number), source, row, example)
+    if error := unanswered(notes, {int(number): source}, setting, len(used), auto):
+        raise error
 
 
 def _check(source: Source, where: str, storage_root: str) -> None:
