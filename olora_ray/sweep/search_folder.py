@@ -41,7 +41,7 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
             f"space file {space_file}: the name of the search contains the file's name; use only letters, digits, '.',"
             " '_' and '-' in it"
         )
-    workers = 1 if space.trials_per_worker > 1 else config.cluster.min_workers()
+    workers = 1 if space.trials_per_worker > 1 else config.cluster.each_trial()
     own = {"run.name": f"{config.run.name}-{Path(space_file).stem}", "cluster.workers": workers}
     return override(config, {**NO_GATE, **space.set, **own})
 

@@ -86,11 +86,11 @@ def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it
 ) -> None:
     asked: list[int] = []
 
-    def needs(config: Config, _: object) -> bool:
-        asked.append(config.train.micro_batch)
-        return config.train.micro_batch > 4
+    def planned(config: Config, _: object) -> Any:
+        asked.append(config.train.micro())
+        return SimpleNamespace(recompute=config.train.micro() > 4)
 
-    monkeypatch.setattr(preflight, "recomputes", needs)
+    monkeypatch.setattr(preflight, "planned", planned)
     config, base = tiny.config(train__micro_batch=2), SimpleNamespace(model=BaseModel("m", "/m", ""), tokenizer=None)
     spec, _ = run.train_spec(config, Space.model_validate({"search": search}), base)  # type: ignore[arg-type]
     assert (spec.recompute, spec.config) == (again, config)

@@ -54,7 +54,7 @@ def taken(config: Config, model: Any, batch: Batch) -> int:
 
 def full(config: Config, attention: str) -> Batch:
     pack = tiny.pack(config.data.max_length, prompt=1)
-    return collate([pack] * config.train.micro_batch, attention)
+    return collate([pack] * config.train.micro(), attention)
 
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "llama4_text"]

@@ -1,7 +1,9 @@
 """The order of the sum over a step's micro-batches does not depend on the workers."""
 
 import math
+import socket
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -101,6 +103,34 @@ def test_vectors_of_all_workers_are_summed_in_the_trees_order(workers: int) -> N
             assert torch.equal(result, wanted), (size, leaves)
 
 
+def _all_sums_on_machines(each: int) -> list[Tensor]:
+    with mock.patch.object(socket, "gethostname", lambda: f"machine {collectives.rank() // each}"):
+        return _all_sums()
+
+
+@pytest.mark.parametrize(("workers", "each"), [(4, 2), (6, 3), (5, 2)])
+def test_the_sum_is_the_same_on_several_machines(workers: int, each: int) -> None:
+    crew = Crew(workers)
+    try:
+        found = crew.run(_all_sums_on_machines, each)
+    finally:
+        crew.close()
+    cases = [(size, leaves) for size in SIZES for leaves in LEAVES]
+    for results in found:
+        for (size, leaves), result in zip(cases, results, strict=True):
+            assert torch.equal(result, tree.total(torch.stack([value(leaf, size) for leaf in range(leaves)])))
+
+
+@pytest.mark.parametrize(
+    ("leaves", "machines", "vectors"),
+    [(16, 2, 1.0), (32, 2, 1.0), (64, 8, 1.75), (16, 1, 0.0), (48, 2, 1.5)],
+)
+def test_a_machine_sends_one_vector_and_not_one_per_worker(leaves: int, machines: int, vectors: float) -> None:
+    """Of 8B at rank 16 a vector has 168 MB; one per worker were 1.3 GB per step."""
+    ranks = tuple(range(first, first + 8) for first in range(0, 8 * machines, 8))
+    assert tree.sent(leaves, ranks) == pytest.approx(vectors)
+
+
 @pytest.mark.parametrize("fails", [1, 2])
 def test_a_sum_that_was_given_up_is_forgotten(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exchange fails before it has overwritten the sums, or half-way."""
@@ -113,10 +143,11 @@ def test_a_sum_that_was_given_up_is_forgotten(fails: int, monkeypatch: pytest.Mo
         for _, part in received:
             part.fill_(torch.nan)
 
-    gradient = TreeSum(torch.zeros(100))
     with monkeypatch.context() as two:
         two.setattr(collectives, "transfer", transfer)
         two.setattr(collectives, "world_size", lambda: 2)
+        two.setattr(collectives, "machines", lambda: (range(2),))
+        gradient = TreeSum(torch.zeros(100))
         add_up(gradient, 7, range(3))
         with pytest.raises(collectives.PeerLost):
             gradient.finish()
