@@ -10,7 +10,7 @@ those that failed. --table shows what --out holds, and runs nothing.
 
 It needs torch, transformers, peft, pydantic and pyarrow, but no network, no Ray and no MLflow; the project need not be
 installed. TRL (with datasets) and bitsandbytes are needed by the jobs with their names. The models have random weights
-and Llama 3's shapes. A share of the peak counts only necessary work (benchmarks/multiplications.py), of all sides alike.
+and known shapes. A share of the peak counts only necessary work (benchmarks/multiplications.py), of all sides alike.
 
     python benchmarks/gpu.py right --size tiny --device cpu        on a CPU, to see that it runs
 """

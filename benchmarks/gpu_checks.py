@@ -161,11 +161,11 @@ def _packs() -> list[Pack]:
 
 def _apart(packs: Sequence[Pack]) -> list[Pack]:
     singles = []
-    for pack in packs:
+    for whole in packs:
         place = 0
-        for length in pack.segments:
+        for length in whole.segments:
             part = slice(place, place + length)
-            singles.append(Pack(pack.input_ids[part], pack.supervised[part], (length,)))
+            singles.append(Pack(whole.input_ids[part], whole.supervised[part], (length,)))
             place += length
     return singles
 

@@ -64,9 +64,9 @@ def on_cluster(name: str, bases: dict[str, BaseModel], storage: str) -> Iterator
             info = NodeInfo({}, 2 * 10**12, MEMORY, None, (9, 0))
             answers = [(node["NodeManagerAddress"], info) for node in nodes]
             with (
-                mock.patch.object(preflight, "_ask", lambda *_, **__: (answers, [])),
-                mock.patch.object(preflight, "gpu_problems", lambda *_: []),
-                mock.patch.object(preflight, "disk_problems", lambda *_: []),
+                mock.patch.object(preflight, "_ask", return_value=(answers, [])),
+                mock.patch.object(preflight, "gpu_problems", return_value=[]),
+                mock.patch.object(preflight, "disk_problems", return_value=[]),
             ):
                 try:
                     found = preflight.check_cluster(config(storage, base), base)
@@ -106,9 +106,8 @@ def _cluster(gpus: Sequence[int]) -> Iterator[None]:
 
 def hollow(folder: Path, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> BaseModel:
     """Write a folder of a Llama whose file of weights is a header and a hole."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig(
         vocab_size=vocabulary,

@@ -104,7 +104,7 @@ def test_vectors_of_all_workers_are_summed_in_the_trees_order(workers: int) -> N
 
 
 def _all_sums_on_machines(each: int) -> list[Tensor]:
-    with mock.patch.object(socket, "gethostname", lambda: f"machine {collectives.rank() // each}"):
+    with mock.patch.object(socket, "gethostname", return_value=f"machine {collectives.rank() // each}"):
         return _all_sums()
 
 
