@@ -13,8 +13,10 @@ import math
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,8 +26,9 @@ from common import table
 from ray.cluster_utils import Cluster
 
 from olora_ray.cluster import preflight, resources
-from olora_ray.cluster.node_facts import NodeInfo
-from olora_ray.config.load import build
+from olora_ray.cluster.node_facts import node_info
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.train.estimate import PROCESS_BYTES
@@ -40,7 +43,12 @@ MODELS = {
 CLUSTERS = {"1": (1,), "2": (2,), "8": (8,), "2 x 8": (8, 8)}
 """Name -> GPUs of each node."""
 MEMORY = 80 * 2**30
-HEADER = ("model", "GPUs", "workers", "micro-batch", "at once", "tokens per step", "planned GiB", "idle GPUs")
+MORE: tuple[dict[str, Any], ...] = ({}, {"cluster.strategy": "fsdp"}, {"model.quantization": "nf4"})
+"""Settings beside the two fields, tried in this order where a model does not fit."""
+HEADER = (
+    *("model", "GPUs", "workers", "micro-batch", "tokens at once", "tokens per step", "planned GiB", "idle GPUs"),
+    "also set",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,20 +69,27 @@ def on_cluster(name: str, bases: dict[str, BaseModel], storage: str) -> Iterator
     with _cluster(gpus):
         for model, base in bases.items():
             nodes = resources.schedulable_nodes()
-            info = NodeInfo({}, 2 * 10**12, MEMORY, None, (9, 0))
+            info = replace(node_info(), memory=2 * 10**12, gpu_memory=MEMORY, gpu_generation=(9, 0))
             answers = [(node["NodeManagerAddress"], info) for node in nodes]
             with (
                 mock.patch.object(preflight, "_ask", return_value=(answers, [])),
                 mock.patch.object(preflight, "gpu_problems", return_value=[]),
                 mock.patch.object(preflight, "disk_problems", return_value=[]),
             ):
-                try:
-                    found = preflight.check_cluster(config(storage, base), base)
-                    planned = preflight.planned(found, base)
-                except Exception as error:
-                    yield model, name, *(["-"] * 5), str(error)
-                    continue
-            yield model, name, *described(found, planned.total_bytes() + PROCESS_BYTES, planned.recompute, sum(gpus))
+                yield model, name, *first_that_fits(storage, base, sum(gpus))
+
+
+def first_that_fits(storage: str, base: BaseModel, gpus: int) -> tuple[str, ...]:
+    for more in MORE:
+        try:
+            found = preflight.check_cluster(override(config(storage, base), more), base)
+        except UserError as error:
+            refused = str(error)
+            continue
+        planned = preflight.planned(found, base)
+        row = described(found, planned.total_bytes() + PROCESS_BYTES, planned.recompute, gpus)
+        return *row, ", ".join(f"{field}={value}" for field, value in more.items())
+    return *(["-"] * 6), refused[:100]
 
 
 def described(config: Config, planned: float, recomputed: bool, gpus: int) -> tuple[str, ...]:
@@ -123,17 +138,28 @@ def hollow(folder: Path, vocabulary: int, hidden: int, inner: int, layers: int, 
     shape.save_pretrained(folder)
     with torch.device("meta"):
         weights = LlamaForCausalLM(shape).state_dict()
-    header, place = dict[str, Any](), 0
-    for name, weight in weights.items():
-        size = 2 * math.prod(weight.shape)
-        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + place)
-    return BaseModel(folder.name, str(folder), "")
+    index: dict[str, str] = {}
+    for number, names in enumerate(batched(weights, 9)):  # safetensors maps a whole file into memory
+        header, place = dict[str, Any](), 0
+        for name in names:
+            index[name] = f"model-{number:05}.safetensors"
+            size = 2 * math.prod(weights[name].shape)
+            header[name] = {"dtype": "BF16", "shape": list(weights[name].shape), "data_offsets": [place, place + size]}
+            place += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / index[names[0]]).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + place)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return BaseModel(folder.name, str(folder), folder.name)
+
+
+def batched(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield the names in lists of `size`; the last may be shorter."""
+    left = iter(names)
+    while some := list(islice(left, size)):
+        yield some
 
 
 if __name__ == "__main__":
