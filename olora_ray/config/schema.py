@@ -182,7 +182,7 @@ class Cluster(Section):
         return self._range()[1]
 
     def _range(self) -> tuple[int, int]:
-        # On GPUs, and where a run has begun, `auto` is a number already (cluster/defaults.py).
+        # On GPUs, and where a run has begun, `auto` is a number already (cluster/preflight.py).
         workers = 2 if self.workers == "auto" else self.workers
         return (workers, workers) if isinstance(workers, int) else workers
 
