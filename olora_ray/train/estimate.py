@@ -10,17 +10,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
 from olora_ray.adapter.inject import Coverage, Selection, coverage, find_targets, inject, select
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.load import override
@@ -67,6 +69,9 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
         rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
         # Fake tensors claim to be on a CPU, where the head's chunks are smaller than on a GPU.
         fake.loss.__dict__["chunk"] = lambda _: rows
+        for layer in fake.adapted.values():
+            if gpu and config.adapter.dropout:
+                layer.__dict__["dropped_out"] = partial(_dropped_out, layer)
         for name in _implementations(model, config, dtype, gpu):
             try:
                 model.set_attn_implementation(name)
@@ -83,6 +88,11 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
     finally:
         attention.forget()  # its caches hold fake tensors now, which must not reach a real model
     return Measured(0, 0, problem)
+
+
+def _dropped_out(layer: AdaptedWeight, x: Tensor) -> Tensor:
+    # On a GPU the mask that is kept has a byte per number, on a CPU it has the input's precision.
+    return torch.native_dropout(x, layer.dropout, True)[0] if layer.training else x
 
 
 def _small_enough(config: Config) -> tuple[Config, float]:
