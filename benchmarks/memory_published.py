@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from common import config, hollow, table
 from torch import Tensor
 
-from olora_ray.model import attention
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.train import estimate
@@ -146,14 +145,7 @@ class Trainer:
 @contextmanager
 def own_norms(_: Case) -> Iterator[None]:
     """Keep the family's RMSNorm, which keeps its input in float32; this project keeps the input as it is."""
-    with mock.patch.object(losses, "patch_rms_norm", lambda _: 0):
-        yield
-
-
-@contextmanager
-def one_segment(_: Case) -> Iterator[None]:
-    """Let a sequence be one segment; this project plans for short ones, which need the most memory on a CPU."""
-    with mock.patch.object(attention, "SHORT", 2**30):
+    with mock.patch.object(losses, "patch_rms_norm", return_value=0):
         yield
 
 
@@ -202,7 +194,7 @@ def logits_in_lists(case: Case) -> Iterator[None]:
 
 @contextmanager
 def _loss(forward: Callable[..., Tensor]) -> Iterator[None]:
-    everything = mock.patch.object(estimate, "chunk_rows", lambda *_: 2**30)
+    everything = mock.patch.object(estimate, "chunk_rows", return_value=2**30)
     with everything, mock.patch.object(SupervisedLoss, "forward", forward):
         yield
 
@@ -284,9 +276,9 @@ TUNE_3 = Source(
     "torchtune, Llama 3", TUNE + "llama3.rst", RESERVED, CUT + "; which figure it is; assumed: as above", 1e9
 )
 
-IN_LISTS = (own_norms, one_segment, logits_in_lists)
-AT_ONCE = (own_norms, one_segment, logits_at_once)
-FLOAT32 = (own_norms, one_segment, logits_in_float32)
+IN_LISTS = (own_norms, logits_in_lists)
+AT_ONCE = (own_norms, logits_at_once)
+FLOAT32 = (own_norms, logits_in_float32)
 # The moments of a paged AdamW are outside of what torch counts.
 LIT = Trainer(8, IN_LISTS, (fused_qkv,))
 LIT_4BIT = Trainer(4, IN_LISTS, (fused_qkv, kept_inputs, packed_head, double_quantization))
@@ -430,7 +422,7 @@ NOT_COMPARABLE = (
     ("FMS, refs with foak or liger", "fused kernels, which keep other tensors"),
     ("FMS, refs with GPTQ, and Mixtral in 4 bits", "this project has no GPTQ, and packs no experts"),
     ("FMS, refs_orca", "padded examples; the longest is not stated"),
-    ("Qwen, README.md, LoRA at 256 to 8,192 tokens", "nor unit nor counter of the memory is stated"),
+    ("Qwen, README.md, LoRA at 256 to 8,192 tokens", "neither the unit nor the counter is stated"),
     ("Qwen2, examples/llama-factory, 20.17 and 10.97 GB", "the longest example and the counter are not stated"),
     ("ms-swift, docs/source_en/LLM/Benchmark.md", "reserved, with examples of 91 to 19,548 tokens"),
     ("PEFT, method_comparison/MetaMathQA/results", "reserved, with the answers of 50 prompts at once"),
@@ -486,7 +478,7 @@ def plan(case: Case, scratch: str) -> float:
         {
             "name": base.folder,
             "dtype": "bfloat16",
-            "attention": "segments",
+            "attention": "varlen",
             "quantization": case.quantization.removesuffix("-dq"),
         },
         data={"train": [{"path": "unused.jsonl"}], "max_length": case.length, "packing": False},
