@@ -1,8 +1,9 @@
 """The planned memory of a worker beside peaks that others have published, for LoRA and QLoRA trainings on one GPU.
 
-The plan is `estimate` (train/estimate.py) on folders with the models' real shapes and no numbers. The other trainers
-keep other tensors than this project. Each such difference is a function below: it changes a part of the fake model, or
-adds bytes to the plan. What a source leaves open is written beside its cases. Nothing here needs Ray, a GPU or a
+The plan is `estimate` (train/estimate.py) on folders with the models' real shapes and no numbers, without the process
+itself. The other trainers keep other tensors than this project. Each such difference is a function below: it changes a
+part of the fake model, or adds bytes to the plan. The bytes of the trained numbers are the other trainer's, so this
+project's own are not tested here. What a source leaves open is written beside its cases. Nothing here needs Ray, a GPU or a
 network. Target: mean error within 10 %, worst within 15 %.
 
     python benchmarks/memory_published.py [--only WORD]
@@ -65,11 +66,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3-mini": ("llama", llama(32064, 3072, 8192, 32, 32, 32)),
     "Mistral-7B": ("mistral", llama(32000, 4096, 14336, 32, 32, 8, sliding_window=None)),
     "PowerLM-3B": ("granite", llama(49152, 2304, 9216, 40, 36, 36, tie_word_embeddings=True)),
-    # Qwen's first models have the parts of Qwen2, without its groups of heads.
-    "Qwen-1.8B": ("qwen2", llama(151936, 2048, 5504, 24, 16, 16)),
-    "Qwen-7B": ("qwen2", llama(151936, 4096, 11008, 32, 32, 32)),
-    "Qwen-14B": ("qwen2", llama(152064, 5120, 13696, 40, 40, 40)),
     "Gemma-2B": ("gemma", llama(256000, 2048, 16384, 18, 8, 1, head_dim=256)),
+    # LitGPT computes Phi's gelu in one kernel. transformers' own, gelu_new, keeps three tensors more per layer.
     "Phi-1.5": ("phi", llama(51200, 2048, 8192, 24, 32, 32, partial_rotary_factor=0.5, hidden_act="gelu_pytorch_tanh")),
     "Phi-2": ("phi", llama(51200, 2560, 10240, 32, 32, 32, partial_rotary_factor=0.4, hidden_act="gelu_pytorch_tanh")),
     "StableLM-alpha-3B": ("gpt_neox", llama(50688, 4096, 16384, 16, 32, 32)),
@@ -154,11 +152,9 @@ def logits_at_once(_: Case) -> Iterator[None]:
     """Compute the loss of all positions at once, as transformers does: in bfloat16, and in float32, copied once."""
 
     def forward(loss: SupervisedLoss, batch: Any, each: bool = False) -> Tensor:
-        logits = loss.logits(loss.hidden(batch).flatten(0, -2))
-        loss.__dict__["output"] = logits  # the model's output, which lives until the backward pass ends
-        wide = logits.float()
-        shifted = wide[:-1].contiguous()
-        return F.cross_entropy(shifted, torch.zeros(len(shifted), dtype=torch.int64), reduction="sum")
+        logits = _all_logits(loss, batch)
+        loss.__dict__["output"] = logits  # the model's output, which lives while the loss is computed
+        return _shifted_loss(logits.float())
 
     with _loss(forward):
         yield
@@ -166,15 +162,18 @@ def logits_at_once(_: Case) -> Iterator[None]:
 
 @contextmanager
 def logits_in_float32(_: Case) -> Iterator[None]:
-    """The same as transformers before 4.46, whose output was already in float32."""
-
-    def forward(loss: SupervisedLoss, batch: Any, each: bool = False) -> Tensor:
-        wide = loss.logits(loss.hidden(batch).flatten(0, -2)).float()
-        shifted = wide[:-1].contiguous()
-        return F.cross_entropy(shifted, torch.zeros(len(shifted), dtype=torch.int64), reduction="sum")
-
-    with _loss(forward):
+    """The same with an output in float32, as in transformers before 4.46 and in torchtune."""
+    with _loss(lambda loss, batch, each=False: _shifted_loss(_all_logits(loss, batch).float())):
         yield
+
+
+def _all_logits(loss: SupervisedLoss, batch: Any) -> Tensor:
+    return loss.logits(loss.hidden(batch).flatten(0, -2))
+
+
+def _shifted_loss(logits: Tensor) -> Tensor:
+    shifted = logits[:-1].contiguous()
+    return F.cross_entropy(shifted, torch.zeros(len(shifted), dtype=torch.int64), reduction="sum")
 
 
 @contextmanager
@@ -266,11 +265,12 @@ FMS = "https://github.com/foundation-model-stack/fms-acceleration/blob/main/scri
 TUNE = "https://github.com/meta-pytorch/torchtune/blob/main/docs/source/tutorials/"
 
 FIRST = "the tokens of the batch; assumed: of the longest example, with which the script begins"
+NVIDIA = "nothing; nvidia-smi showed 12 to 34 % more than was allocated"
 CUT = "whether a batch has an example of 512 tokens, where examples are cut; assumed"
 TABLE = Source("LitGPT, tables", LITGPT + "tutorials/resource-tables.md", ALLOCATED, FIRST, 1e9)
 HUB = Source("LitGPT, configs", LITGPT + "config_hub/finetune/README.md", ALLOCATED, CUT, 1e9)
-FMS_7B = Source("FMS, Mistral", FMS + "a100_80gb.csv", ALLOCATED, "nothing", 1)
-FMS_3B = Source("FMS, PowerLM", FMS + "a100_80gb_granite.csv", ALLOCATED, "nothing", 1)
+FMS_7B = Source("FMS, Mistral", FMS + "a100_80gb.csv", ALLOCATED, NVIDIA, 1)
+FMS_3B = Source("FMS, PowerLM", FMS + "a100_80gb_granite.csv", ALLOCATED, NVIDIA, 1)
 TUNE_2 = Source("torchtune, LoRA", TUNE + "lora_finetune.rst", RESERVED, CUT, 1e9)
 TUNE_3 = Source(
     "torchtune, Llama 3", TUNE + "llama3.rst", RESERVED, CUT + "; which figure it is; assumed: as above", 1e9
@@ -431,6 +431,17 @@ NOT_COMPARABLE = (
 )
 """Figures that were found and left out, and the reason."""
 
+CAUSES = (
+    (
+        "LitGPT, configs, nf4",
+        "10 to 18 % too low; the cause is unknown. A second copy of each packed layer's input would explain all nine"
+        " within 3 %, but no code for it was found; the same trainer's older figures (tables) need none",
+    ),
+    ("torchtune, LoRA", "7 to 10 % too low: reserved, and 0.5 GB more than the weights before the first step"),
+    ("Gemma-2B", "11 % too low; the cause is unknown"),
+)
+"""Cases that are far off, and why."""
+
 HEADER = ("source", "model", "base", "rank", "layers", "sequences", "measured GiB", "planned GiB", "off")
 
 
@@ -453,6 +464,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\nFigures, what they measure, and what their sources leave open:")
     for source in dict.fromkeys(case.source for case in CASES):
         print(f"- {source.name}: {source.where} ({source.measures}). Open: {source.open}.")
+    print("\nFar off:")
+    for name, reason in CAUSES:
+        print(f"- {name}: {reason}")
     print("\nNot comparable:")
     for name, reason in NOT_COMPARABLE:
         print(f"- {name}: {reason}")

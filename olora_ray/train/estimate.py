@@ -122,10 +122,10 @@ def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) 
         installed = importlib.util.find_spec("flash_attn") or attention.kernel()
         flat = installed and not apart and dtype in (torch.bfloat16, torch.float16)
         wanted = attention.FLASH if flat else "sdpa"
-    # Flash attention keeps the same tensors as torch's kernel for variable lengths, which runs on fake tensors too. Both
-    # return one tensor, token by token; "segments", which stands in for them in an older torch, needs a copy of it.
-    flat = attention.VARLEN if attention.kernel() else "segments"
-    first = flat if wanted in (attention.FLASH, attention.VARLEN) else wanted
+    # Flash attention keeps the same tensors as torch's kernel for variable lengths, which fake tensors can run. Both
+    # return one tensor, token by token. "segments" stands in for them in an older torch; it also keeps a copy.
+    stand_in = attention.VARLEN if attention.kernel() else "segments"
+    first = stand_in if wanted in (attention.FLASH, attention.VARLEN) else wanted
     return (first, attention.own(model))
 
 
