@@ -3,7 +3,7 @@
 The plan is `estimate` (train/estimate.py) on folders with the models' real shapes and no numbers, without the process
 itself. The other trainers keep other tensors than this project. Each such difference is a function below: it changes a
 part of the fake model, or adds bytes to the plan. The bytes of the trained numbers are the other trainer's, so this
-project's own are not tested here. What a source leaves open is written beside its cases. Nothing here needs Ray, a GPU or a
+project's own are not tested here. What a source leaves open is written beside its cases. Nothing needs Ray, a GPU or a
 network. Target: mean error within 10 %, worst within 15 %.
 
     python benchmarks/memory_published.py [--only WORD]
