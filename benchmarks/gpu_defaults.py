@@ -7,22 +7,18 @@ known ones; their files are headers without numbers. README's config is used: mo
 """
 
 import argparse
-import json
 import logging
-import math
-import struct
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import ray
-from common import table
+from common import hollow, table
 from ray.cluster_utils import Cluster
 
 from olora_ray.cluster import preflight, resources
@@ -58,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
-        bases = {name: hollow(Path(scratch) / name, *MODELS[name]) for name in args.models}
+        bases = {name: llama(Path(scratch) / name, *MODELS[name]) for name in args.models}
         rows = [row for name in args.clusters for row in on_cluster(name, bases, scratch)]
     print(table(HEADER, sorted(rows, key=lambda row: list(MODELS).index(row[0]))))
     return 0
@@ -119,47 +115,17 @@ def _cluster(gpus: Sequence[int]) -> Iterator[None]:
         cluster.shutdown()
 
 
-def hollow(folder: Path, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> BaseModel:
-    """Write a folder of a Llama whose file of weights is a header and a hole."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        max_position_embeddings=8192,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    shape.save_pretrained(folder)
-    with torch.device("meta"):
-        weights = LlamaForCausalLM(shape).state_dict()
-    index: dict[str, str] = {}
-    for number, names in enumerate(batched(weights, 9)):  # safetensors maps a whole file into memory
-        header, place = dict[str, Any](), 0
-        for name in names:
-            index[name] = f"model-{number:05}.safetensors"
-            size = 2 * math.prod(weights[name].shape)
-            header[name] = {"dtype": "BF16", "shape": list(weights[name].shape), "data_offsets": [place, place + size]}
-            place += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / index[names[0]]).open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + place)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return BaseModel(folder.name, str(folder), folder.name)
-
-
-def batched(names: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Yield the names in lists of `size`; the last may be shorter."""
-    left = iter(names)
-    while some := list(islice(left, size)):
-        yield some
+def llama(folder: Path, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> BaseModel:
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 8192,
+    }
+    return hollow(folder, "llama", shape)
 
 
 if __name__ == "__main__":

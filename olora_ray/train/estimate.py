@@ -10,17 +10,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
 from olora_ray.adapter.inject import Coverage, Selection, coverage, find_targets, inject, select
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.load import override
@@ -67,6 +69,9 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
         rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
         # Fake tensors claim to be on a CPU, where the head's chunks are smaller than on a GPU.
         fake.loss.__dict__["chunk"] = lambda _: rows
+        for layer in fake.adapted.values():
+            if gpu and config.adapter.dropout:
+                layer.__dict__["dropped_out"] = partial(_dropped_out, layer)
         for name in _implementations(model, config, dtype, gpu):
             try:
                 model.set_attn_implementation(name)
@@ -83,6 +88,11 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
     finally:
         attention.forget()  # its caches hold fake tensors now, which must not reach a real model
     return Measured(0, 0, problem)
+
+
+def _dropped_out(layer: AdaptedWeight, x: Tensor) -> Tensor:
+    # On a GPU the mask that is kept has a byte per number, on a CPU it has the input's precision.
+    return torch.native_dropout(x, layer.dropout, True)[0] if layer.training else x
 
 
 def _small_enough(config: Config) -> tuple[Config, float]:
@@ -112,9 +122,10 @@ def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) 
         installed = importlib.util.find_spec("flash_attn") or attention.kernel()
         flat = installed and not apart and dtype in (torch.bfloat16, torch.float16)
         wanted = attention.FLASH if flat else "sdpa"
-    # Flash attention and torch's attention for variable lengths keep the same tensors as torch's fused kernel, in the
-    # same layout. So "segments", which uses that kernel, stands in for them.
-    first = "segments" if wanted in (attention.FLASH, attention.VARLEN) else wanted
+    # Flash attention keeps the same tensors as torch's kernel for variable lengths, which fake tensors can run. Both
+    # return one tensor, token by token. "segments" stands in for them in an older torch; it also keeps a copy.
+    stand_in = attention.VARLEN if attention.kernel() else "segments"
+    first = stand_in if wanted in (attention.FLASH, attention.VARLEN) else wanted
     return (first, attention.own(model))
 
 
