@@ -1,7 +1,10 @@
 """Parts that the benchmarks share: the model, a line about the machine, tables."""
 
+import json
+import math
 import os
 import platform
+import struct
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 from olora_ray.common.logs import quiet_bitsandbytes
 from olora_ray.config.schema import Config
 from olora_ray.model.load import pick_dtype
+from olora_ray.model.source import BaseModel
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.shard import pack
 from olora_ray.tokens.store import order
@@ -34,6 +38,38 @@ def model_folder(model: str, storage: str) -> str:
     from olora_ray.model.source import obtain
 
     return obtain(config(storage, {"name": model})).folder
+
+
+def hollow(folder: Path, family: str, shape: dict[str, Any]) -> BaseModel:
+    """Write a folder of a model in bfloat16 whose file of weights is a header and a hole."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, dtype="bfloat16", **shape))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    weights = [(name, weight) for name, weight in model.state_dict().items() if name not in tied]
+    # One file per 64 weights: the system refuses to map a file that is larger than its memory.
+    files = {f"model-{start:05}.safetensors": dict(weights[start : start + 64]) for start in range(0, len(weights), 64)}
+    for name, inside in files.items():
+        _write_hole(folder / name, inside)
+    places = {weight: name for name, inside in files.items() for weight in inside}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return BaseModel(folder.name, str(folder), "")
+
+
+def _write_hole(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    header, place = dict[str, Any](), 0
+    for name, weight in weights.items():
+        size = 2 * math.prod(weight.shape)
+        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + place)
 
 
 def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:

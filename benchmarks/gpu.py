@@ -1,16 +1,18 @@
-"""The GPU kit: checks, initialisation, speed and memory on one GPU, beside PEFT with transformers' Trainer.
+"""The day of the GPU: three commands of at most nine minutes each, on a machine with one GPU.
 
-It needs torch, transformers, peft, pydantic and pyarrow, but no network, no Ray and no MLflow; the project need not
-be installed. The checks use a small random Llama in float32 and bfloat16: the start equals the base model to the bit,
-packed examples have the same gradient as single ones, the gradient equals PEFT's, and the self-test gives a verdict
-on each attention kernel. The measurements use random weights of Llama 3's shape: the factors beside PEFT's (on one
-block, because PEFT's QR uses the complete matrix), and a pass over packed chats of random tokens with rank 16 on all
-linear layers. PEFT gets several batch sizes, with and without recomputed activations; its best one counts. The share
-of the peak counts only necessary work (benchmarks/multiplications.py), the same for both. On a GPU each measurement
-has its own process.
+    python benchmarks/gpu.py right        does training on this device compute the right values?
+    python benchmarks/gpu.py fast         an 8B model: speed, and memory beside its plan; PEFT and TRL; a profile
+    python benchmarks/gpu.py sizes        135M to 8B over 512 to 16,384 tokens at once; 4 bits; a mixture; the factors
 
-    python benchmarks/gpu.py [--json gpu.json] [--size 8b] [--parts checks,init,training] [--lengths 4096,8192]
-    python benchmarks/gpu.py --size tiny --device cpu        all of it on a CPU, to see that it runs
+Each job runs in a process of its own. When it ends, its line of JSON is appended to --out: what it measured, or its
+error. Jobs that the --budget (seconds) leaves no time for are named at the end; the same command again runs them, and
+those that failed. --table shows what --out holds, and runs nothing.
+
+It needs torch, transformers, peft, pydantic and pyarrow, but no network, no Ray and no MLflow; the project need not be
+installed. TRL (with datasets) and bitsandbytes are needed by the jobs with their names. The models have random weights
+and known shapes. A share of the peak counts only necessary work (benchmarks/multiplications.py), of all sides alike.
+
+    python benchmarks/gpu.py right --size tiny --device cpu        on a CPU, to see that it runs
 """
 
 import argparse
@@ -18,10 +20,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +34,14 @@ if missing := [n for n in ("torch", "transformers", "peft", "accelerate", "pydan
 
 import torch  # noqa: E402
 from common import machine, table  # noqa: E402
-from gpu_checks import checks  # noqa: E402
+from gpu_checks import CHECKS  # noqa: E402
 from gpu_models import SIZES, facts  # noqa: E402
-from gpu_training import initialisation, ours, peft  # noqa: E402
+from gpu_training import initialisation, ours, peft, profile, trl  # noqa: E402
 
 from olora_ray.common.logs import quiet_transformers  # noqa: E402
 
-PARTS = ("checks", "init", "training")
-TARGETS = {"share of the peak": 0.45, "times PEFT": 1.5, "tokens a second": 12_500.0}
-"""Targets for size 8b on one H100."""
-WORK = {
-    "card": facts,
-    "checks": lambda job: checks(torch.device(job["device"])),
-    "init": initialisation,
-    "ours": ours,
-    "peft": peft,
-}
+WORK = {"card": facts, "init": initialisation, "ours": ours, "peft": peft, "trl": trl, "profile": profile, **CHECKS}
+"""Kind of a job -> function that returns what it measures. A check returns name -> {"ok": ..., ...}."""
 Found = dict[str, Any]
 
 
@@ -59,174 +53,188 @@ def main(argv: Sequence[str]) -> int:
         print("\n" + json.dumps(WORK[json.loads(args.job)["kind"]](json.loads(args.job))), flush=True)
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch finds no GPU; --size tiny --device cpu tests the kit on a CPU")
-    found: Found = {"machine": machine(), "size": args.size, "dtype": args.dtype, "card": run(_job("card", args))}
-    for part in ("card", *args.parts):
-        print(f"{SHOWN[part](measured(part, found, args))}\n", flush=True)
-        if args.json:  # what has been measured is kept when something later fails
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0 if all_passed(found) else 1
-
-
-def measured(part: str, found: Found, args: argparse.Namespace) -> Any:
-    if part == "training":
-        lengths = args.lengths or SIZES[args.size].lengths
-        found[part] = [contest(args, length, found["card"].get("peak")) for length in lengths]
-    elif part not in found:
-        found[part] = run(_job(part, args))
-    return found[part]
-
-
-def all_passed(found: Found) -> bool:
-    checks = found.get("checks", {})
-    return "failed" not in checks and all(check["ok"] for check in checks.values())
-
-
-def contest(args: argparse.Namespace, length: int, top: float | None) -> Found:
-    """Return the passes of both sides at one length, with their shares of the peak."""
-    size = SIZES[args.size]
-    batches = [max(1, size.micro_tokens // length)]
-    while batches[-1] > 1:
-        batches.append(batches[-1] // 2)
-    mine: list[Found] = []
-    for recompute, batch in product((False, True), batches):  # the largest that fits, the faster way first
-        mine.append(_tried(_job("ours", args, length=length, batch=batch, recompute=recompute)))
-        if "tokens a second" in mine[-1]:
+        raise SystemExit("torch finds no GPU; --size tiny --device cpu tries the kit on a CPU")
+    begun, jobs = time.monotonic(), list(planned(args))
+    done = {_key(line["job"]): line for line in read(args.out)}
+    left = [job for job in jobs if "failed" in done.get(_key(job), {"failed": ""})]
+    for job in [] if args.table else left:
+        room = args.budget - (time.monotonic() - begun)
+        if room < 5:
             break
-    theirs = [
-        _tried(_job("peft", args, length=length, batch=batch, recompute=recompute)) for batch, recompute in size.peft
-    ]
-    work = mine[-1].get("operations a token")
-    for each in (*mine, *theirs):
-        if work and top and "tokens a second" in each:
-            each["share of the peak"] = each["tokens a second"] * work / top
-    return {"length": length, "ours": mine, "peft": theirs}
+        print(f"{named(job)} ...", end=" ", flush=True)
+        line = {"job": job, "machine": machine(), **run(job, room)}
+        with args.out.open("a") as file:  # at once: what has been measured is kept when something later fails
+            file.write(json.dumps(line) + "\n")
+        done[_key(job)] = line
+        print(said(line), flush=True)
+    lines = [done[_key(job)] for job in jobs if _key(job) in done]
+    print(f"\n{report(lines)}\n")
+    if over := [named(job) for job in jobs if _key(job) not in done]:
+        print(f"not run: {', '.join(over)}; the same command again runs them")
+    return 0 if len(lines) == len(jobs) and all(right(line) for line in lines) else 1
 
 
-def run(job: Found) -> Found:
-    """Run a job; on a GPU in a new process, so that it starts with empty memory and may crash."""
-    if job["device"] == "cpu":
-        return WORK[job["kind"]](job)
+def planned(args: argparse.Namespace) -> Iterator[Found]:
+    """Yield the jobs of a command, the most important ones first."""
+    common = {"device": args.device, "dtype": args.dtype, "rank": args.rank}
+    small = SIZES["tiny"].micro_tokens if args.size == "tiny" else None
+    yield {"kind": "card", **common}
+    if args.command == "right":
+        yield from ({"kind": kind, **common} for kind in CHECKS)
+        return
+    if args.command == "fast":
+        size = SIZES[args.size]
+        length, own = size.lengths[0], {**common, "size": args.size, "step_tokens": size.step_tokens}
+        batch = max(1, size.micro_tokens // length)
+        each = {**own, "length": length, "batch": batch, "recompute": False}
+        yield {"kind": "ours", **each}
+        yield {"kind": "profile", **each}
+        yield from (
+            {"kind": "peft", **each, "batch": batch, "recompute": recompute} for batch, recompute in size.peft[:2]
+        )
+        yield {"kind": "ours", **each, "attention": "sdpa"}
+        yield {"kind": "ours", **each, "recompute": True}
+        yield {"kind": "trl", **each, "batch": 1}
+        yield {"kind": "ours", **each, "length": size.lengths[1], "batch": 1}
+        yield from (
+            {"kind": "peft", **each, "batch": batch, "recompute": recompute} for batch, recompute in size.peft[2:]
+        )
+        return
+    for name in ("tiny",) if small else ("135m", "1b", "8b"):
+        for tokens in (small, 2 * small) if small else (512, 2048, 8192, 16384):
+            length = min(tokens, small or 2048)
+            each = {**common, "size": name, "length": length, "batch": tokens // length, "recompute": False}
+            yield {"kind": "ours", **each, "step_tokens": max(tokens, SIZES[name].step_tokens // 2)}
+    name = "tiny" if small else "8b"
+    own = {**common, "size": name, "length": SIZES[name].lengths[0], "batch": 1, "recompute": False}
+    yield {"kind": "ours", **own, "step_tokens": SIZES[name].step_tokens, "quantization": "nf4"}
+    mixture = f"{'tiny' if small else 'large'} mixture"
+    yield {"kind": "ours", **own, "step_tokens": SIZES[name].step_tokens, "size": mixture}
+    yield {"kind": "init", **common, "size": name}
+
+
+def run(job: Found, room: float) -> Found:
+    """Run a job in a new process, so that it starts with empty memory, may crash, and ends after `room` seconds."""
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     # Otherwise transformers' Trainer would split its batches over all visible GPUs.
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": first}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": first, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=room)
+    except subprocess.TimeoutExpired as error:
+        return {"failed": f"ended after {room:.0f} s, at the end of the budget", "stderr": _text(error.stderr)}
+    took = {"took": round(time.monotonic() - began, 1)}
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        return {"failed": last[0][:300] if last else f"exit code {done.returncode}"}
-    found: Found = json.loads(done.stdout.splitlines()[-1])
-    return found
+        return {"failed": last[0] if last else f"exit code {done.returncode}", "stderr": done.stderr, **took}
+    return {"found": json.loads(done.stdout.splitlines()[-1]), **took}
 
 
-def _tried(job: Found) -> Found:
-    print(f"{job['kind']}, {job['length']} tokens, batch {job['batch']} ...", file=sys.stderr, flush=True)
-    return {"batch": job["batch"], "recomputed": job["recompute"], **run(job)}
+def read(file: Path) -> list[Found]:
+    """Return the lines of earlier commands; a line that was cut off is none."""
+    lines: list[Found] = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
 
 
-def _job(kind: str, args: argparse.Namespace, **others: Any) -> Found:
-    own = {"kind": kind, "device": args.device, "size": args.size, "dtype": args.dtype, "rank": args.rank}
-    return {**own, "step_tokens": SIZES[args.size].step_tokens, **others}
+def right(line: Found) -> bool:
+    """True if a job ended, and its checks hold."""
+    checks = line.get("found", {}).values() if line["job"]["kind"] in CHECKS else ()
+    return "failed" not in line and all(check["ok"] for check in checks)
 
 
-def card_line(found: Found) -> str:
-    if "failed" in found:
-        return f"{machine()}\nthe card: {found['failed']}"
-    return (
-        f"{machine()}\n{found['name']}: peak {found['peak'] / 1e12:.1f} TFLOP/s ({found['source']}), torch.matmul"
-        f" {found['torch.matmul'] / 1e12:.1f}"
-    )
+def named(job: Found) -> str:
+    if "length" not in job:
+        return f"{job['kind']}{', ' + job['size'] if 'size' in job else ''}"
+    others = [job[name] for name in ("attention", "quantization") if name in job]
+    others += ["recomputed"] * job["recompute"]
+    return ", ".join([f"{job['kind']}, {job['size']}: {job['batch']} x {job['length']} tokens", *others])
 
 
-def checks_table(found: Found) -> str:
-    if "failed" in found:
-        return f"the checks did not run: {found['failed']}"
-    return table(("check", "result"), [(name, shown(each)) for name, each in found.items()])
+def said(line: Found) -> str:
+    """Return what a job gave, in a few words."""
+    if "failed" in line:
+        return f"FAILED: {line['failed'][:200]}"
+    found = line["found"]
+    if line["job"]["kind"] in CHECKS:
+        wrong = [name for name, check in found.items() if not check["ok"]]
+        return f"FAILED: {', '.join(wrong)}" if wrong else f"{len(found)} ok"
+    return f"{found['tokens a second']:.0f} tokens/s" if "tokens a second" in found else "done"
+
+
+def report(lines: Sequence[Found]) -> str:
+    """Return the tables of these lines: checks, trainings, profiles, and the rest as it is."""
+    parts = [line["machine"] for line in lines[:1]]
+    rows, trainings = [], []
+    work = {
+        (line["job"]["size"], line["job"]["length"]): line["found"]["operations a token"]
+        for line in lines
+        if "operations a token" in line.get("found", {})
+    }
+    top = next((line["found"].get("peak") for line in lines if line["job"]["kind"] == "card" and "found" in line), None)
+    for line in lines:
+        kind, found = line["job"]["kind"], line.get("found", {})
+        if "failed" in line:
+            parts.append(f"{named(line['job'])}: {line['failed']}")
+        elif kind in CHECKS:
+            rows += [(name, shown(check)) for name, check in found.items()]
+        elif "tokens a second" in found:
+            needed = work.get((line["job"]["size"], line["job"]["length"]))  # the same for all sides
+            trainings.append((named(line["job"]), *_cells(found, needed, top)))
+        elif kind == "profile":
+            total = sum(found.values())
+            shares = [(name, f"{1e3 * each:.1f}", f"{each / total:.0%}") for name, each in found.items()]
+            parts.append(table((named(line["job"]), "ms", "share"), shares))
+        else:
+            values = (
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in found.items()
+            )
+            parts.append(f"{kind}: {', '.join(values)}")
+    parts += [table(("check", "result"), rows)] if rows else []
+    header = ("training", "tokens/s", "share of the peak", "GiB", "planned", "attention")
+    parts += [table(header, trainings)] if trainings else []
+    return "\n\n".join(parts)
 
 
 def shown(check: Found) -> str:
     if "refused" in check:
         return f"refused: {check['refused'].partition(': ')[2][:70]}"
     told = check.get("failed") or (f"off by {check['difference']:.1e}" if "difference" in check else "")
-    return f"{'ok' if check['ok'] else 'FAILED'} {told} {check.get('attention', '')}".rstrip()
+    return f"{'ok' if check['ok'] else 'FAILED'} {told} {check.get('told', check.get('attention', ''))}".rstrip()
 
 
-def init_line(found: Found) -> str:
-    if "failed" in found:
-        return f"initialisation: {found['failed']}"
-    return (
-        f"initialisation: {found['layers']} layers in {found['ours']:.2f} s; the {found['layers of a block']} of a"
-        f" block in {found['ours, a block']:.3f} s, with PEFT in {found['PEFT, a block']:.2f} s:"
-        f" {found['ratio']:.0f} times; largest difference of the factors {found['difference']:.1e}"
-    )
+def _cells(found: Found, work: float | None, top: float | None) -> tuple[str, ...]:
+    share = f"{found['tokens a second'] * work / top:.1%}" if work and top else "-"
+    planned = f"{found['planned GiB']:.1f}" if "planned GiB" in found else "-"
+    return f"{found['tokens a second']:.0f}", share, f"{found['GiB']:.1f}", planned, found["attention"]
 
 
-def training_table(contests: Sequence[Found]) -> str:
-    rows = []
-    for contest in contests:
-        for name in ("ours", "peft"):
-            for each in contest[name]:
-                how = f", batch {each['batch']}{', recomputed' if each['recomputed'] else ''}"
-                title = f"{contest['length']}: {'ours' if name == 'ours' else 'PEFT + Trainer'}{how}"
-                rows.append((title, *_cells(each)))
-    lines = table(("length", "tokens/s", "share of the peak", "GiB", "attention"), rows)
-    return "\n".join((lines, *map(verdict, contests)))
+def _key(job: Found) -> str:
+    return json.dumps(job, sort_keys=True)
 
 
-def _cells(found: Found) -> tuple[str, str, str, str]:
-    if "failed" in found:
-        out = "OutOfMemory" in found["failed"]
-        return "-", "-", "-", "out of memory" if out else found["failed"][:60]
-    share = f"{found['share of the peak']:.1%}" if "share of the peak" in found else "-"
-    return f"{found['tokens a second']:.0f}", share, f"{found['GiB']:.1f}", found["attention"]
-
-
-def verdict(contest: Found) -> str:
-    mine, theirs = (best(contest[name]) for name in ("ours", "peft"))
-    if mine is None or theirs is None:
-        return f"{contest['length']} tokens: no pass of {'ours' if mine is None else 'PEFT'} has ended"
-    times = mine["tokens a second"] / theirs["tokens a second"]
-    return (
-        f"{contest['length']} tokens: {times:.2f} times PEFT's best speed, {mine['GiB'] / theirs['GiB']:.2f} times its"
-        f" memory; {against_targets({**mine, 'times PEFT': times})}"
-    )
-
-
-def against_targets(found: Found) -> str:
-    told = [
-        f"{name} {found[name]:,.2f} ({TARGETS[name]:,.2f}: {'met' if found[name] >= TARGETS[name] else 'missed'})"
-        for name in TARGETS
-        if name in found
-    ]
-    return f"targets of 8b on one H100: {', '.join(told)}"
-
-
-def best(passes: Sequence[Found]) -> Found | None:
-    return max((each for each in passes if "tokens a second" in each), key=lambda e: e["tokens a second"], default=None)
-
-
-SHOWN = {"card": card_line, "checks": checks_table, "init": init_line, "training": training_table}
-"""Part -> function that prints its results."""
+def _text(given: str | bytes | None) -> str:
+    return given.decode(errors="replace") if isinstance(given, bytes) else given or ""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=tuple(SIZES), default="8b")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("command", nargs="?", choices=("right", "fast", "sizes"), default="right")
+    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="one line of JSON per job (gpu.jsonl)")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for the whole command (540)")
+    parser.add_argument("--size", choices=("tiny", "1b", "8b"), default="8b", help="of `fast`; tiny: also of `sizes`")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lengths", type=_numbers, help="lengths of packed sequences, in tokens")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--table", action="store_true", help="show what --out holds, and run nothing")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        parser.error(f"--parts: {unknown[0]}: not one of {', '.join(PARTS)}")
-    return args
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

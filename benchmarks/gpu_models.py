@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from multiplications import rates
 
+from olora_ray.train.estimate import peak_of
+
 Row = tuple[np.ndarray, np.ndarray]
 """(input_ids, supervised)."""
 
@@ -23,8 +25,9 @@ class Size:
     """Tokens per optimizer step."""
     pass_tokens: int
     """Tokens of a timed pass."""
-    peft: tuple[tuple[int, bool], ...] = ((1, False), (2, False), (4, True), (8, True))
-    """Settings to try with PEFT: (rows per batch, recompute activations)."""
+    peft: tuple[tuple[int, bool], ...] = ((2, False), (4, True), (1, False), (8, True))
+    """Settings to try with PEFT, the most promising first: (rows per batch, recompute activations)."""
+    experts: bool = False
 
 
 def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, int]:
@@ -40,30 +43,24 @@ def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, gr
 
 SIZES = {
     "tiny": Size(_shape(512, 64, 128, 2, 4, 2), (64, 128), 128, 256, 1024, ((2, False), (4, True))),
+    "tiny mixture": Size(
+        _shape(512, 64, 128, 2, 4, 2) | {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+        (64, 128),
+        *(128, 256, 512),
+        experts=True,
+    ),
+    "135m": Size(_shape(49152, 576, 1536, 30, 9, 3), (2048, 8192), 16384, 65536, 131072),
     "1b": Size(_shape(128256, 2048, 8192, 16, 32, 8), (4096, 8192), 16384, 65536, 262144),
     "8b": Size(_shape(128256, 4096, 14336, 32, 32, 8), (4096, 8192), 8192, 32768, 131072),
+    "large mixture": Size(
+        _shape(151936, 2048, 6144, 2, 32, 4)
+        | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128},
+        (4096, 8192),
+        *(4096, 16384, 65536),
+        experts=True,
+    ),
 }
-"""Llama 3's shapes, and one for a test on a CPU."""
-
-PEAKS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "H800": 989.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A40": 149.7,
-    "A10G": 125.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-}
-"""Part of a card's name -> TFLOP/s in bfloat16, dense, as its maker states it."""
+"""Shapes of SmolLM2, Llama 3, and two layers of Qwen3-30B-A3B, and small ones for a test on a CPU."""
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -71,14 +68,9 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
     For a card that is not in the table, a CPU or another precision, the number is the measured rate of a large product.
     """
-    if device.type == "cuda" and dtype is torch.bfloat16 and (part := known_card(torch.cuda.get_device_name(device))):
-        return PEAKS[part] * 1e12, f"stated by the maker for {part}"
+    if device.type == "cuda" and dtype is torch.bfloat16 and (top := peak_of(torch.cuda.get_device_name(device))):
+        return top, "stated by the maker"
     return matrix_rate(device, dtype), "measured: the largest product of torch.matmul"
-
-
-def known_card(name: str) -> str | None:
-    # The longest match: "L40S" also contains "L4".
-    return max((part for part in PEAKS if part.lower() in name.lower()), key=len, default=None)
 
 
 def facts(job: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +85,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return max(rates([(side, side, side)], dtype, device).values())
 
 
-def random_llama(size: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def random_model(size: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-    shape = LlamaConfig(**SIZES[size].shape, max_position_embeddings=16384, pad_token_id=0, rope_theta=500000.0)
+    family: Any = Qwen3MoeConfig if SIZES[size].experts else LlamaConfig
+    shape = family(**SIZES[size].shape, max_position_embeddings=16384, pad_token_id=0, rope_theta=500000.0)
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)

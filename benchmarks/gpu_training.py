@@ -1,8 +1,10 @@
-"""The measurements of benchmarks/gpu.py: initialisation, and a training pass of ours and of PEFT with transformers'
-Trainer."""
+"""The measurements of benchmarks/gpu.py: the factors, and training passes of ours, of PEFT with transformers' Trainer,
+and of TRL, over the same chats."""
 
+import math
 import resource
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,20 +15,23 @@ import numpy as np
 import torch
 from common import config, memory_store
 from contestants import Setting
-from gpu_models import SIZES, Row, chats, random_llama
-from multiplications import needed, shapes_of, timed
+from gpu_models import SIZES, Row, chats, random_model
+from multiplications import needed, shapes_of, timed, wait
 from peers import arguments, pad
 from torch import Tensor
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import Target, find_targets, inject
 from olora_ray.config.schema import Config
+from olora_ray.model import attention
+from olora_ray.model.quantised import QuantisedLinear
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import order
+from olora_ray.train.estimate import COPIES, measure
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.parallel import place_model
+from olora_ray.train.parallel import packed_size, place_model, to_pack
 from olora_ray.train.self_test import choose_attention
 
 Found = dict[str, Any]
@@ -35,7 +40,7 @@ Found = dict[str, Any]
 def initialisation(job: dict[str, Any]) -> Found:
     """Return seconds for the factors of the complete model, and of its first block beside PEFT's."""
     device, rank = torch.device(job["device"]), int(job["rank"])
-    model = random_llama(job["size"], getattr(torch, job["dtype"]), device)
+    model = random_model(job["size"], getattr(torch, job["dtype"]), device)
     targets = find_targets(model, "all-linear", rank)
     first = {name: target for name, target in targets.items() if ".layers.0." in name}
     initialise(first, "olora", rank, 0, device)  # warms up
@@ -60,10 +65,10 @@ def initialisation(job: dict[str, Any]) -> Found:
 
 
 def ours(job: dict[str, Any]) -> Found:
+    """Run a timed pass; `attention` and `quantization` of the job are those of the config's section `model`."""
     device, store = torch.device(job["device"]), memory_store(_rows(job), job["length"])
     settings = _settings(job)
-    trainer, tested = _our_trainer(job, settings, store)
-    shapes = shapes_of(trainer, collate(store[:1], tested.attention))
+    trainer, tested, packing = _our_trainer(job, settings, store)
     steps = -(-len(store) // settings.train.global_batch)
 
     def one_pass() -> Iterator[Any]:
@@ -71,24 +76,76 @@ def ours(job: dict[str, Any]) -> Found:
         return trainer.steps(loader, 0, Schedule(settings.train.model_copy(update={"steps": steps}), store))
 
     deque(islice(one_pass(), 1), maxlen=0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     seconds = timed(lambda: deque(one_pass(), maxlen=0), device)
     places = order(len(store), settings.run.seed, 0, steps * settings.train.global_batch)
     done = [store[int(place)] for place in places]
     lengths = [length for pack in done for length in pack.segments]
-    work = needed(shapes, lengths, sum(int(pack.supervised.sum()) for pack in done))
-    return {
+    found = {
         **_speed(len(lengths), sum(lengths), seconds, device),
-        "operations a token": sum(work.values()) / sum(lengths),
+        "planned GiB": _planned(job, settings) / 2**30,
         "attention": tested.attention,
         "passed over": dict(tested.passed_over),
+        **({"packed in seconds": packing} if packing else {}),
     }
+    if not SIZES[job["size"]].experts:
+        shapes = shapes_of(trainer, collate(store[:1], tested.attention))
+        work = needed(shapes, lengths, sum(int(pack.supervised.sum()) for pack in done))
+        found["operations a token"] = sum(work.values()) / sum(lengths)
+    return found
+
+
+def profile(job: dict[str, Any]) -> Found:
+    """Return class of work -> seconds on the device in the forward and backward pass of one micro-batch."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    device, store = torch.device(job["device"]), memory_store(_rows(job), job["length"])
+    trainer, tested, _ = _our_trainer(job, _settings(job), store)
+    batch = collate(store[: job["batch"]], tested.attention).to(device)
+    trainer.loss(batch).backward()  # warms up
+    wait(device)
+    on_gpu = device.type == "cuda"
+    with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        trainer.loss(batch).backward()
+        wait(device)
+    spent = dict.fromkeys(CLASSES, 0.0) | {"the rest": 0.0}
+    for each in found.key_averages():
+        name = next((name for name, parts in CLASSES.items() if any(p in each.key.lower() for p in parts)), "the rest")
+        spent[name] += (each.self_device_time_total if on_gpu else each.self_cpu_time_total) / 1e6
+    return spent
+
+
+CLASSES = {
+    "attention": ("flash", "fmha", "attention", "varlen"),
+    "products": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "::mm", "addmm", "bmm", "::linear"),
+    "copies": ("memcpy", "memset", "copy", "::cat", "catarray"),
+    "elementwise and sums": ("elementwise", "reduce", "softmax", "norm", "::mul", "::add", "silu", "::sum", "::pow"),
+}
+"""Class of work -> parts of the names of its kernels; the first that fits."""
+
+
+def _planned(job: dict[str, Any], settings: Config) -> float:
+    """Return the bytes of the project's plan for this training."""
+    dtype = getattr(torch, job["dtype"])
+    model = random_model(job["size"], dtype, torch.device("meta"))
+    base: float = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if kind := job.get("quantization"):
+        numbers, packed, unpacked = packed_size(model, kind, dtype)
+        base += packed + unpacked - numbers * dtype.itemsize
+    targets = find_targets(model, settings.adapter.targets, settings.adapter.rank)
+    whole = [target.whole_shape for target in targets.values()]
+    trainable = sum(settings.adapter.rank * sum(shape[-2:]) * math.prod(shape[:-2]) for shape in whole)
+    step = measure(model, targets, settings, dtype, gpu=job["device"] == "cuda").step
+    return base + 4 * trainable * (COPIES + 2) + step  # beside the copies: the factors A0 and B0
 
 
 def _settings(job: dict[str, Any]) -> Config:
     micro = int(job["batch"])
     return config(
         "unused",
-        {"name": "unused", "dtype": job["dtype"]},
+        {"name": "unused", "dtype": job["dtype"], "attention": job.get("attention", "auto")},
         adapter={"rank": job["rank"], "alpha": job["rank"]},
         data={"train": [{"path": "unused.jsonl"}], "max_length": job["length"]},
         train={
@@ -97,25 +154,34 @@ def _settings(job: dict[str, Any]) -> Config:
             "lr": 1.0e-4,
             "schedule": "constant",
             "warmup": 0.0,
+            "activation_checkpointing": job["recompute"],
         },
         cluster={"workers": 1},
     )
 
 
-def _our_trainer(job: dict[str, Any], settings: Config, store: Any) -> tuple[Trainer, SelfTest]:
+def _our_trainer(job: dict[str, Any], settings: Config, store: Any) -> tuple[Trainer, SelfTest, float]:
+    """Return the trainer, the verdict on its attention, and the seconds in which the base was packed."""
     device, adapter = torch.device(job["device"]), settings.adapter
-    model = random_llama(job["size"], getattr(torch, job["dtype"]), device)
+    attention.register()  # a worker's load_model does it
+    model = random_model(job["size"], getattr(torch, job["dtype"]), device)
+    kind = job.get("quantization")
+    packing = timed(lambda: _pack(model, kind, device), device) if kind else 0.0
     loss: Any = SupervisedLoss(model)
-    if job["recompute"]:
-        if not hasattr(loss, "recompute"):
-            raise SystemExit("this version of the project does not recompute activations")
-        loss.recompute = True  # place_model reads it
+    loss.recompute = job["recompute"]  # place_model reads it
     tested = choose_attention(loss, store[:4], settings, device)
     targets = find_targets(model, adapter.targets, adapter.rank)
     factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device, options_of(adapter))
     adapted = inject(model, at_scale(factors, adapter), adapter.scale())
     place_model(loss, "ddp", device)
-    return Trainer(loss, adapted, settings, device), tested
+    return Trainer(loss, adapted, settings, device), tested, packing
+
+
+def _pack(model: Any, kind: str, device: torch.device) -> None:
+    for name in to_pack(model):
+        parent, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(name)
+        setattr(model.get_submodule(parent), attribute, QuantisedLinear(layer.weight, layer.bias, kind, device))
 
 
 def peft(job: dict[str, Any]) -> Found:
@@ -127,14 +193,64 @@ def peft(job: dict[str, Any]) -> Found:
 
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     flash = device.type == "cuda" and is_flash_attn_2_available()
-    model = _lora(random_llama(job["size"], dtype, device, "flash_attention_2" if flash else "sdpa"), job["rank"])
+    model = _lora(random_model(job["size"], dtype, device, "flash_attention_2" if flash else "sdpa"), job["rank"])
     rows = _rows(job)
     longest = sorted(rows, key=lambda row: -len(row[0]))
     _trainer(model, longest[: int(job["batch"])], job).train()  # warms up, and meets the largest batch
     trainer = _trainer(model, rows, job)
     seconds = timed(trainer.train, device)
     found = _speed(len(rows), sum(len(ids) for ids, _ in rows), seconds, device)
-    return found | {"attention": model.config._attn_implementation, "recomputed": job["recompute"]}
+    return found | {"attention": model.config._attn_implementation}
+
+
+def trl(job: dict[str, Any]) -> Found:
+    """Run a pass of TRL's SFTTrainer over the same chats, packed; without flash-attn its examples see each other."""
+    from transformers import TrainerCallback
+    from transformers.utils.import_utils import is_flash_attn_2_available
+    from trl import SFTConfig, SFTTrainer
+
+    device, rows = torch.device(job["device"]), _rows(job)
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    model = random_model(job["size"], getattr(torch, job["dtype"]), device, "flash_attention_2" if flash else "sdpa")
+    told = arguments(Setting("TRL", "trl", micro=job["batch"]), {"scratch": tempfile.gettempdir()}, False, len(rows))
+    told["gradient_accumulation_steps"] = max(1, job["step_tokens"] // job["length"] // job["batch"])
+    told |= {"use_cpu": job["device"] == "cpu", "bf16": False, **_recomputing(bool(job["recompute"]))}
+    trainer = SFTTrainer(
+        _lora(model, job["rank"]),
+        args=SFTConfig(**told, max_length=job["length"], packing=True, completion_only_loss=True),
+        train_dataset=_dataset(rows),
+        processing_class=_no_tokenizer(),
+    )
+    spans: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **others: Any) -> None:
+            wait(device)
+            spans.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    if len(spans) < 2:
+        raise SystemExit("a pass has fewer than two steps: none is left after the first, which warms up")
+    tokens = sum(len(ids) for ids, _ in rows) * (len(spans) - 1) // len(spans)
+    return _speed(len(rows), tokens, spans[-1] - spans[0], device) | {"attention": model.config._attn_implementation}
+
+
+def _dataset(rows: list[Row]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [{"input_ids": ids.tolist(), "completion_mask": marked.astype(int).tolist()} for ids, marked in rows]
+    )
+
+
+def _no_tokenizer() -> Any:
+    """Return a tokenizer of single words: TRL wants one, and asks it for the tokens of padding and of the end."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>", unk_token="<unk>")
 
 
 def _lora(model: Any, rank: int) -> Any:

@@ -122,7 +122,7 @@ def grown(sections: dict[str, Any]) -> int:
     trainer.loss.recompute = cfg.train.activation_checkpointing is True
     parallel.install(trainer.loss)
     best = None
-    batch = collate(list(store)[: cfg.train.micro_batch], attention)
+    batch = collate(list(store)[: cfg.train.micro()], attention)
     train_mode(trainer.adapted, True)
     for _ in range(3):
         (trainer.loss(batch) / len(batch.labels)).backward()

@@ -33,7 +33,7 @@ from export import GIB, LLAMA_1B, random_adapter, write_base
 
 from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
-from olora_ray.cluster.worker_context import use_cpus
+from olora_ray.cluster.worker_context import prepare_device
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
@@ -196,7 +196,7 @@ def config(base: Path, strategy: str, args: argparse.Namespace) -> Config:
 def train(base: Path, way: str, args: argparse.Namespace, rank: int) -> Seen:
     strategy = way.removesuffix(AGAIN)
     settings, seen = config(base, strategy, args), Seen()
-    use_cpus(settings, CPU)
+    prepare_device(settings, CPU)
     store: Any = random_store(args.workers, args.length)
     import torch.distributed.fsdp  # noqa: F401  # modules are no one's memory of a model
 

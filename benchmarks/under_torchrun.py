@@ -17,7 +17,7 @@ import torch.distributed as dist
 from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import Worker
-from olora_ray.cluster.worker_context import RayTrainContext, use_cpus
+from olora_ray.cluster.worker_context import RayTrainContext, prepare_device
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import load_config
 from olora_ray.config.schema import Config
@@ -32,7 +32,7 @@ class TorchrunContext(RayTrainContext):
 
     def __init__(self, config: Config) -> None:
         self.device, self._loss, self._installed = torch.device("cpu"), None, False
-        use_cpus(config, self.device)
+        prepare_device(config, self.device)
 
 
 class NobodyAsks:

@@ -53,8 +53,9 @@ def main(argv: list[str]) -> None:
         folder.begin(comparison, {"base model": base.model.digest, "tokenizer": base.spec.digest, **sets.contents()})
         sets.write(config)
 
-        with connect(config, base.model) as stop, driver.watch(stop), run.tracked(comparison, base) as tracker:
-            work = run.Run(comparison, base, sets, sizes, tracker.run_id)
+        connected = connect(config, base.model, trials=True)
+        with connected as (stop, config), driver.watch(stop), run.tracked(comparison, base) as tracker:
+            work = run.Run(replace(comparison, config=config), base, sets, sizes, tracker.run_id)
             tuning = work.tune()
             finals = work.train(tuning)
             driver.check()

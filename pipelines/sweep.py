@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         base = open_base(search)
         space_file.plan(search, space, base.model)
 
-        with connect(search, base.model) as stop, driver.watch(stop):
+        with connect(search, base.model, trials=True) as (stop, search), driver.watch(stop):
             spec, seconds = sweep.train_spec(search, space, base)
             spec, spared = sweep.share(spec, space, seconds)
             with sweep.tracked(spec, space) as tracker:

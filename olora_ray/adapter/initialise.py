@@ -185,13 +185,14 @@ def _compute(
     # The seed depends on the layer's name and not on the worker, so that any number of workers gives the same factors.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
     if target.experts is None:
-        factors = method.factors(target.numbers().to(device, torch.float32), rank, layer_seed, options)
+        # On the device first: the CPU would convert with one thread, and send twice as many bytes.
+        factors = method.factors(target.numbers().to(device).float(), rank, layer_seed, options)
     else:
         size = max(1, CHUNK // math.prod(target.shape))
         factors = _together(
             [
                 method.factors(
-                    target.numbers(first, first + size).to(device, torch.float32), rank, layer_seed + first, options
+                    target.numbers(first, first + size).to(device).float(), rank, layer_seed + first, options
                 )
                 for first in range(0, target.experts, size)
             ]

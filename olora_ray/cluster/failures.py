@@ -43,7 +43,7 @@ def advice_for_memory(config: Config) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        micro, length = config.train.micro_batch, config.data.length()
+        micro, length = config.train.micro(), config.data.length()
         change = [f"train.micro_batch={micro // 2}"] if micro > 1 else []
         if not change and config.train.activation_checkpointing is not True:
             change = ["train.activation_checkpointing=true"]

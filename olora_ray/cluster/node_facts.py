@@ -42,6 +42,10 @@ class NodeInfo:
     """The newest major version of CUDA that NVIDIA's driver runs."""
     torch_cuda: int | None = None
     """The major version of CUDA that torch is built for; None for CPUs and AMD's GPUs."""
+    gpu_free: int | None = None
+    """Free bytes of the GPU with the least; None if no GPU reports them."""
+    gpu_processes: tuple[int, ...] = ()
+    """Ids of the processes that compute on the GPUs."""
 
 
 def node_info() -> NodeInfo:
@@ -52,7 +56,9 @@ def node_info() -> NodeInfo:
     gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
     versions = {"python": platform.python_version(), "olora_ray": f"code {node_cache.project()}", **versions}
     cuda = (ray_internals.driver_cuda(), _torch_cuda())
-    return NodeInfo(versions, memory, gpu_memory, None, oldest, *cuda)
+    in_use = ray_internals.gpus_in_use()
+    free, processes = min((free for free, _ in in_use), default=None), tuple(id for _, ids in in_use for id in ids)
+    return NodeInfo(versions, memory, gpu_memory, None, oldest, *cuda, free, processes)
 
 
 def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo | str]:

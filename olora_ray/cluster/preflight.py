@@ -6,10 +6,10 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +41,8 @@ moments and best update."""
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """Names of precisions in the headers of safetensors."""
 ELSEWHERE = "if it runs on other machines, set RAY_ADDRESS to theirs"
+ENOUGH = 2**15
+"""Tokens of a micro-batch above which no GPU is faster, so that `auto` has no more."""
 AMPERE = (8, 0)
 """The lowest compute capability of GPUs that compute in bfloat16."""
 
@@ -174,7 +176,7 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
     if config.train.activation_checkpointing is not True:
         change["train.activation_checkpointing"] = True
         yield dict(change)
-    micro = config.train.micro_batch
+    micro = config.train.micro()
     while micro > 1:
         micro //= 2
         change["train.micro_batch"] = micro
@@ -270,18 +272,25 @@ def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.d
 
 
 Answers = list[tuple[str, NodeInfo]]
+Checked = TypeVar("Checked", bound=AnyConfig)
 
 
-def check_cluster(config: AnyConfig, base: BaseModel | None) -> None:
-    """Raise UserError with all problems that prevent the run on this cluster. Needs ray.init.
+def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False) -> Checked:
+    """Return the config with numbers instead of `auto` for workers and micro-batch. Needs ray.init.
 
-    It is no problem, but logged, if the run must wait for nodes that the autoscaler may start, or if it has a range of
-    workers. Memory and disk are checked only for a training, with a `base` and a Config.
+    Raises UserError with all problems that prevent the run on this cluster. It is no problem, but logged, if the run
+    must wait for nodes that the autoscaler may start, or if it has a range of workers. Memory and disk are checked only
+    for a training, with a `base` and a Config. `trials`: each trial of a search is such a training.
     """
     wanted = resources.worker_resources(config)
-    problems = list(_workers(config, wanted))
-    answers, silent = _ask(config, resources.schedulable_nodes())
-    problems += silent
+    answers, silent = _ask(config, resources.schedulable_nodes(), tell=True)
+    if config.cluster.workers == "auto" and "GPU" in wanted:
+        workers = (1, 1) if trials else _every_gpu(wanted)
+        config = override(config, {"cluster.workers": workers[0] if workers[0] == workers[1] else workers})
+        logger.info(f"cluster.workers: auto is {config.cluster.workers}, one for each GPU{' of a trial' * trials}")
+    if base is not None and isinstance(config, Config) and config.train.micro_batch == "auto":
+        config = override(config, {"train.micro_batch": _micro_batch(config, base, wanted, answers)})
+    problems = [*_workers(config, wanted), *silent]
     packing = KINDS.get(config.model.quantization)
     problems += version_problems(node_facts.node_info(), answers, None if packing is None else packing.library)
     problems += code_problems()
@@ -294,17 +303,50 @@ def check_cluster(config: AnyConfig, base: BaseModel | None) -> None:
         problems += disk_problems(config, size, base)
     if problems:
         raise of_problems("the run cannot start here", problems)
+    return config
 
 
-def recomputes(config: Config, base: BaseModel) -> bool:
-    """Return train.activation_checkpointing, with `auto` resolved for this cluster. Needs ray.init."""
-    if config.train.activation_checkpointing != "auto":
-        return config.train.activation_checkpointing
+def _every_gpu(wanted: Resources) -> tuple[int, int]:
+    """Return how many workers fit now, while other runs have their GPUs, and how many fit on the whole cluster."""
+    most = resources.room(wanted, resources.present())
+    if not most:  # the autoscaler will start a node with GPUs
+        nodes = (resources.Nodes(each.resources, 1) for each in resources.maximum())
+        most = max((resources.room(wanted, [node]) for node in nodes), default=0) or 1
+        return most, most
+    return min(resources.free_workers(wanted), most) or most, most
+
+
+def _micro_batch(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> int:
+    """Return the largest equal part of a step, in sequences, that fits in the memory of a GPU; without GPUs 4."""
+    gpus, loaded = wanted.get("GPU", 0.0), as_loaded(config, wanted, answers)
+    nodes = with_room(loaded, wanted, answers) if gpus else []
+    share = -(-config.train.global_batch // config.cluster.max_workers())
+    if not nodes:
+        return min(share, config.train.micro()) if gpus else config.train.micro()
+    parts = sorted({-(-share // number) for number in range(1, share + 1)}, reverse=True)
+    again = config.train.activation_checkpointing
+    for recompute in (False, True) if again == "auto" else (again,):
+        change = {"train.micro_batch": 1, "train.activation_checkpointing": recompute}
+        one = estimate(override(loaded, change), base, gpu=True)
+        for micro in parts:
+            step = int(1.1 * micro * one.activation_bytes)  # a step may take more than estimated
+            ample = replace(one, activation_bytes=step)
+            if micro * config.data.length() <= ENOUGH and fits(loaded, base, ample, gpus, nodes):
+                logger.info(
+                    f"train.micro_batch: auto is {micro}: a step takes at most about"
+                    f" {ample.total_bytes() / GIB:.1f} GiB on each GPU{', recomputed' * recompute}"
+                )
+                return micro
+    return 1
+
+
+def planned(config: Config, base: BaseModel) -> MemoryEstimate:
+    """Return the size of a training, with train.activation_checkpointing=auto resolved here. Needs ray.init."""
     wanted = resources.worker_resources(config)
     answers, _ = _ask(config, resources.schedulable_nodes())
     loaded = as_loaded(config, wanted, answers)
     size = estimate(loaded, base, gpu="GPU" in wanted)
-    return with_recomputation(loaded, base, size, wanted, answers).recompute
+    return with_recomputation(loaded, base, size, wanted, answers)
 
 
 def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> MemoryEstimate:
@@ -347,17 +389,33 @@ def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
         )
 
 
-def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
+def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False) -> tuple[Answers, list[str]]:
     # A single node is this one, and RunFolder.check has already written into its local storage.
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
-        return [(nodes[0]["NodeManagerAddress"], node_facts.node_info())], []
+        return [_with_others(nodes[0], node_facts.node_info(), tell)], []
     try:
         every = node_facts.query_nodes(nodes, config.run.storage)
     except (OSError, ValueError) as error:
         return [], [f"run.storage: {config.run.storage} cannot be written: {error}"]
-    named = [(node["NodeManagerAddress"], answer) for node, answer in zip(nodes, every, strict=True)]
-    answers = [(address, answer) for address, answer in named if isinstance(answer, NodeInfo)]
-    return answers, _grouped([(address, answer) for address, answer in named if isinstance(answer, str)])
+    named = list(zip(nodes, every, strict=True))
+    answers = [_with_others(node, answer, tell) for node, answer in named if isinstance(answer, NodeInfo)]
+    silent = [(node["NodeManagerAddress"], answer) for node, answer in named if isinstance(answer, str)]
+    return answers, _grouped(silent)
+
+
+def _with_others(node: Mapping[str, Any], info: NodeInfo, tell: bool) -> tuple[str, NodeInfo]:
+    """Return the facts with the memory that processes which Ray does not know leave on the node's GPUs."""
+    address, total, free = node["NodeManagerAddress"], info.gpu_memory, info.gpu_free
+    busy = resources.free_gpus(node["NodeID"]) < node["Resources"].get("GPU", 0.0)  # by Ray: it gives us other GPUs
+    if busy or total is None or free is None or total - free < GIB:
+        return address, info
+    if tell:
+        logger.warning(
+            f"node {address}: other processes ({', '.join(map(str, info.gpu_processes[:4])) or 'of other containers'})"
+            f" leave {free / GIB:.1f} of {total / GIB:.1f} GiB on a GPU: stop them, or start Ray there with"
+            " CUDA_VISIBLE_DEVICES set to the free GPUs"
+        )
+    return address, replace(info, gpu_memory=free)
 
 
 def version_problems(here: NodeInfo, answers: Answers, library: str | None = None) -> list[str]:

@@ -282,6 +282,16 @@ def gpu_memory() -> list[int]:
     return _of_each_gpu(lambda pynvml, handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
 
 
+def gpus_in_use() -> list[tuple[int, list[int]]]:
+    """Return the free bytes of each GPU of this machine, and the ids of the processes that compute there."""
+    return _of_each_gpu(
+        lambda pynvml, handle: (
+            int(pynvml.nvmlDeviceGetMemoryInfo(handle).free),
+            [int(process.pid) for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)],
+        )
+    )
+
+
 def gpu_generations() -> list[tuple[int, int]]:
     return _of_each_gpu(lambda pynvml, handle: tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
 

@@ -387,7 +387,7 @@ def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -
         "precision": str(dtype),  # model.dtype may be `auto`, which depends on the other workers
         "strategy": spec.config.cluster.strategy,
         "recompute": str(spec.recompute),
-        "micro-batch": str(spec.config.train.micro_batch),
+        "micro-batch": str(spec.config.train.micro()),
     }
 
 

@@ -36,6 +36,8 @@ class TrainSpec:
     recompute: bool = False
     """train.activation_checkpointing with `auto` resolved for this cluster. Not a part of the identity: it does not
     change the numbers."""
+    planned: int = 0
+    """Bytes that the plan expects on the device of the model."""
 
     def identity(self) -> dict[str, str]:
         """Return what decides the numbers of a run: digests of contents, whatever their path, and adapter settings."""

@@ -12,6 +12,7 @@ from contextlib import closing
 from typing import Any, TypeVar
 
 import ray
+import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import dump
 from olora_ray.train.checkpoint import TrainState, perplexity
 from olora_ray.train.checkpoints import CheckpointManager, name_of
+from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import StepResult, evaluate, evaluate_examples
@@ -126,6 +128,11 @@ class Worker:
         self.manager = CheckpointManager(checkpoints, self.config.train.keep, self._saved) if not context.rank else None
         self._saved_at, self._saving = time.monotonic(), math.inf
         self._saved_step = self.state.step if self.resumed else -1
+        self._memory_said = False
+        name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else ""
+        self._peak = context.world * (peak_of(name) or 0.0)
+        # Of the adapted layers, forward and backward: 2 per number and token each; frozen weights have no gradient.
+        self._operations = 4.0 * sum(layer.db.shape[-2] * layer.da.shape[-1] for layer in self.trainer.adapted.values())
 
     def run(self) -> TrainResult:
         self._begin()
@@ -174,6 +181,7 @@ class Worker:
                 if result is None:
                     return False
                 self.state.step = result.step
+                self._say_memory()
                 if self._after_step(result):
                     return False
                 if result.signal:
@@ -183,6 +191,8 @@ class Worker:
     def _after_step(self, result: StepResult) -> bool:
         """Evaluate, report and save as due; return whether this was the last step."""
         metrics = _metrics(result)
+        if self._peak:
+            metrics["train/share_of_peak"] = metrics["train/all_tokens_per_second"] * self._operations / self._peak
         last = self.schedule.last(result.step)
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
             metrics |= self.evaluator.measure(self.state)
@@ -192,6 +202,15 @@ class Worker:
         if end or overdue or result.step % self.config.train.checkpoint_every == 0:
             self._checkpoint()
         return end
+
+    def _say_memory(self) -> None:
+        device, planned = self.context.device, self.spec.planned
+        if device.type == "cuda" and planned and not self._memory_said:
+            self._memory_said = True
+            peak = torch.cuda.max_memory_allocated(device)
+            self._tell_driver(
+                f"GPU memory: {peak / 2**30:.1f} GiB at the peak of a step, {planned / 2**30:.1f} planned"
+            )
 
     def _stale(self) -> bool:
         limit = self.config.train.early_stop

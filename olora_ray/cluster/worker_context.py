@@ -85,8 +85,7 @@ class RayTrainContext:
         self.device: torch.device = ray.train.torch.get_device()
         self._loss: SupervisedLoss | None = None
         self._installed = False
-        use_cpus(config, self.device)
-        multiply_exactly(self.device)
+        prepare_device(config, self.device)
 
     @property
     def rank(self) -> int:
@@ -121,7 +120,7 @@ class SharedBase:
 
     @classmethod
     def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
-        use_cpus(spec.config, device)
+        prepare_device(spec.config, device)
         config = agreed(spec.config, device)
         return cls(load_loss(replace(spec, config=config), device), device, config.model.dtype)
 
@@ -227,7 +226,14 @@ def agreed(config: Config, device: torch.device, began: str | None = None) -> Co
     return override(config, {"model.dtype": dtype})
 
 
-def use_cpus(config: Config, device: torch.device) -> None:
+def prepare_device(config: Config, device: torch.device) -> None:
+    """Set this process's threads and memory on a CPU, and its kernels on a GPU, before the first of them runs."""
+    multiply_exactly(device)
+    if device.type == "cuda" and config.train.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+        # Not with warn_only: torch's attention for variable lengths would warn, and stay as it is.
+        torch.use_deterministic_algorithms(True)
     if device.type == "cpu":
         torch.set_num_threads(max(1, math.floor(config.cluster.cpus_per_worker)))
         # With fsdp, the gathered parts of the base are large and are freed soon. Keeping that memory would fragment it:

@@ -9,6 +9,7 @@ notice the loss by themselves: the driver ends the group.
 
 import contextlib
 import itertools
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -44,6 +45,13 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of workers; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def machines() -> tuple[range, ...]:
+    """Return the ranks of each machine; a machine whose workers have no adjacent ranks counts as several."""
+    names = enumerate(gather(socket.gethostname()))
+    runs = [[rank for rank, _ in run] for _, run in itertools.groupby(names, key=lambda named: named[1])]
+    return tuple(range(run[0], run[-1] + 1) for run in runs)
 
 
 def sum_in_place(tensor: Tensor) -> None:

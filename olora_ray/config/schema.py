@@ -112,9 +112,9 @@ class Adapter(Section):
 class Cluster(Section):
     """The workers: their number, their resources, and what happens when one fails."""
 
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
-    """Number of training processes. [min, max]: training runs with at least min workers, and with up to max when the
-    cluster has room for them."""
+    workers: Literal["auto"] | PositiveInt | tuple[PositiveInt, PositiveInt] = "auto"
+    """Number of training processes. auto: one for each GPU of the cluster (for each trial of a search: one), without
+    GPUs 2. [min, max]: training runs with at least min workers, and with up to max when the cluster has room."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = "auto"
     """GPUs per worker; auto: 1 if the cluster has GPUs, otherwise 0. A fraction leaves the rest of the GPU to other
     runs and trials; 0.5 or less needs workers=1, because NCCL cannot connect workers on one GPU."""
@@ -138,10 +138,12 @@ class Cluster(Section):
     @field_validator("workers", mode="before")
     @classmethod
     def _number_or_range(cls, value: object) -> object:
+        if value == "auto":
+            return value
         numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
         are_numbers = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
         if not are_numbers or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
-            raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, not {value!r}")
+            raise ValueError(f"expected a number of workers, auto, or [min, max] with 1 <= min <= max, not {value!r}")
         return value
 
     @field_validator("gpus_per_worker", mode="before")
@@ -169,11 +171,20 @@ class Cluster(Section):
     def is_elastic(self) -> bool:
         return self.min_workers() < self.max_workers()
 
+    def each_trial(self) -> int | str:
+        """Return the workers of each trial of a search: the smallest number of a range."""
+        return "auto" if self.workers == "auto" else self.min_workers()
+
     def min_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
+        return self._range()[0]
 
     def max_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
+        return self._range()[1]
+
+    def _range(self) -> tuple[int, int]:
+        # On GPUs, and where a run has begun, `auto` is a number already (cluster/preflight.py).
+        workers = 2 if self.workers == "auto" else self.workers
+        return (workers, workers) if isinstance(workers, int) else workers
 
 
 # Sections for the time after a training: exports, registry, gate, retraining, notifications.
@@ -279,12 +290,15 @@ class Train(Section):
     """Number of optimizer steps; overrides `epochs`. null: `epochs` decides."""
     global_batch: PositiveInt = 16
     """Sequences (packs) per optimizer step, summed over all workers."""
-    micro_batch: PositiveInt = 4
-    """Sequences that a worker processes at once. A smaller value needs less memory, and lets more workers take part,
-    because a micro-batch is never split."""
+    micro_batch: Literal["auto"] | PositiveInt = "auto"
+    """Sequences that a worker processes at once; they are never split over workers. auto: on GPUs the largest equal
+    parts of a step that fit in memory, decided once per run; without GPUs 4. A smaller value needs less memory."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute each block in the backward pass instead of keeping its activations: less memory, up to 50% more time,
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
+    deterministic: bool = False
+    """On GPUs: allow only deterministic kernels, so that the same run gives the same bits (not measured: the backward
+    pass of attention is slower). On CPUs all kernels are."""
     lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
     """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for this model, method, rank, alpha
     and number of steps; compared with tuned rates at 20 steps, too low for a base that has learned little."""
@@ -317,8 +331,11 @@ class Train(Section):
     """Checkpoint folder of a run with the same base model and adapter settings; training starts from its best
     adapter."""
 
+    def micro(self) -> int:
+        return 4 if self.micro_batch == "auto" else self.micro_batch
+
     def micro_batches(self) -> int:
-        return -(-self.global_batch // self.micro_batch)
+        return -(-self.global_batch // self.micro())
 
 
 IN_STORAGE = (

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from olora_ray.cluster import resources
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common import node_cache
@@ -63,7 +64,9 @@ def map_over_actors(
     # arguments of the start may be lost with that node.
     actor_type: Any = ray.remote(max_restarts=-1, max_task_retries=-1)(_Actor)
     actor_type = actor_type.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-    actors = [actor_type.remote() for _ in range(min(len(works), config.cluster.max_workers()))]
+    every_gpu = config.cluster.workers == "auto" and "GPU" in wanted
+    most = resources.room(wanted, resources.present()) if every_gpu else config.cluster.max_workers()
+    actors = [actor_type.remote() for _ in range(min(len(works), most))]
     made_of, numbers = ray.put((make, threads, config.model)), iter(range(len(works)))
     # An actor without room in the cluster never answers `ready`, so it is never given work.
     pending: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
@@ -146,7 +149,7 @@ def measure_and_answer(
     score a reference.
     """
     check_answers(config, store, base.tokenizer)
-    width = config.train.micro_batch
+    width = config.train.micro()
     packs = [store[number] for number in range(len(store))]
     asked = questions(store, config.evaluation.rows) if config.evaluation.scorer else []
     # Prompts of similar length are answered together, because shorter ones are padded to the longest.

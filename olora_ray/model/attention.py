@@ -26,7 +26,7 @@ from olora_ray.config.schema import Model as ModelConfig
 
 VARLEN = "varlen"
 NO_BORDERS = "model.attention: the model's code does not say where an example ends; set model.attention: sdpa"
-_TAKES = frozenset({"scale", "window_size", "enable_gqa"})
+_TAKES = frozenset({"scale", "window_size"})
 # Segments, heads, head size and window of the trial; some segments are longer than the window.
 _LENGTHS, _HEADS, _SIZE, _WINDOW = (3, 17, 40), (4, 2), 64, 5
 # Relative. bfloat16 explains less than a fifth of it, and a window of one token too many gives ten times as much.
@@ -87,7 +87,10 @@ def kernel() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     function: Any = varlen_attn
-    return function if inspect.signature(function).parameters.keys() >= _TAKES else None
+    takes = inspect.signature(function).parameters.keys()
+    if "enable_gqa" in takes or not takes >= _TAKES:
+        return function if takes >= _TAKES else None
+    return lambda *given, enable_gqa, **named: function(*given, **named)  # torch 2.11 takes grouped heads without it
 
 
 @lru_cache(maxsize=8)

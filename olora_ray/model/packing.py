@@ -163,7 +163,7 @@ def check_lengths(model: Any, config: AnyConfig) -> None:
                 f"data.max_length={most}: once a sequence has more than {limit} tokens, {family} changes the positions"
                 f" of all later ones ({kind}), so a loss would depend on earlier sequences; {shorter}"
             )
-        if packed or config.train.micro_batch > 1:
+        if packed or config.train.micro() > 1:
             raise UserError(
                 f"data.max_length={most}: above {limit} tokens {family} changes the positions ({kind}) of the whole"
                 f" micro-batch, so one long example would change the loss of the others; {shorter}, or"

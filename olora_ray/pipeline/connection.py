@@ -14,9 +14,9 @@ import ray
 from ray.exceptions import RayError
 
 from olora_ray.cluster import address, preflight, ray_internals
+from olora_ray.cluster.preflight import Checked
 from olora_ray.common.errors import Stopped, TakenOver, as_user_error
 from olora_ray.common.logs import ENVIRONMENT
-from olora_ray.config.schema import AnyConfig
 from olora_ray.model.source import BaseModel
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,10 @@ class Stop:
 
 
 @contextlib.contextmanager
-def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
-    """Connect to the Ray cluster that `address.find` returns, or start a local one; yield the handler of signals.
+def connect(config: Checked, base: BaseModel | None = None, trials: bool = False) -> Iterator[tuple[Stop, Checked]]:
+    """Connect to the Ray cluster that `address.find` returns, or start a local one.
+
+    Yields the handler of signals, and the config with this cluster's numbers (see `preflight.check_cluster`).
 
     Raises UserError if the cluster does not answer or the run does not fit it; with `base`, memory and disk are checked
     too. Leaving the context disconnects, and stops a local cluster.
@@ -99,8 +101,7 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
             logger.info(
                 f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
             )
-            preflight.check_cluster(config, base)
-            yield stop
+            yield stop, preflight.check_cluster(config, base, trials)
     except BaseException:
         # A thread of Ray Data that calls Ray after ray.shutdown kills the process without a message, so the user would
         # not see the real error. These threads end by themselves within a second.

@@ -120,7 +120,7 @@ def _measured(
         return
     logger.info("training on one micro-batch to estimate the time")
     workers = config.cluster.max_workers()
-    width = min(config.train.micro_batch, config.train.global_batch)
+    width = min(config.train.micro(), config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
     steps = total_steps(config.train, train.packs)
     once, rate = estimate.micro_batch(config, base, packs, steps)
@@ -132,7 +132,7 @@ def _measured(
     if held_out is not None:
         # An evaluation runs only the forward pass, a third of the work of a training step.
         rounds = -(-steps // config.train.eval_every) + 1
-        seconds += rounds * -(-held_out.packs // (config.train.micro_batch * workers)) * once / 3
+        seconds += rounds * -(-held_out.packs // (config.train.micro() * workers)) * once / 3
         words += f" and {rounds} evaluations"
     words = f"about {duration(seconds)} for {words} (measured on one micro-batch here)"
     yield "time", f"{words}, plus start, answers and export"

@@ -115,7 +115,7 @@ def _on_one_base(
     model: Any = load_frozen(Path(work.base.folder), config.model, device)
     loss = SupervisedLoss(model).to(device)
     attention = choose_attention(loss, packs[:8], config, device).attention
-    width = config.train.micro_batch
+    width = config.train.micro()
     batches = [collate(packs[start : start + width], attention) for start in range(0, len(packs), width)]
     tokens, losses = sum(len(batch.labels) for batch in batches), []
     for adapter in adapters:

@@ -161,7 +161,7 @@ def merge(
             numbers = group.read(base, first, last)
             wide = torch.promote_types(numbers.dtype, torch.float32)
             for parameter, change in changes.items():
-                weight = group.rows(numbers, parameter, first, last).to(device, wide)
+                weight = group.rows(numbers, parameter, first, last).to(device).to(wide)
                 merged = (weight + change.merged(first, last, device)).to(numbers.dtype).cpu()
                 group.put(numbers, parameter, merged, first, last)
             group.write(folder, numbers, first, last)

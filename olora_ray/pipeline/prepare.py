@@ -217,10 +217,19 @@ def prepare_tokens(
             logger.info("tokens: train: being prepared; training starts with the first shards")
             build.start(config.cluster.max_workers() * config.cluster.cpus_per_worker)
     store = TokenStore.open(build.store.uri) if wait else build.store
-    again = preflight.recomputes(config, base.model)
+    size = preflight.planned(config, base.model)
     template = base.spec.chat_template if base.spec.chosen else None
     spec = TrainSpec(
-        config, base.model, base.spec.digest, base.eos, store, held_out, start, template=template, recompute=again
+        config,
+        base.model,
+        base.spec.digest,
+        base.eos,
+        store,
+        held_out,
+        start,
+        template=template,
+        recompute=size.recompute,
+        planned=size.total_bytes(),
     )
     return Prepared(spec, build, scores)
 

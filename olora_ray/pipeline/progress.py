@@ -96,7 +96,8 @@ class Progress:
             self.line(
                 f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                 f" | {self.tokens / self.seconds:.0f} tok/s, {self.supervised / self.seconds:.0f} supervised"
-                f" | data wait {self.waited / self.seconds:.0%} | ETA about {left}"
+                + (f", {row['train/share_of_peak']:.0%} of the GPUs' peak" if "train/share_of_peak" in row else "")
+                + f" | data wait {self.waited / self.seconds:.0%} | ETA about {left}"
             )
             self.tokens = self.supervised = self.seconds = self.waited = 0.0
 
@@ -123,7 +124,7 @@ def clock(seconds: float) -> str:
 
 def batch_split(config: Config, workers: int) -> str:
     """Return `16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)`, with advice if workers are idle."""
-    size, micro, count = config.train.global_batch, config.train.micro_batch, config.train.micro_batches()
+    size, micro, count = config.train.global_batch, config.train.micro(), config.train.micro_batches()
     parts = [share(count, worker, workers) for worker in range(workers)]
     shares = sorted({min(part.stop * micro, size) - min(part.start * micro, size) for part in parts})
     idle = workers - count

@@ -107,7 +107,7 @@ def _run(
     state.require_same(config, {"base model": base.model.digest, "tokenizer": base.spec.digest})
     prepare.plan(config, base.model)
 
-    with connect(config, base.model) as stop, driver.watch(stop):
+    with connect(config, base.model) as (stop, config), driver.watch(stop):
         prepared = prepare.prepare_tokens(config, base, check=partial(state.require_same, config))
         spec = prepared.spec
         with prepared.build as build:

@@ -157,14 +157,17 @@ class RunFolder:
     def check(self, config: Config) -> tuple[Config, RunState]:
         """Check that the storage is writable and that no run with other settings has this name; write nothing.
 
-        Return the config with the number of the existing run for `data.max_length: auto`, and the state of that run.
+        Return the config with the existing run's numbers for `data.max_length: auto` and `train.micro_batch: auto`, and
+        the state of that run.
         Another length is allowed. Raises UserError if a check fails, and TryAgain if an object store does not answer.
         """
         storage.check_storage(config.run.storage, "run.storage")
         with as_user_error(f"run.storage: {self.root} cannot be read", OSError, reason=short_reason):
             state = self.state()
-        if config.data.max_length == "auto" and state.config and (state.step is not None or state.result):
-            config = override(config, {"data.max_length": state.config.data.max_length})
+        if state.config and (state.step is not None or state.result):
+            old, new = flatten(state.config), flatten(config)
+            decided = ("data.max_length", "train.micro_batch")
+            config = override(config, {field: old[field] for field in decided if new[field] == "auto"})
         if problem := state.problem(config):
             raise UserError(f"{problem}; set another run.name, remove run.name, or delete {self.root}")
         return config, state
@@ -261,8 +264,8 @@ def _identity_in(result: Mapping[str, Any]) -> dict[str, str]:
 # The fingerprint of a model: digests of its four inputs. Equal fingerprints mean equal models.
 
 
-NEUTRAL = frozenset({"activation_checkpointing", "keep", "log_every", "checkpoint_every", "start"})
-"""Fields of the train section that do not change the result, or are paths."""
+NEUTRAL = frozenset({"activation_checkpointing", "micro_batch", "keep", "log_every", "checkpoint_every", "start"})
+"""Fields of the train section that do not change the result, or only by rounding, or are paths."""
 MODEL = frozenset({"dtype", "attention", "quantization"})
 """Fields of the model section that change the result, in addition to the base model itself."""
 TAGS = {

@@ -48,12 +48,12 @@ def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, flo
     prepared = prepare_tokens(config, base, wait=True)
     spec, seconds = prepared.spec, time.monotonic() - began
     _check_score(config, space, prepared.scores)
-    largest = max(space.possible(MICRO, config.train.micro_batch))
-    if spec.recompute or largest <= config.train.micro_batch:
+    largest = max(space.possible(MICRO, config.train.micro()))
+    if spec.recompute or largest <= config.train.micro():
         return spec, seconds
     # One choice for all trials, because recomputing changes no result. In a trial that has memory enough it only costs
     # time.
-    if again := preflight.recomputes(override(config, {MICRO: largest}), base.model):
+    if again := preflight.planned(override(config, {MICRO: largest}), base.model).recompute:
         logger.info(
             "train.activation_checkpointing=auto: on for all trials, because a trial with"
             f" {MICRO}={largest} would not fit in memory without it"

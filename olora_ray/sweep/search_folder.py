@@ -35,7 +35,7 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
     """
     if registers and config.registry.model is None:
         raise UserError("registry.model: not set; set the name under which the best model is registered")
-    workers = 1 if space.trials_per_worker > 1 else config.cluster.min_workers()
+    workers = 1 if space.trials_per_worker > 1 else config.cluster.each_trial()
     own = {"run.name": f"{config.run.name}-{Path(space_file).stem}", "cluster.workers": workers}
     return override(config, {**NO_GATE, **space.set, **own})
 

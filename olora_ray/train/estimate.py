@@ -10,17 +10,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
 from olora_ray.adapter.inject import Coverage, Selection, coverage, find_targets, inject, select
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.load import override
@@ -67,6 +69,9 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
         rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
         # Fake tensors claim to be on a CPU, where the head's chunks are smaller than on a GPU.
         fake.loss.__dict__["chunk"] = lambda _: rows
+        for layer in fake.adapted.values():
+            if gpu and config.adapter.dropout:
+                layer.__dict__["dropped_out"] = partial(_dropped_out, layer)
         for name in _implementations(model, config, dtype, gpu):
             try:
                 model.set_attn_implementation(name)
@@ -85,22 +90,27 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
     return Measured(0, 0, problem)
 
 
+def _dropped_out(layer: AdaptedWeight, x: Tensor) -> Tensor:
+    # On a GPU the mask that is kept has a byte per number, on a CPU it has the input's precision.
+    return torch.native_dropout(x, layer.dropout, True)[0] if layer.training else x
+
+
 def _small_enough(config: Config) -> tuple[Config, float]:
     """Return the config with a micro-batch that is small enough to try, and the factor to the tokens of the real one.
 
     Token ids and segment borders are not fake: they take memory and time.
     """
     length, most = config.data.length(), 2**16
-    tokens = config.train.micro_batch * length
+    tokens = config.train.micro() * length
     if tokens <= most:
         return config, 1.0
     small = override(config, {"train.micro_batch": max(1, most // length), "data.max_length": min(length, most)})
-    return small, tokens / (small.train.micro_batch * small.data.length())
+    return small, tokens / (small.train.micro() * small.data.length())
 
 
 def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
     wanted: str = config.model.attention
-    apart = why_scaled(model, config.train.micro_batch * config.data.length())
+    apart = why_scaled(model, config.train.micro() * config.data.length())
     if not gpu:
         try:
             names = attention.candidates(model, config.model, dtype, torch.device("cpu"))
@@ -112,9 +122,10 @@ def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) 
         installed = importlib.util.find_spec("flash_attn") or attention.kernel()
         flat = installed and not apart and dtype in (torch.bfloat16, torch.float16)
         wanted = attention.FLASH if flat else "sdpa"
-    # Flash attention and torch's attention for variable lengths keep the same tensors as torch's fused kernel, in the
-    # same layout. So "segments", which uses that kernel, stands in for them.
-    first = "segments" if wanted in (attention.FLASH, attention.VARLEN) else wanted
+    # Flash attention keeps the same tensors as torch's kernel for variable lengths, which fake tensors can run. Both
+    # return one tensor, token by token. "segments" stands in for them in an older torch; it also keeps a copy.
+    stand_in = attention.VARLEN if attention.kernel() else "segments"
+    first = stand_in if wanted in (attention.FLASH, attention.VARLEN) else wanted
     return (first, attention.own(model))
 
 
@@ -126,7 +137,7 @@ def _batch(config: Config, name: str) -> Batch:
     supervised = np.ones(length, dtype=bool)
     supervised[np.cumsum((0, *segments[:-1]))] = False
     pack = Pack(np.zeros(length, dtype=np.int32), supervised, segments)
-    return collate([pack] * config.train.micro_batch, name)
+    return collate([pack] * config.train.micro(), name)
 
 
 def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
@@ -185,6 +196,34 @@ def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
     return live.most + _of_skipped(fake, before)
 
 
+PEAKS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A10G": 125.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+}
+"""Part of a GPU's name -> TFLOP/s in bfloat16, dense, as its maker states it."""
+
+
+def peak_of(name: str) -> float | None:
+    """Return the operations per second that the maker of a GPU states; None for an unknown one, and for a CPU."""
+    # The longest match: "L40S" also contains "L4".
+    known = max((part for part in PEAKS if part.lower() in name.lower()), key=len, default=None)
+    return None if known is None else PEAKS[known] * 1e12
+
+
 COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
 so far. Three more exist while AdamW computes, or while a checkpoint is written on a CPU."""
@@ -234,7 +273,7 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
     `gpu` is True if the workers have GPUs; None: as this machine.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    asked = (config.model, config.adapter, config.data.length(), config.data.packing, config.train.micro_batch)
+    asked = (config.model, config.adapter, config.data.length(), config.data.packing, config.train.micro())
     answers = (answers_at_once(config), config.evaluation.max_new_tokens)
     again = config.train.activation_checkpointing is True
     key = (
@@ -344,7 +383,7 @@ def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str |
         return "the workers run on another machine"
     if torch.cuda.is_available():
         return "only CPUs are measured"
-    if size.parameters * config.train.micro_batch * config.data.length() > MOST_WORK:
+    if size.parameters * config.train.micro() * config.data.length() > MOST_WORK:
         return "one micro-batch of this model and length would take a minute or more"
     return None
 

@@ -108,7 +108,7 @@ class StepLoader:
         return (step + 1) * self.train.global_batch <= self.store.available or self.store.total is not None
 
     def _read(self, step: int) -> StepData:
-        size, width = self.train.global_batch, self.train.micro_batch
+        size, width = self.train.global_batch, self.train.micro()
         sequences = [int(i) for i in self.store.order(self.seed, step * size, (step + 1) * size)]
         groups = [tuple(sequences[i : i + width]) for i in range(0, size, width)]
         own = collectives.share(len(groups), self.worker, self.workers)

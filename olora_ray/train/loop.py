@@ -230,7 +230,7 @@ def supervised_of(store: TokenStore) -> list[list[int]]:
 
 
 def _groups(trainer: Trainer, store: TokenStore) -> list[range]:
-    width = trainer.config.train.micro_batch
+    width = trainer.config.train.micro()
     return [range(len(store))[first : first + width] for first in range(0, len(store), width)]
 
 

@@ -220,7 +220,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
     problem = files if isinstance(files, str) else files.differs(0, 1)
     if problem is None:
         assert isinstance(files, BaseFiles)
-        packed_folder = _packed(Path(folder), files, names, config.quantization)
+        packed_folder = _packed(Path(folder), files, names, config.quantization, device)
         for number, name in enumerate(names):
             if packed_folder is None:
                 _pack(model, name, files.whole(f"{name}.weight"), config.quantization, device)
@@ -243,7 +243,9 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
     return frozen
 
 
-def _packed(folder: Path, files: BaseFiles, names: Sequence[str], quantization: str) -> Path | None:
+def _packed(
+    folder: Path, files: BaseFiles, names: Sequence[str], quantization: str, device: torch.device
+) -> Path | None:
     # Packing takes minutes. So one process per node does it, and all later runs read the result.
     dtypes = sorted({str(files.dtypes[f"{name}.weight"]) for name in names})
     key = storage.digest(of_folder(folder, code=False), quantization, *dtypes, *names, node_cache.code(), length=32)
@@ -252,8 +254,8 @@ def _packed(folder: Path, files: BaseFiles, names: Sequence[str], quantization: 
     def make(partial: Path) -> None:
         partial.mkdir(exist_ok=True)
         for number, name in enumerate(names):
-            codes, scales = pack(files.whole(f"{name}.weight"), quantization)
-            save_file({"codes": codes, "scales": scales}, partial / str(number))
+            codes, scales = pack(files.whole(f"{name}.weight"), quantization, device)
+            save_file({"codes": codes.cpu(), "scales": scales.cpu()}, partial / str(number))
 
     try:
         entry = node_cache.cached(root / key, make)

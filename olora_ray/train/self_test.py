@@ -252,12 +252,12 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     began = time.perf_counter()
     dtype = next(model.parameters()).dtype
     check_lengths(model, config)
-    tokens = config.train.micro_batch * config.data.length()
+    tokens = config.train.micro() * config.data.length()
     wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device), tokens)
     # `packs` are only the first sequences. Even if each has one example, later ones may have several.
     packed = shares_sequences(model, config) or any(len(pack.segments) > 1 for pack in packs)
     examples = three_examples(packs, config, model)
-    beside = packed or config.train.micro_batch > 1
+    beside = packed or config.train.micro() > 1
     trial = _Trial(loss, examples if beside else examples[1:2], packed, device)
     failed = attention.left_out(model, config.model, dtype, device)
     for name in wanted:
@@ -282,10 +282,10 @@ def require_layout(loss: SupervisedLoss, config: AnyConfig) -> None:
     # Trials of a search may share a base, and differ in the number of sequences that go through it at once.
     model: Any = loss.model
     check_lengths(model, config)
-    why = why_not_in_one_row(model, config.train.micro_batch * config.data.length())
+    why = why_not_in_one_row(model, config.train.micro() * config.data.length())
     if loss.tested is not None and loss.tested.attention in FLAT_ATTENTION and why:
         raise UserError(
-            f"train.micro_batch={config.train.micro_batch}: other trials on this base put all examples of a micro-batch"
+            f"train.micro_batch={config.train.micro()}: other trials on this base put all examples of a micro-batch"
             f" into one row, but {type(model).__name__} {why}; set trials_per_worker: 1 or"
             " model.attention: sdpa"
         )

@@ -15,13 +15,16 @@ So a node of n leaves is the sum of two nodes, of which the left has the largest
 computes adjacent leaves. It adds two nodes as soon as it has both, like the carries of a binary counter. The nodes that
 remain need a node of another worker. If all workers have the same power of two of leaves, one node per worker remains.
 The remaining nodes are exchanged: each worker gets its slice of the vectors of all nodes, adds the slices in the tree's
-order, and sends the sum to all others. With one node per worker, as many bytes travel as in a ring all-reduce.
+order, and sends the sum to all others. With one node per worker, as many bytes travel as in a ring all-reduce. Where
+several machines have as many workers each, this is done inside each machine first, and then, with the nodes that
+remain there, between the workers that have the same slice: each machine sends a vector once, not once per worker.
 Everything is in float32.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
@@ -63,6 +66,61 @@ def nodes_of(leaves: int, workers: int) -> tuple[tuple[range, ...], ...]:
     )
 
 
+@dataclass(frozen=True)
+class Level:
+    """An exchange between some workers, in which each of them sums its slices of their nodes."""
+
+    nodes: Mapping[int, Sequence[range]]
+    """Worker -> its nodes, in the order of their leaves."""
+    most: int
+    """The largest number of nodes in an exchange of this level, of all machines."""
+
+    def rounds(self, size: int) -> Iterator[dict[int, slice]]:
+        """Yield the slices of a vector of `size` numbers, by worker."""
+        # There are as many rounds as needed for the received slices to fit into the memory of one more vector.
+        workers = list(self.nodes)
+        count = len(workers) * -(-self.most // len(workers))
+        cuts = [index * size // count for index in range(count + 1)]
+        slices = itertools.starmap(slice, itertools.pairwise(cuts))
+        for _ in range(count // len(workers)):
+            yield dict(zip(workers, slices, strict=False))
+
+
+@lru_cache(maxsize=64)
+def levels(leaves: int, machines: tuple[range, ...], here: int) -> tuple[Level, ...]:
+    """Return the exchanges in which worker `here` takes part: inside its machine, then between the machines.
+
+    `machines` are the ranks of each machine. One exchange of all workers, if machines differ in their number.
+    """
+    everyone = nodes_of(leaves, sum(map(len, machines)))
+    each = len(machines[0])
+    if each == 1 or len(machines) == 1 or any(len(ranks) != each for ranks in machines):
+        return (Level(dict(enumerate(everyone)), sum(map(len, everyone))),)
+    inside = [{rank: everyone[rank] for rank in ranks} for ranks in machines]
+    remaining = [
+        [node for node, _ in fold(((node, None) for nodes in some.values() for node in nodes), leaves, lambda *_: None)]
+        for some in inside
+    ]
+    place = here % each
+    between = {ranks[place]: nodes for ranks, nodes in zip(machines, remaining, strict=True)}
+    return (
+        Level(inside[here // each], max(sum(map(len, some.values())) for some in inside)),
+        Level(between, sum(map(len, remaining))),
+    )
+
+
+def sent(leaves: int, machines: tuple[range, ...]) -> float:
+    """Return how many vectors all workers of the first machine together send to other machines in a step."""
+    total = 0.0
+    for here in machines[0]:
+        share = 1.0  # of the vector that the workers of this level sum
+        for level in levels(leaves, machines, here):
+            share /= len(level.nodes)
+            away = len(level.nodes) - len([worker for worker in level.nodes if worker in machines[0]])
+            total += share * away * (len(level.nodes[here]) + 1)
+    return total
+
+
 def total(values: Tensor) -> Tensor:
     """Return the sum over the first dimension (leaves) in the tree's order."""
     while len(values) > 1:
@@ -74,12 +132,15 @@ def total(values: Tensor) -> Tensor:
 class TreeSum:
     """Sum of the vectors that are written into `whole` for one leaf after the other; at the end `whole` has the sum.
 
+    All workers must create theirs together.
+
     Beside `whole` it holds a vector of the same size for each earlier node that is not added yet, and one more in the
     exchange (`most_held` counts them). The vectors are kept for the next step.
     """
 
     def __init__(self, whole: Tensor) -> None:
         self.whole, self.leaves = whole, 0
+        self._machines = collectives.machines()  # once: an exchange of objects would delay a step
         self._nodes: list[tuple[range, Tensor]] = []
         """The nodes so far; the last is in `whole`, the others have vectors of their own."""
         self._spare: list[Tensor] = []
@@ -105,7 +166,7 @@ class TreeSum:
         everyone, here = nodes_of(self.leaves, collectives.world_size()), collectives.rank()
         assert tuple(node for node, _ in self._nodes) == everyone[here]
         if len(everyone) > 1:
-            self._exchange(everyone, here)
+            self._exchange(levels(self.leaves, self._machines, here), here, self._nodes, self.whole)
         self.begin(0)
 
     def _add(self, left: Tensor, right: Tensor) -> Tensor:
@@ -113,31 +174,31 @@ class TreeSum:
         self._spare.append(left)
         return right.add_(left)
 
-    def _exchange(self, everyone: Sequence[Sequence[range]], here: int) -> None:
-        # There are as many rounds as needed for the received slices to fit into the memory of one more vector.
-        workers = len(everyone)
-        count = workers * -(-sum(map(len, everyone)) // workers)
-        cuts = [index * self.whole.numel() // count for index in range(count + 1)]
-        slices = [slice(*pair) for pair in itertools.pairwise(cuts)]
-        for first in range(0, count, workers):
-            self._exchange_slices(everyone, here, slices[first : first + workers])
-
-    def _exchange_slices(self, everyone: Sequence[Sequence[range]], here: int, slices: Sequence[slice]) -> None:
-        mine, others = self.whole[slices[here]], [worker for worker in range(len(slices)) if worker != here]
-        parts = [
-            [vector[slices[here]] for _, vector in self._nodes] if worker == here else list(map(mine.new_empty, sizes))
-            for worker, sizes in enumerate([[len(mine)] * len(nodes) for nodes in everyone])
-        ]
-        collectives.transfer(
-            [(worker, vector[slices[worker]]) for worker in others for _, vector in self._nodes],
-            [(worker, part) for worker in others for part in parts[worker]],
-        )
-        nodes, values = itertools.chain(*everyone), itertools.chain(*parts)
-        ((_, summed),) = fold(zip(nodes, values, strict=True), self.leaves, Tensor.add_)
-        mine.copy_(summed)
-        collectives.transfer(
-            [(worker, mine) for worker in others], [(worker, self.whole[slices[worker]]) for worker in others]
-        )
+    def _exchange(self, levels: Sequence[Level], here: int, own: Sequence[tuple[range, Tensor]], whole: Tensor) -> None:
+        """Write the sum into `whole`; `own` are this worker's nodes of it, which are overwritten."""
+        level = levels[0]
+        for slices in level.rounds(whole.numel()):
+            mine = slices[here]
+            parts = {
+                worker: [vector[mine] for _, vector in own]
+                if worker == here
+                else [torch.empty_like(whole[mine]) for _ in nodes]
+                for worker, nodes in level.nodes.items()
+            }
+            others = [worker for worker in parts if worker != here]
+            collectives.transfer(
+                [(worker, vector[slices[worker]]) for worker in others for _, vector in own],
+                [(worker, part) for worker in others for part in parts[worker]],
+            )
+            nodes, values = itertools.chain(*level.nodes.values()), itertools.chain(*parts.values())
+            left = fold(zip(nodes, values, strict=True), self.leaves, Tensor.add_)
+            if len(levels) > 1:
+                self._exchange(levels[1:], here, left, whole[mine])
+            else:
+                whole[mine].copy_(left[0][1])
+            collectives.transfer(
+                [(worker, whole[mine]) for worker in others], [(worker, whole[slices[worker]]) for worker in others]
+            )
 
 
 def most_held(leaves: int, workers: int) -> int:

@@ -132,7 +132,7 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
     seeds = _seeds(config, parsed.options.get(SEEDS, str(FEW_SEEDS)))
     budget = _seconds(parsed.options[BUDGET]) if BUDGET in parsed.options else None
     _check(config)
-    named = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.min_workers()}
+    named = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.each_trial()}
     own, config = config, override(config, {**SAME, **named})
     arms = _distinct([*_methods(methods), *(_arm(text, config) for text in texts)])
     return Comparison(config, own, compared.compare, arms, seeds, budget)

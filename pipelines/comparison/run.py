@@ -258,7 +258,7 @@ def _pace(comparison: Comparison, spec: TrainSpec, size: MemoryEstimate) -> tupl
         return why
     assert spec.eval is not None
     train, workers = config.train, config.cluster.max_workers()
-    width = min(train.micro_batch, train.global_batch)
+    width = min(train.micro(), train.global_batch)
     packs = [spec.train[number % len(spec.train)] for number in range(width)]
     steps = total_steps(train, len(spec.train))
     once, _ = estimate.micro_batch(config, spec.base, packs, steps)

@@ -59,7 +59,7 @@ def cluster_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[str, dict[str, flo
     told: dict[Any, Any] = {
         (resources, "schedulable_nodes"): lambda: entries,
         (resources, "worker_resources"): lambda config: dict.fromkeys(nodes[0][1], 1.0),
-        (preflight, "_ask"): lambda config, nodes: (answers, []),
+        (preflight, "_ask"): lambda config, nodes, tell=False: (answers, []),
     }
     for (module, name), answer in told.items():
         monkeypatch.setattr(module, name, answer)
@@ -148,7 +148,7 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
         answers = one_node(monkeypatch, memory + PROCESS_BYTES)
         for setting, expected in (("auto", wanted), (False, False), (True, True)):
             config, _, size = sized(model, setting)
-            assert preflight.recomputes(config, base) is expected
+            assert preflight.planned(config, base).recompute is expected
             found = with_recomputation(config, base, size, {"CPU": 1.0}, answers)
             assert found.recompute is expected
             fitting = not list(problems(config, base, found, {"CPU": 1.0}, answers))

@@ -53,7 +53,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
     assert (found.run.name, found.model.name, found.registry.model) == ("chats", "model", "chats")
     assert [each.path for each in found.data.train] == ["chats.jsonl"]
     assert (found.data.eval, found.data.eval_fraction) == ((), 0.15)
-    assert found.train.global_batch >= found.train.micro_batch * found.cluster.max_workers()
+    assert found.train.global_batch >= found.train.micro() * found.cluster.max_workers()
     printed = capsys.readouterr().out
     assert printed.startswith(
         "chats.jsonl: about 200 messages rows in jsonl\nheld out: eval_fraction: 0.15  # about 30 rows\n"

@@ -54,7 +54,7 @@ def taken(config: Config, model: Any, batch: Batch) -> int:
 
 def full(config: Config, attention: str) -> Batch:
     pack = tiny.pack(config.data.max_length, prompt=1)
-    return collate([pack] * config.train.micro_batch, attention)
+    return collate([pack] * config.train.micro(), attention)
 
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "llama4_text"]
@@ -115,14 +115,30 @@ def test_a_batch_that_is_far_too_large_is_planned_from_a_smaller_one() -> None:
 
 
 def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_attention, "kernel", lambda: object())
     used, plans = [], {}
     for gpu, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.bfloat16)):
         meta = zoo.on_meta(ALL["llama"])
         plans[gpu, dtype] = planned(settings(), meta, dtype, gpu)
         used.append(tiny.attention_of(meta))
-    assert used == ["segments", "sdpa", "segments"]
+    assert used == ["varlen", "sdpa", "segments"]
     assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], "without the products of a CPU"
+    monkeypatch.setattr(segment_attention, "kernel", lambda: None)
+    older = zoo.on_meta(ALL["llama"])
+    wanted = settings(model__attention="flash_attention_2")
+    assert planned(wanted, older, torch.bfloat16, gpu=True) > plans[True, torch.bfloat16], "with a copy of the output"
+    assert tiny.attention_of(older) == "segments"
+
+
+def test_a_mask_of_dropout_has_a_byte_per_number_on_a_gpu() -> None:
+    plans = {
+        (gpu, rate): planned(
+            settings(adapter__dropout=rate, model__attention="sdpa"), zoo.on_meta(ALL["llama"]), torch.bfloat16, gpu
+        )
+        for gpu in (True, False)
+        for rate in (0.0, 0.5)
+    }
+    on_gpu, on_cpu = (plans[gpu, 0.5] - plans[gpu, 0.0] for gpu in (True, False))
+    assert on_gpu / on_cpu == pytest.approx(3 / 4, rel=0.1), "2 bytes for the input that is left, 1 or 2 for the mask"
 
 
 def answering(**changes: Any) -> Config:

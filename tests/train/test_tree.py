@@ -1,5 +1,8 @@
 """The order of the sum over a step's micro-batches does not depend on the workers."""
 
+import socket
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -79,6 +82,34 @@ def test_vectors_of_all_workers_are_summed_in_the_trees_order(workers: int) -> N
         for (size, leaves), result in zip(cases, results, strict=True):
             wanted = tree.total(torch.stack([value(leaf, size) for leaf in range(leaves)]))
             assert torch.equal(result, wanted), (size, leaves)
+
+
+def _all_sums_on_machines(each: int) -> list[Tensor]:
+    with mock.patch.object(socket, "gethostname", return_value=f"machine {collectives.rank() // each}"):
+        return _all_sums()
+
+
+@pytest.mark.parametrize(("workers", "each"), [(4, 2), (6, 3), (5, 2)])
+def test_the_sum_is_the_same_on_several_machines(workers: int, each: int) -> None:
+    crew = Crew(workers)
+    try:
+        found = crew.run(_all_sums_on_machines, each)
+    finally:
+        crew.close()
+    cases = [(size, leaves) for size in SIZES for leaves in LEAVES]
+    for results in found:
+        for (size, leaves), result in zip(cases, results, strict=True):
+            assert torch.equal(result, tree.total(torch.stack([value(leaf, size) for leaf in range(leaves)])))
+
+
+@pytest.mark.parametrize(
+    ("leaves", "machines", "vectors"),
+    [(16, 2, 1.0), (32, 2, 1.0), (64, 8, 1.75), (16, 1, 0.0), (48, 2, 1.5)],
+)
+def test_a_machine_sends_one_vector_and_not_one_per_worker(leaves: int, machines: int, vectors: float) -> None:
+    """Of 8B at rank 16 a vector has 168 MB; one per worker were 1.3 GB per step."""
+    ranks = tuple(range(first, first + 8) for first in range(0, 8 * machines, 8))
+    assert tree.sent(leaves, ranks) == pytest.approx(vectors)
 
 
 def add_up(gradient: TreeSum, leaves: int, own: range) -> None:

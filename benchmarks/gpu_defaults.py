@@ -1,0 +1,132 @@
+"""What the defaults are on clusters with GPUs of 80 GiB: workers, micro-batch, tokens per step, memory, idle GPUs.
+
+Ray is real, its GPUs are pretended, and so is what NVIDIA's driver would say of them. The models have the shapes of
+known ones; their files are headers without numbers. README's config is used: model and data alone.
+
+    python benchmarks/gpu_defaults.py [--models 135M,8B] [--clusters 1,8]
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ray
+from common import hollow, table
+from ray.cluster_utils import Cluster
+
+from olora_ray.cluster import preflight, resources
+from olora_ray.cluster.node_facts import node_info
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import build, override
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
+from olora_ray.train.estimate import PROCESS_BYTES
+
+MODELS = {
+    "135M": (49152, 576, 1536, 30, 9, 3),
+    "1B": (128256, 2048, 8192, 16, 32, 8),
+    "8B": (128256, 4096, 14336, 32, 32, 8),
+    "70B": (128256, 8192, 28672, 80, 64, 8),
+}
+"""Name -> vocabulary, hidden and inner size, layers, heads, heads of keys."""
+CLUSTERS = {"1": (1,), "2": (2,), "8": (8,), "2 x 8": (8, 8)}
+"""Name -> GPUs of each node."""
+MEMORY = 80 * 2**30
+MORE: tuple[dict[str, Any], ...] = ({}, {"cluster.strategy": "fsdp"}, {"model.quantization": "nf4"})
+"""Settings beside the two fields, tried in this order where a model does not fit."""
+HEADER = (
+    *("model", "GPUs", "workers", "micro-batch", "tokens at once", "tokens per step", "planned GiB", "idle GPUs"),
+    "also set",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","))
+    parser.add_argument("--clusters", default=",".join(CLUSTERS), type=lambda text: text.split(","))
+    args = parser.parse_args(argv)
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as scratch:
+        bases = {name: llama(Path(scratch) / name, *MODELS[name]) for name in args.models}
+        rows = [row for name in args.clusters for row in on_cluster(name, bases, scratch)]
+    print(table(HEADER, sorted(rows, key=lambda row: list(MODELS).index(row[0]))))
+    return 0
+
+
+def on_cluster(name: str, bases: dict[str, BaseModel], storage: str) -> Iterator[tuple[str, ...]]:
+    gpus = CLUSTERS[name]
+    with _cluster(gpus):
+        for model, base in bases.items():
+            nodes = resources.schedulable_nodes()
+            info = replace(node_info(), memory=2 * 10**12, gpu_memory=MEMORY, gpu_generation=(9, 0))
+            answers = [(node["NodeManagerAddress"], info) for node in nodes]
+            with (
+                mock.patch.object(preflight, "_ask", return_value=(answers, [])),
+                mock.patch.object(preflight, "gpu_problems", return_value=[]),
+                mock.patch.object(preflight, "disk_problems", return_value=[]),
+            ):
+                yield model, name, *first_that_fits(storage, base, sum(gpus))
+
+
+def first_that_fits(storage: str, base: BaseModel, gpus: int) -> tuple[str, ...]:
+    for more in MORE:
+        try:
+            found = preflight.check_cluster(override(config(storage, base), more), base)
+        except UserError as error:
+            refused = str(error)
+            continue
+        planned = preflight.planned(found, base)
+        row = described(found, planned.total_bytes() + PROCESS_BYTES, planned.recompute, gpus)
+        return *row, ", ".join(f"{field}={value}" for field, value in more.items())
+    return *(["-"] * 6), refused[:100]
+
+
+def described(config: Config, planned: float, recomputed: bool, gpus: int) -> tuple[str, ...]:
+    workers, micro, train = config.cluster.max_workers(), config.train.micro(), config.train
+    busy = min(workers, train.micro_batches())
+    at_once = micro * config.data.length()
+    tokens, step = f"{at_once:,}{', recomputed' * recomputed}", train.global_batch * config.data.length()
+    return str(workers), str(micro), tokens, f"{step:,}", f"{planned / 2**30:.1f}", str(gpus - busy)
+
+
+def config(storage: str, base: BaseModel) -> Config:
+    return build(
+        {"model": {"name": base.folder}, "data": {"train": [{"path": "rows.jsonl"}]}, "run": {"storage": storage}}
+    )
+
+
+@contextmanager
+def _cluster(gpus: Sequence[int]) -> Iterator[None]:
+    cluster: Any = Cluster()
+    try:
+        for each in gpus:
+            cluster.add_node(num_cpus=max(16, each), num_gpus=each, object_store_memory=100 * 2**20)
+        ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def llama(folder: Path, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> BaseModel:
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 8192,
+    }
+    return hollow(folder, "llama", shape)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
