@@ -143,33 +143,24 @@ def load() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def _nothing(*_: object) -> None:
-    pass
+def _answer(value: object) -> Any:
+    return lambda *_, **__: value  # a function for each name: torch._dynamo allows no other
 
 
-def _zero(*_: object) -> int:
-    return 0
-
-
+_ANSWERS: dict[str, object] = {
+    "is_available": True,
+    "is_bf16_supported": True,
+    "device_count": 1,
+    "current_device": 0,
+    "get_device_name": NAME,
+    "get_device_capability": (9, 0),
+    "mem_get_info": (MEMORY * 7 // 8, MEMORY),
+    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), 0),
+    **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
+    **dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed_all"), None),
+}
 # The device draws from the CPU's generator, so its random state is the CPU's.
-_FUNCTIONS: dict[str, Any] = {
-    "_lazy_init": _nothing,
-    "is_available": lambda: True,
-    "is_bf16_supported": lambda including_emulation=True: True,
-    "device_count": lambda: 1,
-    "current_device": _zero,
-    "set_device": _nothing,
-    "_exchange_device": _zero,
-    "_maybe_exchange_device": _zero,
-    "get_device_name": lambda device=None: NAME,
-    "get_device_capability": lambda device=None: (9, 0),
-    "mem_get_info": lambda device=None: (MEMORY * 7 // 8, MEMORY),
-    "memory_allocated": _zero,
-    "max_memory_allocated": _zero,
-    "memory_reserved": _zero,
-    "synchronize": _nothing,
-    "empty_cache": _nothing,
-    "manual_seed_all": _nothing,
+_FUNCTIONS: dict[str, Any] = {name: _answer(value) for name, value in _ANSWERS.items()} | {
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
 }

@@ -43,6 +43,8 @@ def child() -> Iterator[ProcessPoolExecutor]:
     context.set_forkserver_preload(crew.IMPORTED)
     with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(node_cache.CACHE,)) as pool:
         yield pool
+        import sys, time
+        print("CPU SECONDS", pool.submit(time.process_time).result(), file=sys.__stderr__)
 
 
 def _begin(cache: str) -> None:
@@ -152,7 +154,8 @@ class Run:
 RUNS = {
     "llama": Run(),
     "bfloat16, recomputed": Run(dtype="bfloat16", recompute=True),
-    "automatic rate": Run(changes={"adapter__method": "olora_even", "train__lr": "auto"}),
+    # Its measurement counts padding, of which sdpa has some.
+    "automatic rate": Run(changes={"adapter__method": "olora_even", "train__lr": "auto", "model__attention": "sdpa"}),
     "fp8": Run(changes={"model__quantization": "fp8"}),
     "a mixture": Run("qwen3_moe"),
     "a tied head, plain LoRA": Run("gpt2", changes={"adapter__method": "lora"}),
@@ -170,11 +173,11 @@ def test_a_run_leaves_what_it_leaves_on_a_cpu(child: ProcessPoolExecutor, tmp_pa
 
 
 def _assert_same(here: Outcome, there: Outcome, asked: Run) -> None:
-    assert (here.attention, there.attention) == ("segments", "sdpa")
+    assert (here.attention, there.attention) == (asked.changes.get("model__attention", "segments"), "sdpa")
     assert len(here.losses) == runs.STEPS
     assert there.losses == pytest.approx(here.losses, rel=asked.off())
     assert there.held_out == pytest.approx(here.held_out, rel=asked.off())
-    assert there.answers == here.answers
+    assert asked.dtype != "float32" or there.answers == here.answers
 
 
 def _run(asked: Run, model: Path, folder: Path, on_gpu: bool) -> Outcome:
