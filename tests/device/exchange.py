@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,74 +19,67 @@ from olora_ray.train.loop import Trainer
 
 
 class Rules:
-    """What stands in for torch.distributed in the package."""
+    """What stands in for functions of torch.distributed."""
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
         """Kind of exchange -> how often."""
-        self.in_step = False
+        self._in_step = False
 
-    def carried(self, kind: str, tensor: Tensor) -> Tensor:
-        """Return the copy that is exchanged instead of a tensor; raises AssertionError if NCCL would not take it."""
+    def _copy(self, kind: str, tensor: Tensor) -> Tensor:
+        """Return the copy that is exchanged for a tensor; raises AssertionError if NCCL would not take the tensor."""
         assert tensor.is_cuda, f"{kind}: NCCL takes no tensor of the {tensor.device.type}"
         assert tensor.is_contiguous(), f"{kind}: NCCL takes only contiguous tensors"
         self.sent[kind] += 1
         return tensor.detach().cpu()
 
     def all_reduce(self, tensor: Tensor) -> None:
-        copy = self.carried("all_reduce", tensor)
+        copy = self._copy("all_reduce", tensor)
         dist.all_reduce(copy)
         tensor.copy_(copy)
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
-        copy = self.carried("broadcast", tensor)
+        copy = self._copy("broadcast", tensor)
         dist.broadcast(copy, src=src)
         tensor.copy_(copy)
 
     def batch_isend_irecv(self, operations: Sequence[Any]) -> list[Any]:
-        return [self._begun(each.op, each.tensor, each.peer) for each in operations]
-
-    def _begun(self, operation: Callable[..., Any], tensor: Tensor, peer: int) -> Any:
-        copy = self.carried(operation.__name__, tensor)
-        work = operation(copy, peer)
-
-        @torch.no_grad()
-        def wait() -> None:
+        copies = [self._copy(each.op.__name__, each.tensor) for each in operations]
+        for work in [each.op(copy, each.peer) for each, copy in zip(operations, copies, strict=True)]:
             work.wait()
-            if operation is dist.irecv:
-                tensor.copy_(copy)
-
-        return SimpleNamespace(wait=wait)
+        for each, copy in zip(operations, copies, strict=True):
+            if each.op is dist.irecv:
+                each.tensor.detach().copy_(copy)
+        return []
 
     def objects(self, exchange: Callable[..., None]) -> Callable[..., None]:
         def guarded(*arguments: Any, **named: Any) -> None:
-            assert not self.in_step, f"{exchange.__name__}: a step sends no objects"
+            assert not self._in_step, f"{exchange.__name__}: a step sends no objects"
             exchange(*arguments, **named)
 
         return guarded
+
+    def steps(self, whole: Callable[..., Any], *arguments: Any) -> Generator[Any]:
+        results = whole(*arguments)
+        while True:
+            self._in_step = True
+            try:
+                result = next(results, None)
+            finally:
+                self._in_step = False
+            if result is None:
+                return
+            yield result
 
 
 @contextlib.contextmanager
 def by_nccls_rules() -> Iterator[Rules]:
     """Let the package exchange tensors of the device, as long as NCCL would."""
     rules, steps = Rules(), Trainer.steps
-
-    def watched(trainer: Trainer, *arguments: Any) -> Generator[Any]:
-        results = steps(trainer, *arguments)
-        while True:
-            rules.in_step = True
-            try:
-                result = next(results, None)
-            finally:
-                rules.in_step = False
-            if result is None:
-                return
-            yield result
-
     own = {name: getattr(rules, name) for name in ("all_reduce", "broadcast", "batch_isend_irecv")}
     own |= {name: rules.objects(getattr(dist, name)) for name in ("all_gather_object", "broadcast_object_list")}
     with (
         mock.patch.object(collectives, "dist", SimpleNamespace(**vars(dist) | own)),
-        mock.patch.object(Trainer, "steps", watched),
+        mock.patch.object(Trainer, "steps", lambda *arguments: rules.steps(steps, *arguments)),
     ):
         yield rules

@@ -19,21 +19,15 @@
 
 #include <atomic>
 #include <cstring>
-#include <iterator>
-#include <map>
 #include <mutex>
 #include <new>
 #include <set>
 
 using at::Tensor;
 using c10::DeviceType;
-using Names = std::set<std::string>;
 
-static const c10::Device GPU(DeviceType::CUDA, 0);
-static const c10::DispatchKeySet KEY(c10::DispatchKey::CUDA);
-
-// What is counted and reported.
-
+static const c10::Device GPU(DeviceType::CUDA, 0), HOST(DeviceType::CPU);
+static const c10::DispatchKeySet ON_GPU(c10::DispatchKey::CUDA), ON_HOST(c10::DispatchKey::CPU);
 static std::atomic<long> launches{0}, sent{0};
 static void (*report)(const char* kind, const char* what) = nullptr;
 
@@ -45,52 +39,45 @@ static void note(const char* kind, const std::string& what) {
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
-    c10::DataPtr host = c10::GetAllocator(DeviceType::CPU)->allocate(size);
-    void* start = host.get();
+    auto host = c10::GetAllocator(DeviceType::CPU)->allocate(size);
     auto free = host.get_deleter();
+    void* start = host.get();
     return {start, host.release_context(), free, GPU};
   }
   void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
 };
 static Memory memory;
 
-static std::mutex pinned_lock;
-static auto& pinned = *new std::map<const char*, size_t>;  // never destroyed, because tensors may live longer
-
 struct Pinned final : c10::Allocator {
-  c10::DataPtr allocate(size_t size) override {
-    auto* host = new c10::DataPtr(c10::GetAllocator(DeviceType::CPU)->allocate(size));
-    std::lock_guard<std::mutex> guard(pinned_lock);
-    pinned[static_cast<const char*>(host->get())] = size;
-    return {host->get(), host, &free, c10::Device(DeviceType::CPU)};
+  static inline std::mutex lock;
+  static inline auto& blocks = *new std::set<const void*>;  // never destroyed, because tensors may live longer
+  static bool has(const void* start) {
+    std::lock_guard<std::mutex> guard(lock);
+    return blocks.count(start);
   }
-  static void free(void* context) {
-    auto* host = static_cast<c10::DataPtr*>(context);
-    std::lock_guard<std::mutex> guard(pinned_lock);
-    pinned.erase(static_cast<const char*>(host->get()));
-    delete host;
+  static void free(void* start) {
+    std::lock_guard<std::mutex> guard(lock);
+    blocks.erase(start);
+    std::free(start);
+  }
+  c10::DataPtr allocate(size_t size) override {
+    std::lock_guard<std::mutex> guard(lock);
+    void* start = std::aligned_alloc(64, (size + 64) / 64 * 64);
+    blocks.insert(start);
+    return {start, start, &free, HOST};
   }
   void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
 };
-static Pinned pinned_memory;
+static Pinned pinned;
 
-static bool is_pinned(const void* data) {
-  std::lock_guard<std::mutex> guard(pinned_lock);
-  auto after = pinned.upper_bound(static_cast<const char*>(data));
-  if (after == pinned.begin()) return false;
-  auto [start, size] = *std::prev(after);
-  return data < start + size;
-}
-
-// Return a tensor on the device, or on the CPU, with the memory of `tensor`, which it keeps alive.
-static Tensor alias(const Tensor& tensor, bool on_device) {
+// Return a tensor on the device, or on the host, with the memory of `tensor`, which it keeps alive.
+static Tensor alias(const Tensor& tensor, bool on_gpu) {
   auto free = [](void* context) { delete static_cast<Tensor*>(context); };
-  c10::Device where = on_device ? GPU : c10::Device(DeviceType::CPU);
-  c10::DataPtr data(tensor.storage().mutable_data(), new Tensor(tensor), free, where);
-  c10::Allocator* allocator = on_device ? &memory : c10::GetAllocator(DeviceType::CPU);
-  c10::Storage storage(
-      c10::Storage::use_byte_size_t(), tensor.storage().nbytes(), std::move(data), allocator, /*resizable=*/true);
-  auto keys = on_device ? KEY : c10::DispatchKeySet(c10::DispatchKey::CPU);
+  c10::DataPtr data(tensor.storage().mutable_data(), new Tensor(tensor), free, on_gpu ? GPU : HOST);
+  auto* allocator = on_gpu ? &memory : c10::GetAllocator(DeviceType::CPU);
+  auto size = tensor.storage().nbytes();
+  c10::Storage storage(c10::Storage::use_byte_size_t(), size, std::move(data), allocator, /*resizable=*/true);
+  auto keys = on_gpu ? ON_GPU : ON_HOST;
   auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, tensor.dtype());
   made.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
   return made;
@@ -98,12 +85,13 @@ static Tensor alias(const Tensor& tensor, bool on_device) {
 
 // Any operator without a kernel below.
 
+using Names = std::set<std::string>;
 static const Names TAKE_CPU_INDICES = {
-    "aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put", "aten::_unsafe_index"};
+    "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"};
 // The host waits for these, because it needs their numbers, or the size of their result depends on numbers.
 static const Names WAIT = {
     "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2", "aten::unique_consecutive",
-    "aten::unique_dim", "aten::repeat_interleave", "aten::bincount", "aten::_linalg_svd", "aten::linalg_lstsq"};
+    "aten::unique_dim", "aten::repeat_interleave", "aten::bincount", "aten::_linalg_svd"};
 
 struct Operand {
   Tensor device, host;
@@ -113,61 +101,36 @@ struct Operand {
 struct Call {
   std::string name;
   std::vector<Operand> operands;
-  bool to_host = false;
-  std::string foreign;  // the shape of an operand on the CPU
+  std::string foreign;  // an operand on the CPU
 
-  Tensor alias_of(const Tensor& tensor) {
+  Tensor operand(const Tensor& tensor) {
     if (!tensor.defined()) return tensor;
     if (!tensor.is_cuda()) {
       if (tensor.dim() > 0) foreign = c10::str(tensor.sizes(), " of ", tensor.dtype());
       return tensor;
     }
-    for (auto& each : operands) {
+    for (auto& each : operands)
       if (each.device.is_same(tensor)) return each.host;
-    }
     operands.push_back({tensor, alias(tensor, false), tensor.storage().data()});
     return operands.back().host;
   }
 
   c10::IValue argument(const c10::IValue& value) {
-    if (value.isTensor()) return alias_of(value.toTensor());
+    TORCH_CHECK(!value.isGenerator(), name, ": Expected a 'cuda' device type for generator but found 'cpu'");
+    if (value.isTensor()) return operand(value.toTensor());
+    if (value.isDevice()) return HOST;
     if (value.isTensorList()) {
-      std::vector<Tensor> list;
-      for (const Tensor& each : value.toTensorVector()) list.push_back(alias_of(each));
+      auto list = value.toTensorVector();
+      for (auto& each : list) each = operand(each);
       return list;
     }
     if (value.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> list;
-      for (const std::optional<Tensor>& each : value.toOptionalTensorVector()) {
-        list.push_back(each ? std::optional<Tensor>(alias_of(*each)) : std::nullopt);
-      }
+      for (const auto& each : value.toOptionalTensorVector())
+        list.push_back(each ? std::optional<Tensor>(operand(*each)) : std::nullopt);
       return list;
     }
-    if (value.isGenerator()) {
-      TORCH_CHECK(false, name, ": Expected a 'cuda' device type for generator but found 'cpu'");
-    }
-    if (value.isDevice()) {
-      to_host = value.toDevice().is_cpu();
-      return c10::Device(DeviceType::CPU);
-    }
     return value;
-  }
-
-  Tensor result(const Tensor& tensor) {
-    if (!tensor.defined() || tensor.is_cuda() || to_host) return tensor;
-    for (auto& each : operands) {
-      if (each.host.is_same(tensor)) return each.device;
-    }
-    for (auto& each : operands) {  // a view
-      if (each.data && each.host.storage().data() == tensor.storage().data()) {
-        auto view = at::detail::make_tensor<c10::TensorImpl>(
-            c10::TensorImpl::VIEW, c10::Storage(each.device.storage()), KEY, tensor.dtype());
-        view.unsafeGetTensorImpl()->set_sizes_and_strides(
-            tensor.sizes(), tensor.strides(), tensor.storage_offset());
-        return view;
-      }
-    }
-    return alias(tensor, true);
   }
 
   // The kernel may have resized an operand.
@@ -175,23 +138,32 @@ struct Call {
     for (auto& [device, host, data] : operands) {
       auto* held = device.unsafeGetTensorImpl();
       if (host.storage().data() != data) held->set_storage_keep_dtype(alias(host, true).storage());
-      if (host.sizes() != device.sizes() || host.strides() != device.strides()) {
+      if (host.sizes() != device.sizes() || host.strides() != device.strides())
         held->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
-      }
     }
+  }
+
+  Tensor result(const Tensor& tensor) {
+    if (!tensor.defined()) return tensor;
+    for (auto& each : operands)
+      if (each.host.is_same(tensor)) return each.device;
+    auto made = alias(tensor, true);
+    for (auto& each : operands)  // a view has the storage of its base
+      if (each.data && each.data == tensor.storage().data())
+        made.unsafeGetTensorImpl()->set_storage_keep_dtype(each.device.storage());
+    return made;
   }
 };
 
-static void on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
-  Call call{op.schema().name()};
+static void on_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   launches++;
+  Call call{op.schema().name()};
   if (WAIT.count(call.name)) note("wait", call.name);
-  size_t first = stack->size() - op.schema().arguments().size();
-  for (size_t i = first; i < stack->size(); i++) (*stack)[i] = call.argument((*stack)[i]);
+  for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); i++)
+    (*stack)[i] = call.argument((*stack)[i]);
   TORCH_CHECK(
       call.foreign.empty() || call.operands.empty() || TAKE_CPU_INDICES.count(call.name), call.name,
-      ": Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu (",
-      call.foreign, ")");
+      ": Expected all tensors to be on the same device, but found one on the cpu: ", call.foreign);
   op.callBoxed(stack);
   call.update();
   for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); i++) {
@@ -199,8 +171,8 @@ static void on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::ji
     if (value.isTensor()) {
       value = call.result(value.toTensor());
     } else if (value.isTensorList()) {
-      std::vector<Tensor> list;
-      for (const Tensor& each : value.toTensorVector()) list.push_back(call.result(each));
+      auto list = value.toTensorVector();
+      for (auto& each : list) each = call.result(each);
       value = list;
     }
   }
@@ -208,30 +180,32 @@ static void on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::ji
 
 // The kernels of a device that are more than its arithmetic.
 
-static Tensor empty(
-    at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>,
-    std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(size, &memory, KEY, c10::dtype_or_default(dtype), format);
+using Flag = std::optional<bool>;
+using Type = std::optional<at::ScalarType>;
+using Layout = std::optional<at::Layout>;
+using Where = std::optional<at::Device>;
+
+static Tensor empty(at::IntArrayRef size, Type type, Layout, Where, Flag, std::optional<at::MemoryFormat> format) {
+  return at::detail::empty_generic(size, &memory, ON_GPU, c10::dtype_or_default(type), format);
 }
 
-static Tensor empty_strided(
-    at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-    std::optional<at::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &memory, KEY, c10::dtype_or_default(dtype));
+static Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, Type type, Layout, Where, Flag) {
+  return at::detail::empty_strided_generic(size, stride, &memory, ON_GPU, c10::dtype_or_default(type));
 }
 
 static Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
-  std::string what = c10::str(from.sizes(), " of ", from.dtype());
-  if (to.is_cuda() && from.is_cuda()) {
+  auto& host = to.is_cuda() ? from : to;
+  if (host.is_cuda()) {
     launches++;
-  } else if (to.is_cuda()) {
-    bool is_free = is_pinned(from.storage().data());
-    sent += from.numel() * to.itemsize();
-    if (from.dtype() != to.dtype()) note("conversion", what);
-    if (!is_free && from.nbytes() > 65536) note("pageable", what);  // smaller ones are copied aside at once
-    if (!is_free || !non_blocking) note("wait", "copy to the device, " + what);
-  } else if (!non_blocking || !is_pinned(to.storage().data())) {
-    note("wait", "copy from the device, " + what);
+  } else {
+    auto what = c10::str("copy ", to.is_cuda() ? "to" : "from", " the device, ", from.sizes(), " of ", from.dtype());
+    bool is_pinned = Pinned::has(host.storage().data());
+    if (!is_pinned || !non_blocking) note("wait", what);
+    if (to.is_cuda()) {
+      sent += from.numel() * to.itemsize();
+      if (from.dtype() != to.dtype()) note("conversion", what);
+      if (!is_pinned && from.nbytes() > 65536) note("pageable", what);  // smaller ones are copied aside at once
+    }
   }
   (to.is_cuda() ? alias(to, false) : to).copy_(from.is_cuda() ? alias(from, false) : from);
   return to;
@@ -248,9 +222,7 @@ static Tensor histc(const Tensor& tensor, int64_t bins, const at::Scalar& low, c
   return alias(alias(tensor, false).to(at::kDouble).histc(bins, low, high).to(tensor.scalar_type()), true);
 }
 
-TORCH_LIBRARY_IMPL(_, CUDA, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
-}
+TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", &empty);
@@ -263,48 +235,32 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_reshape_alias", &at::native::_reshape_alias);
   m.impl("unfold", &at::native::unfold);
   m.impl("resize_", &at::native::resize_);
-  m.impl("set_.source_Storage", static_cast<Tensor& (*)(Tensor&, at::Storage)>(&at::native::set_));
   m.impl("set_.source_Storage_storage_offset", &at::native::set_storage_cpu_);
   m.impl("set_.source_Tensor", &at::native::set_tensor_);
-  // Without a kernel of its own, the device would get torch's loop over the groups, which reads their borders.
-  m.impl("_grouped_mm", torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
+  // Else it would have torch's loop over the groups, which reads their borders.
+  m.impl("_grouped_mm", torch::CppFunction::makeFromBoxedFunction<&on_host>());
 }
 
-// What torch asks of a device: one GPU, whose streams do nothing.
+// What torch asks of a device: one GPU, whose stream does nothing.
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   c10::Device exchangeDevice(c10::Device) const override { return GPU; }
   c10::Device getDevice() const override { return GPU; }
-  c10::Stream stream() const { return c10::Stream(c10::Stream::DEFAULT, GPU); }
-  c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
-  c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
-  c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
-  c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
+  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, GPU); }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeEvent(void*) const override {}
-  void synchronizeDevice(const c10::DeviceIndex) const override {}
 };
 
 struct Hooks final : at::CUDAHooksInterface {
   void init() const override {}
+  bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
-  bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  int getNumGPUs() const override { return 1; }
   c10::DeviceIndex deviceCount() const override { return 1; }
-  c10::DeviceIndex current_device() const override { return 0; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(c10::DeviceIndex) const override {}
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
-  bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
-  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
-  at::Device getDeviceFromPtr(void*) const override { return GPU; }
+  bool isPinnedPtr(const void* data) const override { return Pinned::has(data); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
 };
 
 REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &memory);
@@ -314,9 +270,8 @@ extern "C" {
 // torch looks for the hooks of CUDA once, and has often done so before this is loaded. They have no state, so these
 // take the place of the ones that it has found.
 void install() {
-  auto* found = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
   static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
-  new (found) Hooks();
+  new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks();
 }
 void watch(void (*function)(const char*, const char*)) { report = function; }
 long launched() { return launches; }

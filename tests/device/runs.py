@@ -11,13 +11,13 @@ import torch
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker import StopRequests, train_at
-from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.common import collectives
 from olora_ray.pipeline import export, export_shares
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train import checkpoints
 from tests import tiny
+from tests.cluster.test_sharded_worker import Context
 from tests.cluster.test_worker import Channel
 from tests.families.variants import LONGEST
 
@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What a run leaves."""
 
@@ -43,60 +43,41 @@ class Outcome:
     losses: list[float]
     held_out: list[float]
     answers: list[Sequence[int]]
-    merged: tuple[str, str] = ("", "")
-    """Digests of the merged weights, as the device and as the CPU wrote them."""
+    merged: list[str]
+    """Digests of the merged weights, as the device and as the CPU wrote them; none of several workers."""
     sent: Mapping[str, int] = field(default_factory=dict)
     """Exchanges by NCCL's rules."""
 
 
-class Context(RayTrainContext):
-    """That of a worker of Ray Train, with what Ray would say of it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._loss, self._installed = device, None, False
-
-
-def run(model: Path, storage: Path, device: torch.device, changes: Mapping[str, Any], recompute: bool = False) -> Outcome:
+def run(model: Path, storage: Path, device: torch.device, changes: Mapping[str, Any]) -> Outcome:
     """Train, train the last step again from a checkpoint, answer, and export unless there are several workers."""
-    sizes = {"cluster__workers": collectives.world_size(), "run__storage": str(storage), "model__name": str(model)}
-    settings = tiny.config(**(SETTINGS | sizes | changes))
-    base, folder = open_base(settings), RunFolder(settings.folder())
-    train: Any = tiny.store(8)
-    other: Any = tiny.store(3, seed=9)
-    spec = TrainSpec(settings, base.model, base.spec.digest, base.eos, train, other, recompute=recompute)
-    with mock.patch.object(StopRequests, "_listen", lambda self: None):
+    own = {"cluster__workers": collectives.world_size(), "run__storage": str(storage), "model__name": str(model)}
+    settings = tiny.config(**(SETTINGS | own | changes))
+    again = settings.train.activation_checkpointing is True
+    base, folder, stores = open_base(settings), RunFolder(settings.folder()), (tiny.store(8), tiny.store(3, seed=9))
+    spec = TrainSpec(settings, base.model, base.spec.digest, base.eos, *stores, recompute=again)  # type: ignore[arg-type]
+    with mock.patch.object(StopRequests, "_listen"):
         whole = train_at(Context(device), spec, folder.checkpoints, Channel())
-        _forget(folder, STEPS)
+        collectives.wait_for_all()
+        (Path(folder.checkpoints) / checkpoints.name_of(STEPS) / "manifest.json").unlink(missing_ok=True)
+        collectives.wait_for_all()
         result = train_at(Context(device), spec, folder.checkpoints, Channel())
     assert (whole.problem, result.problem) == (None, None)
-    assert whole.state is not None
-    assert result.state is not None
-    losses, held_out = ([row[name] for row in result.state.history if name in row] for name in ("train/loss", "eval/loss"))
-    assert losses == [row["train/loss"] for row in whole.state.history if "train/loss" in row]
+    first, second = (each.state.history for each in (whole, result) if each.state)
+    losses, held_out = ([row[name] for row in second if name in row] for name in ("train/loss", "eval/loss"))
+    assert losses == [row["train/loss"] for row in first if "train/loss" in row]
     assert result.answers == whole.answers
     assert result.self_test is not None
-    merged = ("", "")
-    if collectives.world_size() == 1:
-        written = [_merged(spec, folder, result.state.step, where) for where in (device, torch.device("cpu"))]
-        merged = (written[0], written[1])
-    pairs = [part for pair in result.answers for part in (pair.before, pair.after)]
-    return Outcome(result.self_test["attention"], losses, held_out, pairs, merged)
+    alone = collectives.world_size() == 1
+    merged = [_merged(spec, folder, where) for where in (device, torch.device("cpu")) if alone]
+    answers = [part for pair in result.answers for part in (pair.before, pair.after)]
+    return Outcome(result.self_test["attention"], losses, held_out, answers, merged)
 
 
-def _forget(folder: RunFolder, step: int) -> None:
-    """Let the checkpoint of a step count as incomplete, as if the run had been ended while it was written."""
-    manifest = Path(folder.checkpoints) / checkpoints.name_of(step) / "manifest.json"
-    collectives.wait_for_all()
-    manifest.unlink(missing_ok=True)
-    collectives.wait_for_all()
-
-
-def _merged(spec: TrainSpec, folder: RunFolder, step: int, device: torch.device) -> str:
-    with (
-        mock.patch.object(export, "assigned_device", lambda: device),
-        mock.patch.object(export_shares, "assigned_device", lambda: device),
-    ):
-        assert export.export_run(spec, folder, step)["ok"]
+def _merged(spec: TrainSpec, folder: RunFolder, device: torch.device) -> str:
+    here = (mock.patch.object(part, "assigned_device", return_value=device) for part in (export, export_shares))
+    with next(here), next(here):
+        assert export.export_run(spec, folder, STEPS)["ok"]
     (file,) = Path(folder.merged).glob("*.safetensors")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     file.unlink()  # or it would be kept
