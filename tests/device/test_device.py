@@ -53,6 +53,27 @@ def _begin(cache: str) -> None:
     gpu.load()
 
 
+def test_the_device_counts_what_a_gpu_would_do(child: ProcessPoolExecutor) -> None:
+    seen = child.submit(_used).result()
+    assert sum(seen.waits.values()) == 4
+    assert list(seen.pageable) == ["elsewhere: copy to the device, [65536] of float"]
+    assert list(seen.conversions) == ["elsewhere: copy to the device, [8] of c10::BFloat16"]
+    assert (seen.launches, seen.sent) == (2, 2 * 4 * 65536 + 4 * 8)
+
+
+def _used() -> gpu.Seen:
+    with gpu.watched() as seen:
+        there = torch.zeros(65536).to("cuda")
+        torch.zeros(65536, pin_memory=True).to("cuda", non_blocking=True)
+        torch.zeros(8, dtype=torch.bfloat16).to("cuda", torch.float32)
+        there.sum().item()
+        there.nonzero()
+    with pytest.raises(RuntimeError, match="on the same device"):
+        torch.mul(there, torch.zeros(65536))
+    assert float((there[torch.tensor([3, 4])] + torch.tensor(2.0)).sum()) == 4.0  # indices and numbers of the CPU
+    return seen
+
+
 @needs_varlen
 def test_a_training_keeps_the_rules_of_a_gpu(child: ProcessPoolExecutor) -> None:
     assert child.submit(broken, None).result() == []
