@@ -82,8 +82,8 @@ def test_a_training_keeps_the_rules_of_a_gpu(child: ProcessPoolExecutor) -> None
 @needs_varlen
 @pytest.mark.parametrize("mistake", ONE_WORKER)
 def test_a_mistake_is_found(child: ProcessPoolExecutor, mistake: str) -> None:
-    first, *_ = child.submit(broken, mistake).result()
-    assert re.match(ONE_WORKER[mistake][-1], first, re.DOTALL)
+    rules = child.submit(broken, mistake).result()
+    assert any(re.match(ONE_WORKER[mistake][-1], rule, re.DOTALL) for rule in rules), rules
 
 
 # The parts of a worker, each with the CPU's numbers.
