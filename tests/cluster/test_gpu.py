@@ -1,4 +1,4 @@
-"""What only a GPU can show; all that can be shown without one is in tests/train/test_mixed_devices.py."""
+"""What only a GPU can show; all that can be shown without one is in tests/device."""
 
 from collections.abc import Callable
 from pathlib import Path

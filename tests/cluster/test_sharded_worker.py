@@ -20,6 +20,7 @@ from tests.crew import Crew
 from tests.families import every, zoo
 from tests.families.variants import ALL
 
+CPU = torch.device("cpu")
 LEAVES_OUT = "deepseek_v32"
 """A family whose blocks have layers that no gradient reaches."""
 
@@ -27,8 +28,8 @@ LEAVES_OUT = "deepseek_v32"
 class Context(RayTrainContext):
     """That of a worker of Ray Train, with what Ray would say of it."""
 
-    def __init__(self) -> None:
-        self.device, self._loss, self._installed = torch.device("cpu"), None, False
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device, self._loss, self._installed = device, None, False
 
 
 def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> tuple[Any, Any, Any, bool]:

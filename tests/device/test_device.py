@@ -1,0 +1,226 @@
+"""A training on a GPU is that of a CPU, and keeps the rules of a GPU: shown on a device without a GPU (gpu.py).
+
+Everything runs in processes of its own, because torch keeps a device for good.
+"""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from olora_ray.common import node_cache
+from olora_ray.model.attention import kernel
+from tests import crew, device_walk, tiny
+from tests.crew import Crew
+from tests.device import exchange, gpu, runs
+from tests.device.mistakes import ONE_WORKER, TWO_WORKERS, broken, planted, waits_of_steps
+from tests.device.runs import Outcome
+from tests.device_walk import STEPS, Seen
+from tests.families import zoo
+from tests.families.variants import ALL
+from tests.varlen_on_cpu import varlen_on_cpu
+
+pytestmark = pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+needs_varlen = pytest.mark.skipif(kernel() is None, reason="needs a newer torch")
+CPU = torch.device("cpu")
+OFF = {"float32": 1e-5, "bfloat16": 5e-3}
+"""Relative difference of losses that rounding explains."""
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[ProcessPoolExecutor]:
+    """A process that has the device."""
+    gpu.build()
+    context = get_context("forkserver")
+    context.set_forkserver_preload(crew.IMPORTED)
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(node_cache.CACHE,)) as pool:
+        yield pool
+
+
+def _begin(cache: str) -> None:
+    import peft  # noqa: F401  # imported later, its bitsandbytes would look for CUDA's own library
+
+    node_cache.CACHE = cache
+    torch.set_num_threads(1)
+    gpu.load()
+
+
+def test_the_device_counts_what_a_gpu_would_do(child: ProcessPoolExecutor) -> None:
+    seen = child.submit(_used).result()
+    assert sum(seen.waits.values()) == 4
+    assert list(seen.pageable) == ["elsewhere: copy to the device, [65536] of float"]
+    assert list(seen.conversions) == ["elsewhere: copy to the device, [8] of c10::BFloat16"]
+    assert (seen.launches, seen.sent) == (2, 2 * 4 * 65536 + 4 * 8)
+
+
+def _used() -> gpu.Seen:
+    with gpu.watched() as seen:
+        there = torch.zeros(65536).to("cuda")
+        torch.zeros(65536, pin_memory=True).to("cuda", non_blocking=True)
+        torch.zeros(8, dtype=torch.bfloat16).to("cuda", torch.float32)
+        there.sum().item()
+        there.nonzero()
+    with pytest.raises(RuntimeError, match="on the same device"):
+        torch.mul(there, torch.zeros(65536))
+    assert float((there[torch.tensor([3, 4])] + torch.tensor(2.0)).sum()) == 4.0  # indices and numbers of the CPU
+    return seen
+
+
+@needs_varlen
+def test_a_training_keeps_the_rules_of_a_gpu(child: ProcessPoolExecutor) -> None:
+    assert child.submit(broken, None).result() == []
+
+
+@needs_varlen
+@pytest.mark.parametrize("mistake", ONE_WORKER)
+def test_a_mistake_is_found(child: ProcessPoolExecutor, mistake: str) -> None:
+    rules = child.submit(broken, mistake).result()
+    assert any(re.match(ONE_WORKER[mistake][-1], rule, re.DOTALL) for rule in rules), rules
+
+
+# The parts of a worker, each with the CPU's numbers.
+
+CASES: dict[str, dict[str, Any]] = {
+    "sdpa": {"dropout": 0.1},
+    "sdpa, bfloat16": {"dtype": torch.bfloat16},
+    "varlen, bfloat16": {"attention": "varlen", "dtype": torch.bfloat16, "dropout": 0.1},
+    "eager, bfloat16": {"attention": "eager", "dtype": torch.bfloat16, "dropout": 0.1},
+    "eager on a shared base": {"attention": "eager", "on_device": True},
+    "GPT-2, plain LoRA": {"make": tiny.gpt2, "method": "lora"},
+    "PiSSA, preconditioned, two rates": {"method": "pissa", "changes": {"lr_ratio": 4.0, "precondition": True}},
+}
+
+
+def test_the_walk_is_a_training(tmp_path: Path) -> None:
+    trainer = device_walk.start(tiny.llama(), CPU)
+    seen = device_walk.walk(trainer, device_walk.kept_in(tmp_path))
+    assert seen.before != seen.after < 10
+    assert len(set(seen.losses)) == STEPS + 1
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[needs_varlen] * ("varlen" in name)) for name in CASES])
+def test_a_training_has_the_cpus_losses_and_answers(child: ProcessPoolExecutor, tmp_path: Path, name: str) -> None:
+    here, there, waits = child.submit(_walks, tmp_path, **CASES[name]).result()
+    expected = pytest.approx(
+        [here.before, *here.losses, here.after], rel=OFF["bfloat16" if "16" in name else "float32"]
+    )
+    assert [there.before, *there.losses, there.after] == expected
+    assert there.answers == here.answers
+    of_masks = 0 if "varlen" in name else STEPS  # transformers asks whether a micro-batch is packed
+    assert sum(waits.values()) == STEPS + of_masks, waits
+
+
+def _walks(
+    folder: Path,
+    make: Callable[..., Any] = tiny.llama,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    **how: Any,
+) -> tuple[Seen, Seen, Counter[str]]:
+    """Return, in the child, what walks over the CPU and the device saw, and where the steps of the second waited."""
+    found = []
+    with varlen_on_cpu() if attention == "varlen" else contextlib.nullcontext():
+        for device in (CPU, gpu.load()):
+            trainer = device_walk.start(make(attention=attention, dtype=dtype), device, **how)
+            frozen = [part for part in trainer.loss.parameters() if not part.requires_grad]
+            assert {(part.device, part.dtype) for part in frozen} == {(device, dtype)}
+            found.append(device_walk.walk(trainer, device_walk.kept_in(folder / device.type)))
+        with gpu.watched() as seen:
+            device_walk.steps(trainer, 0)
+    return found[0], found[1], waits_of_steps(seen)
+
+
+# Whole runs: family, precision and changes of the config.
+
+Run = tuple[str, str, dict[str, Any]]
+LLAMA: Run = ("llama", "float32", {})
+RUNS: dict[str, Run] = {
+    "recomputed": ("llama", "bfloat16", {"train__activation_checkpointing": True}),
+    # Its measurement counts padding, of which sdpa has some.
+    "automatic rate": (
+        "llama",
+        "float32",
+        {"adapter__method": "olora_even", "train__lr": "auto", "model__attention": "sdpa"},
+    ),
+    "fp8": ("llama", "float32", {"model__quantization": "fp8"}),
+    "a mixture": ("qwen3_moe", "float32", {}),
+    "GPT-2, plain LoRA": ("gpt2", "float32", {"adapter__method": "lora"}),
+    "factors from data": ("llama", "float32", {"adapter__method": "eva", "adapter__init_tokens": 96}),
+}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [pytest.param(LLAMA, id="llama"), *(pytest.param(RUNS[name], marks=pytest.mark.slow, id=name) for name in RUNS)],
+)
+def test_a_run_leaves_what_it_leaves_on_a_cpu(child: ProcessPoolExecutor, tmp_path: Path, asked: Run) -> None:
+    here, there = (child.submit(_run, asked, _made(tmp_path, asked), device).result() for device in ("cpu", "cuda"))
+    _assert_same(here, there, asked)
+    assert there.merged[0] == there.merged[1]
+
+
+def _made(folder: Path, asked: Run) -> Path:
+    if not (folder / "model").exists():
+        zoo.build(ALL[asked[0]], folder / "model", getattr(torch, asked[1]))
+    return folder
+
+
+def _run(asked: Run, folder: Path, device: str) -> Outcome:
+    _, dtype, changes = asked
+    gpu.load()  # before any backward pass
+    return runs.run(folder / "model", folder / device, torch.device(device, 0), {"model__dtype": dtype, **changes})
+
+
+def _assert_same(here: Outcome, there: Outcome, asked: Run) -> None:
+    _, dtype, changes = asked
+    assert (here.attention, there.attention) == (changes.get("model__attention", "segments"), "sdpa")
+    assert len(here.losses) == runs.STEPS
+    assert there.losses == pytest.approx(here.losses, rel=OFF[dtype])
+    assert there.held_out == pytest.approx(here.held_out, rel=OFF[dtype])
+    assert dtype != "float32" or there.answers == here.answers
+
+
+# Two workers.
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Crew]:
+    gpu.build()
+    workers = Crew(2)
+    yield workers
+    workers.close()
+
+
+def test_two_workers_exchange_as_nccl_demands(two: Crew, tmp_path: Path) -> None:
+    here, _ = two.run(_run, LLAMA, _made(tmp_path, LLAMA), "cpu")
+    there, other = two.run(_exchange, None, tmp_path)
+    _assert_same(here, there, LLAMA)
+    assert (there.losses, there.held_out, there.answers) == (other.losses, other.held_out, other.answers)
+    assert {*there.sent} == {*other.sent} == {"all_reduce", "broadcast", "isend", "irecv"}
+
+
+@pytest.mark.parametrize("mistake", TWO_WORKERS)
+def test_a_mistake_of_an_exchange_is_found(two: Crew, tmp_path: Path, mistake: str) -> None:
+    for told in two.run(_exchange, mistake, _made(tmp_path, LLAMA)):
+        assert re.match(TWO_WORKERS[mistake][-1], told)
+
+
+def _exchange(mistake: str | None, folder: Path) -> Outcome | str:
+    """Return the outcome of a run of this worker by NCCL's rules, or what they refuse."""
+    with exchange.by_nccls_rules() as rules, planted(mistake):
+        try:
+            outcome = _run(LLAMA, folder, "cuda")
+        except AssertionError as error:
+            return str(error)
+        finally:
+            dist.barrier()
+    outcome.sent = dict(rules.sent)
+    return outcome
