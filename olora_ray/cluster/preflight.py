@@ -285,8 +285,9 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
     wanted = resources.worker_resources(config)
     answers, silent = _ask(config, resources.schedulable_nodes(), tell=True)
     if config.cluster.workers == "auto" and "GPU" in wanted:
-        workers = (1, 1) if trials else _every_gpu(wanted)
-        config = override(config, {"cluster.workers": workers[0] if workers[0] == workers[1] else workers})
+        fewest, most = (1, 1) if trials else _every_gpu(wanted)
+        one = fewest == most or config.cluster.fsdp_replicas > 1  # which divides one number of workers
+        config = override(config, {"cluster.workers": most if one else (fewest, most)})
         logger.info(f"cluster.workers: auto is {config.cluster.workers}, one for each GPU{' of a trial' * trials}")
     if base is not None and isinstance(config, Config) and config.train.micro_batch == "auto":
         config = override(config, {"train.micro_batch": _micro_batch(config, base, wanted, answers)})

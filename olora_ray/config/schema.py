@@ -138,11 +138,9 @@ class Cluster(Section):
     @field_validator("workers", mode="before")
     @classmethod
     def _number_or_range(cls, value: object) -> object:
-        if value == "auto":
-            return value
         numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
         are_numbers = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-        if not are_numbers or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        if value != "auto" and (not are_numbers or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]):
             raise ValueError(f"expected a number of workers, auto, or [min, max] with 1 <= min <= max, not {value!r}")
         return value
 
@@ -172,7 +170,6 @@ class Cluster(Section):
         return self.min_workers() < self.max_workers()
 
     def each_trial(self) -> int | str:
-        """Return the workers of each trial of a search: the smallest number of a range."""
         return "auto" if self.workers == "auto" else self.min_workers()
 
     def min_workers(self) -> int:
@@ -297,8 +294,7 @@ class Train(Section):
     """Recompute each block in the backward pass instead of keeping its activations: less memory, up to 50% more time,
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
     deterministic: bool = False
-    """On GPUs: allow only deterministic kernels, so that the same run gives the same bits (not measured: the backward
-    pass of attention is slower). On CPUs all kernels are."""
+    """On GPUs: only deterministic kernels, so that the same run gives the same bits. Slower; not measured how much."""
     lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
     """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for this model, method, rank, alpha
     and number of steps; compared with tuned rates at 20 steps, too low for a base that has learned little."""
@@ -558,7 +554,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _replicas_divide_the_workers(self) -> "Config":
         workers, replicas = self.cluster.workers, self.cluster.fsdp_replicas
-        if self.cluster.strategy != "fsdp" or replicas == 1 or workers == 1:
+        if self.cluster.strategy != "fsdp" or replicas == 1 or workers in (1, "auto"):
             return self
         fields = f"cluster.fsdp_replicas={replicas} with cluster.workers={workers}"
         if not isinstance(workers, int):
