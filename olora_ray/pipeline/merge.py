@@ -87,10 +87,10 @@ class Change:
 
         def a_part(a: Tensor) -> Tensor:
             part = a[first:last] if stack else a[:, first:last] if self.transposed else a
-            return part.to(device, dtype)
+            return part.to(device).to(dtype)
 
         def b_part(b: Tensor) -> Tensor:
-            return (b[first:last] if stack or not self.transposed else b).to(device, dtype)
+            return (b[first:last] if stack or not self.transposed else b).to(device).to(dtype)
 
         return _each(self.weights, a_part, b_part)
 

@@ -164,7 +164,7 @@ class Trainer:
         shared = torch.zeros(data.count + 1, device=self.device)
         for index, loss in enumerate(losses, data.first):
             shared[index] = loss
-        shared[-1] = float(self.signal())
+        shared[-1].fill_(self.signal())  # an assignment would wait for the device
         collectives.sum_in_place(shared)
         return shared
 

@@ -3,7 +3,6 @@
 import contextlib
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def _seen(folder: Path) -> Iterator[tuple[str, object]]:
         yield "bytes of the start", (seen.sent, size)
     with gpu.watched() as seen:
         device_walk.steps(trainer, 0)
-    if sum(waits_of_steps(seen).values()) > STEPS:  # for all of a step's numbers at once
+    if sum(seen.waits.values()) > STEPS:  # for all of a step's numbers at once
         yield "waits of a step", seen.waits
     if seen.launches > LAUNCHES * STEPS * MICRO_BATCHES:
         yield "launches", seen.launches
@@ -76,12 +75,6 @@ def _seen(folder: Path) -> Iterator[tuple[str, object]]:
     write(folder)
     if sum(seen.waits.values()) > OF_A_CHECKPOINT:
         yield "copies of a checkpoint", seen.waits
-
-
-def waits_of_steps(seen: gpu.Seen) -> Counter[str]:
-    """Return the waits but for one that steps still have: `shared[-1] = number` copies a number to the device."""
-    known = "_shared: copy to the device, []"
-    return Counter({place: count for place, count in seen.waits.items() if known not in place})
 
 
 @contextlib.contextmanager

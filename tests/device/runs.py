@@ -12,7 +12,7 @@ import torch
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker import StopRequests, train_at
 from olora_ray.common import collectives
-from olora_ray.pipeline import export, export_shares
+from olora_ray.pipeline import export, export_losses
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train import checkpoints
@@ -75,7 +75,7 @@ def run(model: Path, storage: Path, device: torch.device, changes: Mapping[str, 
 
 
 def _merged(spec: TrainSpec, folder: RunFolder, device: torch.device) -> str:
-    here = (mock.patch.object(part, "assigned_device", return_value=device) for part in (export, export_shares))
+    here = (mock.patch.object(part, "assigned_device", return_value=device) for part in (export, export_losses))
     with next(here), next(here):
         assert export.export_run(spec, folder, STEPS)["ok"]
     (file,) = Path(folder.merged).glob("*.safetensors")

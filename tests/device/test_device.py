@@ -21,7 +21,7 @@ from olora_ray.model.attention import kernel
 from tests import crew, device_walk, tiny
 from tests.crew import Crew
 from tests.device import exchange, gpu, runs
-from tests.device.mistakes import ONE_WORKER, TWO_WORKERS, broken, planted, waits_of_steps
+from tests.device.mistakes import ONE_WORKER, TWO_WORKERS, broken, planted
 from tests.device.runs import Outcome
 from tests.device_walk import STEPS, Seen
 from tests.families import zoo
@@ -135,7 +135,7 @@ def _walks(
             found.append(device_walk.walk(trainer, device_walk.kept_in(folder / device.type)))
         with gpu.watched() as seen:
             device_walk.steps(trainer, 0)
-    return found[0], found[1], waits_of_steps(seen)
+    return found[0], found[1], seen.waits
 
 
 # Whole runs: family, precision and changes of the config.
