@@ -11,7 +11,7 @@ from olora_ray.common.storage import digest
 from olora_ray.tracking import checksums, models, run
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import GATE
-from olora_ray.tracking.models import DESCRIPTION_LENGTH, HEADING, Contents, with_line
+from olora_ray.tracking.models import Contents
 from olora_ray.tracking.start import CODE, start_run
 from tests import tiny
 from tests.export_parts import Case, logits
@@ -166,15 +166,3 @@ def test_a_base_model_without_a_chat_template_completes(tracker: run.Tracker, me
 
 def _folder_of(tracker: run.Tracker, model_id: str) -> str:
     return str(tracker.client().get_logged_model(model_id).artifact_location)
-
-
-@pytest.mark.parametrize("body", ["", "word " * 1500])
-def test_a_description_keeps_its_length_and_the_latest_verdicts(body: str) -> None:
-    text = body
-    for number in range(60):
-        text = with_line(text, f"verdict {number}: " + "x" * 100)
-    assert len(text) <= DESCRIPTION_LENGTH
-    assert "verdict 59" in text
-    assert "verdict 3:" not in text
-    assert text.startswith(body[:200] or HEADING)
-    assert len(with_line(text, "y" * 9000)) <= DESCRIPTION_LENGTH
