@@ -24,7 +24,7 @@ def test_the_operations_of_a_step_are_told_apart(benchmark: Any) -> None:
     for event in events:
         of.setdefault(event.name, set()).add(module.category(event, made_in))
     assert of["_RMSNorm"] == of["_RMSNormBackward"] == {"norms"}
-    assert of["_LowRank"] == of["_LowRankBackward"] == {"low-rank elementwise"}
+    assert of["_Adapted"] == of["_AdaptedBackward"] == {"low-rank elementwise"}
     assert of["_Batched"] == of["_BatchedBackward"] == {"attention"}
     assert of["aten::silu"] == of["SiluBackward0"] == {"activation functions"}
     assert of["aten::_log_softmax"] == {"head and loss"}
