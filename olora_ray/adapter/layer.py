@@ -83,7 +83,8 @@ class _Adapted(torch.autograd.Function):
     """y = W x + b + s up (down x) of layers that get the same x, with gradients for x, dA and dB only.
 
     x gets one gradient, to which all products are added in place, and all layers share the products with `down`. The
-    frozen halves of `down` and `up` need no gradient products.
+    frozen halves of `down` and `up` need no gradient products. With `sums`, the gradients of dA and dB are added to
+    `grad` here, if there is one.
 
     x and `inner` differ, and there is one layer, in two cases: with dropout `inner` is a copy of x, and if the base has
     computed its `y` itself there is no x. y comes first, because autograd expects it there if it is a view.
@@ -99,6 +100,7 @@ class _Adapted(torch.autograd.Function):
         down: Tensor,
         ups: Any,
         scale: float,
+        sums: bool,
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
         entered: Tensor = x if inner is None else inner
@@ -113,6 +115,7 @@ class _Adapted(torch.autograd.Function):
         ctx.save_for_backward(entered, hidden, down, *ups)
         # A base's weight is not saved, because it may be sharded or packed until the backward pass needs it.
         ctx.bases, ctx.scale, ctx.rank = bases, scale, len(trained[0])
+        ctx.sums = trained if sums else ()
         return tuple(outputs)
 
     @staticmethod
@@ -143,13 +146,22 @@ class _Adapted(torch.autograd.Function):
             grad_x.addmm_(grad_hidden, down)
         grad_x = None if grad_x is None else grad_x.view(entered.shape)
         grad_y = grads[0] if ctx.needs_input_grad[0] else None
-        return grad_y, grad_x, grad_inner, None, None, None, None, *trained
+        trained = [*map(_add_in_place, ctx.sums, trained)] or trained
+        return grad_y, grad_x, grad_inner, None, None, None, None, None, *trained
+
+
+def _add_in_place(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Add a gradient to the parameter's own, or return it for autograd, which converts it to float32 first."""
+    if gradient is None or parameter.grad is None or parameter._backward_hooks:
+        return gradient
+    parameter.grad.add_(gradient)
+    return None
 
 
 def add_low_rank(y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Add s up (down x) to y (..., m), in place, for x (..., n); `joined` computes down and up from da and db."""
     adapted: Any = _Adapted  # torch leaves `apply` untyped
-    result: tuple[Tensor] = adapted.apply(y, None, x, (), down, (up,), scale, da, db)
+    result: tuple[Tensor] = adapted.apply(y, None, x, (), down, (up,), scale, False, da, db)
     return result[0]
 
 
@@ -160,7 +172,8 @@ class AdaptedWeight(nn.Module):
     exactly in every precision. Shapes as in `Factors`.
 
     Whoever sets `training` promises that dA and dB stay the same until it is set again. They do while a step sums the
-    gradients of its micro-batches, so down and up are computed once per step.
+    gradients of its micro-batches, so down and up are computed once per step. After it was set to true, a backward pass
+    adds the gradients to `grad` itself, if there is one, so that torch.autograd.grad does not return them.
     """
 
     a0: Tensor
@@ -293,12 +306,12 @@ class AdaptedLinear(AdaptedWeight):
                 return y  # type: ignore[no-any-return]
         layers = self.siblings if shares and self.siblings else (self,)
         made = [layer.joined(inner.dtype) for layer in layers]
-        dropped = None if inner is x else inner
+        dropped, sums = None if inner is x else inner, all(layer._stand_still for layer in layers)
         bases, ups = [layer.base for layer in layers], [up for _, up in made]
         trained = (part for layer in layers for part in (layer.da, layer.db))
         adapted: Any = _Adapted  # torch leaves `apply` untyped
         down: Tensor = layers[0].all_down(made)
-        outputs: tuple[Tensor, ...] = adapted.apply(None, x, dropped, bases, down, ups, self.scale, *trained)
+        outputs: tuple[Tensor, ...] = adapted.apply(None, x, dropped, bases, down, ups, self.scale, sums, *trained)
         for layer, used, y in zip(layers, made, outputs, strict=True):
             if layer is not self:
                 layer._given = x, (x._version, x.requires_grad), used, y

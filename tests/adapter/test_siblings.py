@@ -84,3 +84,18 @@ def test_with_dropout_x_has_two_gradients() -> None:
     dropped = torch.nn.functional.dropout(x, 0.5)
     expected = block.q.base(x - dropped) + block.q.plainly(dropped)
     torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), x))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_are_added_to_those_of_a_training(hooked: bool) -> None:
+    found, seen = [], list[Tensor]()
+    for training in (False, True):
+        block, _, parts = adapted(training)
+        for part in parts:
+            part.grad = torch.ones_like(part)
+        if hooked:
+            parts[0].register_hook(seen.append)
+        sum(each.sin().sum() for each in block(torch.linspace(-1, 1, 18).view(3, 6))).backward()
+        found.append([part.grad for part in parts])
+    assert all(map(torch.equal, *found))
+    assert len(seen) == 2 * hooked
