@@ -7,6 +7,7 @@ Shapes: x is (..., n), y is (..., m), T the product of the leading dimensions, k
 The first part adapts linear layers, the second the weights that all experts of a mixture share.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +76,7 @@ def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.d
     if b0 is None:
         down, up = a0 + da, db
     else:
-        down, up = torch.cat([a0, da]), torch.cat([db, b0 + db], dim=1)
+        down, up = torch.cat([a0, da], dim=-2), torch.cat([db, b0 + db], dim=-1)
     return down.to(dtype), up.to(dtype)
 
 
@@ -372,21 +373,12 @@ def out_features(module: nn.Module) -> int:
 # tokens that the router sent to the expert.
 
 
-Rows = list[tuple[int, int, int]]
-"""(expert, first row, row after the last) of each expert that has rows."""
-
-
 class AdaptedStack(AdaptedWeight):
     """The adapters of all experts: da is E x r x n, db is E x m x r. AdaptedExperts computes with them."""
 
     def __init__(self, factors: Factors, m: int, stored_transposed: bool, scale: float, dropout: float = 0.0) -> None:
         super().__init__(factors, m, scale, dropout)
         self.stored_transposed = stored_transposed
-
-    def ends(self, rows: int, offsets: Tensor) -> list[int]:
-        """Return the end of each expert's rows, of `rows` sorted by expert; `offsets` has the ends, on the device."""
-        ends: list[int] = offsets.tolist()
-        return ends
 
 
 class AdaptedExperts(nn.Module):
@@ -482,11 +474,12 @@ class _Stack(_StandIn):
         flipped.transposed = not self.transposed
         return flipped
 
-    def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        """Add the low-rank path for rows sorted by expert; `ends` has the row after the last of each expert."""
         stack = self.stack
         inner = stack.dropped_out(x)
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
-        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, stack, rows)
+        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, *stack.joined(inner.dtype), ends, stack.scale)
         return result
 
 
@@ -498,47 +491,53 @@ class _Gathered(_StandIn):
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         # Sort the rows by expert, and put the results back into the order of y.
         order = self._experts.argsort(stable=True)
-        hit, counts = self._experts[order].unique_consecutive(return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        rows = list(zip(hit.tolist(), [0, *ends[:-1]], ends, strict=True))
-        return self._whole.add(y[order], x[order], rows)[order.argsort()]
+        experts = torch.arange(len(self._whole.weight), device=order.device)
+        ends = torch.searchsorted(self._experts[order], experts, right=True, out_int32=True)
+        return self._whole.add(y[order], x[order], ends)[order.argsort()]
 
 
 class _GroupedLowRank(torch.autograd.Function):
-    """`_Adapted` for rows sorted by expert: y is T x m, x is T x n; experts without rows are skipped."""
+    """`_Adapted` for rows sorted by expert: y is T x m, x is T x n, down is E x k x n, up is E x m x k."""
 
-    # The backward pass computes down and up again, unless the stack keeps them for the step: keeping them here for all
-    # E experts would take E/k times the memory that the k experts of a token need.
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, stack: AdaptedStack, rows: Rows) -> Tensor:
-        hidden = x.new_zeros(len(x), da.shape[1] * (1 if stack.b0 is None else 2))
-        for expert, start, stop in rows:
-            down, up = stack.joined(x.dtype, expert)
-            hidden[start:stop] = x[start:stop] @ down.T
-            y[start:stop].addmm_(hidden[start:stop], up.T, alpha=stack.scale)
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, ends: Tensor, scale: float
+    ) -> Tensor:
+        hidden = _by_expert(x, down.mT, ends)
+        y.add_(_by_expert(hidden, up.mT, ends), alpha=scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, hidden, da, db)
-        ctx.stack, ctx.rows, ctx.scale = stack, rows, stack.scale
+        ctx.save_for_backward(x, hidden, down, up, ends)
+        ctx.rank, ctx.scale = da.shape[1], scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, hidden, da, db = ctx.saved_tensors
-        rank = da.shape[1]
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        grad_da, grad_db = torch.zeros_like(da), torch.zeros_like(db)
-        for expert, start, stop in ctx.rows:
-            down, up = ctx.stack.joined(x.dtype, expert)
-            g, h = grad[start:stop], hidden[start:stop]
-            grad_hidden = (g @ up) * ctx.scale
-            if grad_x is not None:
-                grad_x[start:stop] = grad_hidden @ down
-            if len(down) > rank:
-                grad_hidden, h = grad_hidden[:, rank:], h[:, :rank] + h[:, rank:]
-            grad_da[expert] = grad_hidden.T @ x[start:stop]
-            grad_db[expert] = (g.T @ h).float() * ctx.scale
-        return grad, grad_x, grad_da, grad_db, None, None
+        x, hidden, down, up, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_hidden = _by_expert(grad, up, ends) * ctx.scale
+        grad_x = _by_expert(grad_hidden, down, ends) if ctx.needs_input_grad[1] else None
+        if down.shape[1] > ctx.rank:
+            grad_hidden, hidden = grad_hidden[:, ctx.rank :], hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
+        grad_da, grad_db = _by_expert(grad_hidden.T, x, ends), _by_expert(grad.T, hidden, ends).float() * ctx.scale
+        # Kernels promise no result for an expert without rows.
+        without = (ends == torch.cat([ends.new_zeros(1), ends[:-1]]))[:, None, None]
+        return grad, grad_x, grad_da.float().masked_fill_(without, 0), grad_db.masked_fill_(without, 0), *[None] * 4
+
+
+def _by_expert(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Return each expert's product: of rows of a (T x n) and its part of b (E x n x m), or of columns and rows."""
+    # The kernels take rows that start at multiples of 16 bytes. Fake tensors (train/fake_model.py) have no kernels.
+    fake = type(a) is not Tensor
+    starts = [start for part in (a, b) for start in (part.storage_offset(), *part.stride()) if start != 1]
+    fits = fake or not any(start * a.itemsize % 16 for start in starts)
+    runs = a.device.type == "cpu" or (a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 0))
+    product = getattr(F, "grouped_mm", torch._grouped_mm if fake else None)  # since torch 2.10
+    if product is not None and fits and runs:
+        return product(a, b, offs=ends)
+    parts = [slice(*pair) for pair in itertools.pairwise([0, *ends.tolist()])]
+    if b.dim() == 3:
+        return torch.cat([a[part] @ each for part, each in zip(parts, b, strict=True)])
+    return torch.stack([a[:, part] @ b[part] for part in parts])
 
 
 # Products: each takes a stand-in, the base's y, x, and the named arguments, and returns y with the low-rank path.
@@ -570,20 +569,15 @@ def _batched(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -
         return weight.add(y.squeeze(1), x.squeeze(1)).unsqueeze(1)
     assert isinstance(weight, _Stack)
     count, size = x.shape[:2]
-    rows = [(expert, expert * size, (expert + 1) * size) for expert in range(count)] if size else []
-    return weight.add(y.flatten(0, 1), x.flatten(0, 1), rows).view(y.shape)
+    ends = size * torch.arange(1, count + 1, dtype=torch.int32, device=x.device)
+    return weight.add(y.flatten(0, 1), x.flatten(0, 1), ends).view(y.shape)
 
 
 def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
     """x (T x n), rows sorted by expert, times a stack; `offs` has the end of each expert's rows."""
     assert isinstance(weight, _Stack)
     weight.must_be(transposed=True)
-    ends = weight.stack.ends(len(x), named["offs"])
-    starts = [0, *ends[:-1]]
-    rows = [
-        (expert, start, stop) for expert, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start
-    ]
-    return weight.add(y, x, rows)
+    return weight.add(y, x, named["offs"])
 
 
 _PRODUCTS: dict[tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]] = {
