@@ -7,6 +7,7 @@ Shapes: x is (..., n), y is (..., m), T the product of the leading dimensions, k
 The first part adapts linear layers, the second the weights that all experts of a mixture share.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,45 +76,94 @@ def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.d
     if b0 is None:
         down, up = a0 + da, db
     else:
-        down, up = torch.cat([a0, da]), torch.cat([db, b0 + db], dim=1)
+        down, up = torch.cat([a0, da], dim=-2), torch.cat([db, b0 + db], dim=-1)
     return down.to(dtype), up.to(dtype)
 
 
-class _LowRank(torch.autograd.Function):
-    """y += s up (down x), with gradients for x, dA and dB only; the gradients of down and up are added to dA and dB."""
+class _Adapted(torch.autograd.Function):
+    """y = W x + b + s up (down x) of layers that get the same x, with gradients for x, dA and dB only.
 
-    # One autograd node instead of a dozen: the frozen halves of `down` and `up` then need no gradient products.
+    x gets one gradient, to which all products are added in place, and all layers share the products with `down`. The
+    frozen halves of `down` and `up` need no gradient products. With `sums`, the gradients of dA and dB are added to
+    `grad` here, if there is one.
+
+    x and `inner` differ, and there is one layer, in two cases: with dropout `inner` is a copy of x, and if the base has
+    computed its `y` itself there is no x. y comes first, because autograd expects it there if it is a view.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float
-    ) -> Tensor:
-        hidden = x.reshape(-1, x.shape[-1]) @ down.T
-        y.view(-1, y.shape[-1]).addmm_(hidden, up.T, alpha=scale)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, hidden, down, up)
-        ctx.scale, ctx.rank = scale, da.shape[0]
-        return y
+        ctx: Any,
+        y: Any,
+        x: Any,
+        inner: Any,
+        bases: Any,
+        down: Tensor,
+        ups: Any,
+        scale: float,
+        sums: bool,
+        *trained: Tensor,
+    ) -> tuple[Tensor, ...]:
+        entered: Tensor = x if inner is None else inner
+        hidden = entered.reshape(-1, down.shape[1]) @ down.T
+        # Detached, because an output that is a view could not be changed in place.
+        outputs = [F.linear(x, base.weight, base.bias).detach() for base in bases] if y is None else [y]
+        for output, part, up in zip(outputs, hidden.chunk(len(ups), 1), ups, strict=True):
+            output.view(-1, len(up)).addmm_(part, up.T, alpha=scale)
+        if y is not None:
+            ctx.mark_dirty(y)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(entered, hidden, down, *ups)
+        # A base's weight is not saved, because it may be sharded or packed until the backward pass needs it.
+        ctx.bases, ctx.scale, ctx.rank = bases, scale, len(trained[0])
+        ctx.sums = trained if sums else ()
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, hidden, down, up = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        grad_hidden = (g @ up) * ctx.scale
-        grad_x = (grad_hidden @ down).view(x.shape) if ctx.needs_input_grad[1] else None
-        if len(down) > ctx.rank:
-            grad_hidden = grad_hidden[:, ctx.rank :]
-            hidden = hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
-        grad_da = grad_hidden.T @ x.reshape(-1, x.shape[-1])
-        grad_db = (g.T @ hidden).float() * ctx.scale
-        return grad, grad_x, grad_da.float(), grad_db, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        entered, hidden, down, *ups = ctx.saved_tensors
+        count, rank = len(grads), ctx.rank
+        # Each layer's part of `hidden` has two halves, which belong to A0 and to dA, or one, which belongs to A0 + dA.
+        halves = hidden.view(len(hidden), count, len(down) // count // rank, rank)
+        of_db = halves[:, :, 0] if len(down) == count * rank else halves[:, :, 0] + halves[:, :, 1]
+        grad_hidden, grad_x, grad_inner = torch.empty_like(hidden), None, None
+        trained: list[Any] = [None] * 2 * count
+        for number, (grad, part) in enumerate(zip(grads, grad_hidden.chunk(count, 1), strict=True)):
+            if grad is None:  # no loss depends on this layer
+                part.zero_()
+                continue
+            g, up = grad.reshape(-1, grad.shape[-1]), ups[number]
+            part.addmm_(g, up, beta=0, alpha=ctx.scale)  # with beta=0 its old numbers do not count
+            trained[2 * number + 1] = up.new_empty(len(up), rank).addmm_(g.T, of_db[:, number], beta=0, alpha=ctx.scale)
+            if ctx.needs_input_grad[1]:
+                weight = ctx.bases[number].weight
+                grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
+        of_da = grad_hidden.view(halves.shape)[:, :, -1].reshape(len(hidden), count * rank)
+        grad_da = of_da.T @ entered.reshape(-1, down.shape[1])
+        trained[::2] = [None if grad is None else part for grad, part in zip(grads, grad_da.split(rank), strict=True)]
+        if ctx.needs_input_grad[2]:
+            grad_inner = (grad_hidden @ down).view(entered.shape)
+        elif grad_x is not None:
+            grad_x.addmm_(grad_hidden, down)
+        grad_x = None if grad_x is None else grad_x.view(entered.shape)
+        grad_y = grads[0] if ctx.needs_input_grad[0] else None
+        trained = [*map(_add_in_place, ctx.sums, trained)] or trained
+        return grad_y, grad_x, grad_inner, None, None, None, None, None, *trained
+
+
+def _add_in_place(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Add a gradient to the parameter's own, or return it for autograd, which converts it to float32 first."""
+    if gradient is None or parameter.grad is None or parameter._backward_hooks:
+        return gradient
+    parameter.grad.add_(gradient)
+    return None
 
 
 def add_low_rank(y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Add s up (down x) to y (..., m), in place, for x (..., n); `joined` computes down and up from da and db."""
-    low_rank: Any = _LowRank  # torch leaves `apply` untyped
-    result: Tensor = low_rank.apply(y, x, da, db, down, up, scale)
-    return result
+    adapted: Any = _Adapted  # torch leaves `apply` untyped
+    result: tuple[Tensor] = adapted.apply(y, None, x, (), down, (up,), scale, False, da, db)
+    return result[0]
 
 
 class AdaptedWeight(nn.Module):
@@ -123,7 +173,8 @@ class AdaptedWeight(nn.Module):
     exactly in every precision. Shapes as in `Factors`.
 
     Whoever sets `training` promises that dA and dB stay the same until it is set again. They do while a step sums the
-    gradients of its micro-batches, so down and up are computed once per step.
+    gradients of its micro-batches, so down and up are computed once per step. After it was set to true, a backward pass
+    adds the gradients to `grad` itself, if there is one, so that torch.autograd.grad does not return them.
     """
 
     a0: Tensor
@@ -151,6 +202,8 @@ class AdaptedWeight(nn.Module):
     def training(self, on: bool) -> None:
         self._training = self._stand_still = on
         self._made: dict[object, tuple[Tensor, Tensor]] = {}
+        self._shared: tuple[list[tuple[Tensor, Tensor]], Tensor] | None = None
+        self._given: tuple[Any, ...] | None = None
 
     def joined(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """Return (down, up) of the weight, or of one expert, in `dtype`; the caller must not change them."""
@@ -210,6 +263,8 @@ class AdaptedLinear(AdaptedWeight):
     ) -> None:
         super().__init__(factors, out_features(base), scale, dropout)
         self.base, self.name = base, name
+        self.siblings: tuple[AdaptedLinear, ...] = ()
+        """Layers of the same form, this one included, that the model's code calls with the same input."""
 
     @property
     def weight(self) -> WeightFacts:
@@ -222,12 +277,56 @@ class AdaptedLinear(AdaptedWeight):
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
+    def form(self) -> tuple[Any, ...] | None:
+        """Return what layers that are computed together have in common.
+
+        None: the base computes its product itself, because it is of a class that is not known here, or not frozen.
+        """
+        known = type(self.base) in (nn.Linear, QuantisedLinear)
+        if not known or any(part.requires_grad for part in self.base.parameters()):
+            return None
+        return self.a0.shape, self.b0 is None, self.scale, self.dropout
+
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        if not (type(self.base) in (nn.Linear, QuantisedLinear) or is_transposed(self.base)):
-            y = y.clone()  # it may be a view, or memory that the layer keeps
         inner = self.dropped_out(x)
+        if self.form() is not None:
+            return self._fused(x, inner)
+        y: Tensor = self.base(x)
+        if not (type(self.base) is nn.Linear or is_transposed(self.base)):
+            y = y.clone()  # it may be a view, or memory that the layer keeps
         return add_low_rank(y, inner, self.da, self.db, *self.joined(inner.dtype), self.scale)
+
+    def _fused(self, x: Tensor, inner: Tensor) -> Tensor:
+        # A layer computes its siblings' outputs too. A sibling takes its output if it is called with the same x.
+        shares = inner is x and torch.is_grad_enabled()
+        given, self._given = self._given, None
+        if given and shares and given[0] is x and given[1] == (x._version, x.requires_grad):
+            *_, used, y = given
+            now = self.joined(x.dtype)
+            if used is now or all(map(torch.equal, used, now)):
+                return y  # type: ignore[no-any-return]
+        layers = self.siblings if shares and self.siblings else (self,)
+        made = [layer.joined(inner.dtype) for layer in layers]
+        dropped, sums = None if inner is x else inner, all(layer._stand_still for layer in layers)
+        bases, ups = [layer.base for layer in layers], [up for _, up in made]
+        trained = (part for layer in layers for part in (layer.da, layer.db))
+        adapted: Any = _Adapted  # torch leaves `apply` untyped
+        down: Tensor = layers[0].all_down(made)
+        outputs: tuple[Tensor, ...] = adapted.apply(None, x, dropped, bases, down, ups, self.scale, sums, *trained)
+        for layer, used, y in zip(layers, made, outputs, strict=True):
+            if layer is not self:
+                layer._given = x, (x._version, x.requires_grad), used, y
+        return outputs[layers.index(self)]
+
+    def all_down(self, made: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return `down` of all siblings in one tensor, which is kept as long as the siblings keep (down, up)."""
+        if len(made) == 1:
+            return made[0][0]
+        if self._shared is None or [*map(id, self._shared[0])] != [*map(id, made)]:
+            self._shared = made, torch.cat([down for down, _ in made])
+            for (down, _), part in zip(made, self._shared[1].chunk(len(made)), strict=True):
+                down.data = part  # the same numbers, so that they take memory once
+        return self._shared[1]
 
     def plainly(self, x: Tensor) -> Tensor:
         """Compute `forward` without dropout, with torch's own backward pass: the self-test compares with it."""
@@ -274,21 +373,12 @@ def out_features(module: nn.Module) -> int:
 # tokens that the router sent to the expert.
 
 
-Rows = list[tuple[int, int, int]]
-"""(expert, first row, row after the last) of each expert that has rows."""
-
-
 class AdaptedStack(AdaptedWeight):
     """The adapters of all experts: da is E x r x n, db is E x m x r. AdaptedExperts computes with them."""
 
     def __init__(self, factors: Factors, m: int, stored_transposed: bool, scale: float, dropout: float = 0.0) -> None:
         super().__init__(factors, m, scale, dropout)
         self.stored_transposed = stored_transposed
-
-    def ends(self, rows: int, offsets: Tensor) -> list[int]:
-        """Return the end of each expert's rows, of `rows` sorted by expert; `offsets` has the ends, on the device."""
-        ends: list[int] = offsets.tolist()
-        return ends
 
 
 class AdaptedExperts(nn.Module):
@@ -384,11 +474,12 @@ class _Stack(_StandIn):
         flipped.transposed = not self.transposed
         return flipped
 
-    def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        """Add the low-rank path for rows sorted by expert; `ends` has the row after the last of each expert."""
         stack = self.stack
         inner = stack.dropped_out(x)
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
-        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, stack, rows)
+        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, *stack.joined(inner.dtype), ends, stack.scale)
         return result
 
 
@@ -400,47 +491,53 @@ class _Gathered(_StandIn):
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         # Sort the rows by expert, and put the results back into the order of y.
         order = self._experts.argsort(stable=True)
-        hit, counts = self._experts[order].unique_consecutive(return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        rows = list(zip(hit.tolist(), [0, *ends[:-1]], ends, strict=True))
-        return self._whole.add(y[order], x[order], rows)[order.argsort()]
+        experts = torch.arange(len(self._whole.weight), device=order.device)
+        ends = torch.searchsorted(self._experts[order], experts, right=True, out_int32=True)
+        return self._whole.add(y[order], x[order], ends)[order.argsort()]
 
 
 class _GroupedLowRank(torch.autograd.Function):
-    """`_LowRank` for rows sorted by expert: y is T x m, x is T x n; experts without rows are skipped."""
+    """`_Adapted` for rows sorted by expert: y is T x m, x is T x n, down is E x k x n, up is E x m x k."""
 
-    # The backward pass computes down and up again, unless the stack keeps them for the step: keeping them here for all
-    # E experts would take E/k times the memory that the k experts of a token need.
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, stack: AdaptedStack, rows: Rows) -> Tensor:
-        hidden = x.new_zeros(len(x), da.shape[1] * (1 if stack.b0 is None else 2))
-        for expert, start, stop in rows:
-            down, up = stack.joined(x.dtype, expert)
-            hidden[start:stop] = x[start:stop] @ down.T
-            y[start:stop].addmm_(hidden[start:stop], up.T, alpha=stack.scale)
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, ends: Tensor, scale: float
+    ) -> Tensor:
+        hidden = _by_expert(x, down.mT, ends)
+        y.add_(_by_expert(hidden, up.mT, ends), alpha=scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, hidden, da, db)
-        ctx.stack, ctx.rows, ctx.scale = stack, rows, stack.scale
+        ctx.save_for_backward(x, hidden, down, up, ends)
+        ctx.rank, ctx.scale = da.shape[1], scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, hidden, da, db = ctx.saved_tensors
-        rank = da.shape[1]
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        grad_da, grad_db = torch.zeros_like(da), torch.zeros_like(db)
-        for expert, start, stop in ctx.rows:
-            down, up = ctx.stack.joined(x.dtype, expert)
-            g, h = grad[start:stop], hidden[start:stop]
-            grad_hidden = (g @ up) * ctx.scale
-            if grad_x is not None:
-                grad_x[start:stop] = grad_hidden @ down
-            if len(down) > rank:
-                grad_hidden, h = grad_hidden[:, rank:], h[:, :rank] + h[:, rank:]
-            grad_da[expert] = grad_hidden.T @ x[start:stop]
-            grad_db[expert] = (g.T @ h).float() * ctx.scale
-        return grad, grad_x, grad_da, grad_db, None, None
+        x, hidden, down, up, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_hidden = _by_expert(grad, up, ends) * ctx.scale
+        grad_x = _by_expert(grad_hidden, down, ends) if ctx.needs_input_grad[1] else None
+        if down.shape[1] > ctx.rank:
+            grad_hidden, hidden = grad_hidden[:, ctx.rank :], hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
+        grad_da, grad_db = _by_expert(grad_hidden.T, x, ends), _by_expert(grad.T, hidden, ends).float() * ctx.scale
+        # Kernels promise no result for an expert without rows.
+        without = (ends == torch.cat([ends.new_zeros(1), ends[:-1]]))[:, None, None]
+        return grad, grad_x, grad_da.float().masked_fill_(without, 0), grad_db.masked_fill_(without, 0), *[None] * 4
+
+
+def _by_expert(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Return each expert's product: of rows of a (T x n) and its part of b (E x n x m), or of columns and rows."""
+    # The kernels take rows that start at multiples of 16 bytes. Fake tensors (train/fake_model.py) have no kernels.
+    fake = type(a) is not Tensor
+    starts = [start for part in (a, b) for start in (part.storage_offset(), *part.stride()) if start != 1]
+    fits = fake or not any(start * a.itemsize % 16 for start in starts)
+    runs = a.device.type == "cpu" or (a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 0))
+    product = getattr(F, "grouped_mm", torch._grouped_mm if fake else None)  # since torch 2.10
+    if product is not None and fits and runs:
+        return product(a, b, offs=ends)
+    parts = [slice(*pair) for pair in itertools.pairwise([0, *ends.tolist()])]
+    if b.dim() == 3:
+        return torch.cat([a[part] @ each for part, each in zip(parts, b, strict=True)])
+    return torch.stack([a[:, part] @ b[part] for part in parts])
 
 
 # Products: each takes a stand-in, the base's y, x, and the named arguments, and returns y with the low-rank path.
@@ -472,20 +569,15 @@ def _batched(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -
         return weight.add(y.squeeze(1), x.squeeze(1)).unsqueeze(1)
     assert isinstance(weight, _Stack)
     count, size = x.shape[:2]
-    rows = [(expert, expert * size, (expert + 1) * size) for expert in range(count)] if size else []
-    return weight.add(y.flatten(0, 1), x.flatten(0, 1), rows).view(y.shape)
+    ends = size * torch.arange(1, count + 1, dtype=torch.int32, device=x.device)
+    return weight.add(y.flatten(0, 1), x.flatten(0, 1), ends).view(y.shape)
 
 
 def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
     """x (T x n), rows sorted by expert, times a stack; `offs` has the end of each expert's rows."""
     assert isinstance(weight, _Stack)
     weight.must_be(transposed=True)
-    ends = weight.stack.ends(len(x), named["offs"])
-    starts = [0, *ends[:-1]]
-    rows = [
-        (expert, start, stop) for expert, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start
-    ]
-    return weight.add(y, x, rows)
+    return weight.add(y, x, named["offs"])
 
 
 _PRODUCTS: dict[tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]] = {

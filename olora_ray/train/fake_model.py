@@ -1,7 +1,6 @@
 """A model that trains without memory: its tensors are fake, and only one of each set of equal blocks runs.
 
-The other blocks return their input. Fake tensors have no values that could send tokens to experts, so each expert is
-assumed to get the same number of tokens.
+The other blocks return their input.
 """
 
 import weakref
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.inject import inject
-from olora_ray.adapter.layer import AdaptedStack, Factors
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import METHODS
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch
@@ -58,8 +57,6 @@ class FakeModel:
             for layer in self.adapted.values():
                 for part in (layer.da, layer.db):
                     part.grad = torch.empty_like(part)
-                if isinstance(layer, AdaptedStack):
-                    layer.__dict__["ends"] = partial(_even, experts=len(layer.da))
         train_mode(self.adapted, True)
 
     def _choose(self, model: Any) -> None:
@@ -115,10 +112,6 @@ def _factors(target: Target, adapter: Adapter) -> Factors:
     return Factors(torch.empty(*experts, rank, n), b0)
 
 
-def _even(rows: int, _ends: Tensor, experts: int) -> list[int]:
-    return [rows * (expert + 1) // experts for expert in range(experts)]
-
-
 class GroupedProducts(TorchDispatchMode):
     """Mode in which the grouped product of all experts returns an empty result of the right shape.
 
@@ -131,8 +124,9 @@ class GroupedProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
-            return args[0].new_empty(len(args[0]), args[1].shape[-1])
+        if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2:
+            a, b, ends = args[:3]
+            return a.new_empty(len(a), b.shape[-1]) if b.dim() == 3 else a.new_empty(len(ends), len(a), b.shape[-1])
         return func(*args, **(kwargs or {}))
 
 

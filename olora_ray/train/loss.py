@@ -61,8 +61,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, r = ctx.saved_tensors
         g, wide = (grads[0] * weight).float(), x.float()
-        mean = torch.linalg.vecdot(g, wide)[..., None] / x.shape[-1]
-        return g.mul_(r).addcmul_(wide, r.pow(3) * mean, value=-1).to(x.dtype), None, None
+        total = torch.linalg.vecdot(g, wide)[..., None]
+        return g.mul_(r).addcmul_(wide, r.pow(3) * total, value=-1 / x.shape[-1]).to(x.dtype), None, None
 
 
 @torch.no_grad()

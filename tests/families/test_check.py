@@ -35,8 +35,8 @@ def over_borders(attend: Any) -> Any:
 
 def steeper(backward: Any) -> Any:
     def wrong(ctx: Any, *grads: Any) -> Any:
-        y, x, da, db, *rest = backward(ctx, *grads)
-        return y, x, da * 1.01, db, *rest
+        *rest, da, db = backward(ctx, *grads)
+        return *rest, da * 1.01, db
 
     return staticmethod(wrong)
 
@@ -79,7 +79,7 @@ EXPORT: list[Plant] = [(merge, "merge", at_another_scale), (check_module, "expor
         (ATTENTION, lambda row: row.refused or "packed" in row.verdict),
         ([LOSS], lambda row: row.refused or "loss" in row.verdict),
         (
-            [(layer._LowRank, "backward", steeper)],
+            [(layer._Adapted, "backward", steeper)],
             lambda row: row.refused or row.verdict.startswith("WRONG: gradients"),
         ),
         (
