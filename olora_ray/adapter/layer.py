@@ -152,7 +152,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def _add_in_place(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Add a gradient to the parameter's own, or return it for autograd, which converts it to float32 first."""
+    # What is returned autograd adds, after a conversion to float32.
     if gradient is None or parameter.grad is None or parameter._backward_hooks:
         return gradient
     parameter.grad.add_(gradient)

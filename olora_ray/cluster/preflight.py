@@ -308,7 +308,7 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
 
 
 def _every_gpu(wanted: Resources) -> tuple[int, int]:
-    """Return how many workers fit now, while other runs have their GPUs, and how many fit on the whole cluster."""
+    # Now, while other runs have their GPUs, and on the whole cluster.
     most = resources.room(wanted, resources.present())
     if not most:  # the autoscaler will start a node with GPUs
         nodes = (resources.Nodes(each.resources, 1) for each in resources.maximum())
@@ -318,7 +318,7 @@ def _every_gpu(wanted: Resources) -> tuple[int, int]:
 
 
 def _micro_batch(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> int:
-    """Return the largest equal part of a step, in sequences, that fits in the memory of a GPU; without GPUs 4."""
+    # The largest equal part of a step, in sequences, that fits in the memory of a GPU.
     gpus, loaded = wanted.get("GPU", 0.0), as_loaded(config, wanted, answers)
     nodes = with_room(loaded, wanted, answers) if gpus else []
     share = -(-config.train.global_batch // config.cluster.max_workers())
@@ -405,7 +405,7 @@ def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False)
 
 
 def _with_others(node: Mapping[str, Any], info: NodeInfo, tell: bool) -> tuple[str, NodeInfo]:
-    """Return the facts with the memory that processes which Ray does not know leave on the node's GPUs."""
+    # The free memory of the GPUs counts where processes use them that Ray does not know.
     address, total, free = node["NodeManagerAddress"], info.gpu_memory, info.gpu_free
     busy = resources.free_gpus(node["NodeID"]) < node["Resources"].get("GPU", 0.0)  # by Ray: it gives us other GPUs
     if busy or total is None or free is None or total - free < GIB:
