@@ -49,6 +49,8 @@ def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Conf
     begin(override(config, {"data.max_length": 704}))
     assert check(override(config, {"data.max_length": "auto"}))[0].data.max_length == 704
     assert check(override(config, {"run.name": "new", "data.max_length": "auto"}))[0].data.max_length == "auto"
+    both = override(config, {"data.max_length": "auto", "train.micro_batch": "auto"})
+    assert check(both)[0].train.micro_batch == config.train.micro_batch
 
 
 @pytest.mark.parametrize(
