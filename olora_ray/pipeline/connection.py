@@ -125,7 +125,7 @@ def _join_or_start(target: str) -> None:
         # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run
         # code. A user who wants the dashboard starts Ray before the run.
         # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
-        with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start in that folder", OSError):
+        with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError):
             ray.init(address=target, include_dashboard=False, **shared)
         return
     address.join(target, address.PATIENCE)
