@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","))
     parser.add_argument("--clusters", default=",".join(CLUSTERS), type=lambda text: text.split(","))
     args = parser.parse_args(argv)
-    logging.disable(logging.WARNING)
+    logging.getLogger("olora_ray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
         bases = {name: llama(Path(scratch) / name, *MODELS[name]) for name in args.models}
         rows = [row for name in args.clusters for row in on_cluster(name, bases, scratch)]

@@ -449,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only the cases with this word in source or model")
     args = parser.parse_args(argv)
-    logging.disable(logging.WARNING)
+    logging.getLogger("olora_ray").setLevel(logging.ERROR)
     rows, off = [], dict[str, list[float]]()
     with tempfile.TemporaryDirectory() as scratch:
         for case in (case for case in CASES if args.only in f"{case.source.name} {case.model}"):

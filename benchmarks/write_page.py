@@ -35,6 +35,8 @@ SECTIONS = {
     "overhead": "Overhead of Ray",
     "scaling": "Scaling",
     "gpu": "On a GPU",
+    "gpu_defaults": "Defaults on GPUs",
+    "memory_published": "Memory plan and published peaks",
     "recovery": "Recovery",
     "early": "Early start",
     "sweep": "Sweep",

@@ -488,7 +488,7 @@ def _reached(adapted: Mapping[str, AdaptedWeight]) -> Iterator[set[str]]:
     # A block whose weights start at zero passes on zero gradients at first, but it is trained later.
     reached: set[str] = set()
     hooks = [
-        part.register_hook(lambda _, layer=layer: reached.add(layer))
+        part.register_hook(lambda grad, layer=layer: None if grad is None else reached.add(layer))
         for layer, module in adapted.items()
         for part in (module.da, module.db)
     ]

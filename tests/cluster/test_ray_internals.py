@@ -38,7 +38,7 @@ def put_gpus(monkeypatch: pytest.MonkeyPatch, memory: list[int | None], generati
     def memory_of(handle: int) -> Any:
         if memory[handle] is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return SimpleNamespace(total=memory[handle])
+        return SimpleNamespace(total=memory[handle], free=memory[handle])
 
     answers = {
         "nvmlInit": lambda: None,

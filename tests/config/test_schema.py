@@ -326,7 +326,8 @@ def test_workers_that_are_no_number_or_range_are_refused(workers: Any) -> None:
     message = problem(cluster={"workers": workers})
     assert (
         message
-        == f"config: cluster.workers: expected a number of workers, or [min, max] with 1 <= min <= max, not {workers!r}"
+        == "config: cluster.workers: expected a number of workers, auto, or [min, max] with 1 <= min <= max, not"
+        f" {workers!r}"
     )
 
 

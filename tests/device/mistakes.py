@@ -44,8 +44,9 @@ def broken(mistake: str | None) -> list[str]:
         try:
             return [f"{rule}: {seen}" for rule, seen in _seen(Path(folder))]
         except Exception as error:
-            files = [frame.filename.partition("/olora_ray/")[2] for frame in traceback.extract_tb(error.__traceback__)]
-            return [f"refused: {next(filter(None, reversed(files)), 'elsewhere')}: {error}"]
+            files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+            ours = [file.relative_to(gpu.PACKAGE) for file in files if file.is_relative_to(gpu.PACKAGE)]
+            return [f"refused: {ours[-1] if ours else 'elsewhere'}: {error}"]
 
 
 def _seen(folder: Path) -> Iterator[tuple[str, object]]:

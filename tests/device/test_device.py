@@ -113,7 +113,8 @@ def test_a_training_has_the_cpus_losses_and_answers(child: ProcessPoolExecutor, 
         [here.before, *here.losses, here.after], rel=OFF["bfloat16" if "16" in name else "float32"]
     )
     assert [there.before, *there.losses, there.after] == expected
-    assert there.answers == here.answers
+    if "16" not in name:  # rounding may decide between two tokens
+        assert there.answers == here.answers
     of_masks = 0 if "varlen" in name else STEPS  # transformers asks whether a micro-batch is packed
     assert sum(waits.values()) == STEPS + of_masks, waits
 

@@ -138,8 +138,8 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "step of 0": (of({"quniform": [1, 8, 0]}), "quniform [1.0, 8.0, 0.0]: the step must be positive"),
     "fractions for a whole number": (
         of({"uniform": [1, 16]}, "train.micro_batch"),
-        "search.train.micro_batch: train.micro_batch: input should be a valid integer, got a number with a fractional"
-        " part (got 10.27); use quniform with whole numbers, or choice",
+        "search.train.micro_batch: train.micro_batch: input should be 'auto' or a valid integer, got a number with a"
+        " fractional part (got 10.27); use quniform with whole numbers, or choice",
     ),
     # A field that depends on another.
     "a chain": (
