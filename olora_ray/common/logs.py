@@ -90,8 +90,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables, which `verbose=0` does not turn off
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Micro-batches differ in length, and fixed segments of a GPU's memory would leave gaps that none of them fills.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 """Environment variables of the driver, set before Ray is imported, and of all workers."""
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # SIGTERM and Ctrl+C: during training a request to stop after the current step, otherwise an immediate end.
 
 
-CTRL_C = "Ctrl+C"
+CTRL_C, ALLOCATOR = "Ctrl+C", "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def _name(number: int) -> str:
@@ -114,7 +114,10 @@ def connect(config: Checked, base: BaseModel | None = None, trials: bool = False
 
 
 def _join_or_start(target: str) -> None:
-    variables = ray_internals.beside_job(ENVIRONMENT)  # the environment of a submitted job overrides ours
+    # Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays.
+    segments = os.environ.get(ALLOCATOR, "expandable_segments:True")
+    # The environment of a submitted job overrides ours.
+    variables = ray_internals.beside_job({**ENVIRONMENT, ALLOCATOR: segments})
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
     logger.info("starting Ray" if target == address.OWN else f"connecting to {address.name(target)}")
     if target == address.OWN:
