@@ -129,10 +129,14 @@ class Worker:
         self._saved_at, self._saving = time.monotonic(), math.inf
         self._saved_step = self.state.step if self.resumed else -1
         self._memory_said = False
-        name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else ""
+        layers = self.trainer.adapted.values()
+        # The makers' peaks are those of bfloat16. How many experts a token has is not known here.
+        model: Any = self.trainer.loss.model
+        known = model.dtype is torch.bfloat16 and all(layer.da.dim() == 2 for layer in layers)
+        name = torch.cuda.get_device_name(context.device) if known and context.device.type == "cuda" else ""
         self._peak = context.world * (peak_of(name) or 0.0)
         # Of the adapted layers, forward and backward: 2 per number and token each; frozen weights have no gradient.
-        self._operations = 4.0 * sum(layer.db.shape[-2] * layer.da.shape[-1] for layer in self.trainer.adapted.values())
+        self._operations = 4.0 * sum(layer.db.shape[-2] * layer.da.shape[-1] for layer in layers)
 
     def run(self) -> TrainResult:
         self._begin()
