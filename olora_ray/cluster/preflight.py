@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from olora_ray.cluster import node_facts, resources
+from olora_ray.cluster import node_facts, ray_internals, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import node_cache, storage
@@ -288,7 +288,8 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
         fewest, most = (1, 1) if trials else _every_gpu(wanted)
         one = fewest == most or config.cluster.fsdp_replicas > 1  # which divides one number of workers
         config = override(config, {"cluster.workers": most if one else (fewest, most)})
-        logger.info(f"cluster.workers: auto is {config.cluster.workers}, one for each GPU{' of a trial' * trials}")
+        now = f", of which {fewest} have room now" * (fewest < most)
+        logger.info(f"cluster.workers: auto is {most}{now}: one for each {'trial' if trials else 'GPU'}")
     if base is not None and isinstance(config, Config) and config.train.micro_batch == "auto":
         config = override(config, {"train.micro_batch": _micro_batch(config, base, wanted, answers)})
     problems = [*_workers(config, wanted), *silent]
@@ -407,7 +408,8 @@ def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False)
 def _with_others(node: Mapping[str, Any], info: NodeInfo, tell: bool) -> tuple[str, NodeInfo]:
     # The free memory of the GPUs counts where processes use them that Ray does not know.
     address, total, free = node["NodeManagerAddress"], info.gpu_memory, info.gpu_free
-    busy = resources.free_gpus(node["NodeID"]) < node["Resources"].get("GPU", 0.0)  # by Ray: it gives us other GPUs
+    free_for_ray = ray_internals.free_resources().get(node["NodeID"], {}).get("GPU", 0.0)
+    busy = free_for_ray < node["Resources"].get("GPU", 0.0)  # Ray gives this run other GPUs than those in use
     if busy or total is None or free is None or total - free < GIB:
         return address, info
     if tell:

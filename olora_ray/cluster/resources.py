@@ -40,10 +40,6 @@ def free_workers(wanted: Resources) -> int:
     return sum(_fit(wanted, free.get(node["NodeID"], {})) for node in schedulable_nodes())
 
 
-def free_gpus(node: str) -> float:
-    return ray_internals.free_resources().get(node, {}).get("GPU", 0.0)
-
-
 def schedulable_nodes() -> list[dict[str, Any]]:
     """Return Ray's entries of the nodes that are alive and not being drained."""
     leaving = ray_internals.draining_nodes()
