@@ -109,18 +109,6 @@ def levels(leaves: int, machines: tuple[range, ...], here: int) -> tuple[Level, 
     )
 
 
-def sent(leaves: int, machines: tuple[range, ...]) -> float:
-    """Return how many vectors all workers of the first machine together send to other machines in a step."""
-    total = 0.0
-    for here in machines[0]:
-        share = 1.0  # of the vector that the workers of this level sum
-        for level in levels(leaves, machines, here):
-            share /= len(level.nodes)
-            away = len(level.nodes) - len([worker for worker in level.nodes if worker in machines[0]])
-            total += share * away * (len(level.nodes[here]) + 1)
-    return total
-
-
 def total(values: Tensor) -> Tensor:
     """Return the sum over the first dimension (leaves) in the tree's order."""
     while len(values) > 1:
