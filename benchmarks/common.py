@@ -40,6 +40,18 @@ def model_folder(model: str, storage: str) -> str:
     return obtain(config(storage, {"name": model})).folder
 
 
+def llama_shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, int]:
+    """Return arguments of transformers' LlamaConfig; `groups` are the heads of keys."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+    }
+
+
 def hollow(folder: Path, family: str, shape: dict[str, Any]) -> BaseModel:
     """Write a folder of a model in bfloat16 whose file of weights is a header and a hole."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import ray
-from common import hollow, table
+from common import hollow, llama_shape, table
 from ray.cluster_utils import Cluster
 
 from olora_ray.cluster import preflight, resources
@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logging.getLogger("olora_ray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        bases = {name: llama(Path(scratch) / name, *MODELS[name]) for name in args.models}
+        shapes = {name: llama_shape(*MODELS[name]) | {"max_position_embeddings": 8192} for name in args.models}
+        bases = {name: hollow(Path(scratch) / name, "llama", shape) for name, shape in shapes.items()}
         rows = [row for name in args.clusters for row in on_cluster(name, bases, scratch)]
     print(table(HEADER, sorted(rows, key=lambda row: list(MODELS).index(row[0]))))
     return 0
@@ -113,19 +114,6 @@ def _cluster(gpus: Sequence[int]) -> Iterator[None]:
     finally:
         ray.shutdown()
         cluster.shutdown()
-
-
-def llama(folder: Path, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> BaseModel:
-    shape = {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "max_position_embeddings": 8192,
-    }
-    return hollow(folder, "llama", shape)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import llama_shape
 from multiplications import rates
 
 from olora_ray.train.estimate import peak_of
@@ -30,30 +31,19 @@ class Size:
     experts: bool = False
 
 
-def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, int]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-    }
-
-
 SIZES = {
-    "tiny": Size(_shape(512, 64, 128, 2, 4, 2), (64, 128), 128, 256, 1024, ((2, False), (4, True))),
+    "tiny": Size(llama_shape(512, 64, 128, 2, 4, 2), (64, 128), 128, 256, 1024, ((2, False), (4, True))),
     "tiny mixture": Size(
-        _shape(512, 64, 128, 2, 4, 2) | {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+        llama_shape(512, 64, 128, 2, 4, 2) | {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
         (64, 128),
         *(128, 256, 512),
         experts=True,
     ),
-    "135m": Size(_shape(49152, 576, 1536, 30, 9, 3), (2048, 8192), 16384, 65536, 131072),
-    "1b": Size(_shape(128256, 2048, 8192, 16, 32, 8), (4096, 8192), 16384, 65536, 262144),
-    "8b": Size(_shape(128256, 4096, 14336, 32, 32, 8), (4096, 8192), 8192, 32768, 131072),
+    "135m": Size(llama_shape(49152, 576, 1536, 30, 9, 3), (2048, 8192), 16384, 65536, 131072),
+    "1b": Size(llama_shape(128256, 2048, 8192, 16, 32, 8), (4096, 8192), 16384, 65536, 262144),
+    "8b": Size(llama_shape(128256, 4096, 14336, 32, 32, 8), (4096, 8192), 8192, 32768, 131072),
     "large mixture": Size(
-        _shape(151936, 2048, 6144, 2, 32, 4)
+        llama_shape(151936, 2048, 6144, 2, 32, 4)
         | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128},
         (4096, 8192),
         *(4096, 16384, 65536),

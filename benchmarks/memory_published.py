@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import config, hollow, table
+from common import config, hollow, llama_shape, table
 from torch import Tensor
 
 from olora_ray.model.load import skeleton
@@ -38,20 +38,8 @@ GIB = 2**30
 # The models, by the names in the table: family, and what transformers' config of this family takes.
 
 
-def llama(
-    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-        **more,
-    }
+def llama(*sizes: int, **more: Any) -> dict[str, Any]:
+    return llama_shape(*sizes) | {"max_position_embeddings": 8192, "tie_word_embeddings": False} | more
 
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
