@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.pipelines import project
+from tests.waiting import until
 
 KIT = [sys.executable, str(project.ROOT / "benchmarks" / "gpu.py")]
 ON_CPU = ["--size", "tiny", "--device", "cpu"]
@@ -36,12 +37,17 @@ def test_each_command_runs_on_a_cpu(command: str, tmp_path: Path) -> None:
     assert lines(out) == found  # nothing is missing
 
 
-def test_what_ended_before_the_budget_is_kept_and_the_rest_is_named(tmp_path: Path) -> None:
+def test_what_has_ended_is_kept_when_the_command_is_killed_and_the_rest_is_named(tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"
-    done = subprocess.run([*KIT, "fast", *ON_CPU, "--out", str(out), "--budget", "12"], capture_output=True, text=True)
+    with subprocess.Popen([*KIT, "fast", *ON_CPU, "--out", str(out)], stdout=subprocess.DEVNULL) as killed:
+        until(lambda: out.exists() and out.read_text(), seconds=300)
+        killed.kill()
+    kept = lines(out)
+    assert kept[0]["found"]["name"] == "CPU"
+    done = subprocess.run([*KIT, "fast", *ON_CPU, "--out", str(out), "--budget", "1"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert lines(out)[0]["found"]["name"] == "CPU"
-    assert "not run: " in done.stdout
+    assert "not run: ours, tiny: 2 x 64 tokens, " in done.stdout
+    assert lines(out) == kept
 
 
 @pytest.mark.parametrize("kind", ["checks", "codes", "twice", "elsewhere", "alone"])
