@@ -218,7 +218,7 @@ def twice(job: Found) -> dict[str, Found]:
 
 
 def elsewhere(job: Found) -> dict[str, Found]:
-    """Check that a checkpoint of this device goes on here to the same bits, and on a CPU to nearly the same loss."""
+    """Check that a checkpoint of this device resumes here with the same loss, and on a CPU with nearly the same."""
 
     def run() -> Found:
         device, host = torch.device(job["device"]), torch.device("cpu")

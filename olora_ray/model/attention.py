@@ -88,8 +88,10 @@ def kernel() -> Callable[..., Tensor] | None:
         return None
     function: Any = varlen_attn
     takes = inspect.signature(function).parameters.keys()
-    if "enable_gqa" in takes or not takes >= _TAKES:
-        return function if takes >= _TAKES else None
+    if not takes >= _TAKES:
+        return None
+    if "enable_gqa" in takes:
+        return function  # type: ignore[no-any-return]
     return lambda *given, enable_gqa, **named: function(*given, **named)  # torch 2.11 takes grouped heads without it
 
 
