@@ -12,7 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = ("olora_ray/config/schema.py", "olora_ray/sweep/space.py", "pipelines/comparison/arguments.py")
+SETTINGS = (
+    "olora_ray/config/schema.py",
+    "olora_ray/config/nights.py",
+    "olora_ray/sweep/space.py",
+    "pipelines/comparison/arguments.py",
+)
 
 
 def main(argv: Sequence[str]) -> None:

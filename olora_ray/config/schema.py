@@ -7,17 +7,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from olora_ray.common.errors import UserError
+from olora_ray.config.nights import Condition as Condition
+from olora_ray.config.nights import Gate as Gate
+from olora_ray.config.nights import Notify as Notify
+from olora_ray.config.nights import Retrain as Retrain
 from olora_ray.config.section import (
     HUB_NAME,
     AliasName,
-    Command,
     ExperimentName,
     FileName,
     Folder,
     Fraction,
     ModelName,
     Place,
-    Reference,
 )
 from olora_ray.config.section import PositiveInt as PositiveInt
 from olora_ray.config.section import Section as Section
@@ -184,7 +186,7 @@ class Cluster(Section):
         return (workers, workers) if isinstance(workers, int) else workers
 
 
-# Sections for the time after a training: exports, registry, gate, retraining, notifications.
+# Sections for the time after a training: exports and registry; nights.py has those of a scheduled retraining.
 
 
 class Export(Section):
@@ -218,64 +220,6 @@ class Registry(Section):
         if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
             raise ValueError(f"the alias {alias!r} is reserved by MLflow (latest, v1, v2, ...); choose another")
         return alias
-
-
-class Condition(Section):
-    """A limit that a new version must meet, independent of the champion."""
-
-    metric: str
-    """eval/loss, eval/perplexity, or eval/NAME for a score NAME that evaluation.scorer returns."""
-    at_least: float | None = None
-    """Smallest value that passes; null: no lower limit."""
-    at_most: float | None = None
-    """Largest value that passes; null: no upper limit."""
-
-    @model_validator(mode="after")
-    def _has_a_bound(self) -> "Condition":
-        if self.at_least is None and self.at_most is None:
-            raise ValueError("set at_least or at_most")
-        return self
-
-
-class Gate(Section):
-    """Conditions under which a retrained version becomes the champion."""
-
-    metric: str = "eval/loss"
-    """Metric on which challenger and champion are compared: eval/loss or eval/perplexity (lower is better), or
-    eval/NAME for a score NAME (higher is better)."""
-    must_improve_by: float = 0.0
-    """Improvement over the champion that a challenger must exceed (see confident). A negative value accepts a
-    challenger that is worse by up to this much, each time: over many nights the champion becomes much worse."""
-    conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
-    """Further conditions on the new version itself: {metric: ..., at_least: ...} or {metric: ..., at_most: ...}."""
-    group: str | None = None
-    """Column (or field) with the same value in all rows of one document or customer. @file: all rows of a file are one
-    group; null: rows are independent."""
-    min_rows: Annotated[int, Field(ge=2)] = 20
-    """Smallest number of held-out rows (with `group`: of groups) on which the gate may replace a champion."""
-    confident: bool = True
-    """true: the lower end of the 95% interval of the improvement must exceed must_improve_by. false: the mean must."""
-
-
-class Retrain(Section):
-    """Retraining with pipelines/retrain.py."""
-
-    origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
-    """base: train a new adapter on all data. champion: train the champion's, on new files and some old rows."""
-    replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """Only for `from: champion`: share of the rows of known files to use beside all new ones; drawn again each time."""
-    may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """Stop if data.train has lost more than this share of the rows that the champion was trained on; 1: never stop."""
-
-
-class Notify(Section):
-    """Notifications about the outcome of a retraining: promoted, refused, failed or not finished."""
-
-    url: Reference | None = None
-    """env:NAME or file:/PATH that holds the address of a webhook, which gets a POST of JSON; null: none."""
-    command: Command | None = None
-    """Shell command that gets the same JSON on its standard input; null: no command. Everybody on the machine sees it:
-    a secret belongs into an environment variable, written as $NAME, or into a file."""
 
 
 class Train(Section):

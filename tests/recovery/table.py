@@ -11,15 +11,17 @@ class Row:
     recovered: bool = False
     again: int | None = None
     lost: float | None = None
+    pause: float | None = None
+    """Seconds from the event to the next step."""
     same_bytes: bool | None = None
 
     def cells(self) -> list[str]:
         again = "" if self.again is None else str(self.again)
-        lost = "" if self.lost is None else f"{self.lost:.0f}"
-        return [self.case, _word(self.recovered), again, lost, _word(self.same_bytes)]
+        lost, pause = ("" if seconds is None else f"{seconds:.0f}" for seconds in (self.lost, self.pause))
+        return [self.case, _word(self.recovered), again, lost, pause, _word(self.same_bytes)]
 
 
-HEADER = ["case", "recovered", "steps done again", "seconds lost", "bytes equal"]
+HEADER = ["case", "recovered", "steps done again", "seconds lost", "to the next step", "bytes equal"]
 
 
 def text(rows: list[Row]) -> str:

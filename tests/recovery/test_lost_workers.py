@@ -1,4 +1,4 @@
-"""Interrupted runs outside of the matrix's small world: other models and methods, an object store, two runs at once.
+"""Interrupted runs outside of the matrix's small world: other models and methods, two runs at once.
 
 The end is that of a run that nobody touched."""
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common import storage
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.pipelines import project
@@ -75,16 +74,6 @@ def project_of(family: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
     return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"))
-
-
-def test_on_an_object_store(bucket: str, clean: Clean, tiny_project: Path, tmp_path: Path) -> None:
-    remote = project.on_s3(tiny_project, bucket, tmp_path / "mlflow.db")
-    with processes.scratch() as scratch:
-        run = Run(runs.written(tiny_project, tmp_path, **remote), scratch, FIRST, extra={"HOME": str(scratch)})
-        loses_a_worker(run)
-    adapter = storage.read_bytes(f"{bucket}/small/export/adapter/adapter_model.safetensors")
-    assert adapter == clean.end.adapter
-    assert storage.names(f"{bucket}/small/checkpoints")[-2:] == ["step-0000006", "step-0000008"]
 
 
 def test_two_runs_at_once(clean: Clean, tiny_project: Path, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Events in other worlds than the matrix's: strategies, stores and numbers of workers. The end is the same bytes."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common import storage
+from tests.pipelines import project
+from tests.recovery import cluster as clusters
+from tests.recovery import hosts, moments, processes, runs, table
+from tests.recovery.cluster import Cluster
+from tests.recovery.disturbances import BUSY, send
+from tests.recovery.runs import Fault, Run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+WORLDS: dict[str, tuple[int | list[int], str, str]] = {
+    "2 workers": (2, "ddp", "disk"),
+    "1 worker": (1, "ddp", "disk"),
+    "3 workers": (3, "ddp", "disk"),
+    "[1, 3] workers": ([1, 3], "ddp", "disk"),
+    "2 workers, S3": (2, "ddp", "s3"),
+    "2 workers, fsdp": (2, "fsdp", "disk"),
+    "3 workers, fsdp, S3": (3, "fsdp", "s3"),
+    "[1, 3] workers, fsdp, S3": ([1, 3], "fsdp", "s3"),
+}
+"""Workers, strategy, store."""
+EVENTS = ("a worker", "all workers", "SIGSTOP", "the driver", "SIGTERM", "a node")
+MIDDLE = Fault("step", "hold", step=5, rank=0, pace=0.1)
+
+
+@pytest.fixture(scope="module")
+def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Strategy -> adapter of two workers that nobody touched."""
+    ended = {
+        name: runs.run_clean(tiny_project, tmp_path_factory.mktemp(name), cluster__strategy=name)
+        for name in ("ddp", "fsdp")
+    }
+    return {name: run.end.adapter for name, run in ended.items()}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("event", EVENTS)
+def test_the_bytes_are_those_of_an_undisturbed_run(
+    event: str,
+    world: str,
+    clean: dict[str, bytes],
+    tiny_project: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    rows: list[table.Row],
+) -> None:
+    workers, strategy, store = WORLDS[world]
+    changes: dict[str, Any] = {"cluster__workers": workers, "cluster__strategy": strategy}
+    runs_folder = str(tmp_path / "runs")
+    if store == "s3":
+        runs_folder = request.getfixturevalue("bucket")
+        changes |= project.on_s3(tiny_project, runs_folder, tmp_path / "mlflow.db")
+    row = table.Row(f"{event}, {world}")
+    rows.append(row)
+    config = runs.written(tiny_project, tmp_path, **changes)
+    with node_cluster(config, store) if event == "a node" else one_machine(config) as (run, hosts_of_it):
+        run.start()
+        pid = int(run.wait_for_fault()["pid"])
+        at = time.time()
+        happens(event, run, pid, hosts_of_it)
+        code = run.wait()
+        while code in BUSY:
+            code = run.attempt()
+        assert code == 0, run.tail()
+        further, _ = moments.split(moments.read(run.folder))
+        row.again, row.pause = run.again(), next(one.at for one in further if one.at > at) - at
+    found = storage.read_bytes(f"{runs_folder}/small/export/adapter/adapter_model.safetensors")
+    row.same_bytes = found == clean[strategy]
+    assert row.same_bytes
+    row.recovered = True
+
+
+@contextlib.contextmanager
+def one_machine(config: Path) -> Iterator[tuple[Run, None]]:
+    with processes.scratch() as scratch:
+        yield Run(config, scratch, MIDDLE, extra={"HOME": str(scratch)}), None
+
+
+@contextlib.contextmanager
+def node_cluster(config: Path, store: str) -> Iterator[tuple[Run, Cluster]]:
+    if store == "s3":
+        pytest.skip("the store does not listen in the hosts' network")
+    if os.geteuid() != 0 or not hosts.possible():
+        pytest.skip("needs root and network namespaces")
+    with clusters.cluster(config, MIDDLE) as cluster:
+        yield cluster.run, cluster
+
+
+def happens(event: str, run: Run, pid: int, cluster: Cluster | None) -> None:
+    """Let it happen to the worker that stands still, and give the command again where a user has to."""
+    standing = next(one for one in processes.workers(run.folder) if one.pid == pid)
+    if event == "a node":
+        assert cluster is not None
+        host = cluster.host_of(pid)
+        host.kill()
+        host.start_ray()
+    elif event == "a worker":
+        send(standing, signal.SIGKILL)
+    elif event == "SIGSTOP":
+        send(standing, signal.SIGSTOP)
+    elif event == "all workers":
+        for worker in processes.workers(run.folder):
+            send(worker, signal.SIGKILL)
+    elif event == "the driver":
+        assert run.driver is not None
+        run.driver.kill()
+        assert run.wait() == -signal.SIGKILL, run.tail()
+        run.start()
+    else:
+        run.terminate_driver()
+        (run.folder / "release").touch()
+        assert run.wait() == 128 + signal.SIGTERM, run.tail()
+        run.start()
