@@ -1,4 +1,4 @@
-"""Estimate of a run: targets, coverage, trainable parameters, memory per worker, and pace on a CPU.
+"""Estimate of a run: targets, trainable parameters, memory per worker, and pace on a CPU.
 
 All but the pace need no weights. Nothing here needs Ray.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
-from olora_ray.adapter.inject import Coverage, Selection, coverage, find_targets, inject, select
+from olora_ray.adapter.inject import Selection, find_targets, inject, select
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.common.errors import UserError, first_line
@@ -246,7 +246,6 @@ class MemoryEstimate:
     activation_bytes: int
     """Peak bytes of a forward and backward pass."""
     selection: Selection
-    coverage: Coverage
     answer_bytes: int = 0
     """Peak bytes of answers to held-out prompts, between steps."""
     recompute: bool = False
@@ -309,7 +308,6 @@ def _estimate(question: _Question) -> MemoryEstimate:
     dtype = torch.bfloat16 if fast else pick_dtype(config.model, torch.device("cpu"))
     count = parameters(base.folder)
     stored = 2 if METHODS[config.adapter.method].has_b0 else 1
-    covered = coverage(model, selection)
     in_parts = _shards(config) > 1 or config.model.quantization != "none"
     by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
     base_bytes, gathered, offloaded = _base_bytes(config, model, count, dtype, question.gpu)
@@ -323,7 +321,6 @@ def _estimate(question: _Question) -> MemoryEstimate:
         activation_bytes=taken.step,
         answer_bytes=taken.answers,
         selection=selection,
-        coverage=covered,
         recompute=config.train.activation_checkpointing is True,
         gathered_bytes=gathered,
         problem=taken.problem,
