@@ -55,7 +55,7 @@ def times(folder: Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: Path) -> None:
     file = write(corpus, tiny_model)
-    done = compare(file, "--methods", "lora,olora", "--seeds", "2", "--budget", "5h")
+    done = compare(file, "--methods", "lora,olora", "--seeds", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     folder = corpus / "runs" / "small-compare"
@@ -140,11 +140,6 @@ def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
         (
             ("compare.test_rows=90",),
             "error: data.train: its 60 different rows do not suffice for compare.test_rows = 90",
-        ),
-        pytest.param(
-            ("--budget", "2s"),
-            "error: argument --budget: the comparison needs about",
-            marks=[pytest.mark.ray, pytest.mark.slow],
         ),
     ],
 )
