@@ -73,13 +73,13 @@ class Trial:
     """One training of a comparison. Its name, and so its folder, follows from what it is."""
 
     arm: Arm
-    factor: float | None
-    """Multiple of the arm's learning rate; None: the config's own rate."""
+    factor: float
+    """Multiple of the arm's learning rate."""
     seed: int
     values: Mapping[str, Any]
 
     def name(self) -> str:
-        return f"{self.arm.name}-{'own' if self.factor is None else f'x{self.factor:g}'}-seed{self.seed}"
+        return f"{self.arm.name}-x{self.factor:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -98,20 +98,12 @@ class Comparison:
         """The arm with which all others are compared: `lora` if there is one, otherwise the first."""
         return next((arm for arm in self.arms if arm.name == "lora"), self.arms[0])
 
-    def trial(self, arm: Arm, factor: float | None, seed: int) -> Trial:
-        own, train = factor is None, self.config.train
-        rate = {LR: train.lr, FACTOR: train.lr_factor} if own else {LR: arm.values.get(LR, "auto"), FACTOR: factor}
-        return Trial(arm, factor, seed, {**arm.values, **rate, "run.seed": seed})
-
-    def own_factor(self) -> float | None:
-        """Return the multiple in the grid that is the config's own learning rate; None if the grid lacks it."""
-        train = self.config.train
-        return train.lr_factor if train.lr == "auto" and train.lr_factor in self.compare.rates else None
+    def trial(self, arm: Arm, factor: float, seed: int) -> Trial:
+        return Trial(arm, factor, seed, {LR: "auto", **arm.values, FACTOR: factor, "run.seed": seed})
 
     def tuning(self) -> list[Trial]:
         """Return the trials of the tuning: as many for each arm, with one seed."""
-        factors = dict.fromkeys((*self.compare.rates, self.own_factor()))
-        return [self.trial(arm, factor, self.config.run.seed) for arm in self.arms for factor in factors]
+        return [self.trial(arm, factor, self.config.run.seed) for arm in self.arms for factor in self.compare.rates]
 
 
 def parse(argv: Sequence[str], usage: str) -> Comparison:

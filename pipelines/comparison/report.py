@@ -38,7 +38,6 @@ MEANS = {
     "interval": "the true difference lies in this range, with 95% confidence for all arms together",
     "after 25%": "mean test loss after a quarter of the steps",
     "after 50%": "mean test loss after half of the steps",
-    "own rate": "how much higher the loss on the tuning rows is at the config's own rate than at the best of the grid",
     "good rates": "largest / smallest learning rate that is as good as the best; a large number forgives a wrong rate",
     "init": "time of the initialisation in one process",
     "tuning": "trainings of the tuning and their time; those that broke off or ended above the base model",
@@ -154,7 +153,6 @@ def cells(record: ComparisonRecord, arm: ArmRecord) -> list[str]:
         f"{against.mean:+.4f}" if against else "",
         f"{against.adjusted.low:+.4f} .. {against.adjusted.high:+.4f}" if against else "",
         *([f"{each:.4f}" for each in arm.course()[:2]] or ["", ""]),
-        f"{arm.own_loss - tuned.loss:+.4f}" if tuned and math.isfinite(arm.own_loss) else "broke off",
         f"x{tuned.width:.1f}" if tuned else "",
         f"{arm.init_seconds:.1f} s",
         f"{arm.tunings} in {duration(arm.tuning_seconds)}{diverged}" if tuned else "all broke off",
@@ -178,8 +176,8 @@ def about(record: ComparisonRecord) -> str:
     rows = ", ".join(f"{count:,} {name}" for name, count in record.rows.items())
     return (
         f"{record.model} on {record.task}; rows {rows}; {plural(record.steps, 'step')} of {record.global_batch}"
-        f" sequences; the config's own learning rate {record.own_lr}; tuned with seed {record.tuning_seed}, compared"
-        f" with seeds {record.seeds[0]} .. {record.seeds[-1]}; base model {record.base_test:.4f} on the test rows;"
+        f" sequences; tuned with seed {record.tuning_seed}, compared with seeds {record.seeds[0]} .."
+        f" {record.seeds[-1]}; base model {record.base_test:.4f} on the test rows;"
         f" {record.machine}, {duration(record.seconds)}"
     )
 
@@ -213,7 +211,7 @@ def next_command(record: ComparisonRecord, folder: str) -> str | None:
 
 
 def rates(record: ComparisonRecord) -> "Figure":
-    points = [(each.arm, each.lr, each.loss) for each in record.points if each.lr and each.factor]
+    points = [(each.arm, each.lr, each.loss) for each in record.points if each.lr]
     losses, base = [loss for *_, loss in points if math.isfinite(loss)], record.base_tuning
     top = _top(base, losses)
     above = f"; base model: {base:.3f}, above the picture" if losses and top < base < math.inf else ""

@@ -232,7 +232,7 @@ class Run:
     def _tuned(self, trials: Sequence[Ended], spec: TrainSpec) -> TuningResult:
         tuned, base = dict[str, Tuned](), phase.base_loss(trials)
         for arm in self.comparison.arms:
-            losses = {each.trial.factor: each.loss for each in trials if each.trial.arm == arm and each.trial.factor}
+            losses = {each.trial.factor: each.loss for each in trials if each.trial.arm == arm}
             if (point := statistics.tuned(losses, base, self.comparison.compare.relevant)) is None:
                 logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue

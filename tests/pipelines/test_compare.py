@@ -64,7 +64,7 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     lora, olora = found["arms"]
     assert (lora["name"], olora["name"], found["baseline"]) == ("lora", "olora", "lora")
     for arm in (lora, olora):
-        assert arm["tunings"] == 4  # three rates, and the config's own
+        assert arm["tunings"] == 3
         assert arm["lr"] > 0
         assert arm["trainable"] > 0
         assert [each["seed"] for each in arm["trainings"]] == [4, 5]
