@@ -23,7 +23,6 @@ from olora_ray.sweep.report import figures, page, text
 from olora_ray.tracking.run import Tracker
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logger = logging.getLogger("olora_ray.comparison")
@@ -234,7 +233,11 @@ def rates(record: ComparisonRecord) -> "Figure":
     axes.minorticks_off()
     space = top - min(losses) or 1
     axes.set_ylim(min(losses) - 0.06 * space, top + 0.04 * space)
-    _finish(axes, base, top, "peak learning rate")
+    if math.isfinite(base) and base <= top:
+        axes.axhline(base, color=figures.MUTED, linestyle="--", label="base model")
+    axes.set(xlabel="peak learning rate", ylabel="loss per token")
+    axes.grid(axis="y")
+    figures.legend(axes)
     return figure
 
 
@@ -245,25 +248,6 @@ def _top(base: float, losses: Sequence[float]) -> float:
         return high
     # The picture ends at the base model, or a little above: diverged trainings would flatten all other lines.
     return max(base, min(high, base + 0.15 * (base - low)))
-
-
-def curves(record: ComparisonRecord) -> "Figure":
-    """Draw the held-out loss over the steps at the tuned learning rates: mean and range over the seeds."""
-    caption = f"test rows; line: mean over {len(record.seeds)} seeds, band: their range"
-    figure, axes = figures.new("Learning curves", caption)
-    last: list[float] = []
-    for arm, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False):
-        finished = [dict(each.curve) for each in arm.trainings if math.isfinite(each.loss)]
-        steps = sorted(set.intersection(*map(set, finished))) if finished else []
-        values = [[curve[step] for curve in finished] for step in steps]
-        axes.plot(steps, [*map(fmean, values)], color=colour, linewidth=2, label=arm.name)
-        axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.18)
-        last += map(fmean, values[1:])
-    if last:
-        _finish(axes, record.base_test, _top(record.base_test, last), "step")
-    else:
-        figures.say(axes, figures.NOTHING)
-    return figure
 
 
 def forest(record: ComparisonRecord) -> "Figure":
@@ -290,17 +274,8 @@ def forest(record: ComparisonRecord) -> "Figure":
     return figure
 
 
-def _finish(axes: "Axes", base: float, top: float, x: str) -> None:
-    if math.isfinite(base) and base <= top:
-        axes.axhline(base, color=figures.MUTED, linestyle="--", label="base model")
-    axes.set(xlabel=x, ylabel="loss per token")
-    axes.grid(axis="y")
-    figures.legend(axes)
-
-
 FIGURES = {
     "learning_rates": (rates, "Loss on the tuning rows against the learning rate, a line for each arm", True),
-    "curves": (curves, "Held-out loss over the steps at the tuned learning rates", False),
     "differences": (forest, "Differences to the baseline with their intervals", False),
 }
 """File name -> (drawing function, text for screen readers, True if as wide as the page), in page order."""

@@ -80,7 +80,7 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
     assert against["adjusted"] == against["interval"]
     assert against["interval"]["low"] < against["mean"] < against["interval"]["high"]
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 2
     assert "verdict: olora beside lora: " in done.stdout
     assert "left to do: " in done.stdout
     assert f"olora-ray finetune {folder}/best.yaml" in done.stdout
