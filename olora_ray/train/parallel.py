@@ -217,9 +217,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
     model: Any = empty_model(folder, config, device)
     names = to_pack(model)
     files = base_files.find(Path(folder), model)
-    problem = files if isinstance(files, str) else files.differs(0, 1)
-    if problem is None:
-        assert isinstance(files, BaseFiles)
+    if isinstance(files, BaseFiles):
         packed_folder = _packed(Path(folder), files, names, config.quantization, device)
         for number, name in enumerate(names):
             if packed_folder is None:
@@ -230,7 +228,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
                 _pack(model, name, weight, config.quantization, device, (part["codes"], part["scales"]))
         base_files.fill(model, files, lambda _: True)
     else:
-        logger.info(f"quantization: loading the complete base model before packing it, because {problem}")
+        logger.info(f"quantization: loading the complete base model before packing it, because {files}")
         model = load_model(folder, config, device)
         names = to_pack(model)  # raises UserError for a base that is quantised already
         for name in names:
@@ -339,8 +337,9 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     """
     model = collectives.together(lambda: empty_model(folder, config.model, device))
     files = collectives.together(lambda: base_files.find(Path(folder), model))
-    if isinstance(files := _agreed(files), str):
-        return files
+    problems = collectives.gather(files if isinstance(files, str) else None)
+    if isinstance(files, str) or any(problems):
+        return next(problem for problem in problems if problem)
     whole = outside(model, blocks_to_shard(model))
     wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
     collectives.together(lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device)))
@@ -353,15 +352,6 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     collectives.together(lambda: _read_shards(model, files))
     sharded: SupervisedLoss = loss
     return sharded
-
-
-def _agreed(files: BaseFiles | str) -> BaseFiles | str:
-    problems = collectives.gather(files if isinstance(files, str) else None)
-    if isinstance(files, BaseFiles) and not any(problems):
-        differs = partial(files.differs, collectives.rank(), collectives.world_size())
-        problems = collectives.gather(collectives.together(differs))
-    first = next((problem for problem in problems if problem), None)
-    return files if first is None else first
 
 
 @torch.no_grad()
