@@ -8,7 +8,6 @@ import inspect
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -63,8 +62,7 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
     """Run a step and answers on fake tensors; the model must be on the meta device, and is unusable afterwards."""
     config, times = _small_enough(config)
     problem = "activations (no attention can be tried)"
-    attention.register()
-    try:
+    with attention.on_fake_tensors(gpu):
         fake = FakeModel(model, targets, config.adapter, dtype)
         rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
         # Fake tensors claim to be on a CPU, where the head's chunks are smaller than on a GPU.
@@ -75,8 +73,7 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
         for name in _implementations(model, config, dtype, gpu):
             try:
                 model.set_attn_implementation(name)
-                with attention.as_on_gpu() if gpu else nullcontext():
-                    step = _step_bytes(fake, _batch(config, name), config.train.activation_checkpointing is True)
+                step = _step_bytes(fake, _batch(config, name), config.train.activation_checkpointing is True)
             except Exception as error:  # the family's code may raise anything on fake tensors
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
                 continue
@@ -85,8 +82,6 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
             except Exception as error:
                 why = f"answers to held-out prompts ({type(error).__name__}: {first_line(error)})"
                 return Measured(int(times * step), 0, why)
-    finally:
-        attention.forget()  # its caches hold fake tensors now, which must not reach a real model
     return Measured(0, 0, problem)
 
 

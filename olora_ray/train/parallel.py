@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from olora_ray.adapter.candidates import GATE, ROUTER, candidates
+from olora_ray.adapter.candidates import plain_layers
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives, node_cache, storage
 from olora_ray.common.errors import UserError, short_reason
@@ -270,10 +270,9 @@ def to_pack(model: nn.Module) -> list[str]:
     inside = {id(part) for block in decoder_layers(model) for part in block.modules()}
     shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     names = []
-    for name, item in candidates(model).items():
-        module: Any = item.target.module
-        plain = type(module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
-        even = plain and module.weight.numel() % 2 == 0  # two numbers share a byte
+    for name in plain_layers(model):
+        module: Any = model.get_submodule(name)
+        even = module.weight.numel() % 2 == 0  # two numbers share a byte
         if even and id(module) in inside and shared[id(module.weight)] == 1:
             names.append(name)
     if not names:
