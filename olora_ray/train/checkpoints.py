@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from safetensors import SafetensorError
 
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, as_user_error, short_reason
-from olora_ray.common.text import plural
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 
@@ -174,20 +173,12 @@ Saved = Callable[[int, float], None]
 
 
 class CheckpointManager:
-    def __init__(
-        self,
-        root: str,
-        keep: int,
-        saved: Saved = lambda step, seconds: None,
-        pauses: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
-    ) -> None:
+    def __init__(self, root: str, keep: int, saved: Saved = lambda step, seconds: None) -> None:
         """Remove incomplete checkpoints, and prepare to write into the folder `root` (path or URI).
 
-        `keep` checkpoints stay. `pauses` are the seconds between the attempts to write a checkpoint to a disk;
-        common/patience.py retries requests to an object store.
+        `keep` checkpoints stay.
         """
         self.root, self.keep, self.saved = root, keep, saved
-        self.pauses = pauses if storage.local_path(root) else ()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
@@ -222,23 +213,16 @@ class CheckpointManager:
 
     def _save(self, step: int, write: Callable[[Path], None]) -> None:
         began = time.perf_counter()
-        for number, pause in enumerate((*self.pauses, None), 1):
-            try:
-                put(write, storage.join(self.root, name_of(step)))
-            except (OSError, SafetensorError) as error:
-                if pause is None:
-                    self._problem = error
-                    logger.warning(
-                        f"the checkpoint of step {step} cannot be written ({short_reason(error)}), after"
-                        f" {plural(number, 'attempt')}; training continues"
-                    )
-                    return
-                logger.warning(f"retrying to write the checkpoint of step {step}: {short_reason(error)}")
-                time.sleep(pause)
-            else:
-                self.saved(step, time.perf_counter() - began)
-                self._retire(step)
-                return
+        try:
+            put(write, storage.join(self.root, name_of(step)))
+        except (OSError, SafetensorError) as error:
+            self._problem = error
+            logger.warning(
+                f"the checkpoint of step {step} cannot be written ({short_reason(error)}); training continues"
+            )
+        else:
+            self.saved(step, time.perf_counter() - began)
+            self._retire(step)
 
     def _retire(self, step: int) -> None:
         """Remove the checkpoints that are not needed now that `step` is written.
