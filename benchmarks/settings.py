@@ -264,7 +264,7 @@ def following(losses: dict[float, float]) -> float | None:
 
 def tuned_factor(losses: dict[float, float]) -> float | None:
     """Return the lowest point of the parabola as a multiple of the automatic rate; None if all trainings diverged."""
-    found = tuned(losses, math.inf, 0.01)
+    found = tuned(losses, math.inf)
     return found and found.factor
 
 
@@ -495,7 +495,7 @@ def tuning_table(results: Results, steps: int, dtype: str) -> str:
         losses = results.tuning(cell)
         if (cell.steps, cell.dtype) != (steps, dtype) or not set(COARSE) <= set(losses):
             continue
-        found = tuned(losses, math.inf, 0.01)
+        found = tuned(losses, math.inf)
         if found is None:
             rows.append((cell.task, cell.name(), f"{results.auto(cell):.1e}", "all diverged", "", "", ""))
             continue

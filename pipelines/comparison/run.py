@@ -233,7 +233,7 @@ class Run:
         tuned, base = dict[str, Tuned](), phase.base_loss(trials)
         for arm in self.comparison.arms:
             losses = {each.trial.factor: each.loss for each in trials if each.trial.arm == arm}
-            if (point := statistics.tuned(losses, base, self.comparison.compare.relevant)) is None:
+            if (point := statistics.tuned(losses, base)) is None:
                 logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue
             tuned[arm.name] = point
