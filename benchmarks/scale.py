@@ -156,7 +156,7 @@ def made_up(file: Any, storage_root: str, units: int) -> Any:
     table["first"] = np.arange(units) * UNIT_ROWS
     table["offset"] = table["first"] * ROW_BYTES
     result = FileScan(f"{hash(file.uri) % 2**64:064x}", units * UNIT_ROWS, (), Units(table))
-    scan.keep_scan(file, storage_root, result, scan.state_of(file))
+    scan.keep_scan(file, storage_root, result)
     return result
 
 

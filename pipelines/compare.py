@@ -1,7 +1,7 @@
 """Compare adapters on your data, each at its own learning rate, with intervals of the differences.
 
     python pipelines/compare.py CONFIG.yaml [section.field=value ...] --methods lora,olora
-        [--arm "NAME: field=value, field=value"] [--seeds 4] [--budget 3h]
+        [--arm "NAME: field=value, field=value"] [--seeds 4]
 
 CONFIG     a run's config; its section `compare`, which other commands ignore, sets the numbers of rows, the learning
            rates and the smallest difference that matters
@@ -9,7 +9,6 @@ CONFIG     a run's config; its section `compare`, which other commands ignore, s
 --arm      one more arm: its name, and the fields of adapter and train in which it differs from the config,
            e.g. --arm "r64: adapter.rank=64, adapter.alpha=64"; repeat it for each arm
 --seeds    number of trainings per arm that are compared, each with its own seed (default 4)
---budget   time limit, such as 3h or 90m; if the estimate is longer, the command ends before any training
 
 All arms are compared with the arm `lora` if there is one, otherwise with the first. The command puts the rows of the
 config into three sets: to train on, to choose each arm's learning rate on, and to compare on. It writes report.html,

@@ -166,6 +166,15 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
     return maps
 
 
+def plain_layers(model: nn.Module) -> list[str]:
+    """Return the names of the torch.nn.Linear layers that an adapter can take, without routers and gates."""
+    return [
+        name
+        for name, item in candidates(model).items()
+        if type(item.target.module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
+    ]
+
+
 def _is_read(name: str, modules: dict[str, nn.Module]) -> bool:
     # True for the step sizes of Mamba, FalconMamba and Jamba, whose code multiplies with their weight itself.
     # The self-test finds other layers whose weight the model's code reads: adapter/layer.py raises TakenWeight there.

@@ -33,8 +33,6 @@ from olora_ray.config.schema import Adapter
 
 
 Shape = tuple[int, ...]
-Shapes = tuple[Shape, Shape | None]
-"""The shapes of a layer's A0 and B0."""
 
 
 def exchange(
@@ -45,60 +43,37 @@ def exchange(
     `own` has the factors of this worker's share, `shares` the layer names of each worker's share. All workers must call
     it together; the numbers travel on `device`. Raises RuntimeError if the workers end with different bytes.
     """
-    rank = collectives.rank()
-    shapes: dict[str, Shapes] = {}
-    for part in collectives.gather({name: _shapes(item) for name, item in own.items()}):
-        shapes |= part
+    facts: dict[str, tuple[Shape, Shape | None, bool]] = {}
+    for told in collectives.gather({name: _facts(item) for name, item in own.items()}):
+        facts |= told
     merged: dict[str, Factors] = {}
     hasher = hashlib.sha256()
     for worker, share in enumerate(shares):
-        buffer = _pack(own, share) if worker == rank else torch.empty(sum(_size(shapes[name]) for name in share))
-        buffer = buffer.to(device)
-        collectives.broadcast_in_place(buffer, worker)
-        buffer = buffer.cpu()
-        hasher.update(buffer.numpy().tobytes())
-        merged.update(_unpack(buffer, share, shapes))
+        for name in share:
+            item = own[name] if worker == collectives.rank() else _empty(*facts[name])
+            a0, b0 = (None if part is None else _sent(part, worker, device) for part in (item.a0, item.b0))
+            assert a0 is not None
+            merged[name] = Factors(a0, b0, item.full_rank)
+            for part in (a0, b0, torch.tensor([float(item.full_rank)])):
+                hasher.update(b"" if part is None else part.numpy().tobytes())
     if len(set(collectives.gather(hasher.digest()))) > 1:
         raise RuntimeError("adapter factors differ between workers after their exchange: the network corrupted them")
     return merged, hasher.hexdigest()
 
 
-def _shapes(item: Factors) -> Shapes:
-    return tuple(item.a0.shape), None if item.b0 is None else tuple(item.b0.shape)
+def _facts(item: Factors) -> tuple[Shape, Shape | None, bool]:
+    return tuple(item.a0.shape), None if item.b0 is None else tuple(item.b0.shape), item.full_rank
 
 
-def _size(shapes: Shapes) -> int:
-    a0, b0 = shapes
-    return math.prod(a0) + (0 if b0 is None else math.prod(b0)) + 1
+def _empty(shape_a0: Shape, shape_b0: Shape | None, full_rank: bool) -> Factors:
+    return Factors(torch.empty(shape_a0), None if shape_b0 is None else torch.empty(shape_b0), full_rank)
 
 
-def _pack(own: Mapping[str, Factors], share: Sequence[str]) -> Tensor:
-    parts = [torch.empty(0)]
-    for name in share:
-        item = own[name]
-        parts.append(item.a0.reshape(-1).cpu())
-        if item.b0 is not None:
-            parts.append(item.b0.reshape(-1).cpu())
-        parts.append(torch.tensor([float(item.full_rank)]))
-    return torch.cat(parts)
-
-
-def _unpack(buffer: Tensor, share: Sequence[str], shapes: Mapping[str, Shapes]) -> dict[str, Factors]:
-    result, position = {}, 0
-
-    def take(shape: Shape) -> Tensor:
-        nonlocal position
-        size = math.prod(shape)
-        part = buffer[position : position + size].view(shape)
-        position += size
-        return part
-
-    for name in share:
-        shape_a0, shape_b0 = shapes[name]
-        a0 = take(shape_a0)
-        b0 = None if shape_b0 is None else take(shape_b0)
-        result[name] = Factors(a0, b0, full_rank=bool(take((1,)).item()))
-    return result
+def _sent(part: Tensor, worker: int, device: torch.device) -> Tensor:
+    buffer = part.to(device).contiguous()
+    if buffer.numel():  # a layer may have rank 0
+        collectives.broadcast_in_place(buffer, worker)
+    return buffer.cpu()
 
 
 CHUNK = 2**26

@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from olora_ray.adapter.candidates import Candidate, Reason, Target, candidates, other_parts, output_head, part_of, stack
-from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedStack, AdaptedWeight, Factors, is_linear
+from olora_ray.adapter.candidates import Candidate, Reason, Target, candidates, stack
+from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedStack, AdaptedWeight, Factors
 from olora_ray.common.errors import UserError, as_user_error
 
 # The weights that `adapter.targets` means.
@@ -173,47 +173,3 @@ def remove(model: nn.Module) -> None:
 
 def _base(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, AdaptedLinear | AdaptedExperts) else module
-
-
-# The share of a model's parameters that adapters change.
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """The numbers of adapted and of other parameters; a parameter that is used twice counts once."""
-
-    adapted: int
-    others: dict[str, int]
-    """Other parameters by the plural name of their layers ("embeddings"), most first."""
-
-    @property
-    def share(self) -> float:
-        return self.adapted / (self.adapted + sum(self.others.values()))
-
-
-def coverage(model: nn.Module, selection: Selection) -> Coverage:
-    """Return the coverage of a model by a selection; needs no weights."""
-    adapted = {id(getattr(target.module, target.parameter)) for target in selection.targets.values()}
-    parts, head, adapted_size = other_parts(model), output_head(model), 0
-    others: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        if id(parameter) in adapted:
-            adapted_size += parameter.numel()
-        else:
-            owner = name.rpartition(".")[0]
-            is_head = model.get_submodule(owner) is head
-            group = "output head" if is_head else part_of(name, parts) or _kind(model, name, owner, selection)
-            others[group] += parameter.numel()
-    return Coverage(adapted_size, dict(others.most_common()))
-
-
-def _kind(model: nn.Module, name: str, owner: str, selection: Selection) -> str:
-    module = model.get_submodule(owner)
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if reason := selection.left_out.get(name) or (selection.left_out.get(owner) if name.endswith(".weight") else None):
-        return reason.kind
-    if "Expert" in type(module).__name__ and not name.endswith("bias"):
-        return "experts"
-    linear = is_linear(module) and name.endswith(".weight")
-    return "layers that adapter.targets does not name" if linear else "norms, biases and others"

@@ -185,7 +185,7 @@ class AdaptedWeight(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.full_rank = factors.full_rank
-        # Clones, because factors are views of the exchange's buffer, which would stay in memory with them.
+        # Clones, because the first batch may rescale them in place (train/first_step.py), and the caller's stay.
         self.register_buffer("a0", factors.a0.clone(), persistent=False)
         self.register_buffer("b0", None if factors.b0 is None else factors.b0.clone(), persistent=False)
         *experts, rank, _ = factors.a0.shape

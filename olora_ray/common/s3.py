@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import re
-import time
 import uuid
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,10 +16,6 @@ from olora_ray.common import patience
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, untrusted
 
-logger = logging.getLogger(__name__)
-
-SLOW_SECONDS = 5.0
-"""A check that takes longer logs a warning."""
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING = ("NoSuchKey", "404")
@@ -43,13 +38,12 @@ def require_boto3(location: str, field: str) -> None:
 
 
 def check_bucket(location: str, field: str) -> None:
-    """Write, read and delete a small object below `location`, and log a warning if that is slow.
+    """Write, read and delete a small object below `location`.
 
     Raises a UserError that starts with `field` and says what to do, and TryAgain for a problem that may pass by itself.
     """
     require_boto3(location, field)
     bucket, key = split(f"{location.rstrip('/')}/.probe-{uuid.uuid4().hex}")
-    began = time.monotonic()
     try:
         with _as_store_error():
             client = _client(attempts=1)
@@ -60,8 +54,6 @@ def check_bucket(location: str, field: str) -> None:
         if isinstance(error, StoreUnavailable):
             raise TryAgain(f"{field}: {location}: the object store at {_where()} does not answer: {error}") from None
         raise UserError(f"{field}: {location} cannot be written: {error}") from None
-    if (seconds := time.monotonic() - began) > SLOW_SECONDS:
-        logger.warning(f"{field}: {location} is slow: writing, reading and deleting five bytes took {seconds:.0f} s")
 
 
 def get(location: str) -> tuple[bytes, str] | None:

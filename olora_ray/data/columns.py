@@ -130,27 +130,25 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(part)
 
 
-Needed = dict[str, tuple[str, str]]
-
-
-def unanswered(notes: Mapping[str, int], sources: Mapping[int, Source], rows: int = 0) -> dict[int, Needed]:
-    """Return the kind and an example of each column or key that needs an answer, by number of the source and name.
+def unanswered(
+    notes: Mapping[str, int], sources: Mapping[int, Source], setting: str, rows: int = 0, auto: bool = False
+) -> UserError | None:
+    """Return the error for the first source with a column or key that needs an answer; None if none needs one.
 
     `rows` is the number of rows behind the notes, if it is known: a value that some of them lack is no constant.
-    The notes of a store may be older than an answer.
+    The notes of a store may be older than an answer. `auto` is True if the format was detected.
     """
-    needed, met = dict[int, Needed](), Counter[tuple[str, str]]()
+    needed, met = dict[int, dict[str, tuple[str, str]]](), Counter[tuple[str, str]]()
     for note in (note for note in notes if note.startswith("unread\t")):
         _, number, kind, name, weight, example = note.split("\t")
         met[number, name] += int(weight)
         varies = met[number, name] > 1 or rows == 1 or notes[note] < rows
         if varies and json.loads(name) not in sources[int(number)].fields:
             needed.setdefault(int(number), {})[json.loads(name)] = (kind, example)
-    return needed
+    return next((_refusal(each, f"{setting}.{n}", sources[n], auto) for n, each in needed.items()), None)
 
 
-def refusal(needed: Needed, where: str, source: Source, auto: bool = False) -> UserError:
-    """Return the error for a source with columns that need an answer; `auto` if its format was detected."""
+def _refusal(needed: Mapping[str, tuple[str, str]], where: str, source: Source, auto: bool) -> UserError:
     needed = dict(itertools.islice(needed.items(), 12))
     name, (kind, example) = next(iter(needed.items()))
     free = {*FIELDS[source.format]} - {*formats.NEEDED[source.format], *formats.INSIDE, *source.fields}

@@ -20,7 +20,6 @@ from olora_ray.data import columns, formats, reader
 from olora_ray.data.formats import EMPTY, FIELDS, INSIDE, NEEDED, NONE, Example, Rejected, listed, sequence, to_example
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, grouped, list_files, say_once
-from olora_ray.data.tokenize import unanswered
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ def _answered(where: str, source: Source, read: Iterable[tuple[Any, Example | No
     setting, _, number = where.rpartition(".")
     for row, example in used:
         columns.count(notes, int(number), source, row, example)
-    if error := unanswered(notes, {int(number): source}, setting, len(used), auto):
+    if error := columns.unanswered(notes, {int(number): source}, setting, len(used), auto):
         raise error
 
 

@@ -101,11 +101,6 @@ def chat(turns: list[Any], role: str, content: str, tools: Any) -> Chat:
     return Chat(messages, _tools(tools))
 
 
-def from_sharegpt(turns: list[Any], role: str, content: str) -> list[Any]:
-    """Return the turns with the roles of `ROLES`; entries that are no turns stay as they are, for `chat` to reject."""
-    return [_renamed(turn, number, role, content) for number, turn in enumerate(turns, 1)]
-
-
 def sequence(value: Any, name: str) -> list[Any]:
     """Return a list, or the list in a JSON text (csv and some parquet files); raise Rejected for anything else.
 
@@ -162,9 +157,9 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
         hint = "; from and value need format: sharegpt, and no fields" if role == "role" and "from" in turn else ""
         raise Rejected("missing_field", f"message {number} has no {role!r}; it has {listed(turn)}{hint}")
     if turn[role] not in ROLES:
-        known = ", ".join(sorted(ROLES))
+        hint = f"; format: sharegpt has the role {turn[role]!r}" if turn[role] in (*SHAREGPT_ROLES, CALL) else ""
         raise Rejected(
-            "bad_role", f"message {number}: unknown role {turn[role]!r}; known: {known}{_role_hint(turn[role])}"
+            "bad_role", f"message {number}: unknown role {turn[role]!r}; known: {', '.join(sorted(ROLES))}{hint}"
         )
     # Templates want a missing key, not a null.
     rest = {
@@ -186,14 +181,6 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
     if rest.get("weight", 1) not in (0, 1):
         raise Rejected("wrong_type", f"message {number}: weight must be 0 or 1, not {rest['weight']!r}")
     return {**rest, "role": turn[role], "content": text}
-
-
-def _role_hint(role: str) -> str:
-    if role.lower() in ROLES:
-        return f" (write {role.lower()!r})"
-    if role in SHAREGPT_ROLES or role == CALL:
-        return f"; format: sharegpt has the role {role!r}"
-    return " (write 'tool')" if role == "function" else ""
 
 
 def _renamed(turn: Any, number: int, role: str, content: str) -> Any:
@@ -350,7 +337,9 @@ def _messages(row: Row) -> Example:
 
 def _sharegpt(row: Row) -> Example:
     role, content = row.column("from"), row.column("value")
-    turns = from_sharegpt(sequence(row.value("conversations"), "conversations"), role, content)
+    given = sequence(row.value("conversations"), "conversations")
+    # Entries that are no turns stay as they are, for `chat` to reject.
+    turns = [_renamed(turn, number, role, content) for number, turn in enumerate(given, 1)]
     return chat(_after_system(row, turns, role, content), role, content, row.optional("tools"))
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
 import time
 import zlib
@@ -304,10 +303,9 @@ def scan(file: File, storage_root: str, keep: bool = True) -> FileScan:
     """Scan a file, or return its kept scan; raise UserError for a broken file, and StoreUnavailable."""
     if (kept := kept_scan(file, storage_root)) is not None:
         return kept
-    state = state_of(file)
     result = _scan(file)
     if keep:
-        keep_scan(file, storage_root, result, state)
+        keep_scan(file, storage_root, result)
     return result
 
 
@@ -482,10 +480,6 @@ def _of_whole(hashed: _Hashed, crc: int, rows: int, columns: tuple[str, ...], un
 # Kept scans: one per file below the storage path, so that an unchanged file is not read again.
 
 
-# A file of this size or larger counts as unchanged even if its inode is another.
-BELIEVED_FROM = 64 * 2**20
-
-
 def kept_scan(file: File, storage_root: str) -> FileScan | None:
     """Return the kept scan of a file; None if there is none, or the file has changed since."""
     if (
@@ -494,8 +488,6 @@ def kept_scan(file: File, storage_root: str) -> FileScan | None:
     ):
         return None
     if [tree.get("size"), tree.get("modified")] != [file.size, file.modified]:
-        return None
-    if file.size < BELIEVED_FROM and tree.get("state") != state_of(file):
         return None
     units = np.frombuffer(base64.b64decode(tree["units"]), dtype=UNIT)
     written = dataclasses.replace(file, kind=tree["kind"], encoding=tree["encoding"])
@@ -507,18 +499,8 @@ def kept_scans(files: Sequence[File], storage_root: str) -> list[FileScan | None
         return list(pool.map(lambda file: kept_scan(file, storage_root), files))
 
 
-def state_of(file: File) -> list[int] | None:
-    """Return inode and change time of a local file; None for other files."""
-    system, path = storage.filesystem(file.uri)
-    with contextlib.suppress(OSError):
-        if system.type_name == "local":
-            info = os.stat(path)
-            return [info.st_ino, info.st_ctime_ns]
-    return None
-
-
-def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | None) -> None:
-    """Keep a scan; `state` is the state of the file from before the scan.
+def keep_scan(file: File, storage_root: str, scan: FileScan) -> None:
+    """Keep a scan.
 
     A file that changed less than 10 seconds ago is not kept: clocks of storages are coarse, and two changes within
     one tick show the same time.
@@ -527,7 +509,6 @@ def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | 
         tree = {
             "size": file.size,
             "modified": file.modified,
-            "state": state,
             "kind": (scan.file or file).kind,
             "encoding": (scan.file or file).encoding,
             "sha256": scan.sha256,

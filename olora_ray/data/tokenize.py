@@ -35,6 +35,7 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
 from olora_ray.data import columns
 from olora_ray.data.chat_template import left_out, reasoning, text_of
+from olora_ray.data.columns import unanswered as unanswered
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.encoder import Unlike as Unlike
 from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text, to_example
@@ -486,15 +487,6 @@ def _same(text: str, other: str) -> int:
     if text[:length] == other[:length]:  # almost always, and the search takes its time
         return length
     return next(index for index in range(length) if text[index] != other[index])
-
-
-def unanswered(
-    notes: Mapping[str, int], sources: Mapping[int, Source], setting: str, rows: int = 0, auto: bool = False
-) -> UserError | None:
-    """Return the error for the first source with a column that needs an answer; None if no column needs one."""
-    for number, needed in columns.unanswered(notes, sources, rows).items():
-        return columns.refusal(needed, f"{setting}.{number}", sources[number], auto)
-    return None
 
 
 # The form in which a source's prompts and completions are trained: turns of a chat, or joined texts.

@@ -285,19 +285,17 @@ def _borders(positions: Tensor | None) -> list[int]:
 
 
 @contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """Turn `_Batched` off for this thread within the block: fake tensors for a GPU say that they are on a CPU."""
-    before = _products.set(False)
+def on_fake_tensors(gpu: bool) -> Iterator[None]:
+    """Prepare attention for fake tensors within the block; `gpu`: they stand for those of a GPU, but say "cpu"."""
+    register()
+    before = _products.set(not gpu)
     try:
         yield
     finally:
         _products.reset(before)
-
-
-def forget() -> None:
-    """Drop the cached layouts after a run with fake tensors: no real run can use them."""
-    _layout.cache_clear()
-    _causal.cache_clear()
+        # These caches hold fake tensors now, which must not reach a real model.
+        _layout.cache_clear()
+        _causal.cache_clear()
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

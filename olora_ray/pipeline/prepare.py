@@ -1,10 +1,11 @@
 """The preparation of a run: its plan, its tokens, and the specification for its workers."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from olora_ray.adapter.inject import Coverage, Selection
+from olora_ray.adapter.inject import Selection
 from olora_ray.cluster import preflight
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.spec import TrainSpec
@@ -69,22 +70,15 @@ def _deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:
-    share = size.trainable / size.parameters
+    share, covered = size.trainable / size.parameters, sum(map(math.prod, size.targets.values())) / size.parameters
     stacks = [target.experts for target in size.selection.targets.values() if target.experts is not None]
     experts = f" and {len(stacks)} stacks of {max(stacks)} experts" if stacks else ""
     most = "up to " if config.adapter.largest_rank() > config.adapter.rank else ""
     return (
         f"model: {size.parameters / 1e6:,.1f} M parameters; {config.adapter.method} rank {config.adapter.rank} on"
         f" {len(size.targets) - len(stacks)} layers{experts}: {most}{size.trainable / 1e6:,.2f} M trainable"
-        f" ({share:.2%}); covers {_coverage(size.coverage)}"
+        f" ({share:.2%}); covers {covered:.0%} of the parameters"
     )
-
-
-def _coverage(coverage: Coverage) -> str:
-    total = coverage.adapted + sum(coverage.others.values())
-    large = [name for name, count in coverage.others.items() if count > total / 100]
-    rest = f" (left out: {', '.join(large)})" if coverage.share < 0.9 and large else ""
-    return f"{coverage.share:.0%} of the parameters{rest}"
 
 
 def _left_out(selection: Selection) -> list[str]:

@@ -133,7 +133,6 @@ class RejectedRows:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
         self._repeats = any(turn > 0 for turn, _ in plan.pieces.takes)
         self._file = tempfile.SpooledTemporaryFile(4 * 2**20)  # noqa: SIM115 - closed when this object is gone
         weakref.finalize(self, self._file.close)
@@ -143,8 +142,7 @@ class RejectedRows:
 
     def put(self, number: int, entries: Sequence[dict[str, Any]]) -> None:
         # A shard that is put in again replaces its earlier rows.
-        lines = dict.fromkeys(json.dumps(entry, ensure_ascii=True) for entry in self._first(number, entries))
-        content = "".join(f"{line}\n" for line in lines).encode()
+        content = "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
         self._file.seek(self._end)
         self._file.write(content)
         self._places[number] = (self._end, self._end + len(content))
@@ -155,10 +153,16 @@ class RejectedRows:
             yield from map(json.loads, chunk.splitlines())
 
     def chunks(self) -> Iterator[bytes]:
+        seen = set[bytes]()
         for number in sorted(self._places):
             start, end = self._places[number]
             self._file.seek(start)
-            yield self._file.read(end - start)
+            chunk = self._file.read(end - start)
+            if self._repeats:  # otherwise the set would hold each row of a large corpus for nothing
+                lines = [line for line in dict.fromkeys(chunk.splitlines(keepends=True)) if line not in seen]
+                seen.update(lines)
+                chunk = b"".join(lines)
+            yield chunk
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
@@ -168,24 +172,6 @@ class RejectedRows:
 
     def write(self, path: str) -> None:
         storage.write_chunks(path, self.chunks)
-
-    def _first(self, number: int, entries: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        # The first turn over a source has every row that a later turn repeats, and comes before.
-        if not (self._repeats and entries):
-            return entries
-        pieces = self._plan.shards[number]
-        first = np.array([turn == 0 for turn, _ in pieces.takes])[pieces.take]
-        spans: dict[tuple[int, str], list[tuple[int, int]]] = {}
-        for piece in pieces[np.flatnonzero(first)]:
-            planned, unit = self._plan.files[piece.file], piece.unit
-            spans.setdefault((planned.source, planned.file.uri), []).append((unit.first, unit.first + unit.rows))
-        return [
-            entry for entry in entries if _inside(entry["line"] - 1, spans.get((entry["source"], entry["file"]), ()))
-        ]
-
-
-def _inside(position: int, spans: Sequence[tuple[int, int]]) -> bool:
-    return any(low <= position < high for low, high in spans)
 
 
 # Remedies for rejected rows: the last part of the message that ends a run.

@@ -1,27 +1,22 @@
 """Preview of a token store for --dry-run: what preparing it would give, without Ray and without writing a file.
 
-Small data is read completely, and judged as a run judges it. Of large data some rows at many positions are read, and
-the results are scaled up. A file may be sorted by length: the positions are spread evenly over its bytes, and at each
-one all rows count that begin in a window of fixed size, however long they are.
+Small data is read completely, and judged as a run judges it. Of large data some rows of many positions are read, and
+the results are scaled up. Of data that is too large to be scanned some files are read, most of them at their beginning
+only: a file that is sorted by length then misleads, and the preview says so.
 """
 
-import itertools
 import logging
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pyarrow import fs
 
-from olora_ray.common import storage
-from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
 from olora_ray.data.first_look import read_as
-from olora_ray.data.reader import FileScan, Unit, Units
+from olora_ray.data.reader import FileScan, Units
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
@@ -33,14 +28,12 @@ from olora_ray.tokens.plan import NO_ROWS, Floats, Pack, Plan, RowDigests, Split
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
-# Bytes up to which all files are scanned, which takes some seconds; of larger data some positions are sampled.
+# Bytes up to which all files are scanned, which takes some seconds; of larger data some files are sampled.
 SCAN_ALL = 2 * 2**30
-# Factor on the bytes of a file of this type: reading it takes longer, or samples from its middle say as much. A
-# compressed jsonl or text file has the factor 4.
-SLOW = {"csv": 16, "tsv": 16, "json": 16, "jsonl": 16, "parquet": 16}
-# Sampled positions of all files of lines together.
-PLACES = 256
-# Sampled other files per source, and sampled positions of these.
+# Factor on the bytes of a file of this type: reading it takes longer, or samples from its middle say as much. Other
+# compressed files have the factor 4.
+SLOW = {"csv": 16, "tsv": 16, "json": 16, "parquet": 16, "jsonl": 4}
+# Sampled files per source, and sampled positions of these.
 FILES_LOOKED_AT = 32
 # Bytes of text up to which all rows are tokenised, at about a second per megabyte.
 READ_ALL = 8 * 2**20
@@ -239,27 +232,21 @@ class _Look:
     def __call__(self, sources: Sequence[Sequence[File]]) -> list[list[FileScan]]:
         every = [file for files in sources for file in files]
         self.complete = sum(file.size * _cost(file) for file in every) <= SCAN_ALL
-        scans = [self._source(files, PLACES / max(sum(file.size for file in every), 1)) for files in sources]
+        scans = [self._source(files) for files in sources]
         self.sizes = np.array([np.sum([_size(each) for each in found], axis=0) for found in scans])
         return scans
 
-    def _source(self, files: Sequence[File], density: float) -> list[FileScan]:
+    def _source(self, files: Sequence[File]) -> list[FileScan]:
         if self.complete:
             return [scan(file, self._storage, keep=False) for file in files]
-        lines = [number for number, file in enumerate(files) if file.kind == "jsonl" and not file.compression]
-        if lines and (written := head(files[lines[0]]).file) and (written.kind != "jsonl" or written.encoding):
-            lines = []
-        found = dict(_windows({number: files[number] for number in lines}, density))
-        if found:
-            self.notes.add("numbers of lines are estimates")
-        others = sorted(set(range(len(files))) - set(lines))
-        seen = _spread(others, FILES_LOOKED_AT)
-        size = sum(files[number].size for number in seen)
+        seen = _spread(range(len(files)), FILES_LOOKED_AT)
+        size = max(sum(files[number].size for number in seen), 1)
+        times = sum(file.size for file in files) / size
+        scans = [FileScan("", 0, (), Units.of(()))] * len(files)
         for number in seen:
-            scanned = self._start(files[number], max(1, FILES_LOOKED_AT * files[number].size // max(size, 1)))
-            times = sum(files[number].size for number in others) / max(size, 1)
-            found[number] = replace(scanned, rows=round(scanned.rows * times))
-        return [found.get(number, FileScan("", 0, (), Units.of(()))) for number in range(len(files))]
+            scanned = self._start(files[number], max(1, FILES_LOOKED_AT * files[number].size // size))
+            scans[number] = replace(scanned, rows=round(scanned.rows * times))
+        return scans
 
     def _start(self, file: File, count: int) -> FileScan:
         found = head(file)
@@ -275,59 +262,12 @@ class _Look:
 
 
 def _cost(file: File) -> int:
-    return 4 if file.compression and file.kind == "jsonl" else SLOW.get(file.kind, 4 if file.compression else 1)
+    return SLOW.get(file.kind, 4 if file.compression else 1)
 
 
 def _size(scan: FileScan) -> tuple[float, float]:
     # Rows of a file, and their bytes, estimated from its units.
     return scan.rows, scan.rows * float(scan.units.table["size"].sum()) / max(scan.units.rows, 1)
-
-
-def _windows(files: Mapping[int, File], density: float) -> Iterator[tuple[int, FileScan]]:
-    """Sample files of lines: the rows that begin in windows of up to 64 KiB, with `density` windows per byte."""
-    ends = np.cumsum([0, *(file.size for file in files.values())])
-    if not (total := int(ends[-1])):
-        return
-    count = max(8, round(total * density))
-    half, numbers, parts = min(2**16, total / count) / 2, list(files), []
-    for middle in (np.arange(count) + 0.5) * total / count:
-        low, high = round(middle - half), round(middle + half)
-        for number in range(int(np.searchsorted(ends, low, "right")), int(np.searchsorted(ends, high)) + 1):
-            start, end = ends[number - 1 : number + 1].tolist()
-            parts.append((numbers[number - 1], max(low - start, 0), min(high, end) - start))
-    with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
-        contents = list(pool.map(lambda part: _begun(files[part[0]], *part[1:]), parts))
-    times = total / count / (2 * half)
-    for number, own in itertools.groupby(zip(parts, contents, strict=True), lambda each: each[0][0]):
-        units, before = list[Unit](), 0
-        for _, (rows, offset, content) in own:
-            if rows:
-                # The line number is an estimate, because the lines before it are not counted.
-                units.append(Unit(round(before * times), rows, offset, len(content), 0, zlib.crc32(content)))
-                before += rows
-        yield number, FileScan("", round(before * times), (), Units.of(units))
-
-
-def _begun(file: File, low: int, high: int) -> tuple[int, int, bytes]:
-    """Return the lines that begin at bytes low..high-1 of a file: their number, the first offset, their content."""
-
-    def read(system: fs.FileSystem, path: str) -> tuple[int, int, bytes]:
-        with system.open_input_file(path) as stream:
-            stream.seek(max(low - 1, 0))
-            content = bytes(stream.read(high - max(low - 1, 0)))
-            first = content.find(b"\n") + 1 if low else 0
-            if first == len(content) or (low and not first):
-                return 0, low, b""
-            # The last line is read to its end; a row has at most 128 MiB.
-            while not content.endswith(b"\n") and len(content) < 2**27:
-                if not (more := bytes(stream.read(max(len(content), 2**16)))):
-                    break
-                content += more[: more.find(b"\n") + 1 or None]
-        content = content[first:]
-        return content.removesuffix(b"\n").count(b"\n") + 1, max(low - 1, 0) + first, content
-
-    with as_user_error(file.uri, OSError):
-        return storage.ask(file.uri, read)
 
 
 def _spread(items: Sequence[Item], most: int) -> list[Item]:

@@ -1,13 +1,12 @@
 """Parameters of a base, read from its files by rows: a worker of a sharded base reads its own rows only.
 
 The values are those that `from_pretrained` would load, name by name (model/stored.py), in the precision of the model.
-Where this cannot be guaranteed, `find` and `BaseFiles.differs` return the reason, and the caller loads the whole base.
+Where this cannot be guaranteed, `find` returns the reason, and the caller loads the whole base.
 """
 
 import logging
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +37,10 @@ class BaseFiles:
     shapes: Mapping[str, tuple[int, ...]]
     names: Mapping[str, str]
     """Name in the model -> name in the files; they differ for a shared tensor that is stored under another name."""
-    twice: Sequence[tuple[str, str]]
-    """Pairs of names that share one tensor in the model, but are stored separately; `differs` compares their values."""
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Return rows first..last in the model's dtype; raises UserError if the file is cut off."""
-        return self._rows(self.names[name], first, last)
-
-    def _rows(self, own: str, first: int, last: int) -> Tensor:
+        own = self.names[name]
         return self.groups[own].take(self.folder, own, first, last, self.dtypes[own])
 
     def mapped(self, name: str) -> Tensor | None:
@@ -58,18 +53,6 @@ class BaseFiles:
         if group.converter is not None or group.dtype != self.dtypes[own]:
             return None
         return group.stored[0].mapped(self.folder)
-
-    def differs(self, part: int, parts: int) -> str | None:
-        """Compare part number `part` of `parts` of the tensors that the model shares; return the problem, or None."""
-        # from_pretrained does not share two weights whose stored values differ, so such a base is loaded as a whole.
-        for name, twin in self.twice:
-            rows = self.shapes[name][0]
-            size = max(1, 2**24 // max(1, math.prod(self.shapes[name][1:])))  # rows that are compared at once
-            for first in range(part * rows // parts, (part + 1) * rows // parts, size):
-                last = min(first + size, (part + 1) * rows // parts)
-                if not torch.equal(self._rows(name, first, last), self._rows(twin, first, last)):
-                    return f"the model shares {name} and {twin}, but their stored values differ"
-        return None
 
     def in_parts(self, name: str) -> bool:
         return self.groups[self.names[name]].in_parts
@@ -117,23 +100,22 @@ def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:
     except (UserError, AttributeError, ImportError, KeyError, TypeError) as error:
         return f"the names in its files do not fit the model ({type(error).__name__}: {first_line(error)})"
     names: dict[str, str] = {}
-    twice: list[tuple[str, str]] = []
     for alike in _alike(tensors):
         stored_names = [name for name in alike if name in groups]
         if not stored_names:
             return f"{alike[0]} is missing in its files"
-        names.update(dict.fromkeys(alike, stored_names[0]))
-        twice.extend((stored_names[0], twin) for twin in stored_names[1:])
-        for name in stored_names:
-            if problem := _unreadable(groups[name], name, tensors[name]):
-                return f"{name} {problem}"
+        # from_pretrained compares their values, and does not share two weights whose values differ.
+        if stored_names[1:]:
+            return f"the model shares {stored_names[0]} and {stored_names[1]}, but both are stored"
+        names.update(dict.fromkeys(alike, name := stored_names[0]))
+        if problem := _unreadable(groups[name], name, tensors[name]):
+            return f"{name} {problem}"
     return BaseFiles(
         folder,
         groups,
         {name: tensor.dtype for name, tensor in tensors.items()},
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         names,
-        twice,
     )
 
 

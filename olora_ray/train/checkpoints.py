@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from safetensors import SafetensorError
 
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, as_user_error, short_reason
-from olora_ray.common.text import plural
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 
@@ -116,19 +115,6 @@ def read(folder: str) -> Checkpoint:
         raise TryAgain(f"checkpoint {folder}: cannot be read: {why}; if this persists, remove it") from None
 
 
-def is_whole(folder: str) -> bool:
-    """True if a checkpoint has the bytes that were written; in an object store only the sizes are compared."""
-    if not storage.is_uri(folder):
-        return not checkpoint.damage(Path(folder))
-    files = storage.files_below(folder)
-    if checkpoint.MANIFEST not in files:
-        return False
-    manifest = checkpoint.Manifest.of(folder)
-    if manifest is None or manifest.format != checkpoint.FORMAT:
-        return False
-    return all(files.get(name) == file.bytes for name, file in manifest.files.items())
-
-
 def put(write: Callable[[Path], object], target: str) -> None:
     """Let `write` fill a folder, and move or upload it to `target` (path or URI); an existing `target` is replaced.
 
@@ -187,21 +173,12 @@ Saved = Callable[[int, float], None]
 
 
 class CheckpointManager:
-    def __init__(
-        self,
-        root: str,
-        keep: int,
-        saved: Saved = lambda step, seconds: None,
-        pauses: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
-    ) -> None:
+    def __init__(self, root: str, keep: int, saved: Saved = lambda step, seconds: None) -> None:
         """Remove incomplete checkpoints, and prepare to write into the folder `root` (path or URI).
 
-        `keep` good checkpoints stay. `pauses` are the seconds between the attempts to write a checkpoint to a disk;
-        common/patience.py retries requests to an object store.
+        `keep` checkpoints stay.
         """
         self.root, self.keep, self.saved = root, keep, saved
-        self.pauses = pauses if storage.local_path(root) else ()
-        self._good: set[str] = set()  # names that this process has written or verified
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
@@ -236,47 +213,27 @@ class CheckpointManager:
 
     def _save(self, step: int, write: Callable[[Path], None]) -> None:
         began = time.perf_counter()
-        for number, pause in enumerate((*self.pauses, None), 1):
-            try:
-                put(write, storage.join(self.root, name_of(step)))
-            except (OSError, SafetensorError) as error:
-                if pause is None:
-                    self._problem = error
-                    logger.warning(
-                        f"the checkpoint of step {step} cannot be written ({short_reason(error)}), after"
-                        f" {plural(number, 'attempt')}; training continues"
-                    )
-                    return
-                logger.warning(f"retrying to write the checkpoint of step {step}: {short_reason(error)}")
-                time.sleep(pause)
-            else:
-                self.saved(step, time.perf_counter() - began)
-                self._retire(step)
-                return
+        try:
+            put(write, storage.join(self.root, name_of(step)))
+        except (OSError, SafetensorError) as error:
+            self._problem = error
+            logger.warning(
+                f"the checkpoint of step {step} cannot be written ({short_reason(error)}); training continues"
+            )
+        else:
+            self.saved(step, time.perf_counter() - began)
+            self._retire(step)
 
     def _retire(self, step: int) -> None:
         """Remove the checkpoints that are not needed now that `step` is written.
 
-        Up to `step`, the newest `keep` good checkpoints stay. One of a later step stays: it may be good, with the bytes
-        that this training will write again. Or this process was given up without knowing it, and the process that
-        resumed the run has written the checkpoint.
+        Up to `step`, the newest `keep` stay. One of a later step stays: it may be good, with the bytes that this
+        training will write again. Or this process was given up without knowing it, and the process that resumed the run
+        has written the checkpoint.
         """
-        self._good.add(name_of(step))
-        kept = 0
         try:
-            for existing in sorted(steps_of(self.root), reverse=True):
-                name = name_of(existing)
-                if existing > step:
-                    continue
-                if kept == self.keep or not self._is_good(name):
-                    drop(storage.join(self.root, name))
-                    self._good.discard(name)
-                else:
-                    kept += 1
+            earlier = [name for name in names(self.root) if name <= name_of(step)]
+            for name in earlier[: -self.keep]:
+                drop(storage.join(self.root, name))
         except OSError as error:
             logger.warning(f"{self.root}: old checkpoints cannot be removed: {short_reason(error)}")
-
-    def _is_good(self, name: str) -> bool:
-        if name not in self._good and is_whole(storage.join(self.root, name)):
-            self._good.add(name)
-        return name in self._good

@@ -1,4 +1,4 @@
-"""Estimate of a run: targets, coverage, trainable parameters, memory per worker, and pace on a CPU.
+"""Estimate of a run: targets, trainable parameters, memory per worker, and pace on a CPU.
 
 All but the pace need no weights. Nothing here needs Ray.
 """
@@ -8,7 +8,6 @@ import inspect
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
-from olora_ray.adapter.inject import Coverage, Selection, coverage, find_targets, inject, select
+from olora_ray.adapter.inject import Selection, find_targets, inject, select
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.common.errors import UserError, first_line
@@ -63,8 +62,7 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
     """Run a step and answers on fake tensors; the model must be on the meta device, and is unusable afterwards."""
     config, times = _small_enough(config)
     problem = "activations (no attention can be tried)"
-    attention.register()
-    try:
+    with attention.on_fake_tensors(gpu):
         fake = FakeModel(model, targets, config.adapter, dtype)
         rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
         # Fake tensors claim to be on a CPU, where the head's chunks are smaller than on a GPU.
@@ -75,8 +73,7 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
         for name in _implementations(model, config, dtype, gpu):
             try:
                 model.set_attn_implementation(name)
-                with attention.as_on_gpu() if gpu else nullcontext():
-                    step = _step_bytes(fake, _batch(config, name), config.train.activation_checkpointing is True)
+                step = _step_bytes(fake, _batch(config, name), config.train.activation_checkpointing is True)
             except Exception as error:  # the family's code may raise anything on fake tensors
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
                 continue
@@ -85,8 +82,6 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
             except Exception as error:
                 why = f"answers to held-out prompts ({type(error).__name__}: {first_line(error)})"
                 return Measured(int(times * step), 0, why)
-    finally:
-        attention.forget()  # its caches hold fake tensors now, which must not reach a real model
     return Measured(0, 0, problem)
 
 
@@ -246,7 +241,6 @@ class MemoryEstimate:
     activation_bytes: int
     """Peak bytes of a forward and backward pass."""
     selection: Selection
-    coverage: Coverage
     answer_bytes: int = 0
     """Peak bytes of answers to held-out prompts, between steps."""
     recompute: bool = False
@@ -309,7 +303,6 @@ def _estimate(question: _Question) -> MemoryEstimate:
     dtype = torch.bfloat16 if fast else pick_dtype(config.model, torch.device("cpu"))
     count = parameters(base.folder)
     stored = 2 if METHODS[config.adapter.method].has_b0 else 1
-    covered = coverage(model, selection)
     in_parts = _shards(config) > 1 or config.model.quantization != "none"
     by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
     base_bytes, gathered, offloaded = _base_bytes(config, model, count, dtype, question.gpu)
@@ -323,7 +316,6 @@ def _estimate(question: _Question) -> MemoryEstimate:
         activation_bytes=taken.step,
         answer_bytes=taken.answers,
         selection=selection,
-        coverage=covered,
         recompute=config.train.activation_checkpointing is True,
         gathered_bytes=gathered,
         problem=taken.problem,

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from olora_ray.adapter.candidates import GATE, ROUTER, candidates
+from olora_ray.adapter.candidates import plain_layers
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives, node_cache, storage
 from olora_ray.common.errors import UserError, short_reason
@@ -217,9 +217,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
     model: Any = empty_model(folder, config, device)
     names = to_pack(model)
     files = base_files.find(Path(folder), model)
-    problem = files if isinstance(files, str) else files.differs(0, 1)
-    if problem is None:
-        assert isinstance(files, BaseFiles)
+    if isinstance(files, BaseFiles):
         packed_folder = _packed(Path(folder), files, names, config.quantization, device)
         for number, name in enumerate(names):
             if packed_folder is None:
@@ -230,7 +228,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
                 _pack(model, name, weight, config.quantization, device, (part["codes"], part["scales"]))
         base_files.fill(model, files, lambda _: True)
     else:
-        logger.info(f"quantization: loading the complete base model before packing it, because {problem}")
+        logger.info(f"quantization: loading the complete base model before packing it, because {files}")
         model = load_model(folder, config, device)
         names = to_pack(model)  # raises UserError for a base that is quantised already
         for name in names:
@@ -272,10 +270,9 @@ def to_pack(model: nn.Module) -> list[str]:
     inside = {id(part) for block in decoder_layers(model) for part in block.modules()}
     shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     names = []
-    for name, item in candidates(model).items():
-        module: Any = item.target.module
-        plain = type(module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
-        even = plain and module.weight.numel() % 2 == 0  # two numbers share a byte
+    for name in plain_layers(model):
+        module: Any = model.get_submodule(name)
+        even = module.weight.numel() % 2 == 0  # two numbers share a byte
         if even and id(module) in inside and shared[id(module.weight)] == 1:
             names.append(name)
     if not names:
@@ -339,8 +336,9 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     """
     model = collectives.together(lambda: empty_model(folder, config.model, device))
     files = collectives.together(lambda: base_files.find(Path(folder), model))
-    if isinstance(files := _agreed(files), str):
-        return files
+    problems = collectives.gather(files if isinstance(files, str) else None)
+    if isinstance(files, str) or any(problems):
+        return next(problem for problem in problems if problem)
     whole = outside(model, blocks_to_shard(model))
     wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
     collectives.together(lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device)))
@@ -353,15 +351,6 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     collectives.together(lambda: _read_shards(model, files))
     sharded: SupervisedLoss = loss
     return sharded
-
-
-def _agreed(files: BaseFiles | str) -> BaseFiles | str:
-    problems = collectives.gather(files if isinstance(files, str) else None)
-    if isinstance(files, BaseFiles) and not any(problems):
-        differs = partial(files.differs, collectives.rank(), collectives.world_size())
-        problems = collectives.gather(collectives.together(differs))
-    first = next((problem for problem in problems if problem), None)
-    return files if first is None else first
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from olora_ray.config.section import NAME
 
 logger = logging.getLogger("olora_ray.comparison")
 
-ARM, METHODS, SEEDS, BUDGET = "--arm", "--methods", "--seeds", "--budget"
+ARM, METHODS, SEEDS = "--arm", "--methods", "--seeds"
 FEW_SEEDS = 4
 """Intervals of fewer seeds are wide."""
 LEVEL = 0.95
@@ -73,13 +73,13 @@ class Trial:
     """One training of a comparison. Its name, and so its folder, follows from what it is."""
 
     arm: Arm
-    factor: float | None
-    """Multiple of the arm's learning rate; None: the config's own rate."""
+    factor: float
+    """Multiple of the arm's learning rate."""
     seed: int
     values: Mapping[str, Any]
 
     def name(self) -> str:
-        return f"{self.arm.name}-{'own' if self.factor is None else f'x{self.factor:g}'}-seed{self.seed}"
+        return f"{self.arm.name}-x{self.factor:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,18 @@ class Comparison:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     """run.seed of the compared trainings; none is the config's own, which the tuning uses."""
-    budget: float | None
-    """Seconds that it may take; None: no limit."""
 
     @property
     def baseline(self) -> Arm:
         """The arm with which all others are compared: `lora` if there is one, otherwise the first."""
         return next((arm for arm in self.arms if arm.name == "lora"), self.arms[0])
 
-    def trial(self, arm: Arm, factor: float | None, seed: int) -> Trial:
-        own, train = factor is None, self.config.train
-        rate = {LR: train.lr, FACTOR: train.lr_factor} if own else {LR: arm.values.get(LR, "auto"), FACTOR: factor}
-        return Trial(arm, factor, seed, {**arm.values, **rate, "run.seed": seed})
-
-    def own_factor(self) -> float | None:
-        """Return the multiple in the grid that is the config's own learning rate; None if the grid lacks it."""
-        train = self.config.train
-        return train.lr_factor if train.lr == "auto" and train.lr_factor in self.compare.rates else None
+    def trial(self, arm: Arm, factor: float, seed: int) -> Trial:
+        return Trial(arm, factor, seed, {LR: "auto", **arm.values, FACTOR: factor, "run.seed": seed})
 
     def tuning(self) -> list[Trial]:
         """Return the trials of the tuning: as many for each arm, with one seed."""
-        factors = dict.fromkeys((*self.compare.rates, self.own_factor()))
-        return [self.trial(arm, factor, self.config.run.seed) for arm in self.arms for factor in factors]
+        return [self.trial(arm, factor, self.config.run.seed) for arm in self.arms for factor in self.compare.rates]
 
 
 def parse(argv: Sequence[str], usage: str) -> Comparison:
@@ -121,7 +111,7 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
 
     --help prints `usage` and the fields, and exits. Raises UserError for unknown words and wrong values.
     """
-    parsed = command_line.parse(argv, usage, options=(ARM, METHODS, SEEDS, BUDGET), fields=ComparedConfig)
+    parsed = command_line.parse(argv, usage, options=(ARM, METHODS, SEEDS), fields=ComparedConfig)
     if len(files := parsed.names()) != 1:
         raise UserError(f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how")
     tree = changed(read_tree(files[0]), parsed.changes())
@@ -130,12 +120,11 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
     texts = [text for name, text in parsed.given if name == ARM]
     methods = parsed.options.get(METHODS, "" if texts else "lora,olora")
     seeds = _seeds(config, parsed.options.get(SEEDS, str(FEW_SEEDS)))
-    budget = _seconds(parsed.options[BUDGET]) if BUDGET in parsed.options else None
     _check(config)
     named = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.each_trial()}
     own, config = config, override(config, {**SAME, **named})
     arms = _distinct([*_methods(methods), *(_arm(text, config) for text in texts)])
-    return Comparison(config, own, compared.compare, arms, seeds, budget)
+    return Comparison(config, own, compared.compare, arms, seeds)
 
 
 def _methods(text: str) -> Iterator[Arm]:
@@ -180,15 +169,6 @@ def _seeds(config: Config, text: str) -> tuple[int, ...]:
     if not text.isdecimal() or not 2 <= int(text) <= 100:
         raise UserError(f"argument {SEEDS}: expected 2 to 100, not {text!r}; with one seed a difference may be luck")
     return tuple((config.run.seed + number) % 2**31 for number in range(1, int(text) + 1))
-
-
-def _seconds(text: str) -> float:
-    # `3h`, `1h30m`, `90m`, or `5400` for seconds.
-    parts = re.findall(r"(\d+(?:\.\d+)?)([hms]?)", text)
-    seconds = sum(float(number) * {"h": 3600.0, "m": 60.0}.get(unit, 1.0) for number, unit in parts)
-    if "".join(map("".join, parts)) != text or not seconds > 0:
-        raise UserError(f"argument {BUDGET}: expected a time such as 3h, 90m or 1h30m, not {text!r}")
-    return seconds
 
 
 def _check(config: Config) -> None:

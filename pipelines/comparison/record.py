@@ -29,8 +29,8 @@ class Point:
     """A trial of the tuning; its loss is on the tuning rows, infinite if the training broke off."""
 
     arm: str
-    factor: float | None
-    """Multiple of the arm's rate; None for the config's own rate."""
+    factor: float
+    """Multiple of the arm's rate."""
     lr: float | None
     """Peak learning rate; None if it is automatic and no training of the arm measured it."""
     loss: float
@@ -75,8 +75,6 @@ class ArmRecord:
     tuned: Tuned | None
     """None if every trial of the grid broke off."""
     lr: float | None
-    own_loss: float
-    """Loss on the tuning rows at the config's own learning rate; infinite if the training broke off."""
     trainings: tuple[Training, ...]
     loss: float | None
     """Mean over seeds and test rows, per supervised token; None if a training did not finish."""
@@ -108,7 +106,6 @@ class ComparisonRecord:
     seconds: float
     tuning_seed: int
     seeds: tuple[int, ...]
-    own_lr: str
     steps: int
     global_batch: int
     rows: Mapping[str, int]
@@ -155,7 +152,6 @@ def recorded(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: s
         seconds=run.seconds(),
         tuning_seed=config.run.seed,
         seeds=comparison.seeds,
-        own_lr=f"{config.train.lr}" + (f" x {config.train.lr_factor:g}" if config.train.lr_factor != 1 else ""),
         steps=measured.ended.record.total if measured else 0,
         global_batch=config.train.global_batch,
         rows={**run.rows.counts, "tuning": tuning.rows, "test": test},
@@ -226,21 +222,20 @@ def _arm(run: Run, tuning: TuningResult, arm: Arm, finals: Sequence[Final], agai
     losses, tuned = _losses(finals, arm, run.rows.groups), tuning.tuned.get(arm.name)
     trained = [each for each in finals if each.ended.trial.arm == arm]
     mean = crossed(per_token(*losses)) if losses else None
-    tried = {each.trial.factor: each for each in tuning.trials if each.trial.arm == arm}
+    tried = [each for each in tuning.trials if each.trial.arm == arm]
     rated = run.comparison.trial(arm, tuned.factor, run.config.run.seed) if tuned else None
     return ArmRecord(
         name=arm.name,
         values=arm.values,
         tuned=tuned,
         lr=_rate(tuning, rated) if rated else None,
-        own_loss=tried[run.comparison.own_factor()].loss,
         trainings=tuple(_training(run, each) for each in trained),
         loss=mean.mean if mean else None,
         half=mean.half(LEVEL) if mean else None,
         against=against,
         init_seconds=run.init_seconds(arm),
         tunings=len(tried),
-        tuning_seconds=sum(each.record.seconds for each in tried.values()),
+        tuning_seconds=sum(each.record.seconds for each in tried),
         trainable=next((each.losses.trainable for each in trained if each.losses), None),
     )
 

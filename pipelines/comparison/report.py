@@ -23,7 +23,6 @@ from olora_ray.sweep.report import figures, page, text
 from olora_ray.tracking.run import Tracker
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logger = logging.getLogger("olora_ray.comparison")
@@ -38,8 +37,6 @@ MEANS = {
     "interval": "the true difference lies in this range, with 95% confidence for all arms together",
     "after 25%": "mean test loss after a quarter of the steps",
     "after 50%": "mean test loss after half of the steps",
-    "own rate": "how much higher the loss on the tuning rows is at the config's own rate than at the best of the grid",
-    "good rates": "largest / smallest learning rate that is as good as the best; a large number forgives a wrong rate",
     "init": "time of the initialisation in one process",
     "tuning": "trainings of the tuning and their time; those that broke off or ended above the base model",
     "trainable": "trained parameters, in millions, counted in an adapter",
@@ -154,8 +151,6 @@ def cells(record: ComparisonRecord, arm: ArmRecord) -> list[str]:
         f"{against.mean:+.4f}" if against else "",
         f"{against.adjusted.low:+.4f} .. {against.adjusted.high:+.4f}" if against else "",
         *([f"{each:.4f}" for each in arm.course()[:2]] or ["", ""]),
-        f"{arm.own_loss - tuned.loss:+.4f}" if tuned and math.isfinite(arm.own_loss) else "broke off",
-        f"x{tuned.width:.1f}" if tuned else "",
         f"{arm.init_seconds:.1f} s",
         f"{arm.tunings} in {duration(arm.tuning_seconds)}{diverged}" if tuned else "all broke off",
         f"{arm.trainable / 1e6:.2f} M" if arm.trainable else "",
@@ -178,8 +173,8 @@ def about(record: ComparisonRecord) -> str:
     rows = ", ".join(f"{count:,} {name}" for name, count in record.rows.items())
     return (
         f"{record.model} on {record.task}; rows {rows}; {plural(record.steps, 'step')} of {record.global_batch}"
-        f" sequences; the config's own learning rate {record.own_lr}; tuned with seed {record.tuning_seed}, compared"
-        f" with seeds {record.seeds[0]} .. {record.seeds[-1]}; base model {record.base_test:.4f} on the test rows;"
+        f" sequences; tuned with seed {record.tuning_seed}, compared with seeds {record.seeds[0]} .."
+        f" {record.seeds[-1]}; base model {record.base_test:.4f} on the test rows;"
         f" {record.machine}, {duration(record.seconds)}"
     )
 
@@ -213,7 +208,7 @@ def next_command(record: ComparisonRecord, folder: str) -> str | None:
 
 
 def rates(record: ComparisonRecord) -> "Figure":
-    points = [(each.arm, each.lr, each.loss) for each in record.points if each.lr and each.factor]
+    points = [(each.arm, each.lr, each.loss) for each in record.points if each.lr]
     losses, base = [loss for *_, loss in points if math.isfinite(loss)], record.base_tuning
     top = _top(base, losses)
     above = f"; base model: {base:.3f}, above the picture" if losses and top < base < math.inf else ""
@@ -236,7 +231,11 @@ def rates(record: ComparisonRecord) -> "Figure":
     axes.minorticks_off()
     space = top - min(losses) or 1
     axes.set_ylim(min(losses) - 0.06 * space, top + 0.04 * space)
-    _finish(axes, base, top, "peak learning rate")
+    if math.isfinite(base) and base <= top:
+        axes.axhline(base, color=figures.MUTED, linestyle="--", label="base model")
+    axes.set(xlabel="peak learning rate", ylabel="loss per token")
+    axes.grid(axis="y")
+    figures.legend(axes)
     return figure
 
 
@@ -247,25 +246,6 @@ def _top(base: float, losses: Sequence[float]) -> float:
         return high
     # The picture ends at the base model, or a little above: diverged trainings would flatten all other lines.
     return max(base, min(high, base + 0.15 * (base - low)))
-
-
-def curves(record: ComparisonRecord) -> "Figure":
-    """Draw the held-out loss over the steps at the tuned learning rates: mean and range over the seeds."""
-    caption = f"test rows; line: mean over {len(record.seeds)} seeds, band: their range"
-    figure, axes = figures.new("Learning curves", caption)
-    last: list[float] = []
-    for arm, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False):
-        finished = [dict(each.curve) for each in arm.trainings if math.isfinite(each.loss)]
-        steps = sorted(set.intersection(*map(set, finished))) if finished else []
-        values = [[curve[step] for curve in finished] for step in steps]
-        axes.plot(steps, [*map(fmean, values)], color=colour, linewidth=2, label=arm.name)
-        axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.18)
-        last += map(fmean, values[1:])
-    if last:
-        _finish(axes, record.base_test, _top(record.base_test, last), "step")
-    else:
-        figures.say(axes, figures.NOTHING)
-    return figure
 
 
 def forest(record: ComparisonRecord) -> "Figure":
@@ -292,17 +272,8 @@ def forest(record: ComparisonRecord) -> "Figure":
     return figure
 
 
-def _finish(axes: "Axes", base: float, top: float, x: str) -> None:
-    if math.isfinite(base) and base <= top:
-        axes.axhline(base, color=figures.MUTED, linestyle="--", label="base model")
-    axes.set(xlabel=x, ylabel="loss per token")
-    axes.grid(axis="y")
-    figures.legend(axes)
-
-
 FIGURES = {
     "learning_rates": (rates, "Loss on the tuning rows against the learning rate, a line for each arm", True),
-    "curves": (curves, "Held-out loss over the steps at the tuned learning rates", False),
     "differences": (forest, "Differences to the baseline with their intervals", False),
 }
 """File name -> (drawing function, text for screen readers, True if as wide as the page), in page order."""

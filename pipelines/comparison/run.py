@@ -17,8 +17,8 @@ from typing import Literal
 import ray
 
 from comparison import phase, row_losses, statistics
-from comparison.arguments import ARM, BUDGET, LEVEL, SEEDS, Arm, Comparison, Trial
-from comparison.folder import FINAL, TUNING, has_begun, shared_by_adapter
+from comparison.arguments import LEVEL, Arm, Comparison, Trial
+from comparison.folder import FINAL, TUNING, shared_by_adapter
 from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
@@ -227,14 +227,13 @@ class Run:
         done = len(storage.names(storage.join(self.folder, FINAL, "trials")))
         final = max(0, len(self.comparison.arms) * len(self.comparison.seeds) - done)
         left = len(phase.missing(storage.join(self.folder, TUNING), trials)), final
-        budget = None if has_begun(self.folder) else self.comparison.budget
-        logger.info(time_line(pace, *left, side_by_side, budget))
+        logger.info(time_line(pace, *left, side_by_side))
 
     def _tuned(self, trials: Sequence[Ended], spec: TrainSpec) -> TuningResult:
         tuned, base = dict[str, Tuned](), phase.base_loss(trials)
         for arm in self.comparison.arms:
-            losses = {each.trial.factor: each.loss for each in trials if each.trial.arm == arm and each.trial.factor}
-            if (point := statistics.tuned(losses, base, self.comparison.compare.relevant)) is None:
+            losses = {each.trial.factor: each.loss for each in trials if each.trial.arm == arm}
+            if (point := statistics.tuned(losses, base)) is None:
                 logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue
             tuned[arm.name] = point
@@ -267,20 +266,12 @@ def _pace(comparison: Comparison, spec: TrainSpec, size: MemoryEstimate) -> tupl
     return START_SECONDS + steps * config.accumulation() * once, evaluation
 
 
-def time_line(
-    pace: tuple[float, float] | str, tuning: int, final: int, side_by_side: int, budget: float | None = None
-) -> str:
-    """Return the line for the log; raise UserError if the trainings that are left need more than the budget."""
+def time_line(pace: tuple[float, float] | str, tuning: int, final: int, side_by_side: int) -> str:
+    """Return the line for the log about the trainings that are left."""
     left = f"left to do: {plural(tuning + final, 'training')}, {side_by_side} at a time"
     if isinstance(pace, str):
-        unchecked = "" if budget is None else f"; {BUDGET} is not checked"
-        return f"{left}; their time is not estimated: {pace}{unchecked}"
+        return f"{left}; their time is not estimated: {pace}"
     training, evaluation = pace
     rounds = math.ceil(tuning / side_by_side), math.ceil(final / side_by_side)
     seconds = rounds[0] * (training + evaluation) + rounds[1] * (training + EVALUATIONS * evaluation)
-    if budget is not None and seconds > budget:
-        raise UserError(
-            f"argument {BUDGET}: the comparison needs about {duration(seconds)}, and its limit is {duration(budget)};"
-            f" raise it, or compare less (train.steps, {SEEDS}, {ARM}, compare.rates)"
-        )
     return f"{left}: about {duration(seconds)}"

@@ -18,7 +18,6 @@ of the rate, through the best point and its neighbours: 6 to 7%.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,14 +126,12 @@ class Tuned:
     """True if the best point has neighbours on both sides."""
     diverged: int
     """Number of points that broke off, or ended above the base model."""
-    width: float
-    """Largest / smallest rate whose loss is within the smallest difference that matters of the best."""
 
 
-def tuned(losses: Losses, base: float, relevant: float) -> Tuned | None:
+def tuned(losses: Losses, base: float) -> Tuned | None:
     """Return the tuned rate; None if every training broke off.
 
-    `base` is the loss of the base model, `relevant` the smallest difference that matters.
+    `base` is the loss of the base model.
     """
     factors = sorted(losses)
     # Among equal losses `min` returns the first, so the smallest rate.
@@ -147,7 +144,6 @@ def tuned(losses: Losses, base: float, relevant: float) -> Tuned | None:
         losses[best],
         inside,
         sum(not loss <= base for loss in losses.values()),
-        _width(losses, best, relevant),
     )
 
 
@@ -162,16 +158,3 @@ def vertex(losses: Losses, best: float) -> float:
     a = (above_right / right - above_left / left) / (right - left)
     b = above_left / left - a * left
     return float(best * 2.0 ** (-b / (2 * a))) if a > 0 else best
-
-
-def _width(losses: Losses, best: float, relevant: float) -> float:
-    factors, limit, octaves = sorted(losses), losses[best] + relevant, 0.0
-    here = factors.index(best)
-    for side in (factors[here::-1], factors[here:]):
-        for near, far in pairwise(side):
-            # Linear between two points; a training that broke off says only that the limit lies before it.
-            share = 1.0 if losses[far] <= limit else (limit - losses[near]) / (losses[far] - losses[near])
-            octaves += share * abs(math.log2(far / near))
-            if share < 1.0:
-                break
-    return float(2.0**octaves)

@@ -1,4 +1,4 @@
-"""Rows of prompts and answers, the two files with them that a comparison reads, and the arguments of both scripts.
+"""Rows of prompts and answers, the two files with them that a comparison reads, and the arguments of their script.
 
 DIR/train.jsonl      rows to train on
 DIR/heldout.jsonl    tuning rows and test rows; pipelines/compare.py divides them, by whole groups
@@ -58,11 +58,6 @@ class Sets:
 def normalised(text: str) -> str:
     """Return the text without case, kinds of spaces and variants of letters: equal results mean the same question."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def rank(*parts: object) -> str:
-    """Return a sort key that is unrelated to its parts, and the same on every machine."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def shared(sets: Sets) -> list[str]:

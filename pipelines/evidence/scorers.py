@@ -1,6 +1,6 @@
-"""Scorers of the evidence's tasks, for `evaluation.scorer`: evidence.scorers:final_number, evidence.scorers:yes_no.
+"""The scorer of the evidence's rows, for `evaluation.scorer`: evidence.scorers:final_number.
 
-The commands in pipelines/ find them by these names, because Python looks for modules beside the script that it runs.
+The commands in pipelines/ find it by this name, because Python looks for modules beside the script that it runs.
 """
 
 import re
@@ -28,17 +28,6 @@ def final_number(prediction: str, reference: str) -> dict[str, float]:
     }
 
 
-def yes_no(prediction: str, reference: str) -> dict[str, float]:
-    """Compare the first words, without case; `answered` is 1 if the prediction's is yes or no.
-
-    Raises UserError for a reference that is neither.
-    """
-    expected, answered = _first_word(reference), _first_word(prediction)
-    if expected not in ("yes", "no"):
-        raise UserError(f"evaluation.scorer: yes_no needs yes or no as the reference, not {reference!r}")
-    return {"exact_match": float(answered == expected), "answered": float(answered in ("yes", "no"))}
-
-
 def marked_number(text: str) -> Decimal | None:
     """Return the number after the last `####`, 1,000 as 1000 and 57.0 as 57; None if there is none."""
     return _last(MARKED.findall(text))
@@ -52,8 +41,3 @@ def number(text: str) -> Decimal | None:
 
 def _last(numbers: list[str]) -> Decimal | None:
     return Decimal(re.sub("[$,]", "", numbers[-1])) if numbers else None
-
-
-def _first_word(text: str) -> str:
-    match = re.match(r"\W*(\w*)", text.casefold())
-    return match[1] if match else ""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from olora_ray.adapter.inject import Coverage, Selection
+from olora_ray.adapter.inject import Selection
 from olora_ray.cluster import preflight, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.preflight import (
@@ -34,7 +34,6 @@ from tests import tiny
 SIZE = MemoryEstimate(
     {},
     selection=Selection({}, {}),
-    coverage=Coverage(0, {}),
     trainable=10**6,
     parameters=2 * 10**9,
     base_bytes=4 * 10**9,

@@ -67,7 +67,7 @@ def comparison(
     config = tiny.config(adapter__rank=16, adapter__alpha=16, train__lr="auto", train__steps=STEPS)
     named = {"run.name": "task-compare", "run.storage": str(folder), "data.train.0.path": "data/gsm.jsonl"}
     config = override(config, {**named, **changes})
-    return Comparison(config, config, compare, arms, tuple(range(4, 4 + seeds)), None)
+    return Comparison(config, config, compare, arms, tuple(range(4, 4 + seeds)))
 
 
 def row_sets(rows: int = ROWS) -> RowSets:

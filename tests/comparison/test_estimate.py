@@ -1,9 +1,6 @@
-"""The number of trainings, their time, and a budget that is too small."""
-
-import pytest
+"""The number of trainings and their time."""
 
 from comparison.run import time_line
-from olora_ray.common.errors import UserError
 
 
 def test_the_time_of_the_trainings_that_are_left() -> None:
@@ -11,10 +8,3 @@ def test_the_time_of_the_trainings_that_are_left() -> None:
     assert time_line((100.0, 10.0), 10, 8, side_by_side=2) == "left to do: 18 trainings, 2 at a time: about 18 min 30 s"
     unknown = "left to do: 1 training, 4 at a time; their time is not estimated: it is measured on CPUs only"
     assert time_line("it is measured on CPUs only", 1, 0, 4) == unknown
-    assert time_line("it is measured on CPUs only", 1, 0, 4, budget=1.0) == f"{unknown}; --budget is not checked"
-
-
-def test_a_budget_that_is_too_small_is_refused() -> None:
-    time_line((100.0, 10.0), 10, 8, side_by_side=2, budget=1110.0)
-    with pytest.raises(UserError, match=r"--budget: the comparison needs about 18 min 30 s, and its limit is"):
-        time_line((100.0, 10.0), 10, 8, side_by_side=2, budget=1109.0)

@@ -198,9 +198,9 @@ def test_an_arm_whose_every_trial_breaks_off_leaves_the_others_their_report(
 def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
     names = [Path(file).name for file in report.write(record, str(tmp_path / "out"))]
-    assert names == ["learning_rates.png", "curves.png", "differences.png", "comparison.json", "report.html"]
+    assert names == ["learning_rates.png", "differences.png", "comparison.json", "report.html"]
     text = (tmp_path / "out" / "report.html").read_text()
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("data:image/png;base64,") == 2
     assert "http" not in text.replace("http-equiv", "")
     for sentence in report.sentences(record):
         assert sentence.replace("'", "&#x27;") in text

@@ -150,7 +150,7 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
         ("messages", {"messages": DEEP}, "wrong_type", "nested too deeply"),
         ("messages", turns({"content": "x"}), "missing_field", "message 1 has no 'role'; it has content"),
         ("messages", turns({"role": "human"}), "bad_role", "format: sharegpt has the role 'human'"),
-        ("messages", turns({"role": "User"}), "bad_role", "(write 'user')"),
+        ("messages", turns({"role": "User"}), "bad_role", "unknown role 'User'; known: assistant, developer, "),
         ("messages", turns(USER, {**ANSWER, "content": " "}), "empty_answer", "message 2"),
         ("messages", turns(USER), "no_answer", "no assistant message; roles: user"),
         ("messages", turns(ANSWER, USER, ANSWER), "bad_role", "must be from user, not from assistant"),

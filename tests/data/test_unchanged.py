@@ -110,14 +110,7 @@ def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None
     assert all("new" in text for text in helpers.texts(store))
 
 
-@pytest.fixture
-def believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small files count as large ones, of which each node may have its own copy."""
-    monkeypatch.setattr(scan, "BELIEVED_FROM", 1)
-
-
-@pytest.mark.usefixtures("believed")
-def test_the_kept_scan_of_a_large_file_does_not_outlive_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
+def test_the_kept_scan_of_a_file_does_not_outlive_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
     # `cp -p` and `rsync -t` leave such files: without forgetting the scan, the same command would fail for ever.
     path = tmp_path / "a.jsonl"
     lines_of("old")(path)
@@ -151,9 +144,7 @@ def kept(config: Config) -> list[Path]:
     return sorted(Path(config.run.storage, "tokens", "scans").glob("*"))
 
 
-@pytest.mark.parametrize("size", [None, "believed"])
-def test_an_unchanged_corpus_is_not_read_again(size: str | None, corpus: Config, request: Any) -> None:
-    request.getfixturevalue(size) if size else None
+def test_an_unchanged_corpus_is_not_read_again(corpus: Config) -> None:
     first = digests(corpus)
     assert len(kept(corpus)) == 5
     for path in kept(corpus):  # what is not read again has the digest that was kept
@@ -174,17 +165,6 @@ def test_no_scan_is_kept_of_a_file_that_was_just_changed(seconds: float, corpus:
     aged(Path(corpus.data.train[0].path, "3.jsonl"), seconds)
     digests(corpus)
     assert len(kept(corpus)) == 4
-
-
-@pytest.mark.parametrize("size", [None, "believed"])
-def test_other_content_of_the_same_size_and_time(size: str | None, corpus: Config, request: Any) -> None:
-    # `cp -p` and `rsync -t` leave such files; for a small file the inode shows it.
-    request.getfixturevalue(size) if size else None
-    path = Path(corpus.data.train[0].path, "3.jsonl")
-    first, before = digests(corpus), path.stat()
-    path.write_text(path.read_text().replace("q1", "q2"))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert (digests(corpus) == first) is (size is not None)
 
 
 def test_a_dry_run_writes_nothing(corpus: Config) -> None:

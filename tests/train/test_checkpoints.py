@@ -167,15 +167,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(small_disk: Path) -> None:
+def test_a_full_disk_is_told_and_the_good_one_stays(small_disk: Path) -> None:
     filled(str(small_disk), 2)
-    found = CheckpointManager(str(small_disk), 1, pauses=(0.01, 0.01))
+    found = CheckpointManager(str(small_disk), 1)
     with said() as lines:
         found.save(4, writer(4, numbers=20_000))
         with pytest.raises(UserError, match=r"run\.storage: the last checkpoint cannot be written .*: .*[Nn]o space"):
             found.finish()
-    assert ["retrying" in line and "step 4" in line for line in lines[:2]] == [True] * 2
-    assert re.search(r"step 4 cannot be written .* after 3 attempts; training continues", lines[2])
+    assert re.search(r"step 4 cannot be written .*; training continues", lines[0])
     assert [path.name for path in small_disk.iterdir()] == ["step-0000002"]
     newest = checkpoints.latest_good(str(small_disk))
     assert newest is not None
@@ -286,6 +285,6 @@ class TestObjectStore:
             found.save(4, writer(4))
             with pytest.raises(TryAgain, match=r"run\.storage: the last checkpoint cannot be written"):
                 found.finish()
-        assert re.search(r"step 4 cannot be written .* after \d+ attempt", lines[-1])
+        assert re.search(r"step 4 cannot be written .*; training continues", lines[-1])
         s3_server.faults = Faults()
         assert checkpoints.names(place) == ["step-0000002"]

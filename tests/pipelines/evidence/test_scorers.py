@@ -31,11 +31,3 @@ def test_final_number(script: Script, prediction: str, reference: str, exact: fl
 def test_a_reference_without_a_number_is_the_users_mistake(script: Script) -> None:
     with pytest.raises(UserError, match=r"evaluation.scorer: final_number needs .* not '57'"):
         script("scorers").final_number("#### 57", "57")
-
-
-@pytest.mark.parametrize(
-    ("prediction", "exact", "answered"),
-    [("yes", 1.0, 1.0), (" Yes, it is.", 1.0, 1.0), ("No.", 0.0, 1.0), ("Yesterday", 0.0, 0.0), ("", 0.0, 0.0)],
-)
-def test_yes_no(script: Script, prediction: str, exact: float, answered: float) -> None:
-    assert script("scorers").yes_no(prediction, "yes") == {"exact_match": exact, "answered": answered}
