@@ -16,8 +16,7 @@ from olora_ray.sweep.report.figures import FIGURES, render
 _DESCRIBED = {
     "parallel_coordinates": ("Parallel coordinates: the parameters of each trial and its value", True),
     "learning_curves": ("Learning curves of all trials", True),
-    "learning_rate": ("Learning rate against the metric, by rank", False),
-    "importance": ("Importance of each parameter", False),
+    "learning_rate": ("Learning rate against the metric, by rank", True),
 }
 
 # The Content-Security-Policy makes the browser refuse anything that is not in the page itself.
