@@ -75,44 +75,33 @@ class Need:
         return min(node.fits, int(self.have(node) // self.size))
 
 
-def as_loaded(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> Config:
+def as_loaded(config: Config, gpus: float, nodes: Sequence[Node]) -> Config:
     """Return the config with `auto` resolved for these nodes: float32 and sdpa if a GPU is older than Ampere.
 
     A resumed run keeps its precision (cluster/worker_context.py). Otherwise the estimate of memory assumes that GPUs
     compute in bfloat16 and have flash attention (model/load.py, model/attention.py).
     """
-    nodes = with_room(config, wanted, answers) if "GPU" in wanted else []
     began = checkpoints.precision_now(storage.join(config.folder(), "checkpoints"))
-    before_ampere = min((node.info.gpu_generation or AMPERE for node in nodes), default=AMPERE) < AMPERE
+    before_ampere = gpus > 0 and any((node.info.gpu_generation or AMPERE) < AMPERE for node in nodes)
     instead = {"model.dtype": began} if began else {}
-    if before_ampere or ("GPU" in wanted and began == "float32"):
+    if before_ampere or (gpus and began == "float32"):
         instead = {"model.dtype": "float32", "model.attention": "sdpa"} | instead
     auto = {"model.dtype": config.model.dtype, "model.attention": config.model.attention}
     return override(config, {field: value for field, value in instead.items() if auto[field] == "auto"})
 
 
 def memory_problems(
-    config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
+    config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
 ) -> Iterator[str]:
-    yield from _memory(config, base, size, wanted.get("GPU", 0.0), with_room(config, wanted, answers))
-
-
-def _memory(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> Iterator[str]:
     for need in needs(config, base, size, gpus) if nodes else ():
         if problem := missing(config.cluster.min_workers(), need, nodes):
             yield f"{problem}; {need.advice or smaller(config, size, gpus)}"
 
 
 def with_recomputation(
-    config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
-) -> MemoryEstimate:
-    """Return the size with activation checkpointing if that is `auto` and a step does not fit without; else `size`."""
-    return _recomputed(config, base, size, wanted.get("GPU", 0.0), with_room(config, wanted, answers))
-
-
-def _recomputed(
     config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
 ) -> MemoryEstimate:
+    """Return the size with activation checkpointing if that is `auto` and a step does not fit without; else `size`."""
     if config.train.activation_checkpointing != "auto" or not nodes:
         return size
     ample = replace(size, activation_bytes=int(size.activation_bytes * 1.1))  # a step may take more than estimated
@@ -129,11 +118,12 @@ def refuse_here(config: Config, base: BaseModel, size: MemoryEstimate) -> None:
     # A config with GPUs, or more workers than this machine has processors, is for other machines.
     if info.gpu_generation is not None or gpus not in ("auto", 0) or node.fits < fewest:
         return
-    if problems := list(_memory(config, base, _recomputed(config, base, size, 0.0, [node]), 0.0, [node])):
+    size = with_recomputation(config, base, size, 0.0, [node])
+    if problems := list(memory_problems(config, base, size, 0.0, [node])):
         raise of_problems("the run cannot start here", [*problems[:-1], f"{problems[-1]}; {ELSEWHERE}"])
 
 
-def with_room(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:
+def with_room(config: AnyConfig, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:
     """Return the nodes with enough CPUs and GPUs for workers; none if the fewest workers do not fit."""
     if resources.room(wanted, resources.present()) < config.cluster.min_workers():
         return []
@@ -241,8 +231,9 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
         config = override(config, {"cluster.workers": most if one else (fewest, most)})
         now = f", of which {fewest} have room now" * (fewest < most)
         logger.info(f"cluster.workers: auto is {most}{now}: one for each {'trial' if trials else 'GPU'}")
+    gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
     if base is not None and isinstance(config, Config) and config.train.micro_batch == "auto":
-        config = override(config, {"train.micro_batch": _micro_batch(config, base, wanted, answers)})
+        config = override(config, {"train.micro_batch": _micro_batch(config, base, gpus, nodes)})
     problems = [*_workers(config, wanted), *silent]
     packing = KINDS.get(config.model.quantization)
     problems += version_problems(node_facts.node_info(), answers, None if packing is None else packing.library)
@@ -250,9 +241,9 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
     problems += gpu_problems(wanted, answers)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
-        loaded = as_loaded(config, wanted, answers)
-        size = _size(loaded, base, wanted, answers)
-        problems += memory_problems(loaded, base, size, wanted, answers)
+        loaded = as_loaded(config, gpus, nodes)
+        size = _size(loaded, base, gpus, nodes)
+        problems += memory_problems(loaded, base, size, gpus, nodes)
         problems += disk_problems(config, size, base)
     if problems:
         raise of_problems("the run cannot start here", problems)
@@ -269,12 +260,11 @@ def _every_gpu(wanted: Resources) -> tuple[int, int]:
     return min(resources.free_workers(wanted), most) or most, most
 
 
-def _micro_batch(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> int:
+def _micro_batch(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> int:
     # The largest equal part of a step, in sequences, that fits in the memory of a GPU.
-    gpus, loaded = wanted.get("GPU", 0.0), as_loaded(config, wanted, answers)
-    nodes = with_room(loaded, wanted, answers) if gpus else []
+    loaded = as_loaded(config, gpus, nodes)
     share = -(-config.train.global_batch // config.cluster.max_workers())
-    if not nodes:
+    if not (gpus and nodes):
         return min(share, config.train.micro()) if gpus else config.train.micro()
     parts = sorted({-(-share // number) for number in range(1, share + 1)}, reverse=True)
     again = config.train.activation_checkpointing
@@ -297,14 +287,14 @@ def planned(config: Config, base: BaseModel) -> MemoryEstimate:
     """Return the size of a training, with train.activation_checkpointing=auto resolved here. Needs ray.init."""
     wanted = resources.worker_resources(config)
     answers, _ = _ask(config, resources.schedulable_nodes())
-    loaded = as_loaded(config, wanted, answers)
-    size = estimate(loaded, base, gpu="GPU" in wanted)
-    return with_recomputation(loaded, base, size, wanted, answers)
+    gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
+    loaded = as_loaded(config, gpus, nodes)
+    return with_recomputation(loaded, base, estimate(loaded, base, bool(gpus)), gpus, nodes)
 
 
-def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> MemoryEstimate:
-    planned = estimate(config, base, gpu="GPU" in wanted)
-    size = with_recomputation(config, base, planned, wanted, answers)
+def _size(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> MemoryEstimate:
+    planned = estimate(config, base, bool(gpus))
+    size = with_recomputation(config, base, planned, gpus, nodes)
     # The user has already seen `planned`. Log what differs from it.
     if size.problem:
         logger.info(

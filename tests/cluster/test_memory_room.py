@@ -16,13 +16,14 @@ from olora_ray.cluster.preflight import (
     Answers,
     Node,
     as_loaded,
+    memory_problems,
     missing,
     needs,
     precisions,
     smaller,
     with_recomputation,
+    with_room,
 )
-from olora_ray.cluster.preflight import memory_problems as problems
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.train import checkpoint, checkpoints
@@ -63,6 +64,13 @@ def cluster_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[str, dict[str, flo
     for (module, name), answer in told.items():
         monkeypatch.setattr(module, name, answer)
     return answers
+
+
+def problems(
+    config: Config, base: BaseModel, size: MemoryEstimate, wanted: resources.Resources, answers: Answers
+) -> list[str]:
+    nodes = with_room(config, wanted, answers)
+    return list(memory_problems(config, base, size, wanted.get("GPU", 0.0), nodes))
 
 
 def node(fits: int, memory: float, gpu_memory: float | None = None) -> Node:
@@ -106,9 +114,9 @@ def test_only_nodes_with_room_for_workers_are_counted(
     settings = tiny.config(cluster__workers=8, train__global_batch=8)
     (problem,) = problems(settings, base[1], SIZE, wanted, answers)
     assert "room for 5 (node 10.0.0.1 has 24.0 GiB)" in problem
-    assert list(problems(tiny.config(cluster__workers=4), base[1], SIZE, wanted, answers)) == []
+    assert problems(tiny.config(cluster__workers=4), base[1], SIZE, wanted, answers) == []
     too_many = tiny.config(cluster__workers=9, train__global_batch=9)  # told by another check
-    assert list(problems(too_many, base[1], SIZE, wanted, answers)) == []
+    assert problems(too_many, base[1], SIZE, wanted, answers) == []
     (unusable,) = preflight.gpu_problems(wanted, answers)
     assert unusable.startswith("node 10.0.0.1: has GPUs, and torch 2.13.0+cpu")
     assert preflight.gpu_problems({"CPU": 1.0}, answers) == []
@@ -148,9 +156,9 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
         for setting, expected in (("auto", wanted), (False, False), (True, True)):
             config, _, size = sized(model, setting)
             assert preflight.planned(config, base).recompute is expected
-            found = with_recomputation(config, base, size, {"CPU": 1.0}, answers)
+            found = with_recomputation(config, base, size, 0.0, with_room(config, {"CPU": 1.0}, answers))
             assert found.recompute is expected
-            fitting = not list(problems(config, base, found, {"CPU": 1.0}, answers))
+            fitting = not problems(config, base, found, {"CPU": 1.0}, answers)
             assert fitting is (expected or not wanted)
 
 
@@ -178,11 +186,12 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     if began:
         place = Path(config.folder(), "checkpoints", checkpoints.name_of(3))
         checkpoint.save(place, {}, None, {}, TrainState(3, precision=began), {}, "")
-    found = as_loaded(config, {"CPU": 1.0, "GPU": 1.0}, answers).model
+    nodes = with_room(config, {"CPU": 1.0, "GPU": 1.0}, answers)
+    found = as_loaded(config, 1.0, nodes).model
     assert (found.dtype, found.attention) == (dtype, attention)
     named = tiny.config(model__dtype="bfloat16", model__attention="eager")
-    assert as_loaded(named, {"CPU": 1.0, "GPU": 1.0}, answers) == named
-    assert as_loaded(tiny.config(), {"CPU": 1.0}, answers) == tiny.config()
+    assert as_loaded(named, 1.0, nodes) == named
+    assert as_loaded(tiny.config(), 0.0, nodes) == tiny.config()
 
 
 def test_a_refusal_names_the_settings_that_need_less(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
