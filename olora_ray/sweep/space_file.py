@@ -21,8 +21,6 @@ FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "not
 MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
 # A space can set these but not search them: they do not change the result of a training.
 IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
-CHECKED = 200
-"""Number of trials whose configs are checked before the search."""
 
 
 def load_space(path: str | Path, config: Config) -> Space:
@@ -59,7 +57,7 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
             raise UserError(f"{where}: search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here")
     base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
     # The trials themselves, as far as it takes a second. Those of Optuna are not known, so draws of the same space.
-    for number in range(min(space.count(), CHECKED) if space.searcher != "tpe" else CHECKED):
+    for number in range(200 if space.searcher == "tpe" else min(space.count(), 200)):
         changes = space.values(space.drawn(number))
         _refuse_texts(_override(base, changes, f"{where}: search"), changes, where)
     for field in space.search:
