@@ -407,7 +407,5 @@ def _grid_problems(space: Space) -> Iterator[str]:
     also = ", including the unchanged config" if space.has_default() else ""
     if needed > MOST_TRIALS:
         yield f"search: the grid has {needed:,} combinations{also}, more than {MOST_TRIALS:,}; list fewer values"
-    elif space.trials and space.trials < needed:
-        yield f"trials: {space.trials} is below the grid's {needed} combinations{also}; leave it out to run them all"
-    elif space.trials and space.trials > needed:
-        yield f"trials: {space.trials} is above the grid's {needed} combinations{also}; leave it out to run them once"
+    elif space.trials not in (None, needed):
+        yield f"trials: {space.trials}, but the grid has {needed} combinations{also}; leave it out to run each once"

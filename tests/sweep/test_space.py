@@ -185,7 +185,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a grid and fewer trials": (
         {"search": {"train.lr": {"grid": [1, 2, 3]}}, "searcher": "grid", "trials": 3},
-        "trials: 3 is below the grid's 4 combinations, including the unchanged config; leave it out",
+        "trials: 3, but the grid has 4 combinations, including the unchanged config; leave it out",
     ),
     "the worst loss": ({"search": LR, "mode": "max"}, "mode: max searches for the worst eval/loss"),
     "a setting of another scheduler": (
