@@ -311,7 +311,7 @@ def _size(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -
 
 
 def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
-    """Yield the problem if the fewest workers have no room, now or later. Log if they wait, or slow down Ray Data."""
+    """Yield the problem if the fewest workers have no room, now or later. Log if they wait."""
     cluster, nodes, later = config.cluster, resources.present(), resources.maximum()
     fewest = cluster.min_workers()
     now, most = resources.room(wanted, nodes), resources.room(wanted, later)
@@ -324,12 +324,6 @@ def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
     elif now < fewest:
         limit = f" and can grow to {most}" if most > now else ""
         yield f"{needs}{limit}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
-    left = resources.amount("CPU", later) - cluster.max_workers() * wanted["CPU"]
-    if len(nodes) > 1 and left < 1 and now >= fewest:
-        logger.info(
-            f"cluster.workers: {cluster.max_workers()} workers leave {max(left, 0):g} CPUs for data preparation, so it"
-            " is slow: add CPU nodes or lower cluster.cpus_per_worker"
-        )
 
 
 def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False) -> tuple[Answers, list[str]]:
