@@ -5,19 +5,24 @@ joins a Ray, it asks for an answer itself: ray.init waits for minutes if no Ray 
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import RayError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.logs import ENVIRONMENT
+
+logger = logging.getLogger(__name__)
 
 # Ray's token authentication. A run always uses the mode of the Ray that it joins, even if RAY_AUTH_MODE is not set.
 
@@ -105,6 +110,7 @@ PATIENCE = 10.0
 OWN = "local"
 """The address with which ray.init starts a new Ray for this run."""
 _VARIABLE = "RAY_ADDRESS"
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def find(patience: float = PATIENCE) -> str:
@@ -182,3 +188,30 @@ def _parts(address: str) -> tuple[str | None, int | None]:
         return split.hostname, split.port
     except ValueError:
         return None, None
+
+
+def join_or_start() -> bool:
+    """Join the Ray that `find` returns, or start one for this run; True in the second case. Raises UserError."""
+    target = find()
+    # Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays.
+    segments = os.environ.get(ALLOCATOR, "expandable_segments:True")
+    # The environment of a submitted job overrides ours.
+    variables = ray_internals.beside_job({**ENVIRONMENT, ALLOCATOR: segments})
+    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
+    logger.info("starting Ray" if target == OWN else f"connecting to {name(target)}")
+    if target == OWN:
+        make_own()
+        # Ray would start one process per CPU and wait for them, but none would be used: our tasks and actors have a
+        # runtime environment, for which Ray starts other processes.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run
+        # code. A user who wants the dashboard starts Ray before the run.
+        # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
+        with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError):
+            ray.init(address=target, include_dashboard=False, **shared)
+        return True
+    join(target, PATIENCE)
+    failure = f"{name(target)}: cannot connect"  # another Python version, or this machine is no node
+    with as_user_error(failure, ConnectionError, RuntimeError, RayError, reason=lambda why: " ".join(str(why).split())):
+        ray.init(address=target, **shared)
+    return False

@@ -37,15 +37,7 @@ class Saved:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Took:
-    """Durations, from which the driver estimates the remaining time."""
-
-    seconds: dict[str, float]
-    """Seconds by `start` (of a worker), `evaluation` (the last one) and `answers` (before training)."""
-
-
-Message = dict[str, float] | str | Started | Saved | Took
+Message = dict[str, float] | str | Started | Saved
 """A row of metrics with its `step`, a line for the log, or an event."""
 
 

@@ -27,7 +27,7 @@ from olora_ray.model.load import pick_dtype
 from olora_ray.model.quantised import KINDS
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
-from olora_ray.train.estimate import PEER_BYTES, PROCESS_BYTES, MemoryEstimate, answers_at_once, estimate
+from olora_ray.train.estimate import PEER_BYTES, PROCESS_BYTES, MemoryEstimate, estimate
 
 logger = logging.getLogger(__name__)
 
@@ -75,44 +75,33 @@ class Need:
         return min(node.fits, int(self.have(node) // self.size))
 
 
-def as_loaded(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> Config:
+def as_loaded(config: Config, gpus: float, nodes: Sequence[Node]) -> Config:
     """Return the config with `auto` resolved for these nodes: float32 and sdpa if a GPU is older than Ampere.
 
     A resumed run keeps its precision (cluster/worker_context.py). Otherwise the estimate of memory assumes that GPUs
     compute in bfloat16 and have flash attention (model/load.py, model/attention.py).
     """
-    nodes = with_room(config, wanted, answers) if "GPU" in wanted else []
     began = checkpoints.precision_now(storage.join(config.folder(), "checkpoints"))
-    before_ampere = min((node.info.gpu_generation or AMPERE for node in nodes), default=AMPERE) < AMPERE
+    before_ampere = gpus > 0 and any((node.info.gpu_generation or AMPERE) < AMPERE for node in nodes)
     instead = {"model.dtype": began} if began else {}
-    if before_ampere or ("GPU" in wanted and began == "float32"):
+    if before_ampere or (gpus and began == "float32"):
         instead = {"model.dtype": "float32", "model.attention": "sdpa"} | instead
     auto = {"model.dtype": config.model.dtype, "model.attention": config.model.attention}
     return override(config, {field: value for field, value in instead.items() if auto[field] == "auto"})
 
 
 def memory_problems(
-    config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
+    config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
 ) -> Iterator[str]:
-    yield from _memory(config, base, size, wanted.get("GPU", 0.0), with_room(config, wanted, answers))
-
-
-def _memory(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> Iterator[str]:
     for need in needs(config, base, size, gpus) if nodes else ():
         if problem := missing(config.cluster.min_workers(), need, nodes):
-            yield f"{problem}; {need.advice or smaller(config, base, gpus, nodes)}"
+            yield f"{problem}; {need.advice or smaller(config, size, gpus)}"
 
 
 def with_recomputation(
-    config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
-) -> MemoryEstimate:
-    """Return the size with activation checkpointing if that is `auto` and a step does not fit without; else `size`."""
-    return _recomputed(config, base, size, wanted.get("GPU", 0.0), with_room(config, wanted, answers))
-
-
-def _recomputed(
     config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
 ) -> MemoryEstimate:
+    """Return the size with activation checkpointing if that is `auto` and a step does not fit without; else `size`."""
     if config.train.activation_checkpointing != "auto" or not nodes:
         return size
     ample = replace(size, activation_bytes=int(size.activation_bytes * 1.1))  # a step may take more than estimated
@@ -129,11 +118,12 @@ def refuse_here(config: Config, base: BaseModel, size: MemoryEstimate) -> None:
     # A config with GPUs, or more workers than this machine has processors, is for other machines.
     if info.gpu_generation is not None or gpus not in ("auto", 0) or node.fits < fewest:
         return
-    if problems := list(_memory(config, base, _recomputed(config, base, size, 0.0, [node]), 0.0, [node])):
+    size = with_recomputation(config, base, size, 0.0, [node])
+    if problems := list(memory_problems(config, base, size, 0.0, [node])):
         raise of_problems("the run cannot start here", [*problems[:-1], f"{problems[-1]}; {ELSEWHERE}"])
 
 
-def with_room(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:
+def with_room(config: AnyConfig, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:
     """Return the nodes with enough CPUs and GPUs for workers; none if the fewest workers do not fit."""
     if resources.room(wanted, resources.present()) < config.cluster.min_workers():
         return []
@@ -152,68 +142,19 @@ def fits(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nod
     return all(missing(config.cluster.min_workers(), need, nodes) is None for need in needed)
 
 
-def smaller(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> str:
-    """Return advice: the first of `changes` with which the workers fit."""
-    for change in changes(config, gpus):
-        other = override(config, change)
-        if fits(other, base, estimate(other, base, bool(gpus)), gpus, nodes):
-            return f"it fits with {', '.join(f'{field}={str(value).lower()}' for field, value in change.items())}"
-    return (
-        "use nodes with more memory or a smaller model: none of train.activation_checkpointing, a smaller"
-        " train.micro_batch or data.max_length, cluster.strategy=fsdp, cluster.fsdp_offload and model.dtype=bfloat16 is"
-        " enough"
-    )
-
-
-def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
-    """Yield settings that need less memory, the least costly first. Each adds to the previous ones.
-
-    Fewer answers at a time come alone at first, and at the end together with all others. The number of workers stays:
-    the message says how many fit.
-    """
-    yield from _fewer_answers(config)
-    change: dict[str, Any] = {}
-    if config.train.activation_checkpointing is not True:
-        change["train.activation_checkpointing"] = True
-        yield dict(change)
-    micro = config.train.micro()
-    while micro > 1:
-        micro //= 2
-        change["train.micro_batch"] = micro
-        yield dict(change)
-    if _may_shard(config):
-        change["cluster.strategy"] = "fsdp"
-        if config.cluster.fsdp_replicas > 1:  # had no effect with ddp, and may not divide the number of workers
-            change["cluster.fsdp_replicas"] = 1
-        yield dict(change)
-    sharded = "cluster.strategy" in change or config.cluster.strategy == "fsdp"
-    if gpus and sharded and config.cluster.min_workers() > 1 and not config.cluster.fsdp_offload:
-        change["cluster.fsdp_offload"] = True
-        yield dict(change)
-    if config.model.dtype == "float32":
-        change["model.dtype"] = "bfloat16"
-        yield dict(change)
-    length = config.data.length()
-    while length >= 512:  # sequences of less than 256 tokens would cut most examples, so they are no advice
-        length //= 2
-        change["data.max_length"] = length
-        yield dict(change)
-    yield from (change | fewer for fewer in _fewer_answers(config))
-
-
-def _may_shard(config: Config) -> bool:
-    cluster = config.cluster
-    unsharded = cluster.strategy == "ddp" and cluster.min_workers() > 1
-    return unsharded and config.model.quantization == "none"
-
-
-def _fewer_answers(config: Config) -> Iterator[dict[str, Any]]:
-    # Prompts are answered in batches, so only a number of prompts below the size of a batch needs less memory.
-    evaluation, count = config.evaluation, answers_at_once(config)
-    while count > 1:
-        count //= 2
-        scored = {"evaluation.rows": min(evaluation.rows, count)} if evaluation.scorer else {}
-        yield {"evaluation.samples": min(evaluation.samples, count), **scored}
+def smaller(config: Config, size: MemoryEstimate, gpus: float) -> str:
+    """Return the settings that need less memory, the least costly first."""
+    cluster, several = config.cluster, config.cluster.min_workers() > 1
+    helps = {
+        "fewer evaluation.samples or rows": size.answer_bytes > size.activation_bytes,
+        "train.activation_checkpointing=true": config.train.activation_checkpointing is False,
+        "a smaller train.micro_batch": config.train.micro() > 1,
+        "cluster.strategy=fsdp": several and cluster.strategy == "ddp" and config.model.quantization == "none",
+        "cluster.fsdp_offload=true": gpus > 0 and cluster.strategy == "fsdp" and not cluster.fsdp_offload,
+        "model.dtype=bfloat16": config.model.dtype == "float32",
+        "a smaller data.max_length": True,
+    }
+    return f"set {', '.join(setting for setting, true in helps.items() if true)}, or use nodes with more memory"
 
 
 def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) -> Iterator[Need]:
@@ -290,8 +231,9 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
         config = override(config, {"cluster.workers": most if one else (fewest, most)})
         now = f", of which {fewest} have room now" * (fewest < most)
         logger.info(f"cluster.workers: auto is {most}{now}: one for each {'trial' if trials else 'GPU'}")
+    gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
     if base is not None and isinstance(config, Config) and config.train.micro_batch == "auto":
-        config = override(config, {"train.micro_batch": _micro_batch(config, base, wanted, answers)})
+        config = override(config, {"train.micro_batch": _micro_batch(config, base, gpus, nodes)})
     problems = [*_workers(config, wanted), *silent]
     packing = KINDS.get(config.model.quantization)
     problems += version_problems(node_facts.node_info(), answers, None if packing is None else packing.library)
@@ -299,9 +241,9 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
     problems += gpu_problems(wanted, answers)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
-        loaded = as_loaded(config, wanted, answers)
-        size = _size(loaded, base, wanted, answers)
-        problems += memory_problems(loaded, base, size, wanted, answers)
+        loaded = as_loaded(config, gpus, nodes)
+        size = _size(loaded, base, gpus, nodes)
+        problems += memory_problems(loaded, base, size, gpus, nodes)
         problems += disk_problems(config, size, base)
     if problems:
         raise of_problems("the run cannot start here", problems)
@@ -318,12 +260,11 @@ def _every_gpu(wanted: Resources) -> tuple[int, int]:
     return min(resources.free_workers(wanted), most) or most, most
 
 
-def _micro_batch(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> int:
+def _micro_batch(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> int:
     # The largest equal part of a step, in sequences, that fits in the memory of a GPU.
-    gpus, loaded = wanted.get("GPU", 0.0), as_loaded(config, wanted, answers)
-    nodes = with_room(loaded, wanted, answers) if gpus else []
+    loaded = as_loaded(config, gpus, nodes)
     share = -(-config.train.global_batch // config.cluster.max_workers())
-    if not nodes:
+    if not (gpus and nodes):
         return min(share, config.train.micro()) if gpus else config.train.micro()
     parts = sorted({-(-share // number) for number in range(1, share + 1)}, reverse=True)
     again = config.train.activation_checkpointing
@@ -346,14 +287,14 @@ def planned(config: Config, base: BaseModel) -> MemoryEstimate:
     """Return the size of a training, with train.activation_checkpointing=auto resolved here. Needs ray.init."""
     wanted = resources.worker_resources(config)
     answers, _ = _ask(config, resources.schedulable_nodes())
-    loaded = as_loaded(config, wanted, answers)
-    size = estimate(loaded, base, gpu="GPU" in wanted)
-    return with_recomputation(loaded, base, size, wanted, answers)
+    gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
+    loaded = as_loaded(config, gpus, nodes)
+    return with_recomputation(loaded, base, estimate(loaded, base, bool(gpus)), gpus, nodes)
 
 
-def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> MemoryEstimate:
-    planned = estimate(config, base, gpu="GPU" in wanted)
-    size = with_recomputation(config, base, planned, wanted, answers)
+def _size(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> MemoryEstimate:
+    planned = estimate(config, base, bool(gpus))
+    size = with_recomputation(config, base, planned, gpus, nodes)
     # The user has already seen `planned`. Log what differs from it.
     if size.problem:
         logger.info(
@@ -370,7 +311,7 @@ def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) 
 
 
 def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
-    """Yield the problem if the fewest workers have no room, now or later. Log if they wait, or slow down Ray Data."""
+    """Yield the problem if the fewest workers have no room, now or later. Log if they wait."""
     cluster, nodes, later = config.cluster, resources.present(), resources.maximum()
     fewest = cluster.min_workers()
     now, most = resources.room(wanted, nodes), resources.room(wanted, later)
@@ -383,12 +324,6 @@ def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
     elif now < fewest:
         limit = f" and can grow to {most}" if most > now else ""
         yield f"{needs}{limit}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
-    left = resources.amount("CPU", later) - cluster.max_workers() * wanted["CPU"]
-    if len(nodes) > 1 and left < 1 and now >= fewest:
-        logger.info(
-            f"cluster.workers: {cluster.max_workers()} workers leave {max(left, 0):g} CPUs for data preparation, so it"
-            " is slow: add CPU nodes or lower cluster.cpus_per_worker"
-        )
 
 
 def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False) -> tuple[Answers, list[str]]:

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Saved, Started, Took, give_signs_of_life, sent_to
+from olora_ray.cluster.channel import Saved, Started, give_signs_of_life, sent_to
 from olora_ray.cluster.failures import advice_for_memory
 from olora_ray.cluster.resume import StartingPoint, measure_first_step, self_tested, starting_point
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
@@ -147,7 +147,6 @@ class Worker:
         self._tell_driver(Saved(step, seconds))
 
     def _begin(self) -> None:
-        self._tell_driver(Took(self.evaluator.took))
         if self.resumed:
             if (total := self.schedule.total()) is not None and total < self.state.step:
                 raise UserError(
@@ -241,8 +240,6 @@ class Worker:
             self.manager.save(self.state.step, write)
 
     def _tell(self, metrics: dict[str, float]) -> None:
-        if "eval/loss" in metrics:
-            self._tell_driver(Took(self.evaluator.took))
         self._tell_driver(self.state.record(self.state.step, metrics))
         reached("step", self.state.step, self.context.rank)
 
@@ -276,8 +273,6 @@ class Evaluator:
         self.trainer, self.attention = start.trainer, start.attention
         self.best: Tensor | None = start.best
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
-        self.took = dict[str, float]()
-        """Durations in seconds, from which the driver estimates the remaining time."""
 
     def measure(self, state: TrainState) -> dict[str, float]:
         if not self.spec.each_example:
@@ -303,19 +298,13 @@ class Evaluator:
         finally:
             vector.copy_(last)
 
-    @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.took[name] = time.monotonic() - began
-
     def loss(self, step: int) -> float:
         """Return the mean held-out loss per supervised token after `step` steps; raises UserError if not finite."""
         return self._evaluated(evaluate, step)
 
     def _evaluated(self, how: Callable[..., Losses], step: int) -> Losses:
         assert self.spec.eval is not None
-        with self.context.activate(self.trainer.adapted), self._timed("evaluation"):
+        with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
             rank, world = self.context.rank, self.context.world
             return how(self.trainer, self.spec.eval, self.attention, rank, world, step)
@@ -327,7 +316,7 @@ class Evaluator:
         """
         logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
         limit = self.spec.config.evaluation.max_new_tokens
-        with self.context.activate(self.trainer.adapted), self._timed("answers"):
+        with self.context.activate(self.trainer.adapted):
             try:
                 return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
             except UserError as error:
@@ -406,11 +395,9 @@ def train_at(context: WorkerContext, spec: TrainSpec, checkpoints: str, channel:
     try:
         with sent_to(channel, lambda: context.rank == 0), advice_for_memory(spec.config):
             logger.info("loading the base model")
-            began, requests = time.monotonic(), StopRequests(channel, context)
+            requests = StopRequests(channel, context)
             start = starting_point(context, spec, checkpoints, requests.waiting)
-            worker = Worker(context, spec, checkpoints, channel, start, requests)
-            worker.evaluator.took["start"] = time.monotonic() - began
-            return worker.run()
+            return Worker(context, spec, checkpoints, channel, start, requests).run()
     except UserError as error:
         # Returned, not raised: the next group would meet the same problem again.
         return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))

@@ -134,11 +134,7 @@ class Answer:
     scores: Mapping[str, float]
 
 
-def measure(base: Base, adapter: str | None, store: TokenStore, config: AnyConfig) -> RowResults:
-    return measure_and_answer(base, adapter, store, config)[0]
-
-
-def measure_and_answer(
+def measure(
     base: Base, adapter: str | None, store: TokenStore, config: AnyConfig
 ) -> tuple[RowResults, tuple[Answer, ...]]:
     """Return the loss of each held-out example in `store`, and scored answers to the first evaluation.rows of them.

@@ -20,7 +20,7 @@ from olora_ray.config.load import flatten
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.evaluation import lm_eval_tasks, rows
 from olora_ray.evaluation.groups import group_numbers, origins
-from olora_ray.evaluation.held_out import Answer, measure_and_answer
+from olora_ray.evaluation.held_out import Answer, measure
 from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import Interval, RowResults, difference
 from olora_ray.evaluation.targets import Target, run_of
@@ -137,7 +137,7 @@ def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
         if isinstance(config, Config) and config.gate.group is not None:
             # Groups come first: a gate.group that no row has must fail before the long measurement, not after it.
             groups = group_numbers(config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store))
-        held_out, answers = measure_and_answer(base, adapter, store, config)
+        held_out, answers = measure(base, adapter, store, config)
     return Evaluation(target, held_out, lm_eval_tasks.run(sets, limit, target.base, adapter, config), groups, answers)
 
 

@@ -8,15 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from olora_ray.cluster import address, preflight, ray_internals
 from olora_ray.cluster.preflight import Checked
-from olora_ray.common.errors import Stopped, TakenOver, as_user_error
-from olora_ray.common.logs import ENVIRONMENT
+from olora_ray.common.errors import Stopped, TakenOver
 from olora_ray.model.source import BaseModel
 
 logger = logging.getLogger(__name__)
@@ -24,7 +21,7 @@ logger = logging.getLogger(__name__)
 # SIGTERM and Ctrl+C: during training a request to stop after the current step, otherwise an immediate end.
 
 
-CTRL_C, ALLOCATOR = "Ctrl+C", "PYTORCH_CUDA_ALLOC_CONF"
+CTRL_C = "Ctrl+C"
 
 
 def _name(number: int) -> str:
@@ -90,9 +87,8 @@ def connect(config: Checked, base: BaseModel | None = None, trials: bool = False
     too. Leaving the context disconnects, and stops a local cluster.
     """
     ray_internals.quiet_ray()
-    target = address.find()
-    _join_or_start(target)
-    if target == address.OWN and base is not None:
+    own = address.join_or_start()
+    if own and base is not None:
         with contextlib.suppress(Exception):  # only saves time: Ray Train starts it if it is missing
             ray_internals.begin_autoscaling_coordinator()
     try:
@@ -111,27 +107,3 @@ def connect(config: Checked, base: BaseModel | None = None, trials: bool = False
         raise
     finally:
         ray.shutdown()
-
-
-def _join_or_start(target: str) -> None:
-    # Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays.
-    segments = os.environ.get(ALLOCATOR, "expandable_segments:True")
-    # The environment of a submitted job overrides ours.
-    variables = ray_internals.beside_job({**ENVIRONMENT, ALLOCATOR: segments})
-    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
-    logger.info("starting Ray" if target == address.OWN else f"connecting to {address.name(target)}")
-    if target == address.OWN:
-        address.make_own()
-        # Ray would start one process per CPU and wait for them, but none would be used: our tasks and actors have a
-        # runtime environment, for which Ray starts other processes.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run
-        # code. A user who wants the dashboard starts Ray before the run.
-        # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
-        with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError):
-            ray.init(address=target, include_dashboard=False, **shared)
-        return
-    address.join(target, address.PATIENCE)
-    failure = f"{address.name(target)}: cannot connect"  # another Python version, or this machine is no node
-    with as_user_error(failure, ConnectionError, RuntimeError, RayError, reason=lambda why: " ".join(str(why).split())):
-        ray.init(address=target, **shared)

@@ -11,7 +11,7 @@ import ray.train
 from ray.exceptions import RayActorError, RayError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Message, Saved, Started, Took, make_channel
+from olora_ray.cluster.channel import Message, Saved, Started, make_channel
 from olora_ray.cluster.failures import cause, counts, passes, user_errors
 from olora_ray.cluster.group import Fit, Group, answer, end_hung, ray_trainer
 from olora_ray.cluster.resources import PlacementRequest, free_abandoned, free_workers, worker_resources
@@ -55,8 +55,6 @@ class Monitor:
                     self.progress.line(message)
                 case Saved():
                     self.telemetry.saved(message.seconds)
-                case Took():
-                    self.progress.took |= message.seconds
                 case Started():
                     rows |= {int(row["step"]): _without_step(row) for row in message.history}
                     on_start(message)
@@ -317,8 +315,6 @@ def train(
     stop.gentle = True
     try:
         with Progress(Schedule(config.train, build.store).total(), config.train.log_every) as progress:
-            progress.eval_every = config.train.eval_every if spec.eval else None
-            progress.export = on_row is None  # a trial of a search exports nothing
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             if fit_on is None:
                 progress.line("starting the workers; each imports torch and transformers")

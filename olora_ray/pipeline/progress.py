@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -24,17 +25,11 @@ class Progress:
     A line follows every `every` steps, steps that took 30 s together, and each evaluation.
     """
 
-    eval_every: int | None = None
-    """Steps between evaluations; None: no evaluations."""
-    export = False
-    """True if an export follows the last step."""
-
     def __init__(self, total: int | None, every: int, bar: bool | None = None) -> None:
         self.total, self.every = total, every
-        self.took: dict[str, float] = {}
-        """Part of the training (see `Took` in cluster/channel.py) -> seconds."""
         self.tokens = self.supervised = self.seconds = self.waited = 0.0
-        self.pace: float | None = None
+        self._steps, self._trained, self._began = 0, 0.0, 0.0
+        """Since the workers started: steps, seconds in steps, and the time at which the first of them began."""
         wanted = sys.stderr.isatty() if bar is None else bar
         self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, leave=True, disable=not wanted)
         self._stack = contextlib.ExitStack()
@@ -71,6 +66,7 @@ class Progress:
     def back_to(self, step: int) -> None:
         """Reset bar and averages to an earlier step, after a restart."""
         self.tokens = self.supervised = self.seconds = self.waited = 0.0
+        self._steps, self._trained = 0, 0.0
         self.bar.n = step
         self.bar.refresh()
 
@@ -87,8 +83,9 @@ class Progress:
         self.tokens += row["train/all_tokens_per_second"] * seconds
         self.supervised += row["train/tokens_per_second"] * seconds
         self.waited += row["data/wait_fraction"] * seconds
-        # A moving average, because workers may join or leave and change the time of a step.
-        self.pace = seconds if self.pace is None else 0.8 * self.pace + 0.2 * seconds
+        if not self._steps:
+            self._began = time.monotonic() - seconds
+        self._steps, self._trained = self._steps + 1, self._trained + seconds
         self.bar.update(step - self.bar.n)
         left = self._left(step)
         self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left")
@@ -105,14 +102,11 @@ class Progress:
         return f"step {step}/{'?' if self.total is None else self.total}"
 
     def _left(self, step: int) -> str:
-        if self.total is None or self.pace is None:
+        if self.total is None:
             return "?"
-        seconds = (self.total - step) * self.pace + self.took.get("answers", 0.0)
-        if self.eval_every and step < self.total:  # the last step is always evaluated
-            evaluations = -(-self.total // self.eval_every) - step // self.eval_every
-            seconds += evaluations * self.took.get("evaluation", 0.0)
-        # The start of a worker reads the base model once. An export reads it twice, to merge and to check.
-        return clock(seconds + 2 * self.took.get("start", 0.0) * self.export)
+        # The clock counts evaluations too, but the rows of several steps may arrive together.
+        spent = max(self._trained, time.monotonic() - self._began)
+        return clock((self.total - step) * spent / self._steps)
 
 
 def clock(seconds: float) -> str:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_tracking(config: Config, folder: RunFolder) -> None:
-    """Raise UserError if MLflow or the hub does not answer or take the results, or if MLflow cannot load the export."""
+    """Raise UserError if MLflow or the hub does not answer or take the results."""
     uri = resolve_uri(config)
     # A resumed run needs neither until it has results, so an outage does not delay it.
     if folder.tracking_run(uri, config.run.storage) is None:

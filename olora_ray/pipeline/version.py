@@ -1,21 +1,16 @@
-"""The content of a version in MLflow's registry: its files, its description and its input example."""
+"""The content of a version in MLflow's registry: its files and its description."""
 
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache
-from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import mask
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
-from olora_ray.config.schema import Config
-from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.answers import Scores, as_text
+from olora_ray.pipeline.answers import Scores
 from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.portable import facts_of
 from olora_ray.tracking import models
@@ -72,44 +67,6 @@ def _clean(text: str) -> str:
     return flat if len(flat) <= 80 else f"{flat[:77]}..."
 
 
-# The input example of a version: the first held-out question as a request.
-
-
-_PLACE = "OBJECTREPLACEMENT"
-"""Placeholder for the text of a message; it has only letters, which neither templates nor regexes change."""
-
-
-def request(config: Config, folder: Path, prompt: tuple[int, ...]) -> dict[str, Any] | None:
-    """Return a request with the question in `prompt` (token ids) for the model in `folder`, or None."""
-    tokenizer = load_tokenizer(BaseModel(str(folder), str(folder), ""), config.model)
-    chats = has_chat_template(folder)
-    text = as_text(tokenizer, prompt, special=chats)
-    asked = chat(tokenizer, text) if chats else text
-    if not asked or len(text) > 4000:  # a longer text would make the example on MLflow's page unreadable
-        return None
-    return {"messages" if chats else "prompt": asked, "max_tokens": config.evaluation.max_new_tokens}
-
-
-def chat(tokenizer: Any, text: str) -> list[dict[str, str]] | None:
-    """Return one or two messages that the chat template renders as `text`, or None."""
-    # A template cannot be inverted, so render it with placeholders, and read the messages from `text` at their places.
-    for roles in (["user"], ["system", "user"]):
-        pattern = re.escape(_rendered(tokenizer, [{"role": role, "content": _PLACE} for role in roles]))
-        match = re.fullmatch(pattern.replace(_PLACE, "(.+?)"), text, re.DOTALL)
-        if match and len(match.groups()) == len(roles):
-            messages = [{"role": role, "content": content} for role, content in zip(roles, match.groups(), strict=True)]
-            if _rendered(tokenizer, messages) == text:
-                return messages
-    return None
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)).strip()
-    except Exception:  # a template is code that may raise any exception
-        return ""
-
-
 # The registered files: the merged model, or the adapter with a reference to its base model.
 
 
@@ -119,16 +76,11 @@ def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
     spec, folder, config = exported.spec, exported.folder, exported.spec.config
     with node_cache.fetched(folder.merged if config.export.merged else folder.adapter) as files:
         base = None if config.export.merged else _reference(spec, files)
-        example = None
-        if answers := exported.result.answers:
-            with suppress(UserError):  # without a tokenizer the version only lacks its example
-                example = request(config, files, answers[0].prompt)
         yield Contents(
             files,
             base,
             answers_as=config.registry.model or config.run.name,
             description=describe(exported, scores, base, files),
-            example=example,
             params=flatten(config),
             measured=_measured(exported, scores),
         )

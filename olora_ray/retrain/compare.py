@@ -68,7 +68,7 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
                 logger.info(f"measuring version {versions[index].number} on the held-out rows")
                 with user_errors():
                     # The answers of both versions end at the same tokens, which the config's base model defines.
-                    rows = measure(replace(inputs.base, model=own.model), adapter, held_out, named)
+                    rows, _ = measure(replace(inputs.base, model=own.model), adapter, held_out, named)
                 known[index] = done = Measured(own.spec.digest, rows)
                 records.write(notes[index], done)
     return [each.rows for each in known if each is not None]

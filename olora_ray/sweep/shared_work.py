@@ -44,8 +44,6 @@ class Shared:
     """Seconds for all factors; 0 if they existed."""
     base: float = 0.0
     """Seconds of the base model's evaluation on the held-out rows; 0 if the result existed."""
-    lines: tuple[str, ...] = ()
-    """For the log: how much data each method has read, if it reads data."""
 
 
 def factor_keys(config: Config, space: Space) -> list[FactorKey]:
@@ -85,12 +83,13 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
     began = time.perf_counter()
-    lines = [line for factors in missing if (line := _make_factors(factors, shared))]
+    for factors in missing:
+        _make_factors(factors, shared)
     between = time.perf_counter()
     if not known and not sharded:
         self_test(shared, spec)  # with the attention that the trials will have
         _measure(spec, shared, folder)
-    return Shared(between - began, time.perf_counter() - between, tuple(lines))
+    return Shared(between - began, time.perf_counter() - between)
 
 
 def _specs_of(spec: TrainSpec, wanted: Sequence[FactorKey]) -> Iterator[TrainSpec]:
@@ -102,15 +101,14 @@ def _exists(spec: TrainSpec) -> bool:
     return factor_cache.has(spec.factor_place(), spec.factor_origin(), spec.config.adapter.rank)
 
 
-def _make_factors(spec: TrainSpec, shared: SharedBase) -> str | None:
+def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, adapter.rank)
     if adapter.method not in FROM_WEIGHTS:
         self_test(shared, spec)
-    factors, _, of_data = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
+    factors, _, _ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
     prefix = METHODS[adapter.method].prefix
     factor_cache.write_factors(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
-    return of_data.line(adapter.method) if of_data else None
 
 
 def _measure(spec: TrainSpec, shared: SharedBase, folder: str) -> None:
@@ -138,6 +136,4 @@ def made(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey], what: str) -
         logger.info(f"{what}: {duration(time.monotonic() - began)} so far")
     with user_errors():
         shared: Shared = ray.get(task)
-    for line in shared.lines:
-        logger.info(line)
     return shared

@@ -95,13 +95,6 @@ class Domain(Section):
             return self.at(0), self.at(self.steps() - 1)
         return self.options() or self.interval() or ()
 
-    def probes(self) -> tuple[Any, ...]:
-        """Return values that stand for all: the extremes, and for a range one value between them."""
-        if self.quniform:
-            return *self.extremes(), self.at(1)
-        interval = self.interval()
-        return (*interval, between(interval)) if interval else self.options()
-
     def draw(self, field: str, chooser: Chooser) -> dict[str, Any]:
         if self.of is not None:
             return {field + TIMES: chooser.choice(field + TIMES, self.factors())}
@@ -127,12 +120,6 @@ class Domain(Section):
 
 
 FORMS = ("choice", "grid", "uniform", "loguniform", "quniform", "of")
-
-
-def between(interval: tuple[float, float]) -> float:
-    """Return a number inside the range, with a fractional part wherever most of the range has one."""
-    low, high = interval
-    return rounded(low + (high - low) * 0.6180339887, low, high)
 
 
 def rounded(value: float, low: float, high: float) -> float:
@@ -420,7 +407,5 @@ def _grid_problems(space: Space) -> Iterator[str]:
     also = ", including the unchanged config" if space.has_default() else ""
     if needed > MOST_TRIALS:
         yield f"search: the grid has {needed:,} combinations{also}, more than {MOST_TRIALS:,}; list fewer values"
-    elif space.trials and space.trials < needed:
-        yield f"trials: {space.trials} is below the grid's {needed} combinations{also}; leave it out to run them all"
-    elif space.trials and space.trials > needed:
-        yield f"trials: {space.trials} is above the grid's {needed} combinations{also}; leave it out to run them once"
+    elif space.trials not in (None, needed):
+        yield f"trials: {space.trials}, but the grid has {needed} combinations{also}; leave it out to run each once"

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import open_base
 from olora_ray.sweep import shared_work
-from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space, multiple
+from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space
 
 # A space cannot change these sections: they decide where a run is and what it is called, not its result.
 FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.")
@@ -21,8 +21,6 @@ FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "not
 MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
 # A space can set these but not search them: they do not change the result of a training.
 IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
-METHOD, RANK = "adapter.method", "adapter.rank"
-"""Fields that are checked together."""
 
 
 def load_space(path: str | Path, config: Config) -> Space:
@@ -40,55 +38,32 @@ def load_space(path: str | Path, config: Config) -> Space:
 
 
 def check_space(space: Space, config: Config, where: str = "space") -> None:
-    """Raise UserError unless the config accepts every value of the space, and trials report its metric."""
+    """Raise UserError unless the config accepts the trials of the space, and they report its metric."""
     for part, fields in (("search", space.search), ("set", space.set)):
         for field in fields:
             if f"{field}.".startswith(FIXED):
                 raise UserError(f"{where}: {part}.{field}: set it in the config; a search cannot vary this section")
+            if field in Config.model_fields:
+                raise UserError(
+                    f"{where}: {part}.{field}: a section would reset its other fields to their defaults; name single"
+                    f" fields, {field}.NAME"
+                )
     for field in space.search:
         if field.startswith(MEASURE) or any(name.startswith(f"{field}.") for name in MEASURE):
             raise UserError(f"{where}: search.{field}: all trials must be measured in the same way; put it under set")
-        if lost := _lost(config, field, space.search[field].options()):
-            raise UserError(
-                f"{where}: search.{field}: an option replaces the complete section, so it would reset"
-                f" {', '.join(lost)} to the default; name {'it' if len(lost) == 1 else 'them'} in each option, or"
-                " search single fields"
-            )
         if field in IDLE:
             raise UserError(f"{where}: search.{field}: it does not change the result of a training; put it under set")
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
             raise UserError(f"{where}: search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here")
-    for field, value in space.set.items():
-        if field in Config.model_fields:
-            part = next(iter(value), "FIELD") if isinstance(value, dict) else "FIELD"
-            raise UserError(
-                f"{where}: set.{field}: a section would reset its other fields to their defaults; name single fields,"
-                f" e.g. {field}.{part}"
-            )
     base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
-    known = flatten(base)
-    for field, changes in _probes(space):
-        _refuse_texts(_override(base, changes, f"{where}: search.{field}"), changes, where)
-        if not any(overlap(field, name) for name in known):  # e.g. data.train.00.weight
+    # The trials themselves, as far as it takes a second. Those of Optuna are not known, so draws of the same space.
+    for number in range(200 if space.searcher == "tpe" else min(space.count(), 200)):
+        changes = space.values(space.drawn(number))
+        _refuse_texts(_override(base, changes, f"{where}: search"), changes, where)
+    for field in space.search:
+        if not any(overlap(field, name) for name in flatten(base)):  # e.g. data.train.00.weight
             raise UserError(f"{where}: search.{field}: unknown field; olora-ray finetune --help all lists the fields")
-    if space.searcher != "tpe":
-        for number in range(min(space.count(), 200)):  # enough: each field was checked above
-            _override(base, space.values(space.drawn(number)), f"{where}: search: trial {number}")
     _check_metric(space, base, where)
-
-
-def _lost(config: Config, field: str, options: Sequence[Any]) -> list[str]:
-    """Return the settings of a section that the config changes and an option of the section does not name."""
-    if field not in Config.model_fields:
-        return []
-    section = getattr(config, field)
-    changed = [
-        name
-        for name, info in type(section).model_fields.items()
-        if not info.is_required() and getattr(section, name) != info.get_default(call_default_factory=True)
-    ]
-    unnamed = [name for name in changed if any(isinstance(each, dict) and name not in each for each in options)]
-    return [f"{field}.{name}" for name in unnamed]
 
 
 def overlap(field: str, other: str) -> bool:
@@ -108,29 +83,6 @@ def _check_metric(space: Space, config: Config, where: str) -> None:
         raise UserError(f"{where}: metric: no trial reports {space.metric!r}; use {known} or score/NAME")
     elif space.metric.startswith("eval/") and not held_out:
         raise UserError(f"{where}: metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction")
-
-
-def _probes(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (field, changes). If the config accepts all of these, it accepts every value of the space."""
-    by_method = METHOD in space.search
-    for field in space.search:
-        if field == METHOD:  # with every rank, because a method may refuse a rank
-            ranks = list(_changes(space, RANK)) if RANK in space.search else [{}]
-            for change, other in itertools.product(_changes(space, METHOD), ranks):
-                yield field, change | other
-        elif field != RANK or not by_method:
-            for changes in _changes(space, field):
-                yield field, changes
-
-
-def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
-    domain = space.search[field]
-    if domain.of is None:
-        for value in domain.probes():
-            yield {field: value}
-        return
-    for base, factor in itertools.product(space.search[domain.of].extremes(), domain.factors()):
-        yield {domain.of: base, field: multiple(base, factor)}
 
 
 def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> None:

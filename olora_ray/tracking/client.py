@@ -144,9 +144,10 @@ def connect(uri: str) -> "MlflowClient":
 
     # They log set-up at INFO, a locked database with a traceback, and every retry. Everything that matters is raised as
     # an exception, too.
-    for logger in ("mlflow.store", "mlflow.system_metrics", "alembic"):
+    for logger in ("mlflow.store", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    for logger in ("mlflow.store.db.utils", "mlflow.system_metrics"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     return MlflowClient(uri)
 

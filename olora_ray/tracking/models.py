@@ -75,8 +75,6 @@ class Contents:
     """The served model's name in its answers."""
     description: str = ""
     """Markdown for the page of the version or the logged model; {uri} stands for its models:/ address."""
-    example: Mapping[str, Any] | None = None
-    """Input example: a request to the served model; None: a request that says hello."""
     params: Mapping[str, object] = field(default_factory=dict)
     measured: Sequence[tuple[int, Sequence[str], tuple[str, str]]] = ()
     """Metrics of the run that hold for the model, too: step, names, and name and digest of their dataset."""
@@ -99,7 +97,6 @@ BASE = "base_model"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _NOT_OF_A_TOKENIZER = ("adapter_config.json", "README.md")
 _PACKAGES = ("mlflow", "torch", "transformers")
-_HELLO = {"prompt": "Hello"}
 _EXAMPLE, _SERVED = "input_example.json", "serving_input_example.json"
 
 
@@ -134,8 +131,9 @@ def _write_tokenizer(tokenizer: Path, contents: Contents) -> None:
 
 
 def _write_example(folder: Path, contents: Contents) -> dict[str, str]:
-    hello = {"messages": [{"role": "user", "content": "Hello"}]} if has_chat_template(contents.folder) else _HELLO
-    example = contents.example or {**hello, "max_tokens": 64}
+    # A request to the served model, which MLflow shows on the version's page.
+    hello = {"messages": [{"role": "user", "content": "Hello"}]}
+    example = {**(hello if has_chat_template(contents.folder) else {"prompt": "Hello"}), "max_tokens": 64}
     (folder / _EXAMPLE).write_text(json.dumps(example), encoding="utf-8")
     (folder / _SERVED).write_text(json.dumps(example, indent=2), encoding="utf-8")
     return {"artifact_path": _EXAMPLE, "type": "json_object", "serving_input_path": _SERVED}

@@ -7,8 +7,8 @@ MLflow may be unreachable for a while. Then metrics, parameters, tags and datase
 continues. Reads and uploads at the end of a run raise TrackingUnavailable and can be repeated.
 """
 
+import contextlib
 import json
-import logging
 import math
 import threading
 import time
@@ -17,36 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from olora_ray.common import storage
-from olora_ray.tracking.client import TrackingUnavailable, connect, existing, reachable, reason, shown_uri, unavailable
+from olora_ray.tracking.client import TrackingUnavailable, connect, existing, reachable, shown_uri, unavailable
 from olora_ray.tracking.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-logger = logging.getLogger(__name__)
-
-# System metrics of a run: CPU, memory, disk, network and GPUs of this machine, sampled until the run ends.
-
-
-def watch_system(uri: str, run_id: str, seconds: float, queue: WriteQueue, stop: threading.Event) -> None:
-    # MLflow's own loop is not used, because it ends for good when one request fails.
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    make: Any = SystemMetricsMonitor
-    monitor: Any = None
-    while not stop.wait(seconds):
-        if not queue.online:
-            continue  # creating the monitor would block on a locked database
-        try:
-            monitor = monitor or make(run_id, seconds, tracking_uri=uri)
-            monitor.collect_metrics()
-            queue.system(monitor.aggregate_metrics())
-            for sampler in monitor.monitors:
-                sampler.clear_metrics()
-        except Exception as error:
-            logger.warning("system metrics are no longer logged: %s", reason(error))
-            return
-
 
 # MLflow's own limits (mlflow/utils/validation.py): a longer request is refused.
 _PARAMS_PER_BATCH, PARAM_LENGTH, TAG_LENGTH, _DIGEST_LENGTH = 100, 6000, 8000, 36
@@ -175,14 +150,19 @@ class Tracker:
     def watch_system(self, seconds: float = 10.0) -> None:
         """Log this machine's CPU, memory, disk, network and GPUs as system/... until `end`."""
         if self._watch is None:
-            self._queue.start()
-            self._watch = threading.Thread(
-                target=watch_system,
-                args=(self.uri, self.run_id, seconds, self._queue, self._stop_watching),
-                name="system metrics",
-                daemon=True,
-            )
+            self._watch = threading.Thread(target=self._watched, args=[seconds], name="system metrics", daemon=True)
             self._watch.start()
+
+    def _watched(self, seconds: float) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        make: Any = SystemMetricsMonitor
+        while not self._stop_watching.is_set():
+            with contextlib.suppress(Exception):
+                monitor = make(self.run_id, seconds, resume_logging=True, tracking_uri=self.uri)
+                monitor._shutdown_event = self._stop_watching
+                monitor.monitor()  # ends for good when one request fails, so it begins again
+            self._stop_watching.wait(seconds)
 
     def url(self) -> str | None:
         """Return the address of the run's page; None if no server shows it."""
@@ -203,7 +183,7 @@ class Tracker:
         """
         self._stop_watching.set()
         if self._watch is not None:
-            self._watch.join()
+            self._watch.join(1.0)  # it may wait for MLflow
         now = int(time.time() * 1000)
         self._queue.write("the end of the run", lambda client: client.set_terminated(self.run_id, status, now))
         written = self._queue.flush(seconds)

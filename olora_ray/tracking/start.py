@@ -10,7 +10,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -210,27 +209,14 @@ def absolute(uri: str) -> str:
 def check_artifacts(config: Config, uri: str) -> None:
     """Raise UserError within seconds if the config's experiment accepts no files, or the server no logged models.
 
-    Creates the experiment at `uri` if it is missing. Raises UserError also if this MLflow cannot load an export of
-    an adapter alone, and TrackingUnavailable if MLflow or the store does not answer.
+    Creates the experiment at `uri` if it is missing. Raises TrackingUnavailable if MLflow or the store does not answer.
     """
-    if not config.export.merged:
-        _refuse_adapters()
     with reachable(uri):
         client = connect(uri)
         experiment = _experiment(client, config, uri)
         _refuse_older(client, experiment, uri)
         location = str(client.get_experiment(experiment).artifact_location)
     probe(location, uri)
-
-
-def _refuse_adapters() -> None:
-    from mlflow.transformers.flavor_config import FlavorKey
-
-    if not hasattr(FlavorKey, "MODEL_LOCAL_BASE"):
-        raise UserError(
-            f"export.merged: MLflow {version('mlflow')} cannot load an adapter on a local base model; upgrade it, or"
-            " leave export.merged at true"
-        )
 
 
 def _refuse_older(client: "MlflowClient", experiment: str, uri: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Prefix of a machine's own metrics (CPU, memory, GPUs). They have their own steps.
+# Prefix of a machine's own metrics (CPU, memory, GPUs), which MLflow's monitor writes.
 SYSTEM = "system/"
 # MLflow's limit (mlflow/utils/validation.py): it refuses a longer request.
 METRICS_PER_BATCH = 1000
@@ -59,7 +59,6 @@ class WriteQueue:
         self._queue: deque[Point | Write] = deque()
         self._accepted: defaultdict[str, set[int]] = defaultdict(set)
         self._loaded = fresh  # True: the metrics that MLflow has are known; a fresh run has none
-        self._system_step = 0
         self._away = ""
         self._written_late = 0  # points written since an outage began
         self._flushing = 0
@@ -75,11 +74,6 @@ class WriteQueue:
             return sum(isinstance(item, Point) for item in self._queue)
 
     @property
-    def online(self) -> bool:
-        """True if MLflow has answered, and has not stopped answering since."""
-        return self._loaded and not self._away and not self._closed
-
-    @property
     def away(self) -> str:
         return self._away
 
@@ -93,26 +87,10 @@ class WriteQueue:
                         self._accepted[name].add(int(step))
                         self._add(Point(name, float(value), now, int(step)))
 
-    def system(self, values: Mapping[str, float]) -> None:
-        """Add this machine's metrics as their next step; nothing while MLflow is unreachable."""
-        with self._changed:
-            if self.online:
-                now = int(time.time() * 1000)
-                for name, value in values.items():
-                    self._add(Point(SYSTEM + name, value, now, self._system_step))
-                self._system_step += 1
-
     def write(self, what: str, write: Callable[["MlflowClient"], object]) -> None:
         with self._changed:
             if not self._closed:
                 self._add(Write(what, write))
-
-    def start(self) -> None:
-        """Start the thread now, so that it asks for MLflow's points even if nothing waits."""
-        with self._changed:
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
-                self._thread.start()
 
     def flush(self, seconds: float) -> bool:
         """Wait at most `seconds` until everything is written, with shorter pauses; return True if it is."""
@@ -134,7 +112,9 @@ class WriteQueue:
 
     def _add(self, item: Point | Write) -> None:
         self._queue.append(item)
-        self.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+            self._thread.start()
         self._changed.notify_all()
 
     # The methods below run in the thread.
@@ -155,7 +135,7 @@ class WriteQueue:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._queue or not self._loaded)
+            self._changed.wait_for(lambda: self._closed or self._queue)
             return not self._closed
 
     def _load(self, client: "MlflowClient") -> None:
@@ -163,11 +143,10 @@ class WriteQueue:
         if run is None or run.info.lifecycle_stage != "active":
             self._note_gone()
             return
-        # All metrics of a machine have the same steps, so one of them is enough.
-        of_machine = sorted(name for name in run.data.metrics if name.startswith(SYSTEM))
         stored = {
             name: {item.step for item in client.get_metric_history(self._run_id, name)}
-            for name in run.data.metrics.keys() - of_machine[1:]
+            for name in run.data.metrics
+            if not name.startswith(SYSTEM)
         }
         with self._changed:
             for name, steps in stored.items():
@@ -175,8 +154,6 @@ class WriteQueue:
             self._queue = deque(
                 item for item in self._queue if isinstance(item, Write) or item.step not in stored.get(item.name, ())
             )
-            if of_machine:
-                self._system_step = 1 + max(stored[of_machine[0]])
             self._loaded = True
 
     def _note_gone(self) -> None:

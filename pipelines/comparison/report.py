@@ -303,5 +303,5 @@ def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> s
         f"{page.table(heads, [f'<tr>{row}</tr>' for row in rows])}\n"
         f'<div class="card">{page.terms(list(MEANS.items()))}</div>\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n'
-        "<footer>Click a column's name to sort the table. comparison.json has all numbers, for each seed too.</footer>",
+        "<footer>comparison.json has all numbers, for each seed too.</footer>",
     )

@@ -16,14 +16,14 @@ from olora_ray.cluster.preflight import (
     Answers,
     Node,
     as_loaded,
-    changes,
+    memory_problems,
     missing,
     needs,
     precisions,
+    smaller,
     with_recomputation,
+    with_room,
 )
-from olora_ray.cluster.preflight import memory_problems as problems
-from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.train import checkpoint, checkpoints
@@ -63,6 +63,13 @@ def cluster_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[str, dict[str, flo
     for (module, name), answer in told.items():
         monkeypatch.setattr(module, name, answer)
     return answers
+
+
+def problems(
+    config: Config, base: BaseModel, size: MemoryEstimate, wanted: resources.Resources, answers: Answers
+) -> list[str]:
+    nodes = with_room(config, wanted, answers)
+    return list(memory_problems(config, base, size, wanted.get("GPU", 0.0), nodes))
 
 
 def node(fits: int, memory: float, gpu_memory: float | None = None) -> Node:
@@ -106,9 +113,9 @@ def test_only_nodes_with_room_for_workers_are_counted(
     settings = tiny.config(cluster__workers=8, train__global_batch=8)
     (problem,) = problems(settings, base[1], SIZE, wanted, answers)
     assert "room for 5 (node 10.0.0.1 has 24.0 GiB)" in problem
-    assert list(problems(tiny.config(cluster__workers=4), base[1], SIZE, wanted, answers)) == []
+    assert problems(tiny.config(cluster__workers=4), base[1], SIZE, wanted, answers) == []
     too_many = tiny.config(cluster__workers=9, train__global_batch=9)  # told by another check
-    assert list(problems(too_many, base[1], SIZE, wanted, answers)) == []
+    assert problems(too_many, base[1], SIZE, wanted, answers) == []
     (unusable,) = preflight.gpu_problems(wanted, answers)
     assert unusable.startswith("node 10.0.0.1: has GPUs, and torch 2.13.0+cpu")
     assert preflight.gpu_problems({"CPU": 1.0}, answers) == []
@@ -148,9 +155,9 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
         for setting, expected in (("auto", wanted), (False, False), (True, True)):
             config, _, size = sized(model, setting)
             assert preflight.planned(config, base).recompute is expected
-            found = with_recomputation(config, base, size, {"CPU": 1.0}, answers)
+            found = with_recomputation(config, base, size, 0.0, with_room(config, {"CPU": 1.0}, answers))
             assert found.recompute is expected
-            fitting = not list(problems(config, base, found, {"CPU": 1.0}, answers))
+            fitting = not problems(config, base, found, {"CPU": 1.0}, answers)
             assert fitting is (expected or not wanted)
 
 
@@ -178,42 +185,30 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     if began:
         place = Path(config.folder(), "checkpoints", checkpoints.name_of(3))
         checkpoint.save(place, {}, None, {}, TrainState(3, precision=began), {}, "")
-    found = as_loaded(config, {"CPU": 1.0, "GPU": 1.0}, answers).model
+    nodes = with_room(config, {"CPU": 1.0, "GPU": 1.0}, answers)
+    found = as_loaded(config, 1.0, nodes).model
     assert (found.dtype, found.attention) == (dtype, attention)
     named = tiny.config(model__dtype="bfloat16", model__attention="eager")
-    assert as_loaded(named, {"CPU": 1.0, "GPU": 1.0}, answers) == named
-    assert as_loaded(tiny.config(), {"CPU": 1.0}, answers) == tiny.config()
+    assert as_loaded(named, 1.0, nodes) == named
+    assert as_loaded(tiny.config(), 0.0, nodes) == tiny.config()
 
 
-def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_names_the_settings_that_need_less(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     room = sized(model, again=True, micro=2)[2].total_bytes()
     answers = one_node(monkeypatch, room + PROCESS_BYTES)
-    for setting, words in (
-        (False, "train.activation_checkpointing=true, train.micro_batch=2"),
-        (True, "train.micro_batch=2"),
-    ):
+    rest = "a smaller train.micro_batch, model.dtype=bfloat16, a smaller data.max_length, or use nodes with more memory"
+    for setting, words in ((False, f"train.activation_checkpointing=true, {rest}"), (True, rest)):
         config, base, size = sized(model, setting)
         (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
-        assert problem.endswith(f"; it fits with {words}")
-    answers = one_node(monkeypatch, PROCESS_BYTES)
-    (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
-    assert "; use nodes with more memory or a smaller model: none of" in problem
+        assert problem.endswith(f"; set {words}")
 
 
-@pytest.mark.parametrize("gpus", [0.0, 1.0])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"model__quantization": "fp8"},
-        {"cluster__strategy": "fsdp", "cluster__workers": 4, "cluster__fsdp_replicas": 2},
-        {"model__dtype": "float32", "data__eval_fraction": 0.1, "evaluation__scorer": "exact_match"},
-    ],
-    ids=str,
-)
-def test_every_change_that_may_be_advised_is_one_that_can_be_made(settings: dict[str, Any], gpus: float) -> None:
-    """Where one is refused, the refusal of the memory would be a line about a field that nobody has set."""
-    config = tiny.config(**({"cluster__workers": 2} | settings))
-    made = [override(config, change) for change in changes(config, gpus)]
-    assert made[-1] != config
-    offloaded = any(each.cluster.fsdp_offload for each in made)
-    assert offloaded is (gpus > 0 and any(each.cluster.strategy == "fsdp" for each in made))
+def test_settings_that_would_be_refused_are_no_advice() -> None:
+    """Otherwise the refusal of the memory would lead to one of a field that nobody has set."""
+    several = {"cluster__workers": 2, "train__activation_checkpointing": "auto"}
+    assert "cluster.strategy=fsdp" in smaller(tiny.config(**several), SIZE, 1.0)
+    for settings in ({"model__quantization": "fp8"}, {"cluster__workers": 1}):
+        assert "fsdp" not in smaller(tiny.config(**(several | settings)), SIZE, 1.0)
+    sharded = tiny.config(**several, cluster__strategy="fsdp")
+    assert "cluster.fsdp_offload=true" in smaller(sharded, SIZE, 1.0)
+    assert "offload" not in smaller(sharded, SIZE, 0.0)

@@ -11,7 +11,7 @@ import ray
 import torch
 
 from olora_ray.cluster import ray_internals, worker
-from olora_ray.cluster.channel import Started, Took
+from olora_ray.cluster.channel import Started
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
@@ -125,8 +125,6 @@ def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) ->
     assert channel.messages.count(Started(1)) == 1
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
     assert list(channel.metrics("eval/loss")) == [0, 2, 4, 6]
-    took = [message.seconds for message in channel.messages if isinstance(message, Took)]
-    assert [sorted(each) for each in took] == [["answers", "evaluation", "start"]] * 5  # also before the first step
     assert checkpoints.names(str(folder)) == [checkpoints.name_of(step) for step in (0, 3, 6)]
     assert result.state is not None
     assert (result.problem, result.interrupted, result.stopped_early) == (None, None, False)

@@ -28,7 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def measured(config: Config) -> RowResults:
     base = open_base(config)
-    return measure(base, None, prepare(config, base.spec, "eval"), config)
+    return measure(base, None, prepare(config, base.spec, "eval"), config)[0]
 
 
 @pytest.mark.slow

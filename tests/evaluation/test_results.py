@@ -190,7 +190,7 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
     )  # without Ray
     base = open_base(config)
     store = prepare.prepare(config, base.spec, "eval")
-    found, answers = held_out.measure_and_answer(base, None, store, config)
+    found, answers = held_out.measure(base, None, store, config)
     lines = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     assert len(found.losses) == 9
     assert len(answers) == 7

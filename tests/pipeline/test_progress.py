@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +69,17 @@ def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("export", "took", "ends"),
-    [
-        # Steps of 2 s; evaluations of 10 s after steps 3, 6 and 7; answers of 30 s; an export of twice 8 s.
-        (True, {"start": 8, "evaluation": 10, "answers": 30}, ["ETA about 1:14", "ETA about 0:46"]),
-        (True, {"start": 8}, ["ETA about 0:24", "ETA about 0:16"]),
-        (False, {"start": 8, "evaluation": 10}, ["ETA about 0:28", "ETA about 0:00"]),
-    ],
-)
-def test_the_time_left_is_that_of_all_that_follows(export: bool, took: dict[str, float], ends: list[str]) -> None:
-    with said() as told, Progress(7, 3, bar=False) as progress:
-        progress.took, progress.eval_every, progress.export = took, 3, export
-        for step in (3, 7):
-            progress.row(row(step))
-    assert [line.rpartition(" | ")[2] for line in told] == ends
+def test_the_time_left_counts_evaluations_and_begins_again_after_a_restart() -> None:
+    with said() as told, Progress(40, 1, bar=False) as progress:
+        progress.row(row(1, **{"train/step_seconds": 0.01}))
+        time.sleep(1.0)  # an evaluation
+        progress.row(row(2, **{"train/step_seconds": 0.01}))
+        progress.back_to(1)
+        progress.row(row(2))
+    minutes = [line.rpartition(" ")[2] for line in told]
+    assert minutes[0] == "0:00"
+    assert "0:19" <= minutes[1] <= "0:35"
+    assert minutes[2] == "1:16"
 
 
 TRAINING = """

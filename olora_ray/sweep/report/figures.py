@@ -1,4 +1,4 @@
-"""The figures of a search: parallel coordinates, learning curves, learning rate, importances.
+"""The figures of a search: parallel coordinates, learning curves, learning rate.
 
 All are functions of a SearchRecord. They also work for unusual searches: one trial, no successful trial, equal values,
 or a field that is a number in one trial and a text in another. `render` gives them the style of all reports.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Only the best trial has the colour BEST, in figures and on pages.
-BEST, INK, MUTED, GRID, GOOD, FAILED = "#d55e00", "#1f2933", "#5f6c7b", "#e4e7eb", "#2f7fb5", "#8c2d72"
+BEST, INK, MUTED, GRID, FAILED = "#d55e00", "#1f2933", "#5f6c7b", "#e4e7eb", "#8c2d72"
 # Okabe and Ito's palette without BEST. Colour-blind people can tell these colours apart.
 COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e0a100", "#56b4e9", "#4d4d4d")
 NOTHING = "no trial has a value"
@@ -149,7 +149,7 @@ def rate(record: SearchRecord) -> "Figure":
     names = text.short(record.fields)
     by = f" by {text.value(names[group], 22)}" if group else ""
     shown = {"train.lr": "Learning rate"}.get(field, text.value(names[field], 22)) if field else "A field"
-    figure, axes = new(f"{shown} and {_metric(record)}{by}", f"hollow: stopped early{_orange(best)}{beyond}")
+    figure, axes = new(f"{shown} and {_metric(record)}{by}", f"hollow: stopped early{_orange(best)}{beyond}", 12.0, 4.8)
     if field is None or best is None:
         say(axes, NOTHING if field else "no field is searched")
         return figure
@@ -178,86 +178,12 @@ def rate(record: SearchRecord) -> "Figure":
     return figure
 
 
-def importances(record: SearchRecord) -> "Figure":
-    shares, trials = importance(record)
-    caption = f"share of the variance that a field alone explains (fANOVA, {plural(trials, 'trial')})"
-    figure, axes = new(f"Importance for {_metric(record)}", caption)
-    if isinstance(shares, str):
-        say(axes, shares)
-        return figure
-    names = text.short(record.fields)
-    labels = [text.value(" with ".join(names[name] for name in group), 40) for group in shares]
-    bars = axes.barh(range(len(shares)), list(shares.values()), height=0.55, color=GOOD)
-    axes.bar_label(bars, fmt="{:.0%}", padding=6)
-    axes.set_yticks(range(len(shares)), labels)
-    axes.set(xlim=(0, max(shares.values()) * 1.12), xticks=[])
-    axes.invert_yaxis()
-    return figure
-
-
 # File name without its ending -> the function that draws it, in the order of the page.
 FIGURES: dict[str, Callable[[SearchRecord], "Figure"]] = {
     "parallel_coordinates": parallel,
     "learning_curves": curves,
     "learning_rate": rate,
-    "importance": importances,
 }
-
-
-def importance(record: SearchRecord) -> tuple[dict[tuple[str, ...], float] | str, int]:
-    """Return the share of the metric's variance per group of fields, the greatest first, and the number of trials.
-
-    A sentence replaces the shares if there are none. Optuna's fANOVA computes the shares, and gives the same numbers
-    for the same record.
-    """
-    fields = _fields(record)
-    trials = [trial for trial in record.ranked() if trial.status in ("finished", "stopped")]
-    columns = {name: _positions([trial.params.get(name, _MISSING) for trial in trials])[0] for name in fields}
-    # fANOVA's random forest needs a number for every field.
-    kept = [number for number in range(len(trials)) if all(math.isfinite(columns[name][number]) for name in fields)]
-    if len(kept) < 5:
-        return f"too few trials: {len(kept)}, but 5 are needed", len(kept)
-    low, high, _ = _range(record, [[trials[number].value or 0.0] for number in kept])
-    if low == high:
-        return "all trials have the same value", len(kept)
-    # Fields that put the trials in the same order, e.g. alpha = 2 x rank, are one group. Only the default config could
-    # tell them apart, and it is a single trial.
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, column in columns.items():
-        searched = [column[number] for number in kept if trials[number].number != record.default]
-        distinct = sorted(set(searched))
-        ranks = tuple(distinct.index(place) for place in searched)
-        mirrored = tuple(len(distinct) - 1 - rank for rank in ranks)
-        if len({column[number] for number in kept}) > 1:
-            groups.setdefault(mirrored if mirrored in groups else ranks, []).append(name)
-    if not groups:
-        return "every field has one value only", len(kept)
-    rows = [{names[0]: columns[names[0]][number] for names in groups.values()} for number in kept]
-    fanova = _fanova(rows, [_clipped(trials[number], low, high) for number in kept])
-    shares = {tuple(names): fanova[names[0]] for names in groups.values()}
-    if not any(share > 0 for share in shares.values()):
-        return "no field explains the differences", len(kept)
-    return dict(sorted(shares.items(), key=lambda item: -item[1])), len(kept)
-
-
-def _fanova(rows: Sequence[Mapping[str, float]], values: Sequence[float]) -> dict[str, float]:
-    # Rows hold positions on the axes, not values: Optuna would weigh a logarithmic field by its plain values.
-    import optuna
-
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study()
-    finally:
-        optuna.logging.set_verbosity(level)
-    distributions: dict[str, Any] = dict.fromkeys(rows[0], optuna.distributions.FloatDistribution(0.0, 1.0))
-    for row, value in zip(rows, values, strict=True):
-        study.add_trial(optuna.trial.create_trial(params=dict(row), distributions=distributions, value=value))
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return {
-        name: float(share)
-        for name, share in optuna.importance.get_param_importances(study, evaluator=evaluator).items()
-    }
 
 
 def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:

@@ -8,7 +8,7 @@ from string import Template
 
 from olora_ray.common import storage
 from olora_ray.common.text import duration, plural
-from olora_ray.sweep.record import SearchRecord, TrialRecord
+from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.report import text
 from olora_ray.sweep.report.figures import FIGURES, render
 
@@ -16,8 +16,7 @@ from olora_ray.sweep.report.figures import FIGURES, render
 _DESCRIBED = {
     "parallel_coordinates": ("Parallel coordinates: the parameters of each trial and its value", True),
     "learning_curves": ("Learning curves of all trials", True),
-    "learning_rate": ("Learning rate against the metric, by rank", False),
-    "importance": ("Importance of each parameter", False),
+    "learning_rate": ("Learning rate against the metric, by rank", True),
 }
 
 # The Content-Security-Policy makes the browser refuse anything that is not in the page itself.
@@ -26,7 +25,7 @@ _PAGE = Template("""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
@@ -47,37 +46,19 @@ figure { margin: 0; background: #fff; } figure.wide { grid-column: 1 / -1; } img
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { padding: 6px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tr.best { background: var(--soft); font-weight: 600; }
-.number { text-align: right; } td.reason { white-space: normal; min-width: 260px; }
-th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--best); }
-th button::after { content: "\\2195"; padding-left: 4px; } th[aria-sort=ascending] button::after { content: "\\2191"; }
-th[aria-sort=descending] button::after { content: "\\2193"; }
+.number { text-align: right; } td:last-child:not(.number) { white-space: normal; min-width: 260px; }
 @media (max-width: 900px) { .cards, .figures { grid-template-columns: 1fr; } }
 </style>
 </head>
 <body>
 $body
-<script>
-// A click on a column's name sorts by it, a second click reverses the order. Cells without a value stay last.
-const table = document.querySelector("table");
-table.querySelectorAll("th").forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
-  const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-  table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
-  const order = (left, right) => {
-    const [a, b] = [left, right].map(row => row.cells[column].dataset.sort);
-    if (a === "" || b === "") return (a === "") - (b === "");
-    return way * (isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
-  };
-  [...table.tBodies[0].rows].sort(order).forEach(row => table.tBodies[0].append(row));
-}));
-</script>
 </body>
 </html>
 """)
 
 
 def document(title: str, body: str) -> str:
-    """Return the complete page; `body` is HTML, and a click sorts its first table."""
+    """Return the complete page; `body` is HTML."""
     return _PAGE.substitute(title=escape(title), body=body)
 
 
@@ -91,15 +72,14 @@ def terms(pairs: Iterable[tuple[str, str]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs) + "</dl>"
 
 
-def cell(shown: str, sort: object = None, kind: str = "") -> str:
-    """Return a cell of a table; `sort` is the value to sort by, if it is not the text."""
-    return f'<td class="{kind}" data-sort="{escape(shown if sort is None else str(sort))}">{escape(shown)}</td>'
+def cell(shown: str, kind: str = "") -> str:
+    return f'<td class="{kind}">{escape(shown)}</td>'
 
 
 def head(name: str, numeric: bool, full: str = "") -> str:
-    """Return a column's head, which sorts on a click; `full` is shown under the pointer."""
+    """Return a column's head; `full` is shown under the pointer."""
     kind = "number" if numeric else ""
-    return f'<th scope="col" class="{kind}" title="{escape(full)}"><button type="button">{escape(name)}</button></th>'
+    return f'<th scope="col" class="{kind}" title="{escape(full)}">{escape(name)}</th>'
 
 
 def table(heads: Iterable[str], rows: Iterable[str]) -> str:
@@ -137,8 +117,7 @@ def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
         f"{record.name}: search",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about)}</p>\n{_cards(record)}\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{_table(record)}\n'
-        "<footer>Click a column's name to sort. The figures are also PNG files beside this page, and leaderboard.json"
-        " has the numbers.</footer>",
+        "<footer>The figures are also PNG files beside this page, and leaderboard.json has the numbers.</footer>",
     )
 
 
@@ -160,26 +139,12 @@ def _cards(record: SearchRecord) -> str:
 
 
 def _table(record: SearchRecord) -> str:
-    names, numeric = text.short(record.fields), {name: text.numeric(record, name) for name in record.fields}
-    heads = [head("trial", True), *(head(names[name], numeric[name], name) for name in record.fields)]
-    heads += [head(name, True) for name in (record.metric, "steps", "time")]
-    heads += [head(name, False) for name in ("status", "reason")]
-    best = record.best()
-    return table(heads, (_row(record, trial, numeric, trial is best) for trial in record.ordered()))
-
-
-def _row(record: SearchRecord, trial: TrialRecord, numeric: Mapping[str, bool], best: bool) -> str:
-    cells = [cell(f"{trial.number}{' (default)' if trial.number == record.default else ''}", trial.number, "number")]
-    for name, is_numeric in numeric.items():
-        item = trial.params.get(name)
-        shown = text.value(item) if name in trial.params else ""
-        cells.append(cell(shown, item if text.is_number(item) else shown, "number" if is_numeric else ""))
-    cells += [
-        cell("" if trial.value is None else text.number(trial.value, 5), trial.value if trial.measured() else "",
-             "number"),
-        cell(text.steps(trial.step, trial.total), trial.step, "number"),
-        cell(duration(trial.seconds), trial.seconds, "number"),
-        cell(trial.status),
-        cell(trial.reason, kind="reason"),
-    ]  # fmt: skip
-    return f'<tr class="{"best" if best else ""}">{"".join(cells)}</tr>'
+    names = text.short(record.fields)
+    columns = [("trial", True, ""), *((names[name], text.numeric(record, name), name) for name in record.fields)]
+    columns += [(name, True, "") for name in (record.metric, "steps", "time")]
+    columns += [(name, False, "") for name in ("status", "reason")]
+    kinds, best, rows = ["number" if numeric else "" for _, numeric, _ in columns], record.best(), []
+    for trial in record.ordered():
+        cells = "".join(map(cell, text.cells(record, trial), kinds))
+        rows.append(f'<tr class="{"best" if trial is best else ""}">{cells}</tr>')
+    return table((head(*column) for column in columns), rows)

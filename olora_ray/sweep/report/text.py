@@ -89,12 +89,31 @@ def lines(record: SearchRecord, top: int = 10) -> list[str]:
         "",
     ]
     ordered = record.ordered()
-    rows = [_row(record, trial, list(names), rank) for rank, trial in enumerate(ordered[:top], 1)]
+    rows = [
+        [f"{rank}." if trial.measured() else "", *cells(record, trial, longest=24)]
+        for rank, trial in enumerate(ordered[:top], 1)
+    ]
     right = [True, True, *(numeric(record, name) for name in names), True, True, True, False, False]
     shown = aligned([head, *rows], right)
     if len(ordered) > top:
         shown.append(f"... and {len(ordered) - top} more")
     return shown
+
+
+def cells(record: SearchRecord, trial: TrialRecord, longest: int | None = None) -> list[str]:
+    """Return number, params, value, steps, time, status and reason of a trial, with texts of `longest` characters."""
+    mark = " (default)" if trial.number == record.default else ""
+    size = 0.0 if trial.value is None else abs(trial.value)
+    shown = "-" if trial.value is None else f"{trial.value:.4f}" if 1e-2 <= size < 1e4 else number(trial.value)
+    return [
+        str(trial.number),
+        *(value(trial.params[name], longest) if name in trial.params else "" for name in record.fields),
+        shown,
+        steps(trial.step, trial.total),
+        duration(trial.seconds),
+        trial.status + mark,
+        value(trial.reason, longest and 2 * longest),
+    ]
 
 
 def summary(record: SearchRecord) -> list[str]:
@@ -195,20 +214,6 @@ def _ends(record: SearchRecord) -> str:
 
 def _because(trial: TrialRecord) -> str:
     return f": {value(trial.reason, 100)}" if trial.reason else ""
-
-
-def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], rank: int) -> list[str]:
-    mark = " (default)" if trial.number == record.default else ""
-    return [
-        f"{rank}." if trial.measured() else "",
-        str(trial.number),
-        *(value(trial.params[name], 24) if name in trial.params else "" for name in fields),
-        "-" if trial.value is None else f"{trial.value:.4f}" if 1e-2 <= abs(trial.value) < 1e4 else number(trial.value),
-        steps(trial.step, trial.total),
-        duration(trial.seconds),
-        trial.status + mark,
-        value(trial.reason, 48),
-    ]
 
 
 def _plain(item: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import random
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +14,8 @@ from matplotlib.text import Text
 
 from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.report import figures
-from olora_ray.sweep.report.figures import FIGURES, curves, importance, parallel, rate, render
-from tests.sweep.odd import ODD, search
+from olora_ray.sweep.report.figures import FIGURES, curves, parallel, rate, render
+from tests.sweep.odd import ODD
 from tests.sweep.searches import realistic
 
 ORANGE = [int(figures.BEST[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -87,17 +86,3 @@ def test_a_diverged_curve_leaves_the_picture_and_this_is_said() -> None:
     figure = curves(ODD["one diverged"])
     assert figure.axes[0].get_ylim()[1] < 2
     assert any("far worse, drawn at the edge or outside: 1 trial" in item for item in texts(figure))
-
-
-def test_the_field_that_decides_is_the_most_important() -> None:
-    rng = random.Random(0)
-    rows = []
-    for _ in range(30):
-        params = {"a.noise": rng.random(), "a.decides": 10 ** rng.uniform(-5, -2), "a.word": rng.choice("xyz")}
-        rows.append((params, abs(params["a.decides"] - 1e-3) ** 0.5))  # type: ignore[operator]
-    found, _ = importance(search(rows))
-    assert isinstance(found, dict)
-    assert next(iter(found)) == ("a.decides",)
-    assert found["a.decides",] > 0.7
-    assert sum(found.values()) == pytest.approx(1)
-    assert importance(search(rows)) == (found, 30)

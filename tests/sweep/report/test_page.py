@@ -29,7 +29,7 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 
 def test_text_of_trials_cannot_become_html() -> None:
     shown = page.html(ODD["nasty text"], {})
-    assert shown.count("<script>") == 1  # the page's own script
+    assert "<script>" not in shown
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;$a$" in shown
     assert NASTY not in shown
 
@@ -54,30 +54,14 @@ def test_the_page_of_a_large_search_has_all_its_trials(large: Path) -> None:
     assert len(json.loads((large / "leaderboard.json").read_text())["trials"]) == 500
 
 
-# Runs after the page's own script: marks the loaded elements, clicks on a column, and writes the resulting order.
-PROBE = """<script>addEventListener("load", () => {
-  document.querySelectorAll("img").forEach(image => image.dataset.width = image.naturalWidth);
-  const order = () => [...document.querySelectorAll("tbody tr")].map(row => parseInt(row.cells[0].textContent));
-  const head = [...document.querySelectorAll("th button")].find(button => button.textContent === "COLUMN");
-  head.click(); document.body.dataset.up = order();
-  head.click(); document.body.dataset.down = order();
-});</script>"""
+# Marks the loaded images; the page itself allows no script, so its copy does.
+PROBE = """<script>addEventListener("load", () =>
+  document.querySelectorAll("img").forEach(image => image.dataset.width = image.naturalWidth));</script>"""
 
 
-def probed(folder: Path, tmp_path: Path, column: str) -> str:
-    copy = tmp_path / "probed.html"
-    copy.write_text(
-        (folder / "report.html").read_text().replace("</body>", PROBE.replace("COLUMN", column) + "</body>")
-    )
-    return browser.dom(copy.as_uri())
-
-
-def test_a_browser_shows_all_figures_and_sorts_the_table(folder: Path, tmp_path: Path) -> None:
-    dom = probed(folder, tmp_path, "lr")
-    widths = [int(width) for width in re.findall(r'data-width="(\d+)"', dom)]
+def test_a_browser_shows_all_figures(folder: Path, tmp_path: Path) -> None:
+    shown = (folder / "report.html").read_text().replace("style-src", "script-src 'unsafe-inline'; style-src")
+    (copy := tmp_path / "probed.html").write_text(shown.replace("</body>", f"{PROBE}</body>"))
+    widths = [int(width) for width in re.findall(r'data-width="(\d+)"', browser.dom(copy.as_uri()))]
     assert len(widths) == len(FIGURES)
     assert min(widths) > 900
-    rates = [trial.params["train.lr"] for trial in realistic().trials]
-    by_rate = sorted(range(len(rates)), key=rates.__getitem__)
-    assert re.search(r'data-up="([\d,]+)"', dom).group(1) == ",".join(map(str, by_rate))  # type: ignore[union-attr]
-    assert re.search(r'data-down="([\d,]+)"', dom).group(1) == ",".join(map(str, by_rate[::-1]))  # type: ignore[union-attr]
