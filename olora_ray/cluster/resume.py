@@ -212,8 +212,8 @@ def describe(method: str, report: InitReport) -> str:
 
 
 # The self-test of a worker's model. The base is tested before factors are derived from what it computes, the adapters
-# before the first step. A test takes as long as some steps, so its result is kept in the checkpoint. It is used again
-# with the same model, settings, device, processor and versions.
+# before the first step. A test takes as long as some steps, so its result is kept, in the checkpoint and on the node.
+# It is used again with the same model, settings, device, processor and versions.
 
 
 def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence[Pack]:
@@ -290,16 +290,20 @@ def self_tested(
     instead, if the model or its training computes wrong numbers.
     """
     used = what_computes(context, spec, next(start.trainer.loss.model.parameters()).dtype)
-    known = passed(start, used)
+    kept = _kept_at(spec, used)
+    known = passed(start, used) or _kept(kept)
     # A sharded base needs all workers for a test, so all of them test if one has no result.
     if all(collectives.gather(known is not None)):
         assert known is not None
+        start.state.self_test = {"with": used, "found": known.to_json()}
         start = replace(start, attention=_take_over(context, spec, start, known))
         return _without(context, spec, start, known.without)
     logger.info("self-test: comparing the training step with the model's own attention")
     # The test may pass here and fail on the GPUs of other workers.
     found = collectives.together(lambda: _test(context, spec, start, waiting))
     start.state.self_test = {"with": used, "found": found.to_json()}
+    if kept is not None:
+        node_cache.keep(kept, json.dumps(found.to_json()))
     return _without(context, spec, replace(start, attention=found.attention), found.without)
 
 
@@ -393,6 +397,18 @@ def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
     if not start.resumed or not isinstance(stored, dict) or stored.get("with") != used:
         return None
     return records.parsed(json.dumps(stored.get("found")), SelfTest)
+
+
+def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
+    """Return this node's file for the test result; None if the model's digest does not cover all of its code."""
+    if not spec.base.digest or spec.config.model.trust_remote_code:
+        return None
+    return node_cache.result_path("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
+
+
+def _kept(file: str | None) -> SelfTest | None:
+    text = node_cache.read(file) if file is not None else None
+    return None if text is None else records.parsed(text, SelfTest)
 
 
 def _take_over(context: WorkerContext, spec: TrainSpec, start: StartingPoint, known: SelfTest) -> str:

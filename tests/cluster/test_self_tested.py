@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,10 +30,10 @@ from tests.said import said
 CONTEXT: Any = SimpleNamespace(activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu"))
 
 
-def spec_of(config: Config) -> TrainSpec:
+def spec_of(config: Config, digest: str = "") -> TrainSpec:
     store: Any = tiny.store(3)
     recompute = config.train.activation_checkpointing is True
-    return TrainSpec(config, BaseModel("tiny", "", ""), "digest", (0,), store, None, recompute=recompute)
+    return TrainSpec(config, BaseModel("tiny", "", digest), "digest", (0,), store, None, recompute=recompute)
 
 
 def _tested(wrong: int | None) -> tuple[str, list[int]]:
@@ -59,13 +60,16 @@ def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Callable[[int], C
     assert crew(2).run(collectives.rank) == [0, 1], "nobody waits for another"
 
 
-def _resumed(state: TrainState, **settings: Any) -> tuple[StartingPoint, bool]:
-    """A worker that resumes with this state, as a checkpoint keeps it; and whether it tests its model."""
+def _resumed(state: TrainState, digest: str = "", **settings: Any) -> tuple[StartingPoint, bool]:
+    """A worker that resumes with this state, as a checkpoint keeps it; and whether it tests its model.
+
+    What is found of a base without a digest is not kept on the node.
+    """
     config = tiny.config(**settings)
     state = TrainState(**json.loads(json.dumps(asdict(state))))
     start = StartingPoint(tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None)
     with said() as lines:
-        found = self_tested(CONTEXT, spec_of(config), start)
+        found = self_tested(CONTEXT, spec_of(config, digest), start)
     return found, not any("self-test: passed earlier" in line for line in lines)
 
 
@@ -113,20 +117,21 @@ def _partly_unused(change: Callable[[Any], Any], **settings: Any) -> StartingPoi
     model.model.layers[0].mlp.forward = change(model.model.layers[0].mlp)
     config = tiny.config(**settings)
     start = StartingPoint(tiny.trainer(config, model=model), "segments", TrainState(), None, resumed=False)
-    return self_tested(CONTEXT, spec_of(config), start)
+    return self_tested(CONTEXT, spec_of(config, "base"), start)
 
 
 def _without_gate(mlp: Any) -> Any:
     return lambda x: mlp.down_proj(mlp.up_proj(x))
 
 
-def test_all_linear_leaves_out_what_no_gradient_reaches() -> None:
-    with said() as lines:
-        start = _partly_unused(_without_gate)
-    assert len(start.trainer.adapted) == 13
-    assert "model.layers.0.mlp.gate_proj" not in start.trainer.adapted
-    assert not hasattr(start.trainer.loss.model.get_submodule("model.layers.0.mlp.gate_proj"), "da")
-    assert len([line for line in lines if "all-linear leaves out 1 layer: no gradient" in line]) == 1
+def test_all_linear_leaves_out_what_no_gradient_reaches(node: Path) -> None:
+    for _ in range(2):  # the second time with what the node has kept
+        with said() as lines:
+            start = _partly_unused(_without_gate)
+        assert len(start.trainer.adapted) == 13
+        assert "model.layers.0.mlp.gate_proj" not in start.trainer.adapted
+        assert not hasattr(start.trainer.loss.model.get_submodule("model.layers.0.mlp.gate_proj"), "da")
+        assert len([line for line in lines if "all-linear leaves out 1 layer: no gradient" in line]) == 1
     with pytest.raises(UserError, match=r"no gradient reaches .*layers\.0\.mlp\.gate_proj,"):
         _partly_unused(_without_gate, adapter__targets=("gate_proj", "up_proj"))
 
@@ -139,6 +144,22 @@ def test_a_block_that_begins_as_zeros_is_adapted() -> None:
     for targets in ("all-linear", ("gate_proj", "down_proj")):
         start = _partly_unused(begins_as_zeros, adapter__targets=targets, adapter__method="lora")
         assert {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"} <= set(start.trainer.adapted)
+
+
+def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
+    first, done = _resumed(TrainState(), "base")
+    assert done
+    again, done = _resumed(TrainState(), "base")
+    assert not done
+    assert again.attention == first.attention
+    assert again.trainer.loss.tested == first.trainer.loss.tested
+    assert again.state.self_test == first.state.self_test, "another node that resumes the run need not test it either"
+    assert _resumed(TrainState(), "another base")[1]
+    assert _resumed(TrainState(), "base", adapter__rank=2)[1]
+    assert _resumed(TrainState(), "base", model__attention="sdpa")[1]
+    for _ in range(2):  # its code may lie elsewhere, and change there
+        assert _resumed(TrainState(), "base", model__trust_remote_code=True)[1]
+    assert not _resumed(TrainState(), "base")[1]
 
 
 def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
