@@ -27,7 +27,7 @@ from olora_ray.model.load import pick_dtype
 from olora_ray.model.quantised import KINDS
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
-from olora_ray.train.estimate import PEER_BYTES, PROCESS_BYTES, MemoryEstimate, estimate
+from olora_ray.train.estimate import PEER_BYTES, PROCESS_BYTES, MemoryEstimate, answers_at_once, estimate
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def memory_problems(
 ) -> Iterator[str]:
     for need in needs(config, base, size, gpus) if nodes else ():
         if problem := missing(config.cluster.min_workers(), need, nodes):
-            yield f"{problem}; {need.advice or smaller(config, size, gpus)}"
+            yield f"{problem}; {need.advice or smaller(config, base, gpus, nodes)}"
 
 
 def with_recomputation(
@@ -142,19 +142,68 @@ def fits(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nod
     return all(missing(config.cluster.min_workers(), need, nodes) is None for need in needed)
 
 
-def smaller(config: Config, size: MemoryEstimate, gpus: float) -> str:
-    """Return the settings that need less memory, the least costly first."""
-    cluster, several = config.cluster, config.cluster.min_workers() > 1
-    helps = {
-        "fewer evaluation.samples or rows": size.answer_bytes > size.activation_bytes,
-        "train.activation_checkpointing=true": config.train.activation_checkpointing is False,
-        "a smaller train.micro_batch": config.train.micro() > 1,
-        "cluster.strategy=fsdp": several and cluster.strategy == "ddp" and config.model.quantization == "none",
-        "cluster.fsdp_offload=true": gpus > 0 and cluster.strategy == "fsdp" and not cluster.fsdp_offload,
-        "model.dtype=bfloat16": config.model.dtype == "float32",
-        "a smaller data.max_length": True,
-    }
-    return f"set {', '.join(setting for setting, true in helps.items() if true)}, or use nodes with more memory"
+def smaller(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> str:
+    """Return advice: the first of `changes` with which the workers fit."""
+    for change in changes(config, gpus):
+        other = override(config, change)
+        if fits(other, base, estimate(other, base, bool(gpus)), gpus, nodes):
+            return f"it fits with {', '.join(f'{field}={str(value).lower()}' for field, value in change.items())}"
+    return (
+        "use nodes with more memory or a smaller model: none of train.activation_checkpointing, a smaller"
+        " train.micro_batch or data.max_length, cluster.strategy=fsdp, cluster.fsdp_offload and model.dtype=bfloat16 is"
+        " enough"
+    )
+
+
+def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Yield settings that need less memory, the least costly first. Each adds to the previous ones.
+
+    Fewer answers at a time come alone at first, and at the end together with all others. The number of workers stays:
+    the message says how many fit.
+    """
+    yield from _fewer_answers(config)
+    change: dict[str, Any] = {}
+    if config.train.activation_checkpointing is not True:
+        change["train.activation_checkpointing"] = True
+        yield dict(change)
+    micro = config.train.micro()
+    while micro > 1:
+        micro //= 2
+        change["train.micro_batch"] = micro
+        yield dict(change)
+    if _may_shard(config):
+        change["cluster.strategy"] = "fsdp"
+        if config.cluster.fsdp_replicas > 1:  # had no effect with ddp, and may not divide the number of workers
+            change["cluster.fsdp_replicas"] = 1
+        yield dict(change)
+    sharded = "cluster.strategy" in change or config.cluster.strategy == "fsdp"
+    if gpus and sharded and config.cluster.min_workers() > 1 and not config.cluster.fsdp_offload:
+        change["cluster.fsdp_offload"] = True
+        yield dict(change)
+    if config.model.dtype == "float32":
+        change["model.dtype"] = "bfloat16"
+        yield dict(change)
+    length = config.data.length()
+    while length >= 512:  # sequences of less than 256 tokens would cut most examples, so they are no advice
+        length //= 2
+        change["data.max_length"] = length
+        yield dict(change)
+    yield from (change | fewer for fewer in _fewer_answers(config))
+
+
+def _may_shard(config: Config) -> bool:
+    cluster = config.cluster
+    unsharded = cluster.strategy == "ddp" and cluster.min_workers() > 1
+    return unsharded and config.model.quantization == "none"
+
+
+def _fewer_answers(config: Config) -> Iterator[dict[str, Any]]:
+    # Prompts are answered in batches, so only a number of prompts below the size of a batch needs less memory.
+    evaluation, count = config.evaluation, answers_at_once(config)
+    while count > 1:
+        count //= 2
+        scored = {"evaluation.rows": min(evaluation.rows, count)} if evaluation.scorer else {}
+        yield {"evaluation.samples": min(evaluation.samples, count), **scored}
 
 
 def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) -> Iterator[Need]:

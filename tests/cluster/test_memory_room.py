@@ -16,14 +16,15 @@ from olora_ray.cluster.preflight import (
     Answers,
     Node,
     as_loaded,
+    changes,
     memory_problems,
     missing,
     needs,
     precisions,
-    smaller,
     with_recomputation,
     with_room,
 )
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.train import checkpoint, checkpoints
@@ -193,22 +194,35 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     assert as_loaded(tiny.config(), 0.0, nodes) == tiny.config()
 
 
-def test_a_refusal_names_the_settings_that_need_less(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     room = sized(model, again=True, micro=2)[2].total_bytes()
     answers = one_node(monkeypatch, room + PROCESS_BYTES)
-    rest = "a smaller train.micro_batch, model.dtype=bfloat16, a smaller data.max_length, or use nodes with more memory"
-    for setting, words in ((False, f"train.activation_checkpointing=true, {rest}"), (True, rest)):
+    for setting, words in (
+        (False, "train.activation_checkpointing=true, train.micro_batch=2"),
+        (True, "train.micro_batch=2"),
+    ):
         config, base, size = sized(model, setting)
         (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
-        assert problem.endswith(f"; set {words}")
+        assert problem.endswith(f"; it fits with {words}")
+    answers = one_node(monkeypatch, PROCESS_BYTES)
+    (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
+    assert "; use nodes with more memory or a smaller model: none of" in problem
 
 
-def test_settings_that_would_be_refused_are_no_advice() -> None:
-    """Otherwise the refusal of the memory would lead to one of a field that nobody has set."""
-    several = {"cluster__workers": 2, "train__activation_checkpointing": "auto"}
-    assert "cluster.strategy=fsdp" in smaller(tiny.config(**several), SIZE, 1.0)
-    for settings in ({"model__quantization": "fp8"}, {"cluster__workers": 1}):
-        assert "fsdp" not in smaller(tiny.config(**(several | settings)), SIZE, 1.0)
-    sharded = tiny.config(**several, cluster__strategy="fsdp")
-    assert "cluster.fsdp_offload=true" in smaller(sharded, SIZE, 1.0)
-    assert "offload" not in smaller(sharded, SIZE, 0.0)
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model__quantization": "fp8"},
+        {"cluster__strategy": "fsdp", "cluster__workers": 4, "cluster__fsdp_replicas": 2},
+        {"model__dtype": "float32", "data__eval_fraction": 0.1, "evaluation__scorer": "exact_match"},
+    ],
+    ids=str,
+)
+def test_every_change_that_may_be_advised_is_one_that_can_be_made(settings: dict[str, Any], gpus: float) -> None:
+    """Where one is refused, the refusal of the memory would be a line about a field that nobody has set."""
+    config = tiny.config(**({"cluster__workers": 2} | settings))
+    made = [override(config, change) for change in changes(config, gpus)]
+    assert made[-1] != config
+    offloaded = any(each.cluster.fsdp_offload for each in made)
+    assert offloaded is (gpus > 0 and any(each.cluster.strategy == "fsdp" for each in made))
