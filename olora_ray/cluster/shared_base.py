@@ -6,11 +6,13 @@ adapters share the memory of the base and the time of its start.
 """
 
 import gc
+import logging
 import math
 import threading
 import time
 import uuid
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import ray
@@ -24,6 +26,8 @@ from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, assigned_device
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.logs import quiet_transformers
+
+logger = logging.getLogger(__name__)
 
 SPARE_THREADS = 8
 """Threads of an actor that do not train: they answer `busy`, and serve a trial that ends while another starts."""
@@ -145,6 +149,8 @@ def _loads(actors: tuple[Any, ...], calls: dict[int, Any]) -> dict[int, int]:
             calls[index] = actor.busy.remote()
     answered, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=ANSWERS)
     answers = {index: calls.pop(index) for index in range(len(actors)) if calls[index] in answered}
+    if answers and calls:
+        _tell_of_silent()
     return {index: ray.get(call) for index, call in answers.items()}
 
 
@@ -154,3 +160,11 @@ def _takes(actor: Any, name: str, seen: int) -> bool:
         return bool(ray.get(actor.take.remote(name, seen), timeout=ANSWERS))
     except GetTimeoutError:
         return False
+
+
+@cache  # one warning per process, not one per trial
+def _tell_of_silent() -> None:
+    logger.warning(
+        "search: a process that holds the base model does not answer (it is still starting, or its node is lost);"
+        " trials use the other processes"
+    )

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError
 from olora_ray.cluster import shared_base
 from olora_ray.cluster.malloc import keep_freed_memory
 from tests import tiny
+from tests.said import said
 
 BLOCKS, BLOCK = 100, 2**20
 """Blocks of so many bytes that a training takes and frees."""
@@ -106,16 +107,21 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> Slept:
     found = Slept()
     monkeypatch.setattr(shared_base, "ray", SimpleNamespace(wait=wait, get=get))
     monkeypatch.setattr(shared_base, "time", SimpleNamespace(sleep=found.sleep))
+    shared_base._tell_of_silent.cache_clear()
     return found
 
 
 def test_a_process_whose_node_is_lost_holds_up_no_trial(slept: Slept) -> None:
     """It answers when there is room for it on another node, if ever, and each new trial asked it first."""
     actors = (Actor(None), Actor(3), Actor(1), Actor(0, takes=False))
-    assert shared_base.place_on(actors, "a", adapters=4) is actors[2]
-    assert shared_base.place_on(actors, "b", adapters=4) is actors[2]
+    with said() as lines:
+        assert shared_base.place_on(actors, "a", adapters=4) is actors[2]
+        assert shared_base.place_on(actors, "b", adapters=4) is actors[2]
     assert not slept
     assert [actor.asked for actor in actors] == [2, 3, 3, 3]
+    [line] = lines
+    assert line.startswith("warning: search: ")
+    assert "does not answer" in line
 
 
 def test_no_process_gets_more_adapters_than_it_has_room_for(slept: Slept) -> None:
