@@ -27,14 +27,3 @@ def test_each_figure_has_a_source(published: Any) -> None:
 def test_the_plan_of_a_case_is_near_its_figure(published: Any, name: str, tmp_path: Path) -> None:
     case = next(case for case in published.CASES if case.source.name == name)
     assert published.plan(case, str(tmp_path)) == pytest.approx(case.peak, rel=0.15)
-
-
-def test_the_script_prints_cases_summary_sources_and_what_was_left_out(
-    published: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(published, "plan", lambda case, _: case.peak * 1.1)
-    published.main(["--only", "torchtune"])
-    shown = capsys.readouterr().out
-    assert shown.count("+10.0%") == 5 + 3
-    assert "lora_finetune.rst (reserved)" in shown
-    assert "- PEFT, method_comparison/MetaMathQA/results: reserved" in shown

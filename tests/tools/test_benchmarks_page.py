@@ -35,27 +35,6 @@ def test_a_new_page_has_a_section_for_each_benchmark() -> None:
     assert {text for heading, text in sections.items() if heading != "Initialisation"} == {MISSING}
 
 
-def test_what_did_not_run_again_keeps_its_content_and_date() -> None:
-    page = write_page.renewed("", "init", measured())
-    page = write_page.renewed(page, "sweep", measured("old table\n", "2026-01-01"))
-    new = write_page.renewed(page, "init", measured("new table\n", "2026-12-24"))
-    (_, old_sections), (_, new_sections) = write_page.split(page), write_page.split(new)
-    changed = [heading for heading in old_sections if old_sections[heading] != new_sections[heading]]
-    assert changed == ["Initialisation"]
-    assert "2026-12-24" in new_sections["Initialisation"]
-    assert "2026-11-26" not in new
-    assert "2026-01-01" in new_sections["Sweep"]
-
-
-def test_words_and_sections_that_a_person_wrote_stay() -> None:
-    page = "# Ours\n\nRead me.\n\n## Scores\n\nBy hand.\n\n### Part\n\n## Sweep\n\nOn another machine.\n"
-    before, sections = write_page.split(write_page.renewed(page, "early", measured()))
-    assert before == "# Ours\n\nRead me."
-    assert sections["Scores"] == "By hand.\n\n### Part"
-    assert sections["Sweep"] == "On another machine."
-    assert list(sections) == [*SECTIONS.values(), "Scores"]
-
-
 def test_every_script_that_is_run_by_hand_has_a_section() -> None:
     # The others are parts of these: their docstrings show no command of their own.
     scripts = {
