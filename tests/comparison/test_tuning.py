@@ -51,9 +51,3 @@ def test_a_neighbour_that_broke_off_moves_the_rate_away_from_it() -> None:
     losses = {0.25: 1.1, 0.5: 1.05, 1.0: 1.0, 2.0: math.inf, 4.0: math.inf}
     assert found(losses).factor == pytest.approx(2**-0.5, abs=0.01)
     assert (found(losses).diverged, found(losses, base=1.02).diverged) == (2, 4)
-
-
-def test_the_width_is_that_of_the_rates_near_the_best() -> None:
-    losses = {0.25: 1.02, 0.5: 1.0, 1.0: 1.005, 2.0: 1.015, 4.0: 1.0}
-    # Half of the octave to 0.25, the octave to 1, and half of the octave to 2; 4 lies beyond a worse point.
-    assert found(losses).width == pytest.approx(4.0)
