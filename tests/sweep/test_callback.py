@@ -3,10 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from olora_ray.common.errors import UserError
-from olora_ray.sweep import record, search_folder
+from olora_ray.sweep import search_folder
 from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space
@@ -65,19 +62,6 @@ def test_trials_that_bring_nothing_better_end_the_search(tmp_path: Path) -> None
     assert lines == ["the search ends: 3 trials in a row had no better value"]
 
 
-def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) -> None:
-    watch = search(tmp_path)
-    with said() as lines:
-        ends(watch, 0, 0.5, 0.9)
-        ends(watch, 1, 0.7, 0.6)
-    assert watch.best == (0.5, 0)
-    assert lines == [
-        "trial 0 finished with eval/loss 0.5000; 1 of 16 trials have ended, the best is trial 0 with 0.5000",
-        "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best is trial 0 with 0.5000",
-    ]
-    assert record.read_all(str(tmp_path))[0].value == 0.5
-
-
 def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path: Path) -> None:
     search_folder.keep(str(tmp_path), Progress(40.0))  # an earlier attempt that was killed
     watch = search(tmp_path, time_budget=60)
@@ -108,11 +92,3 @@ def test_what_a_limit_has_cut_is_known(tmp_path: Path) -> None:
         trial.status = "TERMINATED"
     assert watch.stop_all()
     assert watch.cut == {1, 3, 4}
-
-
-def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_path: Path) -> None:
-    """Regression: Tune only logs a state that it cannot read. It ran one trial, and the search counted as complete."""
-    watch = search(tmp_path, searcher="tpe")
-    watch.setup(stop=watch, num_samples=1, total_num_samples=16)
-    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
-        watch.setup(stop=watch, num_samples=1, total_num_samples=1)
