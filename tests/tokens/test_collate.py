@@ -38,24 +38,6 @@ def test_labels_are_the_supervised_tokens_and_follow_their_predictors(attention:
     assert len(nothing.predicts) == len(nothing.labels) == 0
 
 
-@given(lengths)
-def test_the_flat_layout_has_no_padding_and_the_borders_of_all_examples(lengths: list[list[int]]) -> None:
-    packs = [tiny.pack(*sizes) for sizes in lengths]
-    batch = collate(packs, "segments")
-    sizes = [size for pack in lengths for size in pack]
-    assert flat(batch, "cu_seq_lens_q").tolist() == np.cumsum([0, *sizes]).tolist()
-    assert torch.equal(flat(batch, "cu_seq_lens_q"), flat(batch, "cu_seq_lens_k"))
-    assert batch.inputs["max_length_q"] == batch.inputs["max_length_k"] == max(sizes)
-    assert flat(batch, "input_ids").tolist() == np.concatenate([pack.input_ids for pack in packs]).tolist()
-    assert flat(batch, "position_ids").tolist() == [place for size in sizes for place in range(size)]
-
-
-def test_positions_of_the_padded_layout_start_anew_with_each_example_and_go_on_into_the_padding() -> None:
-    batch = collate([tiny.pack(2, 4, prompt=1), tiny.pack(5)], "sdpa")
-    assert flat(batch, "position_ids").tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
-    assert "attention_mask" not in batch.inputs  # the model makes it of the positions
-
-
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
 def test_a_batch_moves_to_a_device_in_one_copy(attention: str) -> None:
     batch = collate([tiny.pack(6), tiny.pack(3, 8)], attention)
