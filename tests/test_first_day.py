@@ -12,7 +12,6 @@ import pytest
 from tests.installed import Command
 from tests.pipelines import project
 
-pytestmark = pytest.mark.ray
 QUESTIONS = "Wo ist Paket {}?", "Wann kommt Bestellung {}?", "Wie storniere ich Auftrag {}?"
 
 
@@ -77,6 +76,7 @@ def test_own_files_are_planned(ran: Callable[..., str], tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 5
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("nights", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_new_users_first_days(ran: Callable[..., str], tmp_path: Path, nights: int) -> None:
     days(tmp_path)

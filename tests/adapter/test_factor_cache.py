@@ -45,6 +45,11 @@ def test_factors_of_another_origin_are_not_taken(tmp_path: Path, what: str) -> N
     assert not initialise.has(str(tmp_path), ORIGIN | {what: "other"}, 8)
 
 
+def test_completed_factors_are_computed_anew_for_each_rank(tmp_path: Path) -> None:
+    initialise.write_factors(str(tmp_path), factors(full_rank=False), ORIGIN, 8)
+    assert not initialise.has(str(tmp_path), ORIGIN, 4)
+
+
 def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
     initialise.write_factors(str(tmp_path), factors(), ORIGIN, 8)
     (tmp_path / initialise.TENSORS).write_bytes(b"\0" * 100)

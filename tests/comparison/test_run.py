@@ -106,18 +106,6 @@ def test_it_ends_with_a_config_to_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert parse_yaml(dump(config), "best.yaml")["train"]["lr"] == 4e-4
 
 
-@pytest.mark.parametrize("left", [0, 1])
-def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
-) -> None:
-    work = made.running(monkeypatch, made.comparison(tmp_path), cluster := Cluster(left=left))
-    tuning = work.tune()
-    trained = len(cluster.trained)
-    with pytest.raises(UserError, match=rf"compare\.test_rows: only {left} of the 60 test rows fit"):
-        work.train(tuning)
-    assert len(cluster.trained) == trained
-
-
 def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path / "a"), whole)

@@ -56,12 +56,6 @@ def test_coverage_over_many_worlds(seed: float, seeds: int, rows: int) -> None:
     assert found["rows alone"] < found["crossed"]
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
-def test_one_seed_says_nothing_of_others(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="at least two seeds and two rows"):
-        crossed(np.zeros(shape))
-
-
 def test_what_a_number_of_seeds_can_show() -> None:
     assert visible(0.02, 4, 0.95) == pytest.approx(3.182 * 0.02 / 2, rel=1e-3)
     assert seeds_needed(0.02, 0.01, 0.95) == 18

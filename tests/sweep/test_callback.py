@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from olora_ray.common.errors import UserError
 from olora_ray.sweep import search_folder
 from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.search_folder import Progress
@@ -92,3 +95,11 @@ def test_what_a_limit_has_cut_is_known(tmp_path: Path) -> None:
         trial.status = "TERMINATED"
     assert watch.stop_all()
     assert watch.cut == {1, 3, 4}
+
+
+def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_path: Path) -> None:
+    """Regression: Tune only logs a state that it cannot read. It ran one trial, and the search counted as complete."""
+    watch = search(tmp_path, searcher="tpe")
+    watch.setup(stop=watch, num_samples=1, total_num_samples=16)
+    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
+        watch.setup(stop=watch, num_samples=1, total_num_samples=1)

@@ -11,6 +11,7 @@ from ray.tune.experiment import Experiment
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.search_generator import SearchGenerator
 
+from olora_ray.cluster.resources import Nodes
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
@@ -104,6 +105,34 @@ def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path: Path, tr
         assert (found.status, found.reason.partition(":")[0]) == ("failed", "TypeError")
     else:
         assert [run.next(), run.next()] == [Measured(2, 0.5), Ended("finished")]
+
+
+@pytest.mark.parametrize(("present", "most", "waits"), [(1, 8, True), (0, 2, True), (1, 1, False), (4, 8, False)])
+def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(
+    present: int, most: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: a search without nodes failed after its preparation, which had brought only one node."""
+    free = iter([1] * 10 + [2])
+    monkeypatch.setattr(search_run, "free_workers", lambda wanted: next(free))
+    monkeypatch.setattr(search_run.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(search_run.resources, "present", lambda: [Nodes({"CPU": 1.0}, present)])
+    monkeypatch.setattr(search_run.resources, "maximum", lambda: [Nodes({"CPU": 1.0}, most)])
+    asked: list[int] = []
+
+    def request(wanted: object, count: int, after: float) -> Any:
+        return contextlib.nullcontext(SimpleNamespace(look=lambda: asked.append(count)))
+
+    monkeypatch.setattr(search_run, "PlacementRequest", request)
+    with said() as lines:
+        if waits:
+            assert search_run._fitting({"CPU": 1.0}, 2) == 2
+        else:
+            with pytest.raises(
+                UserError, match=r"^cluster\.workers=2: a trial needs 2, but the cluster has room for 1"
+            ):
+                search_run._fitting({"CPU": 1.0}, 2)
+    assert asked == ([2, 2] if waits else [])
+    assert bool(lines) is waits
 
 
 def test_no_key_of_the_driver_is_told_to_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,18 @@ def test_labels_are_the_supervised_tokens_and_follow_their_predictors(attention:
     assert len(nothing.predicts) == len(nothing.labels) == 0
 
 
+@given(lengths)
+def test_the_flat_layout_has_no_padding_and_the_borders_of_all_examples(lengths: list[list[int]]) -> None:
+    packs = [tiny.pack(*sizes) for sizes in lengths]
+    batch = collate(packs, "segments")
+    sizes = [size for pack in lengths for size in pack]
+    assert flat(batch, "cu_seq_lens_q").tolist() == np.cumsum([0, *sizes]).tolist()
+    assert torch.equal(flat(batch, "cu_seq_lens_q"), flat(batch, "cu_seq_lens_k"))
+    assert batch.inputs["max_length_q"] == batch.inputs["max_length_k"] == max(sizes)
+    assert flat(batch, "input_ids").tolist() == np.concatenate([pack.input_ids for pack in packs]).tolist()
+    assert flat(batch, "position_ids").tolist() == [place for size in sizes for place in range(size)]
+
+
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
 def test_a_batch_moves_to_a_device_in_one_copy(attention: str) -> None:
     batch = collate([tiny.pack(6), tiny.pack(3, 8)], attention)
