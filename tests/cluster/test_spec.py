@@ -60,3 +60,21 @@ def test_the_identity_of_an_adapter_of_before_is_the_same_text(method: str) -> N
         f'{{"method":"{method}","rank":4,"alpha":8.0,"dropout":0.0,"targets":"all-linear","rank_stabilized":false}}'
     )
     assert spec(adapter__method=method).factor_origin().keys() == {"base model", "method", "targets", "seed"}
+
+
+def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
+    eva = {"adapter__method": "eva"}
+    found = spec(**eva).factor_origin()
+    assert found["training data"] == "list"
+    assert (found["rho"], found["init_tokens"]) == ("2.0", "1024")
+    assert spec(**eva, adapter__alpha=3).factor_origin() == found
+    for other in ({"adapter__rho": 1.5}, {"adapter__init_tokens": 64}, {"model__dtype": "bfloat16"}):
+        assert spec(**eva, **other).factor_origin() != found
+
+
+def test_what_the_base_does_is_measured_again_with_another_precision_or_length_of_answers() -> None:
+    one, other, longer = (
+        spec(**changes).baseline_identity()
+        for changes in ({}, {"model__dtype": "bfloat16"}, {"evaluation__max_new_tokens": 5})
+    )
+    assert one != other != longer != one

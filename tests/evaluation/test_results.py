@@ -77,7 +77,9 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    request = results.read_request(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
+    words = ["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--scorer", "exact_match", "--out", str(tmp_path)]
+    request = results.read_request(words, "")
+    assert (request.changes, request.tasks) == ({"evaluation.scorer": "exact_match"}, ("arc_easy",))
     results.write_results(request, pair, differences(*pair), None)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert [item["model"] for item in tree["models"]] == ["tuned", "base"]

@@ -195,6 +195,20 @@ def test_a_changed_byte_is_an_error_never_another_result(
     assert_same_adapter(found.adapter, random_adapter())
 
 
+def test_a_best_adapter_that_the_manifest_does_not_know_is_refused(saved: Path, tmp_path: Path) -> None:
+    save(tmp_path / "c", best=None)
+    shutil.copy(saved / "best.safetensors", tmp_path / "c")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_another_format_is_refused(saved: Path, tmp_path: Path) -> None:
+    manifest = damaged(saved, tmp_path) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    with pytest.raises(UserError, match="another version"):
+        checkpoint.load(manifest.parent)
+
+
 NOW = {"base model": "b1", "tokenizer": "t1", "training data": "d1", "adapter": '{"rank": 4, "alpha": 8.0}'}
 
 
