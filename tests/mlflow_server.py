@@ -39,7 +39,8 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         if not other:
             mlflow_database.place(folder)
-        self.environment = dict(os.environ)
+        # MLflow's own jobs are eight more processes, which import MLflow each, and nothing here asks for them.
+        self.environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         if auth:
             self.command += ["--app-name", "basic-auth"]
             self.environment |= _guarded(folder, *auth)

@@ -2,34 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from olora_ray.adapter import initialise
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
-from olora_ray.adapter.methods.method import DEFAULTS
+from olora_ray.adapter.methods import METHODS
 
 ORIGIN = {"base model": "abc", "method": "olora", "targets": '"all-linear"', "seed": "3"}
-
-
-@pytest.mark.parametrize("method", sorted(name for name in FROM_WEIGHTS if METHODS[name].prefix))
-@given(m=st.integers(12, 40), n=st.integers(12, 40), rank=st.integers(1, 12), seed=st.integers(0, 9))
-def test_the_factors_of_a_smaller_rank_are_a_prefix(method: str, m: int, n: int, rank: int, seed: int) -> None:
-    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
-    large, small = (METHODS[method].factors(weight, size, seed, DEFAULTS) for size in (12, rank))
-    torch.testing.assert_close(large.a0[:rank], small.a0, rtol=0, atol=2e-6)
-    assert (large.b0 is None) == (small.b0 is None)
-    if large.b0 is not None and small.b0 is not None:
-        torch.testing.assert_close(large.b0[:, :rank], small.b0, rtol=0, atol=2e-6)
-
-
-def test_without_a_prefix_the_rank_must_be_that_of_the_factors(tmp_path: Path) -> None:
-    initialise.write_factors(str(tmp_path), factors(), ORIGIN, 8, prefix=False)
-    assert initialise.read_factors(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
-    found = initialise.read_factors(str(tmp_path), ORIGIN, 8, ["layer0"])
-    assert found is not None
-    assert torch.equal(found["layer0"].a0, factors()["layer0"].a0)
 
 
 def factors(full_rank: bool = True) -> dict[str, Factors]:

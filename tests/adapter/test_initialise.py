@@ -96,12 +96,6 @@ def _too_large() -> None:
     initialise(layers(), "pissa", 12, 0, CPU)
 
 
-def test_layers_of_one_shape_start_differently() -> None:
-    twins = {name: Target(nn.Linear(8, 8), "weight", stored_transposed=False) for name in "ab"}
-    found, _ = initialise(twins, "lora", RANK, 0, CPU)
-    assert not torch.equal(found["a"].a0, found["b"].a0)
-
-
 def mixture() -> dict[str, Target]:
     """Return linear layers beside two stacks of experts, one of them stored as E x n x m."""
     found = layers(count=3)

@@ -173,29 +173,12 @@ def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
     assert "vllm serve" not in text
 
 
-def test_of_an_adapter_of_experts_the_merged_model_is_served() -> None:
-    text = model_card(replace(CARD, stacked=True))
-    assert "    vllm serve MERGED_MODEL\n" in text
-    assert "--enable-lora" not in text
-
-
 def test_a_base_that_sees_is_loaded_as_that(tmp_path: Path) -> None:
     for kind, loader in (("llava", "AutoModelForImageTextToText"), ("gemma3", "AutoModelForCausalLM")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         text = model_card(replace(CARD, loader=text_class(tmp_path).__name__))
         assert f"from transformers import {loader}, AutoTokenizer\n" in text
         assert f'{loader}.from_pretrained("org/base")' in text
-
-
-def test_a_base_of_a_certain_commit_is_loaded_as_that() -> None:
-    text = model_card(replace(CARD, revision="1f2e"))
-    for part in (
-        "`org/base` at revision `1f2e`, untouched",
-        'AutoModelForCausalLM.from_pretrained("org/base", revision="1f2e"), "THIS_FOLDER")',
-        "vllm serve org/base --revision 1f2e --enable-lora",
-    ):
-        assert part in text, part
-    assert "revision" not in model_card(CARD)
 
 
 def test_the_card_of_a_merged_model_names_its_repository_and_the_license(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.pipelines import project
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow  # in make test: tests/device, and test_parts.py
 KIT = [sys.executable, str(project.ROOT / "benchmarks" / "gpu.py")]
 ON_CPU = ["--size", "tiny", "--device", "cpu"]
 WITHOUT = "import sys\nfor name in ('ray', 'mlflow'): sys.modules[name] = None\n"
@@ -20,7 +21,6 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["right", "fast", "sizes"])
 def test_each_command_runs_on_a_cpu(command: str, tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"

@@ -11,30 +11,7 @@ def published(benchmark: Any) -> Any:
     return benchmark("memory_published")
 
 
-def test_each_figure_has_a_source(published: Any) -> None:
-    assert len(published.CASES) >= 25
-    for case in published.CASES:
-        source = case.source
-        assert source.where.startswith("https://github.com/")
-        assert source.measures in ("allocated", "reserved")
-        assert source.open
-        assert case.peak > 2**30
-        assert case.model in published.MODELS
-    assert all(name and reason for name, reason in published.NOT_COMPARABLE)
-
-
 @pytest.mark.parametrize("name", ["LitGPT, tables", "FMS, PowerLM"])
 def test_the_plan_of_a_case_is_near_its_figure(published: Any, name: str, tmp_path: Path) -> None:
     case = next(case for case in published.CASES if case.source.name == name)
     assert published.plan(case, str(tmp_path)) == pytest.approx(case.peak, rel=0.15)
-
-
-def test_the_script_prints_cases_summary_sources_and_what_was_left_out(
-    published: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(published, "plan", lambda case, _: case.peak * 1.1)
-    published.main(["--only", "torchtune"])
-    shown = capsys.readouterr().out
-    assert shown.count("+10.0%") == 5 + 3
-    assert "lora_finetune.rst (reserved)" in shown
-    assert "- PEFT, method_comparison/MetaMathQA/results: reserved" in shown

@@ -26,18 +26,6 @@ def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
     assert [data.supervised for data in steps] == [8, 8, 8]
 
 
-def test_the_flat_sum_takes_part_in_a_step(benchmark: Any) -> None:
-    found = []
-    for flat in (False, True):
-        trainer = tiny.trainer(tiny.config(train__global_batch=4, train__micro_batch=1))
-        if flat:
-            trainer.gradient = benchmark("tree").FlatSum(trainer.flat.grad)
-        store: Any = tiny.store(8)
-        loader = StepLoader(store, trainer.config.train, 0, "segments")
-        found += [result.grad_norm for result in trainer.steps(loader, 0, Schedule(trainer.config.train, store))][:1]
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-
-
 def test_eva_and_lora_ga_find_on_a_batch_what_peft_finds(benchmark: Any) -> None:
     module = benchmark("init_from_data")
     watch = benchmark("init").Watch

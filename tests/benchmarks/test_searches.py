@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.pipelines import project
 
 
+@pytest.mark.slow
 def test_a_search_finds_nearly_the_best_trial_with_a_third_of_the_compute() -> None:
     done = subprocess.run(
         [sys.executable, "benchmarks/searches.py", "replay"],

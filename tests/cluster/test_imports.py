@@ -21,7 +21,7 @@ TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
             "olora_ray.cluster.train_backend, ray.train.v2._internal.execution.controller.controller",
             TORCH,
         ),
-        ("worker", "olora_ray.cluster.worker", ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn")),
+        ("worker", "olora_ray.cluster.worker", ("torch.distributed.tensor", "olora_ray.pipeline.fit", *TORCH[1:])),
         ("driver", "olora_ray.pipeline.run", ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn")),
     ],
 )

@@ -87,19 +87,6 @@ def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes() -> None:
     assert not any(layer.training for layer in again.trainer.adapted.values())
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"model__dtype": "bfloat16"},
-        {"cluster__strategy": "fsdp"},
-        {"train__micro_batch": 1},
-    ],
-)
-def test_other_settings_are_tested_again(changed: dict[str, Any]) -> None:
-    first, _ = _resumed(TrainState())
-    assert _resumed(first.state, **changed)[1]
-
-
 @pytest.mark.parametrize("what", ["processor", "torch", "code"])
 def test_another_worker_or_version_tests_again(what: str) -> None:
     first, _ = _resumed(TrainState())

@@ -54,9 +54,9 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
     ("family", "changes"),
     [
         ("llama", {"adapter__method": "olora_even", "train__lr": "auto"}),
-        ("mixtral", {}),
+        pytest.param("mixtral", {}, marks=pytest.mark.slow),
         ("gpt2", {"adapter__method": "eva", "adapter__init_tokens": 96, "data__max_length": 64}),
-        (LEAVES_OUT, {}),
+        pytest.param(LEAVES_OUT, {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_on_parts_of_the_base(

@@ -18,22 +18,6 @@ def test_a_file_is_fetched_once(s3_server: Server, bucket: str, tmp_path: Path) 
     assert requests == []
 
 
-@pytest.mark.parametrize("names", [("a", "empty", "deep/down/b"), ("weights",)])
-def test_a_folder_is_fetched_with_all_below_it(names: tuple[str, ...], bucket: str, tmp_path: Path) -> None:
-    expected = {name: name.removeprefix("empty") for name in names}
-    for name, text in expected.items():
-        storage.write_text(storage.join(bucket, "model", name), text)
-    found = node_cache.local_copy(storage.join(bucket, "model"), tmp_path / "not" / "there")
-    files = [file for file in found.rglob("*") if file.is_file()]
-    assert {file.relative_to(found).as_posix(): file.read_text() for file in files} == expected
-
-
-def test_what_is_not_there_is_an_error_and_leaves_nothing(bucket: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        node_cache.local_copy(storage.join(bucket, "none"), tmp_path)
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-
-
 def test_a_key_does_not_lead_out_of_the_folder(s3_server: Server, bucket: str, tmp_path: Path) -> None:
     name, key = s3.split(bucket)
     s3_server.client().put_object(Bucket=name, Key=f"{key}/model/../../evil", Body=b"x")

@@ -40,12 +40,6 @@ def test_what_is_old_goes_when_something_is_kept(node: Path) -> None:
     assert len(list((node / "plans").iterdir())) == 2
 
 
-def test_where_nothing_can_be_written_nothing_is_kept(node: Path) -> None:
-    node.write_text("a file in its place")
-    node_cache.keep(node_cache.result_path("plans", 1), "found")
-    assert node_cache.read(node_cache.result_path("plans", 1)) is None
-
-
 def base(folder: Path) -> BaseModel:
     tiny.llama().save_pretrained(folder)
     return BaseModel(str(folder), str(folder), "digest")

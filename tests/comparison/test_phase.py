@@ -14,7 +14,6 @@ from comparison.folder import FINAL, TUNING, shared_by_adapter
 from comparison.phase import FixedTrials, PhaseSpec
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.model.source import BaseModel
-from olora_ray.sweep import tuner
 from tests import tiny
 from tests.comparison import made
 
@@ -41,19 +40,6 @@ def spec(folder: Path, name: str) -> PhaseSpec:
         specs=specs,
         evaluations=4 if name == FINAL else 1,
     )
-
-
-def test_tune_gets_each_fixed_trial_once(tmp_path: Path) -> None:
-    wanted = trials(tmp_path)
-    space, values = FixedTrials.of(wanted), [dict(trial.values) for trial in wanted]
-    assert space.count() == 4
-    assert not space.has_default()
-    params = tuner._params(space)
-    assert params is not None
-    numbers = params["number"]["grid_search"]
-    assert [space.values({"place": params["place"].sample({"number": number})}) for number in numbers] == values
-    assert [space.values(space.drawn(number)) for number in range(4)] == values
-    assert space.own_name(3) == "olora-x0.5-seed5"
 
 
 def test_a_trial_has_the_tokens_of_its_seed_and_the_factors_of_its_adapter(tmp_path: Path) -> None:

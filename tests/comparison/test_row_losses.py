@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -58,10 +57,3 @@ def test_they_add_up_to_the_last_evaluation(
     assert found.trainable == tiny.trainer(settings).flat.vector.numel()
     assert len(found.losses) == len(found.places) == 15  # 5 sequences of 3 examples
     assert found.places[:4] == ("rows.jsonl:0", "rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:10")
-
-
-def test_rows_of_a_group_are_summed() -> None:
-    found = RowLosses(("a.jsonl:1", "b.jsonl:1", "a.jsonl:2", "a.jsonl:2"), (1, 2, 3, 4), (0.5, 1.0, 1.5, 2.0), 8)
-    losses, tokens = found.by_group({"a.jsonl": (0, 1), "b.jsonl": (0,)})
-    np.testing.assert_array_equal(losses, [1.5, 3.5])
-    np.testing.assert_array_equal(tokens, [3, 7])

@@ -2,15 +2,12 @@
 
 import json
 import math
-import multiprocessing
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from comparison import folder, report
+from comparison import report
 from comparison.arguments import Comparison
 from comparison.record import ComparisonRecord, best_config, recorded
 from olora_ray.common.errors import UserError
@@ -109,30 +106,6 @@ def test_it_ends_with_a_config_to_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert parse_yaml(dump(config), "best.yaml")["train"]["lr"] == 4e-4
 
 
-@pytest.mark.parametrize("left", [0, 1])
-def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
-) -> None:
-    work = made.running(monkeypatch, made.comparison(tmp_path), cluster := Cluster(left=left))
-    tuning = work.tune()
-    trained = len(cluster.trained)
-    with pytest.raises(UserError, match=rf"compare\.test_rows: only {left} of the 60 test rows fit"):
-        work.train(tuning)
-    assert len(cluster.trained) == trained
-
-
-def test_a_driver_that_is_killed_has_noted_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, codes = made.comparison(tmp_path), ["one"]
-    monkeypatch.setattr(folder.node_cache, "code", lambda: codes[-1])
-    cluster = Cluster(stop_after=3, stop=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    driver = multiprocessing.get_context("fork").Process(target=compared, args=(monkeypatch, asked, cluster))
-    driver.start()
-    driver.join()
-    assert driver.exitcode == -signal.SIGKILL
-    codes.append("two")
-    assert compared(monkeypatch, asked, Cluster()).notes == (folder.MIXED,)
-
-
 def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path / "a"), whole)
@@ -158,19 +131,6 @@ def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
     again = cluster.names[done:]
     assert again[0] == "lora-x1-seed3"
     assert not set(again[1:]) & set(cluster.names[:done])
-
-
-def test_an_arm_that_breaks_off_with_a_seed_has_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def last(config: Config) -> float:
-        broken = config.adapter.method == "olora" and config.run.seed == 6
-        return math.inf if broken else made.loss(config)
-
-    record = compared(monkeypatch, made.comparison(tmp_path), Cluster(last))
-    assert record.of("olora").against is None
-    assert record.of("olora").broke_off() == 1
-    assert report.sentences(record) == ["olora beside lora: not compared, because 1 training of 4 of olora broke off."]
-    assert "1 of 4 broke off" in report.cells(record, record.of("olora"))
-    report.write(record, str(tmp_path))
 
 
 def test_an_arm_whose_every_trial_breaks_off_leaves_the_others_their_report(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from comparison.statistics import Difference, Interval, crossed, seeds_needed, simultaneous, visible
+from comparison.statistics import Difference, crossed, seeds_needed, visible
 from olora_ray.evaluation import rows as bootstrap
 
 
@@ -56,25 +56,8 @@ def test_coverage_over_many_worlds(seed: float, seeds: int, rows: int) -> None:
     assert found["rows alone"] < found["crossed"]
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
-def test_one_seed_says_nothing_of_others(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="at least two seeds and two rows"):
-        crossed(np.zeros(shape))
-
-
-def test_simultaneous_intervals_share_the_error() -> None:
-    assert simultaneous(0.95, 4) == pytest.approx(0.9875)
-    assert simultaneous(0.95, 1) == simultaneous(0.95, 0) == 0.95
-
-
 def test_what_a_number_of_seeds_can_show() -> None:
     assert visible(0.02, 4, 0.95) == pytest.approx(3.182 * 0.02 / 2, rel=1e-3)
     assert seeds_needed(0.02, 0.01, 0.95) == 18
     assert visible(0.02, 17, 0.95) > 0.01 >= visible(0.02, 18, 0.95)
     assert seeds_needed(9.0, 0.001, 0.95) is None
-
-
-def test_equivalence_is_an_interval_inside_the_bounds() -> None:
-    assert Interval(-0.004, 0.009).inside(0.01)
-    assert not Interval(-0.004, 0.011).inside(0.01)
-    assert not Interval(-0.010, 0.0).inside(0.01)

@@ -29,11 +29,6 @@ def test_the_lowest_point_of_a_parabola_is_found(octaves: float, curvature: floa
     assert point.factor == pytest.approx(2.0**octaves, rel=0.06)  # two digits
 
 
-@pytest.mark.parametrize(("best", "end"), [(0.1, 0.25), (9.0, 4.0)])
-def test_a_best_rate_at_an_end_is_that_end(best: float, end: float) -> None:
-    assert (found(bowl(best)).factor, found(bowl(best)).inside) == (end, False)
-
-
 @given(st.lists(st.one_of(st.floats(0.1, 9.0), st.just(math.inf)), min_size=5, max_size=5))
 def test_the_rate_stays_within_half_a_step_of_the_best_point(values: list[float]) -> None:
     losses = dict(zip(GRID, values, strict=True))

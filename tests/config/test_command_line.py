@@ -250,24 +250,6 @@ def test_each_way_to_end_has_its_exit_code(body: str, code: int, told: str, tmp_
     assert (done.returncode, done.stderr) == (code, told)
 
 
-@pytest.mark.parametrize(
-    ("broken", "expected"),
-    [
-        ("adapter: {rnk: 8}", "adapter.rnk: unknown field; did you mean adapter.rank?"),
-        ("train: {lr: [}", "not valid YAML"),
-    ],
-)
-def test_finetune_with_a_broken_config_ends_with_one_line(config: Path, broken: str, expected: str) -> None:
-    config.write_text(CONFIG + broken + "\n")
-    done = start(str(FINETUNE), str(config))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert str(config) in done.stderr
-    assert expected in done.stderr
-
-
 WORDS = """base_model model_type load_in_4bit strict datasets val_set_size output_dir sequence_len sample_packing lora_r
 lora_target_linear wandb_project wandb_entity micro_batch_size num_epochs lr_scheduler learning_rate bf16 tf32 debug
 flash_attention evals_per_epoch stage do_train finetuning_type lora_target dataset template cutoff_len max_samples
@@ -307,19 +289,3 @@ def test_each_problem_of_a_file_of_another_tool_has_a_line(tmp_path: Path) -> No
     assert max(map(len, lines)) <= 200
     assert all("use " in line or "--help" in line or "MLflow" in line for line in lines[2:])
     assert not any("did you mean" in line for line in lines)  # model_type is no model:, do_train no train:
-
-
-def test_reading_arguments_loads_no_heavy_library() -> None:
-    done = start(
-        "-c",
-        "import sys, olora_ray.config.command_line\n"
-        "print([name for name in ('torch', 'ray', 'transformers', 'mlflow', 'datasets') if name in sys.modules])",
-    )
-    assert done.stdout == "[]\n"
-
-
-def test_a_worker_does_not_import_the_whole_pipeline() -> None:
-    heavy = ("mlflow", "transformers", "datasets", "peft", "olora_ray.pipeline.fit", "olora_ray.pipeline.report")
-    code = f"import sys, olora_ray.cluster.worker; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

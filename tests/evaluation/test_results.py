@@ -12,7 +12,7 @@ import ray
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.evaluation import held_out, lm_eval_tasks, results
+from olora_ray.evaluation import held_out, results
 from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.lm_eval_tasks import TaskResult
 from olora_ray.evaluation.results import Evaluation, Request, differences
@@ -60,13 +60,6 @@ def test_two_models_stand_side_by_side_with_intervals() -> None:
     assert lines[-1].split()[:5] == ["arc_easy/acc", "validation[:4]", "0.7500", "0.2500", "+0.5000"]
 
 
-def test_other_tokens_stand_side_by_side_without_intervals() -> None:
-    pair = evaluation("tuned", (1.0, 1.0)), evaluation("other", (0.0, 1.0), data="another store")
-    found = differences(*pair)
-    assert list(found) == ["arc_easy/acc"]
-    assert "not paired" in results.lines(pair, found)[-4]
-
-
 def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval() -> None:
     """A scorer may leave a score out; once this lost all results with an error."""
     pair = [evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))]
@@ -84,7 +77,9 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    request = results.read_request(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
+    words = ["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--scorer", "exact_match", "--out", str(tmp_path)]
+    request = results.read_request(words, "")
+    assert (request.changes, request.tasks) == ({"evaluation.scorer": "exact_match"}, ("arc_easy",))
     results.write_results(request, pair, differences(*pair), None)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert [item["model"] for item in tree["models"]] == ["tuned", "base"]
@@ -105,31 +100,6 @@ def test_results_outlast_the_job_that_asks_for_them_by_a_relative_path(
     results.write_results(results.read_request(["tuned", "--out", "results"], ""), [one], {}, None)
     assert (tmp_path / "home" / "olora_ray" / "results" / "evaluation.json").is_file()
     assert not list(job.iterdir())
-
-
-def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "runs/a",
-        "--tasks",
-        "paper,winogrande, boolq",
-        "model.dtype=float32",
-        "models:/b@champion",
-        "--scorer",
-        "exact_match",
-    ]
-    assert results.read_request(words, "") == Request(
-        ("runs/a", "models:/b@champion"),
-        None,
-        {"model.dtype": "float32", "evaluation.scorer": "exact_match"},
-        (*lm_eval_tasks.PAPER, "winogrande"),
-        None,
-        None,
-        None,
-    )
-    with pytest.raises(SystemExit) as ended:
-        results.read_request(["--help"], "how it is called\n")
-    assert ended.value.code == 0
-    assert capsys.readouterr().out == "how it is called\n"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.common import records
 from olora_ray.common.errors import UserError
 from olora_ray.evaluation import held_out
 from olora_ray.evaluation.held_out import Measurer
@@ -52,23 +51,6 @@ def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) 
 def test_other_tokens_are_not_compared() -> None:
     with pytest.raises(UserError, match=r"held-out rows: .* different tokens"):
         compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}, ((0, 0),)))
-
-
-def test_results_read_back() -> None:
-    assert records.parsed(records.text_of(ROWS), RowResults) == ROWS
-
-
-@pytest.mark.parametrize("damage", ['"origins"', '"scores"', '"tokens": [2'])
-def test_what_is_no_result_counts_as_missing(damage: str) -> None:
-    assert records.parsed(records.text_of(ROWS).replace(damage, '"x": [1'), RowResults) is None
-
-
-def test_some_of_the_rows() -> None:
-    part = ROWS.only([2, 0])
-    assert (part.tokens, part.losses, part.origins) == ((5, 2), (20.0, 4.0), ((1, 0), (0, 0)))
-    assert part.scores == {"exact_match": {1: 1.0, 0: 0.0}}
-    assert ROWS.only([1]).scores == {"exact_match": {}}
-    assert math.isnan(ROWS.only([1]).metric("eval/exact_match"))
 
 
 def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group() -> None:
@@ -161,14 +143,6 @@ def test_bounds_surround_the_middle_of_the_draws_and_swapping_turns_the_sign(
     assert there.mean == pytest.approx(np.average(np.subtract(ours, theirs), weights=weights), abs=1e-9)
     assert there.low <= there.high
     assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low), abs=1e-9)
-
-
-def test_the_same_arguments_give_the_same_bits() -> None:
-    rng = np.random.default_rng(1)
-    ours, theirs = rng.normal(size=(2, 57)).tolist()
-    whole = difference(ours, theirs)
-    assert whole == difference(ours, theirs)
-    assert whole != difference(ours, theirs, seed=1)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:

@@ -104,17 +104,6 @@ def test_arguments_that_cannot_be_are_refused(records: Path, tmp_path: Path, opt
     assert not (tmp_path / "out").exists()
 
 
-def test_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [f"{n},7,{n + 1},{n // 10},{n % 10 * 60},{n // 10 % 7}" for n in range(60)]
-    file, out = tmp_path / "check_ins.csv", tmp_path / "data"
-    file.write_text("\n".join(["id,user_id,location_id,start_day,start_min,weekday", *rows]) + "\n")
-    prepare.main([str(file), "--format", "checkins", "--out", str(out), "--turns", "10"])
-    said = capsys.readouterr().out
-    assert "train: 3 rows of 1 people, which ask for 30 stays" in said
-    first = json.loads((out / "train.jsonl").read_text().splitlines()[0])["messages"]
-    assert [message["role"] for message in first] == ["system", *["user", "assistant"] * 10]
-
-
 def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path) -> None:
     model = project.make_model(tmp_path / "model")
     config = project.write_config(tmp_path, project.settings(tmp_path, model, data__max_length=520))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import prompt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +10,7 @@ from prompt import Form, Message, Template
 from stays import Stay, When
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.formats import Chat, to_example
+from olora_ray.data.formats import to_example
 from olora_ray.data.tokenize import ExampleTokenizer
 from tests.tokens import helpers
 
@@ -52,17 +51,6 @@ def test_a_training_row_begins_with_the_tokens_of_the_served_question(form: Form
     assert text.startswith(served + '<|im_start|>assistant\n{"prediction": 5}')
     supervised = helpers.decode(tokens.ids[tokens.supervised])
     assert supervised == '{"prediction": 5}<|im_end|>'
-
-
-def test_turns_have_room_too() -> None:
-    spec, template = helpers.spec(), Template("short", 40, 5)
-    targets = [Stay(5 + n, 10**6 + n, WHEN) for n in range(8)]
-    fits = prompt.fits(spec, 900)
-    asked = template.example(PAST, *targets, fits=fits)
-    assert len(ExampleTokenizer(spec, 900)(Chat(tuple(asked)))[0].ids) <= 900
-    shown = template.room(PAST, WHEN, fits, template.turns(targets)[:-1])
-    assert 0 < shown < template.room(PAST, WHEN, fits)
-    assert asked[:2] == template.question(PAST[-shown:], WHEN)
 
 
 @given(st.integers(0, 40), st.integers(1, 6), st.integers(1, 60), st.integers(0, 900))

@@ -4,14 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import rows
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt import Message, Template
 from stays import Records, Stay, When
-
-from olora_ray.common.errors import UserError
 
 People = dict[str, list[Stay]]
 
@@ -80,15 +77,3 @@ def test_a_row_with_turns(tmp_path: Path) -> None:
     row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[1])
     assert (row["stay"], row["shown"]) == (9, 9)
     assert row["messages"] == template.example(known["0"][:9], *known["0"][9:14])
-
-
-def test_stays_that_are_not_ours_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"stays\.csv: not written by prepare\.py, .*: .*No such file"):
-        rows.read_stays(tmp_path)
-    (tmp_path / "stays.csv").write_text("user,place\n1,2\n")
-    with pytest.raises(UserError, match=r"stays\.csv: not written by prepare\.py"):
-        rows.read_stays(tmp_path)
-    for cut in ("1,2", "x" * 200_000):
-        (tmp_path / "stays.csv").write_text(f"{','.join(rows.COLUMNS)}\n{cut}\n")
-        with pytest.raises(UserError, match=r"stays\.csv: not written by prepare\.py"):
-            rows.read_stays(tmp_path)

@@ -9,7 +9,8 @@ from tests.outside import world
 from tests.outside.world import ROOT, Machine, World
 from tests.pipelines import project
 
-pytestmark = pytest.mark.ray
+# In make test: tests/tracking/test_artifacts.py and tests/common/test_storage_s3.py.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 WORK = Path("/mnt/project")
 RUN = f"cd {ROOT} && python pipelines/finetune.py {WORK}/config.yaml"
 

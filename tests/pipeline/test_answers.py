@@ -42,12 +42,6 @@ def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(monkeypa
         check(evaluation__scorer="fourth")
 
 
-def test_good_references_and_no_scorer_say_nothing() -> None:
-    assert check() == ""
-    assert check(evaluation__scorer="exact_match") == ""
-    assert check(evaluation__scorer="json_fields", evaluation__rows=0, evaluation__samples=0) == ""
-
-
 def test_a_scorer_with_nothing_to_score_is_told() -> None:
     assert answers.check_answers(tiny.config(evaluation__scorer="exact_match"), None, Tokenizer()) == frozenset()
     with said() as lines:
@@ -65,12 +59,6 @@ def test_references_that_no_answer_can_be_as_long_as_are_told() -> None:
         text = "".join(lines)
         assert text == "" if told is None else f"max_new_tokens={most}: {told} " in text
         assert told is None or text.endswith("set it to 11")
-
-
-def test_a_gate_on_a_score_that_the_scorer_does_not_give() -> None:
-    gate = {"gate__and": [{"metric": "eval/exact", "at_least": 1.0}]}
-    with pytest.raises(UserError, match=r"^gate: eval/exact is not measured: exact_match returns eval/exact_match$"):
-        check(evaluation__scorer="exact_match", **gate)
 
 
 def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

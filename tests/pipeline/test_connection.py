@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_head import Head
 from tests.recovery.processes import scratch
 
 pytestmark = pytest.mark.ray
@@ -97,25 +96,6 @@ def test_beside_another_programs_ray_a_run_has_its_own_and_its_processes_know_it
     )
     assert ours[1] != theirs[1]
     assert ours[2:] == theirs[2:] == ["True"]
-
-
-def test_a_head_with_a_token_is_joined_or_refused_in_one_line(home: Path) -> None:
-    head = Head(home, {})
-    head.start()
-    there = {**environment(home), "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
-    done = connected({**there, "RAY_AUTH_TOKEN_PATH": str(home / "ray_token")})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(rf"^own \S+:{head.port} True$", done.stdout, re.MULTILINE)  # Ray may name 127.0.0.1 otherwise
-    for change, problem in (
-        ({}, "requires a token, but "),
-        ({"RAY_AUTH_TOKEN": "another"}, "rejects the token of RAY_AUTH_TOKEN"),
-    ):
-        refused = connected({**there, **change})
-        assert refused.returncode == 2, refused.stdout + refused.stderr
-        [line] = refused.stderr.splitlines()
-        assert line.startswith(f"error: RAY_ADDRESS=127.0.0.1:{head.port}: ")
-        assert problem in line
-        assert head.token not in line
 
 
 def test_a_temporary_folder_with_a_long_path_is_one_line(home: Path) -> None:

@@ -48,15 +48,6 @@ def test_a_second_driver_leaves_and_says_who_works_on_the_run(config: Config) ->
         pass
 
 
-def test_who_has_lost_the_run_learns_it(config: Config) -> None:
-    with only_driver(config) as mine:
-        mine.check()
-        take_over(config)
-        with pytest.raises(TakenOver, match=r"'mine' was taken over .*the other process resumes the run") as caught:
-            mine.check()
-    assert caught.value.exit_code == 75
-
-
 @pytest.mark.parametrize("gentle", [False, True])
 def test_who_has_lost_the_run_stops_at_once(config: Config, gentle: bool) -> None:
     stop = Stop()

@@ -148,7 +148,9 @@ def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(
         r"^cluster\.workers=2: each worker needs about \d+\.\d GiB of memory, so there is room for 0 \(node here has "
     )
     with pytest.raises(UserError, match=f"{told}.*; if it runs on other machines, set RAY_ADDRESS"):
-        shown(data__max_length=2**25)
+        shown(data__max_length=2**25, evaluation={"samples": 0})
     assert "\nexamples, with the supervised tokens in [[ ]]\n" in capsys.readouterr().out
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert value(shown(data__max_length=2**25)[0], "time").startswith("not estimated: the workers run on another")
+    assert value(shown(data__max_length=2**25, evaluation={"samples": 0})[0], "time").startswith(
+        "not estimated: the workers run on another"
+    )

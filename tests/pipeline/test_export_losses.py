@@ -73,16 +73,6 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"]) == (2, 4)
 
 
-def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert export.export_run(spec_of(run, 0, export__rank=2), run.folder, STEP)["compressed"]["loss"] == (
-        "no rows are held out"
-    )
-    monkeypatch.setattr("olora_ray.model.load.free", lambda device: 1000)
-    small = export.export_run(spec_of(run, export__rank=2), run.folder, STEP)
-    assert small["compressed"]["loss"] == "in float32 the model has 0.0 GiB, too large for the memory of one cpu"
-    assert "too large for the memory of one cpu" in export.export_run(spec_of(run), run.folder, STEP)["logits"]
-
-
 @pytest.mark.parametrize("merged", [True, False])
 def test_the_template_that_was_trained_with_goes_into_all_that_is_exported(run: Run, merged: bool) -> None:
     own = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"

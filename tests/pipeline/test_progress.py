@@ -139,14 +139,3 @@ def test_on_a_terminal_lines_stand_above_the_bar(tmp_path: Path) -> None:
     others = [line for line in shown if line != bar]
     assert all(LINE.fullmatch(line) for line in others), shown
     assert sum(" | " in line for line in others) == 4
-
-
-def test_a_log_file_has_the_lines_and_the_terminal_a_bar_that_is_whole(tmp_path: Path) -> None:
-    shown = on_a_terminal(60, f'"$PYTHON" -c "$CODE" > {tmp_path}/run.log')
-    [bar] = [line for line in shown if line]
-    assert bar.startswith("6/6, loss 1.500, lr 3.0e-04, 0:00 left |")
-    assert re.search(r"\| \d\d:\d\d$", bar)
-    assert len(bar) <= 60
-    log = (tmp_path / "run.log").read_text().splitlines()
-    assert all(LINE.fullmatch(line) for line in log)
-    assert len(log) == 6

@@ -27,6 +27,7 @@ def refused(file: Path, *arguments: str) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # in make test: tests/tokens/test_store.py, through Ray's tasks
 def test_a_mistake_is_one_line_and_an_exit_code(tiny_model: Path, corpus: Path) -> None:
     (corpus / "train.jsonl").write_text(f"{chat('a', 'b')}\n{{broken\n")  # which is found when Ray runs
     done = project.finetune(project.write_config(corpus, project.settings(corpus, tiny_model)))

@@ -1,6 +1,7 @@
 """The main job end to end, through its entry script, with real Ray and MLflow."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,33 +129,31 @@ def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers
         assert (run.initialised(), run.again()) == (1, 2)
 
 
-def test_a_finished_run_is_trained_longer_by_more_steps(tiny_model: Path, corpus: Path) -> None:
+def test_a_finished_run_is_trained_longer_by_more_steps(
+    finished: tuple[Path, str], small_shards: dict[str, str], tmp_path: Path
+) -> None:
+    """A copy of it is, where it lies now."""
     from mlflow import MlflowClient
     from ray.train import Result
 
-    file = project.write_config(corpus, project.settings(corpus, tiny_model))
-    results, logs = [], []
-    for steps in (3, 5, 5):
-        done = project.finetune(file, f"train.steps={steps}")
-        assert done.returncode == 0, done.stdout + done.stderr
-        results.append(json.loads((corpus / "runs" / "small" / "result.json").read_text()))
-        logs.append(done.stdout)
-    assert "train.steps was 3, is 5: training continues after step 3 with the optimizer's state" in logs[1]
-    assert "training continues after step 3 of 5" in logs[1]
-    assert "olora initialisation" not in logs[1]
-    assert "is already finished" in logs[2]
-    assert [each["steps"] for each in results] == [3, 5, 5]
-    metrics = Result.from_path(str(corpus / "runs" / "small")).metrics
+    storage = tmp_path / "runs"
+    shutil.copytree(finished[0].parent, storage)
+    file = finished[0].parent.parent / "config.yaml"
+    before = json.loads((finished[0] / "result.json").read_text())
+    done = project.finetune(file, f"run.storage={storage}", "train.steps=8", env=small_shards)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train.steps was 6, is 8: training continues after step 6 with the optimizer's state" in done.stdout
+    assert "training continues after step 6 of 8" in done.stdout
+    assert "olora initialisation" not in done.stdout
+    metrics = Result.from_path(str(storage / "small")).metrics
     assert metrics is not None
-    assert metrics["step"] == 5.0
-    assert [each["registered"]["version"] for each in results] == [1, 2, 2]
-    assert json.loads((corpus / "runs" / "small" / "export" / "parity.json").read_text())["step"] == 5
-    assert len({each["mlflow"]["run_id"] for each in results}) == 1
-    client, run_id = MlflowClient(results[0]["mlflow"]["uri"]), results[0]["mlflow"]["run_id"]
-    assert [metric.step for metric in client.get_metric_history(run_id, "train/loss")] == [1, 2, 3, 4, 5]
-    fewer = project.finetune(file, "train.steps=4")
-    assert fewer.returncode == 2
-    assert fewer.stderr.startswith("error: train.steps: 'small' has already done 5 steps (train.steps was 5")
+    assert metrics["step"] == 8.0
+    result = json.loads((storage / "small" / "result.json").read_text())
+    assert (result["steps"], result["registered"]["version"]) == (8, 2)
+    assert json.loads((storage / "small" / "export" / "parity.json").read_text())["step"] == 8
+    assert result["mlflow"]["run_id"] == before["mlflow"]["run_id"]
+    history = MlflowClient(result["mlflow"]["uri"]).get_metric_history(result["mlflow"]["run_id"], "train/loss")
+    assert [metric.step for metric in history] == list(range(1, 9))
 
 
 @pytest.mark.slow

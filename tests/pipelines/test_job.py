@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import requests
 from ray.job_submission import JobStatus
 
+from tests.pipeline.test_connection import connected, environment
 from tests.pipelines import project
 from tests.ray_head import BIN, Head
 from tests.recovery.processes import scratch
@@ -70,6 +72,25 @@ def test_nobody_submits_a_job_without_the_token(head: Head, tmp_path: Path) -> N
     assert "403" in log or "uthenticat" in log
 
 
+@pytest.mark.slow  # in make test, with a stand-in for the head: tests/cluster/test_token.py
+def test_a_head_with_a_token_is_joined_or_refused_in_one_line(head: Head) -> None:
+    there = {**environment(head.folder), "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
+    done = connected({**there, "RAY_AUTH_TOKEN_PATH": str(head.folder / "ray_token")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"^own \S+:{head.port} True$", done.stdout, re.MULTILINE)  # Ray may name 127.0.0.1 otherwise
+    for change, problem in (
+        ({}, "requires a token, but "),
+        ({"RAY_AUTH_TOKEN": "another"}, "rejects the token of RAY_AUTH_TOKEN"),
+    ):
+        refused = connected({**there, **change})
+        assert refused.returncode == 2, refused.stdout + refused.stderr
+        [line] = refused.stderr.splitlines()
+        assert line.startswith(f"error: RAY_ADDRESS=127.0.0.1:{head.port}: ")
+        assert problem in line
+        assert head.token not in line
+
+
+@pytest.mark.slow  # in make test, without a job: tests/config/test_command_line.py
 def test_a_broken_config_fails_the_job_with_one_line(head: Head, tiny_model: Path, corpus: Path) -> None:
     file = project.write_config(corpus, project.settings(corpus, tiny_model))
     code, log = head.submit(SCRIPT, file, "adapter.rnk=8")

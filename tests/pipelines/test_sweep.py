@@ -129,6 +129,7 @@ def test_the_trials_share_what_is_the_same_for_all(searched: tuple[Path, str]) -
     assert len(starts) == 1  # the base was measured once
 
 
+@pytest.mark.slow  # in make test, without Ray: tests/sweep/test_outcome.py
 def test_the_same_command_again_trains_nothing(searched: tuple[Path, str], tiny_model: Path) -> None:
     folder, log = searched
     before = json.loads((folder / "leaderboard.json").read_text())
@@ -148,22 +149,6 @@ def test_the_best_of_trials_with_tokens_of_their_own_is_registered(corpus: Path,
     done = sweep(*write(corpus, tiny_model, space, data__max_length=96), "--register")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"registered: small version 1 .*, trial [01]$", done.stdout, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "error: arguments (none): expected a config and a space file"),
-        (("CONFIG", "SPACE", "registry.model=null", "--register"), "error: registry.model: not set"),
-    ],
-)
-def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, corpus: Path, tiny_model: Path) -> None:
-    files = dict(zip(("CONFIG", "SPACE"), write(corpus, tiny_model, SPACE), strict=True))
-    done = sweep(*(files.get(word, word) for word in arguments))
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(message), done.stderr
-    assert not (corpus / "runs" / "small-space" / "trials").exists()
 
 
 def trials(folder: Path) -> dict[str, dict[str, Any]]:

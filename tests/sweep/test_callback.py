@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.sweep import record, search_folder
+from olora_ray.sweep import search_folder
 from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space
@@ -63,19 +63,6 @@ def test_trials_that_bring_nothing_better_end_the_search(tmp_path: Path) -> None
         assert watch.stop_all()
         assert watch.stop_all()
     assert lines == ["the search ends: 3 trials in a row had no better value"]
-
-
-def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) -> None:
-    watch = search(tmp_path)
-    with said() as lines:
-        ends(watch, 0, 0.5, 0.9)
-        ends(watch, 1, 0.7, 0.6)
-    assert watch.best == (0.5, 0)
-    assert lines == [
-        "trial 0 finished with eval/loss 0.5000; 1 of 16 trials have ended, the best is trial 0 with 0.5000",
-        "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best is trial 0 with 0.5000",
-    ]
-    assert record.read_all(str(tmp_path))[0].value == 0.5
 
 
 def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path: Path) -> None:

@@ -150,4 +150,8 @@ def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path, monkeypatch:
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(over(["up_proj"], ["lm_head"])))
     with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head"):
         sweep.main([str(project.write_config(tmp_path, tree)), str(tmp_path / "space.yaml")])
+    with pytest.raises(UserError, match=r"^registry\.model: not set"):
+        sweep.main([str(tmp_path / "config.yaml"), str(tmp_path / "space.yaml"), "registry.model=null", "--register"])
+    with pytest.raises(UserError, match="expected a config and a space file"):
+        sweep.main([])
     assert not (tmp_path / "runs" / "tokens").exists()

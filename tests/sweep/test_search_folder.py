@@ -72,13 +72,6 @@ def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_chang
         search_folder.check_search(override(config, {"train.weight_decay": 0.1}), space())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}"])
-def test_a_damaged_description_is_no_traceback(config: Config, text: str) -> None:
-    begun(config).write_text(text)
-    with pytest.raises(UserError, match="holds a search with different settings"):
-        search_folder.check_search(config, space())
-
-
 def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: Config) -> None:
     search_folder.begin(config, space(), {"training data": "old", "base model": "base"})
     kept = (file := Path(config.folder(), "search.json")).read_text()

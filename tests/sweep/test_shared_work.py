@@ -26,26 +26,6 @@ from tests.families.variants import ALL
 METHODS = ["lora", "olora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"]
 
 
-@pytest.mark.parametrize(
-    ("search", "expected"),
-    [
-        ({"adapter.rank": {"choice": [4, 16]}}, [("olora", 16)]),
-        ({"adapter.method": {"grid": ["lora", "nora"]}}, [("lora", 8), ("nora", 8), ("olora", 8)]),
-        (
-            {"adapter.method": {"choice": ["pissa", "orthogonal"]}, "adapter.rank": {"choice": [4, 16]}},
-            [("pissa", 16), ("orthogonal", 4), ("orthogonal", 8), ("orthogonal", 16), ("olora", 16)],
-        ),
-        (
-            {"adapter.method": {"choice": ["orthogonal", "lora"]}, "adapter.rank": {"quniform": [2, 32, 2]}},
-            [("lora", 32), ("olora", 32)],  # each trial makes its own factors
-        ),
-    ],
-)
-def test_what_is_made_for_a_space(search: dict[str, Any], expected: list[tuple[str, int]]) -> None:
-    config = tiny.config(adapter__rank=8, adapter__alpha=8)
-    assert shared_work.factor_keys(config, Space.model_validate({"search": search})) == expected
-
-
 @pytest.fixture
 def bases(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The models of `family` that each call of `make` loads, as (attention, device); each call stands for a process."""

@@ -14,29 +14,6 @@ def record(number: int = 3) -> TrialRecord:
     return TrialRecord(number, {"train.lr": 1e-3}, "unfinished")
 
 
-def test_a_record_reads_back(tmp_path: Path) -> None:
-    kept = trial_file.TrialFile(str(tmp_path / "trials" / "trial-003"), record(), "min")
-    kept.measured(0, 2.0)
-    kept.started()
-    for step, value in ((4, 1.5), (8, 1.0), (12, 1.2)):
-        kept.measured(step, value)
-    kept.ended("stopped")
-    found = trial_file.read_all(str(tmp_path))[3]
-    assert found == kept.record
-    assert (found.value, found.step, found.status) == (1.0, 12, "stopped")
-    assert found.curve == ((0, 2.0), (4, 1.5), (8, 1.0), (12, 1.2))
-    assert found.first_step is not None
-    assert trial_file.read_all(str(tmp_path / "elsewhere")) == {}
-
-
-def test_the_base_is_no_result_of_a_trial(tmp_path: Path) -> None:
-    kept = trial_file.TrialFile(str(tmp_path), record(), "min")
-    kept.measured(0, 0.5)
-    assert kept.record.value is None
-    kept.measured(4, 0.7)
-    assert kept.record.value == 0.7
-
-
 def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Path) -> None:
     """Its training resumes from the checkpoint, and measures only later steps."""
     first = trial_file.TrialFile(str(tmp_path), record(), "min")

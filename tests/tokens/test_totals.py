@@ -8,26 +8,11 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens.manifest import Limits
-from olora_ray.tokens.manifest import rejection_remedy as remedy
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, rows
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "allowed"),
-    [
-        *((0.01, 2, 0), (0.01, 9, 0), (0.01, 10, 1), (0.01, 32, 1), (0.01, 967, 9), (0.01, 100_000, 1000)),
-        *((0.0, 10, 0), (0.0, 10**6, 0), (0.5, 2, 1), (0.5, 4, 2), (1.0, 7, 7)),
-    ],
-)
-def test_the_share_of_the_rows_or_a_single_one_may_be_rejected(share: float, count: int, allowed: int) -> None:
-    limits = Limits("data.train", share)
-    assert not limits.exceeded({"too_long": allowed}, count)
-    assert limits.exceeded({"too_long": allowed + 1}, count)
 
 
 def prepared(folder: Path, spec: TokenizerSpec, bad: int, good: int, **data: Any) -> None:
@@ -68,15 +53,6 @@ def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec, too_long
     share = float(told.split("data.max_rejected=")[1])
     for data in ({"max_rejected": share}, {"max_length": 222, "max_rejected": 0.0}):
         assert prepare(helpers.config(tmp_path / "runs", path, **data), tiny_spec, "train").manifest.rows == 93
-
-
-@pytest.mark.parametrize(
-    ("bad", "count", "share"), [(22, 967, "0.023"), (1, 2, "0.5"), (1, 3, "0.334"), (9, 10**6, "0.001")]
-)
-def test_the_share_that_is_offered_is_short_and_large_enough(bad: int, count: int, share: str) -> None:
-    told = remedy({"no_answer": bad}, count, "x")
-    assert told.endswith(f"data.max_rejected={share}")
-    assert not Limits("x", float(share)).exceeded({"no_answer": bad}, count)
 
 
 def test_the_place_of_the_rejected_rows_is_told_whether_or_not_they_stop_the_run(

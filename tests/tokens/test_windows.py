@@ -109,20 +109,3 @@ def test_few_shards_are_open_at_a_time_and_each_is_opened_once() -> None:
     # The simpler order that windows replace:
     whole = order(len(large()), SEED, len(large()), 2 * len(large()))
     assert len(np.unique(shards_of(whole[:step]))) > 2.5 * WINDOW
-
-
-def test_what_is_beside_a_sequence_changes_from_pass_to_pass() -> None:
-    total = len(large())
-    places = []
-    for number in (1, 2):
-        inverse = np.empty(total, dtype=np.int64)
-        inverse[pass_of(number)] = np.arange(total)
-        places.append(inverse)
-    # For so many random shards a correlation is 0 with a standard deviation of 1 / sqrt(shards).
-    for one, other in ((places[0], places[1]), (places[0], np.arange(total)), (places[1], np.arange(total))):
-        assert abs(np.corrcoef(one, other)[0, 1]) < 4 / large().shard_count ** 0.5
-    after = pass_of(1)
-    beside = np.abs(np.diff(places[1][after]))  # neighbours of the first, in the second
-    assert beside.mean() == pytest.approx(total / 3, rel=0.05)
-    assert (beside == 1).sum() < 20
-    assert (pass_of(1, seed=18) != after).mean() > 0.99

@@ -1,13 +1,5 @@
 """docs/generated/benchmarks.md: a benchmark's section is written anew, and the others stay word for word."""
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
 from benchmarks import write_page
 from benchmarks.write_page import MISSING, SECTIONS, Measured
 
@@ -35,27 +27,6 @@ def test_a_new_page_has_a_section_for_each_benchmark() -> None:
     assert {text for heading, text in sections.items() if heading != "Initialisation"} == {MISSING}
 
 
-def test_what_did_not_run_again_keeps_its_content_and_date() -> None:
-    page = write_page.renewed("", "init", measured())
-    page = write_page.renewed(page, "sweep", measured("old table\n", "2026-01-01"))
-    new = write_page.renewed(page, "init", measured("new table\n", "2026-12-24"))
-    (_, old_sections), (_, new_sections) = write_page.split(page), write_page.split(new)
-    changed = [heading for heading in old_sections if old_sections[heading] != new_sections[heading]]
-    assert changed == ["Initialisation"]
-    assert "2026-12-24" in new_sections["Initialisation"]
-    assert "2026-11-26" not in new
-    assert "2026-01-01" in new_sections["Sweep"]
-
-
-def test_words_and_sections_that_a_person_wrote_stay() -> None:
-    page = "# Ours\n\nRead me.\n\n## Scores\n\nBy hand.\n\n### Part\n\n## Sweep\n\nOn another machine.\n"
-    before, sections = write_page.split(write_page.renewed(page, "early", measured()))
-    assert before == "# Ours\n\nRead me."
-    assert sections["Scores"] == "By hand.\n\n### Part"
-    assert sections["Sweep"] == "On another machine."
-    assert list(sections) == [*SECTIONS.values(), "Scores"]
-
-
 def test_every_script_that_is_run_by_hand_has_a_section() -> None:
     # The others are parts of these: their docstrings show no command of their own.
     scripts = {
@@ -64,38 +35,3 @@ def test_every_script_that_is_run_by_hand_has_a_section() -> None:
         if f"\n    python benchmarks/{file.name}" in file.read_text(encoding="utf-8")
     }
     assert scripts - {"write_page"} == set(SECTIONS)
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Path:
-    """A tree with the script and benchmarks that print one line, of which `scaling` fails."""
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    (tmp_path / "docs" / "generated").mkdir(parents=True)
-    for name in SECTIONS:
-        ending = "raise SystemExit(3)" if name == "scaling" else ""
-        (folder / f"{name}.py").write_text(
-            f'"""About {name}."""\nimport sys\nprint("table of {name}", *sys.argv[1:])\n{ending}\n'
-        )
-    shutil.copy(write_page.__file__, folder)
-    return tmp_path
-
-
-def script(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, root / "benchmarks" / "write_page.py", *words], capture_output=True, text=True, check=False
-    )
-
-
-def test_one_that_fails_keeps_no_other_from_running_and_is_told(elsewhere: Path) -> None:
-    done = script(elsewhere)
-    assert done.returncode == 3
-    _, sections = write_page.split((elsewhere / "docs" / "generated" / "benchmarks.md").read_text())
-    left_out = {*write_page.NAMED_ONLY, *(() if torch.cuda.is_available() else write_page.NEEDS_GPU)}
-    run = [name for name in SECTIONS if name not in left_out]
-    assert [heading for heading, text in sections.items() if "table of" in text] == [
-        SECTIONS[name] for name in run if name != "scaling"
-    ]
-    shown = [" ".join(("table of", name, *write_page.TOGETHER.get(name, ()))) for name in run]
-    assert done.stdout.splitlines() == shown
-    assert "python benchmarks/scaling.py --steps 3: exit code 3; its section stays as it was" in done.stderr

@@ -11,11 +11,11 @@ def test_a_new_database_can_be_opened_by_several_processes_at_once(tmp_path: Pat
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     command = [sys.executable, "-c", CODE, uri]
     pipe = subprocess.PIPE
-    started = [subprocess.Popen(command, stdin=pipe, stderr=pipe, text=True) for _ in range(3)]
+    started = [subprocess.Popen(command, stdin=pipe, stderr=pipe, text=True) for _ in range(2)]
     for process in started:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     ended = [(process.communicate()[1][-2000:], process.returncode) for process in started]
-    assert [code for _, code in ended] == [0, 0, 0], ended
+    assert [code for _, code in ended] == [0, 0], ended
     assert not [file for file in tmp_path.iterdir() if not file.name.startswith("mlflow.db")]

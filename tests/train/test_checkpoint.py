@@ -133,14 +133,6 @@ def damaged(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, copy))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_named(saved: Path, tmp_path: Path, name: str) -> None:
-    folder = damaged(saved, tmp_path)
-    (folder / name).unlink()
-    with pytest.raises(UserError, match=name):
-        checkpoint.load(folder)
-
-
 def resealed(folder: Path, name: str, content: bytes) -> None:
     """Change a file, and its entry in the manifest."""
     (folder / name).write_bytes(content)
@@ -256,10 +248,3 @@ def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) 
             assert same(weights.da, expected[f"{name}.da"])
             assert same(weights.db, expected[f"{name}.db"])
     assert max(part.max().item() for part in found.optimizer.values()) == 0.25
-
-
-def test_a_snapshot_has_no_best_adapter_beside_one_that_is_the_best(tmp_path: Path) -> None:
-    trainer = tiny.trainer(tiny.config())
-    state = TrainState(step=2, best_step=2, best_loss=1.0)
-    trainer.snapshot(state, trainer.flat.vector.clone(), {}, "")(tmp_path / "c")
-    assert checkpoint.load(tmp_path / "c").best is None

@@ -13,7 +13,6 @@ from torch import Tensor
 from olora_ray.adapter.initialise import InitReport
 from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import eva
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
@@ -119,16 +118,6 @@ def test_the_same_bytes_come_of_1_2_and_3_workers(crew: Callable[[int], Crew]) -
     assert answers[1][2] == answers[2][2] > 0
 
 
-def _in_small_parts() -> tuple[int, bytes]:
-    whole, parts = _bytes(), _bytes(at_once=4096)
-    calibration.AT_ONCE = 2**26
-    return whole[2] - parts[2], b"" if whole[3] == parts[3] else parts[3]
-
-
-def test_parts_that_are_sent_after_each_other_make_the_same_bytes(crew: Callable[[int], Crew]) -> None:
-    assert crew(2).run(_in_small_parts) == [(0, b"")] * 2
-
-
 def _loss() -> SupervisedLoss:
     return SupervisedLoss(tiny.llama(attention="segments"))
 
@@ -191,15 +180,6 @@ def _poisoned(strategy: str, layer: int) -> None:
     eva_factors(loss, targets, settings(), store(), CPU)
 
 
-def test_the_first_tokens_are_those_of_the_stores_order() -> None:
-    packs = store()
-    pieces = first_tokens(packs, 60)
-    assert pieces[-1].end == 60
-    assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
-    assert all(piece.count == packs.supervised([piece.sequence]) for piece in pieces[:-1])
-    assert first_tokens(packs, 10**6)[-1].end == packs.supervised(range(8))
-
-
 def test_a_growing_store_is_waited_for_and_decides_nothing() -> None:
     packs = store()
     growing = tiny.ListStore([packs[i] for i in range(8)], sizes=[1, 2, 5], arrived=1)
@@ -225,9 +205,3 @@ def test_ranks_are_a_count_of_the_largest_shares(shares: list[list[float]], budg
     kept = [layers[name][i] for name in layers for i in range(found[name])]
     left = [share for name in layers for share in layers[name][found[name] :]]
     assert not kept or not left or min(kept) >= max(left)
-
-
-def test_inputs_that_vary_in_few_directions_have_few_components() -> None:
-    rows = torch.randn(20, 3) @ torch.randn(3, 12) + 5
-    assert eva.principal(rows.double(), 8).vectors.shape == (3, 12)
-    assert eva.principal(torch.ones(20, 12), 8).vectors.shape == (0, 12)

@@ -88,18 +88,6 @@ def test_with_equal_shards_the_rates_are_those_of_the_steps_after_the_warm_up(
     assert rates[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
 
 
-def test_what_is_certain_is_told_without_waiting() -> None:
-    train = Train(epochs=1, global_batch=4)
-    growing = store([9, 5, 4], arrived=1)
-    schedule = Schedule(train, growing, lambda *_: pytest.fail("waited"))
-    assert [schedule.ends(done) for done in range(5)] == [False, False, False, None, None]
-    assert not schedule.last(2)
-    assert schedule.total() is None
-    growing.arrived = 3
-    assert schedule.total() == 5
-    assert [schedule.last(done) for done in (4, 5, 6)] == [False, True, True]
-
-
 def test_what_is_not_certain_is_waited_for_and_may_be_given_up() -> None:
     def give_up(number: int, shards: int) -> None:
         assert (number, shards) == (1, 3)
@@ -112,13 +100,6 @@ def test_what_is_not_certain_is_waited_for_and_may_be_given_up() -> None:
     growing = store([9, 5, 4], arrived=1)
     threading.Timer(0.05, lambda: setattr(growing, "arrived", 3)).start()
     assert Schedule(Train(global_batch=4), growing).last(5)
-
-
-def test_an_automatic_rate_and_a_factor_decide_the_peak() -> None:
-    automatic = Schedule(Train(lr="auto", lr_factor=2.0, warmup=0.0), store([9]), auto=0.1)
-    assert automatic.lr(0) == 0.2
-    fixed = Schedule(Train(lr=0.3, lr_factor=0.5, warmup=0.0), store([9]), auto=0.1)
-    assert fixed.lr(0) == 0.15
 
 
 def test_the_steps_that_an_automatic_rate_is_made_for_depend_on_no_shard_but_the_first() -> None:

@@ -20,7 +20,6 @@ from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
-from tests.said import said
 from tests.tiny import SMALL, of_kind
 from tests.varlen_on_cpu import varlen_on_cpu
 
@@ -109,16 +108,6 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
 
 
-def test_what_cannot_be_used_on_a_gpu_is_told() -> None:
-    config = tiny.config()
-    why = attention.left_out(tiny.llama(), config.model, torch.float32, torch.device("cuda"))
-    assert "flash_attention_2" in why
-    with mock.patch.object(attention, "left_out", return_value=why), said() as lines:
-        assert chosen(tiny.llama()).passed_over == why
-    assert any("instead of flash_attention_2: the package flash-attn is not installed" in line for line in lines)
-    assert attention.left_out(tiny.llama(), config.model, torch.float32, CPU) == {}
-
-
 @NEWER
 def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]) -> None:
     whole = tiny.trainer(tiny.config())
@@ -190,14 +179,6 @@ def test_adapters_that_start_elsewhere_are_found() -> None:
     check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=False)
     with pytest.raises(UserError, match=r"^adapter\.targets: untrained adapters change the loss"):
         check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
-
-
-def test_adapters_that_take_no_part_are_named() -> None:
-    trainer = adapted()
-    first = trainer.loss.model.model.layers[0].mlp
-    first.forward = lambda x: first.up_proj.base(x) @ first.down_proj.base.weight.T
-    with pytest.raises(UserError, match=r"no gradient reaches .*layers\.0\.mlp\.gate_proj, .*; leave them out"):
-        check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=False)
 
 
 class Mixture(torch.nn.Module):

@@ -1,4 +1,3 @@
-import json
 import re
 from pathlib import Path
 
@@ -6,7 +5,6 @@ import pytest
 
 from olora_ray.sweep.report import page
 from olora_ray.sweep.report.figures import FIGURES
-from tests import browser
 from tests.sweep.odd import NASTY, ODD
 from tests.sweep.searches import realistic
 
@@ -38,30 +36,3 @@ def test_text_of_trials_cannot_become_html() -> None:
 def test_every_search_has_a_page_with_all_its_trials(name: str) -> None:
     shown = page.html(ODD[name], {})
     assert shown.count("<tr") == 1 + len(ODD[name].trials)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("large")
-    page.write_report(realistic(500), str(made))
-    return made
-
-
-def test_the_page_of_a_large_search_has_all_its_trials(large: Path) -> None:
-    shown = (large / "report.html").read_text()
-    assert len(shown) < 4e6
-    assert shown.count("<tr") == 1 + 500
-    assert len(json.loads((large / "leaderboard.json").read_text())["trials"]) == 500
-
-
-# Marks the loaded images; the page itself allows no script, so its copy does.
-PROBE = """<script>addEventListener("load", () =>
-  document.querySelectorAll("img").forEach(image => image.dataset.width = image.naturalWidth));</script>"""
-
-
-def test_a_browser_shows_all_figures(folder: Path, tmp_path: Path) -> None:
-    shown = (folder / "report.html").read_text().replace("style-src", "script-src 'unsafe-inline'; style-src")
-    (copy := tmp_path / "probed.html").write_text(shown.replace("</body>", f"{PROBE}</body>"))
-    widths = [int(width) for width in re.findall(r'data-width="(\d+)"', browser.dom(copy.as_uri()))]
-    assert len(widths) == len(FIGURES)
-    assert min(widths) > 900
