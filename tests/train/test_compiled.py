@@ -80,11 +80,16 @@ def trained(family: str, on: bool, recompute: bool = False) -> tuple[list[float]
     return losses, made.flat.vector.clone(), [*made.loss.state_dict()]
 
 
+def off(one: Tensor, other: Tensor) -> float:
+    # AdamW makes a large difference of a small one where a gradient is almost zero, so single numbers are not compared.
+    return float((one - other).norm() / other.norm())
+
+
 def assert_same(family: str, recompute: bool) -> None:
     losses, vector, names = trained(family, on=False)
     compiled = trained(family, on=True, recompute=recompute)
     assert compiled[0] == pytest.approx(losses, rel=1e-5)
-    torch.testing.assert_close(compiled[1], vector, rtol=1e-3, atol=1e-4)
+    assert off(compiled[1], vector) < 1e-3
     assert compiled[2] == names
 
 
@@ -142,6 +147,6 @@ def test_two_workers_train_evaluate_and_answer(crew: Callable[[int], Crew], stra
     assert torch.equal(compiled[0][1], compiled[1][1])
     for one, other in zip(without, compiled, strict=True):
         assert other[0] == pytest.approx(one[0], rel=1e-5)
-        torch.testing.assert_close(other[1], one[1], rtol=1e-3, atol=1e-4)
+        assert off(other[1], one[1]) < 1e-3
         assert other[2] == pytest.approx(one[2], rel=1e-5)
         assert other[3] == one[3]
