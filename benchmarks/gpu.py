@@ -78,7 +78,7 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
     """Yield the jobs of a command, the most important ones first."""
     common = {"device": args.device, "dtype": args.dtype, "rank": args.rank}
     small = SIZES["tiny"].micro_tokens if args.size == "tiny" else None
-    yield {"kind": "card", **common}
+    yield {"kind": "card", **common, **({"size": "tiny"} if small else {})}
     if args.command == "right":
         yield from ({"kind": kind, **common} for kind in CHECKS)
         return
@@ -94,6 +94,7 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
         )
         yield {"kind": "ours", **each, "attention": "sdpa"}
         yield {"kind": "ours", **each, "recompute": True}
+        yield {"kind": "ours", **each, "compile": True}
         yield {"kind": "trl", **each, "batch": 1}
         yield {"kind": "ours", **each, "length": size.lengths[1], "batch": 1}
         yield from (
@@ -152,7 +153,7 @@ def named(job: Found) -> str:
     if "length" not in job:
         return f"{job['kind']}{', ' + job['size'] if 'size' in job else ''}"
     others = [job[name] for name in ("attention", "quantization") if name in job]
-    others += ["recomputed"] * job["recompute"]
+    others += ["recomputed"] * job["recompute"] + ["compiled"] * job.get("compile", False)
     return ", ".join([f"{job['kind']}, {job['size']}: {job['batch']} x {job['length']} tokens", *others])
 
 
