@@ -18,6 +18,7 @@ and known shapes. A share of the peak counts only necessary work (benchmarks/mul
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -127,7 +128,9 @@ def run(job: Found, room: float) -> Found:
         return {"failed": f"ended after {room:.0f} s, at the end of the budget", "stderr": _text(error.stderr)}
     took = {"took": round(time.monotonic() - began, 1)}
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        told = [line for line in done.stderr.splitlines() if line.strip()]
+        # A compiler adds advice to its errors.
+        last = ([line for line in told if re.match(r"[\w.]+(Error|Exception|Failed): ", line)] or told)[-1:]
         return {"failed": last[0] if last else f"exit code {done.returncode}", "stderr": done.stderr, **took}
     return {"found": json.loads(done.stdout.splitlines()[-1]), **took}
 
