@@ -57,6 +57,7 @@ LACKING = {
     "NCCL": "Distributed package doesn't have NCCL",
     "the kernels of bitsandbytes": "_cuda_getCurrentRawStream",
     "a profile of kernels": "Legacy CUDA profiling",
+    "a kernel that TRL uses": "Could not run 'aten::addmm.dtype_out'",
     "a compiler of kernels": "BackendCompilerFailed: backend='inductor'",
 }
 """What the test device lacks -> part of the error of a job that needs it."""
