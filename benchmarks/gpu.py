@@ -18,6 +18,7 @@ and known shapes. A share of the peak counts only necessary work (benchmarks/mul
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -78,7 +79,7 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
     """Yield the jobs of a command, the most important ones first."""
     common = {"device": args.device, "dtype": args.dtype, "rank": args.rank}
     small = SIZES["tiny"].micro_tokens if args.size == "tiny" else None
-    yield {"kind": "card", **common}
+    yield {"kind": "card", **common, **({"size": "tiny"} if small else {})}
     if args.command == "right":
         yield from ({"kind": kind, **common} for kind in CHECKS)
         return
@@ -94,6 +95,7 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
         )
         yield {"kind": "ours", **each, "attention": "sdpa"}
         yield {"kind": "ours", **each, "recompute": True}
+        yield {"kind": "ours", **each, "compile": True}
         yield {"kind": "trl", **each, "batch": 1}
         yield {"kind": "ours", **each, "length": size.lengths[1], "batch": 1}
         yield from (
@@ -126,7 +128,9 @@ def run(job: Found, room: float) -> Found:
         return {"failed": f"ended after {room:.0f} s, at the end of the budget", "stderr": _text(error.stderr)}
     took = {"took": round(time.monotonic() - began, 1)}
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        told = [line for line in done.stderr.splitlines() if line.strip()]
+        # A compiler adds advice to its errors.
+        last = ([line for line in told if re.match(r"[\w.]+(Error|Exception|Failed): ", line)] or told)[-1:]
         return {"failed": last[0] if last else f"exit code {done.returncode}", "stderr": done.stderr, **took}
     return {"found": json.loads(done.stdout.splitlines()[-1]), **took}
 
@@ -152,7 +156,7 @@ def named(job: Found) -> str:
     if "length" not in job:
         return f"{job['kind']}{', ' + job['size'] if 'size' in job else ''}"
     others = [job[name] for name in ("attention", "quantization") if name in job]
-    others += ["recomputed"] * job["recompute"]
+    others += ["recomputed"] * job["recompute"] + ["compiled"] * job.get("compile", False)
     return ", ".join([f"{job['kind']}, {job['size']}: {job['batch']} x {job['length']} tokens", *others])
 
 

@@ -44,6 +44,7 @@ SECTIONS = {
     "export": "Export",
     "sharded": "Sharded base",
     "tree": "Gradient tree",
+    "exchange": "Exchange between machines",
     "memory": "Memory plan",
     "quantised": "Quantised base",
     "prepare": "Preparation",

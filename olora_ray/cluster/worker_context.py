@@ -190,7 +190,9 @@ def load_loss(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
     If one worker has a UserError, for example because its node has no access to the model, all workers raise it.
     """
     base = collectives.together(lambda: _on_every_node(spec))
-    return load_base(base.folder, agreed(spec.config, device), device)
+    loss = load_base(base.folder, agreed(spec.config, device), device)
+    loss.compile_blocks = spec.config.model.compile
+    return loss
 
 
 def _on_every_node(spec: TrainSpec) -> BaseModel:

@@ -77,17 +77,14 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _rank_fits_the_method(self) -> "Adapter":
         if self.method == "orthogonal" and self.rank % 2:
-            near = f"{self.rank - 1} or {self.rank + 1}" if self.rank > 1 else "2"
-            raise ValueError(f"rank={self.rank} is odd, and orthogonal needs an even rank; use {near}")
+            raise ValueError(f"rank={self.rank} is odd, and orthogonal needs an even rank; use {self.rank + 1}")
         return self
 
     @model_validator(mode="after")
     def _enough_tokens_for_the_components(self) -> "Adapter":
         if self.method == "eva" and self.init_tokens <= self.largest_rank():
-            raise ValueError(
-                f"init_tokens={self.init_tokens} must be larger than rho x rank = {self.largest_rank()}; raise"
-                " init_tokens, or lower rank or rho"
-            )
+            most = self.largest_rank()
+            raise ValueError(f"init_tokens={self.init_tokens} must be larger than rho x rank = {most}; raise it")
         return self
 
     def scale(self) -> float:
@@ -323,6 +320,9 @@ class Model(Section):
     attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa", "eager"] = "auto"
     """Attention kernel. auto: on a GPU flash_attention_2 if it is installed, otherwise varlen (of torch); on CPUs
     segments. If that kernel differs from the model's own attention, auto tries sdpa, then eager."""
+    compile: bool = False
+    """Train with blocks compiled by torch.compile: fewer GPU kernels, a longer start, other rounding. Needs a C++
+    compiler."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Keep false unless you have read that code."""
     allow_pickle: bool = False

@@ -228,16 +228,18 @@ STEP = 16
 _products: ContextVar[bool] = ContextVar("products", default=True)
 
 
-def register() -> None:
+def register(made: Callable[[Any], Any] = lambda function: function) -> None:
     """Register "segments" and "varlen" as attention implementations with transformers; neither takes a mask.
+
+    `made` may wrap both functions.
 
     transformers makes no mask for an implementation that has no function for masks. With a function that returns None,
     it would first compare positions, and a GPU's host would wait for the result in each micro-batch.
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register("segments", segment_attention)
-    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionInterface.register("segments", made(segment_attention))
+    AttentionInterface.register(VARLEN, made(varlen_attention))
 
 
 def segment_attention(

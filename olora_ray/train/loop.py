@@ -138,6 +138,7 @@ class Trainer:
         losses = []
         self.gradient.begin(data.count)
         train_mode(self.adapted, True)
+        self.loss.compiled = self.loss.compile_blocks
         # With a sharded base all workers must run the model equally often, so a worker with fewer micro-batches runs
         # it on padding. This comes first, because each real micro-batch starts with a new gradient and a new seed.
         if self.config.cluster.strategy == "fsdp" and collectives.world_size() > 1:
@@ -149,6 +150,7 @@ class Trainer:
             with self.gradient.leaf(micro_batch):
                 losses.append(self._backward(batch, data.supervised))
         train_mode(self.adapted, False)
+        self.loss.compiled = False
         return losses
 
     def _backward(self, batch: Batch, supervised: int) -> Tensor:

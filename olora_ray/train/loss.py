@@ -175,6 +175,9 @@ class SupervisedLoss(nn.Module):
         """True if the model gets masks made of the positions, because its own masks ignore the positions."""
         self.recompute = False
         """True if the backward pass runs the blocks again; has no effect before `parallel.install`."""
+        self.compile_blocks = self.compiled = False
+        """True if training steps run the blocks compiled; has no effect before `parallel.install`. `compiled` is true
+        while a step runs."""
         self._takes = _arguments(backbone(model))
         patch_rms_norm(model)
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from olora_ray.adapter.candidates import plain_layers
-from olora_ray.adapter.layer import AdaptedWeight
+from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight
 from olora_ray.common import collectives, node_cache, storage
 from olora_ray.common.errors import UserError, short_reason
 from olora_ray.config.schema import Config
 from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.model import attention
 from olora_ray.model.folder import of_folder
 from olora_ray.model.load import empty_model, load_model
 from olora_ray.model.quantised import KINDS, Packed, QuantisedLinear, pack, require
@@ -44,38 +45,61 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Recomputation of activations: only the input of each block is kept, and the backward pass runs the block again.
+# Two ways to run the blocks in a training step. Recomputation: only the input of each block is kept, and the backward
+# pass runs the block again. Compilation: torch.compile fuses what lies between the adapted layers and the attention.
 
 
 def install(loss: SupervisedLoss) -> None:
-    """Wrap the blocks so that the backward pass runs them again, if `loss.recompute` is true; may be called again.
+    """Wrap the blocks if `loss.recompute` or `loss.compile_blocks` is true; may be called again.
 
-    Afterwards `loss.recompute` turns recomputation on and off. It works with FSDP2, which gathers a block before its
-    backward pass.
+    Afterwards `loss.recompute` and `loss.compiled` turn both on and off. They work with FSDP2, which gathers a block
+    before its backward pass.
     """
-    if not loss.recompute:
+    if not (loss.recompute or loss.compile_blocks):
         return
     for block in decoder_layers(loss.model):
-        if not isinstance(block.forward, _Recomputed):
-            block.__dict__["forward"] = _Recomputed(block.forward, loss)
+        if not isinstance(block.forward, _Block):
+            block.__dict__["forward"] = _Block(block.forward, loss)
 
 
-class _Recomputed:
-    """Forward of a block that keeps only its inputs if a gradient is needed."""
+class _Block:
+    """Forward of a block that may be compiled, and may keep only its inputs, if a gradient is needed."""
 
     def __init__(self, forward: Callable[..., Any], loss: SupervisedLoss) -> None:
         self.__wrapped__ = forward  # inspect.signature follows this attribute to the arguments of the block
         self._loss = loss
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        if not (self._loss.recompute and torch.is_grad_enabled()) or _has_cache((*inputs, *named.values())):
+        if not torch.is_grad_enabled() or _has_cache((*inputs, *named.values())):
             return self.__wrapped__(*inputs, **named)
+        run = self._compiled if self._loss.compiled else self.__wrapped__
+        if not self._loss.recompute:
+            return run(*inputs, **named)
         # `checkpoint` keeps the random state of the devices of its positional arguments, so named inputs are passed as
         # positional ones too.
-        return checkpoint(self._run, inputs, named, use_reentrant=False, preserve_rng_state=True)
+        return checkpoint(_run, run, inputs, named, use_reentrant=False, preserve_rng_state=True)
 
-    def _run(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        return self.__wrapped__(*inputs, **named)
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        _leave_out()
+        # Without `dynamic`, a second length would compile the block again. Blocks of the same class share their graphs.
+        compiled: Callable[..., Any] = torch.compile(self.__wrapped__, dynamic=True)
+        return compiled
+
+
+def _run(run: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    return run(*inputs, **named)
+
+
+def _leave_out() -> None:
+    # Adapted layers, packed weights and attention in segments add in place, keep results between calls, or read lengths
+    # on the host, which no graph can contain. The decorator is not written where they are defined, because it would
+    # import the compiler.
+    parts: Any = (AdaptedLinear, AdaptedExperts, QuantisedLinear)
+    for part in parts:
+        if not hasattr(part.forward, "_torchdynamo_disable"):
+            part.forward = torch.compiler.disable(part.forward)
+    attention.register(torch.compiler.disable)
 
 
 def _has_cache(values: Sequence[Any]) -> bool:
@@ -93,6 +117,16 @@ def switched(loss: SupervisedLoss, on: bool) -> Iterator[None]:
         yield
     finally:
         loss.recompute = before
+
+
+@contextmanager
+def compiled(loss: SupervisedLoss) -> Iterator[None]:
+    """Run the blocks compiled inside a `with` block, if `loss.compile_blocks` is true."""
+    loss.compiled = loss.compile_blocks
+    try:
+        yield
+    finally:
+        loss.compiled = False
 
 
 def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]) -> None:

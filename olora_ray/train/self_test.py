@@ -18,7 +18,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight, TakenWeight
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.model import attention
 from olora_ray.model.packing import check_lengths, shares_sequences, why_not_in_one_row
-from olora_ray.tokens.collate import FLAT_ATTENTION, collate
+from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import parallel
 from olora_ray.train.base_files import decoder_layers
@@ -451,6 +451,8 @@ def _try(
         with parallel.switched(loss, on=False):
             loss(batch).backward()
         parallel.check_same(type(model).__name__, list(with_it.values()), list(_gradients(adapted).values()))
+    if loss.compile_blocks:
+        _check_compiled(loss, adapted, batch)
     with parallel.switched(loss, on=False):
         model.set_attn_implementation(attention.own(model))
         with _plain(model):
@@ -480,6 +482,19 @@ def _try(
             + (" this model cannot be trained here" if name == own else f" set model.attention: {own}")
         )
     return without, size
+
+
+def _check_compiled(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> None:
+    model: Any = loss.model
+    loss(batch).backward()
+    wanted, refused = _gradients(adapted), f"model.compile: set it to false; compiled, {type(model).__name__}"
+    # The compiler has many types of errors. Failed exchanges of a sharded base have them too, and may pass.
+    sharded = hasattr(loss, "unshard")
+    with parallel.compiled(loss), nullcontext() if sharded else as_user_error(f"{refused} fails", Exception):
+        loss(batch).backward()
+    off = _relative(_gradients(adapted), wanted, list(wanted))
+    if not off <= TOLERANCE[model.dtype]:
+        raise UserError(f"{refused} has other gradients, by {off:.2g}")
 
 
 @contextmanager

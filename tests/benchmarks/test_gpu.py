@@ -1,6 +1,7 @@
 """The GPU kit on a CPU; on a GPU the same code runs with other sizes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from tests.device import gpu
 from tests.pipelines import project
 from tests.waiting import until
 
 pytestmark = pytest.mark.slow  # in make test: tests/device, and test_parts.py
 KIT = [sys.executable, str(project.ROOT / "benchmarks" / "gpu.py")]
 ON_CPU = ["--size", "tiny", "--device", "cpu"]
+CHECKS = ("checks", "codes", "heads", "twice", "elsewhere", "folder", "alone")
 WITHOUT = "import sys\nfor name in ('ray', 'mlflow'): sys.modules[name] = None\n"
 
 
@@ -48,6 +51,53 @@ def test_what_has_ended_is_kept_when_the_command_is_killed_and_the_rest_is_named
     assert done.returncode == 1
     assert "not run: ours, tiny: 2 x 64 tokens, " in done.stdout
     assert lines(out) == kept
+
+
+LACKING = {
+    "NCCL": "Distributed package doesn't have NCCL",
+    "the kernels of bitsandbytes": "_cuda_getCurrentRawStream",
+    "a profile of kernels": "Legacy CUDA profiling",
+    "a kernel that TRL uses": "Could not run 'aten::addmm.dtype_out'",
+    "a compiler of kernels": "BackendCompilerFailed: backend='inductor'",
+}
+"""What the test device lacks -> part of the error of a job that needs it."""
+START = f"""
+import sys
+sys.path.append({str(project.ROOT)!r})
+import peft  # imported later, its bitsandbytes would look for CUDA's own library
+from tests.device import gpu
+gpu.load()
+"""
+
+
+@pytest.fixture
+def on_device(tmp_path: Path) -> dict[str, str]:
+    """The environment in which each Python process, those of the kit's jobs too, has the test device."""
+    if gpu.missing():
+        pytest.skip(str(gpu.missing()))
+    gpu.build()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(START)
+    return os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["right", "fast", "sizes"])
+def test_each_command_runs_on_the_test_device(command: str, on_device: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "gpu.jsonl"
+    kit = [*KIT, command, "--size", "tiny", "--out", str(out)]
+    with subprocess.Popen(kit, stdout=subprocess.DEVNULL, env=on_device) as killed:
+        until(lambda: out.exists() and len(out.read_text().splitlines()) == 2, seconds=300)
+        killed.kill()
+    kept = lines(out)
+    done = subprocess.run(kit, capture_output=True, text=True, env=on_device)
+    found = lines(out)
+    assert found[: len(kept)] == kept
+    assert "not run" not in done.stdout
+    failures = [line["failed"] + line["stderr"] for line in found if "failed" in line]
+    checks = [check for line in found if line["job"]["kind"] in CHECKS for check in line.get("found", {}).values()]
+    failures += [check.get("failed", str(check)) for check in checks if not check["ok"]]
+    assert [each for each in failures if not any(part in each for part in LACKING.values())] == []
 
 
 @pytest.mark.parametrize("kind", ["checks", "codes", "twice", "elsewhere", "alone"])

@@ -158,6 +158,7 @@ _ANSWERS: dict[str, object] = {
     **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), 0),
     **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
     **dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed_all"), None),
+    "reset_peak_memory_stats": None,
 }
 # The device draws from the CPU's generator, so its random state is the CPU's.
 _FUNCTIONS: dict[str, Any] = {name: _answer(value) for name, value in _ANSWERS.items()} | {
