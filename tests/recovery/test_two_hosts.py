@@ -61,19 +61,6 @@ def finish(found: Cluster, folder: Path, clean: Clean, row: table.Row) -> None:
     assert runs.differences(end, clean.end) == [], found.run.tail()
 
 
-def test_a_run_continues_without_a_host_that_died(
-    clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
-) -> None:
-    row = table.Row("host killed, workers [1, 2]")
-    rows.append(row)
-    with cluster(tiny_project, tmp_path, MIDDLE, others=2, cluster__workers=[1, 2]) as found:
-        found.run.start()
-        found.host_of(found.run.wait_for_fault()["pid"]).kill()
-        finish(found, tmp_path, clean, row)
-        assert [one.workers for one in found.run.resumptions()] == [1], found.run.tail()
-    row.recovered = True
-
-
 def test_a_run_goes_on_when_the_link_of_a_host_is_cut(
     clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
 ) -> None:
