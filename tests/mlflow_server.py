@@ -53,7 +53,7 @@ class Server:
         )
 
     def wait(self) -> None:
-        until(self.answers, 60, pause=0.1)
+        until(self.answers, 180, pause=0.1)
 
     def answers(self) -> bool:
         try:
