@@ -125,7 +125,9 @@ def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name: s
             volume["name"] for volume in pod.get("volumes", [])
         }
         for variable in container.get("env", []):
-            secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "USERNAME", "KEY", "NOTIFY"))
+            secret = any(
+                word in variable["name"] for word in ("TOKEN", "PASSWORD", "USERNAME", "KEY", "NOTIFY", "PING")
+            )
             assert ("valueFrom" in variable and "secretKeyRef" in variable["valueFrom"]) is secret, variable["name"]
         if container["name"].startswith("ray-") and container["name"] != "ray-job-submitter":
             assert {"secretRef": {"name": "olora-ray-secrets", "optional": True}} in container["envFrom"]
