@@ -54,11 +54,11 @@ class Retrain(Section):
     may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Stop if data.train has lost more than this share of the rows that the champion was trained on; 1: never stop."""
     ping: Reference | None = None
-    """env:NAME or file:/PATH that holds the address of a check, in the form of healthchecks.io. deploy/night.py calls
-    ADDRESS/start when a night begins, and ADDRESS or ADDRESS/fail when it ends; null: none."""
+    """env:NAME or file:/PATH with the address of a dead man's switch in the form of healthchecks.io: deploy/night.py
+    calls ADDRESS/start, then ADDRESS or ADDRESS/fail; null: none."""
     metrics: Annotated[str, Field(pattern=METRICS)] | None = None
-    """Where the metrics of nights are written: /PATH.prom for node exporter's textfile collector, or the address of a
-    Pushgateway (http://HOST:9091, or env:NAME or file:/PATH that holds it); null: nowhere."""
+    """/PATH.prom for node exporter's textfile collector, or the address of a Pushgateway (http://HOST:9091, env:NAME or
+    file:/PATH); null: no metrics of nights."""
 
 
 class Notify(Section):

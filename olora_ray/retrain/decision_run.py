@@ -133,7 +133,7 @@ class Nights:
     """End of the last good night; None: no night has ended well since this is recorded."""
     champion: Version | None
     since: float
-    """When the champion became it; if something else than this project moved the alias, when the version was made."""
+    """Time of the champion's promotion, or of its creation if something else than this project moved the alias."""
     decided: float
     """Time of the last promotion or refusal; 0: none."""
     decisions: list[dict[str, str]]
@@ -181,7 +181,7 @@ def good_night(config: Config) -> None:
 METRICS = {
     "olora_night_last_success_timestamp_seconds": ("good", "End of the last good night"),
     "olora_night_last_decision_timestamp_seconds": ("decided", "Last promotion or refusal"),
-    "olora_champion_since_timestamp_seconds": ("since", "When the champion became it"),
+    "olora_champion_since_timestamp_seconds": ("since", "Promotion of the champion"),
     "olora_held_out_uses": ("uses", "Versions that were decided on the current held-out rows"),
 }
 
