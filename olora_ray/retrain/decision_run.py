@@ -191,7 +191,9 @@ def _export(aliases: Aliases, target: str) -> None:
 
     registry, found = CollectorRegistry(), nights(aliases)
     for metric, (name, text) in METRICS.items():
-        Gauge(metric, text, ["model"], registry=registry).labels(aliases.name).set(getattr(found, name))
+        gauge = Gauge(metric, text, ["model"], registry=registry)
+        if value := getattr(found, name):  # no sample is better than an age since 1970
+            gauge.labels(aliases.name).set(value)
     if target.startswith("/"):
         write_to_textfile(target, registry)
     else:

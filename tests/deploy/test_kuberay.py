@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kuberay"
 SCHEMA: Tree = json.loads((Path(__file__).parent / "schemas" / "kuberay.json").read_text())
 CUSTOM = ("raycluster.yaml", "rayjob.yaml", "raycronjob.yaml")
-OTHERS = ("cronjob.yaml", "storage.yaml", "network.yaml")
+OTHERS = ("cronjob.yaml", "storage.yaml", "network.yaml", "monitoring.yaml")
 NIGHT = "/opt/olora_ray/deploy/night.py"
 
 
@@ -72,6 +72,15 @@ def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_
         maps = [each["name"] for each in found_under(manifest(name), "configMapRef")]
         assert set(maps) <= {made["name"]}
         assert len(maps) == len(list(pods(cluster(name)))) if name in CUSTOM else not maps
+
+
+def test_the_operator_of_prometheus_gets_the_same_alerts_and_the_port_of_all_pods() -> None:
+    monitor, rule = yaml.safe_load_all((FOLDER / "monitoring.yaml").read_text())
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yaml").read_text())
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for name in CUSTOM:
+        ports = [{port["name"] for port in ports} for ports in found_under(cluster(name), "ports")]
+        assert all(endpoint["port"] in each for each in ports), name
 
 
 def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits() -> None:
