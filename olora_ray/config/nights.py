@@ -58,7 +58,7 @@ class Retrain(Section):
     calls ADDRESS/start, then ADDRESS or ADDRESS/fail; null: none."""
     metrics: Annotated[str, Field(pattern=METRICS)] | None = None
     """/PATH.prom for node exporter's textfile collector, or the address of a Pushgateway (http://HOST:9091, env:NAME or
-    file:/PATH); null: no metrics of nights."""
+    file:/PATH); null: none."""
 
 
 class Notify(Section):
