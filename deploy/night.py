@@ -12,11 +12,15 @@ SIGTERM and SIGINT are passed on to COMMAND, and its output is copied to this pr
 COMMAND's own; 75 if the time limit or the last try is reached; 128 + N if signal N ended COMMAND; 0 if another process
 was at work on the model until the last try, because no night failed. After every other end that COMMAND has not told
 itself, night.py sends "failed" (codes below 75), else "not finished", with the last line of the output.
+
+A service elsewhere hears of every night, also of one whose machine is off: night.py calls the address of retrain.ping
+with /start at the start, as it is at a good end, and with /fail and the reason at every other end.
 """
 
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,10 +53,12 @@ def main(argv: list[str]) -> None:
         raise UserError("arguments: expected CONFIG.yaml -- COMMAND [ARGUMENT ...]; --help shows how")
     night = Night(DEFAULTS | {name: _number(name, text) for name, text in parsed.options.items()})
     config = _loaded(parsed.words[0])
+    _ping(config, "/start")
     try:
         code = night.run(command)
     except UserError as error:
         _tell(config, "failed", str(error))
+        _ping(config, "/fail", str(error))
         raise
     if night.overlap:
         logger.info(f"SKIPPED: {night.reason}")
@@ -62,6 +68,7 @@ def main(argv: list[str]) -> None:
         if event == "not finished":
             logger.warning(f"NOT FINISHED: {night.reason}; nothing is lost, run the same command again to resume")
         _tell(config, event, night.reason)
+    _ping(config, "/fail" if code else "", night.reason)
     raise SystemExit(code)
 
 
@@ -74,13 +81,13 @@ def _number(name: str, text: str) -> float:
 
 def _loaded(file: str) -> Config | None:
     # The command runs even with a broken config, because its own error is clearer than one from here. Who is told of it
-    # stands in two sections, which may be valid.
+    # stands in some sections, which may be valid.
     try:
         return load_config(file)
     except UserError as error:
         problem = error
     try:
-        told = {name: section for name, section in read_tree(file).items() if name in ("registry", "notify")}
+        told = {name: section for name, section in read_tree(file).items() if name in ("registry", "notify", "retrain")}
         return build({"run": {"name": Path(file).stem}, "model": {"name": "-"}, "data": {"train": ["-"]}, **told}, file)
     except UserError:
         logger.warning(f"this night sends no notification, because the config does not load: {problem}")
@@ -92,6 +99,11 @@ def _tell(config: Config | None, event: str, reason: str) -> None:
         notify.tell(config, event, reason)
 
 
+def _ping(config: Config | None, signal: str, reason: str = "") -> None:
+    if config is not None:
+        notify.ping(config, signal, reason)
+
+
 class Night:
     def __init__(self, limits: Mapping[str, float]) -> None:
         """`limits` has the keys of DEFAULTS."""
@@ -101,7 +113,7 @@ class Night:
         self.told = False
         """True if the last run of the command has told by itself that it failed."""
         self.overlap = False
-        """True if the last run of the command has found another process at work."""
+        """True if the last run of the command has found another process at work, which has not been so for too long."""
         self.stopped: signal.Signals | None = None
         """The signal to this process that was passed on."""
         self._child: subprocess.Popen[bytes] | None = None
@@ -154,7 +166,7 @@ class Night:
         for reader in readers:
             reader.join(2)  # a process that the command has left behind may hold its end
         self.reason = self._with_last_line(how)
-        self.overlap = how == f"exit code {AGAIN}" and lock.RUNNING in self._last
+        self.overlap = how == f"exit code {AGAIN}" and lock.RUNNING in self._last and not self._hangs()
         return code if code >= 0 else 128 - code
 
     def _copy(self, source: IO[bytes], target: TextIO) -> None:
@@ -171,6 +183,12 @@ class Night:
         if how.startswith("exit code"):
             return f"{line} ({how})" if line else how
         return f"{how}; last line: {line}" if line else how
+
+    def _hangs(self) -> bool:
+        """True if the other process has been at work for longer than a night may take: it must not hide for ever."""
+        since = re.search(r"since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", self._last)
+        age = time.time() - time.mktime(time.strptime(since[1], "%Y-%m-%d %H:%M:%S")) if since else 0.0
+        return age > self.limits["--hours"] * 3600
 
     def _ended(self, child: "subprocess.Popen[bytes]") -> int:
         """Stop the child, kill its remaining processes after the grace period, and return its exit code."""

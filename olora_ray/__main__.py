@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ("compare adapters on your data, each at its own learning rate", None),
     "registry": ("list registered versions, and set the champion by hand", None),
     "retrain": ("retrain if something has changed, and promote a better model; made for a scheduler", None),
+    "nights": ("show how the nights of a model went: last good one, champion, refusals", None),
 }
 """Command -> (description, module with its `main`); None: the script of that name in pipelines/."""
 

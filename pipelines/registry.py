@@ -21,20 +21,15 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import check_uri, reachable, shown_uri
-from olora_ray.tracking.start import absolute
-
-DATABASE = Path("runs/mlflow.db")
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +42,7 @@ def main(argv: list[str]) -> None:
     act, wanted = ACTIONS[action]
     if len(names) != len(wanted):
         raise UserError(f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]")
-    uri = _tracking_uri(parsed.options.get("--tracking-uri"))
+    uri = start.chosen_uri(parsed.options.get("--tracking-uri"))
     check_uri(uri)
     folder, _, name = uri.removeprefix("sqlite:///").rpartition("/")
     if act is not show_all and name == start.DATABASE and os.path.isdir(os.path.join(folder, start.FOLDER)):
@@ -117,17 +112,6 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M")
-
-
-def _tracking_uri(given: str | None) -> str:
-    if given and in_uri(given):
-        raise UserError("--tracking-uri: its secret is visible to all on this machine; use env:NAME or file:/PATH")
-    uri = given if given is not None else os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        return absolute(looked_up(uri, "--tracking-uri"))
-    if given is None and DATABASE.is_file():
-        return f"sqlite:///{DATABASE.resolve()}"
-    raise UserError("--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI")
 
 
 def _number(aliases: Aliases, which: str) -> str:

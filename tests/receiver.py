@@ -11,11 +11,12 @@ from typing import Any
 
 @dataclass
 class Receiver:
-    """The address of the webhook, and the JSON of each request."""
+    """The address of the webhook, the JSON of each request, and (path, text) of each request to another address."""
 
     url: str
     status: int
     got: list[dict[str, Any]] = field(default_factory=list)
+    pings: list[tuple[str, str]] = field(default_factory=list)
 
     def events(self) -> list[str]:
         return [message["event"] for message in self.got]
@@ -27,9 +28,15 @@ def receiver(status: int = 200) -> Iterator[Receiver]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            found.got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            if self.path.startswith("/hook/"):
+                found.got.append(json.loads(text))
+            else:
+                found.pings.append((self.path, text))
             self.send_response(found.status)
             self.end_headers()
+
+        do_PUT = do_POST
 
         def log_message(self, format: str, *arguments: Any) -> None:
             pass

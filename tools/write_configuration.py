@@ -61,8 +61,8 @@ the command line, `train.epochs` overrides `train.steps` of the file.
 
 Runs copy the configuration into checkpoints and MLflow, so it must not contain secrets: an address with a password or a
 token is refused. `tracking.uri` may instead be `env:NAME`, for an environment variable with the address, or
-`file:/PATH`, for a file of one line; `notify.url` is always one of the two. A process reads the address when it needs
-it, and never writes it:
+`file:/PATH`, for a file of one line; `notify.url` and `retrain.ping` are always one of the two. A process reads the
+address when it needs it, and never writes it:
 
     .venv/bin/python pipelines/finetune.py my_run.yaml tracking.uri=env:MLFLOW_DATABASE
     .venv/bin/python pipelines/finetune.py my_run.yaml tracking.uri=file:/run/secrets/mlflow_uri

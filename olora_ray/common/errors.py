@@ -82,6 +82,10 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)$")
 
 def of_the_machine(error: BaseException) -> str | None:
     """Return one line for a full disk, or for a file that cannot be read or written; None for any other error."""
+    # By its name, because this package needs no Ray.
+    if any(each.__name__ == "OutOfDiskError" for each in type(error).__mro__):
+        folder = "Ray's temporary folder (ray start --temp-dir)"
+        return f"{folder}: its disk is full; make room, and run the same command again"
     if not isinstance(error, OSError) and (number := _OS_ERROR.search(str(error))):
         error = OSError(int(number[1]), os.strerror(int(number[1])))
     if not isinstance(error, OSError) or error.errno not in _FULL | _OF_A_FILE:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from olora_ray.config.section import Command, Reference, Section
+from olora_ray.config.section import METRICS, Command, Reference, Section
 
 
 class Condition(Section):
@@ -53,6 +53,12 @@ class Retrain(Section):
     """Only for `from: champion`: share of the rows of known files to use beside all new ones; drawn again each time."""
     may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Stop if data.train has lost more than this share of the rows that the champion was trained on; 1: never stop."""
+    ping: Reference | None = None
+    """env:NAME or file:/PATH with the address of a dead man's switch in the form of healthchecks.io: deploy/night.py
+    calls ADDRESS/start, then ADDRESS or ADDRESS/fail; null: none."""
+    metrics: Annotated[str, Field(pattern=METRICS)] | None = None
+    """/PATH.prom for node exporter's textfile collector, or the address of a Pushgateway (http://HOST:9091, env:NAME or
+    file:/PATH); null: none."""
 
 
 class Notify(Section):

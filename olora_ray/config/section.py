@@ -65,6 +65,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
 MODEL_NAME = r"^\w([\w .-]*\w)?$"
+METRICS = r"^(/.*\.prom|https?://.+|env:.+|file:/[^/].*)$"
 EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
 HUB_NAME = r"^[A-Za-z0-9][\w-]*/\w[\w.-]*$"
 LONGEST_NAME = 200

@@ -1,17 +1,24 @@
-"""MLflow runs of a retraining's decisions: the decision, its reason, and the versions."""
+"""MLflow runs of a retraining's decisions, with reason and versions; and what MLflow tells of the nights."""
 
 import json
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from olora_ray.common.errors import short_reason
+from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
+from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import notify
 from olora_ray.retrain.recipe import AGAINST
-from olora_ray.tracking.aliases import CHAMPION
+from olora_ray.tracking.aliases import CHAMPION, SINCE, Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect, reachable
 from olora_ray.tracking.start import resolve_uri, start_run
+
+logger = logging.getLogger(__name__)
 
 # Tag of a version: the numbers behind the gate's decision, as JSON.
 DETAILS = "olora.gate_details"
@@ -110,3 +117,84 @@ def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
         for metric, value in (details.get(role) or {}).items()
     }
     return roles | {f"improvement/{bound}": float(value) for bound, value in (details.get("improvement") or {}).items()}
+
+
+# Nights, as MLflow alone tells of them.
+
+# Tag of a registered model: the end of its last good night, in seconds since 1970.
+GOOD = "olora.last_good_night"
+
+
+@dataclass(frozen=True)
+class Nights:
+    """Facts about the nights of a model; times are seconds since 1970."""
+
+    good: float | None
+    """End of the last good night; None: no night has ended well since this is recorded."""
+    champion: Version | None
+    since: float
+    """Time of the champion's promotion, or of its creation if something else than this project moved the alias."""
+    decided: float
+    """Time of the last promotion or refusal; 0: none."""
+    decisions: list[dict[str, str]]
+    """Tags of the latest runs of decisions, the newest first, with the run's time as `when`."""
+    uses: int
+    """Number of versions that were decided on the current held-out rows."""
+    used_since: float
+
+
+def nights(aliases: Aliases) -> Nights:
+    """Ask MLflow alone about the nights of a model that is registered; this writes nothing."""
+    versions, client = aliases.versions(), aliases.client
+    with reachable(aliases.uri):
+        model = client.get_registered_model(aliases.name)
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        quote = '"' if "'" in aliases.name else "'"
+        mine = f"tags.`olora.kind` = 'retraining' and tags.`olora.model` = {quote}{aliases.name}{quote}"
+        runs = client.search_runs(experiments, mine, max_results=30, order_by=["attributes.start_time DESC"])
+    champion = next((each for each in versions if each.number == str(model.aliases.get(CHAMPION))), None)
+    number, _, moved = model.tags.get(SINCE, "").partition(" ")
+    since = 0.0 if champion is None else float(moved) if number == champion.number else champion.created
+    told = [{**run.data.tags, "when": str(run.info.start_time / 1000)} for run in runs]
+    decided = [float(run["when"]) for run in told if run["olora.decision"] in ("promoted", "refused")]
+    judged = [version for version in versions if version.verdict and AGAINST in version.tags]
+    rows = [Fingerprint.from_tags(version.tags).held_out for version in judged]
+    same = [version for version, digest in zip(judged, rows, strict=True) if digest == rows[-1]]
+    good = float(model.tags[GOOD]) if GOOD in model.tags else None
+    used_since = min((version.created for version in same), default=0.0)
+    return Nights(good, champion, since, max(decided, default=0.0), told, len(same), used_since)
+
+
+def good_night(config: Config) -> None:
+    """Record the end of a good night in MLflow, and write the metrics of nights to the config's retrain.metrics."""
+    aliases = Aliases(resolve_uri(config), str(config.registry.model))
+    with reachable(aliases.uri):
+        aliases.client.set_registered_model_tag(aliases.name, GOOD, f"{time.time():.0f}")
+    if config.retrain.metrics:
+        try:
+            _export(aliases, looked_up(config.retrain.metrics, "its address"))
+        except Exception as error:  # metrics must not change the result of the retraining
+            logger.warning(f"retrain.metrics: not written: {mask(short_reason(error))}")
+
+
+# Metric in Prometheus -> field of Nights, description.
+METRICS = {
+    "olora_night_last_success_timestamp_seconds": ("good", "End of the last good night"),
+    "olora_night_last_decision_timestamp_seconds": ("decided", "Last promotion or refusal"),
+    "olora_champion_since_timestamp_seconds": ("since", "Promotion of the champion"),
+    "olora_held_out_uses": ("uses", "Versions that were decided on the current held-out rows"),
+}
+
+
+def _export(aliases: Aliases, target: str) -> None:
+    from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
+
+    registry, found = CollectorRegistry(), nights(aliases)
+    for metric, (name, text) in METRICS.items():
+        gauge = Gauge(metric, text, ["model"], registry=registry)
+        if value := getattr(found, name):  # no sample is better than an age since 1970
+            gauge.labels(aliases.name).set(value)
+    if target.startswith("/"):
+        write_to_textfile(target, registry)
+    else:
+        push_to_gateway(target, "olora_ray", registry, {"model": aliases.name}, timeout=5)

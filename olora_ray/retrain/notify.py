@@ -1,10 +1,17 @@
-"""Notifications of a retraining's result, to a webhook and to a command (the config's notify section)."""
+"""Notifications of a retraining's result, to a webhook and to a command (the config's notify section), and its pings.
+
+A ping tells a service elsewhere that a night has begun or ended (retrain.ping). The service alarms when a ping is
+missing, so it also hears of a machine that is off. Only deploy/night.py pings, because only the parent of a retraining
+knows how it ended, and two callers would end each other's nights.
+"""
 
 import json
 import logging
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 import requests
 
@@ -33,17 +40,36 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "text": f"{config.registry.model or config.run.name}: {subject}{event}: {reason}",
     }
+    body, what = json.dumps(message), f"the event {event!r}"
     for field, value, send in (("url", config.notify.url, _post), ("command", config.notify.command, _run)):
-        for pause in (1.0, 3.0, None) if value else ():  # seconds before the next try
-            try:
-                send(str(value), json.dumps(message))
-                logger.info(f"notify.{field}: {SENT.format(event)}")
+        if value and _sent(f"notify.{field}", what, partial(send, value, body)):
+            logger.info(f"notify.{field}: {SENT.format(event)}")
+
+
+def ping(config: Config, signal: str, text: str = "") -> None:
+    """Call the config's retrain.ping: `signal` is /start, empty for a good end, or /fail. Never raises, as `tell`."""
+    if address := config.retrain.ping:
+        _sent("retrain.ping", f"the signal {signal or 'success'!r}", partial(_ping, address, signal, mask(text)))
+
+
+def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
+    """Send up to three times; return True if that succeeded, else log one warning."""
+    for pause in (1.0, 3.0, None):  # seconds before the next try
+        try:
+            send()
+            return True
+        except Exception as error:  # a failed notification must not change the result of the retraining
+            if pause is None or isinstance(error, UserError):
+                logger.warning(f"{field}: {what} was not sent: {_failure_reason(error)}")
                 break
-            except Exception as error:  # a failed notification must not change the result of the retraining
-                if pause is None or isinstance(error, UserError):
-                    logger.warning(f"notify.{field}: the event {event!r} was not sent: {_failure_reason(error)}")
-                    break
-                time.sleep(pause)
+            time.sleep(pause)
+    return False
+
+
+def _ping(reference: str, signal: str, text: str) -> None:
+    patience.follow_certificates()
+    address = looked_up(reference, "its address").rstrip("/")
+    requests.post(f"{address}{signal}", data=text.encode(), timeout=5.0).raise_for_status()
 
 
 def _post(url: str, body: str) -> None:

@@ -97,6 +97,7 @@ def run(config: Config) -> None:
     try:
         _locked(config)
         _push_champion(config)
+        decision_run.good_night(config)
     except Exception as error:
         if not isinstance(error, TryAgain | StoreUnavailable):
             notify.tell(config, "failed", _reason(error))

@@ -132,6 +132,8 @@ CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 MOVE = "olora.move"
 # Tag of a registered model: the latest champion. It stays when the alias or the version is deleted.
 LAST = "olora.last_champion"
+# Tag of a registered model: the latest champion that this project has set, and when (seconds since 1970).
+SINCE = "olora.champion_since"
 
 
 class Overtaken(Exception):
@@ -328,6 +330,7 @@ class Aliases:
     def _rest(self, champion: Version) -> Iterator[Callable[[], object]]:
         client, name, number, aliases = self.client, self.name, champion.number, self._now()
         yield partial(client.set_registered_model_tag, name, LAST, number)
+        yield partial(client.set_registered_model_tag, name, SINCE, f"{number} {time.time():.0f}")
         move = records.parsed(champion.tags.get(MOVE, ""), _Move)
         if move is None:
             logger.warning(f"registry: {name} version {number}: the tag {MOVE} cannot be read and is removed")

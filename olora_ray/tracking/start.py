@@ -206,6 +206,17 @@ def absolute(uri: str) -> str:
     return f"sqlite:///{path}"
 
 
+def chosen_uri(given: str | None) -> str:
+    """Return MLflow's address for a command without a config; `given` is the value of --tracking-uri."""
+    if given and in_uri(given):
+        raise UserError("--tracking-uri: its secret is visible to all on this machine; use env:NAME or file:/PATH")
+    if uri := given if given is not None else os.environ.get(VARIABLE):
+        return absolute(looked_up(uri, "--tracking-uri"))
+    if given is None and (database := Path("runs", DATABASE)).is_file():
+        return f"sqlite:///{database.resolve()}"
+    raise UserError("--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI")
+
+
 def check_artifacts(config: Config, uri: str) -> None:
     """Raise UserError within seconds if the config's experiment accepts no files, or the server no logged models.
 

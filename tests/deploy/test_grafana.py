@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.pipeline import prometheus
+from olora_ray.retrain.decision_run import METRICS
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "olora_ray.json").read_text())
@@ -23,6 +24,6 @@ def series() -> dict[str, str]:
 
 
 def test_every_series_of_the_dashboard_is_exported_and_every_metric_is_shown() -> None:
-    used = {name for query in queries() for name in re.findall(r"\bray_\w+", query)}
-    assert used - series().keys() == set()
-    assert {series()[name] for name in used} == prometheus.exported().keys()
+    used = {name for query in queries() for name in re.findall(r"\b(?:ray|olora)_\w+", query)}
+    assert used - METRICS.keys() - series().keys() == set()
+    assert {series().get(name, name) for name in used} == prometheus.exported().keys() | METRICS.keys()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kuberay"
 SCHEMA: Tree = json.loads((Path(__file__).parent / "schemas" / "kuberay.json").read_text())
 CUSTOM = ("raycluster.yaml", "rayjob.yaml", "raycronjob.yaml")
-OTHERS = ("cronjob.yaml", "storage.yaml", "network.yaml")
+OTHERS = ("cronjob.yaml", "storage.yaml", "network.yaml", "monitoring.yaml")
 NIGHT = "/opt/olora_ray/deploy/night.py"
 
 
@@ -74,6 +74,15 @@ def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_
         assert len(maps) == len(list(pods(cluster(name)))) if name in CUSTOM else not maps
 
 
+def test_the_operator_of_prometheus_gets_the_same_alerts_and_the_port_of_all_pods() -> None:
+    monitor, rule = yaml.safe_load_all((FOLDER / "monitoring.yaml").read_text())
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yaml").read_text())
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for name in CUSTOM:
+        ports = [{port["name"] for port in ports} for ports in found_under(cluster(name), "ports")]
+        assert all(endpoint["port"] in each for each in ports), name
+
+
 def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits() -> None:
     patch, job = manifest("kueue.yaml"), manifest("rayjob.yaml")
     assert (patch["kind"], patch["metadata"].pop("name")) == (job["kind"], job["metadata"]["name"])
@@ -125,7 +134,9 @@ def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name: s
             volume["name"] for volume in pod.get("volumes", [])
         }
         for variable in container.get("env", []):
-            secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "USERNAME", "KEY", "NOTIFY"))
+            secret = any(
+                word in variable["name"] for word in ("TOKEN", "PASSWORD", "USERNAME", "KEY", "NOTIFY", "PING")
+            )
             assert ("valueFrom" in variable and "secretKeyRef" in variable["valueFrom"]) is secret, variable["name"]
         if container["name"].startswith("ray-") and container["name"] != "ray-job-submitter":
             assert {"secretRef": {"name": "olora-ray-secrets", "optional": True}} in container["envFrom"]

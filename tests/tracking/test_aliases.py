@@ -9,7 +9,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums
-from olora_ray.tracking.aliases import LAST, MOVE, Aliases, Overtaken, RegistryLock, held
+from olora_ray.tracking.aliases import LAST, MOVE, SINCE, Aliases, Overtaken, RegistryLock, held
 from olora_ray.tracking.checksums import GATE
 from olora_ray.tracking.client import connect
 from tests import registered
@@ -156,6 +156,7 @@ def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(database: P
         with held(ClockedLock(real, aliases.name)):
             pass
         left_over = real.get_registered_model(aliases.name).tags
+        assert left_over.pop(SINCE).partition(" ")[0] == moved["champion"]
         assert left_over == {LAST: moved["champion"]}, "nothing is left of the lock"
         assert MOVE not in aliases.version(moved["champion"]).tags
     assert all(state in (before, moved) for state in states), states

@@ -1,0 +1,67 @@
+"""Show how the nights of a registered model went. This command asks MLflow alone, from any machine, and writes nothing.
+
+    python pipelines/nights.py MODEL [--within HOURS] [--tracking-uri URI]
+
+MODEL           the registered model (registry.model)
+--within        exit code 1 if the last good night is older than this many hours, or was never recorded
+--tracking-uri  as for `olora-ray registry`
+
+It prints the last good night, the champion with its verdict, how often the held-out rows were used, and the last
+decisions and failures. A night is good if its call ended with exit code 0: promoted, refused or unchanged.
+
+Exit codes: 0 done; 1 no good night within --within; 2 an error that you can fix; 75 MLflow is unreachable.
+"""
+
+import time
+
+from olora_ray.common.errors import UserError
+from olora_ray.common.logs import quiet_environment
+from olora_ray.common.text import plural
+from olora_ray.config import command_line
+from olora_ray.tracking import start
+from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.client import check_uri, shown_uri
+
+SHOWN = 5
+
+
+def main(argv: list[str]) -> None:
+    parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=["--within", "--tracking-uri"])
+    if len(parsed.words) != 1:
+        raise UserError("usage: olora-ray nights MODEL [--within HOURS] [--tracking-uri URI]")
+    (name,), within = parsed.words, parsed.options.get("--within")
+    if within is not None and not within.replace(".", "", 1).isdecimal():
+        raise UserError(f"argument --within: {within!r}; expected a number of hours")
+    quiet_environment()  # before MLflow is imported
+    uri = start.chosen_uri(parsed.options.get("--tracking-uri"))
+    check_uri(uri)
+    aliases = Aliases(uri, name)
+    if not aliases.versions():
+        raise UserError(f"no model {name!r} with a version is registered in {shown_uri(uri)}")
+    from olora_ray.retrain.decision_run import nights
+
+    found, now = nights(aliases), time.time()
+    age = (now - found.good) / 3600 if found.good else None
+    print(f"last good night: {f'{_date(found.good)}, {age:.1f} hours ago' if found.good else 'none is recorded'}")
+    if found.champion is None:
+        print("champion:        none")
+    else:
+        verdict = found.champion.verdict or "set by another program"
+        print(f"champion:        version {found.champion.number} since {_date(found.since)}: {verdict}")
+    if found.uses:
+        days = plural(round((now - found.used_since) / 86400), "day")
+        print(f"held-out rows:   {plural(found.uses, 'version')} decided on them in {days}")
+    for run in found.decisions[:SHOWN]:
+        version = run.get("olora.challenger", "").rpartition("/")[2]
+        what = f"{run['olora.decision']}{f' version {version}' if version else ''}"
+        print(f"{_date(float(run['when']))} {what}: {run['olora.reason']}")
+    if within is not None and (age is None or age > float(within)):
+        raise SystemExit(1)
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+if __name__ == "__main__":
+    command_line.run(main)
