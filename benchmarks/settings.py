@@ -38,6 +38,7 @@ from transformers import AutoTokenizer
 from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.evaluation.statistics import Difference, crossed, per_token, simultaneous
 from olora_ray.tokens.collate import collate
 from olora_ray.train import first_step
 from olora_ray.train.loader import Schedule, StepLoader
@@ -52,7 +53,7 @@ import wheels
 from make_boolq import WHEEL
 from make_corpus import Writer
 
-from comparison.statistics import Difference, crossed, per_token, simultaneous, tuned
+from comparison.tuning import tuned
 
 WORK = ROOT / "build" / "settings"
 TUNING_SEED, FIRST_TEST_SEED = 101, 201

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from comparison.statistics import Difference, Interval, crossed, seeds_needed, simultaneous, visible
-from olora_ray.evaluation import rows as bootstrap
+from olora_ray.evaluation import statistics as bootstrap
+from olora_ray.evaluation.statistics import Difference, Interval, crossed, seeds_needed, simultaneous, visible
 
 
 def drawn(
@@ -75,6 +75,6 @@ def test_what_a_number_of_seeds_can_show() -> None:
 
 
 def test_equivalence_is_an_interval_inside_the_bounds() -> None:
-    assert Interval(-0.004, 0.009).inside(0.01)
-    assert not Interval(-0.004, 0.011).inside(0.01)
-    assert not Interval(-0.010, 0.0).inside(0.01)
+    assert Interval(0.0, -0.004, 0.009).inside(0.01)
+    assert not Interval(0.0, -0.004, 0.011).inside(0.01)
+    assert not Interval(-0.005, -0.010, 0.0).inside(0.01)
