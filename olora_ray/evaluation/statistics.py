@@ -85,7 +85,7 @@ def difference(
         tail = float(ndtr(-widening * student))
     low, high = map(float, np.quantile(spread, [tail, 1 - tail]))
     # With very few groups, or at a level near 1, hardly a draw lies beyond such bounds. Then Student's t widens them.
-    if count > 1 and (2.0 ** (1 - count) > 1 - level or draws * tail < 20):
+    if count > 1 and (2.0 ** (1 - count) > 1 - level or draws * (1 - level) < 40):
         half = float(spread.std() * widening * student)
         low, high = min(low, middle - half), max(high, middle + half)
     return Interval(middle, low, high)
