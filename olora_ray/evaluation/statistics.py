@@ -163,7 +163,7 @@ def simultaneous(level: float, count: int) -> float:
 
 def quantile(freedom: float, level: float) -> float:
     """Return the t quantile of a two-sided interval with this confidence."""
-    from scipy.special import stdtrit  # type: ignore[import-untyped] # half a second
+    from scipy.special import stdtrit  # half a second
 
     return -float(stdtrit(freedom, (1 - level) / 2))
 

@@ -16,7 +16,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
-from olora_ray.config.schema import NO_GATE, AnyConfig, Config
+from olora_ray.config.schema import NO_GATE, AnyConfig, Config, Source
 from olora_ray.evaluation import lm_eval_tasks
 from olora_ray.evaluation.groups import group_names
 from olora_ray.evaluation.held_out import measure
@@ -66,14 +66,13 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
     wanted = config.gate.guard
     if not wanted:
         return None
-    names = [each for each in wanted if isinstance(each, str)] if wanted != "text" else []
-    sources = [{"path": str(TEXT), "format": "text"}] if wanted == "text" else wanted
     plain = {"evaluation.scorer": None, "gate.group": None, "data.eval_fraction": None, "data.max_rejected": 1.0}
-    if names:
-        changed = override(config, {**NO_GATE, **plain})
-        return RowSet("the guard's tasks", changed, digest_json([names, ANSWERED]), load_tasks(names, None))
-    shown = [each if isinstance(each, dict) else each.model_dump(mode="json") for each in sources]
-    changed = override(config, {**NO_GATE, **plain, "data.eval": shown})
+    plain |= NO_GATE
+    if names := [each for each in wanted if isinstance(each, str)] if wanted != "text" else []:
+        digest = digest_json([names, ANSWERED])
+        return RowSet("the guard's tasks", override(config, plain), digest, load_tasks(names, None))
+    sources = [each.model_dump(mode="json") for each in wanted if isinstance(each, Source)]
+    changed = override(config, {**plain, "data.eval": sources or [{"path": str(TEXT), "format": "text"}]})
     try:
         plan = plan_here(changed, inputs.base.spec, "eval")
     except UserError as error:
@@ -109,12 +108,12 @@ def decision(
 
     ours, theirs = of(challenger), of(champion)
     assert ours is not None
-    anchor, guarded = of(best.get(ANCHOR)), [of(challenger, guard), of(best.get(GUARD), guard)]
-    both = [each for each in guarded if each is not None] if None not in guarded else []
+    anchor, own, best_guard = of(best.get(ANCHOR)), of(challenger, guard), of(best.get(GUARD), guard)
     uses = uses_of_rows(challenger, champion, versions)
     age = f"; the champion is {plural(uses['champion_days'], 'day')} old" if champion else ""
     logger.info(f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}{age}")
     about = replace(about_rows(config, inputs, ours, champion), sets=uses["sets"])
+    both = (own, best_guard) if own and best_guard else None
     decided = gate.decide(config.gate, ours, theirs, about, anchor, both)
     return replace(
         decided,
@@ -122,7 +121,7 @@ def decision(
         details={**decided.details, "uses": uses, "lost": lost_rows(inputs, ours, theirs)},
         tags={
             ANCHOR: _better(config.gate.metric, challenger, ours, best.get(ANCHOR), anchor),
-            GUARD: _better(LOSS, challenger, guarded[0], best.get(GUARD), guarded[1]),
+            GUARD: _better(LOSS, challenger, own, best.get(GUARD), best_guard),
         },
     )
 
@@ -214,8 +213,10 @@ def results_on(rows: RowSet, base: Base, adapter: str | None, named: AnyConfig) 
         held_out = prepare(rows.config, base.spec, "eval", tell=False)  # the training has told it
         return measure(base, adapter, held_out, named)
     done = lm_eval_tasks.run(rows.tasks, ANSWERED, base.model, adapter, named)
+    if without := [name for name, task in done.items() if "acc" not in task.values]:
+        raise UserError(f"gate.guard: {without[0]} has no accuracy (acc) per row; use another of lm-eval's tasks")
     # The share of wrong answers is a loss: the mean over all rows of all tasks.
-    right = [value for task in done.values() for value in task.values.get("acc", next(iter(task.values.values()), ()))]
+    right = [value for task in done.values() for value in task.values["acc"]]
     origins = tuple((0, row) for row in range(len(right)))
     return RowResults(rows.digest, (1,) * len(right), tuple(1.0 - value for value in right), {}, origins)
 

@@ -59,12 +59,12 @@ def decide(
     champion: RowResults | None,
     held_out: HeldOut | None = None,
     anchor: RowResults | None = None,
-    guard: Sequence[RowResults] = (),
+    guard: tuple[RowResults, RowResults] | None = None,
 ) -> Decision:
     """Return the gate's decision; `champion` is None if there is none yet.
 
     `anchor` has the results of the best champion so far (None: the champion's). `guard` has the results on the guard
-    rows of the challenger and of the champion that is best there; empty: no guard, or nothing to compare with.
+    rows of the challenger and of the champion that is best there; None: no guard, or nothing to compare with.
     Raises UserError for a metric that was not measured, or for results on different rows.
     """
     checks = [_check(condition, challenger) for condition in gate.conditions]
