@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 ANCHOR, GUARD = "olora.anchor", "olora.guard"
-"""Tags of a version: the champion that was best until then, this version included: on the held-out, the guard rows."""
+"""Tags of a version: the champion that is best on the held-out rows, or on the guard rows, if this one is promoted."""
 YEAR, STALE = 365 * 86400.0, 90 * 86400.0
 """Seconds in which different sets of held-out rows are counted, and after which unchanged rows count as stale."""
 ANSWERED = 500
@@ -114,24 +114,22 @@ def decision(
     logger.info(f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}{age}")
     about = replace(about_rows(config, inputs, ours, champion), sets=uses["sets"])
     both = (own, best_guard) if own and best_guard else None
+    tags = {GUARD: _best(LOSS, challenger, own, best.get(GUARD), best_guard)} if own else {}
+    if config.gate.anchor is not None:
+        tags[ANCHOR] = _best(config.gate.metric, challenger, ours, best.get(ANCHOR), anchor)
     decided = gate.decide(config.gate, ours, theirs, about, anchor, both)
     return replace(
         decided,
         reason=decided.reason + (f"; {uses['stale']}" if uses["stale"] else ""),
         details={**decided.details, "uses": uses, "lost": lost_rows(inputs, ours, theirs)},
-        tags={
-            ANCHOR: _better(config.gate.metric, challenger, ours, best.get(ANCHOR), anchor),
-            GUARD: _better(LOSS, challenger, own, best.get(GUARD), best_guard),
-        },
+        tags=tags,
     )
 
 
-def _better(
-    metric: str, challenger: Version, ours: RowResults | None, best: Version | None, theirs: RowResults | None
-) -> str:
-    """Return the version that is best if the challenger becomes champion; without results the one of before stays."""
-    if best is None or ours is None or theirs is None:
-        return best.number if best else challenger.number
+def _best(metric: str, challenger: Version, ours: RowResults, best: Version | None, theirs: RowResults | None) -> str:
+    """Return the version that is the best champion if the challenger is promoted."""
+    if best is None or theirs is None:
+        return challenger.number
     new, old = ours.metric(metric), theirs.metric(metric)
     return best.number if (new >= old if lower_is_better(metric) else new <= old) else challenger.number
 
@@ -139,9 +137,7 @@ def _better(
 def uses_of_rows(challenger: Version, champion: Version | None, versions: Sequence[Version]) -> dict[str, Any]:
     """Return how often versions were judged on held-out rows: on these rows, and on how many sets within a year."""
     now, rows = challenger.created, {each.number: Fingerprint.from_tags(each.tags).held_out for each in versions}
-    judged = [
-        each for each in versions if each.number == challenger.number or each.tags.get(recipe.AGAINST) is not None
-    ]
+    judged = [each for each in versions if each.number == challenger.number or recipe.AGAINST in each.tags]
     same = [each for each in judged if rows[each.number] == rows.get(challenger.number)]
     since = min((each.created for each in same), default=now)
     day, age = time.strftime("%Y-%m-%d", time.gmtime(since)), int((now - since) / 86400)
