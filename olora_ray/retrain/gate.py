@@ -85,10 +85,10 @@ def decide(
         details |= numbers
         if holds and gate.anchor is not None:
             best = anchor or champion
-            holds, text, details["anchor"] = _not_worse(gate.metric, challenger, best, held_out, gate.anchor)
+            holds, text, details["anchor"] = _not_worse(gate.metric, challenger, best, held_out, gate, "anchor")
             checks.append((holds, text))
     if guard:
-        holds, text, details["guard"] = _not_worse(LOSS, *guard, HeldOut(), gate.guard_margin)
+        holds, text, details["guard"] = _not_worse(LOSS, *guard, HeldOut(), gate, "guard_margin")
         checks.append((holds, f"guard: {text}"))
     passed = all(holds for holds, _ in checks)
     shown = [text for holds, text in checks if holds is passed]  # a refusal names only the failed checks
@@ -167,10 +167,10 @@ def _shown(gain: Comparison, level: float) -> str:
 
 
 def _not_worse(
-    metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, margin: float
+    metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, gate: Gate, field: str
 ) -> tuple[bool, str, dict[str, Any]]:
-    """Check that the challenger is worse than the best champion so far by at most `margin`, with confidence."""
-    value = best.metric(metric)
+    """Check that the challenger is worse than the best champion by at most the margin `field`, with confidence."""
+    value, margin = best.metric(metric), getattr(gate, field)
     if not math.isfinite(value):
         return True, f"{metric}: the best champion's is not finite", {}
     groups, rows = held_out.groups or ours.origins, held_out.unseen or range(len(ours.losses))
@@ -178,7 +178,7 @@ def _not_worse(
     if not lower_is_better(metric):
         ours, best, _ = _scored_alike(metric, ours, best)
     gain = improvement(metric, ours, best, LEVEL, numbered([groups[row] for row in rows]))
-    holds, limit = gain.interval.low > -margin, f", but it may be worse by at most {margin:g}"
+    holds, limit = gain.interval.low > -margin, f", but gate.{field}={margin:g} allows less"
     text = f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {_shown(gain, LEVEL)}"
     return holds, text + ("" if holds else limit), asdict(gain.interval)
 

@@ -98,7 +98,7 @@ def test_thirty_small_steps_down_end_at_the_anchor() -> None:
             champion, promotions = challenger, night + 1
     assert promotions == 6
     assert champion.losses[0] == pytest.approx(1.18)
-    assert "but it may be worse by at most 0.2" in decision.reason
+    assert "but gate.anchor=0.2 allows less" in decision.reason
 
 
 def test_a_version_that_has_forgotten_other_tasks_is_refused() -> None:
