@@ -25,6 +25,7 @@ from common import MODEL, machine, model_folder, table
 from learning_rate import BATCH, CPU, HELD_OUT, ROOT, STEPS, TASKS, Cell
 from transformers import AutoTokenizer
 
+from olora_ray.evaluation.statistics import Difference, crossed, per_token
 from olora_ray.tokens.collate import collate
 from olora_ray.train.first_step import moves
 from olora_ray.train.loader import Schedule, StepLoader
@@ -33,7 +34,6 @@ from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
 
 sys.path.append(str(ROOT / "pipelines"))
-from comparison.statistics import Difference, crossed, per_token
 
 TESTED = 64
 """Test rows, after those that the rates were tuned on; json has 48."""

@@ -38,6 +38,7 @@ from transformers import AutoTokenizer
 from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.evaluation.statistics import Difference, crossed, per_token, simultaneous
 from olora_ray.tokens.collate import collate
 from olora_ray.train import first_step
 from olora_ray.train.loader import Schedule, StepLoader
@@ -51,7 +52,7 @@ sys.path.append(str(ROOT / "pipelines" / "quickstart"))
 import wheels
 from make_corpus import Writer
 
-from comparison.statistics import Difference, crossed, per_token, simultaneous, tuned
+from comparison.tuning import tuned
 
 WORK = ROOT / "build" / "settings"
 WHEEL = wheels.Wheel(

@@ -155,6 +155,11 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     if not is_uri(name) and is_there(path := Path(left(name, folder, "model.name")), "model.name"):
         name = str(path)
     start, template = config.train.start, config.data.chat_template
+    if isinstance(config, Config) and isinstance(config.gate.guard, tuple):
+        guard = tuple(
+            each if isinstance(each, str) else _source(each, folder, "gate.guard") for each in config.gate.guard
+        )
+        config = _changed(config, gate=_changed(config.gate, guard=guard))
     return _changed(
         config,
         run=_changed(config.run, storage=absolute(config.run.storage, lasting(folder), "run.storage")),

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from olora_ray.config.section import METRICS, Command, Reference, Section
+from olora_ray.config.section import METRICS, Command, Reference, Section, Source
 
 
 class Condition(Section):
@@ -32,7 +32,7 @@ class Gate(Section):
     eval/NAME for a score NAME (higher is better)."""
     must_improve_by: float = 0.0
     """Improvement over the champion that a challenger must exceed (see confident). A negative value accepts a
-    challenger that is worse by up to this much, each time: over many nights the champion becomes much worse."""
+    challenger that is worse by up to this much; needs `anchor`, because over many nights the losses add up."""
     conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
     """Further conditions on the new version itself: {metric: ..., at_least: ...} or {metric: ..., at_most: ...}."""
     group: str | None = None
@@ -41,7 +41,38 @@ class Gate(Section):
     min_rows: Annotated[int, Field(ge=2)] = 20
     """Smallest number of held-out rows (with `group`: of groups) on which the gate may replace a champion."""
     confident: bool = True
-    """true: the lower end of the 95% interval of the improvement must exceed must_improve_by. false: the mean must."""
+    """true: the lower end of the interval of the improvement must exceed must_improve_by. false: the mean must; needs
+    `anchor`."""
+    confirm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the held-out rows (with `group`: of groups) that is looked at only after a challenger has passed on the
+    others. 0, or fewer than min_rows in either part: all rows at once, which finds better versions as often."""
+    anchor: Annotated[float, Field(ge=0.0)] | None = None
+    """A challenger may be worse than the best champion so far by at most this much, with confidence; null: no limit."""
+    guard: Literal["text"] | tuple[str | Source, ...] | None = "text"
+    """Rows of other tasks, on which a challenger must not lose: sources as in data.eval, or names of lm-eval's tasks.
+    text: 800 short rows of English and code that come with the package; null: no guard."""
+    guard_margin: Annotated[float, Field(gt=0.0)] = 0.03
+    """Loss per token on the guard rows (for tasks: share of wrong answers) by which a challenger may be worse than the
+    champion that is best there, with confidence."""
+
+    @field_validator("guard", mode="before", json_schema_input_type=Literal["text"] | tuple[str | Source, ...] | None)
+    @classmethod
+    def _paths_and_tasks(cls, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        # The name of a task has neither a slash nor a dot.
+        return [{"path": each} if isinstance(each, str) and set("/.") & set(each) else each for each in value]
+
+    @model_validator(mode="after")
+    def _has_limits(self) -> "Gate":
+        if self.anchor is None and (self.must_improve_by < 0 or not self.confident):
+            raise ValueError(
+                "must_improve_by below 0 and confident=false let the champion become worse night after night; set"
+                " anchor, the most by which a version may be worse than the best champion so far"
+            )
+        if isinstance(self.guard, tuple) and len({isinstance(each, str) for each in self.guard}) != 1:
+            raise ValueError("guard: name sources or lm-eval's tasks, not both; null: no guard")
+        return self
 
 
 class Retrain(Section):

@@ -19,10 +19,10 @@ from olora_ray.config.section import (
     Folder,
     Fraction,
     ModelName,
-    Place,
 )
 from olora_ray.config.section import PositiveInt as PositiveInt
 from olora_ray.config.section import Section as Section
+from olora_ray.config.section import Source as Source
 from olora_ray.config.section import extended as extended
 
 # The config's section `adapter`: what is trained, and where it starts.
@@ -328,36 +328,6 @@ class Model(Section):
     allow_pickle: bool = False
     """Convert pickled weights (pytorch_model*.bin) if the model has no safetensors; no other pickled objects are
     loaded."""
-
-
-class Source(Section):
-    """One source of rows: a file, a folder, a glob or a hub dataset."""
-
-    path: Place
-    """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"] = "auto"
-    """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
-    fields are: messages {messages, system, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction,
-    input, output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens
-    {input_ids, labels, attention_mask, completion_mask, assistant_masks, position_ids}."""
-    fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
-    """Columns for fields of the format, e.g. {prompt: question}; {NAME: none} ignores one. auto detects the others."""
-    weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
-    """Number of uses of each row per epoch. 0.5 uses half of the rows, selected by a hash of their position."""
-    only: tuple[str, ...] = ()
-    """Files of the folder or glob to use, as full paths or URIs; empty: all files."""
-    chat: Literal["auto"] | bool = "auto"
-    """true: prompt_completion rows go through the chat template. false: prompt and completion are joined as they are.
-    auto: true if the model has a chat template."""
-
-    @model_validator(mode="after")
-    def _chat_fits_the_format(self) -> "Source":
-        if self.format == "tokens" and self.chat != "auto":
-            raise ValueError("chat: rows of format tokens are used as they are; chat is for prompt_completion")
-        if self.format not in ("auto", "prompt_completion") and self.chat is (self.format == "text"):
-            form = "plain text" if self.chat else "chats"
-            raise ValueError(f"chat: rows of format {self.format} are always {form}; chat is for prompt_completion")
-        return self
 
 
 class Data(Section):

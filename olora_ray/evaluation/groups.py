@@ -30,28 +30,34 @@ def origins(store: TokenStore) -> tuple[Origin, ...]:
 
 
 def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[int] | None:
-    """Return the group number of each row by gate.group (`setting`); None without it: each row is its own group.
+    """Return the group number of each row by gate.group; None without it. See `group_names`."""
+    return None if setting is None else numbered(group_names(setting, plan, origins))
 
-    `plan` is the plan of the store from which the rows come. Reads the column from the source files again. A row with
-    an empty column is its own group. Raises UserError if no row has the column.
+
+def group_names(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[str]:
+    """Return the name of the group of each row by gate.group (`setting`); without it each row is its own group.
+
+    A name follows from the contents: it is the group's value, or the SHA-256 of the file and the row's position. `plan`
+    is the plan of the store from which the rows come. Reads the column from the source files again. A row with an empty
+    column is its own group. Raises UserError if no row has the column.
     """
-    if setting is None:
-        return None
     if setting == FILE:
-        return numbered([file for file, _ in origins])
-    wanted = set(origins)
+        return [plan.files[file].sha256 for file, _ in origins]
+    own = {origin: f"{plan.files[origin[0]].sha256}:{origin[1]}" for origin in origins}
+    if setting is None:
+        return [own[origin] for origin in origins]
     pieces = {(piece.file, piece.unit) for piece in plan.pieces}
     values = {
         origin: value
         for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first))
         for origin, value in _column(setting, plan, number, unit)
-        if origin in wanted and value is not None
+        if origin in own and value is not None
     }
     if not values:
         raise _no_column(setting, plan)
-    if missing := len(wanted) - len(values):
+    if missing := len(own) - len(values):
         logger.warning(f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each is its own group")
-    return numbered([(values[origin],) if origin in values else origin for origin in origins])
+    return [values.get(origin, own[origin]) for origin in origins]
 
 
 def check_column(setting: str | None, plan: Plan) -> None:

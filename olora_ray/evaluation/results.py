@@ -22,7 +22,8 @@ from olora_ray.evaluation import lm_eval_tasks, rows
 from olora_ray.evaluation.groups import group_numbers, origins
 from olora_ray.evaluation.held_out import Answer, measure
 from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
-from olora_ray.evaluation.rows import Interval, RowResults, difference
+from olora_ray.evaluation.rows import RowResults
+from olora_ray.evaluation.statistics import Interval, difference
 from olora_ray.evaluation.targets import Target, run_of
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare

@@ -1,89 +1,14 @@
-"""Held-out results of one model, row by row, and the comparison of two models by a paired bootstrap."""
+"""Held-out results of one model, row by row, and the comparison of two models on the same rows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
-
-# Paired bootstrap: the interval of a difference between two models, over the rows on which both were measured.
-
-
-Values = NDArray[np.float64]
-
-DRAWN = 2**20
-"""Number of groups drawn at once: 8 MiB of indices."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    mean: float
-    low: float
-    high: float
-
-
-def difference(
-    ours: Sequence[float] | Values,
-    theirs: Sequence[float] | Values,
-    weights: Sequence[float] | Values | None = None,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-    of: Callable[[Values], Values] | None = None,
-    groups: Sequence[int] | NDArray[np.int64] | None = None,
-) -> Interval:
-    """Return the difference of the means, ours - theirs, with its bootstrap interval of confidence `level`.
-
-    All sequences have one value per row, in the same order of rows. `weights` are positive (None: all equal). `groups`
-    has the group number of each row (None: each row is its own group). `of` is applied to each mean before the
-    difference is taken (np.exp of a mean loss: perplexity). A single group gives an interval of width 0. The same
-    arguments give the same bits.
-    """
-    pair = np.array([ours, theirs], dtype=np.float64)  # (2, rows)
-    weight = np.ones(pair.shape[-1]) if weights is None else np.asarray(weights, dtype=np.float64)
-    group = np.arange(weight.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    rng = np.random.default_rng(seed)
-    count = int(group.max()) + 1
-    # At most 2000 groups, to bound the time of the draws. Groups that are merged at random stay independent.
-    if count > 2000:
-        group, count = (rng.permutation(count) % 2000)[group], 2000
-    rows = np.stack([*(pair * weight), weight])
-    # (3, groups): over each group, the weighted values of both models and the weights.
-    sums: Values = np.stack([np.bincount(group, row, count) for row in rows])
-    curve = of or (lambda means: means)
-    drawn = curve(_means(sums, draws, rng))  # (2, draws)
-    mean = curve(pair @ weight / weight.sum())
-    spread, middle = drawn[0] - drawn[1], float(mean[0] - mean[1])
-    tail, widening, quantile = (1 - level) / 2, 1.0, 0.0
-    if count > 1:
-        from scipy.special import ndtr, stdtrit  # type: ignore[import-untyped] # half a second
-
-        # Draws from few groups spread less than the groups' population, by sqrt((count - 1) / count), and have normal
-        # tails instead of Student's. So fewer draws than (1 - level) / 2 may lie beyond each bound.
-        widening, quantile = math.sqrt(count / (count - 1)), float(stdtrit(count - 1, tail))
-        tail = float(ndtr(widening * quantile))
-    low, high = map(float, np.quantile(spread, [tail, 1 - tail]))
-    # With very few groups no draw lies beyond such bounds, so Student's t gives them instead.
-    if count > 1 and 2.0 ** (1 - count) > 1 - level:
-        half = float(spread.std() * widening * -quantile)
-        low, high = min(low, middle - half), max(high, middle + half)
-    return Interval(middle, low, high)
-
-
-def _means(sums: Values, draws: int, rng: np.random.Generator) -> Values:
-    """Return the weighted means of both models (2, draws) over groups drawn with replacement."""
-    count = sums.shape[1]
-    at_once = max(1, DRAWN // count)
-    parts = []
-    for start in range(0, draws, at_once):
-        chosen = rng.integers(count, size=(min(at_once, draws - start), count))
-        totals = np.stack([row[chosen].sum(-1) for row in sums])
-        parts.append(totals[:2] / totals[2])
-    return np.concatenate(parts, axis=1)
-
+from olora_ray.evaluation.statistics import Interval, difference
 
 LOSS, PERPLEXITY, SCORE = "eval/loss", "eval/perplexity", "eval/"
 HIGHEST = 80.0

@@ -1,9 +1,11 @@
-"""Comparison of challenger and champion, as they are in the registry, on the same held-out rows."""
+"""Comparison of challenger and champions, as they are in the registry, on the held-out rows and on the guard's."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,19 +14,23 @@ from olora_ray.cluster.worker_context import kind_of
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
+from olora_ray.common.text import plural
 from olora_ray.config.load import override
-from olora_ray.config.schema import AnyConfig, Config
-from olora_ray.evaluation.groups import group_numbers
+from olora_ray.config.schema import NO_GATE, AnyConfig, Config, Source
+from olora_ray.evaluation import lm_eval_tasks
+from olora_ray.evaluation.groups import group_names
 from olora_ray.evaluation.held_out import measure
-from olora_ray.evaluation.rows import RowResults
+from olora_ray.evaluation.lm_eval_tasks import Tasks, load_tasks
+from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype
 from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base, find_model, parts, with_tokenizer
-from olora_ray.retrain import recipe
-from olora_ray.retrain.gate import HeldOut
+from olora_ray.pipeline.run_folder import Fingerprint
+from olora_ray.retrain import gate, recipe
+from olora_ray.retrain.gate import Decision, HeldOut
 from olora_ray.retrain.recipe import Inputs
-from olora_ray.tokens.prepare import prepare
+from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN, Version
@@ -34,9 +40,132 @@ from olora_ray.train import scoring
 logger = logging.getLogger(__name__)
 
 
+ANCHOR, GUARD = "olora.anchor", "olora.guard"
+"""Tags of a version: the champion that is best on the held-out rows, or on the guard rows, if this one is promoted."""
+YEAR, STALE = 365 * 86400.0, 90 * 86400.0
+"""Seconds in which different sets of held-out rows are counted, and after which unchanged rows count as stale."""
+ANSWERED = 500
+"""Rows of each of lm-eval's tasks in a guard."""
+TEXT = Path(__file__).with_name("guard.jsonl")
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows on which versions are measured: the held-out rows, or those of the guard."""
+
+    name: str
+    config: Config
+    """Its data.eval and data.eval_fraction are these rows."""
+    digest: str
+    tasks: Tasks | None = None
+    """lm-eval's tasks, instead of rows."""
+
+
+def guard(config: Config, inputs: Inputs) -> RowSet | None:
+    """Return the rows of gate.guard; raises UserError if they cannot be read."""
+    wanted = config.gate.guard
+    if not wanted:
+        return None
+    plain = {"evaluation.scorer": None, "gate.group": None, "data.eval_fraction": None, "data.max_rejected": 1.0}
+    plain |= NO_GATE
+    if names := [each for each in wanted if isinstance(each, str)] if wanted != "text" else []:
+        digest = digest_json([names, ANSWERED])
+        return RowSet("the guard's tasks", override(config, plain), digest, load_tasks(names, None))
+    sources = [each.model_dump(mode="json") for each in wanted if isinstance(each, Source)]
+    changed = override(config, {**plain, "data.eval": sources or [{"path": str(TEXT), "format": "text"}]})
+    try:
+        plan = plan_here(changed, inputs.base.spec, "eval")
+    except UserError as error:
+        raise UserError(f"gate.guard, read like data.eval: {error}") from None
+    return RowSet("the guard rows", changed, plan.digest())
+
+
+def decision(
+    inputs: Inputs, guard: RowSet | None, challenger: Version, champion: Version | None, versions: Sequence[Version]
+) -> Decision:
+    """Measure what is not measured yet, and return the gate's decision on the challenger.
+
+    `versions` are all versions of the model. The tags of the decision name the best champions for the next one.
+    """
+    config, there = inputs.config, {version.number: version for version in versions if not version.rolled_back}
+    held_out = RowSet("the held-out rows", config, inputs.fingerprint.held_out)
+    best: dict[str, Version] = {}
+    if champion is not None:
+        best = {tag: there.get(champion.tags.get(tag, ""), champion) for tag in (ANCHOR, GUARD)}
+    wanted = [(challenger, held_out)] + ([(champion, held_out)] if champion else [])
+    if best and config.gate.anchor is not None:
+        wanted.append((best[ANCHOR], held_out))
+    if guard:
+        wanted += [(version, guard) for version in (challenger, *([best[GUARD]] if best else []))]
+    try:
+        done = measured(inputs, wanted)
+    except NotComparable as error:
+        return Decision(False, f"{error}; promote the challenger by hand if it is good", {})
+    found = {(version.number, rows.name): rows_ for (version, rows), rows_ in zip(wanted, done, strict=True)}
+
+    def of(version: Version | None, rows: RowSet | None = held_out) -> RowResults | None:
+        return found.get((version.number, rows.name)) if version and rows else None
+
+    ours, theirs = of(challenger), of(champion)
+    assert ours is not None
+    anchor, own, best_guard = of(best.get(ANCHOR)), of(challenger, guard), of(best.get(GUARD), guard)
+    uses = uses_of_rows(challenger, champion, versions)
+    age = f"; the champion is {plural(uses['champion_days'], 'day')} old" if champion else ""
+    logger.info(f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}{age}")
+    about = replace(about_rows(config, inputs, ours, champion), sets=uses["sets"])
+    both = (own, best_guard) if own and best_guard else None
+    tags = {GUARD: _best(LOSS, challenger, own, best.get(GUARD), best_guard)} if own else {}
+    if config.gate.anchor is not None:
+        tags[ANCHOR] = _best(config.gate.metric, challenger, ours, best.get(ANCHOR), anchor)
+    decided = gate.decide(config.gate, ours, theirs, about, anchor, both)
+    return replace(
+        decided,
+        reason=decided.reason + (f"; {uses['stale']}" if uses["stale"] else ""),
+        details={**decided.details, "uses": uses, "lost": lost_rows(inputs, ours, theirs)},
+        tags=tags,
+    )
+
+
+def _best(metric: str, challenger: Version, ours: RowResults, best: Version | None, theirs: RowResults | None) -> str:
+    """Return the version that is the best champion if the challenger is promoted."""
+    if best is None or theirs is None:
+        return challenger.number
+    new, old = ours.metric(metric), theirs.metric(metric)
+    return best.number if (new >= old if lower_is_better(metric) else new <= old) else challenger.number
+
+
+def uses_of_rows(challenger: Version, champion: Version | None, versions: Sequence[Version]) -> dict[str, Any]:
+    """Return how often versions were judged on held-out rows: on these rows, and on how many sets within a year."""
+    now, rows = challenger.created, {each.number: Fingerprint.from_tags(each.tags).held_out for each in versions}
+    judged = [each for each in versions if each.number == challenger.number or recipe.AGAINST in each.tags]
+    same = [each for each in judged if rows[each.number] == rows.get(challenger.number)]
+    since = min((each.created for each in same), default=now)
+    day, age = time.strftime("%Y-%m-%d", time.gmtime(since)), int((now - since) / 86400)
+    stale = f"the held-out rows are stale: the same since {day}, so no drift of {age} days shows; add newer ones"
+    return {
+        "versions": len(same),
+        "since": day,
+        "sets": max(1, len({rows[each.number] for each in judged if each.created > now - YEAR})),
+        "champion_days": None if champion is None else int((now - champion.created) / 86400),
+        "stale": stale if now - since > STALE else "",
+    }
+
+
+def lost_rows(inputs: Inputs, ours: RowResults, theirs: RowResults | None) -> dict[str, Any]:
+    """Return the rows that the champion answered right and the challenger wrong, for each score of 0 or 1."""
+    lost: dict[str, Any] = {}
+    for name, scores in (theirs.scores if theirs else {}).items():
+        rows = [row for row, score in scores.items() if score == 1 and ours.scores.get(name, {}).get(row) == 0]
+        if rows:
+            places = [ours.origins[row] for row in rows[:5]]
+            shown = [f"{inputs.held_out.files[file].file.uri}:{position + 1}" for file, position in places]
+            lost[name] = {"rows": len(rows), "examples": shown}
+    return lost
+
+
 def about_rows(config: Config, inputs: Inputs, rows: RowResults, champion: Version | None) -> HeldOut:
     """Return the groups of the held-out rows, and the rows that the champion was not trained on."""
-    groups = group_numbers(config.gate.group, inputs.held_out, rows.origins)
+    groups = group_names(config.gate.group, inputs.held_out, rows.origins)
     if champion is None:
         return HeldOut(groups)
     files = recipe.unseen_rows(config, inputs.held_out, recipe.of_version(config, champion))
@@ -49,29 +178,43 @@ class NotComparable(UserError):
     """The two models do not see the same tokens."""
 
 
-def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[RowResults]:
-    """Return the held-out results of each version. Results that an earlier or interrupted call stored are read again.
+def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[RowResults]:
+    """Return the results of each version on its rows. Results that an earlier call stored are read again.
 
     Starts Ray and opens versions only if a result is missing. Raises NotComparable if the tokenizers differ.
     """
-    notes = [note_file(config, inputs, version) for version in versions]
-    known = [records.read(note, Measured) for note in notes]
-    _same_tokens([each.tokenizer for each in known if each])
-    if None in known:
-        with connection.connect(config):
-            opened = {index: _opened(config, versions[index]) for index, each in enumerate(known) if each is None}
+    wanted = list(wanted)
+    notes = [note_file(rows, version) for version, rows in wanted]
+    known = {note: records.read(note, Measured) for note in notes}
+    _same_tokens([each.tokenizer for each in known.values() if each])
+    if None in known.values():
+        with connection.connect(inputs.config):
+            missing = {note: pair for note, pair in zip(notes, wanted, strict=True) if known[note] is None}
+            opened = {note: _opened(rows.config, version) for note, (version, rows) in missing.items()}
             digests = (base.spec.digest for _, base, _ in opened.values())
-            _same_tokens([*(each.tokenizer for each in known if each), *digests])
-            with user_errors():
-                held_out = prepare(config, inputs.base.spec, "eval", tell=False)  # the training has told it
-            for index, (named, own, adapter) in opened.items():
-                logger.info(f"measuring version {versions[index].number} on the held-out rows")
+            _same_tokens([*(each.tokenizer for each in known.values() if each), *digests])
+            for note, (named, own, adapter) in opened.items():
+                version, rows = missing[note]
+                logger.info(f"measuring version {version.number} on {rows.name}")
                 with user_errors():
                     # The answers of both versions end at the same tokens, which the config's base model defines.
-                    rows, _ = measure(replace(inputs.base, model=own.model), adapter, held_out, named)
-                known[index] = done = Measured(own.spec.digest, rows)
-                records.write(notes[index], done)
-    return [each.rows for each in known if each is not None]
+                    results = results_on(rows, replace(inputs.base, model=own.model), adapter, named)
+                known[note] = done = Measured(own.spec.digest, results)
+                records.write(note, done)
+    return [each.rows for note in notes if (each := known[note]) is not None]
+
+
+def results_on(rows: RowSet, base: Base, adapter: str | None, named: AnyConfig) -> RowResults:
+    if rows.tasks is None:
+        held_out = prepare(rows.config, base.spec, "eval", tell=False)  # the training has told it
+        return measure(base, adapter, held_out, named)[0]
+    done = lm_eval_tasks.run(rows.tasks, ANSWERED, base.model, adapter, named)
+    if without := [name for name, task in done.items() if "acc" not in task.values]:
+        raise UserError(f"gate.guard: {without[0]} has no accuracy (acc) per row; use another of lm-eval's tasks")
+    # The share of wrong answers is a loss: the mean over all rows of all tasks.
+    right = [value for task in done.values() for value in task.values["acc"]]
+    origins = tuple((0, row) for row in range(len(right)))
+    return RowResults(rows.digest, (1,) * len(right), tuple(1.0 - value for value in right), {}, origins)
 
 
 @dataclass(frozen=True)
@@ -127,12 +270,12 @@ def _same_tokens(tokenizers: Sequence[str]) -> None:
         raise NotComparable("the champion has another tokenizer, so the two losses cannot be compared")
 
 
-def note_file(config: Config, inputs: Inputs, version: Version) -> str:
+def note_file(rows: RowSet, version: Version) -> str:
     """Return the file of a version's results; its name is a hash of everything that the results depend on."""
-    scorer = config.evaluation.scorer
+    config, scorer = rows.config, rows.config.evaluation.scorer
     parts = [
         [version.name, version.number, version.run_id, version.checksum or None],
-        inputs.fingerprint.held_out,
+        rows.digest,
         config.evaluation.model_dump_json(),
         scoring.source_digest(scorer) if scorer else None,
         node_cache.code(),

@@ -107,7 +107,11 @@ def _note(name: str, entry: Entry) -> str:
         for role, number in _roles(entry)
         if number
     ]
-    return "\n\n".join([f"**{entry.decision}**: {entry.reason}", *links])
+    lost = [
+        f"{name}: {rows['rows']} right answers of the champion are wrong now, such as {', '.join(rows['examples'])}"
+        for name, rows in entry.details.get("lost", {}).items()
+    ]
+    return "\n\n".join([f"**{entry.decision}**: {entry.reason}", *links, *lost])
 
 
 def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
@@ -116,7 +120,13 @@ def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
         for role in ("challenger", CHAMPION)
         for metric, value in (details.get(role) or {}).items()
     }
-    return roles | {f"improvement/{bound}": float(value) for bound, value in (details.get("improvement") or {}).items()}
+    intervals = {
+        f"{name}/{bound}": float(value)
+        for name in ("improvement", "confirmation", "anchor", "guard")
+        for bound, value in (details.get(name) or {}).items()
+    }
+    uses = {f"rows/{name}": float(value) for name, value in details.get("uses", {}).items() if isinstance(value, int)}
+    return roles | intervals | uses
 
 
 # Nights, as MLflow alone tells of them.

@@ -2,26 +2,32 @@
 
     improvement  how much better the challenger's metric is than the champion's: losses and perplexity count
                  downwards, scores upwards
-    passed       the lower end of its paired bootstrap interval lies above gate.must_improve_by, and every condition
-                 of gate.and holds
+    passed       the lower end of its paired bootstrap interval lies above gate.must_improve_by, every condition of
+                 gate.and holds, and the challenger is not worse than the best champions by more than gate.anchor and
+                 gate.guard_margin
 
-So chance alone rarely passes: a challenger that is as good as the champion passes in about one of forty nights. With
-`gate.confident: false` the improvement itself decides, and such a challenger passes every second night. Without a
-champion only the conditions count. A challenger's value that is not a number never passes, and fewer than gate.min_rows
-independent rows are not compared.
+One wrong promotion in 40 nights would be nine in a year that nobody watches, so the interval is stricter than 95%. Rows
+that are used again hardly add to the error: the champion's luck on them is a bar for the others. New rows do add, so
+each set of rows in a year gets its share of the error. benchmarks/gate_years.py simulates years, and chose the numbers.
+
+With `gate.confident: false` the improvement itself decides. Without a champion only the conditions count. A
+challenger's value that is not a number never passes, and fewer than gate.min_rows independent rows are not compared.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
-from olora_ray.evaluation.rows import SCORE, RowResults, improvement, lower_is_better
+from olora_ray.evaluation.rows import LOSS, SCORE, Comparison, RowResults, improvement, lower_is_better, numbered
 
-# Confidence of the improvement's interval.
 LEVEL = 0.95
+"""Confidence of the intervals against anchor and guard."""
+SETS = 20
+"""Up to this many different sets of held-out rows in a year, each interval has the level 1 - 0.05 / 20."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +37,34 @@ class Decision:
     """One line for people."""
     details: dict[str, Any]
     """The numbers behind the decision, as JSON types."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Further tags of the version."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Facts about the held-out rows that the models' results do not contain."""
 
-    groups: Sequence[int] | None = None
-    """Number of the group of each row; None: each row is its own group."""
+    groups: Sequence[object] | None = None
+    """Name of the group of each row, by its contents; None: each row of a file is its own group."""
     unseen: Sequence[int] | None = None
     """Numbers of the rows that the champion was certainly not trained on; None: all."""
+    sets: int = 1
+    """Number of different sets of held-out rows on which versions were judged within a year, this set included."""
 
 
 def decide(
-    gate: Gate, challenger: RowResults, champion: RowResults | None, held_out: HeldOut | None = None
+    gate: Gate,
+    challenger: RowResults,
+    champion: RowResults | None,
+    held_out: HeldOut | None = None,
+    anchor: RowResults | None = None,
+    guard: tuple[RowResults, RowResults] | None = None,
 ) -> Decision:
     """Return the gate's decision; `champion` is None if there is none yet.
 
+    `anchor` has the results of the best champion so far (None: the champion's). `guard` has the results on the guard
+    rows of the challenger and of the champion that is best there; None: no guard, or nothing to compare with.
     Raises UserError for a metric that was not measured, or for results on different rows.
     """
     checks = [_check(condition, challenger) for condition in gate.conditions]
@@ -62,9 +79,17 @@ def decide(
         value = f"{gate.metric} {challenger.metric(gate.metric):.4f}, no champion to compare with"
         checks.insert(0, (True, value))
     else:
-        holds, text, numbers = _compared(gate, challenger, champion, held_out or HeldOut())
+        held_out = held_out or HeldOut()
+        holds, text, numbers = _compared(gate, challenger, champion, held_out)
         checks.insert(0, (holds, text))
         details |= numbers
+        if holds and gate.anchor is not None:
+            best = anchor or champion
+            holds, text, details["anchor"] = _not_worse(gate.metric, challenger, best, held_out, gate, "anchor")
+            checks.append((holds, text))
+    if guard:
+        holds, text, details["guard"] = _not_worse(LOSS, *guard, HeldOut(), gate, "guard_margin")
+        checks.append((holds, f"guard: {text}"))
     passed = all(holds for holds, _ in checks)
     shown = [text for holds, text in checks if holds is passed]  # a refusal names only the failed checks
     return Decision(passed, "; ".join(shown), details)
@@ -98,24 +123,64 @@ def _compared(
         if len(champion.losses) < gate.min_rows:
             return True, f"{gate.metric}: {told}, so any finite loss is better{left_out}", {"groups": 0}
         left_out += f" (left out: {told})"
-    gain = improvement(gate.metric, challenger, champion, LEVEL, groups)
-    interval = gain.interval
-    rows = plural(gain.rows, "row") + (f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else "")
     both = sorted(_shared_rows(gate.metric, challenger, champion))
     ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
-    change = f"{'worse' if interval.mean < 0 else 'improved'} by {abs(interval.mean):.4f}"
-    text = (
-        f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}: {change} ({LEVEL:.0%} interval of the improvement"
-        f" {interval.low:.4f} to {interval.high:.4f}, {rows}){left_out}"
-    )
-    numbers = {"improvement": asdict(interval), "level": LEVEL, "groups": gain.groups}
-    if gain.groups < gate.min_rows:
-        return False, f"{text}, but gate.min_rows={gate.min_rows} needs more independent rows", numbers
-    if gate.confident:
-        passed, missed = interval.low > gate.must_improve_by, "the interval must begin above"
-    else:
-        passed, missed = interval.mean > gate.must_improve_by, "the improvement must be above"
-    return passed, text if passed else f"{text}, but {missed} {gate.must_improve_by:g}", numbers
+    text = f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}"
+    names = groups if groups is not None else challenger.origins
+    numbers: dict[str, Any] = {}
+    for part, rows, level in _parts(gate, names, both, held_out.sets):
+        group = numbered([names[row] for row in rows])
+        gain = improvement(gate.metric, challenger.only(rows), champion.only(rows), level, group)
+        interval = gain.interval
+        numbers |= {part: asdict(interval)} | ({} if numbers else {"level": level, "groups": gain.groups})
+        text += f"{'; confirmed' if part != PART else ''}: {_shown(gain, level)}"
+        if gain.groups < gate.min_rows:
+            return False, f"{text}{left_out}, but gate.min_rows={gate.min_rows} needs more independent rows", numbers
+        if not (interval.low if gate.confident else interval.mean) > gate.must_improve_by:
+            missed = "interval must begin" if gate.confident else "improvement must be"
+            return False, f"{text}{left_out}, but the {missed} above {gate.must_improve_by:g}", numbers
+    alone = " (too few rows for gate.confirm)" if gate.confirm and len(numbers) == 3 else ""
+    return True, f"{text}{left_out}{alone}", numbers
+
+
+PART = "improvement"
+
+
+def _parts(gate: Gate, names: Sequence[object], rows: list[int], sets: int) -> Iterator[tuple[str, list[int], float]]:
+    """Yield name, rows and level of each part of the rows, in the order in which the gate looks at them."""
+    # By a hash of their names, groups are in the same part every night and on every machine.
+    order = sorted({names[row] for row in rows}, key=lambda name: hashlib.sha256(repr(name).encode()).digest())
+    second = set(order[: round(gate.confirm * len(order))])
+    if min(len(second), len(order) - len(second)) < gate.min_rows:
+        yield PART, rows, 1 - 0.05 / max(SETS, sets)
+        return
+    # An equal challenger passes both parts as rarely as two sets of rows at once: 0.05 x 0.05 = 2 x 0.025 / 20.
+    yield PART, [row for row in rows if names[row] not in second], 0.9
+    yield "confirmation", [row for row in rows if names[row] in second], 1 - 0.1 / max(1.0, 2 * sets / SETS)
+
+
+def _shown(gain: Comparison, level: float) -> str:
+    interval = gain.interval
+    rows = plural(gain.rows, "row") + (f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else "")
+    change = f"{'worse' if interval.mean < 0 else 'improved'} by {abs(interval.mean):.4f} ({100 * level:.4g}% interval"
+    return f"{change} of the improvement {interval.low:.4f} to {interval.high:.4f}, {rows})"
+
+
+def _not_worse(
+    metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, gate: Gate, field: str
+) -> tuple[bool, str, dict[str, Any]]:
+    """Check that the challenger is worse than the best champion by at most the margin `field`, with confidence."""
+    value, margin = best.metric(metric), getattr(gate, field)
+    if not math.isfinite(value):
+        return True, f"{metric}: the best champion's is not finite", {}
+    groups, rows = held_out.groups or ours.origins, held_out.unseen or range(len(ours.losses))
+    ours, best = ours.only(rows), best.only(rows)
+    if not lower_is_better(metric):
+        ours, best, _ = _scored_alike(metric, ours, best)
+    gain = improvement(metric, ours, best, LEVEL, numbered([groups[row] for row in rows]))
+    holds, limit = gain.interval.low > -margin, f", but gate.{field}={margin:g} allows less"
+    text = f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {_shown(gain, LEVEL)}"
+    return holds, text + ("" if holds else limit), asdict(gain.interval)
 
 
 def _scored_alike(metric: str, challenger: RowResults, champion: RowResults) -> tuple[RowResults, RowResults, str]:

@@ -19,7 +19,7 @@ from olora_ray.common import lock, storage
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
-from olora_ray.retrain import decision_run, gate, notify, recipe
+from olora_ray.retrain import decision_run, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
@@ -68,7 +68,7 @@ def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callabl
 
 
 def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, decision: Decision) -> None:
-    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}
+    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: "", **decision.tags}
     verdict = f"{'passed' if decision.passed else 'refused'}: {decision.reason}"
     if decision.passed:
         old = aliases.promote(number, verdict, tags, instead_of=champion, beaten=against or None)
@@ -148,10 +148,15 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     else:
         changed = ", ".join(inputs.fingerprint.changes(Fingerprint.from_tags(to_beat.version.tags)))
         logger.info(f"changed since {to_beat.role}, version {to_beat.version.number}: {changed}")
+    from olora_ray.retrain import compare  # imports Ray, which a call without changes does not need
+
+    guard = compare.guard(config, inputs)  # before the training, so that a mistake in gate.guard costs nothing
     version, learned = _trained(config, aliases, inputs, to_beat.version)
 
     def decide(challenger: Version, against: Version | None) -> Decision:
-        return _decide(config, inputs, challenger, against) if learned else NOTHING_LEARNED
+        if not learned:
+            return NOTHING_LEARNED
+        return compare.decision(inputs, guard, challenger, against, aliases.versions())
 
     apply_decision(aliases, version.number, decide, lease.check)  # if another process has taken the lock, it decides
     decision_run.of_version(config, aliases.version(version.number))
@@ -191,14 +196,3 @@ def _push_champion(config: Config) -> None:
         from olora_ray.pipeline import publish
 
         publish.push_version(config, number)
-
-
-def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Version | None) -> Decision:
-    from olora_ray.retrain import compare
-
-    try:
-        ours, *theirs = compare.measured(config, inputs, [challenger, *([champion] if champion else [])])
-    except compare.NotComparable as error:
-        return Decision(False, f"{error}; promote the challenger by hand if it is good", {})
-    held_out = compare.about_rows(config, inputs, ours, champion)
-    return gate.decide(config.gate, ours, theirs[0] if theirs else None, held_out)

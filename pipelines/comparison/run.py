@@ -16,13 +16,13 @@ from typing import Literal
 
 import ray
 
-from comparison import phase, row_losses, statistics
+from comparison import phase, row_losses, tuning
 from comparison.arguments import LEVEL, Arm, Comparison, Trial
 from comparison.folder import FINAL, TUNING, shared_by_adapter
 from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
-from comparison.statistics import Tuned
+from comparison.tuning import Tuned
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
@@ -30,6 +30,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import duration, plural
 from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE
+from olora_ray.evaluation import statistics
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
@@ -233,7 +234,7 @@ class Run:
         tuned, base = dict[str, Tuned](), phase.base_loss(trials)
         for arm in self.comparison.arms:
             losses = {each.trial.factor: each.loss for each in trials if each.trial.arm == arm}
-            if (point := statistics.tuned(losses, base)) is None:
+            if (point := tuning.tuned(losses, base)) is None:
                 logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue
             tuned[arm.name] = point

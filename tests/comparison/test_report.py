@@ -4,11 +4,12 @@ import pytest
 
 from comparison import report
 from comparison.record import Against
-from comparison.statistics import Interval
+from olora_ray.evaluation.statistics import Interval
 
 
 def against(low: float, high: float) -> Against:
-    return Against((low + high) / 2, 0.02, Interval(low, high), Interval(low, high))
+    interval = Interval((low + high) / 2, low, high)
+    return Against(interval.mean, 0.02, interval, interval)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from comparison.statistics import Difference, crossed, seeds_needed, visible
-from olora_ray.evaluation import rows as bootstrap
+from olora_ray.evaluation import statistics as bootstrap
+from olora_ray.evaluation.statistics import Difference, crossed, seeds_needed, visible
 
 
 def drawn(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comparison.statistics import Tuned, tuned
+from comparison.tuning import Tuned, tuned
 
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
 

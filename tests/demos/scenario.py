@@ -49,7 +49,7 @@ def real(folder: Path) -> Scenario:
         "train": {**quickstart["train"], "epochs": 1, "eval_every": 100, "checkpoint_every": 20, "log_every": 10},
         "cluster": quickstart["cluster"],
         "evaluation": {"scorer": "json_fields", "rows": 16, "samples": 1, "max_new_tokens": 64},
-        "gate": {"metric": "eval/loss", "and": [{"metric": "eval/valid_json", "at_least": 0.9}]},
+        "gate": {"metric": "eval/loss", "and": [{"metric": "eval/valid_json", "at_least": 0.9}], "guard": None},
     }
     places = _laid_out(folder, config, read(CORPUS / "heldout.jsonl"))
     return Scenario(*places, rows[:few], rows[few:], poisoned(rows[few:]))
@@ -69,7 +69,7 @@ def quick(folder: Path) -> Scenario:
     config["train"] |= {"steps": 60, "eval_every": 60, "checkpoint_every": 30, "log_every": 30, "lr": 2e-2}
     config["cluster"] = {"workers": 1, "cpus_per_worker": 1}
     config["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 1, "max_new_tokens": 6}
-    config["gate"] = {"metric": "eval/loss", "and": [{"metric": "eval/exact_match", "at_least": 0.3}]}
+    config["gate"] = {"metric": "eval/loss", "and": [{"metric": "eval/exact_match", "at_least": 0.3}], "guard": None}
     first, more, poison = [*chats["one"], *chats["two"]] * 5, chats["three"] * 10, poisoned(every * 3)
     return Scenario(*_laid_out(folder, config, held_out * 8), first, more, poison)
 

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,18 +15,11 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
-from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import compare
+from olora_ray.retrain.compare import RowSet
 from olora_ray.tracking import checksums
 from olora_ray.tracking.checksums import Version
 from tests import tiny
-
-
-class Inputs:
-    """The inputs that the name of a note depends on."""
-
-    fingerprint = Fingerprint("base", "data", "held", "s")
-
 
 BASE = Base(BaseModel("m", "", "base"), None, TokenizerSpec("{}", "", {}, 0), ())
 VERSION = Version("m", "1", {checksums.TAG: "abc"}, "run")
@@ -42,8 +36,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def note(config: Config, version: Version = VERSION) -> str:
-    inputs: Any = Inputs()
-    return compare.note_file(config, inputs, version)
+    return compare.note_file(RowSet("rows", config, "held"), version)
 
 
 def test_results_are_of_a_version_and_not_of_its_run(config: Config) -> None:
@@ -85,11 +78,12 @@ def rows(data: str = "d") -> RowResults:
 
 def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None:
     """Their files may be deleted, but their tokenizers are still compared."""
-    inputs: Any = Inputs()
-    other = replace(VERSION, number="2")
+    inputs: Any = SimpleNamespace(config=config)
+    held_out = RowSet("rows", config, "held")
+    wanted = [(VERSION, held_out), (other := replace(VERSION, number="2"), held_out), (VERSION, held_out)]
     for version, tokenizer in ((VERSION, "tokenizer"), (other, "tokenizer")):
         records.write(note(config, version), compare.Measured(tokenizer, rows()))
-    assert compare.measured(config, inputs, [VERSION, other]) == [rows(), rows()]
+    assert compare.measured(inputs, wanted) == [rows(), rows(), rows()]
     records.write(note(config, other), compare.Measured("another", rows()))
     with pytest.raises(compare.NotComparable):
-        compare.measured(config, inputs, [VERSION, other])
+        compare.measured(inputs, wanted)

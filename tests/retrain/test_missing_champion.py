@@ -92,14 +92,14 @@ class Nights:
         return [version.number for version in self.aliases.versions()]
 
 
-def measured(_: object, __: object, versions: list[Version]) -> list[RowResults]:
+def measured(_: object, wanted: list[tuple[Version, Any]]) -> list[RowResults]:
     """Stands for compare.measured."""
     rows, tokens = 24, 10
     return [
         RowResults(
             "rows", (tokens,) * rows, (float(v.tags[LOSS]) * tokens,) * rows, {}, tuple((0, n) for n in range(rows))
         )
-        for v in versions
+        for v, _ in wanted
     ]
 
 

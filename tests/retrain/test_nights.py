@@ -24,12 +24,13 @@ def last(nightly: Nightly) -> dict[str, str]:
 @pytest.mark.slow
 def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(folder: Path, model: Path) -> None:
     told = folder / "told.json"
-    nightly = Nightly(folder, model, notify={"command": f"cat >>{told}"})
+    nightly = Nightly(folder, model, notify={"command": f"cat >>{told}"}, gate={"guard": "text"})
     with lock.held(str(folder / "runs" / "locks" / "nightly.json"), "the test"):
         refused = nightly.call(code=75)
     assert "error: the retraining of nightly is already running (process" in refused
     assert "ray:" not in refused
     log = nightly.call()
+    assert "measuring version 1 on the guard rows" in log
     assert "version 1 is the champion of nightly" in log
     assert nightly.aliases.current() == {"champion": "1"}
     assert nightly.aliases.version("1").tags[GATE].startswith("passed: eval/loss")
@@ -98,7 +99,7 @@ DECIDED = "passed: eval/loss"
 
 @pytest.mark.slow
 def test_killed_at_each_stage_and_called_again(folder: Path, model: Path) -> None:
-    nightly = Nightly(folder, model, gate={"must_improve_by": -9.0})
+    nightly = Nightly(folder, model, gate={"must_improve_by": -9.0, "anchor": 9.0})
     nightly.call()
     nightly.add("1-more", ["three"], 40)
     for line in KILLED_AT.values():

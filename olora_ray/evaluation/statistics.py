@@ -1,7 +1,8 @@
-"""Statistics of a comparison: the tuned rate of an arm, and the interval of a difference between two arms.
+"""Statistics of the project: intervals of differences between models, over rows, groups of rows, and seeds.
 
-d[s, r] = loss of a method - loss of the baseline, with seed s on row r. Seeds and rows are both samples: another seed
-and other rows would have given another mean. In the two-way random-effects model
+`difference` resamples groups of rows, for two models (a paired bootstrap). `crossed` is for several seeds of two
+methods. d[s, r] = loss of a method - loss of the baseline, with seed s on row r. Seeds and rows are both samples:
+another seed and other rows would have given another mean. In the two-way random-effects model
 
     d[s, r] = mu + seed_s + row_r + rest_sr
 
@@ -9,14 +10,10 @@ the variance of the mean over S seeds and R rows is estimated by (MS_seed + MS_r
 of freedom after Satterthwaite (Biometrics Bulletin 2, 1946); Searle, Casella, McCulloch, "Variance Components" (1992),
 section 4.4. An interval over the rows alone (a bootstrap, or a t test of one run) ignores seed_s and is too short:
 tests/comparison/test_statistics.py measures by how much.
-
-The best point of a grid of rates depends on luck: two arms with the same curve, each trained at its best point, would
-be told apart in about 9% of comparisons, instead of 5%. So the tuned rate is the lowest point of the parabola, in log2
-of the rate, through the best point and its neighbours: 6 to 7%.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +24,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
+    mean: float
     low: float
     high: float
 
@@ -36,6 +34,76 @@ class Interval:
     def inside(self, relevant: float) -> bool:
         """True if the whole interval is closer to 0 than the smallest difference that matters."""
         return -relevant < self.low and self.high < relevant
+
+
+# Paired bootstrap: the interval of a difference between two models, over the rows on which both were measured.
+
+
+DRAWN = 2**20
+"""Number of groups drawn at once: 8 MiB of indices."""
+
+
+def difference(
+    ours: Sequence[float] | Values,
+    theirs: Sequence[float] | Values,
+    weights: Sequence[float] | Values | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    of: Callable[[Values], Values] | None = None,
+    groups: Sequence[int] | NDArray[np.int64] | None = None,
+) -> Interval:
+    """Return the difference of the means, ours - theirs, with its bootstrap interval of confidence `level`.
+
+    All sequences have one value per row, in the same order of rows. `weights` are positive (None: all equal). `groups`
+    has the group number of each row (None: each row is its own group). `of` is applied to each mean before the
+    difference is taken (np.exp of a mean loss: perplexity). A single group gives an interval of width 0. The same
+    arguments give the same bits.
+    """
+    pair = np.array([ours, theirs], dtype=np.float64)  # (2, rows)
+    weight = np.ones(pair.shape[-1]) if weights is None else np.asarray(weights, dtype=np.float64)
+    group = np.arange(weight.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    rng = np.random.default_rng(seed)
+    count = int(group.max()) + 1
+    # At most 2000 groups, to bound the time of the draws. Groups that are merged at random stay independent.
+    if count > 2000:
+        group, count = (rng.permutation(count) % 2000)[group], 2000
+    rows = np.stack([*(pair * weight), weight])
+    # (3, groups): over each group, the weighted values of both models and the weights.
+    sums: Values = np.stack([np.bincount(group, row, count) for row in rows])
+    curve = of or (lambda means: means)
+    drawn = curve(_means(sums, draws, rng))  # (2, draws)
+    mean = curve(pair @ weight / weight.sum())
+    spread, middle = drawn[0] - drawn[1], float(mean[0] - mean[1])
+    tail, widening, student = (1 - level) / 2, 1.0, 0.0
+    if count > 1:
+        from scipy.special import ndtr  # type: ignore[import-untyped] # half a second
+
+        # Draws from few groups spread less than the groups' population, by sqrt((count - 1) / count), and have normal
+        # tails instead of Student's. So fewer draws than (1 - level) / 2 may lie beyond each bound.
+        widening, student = math.sqrt(count / (count - 1)), quantile(count - 1, level)
+        tail = float(ndtr(-widening * student))
+    low, high = map(float, np.quantile(spread, [tail, 1 - tail]))
+    # With very few groups, or at a level near 1, hardly a draw lies beyond such bounds. Then Student's t widens them.
+    if count > 1 and (2.0 ** (1 - count) > 1 - level or draws * (1 - level) < 40):
+        half = float(spread.std() * widening * student)
+        low, high = min(low, middle - half), max(high, middle + half)
+    return Interval(middle, low, high)
+
+
+def _means(sums: Values, draws: int, rng: np.random.Generator) -> Values:
+    """Return the weighted means of both models (2, draws) over groups drawn with replacement."""
+    count = sums.shape[1]
+    at_once = max(1, DRAWN // count)
+    parts = []
+    for start in range(0, draws, at_once):
+        chosen = rng.integers(count, size=(min(at_once, draws - start), count))
+        totals = np.stack([row[chosen].sum(-1) for row in sums])
+        parts.append(totals[:2] / totals[2])
+    return np.concatenate(parts, axis=1)
+
+
+# Seeds and rows as samples: the mean difference of two methods.
 
 
 @dataclass(frozen=True)
@@ -49,7 +117,7 @@ class Difference:
 
     def interval(self, level: float = 0.95) -> Interval:
         half = self.half(level)
-        return Interval(self.mean - half, self.mean + half)
+        return Interval(self.mean, self.mean - half, self.mean + half)
 
     def half(self, level: float = 0.95) -> float:
         return self.error and self.error * quantile(self.freedom, level)
@@ -95,7 +163,7 @@ def simultaneous(level: float, count: int) -> float:
 
 def quantile(freedom: float, level: float) -> float:
     """Return the t quantile of a two-sided interval with this confidence."""
-    from scipy.special import stdtrit  # type: ignore[import-untyped] # half a second
+    from scipy.special import stdtrit  # half a second
 
     return -float(stdtrit(freedom, (1 - level) / 2))
 
@@ -108,53 +176,3 @@ def visible(spread: float, seeds: int, level: float) -> float:
 def seeds_needed(spread: float, half: float, level: float) -> int | None:
     """Return the smallest number of seeds whose interval is at most +-`half`; None if 10,000 are too few."""
     return next((seeds for seeds in range(2, 10_001) if visible(spread, seeds, level) <= half), None)
-
-
-Losses = Mapping[float, float]
-"""Multiple of the arm's rate -> loss on the tuning rows after the last step; infinite for a training that broke off."""
-_BROKE_OFF = 1e6
-"""Loss of a neighbour that broke off: the lowest point then lies half-way to the other neighbour."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    factor: float
-    """The tuned rate as a multiple of the arm's rate, with two digits."""
-    loss: float
-    """Lowest loss of the grid."""
-    inside: bool
-    """True if the best point has neighbours on both sides."""
-    diverged: int
-    """Number of points that broke off, or ended above the base model."""
-
-
-def tuned(losses: Losses, base: float) -> Tuned | None:
-    """Return the tuned rate; None if every training broke off.
-
-    `base` is the loss of the base model.
-    """
-    factors = sorted(losses)
-    # Among equal losses `min` returns the first, so the smallest rate.
-    best = min(factors, key=lambda factor: losses[factor])
-    if not math.isfinite(losses[best]):
-        return None
-    inside = factors[0] < best < factors[-1]
-    return Tuned(
-        float(f"{vertex(losses, best) if inside else best:.2g}"),
-        losses[best],
-        inside,
-        sum(not loss <= base for loss in losses.values()),
-    )
-
-
-def vertex(losses: Losses, best: float) -> float:
-    """Return the lowest point of the parabola, in log2 of the factor, through `best` and its two neighbours."""
-    factors, here = sorted(losses), sorted(losses).index(best)
-    (left, above_left), (right, above_right) = (
-        (math.log2(factor / best), min(losses[factor], _BROKE_OFF) - losses[best])
-        for factor in (factors[here - 1], factors[here + 1])
-    )
-    # Through (0, 0), (left, above_left) and (right, above_right): y = a x^2 + b x, lowest at -b / (2 a).
-    a = (above_right / right - above_left / left) / (right - left)
-    b = above_left / left - a * left
-    return float(best * 2.0 ** (-b / (2 * a))) if a > 0 else best
