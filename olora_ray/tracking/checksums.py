@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Tag of a version: the folder of the run that made it.
 RUN = "olora.run_folder"
+# Tags of a version: its base model, of the hub with the commit; the time of the training's workers, and its price.
+BASE, CPU_SECONDS, GPU_SECONDS, PRICE = "olora.base", "olora.cpu_seconds", "olora.gpu_seconds", "olora.price"
 # Tag of a version: digest of its training settings. If a run is resumed with more steps, each length has its own
 # version.
 SETTINGS = "olora.settings_digest"
@@ -85,6 +87,8 @@ class Version:
 FILE = "checksums.json"
 # MLflow itself adds these beside the MLmodel when it loads a version. No model is read from them.
 FROM_MLFLOW = frozenset({"registered_model_meta"})
+# The signature of the version, written after its checksums; see signatures.py.
+SIGNATURE = "model.sig"
 
 # Name of each file of a version -> {bytes, sha256}.
 Files = Mapping[str, Mapping[str, Any]]
@@ -112,7 +116,7 @@ def read_checksums(version: Version, place: str, tracking_uri: str) -> Files:
             " this project before promoting it"
         )
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
-        content = _local(FILE, version, place, tracking_uri, Path(folder)).read_bytes()
+        content = local(FILE, version, place, tracking_uri, Path(folder)).read_bytes()
     if storage.digest_bytes(content) != version.checksum:
         raise UserError(f"{_name(version)}: {FILE} was changed after the registration; register the model again")
     files = (records.parsed(content, dict[str, dict[str, dict[str, Any]]]) or {}).get("files")
@@ -127,10 +131,10 @@ def verify(version: Version, place: str, tracking_uri: str) -> int:
     Reads all files, one at a time. Raises UserError that names the first added, missing or changed file.
     """
     files = read_checksums(version, place, tracking_uri)
-    _refuse_added(version, _listed(version, place, tracking_uri), files.keys() | {FILE} | FROM_MLFLOW)
+    _refuse_added(version, _listed(version, place, tracking_uri), files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW)
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
-            if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
+            if size_and_digest(local(name, version, place, tracking_uri, Path(folder))) != wanted:
                 raise UserError(
                     f"{_name(version)}: {name} was changed after the registration; register the model again"
                 )
@@ -179,7 +183,8 @@ def _below(root: Path) -> list[str]:
     ]
 
 
-def _local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
+def local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
+    """Return a local path of a version's file, downloaded into `folder` if needed; raise UserError if it is missing."""
     from mlflow.artifacts import download_artifacts
 
     if (root := _root(place)) is not None:
