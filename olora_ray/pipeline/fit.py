@@ -338,7 +338,7 @@ def train(
             fit = partial(fit_on or partial(_fit, spec, folder, worker), channel)
             before = folder.used()
 
-            def keep_used(used: Mapping[str, float]) -> None:
+            def keep_used(used: dict[str, float]) -> None:
                 with contextlib.suppress(OSError):  # a store that does not answer must not end a training
                     folder.keep_used({name: before.get(name, 0.0) + used.get(name, 0.0) for name in before | used})
 

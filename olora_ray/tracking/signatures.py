@@ -10,7 +10,7 @@ The package model-signing is an extra: it brings sigstore, which only its keyles
 
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.secrets import looked_up
@@ -21,9 +21,6 @@ from olora_ray.tracking.client import reachable
 
 # Tag of a version: the key, as it was named, that has signed it.
 SIGNED = "olora.signed_by"
-
-if TYPE_CHECKING:
-    from model_signing import hashing
 
 
 def sign(aliases: Aliases, number: str, key: str) -> None:
@@ -87,7 +84,7 @@ def _package() -> Any:
     return model_signing
 
 
-def _known(aliases: Aliases, number: str) -> "hashing.Config":
+def _known(aliases: Aliases, number: str) -> Any:
     """Return a hashing config that takes the digests of a version's checksums, instead of reading all files."""
     from model_signing import hashing, manifest
     from model_signing._hashing.hashing import Digest
@@ -103,9 +100,6 @@ def _known(aliases: Aliases, number: str) -> "hashing.Config":
     ignored = sorted({SIGNATURE, *FROM_MLFLOW})  # verifiers read this list from the signature
     by_file = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": ignored}
     made = manifest.Manifest(aliases.name, items, manifest.SerializationType.from_args(by_file))
-
-    class Known(hashing.Config):
-        def hash(self, *_: object, **__: object) -> manifest.Manifest:
-            return made
-
-    return Known()
+    config: Any = hashing.Config()
+    config.hash = lambda *_, **__: made
+    return config
