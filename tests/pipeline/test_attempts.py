@@ -174,7 +174,7 @@ def test_the_seconds_of_all_groups_are_counted_for_the_cost(training: Training) 
     attempts.run()
     assert kept[-1]["CPU"] == pytest.approx(2000 * 2 * 2, rel=0.02)
     assert kept[-1]["GPU"] == pytest.approx(2000 * 2 * 0.5, rel=0.02)
-    assert len(kept) == 4, "every 10 minutes, and at the end of each group"
+    assert len(kept) == 5, "every 10 minutes, and at the end of each group"
 
 
 def test_a_controller_that_dies_by_itself_is_a_failure(training: Training) -> None:
