@@ -72,7 +72,7 @@ def of_version(config: Config, version: Version) -> None:
 
 
 def moved(config: Config, now: ToBeat) -> None:
-    """Write and tell, once, that the champion is not the one of the latest decision: somebody has moved the alias."""
+    """Write and tell, once, that the champion is not the one of the latest decision: a person has moved the alias."""
     last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)}, but="failed")
     if last is None or now.version is None:
         return

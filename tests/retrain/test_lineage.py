@@ -111,6 +111,6 @@ def test_a_version_tells_its_data_base_code_image_who_cost_and_decision(
     assert 0 < int(tags["olora.cpu_seconds"]) < 300, log
     assert tags["olora.gate"].startswith("passed: eval/loss")
     digests = [tags[f"olora.{what}"] for what in ("code", "base_digest", "data_digest", "held_out_digest")]
-    assert all(re.fullmatch("[0-9a-f]{12,64}", digest) for digest in digests), digests
+    assert all(re.fullmatch("[0-9a-f+]{12,}", digest) for digest in digests), digests
     run = nightly.aliases.client.get_run(nightly.aliases.version("1").run_id)
     assert run.data.tags["mlflow.source.git.commit"] == "c0ffee"
