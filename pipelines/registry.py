@@ -33,7 +33,7 @@ from olora_ray.common.logs import quiet_environment
 from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
-from olora_ray.tracking import checksums, signatures, start
+from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import check_uri, reachable, shown_uri
@@ -120,13 +120,13 @@ def rollback(aliases: Aliases) -> None:
 def sign(aliases: Aliases, which: str, key: str) -> None:
     number = _number(aliases, which)
     count = aliases.verify(number)
-    signatures.sign(aliases, number, key)
+    aliases.sign(number, key)
     print(f"{aliases.name}: version {number} is signed, with {count} files")
 
 
 def verify(aliases: Aliases, which: str, key: str) -> None:
     number = _number(aliases, which)
-    count = signatures.verify(aliases, number, key)
+    count = aliases.verify_signature(number, key)
     print(f"{aliases.name}: version {number}: all {count} files are as signed by the key of {key}")
 
 

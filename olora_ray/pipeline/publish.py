@@ -19,7 +19,7 @@ from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
 from olora_ray.pipeline.version import contents_of
-from olora_ray.tracking import client, models, signatures
+from olora_ray.tracking import checksums, client, models
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import BASE, CPU_SECONDS, GPU_SECONDS, PRICE, RUN
 from olora_ray.tracking.run import Tracker
@@ -35,7 +35,7 @@ def check_tracking(config: Config, folder: RunFolder) -> None:
     """Raise UserError if MLflow or the hub does not answer or take the results."""
     uri = resolve_uri(config)
     if config.registry.key:
-        signatures.check_key(config.registry.key)
+        checksums.check_key(config.registry.key)
     # A resumed run needs neither until it has results, so an outage does not delay it.
     if folder.tracking_run(uri, config.run.storage) is None:
         client.check_uri(uri)
@@ -129,7 +129,7 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
         logger.info(f"registering the {content} as {registry.model}@{registry.alias}")
         version = models.register(tracker, contents, registry.model, registry.alias, own)
         if registry.key:
-            signatures.sign(Aliases(tracker.uri, registry.model), str(version), registry.key)
+            Aliases(tracker.uri, registry.model).sign(str(version), registry.key)
         return version
 
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from olora_ray.common.errors import UserError
-from olora_ray.tracking import signatures
+from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import Aliases
 from pipelines import registry
 
@@ -80,20 +80,20 @@ def test_the_signature_of_another_version_and_a_changed_file_are_refused(add: Ad
     (private, public), (uri, first), (_, second) = keys, add("swapped"), add("swapped")
     aliases = Aliases(uri, "swapped")
     for number in (first, second):
-        signatures.sign(aliases, number, str(private))
+        aliases.sign(number, str(private))
     ours, theirs = (Path(aliases.files_uri(number).removeprefix("file://")) for number in (first, second))
     kept = (ours / "model.sig").read_bytes()
     shutil.copyfile(theirs / "model.sig", ours / "model.sig")
     with pytest.raises(UserError, match=r"the signature is not valid for .*: Signature mismatch$"):
-        signatures.verify(aliases, first, str(public))
+        aliases.verify_signature(first, str(public))
     (ours / "model.sig").write_bytes(b"{}")
     with pytest.raises(UserError, match="the signature is not valid for"):
-        signatures.verify(aliases, first, str(public))
+        aliases.verify_signature(first, str(public))
     (ours / "model.sig").write_bytes(kept)
-    assert signatures.verify(aliases, first, str(public)) == 16
+    assert aliases.verify_signature(first, str(public)) == 16
     (ours / "requirements.txt").write_text("evil==1\n")
     with pytest.raises(UserError, match=r"requirements\.txt was changed after the registration"):
-        signatures.verify(aliases, first, str(public))
+        aliases.verify_signature(first, str(public))
 
 
 @pytest.mark.parametrize("content", [None, "no key", "public"])
@@ -104,5 +104,5 @@ def test_a_key_that_cannot_sign_is_refused_before_a_training(
     if content:
         file.write_text(keys[1].read_text() if content == "public" else content)
     with pytest.raises(UserError, match=r"wrong\.pem: expected a private EC key in PEM"):
-        signatures.check_key(f"file:{file}")
-    signatures.check_key(f"file:{keys[0]}")
+        checksums.check_key(f"file:{file}")
+    checksums.check_key(f"file:{keys[0]}")
