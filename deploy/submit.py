@@ -22,6 +22,7 @@ import os
 import shlex
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 
 import aiohttp
@@ -30,6 +31,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from olora_ray.common.errors import Stopped, TryAgain, UserError, first_line
 from olora_ray.config import command_line
+from olora_ray.tracking import start
 
 STOPPED = 128 + signal.SIGTERM
 KILLED = 128 + signal.SIGKILL
@@ -74,6 +76,9 @@ def followed(name: str, entrypoint: str, folder: str | None) -> int:
 def begun(client: JobSubmissionClient, name: str, entrypoint: str, folder: str | None) -> str:
     # MLflow names LOGNAME as the user of a run; on the cluster that would be the user of Ray.
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "LOGNAME": os.environ.get("LOGNAME", "")}
+    variables |= {"OLORA_SUBMITTER": start.submitter()}
+    if folder:  # otherwise the cluster's own code runs, of which its environment may name the commit
+        variables["OLORA_COMMIT"] = start.commit(Path(folder))
     environment = {"env_vars": variables}
     # A submission id can be used once, so a job of this name that has ended gets a successor NAME-2.
     for number in itertools.count(1):

@@ -4,21 +4,26 @@
     python pipelines/registry.py show NAME VERSION
     python pipelines/registry.py promote NAME VERSION
     python pipelines/registry.py rollback NAME
+    python pipelines/registry.py sign NAME VERSION --key PRIVATE
+    python pipelines/registry.py verify NAME VERSION --key PUBLIC
 
 NAME            the registered model
 VERSION         a number or an alias
 --tracking-uri  MLflow's server or database, or env:VARIABLE or file:/PATH that holds its address; default:
                 MLFLOW_TRACKING_URI, else ./runs/mlflow.db
+--key           an EC key in PEM: a path, file:/PATH, or env:VARIABLE that holds the key
 
-list prints a line per version, show all about one version, with its files and checksums. promote makes VERSION the
-champion; rollback makes the previous champion the champion again. show, promote and rollback check the files
-against their checksums.
+list prints a line per version, show all about one version: data, base model, code, who made it, cost, decision and
+files. promote makes VERSION the champion; rollback makes the previous champion the champion again. sign writes a
+signature beside the files; verify checks it. All but list check the files against their checksums.
 
-Exit codes: 0 done; 2 an error that you can fix; 75 MLflow or the files are unreachable, try again later.
+Exit codes: 0 done; 2 an error that you can fix, a wrong file or signature; 75 MLflow or the files are unreachable, try
+again later.
 """
 
 import os
 import re
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 
@@ -31,9 +36,12 @@ from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import check_uri, reachable, shown_uri
 
+# Limits of the one screen of `show`: tags, characters of a tag, and files.
+TAGS, WIDTH, FILES = 26, 160, 8
+
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=["--tracking-uri"])
+    parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=["--tracking-uri", "--key"])
     # Before MLflow is imported.
     quiet_environment()
     action, *names = parsed.words or [""]
@@ -42,6 +50,9 @@ def main(argv: list[str]) -> None:
     act, wanted = ACTIONS[action]
     if len(names) != len(wanted):
         raise UserError(f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]")
+    keys = [parsed.options["--key"]] if "--key" in parsed.options else []
+    if len(keys) != (act in (sign, verify)):
+        raise UserError("argument --key: sign and verify need it, and no other action takes it")
     uri = start.chosen_uri(parsed.options.get("--tracking-uri"))
     check_uri(uri)
     folder, _, name = uri.removeprefix("sqlite:///").rpartition("/")
@@ -51,7 +62,7 @@ def main(argv: list[str]) -> None:
     aliases = Aliases(uri, names[0])
     if not names[0].strip() or not aliases.versions():
         raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
-    act(aliases, *names[1:])
+    act(aliases, *names[1:], *keys)
 
 
 def show_all(aliases: Aliases) -> None:
@@ -73,18 +84,18 @@ def show_all(aliases: Aliases) -> None:
 
 
 def show_one(aliases: Aliases, which: str) -> None:
-    """Print all facts about a version, and check its files."""
+    """Print all facts about a version on one screen, and check its files."""
     version = aliases.version(_number(aliases, which))
     number = version.number
     files_uri = aliases.files_uri(number)
     print(f"{aliases.name} version {number}")
     print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
     print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
-    for name, text in sorted(version.tags.items()):
-        print(f"  {name} = {text}")
+    for name, text in sorted(version.tags.items(), key=lambda tag: (not tag[0].startswith("olora."), tag[0]))[:TAGS]:
+        print(f"  {textwrap.shorten(f'{name} = {text}', WIDTH, placeholder=' ...')}")
     with reachable(aliases.uri, upload=True):
         files = checksums.read_checksums(version, files_uri, aliases.uri)
-    for name, entry in sorted(files.items()):
+    for name, entry in sorted(files.items(), key=lambda item: -item[1]["bytes"])[:FILES]:
         print(f"  {entry['sha256'][:16]}  {entry['bytes']:>13,}  {name}")
     print(f"all {aliases.verify(number)} files have their checksums")
 
@@ -92,14 +103,27 @@ def show_one(aliases: Aliases, which: str) -> None:
 def promote(aliases: Aliases, which: str) -> None:
     number = _number(aliases, which)
     # Aliases.promote checks the files against their checksums before it moves the alias.
-    old = aliases.promote(number, f"promoted by hand, {_now()}")
+    old = aliases.promote(number, f"promoted by hand, {_now()}, {start.submitter()}")
     after = f", version {old} is previous" if old else ""
     print(f"{aliases.name}: version {number} is the champion{after}")
 
 
 def rollback(aliases: Aliases) -> None:
-    bad, good = aliases.rollback(f"by hand, {_now()}")
+    bad, good = aliases.rollback(f"by hand, {_now()}, {start.submitter()}")
     print(f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back")
+
+
+def sign(aliases: Aliases, which: str, key: str) -> None:
+    number = _number(aliases, which)
+    count = aliases.verify(number)
+    aliases.sign(number, key)
+    print(f"{aliases.name}: version {number} is signed, with {count} files")
+
+
+def verify(aliases: Aliases, which: str, key: str) -> None:
+    number = _number(aliases, which)
+    count = aliases.verify_signature(number, key)
+    print(f"{aliases.name}: version {number}: all {count} files are as signed by the key of {key}")
 
 
 ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
@@ -107,6 +131,8 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "show": (show_one, ["NAME", "VERSION"]),
     "promote": (promote, ["NAME", "VERSION"]),
     "rollback": (rollback, ["NAME"]),
+    "sign": (sign, ["NAME", "VERSION"]),
+    "verify": (verify, ["NAME", "VERSION"]),
 }
 
 

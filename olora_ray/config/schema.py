@@ -19,6 +19,7 @@ from olora_ray.config.section import (
     Folder,
     Fraction,
     ModelName,
+    Reference,
 )
 from olora_ray.config.section import PositiveInt as PositiveInt
 from olora_ray.config.section import Section as Section
@@ -133,6 +134,8 @@ class Cluster(Section):
     count."""
     silence: Annotated[float, Field(ge=5.0)] = 20.0
     """Seconds without a sign of life after which a worker counts as lost. Each worker gives one every second."""
+    price: Annotated[float, Field(ge=0.0)] | None = None
+    """Price of one GPU for one hour, in your currency, for the cost of a version; null: unknown."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -210,6 +213,8 @@ class Registry(Section):
     """Name of the registered model: up to 200 letters, digits, ' ', '.', '_' and '-'. null: register nothing."""
     alias: AliasName = "candidate"
     """Alias that MLflow sets on the new version."""
+    key: Reference | None = None
+    """Private EC key (PEM) that signs each new version: file:/PATH, or env:NAME that holds the key. null: unsigned."""
 
     @field_validator("alias")
     @classmethod

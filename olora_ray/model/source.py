@@ -35,6 +35,15 @@ class BaseModel:
     def to_json(self) -> dict[str, str]:
         return {"name": self.name, "folder": self.folder, "digest": self.digest}
 
+    def commit(self) -> str | None:
+        """Return the commit of a model in the hub client's cache (models--ORG--NAME/snapshots/COMMIT), else None."""
+        parts = Path(self.folder).parts
+        return parts[-1] if parts[-3:-1] == (f"models--{self.name.replace('/', '--')}", "snapshots") else None
+
+    def shown(self) -> str:
+        """Return the name, of a model of the hub with its commit."""
+        return f"{self.name}@{commit}" if (commit := self.commit()) else self.name
+
 
 def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     """Find, download or convert the base model of a run; `registered` is the folder of a models:/ name.

@@ -1,5 +1,6 @@
 """The training of a run on the cluster, unless an earlier attempt has finished it."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -85,6 +86,8 @@ SLOW = 30.0
 """Log "waiting for workers" after this many seconds without a group."""
 ROOM = 30.0
 """Seconds between two looks for room. Growing restarts all workers."""
+KEEP = 600.0
+"""Seconds between two writes of the resources that were used. A killed driver loses the count of this time."""
 
 
 class Attempts:
@@ -103,8 +106,12 @@ class Attempts:
         worker: Mapping[str, float],
         fit: Fit,
         placed: bool = False,
+        keep_used: Callable[[dict[str, float]], object] = lambda _: None,
     ) -> None:
-        """Set up; `worker` has the resources of one worker. `placed`: `fit` reserves their resources itself."""
+        """Set up; `worker` has the resources of one worker. `placed`: `fit` reserves their resources itself.
+
+        `keep_used` gets the resource seconds of this process's groups, now and then and at the end.
+        """
         self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
         self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
         self.worker, self.placed = worker, placed
@@ -118,8 +125,9 @@ class Attempts:
         self._asked = self._warned = self._running = self._silent = False
         self._hung: str | None = None
         """Why the driver has ended the group; None if it has not."""
-        self._waited_since = self._looked = time.monotonic()
+        self._waited_since = self._looked = self._counted = self._kept = time.monotonic()
         self._room = 0
+        self.used, self.keep_used = dict.fromkeys(worker, 0.0), keep_used
 
     def run(self) -> TrainResult:
         """Train until done; raise UserError with the last failure, and Stopped after a signal."""
@@ -184,6 +192,7 @@ class Attempts:
     def _follow(self, group: Group) -> TrainResult:
         self._asked = self._running = self._silent = False
         self._hung, self._waited_since = None, time.monotonic()
+        self._counted = self._waited_since
         collected, result = time.monotonic(), None
         try:
             while not group.ended() and result is None:
@@ -197,6 +206,7 @@ class Attempts:
             self.monitor.collect(self._started)
             return result or answer(self.channel.result.remote()) or group.result()
         finally:
+            self.keep_used(self.used)
             self.monitor.telemetry.ended()
             group.end(at_once=self.stop.asked is not None or self._hung is not None)
 
@@ -247,6 +257,13 @@ class Attempts:
         """Handle what Ray does not: workers that hang, and nodes that will be taken away."""
         silence = self.spec.config.cluster.silence
         members, silent = answer(self.channel.members.remote(silence))
+        now = time.monotonic()
+        for name, amount in self.worker.items():
+            self.used[name] += amount * len(members) * (now - self._counted)
+        self._counted = now
+        if now - self._kept >= KEEP:
+            self._kept = now
+            self.keep_used(self.used)
         if silent:
             ranks = " and ".join(f"worker {rank}" for rank in sorted(member.rank for member in silent))
             self._hung = f"{ranks} gave no sign of life for {silence:g} s"
@@ -319,7 +336,13 @@ def train(
             if fit_on is None:
                 progress.line("starting the workers; each imports torch and transformers")
             fit = partial(fit_on or partial(_fit, spec, folder, worker), channel)
-            result = Attempts(spec, build, monitor, stop, worker, fit, placed=fit_on is not None).run()
+            before = folder.used()
+
+            def keep_used(used: dict[str, float]) -> None:
+                with contextlib.suppress(OSError):  # a store that does not answer must not end a training
+                    folder.keep_used({name: before.get(name, 0.0) + used.get(name, 0.0) for name in before | used})
+
+            result = Attempts(spec, build, monitor, stop, worker, fit, fit_on is not None, keep_used).run()
     finally:
         stop.gentle = False
     folder.write_training(result)

@@ -11,6 +11,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.patience import is_temporary
+from olora_ray.common.secrets import mask
 from olora_ray.config.load import flatten, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -18,9 +19,9 @@ from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
 from olora_ray.pipeline.version import contents_of
-from olora_ray.tracking import client, models
+from olora_ray.tracking import checksums, client, models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import RUN
+from olora_ray.tracking.checksums import BASE, CPU_SECONDS, GPU_SECONDS, PRICE, RUN
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
 from olora_ray.train.checkpoint import perplexity
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 def check_tracking(config: Config, folder: RunFolder) -> None:
     """Raise UserError if MLflow or the hub does not answer or take the results."""
     uri = resolve_uri(config)
+    if config.registry.key:
+        checksums.check_key(config.registry.key)
     # A resumed run needs neither until it has results, so an outage does not delay it.
     if folder.tracking_run(uri, config.run.storage) is None:
         client.check_uri(uri)
@@ -108,6 +111,8 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
     )
     own: dict[str, object] = {
         **made_of.tags(),
+        **_cost(config, exported.folder),
+        BASE: mask(spec.base.shown()),
         RUN: exported.folder.root,
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
@@ -122,7 +127,17 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
             models.log_model(tracker, contents, own)
             return None
         logger.info(f"registering the {content} as {registry.model}@{registry.alias}")
-        return models.register(tracker, contents, registry.model, registry.alias, own)
+        version = models.register(tracker, contents, registry.model, registry.alias, own)
+        if registry.key:
+            Aliases(tracker.uri, registry.model).sign(str(version), registry.key)
+        return version
+
+
+def _cost(config: Config, folder: RunFolder) -> dict[str, str]:
+    used = folder.used()
+    gpus, price = used.get("GPU", 0.0), config.cluster.price
+    seconds = {GPU_SECONDS: f"{gpus:.0f}", CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}"}
+    return seconds | ({PRICE: f"{gpus / 3600 * price:.2f}"} if price is not None else {})
 
 
 def _result(exported: Exported, tracker: Tracker, scores: Scores, version: int | None) -> dict[str, Any]:

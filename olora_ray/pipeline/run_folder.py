@@ -153,6 +153,7 @@ class RunFolder:
         self.training = storage.join(self.root, "training.json")
         self.result = storage.join(self.root, "result.json")
         self._tracking = storage.join(self.root, "tracking.json")
+        self._used = storage.join(self.root, "used.json")
 
     def check(self, config: Config) -> tuple[Config, RunState]:
         """Check that the storage is writable and that no run with other settings has this name; write nothing.
@@ -238,6 +239,13 @@ class RunFolder:
     def drop_result(self) -> None:
         """Delete result.json: the next attempt publishes and registers again, without training."""
         storage.remove(self.result)
+
+    def used(self) -> dict[str, float]:
+        """Return the seconds of CPUs and GPUs that the workers of all attempts had, by Ray's names of resources."""
+        return records.read(self._used, dict[str, float]) or {}
+
+    def keep_used(self, seconds: Mapping[str, float]) -> None:
+        records.write(self._used, dict(seconds))
 
     def tracking_run(self, uri: str, storage_root: str) -> str | None:
         """Return the id of the MLflow run at `uri`, if an earlier attempt has created it."""

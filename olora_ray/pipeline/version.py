@@ -9,7 +9,6 @@ from olora_ray.common import node_cache
 from olora_ray.common.secrets import mask
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
-from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Scores
 from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.portable import facts_of
@@ -98,7 +97,7 @@ def _measured(exported: Exported, scores: Scores) -> list[tuple[int, list[str], 
 
 def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
     base, revision = spec.base, spec.config.model.revision
-    commit = _commit(base)
+    commit = base.commit()
     # MLflow loads the tokenizer from where it loads the base model. If the run added a chat template, the hub's
     # tokenizer lacks it, so the base model must not be loaded from the hub.
     on_hub = (
@@ -108,10 +107,3 @@ def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
     )
     name = models.pinned(base.name, spec.config)
     return BaseOfAdapter(name, base.digest, base.folder, commit or revision, on_hub)
-
-
-def _commit(base: BaseModel) -> str | None:
-    """Return the commit of a model in the hub client's cache (models--ORG--NAME/snapshots/COMMIT), otherwise None."""
-    folder = Path(base.folder)
-    from_hub = folder.parts[-3:-1] == (f"models--{base.name.replace('/', '--')}", "snapshots")
-    return folder.name if from_hub else None

@@ -12,7 +12,7 @@ from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import notify
-from olora_ray.retrain.recipe import AGAINST
+from olora_ray.retrain.recipe import AGAINST, CHANGED, ToBeat
 from olora_ray.tracking.aliases import CHAMPION, SINCE, Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect, reachable
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 DETAILS = "olora.gate_details"
 # Tag of a version: the MLflow run of the gate's decision on it; empty while that run does not exist.
 RECORDED = "olora.decision_run"
-What = Literal["unchanged", "promoted", "refused", "failed"]
+What = Literal["unchanged", "promoted", "refused", "failed", "moved"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def of_version(config: Config, version: Version) -> None:
         return
     decision: What = "refused" if verdict.startswith("refused") else "promoted"
     reason = verdict.partition(": ")[2] or verdict
+    reason += f"; {tags[CHANGED]}" if tags.get(CHANGED) else ""
     details = json.loads(tags.get(DETAILS, "{}"))
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
     run_id = write_decision(config, entry)
@@ -77,24 +78,44 @@ def of_version(config: Config, version: Version) -> None:
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
 
 
+def moved(config: Config, now: ToBeat) -> None:
+    """Write and tell, once, that the champion is not the one of the latest decision: a person has moved the alias."""
+    last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)}, but="failed")
+    if last is None or now.version is None:
+        return
+    tags, number = last.data.tags, now.version.number
+    role = "challenger" if tags.get("olora.decision") in ("promoted", "moved") else CHAMPION
+    left = tags.get(f"olora.{role}", "").rpartition("/")[2]
+    if left == number:
+        return
+    verdicts = {version.number: version.verdict for version in now.versions if version.rolled_back}
+    by_gate = now.version.verdict.startswith(("passed", "refused")) or not now.version.verdict
+    how = verdicts.get(left) or ("its alias was set or deleted in MLflow" if by_gate else now.version.verdict)
+    before = f"version {left}" if left else "none"
+    reason = f"the champion is version {number}, but the latest decision left {before}: {how}"
+    notify.tell(config, "moved", reason, number, left or None)
+    write_decision(config, Entry("moved", reason, number, left or None))
+
+
 def unchanged(config: Config, entry: Entry) -> None:
     """Write that nothing has changed, unless the latest run says the same: a scheduler may call every minute."""
-    with reachable(resolve_uri(config)):
-        last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)})
+    last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)})
     tags = last.data.tags if last is not None else {}
     if (tags.get("olora.decision"), tags.get("olora.reason")) != (entry.decision, entry.reason):
         write_decision(config, entry)
 
 
-def _latest(config: Config, wanted: Mapping[str, str]) -> Any:
+def _latest(config: Config, wanted: Mapping[str, str], but: str | None = None) -> Any:
     words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())
-    client = connect(resolve_uri(config))
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    if experiment is None:
-        return None
-    newest = ["attributes.start_time DESC"]
-    runs = client.search_runs([experiment.experiment_id], words, max_results=1, order_by=newest)
-    return runs[0] if runs else None
+    words += f" and tags.`olora.decision` != '{but}'" if but else ""
+    with reachable(uri := resolve_uri(config)):
+        client = connect(uri)
+        experiment = client.get_experiment_by_name(config.tracking.experiment)
+        if experiment is None:
+            return None
+        newest = ["attributes.start_time DESC"]
+        runs = client.search_runs([experiment.experiment_id], words, max_results=1, order_by=newest)
+        return runs[0] if runs else None
 
 
 def _roles(entry: Entry) -> list[tuple[str, str | None]]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.secrets import mask
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten, read_config
@@ -32,7 +33,7 @@ from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan, Split, as_found, sources_of
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, PREVIOUS, Aliases
-from olora_ray.tracking.checksums import RUN, Version
+from olora_ray.tracking.checksums import BASE, RUN, Version
 
 if TYPE_CHECKING:
     from olora_ray.pipeline.base import Base
@@ -221,6 +222,16 @@ ORIGIN = "olora.retrained_from"
 # Tag of a version: rows of the files behind its data digest.
 ROWS = "olora.data_rows"
 _CONTINUED = "champion, version "
+# Tag of a version: the inputs that differ from those of the version that it had to beat.
+CHANGED = "olora.changed"
+
+
+def changed(inputs: Inputs, champion: Version) -> str:
+    """Return the changes since a version, with both names of a base model that has changed."""
+    words = inputs.fingerprint.changes(Fingerprint.from_tags(champion.tags))
+    was, now = champion.tags.get(BASE), mask(inputs.base.model.shown())
+    named = f"base model ({was} is now {now})" if was and was != now else "base model"
+    return ", ".join(named if word == "base model" else word for word in words)
 
 
 def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Config, dict[str, str]]:
@@ -258,6 +269,8 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Conf
     parts = [inputs.fingerprint.tags(), origin, bound_settings(flatten(wanted))]
     name = extended(config.run.name, digest_json(parts, length=8))
     tags = {ROWS: str(inputs.plan.file_rows), ORIGIN: f"{_CONTINUED}{origin}" if origin else "base"}
+    if champion is not None:
+        tags[CHANGED] = f"changed since version {champion.number}: {changed(inputs, champion)}"
     named = wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     return named, {**inputs.fingerprint.tags(), **tags}
 

@@ -18,7 +18,7 @@ from typing import Any
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
+from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.retrain import decision_run, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
@@ -133,21 +133,23 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         inputs = recipe.look(config)
         now = inputs.fingerprint
     to_beat = version_to_beat(aliases)
+    for version in to_beat.versions:  # a call that decided may have been killed before it wrote and told the decision
+        decision_run.of_version(config, version)
+    decision_run.moved(config, to_beat)
     if (done := recipe.find_decision(to_beat.versions, to_beat.version, now)) is not None:
-        # The call that decided may have been interrupted before it wrote the decision's MLflow run.
-        decision_run.of_version(config, done)
         which = to_beat.role if done is to_beat.version else done.verdict
         reason = f"nothing changed since version {done.number} of {done.name} ({which})"
         logger.info(reason)
-        decision_run.unchanged(config, Entry("unchanged", reason, champion=to_beat.champion or None))
+        champion = to_beat.version.number if to_beat.version else None
+        decision_run.unchanged(config, Entry("unchanged", reason, champion=champion))
         return
     inputs = inputs or recipe.look(config)
     config = inputs.config
     if to_beat.version is None:
         logger.info("no champion yet: training the first version")
     else:
-        changed = ", ".join(inputs.fingerprint.changes(Fingerprint.from_tags(to_beat.version.tags)))
-        logger.info(f"changed since {to_beat.role}, version {to_beat.version.number}: {changed}")
+        changes = recipe.changed(inputs, to_beat.version)
+        logger.info(f"changed since {to_beat.role}, version {to_beat.version.number}: {changes}")
     from olora_ray.retrain import compare  # imports Ray, which a call without changes does not need
 
     guard = compare.guard(config, inputs)  # before the training, so that a mistake in gate.guard costs nothing

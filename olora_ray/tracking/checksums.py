@@ -11,11 +11,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.common import records, storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.secrets import looked_up
 from olora_ray.common.storage import size_and_digest
 from olora_ray.tracking.client import refused
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Tag of a version: the folder of the run that made it.
 RUN = "olora.run_folder"
+# Tags of a version: its base model, of the hub with the commit; the time of the training's workers, and its price.
+BASE, CPU_SECONDS, GPU_SECONDS, PRICE = "olora.base", "olora.cpu_seconds", "olora.gpu_seconds", "olora.price"
 # Tag of a version: digest of its training settings. If a run is resumed with more steps, each length has its own
 # version.
 SETTINGS = "olora.settings_digest"
@@ -85,6 +88,10 @@ class Version:
 FILE = "checksums.json"
 # MLflow itself adds these beside the MLmodel when it loads a version. No model is read from them.
 FROM_MLFLOW = frozenset({"registered_model_meta"})
+# The signature of the version, written after its checksums.
+SIGNATURE = "model.sig"
+# Tag of a version: the key, as it was named, that has signed it. For people: it proves nothing.
+SIGNED = "olora.signed_by"
 
 # Name of each file of a version -> {bytes, sha256}.
 Files = Mapping[str, Mapping[str, Any]]
@@ -127,7 +134,7 @@ def verify(version: Version, place: str, tracking_uri: str) -> int:
     Reads all files, one at a time. Raises UserError that names the first added, missing or changed file.
     """
     files = read_checksums(version, place, tracking_uri)
-    _refuse_added(version, _listed(version, place, tracking_uri), files.keys() | {FILE} | FROM_MLFLOW)
+    _refuse_added(version, _listed(version, place, tracking_uri), files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW)
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
             if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
@@ -204,3 +211,88 @@ def _inside(name: str) -> bool:
 
 def _name(version: Version) -> str:
     return f"{version.name} version {version.number}"
+
+
+# Signatures of versions by a key of the user's, in the format of OpenSSF's model signing (sigstore bundles). They name
+# the SHA-256 of every file, so a server without this project and without a network can check a downloaded version:
+#
+#     model_signing verify key FOLDER --signature FOLDER/model.sig --public_key KEY.pub
+#
+# The package model-signing is an extra: it brings sigstore, which only its keyless signatures need.
+
+
+def sign(version: Version, place: str, tracking_uri: str, key: str) -> None:
+    """Sign the checksums of a version; `key` is the path of a private EC key (PEM), file:/PATH or env:NAME.
+
+    Does not read the other files again. Raises UserError for a key that cannot sign.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    with tempfile.TemporaryDirectory(prefix="olora-") as folder:
+        signer = _signer(key, folder).set_hashing_config(_known(version, place, tracking_uri))
+        signer.sign(f"{version.name}-{version.number}", Path(folder) / SIGNATURE)
+        get_artifact_repository(place, tracking_uri=tracking_uri).log_artifact(f"{folder}/{SIGNATURE}")
+
+
+def verify_signature(version: Version, place: str, tracking_uri: str, key: str) -> int:
+    """Check files and signature of a version by a public key (PEM); return the number of signed files.
+
+    Raises UserError for a changed file, and for a signature that is missing, of another key, or of other files.
+    """
+    count = verify(version, place, tracking_uri)
+    with tempfile.TemporaryDirectory(prefix="olora-") as folder:
+        signature = _local(SIGNATURE, version, place, tracking_uri, Path(folder))
+        # The package raises what its parts raise: ValueError, InvalidSignature, KeyError, ...
+        subject = f"{_name(version)}: the signature is not valid for {key}"
+        with as_user_error(subject, Exception, reason=lambda error: first_line(error).partition(": [")[0]):
+            config = _package().verifying.Config().use_elliptic_key_verifier(public_key=_pem(key, folder))
+            config.set_hashing_config(_known(version, place, tracking_uri)).verify(folder, signature)
+    return count
+
+
+def check_key(key: str) -> None:
+    """Raise UserError if `key` cannot sign: before a training, rather than after it."""
+    with tempfile.TemporaryDirectory(prefix="olora-") as folder:
+        _signer(key, folder)
+
+
+def _signer(key: str, folder: str) -> Any:
+    signing, pem = _package().signing, _pem(key, folder)
+    wanted = f"{key}: expected a private EC key in PEM, without a password (openssl ecparam -name prime256v1 -genkey)"
+    with as_user_error(wanted, Exception):
+        return signing.Config().use_elliptic_key_signer(private_key=pem)
+
+
+def _pem(key: str, folder: str) -> Path:
+    if not key.startswith("env:"):
+        return Path(key.removeprefix("file:")).expanduser()
+    path = Path(folder) / "key.pem"  # in a folder that only this user can read
+    path.write_text(looked_up(key, "the key"), encoding="utf-8")
+    return path
+
+
+def _package() -> Any:
+    try:
+        import model_signing
+    except ModuleNotFoundError:
+        raise UserError("signatures need the package model-signing: pip install 'olora-ray[sign]'") from None
+    return model_signing
+
+
+def _known(version: Version, place: str, tracking_uri: str) -> Any:
+    """Return a hashing config that takes the digests of a version's checksums, instead of reading all files."""
+    from model_signing import hashing, manifest
+    from model_signing._hashing.hashing import Digest
+
+    files = read_checksums(version, place, tracking_uri)
+    digests = {name: each["sha256"] for name, each in files.items()} | {FILE: version.checksum}
+    items = [
+        manifest.FileManifestItem(path=PurePosixPath(name), digest=Digest("sha256", bytes.fromhex(text)))
+        for name, text in digests.items()
+    ]
+    ignored = sorted({SIGNATURE, *FROM_MLFLOW})  # verifiers read this list from the signature
+    by_file = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": ignored}
+    made = manifest.Manifest(version.name, items, manifest.SerializationType.from_args(by_file))
+    config: Any = hashing.Config()
+    config.hash = lambda *_, **__: made
+    return config

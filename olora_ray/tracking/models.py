@@ -330,7 +330,7 @@ def _is_of(made: "ModelVersion | LoggedModel", texts: Mapping[str, str]) -> bool
 
 
 def _texts(contents: Contents, tags: Mapping[str, object]) -> dict[str, str]:
-    texts = {key: str(value) for key, value in {start.CODE: node_cache.project(), **tags}.items() if str(value)}
+    texts = {key: str(value) for key, value in {**start.lineage(), **tags}.items() if str(value)}
     return texts | ({EXPORT: ADAPTER_ONLY} if contents.base else {})
 
 

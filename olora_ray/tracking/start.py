@@ -4,6 +4,7 @@ import contextlib
 import getpass
 import logging
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -304,22 +305,50 @@ def _reopen(client: "MlflowClient", run_id: str) -> bool:
     return False
 
 
-# Tag of a run and of a version: a digest of this project's code, because an image and a submitted job have no git.
-CODE = "olora.code"
+# Tags of a run and of a version: a digest of this project's code, its commit, the image, and who started it where.
+CODE, COMMIT, IMAGE, SUBMITTER = "olora.code", "olora.commit", "olora.image", "olora.submitted_by"
+# Suffix of a commit whose checkout has changes that are not committed.
+CHANGED = "+changes"
+
+
+def commit(folder: Path) -> str:
+    """Return the commit of the git checkout that contains `folder`, with CHANGED if it has changes; else empty."""
+    # From git itself, because GitPython, which MLflow uses, warns if git is missing.
+    git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={CHANGED}"]
+    try:
+        return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # no git, or no checkout: an image, or a submitted job
+
+
+def submitter() -> str:
+    """Return who started this process: OLORA_SUBMITTER, which deploy/submit.py sets, else USER@HOST."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container may run as a user without a name
+        user = str(os.getuid())
+    return os.environ.get("OLORA_SUBMITTER") or f"{user}@{socket.gethostname()}"
+
+
+def lineage() -> dict[str, str]:
+    """Return the tags that say which code runs here, and for whom; what is unknown is missing."""
+    script = Path(sys.argv[0] or ".").absolute()
+    tags = {
+        CODE: node_cache.project(),
+        COMMIT: os.environ.get("OLORA_COMMIT") or commit(script if script.is_dir() else script.parent),
+        IMAGE: os.environ.get("OLORA_IMAGE", ""),
+        SUBMITTER: submitter(),
+    }
+    return {name: text for name, text in tags.items() if text}
 
 
 def _context_tags() -> dict[str, str]:
-    # The tags that mlflow.start_run would add. The commit comes from git, because GitPython warns if git is missing.
-    script = Path(sys.argv[0] or ".").absolute()
-    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": script.name, CODE: node_cache.project()}
-    try:
+    # With the tags that mlflow.start_run would add.
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": Path(sys.argv[0] or ".").absolute().name} | lineage()
+    with contextlib.suppress(OSError, KeyError):
         tags["mlflow.user"] = getpass.getuser()
-        folder = script if script.is_dir() else script.parent
-        git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-        tags["mlflow.source.git.commit"] = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, KeyError, subprocess.CalledProcessError):
-        pass  # no user name, no git, or no checkout (a submitted job)
-    return tags
+    known = tags.get(COMMIT, "").removesuffix(CHANGED)
+    return tags | ({"mlflow.source.git.commit": known} if known else {})
 
 
 # The MLflow run around a piece of work: created or resumed before it, closed as FINISHED, FAILED or KILLED after it.

@@ -2,10 +2,14 @@
 
 import getpass
 import importlib.util
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from olora_ray.tracking import start
 
 SUBMIT = Path(__file__).parents[2] / "deploy" / "submit.py"
 
@@ -33,7 +37,11 @@ def test_a_job_runs_in_the_name_of_its_submitter(submitter: str | None, monkeypa
     if submitter:
         monkeypatch.setenv("LOGNAME", submitter)
     assert submit.begun(jobs, "nightly", "retrain", None) == "nightly"
+    assert "OLORA_COMMIT" not in jobs.variables, "the code of the cluster"
+    submit.begun(jobs, "nightly", "retrain", str(SUBMIT.parent))
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", jobs.variables["OLORA_COMMIT"])
     monkeypatch.delenv("LOGNAME", raising=False)  # on the cluster
     for name, value in jobs.variables.items():
         monkeypatch.setenv(name, value)
     assert getpass.getuser() == (submitter or here), "what MLflow names as the user of a run"
+    assert start.lineage()[start.SUBMITTER] == f"{submitter or here}@{socket.gethostname()}"

@@ -160,6 +160,23 @@ def test_workers_whose_node_will_be_taken_away_are_asked_to_stop(training: Train
     assert training.asked == ["node 01234567 is preempted"]
 
 
+def test_the_seconds_of_all_groups_are_counted_for_the_cost(training: Training) -> None:
+    training.events, training.worker = {0.0: Started(2)}, {"CPU": 2.0, "GPU": 0.5}
+    training.members = [Member(rank, "0123456789", 1, "one") for rank in (0, 1)]
+
+    def dies(workers: int) -> TrainResult:
+        training.until(1000)(workers)
+        raise RayActorError
+
+    kept: list[dict[str, float]] = []
+    attempts = training.attempts(dies, training.until(2000))
+    attempts.keep_used = lambda used: kept.append(dict(used))
+    attempts.run()
+    assert kept[-1]["CPU"] == pytest.approx(2000 * 2 * 2, rel=0.02)
+    assert kept[-1]["GPU"] == pytest.approx(2000 * 2 * 0.5, rel=0.02)
+    assert len(kept) == 5, "every 10 minutes, and at the end of each group"
+
+
 def test_a_controller_that_dies_by_itself_is_a_failure(training: Training) -> None:
     with pytest.raises(UserError, match="training failed after 0 restarts: Train's controller died"):
         training.attempts(raising(RayActorError()), cluster__max_failures=0).run()

@@ -12,7 +12,7 @@ from olora_ray.tracking import checksums, models, run
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import GATE
 from olora_ray.tracking.models import Contents
-from olora_ray.tracking.start import CODE, start_run
+from olora_ray.tracking.start import CODE, lineage, start_run
 from tests import tiny
 from tests.export_parts import Case, logits
 from tests.tracking.conftest import TAGS
@@ -30,7 +30,8 @@ def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
     assert version.run_id == triage.run_id
     text = (Path(version.source) / checksums.FILE).read_text()
     shown = {name: str(value) for name, value in TAGS.items() if value != ""}
-    assert version.tags == shown | {checksums.TAG: digest(text), CODE: project()}
+    assert version.tags == shown | {checksums.TAG: digest(text)} | lineage()
+    assert version.tags[CODE] == project()
     (output,) = triage.client().get_run(triage.run_id).outputs.model_outputs
     model = triage.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"
