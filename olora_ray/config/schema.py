@@ -135,7 +135,7 @@ class Cluster(Section):
     silence: Annotated[float, Field(ge=5.0)] = 20.0
     """Seconds without a sign of life after which a worker counts as lost. Each worker gives one every second."""
     price: Annotated[float, Field(ge=0.0)] | None = None
-    """Price of one GPU for one hour, in your currency, for the cost of a version; null: unknown."""
+    """Price of a GPU for one hour; null: unknown."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -214,7 +214,7 @@ class Registry(Section):
     alias: AliasName = "candidate"
     """Alias that MLflow sets on the new version."""
     key: Reference | None = None
-    """Private EC key (PEM) that signs each new version: file:/PATH, or env:NAME that holds the key. null: unsigned."""
+    """Private EC key (PEM) that signs new versions: file:/PATH, or env:NAME with the key; null: unsigned."""
 
     @field_validator("alias")
     @classmethod
