@@ -53,10 +53,11 @@ SECTIONS = {
     "learning_rate": "Learning rate",
     "paired_seeds": "Evidence",
     "settings": "Settings",
+    "gate_years": "Years of nights",
 }
 NEEDS_GPU = ("gpu",)
 """Skipped without a GPU, unless they are named."""
-NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate", "paired_seeds", "settings")
+NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate", "paired_seeds", "settings", "gate_years")
 """Skipped unless they are named, because each takes twenty minutes or more."""
 TOGETHER = {
     "throughput": ("--rows", "32", "--rounds", "2"),

@@ -119,6 +119,8 @@ def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers
         run = Run(folder / "config.yaml", scratch, Fault("step", "hold", step=4, rank=0), changes=(elsewhere,))
         run.start()
         run.wait_for_fault()
+        saved = tmp_path / "runs" / "small" / "checkpoints" / "step-0000002"  # written beside the training
+        run.wait_until(saved.exists, "no checkpoint of step 2")
         run.kill_everything()
         assert run.wait() == -9, run.tail()
         run.changes += ("cluster.workers=1",)
