@@ -9,6 +9,7 @@ continues. Reads and uploads at the end of a run raise TrackingUnavailable and c
 
 import contextlib
 import json
+import logging
 import math
 import threading
 import time
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from olora_ray.common import storage
-from olora_ray.tracking.client import TrackingUnavailable, connect, existing, reachable, shown_uri, unavailable
+from olora_ray.tracking.client import TrackingUnavailable, connect, existing, reachable, reason, shown_uri, unavailable
 from olora_ray.tracking.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
 
 # MLflow's own limits (mlflow/utils/validation.py): a longer request is refused.
 _PARAMS_PER_BATCH, PARAM_LENGTH, TAG_LENGTH, _DIGEST_LENGTH = 100, 6000, 8000, 36
@@ -158,10 +161,14 @@ class Tracker:
 
         make: Any = SystemMetricsMonitor
         while not self._stop_watching.is_set():
-            with contextlib.suppress(Exception):
-                monitor = make(self.run_id, seconds, resume_logging=True, tracking_uri=self.uri)
-                monitor._shutdown_event = self._stop_watching
-                monitor.monitor()  # ends for good when one request fails, so it begins again
+            try:
+                with contextlib.suppress(TrackingUnavailable), reachable(self.uri):
+                    monitor = make(self.run_id, seconds, resume_logging=True, tracking_uri=self.uri)
+                    monitor._shutdown_event = self._stop_watching
+                    monitor.monitor()  # ends for good when one request fails, so it begins again
+            except Exception as error:
+                logger.warning(f"system metrics are not logged: {reason(error)}")
+                return
             self._stop_watching.wait(seconds)
 
     def url(self) -> str | None:

@@ -18,6 +18,7 @@ from olora_ray.tracking import client as client_module
 from olora_ray.tracking import run as tracking
 from olora_ray.tracking.start import everywhere, resolve_uri, start_run
 from tests import mlflow_database, tiny
+from tests.waiting import until
 
 CLOSED = "http://127.0.0.1:9"
 
@@ -194,6 +195,17 @@ def test_a_deleted_experiment(settings: Config, storage: Path) -> None:
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' was deleted"):
         start_run(other, "test", {})
+
+
+def test_a_machine_without_metrics_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "often")
+    tracker = start_run(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
+    tracker.watch_system(0.1)
+    until(lambda: "system metrics are not logged: " in caplog.text)
+    tracker.end()
+    assert caplog.text.count("system metrics") == 1
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
