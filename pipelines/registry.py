@@ -91,12 +91,15 @@ def show_one(aliases: Aliases, which: str) -> None:
     print(f"{aliases.name} version {number}")
     print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
     print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
-    for name, text in sorted(version.tags.items(), key=lambda tag: (not tag[0].startswith("olora."), tag[0]))[:TAGS]:
+    tags = sorted(version.tags.items(), key=lambda tag: (not tag[0].startswith("olora."), tag[0]))
+    for name, text in tags[:TAGS]:
         print(f"  {textwrap.shorten(f'{name} = {text}', WIDTH, placeholder=' ...')}")
     with reachable(aliases.uri, upload=True):
         files = checksums.read_checksums(version, files_uri, aliases.uri)
     for name, entry in sorted(files.items(), key=lambda item: -item[1]["bytes"])[:FILES]:
         print(f"  {entry['sha256'][:16]}  {entry['bytes']:>13,}  {name}")
+    if len(tags) > TAGS or len(files) > FILES:
+        print(f"  (not shown: {max(0, len(tags) - TAGS)} tags, {max(0, len(files) - FILES)} files)")
     print(f"all {aliases.verify(number)} files have their checksums")
 
 
