@@ -76,7 +76,7 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
     try:
         plan = plan_here(changed, inputs.base.spec, "eval")
     except UserError as error:
-        raise UserError(f"gate.guard, read like data.eval: {error}") from None
+        raise type(error)(f"gate.guard, read like data.eval: {error}") from None
     return RowSet("the guard rows", changed, plan.digest())
 
 
@@ -219,8 +219,6 @@ def results_on(rows: RowSet, base: Base, adapter: str | None, named: AnyConfig) 
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of a version, as they are stored."""
-
     tokenizer: str
     """Digest of the version's tokenizer, so that stored results can be compared without opening the version."""
     rows: RowResults
