@@ -143,7 +143,6 @@ def hold(entry: Path) -> None:
 
 
 def used(entry: Path) -> None:
-    """Record the current time as the entry's last use."""
     # In a file beside the entry: the entry's own time shows whether its content has changed.
     with contextlib.suppress(OSError):
         _beside(entry, "used").touch()

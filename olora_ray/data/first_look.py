@@ -167,8 +167,6 @@ def _spread(items: Sequence[Item]) -> list[Item]:
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read some rows."""
-
     format: str
     fields: dict[str, str]
     """In the form of a source's `fields`."""

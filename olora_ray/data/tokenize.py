@@ -163,7 +163,6 @@ class ExampleTokenizer:
         return tuple(tokens.ids[: int(tokens.supervised.argmax())].tolist())
 
     def note(self, begun: Begun, tokens: Sequence[Tokens], notes: "Counter[str]") -> None:
-        """Count what is unusual about an example and its tokens."""
         example = begun.example
         if isinstance(example, Text) or (isinstance(example, Ids) and example.labels is None):
             return

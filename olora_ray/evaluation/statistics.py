@@ -108,8 +108,6 @@ def _means(sums: Values, draws: int, rng: np.random.Generator) -> Values:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference and its uncertainty."""
-
     mean: float
     error: float
     """Standard error of the mean; infinite if it cannot be known."""

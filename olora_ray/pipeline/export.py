@@ -86,8 +86,6 @@ PARITY_TOKENS = 256
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished training and its exports."""
-
     spec: TrainSpec
     folder: RunFolder
     result: TrainResult

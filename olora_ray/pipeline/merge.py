@@ -199,8 +199,6 @@ _OF_ENDS = (portable.ENDS, "bos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class Worst:
-    """The largest error of the merged weights."""
-
     error: float
     """Unit: roundings to the stored precision."""
     layer: str

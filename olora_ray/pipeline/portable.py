@@ -286,7 +286,6 @@ def model_card(card: Card) -> str:
 
 
 def facts_of(folder: Path) -> str:
-    """Return the list of facts in the model card of an export."""
     text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
     return "\n".join(line for line in text.splitlines() if line.startswith("- "))
 

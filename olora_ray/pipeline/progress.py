@@ -64,7 +64,6 @@ class Progress:
             self.bar.refresh()
 
     def back_to(self, step: int) -> None:
-        """Reset bar and averages to an earlier step, after a restart."""
         self.tokens = self.supervised = self.seconds = self.waited = 0.0
         self._steps, self._trained = 0, 0.0
         self.bar.n = step

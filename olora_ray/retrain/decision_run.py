@@ -180,8 +180,7 @@ def nights(aliases: Aliases) -> Nights:
     with reachable(aliases.uri):
         model = client.get_registered_model(aliases.name)
         experiments = [each.experiment_id for each in client.search_experiments()]
-        quote = '"' if "'" in aliases.name else "'"
-        mine = f"tags.`olora.kind` = 'retraining' and tags.`olora.model` = {quote}{aliases.name}{quote}"
+        mine = f"tags.`olora.kind` = 'retraining' and tags.`olora.model` = '{aliases.name}'"
         runs = client.search_runs(experiments, mine, max_results=30, order_by=["attributes.start_time DESC"])
     champion = next((each for each in versions if each.number == str(model.aliases.get(CHAMPION))), None)
     number, _, moved = model.tags.get(SINCE, "").partition(" ")

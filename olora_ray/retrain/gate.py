@@ -133,17 +133,17 @@ def _compared(
         gain = improvement(gate.metric, challenger.only(rows), champion.only(rows), level, group)
         interval = gain.interval
         numbers |= {part: asdict(interval)} | ({} if numbers else {"level": level, "groups": gain.groups})
-        text += f"{'; confirmed' if part != PART else ''}: {_shown(gain, level)}"
+        text += f"{'; confirmed' if part == CONFIRMATION else ''}: {_shown(gain, level)}"
         if gain.groups < gate.min_rows:
             return False, f"{text}{left_out}, but gate.min_rows={gate.min_rows} needs more independent rows", numbers
         if not (interval.low if gate.confident else interval.mean) > gate.must_improve_by:
             missed = "interval must begin" if gate.confident else "improvement must be"
             return False, f"{text}{left_out}, but the {missed} above {gate.must_improve_by:g}", numbers
-    alone = " (too few rows for gate.confirm)" if gate.confirm and len(numbers) == 3 else ""
+    alone = " (too few rows for gate.confirm)" if gate.confirm and CONFIRMATION not in numbers else ""
     return True, f"{text}{left_out}{alone}", numbers
 
 
-PART = "improvement"
+PART, CONFIRMATION = "improvement", "confirmation"
 
 
 def _parts(gate: Gate, names: Sequence[object], rows: list[int], sets: int) -> Iterator[tuple[str, list[int], float]]:
@@ -156,7 +156,7 @@ def _parts(gate: Gate, names: Sequence[object], rows: list[int], sets: int) -> I
         return
     # An equal challenger passes both parts as rarely as two sets of rows at once: 0.05 x 0.05 = 2 x 0.025 / 20.
     yield PART, [row for row in rows if names[row] not in second], 0.9
-    yield "confirmation", [row for row in rows if names[row] in second], 1 - 0.1 / max(1.0, 2 * sets / SETS)
+    yield CONFIRMATION, [row for row in rows if names[row] in second], 1 - 0.1 / max(1.0, 2 * sets / SETS)
 
 
 def _shown(gain: Comparison, level: float) -> str:

@@ -204,14 +204,12 @@ class Aliases:
             return checksums.verify(version, self.files_uri(number), self.uri)
 
     def sign(self, number: str, key: str) -> None:
-        """Sign a version's checksums with a private key; see checksums.sign."""
         version = self.version(number)
         with reachable(self.uri, upload=True):
             checksums.sign(version, self.files_uri(number), self.uri, key)
             self.client.set_model_version_tag(self.name, number, checksums.SIGNED, key)
 
     def verify_signature(self, number: str, key: str) -> int:
-        """Check a version's files and signature by a public key; return the number of files, or raise UserError."""
         version = self.version(number)
         with reachable(self.uri, upload=True):
             return checksums.verify_signature(version, self.files_uri(number), self.uri, key)

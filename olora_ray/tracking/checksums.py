@@ -272,10 +272,8 @@ def _pem(key: str, folder: str) -> Path:
 
 
 def _package() -> Any:
-    try:
+    with as_user_error("signatures need a package, pip install 'olora-ray[sign]'", ModuleNotFoundError):
         import model_signing
-    except ModuleNotFoundError:
-        raise UserError("signatures need the package model-signing: pip install 'olora-ray[sign]'") from None
     return model_signing
 
 

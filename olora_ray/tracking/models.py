@@ -193,7 +193,6 @@ def _of_the_model(contents: Contents) -> dict[str, str]:
 
 
 def _class(config: dict[str, Any]) -> str:
-    """Return the class that AutoModelForCausalLM would load."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     # Not simply the folder's `architectures`: some folders name the model without its head there.

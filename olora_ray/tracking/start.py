@@ -315,18 +315,16 @@ def commit(folder: Path) -> str:
     """Return the commit of the git checkout that contains `folder`, with CHANGED if it has changes; else empty."""
     # From git itself, because GitPython, which MLflow uses, warns if git is missing.
     git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={CHANGED}"]
-    try:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""  # no git, or no checkout: an image, or a submitted job
+    return ""  # no git, or no checkout: an image, or a submitted job
 
 
 def submitter() -> str:
     """Return who started this process: OLORA_SUBMITTER, which deploy/submit.py sets, else USER@HOST."""
-    try:
+    user = str(os.getuid())
+    with contextlib.suppress(OSError, KeyError):  # a container may run as a user without a name
         user = getpass.getuser()
-    except (OSError, KeyError):  # a container may run as a user without a name
-        user = str(os.getuid())
     return os.environ.get("OLORA_SUBMITTER") or f"{user}@{socket.gethostname()}"
 
 

@@ -170,7 +170,6 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float
 
 
 def _squares(left: Tensor, right: Tensor) -> Tensor:
-    """Return the sum of the squares of left @ right.T."""
     left, right = left.double(), right.double()
     return ((left.T @ left) * (right.T @ right)).sum()
 

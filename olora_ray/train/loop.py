@@ -239,7 +239,6 @@ def _groups(trainer: Trainer, store: TokenStore) -> list[range]:
 def _shares(
     trainer: Trainer, store: TokenStore, attention: str, worker: int, workers: int
 ) -> Generator[tuple[int, Batch]]:
-    """Yield the groups of this worker, each with its number."""
     groups = _groups(trainer, store)
     # With a sharded base all workers must run the model equally often, so a worker with fewer groups repeats group 0.
     rounds = -(-len(groups) // workers) if hasattr(trainer.loss, "unshard") else len(groups[worker::workers])

@@ -124,7 +124,6 @@ class Judge:
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each score over the answers that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     values_of = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: sum(values) / len(values) for name, values in values_of.items()}

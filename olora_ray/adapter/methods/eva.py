@@ -21,8 +21,6 @@ from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 @dataclass(frozen=True)
 class Components:
-    """The first principal components of some rows."""
-
     vectors: Tensor
     """k x n, float64, orthonormal rows, the largest component first; the largest entry of each row is positive."""
     shares: tuple[float, ...]

@@ -58,7 +58,6 @@ $body
 
 
 def document(title: str, body: str) -> str:
-    """Return the complete page; `body` is HTML."""
     return _PAGE.substitute(title=escape(title), body=body)
 
 
@@ -77,7 +76,6 @@ def cell(shown: str, kind: str = "") -> str:
 
 
 def head(name: str, numeric: bool, full: str = "") -> str:
-    """Return a column's head; `full` is shown under the pointer."""
     kind = "number" if numeric else ""
     return f'<th scope="col" class="{kind}" title="{escape(full)}">{escape(name)}</th>'
 
