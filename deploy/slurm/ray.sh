@@ -43,8 +43,8 @@ WAIT
 requeue=
 ${OLORA_IN:-} "$@" &
 command=$!
-trap 'kill -TERM $command' TERM
-trap 'requeue=yes; kill -TERM $command' USR1
+trap 'kill -TERM $command 2>/dev/null' TERM
+trap 'requeue=yes; kill -TERM $command 2>/dev/null' USR1
 while wait $command; code=$?; kill -0 $command 2>/dev/null; do :; done
 if [ "$requeue" ] && [ $code != 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"

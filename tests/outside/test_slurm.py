@@ -53,11 +53,11 @@ PartitionName=urgent Nodes=ALL PriorityTier=10
 def slurm() -> Iterator[World]:
     if why := world.missing() or (not shutil.which("slurmctld") and "needs slurmctld, slurmd and slurm-client"):
         pytest.skip(why)
-    with world.world("head", "worker1") as found:
+    with world.world("head", "worker1", servers=False) as found:
         folder = found.shared / "slurm"
         (folder / "state").mkdir(parents=True)
         (folder / "slurm.conf").write_text(CONF)
-        (folder / "gres.conf").write_text("Name=gpu Count=1 Flags=CountOnly\n")  # there is none
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # there is no GPU
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         (folder / "slurm.key").write_bytes(base64.b64encode(secrets.token_bytes(32)))
         (folder / "slurm.key").chmod(0o600)

@@ -396,7 +396,7 @@ class World:
 
 
 @contextlib.contextmanager
-def world(*machines: str) -> Iterator[World]:
+def world(*machines: str, servers: bool = True) -> Iterator[World]:
     """Make a world with these machines and all servers, for the block."""
     folder = Path(tempfile.mkdtemp(prefix="olora-outside-", dir="/var/tmp"))  # PostgreSQL's user must reach it
     folder.chmod(0o755)
@@ -406,11 +406,12 @@ def world(*machines: str) -> Iterator[World]:
     try:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(made.full_disk)], check=True)
         made.network()
-        made.certificates()
-        made.database()
-        made.mlflow()
-        made.store()
-        made.nginx()
+        if servers:
+            made.certificates()
+            made.database()
+            made.mlflow()
+            made.store()
+            made.nginx()
         for name in machines:
             made.machine(name)
         made.keys()
