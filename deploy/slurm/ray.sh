@@ -16,7 +16,6 @@ export RAY_AUTH_MODE=token RAY_ADDRESS=$head:$port
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 export RAY_AUTH_TOKEN
 start="ray start --block --num-cpus=$SLURM_CPUS_ON_NODE --temp-dir=/tmp/ray$SLURM_JOB_ID"
-# The trap of this shell must not reach Ray, so srun has a group of its own.
 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "
     ulimit -n 65536 2>/dev/null
     role='--address=$RAY_ADDRESS'
