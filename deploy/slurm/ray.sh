@@ -11,17 +11,18 @@
 set -u
 head=$(hostname)
 # Several jobs may share a node, so each has a port, a folder and a token of its own.
-port=$((20000 + SLURM_JOB_ID % 10000))
-export RAY_AUTH_MODE=token RAY_ADDRESS=$head:$port
+address=$head:$((20000 + SLURM_JOB_ID % 10000))
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
-export RAY_AUTH_TOKEN
-start="ray start --block --num-cpus=$SLURM_CPUS_ON_NODE --temp-dir=/tmp/ray$SLURM_JOB_ID"
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "
     ulimit -n 65536 2>/dev/null
-    role='--address=$RAY_ADDRESS'
-    [ \$SLURM_PROCID = 0 ] && role='--head --port=$port --include-dashboard=false'
-    exec ${OLORA_IN:-} $start \$role" &
+    role=--address=$address
+    if [ \$SLURM_PROCID = 0 ]; then
+        role='--head --node-ip-address=$head --port=${address#*:} --temp-dir=/tmp/ray$SLURM_JOB_ID --include-dashboard=false'
+    fi
+    exec ${OLORA_IN:-} ray start --block --num-cpus=\$SLURM_CPUS_ON_NODE \$role" &
 nodes=$!
+export RAY_ADDRESS=$address
 
 # A run with a fixed number of workers does not wait for nodes that are not there yet.
 ${OLORA_IN:-} python - "$SLURM_JOB_NUM_NODES" <<'WAIT' || { echo "error: Ray has not started on all nodes of job $SLURM_JOB_ID within 5 minutes" >&2; exit 75; }
