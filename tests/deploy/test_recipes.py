@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -161,3 +162,23 @@ def test_a_worker_pod_announces_its_own_node_before_it_is_stopped(tmp_path: Path
     assert drain.startswith("drain-node --node-id abc --reason DRAIN_NODE_REASON_PREEMPTION ")
     assert drain.endswith(" --deadline-remaining-seconds 0")
     assert stop == "stop --force"
+
+
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_the_units_start_ray_as_the_pages_say(tmp_path: Path, role: str) -> None:
+    file = DEPLOY / "systemd" / f"olora-ray-{role}.service"
+    lines = dict(line.split("=", 1) for line in file.read_text().splitlines() if line.startswith("Exec"))
+    ray, start, *options = lines["ExecStart"].split()
+    assert (Path(ray).name, start) == ("ray", "start")
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", start, "--help"], capture_output=True, check=True
+    )
+    assert {option.partition("=")[0] for option in options} <= set(re.findall(r"--[\w-]+", done.stdout.decode()))
+    if role == "worker":
+        assert (ROOT / lines["ExecStop"].split()[1].partition("olora_ray/")[2]).is_file()
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    text = file.read_text().replace("/home/ubuntu/olora_env/bin/ray", "/bin/true").replace("User=ubuntu", "User=root")
+    (tmp_path / file.name).write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / file.name], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
