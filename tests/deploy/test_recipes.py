@@ -182,3 +182,12 @@ def test_the_units_start_ray_as_the_pages_say(tmp_path: Path, role: str) -> None
     (tmp_path / file.name).write_text(text)
     done = subprocess.run(["systemd-analyze", "verify", tmp_path / file.name], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_every_shipped_file_says_on_what_it_has_run() -> None:
+    files = [ROOT / "cluster.yaml", *DEPLOY.glob("[!.]*"), *DEPLOY.glob("*/*")]
+    # A JSON file has no comments; the lock is made by a tool; the scripts in Python have tests of their own.
+    files = [file for file in files if file.is_file() and file.suffix not in (".json", ".lock", ".py", ".dockerignore")]
+    heads = {file: re.findall(r"^#.*", file.read_text(), re.MULTILINE)[:8] for file in files}
+    assert len(heads) > 25
+    assert [file.name for file, lines in heads.items() if not re.search(r"(Run|Not run|has run)\b", " ".join(lines))] == []

@@ -18,7 +18,7 @@ from tests.pipelines import project
 from tests.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STEPS = 1200
+STEPS = 800
 SLURM = {"SLURM_CONF": "/mnt/slurm/slurm.conf", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
 # One core per node, so that a run with two workers needs both.
 CONF = """ClusterName=tiny
@@ -97,7 +97,7 @@ class Job:
         shown = self.head.ok(f"scontrol show job {self.number}", **SLURM)
         return re.findall(r"JobState=(\w+)", shown)[0] + " " + re.findall(r"ExitCode=(\S+)", shown)[0]
 
-    def trained(self, beyond: str, steps: int = 100) -> bool:
+    def trained(self, beyond: str, steps: int = 60) -> bool:
         """True if it has trained some steps after the part of the log that is known."""
         numbers = [int(number) for number in re.findall(rf"step (\d+)/{STEPS}", self.log[len(beyond) :])]
         return len(numbers) > 1 and numbers[-1] - numbers[0] >= steps
