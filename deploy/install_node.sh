@@ -11,8 +11,9 @@ options=()
 if [ -e "${GPU_DEVICE:-/dev/nvidia0}" ]; then
     # The lock's torch has CUDA 13.
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
-    if [ "${driver%%.*}" -lt 580 ]; then
-        echo "error: NVIDIA's driver is ${driver}, and the torch of deploy/requirements.lock needs 580 or newer: choose another machine image" >&2
+    if ! [ "${driver%%.*}" -ge 580 ] 2>/dev/null; then
+        echo "error: the torch of deploy/requirements.lock needs NVIDIA's driver 580 or newer, and this node has" \
+            "${driver:-none}: choose another machine image" >&2
         exit 1
     fi
 else

@@ -125,15 +125,21 @@ def recorder(file: Path, text: str) -> None:
     file.chmod(0o755)
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(tmp_path: Path, gpu: bool) -> None:
+@pytest.mark.parametrize(("gpu", "driver"), [(False, ""), (True, "580.95.05"), (True, "550.144.03"), (True, "")])
+def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(tmp_path: Path, gpu: bool, driver: str) -> None:
+    recorder(tmp_path / "bin" / "nvidia-smi", f"echo {driver}")
     recorder(tmp_path / "bin" / "python3", f"echo python3 $* >>{tmp_path}/said")
     recorder(tmp_path / ".local" / "bin" / "uv", f"echo uv $* >>{tmp_path}/said")
     device = tmp_path / "nvidia0"
     if gpu:
         device.touch()
     environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "GPU_DEVICE": str(device)}
-    subprocess.run(["bash", DEPLOY / "install_node.sh"], env=environment, check=True)
+    done = subprocess.run(["bash", DEPLOY / "install_node.sh"], env=environment, capture_output=True, check=False)
+    if gpu and driver < "580":
+        assert done.returncode == 1
+        assert f"580 or newer, and this node has {driver or 'none'}: " in done.stderr.decode()
+        return
+    assert done.returncode == 0
     *_, packages, project = (tmp_path / "said").read_text().splitlines()
     assert project.endswith(f"--no-deps {ROOT}")
     file = Path(packages.rpartition(" -r ")[2])
@@ -190,4 +196,6 @@ def test_every_shipped_file_says_on_what_it_has_run() -> None:
     files = [file for file in files if file.is_file() and file.suffix not in (".json", ".lock", ".py", ".dockerignore")]
     heads = {file: re.findall(r"^#.*", file.read_text(), re.MULTILINE)[:8] for file in files}
     assert len(heads) > 25
-    assert [file.name for file, lines in heads.items() if not re.search(r"(Run|Not run|has run)\b", " ".join(lines))] == []
+    assert [
+        file.name for file, lines in heads.items() if not re.search(r"(Run|Not run|has run)\b", " ".join(lines))
+    ] == []
