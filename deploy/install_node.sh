@@ -1,8 +1,8 @@
 #!/bin/bash
 # Installs the packages of the lock and this project in ~/olora_env, on each node of cluster.yaml, deploy/gcp.yaml and
-# deploy/azure.yaml. Run: up to the packages of the lock in Debian 12, from nothing. All nodes get the same versions,
-# whenever they start. A node without a GPU gets torch from its index for CPUs, as 2.13.0+cpu, without CUDA's libraries; a
-# run treats both as the same torch. Such a node must reach download.pytorch.org. Not run: with that index.
+# deploy/azure.yaml. Run: from nothing in a Debian 12 without pip, with CUDA's packages. Not run: on Ubuntu, and without a GPU.
+# All nodes get the same versions, whenever they start. A node without a GPU gets torch from its index for CPUs, as 2.13.0+cpu,
+# without CUDA's libraries; a run treats both as the same torch. Such a node must reach download.pytorch.org.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 uv=~/.local/bin/uv
