@@ -18,7 +18,7 @@ from tests.pipelines import project
 from tests.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STEPS = 800
+STEPS = 400
 SLURM = {"SLURM_CONF": "/mnt/slurm/slurm.conf", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
 # One core per node, so that a run with two workers needs both.
 CONF = """ClusterName=tiny
@@ -75,7 +75,7 @@ def join(machine: Machine) -> None:
 
 @pytest.fixture(scope="module")
 def config(slurm: World) -> Path:
-    changes: dict[str, Any] = {"cluster": {"workers": 2, "cpus_per_worker": 1}, "train__checkpoint_every": 50}
+    changes: dict[str, Any] = {"cluster": {"workers": 2, "cpus_per_worker": 1}, "train__checkpoint_every": 25}
     changes |= {"train__steps": STEPS, "train__eval_every": STEPS, "train__log_every": 10, "evaluation__scorer": None}
     return project.write_config(slurm.shared, project.settings(slurm.shared, slurm.shared / "model", **changes))
 
@@ -97,7 +97,7 @@ class Job:
         shown = self.head.ok(f"scontrol show job {self.number}", **SLURM)
         return re.findall(r"JobState=(\w+)", shown)[0] + " " + re.findall(r"ExitCode=(\S+)", shown)[0]
 
-    def trained(self, beyond: str, steps: int = 60) -> bool:
+    def trained(self, beyond: str, steps: int = 30) -> bool:
         """True if it has trained some steps after the part of the log that is known."""
         numbers = [int(number) for number in re.findall(rf"step (\d+)/{STEPS}", self.log[len(beyond) :])]
         return len(numbers) > 1 and numbers[-1] - numbers[0] >= steps
@@ -107,7 +107,8 @@ class Job:
 
     def resumed(self, seen: str) -> None:
         """Wait until it has trained on after an interruption; Slurm would let a requeued job wait two minutes."""
-        self.head.run(f"sleep 12; scontrol update JobId={self.number} StartTime=now", **SLURM)
+        update = f"scontrol update JobId={self.number} StartTime=now"
+        until(lambda: self.state().startswith("PENDING") and not self.head.run(update, **SLURM).returncode, 60, pause=1)
         until(lambda: self.trained(seen), 400, pause=1)
 
 

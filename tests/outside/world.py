@@ -167,7 +167,7 @@ class World:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         words += [name, str(folder), str(self.shared), str(self.folder / "hosts"), str(ROOT)]
-        with (folder / "machine.log").open("ab") as log:
+        with (folder / "machine.log").open("wb") as log:  # empty, so that a second start is not taken for ready at once
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         self.machines[name] = found = Machine(name, folder, process)
         until(lambda: "Server listening" in (folder / "machine.log").read_text(errors="replace"), 30)
