@@ -156,5 +156,5 @@ def test_an_error_of_the_config_is_the_jobs_exit_code_and_a_night_submits_the_ne
     job = Job(slurm, "retrain.sbatch", str(night))
     until(job.ended, 200, pause=2)
     assert job.state() == "FAILED 2:0"
-    waiting = slurm.machines["head"].ok("squeue --noheader --name=olora-retrain --format='%T %r %E'", **SLURM)
-    assert waiting.startswith("PENDING BeginTime")
+    waiting = slurm.machines["head"].ok("squeue --noheader --name=olora-retrain --format='%T %r'", **SLURM)
+    assert waiting.startswith("PENDING")
