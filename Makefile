@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
+.PHONY: outside platforms quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
@@ -59,6 +59,11 @@ test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out
 outside: $(VENV)/.dev ## a cluster over ssh, MLflow, S3 and TLS by name, on this machine, as root: tests/outside
 	$(BIN)/python -m pytest -rP -m ray tests/outside
 
+# KUBERAY_CRDS=FOLDER[:FOLDER] adds KubeRay's complete CRDs, which lie in ray-operator/config/crd/bases of its repository.
+platforms: $(VENV)/.dev build/platforms/.installed ## rehearse deploy/: clouds, Slurm, Kubernetes' manifests; as root, in half an hour
+	PYTHONPATH=build/platforms PATH=$(CURDIR)/build/platforms/bin:$$PATH $(BIN)/python -m pytest tests/deploy
+	$(BIN)/python -m pytest -rP tests/outside/test_slurm.py
+
 # An environment of its own: vLLM takes only some versions of transformers. llama.cpp is compiled, in about 10 minutes.
 serve-test: build/serve/.installed ## the exports in vLLM and llama.cpp: the same answers as in transformers
 	build/serve/bin/python -m pytest -rP tests/serving
@@ -107,6 +112,14 @@ $(VENV)/.dev: $(VENV)/.quickstart
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) -e '.[bench]'
+	touch $@
+
+# What Ray's launcher for Google Cloud needs, a reader of CEL, and uv; beside the environment, and at its versions.
+build/platforms/.installed: pyproject.toml
+	mkdir -p build/platforms
+	$(BIN)/pip freeze --exclude-editable > build/platforms/versions.txt
+	$(INSTALL) --upgrade --target build/platforms -c build/platforms/versions.txt \
+	    google-api-python-client google-auth-httplib2 cel-python uv
 	touch $@
 
 build/serve/.installed: pyproject.toml tests/serving/install.py

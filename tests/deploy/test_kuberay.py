@@ -1,8 +1,11 @@
 """The manifests fit KubeRay's schemas, contain no secret, and run with few rights."""
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kuberay"
 SCHEMA: Tree = json.loads((Path(__file__).parent / "schemas" / "kuberay.json").read_text())
 CUSTOM = ("raycluster.yaml", "rayjob.yaml", "raycronjob.yaml")
-OTHERS = ("cronjob.yaml", "storage.yaml", "network.yaml", "monitoring.yaml")
+OTHERS = ("cronjob.yaml", "storage.yaml", "accounts.yaml", "network.yaml", "monitoring.yaml")
+CRDS = [Path(name) for name in os.environ.get("KUBERAY_CRDS", "").split(":") if name]
+"""Folders with KubeRay's complete CRDs, one per release (ray-operator/config/crd/bases of its repository)."""
 NIGHT = "/opt/olora_ray/deploy/night.py"
 
 
@@ -64,7 +69,7 @@ def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_
     assert set(re.findall(r"^  (?:# )?- (\w+\.yaml)", text, re.MULTILINE)) == {*CUSTOM, *OTHERS}
     assert set(tree["resources"]) < {*CUSTOM, *OTHERS}
     (image,), (made,) = tree["images"], tree["configMapGenerator"]
-    assert [text.partition("=")[0] for text in made["literals"]] == ["MLFLOW_TRACKING_URI"]
+    assert [text.partition("=")[0] for text in made["literals"]] == ["MLFLOW_TRACKING_URI", "HF_HOME"]
     # The names in Ray's kinds are not rewritten, so the ConfigMap must keep its own.
     assert tree["generatorOptions"] == {"disableNameSuffixHash": True}
     for name in (*CUSTOM, "cronjob.yaml"):
@@ -76,7 +81,9 @@ def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_
 
 def test_the_operator_of_prometheus_gets_the_same_alerts_and_the_port_of_all_pods() -> None:
     monitor, rule = yaml.safe_load_all((FOLDER / "monitoring.yaml").read_text())
-    assert rule["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yaml").read_text())
+    nights, operator = rule["spec"]["groups"]
+    assert [nights] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yaml").read_text())["groups"]
+    assert all("kuberay_job_deployment_status" in alert["expr"] for alert in operator["rules"])
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     for name in CUSTOM:
         ports = [{port["name"] for port in ports} for ports in found_under(cluster(name), "ports")]
@@ -91,6 +98,10 @@ def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits() -> None:
     assert "kueue.x-k8s.io/queue-name" in merged["metadata"]["labels"]
     assert merged["spec"]["suspend"] is merged["spec"]["shutdownAfterJobFinishes"] is True  # Kueue asks for both
     assert merged["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
+    # Without an autoscaler the first size stays, so the kustomization also sets it to the largest.
+    gpu = cluster("rayjob.yaml")["workerGroupSpecs"][0]
+    (value,) = re.findall(r"workerGroupSpecs/0/replicas, value: (\d+)", (FOLDER / "kustomization.yaml").read_text())
+    assert (gpu["groupName"], gpu["maxReplicas"]) == ("gpu", int(value))
 
 
 def merge(tree: Tree, patch: Tree) -> Tree:
@@ -104,6 +115,90 @@ def test_manifests_fit_the_schemas_of_kuberay(name: str) -> None:
     validate(manifest(name))
 
 
+def strict(schema: Tree) -> Tree:
+    """Turn a schema of a CRD into one of JSON Schema that refuses unknown fields, as `kubectl apply` does."""
+    if schema.get("x-kubernetes-int-or-string") or schema.get("x-kubernetes-preserve-unknown-fields"):
+        return {}
+    made = {key: value for key, value in schema.items() if key not in ("format", "properties", "items")}
+    if isinstance(made.get("additionalProperties"), dict):
+        made["additionalProperties"] = strict(made["additionalProperties"])
+    if "properties" in schema:
+        made["properties"] = {name: strict(each) for name, each in schema["properties"].items()}
+        made["additionalProperties"] = False
+    return made | ({"items": strict(schema["items"])} if "items" in schema else {})
+
+
+def broken_rules(schema: Tree, value: Any) -> Iterator[str]:
+    """Yield the messages of the rules in CEL that a new object breaks."""
+    celpy = pytest.importorskip("celpy")
+    for each in schema.get("x-kubernetes-validations", ()):
+        environment = celpy.Environment()
+        program = environment.program(environment.compile(each["rule"])) if "oldSelf" not in each["rule"] else None
+        if program and not program.evaluate({"self": celpy.json_to_cel(value)}):
+            yield each["message"]
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from broken_rules(schema.get("properties", {}).get(name, {}), part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from broken_rules(schema.get("items", {}), part)
+
+
+@pytest.mark.skipif(not CRDS, reason="needs KUBERAY_CRDS=FOLDER[:FOLDER], KubeRay's complete CRDs")
+def test_rendered_manifests_fit_the_complete_crds_and_their_rules(tmp_path: Path) -> None:
+    documents = [*rendered(tmp_path, "kuberay"), *rendered(tmp_path, "kuberay-team")]
+    for folder in CRDS:
+        kinds = {}
+        for file in folder.glob("*.yaml"):
+            crd = yaml.load(file.read_text(), yaml.CSafeLoader)["spec"]
+            (kinds[crd["names"]["kind"]],) = [
+                version["schema"]["openAPIV3Schema"] for version in crd["versions"] if version["name"] == "v1"
+            ]
+        own = [document for document in documents if document["apiVersion"] == "ray.io/v1"]
+        assert {document["kind"] for document in own} == {"RayCluster", "RayJob", "RayCronJob"}
+        for document in own:
+            schema = kinds[document["kind"]]
+            metadata = {"metadata": {"type": "object"}}
+            jsonschema.validate(
+                document, strict(schema | {"properties": schema["properties"] | metadata}) | {"items": {}}
+            )
+            assert list(broken_rules(schema, document)) == []
+            wrong = {**document, "spec": {**document["spec"], "managedBy": "me"}}
+            if document["kind"] != "RayCronJob":
+                assert any("managedBy" in message for message in broken_rules(schema, wrong))
+
+
+def rendered(tmp_path: Path, name: str) -> list[Tree]:
+    """Return what `kubectl kustomize` makes of a folder of deploy/, with every manifest that is offered."""
+    if not shutil.which("kubectl"):
+        pytest.skip("needs kubectl")
+    copy = tmp_path / "deploy"
+    if not copy.exists():
+        for each in ("kuberay", "kuberay-team"):
+            shutil.copytree(ROOT / "deploy" / each, copy / each)
+        file = copy / "kuberay" / "kustomization.yaml"
+        file.write_text(re.sub(r"^  # - (\w+\.yaml)", r"  - \1", file.read_text(), flags=re.MULTILINE))
+    done = subprocess.run(["kubectl", "kustomize", copy / name], check=True, capture_output=True, text=True)
+    return list(yaml.safe_load_all(done.stdout))
+
+
+NAMES = ("claimName", "serviceAccountName", "priorityClassName", "olora-ray/cluster")
+REFERENCES = ("configMapRef", "secretRef", "secretKeyRef")
+
+
+def names_of(documents: list[Tree]) -> set[tuple[str, str]]:
+    """Return all names that resources have, or by which they name others."""
+    found = {(document["kind"], document["metadata"]["name"]) for document in documents}
+    found |= {(key, each) for key in NAMES for each in found_under(documents, key)}
+    return found | {(key, each["name"]) for key in REFERENCES for each in found_under(documents, key)}
+
+
+def test_a_second_team_shares_no_name_with_the_first(tmp_path: Path) -> None:
+    first, second = names_of(rendered(tmp_path, "kuberay")), names_of(rendered(tmp_path, "kuberay-team"))
+    assert second == {(key, f"{name}-support") for key, name in first}
+    assert {key for key, _ in first} > {*NAMES, *REFERENCES, "RayJob", "NetworkPolicy", "PodMonitor"}
+
+
 @pytest.mark.parametrize("name", CUSTOM)
 def test_the_head_trains_nothing_and_authentication_is_on(name: str) -> None:
     spec = cluster(name)
@@ -115,6 +210,13 @@ def test_the_head_trains_nothing_and_authentication_is_on(name: str) -> None:
     assert groups.keys() == {"gpu", "prepare"}
     for group in groups.values():
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (spec["headGroupSpec"], *groups.values()):  # a consolidation of nodes must not end a run
+        kept = group["template"]["metadata"]["annotations"]
+        assert kept == {
+            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            "karpenter.sh/do-not-disrupt": "true",
+        }
+        assert group["template"]["metadata"]["labels"] == {"olora-ray/cluster": "olora-ray"}
     gpus = {key: _container(group)["resources"]["limits"].get("nvidia.com/gpu") for key, group in groups.items()}
     assert gpus == {"gpu": "1", "prepare": None}
 
@@ -168,18 +270,23 @@ def test_the_cronjob_submits_to_the_cluster_with_its_token() -> None:
     (name,) = (variable["valueFrom"] for variable in container["env"] if variable["name"] == "JOB_NAME")
     assert name == {"fieldRef": {"fieldPath": "metadata.labels['job-name']"}}
     variables = {variable["name"]: variable for variable in pod["containers"][0]["env"]}
-    assert variables["RAY_ADDRESS"]["value"] == f"http://{standing}-head-svc:8265"
+    assert variables["RAY_ADDRESS"]["value"] == "http://$(CLUSTER)-head-svc:8265"
+    assert variables["CLUSTER"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['olora-ray/cluster']"
+    assert job["template"]["metadata"]["labels"]["olora-ray/cluster"] == standing
     assert variables["RAY_AUTH_MODE"]["value"] == "token"
     assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": standing, "key": "auth_token"}
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml"])
-def test_a_run_has_as_many_workers_as_its_cluster_has_gpus(name: str) -> None:
+def test_a_run_starts_with_one_gpu_and_has_at_most_as_many_workers_as_its_cluster(name: str) -> None:
     spec = manifest(name)["spec"]
     entrypoint = shlex.split(spec.get("jobTemplate", spec)["entrypoint"])
     words = dict(word.split("=") for word in entrypoint if "=" in word)
     gpu = next(group for group in cluster(name)["workerGroupSpecs"] if group["groupName"] == "gpu")
-    assert int(words["cluster.workers"]) == gpu["minReplicas"] == gpu["maxReplicas"]
+    assert json.loads(words["cluster.workers"]) == [gpu["minReplicas"], gpu["maxReplicas"]]
+    # KubeRay starts the job when this many pods run, and fails it if they do not come.
+    assert gpu["replicas"] == gpu["minReplicas"] == 1
+    assert spec.get("jobTemplate", spec)["preRunningDeadlineSeconds"] <= 7200
     assert words["cluster.gpus_per_worker"] == "1"
 
 
@@ -198,8 +305,9 @@ def test_no_second_cluster_starts_and_the_night_ends_before_it_is_cut_off(name: 
 
 def test_only_rays_pods_submitters_and_prometheus_reach_a_pod_of_ray() -> None:
     spec = manifest("network.yaml")["spec"]
-    ray = {"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}
-    assert spec["podSelector"] == ray["podSelector"]
+    own = {"olora-ray/cluster": "olora-ray"}
+    ray = {"podSelector": {"matchLabels": own | {"ray.io/is-ray-node": "yes"}}}
+    assert spec["podSelector"] == {"matchLabels": own}
     assert spec["policyTypes"] == ["Ingress"]
     among, jobs, metrics = spec["ingress"]
     assert among == {"from": [ray]}

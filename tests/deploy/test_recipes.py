@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,15 +125,21 @@ def recorder(file: Path, text: str) -> None:
     file.chmod(0o755)
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(tmp_path: Path, gpu: bool) -> None:
+@pytest.mark.parametrize(("gpu", "driver"), [(False, ""), (True, "580.95.05"), (True, "550.144.03"), (True, "")])
+def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(tmp_path: Path, gpu: bool, driver: str) -> None:
+    recorder(tmp_path / "bin" / "nvidia-smi", f"echo {driver}")
     recorder(tmp_path / "bin" / "python3", f"echo python3 $* >>{tmp_path}/said")
     recorder(tmp_path / ".local" / "bin" / "uv", f"echo uv $* >>{tmp_path}/said")
     device = tmp_path / "nvidia0"
     if gpu:
         device.touch()
     environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "GPU_DEVICE": str(device)}
-    subprocess.run(["bash", DEPLOY / "install_node.sh"], env=environment, check=True)
+    done = subprocess.run(["bash", DEPLOY / "install_node.sh"], env=environment, capture_output=True, check=False)
+    if gpu and driver < "580":
+        assert done.returncode == 1
+        assert f"580 or newer, and this node has {driver or 'none'}: " in done.stderr.decode()
+        return
+    assert done.returncode == 0
     *_, packages, project = (tmp_path / "said").read_text().splitlines()
     assert project.endswith(f"--no-deps {ROOT}")
     file = Path(packages.rpartition(" -r ")[2])
@@ -161,3 +168,34 @@ def test_a_worker_pod_announces_its_own_node_before_it_is_stopped(tmp_path: Path
     assert drain.startswith("drain-node --node-id abc --reason DRAIN_NODE_REASON_PREEMPTION ")
     assert drain.endswith(" --deadline-remaining-seconds 0")
     assert stop == "stop --force"
+
+
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_the_units_start_ray_as_the_pages_say(tmp_path: Path, role: str) -> None:
+    file = DEPLOY / "systemd" / f"olora-ray-{role}.service"
+    lines = dict(line.split("=", 1) for line in file.read_text().splitlines() if line.startswith("Exec"))
+    ray, start, *options = lines["ExecStart"].split()
+    assert (Path(ray).name, start) == ("ray", "start")
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", start, "--help"], capture_output=True, check=True
+    )
+    assert {option.partition("=")[0] for option in options} <= set(re.findall(r"--[\w-]+", done.stdout.decode()))
+    if role == "worker":
+        assert (ROOT / lines["ExecStop"].split()[1].partition("olora_ray/")[2]).is_file()
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    text = file.read_text().replace("/home/ubuntu/olora_env/bin/ray", "/bin/true").replace("User=ubuntu", "User=root")
+    (tmp_path / file.name).write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / file.name], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_every_shipped_file_says_on_what_it_has_run() -> None:
+    files = [ROOT / "cluster.yaml", *DEPLOY.glob("[!.]*"), *DEPLOY.glob("*/*")]
+    # A JSON file has no comments; the lock is made by a tool; the scripts in Python have tests of their own.
+    files = [file for file in files if file.is_file() and file.suffix not in (".json", ".lock", ".py", ".dockerignore")]
+    heads = {file: re.findall(r"^#.*", file.read_text(), re.MULTILINE)[:8] for file in files}
+    assert len(heads) > 25
+    assert [
+        file.name for file, lines in heads.items() if not re.search(r"(Run|Not run|has run)\b", " ".join(lines))
+    ] == []

@@ -167,7 +167,7 @@ class World:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         words += [name, str(folder), str(self.shared), str(self.folder / "hosts"), str(ROOT)]
-        with (folder / "machine.log").open("ab") as log:
+        with (folder / "machine.log").open("wb") as log:  # empty, so that a second start is not taken for ready at once
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         self.machines[name] = found = Machine(name, folder, process)
         until(lambda: "Server listening" in (folder / "machine.log").read_text(errors="replace"), 30)
@@ -396,7 +396,7 @@ class World:
 
 
 @contextlib.contextmanager
-def world(*machines: str) -> Iterator[World]:
+def world(*machines: str, servers: bool = True) -> Iterator[World]:
     """Make a world with these machines and all servers, for the block."""
     folder = Path(tempfile.mkdtemp(prefix="olora-outside-", dir="/var/tmp"))  # PostgreSQL's user must reach it
     folder.chmod(0o755)
@@ -406,11 +406,12 @@ def world(*machines: str) -> Iterator[World]:
     try:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(made.full_disk)], check=True)
         made.network()
-        made.certificates()
-        made.database()
-        made.mlflow()
-        made.store()
-        made.nginx()
+        if servers:
+            made.certificates()
+            made.database()
+            made.mlflow()
+            made.store()
+            made.nginx()
         for name in machines:
             made.machine(name)
         made.keys()
