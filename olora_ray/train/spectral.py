@@ -32,7 +32,7 @@ WEAKEST = 1e-4
 """Directions of a momentum whose square is below this share of the mean square move less than the others."""
 DEPENDENT = 1e-6
 """The same of A and B. It is far above the rounding errors of a product in float32."""
-AT_ONCE = 2**26
+AT_ONCE = 2**23
 """Numbers of layers of one shape that are computed together."""
 
 
@@ -55,23 +55,21 @@ class Spectral:
         parts: list[list[str]] = []
         numbers = AT_ONCE
         for name in names:
-            numbers += self.adapted[name].da.numel() + self.adapted[name].db.numel()
-            if numbers > AT_ONCE:
+            more = self.adapted[name].da.numel() + self.adapted[name].db.numel()
+            if numbers + more > AT_ONCE:
                 parts, numbers = [*parts, []], 0
             parts[-1].append(name)
+            numbers += more
         return parts
 
     @torch.no_grad()
     def step(self, lr: float, norm: float | None = None) -> float:
         """Clip and update with learning rate `lr` (of dA); return the norm before clipping. `norm` as in AdamW."""
         norm = float(self.flat.grad.norm()) if norm is None else norm
-        grad = self.flat.grad
         if self.config.clip is not None and norm > self.config.clip:
-            grad.mul_(self.config.clip / norm)
+            self.flat.grad.mul_(self.config.clip / norm)
         self.count += 1
-        self.momentum.lerp_(grad, 1 - MOMENTUM)
-        grad.mul_((1 - MOMENTUM) / (1 - MOMENTUM**self.count))
-        grad.add_(self.momentum, alpha=MOMENTUM / (1 - MOMENTUM ** (self.count + 1)))
+        self.momentum.lerp_(self.flat.grad, 1 - MOMENTUM)
         self.flat.vector.mul_(1 - lr * self.config.weight_decay)
         for names in self.groups:
             self._move(names, lr)
@@ -81,18 +79,14 @@ class Spectral:
         layers = [self.adapted[name] for name in names]
         a = _flat([layer.a0 + layer.da for layer in layers])
         b = _flat([layer.db if layer.b0 is None else layer.b0 + layer.db for layer in layers]).mT
-        ahead_a, old_a = (
-            _flat([self.flat.view(of, f"{name}.da") for name in names]) for of in (self.flat.grad, self.momentum)
-        )
-        ahead_b, old_b = (
-            _flat([self.flat.view(of, f"{name}.db") for name in names]).mT for of in (self.flat.grad, self.momentum)
-        )
-        scale = layers[0].scale
-        far = torch.cat([self.sizes[name].reshape(-1) for name in names])[:, None, None] * (lr / scale)
+        grad_a, old_a = (self._of(vector, names, "da") for vector in (self.flat.grad, self.momentum))
+        grad_b, old_b = (self._of(vector, names, "db").mT for vector in (self.flat.grad, self.momentum))
+        far = torch.cat([self.sizes[name].reshape(-1) for name in names])[:, None, None] * (lr / layers[0].scale)
+        far = far * grad_b.any(2, True).any(1, True)  # an expert without tokens stands still
         root_a, of_b = _root(_gram(a)), _gram(b)
         limit = (KAPPA * far.double()).square() * torch.cholesky_inverse(root_a)
-        step_b = -far * self.config.lr_ratio * (_shaped(root_a, ahead_b) @ ahead_b)
-        step_a = -far * (_shaped(_root(of_b + limit), ahead_a) @ ahead_a)
+        step_b = -far * self.config.lr_ratio * self._direction(root_a, grad_b, old_b)
+        step_a = -far * self._direction(_root(of_b + limit), grad_a, old_a)
         for root, other, step, old in ((root_a, a, step_a, old_b), (_root(of_b), b, step_b, old_a)):
             turned = torch.cholesky_solve((other @ step.mT).double(), root).to(old.dtype)
             old += turned.mT @ old
@@ -103,6 +97,14 @@ class Spectral:
             layer.db += step_b[rows].mT.reshape(layer.db.shape)
             self.flat.view(self.momentum, f"{name}.da").copy_(old_a[rows].view_as(layer.da))
             self.flat.view(self.momentum, f"{name}.db").copy_(old_b[rows].mT.reshape(layer.db.shape))
+
+    def _of(self, vector: Tensor, names: list[str], part: str) -> Tensor:
+        return _flat([self.flat.view(vector, f"{name}.{part}") for name in names])
+
+    def _direction(self, root: Tensor, grad: Tensor, momentum: Tensor) -> Tensor:
+        ahead = momentum * (MOMENTUM / (1 - MOMENTUM ** (self.count + 1)))
+        ahead += grad * ((1 - MOMENTUM) / (1 - MOMENTUM**self.count))
+        return _shaped(root, ahead) @ ahead
 
     def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
         """Return momenta and sizes as named tensors; `copied_to` as in AdamW."""
