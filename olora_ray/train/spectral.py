@@ -32,7 +32,7 @@ WEAKEST = 1e-4
 """Directions of a momentum whose square is below this share of the mean square move less than the others."""
 DEPENDENT = 1e-6
 """The same of A and B. It is far above the rounding errors of a product in float32."""
-AT_ONCE = 2**23
+AT_ONCE = 2**20
 """Numbers of layers of one shape that are computed together."""
 
 
@@ -46,9 +46,9 @@ class Spectral:
         self.momentum = torch.zeros_like(flat.vector)
         self.sizes = {name: size.to(flat.vector.device) for name, size in sizes.items() if name in adapted}
         self.count = 0
-        alike: dict[tuple[torch.Size, torch.Size], list[str]] = defaultdict(list)
+        alike: dict[tuple[int, torch.Size, torch.Size], list[str]] = defaultdict(list)
         for name, layer in adapted.items():
-            alike[layer.da.shape[-2:], layer.db.shape[-2:]].append(name)
+            alike[layer.da.dim(), layer.da.shape[-2:], layer.db.shape[-2:]].append(name)
         self.groups = [part for names in alike.values() for part in self._parts(names)]
 
     def _parts(self, names: list[str]) -> list[list[str]]:
@@ -82,11 +82,12 @@ class Spectral:
         grad_a, old_a = (self._of(vector, names, "da") for vector in (self.flat.grad, self.momentum))
         grad_b, old_b = (self._of(vector, names, "db").mT for vector in (self.flat.grad, self.momentum))
         far = torch.cat([self.sizes[name].reshape(-1) for name in names])[:, None, None] * (lr / layers[0].scale)
-        far = far * grad_b.any(2, True).any(1, True)  # an expert without tokens stands still
+        if layers[0].da.dim() > 2:  # an expert without tokens stands still
+            far = far * grad_b.any(2, True).any(1, True)
         root_a, of_b = _root(_gram(a)), _gram(b)
         limit = (KAPPA * far.double()).square() * torch.cholesky_inverse(root_a)
-        step_b = -far * self.config.lr_ratio * self._direction(root_a, grad_b, old_b)
-        step_a = -far * self._direction(_root(of_b + limit), grad_a, old_a)
+        step_b = self._step(-far * self.config.lr_ratio, root_a, grad_b, old_b)
+        step_a = self._step(-far, _root(of_b + limit), grad_a, old_a)
         for root, other, step, old in ((root_a, a, step_a, old_b), (_root(of_b), b, step_b, old_a)):
             turned = torch.cholesky_solve((other @ step.mT).double(), root).to(old.dtype)
             old += turned.mT @ old
@@ -101,10 +102,10 @@ class Spectral:
     def _of(self, vector: Tensor, names: list[str], part: str) -> Tensor:
         return _flat([self.flat.view(vector, f"{name}.{part}") for name in names])
 
-    def _direction(self, root: Tensor, grad: Tensor, momentum: Tensor) -> Tensor:
-        ahead = momentum * (MOMENTUM / (1 - MOMENTUM ** (self.count + 1)))
-        ahead += grad * ((1 - MOMENTUM) / (1 - MOMENTUM**self.count))
-        return _shaped(root, ahead) @ ahead
+    def _step(self, far: Tensor, root: Tensor, grad: Tensor, momentum: Tensor) -> Tensor:
+        share = (1 - MOMENTUM ** (self.count + 1)) / MOMENTUM * (1 - MOMENTUM) / (1 - MOMENTUM**self.count)
+        ahead = momentum.add(grad, alpha=share)  # Nesterov's, but for its length
+        return (far * _shaped(root, ahead)) @ ahead
 
     def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
         """Return momenta and sizes as named tensors; `copied_to` as in AdamW."""
@@ -159,7 +160,7 @@ def _inverse_root(gram: Tensor) -> Tensor:
     size = lifted.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     root, inverse = lifted / size, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     least = (WEAKEST / gram.shape[-1]) ** 0.5
-    while least < 1 - 1e-6:
+    while least < 1 - 1e-4:
         scale = (3 / (1 + least + least**2)) ** 0.5
         turn = (-0.5 * scale**3) * (inverse @ root)
         turn.diagonal(dim1=-2, dim2=-1).add_(1.5 * scale)
