@@ -10,10 +10,10 @@ So a step moves B A alike for every pair (B R^-1, R A), and the learning rate is
 the method, the rank and alpha are. Both factors need full rank, which plain LoRA's B = 0 has not: there the move of A
 is limited to a share of A, by S_B^2 = B^T B + (KAPPA e)^2 (A A^T)^-1, which keeps the property.
 
-The momenta follow the factors: a gradient G_B = G A^T of a step before belongs to the A of that step, so it becomes
-G_B (A A^T)^-1 A A'^T for the new A'.
+The momenta are kept in the coordinates of dA and dB. Rewriting them for the new A and B after each step changed no
+loss (docs/generated/settings_trials.jsonl), because a step changes the factors little.
 
-Related: LoRA-Muon, LoRA-TSD (steps), LoRA-RITE (arXiv 2410.20625: moments that follow the factors), Muon (polar).
+Related: LoRA-Muon and LoRA-TSD (steps for pairs of factors), LoRA-RITE (arXiv 2410.20625), Muon (polar).
 """
 
 from collections import defaultdict
@@ -30,8 +30,6 @@ MOMENTUM = 0.9
 KAPPA = 3.0
 WEAKEST = 1e-4
 """Directions of a momentum whose square is below this share of the mean square move less than the others."""
-DEPENDENT = 1e-6
-"""The same of A and B. It is far above the rounding errors of a product in float32."""
 AT_ONCE = 2**20
 """Numbers of layers of one shape that are computed together."""
 
@@ -46,9 +44,9 @@ class Spectral:
         self.momentum = torch.zeros_like(flat.vector)
         self.sizes = {name: size.to(flat.vector.device) for name, size in sizes.items() if name in adapted}
         self.count = 0
-        alike: dict[tuple[int, torch.Size, torch.Size], list[str]] = defaultdict(list)
+        alike: dict[tuple[torch.Size, torch.Size], list[str]] = defaultdict(list)
         for name, layer in adapted.items():
-            alike[layer.da.dim(), layer.da.shape[-2:], layer.db.shape[-2:]].append(name)
+            alike[layer.da.shape[-2:], layer.db.shape[-2:]].append(name)
         self.groups = [part for names in alike.values() for part in self._parts(names)]
 
     def _parts(self, names: list[str]) -> list[list[str]]:
@@ -69,43 +67,37 @@ class Spectral:
         if self.config.clip is not None and norm > self.config.clip:
             self.flat.grad.mul_(self.config.clip / norm)
         self.count += 1
+        far = {name: self.sizes[name] * self._used(name) * (lr / layer.scale) for name, layer in self.adapted.items()}
         self.momentum.lerp_(self.flat.grad, 1 - MOMENTUM)
+        # Nesterov's momentum, but for its length.
+        share = (1 - MOMENTUM ** (self.count + 1)) / MOMENTUM * (1 - MOMENTUM) / (1 - MOMENTUM**self.count)
+        self.flat.grad.mul_(share).add_(self.momentum)
         self.flat.vector.mul_(1 - lr * self.config.weight_decay)
         for names in self.groups:
-            self._move(names, lr)
+            self._move(names, torch.cat([far[name] for name in names])[:, None, None])
         return norm
 
-    def _move(self, names: list[str], lr: float) -> None:
+    def _used(self, name: str) -> Tensor | float:
+        """Return 0 for each expert that has seen no token, so that it stands still; otherwise 1."""
+        gradient = self.flat.view(self.flat.grad, f"{name}.db")
+        return gradient.flatten(1).any(1) if gradient.dim() > 2 else 1.0
+
+    def _move(self, names: list[str], far: Tensor) -> None:
         layers = [self.adapted[name] for name in names]
         a = _flat([layer.a0 + layer.da for layer in layers])
         b = _flat([layer.db if layer.b0 is None else layer.b0 + layer.db for layer in layers]).mT
-        grad_a, old_a = (self._of(vector, names, "da") for vector in (self.flat.grad, self.momentum))
-        grad_b, old_b = (self._of(vector, names, "db").mT for vector in (self.flat.grad, self.momentum))
-        far = torch.cat([self.sizes[name].reshape(-1) for name in names])[:, None, None] * (lr / layers[0].scale)
-        if layers[0].da.dim() > 2:  # an expert without tokens stands still
-            far = far * grad_b.any(2, True).any(1, True)
-        root_a, of_b = _root(_gram(a)), _gram(b)
+        of_a, of_b = (
+            _flat([self.flat.view(self.flat.grad, f"{name}.{part}") for name in names]) for part in ("da", "db")
+        )
+        root_a = _root(_gram(a))
         limit = (KAPPA * far.double()).square() * torch.cholesky_inverse(root_a)
-        step_b = self._step(-far * self.config.lr_ratio, root_a, grad_b, old_b)
-        step_a = self._step(-far, _root(of_b + limit), grad_a, old_a)
-        for root, other, step, old in ((root_a, a, step_a, old_b), (_root(of_b), b, step_b, old_a)):
-            turned = torch.cholesky_solve((other @ step.mT).double(), root).to(old.dtype)
-            old += turned.mT @ old
+        step_b = (-far * self.config.lr_ratio * _shaped(root_a, of_b.mT)) @ of_b.mT
+        step_a = (-far * _shaped(_root(_gram(b) + limit), of_a)) @ of_a
         start = 0
         for name, layer in zip(names, layers, strict=True):
-            rows = slice(start, start := start + layer.da[..., 0, 0].numel())
-            layer.da += step_a[rows].view_as(layer.da)
-            layer.db += step_b[rows].mT.reshape(layer.db.shape)
-            self.flat.view(self.momentum, f"{name}.da").copy_(old_a[rows].view_as(layer.da))
-            self.flat.view(self.momentum, f"{name}.db").copy_(old_b[rows].mT.reshape(layer.db.shape))
-
-    def _of(self, vector: Tensor, names: list[str], part: str) -> Tensor:
-        return _flat([self.flat.view(vector, f"{name}.{part}") for name in names])
-
-    def _step(self, far: Tensor, root: Tensor, grad: Tensor, momentum: Tensor) -> Tensor:
-        share = (1 - MOMENTUM ** (self.count + 1)) / MOMENTUM * (1 - MOMENTUM) / (1 - MOMENTUM**self.count)
-        ahead = momentum.add(grad, alpha=share)  # Nesterov's, but for its length
-        return (far * _shaped(root, ahead)) @ ahead
+            rows = slice(start, start := start + len(self.sizes[name]))
+            layer.da.add_(step_a[rows].view_as(layer.da))
+            layer.db.add_(step_b[rows].mT.reshape(layer.db.shape))
 
     def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
         """Return momenta and sizes as named tensors; `copied_to` as in AdamW."""
@@ -131,7 +123,9 @@ def _gram(rows: Tensor) -> Tensor:
 
 def _root(gram: Tensor) -> Tensor:
     """Return the Cholesky factor of a gram matrix, without a check that waits for the device."""
-    return torch.linalg.cholesky_ex(_lifted(gram, DEPENDENT)).L
+    # The share is far above the rounding errors of a product in float32.
+    factor: Tensor = torch.linalg.cholesky_ex(_lifted(gram, 1e-6)).L
+    return factor
 
 
 def _lifted(gram: Tensor, share: float) -> Tensor:
@@ -148,7 +142,8 @@ def _shaped(root: Tensor, momentum: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(root, _gram(momentum), upper=False)
     moved = torch.linalg.solve_triangular(root, half.mT, upper=False)
     inner = torch.linalg.solve_triangular(root.mT, _inverse_root(moved.float()).double(), upper=True)
-    return torch.linalg.solve_triangular(root, inner, upper=False, left=False).to(momentum.dtype)
+    shaped: Tensor = torch.linalg.solve_triangular(root, inner, upper=False, left=False)
+    return shaped.to(momentum.dtype)
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Fit:
     def __init__(self, a0: Tensor, b0: Tensor | None, **changes: Any) -> None:
         self.layer = AdaptedWeight(Factors(a0, b0), M, SCALE)
         self.flat = FlatAdapters({"layer": self.layer}, apart="lr_ratio" in changes)
-        sizes = {"layer": torch.full(a0.shape[:-2], SIZE)}
+        sizes = {"layer": torch.full(a0.shape[:-2] or (1,), SIZE)}
         self.optimizer = Spectral(self.flat, {"layer": self.layer}, Train(**{"clip": None, **changes}), sizes)
         self.count = 0
 
