@@ -76,8 +76,10 @@ def starting_point(
         loss = context.base(replace(spec, config=config))
         model: Any = loss.model
         known = restart.adapter if restart else start
+        sizes = {}
+        if restart is None and spec.config.train.optimizer == "spectral":  # before a method shards the base
+            sizes = sizes_of(loss, known or find_targets(model, adapter.targets, adapter.rank), context.device)
         adapted = wrap(model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout)
-        sizes = {} if restart or spec.config.train.optimizer != "spectral" else sizes_of(loss, adapted, context.device)
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
         cluster = spec.config.cluster
