@@ -5,7 +5,7 @@ Each process runs train/tree.py's sum of a vector. In the flat order each proces
 counts as a machine. The bytes are those that the link's counter shows for one machine, headers of packets included. The
 seconds are the median of the rounds, of the slowest process. The sums must have the same bits. Needs root.
 
-    python benchmarks/exchange.py [--workers 4] [--megabytes 8] [--megabits 200] [--rounds 5]
+    python benchmarks/exchange.py [--workers 8] [--megabytes 8] [--megabits 200] [--rounds 5]
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=4, help="per machine (4)")
+    parser.add_argument("--workers", type=int, default=8, help="per machine (8)")
     parser.add_argument("--megabytes", type=float, default=8.0, help="of the vector (8)")
     parser.add_argument("--megabits", type=float, default=200.0, help="per second and direction (200)")
     parser.add_argument("--rounds", type=int, default=5)

@@ -16,9 +16,11 @@ and known shapes. A share of the peak counts only necessary work (benchmarks/mul
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ sys.path.append(str(ROOT))  # the project need not be installed
 if missing := [n for n in ("torch", "transformers", "peft", "accelerate", "pydantic", "pyarrow") if not find_spec(n)]:
     raise SystemExit(f"not installed: {', '.join(missing)}; install them (without a network, from wheels)")
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from common import machine, table  # noqa: E402
 from gpu_checks import CHECKS  # noqa: E402
@@ -55,11 +58,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU; --size tiny --device cpu tries the kit on a CPU")
-    begun, jobs = time.monotonic(), list(planned(args))
+    end = psutil.Process().create_time() + args.budget - 10  # its own start counts, and its report
+    jobs = list(planned(args))
     done = {_key(line["job"]): line for line in read(args.out)}
     left = [job for job in jobs if "failed" in done.get(_key(job), {"failed": ""})]
     for job in [] if args.table else left:
-        room = args.budget - (time.monotonic() - begun)
+        room = end - time.time()
         if room < 5:
             break
         print(f"{named(job)} ...", end=" ", flush=True)
@@ -123,7 +127,9 @@ def run(job: Found, room: float) -> Found:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": first, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     began = time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=room)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=room, preexec_fn=_end_with_the_kit
+        )
     except subprocess.TimeoutExpired as error:
         return {"failed": f"ended after {room:.0f} s, at the end of the budget", "stderr": _text(error.stderr)}
     took = {"took": round(time.monotonic() - began, 1)}
@@ -133,6 +139,12 @@ def run(job: Found, room: float) -> Found:
         last = ([line for line in told if re.match(r"[\w.]+(Error|Exception|Failed): ", line)] or told)[-1:]
         return {"failed": last[0] if last else f"exit code {done.returncode}", "stderr": done.stderr, **took}
     return {"found": json.loads(done.stdout.splitlines()[-1]), **took}
+
+
+def _end_with_the_kit() -> None:
+    # Otherwise the job of a killed kit would hold the GPU's memory beside the next kit's.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def read(file: Path) -> list[Found]:

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.device import gpu
@@ -16,6 +18,7 @@ from tests.waiting import until
 pytestmark = pytest.mark.slow  # in make test: tests/device, and test_parts.py
 KIT = [sys.executable, str(project.ROOT / "benchmarks" / "gpu.py")]
 ON_CPU = ["--size", "tiny", "--device", "cpu"]
+BUDGET = 540.0
 CHECKS = ("checks", "codes", "heads", "twice", "elsewhere", "folder", "alone")
 WITHOUT = "import sys\nfor name in ('ray', 'mlflow'): sys.modules[name] = None\n"
 
@@ -24,27 +27,41 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def called(kit: list[str], out: Path, env: dict[str, str] | None = None) -> tuple[Any, list[dict[str, Any]]]:
+    """Call a command until all its jobs have run, each call within its budget; return the last call and its results."""
+    for _ in range(5):  # on a busy machine the budget ends some
+        began = time.monotonic()
+        kit_with = [*kit, "--out", str(out), "--budget", str(BUDGET)]
+        done = subprocess.run(kit_with, capture_output=True, text=True, env=env)
+        assert time.monotonic() - began < BUDGET
+        if not ("\nnot run: " in done.stdout or "at the end of the budget" in done.stdout):
+            return done, [*{json.dumps(line["job"]): line for line in lines(out)}.values()]
+    raise AssertionError(done.stdout)
+
+
 @pytest.mark.parametrize("command", ["right", "fast", "sizes"])
 def test_each_command_runs_on_a_cpu(command: str, tmp_path: Path) -> None:
-    out = tmp_path / "gpu.jsonl"
-    done = subprocess.run([*KIT, command, *ON_CPU, "--out", str(out)], capture_output=True, text=True)
-    found = lines(out)
+    kit, out = [*KIT, command, *ON_CPU], tmp_path / "gpu.jsonl"
+    done, found = called(kit, out)
     assert [line for line in found if "failed" in line] == []
     assert done.returncode == 0, done.stdout
-    assert "not run" not in done.stdout
     for line in found:
         if line["job"]["kind"] == "ours":
             assert 0 < line["found"]["planned GiB"] < 1
-    again = subprocess.run([*KIT, command, *ON_CPU, "--out", str(out)], capture_output=True, text=True)
+    kept = out.read_text()
+    again, _ = called(kit, out)
     assert again.returncode == 0
-    assert lines(out) == found  # nothing is missing
+    assert out.read_text() == kept  # nothing is missing
 
 
 def test_what_has_ended_is_kept_when_the_command_is_killed_and_the_rest_is_named(tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"
     with subprocess.Popen([*KIT, "fast", *ON_CPU, "--out", str(out)], stdout=subprocess.DEVNULL) as killed:
         until(lambda: out.exists() and out.read_text(), seconds=300)
+        until(psutil.Process(killed.pid).children, seconds=60)
+        jobs = psutil.Process(killed.pid).children()
         killed.kill()
+    assert psutil.wait_procs(jobs, timeout=3)[1] == []  # no job is left that holds the GPU
     kept = lines(out)
     assert kept[0]["found"]["name"] == "CPU"
     done = subprocess.run([*KIT, "fast", *ON_CPU, "--out", str(out), "--budget", "1"], capture_output=True, text=True)
@@ -55,7 +72,6 @@ def test_what_has_ended_is_kept_when_the_command_is_killed_and_the_rest_is_named
 
 LACKING = {
     "NCCL": "Distributed package doesn't have NCCL",
-    "the kernels of bitsandbytes": "_cuda_getCurrentRawStream",
     "a profile of kernels": "Legacy CUDA profiling",
     "a kernel that TRL uses": "Could not run 'aten::addmm.dtype_out'",
     "a compiler of kernels": "BackendCompilerFailed: backend='inductor'",
@@ -64,7 +80,6 @@ LACKING = {
 START = f"""
 import sys
 sys.path.append({str(project.ROOT)!r})
-import peft  # imported later, its bitsandbytes would look for CUDA's own library
 from tests.device import gpu
 gpu.load()
 """
@@ -84,16 +99,13 @@ def on_device(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["right", "fast", "sizes"])
 def test_each_command_runs_on_the_test_device(command: str, on_device: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "gpu.jsonl"
-    kit = [*KIT, command, "--size", "tiny", "--out", str(out)]
-    with subprocess.Popen(kit, stdout=subprocess.DEVNULL, env=on_device) as killed:
-        until(lambda: out.exists() and len(out.read_text().splitlines()) == 2, seconds=300)
+    kit, out = [*KIT, command, "--size", "tiny"], tmp_path / "gpu.jsonl"
+    with subprocess.Popen([*kit, "--out", str(out)], stdout=subprocess.DEVNULL, env=on_device) as killed:
+        until(lambda: out.exists() and len(out.read_text().splitlines()) == 2, seconds=1200)
         killed.kill()
-    kept = lines(out)
-    done = subprocess.run(kit, capture_output=True, text=True, env=on_device)
-    found = lines(out)
-    assert found[: len(kept)] == kept
-    assert "not run" not in done.stdout
+    kept = out.read_text()
+    _, found = called(kit, out, on_device)
+    assert out.read_text().startswith(kept)
     failures = [line["failed"] + line["stderr"] for line in found if "failed" in line]
     checks = [check for line in found if line["job"]["kind"] in CHECKS for check in line.get("found", {}).values()]
     failures += [check.get("failed", str(check)) for check in checks if not check["ok"]]

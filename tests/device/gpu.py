@@ -131,6 +131,8 @@ def load() -> torch.device:
     """Give this process the device; it must not have run a backward pass before."""
     global _library
     if _library is None:
+        import peft  # noqa: F401  # imported later, its bitsandbytes would look for CUDA's own library
+
         _library = ctypes.CDLL(str(build()))
         for counter in (_library.launched, _library.bytes_sent):
             counter.restype = ctypes.c_long

@@ -46,8 +46,6 @@ def child() -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin(cache: str) -> None:
-    import peft  # noqa: F401  # imported later, its bitsandbytes would look for CUDA's own library
-
     node_cache.CACHE = cache
     torch.set_num_threads(1)
     gpu.load()
