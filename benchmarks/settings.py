@@ -35,14 +35,16 @@ from common import MODEL, config, machine, model_folder, table
 from learning_rate import CPU, ROOT, HeldOut, chat, store
 from transformers import AutoTokenizer
 
+from olora_ray.adapter.inject import install, remove
 from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.evaluation.statistics import Difference, crossed, per_token, simultaneous
 from olora_ray.tokens.collate import collate
 from olora_ray.train import first_step
+from olora_ray.train.data_driven import sizes_of
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer
+from olora_ray.train.loop import SPECTRAL_RATE, Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
 
@@ -91,12 +93,12 @@ class Cell:
             {"name": "unused", "dtype": self.dtype},
             run={"name": "unused", "storage": "unused", "seed": seed},
             adapter={"method": self.method, "rank": self.rank, "alpha": self.alpha},
-            train={"global_batch": 8, "micro_batch": 4, "steps": self.steps, "lr": lr},
+            train={"global_batch": 8, "micro_batch": 4, "steps": self.steps, "lr": lr, "optimizer": self.optimizer},
             cluster={"workers": 1},
         )
 
     def name(self) -> str:
-        return f"{self.method} {self.rank}/{self.alpha:g}"
+        return f"{self.method} {self.rank}/{self.alpha:g}{' spectral' * (self.optimizer == 'spectral')}"
 
 
 class Training(NamedTuple):
@@ -115,6 +117,8 @@ class Arm(NamedTuple):
     """The cell of these methods and ranks with the lowest loss at 20 steps, on this task."""
     tuned: bool = True
     """At its tuned rate; otherwise at the automatic one, and the cell is the same for all tasks."""
+    optimizer: str = "adamw"
+    """With spectral, the method is the same for all tasks."""
 
 
 ARMS = {
@@ -123,6 +127,8 @@ ARMS = {
     "olora r16": Arm(("olora",), (16,)),
     "olora r64": Arm(("olora",), (64,)),
     "nora r<=64": Arm(("nora",), RANKS),
+    "spectral r16": Arm(("lora", "olora", "eva", "pissa"), (16,), optimizer="spectral"),
+    "spectral r64": Arm(("lora", "olora", "eva", "pissa"), (64,), optimizer="spectral"),
     "today": Arm(("olora",), (16,), tuned=False),
     "new": Arm(METHODS, RANKS, tuned=False),
 }
@@ -131,10 +137,12 @@ STATEMENTS = {
     "olora r16": "lora r<=16",
     "nora r<=64": "lora r<=64",
     "new": "today",
+    "spectral r16": "lora r<=16",
+    "spectral r64": "lora r<=64",
 }
 """Arm -> the arm that it is compared with. Each is a family: its intervals hold together over tasks and lengths."""
-LENGTHS = {"olora r64": 3, "olora r16": 2, "nora r<=64": 1, "new": 2}
-"""Lengths in the family of a statement."""
+LENGTHS = {"olora r64": 3, "olora r16": 2, "nora r<=64": 1, "new": 2, "spectral r16": 4, "spectral r64": 4}
+"""Lengths in the family of a statement; two ranks times two lengths for the spectral step."""
 
 
 class Stage(NamedTuple):
@@ -145,6 +153,8 @@ class Stage(NamedTuple):
 
 
 PLAN = (
+    Stage(20, ("spectral r16", "lora r<=16"), 12),
+    Stage(20, ("spectral r64", "lora r<=64"), 12),
     Stage(20, tuple(ARMS), 12),
     Stage(200, ("lora r<=64", "olora r64", "today", "new"), 8),
     Stage(60, ("lora r<=64", "olora r64"), 8),
@@ -198,9 +208,11 @@ class Results:
 
     def at(self, name: str, task: str, stage: Stage) -> tuple[Cell, float | None]:
         """Return the cell of an arm, and its multiple of the automatic rate; None until it is tuned."""
-        arm, cells = ARMS[name], [cell for cell in GRID if cell.task == task]
-        allowed = [cell for cell in cells if cell.method in arm.methods and cell.rank in arm.ranks]
-        if arm.tuned:
+        arm = ARMS[name]
+        allowed = [cell for cell in cells_of(arm) if cell.task == task]
+        if arm.optimizer == "spectral":
+            best = min(allowed, key=self._best_everywhere)
+        elif arm.tuned:
             best = min(allowed, key=lambda cell: min(self.tuning(cell).values()))
         elif name == "today":
             best = next(cell for cell in allowed if cell.alpha == cell.rank)
@@ -212,11 +224,21 @@ class Results:
             return cell, 1.0 if losses else None
         return cell, None if following(losses) else tuned_factor(losses)
 
+    def _best_everywhere(self, cell: Cell) -> float:
+        """Return the mean over the tasks of the lowest loss."""
+        return sum(min(self.tuning(replace(cell, task=task)).values()) for task in TASKS)
+
     def _everywhere(self, cell: Cell) -> float:
         """Return the mean over the tasks of the loss at the automatic rate."""
         return sum(self.tuning(replace(cell, task=task))[1.0] for task in TASKS)
 
 
+SPECTRAL = [
+    Cell(task, method, rank, float(rank), optimizer="spectral")
+    for rank in (16, 64)
+    for method in ("olora", "lora", "pissa", "eva")
+    for task in TASKS
+]
 GRID = [
     Cell(task, method, rank, float(factor * rank))
     for methods in (METHODS[:2], METHODS[2:])
@@ -224,16 +246,22 @@ GRID = [
     for task in TASKS
     for method in methods
 ]
-"""The cells of the first stage, in their order."""
+"""The cells of AdamW, in their order."""
+
+
+def cells_of(arm: Arm) -> list[Cell]:
+    cells = SPECTRAL if arm.optimizer == "spectral" else GRID
+    return [cell for cell in cells if cell.method in arm.methods and cell.rank in arm.ranks]
 
 
 def missing(results: Results) -> list[Training]:
     """Return the trainings that can start now, in the order of PLAN; more may follow from their results."""
-    for factor in COARSE:
-        if cells := [cell for cell in GRID if factor not in results.tuning(cell)]:
-            return [Training(cell, TUNING_SEED, factor) for cell in cells]
     found: dict[Training, None] = {}  # arms may share a cell
     for stage in PLAN:
+        cells = [cell for name in stage.arms for cell in cells_of(ARMS[name])]
+        for factor in COARSE:
+            if open_ := [cell for cell in cells if factor not in results.tuning(cell)]:
+                return list(found | {Training(cell, TUNING_SEED, factor): None for cell in open_})
         at = {(name, task): results.at(name, task, stage) for task in TASKS for name in stage.arms}
         for (name, _), (cell, factor) in at.items():
             if factor is None:
@@ -326,9 +354,17 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
     done = torch.load(state) if state.exists() else {"losses": [], "cpu": 0.0, "auto": auto}
     began = time.process_time()
     adapted, moves = learning_rate.adapt(cell, loss, mixed, seed)
-    auto = done["auto"] or first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+    sizes: dict[str, torch.Tensor] = {}
+    if cell.optimizer == "spectral":
+        remove(loss.model)
+        sizes = sizes_of(loss, adapted, CPU)
+        install(loss.model, adapted)
+        measured = first_step.for_steps(SPECTRAL_RATE, cell.steps)
+    else:
+        measured = first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+    auto = done["auto"] or measured
     lr = float(f"{auto * factor:.3g}")
-    trainer = Trainer(loss, adapted, cell.settings(lr, seed), CPU)
+    trainer = Trainer(loss, adapted, cell.settings(lr, seed), CPU, sizes=sizes)
     attention = loss.model.config._attn_implementation
     loader = StepLoader(mixed, trainer.config.train, seed, attention)
     tested = rows["tuning" if seed == TUNING_SEED else "test"]
@@ -484,15 +520,20 @@ def left(results: Results) -> str:
 
 def shown(results: Results) -> str:
     parts = [tuning_table(results, steps, dtype) for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)]
-    if all(set(COARSE) <= set(results.tuning(cell)) for cell in GRID):
-        parts += [statements(results, stage) for stage in PLAN]
+    for stage in PLAN:
+        cells = [cell for name in stage.arms for cell in cells_of(ARMS[name])]
+        if all(set(COARSE) <= set(results.tuning(cell)) for cell in cells):
+            parts.append(statements(results, stage))
     return "\n\n".join(part for part in parts if part)
 
 
 def tuning_table(results: Results, steps: int, dtype: str) -> str:
     """The tuned rate and loss of each cell whose tuning is complete."""
     rows = []
-    for cell in sorted(results.cells, key=lambda cell: (TASKS.index(cell.task), METHODS.index(cell.method), cell.rank)):
+    for cell in sorted(
+        results.cells,
+        key=lambda cell: (TASKS.index(cell.task), (*METHODS, "pissa", "eva").index(cell.method), cell.rank),
+    ):
         losses = results.tuning(cell)
         if (cell.steps, cell.dtype) != (steps, dtype) or not set(COARSE) <= set(losses):
             continue

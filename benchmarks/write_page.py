@@ -38,6 +38,7 @@ SECTIONS = {
     "gpu_defaults": "Defaults on GPUs",
     "memory_published": "Memory plan and published peaks",
     "recovery": "Recovery",
+    "optimizers": "Optimizers",
     "early": "Early start",
     "sweep": "Sweep",
     "searches": "Searches",

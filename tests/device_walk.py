@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.initialise import at_scale, initialise, options_of
+from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.cluster import resume
 from olora_ray.tokens.collate import collate
@@ -58,10 +58,11 @@ def start(
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)
     factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
+    sizes = weight_sizes(targets, device)
     adapted = wrap(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     install(model, adapted)
     place_model(loss, "ddp", device)
-    return Trainer(loss, adapted, settings, device)
+    return Trainer(loss, adapted, settings, device, sizes=sizes)
 
 
 def walk(trainer: Trainer, keep: Keep) -> Seen:

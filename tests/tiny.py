@@ -202,7 +202,7 @@ def store(count: int = 8, seed: int = 0) -> ListStore:
 
 def trainer(settings: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp") -> Any:
     """A Trainer over a tiny Llama with adapters on all linear layers."""
-    from olora_ray.adapter.initialise import at_scale, initialise, options_of
+    from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
@@ -213,10 +213,11 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)
     factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
+    sizes = weight_sizes(targets, device)
     adapted = inject(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     loss = SupervisedLoss(model)
     place_model(loss, strategy, device)
-    return Trainer(loss, adapted, settings, device)
+    return Trainer(loss, adapted, settings, device, sizes=sizes)
 
 
 def steps(

@@ -11,7 +11,7 @@ import heapq
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -159,22 +159,45 @@ def _compute(
 ) -> Factors:
     # The seed depends on the layer's name and not on the worker, so that any number of workers gives the same factors.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-    if target.experts is None:
-        # On the device first: the CPU would convert with one thread, and send twice as many bytes.
-        factors = method.factors(target.numbers().to(device).float(), rank, layer_seed, options)
-    else:
-        size = max(1, CHUNK // math.prod(target.shape))
-        factors = _together(
-            [
-                method.factors(
-                    target.numbers(first, first + size).to(device).float(), rank, layer_seed + first, options
-                )
-                for first in range(0, target.experts, size)
-            ]
-        )
+    parts = [method.factors(numbers, rank, layer_seed + first, options) for first, numbers in _numbers(target, device)]
+    factors = parts[0] if target.experts is None else _together(parts)
     if not all(torch.isfinite(part).all() for part in (factors.a0, factors.b0) if part is not None):
         raise UserError(f"model.name: the weight of {name} has NaN or infinite values; use another copy of the model")
     return factors
+
+
+def _numbers(target: Target, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Yield the weight in float32, a stack in parts, each with its first expert."""
+    # On the device first: the CPU would convert with one thread, and send twice as many bytes.
+    if target.experts is None:
+        yield 0, target.numbers().to(device).float()
+        return
+    size = max(1, CHUNK // math.prod(target.shape))
+    for first in range(0, target.experts, size):
+        yield first, target.numbers(first, first + size).to(device).float()
+
+
+@torch.no_grad()
+def weight_sizes(targets: Mapping[str, Target], device: torch.device) -> dict[str, Tensor]:
+    """Return the root mean square singular value of each weight, and of each expert of a stack, with three digits.
+
+    Each worker computes a share; all workers must call it together.
+    """
+
+    def share() -> dict[str, list[float]]:
+        return {name: _sizes(targets[name], device) for name in list(targets)[collectives.rank() :: workers]}
+
+    workers = collectives.world_size()
+    found: dict[str, list[float]] = {}
+    for told in collectives.gather(collectives.together(share)):
+        found |= told
+    return {name: torch.tensor(found[name]) for name in targets}
+
+
+def _sizes(target: Target, device: torch.device) -> list[float]:
+    sizes = torch.cat([numbers.norm(dim=(-2, -1)).reshape(-1) for _, numbers in _numbers(target, device)])
+    # The last bits of a norm depend on the number of threads.
+    return [float(f"{size:.3g}") for size in (sizes / min(target.shape) ** 0.5).tolist()]
 
 
 def _together(chunks: list[Factors]) -> Factors:

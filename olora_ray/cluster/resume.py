@@ -33,7 +33,7 @@ from olora_ray.model import attention
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
-from olora_ray.train.data_driven import new_factors
+from olora_ray.train.data_driven import new_factors, sizes_of
 from olora_ray.train.loader import Waiting, planned_steps, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
@@ -76,12 +76,15 @@ def starting_point(
         loss = context.base(replace(spec, config=config))
         model: Any = loss.model
         known = restart.adapter if restart else start
+        sizes = {}
+        if restart is None and spec.config.train.optimizer == "spectral":  # before a method shards the base
+            sizes = sizes_of(loss, known or find_targets(model, adapter.targets, adapter.rank), context.device)
         adapted = wrap(model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout)
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
         cluster = spec.config.cluster
         place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload)
-        trainer = Trainer(loss, adapted, spec.config, context.device)
+        trainer = Trainer(loss, adapted, spec.config, context.device, sizes=sizes)
     if restart:
         return StartingPoint(trainer, attention, state, resume(trainer, restart), resumed=True, trained=True)
     if start:
@@ -375,7 +378,7 @@ def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, laye
     with context.activate(kept):
         remove(before.loss.model)
         install(before.loss.model, kept)
-    return replace(start, trainer=Trainer(before.loss, kept, spec.config, context.device))
+    return replace(start, trainer=Trainer(before.loss, kept, spec.config, context.device, sizes=before.sizes))
 
 
 def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:

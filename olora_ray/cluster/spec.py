@@ -50,6 +50,7 @@ class TrainSpec:
                 "adapter": self.config.adapter.identity(),
             }
             | self._packed()
+            | {"optimizer": self.config.train.optimizer}
             | ({"start": self.start} if self.start else {})
             | ({"order": "windows"} if self.train.windowed else {})
         )
@@ -61,7 +62,7 @@ class TrainSpec:
 
     def base_identity(self) -> dict[str, str]:
         """Return what decides the numbers before the first step: the identity without the adapter's settings."""
-        return {name: digest for name, digest in self.identity().items() if name != "adapter"}
+        return {name: digest for name, digest in self.identity().items() if name not in ("adapter", "optimizer")}
 
     def baseline_identity(self) -> dict[str, str]:
         """Return what decides the loss and the answers before the first step (train/scoring.py)."""

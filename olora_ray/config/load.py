@@ -59,6 +59,7 @@ PLAIN = {
     "train.eval_every": "eval_steps eval_strategy evals_per_epoch",
     "train.checkpoint_every": "save_steps save_strategy saves_per_epoch",
     "train.keep": "save_total_limit",
+    "train.optimizer": "optim precondition",
     "train.early_stop": "early_stopping_patience",
     "train.log_every": "logging_steps",
     "train.start": "resume_from_checkpoint adapter_name_or_path lora_model_dir",
@@ -89,8 +90,6 @@ EXPLAINED = {
     "load_in_4bit": "use model.quantization: nf4",
     "load_in_8bit": "use model.quantization: int8",
     "train_on_inputs": "delete it; only answers are supervised, except in format text, which is supervised completely",
-    "optim": "delete it; the optimizer is always AdamW",
-    "optimizer": "delete it; the optimizer is always AdamW",
     "report_to": "delete it; runs are tracked in MLflow: set tracking.uri and tracking.experiment",
 }
 """Names of settings without an equivalent field -> what to do."""

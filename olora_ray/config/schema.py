@@ -241,9 +241,14 @@ class Train(Section):
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that the same run gives the same bits. Slower; not measured how much."""
+    optimizer: Literal["adamw", "preconditioned", "spectral"] = "adamw"
+    """preconditioned: AdamW on the gradient of A times (B^T B)^-1 and that of B times (A A^T)^-1, each scaled to length
+    1 (as NoRA+, arXiv 2410.18965). spectral: steps that change the weight by a given share of its size, whatever the
+    sizes of A and B (docs/method.md)."""
     lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
-    """Peak learning rate of AdamW. auto: measured on the first rows before step 0, for this model, method, rank, alpha
-    and number of steps; compared with tuned rates at 20 steps, too low for a base that has learned little."""
+    """Peak learning rate. auto: with spectral a constant for the number of steps; with AdamW measured on the first rows
+    before step 0, for this model, method, rank, alpha and number of steps, compared with tuned rates at 20 steps, too
+    low for a base that has learned little."""
     lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
     """Multiplies `lr`; a search varies it, to vary an automatic rate."""
     lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
@@ -253,10 +258,7 @@ class Train(Section):
     warmup: Fraction = 0.03
     """Share of all steps, at the start, in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight decay of AdamW; it pulls the adapter back to its initial values."""
-    precondition: bool = False
-    """Before clipping, multiply the gradient of A by (B^T B)^-1 and the gradient of B by (A A^T)^-1, each scaled to
-    length 1 (as NoRA+, arXiv 2410.18965, and Riemannian preconditioned LoRA, 2402.02347)."""
+    """Weight decay; it pulls the adapter back to its initial values."""
     clip: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
     eval_every: PositiveInt = 50

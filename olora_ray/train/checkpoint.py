@@ -2,7 +2,7 @@
 
     adapter.safetensors      a0, b0, da, db of every layer, float32
     best.safetensors         da, db of the best step so far, if that is an earlier step
-    optimizer.safetensors    AdamW's moments
+    optimizer.safetensors    the optimizer's moments
     state.json               step, best, history, identity of base, data and adapter
     config.yaml              the config of the run
     manifest.json            size and SHA-256 of all other files, written last
@@ -188,7 +188,8 @@ def load(folder: Path) -> Checkpoint:
 
 
 def require_same(saved: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
-    """Raise UserError if base, tokenizer, data or adapter differ from the identity in a checkpoint (`saved`)."""
+    """Raise UserError if another model, data, adapter or optimizer is `wanted` than a checkpoint has (`saved`)."""
+    saved = {"optimizer": "adamw", **saved}  # older checkpoints know no other
     changed = [part for part in wanted if saved.get(part) != wanted[part]]
     # Another tokenizer makes other tokens, so the digest of the data differs too. Only the cause is reported.
     if "tokenizer" in changed:

@@ -6,7 +6,7 @@ changes the time only: the bytes of the factors are the same for any number.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter.candidates import Target, parameter_of
-from olora_ray.adapter.initialise import InitReport, assign, exchange, initialise, options_of
+from olora_ray.adapter.candidates import Target, candidates, parameter_of
+from olora_ray.adapter.initialise import InitReport, assign, exchange, initialise, options_of, weight_sizes
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Components, principal
 from olora_ray.common import collectives
@@ -404,9 +404,19 @@ def new_factors(
     if adapter.method not in FROM_WEIGHTS:
         make = gradient_factors if METHODS[adapter.method].needs == "gradients" else eva_factors
         return make(loss, targets, adapter, store, device, waiting)
-    if (read := loss.read_rows) is not None:
-        # No worker holds all rows of a sharded layer, so the worker that makes its factors reads the layer's files.
-        names = {name: parameter_of(loss.model, name) for name in targets}
-        targets = {name: replace(each, read=partial(read, names[name])) for name, each in targets.items()}
     seed, options = config.run.seed, options_of(adapter)
-    return *initialise(dict(targets), adapter.method, adapter.rank, seed, device, options), None
+    return *initialise(_whole(loss, targets), adapter.method, adapter.rank, seed, device, options), None
+
+
+def sizes_of(loss: SupervisedLoss, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """Return `weight_sizes` of these weights; all workers must call it together, before the model has adapters."""
+    known = candidates(loss.model)
+    return weight_sizes(_whole(loss, {name: known[name].target for name in names}), device)
+
+
+def _whole(loss: SupervisedLoss, targets: Mapping[str, Target]) -> dict[str, Target]:
+    if (read := loss.read_rows) is None:
+        return dict(targets)
+    # No worker holds all rows of a sharded layer, so the worker that computes with it reads the layer's files.
+    names = {name: parameter_of(loss.model, name) for name in targets}
+    return {name: replace(each, read=partial(read, names[name])) for name, each in targets.items()}

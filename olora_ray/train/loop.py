@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,10 @@ from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optim import AdamW, FlatAdapters, precondition
+from olora_ray.train.spectral import Spectral
+
+SPECTRAL_RATE = 0.006
+"""Peak rate of the spectral step in a training of 20 steps (docs/evidence.md)."""
 
 
 # The result of an optimizer step is the same on every worker, except for the times.
@@ -54,10 +58,16 @@ class Trainer:
     device: torch.device
     signal: Callable[[], bool] = lambda: False
     """Called in each step on each worker, at the last moment at which the result can still reach all workers."""
+    sizes: Mapping[str, Tensor] = field(default_factory=dict)
+    """`weight_sizes` of the adapted weights, if the spectral step starts; a resumed one has them in its checkpoint."""
 
     def __post_init__(self) -> None:
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
-        self.optimizer = AdamW(self.flat, self.config.train)
+        self.optimizer: AdamW | Spectral = (
+            Spectral(self.flat, self.adapted, self.config.train, self.sizes)
+            if self.config.train.optimizer == "spectral"
+            else AdamW(self.flat, self.config.train)
+        )
         self.gradient = tree.TreeSum(self.flat.grad)
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
@@ -70,7 +80,7 @@ class Trainer:
             losses = self._accumulate(number, data)
             shared = self._shared(losses, data)
             self.gradient.finish()
-            if self.config.train.precondition:
+            if self.config.train.optimizer == "preconditioned":
                 precondition(self.adapted)
             # The only wait for the device in a step: losses, signal and norm come to the CPU in one copy.
             numbers = torch.cat([shared, self.flat.grad.norm()[None]]).cpu()
@@ -100,6 +110,8 @@ class Trainer:
 
         if even:
             first_step.even(self.adapted, measured())
+        if self.config.train.optimizer == "spectral":
+            return first_step.for_steps(SPECTRAL_RATE, steps)
         moves = measured()
         return first_step.best_rate(moves, self.config.adapter.scale(), steps) if moves else None
 

@@ -54,8 +54,16 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
     ("family", "changes"),
     [
         ("llama", {"adapter__method": "olora_even", "train__lr": "auto"}),
-        pytest.param("mixtral", {}, marks=pytest.mark.slow),
-        ("gpt2", {"adapter__method": "eva", "adapter__init_tokens": 96, "data__max_length": 64}),
+        pytest.param("mixtral", {"train__optimizer": "spectral"}, marks=pytest.mark.slow),
+        (
+            "gpt2",
+            {
+                "adapter__method": "eva",
+                "adapter__init_tokens": 96,
+                "data__max_length": 64,
+                "train__optimizer": "spectral",
+            },
+        ),
         pytest.param(LEAVES_OUT, {}, marks=pytest.mark.slow),
     ],
 )

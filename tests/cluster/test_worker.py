@@ -181,9 +181,13 @@ def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: 
     assert result.state.step == 8
 
 
-@pytest.mark.parametrize("method", ["pissa", "orthogonal"])
-def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp_path: Path, method: str) -> None:
-    settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__precondition": True}
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("pissa", "preconditioned"), ("orthogonal", "preconditioned"), ("olora", "spectral")]
+)
+def test_a_run_with_two_rates_and_another_optimizer_resumes_to_the_same_bytes(
+    tmp_path: Path, method: str, optimizer: str
+) -> None:
+    settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__optimizer": optimizer}
     train(tmp_path / "whole", **settings)
     train(tmp_path / "cut", **settings)
     (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()

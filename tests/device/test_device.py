@@ -93,7 +93,11 @@ CASES: dict[str, dict[str, Any]] = {
     "eager, bfloat16": {"attention": "eager", "dtype": torch.bfloat16, "dropout": 0.1},
     "eager on a shared base": {"attention": "eager", "on_device": True},
     "GPT-2, plain LoRA": {"make": tiny.gpt2, "method": "lora"},
-    "PiSSA, preconditioned, two rates": {"method": "pissa", "changes": {"lr_ratio": 4.0, "precondition": True}},
+    "PiSSA, preconditioned, two rates": {
+        "method": "pissa",
+        "changes": {"lr_ratio": 4.0, "optimizer": "preconditioned"},
+    },
+    "spectral": {"method": "olora", "changes": {"optimizer": "spectral"}},
 }
 
 

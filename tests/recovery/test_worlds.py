@@ -4,7 +4,8 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,32 @@ from tests.recovery.runs import Fault, Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-WORLDS: dict[str, tuple[int | list[int], str, str]] = {
-    "2 workers": (2, "ddp", "disk"),
-    "1 worker": (1, "ddp", "disk"),
-    "3 workers": (3, "ddp", "disk"),
-    "[1, 3] workers": ([1, 3], "ddp", "disk"),
-    "2 workers, S3": (2, "ddp", "s3"),
-    "2 workers, fsdp": (2, "fsdp", "disk"),
-    "3 workers, fsdp, S3": (3, "fsdp", "s3"),
-    "[1, 3] workers, fsdp, S3": ([1, 3], "fsdp", "s3"),
+WORLDS: dict[str, tuple[int | list[int], str, str, str]] = {
+    "2 workers": (2, "ddp", "disk", "adamw"),
+    "1 worker": (1, "ddp", "disk", "adamw"),
+    "3 workers, spectral": (3, "ddp", "disk", "spectral"),
+    "[1, 3] workers": ([1, 3], "ddp", "disk", "adamw"),
+    "2 workers, S3": (2, "ddp", "s3", "adamw"),
+    "2 workers, fsdp": (2, "fsdp", "disk", "adamw"),
+    "3 workers, fsdp, S3": (3, "fsdp", "s3", "adamw"),
+    "[1, 3] workers, fsdp, S3, spectral": ([1, 3], "fsdp", "s3", "spectral"),
 }
-"""Workers, strategy, store."""
+"""Workers, strategy, store, optimizer."""
 EVENTS = ("a worker", "all workers", "SIGSTOP", "the driver", "SIGTERM", "a node")
 MIDDLE = Fault("step", "hold", step=5, rank=0, pace=0.1)
 
 
 @pytest.fixture(scope="module")
-def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Strategy -> adapter of two workers that nobody touched."""
-    ended = {
-        name: runs.run_clean(tiny_project, tmp_path_factory.mktemp(name), cluster__strategy=name)
-        for name in ("ddp", "fsdp")
-    }
-    return {name: run.end.adapter for name, run in ended.items()}
+def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bytes]:
+    """The adapter of two workers that nobody touched, by strategy and optimizer."""
+
+    @cache
+    def adapter(strategy: str, optimizer: str) -> bytes:
+        folder = tmp_path_factory.mktemp(f"{strategy}-{optimizer}")
+        changes = {"cluster__strategy": strategy, "train__optimizer": optimizer}
+        return runs.run_clean(tiny_project, folder, **changes).end.adapter
+
+    return adapter
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -50,14 +54,19 @@ def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_the_bytes_are_those_of_an_undisturbed_run(
     event: str,
     world: str,
-    clean: dict[str, bytes],
+    clean: Callable[[str, str], bytes],
     tiny_project: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     rows: list[table.Row],
 ) -> None:
-    workers, strategy, store = WORLDS[world]
-    changes: dict[str, Any] = {"cluster__workers": workers, "cluster__strategy": strategy}
+    workers, strategy, store, optimizer = WORLDS[world]
+    undisturbed = clean(strategy, optimizer)
+    changes: dict[str, Any] = {
+        "cluster__workers": workers,
+        "cluster__strategy": strategy,
+        "train__optimizer": optimizer,
+    }
     runs_folder = str(tmp_path / "runs")
     if store == "s3":
         runs_folder = request.getfixturevalue("bucket")
@@ -77,7 +86,7 @@ def test_the_bytes_are_those_of_an_undisturbed_run(
         further, _ = moments.split(moments.read(run.folder))
         row.again, row.pause = run.again(), next(one.at for one in further if one.at > at) - at
     found = storage.read_bytes(f"{runs_folder}/small/export/adapter/adapter_model.safetensors")
-    row.same_bytes = found == clean[strategy]
+    row.same_bytes = found == undisturbed
     assert row.same_bytes
     row.recovered = True
 

@@ -138,7 +138,8 @@ def test_from_the_base_on_everything(config: Config) -> None:
 def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_path: Path) -> None:
     first = made(config, None)[0].config.run.name
     assert made(config, None)[0].config.run.name == first
-    for change in ({"train.lr": 1e-5}, {"train.lr_ratio": 2.0}, {"train.precondition": True}, {"adapter.sigma": 0.1}):
+    spectral = {"train.optimizer": "spectral"}
+    for change in ({"train.lr": 1e-5}, {"train.lr_ratio": 2.0}, spectral, {"adapter.sigma": 0.1}):
         assert made(override(config, change), None)[0].config.run.name != first
     assert made(override(config, {"gate.must_improve_by": 1, "cluster.workers": 1}), None)[0].config.run.name == first
     write(tmp_path / "chats" / "c.jsonl")

@@ -54,7 +54,7 @@ def drawn(number: int) -> Case:
     changes = {
         "adapter__dropout": 0.2 if number % 2 else 0.0,
         "train__clip": chance.choice([None, 0.05]),
-        "train__precondition": chance.random() < 0.3,
+        "train__optimizer": chance.choice(["adamw", "preconditioned", "spectral"]),
         "train__lr_ratio": chance.choice([1.0, 4.0]),
     }
     batch, micro = chance.randint(1, 18), chance.choice([1, 2, 3])

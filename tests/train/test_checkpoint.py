@@ -209,7 +209,13 @@ def test_another_format_is_refused(saved: Path, tmp_path: Path) -> None:
         checkpoint.load(manifest.parent)
 
 
-NOW = {"base model": "b1", "tokenizer": "t1", "training data": "d1", "adapter": '{"rank": 4, "alpha": 8.0}'}
+NOW = {
+    "base model": "b1",
+    "tokenizer": "t1",
+    "training data": "d1",
+    "adapter": '{"rank": 4, "alpha": 8.0}',
+    "optimizer": "adamw",
+}
 
 
 @pytest.mark.parametrize(
@@ -219,10 +225,14 @@ NOW = {"base model": "b1", "tokenizer": "t1", "training data": "d1", "adapter": 
         ({"training data": "d0"}, "another training data (was d0, is now d1)"),
         ({"tokenizer": "t0", "training data": "d0"}, "another tokenizer (was t0, is now t1);"),
         ({"adapter": '{"rank": 2, "alpha": 8.0}'}, "another adapter (rank was 2, is now 4)"),
+        ({"optimizer": "spectral"}, "another optimizer (was spectral, is now adamw)"),
     ],
 )
 def test_another_identity_is_refused_with_the_difference(then: dict[str, str], expected: str) -> None:
     checkpoint.require_same(NOW, NOW, "step-0000002")
+    checkpoint.require_same(
+        {name: part for name, part in NOW.items() if name != "optimizer"}, NOW, "of an older version"
+    )
     with pytest.raises(UserError) as caught:
         checkpoint.require_same(NOW | then, NOW, "step-0000002")
     assert expected in str(caught.value)

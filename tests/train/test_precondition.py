@@ -81,7 +81,11 @@ def test_what_is_not_finite_stays_visible() -> None:
 def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
     """Return losses, the optimizer's gradient in the last step, and the adapter after it."""
     settings = tiny.config(
-        cluster__workers=workers, cluster__strategy=strategy, train__micro_batch=1, train__precondition=True, **changes
+        cluster__workers=workers,
+        cluster__strategy=strategy,
+        train__micro_batch=1,
+        train__optimizer="preconditioned",
+        **changes,
     )
     trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"), strategy=strategy)
     gradients = tiny.gradients(trainer)

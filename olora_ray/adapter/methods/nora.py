@@ -4,7 +4,7 @@
 
 A row of A0 is about sigma / s times as long as all of W (its Frobenius norm), so with the same sigma the size of A0
 depends on the model and the scale. sigma "matched" gives each row the length of plain LoRA's, 1 / sqrt(3), whatever W
-and s are. NoRA+ is this method with `train.precondition`.
+and s are. NoRA+ is this method with `train.optimizer: preconditioned`.
 """
 
 import math
@@ -53,7 +53,7 @@ METHOD = Method(
     source="arXiv 2410.18965, formula of the authors' code",
     about="A0 = sigma / s Omega W with random Omega, B0 = 0: A0 lies in the row space of W, in the proportions of W.\n"
     "adapter.sigma: 0.02 is the authors' value for LLaMA; matched gives A0 the size of plain LoRA's, so that only its\n"
-    "directions differ. With train.precondition it is NoRA+.",
+    "directions differ. With train.optimizer=preconditioned it is NoRA+.",
     factors=factors,
     cost=lambda m, n, rank: m * n * rank,
     has_b0=False,

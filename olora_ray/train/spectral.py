@@ -1,0 +1,164 @@
+"""The spectral step: each factor takes the steepest step whose change of the weight has a given spectral norm.
+
+With A = A0 + dA (r x n), B = B0 + dB (m x r), momenta M_A and M_B of their gradients, and polar(X) = X (X^T X)^(-1/2):
+
+    dB -= e polar(M_B S_A^-1) S_A^-1     S_A = (A A^T)^(1/2)     so that the weight moves by e s in the spectral norm
+    dA -= e S_B^-1 polar(S_B^-1 M_A)     S_B = (B^T B)^(1/2)     polar of r x n: orthonormal rows
+    e = lr (root mean square singular value of the weight) / s
+
+So a step moves B A alike for every pair (B R^-1, R A), and the learning rate is a share of the weight's size, whatever
+the method, the rank and alpha are. Both factors need full rank, which plain LoRA's B = 0 has not: there the move of A
+is limited to a share of A, by S_B^2 = B^T B + (KAPPA e)^2 (A A^T)^-1, which keeps the property.
+
+The momenta are kept in the coordinates of dA and dB. Rewriting them for the new A and B after each step changed no
+loss (docs/generated/settings_trials.jsonl), because a step changes the factors little.
+
+Related: LoRA-Muon and LoRA-TSD (steps for pairs of factors), LoRA-RITE (arXiv 2410.20625), Muon (polar).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from olora_ray.adapter.layer import AdaptedWeight
+from olora_ray.config.schema import Train
+from olora_ray.train.optim import FlatAdapters
+
+MOMENTUM = 0.9
+KAPPA = 3.0
+WEAKEST = 1e-4
+"""Directions of a momentum whose square is below this share of the mean square move less than the others."""
+AT_ONCE = 2**20
+"""Numbers of layers of one shape that are computed together."""
+
+
+class Spectral:
+    """The spectral step on the flat vector, with Nesterov's momentum; `sizes` are `weight_sizes` of the weights."""
+
+    def __init__(
+        self, flat: FlatAdapters, adapted: Mapping[str, AdaptedWeight], config: Train, sizes: Mapping[str, Tensor]
+    ) -> None:
+        self.flat, self.adapted, self.config = flat, adapted, config
+        self.momentum = torch.zeros_like(flat.vector)
+        self.sizes = {name: size.to(flat.vector.device) for name, size in sizes.items() if name in adapted}
+        self.count = 0
+        alike: dict[tuple[torch.Size, torch.Size], list[str]] = defaultdict(list)
+        for name, layer in adapted.items():
+            alike[layer.da.shape[-2:], layer.db.shape[-2:]].append(name)
+        self.groups = [part for names in alike.values() for part in self._parts(names)]
+
+    def _parts(self, names: list[str]) -> list[list[str]]:
+        parts: list[list[str]] = []
+        numbers = AT_ONCE
+        for name in names:
+            more = self.adapted[name].da.numel() + self.adapted[name].db.numel()
+            if numbers + more > AT_ONCE:
+                parts, numbers = [*parts, []], 0
+            parts[-1].append(name)
+            numbers += more
+        return parts
+
+    @torch.no_grad()
+    def step(self, lr: float, norm: float | None = None) -> float:
+        """Clip and update with learning rate `lr` (of dA); return the norm before clipping. `norm` as in AdamW."""
+        norm = float(self.flat.grad.norm()) if norm is None else norm
+        if self.config.clip is not None and norm > self.config.clip:
+            self.flat.grad.mul_(self.config.clip / norm)
+        self.count += 1
+        far = {name: self.sizes[name] * self._used(name) * (lr / layer.scale) for name, layer in self.adapted.items()}
+        self.momentum.lerp_(self.flat.grad, 1 - MOMENTUM)
+        # Nesterov's momentum, but for its length.
+        share = (1 - MOMENTUM ** (self.count + 1)) / MOMENTUM * (1 - MOMENTUM) / (1 - MOMENTUM**self.count)
+        self.flat.grad.mul_(share).add_(self.momentum)
+        self.flat.vector.mul_(1 - lr * self.config.weight_decay)
+        for names in self.groups:
+            self._move(names, torch.cat([far[name] for name in names])[:, None, None])
+        return norm
+
+    def _used(self, name: str) -> Tensor | float:
+        """Return 0 for each expert that has seen no token, so that it stands still; otherwise 1."""
+        gradient = self.flat.view(self.flat.grad, f"{name}.db")
+        return gradient.flatten(1).any(1) if gradient.dim() > 2 else 1.0
+
+    def _move(self, names: list[str], far: Tensor) -> None:
+        layers = [self.adapted[name] for name in names]
+        a = _flat([layer.a0 + layer.da for layer in layers])
+        b = _flat([layer.db if layer.b0 is None else layer.b0 + layer.db for layer in layers]).mT
+        of_a, of_b = (
+            _flat([self.flat.view(self.flat.grad, f"{name}.{part}") for name in names]) for part in ("da", "db")
+        )
+        root_a = _root(_gram(a))
+        limit = (KAPPA * far.double()).square() * torch.cholesky_inverse(root_a)
+        step_b = (-far * self.config.lr_ratio * _shaped(root_a, of_b.mT)) @ of_b.mT
+        step_a = (-far * _shaped(_root(_gram(b) + limit), of_a)) @ of_a
+        start = 0
+        for name, layer in zip(names, layers, strict=True):
+            rows = slice(start, start := start + len(self.sizes[name]))
+            layer.da.add_(step_a[rows].view_as(layer.da))
+            layer.db.add_(step_b[rows].mT.reshape(layer.db.shape))
+
+    def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
+        """Return momenta and sizes as named tensors; `copied_to` as in AdamW."""
+        momentum = self.momentum.to(copied_to, copy=True) if copied_to else self.momentum
+        momenta = {f"{name}.momentum": part for name, part in self.flat.named(momentum).items()}
+        return momenta | {f"{name}.size": size.cpu() for name, size in self.sizes.items()}
+
+    def load(self, named: Mapping[str, Tensor], step: int) -> None:
+        """Take over what `state` returned after `step` updates."""
+        self.count = step
+        self.flat.load(self.momentum, {name: named[f"{name}.momentum"] for name in self.flat.slots})
+        self.sizes = {name: named[f"{name}.size"].to(self.momentum.device) for name in self.adapted}
+
+
+def _flat(parts: list[Tensor]) -> Tensor:
+    """Return all layers, and all experts of stacks, behind each other: L x rows x columns."""
+    return torch.cat([part.reshape(-1, *part.shape[-2:]) for part in parts])
+
+
+def _gram(rows: Tensor) -> Tensor:
+    return (rows @ rows.mT).double()
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Return the Cholesky factor of a gram matrix, without a check that waits for the device."""
+    # The share is far above the rounding errors of a product in float32.
+    factor: Tensor = torch.linalg.cholesky_ex(_lifted(gram, 1e-6)).L
+    return factor
+
+
+def _lifted(gram: Tensor, share: float) -> Tensor:
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    smallest = torch.finfo(torch.float32).tiny  # so that zeros stay finite
+    return gram + torch.diag_embed((share * mean + smallest)[..., None].expand(gram.shape[:-1]))
+
+
+def _shaped(root: Tensor, momentum: Tensor) -> Tensor:
+    """Return P (L x r x r): P M is the step of the momentum M (L x r x n) in the metric C = root root^T.
+
+    P = root^-T (root^-1 M M^T root^-T)^(-1/2) root^-1.
+    """
+    half = torch.linalg.solve_triangular(root, _gram(momentum), upper=False)
+    moved = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    inner = torch.linalg.solve_triangular(root.mT, _inverse_root(moved.float()).double(), upper=True)
+    shaped: Tensor = torch.linalg.solve_triangular(root, inner, upper=False, left=False)
+    return shaped.to(momentum.dtype)
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """Return (gram + WEAKEST mean I)^(-1/2), by Newton-Schulz iterations: products only, for all layers at once.
+
+    Each iteration is scaled for eigenvalues from the least possible one to 1 (Chen and Chow, 2014).
+    """
+    lifted = _lifted(gram, WEAKEST)
+    size = lifted.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    root, inverse = lifted / size, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    least = (WEAKEST / gram.shape[-1]) ** 0.5
+    while least < 1 - 1e-4:
+        scale = (3 / (1 + least + least**2)) ** 0.5
+        turn = (-0.5 * scale**3) * (inverse @ root)
+        turn.diagonal(dim1=-2, dim2=-1).add_(1.5 * scale)
+        root, inverse = root @ turn, turn @ inverse
+        least = 0.5 * scale * least * (3 - (scale * least) ** 2)
+    return inverse / size.sqrt()
