@@ -69,7 +69,7 @@ class Demo:
         self.project = Nightly(folder, model, tracking={"uri": server.uri}, gate=gate, train=longer(), **told)
         self.aliases = Aliases(server.uri, "nightly")
         self.data = self.project.data
-        write(folder / "heldout.jsonl", ANSWERS, 40, marks="-")
+        write(folder / "heldout.jsonl", ANSWERS, 100, marks="-")
         self.file("0-first", "one", "two")
         write(self.data / "0-other.jsonl", OTHER, 40)
 
