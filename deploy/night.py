@@ -118,7 +118,9 @@ class Night:
         """The signal to this process that was passed on."""
         self._child: subprocess.Popen[bytes] | None = None
         self._last = ""
-        """The last line of the command's output."""
+        """The last line of the command's output that may say how it ended."""
+        self._error: IO[bytes] | None = None
+        """The stream with the command's error; None: there was none."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
 
@@ -141,7 +143,7 @@ class Night:
         return code
 
     def _once(self, command: Sequence[str]) -> int:
-        self._last, self.told = "", False
+        self._last, self._error, self.told = "", None, False
         try:
             # A session of its own, so that SIGKILL to its process group ends a hanging driver and its children, and not
             # this process.
@@ -175,7 +177,11 @@ class Night:
                 target.buffer.write(line)
                 target.flush()
             text = line.decode(errors="replace").strip()
-            self._last = text or self._last
+            if text.startswith("error: "):
+                self._error = source
+            # The other stream's thread may read lines later that are older than the error. What was sent is no reason.
+            if text and self._error in (None, source) and not text.endswith(notify.SENT.partition("}")[2]):
+                self._last = text
             self.told = self.told or notify.SENT.format("failed") in text
 
     def _with_last_line(self, how: str) -> str:

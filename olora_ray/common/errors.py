@@ -71,7 +71,9 @@ def first_line(error: BaseException) -> str:
 
 def short_reason(error: BaseException) -> str:
     """Return the operating system's text for an OSError (`No such file or directory`), else the first line."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return first_line(error)
+    return error.strerror + ("; make room" if error.errno in _FULL else "")
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})

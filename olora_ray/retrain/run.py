@@ -79,7 +79,7 @@ def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, de
         still = f"version {champion} the champion" if champion else "no champion"
         after = f"version {number} stays challenger, {still}"
     uses = models.uses(aliases.uri, f"models:/{aliases.name}@{CHAMPION}") if decision.passed else []
-    for line in (verdict, after, *uses):
+    for line in (*uses, verdict, after):
         logger.info(line)
 
 

@@ -15,6 +15,7 @@ from olora_ray.common.errors import (
     UserError,
     as_user_error,
     of_the_machine,
+    short_reason,
 )
 
 
@@ -54,6 +55,8 @@ def test_what_is_wrong_with_a_disk_is_no_bug() -> None:
     )
     for bug in (failed(errno.EPERM), failed(errno.ENOENT, "/a"), OSError("ours"), KeyError("ours")):
         assert of_the_machine(bug) is None
+    assert short_reason(failed(errno.ENOSPC, "/a")) == "No space left on device; make room"
+    assert short_reason(failed(errno.EACCES, "/a")) == "Permission denied"
     said = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert of_the_machine(said) == "No space left on device; make room, and run the same command again"
 

@@ -36,6 +36,7 @@ from tests.ray_head import ROOT, Head
 from tests.recovery.processes import scratch
 
 USER = "nightly"
+LINEAGE = ("base", "base_digest", "code", "cpu_seconds", "data_digest", "gate", "submitted_by")
 
 
 class Mistake(AssertionError):
@@ -147,6 +148,10 @@ def play(demo: Demo, picture: Path | None) -> None:
     print(f"   {demo.registry('rollback', NAME).rstrip()}")
     demo.check(Registry({"champion": "1", "challenger": "3"}, told, "eval/loss", {"2": "rolled back: by hand"}))
     print(demo.registry("list", NAME))
+    shown = demo.registry("show", NAME, "1")
+    print(shown)
+    if missing := [what for what in LINEAGE if f"olora.{what} = " not in shown]:
+        raise Mistake(f"version 1, which a job has made, does not tell {', '.join(missing)}")
     demo.check_jobs()
 
 

@@ -193,7 +193,7 @@ def test_a_version_must_still_beat_one(
 
     log = nights.call(BETTER)
     better = nights.made()[-1]
-    assert f"version {better} is the champion of {NAME}, version {against} is previous" in log
+    assert log.endswith(f"version {better} is the champion of {NAME}, version {against} is previous"), "what is pinged"
     assert nights.aliases.current() == {"champion": better, "previous": against}
     assert f"nothing changed since version {better} of nightly (the champion)" in nights.call()
 

@@ -43,9 +43,12 @@ class DeadMan:
     good: float = 0.0
     started: float | None = None
     failed: str = ""
+    told: str = ""
+    """Text of the last call."""
     at: float = 0.0
 
     def hear(self, path: str, text: str) -> None:
+        self.told = text
         if path.endswith("/start"):
             self.started = self.at
         elif path.endswith("/fail"):
@@ -114,6 +117,12 @@ def run(code: str) -> list[str]:
     return [sys.executable, "-c", whole]
 
 
+def test_a_good_night_is_heard_with_its_decision(watched: Watched) -> None:
+    """Regression: it was heard with the line that the webhook had got it."""
+    assert watched.night("bash", "-c", "echo version 2 is the champion; echo \"the event 'promoted' was sent\"") == 0
+    assert watched.service.told == "version 2 is the champion (exit code 0)"
+
+
 SINCE = "error: the retraining of nightly is already running (process 7 on a, since {}); try again later"
 LONG_AGO = SINCE.format("2026-01-02 02:30:00")
 FAILURES: dict[str, tuple[list[str], str]] = {
@@ -128,6 +137,10 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     "Ray's disk is full": (
         run("from ray.exceptions import OutOfDiskError; raise OutOfDiskError('x')"),
         "Ray's temporary folder (ray start --temp-dir): its disk is full; make room",
+    ),
+    "the error is read before an older line": (
+        ["bash", "-c", "echo error: the cause >&2; sleep 0.3; echo an older line; exit 2"],
+        "the cause (exit code 2)",
     ),
     "the memory is full": (["bash", "-c", "kill -9 $$"], "killed by SIGKILL"),
     "the job hangs": (["sleep", "60"], "stopped after 0.0003 hours, the limit of a night"),
