@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from olora_ray.common.errors import as_user_error
@@ -51,10 +51,10 @@ class ChatTemplate:
         self, source: str, special_tokens: Mapping[str, str], what: str = "model.name: the chat template"
     ) -> None:
         """Compile `source`; raise a UserError that begins with `what` if it is not valid."""
-        self._special_tokens = dict(special_tokens)
         # Exception: constant expressions are worked out here, and 1 / 0 is a ZeroDivisionError.
         with as_user_error(f"{what} is not valid", Exception):
             self._template = _compiled(source)
+        self._known = {**self._template.globals, "documents": None, **special_tokens}
 
     def render(
         self,
@@ -63,13 +63,10 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return the conversation as text; raise whatever the template raises, mostly a jinja2.TemplateError."""
-        return self._template.render(
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self._special_tokens,
-        )
+        given = {**self._known, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        # `Template.render` copies the variables twice: a fifth of the time of a rendering.
+        template = self._template
+        return "".join(template.root_render_func(Context(template.environment, given, template.name, template.blocks)))
 
 
 class _Generation(jinja2.ext.Extension):
@@ -148,14 +145,14 @@ class ChatForm:
 
     def __call__(self, chat: Chat) -> Chat:
         """Return the chat in this form; raise Rejected if the template would drop a part of it."""
-        messages = [_with_every_name(message) for message in chat.messages]
+        messages = [_with_every_name(each) if len(each) > 2 else each for each in chat.messages]
         if chat.tools is not None and not self.writes_tools:
             raise Rejected(
                 "template",
                 f"{self.what} does not write the tools: set data.chat_template to one that does,"
                 " or remove the rows with tools",
             )
-        if any(message["role"] == "developer" for message in messages):
+        if "developer" in [message["role"] for message in messages]:
             if self.developer is None:
                 raise Rejected(
                     "template",
@@ -175,7 +172,7 @@ class ChatForm:
             messages = [{**message, "content": None} if _calls_alone(message) else message for message in messages]
         if self.wants_parts:
             messages = [{**message, "content": _parts(message["content"])} for message in messages]
-        return replace(chat, messages=tuple(messages))
+        return Chat(tuple(messages), chat.tools)
 
     def _with_arguments(self, call: Any) -> Any:
         # Only an object, or JSON text of an object, is converted; anything else stays unchanged.
@@ -273,8 +270,9 @@ def _parts(content: str | None) -> Any:
 
 def reasoning(message: Mapping[str, Any]) -> Any:
     """Return a message's reasoning, from any of its keys or <think> tags in the content; None if it has none."""
-    if (thought := next((message[name] for name in REASONING if message.get(name) is not None), None)) is not None:
-        return thought
+    for name in REASONING:
+        if message.get(name) is not None:
+            return message[name]
     before, closed, _ = text_of(message).partition("</think>")
     return before.rpartition("<think>")[2] if closed else None
 

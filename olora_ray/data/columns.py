@@ -61,14 +61,15 @@ def count(notes: "Counter[str]", number: int, source: Source, row: Any, example:
 
     Without the chat template it is not known which keys are read, so only those that decide are noted.
     """
-    used = {*formats.columns_of(source.format, source.fields)}
-    answered = {*TOKENIZED, *(name for name, column in source.fields.items() if column != name)}
+    used, mapped = _used(source.format, *source.fields.items()), source.fields
     read, messages = _read_keys(template), example.messages if isinstance(example, Chat) else ()
     left = [("column", *column) for column in row.items() if column[0] not in used] if isinstance(row, Mapping) else []
-    keys = [("key", *key) for message in messages for key in message.items() if key[0] not in read]
+    keys = [("key", *key) for each in messages if not each.keys() <= read for key in each.items() if key[0] not in read]
     left += [key for key in keys if template or DECIDES.intersection(_words(key[1]))]
     for kind, name, value in left:
-        if name in answered or value in formats.EMPTY or not (needed := weight(source.format, str(name), value)):
+        if name in TOKENIZED or mapped.get(name, name) != name or value in formats.EMPTY:
+            continue
+        if not (needed := weight(source.format, str(name), value)):
             continue
         own = [message[key] for message in messages for key in message if key in read and key != "role"]
         # Columns that repeat what is read: the first question beside messages, all texts joined beside a question.
@@ -81,6 +82,11 @@ def count(notes: "Counter[str]", number: int, source: Source, row: Any, example:
         note += one_line(json.dumps(value, ensure_ascii=False, default=repr), 60)
         if note in notes or (others < 2 and len(notes) < 100):
             notes[note] += 1
+
+
+@lru_cache(64)
+def _used(format: str, *fields: tuple[str, str]) -> frozenset[str]:
+    return frozenset(formats.columns_of(format, dict(fields)))
 
 
 @lru_cache(8)

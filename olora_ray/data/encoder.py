@@ -15,8 +15,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.data.formats import Rejected
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 Answer = TypeVar("Answer")
+Numbers = NDArray[np.int32]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Texts to put before a piece that continues another one; the first with which the piece does not merge is used.
 ANCHORS = ("\n", "|", "\u2500", "0")
@@ -66,14 +71,15 @@ class Piece:
     _anchor_ids: int = 0
     _anchor_characters: int = 0
 
-    def starting_before(self, offset: int) -> int:
-        """Return how many tokens start before character `offset` of the piece.
+    def cut(self, offset: int) -> tuple[Numbers, int]:
+        """Return the ids, and how many of the tokens start before character `offset` of the piece.
 
         The search is by bisection, because few offsets are asked for: a list of all takes a tenth of the time of
         tokenising.
         """
         inside = range(self._anchor_ids, self._anchor_ids + len(self.ids))
-        return bisect_left(inside, offset + self._anchor_characters, key=lambda number: _start(self._encoding, number))
+        at = bisect_left(inside, offset + self._anchor_characters, key=lambda number: _start(self._encoding, number))
+        return np.array(self.ids, np.int32), at
 
 
 class Encoder:
@@ -83,9 +89,9 @@ class Encoder:
         """Load the tokenizer from its JSON text; raise a UserError that names the model if it does not load."""
         self._loaded = _loaded(content, name)
         self._tokenizer = self._loaded.tokenizer
-        self._ahead: dict[str, Encoding] = {}
-        self._ids_ahead: dict[str, list[int]] = {}
-        self._cut_ahead: dict[tuple[str, int], tuple[list[int], int]] = {}
+        self._ids_ahead: dict[str, Numbers] = {}
+        self._cut_ahead: dict[tuple[str, int], tuple[Numbers, int]] = {}
+        self.is_blank = lru_cache(2**16)(self._is_blank)
         self._prefixes = self._puts_a_blank()
 
     def id_of(self, token: str | None) -> int | None:
@@ -99,7 +105,7 @@ class Encoder:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(number for number, token in added.items() if token.special)
 
-    def is_blank(self, number: int) -> bool:
+    def _is_blank(self, number: int) -> bool:
         # A broken decoder does not matter here: it only reads what a model writes.
         text, _ = _tried(self._tokenizer.decode, [number], skip_special_tokens=False)
         return text is not None and not text.strip()
@@ -113,21 +119,19 @@ class Encoder:
         encoding = self._encode(text)
         return Piece(encoding.ids, encoding)
 
-    def ids(self, text: str, continues: bool = False) -> list[int]:
-        if continues and self._prefixes:
-            return self.encode(text, continues).ids
-        ids: list[int] = self._encode(text).ids if (known := self._ids_ahead.get(text)) is None else known
-        return ids
+    def ids(self, text: str, continues: bool = False) -> Numbers:
+        if (known := self._ids_ahead.get(text)) is not None:
+            return known
+        return np.array(self.encode(text, continues).ids, np.int32)
 
-    def cut(self, text: str, offset: int, continues: bool = False) -> tuple[list[int], int]:
+    def cut(self, text: str, offset: int, continues: bool = False) -> tuple[Numbers, int]:
         """Return the ids of a text, and how many of its tokens start before character `offset`."""
         if (known := self._cut_ahead.get((text, offset))) is not None:
             return known
         return self._cut(text, offset, continues)
 
-    def _cut(self, text: str, offset: int, continues: bool = False) -> tuple[list[int], int]:
-        piece = self.encode(text, continues)
-        return piece.ids, piece.starting_before(offset)
+    def _cut(self, text: str, offset: int, continues: bool = False) -> tuple[Numbers, int]:
+        return self.encode(text, continues).cut(offset)
 
     def ahead(self, cuts: Sequence[tuple[str, int]], ids_of: Sequence[str]) -> None:
         """Encode in one batch the texts of later `cut` and `ids` calls; the next call of this drops them.
@@ -135,29 +139,34 @@ class Encoder:
         Encoding texts one by one lets other work push the tokenizer's tables out of the CPU cache. The texts `ids_of`
         are encoded without offsets, which takes a fifth less time. Raises Unlike: then encode all again.
         """
-        self._ahead, self._ids_ahead, self._cut_ahead = {}, {}, {}
+        self._ids_ahead, self._cut_ahead = {}, {}
         if self._prefixes:  # it is not known here whether a text will be encoded after an anchor
             return
         texts = [text for text, _ in cuts]
         if self._loaded.quick_after(sum(map(len, texts)) + sum(map(len, ids_of))):
-            self._ahead_quickly(cuts, ids_of)
-        else:
-            self._ahead = _together(self._tokenizer.encode_batch, texts)
-            found = _together(self._tokenizer.encode_batch_fast, ids_of)
-            self._ids_ahead = {text: encoding.ids for text, encoding in found.items()}
+            self._ahead_quickly(cuts, texts, ids_of)
+            return
+        # None if the tokenizer fails: the later call for a single text shows which text is the cause.
+        pieces, _ = _tried(self._tokenizer.encode_batch, texts, add_special_tokens=False)
+        self._cut_ahead = {
+            cut: Piece(each.ids, each).cut(cut[1]) for cut, each in zip(cuts, pieces or (), strict=False)
+        }
+        found, _ = _tried(self._tokenizer.encode_batch_fast, list(ids_of), add_special_tokens=False)
+        self._ids_ahead = {text: np.array(each.ids, np.int32) for text, each in zip(ids_of, found or (), strict=False)}
 
-    def _ahead_quickly(self, cuts: Sequence[tuple[str, int]], ids_of: Sequence[str]) -> None:
-        texts, starts = [text for text, _ in cuts], [text[:offset] for text, offset in cuts]
+    def _ahead_quickly(self, cuts: Sequence[tuple[str, int]], texts: list[str], ids_of: Sequence[str]) -> None:
+        starts = [text[:offset] for text, offset in cuts]
         if (found := _quickly(self._loaded.quick, [*ids_of, *texts, *starts])) is None:
             return
         self._ids_ahead = dict(zip(ids_of, found, strict=False))
         for cut, ids, start in zip(cuts, found[len(ids_of) :], found[len(ids_of) + len(cuts) :], strict=False):
             # fastokens tells no offsets. Where a token spans the cut, the tokenizer itself does.
-            if ids[: len(start)] == start:
+            if ids[: len(start)].tobytes() == start.tobytes():
                 self._cut_ahead[cut] = ids, len(start)
         try:
-            same = all(self._ids_ahead[text] == self._encode(text).ids for text in ids_of[::CHECKED])
-            same &= all(self._cut_ahead.get(cut) in (None, self._cut(*cut)) for cut in cuts[::CHECKED])
+            same = all(self._ids_ahead[text].tolist() == self._encode(text).ids for text in ids_of[::CHECKED])
+            pairs = [(self._cut_ahead[cut], self._cut(*cut)) for cut in cuts[::CHECKED] if cut in self._cut_ahead]
+            same &= all(np.array_equal(ids, own) and at == own_at for (ids, at), (own, own_at) in pairs)
         except Rejected:  # the tokenizer fails on a text that fastokens has encoded
             same = False
         if not same:
@@ -182,20 +191,12 @@ class Encoder:
             return False
 
     def _encode(self, text: str) -> "Encoding":
-        if (encoding := self._ahead.get(text)) is not None:
-            return encoding
         encoding, why = _tried(self._tokenizer.encode, text, add_special_tokens=False)
         if encoding is not None:
             return encoding
         if _SURROGATE.search(text):  # JSON can hold half a pair, and UTF-8 cannot
             raise Rejected("bad_text", "the text has half a surrogate pair (\\ud800 to \\udfff)")
         raise Rejected("tokenizer", f"the tokenizer fails on the text: {why}")
-
-
-def _together(encode: Callable[..., "list[Encoding]"], texts: Sequence[str]) -> "dict[str, Encoding]":
-    # Empty if the tokenizer fails: the later call for a single text shows which text is the cause.
-    encodings, _ = _tried(encode, list(texts), add_special_tokens=False)
-    return {} if encodings is None else dict(zip(texts, encodings, strict=True))
 
 
 def _start(encoding: "Encoding", number: int) -> int:
@@ -215,9 +216,11 @@ def _tried(call: Callable[..., Answer], *arguments: Any, **named: Any) -> tuple[
         return None, first_line(error)
 
 
-def _quickly(quick: Any, texts: Sequence[str]) -> list[list[int]] | None:
-    encodings, _ = _tried(quick.encode_batch, list(texts))
-    return None if encodings is None else [encoding.ids for encoding in encodings]
+def _quickly(quick: Any, texts: Sequence[str]) -> list[Numbers] | None:
+    if (found := _tried(quick.encode_batch_flat, list(texts))[0]) is None:
+        return None
+    ids, borders = np.frombuffer(found[0], np.int32), np.frombuffer(found[1], np.int64).tolist()
+    return [ids[start:stop] for start, stop in pairwise(borders)]
 
 
 class _Loaded:
@@ -242,8 +245,8 @@ class _Loaded:
         if quick is None or own is None:
             return None
         # One by one, because it refuses some that the tokenizer does not.
-        pairs = zip(texts, own, strict=True)
-        return quick if all(_quickly(quick, [text]) in (None, [ids]) for text, ids in pairs) else None
+        found = ((_quickly(quick, [text]), ids) for text, ids in zip(texts, own, strict=True))
+        return quick if all(known is None or known[0].tolist() == ids for known, ids in found) else None
 
     def _fastokens(self) -> Any:
         from fastokens import Tokenizer

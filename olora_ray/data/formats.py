@@ -6,8 +6,7 @@ Each format is a function from a `Row` to an `Example`; it raises `Rejected` for
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from olora_ray.common.errors import UserError
 
@@ -29,29 +28,25 @@ def one_line(text: str, most: int = LONGEST_MESSAGE) -> str:
     return line if len(line) <= most else line[:most] + "..."
 
 
-@dataclass(frozen=True)
-class Chat:
+class Chat(NamedTuple):
     """A conversation with at least one answer of the assistant."""
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] | None = None
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """A prompt and its completion, without a chat template."""
 
     prompt: str
     completion: str
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Ids:
+class Ids(NamedTuple):
     """A row that is already tokenised. A label is the token at its place, or -100 if that is not supervised."""
 
     ids: list[int]
@@ -88,15 +83,15 @@ CALL = "function_call"
 
 def chat(turns: list[Any], role: str, content: str, tools: Any) -> Chat:
     """Return the chat of turns whose keys are `role` and `content`; raise Rejected if they are not a valid chat."""
-    messages = tuple(_message(turn, number, role, content) for number, turn in enumerate(turns, 1))
+    messages = tuple([_message(turn, number, role, content) for number, turn in enumerate(turns, 1)])
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise Rejected("no_answer", f"no assistant message; roles: {', '.join(roles) or 'none'}")
     first = next((name for name in roles if name not in ("system", "developer")), None)
     if first != "user":
         raise Rejected("bad_role", f"the first message after the system message must be from user, not from {first}")
-    for number, name in enumerate(roles[1:], 2):
-        if name in ("system", "developer") and roles[number - 2] not in ("system", "developer"):
+    for number, (before, name) in enumerate(itertools.pairwise(roles), 2):
+        if name in ("system", "developer") and before not in ("system", "developer"):
             raise Rejected("bad_role", f"message {number}: a {name} message is allowed only at the start")
     return Chat(messages, _tools(tools))
 
@@ -149,6 +144,10 @@ def listed(columns: Mapping[str, Any]) -> str:
 
 
 def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
+    if type(turn) is dict and turn.keys() == {role, content}:  # most turns, in a quarter of the time
+        name, text = turn[role], turn[content]
+        if type(name) is type(text) is str and name in ROLES and text.strip():
+            return {"role": name, "content": text}
     if not isinstance(turn, Mapping):
         raise Rejected(
             "wrong_type", f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}"
@@ -255,8 +254,7 @@ def _parsed(text: str, otherwise: str) -> Any:
         raise Rejected("wrong_type", otherwise) from None
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """The columns of a raw row, under the names that the format uses."""
 
     columns: Mapping[str, Any]
@@ -345,11 +343,12 @@ def _sharegpt(row: Row) -> Example:
 
 def _after_system(row: Row, turns: list[Any], role: str, content: str) -> list[Any]:
     # Anthropic and Bedrock write the system message beside the others, as a text or as a list of parts.
-    value = row.optional("system")
+    if (value := row.optional("system")) is None:
+        return turns
     system = _content(value, 0, "system") if isinstance(value, list) else row.optional_text("system")
-    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
     if not system:
         return turns
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
     if first.get(role) != "system":
         return [{role: "system", content: system}, *turns]
     if _content(first.get(content), 1, content) != system:

@@ -24,9 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +50,7 @@ THOUGHT = dict.fromkeys((*REASONING, "thought"), WHY)
 SWITCH = "{% set enable_thinking, thinking = true, true %}"
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     """Same length as `ids`."""
@@ -61,8 +58,7 @@ class Tokens:
     """True if the example was too long: these are the tokens that `data.too_long` keeps."""
 
 
-@dataclass(frozen=True)
-class Begun:
+class Begun(NamedTuple):
     """An example whose texts are known, but not tokenised yet."""
 
     example: Example
@@ -72,17 +68,10 @@ class Begun:
     """Texts to tokenise without offsets."""
     finish: Callable[[], list[Tokens]]
     """Returns the tokens, in several pieces for a long text; raises Rejected if the example cannot be used."""
+    size: int
+    """Characters, or tokens of a row that has them already."""
     marked: bool = False
     """True if the template has no place for the reasoning, so that it is written as <think>...</think>."""
-
-    @property
-    def size(self) -> int:
-        tokens = len(self.example.ids) if isinstance(self.example, Ids) else 0
-        return sum(len(text) for text, _ in self.answers) + sum(map(len, self.texts)) + tokens
-
-    @property
-    def longest(self) -> int:
-        return max(len(text) for text in (*(text for text, _ in self.answers), *self.texts))
 
 
 class ExampleTokenizer:
@@ -117,7 +106,9 @@ class ExampleTokenizer:
         template = self._spec.template(isinstance(example, Chat) and example.tools is not None)
         columns.count(notes, number, source, row, example, template)
         # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
-        if not isinstance(example, Text | Ids) and begun.longest > (most := 1000 * self._max_length):
+        most = 1000 * self._max_length
+        texts = [*begun.texts, *(text for text, _ in begun.answers)] if begun.size > most else []
+        if not isinstance(example, Text) and any(len(text) > most for text in texts):
             raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {self._max_length}")
         return begun
 
@@ -126,22 +117,22 @@ class ExampleTokenizer:
         match example:
             case Chat():
                 self._marked = False
-                parts = [(_cuts(text, spans), spans) for text, spans in self._parts(example)]
-                answers = [
-                    (cut, stop - start)
-                    for (_, *cuts), spans in parts
-                    for cut, (start, stop) in zip(cuts, spans, strict=True)
-                ]
-                before = [cuts[0] for cuts, _ in parts]
-                return Begun(example, answers, before, lambda: self._chat(parts), self._marked)
+                parts, answers, before, size = [], [], [], 0
+                for text, spans in self._parts(example):
+                    first, *others = cuts = _cuts(text, spans)
+                    parts.append((cuts, spans))
+                    before.append(first)
+                    answers += [(cut, stop - start) for cut, (start, stop) in zip(others, spans, strict=True)]
+                    size += len(text)
+                return Begun(example, answers, before, lambda: self._chat(parts), size, self._marked)
             case Completion():
                 texts = (example.prompt, example.completion)
-                return Begun(example, (), texts, lambda: [self._completion(example)])
+                return Begun(example, (), texts, lambda: [self._completion(example)], sum(map(len, texts)))
             case Text():
                 stretches = _STRETCH.findall(example.text)
-                return Begun(example, (), stretches[:1], lambda: self._text(stretches))
+                return Begun(example, (), stretches[:1], lambda: self._text(stretches), sum(map(len, stretches[:1])))
             case Ids():
-                return Begun(example, (), (), lambda: self._given(example))
+                return Begun(example, (), (), lambda: self._given(example), len(example.ids))
 
     def ahead(self, begun: Sequence[Begun]) -> None:
         """Tokenise the texts of several examples in one batch, which takes less time; then finish each of them."""
@@ -174,16 +165,14 @@ class ExampleTokenizer:
                 notes["split"] += 1
                 notes["split_tokens"] += sum(len(each.ids) for each in tokens)
                 notes["whole_tokens"] += max(len(each.ids) for each in tokens)
-        if min(int(np.count_nonzero(each.supervised)) for each in tokens) == 1:
+        if 1 in [np.count_nonzero(each.supervised) for each in tokens]:
             notes["single"] += 1
-        if not isinstance(example, Ids) and not all(each.shortened or self._ends_well(each) for each in tokens):
+        # A special token at the end teaches the model where to stop.
+        last = {int(each.ids[each.supervised.nonzero()[0][-1]]) for each in tokens if not each.shortened}
+        if not isinstance(example, Ids) and not last <= self._special:
             notes["unended"] += 1
-        if any(each.shortened for each in tokens):
+        if True in [each.shortened for each in tokens]:
             notes[self._too_long] += 1
-
-    def _ends_well(self, tokens: Tokens) -> bool:
-        """True if the supervised tokens end with a special token, so that the model learns where to stop."""
-        return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special
 
     def _parts(self, chat: Chat) -> list[tuple[str, list[Span]]]:
         chat = self._forms[chat.tools is not None](chat)
@@ -239,7 +228,7 @@ class ExampleTokenizer:
             if isinstance(given["content"], list) and isinstance(last["content"], str):
                 last["content"] = [{"type": "text", "text": last["content"]}]
             with suppress(Rejected):
-                text = self._render(replace(chat, messages=(*chat.messages[:number], last)), number + 1)
+                text = self._render(chat._replace(messages=(*chat.messages[:number], last)), number + 1)
                 return self._ends[chat.tools is not None](text, _same(before, text), last)
             return ""
 
@@ -324,7 +313,7 @@ class ExampleTokenizer:
         if left_out and (not tokens or self._too_long == "reject"):
             raise left_out
         if left_out:
-            tokens[-1] = replace(tokens[-1], shortened=True)
+            tokens[-1] = tokens[-1]._replace(shortened=True)
         return tokens[-1:] if self._last_turn_only else tokens
 
     def _masked(self, cuts: Sequence[str], spans: Sequence[Span]) -> Tokens:
@@ -333,16 +322,17 @@ class ExampleTokenizer:
         `spans` are the positions of the answers in the whole text.
         """
         before, *parts = cuts
-        ids, written_at = [*self._encoder.ids(before)], []
+        pieces, written_at = [self._encoder.ids(before)], []
         for (start, stop), part in zip(spans, parts, strict=True):
             # The model writes each token that begins in the answer, wherever the token ends.
             own, count = self._encoder.cut(part, stop - start, continues=start > 0)
-            written = own[:count]
+            length, written = sum(map(len, pieces)), own[:count].tolist()
             if written and written[-1] in self._special:
                 written.pop()  # the end of the turn
-            self._require_own(written, bool(ids))
-            written_at.append(slice(len(ids), len(ids) + count))
-            ids += own
+            self._require_own(written, length > 0)
+            written_at.append(slice(length, length + count))
+            pieces.append(own)
+        ids = np.concatenate(pieces)
         shortened, most = False, self._max_length
         if self._too_long == "drop_turns" and (fitting := [part for part in written_at if part.stop <= most]):
             shortened = len(fitting) < len(written_at)
@@ -351,11 +341,11 @@ class ExampleTokenizer:
         supervised = np.zeros(len(ids), dtype=bool)
         for span in written_at:
             supervised[span] = True
-        return self._checked(np.asarray(ids, dtype=np.int32), supervised, shortened)
+        return self._checked(ids, supervised, shortened)
 
     def _completion(self, example: Completion) -> Tokens:
-        prompt = self._encoder.ids(example.prompt)
-        answer = self._encoder.ids(example.completion, continues=bool(prompt))
+        prompt = self._encoder.ids(example.prompt).tolist()
+        answer = self._encoder.ids(example.completion, continues=bool(prompt)).tolist()
         asked = [*self._begin([*prompt, *answer]), *prompt]
         self._require_own(answer, bool(asked))
         ids = np.asarray([*asked, *answer, *self._end(answer)], dtype=np.int32)
@@ -364,7 +354,7 @@ class ExampleTokenizer:
     def _text(self, stretches: Sequence[str]) -> list[Tokens]:
         tokens: list[int] = []
         for stretch in stretches:
-            tokens += self._encoder.ids(stretch, continues=bool(tokens))
+            tokens += self._encoder.ids(stretch, continues=bool(tokens)).tolist()
         pieces = self._pieces(np.asarray([*self._begin(tokens), *tokens, *self._end(tokens)], dtype=np.int32))
         if all((each.ids[each.supervised] == self._spec.eos_id).all() for each in pieces):
             raise Rejected("no_supervised_token", "a text of one token: only the end token is left to train on")
@@ -428,13 +418,14 @@ class ExampleTokenizer:
             token = self._encoder.token_of(largest)
             raise Rejected("no_embedding", f"token {token!r} (id {largest}) has no embedding; the model has {rows}")
         supervised[:1] = False
-        if not supervised.any():
+        if not np.count_nonzero(supervised):
             raise Rejected("no_supervised_token", "the answer has no token of its own to train on")
         return Tokens(ids, supervised, shortened)
 
 
 def _cuts(text: str, answers: Sequence[Span]) -> list[str]:
-    return [text[low:high] for low, high in pairwise([0, *(start for start, _ in answers), len(text)])]
+    starts = [start for start, _ in answers]
+    return [text[low:high] for low, high in zip([0, *starts], [*starts, len(text)], strict=True)]
 
 
 def _refused(why: str, other: str = "another template") -> Rejected:

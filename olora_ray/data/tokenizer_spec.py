@@ -125,7 +125,7 @@ class EndOfTurn:
         """Fix the end of a conversation whose last message is the answer; it is written after `start`."""
         text, calls = text.removesuffix(self.tail), message.get("tool_calls")
         parts = [str(reasoning(message) or "").strip(), text_of(message), *map(called, calls or ())]
-        said = max([start, *(text.rfind(part, start) + len(part) for part in parts if part)])
+        said = max([start, *[text.rfind(part, start) + len(part) for part in parts if part]])
         ends = [text.find(token, said) + len(token) for token in self.stops if token in text[said:]]
         if ends and text[min(ends) :].strip():  # the template begins the next turn
             return text[: min(ends)]
@@ -148,7 +148,7 @@ def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn
     result = {"role": "tool", "content": "1", "tool_call_id": CALL["id"], "name": "f"}
     pairs = [(written(head), written([*head, more])) for head, more in (([question, answer], question), (call, result))]
     eos = encoder.token_of(spec.eos_id) or ""
-    put = eos if encoder.ids(eos) == [spec.eos_id] else ""
+    put = eos if encoder.ids(eos).tolist() == [spec.eos_id] else ""
     written_texts = "".join([spec.template(tools), *(text for pair in pairs for text in pair)])
     named = {encoder.token_of(number) or "" for number in encoder.special_ids()}
     special = tuple(sorted({eos, *(token for token in named if token in written_texts)} - {""}, key=len, reverse=True))

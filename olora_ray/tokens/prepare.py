@@ -4,17 +4,21 @@ import contextlib
 import itertools
 import json
 import logging
+import multiprocessing
+import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from olora_ray.common import node_cache, records, storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
 from olora_ray.config.schema import AnyConfig
@@ -146,8 +150,11 @@ def _quiet_stream() -> None:
 # Writer of token stores: it builds the shards that are missing or damaged, spread over the cluster.
 
 
-# Input bytes up to which the driver tokenises by itself: starting Ray Data would take longer.
-MAKE_HERE = 4 * 2**20
+ALONE = 4 * 2**20
+"""Input bytes up to which the driver tokenises in its own process, in about a second."""
+MAKE_HERE = 32 * 2**20
+"""Input bytes per core of this machine up to which processes of the driver tokenise, in ten seconds. Ray Data takes
+six until its first shard."""
 
 
 @dataclass(frozen=True)
@@ -277,12 +284,52 @@ def _made(job: StoreSpec, status: StoreStatus, cpus_held: float) -> Generator[di
     shared = job.for_tasks()
     if small(job, status):
         return (make_shard(shared, job.plan.part(number)) for number in status.missing)
-    return map_ordered(make_shard, shared, Lazy(job.plan.part, status.missing), cpus_held)
+    parts = Lazy(job.plan.part, status.missing)
+    if status.size(job.plan) <= MAKE_HERE * _cores():
+        return _by_processes(shared, parts)
+    return map_ordered(make_shard, shared, parts, cpus_held)
 
 
 def small(job: StoreSpec, status: StoreStatus) -> bool:
     """True if the missing shards are built in this process, without Ray."""
-    return len(status.missing) <= 1 or status.size(job.plan) <= MAKE_HERE
+    return len(status.missing) <= 1 or status.size(job.plan) <= min(ALONE, MAKE_HERE)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _by_processes(shared: tuple[Rules, str, str], parts: Sequence[Part]) -> Generator[dict[str, Any], None, None]:
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy the threads' locks
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(min(len(parts), _cores()), context, _join, (shared,))
+    try:
+        yield from pool.map(_make, parts)
+    except BrokenProcessPool:
+        raise TryAgain("a process that tokenised rows was killed; run the same command again to resume") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_shared: Any = None
+
+
+def _join(shared: tuple[Rules, str, str]) -> None:
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal; the driver ends these
+    threading.Thread(target=_end_with_the_driver, daemon=True).start()
+
+
+def _end_with_the_driver() -> None:
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
+
+
+def _make(part: Part) -> dict[str, Any]:
+    return make_shard(_shared, part)
 
 
 def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import fastokens
+import numpy as np
 import pytest
 
 from olora_ray.tokens import manifest, shard
@@ -51,17 +52,18 @@ class Counting:
     def load(self, content: str) -> Any:
         self.inner = fastokens.Tokenizer.from_json_str(content)
         return SimpleNamespace(
-            no_truncation=self.inner.no_truncation, no_padding=self.inner.no_padding, encode_batch=self.encode_batch
+            no_truncation=self.inner.no_truncation, no_padding=self.inner.no_padding, encode_batch_flat=self.encode
         )
 
-    def encode_batch(self, texts: list[str]) -> list[Any]:
+    def encode(self, texts: list[str]) -> tuple[bytes, bytes]:
         self.texts += len(texts)
-        found = [list(each.ids) for each in self.inner.encode_batch(texts)]
-        for text, ids in zip(texts, found, strict=True):
+        flat, borders = self.inner.encode_batch_flat(texts)
+        ids = np.frombuffer(flat, np.int32).copy()
+        for text, stop in zip(texts, np.frombuffer(borders, np.int64)[1:], strict=True):
             if len(text) > self.right or (self.wrong_in is not None and self.wrong_in in text):
-                ids[-1] = 0
+                ids[stop - 1] = 0
                 self.wrong += 1
-        return [SimpleNamespace(ids=ids) for ids in found]
+        return ids.tobytes(), borders
 
 
 @pytest.mark.parametrize("kind", sorted(small_tokenizers.KINDS))

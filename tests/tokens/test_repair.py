@@ -3,24 +3,28 @@
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olora_ray.common import records
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan
-from olora_ray.tokens.prepare import begin, prepare
+from olora_ray.tokens import prepare as writer
+from olora_ray.tokens.prepare import begin, plan_here, prepare
 from olora_ray.tokens.store import TokenStore
 from tests.tokens import helpers
-from tests.tokens.helpers import content, rows
+from tests.tokens.helpers import chat, content, rows
 from tests.tokens.test_growing import same
+from tests.waiting import until
 
 # New content of files; None: the file is missing.
 Damage = dict[str, bytes | None]
@@ -122,6 +126,46 @@ def test_two_processes_at_the_same_time(tmp_path: Path, tiny_spec: TokenizerSpec
         assert process.exitcode == 0
     assert digests == [alone.digest] * 2
     assert content(f"{tmp_path}/shared/tokens/{alone.digest}") == content(alone.uri)
+
+
+def two_shards(folder: Path) -> Config:
+    """A corpus that processes of the driver tokenise."""
+    long = [chat(f"question {number} " * 20, f"answer {number} " * 20) for number in range(9000)]
+    return helpers.config(folder / "runs", helpers.write_jsonl(folder / "long.jsonl", long), max_length=1024)
+
+
+def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
+    config = two_shards(tmp_path)
+    job = writer.StoreSpec(plan_here(config, tiny_spec, "train"), str(tmp_path / "alone"), str(tmp_path))
+    for number in range(2):
+        writer.make_shard(job.for_tasks(), job.plan.part(number))
+    expected = content(job.uri)
+    assert len(expected) == 2 * 2
+
+    killer = threading.Thread(target=until, args=[killed], daemon=True)
+    killer.start()
+    with pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again"):
+        prepare(config, tiny_spec, "train")
+    killer.join()
+    until(lambda: not servants())
+
+    found = content(prepare(config, tiny_spec, "train").uri)
+    assert found.items() >= expected.items()
+
+
+def servants() -> list[psutil.Process]:
+    """Processes that a server of this process has forked."""
+    servers = [each for each in psutil.Process().children() if "forkserver" in " ".join(each.cmdline())]
+    return [each for server in servers for each in server.children()]
+
+
+def killed() -> bool:
+    for each in servants():
+        each.kill()
+        return True
+    return False
 
 
 class Small:

@@ -221,9 +221,10 @@ def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     assert "data.eval: no source is set" in failure(helpers.config(tmp_path, path), tiny_spec, "eval")
 
 
-def test_reading_needs_no_ray_and_no_transformers() -> None:
+def test_reading_and_writing_need_no_ray_no_transformers_and_no_pandas() -> None:
     code = (
-        "import sys; from olora_ray.tokens import store, prepare; print([m for m in sys.modules if m in sys.argv[1:]])"
+        "import sys; from olora_ray.tokens import prepare, shard, store; shard.file_bytes(shard.Shard().table());"
+        "print([m for m in sys.modules if m in sys.argv[1:]])"
     )
     unwanted = ["ray", "transformers", "mlflow", "datasets", "torch", "tokenizers", "pandas"]
     done = subprocess.run([sys.executable, "-c", code, *unwanted], capture_output=True, text=True, check=True)
