@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -296,7 +297,11 @@ def small(job: StoreSpec, status: StoreStatus) -> bool:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, -(-quota // period))
+    return cores
 
 
 def _by_processes(shared: tuple[Rules, str, str], parts: Sequence[Part]) -> Generator[dict[str, Any], None, None]:
