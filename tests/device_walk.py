@@ -58,7 +58,7 @@ def start(
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)
     factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
-    sizes = weight_sizes(targets, device)
+    sizes = weight_sizes(targets, device) if settings.train.optimizer == "spectral" else {}
     adapted = wrap(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     install(model, adapted)
     place_model(loss, "ddp", device)

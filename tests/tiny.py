@@ -213,7 +213,7 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)
     factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
-    sizes = weight_sizes(targets, device)
+    sizes = weight_sizes(targets, device) if settings.train.optimizer == "spectral" else {}
     adapted = inject(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     loss = SupervisedLoss(model)
     place_model(loss, strategy, device)

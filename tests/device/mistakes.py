@@ -177,7 +177,7 @@ ONE_WORKER: dict[str, Mistake] = {
         Target,
         "numbers",
         lambda numbers, target: _Converted(numbers(target)),
-        r"conversions: .*adapter/initialise.py:\d+ _compute",
+        r"conversions: .*adapter/initialise.py:\d+ _numbers",
     ),
     "weights are converted and then copied": (
         Target,

@@ -144,25 +144,26 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
     expected = content(job.uri)
     assert len(expected) == 2 * 2
 
-    killer = threading.Thread(target=until, args=[killed], daemon=True)
+    others = servants()
+    killer = threading.Thread(target=until, args=[lambda: killed(others)], daemon=True)
     killer.start()
     with pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again"):
         prepare(config, tiny_spec, "train")
     killer.join()
-    until(lambda: not servants())
+    until(lambda: servants() <= others)
 
     found = content(prepare(config, tiny_spec, "train").uri)
     assert found.items() >= expected.items()
 
 
-def servants() -> list[psutil.Process]:
-    """Processes that a server of this process has forked."""
+def servants() -> set[psutil.Process]:
+    """Processes that a server of this process has forked; other tests have some, too."""
     servers = [each for each in psutil.Process().children() if "forkserver" in " ".join(each.cmdline())]
-    return [each for server in servers for each in server.children()]
+    return {each for server in servers for each in server.children()}
 
 
-def killed() -> bool:
-    for each in servants():
+def killed(others: set[psutil.Process]) -> bool:
+    for each in servants() - others:
         each.kill()
         return True
     return False
