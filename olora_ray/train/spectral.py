@@ -89,10 +89,10 @@ class Spectral:
         of_a, of_b = (
             _flat([self.flat.view(self.flat.grad, f"{name}.{part}") for name in names]) for part in ("da", "db")
         )
-        root_a = _root(_gram(a))
+        root_a = _root(a)
         limit = (KAPPA * far.double()).square() * torch.cholesky_inverse(root_a)
-        step_b = (-far * self.config.lr_ratio * _shaped(root_a, of_b.mT)) @ of_b.mT
-        step_a = (-far * _shaped(_root(_gram(b) + limit), of_a)) @ of_a
+        step_b = _step(far * self.config.lr_ratio, root_a, of_b.mT)
+        step_a = _step(far, _root(b, limit), of_a)
         start = 0
         for name, layer in zip(names, layers, strict=True):
             rows = slice(start, start := start + len(self.sizes[name]))
@@ -117,14 +117,11 @@ def _flat(parts: list[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1, *part.shape[-2:]) for part in parts])
 
 
-def _gram(rows: Tensor) -> Tensor:
-    return (rows @ rows.mT).double()
-
-
-def _root(gram: Tensor) -> Tensor:
-    """Return the Cholesky factor of a gram matrix, without a check that waits for the device."""
-    # The share is far above the rounding errors of a product in float32.
-    factor: Tensor = torch.linalg.cholesky_ex(_lifted(gram, 1e-6)).L
+def _root(rows: Tensor, more: Tensor | float = 0.0) -> Tensor:
+    """Return the Cholesky factor of rows rows^T + more in float64, without a check that waits for the device."""
+    # In float32 the rounding errors would be larger than what `_lifted` adds, if the rows are dependent.
+    wide = rows.double()
+    factor: Tensor = torch.linalg.cholesky_ex(_lifted(wide @ wide.mT + more, 1e-6)).L
     return factor
 
 
@@ -134,16 +131,14 @@ def _lifted(gram: Tensor, share: float) -> Tensor:
     return gram + torch.diag_embed((share * mean + smallest)[..., None].expand(gram.shape[:-1]))
 
 
-def _shaped(root: Tensor, momentum: Tensor) -> Tensor:
-    """Return P (L x r x r): P M is the step of the momentum M (L x r x n) in the metric C = root root^T.
-
-    P = root^-T (root^-1 M M^T root^-T)^(-1/2) root^-1.
-    """
-    half = torch.linalg.solve_triangular(root, _gram(momentum), upper=False)
-    moved = torch.linalg.solve_triangular(root, half.mT, upper=False)
-    inner = torch.linalg.solve_triangular(root.mT, _inverse_root(moved.float()).double(), upper=True)
-    shaped: Tensor = torch.linalg.solve_triangular(root, inner, upper=False, left=False)
-    return shaped.to(momentum.dtype)
+def _step(far: Tensor, root: Tensor, momentum: Tensor) -> Tensor:
+    """Return -far root^-T polar(root^-1 M), the step of a momentum M (L x r x n) in the metric root root^T."""
+    # Not one r x r matrix times M: if the rows are dependent, its numbers differ by more than float32 holds.
+    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    inverse = torch.linalg.solve_triangular(root, eye, upper=False).to(momentum.dtype)
+    along = inverse @ momentum
+    step: Tensor = (-far * inverse.mT @ _inverse_root(along @ along.mT)) @ along
+    return step
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Fit:
     """A layer, or a stack of experts, whose loss is the squared distance of B A to a target, with noise."""
 
     def __init__(self, a0: Tensor, b0: Tensor | None, **changes: Any) -> None:
-        self.layer = AdaptedWeight(Factors(a0, b0), M, SCALE)
+        self.layer = AdaptedWeight(Factors(a0, b0), M if b0 is None else b0.shape[-2], SCALE)
         self.flat = FlatAdapters({"layer": self.layer}, apart="lr_ratio" in changes)
         sizes = {"layer": torch.full(a0.shape[:-2] or (1,), SIZE)}
         self.optimizer = Spectral(self.flat, {"layer": self.layer}, Train(**{"clip": None, **changes}), sizes)
@@ -46,12 +46,17 @@ class Fit:
         gradient = b @ a - draw(*shape, seed=1) + 0.5 * draw(*shape, seed=10 + self.count)
         if used:
             gradient *= torch.tensor([float(each in used) for each in range(len(a))])[:, None, None]
+        self.push(gradient)
+        self.count += 1
+
+    def push(self, gradient: Tensor) -> None:
+        """Step along the gradient of B A."""
+        a, b = self.factors()
         assert self.layer.da.grad is not None
         assert self.layer.db.grad is not None
         self.layer.da.grad.copy_(b.mT @ gradient)
         self.layer.db.grad.copy_(gradient @ a.mT)
         self.optimizer.step(LR)
-        self.count += 1
 
     def product(self, steps: int) -> Tensor:
         for _ in range(steps):
@@ -70,6 +75,14 @@ def test_each_factor_moves_the_weight_by_the_rate_times_its_size(ratio: float) -
         moves = [SCALE * torch.linalg.svdvals(change) for change in ((new_b - b) @ a, b @ (new_a - a))]
         for move, size in zip(moves, (MOVE * ratio, MOVE), strict=True):
             torch.testing.assert_close(move[:RANK], torch.full((RANK,), size), rtol=1e-3, atol=0)
+
+
+def test_a_layer_whose_factor_lacks_rank_moves_no_further() -> None:
+    rank = 64
+    same = draw(1, 96, seed=2) * torch.linspace(1, 2, rank)[:, None]
+    fit = Fit(same, draw(48, rank, seed=3))
+    fit.push(draw(48, 96, seed=4))
+    assert float(torch.linalg.matrix_norm(SCALE * fit.layer.db.detach() @ same, 2)) == pytest.approx(MOVE, rel=0.02)
 
 
 @pytest.mark.parametrize("start", ["full", "zero"])
@@ -101,18 +114,18 @@ def test_each_expert_has_the_step_of_a_layer_and_stands_still_without_tokens() -
     alone = Fit(a[1], b[1])
     for each in noise:
         own_a, own_b = alone.factors()
-        gradient = own_b @ own_a - target[1] + 0.5 * each[1]
-        assert alone.layer.da.grad is not None
-        assert alone.layer.db.grad is not None
-        alone.layer.da.grad.copy_(own_b.mT @ gradient)
-        alone.layer.db.grad.copy_(gradient @ own_a.mT)
-        alone.optimizer.step(LR)
+        alone.push(own_b @ own_a - target[1] + 0.5 * each[1])
     for found, expected in zip(stack.factors(), alone.factors(), strict=True):
         torch.testing.assert_close(found[1], expected)
 
 
-def test_without_a_gradient_nothing_moves() -> None:
-    fit = Fit(draw(RANK, N, seed=2), draw(M, RANK, seed=3))
+@pytest.mark.parametrize("size", [1.0, 0.0])
+def test_without_a_gradient_or_a_weight_nothing_moves(size: float) -> None:
+    fit = Fit(size * draw(RANK, N, seed=2), draw(M, RANK, seed=3))
+    if not size:
+        assert fit.layer.da.grad is not None
+        fit.optimizer.sizes["layer"].zero_()
+        fit.layer.da.grad.copy_(draw(RANK, N, seed=4))
     before = fit.flat.vector.clone()
     fit.optimizer.step(LR)
     assert torch.equal(fit.flat.vector, before)
