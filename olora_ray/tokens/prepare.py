@@ -151,11 +151,9 @@ def _quiet_stream() -> None:
 # Writer of token stores: it builds the shards that are missing or damaged, spread over the cluster.
 
 
-ALONE = 4 * 2**20
-"""Input bytes up to which the driver tokenises in its own process, in about a second."""
-MAKE_HERE = 32 * 2**20
-"""Input bytes per core of this machine up to which processes of the driver tokenise, in ten seconds. Ray Data takes
-six until its first shard."""
+# Input bytes up to which the driver tokenises by itself, in about a second. Up to eight times as many per core of this
+# machine are tokenised by processes of the driver, in ten seconds: Ray Data takes six until its first shard.
+MAKE_HERE = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -286,14 +284,14 @@ def _made(job: StoreSpec, status: StoreStatus, cpus_held: float) -> Generator[di
     if small(job, status):
         return (make_shard(shared, job.plan.part(number)) for number in status.missing)
     parts = Lazy(job.plan.part, status.missing)
-    if status.size(job.plan) <= MAKE_HERE * _cores():
+    if status.size(job.plan) <= 8 * MAKE_HERE * _cores():
         return _by_processes(shared, parts)
     return map_ordered(make_shard, shared, parts, cpus_held)
 
 
 def small(job: StoreSpec, status: StoreStatus) -> bool:
     """True if the missing shards are built in this process, without Ray."""
-    return len(status.missing) <= 1 or status.size(job.plan) <= min(ALONE, MAKE_HERE)
+    return len(status.missing) <= 1 or status.size(job.plan) <= MAKE_HERE
 
 
 def _cores() -> int:
