@@ -122,14 +122,8 @@ def only_controllers_are_ended() -> None:
     ray.get([one.__ray_ready__.remote() for one in others])
     ray_internals.end_train_controllers()
 
-    def ended() -> bool:  # a killed actor still answers until it has heard of it
-        try:
-            ray.get(others[0].__ray_ready__.remote())
-        except ray.exceptions.RayActorError:
-            return True
-        return False
-
-    until(ended)
+    with pytest.raises(ray.exceptions.RayActorError):  # a killed actor still answers until it has heard of it
+        until(lambda: ray.get(others[0].__ray_ready__.remote()) and None)
     ray.get(others[1].__ray_ready__.remote())
 
 

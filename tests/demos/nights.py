@@ -169,7 +169,7 @@ def play(demo: Demo, fill: Callable[[], object], make_room: Callable[[], object]
     client.delete_model_version("nightly", "2")
     demo.night(
         "5 deleted champion",
-        "somebody deletes version 2 in MLflow",
+        "version 2 is deleted in MLflow",
         Expected((0,), "passed: eval/loss", ("the champion is version 1", "version 5 promoted", quiet), "5"),
     )
     demo.server.kill()

@@ -128,16 +128,11 @@ def test_two_processes_at_the_same_time(tmp_path: Path, tiny_spec: TokenizerSpec
     assert content(f"{tmp_path}/shared/tokens/{alone.digest}") == content(alone.uri)
 
 
-def two_shards(folder: Path) -> Config:
-    """A corpus that processes of the driver tokenise."""
-    long = [chat(f"question {number} " * 20, f"answer {number} " * 20) for number in range(9000)]
-    return helpers.config(folder / "runs", helpers.write_jsonl(folder / "long.jsonl", long), max_length=1024)
-
-
 def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
     tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
-    config = two_shards(tmp_path)
+    long = [chat(f"question {number} " * 20, f"answer {number} " * 20) for number in range(9000)]
+    config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "long.jsonl", long), max_length=1024)
     job = writer.StoreSpec(plan_here(config, tiny_spec, "train"), str(tmp_path / "alone"), str(tmp_path))
     for number in range(2):
         writer.make_shard(job.for_tasks(), job.plan.part(number))
@@ -163,10 +158,9 @@ def servants() -> set[psutil.Process]:
 
 
 def killed(others: set[psutil.Process]) -> bool:
-    for each in servants() - others:
+    for each in (ours := servants() - others):
         each.kill()
-        return True
-    return False
+    return bool(ours)
 
 
 class Small:
