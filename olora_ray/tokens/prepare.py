@@ -10,9 +10,9 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -305,34 +305,43 @@ def _cores() -> int:
 def _by_processes(shared: tuple[Rules, str, str], parts: Sequence[Part]) -> Generator[dict[str, Any], None, None]:
     context = multiprocessing.get_context("forkserver")  # a fork of this process would copy the threads' locks
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(len(parts), _cores()), context, _join, (shared,))
+    count = min(len(parts), _cores())
+    # Each process has its own pipe, which ends with it. What all share would stay locked, or half written, if one is
+    # killed in its message, and the driver would wait forever.
+    pipes, processes = [], []
     try:
-        yield from pool.map(_make, parts)
-    except BrokenProcessPool:
+        for first in range(count):
+            results, theirs = context.Pipe(duplex=False)
+            own = [parts[number] for number in range(first, len(parts), count)]
+            process = context.Process(target=_make_parts, args=(shared, own, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(results)
+            processes.append(process)
+        for number in range(len(parts)):
+            result = pipes[number % count].recv()
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    except (EOFError, BrokenPipeError):
         raise TryAgain("a process that tokenised rows was killed; run the same command again to resume") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for results in pipes:
+            results.close()
+        for process in processes:
+            process.join()
 
 
-_shared: Any = None
-
-
-def _join(shared: tuple[Rules, str, str]) -> None:
-    global _shared
-    _shared = shared
+def _make_parts(shared: tuple[Rules, str, str], parts: Sequence[Part], results: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal; the driver ends these
-    threading.Thread(target=_end_with_the_driver, daemon=True).start()
-
-
-def _end_with_the_driver() -> None:
-    driver = multiprocessing.parent_process()
-    assert driver is not None
-    driver.join()
-    os._exit(1)
-
-
-def _make(part: Part) -> dict[str, Any]:
-    return make_shard(_shared, part)
+    result: dict[str, Any] | Exception
+    with contextlib.suppress(BrokenPipeError):  # the driver wants no more, or was killed
+        for part in parts:
+            try:
+                result = make_shard(shared, part)
+            except Exception as error:
+                result = error
+            results.send(result)
 
 
 def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
