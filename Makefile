@@ -37,12 +37,12 @@ test: style ## all checks and tests that fit in 20 minutes; one Ray at a time
 	$(MAKE) --jobs=3 --keep-going test-ray test-others types
 
 test-ray: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "ray and not slow"
+	$(BIN)/python -m pytest --timeout 600 -m "ray and not slow"
 
 # The output goes to a file and is printed at the end, so that it does not mix with that of test-ray.
 test-others: $(VENV)/.dev
 	mkdir -p build
-	nice -n 19 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray" > build/test-others.txt 2>&1; \
+	nice -n 19 $(BIN)/python -m pytest --timeout 600 -n 2 --dist loadfile -m "not slow and not ray" > build/test-others.txt 2>&1; \
 	    code=$$?; cat build/test-others.txt; exit $$code
 
 quick: $(VENV)/.dev ## at every change: style, and short tests of what differs from main that start no process
