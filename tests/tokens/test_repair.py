@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
     assert len(expected) == 2 * 2
 
     for moment in ("in its work", "in its message"):
-        killer = threading.Thread(target=until, args=[lambda: killed(tmp_path, moment), 30, 0.001], daemon=True)
+        killer = threading.Thread(target=until, args=[partial(killed, tmp_path, moment), 30, 0.001], daemon=True)
         killer.start()
         with pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again"):
             prepare(config, tiny_spec, "train")
