@@ -1,68 +1,9 @@
-"""A page in one file, with figures: the style of the reports of runs, searches and comparisons."""
+"""A page in one file: the style of the reports of runs, searches and comparisons."""
 
 import base64
-import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from html import escape
 from string import Template
-from typing import TYPE_CHECKING, Any
-
-from olora_ray.common import storage
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Only the best trial has the colour BEST, in figures and on pages.
-BEST, INK, MUTED, GRID, FAILED = "#d55e00", "#1f2933", "#5f6c7b", "#e4e7eb", "#8c2d72"
-# Okabe and Ito's palette without BEST. Colour-blind people can tell these colours apart.
-COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e0a100", "#56b4e9", "#4d4d4d")
-Draw = Callable[[], "Figure"]
-
-
-def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
-    """Return PNGs by the names of their figures, drawn in the style of the reports."""
-    import matplotlib
-
-    style: Any = {
-        "text.parse_math": False,  # a `$` in a name must not start a formula
-        "text.color": INK,
-        "axes.edgecolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "savefig.dpi": 150,
-        "font.size": 9,
-        "legend.frameon": False,
-    }
-    pictures = {}
-    with matplotlib.rc_context(style):
-        for name, draw in draws.items():
-            draw().savefig(buffer := io.BytesIO(), format="png")
-            pictures[name] = buffer.getvalue()
-    return pictures
-
-
-def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tuple["Figure", "Axes"]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", size=13, weight="bold")
-    figure.supxlabel(caption, x=0.01, ha="left", size=9, color=MUTED)
-    return figure, figure.add_subplot()
-
-
-def say(axes: "Axes", sentence: str) -> None:
-    axes.set_axis_off()
-    axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED)
-
-
-def legend(axes: "Axes", title: str = "") -> None:
-    # To the right of the axes, where it hides no line.
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(title=title or None, loc="upper left", bbox_to_anchor=(1.01, 1.0), alignment="left")
-
 
 # The Content-Security-Policy makes the browser refuse anything that is not in the page itself.
 _PAGE = Template("""<!doctype html>
@@ -92,6 +33,7 @@ figure { margin: 0; background: #fff; } figure.wide { grid-column: 1 / -1; } img
 th, td { padding: 6px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tr.best { background: var(--soft); font-weight: 600; }
 .number { text-align: right; } td:last-child:not(.number) { white-space: normal; min-width: 260px; }
+td.text, td.text:last-child, pre { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; min-width: 0; }
 @media (max-width: 900px) { .cards, .figures { grid-template-columns: 1fr; } }
 </style>
 </head>
@@ -116,26 +58,18 @@ def terms(pairs: Iterable[tuple[str, str]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs) + "</dl>"
 
 
-def cell(shown: str, kind: str = "") -> str:
-    return f'<td class="{kind}">{escape(shown)}</td>'
+Head = tuple[str, str, str]
+"""A column's name, its class (`number`, `text` or none), and what the mouse shows over its name."""
 
 
-def head(name: str, numeric: bool, full: str = "") -> str:
-    kind = "number" if numeric else ""
-    return f'<th scope="col" class="{kind}" title="{escape(full)}">{escape(name)}</th>'
-
-
-def table(heads: Iterable[str], rows: Iterable[str]) -> str:
-    body = "\n".join(rows)
+def table(heads: Sequence[Head], rows: Iterable[Sequence[str]], best: int | None = None) -> str:
+    """Return a table; the row of number `best`, from 0, is marked."""
+    named = [f'<th scope="col" class="{kind}" title="{escape(full)}">{escape(name)}</th>' for name, kind, full in heads]
+    body = []
+    for number, row in enumerate(rows):
+        cells = [f'<td class="{kind}">{escape(shown)}</td>' for shown, (_, kind, _) in zip(row, heads, strict=True)]
+        body.append(f'<tr class="{"best" if number == best else ""}">{"".join(cells)}</tr>')
+    lines = "\n".join(body)
     return (
-        f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        f'<div class="scroll"><table><thead><tr>{"".join(named)}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
     )
-
-
-def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) -> list[str]:
-    """Write PNGs by the names of their figures, and texts by their file names; return the files."""
-    contents = {f"{name}.png": png for name, png in pictures.items()}
-    contents |= {name: content.encode() for name, content in texts.items()}
-    for name, content in contents.items():
-        storage.write_bytes(storage.join(folder, name), content)
-    return [storage.join(folder, name) for name in contents]

@@ -1,18 +1,100 @@
-"""The output of a finished run for people; this module does not write to MLflow."""
+"""The output of a finished run for people."""
 
+import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from shlex import quote
 from typing import Any
 
+from olora_ray.common import page, storage
+from olora_ray.common.secrets import mask
+from olora_ray.common.text import duration, plural
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.answers import Sample
 from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.run_folder import RunState
+from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import CHALLENGER
+from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
+
+# report.html in the run's folder, and the description of its MLflow run.
+
+
+PAGE = "report.html"
+
+
+def write_page(exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], tracker: Tracker) -> None:
+    """Write the page of the run, and the description of its MLflow run; `result` is the content of result.json."""
+    facts, name = dict(_facts(exported, result)), exported.spec.config.run.name
+    heads = [(column, "text", "") for column in ("prompt", "wanted", "before", "after")]
+    # The table `samples` in MLflow has all.
+    rows = [(each.prompt, each.reference, each.before, each.after) for each in answers[:20]]
+    commands = "\n".join(next_steps(result, tracker.url()))
+    body = (
+        f'<h1>{escape(name)}</h1>\n<div class="card">{page.terms(facts.items())}</div>\n'
+        f'<h2>Loss</h2>\n<div class="figures">{page.image(_curve(exported), "Loss of each step", wide=True)}</div>\n'
+        + (f"<h2>Answers to held-out prompts</h2>\n{page.table(heads, rows)}\n" if rows else "")
+        + f'<h2>Next</h2>\n<div class="card"><pre>{escape(commands)}</pre></div>'
+    )
+    storage.write_text(storage.join(exported.folder.root, PAGE), page.document(f"{name}: run", body))
+    tracker.tags({"mlflow.note.content": "\n".join(f"- **{fact}**: {said}" for fact, said in facts.items())})
+
+
+def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    spec, state, config = exported.spec, exported.state, exported.spec.config
+    if losses := exported.losses():
+        yield "held-out loss", f"{losses[0]:.4f} before, {state.best_loss:.4f} after step {state.best_step}"
+    for name, value in result["scores"].get("after", {}).items():
+        before = result["scores"]["before"].get(name)
+        yield f"held-out {name}", f"{value:.3f}" if before is None else f"{before:.3f} before, {value:.3f} after"
+    adapter, used = config.adapter, exported.folder.used()
+    trained = f", {exported.result.trainable:,} parameters trained" if exported.result.trainable else ""
+    yield "model", f"{mask(spec.base.shown())}; {adapter.method} rank {adapter.rank}, alpha {adapter.alpha:g}{trained}"
+    yield "training rows", _rows(spec.train)
+    if spec.eval:
+        yield "held-out rows", _rows(spec.eval)
+    rate = state.lr if state.lr is not None else config.train.lr
+    early = ", stopped early" if exported.result.stopped_early else ""
+    yield "training", f"{plural(state.step, 'step')}, peak rate {rate:g}{early}"
+    times = [f"{duration(seconds)} of {kind}s" for kind, seconds in sorted(used.items()) if seconds]
+    yield "used", ", ".join(times) or "unknown"
+    checked = "the exported adapter, loaded with PEFT, computes what was trained"
+    quantised = exported.parity.get("quantised")
+    yield "export", f"{checked}; {quantised['in_words']}" if quantised else checked
+
+
+def _rows(store: TokenStore) -> str:
+    if not store.complete:
+        return "still being prepared when the last step was done"
+    manifest = store.manifest
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in manifest.rejected.items())
+    return (
+        f"{manifest.rows:,} with {manifest.tokens:,} tokens, {manifest.supervised:,} of them supervised, in"
+        f" {manifest.packs:,} sequences of up to {manifest.max_length:,}; rejected: {rejected or 'none'}"
+    )
+
+
+def _curve(exported: Exported) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        axes = (figure := Figure(figsize=(12.0, 4.8), layout="constrained")).add_subplot()
+        for name, shown in (("train/loss", "training, each step on its own rows"), ("eval/loss", "held out")):
+            if points := [(row["step"], row[name]) for row in exported.state.history if name in row]:
+                axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else "", label=shown)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.grid(axis="y", color="#e4e7eb")
+        axes.legend(frameon=False)
+        figure.savefig(buffer := io.BytesIO(), format="png", dpi=150)
+    return buffer.getvalue()
+
+
+# The lines that a run prints at its end.
 
 
 def already_finished(config: Config, state: RunState, result: dict[str, Any]) -> None:
@@ -31,12 +113,12 @@ def already_finished(config: Config, state: RunState, result: dict[str, Any]) ->
         )
 
 
-def finished(exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], page: str | None) -> None:
+def finished(exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], url: str | None) -> None:
     """Print answers, losses and scores before and after training, and commands that use the model.
 
-    `result` is the content of result.json, `page` the address of the run's page on an MLflow server.
+    `result` is the content of result.json, `url` the address of the run's page on an MLflow server.
     """
-    for line in [*_summary(exported, answers, result["scores"]), *next_steps(result, page)]:
+    for line in [*_summary(exported, answers, result["scores"]), *next_steps(result, url)]:
         if line:
             logger.info(line)
         else:
@@ -62,6 +144,7 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
         lines.append(f"held-out {name}: {before}{value:.3f} after ({len(answers)} rows)")
     if quantised := exported.parity.get("quantised"):
         lines.append(f"adapter: {quantised['in_words']}")
+    lines.append(f"report:               {storage.join(folder.root, PAGE)}")
     lines.append(f"adapter (PEFT, vLLM): {folder.adapter}")
     if config.export.merged:
         lines.append(f"merged model:         {folder.merged}")
@@ -70,7 +153,7 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     return lines
 
 
-def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:
+def next_steps(result: Mapping[str, Any], url: str | None) -> list[str]:
     """Return commands that use a finished run; they work in any folder."""
     store, run_id = result["mlflow"]["uri"], result["mlflow"]["run_id"]
     lines = []
@@ -80,7 +163,7 @@ def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:
         if registered["alias"] != CHALLENGER:  # the gate has not decided about a challenger
             lines += models.uses(store, uri)
     ui = f"{models.scripts()}/mlflow ui --backend-store-uri {quote(store)}"
-    return [*lines, f"MLflow: {page}" if page else f"MLflow: {ui}  # run {run_id}"]
+    return [*lines, f"MLflow: {url}" if url else f"MLflow: {ui}  # run {run_id}"]
 
 
 def _one_line(text: str) -> str:

@@ -120,11 +120,12 @@ def _run(
                 answers = answered(result, base.tokenizer)
                 scores = publish.log_scores(exported, tracker, answers)
                 driver.check()
-                content, page = publish.publish(exported, tracker, tags, scores), tracker.url()
+                content, url = publish.publish(exported, tracker, tags, scores), tracker.url()
+                report.write_page(exported, answers, content, tracker)
                 driver.check()
             # Last: result.json marks the run as finished, so an earlier failure is retried by the next attempt.
             folder.write_result(content)
-            report.finished(exported, answers, content, page)
+            report.finished(exported, answers, content, url)
     return content
 
 

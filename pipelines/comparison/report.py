@@ -19,7 +19,8 @@ from olora_ray.common import node_cache, page, storage
 from olora_ray.common.text import aligned, duration, plural
 from olora_ray.config.load import dump
 from olora_ray.config.schema import Config
-from olora_ray.sweep.report import text
+from olora_ray.sweep.report import figures, text
+from olora_ray.sweep.report.page import files
 from olora_ray.tracking.run import Tracker
 
 if TYPE_CHECKING:
@@ -213,11 +214,11 @@ def rates(record: ComparisonRecord) -> "Figure":
     top = _top(base, losses)
     above = f"; base model: {base:.3f}, above the picture" if losses and top < base < math.inf else ""
     caption = f"tuning rows, seed {record.tuning_seed}; dotted: the tuned rate; x: broke off, or above the picture"
-    figure, axes = page.new("Learning rate and loss", caption + above, width=12.0, height=4.8)
+    figure, axes = figures.new("Learning rate and loss", caption + above, width=12.0, height=4.8)
     if not losses:
-        page.say(axes, "no trial has a value")
+        figures.say(axes, figures.NOTHING)
         return figure
-    for arm, colour in zip(record.arms, itertools.cycle(page.COLOURS), strict=False):
+    for arm, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False):
         own = sorted((lr, loss) for name, lr, loss in points if name == arm.name)
         shown, over = [pair for pair in own if pair[1] <= top], [lr for lr, loss in own if not loss <= top]
         axes.plot([lr for lr, _ in shown], [loss for _, loss in shown], "o-", color=colour, label=arm.name)
@@ -232,10 +233,10 @@ def rates(record: ComparisonRecord) -> "Figure":
     space = top - min(losses) or 1
     axes.set_ylim(min(losses) - 0.06 * space, top + 0.04 * space)
     if math.isfinite(base) and base <= top:
-        axes.axhline(base, color=page.MUTED, linestyle="--", label="base model")
+        axes.axhline(base, color=figures.MUTED, linestyle="--", label="base model")
     axes.set(xlabel="peak learning rate", ylabel="loss per token")
     axes.grid(axis="y")
-    page.legend(axes)
+    figures.legend(axes)
     return figure
 
 
@@ -252,15 +253,15 @@ def forest(record: ComparisonRecord) -> "Figure":
     """Draw the difference of each arm to the baseline with its adjusted interval."""
     together = " for all arms together" if len(record.others()) > 1 else ""
     caption = f"nats per token; {record.level:.0%} intervals{together}; band: too small to matter"
-    figure, axes = page.new(f"Difference to {record.baseline}", caption)
+    figure, axes = figures.new(f"Difference to {record.baseline}", caption)
     measured = [(each.name, each.against) for each in reversed(record.others()) if each.against]
     if not measured:
-        page.say(axes, "no difference was measured")
+        figures.say(axes, "no difference was measured")
         return figure
-    axes.axvspan(-record.relevant, record.relevant, color=page.GRID, zorder=0)
-    axes.axvline(0, color=page.MUTED, linewidth=1)
+    axes.axvspan(-record.relevant, record.relevant, color=figures.GRID, zorder=0)
+    axes.axvline(0, color=figures.MUTED, linewidth=1)
     reach = record.relevant
-    colours = {each.name: colour for each, colour in zip(record.arms, itertools.cycle(page.COLOURS), strict=False)}
+    colours = {each.name: colour for each, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False)}
     for height, (name, against) in enumerate(measured):
         ends, colour = (against.adjusted.low, against.adjusted.high), colours[name]
         axes.plot(ends, [height, height], color=colour, linewidth=2.4)
@@ -281,10 +282,8 @@ FIGURES = {
 
 def write(record: ComparisonRecord, folder: str) -> list[str]:
     """Write report.html, comparison.json and the figures into `folder`, a path or URI; return the written files."""
-    pictures = page.render({name: partial(draw, record) for name, (draw, *_) in FIGURES.items()})
-    return page.files(
-        folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures, folder)}
-    )
+    pictures = figures.render({name: partial(draw, record) for name, (draw, *_) in FIGURES.items()})
+    return files(folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures, folder)})
 
 
 def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> str:
@@ -294,13 +293,12 @@ def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> s
     facts = [("next", line)] if (line := next_command(record, folder)) else []
     facts += [("how to read this", HOW_TO_READ), *(("score", line) for line in scores(record))]
     facts += [*(("seeds", line) for line in seeds(record)), *(("note", note) for note in record.notes)]
-    heads = [page.head(name, column > 0, means) for column, (name, means) in enumerate(MEANS.items())]
-    rows = ["".join(page.cell(value, kind="number") for value in cells(record, each)) for each in record.arms]
+    heads = [(name, "number", means) for name, means in MEANS.items()]
     return page.document(
         f"{record.name}: comparison",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about(record))}</p>\n'
         f'<div class="card">{verdicts}</div>\n<div class="card">{page.terms(facts)}</div>\n<h2>Arms</h2>\n'
-        f"{page.table(heads, [f'<tr>{row}</tr>' for row in rows])}\n"
+        f"{page.table(heads, [cells(record, each) for each in record.arms])}\n"
         f'<div class="card">{page.terms(list(MEANS.items()))}</div>\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n'
         "<footer>comparison.json has all numbers, for each seed too.</footer>",

@@ -53,6 +53,21 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000006"]
 
 
+def test_its_page_and_its_mlflow_run_say_what_it_gave(finished: tuple[Path, str]) -> None:
+    from mlflow import MlflowClient
+
+    folder, printed = finished
+    result, page = json.loads((folder / "result.json").read_text()), (folder / "report.html").read_text()
+    assert str(folder / "report.html") in printed
+    run = MlflowClient(result["mlflow"]["uri"]).get_run(result["mlflow"]["run_id"])
+    loss = f"{result['eval_loss_before']:.4f} before, {result['metrics']['eval/loss']:.4f} after step"
+    for said in (loss, "olora rank ", " tokens, ", "rejected: none", "loaded with PEFT"):
+        assert said in page
+        assert said in run.data.tags["mlflow.note.content"]
+    for shown in ("models:/small@candidate", "data:image/png;base64,", ">wanted</th>"):
+        assert shown in page
+
+
 def test_ray_has_the_runs_result(finished: tuple[Path, str]) -> None:
     from ray.train import Result
 

@@ -1,34 +1,83 @@
 """The figures of a search: parallel coordinates, learning curves, learning rate.
 
 All are functions of a SearchRecord. They also work for unusual searches: one trial, no successful trial, equal values,
-or a field that is a number in one trial and a text in another.
+or a field that is a number in one trial and a text in another. `render` gives them the style of all reports.
 """
 
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from olora_ray.common import page
 from olora_ray.common.text import plural
 from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Only the best trial has the colour BEST, in figures and on pages.
+BEST, INK, MUTED, GRID, FAILED = "#d55e00", "#1f2933", "#5f6c7b", "#e4e7eb", "#8c2d72"
+# Okabe and Ito's palette without BEST. Colour-blind people can tell these colours apart.
+COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e0a100", "#56b4e9", "#4d4d4d")
 NOTHING = "no trial has a value"
 _MISSING = float("nan")  # stands for a field that a trial does not have
+
+Draw = Callable[[], "Figure"]
+
+
+def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
+    """Return PNGs by the names of their figures, drawn in the style of the reports."""
+    import matplotlib
+
+    style: Any = {
+        "text.parse_math": False,  # a `$` in a name must not start a formula
+        "text.color": INK,
+        "axes.edgecolor": MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "savefig.dpi": 150,
+        "font.size": 9,
+        "legend.frameon": False,
+    }
+    pictures = {}
+    with matplotlib.rc_context(style):
+        for name, draw in draws.items():
+            draw().savefig(buffer := io.BytesIO(), format="png")
+            pictures[name] = buffer.getvalue()
+    return pictures
+
+
+def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", size=13, weight="bold")
+    figure.supxlabel(caption, x=0.01, ha="left", size=9, color=MUTED)
+    return figure, figure.add_subplot()
+
+
+def say(axes: "Axes", sentence: str) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED)
+
+
+def legend(axes: "Axes", title: str = "") -> None:
+    # To the right of the axes, where it hides no line.
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(title=title or None, loc="upper left", bbox_to_anchor=(1.01, 1.0), alignment="left")
 
 
 def parallel(record: SearchRecord) -> "Figure":
     best, default = record.best(), record.of(record.default)
     low, high, beyond = _metric_range(record)
     caption = f"one line per trial, darker for better trials ({_better(record)}); dashed: the default config"
-    figure, axes = page.new(
-        f"Parameters and {_metric(record)}", caption + _orange(best) + beyond, width=12.0, height=4.8
-    )
+    figure, axes = new(f"Parameters and {_metric(record)}", caption + _orange(best) + beyond, width=12.0, height=4.8)
     if not record.trials:
-        page.say(axes, NOTHING)
+        say(axes, NOTHING)
         return figure
     fields = _fields(record)
     columns = [_positions([trial.params.get(name, _MISSING) for trial in record.trials]) for name in fields]
@@ -37,9 +86,9 @@ def parallel(record: SearchRecord) -> "Figure":
     for trial, *places in zip(record.trials, *(places for places, _ in columns), strict=True):
         look: dict[str, Any] = {"color": _shade(record, trial, low, high), "linewidth": 1.3, "zorder": 2}
         if trial is best:
-            look = {"color": page.BEST, "linewidth": 3.2, "zorder": 4}
+            look = {"color": BEST, "linewidth": 3.2, "zorder": 4}
         elif trial is default:
-            look = {"color": page.INK, "linewidth": 1.8, "zorder": 3, "linestyle": "--"}
+            look = {"color": INK, "linewidth": 1.8, "zorder": 3, "linestyle": "--"}
         axes.plot(range(len(places)), places, **look)
     names = [*(text.value(name, 22) for name in text.short(fields).values()), text.value(record.metric, 22)]
     # A bold letter is 0.68 of its size wide, and the axis is 11.5 inches long.
@@ -50,7 +99,7 @@ def parallel(record: SearchRecord) -> "Figure":
     axes.spines[["left", "bottom"]].set_visible(False)
     behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for number, (_, ticks) in enumerate(columns):
-        axes.vlines(number, 0, 1, color=page.MUTED, linewidth=1)
+        axes.vlines(number, 0, 1, color=MUTED, linewidth=1)
         for position, shown in ticks:
             axes.text(number + 0.015 * len(names), position, shown, va="center", bbox=behind, zorder=5)
     return figure
@@ -61,9 +110,9 @@ def curves(record: SearchRecord) -> "Figure":
     drawn = {trial.number: points for trial in record.trials if (points := _points(trial))}
     low, high, beyond = _range(record, [[value for _, value in points] for points in drawn.values()])
     caption = f"one line per trial, darker for better trials{_orange(best)}{beyond}"
-    figure, axes = page.new("Learning curves", caption, width=12.0, height=4.8)
+    figure, axes = new("Learning curves", caption, width=12.0, height=4.8)
     if not drawn:
-        page.say(axes, NOTHING)
+        say(axes, NOTHING)
         return figure
     lowest, highest, _ = _metric_range(record)
     marks = {"finished": "", "stopped": "o", "failed": "x", "unfinished": "|"}
@@ -75,10 +124,10 @@ def curves(record: SearchRecord) -> "Figure":
         colour, width = _shade(record, trial, lowest, highest), 1.3
         named = f"{trial.status} ({counts.pop(trial.status)})" if trial.status in counts else ""
         if trial is default:
-            colour, width, named = page.INK, 1.8, f"trial {trial.number}, the default config"
+            colour, width, named = INK, 1.8, f"trial {trial.number}, the default config"
         if trial is best:
             also = ", the default config" if trial is default else ""
-            colour, width, named = page.BEST, 3.2, f"trial {trial.number}, the best{also}"
+            colour, width, named = BEST, 3.2, f"trial {trial.number}, the best{also}"
         steps, values = zip(*drawn[trial.number], strict=True)
         # A line through a single point is invisible.
         mark = marks[trial.status] or ("." if len(steps) == 1 else "")
@@ -88,7 +137,7 @@ def curves(record: SearchRecord) -> "Figure":
     if high > low:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axes.grid(axis="y")
-    page.legend(axes)
+    legend(axes)
     return figure
 
 
@@ -100,34 +149,32 @@ def rate(record: SearchRecord) -> "Figure":
     names = text.short(record.fields)
     by = f" by {text.value(names[group], 22)}" if group else ""
     shown = {"train.lr": "Learning rate"}.get(field, text.value(names[field], 22)) if field else "A field"
-    figure, axes = page.new(
-        f"{shown} and {_metric(record)}{by}", f"hollow: stopped early{_orange(best)}{beyond}", 12.0, 4.8
-    )
+    figure, axes = new(f"{shown} and {_metric(record)}{by}", f"hollow: stopped early{_orange(best)}{beyond}", 12.0, 4.8)
     if field is None or best is None:
-        page.say(axes, NOTHING if field else "no field is searched")
+        say(axes, NOTHING if field else "no field is searched")
         return figure
     trials = record.ranked()
     across, ticks = _positions([trial.params.get(field, _MISSING) for trial in trials])
     groups = [text.value(trial.params.get(group, "")) if group else "" for trial in trials]
     values = sorted(dict.fromkeys(groups), key=lambda value: (len(value), value))
     for number, value in enumerate(values):
-        colour = page.COLOURS[number % len(page.COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         axes.plot([], [], "o", color=colour, label=text.value(value, 18) if group and number < 12 else None)
         for trial, position, own in zip(trials, across, groups, strict=True):
             if own == value:
                 face = colour if trial.status == "finished" else "white"
                 axes.plot(position, _clipped(trial, low, high), "o", color=colour, markerfacecolor=face, markersize=8)
-    axes.plot(across[0], _clipped(best, low, high), "o", markersize=17, markerfacecolor="none",
-              markeredgecolor=page.BEST, markeredgewidth=2.4)  # fmt: skip
+    axes.plot(across[0], _clipped(best, low, high), "o", markersize=17, markerfacecolor="none", markeredgecolor=BEST,
+              markeredgewidth=2.4)  # fmt: skip
     default = record.of(record.default)
     if default in trials and default is not None:
         at = (across[trials.index(default)], _clipped(default, low, high))
         if math.isfinite(at[0]):
-            axes.annotate("default", at, (11, 0), textcoords="offset points", va="center", color=page.MUTED)
+            axes.annotate("default", at, (11, 0), textcoords="offset points", va="center", color=MUTED)
     axes.set_xticks([position for position, _ in ticks], [shown for _, shown in ticks])
     axes.set(xlim=(-0.06, 1.06), xlabel=text.value(field, 60), ylabel=f"{_metric(record)} ({_better(record)})")
     axes.grid()
-    page.legend(axes, text.value(names[group], 22) if group else "")
+    legend(axes, text.value(names[group], 22) if group else "")
     return figure
 
 
@@ -215,7 +262,7 @@ def _shade(record: SearchRecord, trial: TrialRecord, low: float, high: float) ->
     import matplotlib
 
     if trial.status == "failed" or not trial.measured():
-        return page.FAILED
+        return FAILED
     position = (_clipped(trial, low, high) - low) / (high - low) if high > low else 0.0
     return matplotlib.colormaps["Blues"](0.95 - 0.65 * (position if record.mode == "min" else 1 - position))
 

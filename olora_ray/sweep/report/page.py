@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from functools import partial
 from html import escape
 
-from olora_ray.common import page
+from olora_ray.common import page, storage
 from olora_ray.common.text import duration, plural
 from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.report import text
-from olora_ray.sweep.report.figures import FIGURES
+from olora_ray.sweep.report.figures import FIGURES, render
 
 # Name of a figure -> (text for screen readers, True if it takes the page's full width).
 _DESCRIBED = {
@@ -23,8 +23,17 @@ def write_report(record: SearchRecord, folder: str) -> list[str]:
 
     Replaces the files of an earlier report.
     """
-    pictures = page.render({name: partial(draw, record) for name, draw in FIGURES.items()})
-    return page.files(folder, pictures, {"leaderboard.json": record.to_json(), "report.html": html(record, pictures)})
+    pictures = render({name: partial(draw, record) for name, draw in FIGURES.items()})
+    return files(folder, pictures, {"leaderboard.json": record.to_json(), "report.html": html(record, pictures)})
+
+
+def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) -> list[str]:
+    """Write PNGs by the names of their figures, and texts by their file names; return the files."""
+    contents = {f"{name}.png": png for name, png in pictures.items()}
+    contents |= {name: content.encode() for name, content in texts.items()}
+    for name, content in contents.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    return [storage.join(folder, name) for name in contents]
 
 
 def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
@@ -59,12 +68,10 @@ def _cards(record: SearchRecord) -> str:
 
 
 def _table(record: SearchRecord) -> str:
-    names = text.short(record.fields)
-    columns = [("trial", True, ""), *((names[name], text.numeric(record, name), name) for name in record.fields)]
-    columns += [(name, True, "") for name in (record.metric, "steps", "time")]
-    columns += [(name, False, "") for name in ("status", "reason")]
-    kinds, best, rows = ["number" if numeric else "" for _, numeric, _ in columns], record.best(), []
-    for trial in record.ordered():
-        cells = "".join(map(page.cell, text.cells(record, trial), kinds))
-        rows.append(f'<tr class="{"best" if trial is best else ""}">{cells}</tr>')
-    return page.table((page.head(*column) for column in columns), rows)
+    names, best, ordered = text.short(record.fields), record.best(), record.ordered()
+    columns = [("trial", "number", "")]
+    columns += [(names[name], "number" if text.numeric(record, name) else "", name) for name in record.fields]
+    columns += [(name, "number", "") for name in (record.metric, "steps", "time")]
+    columns += [(name, "", "") for name in ("status", "reason")]
+    marked = next((number for number, trial in enumerate(ordered) if trial is best), None)
+    return page.table(columns, [text.cells(record, trial) for trial in ordered], marked)

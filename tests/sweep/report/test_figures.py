@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from olora_ray.common.page import render
 from olora_ray.sweep.record import SearchRecord
-from olora_ray.sweep.report.figures import FIGURES, curves
+from olora_ray.sweep.report.figures import FIGURES, curves, render
 from tests.sweep.odd import ODD
 from tests.sweep.searches import realistic
 
