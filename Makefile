@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: outside platforms quickstart sweep-demo compare-demo lifecycle-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
+.PHONY: site outside platforms quickstart sweep-demo compare-demo lifecycle-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
@@ -34,7 +34,7 @@ mobility-demo: $(VENV)/.quickstart ## next places of generated people: train, te
 
 # Tests of Ray leave processors idle, because its processes wait for each other. The other tests use this time.
 test: style ## all checks and tests that fit in 20 minutes; one Ray at a time
-	$(MAKE) --jobs=3 --keep-going test-ray test-others types
+	$(MAKE) --jobs=3 --keep-going test-ray test-others types site
 
 test-ray: $(VENV)/.dev
 	$(BIN)/python -m pytest --timeout 600 -m "ray and not slow"
@@ -85,6 +85,13 @@ setup: $(VENV)/.dev
 
 docs: $(VENV)/.dev ## docs/generated/configuration.md and docs/generated, from the schemas of config and space files
 	$(BIN)/python tools/write_configuration.py
+
+site: $(VENV)/.dev ## build/site: README and docs/ as a site with search; a broken link or a page without a place fails
+	rm -rf build/pages
+	mkdir -p build/pages/benchmarks
+	ln -s $(CURDIR)/README.md $(CURDIR)/CONTRIBUTING.md $(CURDIR)/CHANGELOG.md $(CURDIR)/docs build/pages
+	ln -s $(CURDIR)/benchmarks/settings_rules.md $(CURDIR)/benchmarks/gpu.py build/pages/benchmarks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 versions: $(VENV)/.dev ## docs/generated/versions.md: other versions of Ray, MLflow, transformers and Python; planned for two hours
 	$(BIN)/python tools/try_versions.py
