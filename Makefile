@@ -89,7 +89,7 @@ docs: $(VENV)/.dev ## docs/generated/configuration.md and docs/generated, from t
 site: $(VENV)/.dev ## build/site: README and docs/ as a site with search; a broken link or a page without a place fails
 	rm -rf build/pages
 	mkdir -p build/pages/benchmarks
-	ln -s $(CURDIR)/README.md $(CURDIR)/CONTRIBUTING.md $(CURDIR)/CHANGELOG.md $(CURDIR)/docs build/pages
+	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md llms.txt docs skills) build/pages
 	ln -s $(CURDIR)/benchmarks/settings_rules.md $(CURDIR)/benchmarks/gpu.py build/pages/benchmarks
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

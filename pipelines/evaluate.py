@@ -31,25 +31,11 @@ def main(argv: list[str]) -> None:
     if set(command_line.HELP) & set(argv):
         # Prints the help before torch and Ray are imported, which takes seconds.
         command_line.parse(argv, usage=__doc__ or "")
-    from olora_ray.evaluation import lm_eval_tasks, results, targets
+    from olora_ray.evaluation import results
 
     request = results.read_request(argv, usage=__doc__ or "")
-    config = targets.settings(request.models, request.config, request.changes)
-    results.check_request(request, config)
-    results.check_tracking(request)
-    # Tasks and models are looked up before a cluster is started, so that a wrong name costs no waiting.
-    sets = lm_eval_tasks.load_tasks(request.tasks, request.task_data)
-    models = [targets.resolve(name, config) for name in request.models]
-    uri = results.tracking_address(request, models)
-
-    from olora_ray.cluster.failures import user_errors
-    from olora_ray.pipeline import connection
-
-    with connection.connect(config), user_errors():
-        measured = [results.evaluate(target, sets, request.limit) for target in models]
-    intervals = results.differences(*measured) if len(measured) == 2 else {}
+    measured, intervals = results.run(request)
     print("\n".join(["", *results.lines(measured, intervals), ""]), flush=True)
-    results.write_results(request, measured, intervals, uri)
 
 
 if __name__ == "__main__":

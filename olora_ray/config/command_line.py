@@ -24,7 +24,7 @@ from olora_ray.common import logs
 from olora_ray.common.errors import Stopped, StoreError, UserError, as_user_error, of_the_machine, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import is_uri
-from olora_ray.config.load import load_config, meant, parse_assignments, spelling_advice
+from olora_ray.config.load import build, changed, load_config, meant, parse_assignments, spelling_advice
 from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
 from olora_ray.config.section import AnySection, Section
 
@@ -340,7 +340,7 @@ def read_arguments(
         raise UserError(f"arguments {' '.join(files)}: use one config file; set fields as section.field=value")
     if not files:
         raise UserError("argument CONFIG.yaml: missing; `olora-ray init DATA` writes one for your rows; see --help")
-    return _loaded(files[0], arguments.changes()), arguments.flags
+    return loaded(files[0], arguments.changes()), arguments.flags
 
 
 def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str, frozenset[str]]:
@@ -352,11 +352,14 @@ def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str,
             f"arguments {' '.join(files) or '(none)'}: expected a config and a space file, e.g."
             " pipelines/configs/quickstart.yaml tune_spaces/smoke.yaml"
         )
-    return _loaded(files[0], arguments.changes()), files[1], arguments.flags
+    return loaded(files[0], arguments.changes()), files[1], arguments.flags
 
 
-def _loaded(file: str | Path, changes: dict[str, Any]) -> Config:
-    return resolved(load_config(file, changes), Path.cwd())
+def loaded(source: str | Path | Mapping[str, Any], changes: dict[str, Any]) -> Config:
+    """Return the config of a file, or of a mapping with its content, after `changes`, with absolute paths."""
+    if isinstance(source, Mapping):
+        return resolved(build(changed(source, changes)), Path.cwd())
+    return resolved(load_config(shipped(str(source)), changes), Path.cwd())
 
 
 # Libraries log addresses as they got them, with the passwords in them.

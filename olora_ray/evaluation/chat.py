@@ -37,9 +37,7 @@ def main(argv: list[str]) -> None:
     run, *prompts = [word for word in arguments.words if word not in settings] or [""]
     if not run or len(prompts) > 1:
         raise UserError("arguments: expected RUN and at most one PROMPT in quotes; --help shows how")
-    folder = _finished(run)
-    logger.info(f"{folder}: loading the base model and the adapter")
-    answers = Answers(folder, replace(arguments, words=settings).changes(), arguments.options.get("--system"))
+    answers = Answers(run, replace(arguments, words=settings).changes(), arguments.options.get("--system"))
     for prompt in prompts or _lines():
         for name, adapted in (("base", False), ("fine-tuned", True)):
             text = answers(prompt, adapted) or "(nothing)"
@@ -99,19 +97,21 @@ class Answers:
         from olora_ray.pipeline.base import with_tokenizer
 
         quiet_transformers()
-        adapter = storage.join(run, "export", "adapter")
+        folder = _finished(run)
+        logger.info(f"{folder}: loading the base model and the adapter")
+        adapter = storage.join(folder, "export", "adapter")
         target = targets.resolve(adapter, targets.settings([adapter], None, changes))
         self.base = with_tokenizer(target.base, target.config)
         self.limit = target.config.evaluation.max_new_tokens
         self.tokens = ExampleTokenizer(self.base.spec, max_length=sys.maxsize)
         self.chat = any(asks_in_chats(source, self.base.spec) for source in target.config.data.train)
         if system and not self.chat:
-            raise UserError(f"argument --system: {run} was trained on texts without a chat template; leave it out")
+            raise UserError(f"argument --system: {folder} was trained on texts without a chat template; leave it out")
         self.system = _system(target.config.data.train) if system is None and self.chat else system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = held_out.load_adapted(target.base, adapter, target.config, self.device)
 
-    def __call__(self, prompt: str, adapted: bool) -> str:
+    def __call__(self, prompt: str, adapted: bool = True) -> str:
         """Return the answer of the fine-tuned model (`adapted`) or of the base model.
 
         Raises UserError if the chat template refuses the prompt.

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster import address
+from olora_ray.cluster.failures import user_errors
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.config.load import flatten
 from olora_ray.config.schema import AnyConfig, Config
-from olora_ray.evaluation import lm_eval_tasks, rows
+from olora_ray.evaluation import lm_eval_tasks, rows, targets
 from olora_ray.evaluation.groups import group_numbers, origins
 from olora_ray.evaluation.held_out import Answer, measure
 from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.statistics import Interval, difference
 from olora_ray.evaluation.targets import Target, run_of
+from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare
 from olora_ray.tracking import client, models
@@ -46,11 +48,11 @@ class Request:
     config: str | None
     changes: Mapping[str, Any]
     """Dotted field of the config -> its new value."""
-    tasks: tuple[str, ...]
-    task_data: str | None
-    limit: int | None
+    tasks: tuple[str, ...] = ()
+    task_data: str | None = None
+    limit: int | None = None
     """Number of rows of each task; None: all."""
-    out: str | None
+    out: str | None = None
 
 
 def read_request(argv: Sequence[str], usage: str) -> Request:
@@ -107,6 +109,22 @@ class Evaluation:
             "metrics": self.metrics(),
             "stderr": self.errors(),
         }
+
+
+def run(request: Request) -> tuple[list[Evaluation], dict[str, Interval]]:
+    """Measure the models, write the results, and return them with the intervals of the differences of two."""
+    config = targets.settings(request.models, request.config, request.changes)
+    check_request(request, config)
+    check_tracking(request)
+    # Tasks and models are looked up before a cluster is started, so that a wrong name costs no waiting.
+    sets = lm_eval_tasks.load_tasks(request.tasks, request.task_data)
+    found = [targets.resolve(name, config) for name in request.models]
+    uri = tracking_address(request, found)
+    with connection.connect(config), user_errors():
+        measured = [evaluate(target, sets, request.limit) for target in found]
+    intervals = differences(*measured) if len(measured) == 2 else {}
+    write_results(request, measured, intervals, uri)
+    return measured, intervals
 
 
 def check_request(request: Request, config: AnyConfig) -> None:

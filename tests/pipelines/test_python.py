@@ -1,0 +1,46 @@
+"""The functions of the package itself, as a program or a notebook calls them; their docstrings are what runs here."""
+
+import doctest
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import olora_ray
+from tests.pipelines import project
+
+
+@pytest.mark.ray
+def test_the_examples_of_the_functions_are_true(tiny_model: Path, tmp_path: Path) -> None:
+    project.make_rows(tmp_path)
+    settings = project.settings(tmp_path, tiny_model)
+    settings["run"]["name"], settings["evaluation"] = "my_run", {"samples": 1, "max_new_tokens": 4}
+    project.write_config(tmp_path, settings).rename(tmp_path / "my_run.yaml")
+    lines = []
+    for function in (olora_ray.finetune, olora_ray.load, olora_ray.evaluate):
+        for example in doctest.DocTestParser().get_examples(function.__doc__ or ""):
+            source, wanted = example.source.strip(), example.want.strip()
+            lines.append(f"assert repr(got := {source}) == {wanted!r}, got" if wanted else source)
+    assert len(lines) >= 5
+    program = tmp_path / "program.py"
+    program.write_text("import olora_ray\n\nif __name__ == '__main__':\n    " + "\n    ".join(lines) + "\n")
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held-out loss: " in done.stdout
+
+
+def test_a_mapping_is_a_config_too_and_a_mistake_names_its_field() -> None:
+    with pytest.raises(ValueError, match="config: model: required, but not set"):
+        olora_ray.finetune({"data": {"train": [{"path": "rows.jsonl"}]}})
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: No such file"):
+        olora_ray.finetune("nowhere.yaml", {"train.steps": 2})
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    told = (
+        "import sys, olora_ray; print([name for name in ('torch', 'ray', 'mlflow', 'pydantic') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
