@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: site outside platforms quickstart sweep-demo compare-demo lifecycle-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
+.PHONY: recipes site outside platforms quickstart sweep-demo compare-demo lifecycle-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
@@ -86,10 +86,14 @@ setup: $(VENV)/.dev
 docs: $(VENV)/.dev ## docs/generated/configuration.md and docs/generated, from the schemas of config and space files
 	$(BIN)/python tools/write_configuration.py
 
+recipes: $(VENV)/.dev ## run pipelines/recipes, some minutes each, and write the numbers into their pages
+	$(BIN)/python tools/run_recipes.py
+
 site: $(VENV)/.dev ## build/site: README and docs/ as a site with search; a broken link or a page without a place fails
 	rm -rf build/pages
 	mkdir -p build/pages/benchmarks
 	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md llms.txt docs skills) build/pages
+	ln -s $(CURDIR)/pipelines/recipes build/pages/recipes
 	ln -s $(CURDIR)/benchmarks/settings_rules.md $(CURDIR)/benchmarks/gpu.py build/pages/benchmarks
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -12,13 +12,17 @@ from typing import Any, get_args
 import pytest
 
 from olora_ray.config.schema import Section
-from tools import list_messages
+from tools import list_messages, run_recipes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SKILL = ROOT / "skills" / "olora-ray" / "SKILL.md"
 
-pages = pytest.mark.parametrize("page", [*PAGES, SKILL], ids=lambda page: str(page.relative_to(ROOT)))
+pages = pytest.mark.parametrize(
+    "page",
+    [*PAGES, SKILL, *(ROOT / "pipelines" / "recipes").glob("*/*.md")],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 
 
 def links(page: Path) -> Iterator[str]:
@@ -102,6 +106,10 @@ def test_messages_and_docstrings_have_no_phrase_that_is_read_twice(folder: str) 
 
 def unplain(text: str) -> list[str]:
     return UNPLAIN.findall(" ".join(text.split()))
+
+
+def test_the_numbers_of_a_recipe_are_of_its_files() -> None:
+    assert run_recipes.main(["--check"]) == 0
 
 
 def test_the_readme_links_every_page() -> None:
