@@ -95,7 +95,6 @@ COMPUTED: dict[str, Callable[[Any, Given], Meaning]] = {
     "dataset_name": _hub,
     "lora_rank": lambda rank, given: ({"adapter.rank": rank, "adapter.alpha": given.get("lora_alpha", 2 * rank)}, ""),
     "lora_target": lambda x, _: ({"adapter.targets": "all-linear" if x == "all" else re.split(r",\s*", x)}, ""),
-    "packing": lambda on, given: ({"data.packing": given["stage"] == "pt" if on is None else on}, ""),
     "micro_batch_size per_device_train_batch_size": _batch,
     "warmup_ratio warmup_steps": _warmup,
     "deepspeed": lambda x, _: ({"cluster.strategy": "fsdp"} if re.search("z(ero)?_?3", x) else {}, "ZeRO-3: fsdp"),
@@ -111,7 +110,7 @@ def _meaning(name: str, value: Any, given: Given) -> Meaning:
         return {str(meant(name)): value}, ""
     if not isinstance(how, dict):
         return how(value, given)  # type: ignore[no-any-return]
-    ours = how.get(value if isinstance(value, str) else json.dumps(value), how.get("*"))
+    ours: Any = how.get(value if isinstance(value, str) else json.dumps(value), how.get("*"))
     ours = {"note": ours} if isinstance(ours, str) else ours
     return {field: value if its == "*" else its for field, its in ours.items() if field != "note"}, ours.get("note", "")
 
