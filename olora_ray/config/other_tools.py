@@ -97,7 +97,7 @@ COMPUTED: dict[str, Callable[[Any, Given], Meaning]] = {
     "lora_target": lambda x, _: ({"adapter.targets": "all-linear" if x == "all" else re.split(r",\s*", x)}, ""),
     "micro_batch_size per_device_train_batch_size": _batch,
     "warmup_ratio warmup_steps": _warmup,
-    "deepspeed": lambda x, _: ({"cluster.strategy": "fsdp"} if re.search("z(ero)?_?3", x) else {}, "ZeRO-3: fsdp"),
+    "deepspeed": lambda x, _: ({"cluster.strategy": "fsdp"} if re.search("z(ero)?_?3", x) else {}, "fsdp if ZeRO-3"),
     "output_dir run_name": _name,
 }
 PARTS = (TABLE["trained"], TABLE["fields"], COMPUTED, TABLE["as_it_is"])
@@ -123,8 +123,8 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
         raise UserError(f"--from {file}: has no base_model (Axolotl) or model_name_or_path (LLaMA-Factory, TRL)")
     given = TABLE["tools"][tool]["defaults"] | {name: value for name, value in own.items() if value is not None}
     same, other, none = list[str](), list[str](), list[str]()
-    tree = {"run": {"name": f"from-{Path(file).stem}"}, "model": {"name": "?"}, "data": {"train": [{"path": "?"}]}}
-    sets: Given = {}
+    tree, sets = {"run": {}, "model": {"name": "?"}, "data": {"train": [{"path": "?"}]}}, Given()
+    tree = changed(tree, _name(f"from-{Path(file).stem}", {})[0])
     for name in sorted(given, key=[*READ, *given].index):
         label = f"{name}: {json.dumps(given[name], default=str)}{'' if name in own else f' (default of {tool})'}"
         try:
@@ -132,9 +132,7 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
             build(changed(tree, ours))
         except (LookupError, TypeError, ValueError, AttributeError, OSError, UserError) as error:
             if name in " ".join(TABLE["trained"]).split():
-                raise UserError(
-                    f"--from {file}: {label}: here, only adapters are trained, on supervised rows"
-                ) from None
+                raise UserError(f"--from {file}: {label}: only adapters are trained, on supervised rows") from None
             why = str(error) if isinstance(error, UserError | OSError) else "another value than those known here"
             none.append(f"{label}: {why}" if name in READ else name)
             continue
@@ -170,5 +168,5 @@ def _settings(file: str) -> Given:
         else:
             values.append(parse_yaml(word, word))
     if "sft" not in script and "stage" not in flags:
-        raise UserError(f"--from {file}: {script} is not sft: here, only adapters are trained, on supervised rows")
+        raise UserError(f"--from {file}: {script} is not sft: only adapters are trained, on supervised rows")
     return {name: values if len(values) > 1 else (values or [True])[0] for name, values in flags.items()}

@@ -56,11 +56,11 @@ def test_a_converted_config_with_rows_and_a_model_here_is_planned(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("base_model: a\nrl: dpo\nadapter: lora", 'rl: "dpo": here, only adapters are trained, on supervised rows'),
-        ("base_model: a", r"adapter: null \(default of Axolotl\): here, only adapters are trained, on supervised rows"),
-        ("model_name_or_path: a\nstage: sft\ndo_train: true\nfinetuning_type: full", 'finetuning_type: "full": here'),
-        ("model_name_or_path: a\nuse_peft: true\nbeta: 0.1", "beta: 0.1: here, only adapters are trained"),
-        ("trl dpo --model_name_or_path a", "dpo is not sft: here, only adapters are trained, on supervised rows"),
+        ("base_model: a\nrl: dpo\nadapter: lora", 'rl: "dpo": only adapters are trained, on supervised rows'),
+        ("base_model: a", r"adapter: null \(default of Axolotl\): only adapters are trained, on supervised rows"),
+        ("model_name_or_path: a\nstage: sft\ndo_train: true\nfinetuning_type: full", 'finetuning_type: "full": only'),
+        ("model_name_or_path: a\nuse_peft: true\nbeta: 0.1", "beta: 0.1: only adapters are trained"),
+        ("trl dpo --model_name_or_path a", "dpo is not sft: only adapters are trained, on supervised rows"),
         ("base_model: a\nadapter: lora", "its rows are not known here: the file names none; set data.train.0.path="),
         ("model_name_or_path: a\ndo_train: true\ndataset: b\ndataset_dir: none", r"dataset: .*none/dataset_info\.json"),
         ("lr: 1", r"has no base_model \(Axolotl\) or model_name_or_path \(LLaMA-Factory, TRL\)$"),
