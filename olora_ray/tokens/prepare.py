@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -314,7 +315,8 @@ def _by_processes(shared: tuple[Rules, str, str], parts: Sequence[Part]) -> Gene
             results, theirs = context.Pipe(duplex=False)
             own = [parts[number] for number in range(first, len(parts), count)]
             process = context.Process(target=_make_parts, args=(shared, own, theirs), daemon=True)
-            process.start()
+            with _nameless_main():
+                process.start()
             theirs.close()
             pipes.append(results)
             processes.append(process)
@@ -330,6 +332,18 @@ def _by_processes(shared: tuple[Rules, str, str], parts: Sequence[Part]) -> Gene
             results.close()
         for process in processes:
             process.join()
+
+
+@contextlib.contextmanager
+def _nameless_main() -> Iterator[None]:
+    # multiprocessing would import the user's script in each process, and run what it does without a guard again.
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    names: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(names)
 
 
 def _make_parts(shared: tuple[Rules, str, str], parts: Sequence[Part], results: Connection) -> None:

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -132,8 +135,7 @@ def test_two_processes_at_the_same_time(tmp_path: Path, tiny_spec: TokenizerSpec
 def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
     tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
-    long = [chat(f"question {number} " * 20, f"answer {number} " * 20) for number in range(9000)]
-    config = helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "long.jsonl", long), max_length=1024)
+    config = large(tmp_path)
     job = writer.StoreSpec(plan_here(config, tiny_spec, "train"), str(tmp_path / "alone"), str(tmp_path))
     for number in range(2):
         writer.make_shard(job.for_tasks(), job.plan.part(number))
@@ -151,6 +153,23 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
 
     found = content(prepare(config, tiny_spec, "train").uri)
     assert found.items() >= expected.items()
+
+
+def large(folder: Path) -> Config:
+    """Rows for which the driver starts processes."""
+    long = [chat(f"question {number} " * 20, f"answer {number} " * 20) for number in range(9000)]
+    return helpers.config(folder / "runs", helpers.write_jsonl(folder / "long.jsonl", long), max_length=1024)
+
+
+def test_a_script_without_a_guard_may_prepare_too(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    (tmp_path / "job").write_bytes(pickle.dumps((large(tmp_path), tiny_spec, "train")))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pickle\nfrom olora_ray.tokens.prepare import prepare\n"
+        "print(prepare(*pickle.load(open('job', 'rb'))).manifest.rows)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "9000\n", done.stderr
 
 
 def servants() -> list[psutil.Process]:
