@@ -25,7 +25,7 @@ def test_the_examples_of_the_functions_are_true(tiny_model: Path, tmp_path: Path
             lines.append(f"assert repr(got := {source}) == {wanted!r}, got" if wanted else source)
     assert len(lines) >= 5
     program = tmp_path / "program.py"
-    program.write_text("import olora_ray\n\nif __name__ == '__main__':\n    " + "\n    ".join(lines) + "\n")
+    program.write_text("\n".join(["import olora_ray", *lines]))
     done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held-out loss: " in done.stdout
