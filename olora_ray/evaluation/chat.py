@@ -89,6 +89,7 @@ class Answers:
     """The base model of a run with its exported adapter, which can be switched off."""
 
     def __init__(self, run: str, changes: Mapping[str, Any], system: str | None) -> None:
+        folder = _finished(run)  # before torch is imported, which takes seconds
         import torch
 
         from olora_ray.common.logs import quiet_transformers
@@ -96,9 +97,8 @@ class Answers:
         from olora_ray.evaluation import held_out, targets
         from olora_ray.pipeline.base import with_tokenizer
 
-        quiet_transformers()
-        folder = _finished(run)
         logger.info(f"{folder}: loading the base model and the adapter")
+        quiet_transformers()
         adapter = storage.join(folder, "export", "adapter")
         target = targets.resolve(adapter, targets.settings([adapter], None, changes))
         self.base = with_tokenizer(target.base, target.config)
