@@ -154,7 +154,7 @@ def test_a_job_grows_leaves_a_drained_pod_and_is_registered(podman: Podman, tmp_
     image = head["template"]["spec"]["containers"][0]["image"]
     build(podman, image)
     listed = json.loads(podman("run", "--rm", "--network=none", image, "pip", "inspect"))["installed"]
-    assert {each["metadata"]["name"] for each in listed} > {"ray", "torch", "mlflow", "olora_ray"}
+    assert {each["metadata"]["name"] for each in listed} > {"ray", "torch", "mlflow", "olora-ray"}
     label = '{{index .Labels "org.opencontainers.image.revision"}}'
     assert podman("image", "inspect", image, "--format", label).strip() == "abc"
     podman("network", "create", "pods")
