@@ -92,26 +92,6 @@ def test_the_operator_of_prometheus_gets_the_same_alerts_and_the_port_of_all_pod
         assert all(endpoint["port"] in each for each in ports), name
 
 
-def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits() -> None:
-    patch, job = manifest("kueue.yaml"), manifest("rayjob.yaml")
-    assert (patch["kind"], patch["metadata"].pop("name")) == (job["kind"], job["metadata"]["name"])
-    merged = merge(job, patch)
-    validate(merged)
-    assert "kueue.x-k8s.io/queue-name" in merged["metadata"]["labels"]
-    assert merged["spec"]["suspend"] is merged["spec"]["shutdownAfterJobFinishes"] is True  # Kueue asks for both
-    assert merged["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
-    # Without an autoscaler the first size stays, so the kustomization also sets it to the largest.
-    gpu = cluster("rayjob.yaml")["workerGroupSpecs"][0]
-    (value,) = re.findall(r"workerGroupSpecs/0/replicas, value: (\d+)", (FOLDER / "kustomization.yaml").read_text())
-    assert (gpu["groupName"], gpu["maxReplicas"]) == ("gpu", int(value))
-
-
-def merge(tree: Tree, patch: Tree) -> Tree:
-    """Return Kustomize's result for a patch without lists."""
-    both = {key: merge(tree[key], value) for key, value in patch.items() if isinstance(tree.get(key), dict)}
-    return {**tree, **patch, **both}
-
-
 @pytest.mark.parametrize("name", CUSTOM)
 def test_manifests_fit_the_schemas_of_kuberay(name: str) -> None:
     validate(manifest(name))
@@ -173,13 +153,15 @@ def test_rendered_manifests_fit_the_complete_crds_and_their_rules(tmp_path: Path
                 assert any("managedBy" in message for message in broken_rules(schema, wrong))
 
 
-def test_kueue_can_count_all_pods_of_the_patched_job(tmp_path: Path) -> None:
+def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits(tmp_path: Path) -> None:
     """Kueue makes a Workload of a job: its groups of pods with their numbers, which must be final."""
     rendered(tmp_path, "kuberay")  # makes a copy
     file = tmp_path / "deploy/kuberay/kustomization.yaml"
     file.write_text(re.sub(r"^# (patches:|  - |    patch:)", r"\1", file.read_text(), flags=re.MULTILINE))
     (job,) = (each for each in rendered(tmp_path, "kuberay") if each["kind"] == "RayJob")
+    assert job["spec"]["suspend"] is job["spec"]["shutdownAfterJobFinishes"] is True  # Kueue asks for both
     spec = job["spec"]["rayClusterSpec"]
+    assert spec["enableInTreeAutoscaling"] is False
     groups = [("head", 1, spec["headGroupSpec"]["template"]), ("submitter", 1, job["spec"]["submitterPodTemplate"])]
     groups += [(each["groupName"], each["replicas"], each["template"]) for each in spec["workerGroupSpecs"]]
     assert {name: number for name, number, _ in groups} == {"head": 1, "submitter": 1, "gpu": 4, "prepare": 0}
