@@ -1,5 +1,5 @@
 #!/bin/bash
-# Run: on nodes of a cluster over ssh, by watch_node.sh (tests/outside). Not run: in a pod.
+# Run: on nodes of a cluster over ssh, by watch_node.sh, and in a pod of podman (tests/outside). Not run: as a hook of a kubelet.
 # The preStop hook of worker pods, which watch_node.sh calls, too: tells Ray that this node will stop. Ray then places no
 # more work on it, and the training leaves it after the current step. KubeRay starts Ray under bash, which as process 1
 # ignores SIGTERM, so this script stops the remaining processes after the deadline.

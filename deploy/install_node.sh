@@ -1,6 +1,7 @@
 #!/bin/bash
 # Installs the packages of the lock and this project in ~/olora_env, on each node of cluster.yaml, deploy/gcp.yaml and
-# deploy/azure.yaml. Run: from nothing in a Debian 12 without pip, with CUDA's packages. Not run: on Ubuntu, and without a GPU.
+# deploy/azure.yaml. Run: from nothing in Debian 12 and 13 without pip, with CUDA's packages; in 13 with a Python 3.11 beside
+# its 3.13. Not run: on Ubuntu, where uv downloads Python 3.11, and without a GPU.
 # All nodes get the same versions, whenever they start. A node without a GPU gets torch from its index for CPUs, as 2.13.0+cpu,
 # without CUDA's libraries; a run treats both as the same torch. Such a node must reach download.pytorch.org.
 set -e

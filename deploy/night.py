@@ -1,12 +1,13 @@
 """Run a command for one night: again while it asks for that, within a time limit, with a notification if it fails.
 
-    python night.py [--hours 20] [--pause 300] [--tries 7] [--grace 120] CONFIG.yaml -- COMMAND [ARGUMENT ...]
+    python night.py [--hours 20] [--pause 300] [--tries 7] [--grace 120] [--log FILE] CONFIG.yaml -- COMMAND [WORD ...]
 
 CONFIG.yaml  its section notify says who is notified
 --hours      time limit; then COMMAND gets SIGTERM
 --pause      seconds before COMMAND runs again after exit code 75
 --tries      largest number of runs of COMMAND
 --grace      seconds from SIGTERM to SIGKILL, for COMMAND's checkpoint
+--log        file to which COMMAND's output is appended, too; a pod's own log is deleted with the pod
 
 SIGTERM and SIGINT are passed on to COMMAND, and its output is copied to this process's as it comes. Exit codes:
 COMMAND's own; 75 if the time limit or the last try is reached; 128 + N if signal N ended COMMAND; 0 if another process
@@ -48,10 +49,12 @@ AGAIN = TryAgain.exit_code
 def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     command = argv[split + 1 :]
-    parsed = command_line.parse(argv[:split], __doc__ or "", options=tuple(DEFAULTS))
+    parsed = command_line.parse(argv[:split], __doc__ or "", options=(*DEFAULTS, "--log"))
     if len(parsed.words) != 1 or not command:
         raise UserError("arguments: expected CONFIG.yaml -- COMMAND [ARGUMENT ...]; --help shows how")
-    night = Night(DEFAULTS | {name: _number(name, text) for name, text in parsed.options.items()})
+    limits = {name: _number(name, text) for name, text in parsed.options.items() if name in DEFAULTS}
+    file = parsed.options.get("--log")
+    night = Night(DEFAULTS | limits, _opened(file) if file else None)
     config = _loaded(parsed.words[0])
     _ping(config, "/start")
     try:
@@ -70,6 +73,14 @@ def main(argv: list[str]) -> None:
         _tell(config, event, night.reason)
     _ping(config, "/fail" if code else "", night.reason)
     raise SystemExit(code)
+
+
+def _opened(file: str) -> IO[bytes]:
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        return open(file, "ab", buffering=0)
+    except OSError as error:
+        raise UserError(f"argument --log: {file}: {error.strerror}; name a file that this process may write") from None
 
 
 def _number(name: str, text: str) -> float:
@@ -105,8 +116,9 @@ def _ping(config: Config | None, signal: str, reason: str = "") -> None:
 
 
 class Night:
-    def __init__(self, limits: Mapping[str, float]) -> None:
+    def __init__(self, limits: Mapping[str, float], log: IO[bytes] | None) -> None:
         """`limits` has the keys of DEFAULTS."""
+        self._log = log
         self.limits, self.end = limits, time.monotonic() + limits["--hours"] * 3600
         self.reason = ""
         """Why the night ended as it did."""
@@ -176,6 +188,9 @@ class Night:
             with contextlib.suppress(OSError):  # the command must not wait because nobody reads this output
                 target.buffer.write(line)
                 target.flush()
+            with contextlib.suppress(OSError):  # a full volume must not end the night
+                if self._log:
+                    self._log.write(line)
             text = line.decode(errors="replace").strip()
             if text.startswith("error: "):
                 self._error = source

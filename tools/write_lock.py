@@ -5,8 +5,7 @@
 UV is the path of the program uv. It resolves pyproject.toml with the extras that nodes need, for Linux on x86-64 and
 Python 3.11. Packages that are installed here keep their versions, and uv chooses the others (CUDA's libraries). A local
 build tag such as torch's +cpu is removed, because PyPI only has the version without it. Each package has the SHA-256 of
-all its files, so nodes install exactly these files or fail. The KubeRay manifests get the Ray version of the lock, in
-rayVersion and in the image tag of kustomization.yaml.
+all its files, so nodes install exactly these files or fail. The KubeRay manifests get the Ray version of the lock.
 
 To take newer versions: make clean setup test lock.
 """
@@ -15,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -37,10 +35,9 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 1:
         raise SystemExit((__doc__ or "").strip())
     LOCK.write_text(HEADER + resolved(argv[0], constraints()))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     ray = locked(LOCK.read_text())["ray"]
     for file in sorted(MANIFESTS.glob("*.yaml")):
-        file.write_text(stamped(file.read_text(), project, ray))
+        file.write_text(stamped(file.read_text(), ray))
     return 0
 
 
@@ -70,10 +67,9 @@ def locked(text: str) -> dict[str, str]:
     return {canonical(name): version for name, version in pins}
 
 
-def stamped(manifest: str, project: str, ray: str) -> str:
-    """Return a manifest with this Ray version, and with the image tag of this project and Ray."""
-    manifest = re.sub(r'(\brayVersion: )"[^"]*"', rf'\g<1>"{ray}"', manifest)
-    return re.sub(r"(\bnewTag: )\S+", rf"\g<1>{project}-ray{ray}", manifest)
+def stamped(manifest: str, ray: str) -> str:
+    """Return a manifest with this version of Ray."""
+    return re.sub(r'(\brayVersion: )"[^"]*"', rf'\g<1>"{ray}"', manifest)
 
 
 def canonical(name: str) -> str:

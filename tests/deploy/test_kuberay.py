@@ -22,6 +22,8 @@ CUSTOM = ("raycluster.yaml", "rayjob.yaml", "raycronjob.yaml")
 OTHERS = ("cronjob.yaml", "storage.yaml", "accounts.yaml", "network.yaml", "monitoring.yaml")
 CRDS = [Path(name) for name in os.environ.get("KUBERAY_CRDS", "").split(":") if name]
 """Folders with KubeRay's complete CRDs, one per release (ray-operator/config/crd/bases of its repository)."""
+KUEUE_CRDS = os.environ.get("KUEUE_CRDS")
+"""A folder with Kueue's (config/components/crd/bases of its repository)."""
 NIGHT = "/opt/olora_ray/deploy/night.py"
 
 
@@ -90,26 +92,6 @@ def test_the_operator_of_prometheus_gets_the_same_alerts_and_the_port_of_all_pod
         assert all(endpoint["port"] in each for each in ports), name
 
 
-def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits() -> None:
-    patch, job = manifest("kueue.yaml"), manifest("rayjob.yaml")
-    assert (patch["kind"], patch["metadata"].pop("name")) == (job["kind"], job["metadata"]["name"])
-    merged = merge(job, patch)
-    validate(merged)
-    assert "kueue.x-k8s.io/queue-name" in merged["metadata"]["labels"]
-    assert merged["spec"]["suspend"] is merged["spec"]["shutdownAfterJobFinishes"] is True  # Kueue asks for both
-    assert merged["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
-    # Without an autoscaler the first size stays, so the kustomization also sets it to the largest.
-    gpu = cluster("rayjob.yaml")["workerGroupSpecs"][0]
-    (value,) = re.findall(r"workerGroupSpecs/0/replicas, value: (\d+)", (FOLDER / "kustomization.yaml").read_text())
-    assert (gpu["groupName"], gpu["maxReplicas"]) == ("gpu", int(value))
-
-
-def merge(tree: Tree, patch: Tree) -> Tree:
-    """Return Kustomize's result for a patch without lists."""
-    both = {key: merge(tree[key], value) for key, value in patch.items() if isinstance(tree.get(key), dict)}
-    return {**tree, **patch, **both}
-
-
 @pytest.mark.parametrize("name", CUSTOM)
 def test_manifests_fit_the_schemas_of_kuberay(name: str) -> None:
     validate(manifest(name))
@@ -144,28 +126,51 @@ def broken_rules(schema: Tree, value: Any) -> Iterator[str]:
             yield from broken_rules(schema.get("items", {}), part)
 
 
+def stored(folder: Path) -> dict[str, Tree]:
+    """Return the schema of each kind, of the version in which Kubernetes keeps it."""
+    crds = [yaml.load(file.read_text(), yaml.CSafeLoader)["spec"] for file in folder.glob("*.yaml")]
+    versions = ((crd["names"]["kind"], version) for crd in crds for version in crd["versions"])
+    return {kind: version["schema"]["openAPIV3Schema"] for kind, version in versions if version["storage"]}
+
+
+def fits(document: Tree, schema: Tree) -> None:
+    metadata = {"metadata": {"type": "object"}}
+    jsonschema.validate(document, strict(schema | {"properties": schema["properties"] | metadata}) | {"items": {}})
+    assert list(broken_rules(schema, document)) == []
+
+
 @pytest.mark.skipif(not CRDS, reason="needs KUBERAY_CRDS=FOLDER[:FOLDER], KubeRay's complete CRDs")
 def test_rendered_manifests_fit_the_complete_crds_and_their_rules(tmp_path: Path) -> None:
     documents = [*rendered(tmp_path, "kuberay"), *rendered(tmp_path, "kuberay-team")]
-    for folder in CRDS:
-        kinds = {}
-        for file in folder.glob("*.yaml"):
-            crd = yaml.load(file.read_text(), yaml.CSafeLoader)["spec"]
-            (kinds[crd["names"]["kind"]],) = [
-                version["schema"]["openAPIV3Schema"] for version in crd["versions"] if version["name"] == "v1"
-            ]
+    for kinds in map(stored, CRDS):
         own = [document for document in documents if document["apiVersion"] == "ray.io/v1"]
         assert {document["kind"] for document in own} == {"RayCluster", "RayJob", "RayCronJob"}
         for document in own:
             schema = kinds[document["kind"]]
-            metadata = {"metadata": {"type": "object"}}
-            jsonschema.validate(
-                document, strict(schema | {"properties": schema["properties"] | metadata}) | {"items": {}}
-            )
-            assert list(broken_rules(schema, document)) == []
+            fits(document, schema)
             wrong = {**document, "spec": {**document["spec"], "managedBy": "me"}}
             if document["kind"] != "RayCronJob":
                 assert any("managedBy" in message for message in broken_rules(schema, wrong))
+
+
+def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits(tmp_path: Path) -> None:
+    """Kueue makes a Workload of a job: its groups of pods with their numbers, which must be final."""
+    rendered(tmp_path, "kuberay")  # makes a copy
+    file = tmp_path / "deploy/kuberay/kustomization.yaml"
+    file.write_text(re.sub(r"^# (patches:|  - |    patch:)", r"\1", file.read_text(), flags=re.MULTILINE))
+    (job,) = (each for each in rendered(tmp_path, "kuberay") if each["kind"] == "RayJob")
+    assert job["spec"]["suspend"] is job["spec"]["shutdownAfterJobFinishes"] is True  # Kueue asks for both
+    spec = job["spec"]["rayClusterSpec"]
+    assert spec["enableInTreeAutoscaling"] is False
+    groups = [("head", 1, spec["headGroupSpec"]["template"]), ("submitter", 1, job["spec"]["submitterPodTemplate"])]
+    groups += [(each["groupName"], each["replicas"], each["template"]) for each in spec["workerGroupSpecs"]]
+    assert {name: number for name, number, _ in groups} == {"head": 1, "submitter": 1, "gpu": 4, "prepare": 0}
+    sets = [{"name": name, "count": number, "template": template} for name, number, template in groups]
+    queue = job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    workload = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "metadata": {}}
+    if not KUEUE_CRDS:
+        pytest.skip("rendered; needs KUEUE_CRDS=FOLDER, Kueue's CRDs, for the rest")
+    fits(workload | {"spec": {"queueName": queue, "podSets": sets}}, stored(Path(KUEUE_CRDS))["Workload"])
 
 
 def rendered(tmp_path: Path, name: str) -> list[Tree]:

@@ -43,6 +43,16 @@ def night(config: Path, script: str, *options: str) -> tuple[int, list[str]]:
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
 
+def test_the_output_of_all_nights_stays_in_a_file(config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "logs" / "night.log"
+    for name in ("monday", "tuesday"):
+        assert night(config, f"echo {name}", "--log", str(file)) == (0, [name])
+    assert file.read_text() == "monday\ntuesday\n"
+    code, lines = night(config, "echo never", "--log", str(config / "night.log"))
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: argument --log: {config}/night.log: ")
+
+
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_what_the_command_has_told_itself_is_not_told_again(config: Path, hook: Receiver, code: int) -> None:
     line = "notify.url: the event 'failed' was sent" if code else "nothing changed since version 1"

@@ -158,3 +158,19 @@ def test_an_error_of_the_config_is_the_jobs_exit_code_and_a_night_submits_the_ne
     assert job.state() == "FAILED 2:0"
     waiting = slurm.machines["head"].ok("squeue --noheader --name=olora-retrain --format='%T %r'", **SLURM)
     assert waiting.startswith("PENDING")
+
+
+def test_a_search_and_a_night_register_their_versions(slurm: World, config: Path) -> None:
+    space = config.with_name("space.yaml")
+    steps = {"train.steps": 20, "train.eval_every": 20}
+    space.write_text(yaml.safe_dump({"search": {"train.lr": {"grid": [1e-2, 1e-3]}}, "searcher": "grid", "set": steps}))
+    search = Job(slurm, "sweep.sbatch", str(config), str(space), "--register", "registry.model=searched")
+    until(search.ended, 600, pause=2)
+    assert search.state() == "COMPLETED 0:0", search.log[-6000:]
+    assert "registered: searched version 1 " in search.log
+    words = ("registry.model=nightly", *(f"{key}={number}" for key, number in steps.items()))
+    night = Job(slurm, "retrain.sbatch", str(config), *words)
+    until(night.ended, 600, pause=2)
+    log = (slurm.shared / "olora_ray" / "olora-retrain.log").read_text(errors="replace")
+    assert night.state() == "COMPLETED 0:0", log[-6000:]
+    assert re.search("registered: +nightly version 1 ", log)
