@@ -112,7 +112,9 @@ def test_two_servers_follow_the_champion_under_load(
     command += ["--tokenizer", str(versions.base)]
     logs = [tmp_path / "first", tmp_path / "second"]
     with contextlib.ExitStack() as running:
-        servers = [running.enter_context(vllm([*command], FOLLOWED, log)) for log in logs]
+        # The second one has two API servers for one engine: they must number the adapters alike.
+        commands = (command, [*command, "--api-server-count", "2"])
+        servers = [running.enter_context(vllm(words, FOLLOWED, log)) for words, log in zip(commands, logs, strict=True)]
 
         # What each version answers: by its number, which no alias moves.
         wanted = {number: [answer(servers[0], f"{NAME}@{number}", prompt) for prompt in PROMPTS] for number in GOOD}
