@@ -24,6 +24,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 import requests
 
 from olora_ray.common import node_cache, storage
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import TryAgain, UserError, as_user_error
 from olora_ray.common.logs import quiet_environment
 from olora_ray.common.secrets import looked_up
 from olora_ray.config import command_line
@@ -42,8 +43,6 @@ from olora_ray.tracking.client import reason
 logger = logging.getLogger(__name__)
 
 OPTIONS = ["--engine", "--base", "--key", "--mirror", "--cache", "--tracking-uri"]
-# Seconds for an engine's answer: loading an adapter waits for the step that the engine computes.
-ANSWER_SECONDS = 120.0
 
 
 def main(argv: list[str]) -> None:
@@ -86,39 +85,38 @@ class Engine:
 
         Raises UserError for a refusal, TryAgain if the engine is unreachable.
         """
-        own, *others = self._ask("/v1/models")["data"]
+        with as_user_error(f"{self._url} is not vLLM or SGLang", LookupError, ValueError):
+            own, *others = self._ask("/v1/models").json()["data"]
         before = next((each["root"] for each in others if each["id"] == name), None)
         if before == str(adapter.folder):
             return
         adapter.check_base(self._base or own["root"])
-        if own.get("owned_by") == "sglang":
-            self._replace(name, adapter, before)
+        if (
+            own.get("owned_by") == "sglang"
+        ):  # it replaces no adapter, and lets running requests end before it unloads one
+            load = partial(self._ask, "/load_lora_adapter", lora_name=name)
+            if before:
+                self._ask("/unload_lora_adapter", lora_name=name)
+            try:
+                load(lora_path=str(adapter.folder))
+            except UserError:
+                with suppress(UserError):
+                    if before:
+                        load(lora_path=before)
+                raise
         else:
-            self._load("/v1/load_lora_adapter", name, str(adapter.folder), load_inplace=before is not None)
+            folder = str(adapter.folder)
+            self._ask("/v1/load_lora_adapter", lora_name=name, lora_path=folder, load_inplace=before is not None)
         logger.info(f"{name}: {adapter} answers at {self._url}")
 
-    def _replace(self, name: str, adapter: Adapter, before: str | None) -> None:
-        # SGLang cannot replace an adapter. It ends the requests of the old one first.
-        if before:
-            self._ask("/unload_lora_adapter", lora_name=name)
-        try:
-            self._load("/load_lora_adapter", name, str(adapter.folder))
-        except UserError:
-            if before:
-                self._load("/load_lora_adapter", name, before)
-            raise
-
-    def _load(self, path: str, name: str, folder: str, **more: Any) -> None:
-        self._ask(path, lora_name=name, lora_path=folder, **more)
-
-    def _ask(self, path: str, **body: Any) -> Any:
+    def _ask(self, path: str, **body: Any) -> requests.Response:
         try:
             answer = requests.request(
                 "POST" if body else "GET",
                 f"{self._url}{path}",
                 json=body or None,
                 headers=self._headers,
-                timeout=ANSWER_SECONDS,
+                timeout=120,  # loading an adapter waits for the step that the engine computes
             )
         except requests.RequestException as error:
             raise TryAgain(f"the engine {self._url} does not answer ({reason(error)})") from None
@@ -126,7 +124,7 @@ class Engine:
             advice = "; start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" if answer.status_code == 404 else ""
             text = f"the engine {self._url} refuses {path}: {answer.status_code} {' '.join(answer.text[:500].split())}"
             raise (TryAgain if answer.status_code in (502, 503, 504) else UserError)(f"{text}{advice}")
-        return answer.json() if not body else None
+        return answer
 
 
 class Mirror:

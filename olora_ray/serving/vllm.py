@@ -67,21 +67,10 @@ async def _follow(vllm: Any, watch: Watch, attempts: Attempts) -> None:
 
 
 def _request(name: str, adapter: Adapter) -> Any:
-    return _type()(lora_name=name, lora_int_id=adapter.id, lora_path=str(adapter.folder))
-
-
-@cache
-def _type() -> Any:
     from vllm.lora.request import LoRARequest
 
-    class Pinned(LoRARequest):  # type: ignore[misc]
-        """Keeps its id. vLLM would count the adapters in each API server, although all of these share an engine."""
-
-        def __setattr__(self, name: str, value: object) -> None:
-            if name != "lora_int_id":
-                super().__setattr__(name, value)
-
-    return Pinned
+    # The id of the first version of a name is vLLM's own: it counts the names that it has resolved.
+    return LoRARequest(lora_name=name, lora_int_id=adapter.id, lora_path=str(adapter.folder))
 
 
 @cache

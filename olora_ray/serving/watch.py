@@ -75,8 +75,10 @@ class Attempts:
         except Exception as error:  # the engine must keep its adapter, whatever MLflow, a store or an engine answers
             if what and not isinstance(error, TryAgain | OSError):
                 self._refused[what] = time.monotonic()
-            if (reason := first_line(error).removeprefix("model.name: ")) != self._said:
-                logger.error(f"{self._about}: {reason}")
+            reason = first_line(error).removeprefix("model.name: ")
+            if reason != self._said:
+                expected = isinstance(error, UserError | OSError)
+                logger.error(f"{self._about}: {reason}", exc_info=None if expected else error)
             self._said = reason
         else:
             if self._said and self._again:

@@ -1,14 +1,6 @@
 """`olora-ray follow` loads the version to which an alias points: a real MLflow, and stand-ins for the engines."""
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,56 +9,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.serving.watch import Watch
 from olora_ray.tracking.models import Contents
 from tests.said import said
+from tests.serving.engine import Engine, following
 from tests.serving.versions import FOLLOWED, NAME, Versions
 from tests.waiting import until
-
-
-class Engine(ThreadingHTTPServer):
-    """Answers as vLLM or SGLang does to the requests for adapters, and has no room for version 4."""
-
-    def __init__(self, kind: str, base: Path) -> None:
-        self.kind, self.base = kind, base
-        self.served = dict[str, str]()  # name -> folder
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def act(self, path: str, body: dict[str, str]) -> int:
-        name = body["lora_name"]
-        v1 = "/v1" * (self.kind == "vllm")
-        if path == f"{v1}/unload_lora_adapter":
-            return 200 if self.served.pop(name, None) else 400
-        if path != f"{v1}/load_lora_adapter" or f"/{NAME}-4-" in body["lora_path"]:
-            return 500
-        if name in self.served and not body.get("load_inplace"):
-            return 400
-        self.served[name] = body["lora_path"]
-        return 200
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Engine
-
-    def do_GET(self) -> None:
-        own = {"id": "base", "root": str(self.server.base), "owned_by": self.server.kind}
-        served = [{"id": name, "root": folder} for name, folder in self.server.served.items()]
-        self.answer(200, {"data": [own, *served]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        code = self.server.act(self.path, body)
-        self.answer(code, {"error": "no room for it"} if code != 200 else {})
-
-    def answer(self, code: int, body: object) -> None:
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -81,32 +26,6 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versions]:
         found.server.kill()
 
 
-@contextlib.contextmanager
-def following(uri: str, folder: Path, *words: str) -> Iterator[Callable[[str], bool]]:
-    """The command; yields a test for a text in what it has printed. SIGTERM must end it with exit code 0."""
-    command = [
-        sys.executable,
-        "-m",
-        "olora_ray",
-        "follow",
-        FOLLOWED,
-        "--tracking-uri",
-        uri,
-        "--cache",
-        f"{folder}/cache",
-    ]
-    log = folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen([*command, *words], stdout=out, stderr=out, env=os.environ)
-    try:
-        yield lambda text: text in log.read_text()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, log.read_text()
-    finally:
-        print(log.read_text())
-        process.kill()
-
-
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_an_engine_follows_the_champion(versions: Versions, tmp_path: Path, kind: str) -> None:
     engine, mirror = Engine(kind, versions.base), tmp_path / "mirror"
@@ -115,7 +34,7 @@ def test_an_engine_follows_the_champion(versions: Versions, tmp_path: Path, kind
         return f"/{NAME}-{number}-" in engine.served.get(FOLLOWED, "")
 
     versions.point("1")
-    with following(versions.server.uri, tmp_path, "--engine", engine.url, "--mirror", str(mirror)) as printed:
+    with following(FOLLOWED, versions.server.uri, tmp_path, "--engine", engine.url, "--mirror", str(mirror)) as printed:
         until(lambda: serves("1"))
         versions.aliases.promote("2", "by test")
         until(lambda: serves("2"))

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from olora_ray.serving.follow import Engine
+from olora_ray.serving.watch import Watch
 from tests.serving.test_serving import Server, vllm
 from tests.serving.versions import FOLLOWED, NAME, Versions
 from tests.waiting import until
@@ -112,9 +114,7 @@ def test_two_servers_follow_the_champion_under_load(
     command += ["--tokenizer", str(versions.base)]
     logs = [tmp_path / "first", tmp_path / "second"]
     with contextlib.ExitStack() as running:
-        # The second one has two API servers for one engine: they must number the adapters alike.
-        commands = (command, [*command, "--api-server-count", "2"])
-        servers = [running.enter_context(vllm(words, FOLLOWED, log)) for words, log in zip(commands, logs, strict=True)]
+        servers = [running.enter_context(vllm(command, FOLLOWED, log)) for log in logs]
 
         # What each version answers: by its number, which no alias moves.
         wanted = {number: [answer(servers[0], f"{NAME}@{number}", prompt) for prompt in PROMPTS] for number in GOOD}
@@ -151,6 +151,13 @@ def test_two_servers_follow_the_champion_under_load(
         late = [_late(moves, wanted, *each) for each in load.answers]
         print(f"{len(late)} answers, {len(moves) - 1} moves; a replaced version answered for at most {max(late):.2f} s")
         assert max(late) < LATE
+
+        # The same by its HTTP interface, without the plug-in: `olora-ray follow --engine`.
+        for number in GOOD[:2]:
+            adapter = Watch(f"{NAME}@{number}", versions.server.uri, tmp_path).look()
+            assert adapter
+            Engine(servers[0].address, None, None).serve("by-http", adapter)
+            assert [answer(servers[0], "by-http", prompt) for prompt in PROMPTS] == wanted[number]
 
         # Versions that must not be loaded: the one of before answers, and the log says why.
         for number, why in (
