@@ -69,7 +69,7 @@ platforms: $(VENV)/.dev build/platforms/.installed ## rehearse deploy/: clouds, 
 	$(BIN)/python -m pytest -rP tests/outside/test_slurm.py tests/outside/test_pods.py
 
 # An environment of its own: vLLM takes only some versions of transformers. llama.cpp is compiled, in about 10 minutes.
-serve-test: build/serve/.installed ## the exports in vLLM and llama.cpp: the same answers as in transformers
+serve-test: build/serve/.installed ## vLLM and llama.cpp answer as transformers does; vLLM and Ray Serve follow the registry
 	build/serve/bin/python -m pytest -rP tests/serving
 
 check: style types

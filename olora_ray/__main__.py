@@ -29,6 +29,7 @@ COMMANDS = {
     "registry": ("list registered versions, and set the champion by hand", None),
     "retrain": ("retrain if something has changed, and promote a better model; made for a scheduler", None),
     "nights": ("show how the nights of a model went: last good one, champion, refusals", None),
+    "follow": ("let vLLM, SGLang or Ray Serve answer with the champion when it changes", "olora_ray.serving.follow"),
 }
 """Command -> (description, module with its `main`); None: the script of that name in pipelines/."""
 

@@ -18,7 +18,7 @@ def olora_ray(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[s
 
 
 COMMANDS = ["quickstart", "init", "finetune", "chat", "runs", "evaluate", "sweep", "compare", "registry", "retrain"]
-COMMANDS += ["nights"]
+COMMANDS += ["nights", "follow"]
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])

@@ -368,15 +368,28 @@ class Registered:
 
 
 def find(uri: str, tracking_uri: str, cache: Path) -> Registered:
-    """Return the version that `uri` names.
+    """Return the version that `uri` names, with its files (see `fetch`).
 
-    Artifacts on a local disk are used directly, others are downloaded once into `cache`. Raises UserError for an
-    unknown name, alias or version, with the known ones, and for files that were changed after the registration.
+    Raises UserError for an unknown name, alias or version, with the known ones.
+    """
+    return fetch(resolve(uri, tracking_uri), tracking_uri, cache)
+
+
+def resolve(uri: str, tracking_uri: str) -> Version:
+    with reachable(tracking_uri):
+        return Version.of(_resolve(connect(tracking_uri), uri))
+
+
+def fetch(version: Version, tracking_uri: str, cache: Path, copy: bool = False) -> Registered:
+    """Return the files of a version, which are checked against their checksums at each call.
+
+    Artifacts on a local disk are used directly, unless `copy` is set; others are downloaded once into `cache`. Raises
+    UserError for files that were changed after the registration.
     """
     with reachable(tracking_uri, upload=True):
-        version = Version.of(_resolve(connect(tracking_uri), uri))
         place = str(connect(tracking_uri).get_model_version_download_uri(version.name, version.number))
-        return _inside(uri, version, _checked(version, place, tracking_uri, cache))
+        uri = f"{SCHEME}{version.name}/{version.number}"
+        return _inside(uri, version, _checked(version, place, tracking_uri, cache, copy))
 
 
 def of_config(config: AnyConfig) -> Registered | None:
@@ -398,21 +411,22 @@ def pinned(name: str, config: AnyConfig) -> str:
     if not name.startswith(SCHEME) or "@" not in name:
         return name
     # If the alias has moved since the base model was opened, this is the wrong version. Its digest shows that later.
-    with reachable(resolve_uri(config)):
-        version = Version.of(_resolve(connect(resolve_uri(config)), name))
+    version = resolve(name, resolve_uri(config))
     return f"{SCHEME}{version.name}/{version.number}"
 
 
-def _checked(version: Version, place: str, tracking_uri: str, cache: Path) -> Path:
+def _checked(version: Version, place: str, tracking_uri: str, cache: Path, always: bool) -> Path:
     copy = cache / storage.digest(tracking_uri, place, length=16)
-    folder = _fetch(place, tracking_uri, copy)
+    if always:  # a name for people, who see it in an engine's list of models
+        copy = cache / f"{version.name}-{version.number}-{version.checksum[:16]}"
+    folder = _fetch(place, tracking_uri, copy, always)
     try:
         _verify(version, folder, tracking_uri)
     except UserError:
         if folder != copy:
             raise
         storage.remove(str(copy))  # only the copy may be damaged: download it again
-        folder = _fetch(place, tracking_uri, copy)
+        folder = _fetch(place, tracking_uri, copy, always)
         _verify(version, folder, tracking_uri)
     return folder
 
@@ -483,14 +497,15 @@ def _known_names(client: "MlflowClient", name: str) -> str:
     return f"not registered; {name} has versions {', '.join(sorted(versions, key=int)) or 'none'} and aliases {named}"
 
 
-def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
+def _fetch(place: str, tracking_uri: str, target: Path, always: bool) -> Path:
     from mlflow.artifacts import download_artifacts
 
     local = Path(place.removeprefix("file://"))
     if local.is_absolute():
         if not local.is_dir():
             raise UserError(f"model.name: the registered model's folder {local} is missing on this machine")
-        return local
+        if not always:
+            return local
 
     def download(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts:

