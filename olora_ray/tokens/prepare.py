@@ -4,23 +4,16 @@ import contextlib
 import itertools
 import json
 import logging
-import multiprocessing
-import os
-import pickle
-import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from olora_ray.common import node_cache, records, storage
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
 from olora_ray.config.schema import AnyConfig
@@ -50,104 +43,10 @@ from olora_ray.tokens.manifest import (
     summary,
 )
 from olora_ray.tokens.plan import Look, Part, Plan, RowDigests, Rules, Split, looking, make_plan, once
+from olora_ray.tokens.spread import Lazy, by_processes, cores, map_ordered
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-# Map over the cluster by Ray Data, with the results as an ordered stream.
-
-
-# Most tasks; with more items than that a task works on several.
-TASKS = 4000
-
-
-class Lazy(Sequence[Item]):
-    def __init__(self, make: Callable[[Any], Item], sources: Sequence[Any]) -> None:
-        self._make, self._sources = make, sources
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._make(self._sources[index])
-
-
-def map_ordered(
-    work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], cpus_held: float = 0.0
-) -> Generator[Result, None, None]:
-    """Yield `work(shared, item)` for all items, in their order, computed by Ray Data's tasks.
-
-    `shared` travels once to each node and is unpacked once in each process, an item only to its own task. `work` must
-    be a function of a module and give the same result whenever Ray repeats it after a failure. `cpus_held` are CPUs
-    that others hold all the time. Needs ray.init; close the generator to stop early.
-    """
-    import ray
-    import ray.data
-
-    reference = ray.put(shared)
-
-    def task(row: dict[str, Any]) -> dict[str, Any]:
-        item = pickle.loads(row["item"])  # noqa: S301 - made by the driver a moment ago
-        return {"result": pickle.dumps(work(_fetched(reference), item))}
-
-    # Ray's dashboard shows these names.
-    task.__name__ = task.__qualname__ = name = getattr(work, "__name__", "work")
-    # Ray packs them block by block, so that the driver never holds all of them.
-    packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
-    _quiet_stream()
-    blocks = min(len(items), TASKS)
-    results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
-    results.set_name(name)
-    # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
-    stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
-    with contextlib.closing(stream) as batches:
-        for batch in batches:
-            for result in batch.column("result"):
-                yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
-
-
-_last: tuple[Any, Any] = (None, None)
-
-
-def _fetched(reference: Any) -> Any:
-    # Unpacked once per process, because it may be large.
-    global _last
-    import ray
-
-    if _last[0] != reference:
-        _last = (reference, ray.get(reference))
-    return _last[1]
-
-
-def _resources(cpus_held: float) -> dict[str, Any]:
-    """Return the resources of a task: half a CPU if others leave less than two, and none if they leave none.
-
-    The others that hold the CPUs wait for the tasks, so the tasks must not wait for a CPU. Tasks without CPUs are few,
-    because each process takes seconds of a CPU to start.
-    """
-    import ray
-    import ray.data
-
-    cpus = float(ray.cluster_resources().get("CPU", 1.0))
-    each = 1.0 if cpus - cpus_held >= 2 else 0.5
-    if cpus - cpus_held >= each:
-        return {"num_cpus": each}
-    return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
-
-
-def _quiet_stream() -> None:
-    """Run Ray Data of this process in order, without progress bars and logs."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
 
 # Writer of token stores: it builds the shards that are missing or damaged, spread over the cluster.
 
@@ -285,77 +184,14 @@ def _made(job: StoreSpec, status: StoreStatus, cpus_held: float) -> Generator[di
     if small(job, status):
         return (make_shard(shared, job.plan.part(number)) for number in status.missing)
     parts = Lazy(job.plan.part, status.missing)
-    if status.size(job.plan) <= 8 * MAKE_HERE * _cores():
-        return _by_processes(shared, parts)
+    if status.size(job.plan) <= 8 * MAKE_HERE * cores():
+        return by_processes(make_shard, shared, parts)
     return map_ordered(make_shard, shared, parts, cpus_held)
 
 
 def small(job: StoreSpec, status: StoreStatus) -> bool:
     """True if the missing shards are built in this process, without Ray."""
     return len(status.missing) <= 1 or status.size(job.plan) <= MAKE_HERE
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, -(-quota // period))
-    return cores
-
-
-def _by_processes(shared: tuple[Rules, str, str], parts: Sequence[Part]) -> Generator[dict[str, Any], None, None]:
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy the threads' locks
-    context.set_forkserver_preload([__name__])
-    count = min(len(parts), _cores())
-    # Each process has its own pipe, which ends with it. What all share would stay locked, or half written, if one is
-    # killed in its message, and the driver would wait forever.
-    pipes, processes = [], []
-    try:
-        for first in range(count):
-            results, theirs = context.Pipe(duplex=False)
-            own = [parts[number] for number in range(first, len(parts), count)]
-            process = context.Process(target=_make_parts, args=(shared, own, theirs), daemon=True)
-            with _nameless_main():
-                process.start()
-            theirs.close()
-            pipes.append(results)
-            processes.append(process)
-        for number in range(len(parts)):
-            result = pipes[number % count].recv()
-            if isinstance(result, Exception):
-                raise result
-            yield result
-    except (EOFError, BrokenPipeError):
-        raise TryAgain("a process that tokenised rows was killed; run the same command again to resume") from None
-    finally:
-        for results in pipes:
-            results.close()
-        for process in processes:
-            process.join()
-
-
-@contextlib.contextmanager
-def _nameless_main() -> Iterator[None]:
-    # multiprocessing would import the user's script in each process, and run what it does without a guard again.
-    main: dict[str, Any] = vars(sys.modules["__main__"])
-    names: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
-    main["__spec__"] = None
-    try:
-        yield
-    finally:
-        main.update(names)
-
-
-def _make_parts(shared: tuple[Rules, str, str], parts: Sequence[Part], results: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal; the driver ends these
-    result: dict[str, Any] | Exception
-    with contextlib.suppress(BrokenPipeError):  # the driver wants no more, or was killed
-        for part in parts:
-            try:
-                result = make_shard(shared, part)
-            except Exception as error:
-                result = error
-            results.send(result)
 
 
 def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""Work on many items, as an ordered stream of results: by Ray Data over the cluster, or by processes of the driver."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from olora_ray.common.errors import TryAgain
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Most tasks; with more items than that a task works on several.
+TASKS = 4000
+
+
+class Lazy(Sequence[Item]):
+    def __init__(self, make: Callable[[Any], Item], sources: Sequence[Any]) -> None:
+        self._make, self._sources = make, sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._make(self._sources[index])
+
+
+def map_ordered(
+    work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], cpus_held: float = 0.0
+) -> Generator[Result, None, None]:
+    """Yield `work(shared, item)` for all items, in their order, computed by Ray Data's tasks.
+
+    `shared` travels once to each node and is unpacked once in each process, an item only to its own task. `work` must
+    be a function of a module and give the same result whenever Ray repeats it after a failure. `cpus_held` are CPUs
+    that others hold all the time. Needs ray.init; close the generator to stop early.
+    """
+    import ray
+    import ray.data
+
+    reference = ray.put(shared)
+
+    def task(row: dict[str, Any]) -> dict[str, Any]:
+        item = pickle.loads(row["item"])  # noqa: S301 - made by the driver a moment ago
+        return {"result": pickle.dumps(work(_fetched(reference), item))}
+
+    # Ray's dashboard shows these names.
+    task.__name__ = task.__qualname__ = name = getattr(work, "__name__", "work")
+    # Ray packs them block by block, so that the driver never holds all of them.
+    packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
+    _quiet_stream()
+    blocks = min(len(items), TASKS)
+    results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
+    results.set_name(name)
+    # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
+    stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with contextlib.closing(stream) as batches:
+        for batch in batches:
+            for result in batch.column("result"):
+                yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
+
+
+_last: tuple[Any, Any] = (None, None)
+
+
+def _fetched(reference: Any) -> Any:
+    # Unpacked once per process, because it may be large.
+    global _last
+    import ray
+
+    if _last[0] != reference:
+        _last = (reference, ray.get(reference))
+    return _last[1]
+
+
+def _resources(cpus_held: float) -> dict[str, Any]:
+    """Return the resources of a task: half a CPU if others leave less than two, and none if they leave none.
+
+    The others that hold the CPUs wait for the tasks, so the tasks must not wait for a CPU. Tasks without CPUs are few,
+    because each process takes seconds of a CPU to start.
+    """
+    import ray
+    import ray.data
+
+    cpus = float(ray.cluster_resources().get("CPU", 1.0))
+    each = 1.0 if cpus - cpus_held >= 2 else 0.5
+    if cpus - cpus_held >= each:
+        return {"num_cpus": each}
+    return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
+
+
+def _quiet_stream() -> None:
+    """Run Ray Data of this process in order, without progress bars and logs."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def cores() -> int:
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, -(-quota // period))
+    return cores
+
+
+def by_processes(
+    work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item]
+) -> Generator[Result, None, None]:
+    """Yield what `map_ordered` does, computed by processes of this one, which end with it or with the generator.
+
+    Raise what `work` raises, and TryAgain if one of the processes was killed.
+    """
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy the threads' locks
+    context.set_forkserver_preload([work.__module__])
+    count = min(len(items), cores())
+    # Each process has its own pipe, which ends with it. What all share would stay locked, or half written, if one is
+    # killed in its message, and the driver would wait forever.
+    pipes, processes = [], []
+    try:
+        for first in range(count):
+            results, theirs = context.Pipe(duplex=False)
+            own = [items[number] for number in range(first, len(items), count)]
+            process = context.Process(target=_work, args=(work, shared, own, theirs), daemon=True)
+            with _nameless_main():
+                process.start()
+            theirs.close()
+            pipes.append(results)
+            processes.append(process)
+        for number in range(len(items)):
+            result = pipes[number % count].recv()
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    except (EOFError, BrokenPipeError):
+        raise TryAgain("a process that tokenised rows was killed; run the same command again to resume") from None
+    finally:
+        for results in pipes:
+            results.close()
+        for process in processes:
+            process.join()
+
+
+@contextlib.contextmanager
+def _nameless_main() -> Iterator[None]:
+    # multiprocessing would import the user's script in each process, and run what it does without a guard again.
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    names: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(names)
+
+
+def _work(work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], results: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal; the driver ends these
+    result: Result | Exception
+    with contextlib.suppress(BrokenPipeError):  # the driver wants no more, or was killed
+        for item in items:
+            try:
+                result = work(shared, item)
+            except Exception as error:
+                result = error
+            results.send(result)
