@@ -85,7 +85,8 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
 
 @pytest.mark.slow
 def test_an_engine_has_the_new_champion_five_seconds_after_a_night(folder: Path, model: Path) -> None:
-    nightly = Nightly(folder, model, train=longer(model), export={"merged": False})
+    loose = {"confident": False, "anchor": 10.0}
+    nightly = Nightly(folder, model, train=longer(model), export={"merged": False}, gate=loose)
     nightly.call()
     engine, name = Engine("vllm", model), "nightly@champion"
     with following(name, nightly.aliases.uri, folder, "--engine", engine.url):
