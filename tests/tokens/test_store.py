@@ -15,7 +15,6 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import prepare as writer
 from olora_ray.tokens import preview
 from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.prepare import prepare
@@ -244,7 +243,7 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
 ) -> None:
     here = prepare(corpus, tiny_spec, "train")
     expected = content(here.uri)
-    monkeypatch.setattr(writer, "TASKS", tasks)
+    monkeypatch.setattr("olora_ray.tokens.spread.TASKS", tasks)
     spread(cpus, scans=True)
     run = corpus.run.model_copy(update={"storage": str(tmp_path / "spread")})
     with said() as lines:
