@@ -145,12 +145,14 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
 
     told = pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again")
     for moment in ("in its work", "in its message"):
-        killer = threading.Thread(target=until, args=[partial(killed, tmp_path, moment), 30, 0.001], daemon=True)
+        others = servants()
+        dead = partial(killed, others, tmp_path, moment)
+        killer = threading.Thread(target=until, args=[dead, 30, 0.001], daemon=True)
         killer.start()
         with told if moment == "in its work" else contextlib.suppress(TryAgain):  # it may have said all by then
             prepare(config, tiny_spec, "train")
         killer.join()
-        until(lambda: not servants())
+        until(partial(ended, others))
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
 
     found = content(prepare(config, tiny_spec, "train").uri)
@@ -174,17 +176,21 @@ def test_a_script_without_a_guard_may_prepare_too(tmp_path: Path, tiny_spec: Tok
     assert done.stdout == "9000\n", done.stderr
 
 
-def servants() -> list[psutil.Process]:
-    """Processes that tokenise rows for this one."""
+def servants() -> set[psutil.Process]:
+    """Processes that a server of this process has forked; other tests have some, too."""
     servers = [each for each in psutil.Process().children() if "forkserver" in " ".join(each.cmdline())]
-    return [each for server in servers for each in server.children()]
+    return {each for server in servers for each in server.children()}
 
 
-def killed(folder: Path, moment: str) -> bool:
+def ended(others: set[psutil.Process]) -> bool:
+    return servants() <= others
+
+
+def killed(others: set[psutil.Process], folder: Path, moment: str) -> bool:
     # The message comes right after the sidecar.
     if moment == "in its message" and not list(folder.glob("runs/tokens/*/shard-*.json")):
         return False
-    for each in (ours := servants()):
+    for each in (ours := servants() - others):
         each.kill()
     return bool(ours)
 
