@@ -37,7 +37,7 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    folder, dtype, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    folder, dtype, workers = str(Path(sys.argv[1]).resolve()), sys.argv[2], int(sys.argv[3])
     ray.init(logging_level="warning", log_to_driver=False)
     with tempfile.TemporaryDirectory() as scratch:
         told = Path(scratch, "told")
