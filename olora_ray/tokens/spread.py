@@ -115,6 +115,9 @@ def cores() -> int:
     return cores
 
 
+KILLED = "a process that tokenised rows was killed; run the same command again to resume"
+
+
 def by_processes(
     work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item]
 ) -> Generator[Result, None, None]:
@@ -133,18 +136,22 @@ def by_processes(
             results, theirs = context.Pipe(duplex=False)
             own = [items[number] for number in range(first, len(items), count)]
             process = context.Process(target=_work, args=(work, shared, own, theirs), daemon=True)
-            with _nameless_main():
-                process.start()
+            try:
+                with _nameless_main():
+                    process.start()
+            except (EOFError, BrokenPipeError):
+                raise TryAgain(KILLED) from None
             theirs.close()
             pipes.append(results)
             processes.append(process)
         for number in range(len(items)):
-            result = pipes[number % count].recv()
+            try:
+                result = pipes[number % count].recv()
+            except (EOFError, OSError):  # before its message, or in it
+                raise TryAgain(KILLED) from None
             if isinstance(result, Exception):
                 raise result
             yield result
-    except (EOFError, BrokenPipeError):
-        raise TryAgain("a process that tokenised rows was killed; run the same command again to resume") from None
     finally:
         for results in pipes:
             results.close()

@@ -1,6 +1,5 @@
 """A file that a crash or a disk has damaged is rebuilt with the same bytes, or named; it never gives wrong data."""
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -25,6 +24,7 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan
 from olora_ray.tokens import prepare as writer
 from olora_ray.tokens.prepare import begin, plan_here, prepare
+from olora_ray.tokens.spread import by_processes
 from olora_ray.tokens.store import TokenStore
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, content, rows
@@ -143,17 +143,13 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
     expected = content(job.uri)
     assert len(expected) == 2 * 2
 
-    told = pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again")
-    for moment in ("in its work", "in its message"):
-        others = servants()
-        dead = partial(killed, others, tmp_path, moment)
-        killer = threading.Thread(target=until, args=[dead, 30, 0.001], daemon=True)
-        killer.start()
-        with told if moment == "in its work" else contextlib.suppress(TryAgain):  # it may have said all by then
-            prepare(config, tiny_spec, "train")
-        killer.join()
-        until(partial(ended, others))
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    others = servants()
+    killer = threading.Thread(target=until, args=[partial(killed, others), 30, 0.001], daemon=True)
+    killer.start()
+    with pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again"):
+        prepare(config, tiny_spec, "train")
+    killer.join()
+    until(partial(ended, others))
 
     found = content(prepare(config, tiny_spec, "train").uri)
     assert found.items() >= expected.items()
@@ -186,13 +182,31 @@ def ended(others: set[psutil.Process]) -> bool:
     return servants() <= others
 
 
-def killed(others: set[psutil.Process], folder: Path, moment: str) -> bool:
-    # The message comes right after the sidecar.
-    if moment == "in its message" and not list(folder.glob("runs/tokens/*/shard-*.json")):
-        return False
+def killed(others: set[psutil.Process]) -> bool:
     for each in (ours := servants() - others):
         each.kill()
     return bool(ours)
+
+
+def long_answer(shared: None, item: int) -> bytes:
+    return bytes(2**20)  # more than a pipe holds
+
+
+def test_a_process_that_is_killed_in_its_message_is_told() -> None:
+    others, results = servants(), by_processes(long_answer, None, range(9))
+    next(results)
+    killed(others)
+    with pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again"):
+        list(results)
+
+
+def no_answer(shared: None, item: int) -> None:
+    raise EOFError("the file ends early")
+
+
+def test_what_a_process_raises_is_raised() -> None:
+    with pytest.raises(EOFError, match="the file ends early"):
+        list(by_processes(no_answer, None, range(2)))
 
 
 class Small:
