@@ -95,6 +95,6 @@ def _ready() -> Any:
     from olora_ray.common import errors, logs
 
     if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
-        raise errors.UserError("this process has a session of Ray: call ray.shutdown(); RAY_ADDRESS names one to join")
+        raise errors.UserError("this process is connected to Ray: call ray.shutdown(); RAY_ADDRESS chooses the cluster")
     logs.quiet_environment()  # Ray reads these variables when it is imported
     return logs

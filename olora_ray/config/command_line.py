@@ -359,7 +359,7 @@ def loaded(source: str | Path | Mapping[str, Any], changes: dict[str, Any]) -> C
     """Return the config of a file, or of a mapping with its content, after `changes`, with absolute paths."""
     if isinstance(source, Mapping):
         return resolved(build(changed(source, changes)), Path.cwd())
-    return resolved(load_config(shipped(str(source)), changes), Path.cwd())
+    return resolved(load_config(source, changes), Path.cwd())
 
 
 # Libraries log addresses as they got them, with the passwords in them.

@@ -57,9 +57,8 @@ def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "training rows", _rows(spec.train)
     if spec.eval:
         yield "held-out rows", _rows(spec.eval)
-    rate = state.lr if state.lr is not None else config.train.lr
     early = ", stopped early" if exported.result.stopped_early else ""
-    yield "training", f"{plural(state.step, 'step')}, peak rate {rate:g}{early}"
+    yield "training", f"{plural(state.step, 'step')}, peak rate {state.lr or config.train.lr}{early}"
     times = [f"{duration(seconds)} of {kind}s" for kind, seconds in sorted(used.items()) if seconds]
     yield "used", ", ".join(times) or "unknown"
     checked = "the exported adapter, loaded with PEFT, computes what was trained"

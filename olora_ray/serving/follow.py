@@ -91,9 +91,8 @@ class Engine:
         if before == str(adapter.folder):
             return
         adapter.check_base(self._base or own["root"])
-        if (
-            own.get("owned_by") == "sglang"
-        ):  # it replaces no adapter, and lets running requests end before it unloads one
+        # SGLang replaces no adapter, and lets running requests end before it unloads one.
+        if own.get("owned_by") == "sglang":
             load = partial(self._ask, "/load_lora_adapter", lora_name=name)
             if before:
                 self._ask("/unload_lora_adapter", lora_name=name)

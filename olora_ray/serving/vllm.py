@@ -33,10 +33,10 @@ class Resolver:
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """Return vLLM's request for the adapter of NAME@ALIAS; None for another name, or if there is none."""
-        # vLLM hands its models and its engine to no resolver; its method that awaits this one has them.
-        vllm = sys._getframe(1).f_locals["self"]
         if "@" not in lora_name.strip("@"):
             return None
+        # vLLM hands its models and its engine to no resolver; its method that awaits this one has them.
+        vllm = sys._getframe(1).f_locals["self"]
         _log_as_vllm()
         if lora_name not in self._known:
             self._known[lora_name] = Watch(lora_name, start.chosen_uri(None)), Attempts(lora_name)

@@ -159,7 +159,7 @@ def test_two_servers_follow_the_champion_under_load(
             Engine(servers[0].address, None, None).serve("by-http", adapter)
             assert [answer(servers[0], "by-http", prompt) for prompt in PROMPTS] == wanted[number]
 
-        # Versions that must not be loaded: the one of before answers, and the log says why.
+        # Versions that must not be loaded: the one before answers, and the log says why.
         for number, why in (
             (SPOILT, f"{NAME} version {SPOILT}: peft/adapter_model.safetensors was changed after the registration"),
             (TOO_LARGE, "LoRA rank 32 is greater than max_lora_rank 8"),
