@@ -89,9 +89,8 @@ def main(argv: list[str]) -> None:
 def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, Any], list[str]]:
     if parsed.names() or "--model" in parsed.options:
         raise UserError("argument --from: the file names rows and model; set data.train.0.path=... or model.name=...")
-    names = (
-        dict.fromkeys(("run.name", "registry.model"), parsed.options["--name"]) if "--name" in parsed.options else {}
-    )
+    fields = ("run.name", "registry.model") if "--name" in parsed.options else ()
+    names = dict.fromkeys(fields, parsed.options.get("--name"))
     return other_tools.convert(other, parsed.changes() | names)
 
 

@@ -45,13 +45,12 @@ def write_page(exported: Exported, answers: Sequence[Sample], result: Mapping[st
 
 
 def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    spec, state, config = exported.spec, exported.state, exported.spec.config
+    spec, state, config, adapter = exported.spec, exported.state, exported.spec.config, exported.spec.config.adapter
     if losses := exported.losses():
         yield "held-out loss", f"{losses[0]:.4f} before, {state.best_loss:.4f} after step {state.best_step}"
     for name, value in result["scores"].get("after", {}).items():
         before = result["scores"]["before"].get(name)
         yield f"held-out {name}", f"{value:.3f}" if before is None else f"{before:.3f} before, {value:.3f} after"
-    adapter, used = config.adapter, exported.folder.used()
     trained = f", {exported.result.trainable:,} parameters trained" if exported.result.trainable else ""
     yield "model", f"{mask(spec.base.shown())}; {adapter.method} rank {adapter.rank}, alpha {adapter.alpha:g}{trained}"
     yield "training rows", _rows(spec.train)
@@ -59,8 +58,8 @@ def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str,
         yield "held-out rows", _rows(spec.eval)
     early = ", stopped early" if exported.result.stopped_early else ""
     yield "training", f"{plural(state.step, 'step')}, peak rate {state.lr or config.train.lr}{early}"
-    times = [f"{duration(seconds)} of {kind}s" for kind, seconds in sorted(used.items()) if seconds]
-    yield "used", ", ".join(times) or "unknown"
+    used = sorted(exported.folder.used().items())
+    yield "used", ", ".join(f"{duration(seconds)} of {kind}s" for kind, seconds in used)
     checked = "the exported adapter, loaded with PEFT, computes what was trained"
     quantised = exported.parity.get("quantised")
     yield "export", f"{checked}; {quantised['in_words']}" if quantised else checked

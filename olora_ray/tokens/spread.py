@@ -115,9 +115,6 @@ def cores() -> int:
     return cores
 
 
-KILLED = "a process that tokenised rows was killed; run the same command again to resume"
-
-
 def by_processes(
     work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item]
 ) -> Generator[Result, None, None]:
@@ -136,19 +133,14 @@ def by_processes(
             results, theirs = context.Pipe(duplex=False)
             own = [items[number] for number in range(first, len(items), count)]
             process = context.Process(target=_work, args=(work, shared, own, theirs), daemon=True)
-            try:
-                with _nameless_main():
-                    process.start()
-            except (EOFError, BrokenPipeError):
-                raise TryAgain(KILLED) from None
+            with _told(), _nameless_main():
+                process.start()
             theirs.close()
             pipes.append(results)
             processes.append(process)
         for number in range(len(items)):
-            try:
+            with _told():
                 result = pipes[number % count].recv()
-            except (EOFError, OSError):  # before its message, or in it
-                raise TryAgain(KILLED) from None
             if isinstance(result, Exception):
                 raise result
             yield result
@@ -157,6 +149,14 @@ def by_processes(
             results.close()
         for process in processes:
             process.join()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError):  # its pipe ended before a message, or in it
+        raise TryAgain("a process that tokenised rows was killed; run the same command again to resume") from None
 
 
 @contextlib.contextmanager

@@ -63,20 +63,11 @@ class Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def following(name: str, uri: str, folder: Path, *words: str) -> Iterator[Callable[[str], bool]]:
     """The command; yields a test for a text in what it has printed. SIGTERM must end it with exit code 0."""
-    command = [
-        sys.executable,
-        "-m",
-        "olora_ray",
-        "follow",
-        name,
-        "--tracking-uri",
-        uri,
-        "--cache",
-        f"{folder}/cache",
-    ]
+    command = [sys.executable, "-m", "olora_ray", "follow", name, "--tracking-uri", uri]
+    command += ["--cache", f"{folder}/cache", *words]
     log = folder / "log"
     with log.open("w") as out:
-        process = subprocess.Popen([*command, *words], stdout=out, stderr=out, env=os.environ)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ)
     try:
         yield lambda text: text in log.read_text()
         process.send_signal(signal.SIGTERM)

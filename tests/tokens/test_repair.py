@@ -149,7 +149,7 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
     with pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again"):
         prepare(config, tiny_spec, "train")
     killer.join()
-    until(partial(ended, others))
+    until(lambda: servants() <= others)
 
     found = content(prepare(config, tiny_spec, "train").uri)
     assert found.items() >= expected.items()
@@ -176,10 +176,6 @@ def servants() -> set[psutil.Process]:
     """Processes that a server of this process has forked; other tests have some, too."""
     servers = [each for each in psutil.Process().children() if "forkserver" in " ".join(each.cmdline())]
     return {each for server in servers for each in server.children()}
-
-
-def ended(others: set[psutil.Process]) -> bool:
-    return servants() <= others
 
 
 def killed(others: set[psutil.Process]) -> bool:
