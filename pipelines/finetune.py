@@ -37,9 +37,12 @@ def main(argv: list[str]) -> None:
 
         dry_run(config, show_config="--show-config" in flags)
     else:
-        from olora_ray.pipeline import publish, run
+        from olora_ray.cluster import address
 
-        run.run(config)
+        with address.begun():
+            from olora_ray.pipeline import publish, run
+
+            run.run(config)
         publish.push(config)
 
 

@@ -8,9 +8,14 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -190,6 +195,58 @@ def _parts(address: str) -> tuple[str | None, int | None]:
         return None, None
 
 
+_begun: ContextVar["subprocess.Popen[str] | None"] = ContextVar("begun", default=None)
+"""The process of `keep` in a block of `begun`, until `join_or_start` joins its Ray."""
+
+
+@contextlib.contextmanager
+def begun() -> Iterator[None]:
+    """Start the Ray that `join_or_start` would start, in a process beside this one, for the time of the block.
+
+    Ray takes five seconds to start, and this process as long for its imports and checks.
+    """
+    own = False
+    with contextlib.suppress(UserError):  # `join_or_start` reports it
+        own = find() == OWN
+    if not own:
+        yield
+        return
+    # In a group of its own: Ctrl+C stops the driver, and the driver stops Ray.
+    command = [sys.executable, "-c", "from olora_ray.cluster import address; address.keep()"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, process_group=0) as process:
+        token = _begun.set(process)
+        try:
+            yield
+        finally:
+            if _begun.get():  # an error must not wait until Ray stands
+                process.kill()
+            _begun.reset(token)
+
+
+def keep() -> None:
+    """Start a Ray, print its address, and end it once stdin ends, which the death of the parent process ends too."""
+    ray_internals.quiet_ray()
+    with contextlib.suppress(Exception):  # the parent tries itself, and reports the error
+        _start(logging_level=logging.WARNING)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        print(ray.get_runtime_context().gcs_address, flush=True)
+        sys.stdin.read()
+
+
+def _start(**settings: Any) -> None:
+    make_own()
+    # Ray would start one process per CPU and wait for them, but none would be used: our tasks and actors have a
+    # runtime environment, for which Ray starts other processes.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run code. A
+    # user who wants the dashboard starts Ray before the run.
+    # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
+    with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError):
+        ray.init(address=OWN, include_dashboard=False, **settings)
+
+
 def join_or_start() -> bool:
     """Join the Ray that `find` returns, or start one for this run; True in the second case. Raises UserError."""
     target = find()
@@ -199,19 +256,14 @@ def join_or_start() -> bool:
     variables = ray_internals.beside_job({**ENVIRONMENT, ALLOCATOR: segments})
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
     logger.info("starting Ray" if target == OWN else f"connecting to {name(target)}")
-    if target == OWN:
-        make_own()
-        # Ray would start one process per CPU and wait for them, but none would be used: our tasks and actors have a
-        # runtime environment, for which Ray starts other processes.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run
-        # code. A user who wants the dashboard starts Ray before the run.
-        # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
-        with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError):
-            ray.init(address=target, include_dashboard=False, **shared)
-        return True
+    if own := target == OWN:
+        begun, _ = _begun.get(), _begun.set(None)
+        target = begun.stdout.readline().strip() if begun and begun.stdout else ""
+        if not target:
+            _start(**shared)
+            return True
     join(target, PATIENCE)
     failure = f"{name(target)}: cannot connect"  # another Python version, or this machine is no node
     with as_user_error(failure, ConnectionError, RuntimeError, RayError, reason=lambda why: " ".join(str(why).split())):
         ray.init(address=target, **shared)
-    return False
+    return own

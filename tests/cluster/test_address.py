@@ -1,5 +1,9 @@
 """Which Ray is used, and one that is not there, or not for us, is found out in seconds and named."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +14,8 @@ from olora_ray.cluster import address
 from olora_ray.common.errors import UserError
 from tests.cluster import fake_head
 from tests.ray_head import free_port
+from tests.recovery import processes
+from tests.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +93,25 @@ def started(folder: Path, port: int) -> None:
     """What `ray start --head` leaves behind."""
     (folder / "ray").mkdir()
     (folder / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+
+
+ENDS = {
+    "a mistake that is found while Ray starts": ("raise SystemExit(2)", 2),
+    "the driver is killed": ("assert address.join_or_start(); os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    "the end": ("assert address.join_or_start(); print(os.environ['RAY_AUTH_MODE'])", 0),
+}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("end", ENDS)
+def test_the_ray_that_starts_beside_the_drivers_imports_ends_with_the_driver(end: str) -> None:
+    code, expected = ENDS[end]
+    whole = f"import os, signal\nfrom olora_ray.cluster import address\nwith address.begun(): {code}"
+    with processes.scratch() as folder:
+        environment = {**os.environ, "RAY_TMPDIR": str(folder)}
+        done = subprocess.run(
+            [sys.executable, "-c", whole], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == expected, done.stderr
+        assert done.stdout == ("token\n" if end == "the end" else ""), "it asks for this user's token, as ray.init's"
+        until(lambda: not processes.processes_of(folder), 20)
