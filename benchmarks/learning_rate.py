@@ -32,7 +32,6 @@ from transformers import AutoTokenizer
 from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, inject, remove
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.adapter.methods import METHODS
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
@@ -90,7 +89,7 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", help="reasoning, json (default: both), or table", default=[*TASKS])
-    parser.add_argument("--methods", default="lora,olora,olora_even,pissa,nora")
+    parser.add_argument("--methods", default="lora,olora,pissa,nora")
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--alphas", default="1,2", help="alpha divided by rank")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -215,8 +214,6 @@ def adapt(cell: Cell, loss: Any, rows: Any, seed: int = SEED) -> tuple[dict[str,
     factors, *_ = new_factors(loss, targets, settings, rows, CPU)
     adapted = inject(loss.model, at_scale(factors, settings.adapter), settings.adapter.scale())
     batch = collate(first_step.examples(rows[:8]), loss.model.config._attn_implementation)
-    if METHODS[cell.method].even:
-        first_step.even(adapted, first_step.moves(loss, adapted, batch))
     return adapted, first_step.moves(loss, adapted, batch)
 
 

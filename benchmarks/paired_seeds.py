@@ -1,11 +1,11 @@
 """What docs/evidence.md says: trainings with several seeds, OLoRA at its paper's rate, the first step, the curvature.
 
-    python benchmarks/paired_seeds.py seeds [reasoning] [json] [--seeds 18-33] [--methods lora,olora_even]
+    python benchmarks/paired_seeds.py seeds [reasoning] [json] [--seeds 18-33] [--methods lora,olora]
     python benchmarks/paired_seeds.py paper --alpaca FILE [--seeds 18-21]
     python benchmarks/paired_seeds.py first_step [reasoning] [json]
     python benchmarks/paired_seeds.py report         tables, and the figures docs/evidence-*.png
 
-Before it, learning_rate.py tunes the rates: `reasoning json --methods lora,olora_even,olora --ranks 16 --alphas 1`.
+Before it, learning_rate.py tunes the rates: `reasoning json --methods lora,olora --ranks 16 --alphas 1`.
 Each training is appended to a file when it ends; run several commands side by side; the same command resumes. FILE is
 data/alpaca_en_demo.json of github.com/hiyouga/LLaMA-Factory (999 rows; those of at most 256 tokens are used). Trainings
 are those of learning_rate.py: 20 steps of 8 rows, each row once, so that the loss of a step is that of unseen rows.
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("seeds", "paper", "first_step", "report"))
     parser.add_argument("tasks", nargs="*", default=[*TASKS])
-    parser.add_argument("--methods", default="lora,olora_even")
+    parser.add_argument("--methods", default="lora,olora")
     parser.add_argument("--seeds")
     parser.add_argument("--alpaca", type=Path)
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "generated" / "evidence.jsonl")
@@ -125,11 +125,11 @@ def first_step(args: argparse.Namespace, loss: Any, tokenizer: Any) -> None:
         batch = collate(rows[:4], loss.model.config._attn_implementation)
         other = collate(rows[8:9], loss.model.config._attn_implementation)
         plain: dict[str, float] = {}
-        for method in ("lora", "olora_even", "olora"):
+        for method in ("lora", "olora"):
             cell = Cell(task, method, 16, 16)
             adapted, _ = learning_rate.adapt(cell, loss, rows)
-            # On another row than the one that the factors were evened on.
-            sizes = {name: move.size() for name, move in moves(loss, adapted, other).items()}
+            # On another row than the one that the rate was measured on.
+            sizes = {name: move[0] for name, move in moves(loss, adapted, other).items()}
             plain = plain or sizes
             relative = [sizes[name] / plain[name] for name in sizes]
             low, high = np.quantile(relative, (0.1, 0.9))

@@ -185,9 +185,8 @@ class AdaptedWeight(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.full_rank = factors.full_rank
-        # Clones, because the first batch may rescale them in place (train/first_step.py), and the caller's stay.
-        self.register_buffer("a0", factors.a0.clone(), persistent=False)
-        self.register_buffer("b0", None if factors.b0 is None else factors.b0.clone(), persistent=False)
+        self.register_buffer("a0", factors.a0, persistent=False)
+        self.register_buffer("b0", factors.b0, persistent=False)
         *experts, rank, _ = factors.a0.shape
         self.da = nn.Parameter(torch.zeros_like(factors.a0))
         self.db = nn.Parameter(factors.a0.new_zeros(*experts, m, rank))

@@ -20,7 +20,7 @@ from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
@@ -323,17 +323,17 @@ def _test(context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting
     return replace(loss.tested, without=tuple(missed))
 
 
-# The first step of a new adapter: how far it moves each layer decides the sizes of even factors and the automatic rate.
+# The first step of a new adapter: how far it moves each layer decides the automatic rate.
 
 
 def measure_first_step(
     context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None = None
 ) -> None:
-    """Even the factors of a new adapter if its method asks for that, and note the automatic learning rate.
+    """Note the automatic learning rate of a new adapter.
 
     All workers must call it together. Raises UserError if train.lr=auto has nothing to be measured on.
     """
-    train, adapter, trainer, state = spec.config.train, spec.config.adapter, start.trainer, start.state
+    train, trainer, state = spec.config.train, start.trainer, start.state
     packs, before = first_sequences(spec, waiting), state.lr_steps
     steps = state.lr_steps = planned_steps(train, spec.train)
     if start.resumed:
@@ -344,10 +344,9 @@ def measure_first_step(
                     f"train.lr=auto: the peak rate is {state.lr:.2g} for {steps} steps; it was {old:.2g} for {before}"
                 )
         return
-    even = METHODS[adapter.method].even and not start.trained
     train_mode(trainer.adapted, False)
     with context.activate(trainer.adapted):
-        auto = state.lr = trainer.automatic_rate(packs, steps, start.attention, even)
+        auto = state.lr = trainer.automatic_rate(packs, steps, start.attention)
     if auto is None:
         if train.lr == "auto":
             raise UserError(

@@ -40,14 +40,13 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
 class Adapter(Section):
     """The adapter: its method, its size and the layers that it adapts."""
 
-    method: Literal["olora", "olora_even", "lora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"] = "olora"
+    method: Literal["olora", "lora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"] = "olora"
     """Initial values of A and B; docs/method.md explains each method. olora: Q and R of W (arXiv 2406.01775).
-    olora_even: the same, rescaled per layer to suit one learning rate. lora: random A, zero B (2106.09685). pissa:
-    largest singular values and vectors of W, exact (2404.02948). milora: smallest singular values and vectors
-    (2406.09044). orthogonal: random A and B with B A = 0, as in PEFT; needs an even rank. nora: random mixtures of the
-    rows of W, zero B (2410.18965). eva: principal components of the layer's inputs on the training data, zero B; layers
-    where they explain most get more rank (2410.07170). lora_ga: singular vectors of the gradient of W on the training
-    data (2407.05000)."""
+    lora: random A, zero B (2106.09685). pissa: largest singular values and vectors of W, exact (2404.02948). milora:
+    smallest singular values and vectors (2406.09044). orthogonal: random A and B with B A = 0, as in PEFT; needs an
+    even rank. nora: random mixtures of the rows of W, zero B (2410.18965). eva: principal components of the layer's
+    inputs on the training data, zero B; layers where they explain most get more rank (2410.07170). lora_ga: singular
+    vectors of the gradient of W on the training data (2407.05000)."""
     rank: PositiveInt = 16
     """Rank r of the update; a larger rank has more trainable parameters."""
     alpha: Annotated[float, Field(gt=0.0)] = 16

@@ -400,8 +400,6 @@ def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack], steps: i
         loss.recompute = config.train.activation_checkpointing is True
         parallel.install(loss)
         short = collate(first_step.examples(packs), model.config._attn_implementation)
-        if METHODS[method].even:
-            first_step.even(adapted, first_step.moves(loss, adapted, short))
         moves = first_step.moves(loss, adapted, short, config.train.lr_ratio) if method == adapter.method else {}
         rate = first_step.best_rate(moves, adapter.scale(), steps) if moves else None
         times = []

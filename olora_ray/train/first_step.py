@@ -1,26 +1,21 @@
 """The first steps of Adam: how far they move the output of each adapted layer, and the learning rate that suits them.
 
 Adam's first step changes each number by lr, against the sign of its gradient. With A = A0 + dA and B = B0 + dB, inputs
-x (T x n), outputs y (T x m) and gradients g of the loss at y (T x m), the output of a layer moves, per unit of s lr and
-as a share of the size of y, by
-
-    through dB: rms(A x sign(g^T A x)) / rms(y)        through dA: rms(B sign((g B)^T x) x) / rms(y)
-
-Where these are equal and as large as plain LoRA's, factors are even (`even`).
+x (T x n), outputs y (T x m) and gradients g of the loss at y (T x m), a layer's output moves, per unit of s lr, by
+A x sign(g^T A x) through dB and by B sign((g B)^T x) x through dA.
 
 The learning rate is the one at which a step of B and then a step of A move the outputs by FARTHEST (`best_rate`). The
 second step counts what A does through the new B: without B0 that is most of the move. Tuned rates of trainings of 20
 steps of SmolLM2 lie within a factor of 1.6 of this rate for five methods (docs/generated/learning_rate.md).
 
 One forward and one backward pass over a few hundred tokens give these numbers. They hardly depend on which rows.
-Measured on SmolLM2-135M: evened on one row, the moves of 80 % of the layers stay within a factor of 1.3 on others.
+Measured on SmolLM2-135M: from one row to another, the moves of 80 % of the layers stay within a factor of 1.3.
 Fewer tokens move further: the signs of their gradient agree better with each of them.
 """
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.adapter.methods import METHODS, Options
 from olora_ray.tokens.collate import Batch
 from olora_ray.tokens.plan import Pack
 from olora_ray.train.loss import SupervisedLoss, watched
@@ -61,22 +55,8 @@ def examples(packs: Sequence[Pack]) -> list[Pack]:
     return parts[: LONGEST // max(1, len(parts[0].input_ids))]
 
 
-@dataclass(frozen=True)
-class Move:
-    """The move of one layer's output, per unit of s lr, as a share of the output's size."""
-
-    b: float
-    """Through dB."""
-    a: float
-    """Through dA; 0 without a B0."""
-    lora: float
-    """Plain LoRA's, through dB."""
-    at: tuple[float, ...]
-    """After a step of B and a step of A at each of RATES; for s = 1, not per unit."""
-
-    def size(self) -> float:
-        """Return the move of the first step through both paths."""
-        return math.hypot(self.a, self.b)
+Move = tuple[float, ...]
+"""Move of a layer's output by a step of B and then one of A at each of RATES, for s = 1, as a share of its size."""
 
 
 def moves(
@@ -110,23 +90,12 @@ def moves(
     return {name: result[name] for name in layers if name in result}
 
 
-@torch.no_grad()
-def even(adapted: Mapping[str, AdaptedWeight], measured: Mapping[str, Move]) -> None:
-    """Rescale the factors of each measured layer: its move becomes plain LoRA's, half of its square by each path."""
-    # A layer's moves are in proportion to its A0 and to its B0.
-    for name, move in measured.items():
-        layer, share = adapted[name], move.lora / math.sqrt(2)
-        layer.a0.mul_(share / move.b)
-        assert layer.b0 is not None
-        layer.b0.mul_(share / move.a)
-
-
 def best_rate(measured: Mapping[str, Move], scale: float, steps: int) -> float:
     """Return the peak learning rate for adapters of this scale s in a training of `steps` steps, with two digits.
 
     `measured` is not empty.
     """
-    sizes = np.mean([np.log(move.at) for move in measured.values()], axis=0) + math.log(scale)
+    sizes = np.mean([np.log(move) for move in measured.values()], axis=0) + math.log(scale)
     # The first rate that moves them so far: at large rates the steps of B and of A may take back each other's move.
     sizes = np.maximum.accumulate(sizes)
     if not sizes[0] < math.log(FARTHEST) < sizes[-1]:
@@ -147,11 +116,9 @@ def for_steps(rate: float, steps: int, made_for: int = 20) -> float:
 def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float) -> Move | None:
     a = layer.a0 + layer.da
     b = layer.db if layer.b0 is None else layer.b0 + layer.db
-    # LoRA's A0 needs no more of the weight than its number of columns.
-    plain = METHODS["lora"].factors(x.new_empty(1, x.shape[1]), len(a), 0, Options()).a0
-    hidden, db = x @ a.T, _step_of_b(x, g, a)
-    # A's steps after a step of B at each rate, the first at rate 0. What they do to x is one product for all rates.
-    rates = ratio * x.new_tensor((0.0, *RATES))[:, None, None]
+    hidden, db = x @ a.T, (g.T @ (x @ a.T)).sign()
+    # A's steps after a step of B at each rate. What they do to x is one product for all rates.
+    rates = ratio * x.new_tensor(RATES)[:, None, None]
     steps = ((g @ b).T @ x - rates * ((g @ db).T @ x)).sign_()
     stepped = (x @ steps.flatten(0, 1).T).unflatten(1, steps.shape[:2]).transpose(0, 1)
     # The move is ratio * hidden @ db.T + stepped @ (b - rate * db).T, which is larger than its factors. The sum of its
@@ -160,19 +127,6 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float
     dd, db_, bb, ss = d.T @ d, d.T @ b, b.T @ b, s.mT @ s
     new = bb - c * (db_ + db_.T) + c.square() * dd
     squares = (h.T @ h * dd + 2 * (h.T @ s) * (db_ - c * dd) + ss * new).sum((1, 2))
-    squares[0] = (ss[0] * bb).sum()
-    of_b, of_lora = (_squares(left, right) for left, right in ((hidden, db), (x @ plain.T, _step_of_b(x, g, plain))))
-    sizes = (torch.stack([of_b, of_lora, *squares]).clamp(min=0) / (len(x) * len(d))).sqrt() / size
-    by_b, lora, by_a, *at = sizes.tolist()
-    at = [rate * move for rate, move in zip(RATES, at, strict=True)]
-    moves_at_all = min(by_b, lora, *at) > 0 and (by_a > 0 or layer.b0 is None)
-    return Move(by_b, by_a, lora, tuple(at)) if moves_at_all and math.isfinite(sum((by_b, by_a, lora, *at))) else None
-
-
-def _squares(left: Tensor, right: Tensor) -> Tensor:
-    left, right = left.double(), right.double()
-    return ((left.T @ left) * (right.T @ right)).sum()
-
-
-def _step_of_b(x: Tensor, g: Tensor, a: Tensor) -> Tensor:
-    return (g.T @ (x @ a.T)).sign()
+    sizes = ((squares.clamp(min=0) / (len(x) * len(d))).sqrt() / size).tolist()
+    move = tuple(rate * each for rate, each in zip(RATES, sizes, strict=True))
+    return move if min(move) > 0 and math.isfinite(sum(move)) else None

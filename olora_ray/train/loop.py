@@ -96,23 +96,16 @@ class Trainer:
             yield StepResult(number + 1, loss, lr, norm, *tokens, now - began, waited, signal > 0)
             began = time.perf_counter()
 
-    def automatic_rate(self, packs: Sequence[Pack], steps: int, attention: str, even: bool) -> float | None:
+    def automatic_rate(self, packs: Sequence[Pack], steps: int, attention: str) -> float | None:
         """Return the peak learning rate for a training of `steps` steps; None if only stacked experts are adapted.
 
-        `even` rescales the factors first. All workers must call it together, with the same sequences.
+        All workers must call it together, with the same sequences.
         """
-        batch = collate(first_step.examples(packs), attention).to(self.device)
-
-        def measured() -> dict[str, first_step.Move]:
-            # Rank 0's numbers, because another type of processor would find other last bits.
-            moves = first_step.moves(self.loss, self.adapted, batch, self.config.train.lr_ratio)
-            return collectives.from_first(moves)
-
-        if even:
-            first_step.even(self.adapted, measured())
         if self.config.train.optimizer == "spectral":
             return first_step.for_steps(SPECTRAL_RATE, steps)
-        moves = measured()
+        batch = collate(first_step.examples(packs), attention).to(self.device)
+        moves = first_step.moves(self.loss, self.adapted, batch, self.config.train.lr_ratio)
+        moves = collectives.from_first(moves)  # another type of processor would find other last bits
         return first_step.best_rate(moves, self.config.adapter.scale(), steps) if moves else None
 
     @staticmethod

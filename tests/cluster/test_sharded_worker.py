@@ -53,7 +53,7 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {"adapter__method": "olora_even", "train__lr": "auto"}),
+        ("llama", {"adapter__method": "olora", "train__lr": "auto"}),
         pytest.param("mixtral", {"train__optimizer": "spectral"}, marks=pytest.mark.slow),
         (
             "gpt2",

@@ -201,8 +201,8 @@ def test_a_run_with_two_rates_and_another_optimizer_resumes_to_the_same_bytes(
         assert torch.equal(cut.adapter[name].db, weights.db)
 
 
-def test_an_automatic_rate_and_even_factors_are_kept_through_a_resume(tmp_path: Path) -> None:
-    settings = {"adapter__method": "olora_even", "train__lr": "auto", "train__lr_factor": 0.5}
+def test_an_automatic_rate_is_kept_through_a_resume(tmp_path: Path) -> None:
+    settings = {"train__lr": "auto", "train__lr_factor": 0.5}
     result, whole = train(tmp_path / "whole", **settings)
     assert result.state is not None
     assert result.state.lr is not None

@@ -63,7 +63,7 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
     [
         ({"adapter": {"rank": "many"}}, ["config: adapter.rank: ", "integer", "(got 'many')"]),
         ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
-        ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'olora_even', 'lora'", "(got 'svd')"]),
+        ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'lora'", "(got 'svd')"]),
         ({"adapter": {"method": "orthogonal", "rank": 7}}, ["adapter: rank=7 is odd", "use 8"]),
         ({"adapter": {"method": "eva", "init_tokens": 32}}, ["adapter: init_tokens=32 ", "= 32;", "rho"]),
         ({"data": {"train": [{"format": "text"}]}}, ["data.train.0.path: required, but not set"]),

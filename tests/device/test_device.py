@@ -151,7 +151,7 @@ RUNS: dict[str, Run] = {
     "automatic rate": (
         "llama",
         "float32",
-        {"adapter__method": "olora_even", "train__lr": "auto", "model__attention": "sdpa"},
+        {"adapter__method": "pissa", "train__lr": "auto", "model__attention": "sdpa"},
     ),
     "fp8": ("llama", "float32", {"model__quantization": "fp8"}),
     "a mixture": ("qwen3_moe", "float32", {}),

@@ -1,4 +1,4 @@
-"""The first step of Adam: what is predicted of it, and what is made even by it."""
+"""The first step of Adam: what is predicted of it."""
 
 import math
 from types import SimpleNamespace
@@ -38,19 +38,6 @@ def outputs(found: Trainer, x: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {name: found.loss.model.get_submodule(name)(x[name]).detach().clone() for name in x}
 
 
-def test_evened_layers_move_as_far_as_plain_loras_and_start_as_the_base() -> None:
-    base = trainer("lora").loss(batch()).item()
-    one = trainer("olora_even")
-    uneven = first_step.moves(one.loss, one.adapted, batch())
-    first_step.even(one.adapted, uneven)
-    measured = first_step.moves(one.loss, one.adapted, batch())
-    assert set(one.adapted) - set(measured) == {"unused"}
-    for move in measured.values():
-        assert move.size() == pytest.approx(move.lora, rel=1e-3)
-        assert move.a == pytest.approx(move.b, rel=1e-3)
-    assert one.loss(batch()).item() == base
-
-
 def test_measuring_leaves_the_gradients_of_the_training_alone() -> None:
     one = trainer("olora")
     first_step.moves(one.loss, one.adapted, batch())
@@ -59,7 +46,7 @@ def test_measuring_leaves_the_gradients_of_the_training_alone() -> None:
     assert one.flat.grad.any()
 
 
-@pytest.mark.parametrize("method", ["lora", "olora", "olora_even"])
+@pytest.mark.parametrize("method", ["lora", "olora", "pissa"])
 def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_method_rank_and_scale(
     method: str,
 ) -> None:
@@ -93,7 +80,7 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
 def test_the_rate_is_the_first_that_moves_the_outputs_so_far() -> None:
     rising = [0.0001 * 2.0**number for number in range(len(first_step.RATES))]
     takes_back = [*rising[:8], *[rising[3]] * 5, *rising[13:]]  # 0.0128, then 0.0008
-    rates = [first_step.best_rate({"": first_step.Move(1, 1, 1, tuple(at))}, 1.0, 20) for at in (rising, takes_back)]
+    rates = [first_step.best_rate({"": tuple(at)}, 1.0, 20) for at in (rising, takes_back)]
     assert rates[0] == rates[1]
 
 
@@ -131,7 +118,7 @@ def test_short_rows_get_the_rate_of_long_ones(attention: str) -> None:
     one = trainer("olora", adapter__rank=4, adapter__alpha=4)
     one.loss.model.set_attn_implementation(attention)
     rates = [
-        one.automatic_rate([tiny.pack(*lengths, prompt=1) for _ in range(8)], 20, attention, even=False)
+        one.automatic_rate([tiny.pack(*lengths, prompt=1) for _ in range(8)], 20, attention)
         for lengths in ([256], [8] * 32, [2] * 128, [2] * 100 + [9])
     ]
     assert rates == pytest.approx([rates[0]] * 4, rel=0.25)

@@ -1,6 +1,6 @@
 """The methods: one file per method, in the terms of method.py."""
 
-from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, olora_even, orthogonal, pissa
+from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, orthogonal, pissa
 from olora_ray.adapter.methods.eva import Components as Components
 from olora_ray.adapter.methods.eva import principal as principal
 from olora_ray.adapter.methods.method import Method as Method
@@ -10,7 +10,6 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         olora.METHOD,
-        olora_even.METHOD,
         lora.METHOD,
         pissa.METHOD,
         milora.METHOD,

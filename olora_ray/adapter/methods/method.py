@@ -65,8 +65,6 @@ class Method:
     """(m, n) -> the largest rank for a layer of this shape."""
     rank_multiple: int = 1
     """Ranks must be multiples of this number."""
-    even: bool = False
-    """True if the first batch of a training rescales the factors (train/first_step.py)."""
     scale_powers: Callable[[Options], tuple[float, float]] = keeps
     """The powers of s that divide A~ and B~."""
 
