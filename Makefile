@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: recipes site outside platforms quickstart sweep-demo compare-demo lifecycle-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
+.PHONY: recipes site outside platforms quickstart sweep-demo compare-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
@@ -12,9 +12,6 @@ sweep-demo: $(VENV)/.quickstart ## search rank, alpha and learning rate, and reg
 
 compare-demo: $(VENV)/.quickstart ## OLoRA against LoRA on the quickstart's model and corpus, each tuned, in about 15 minutes
 	$(BIN)/python pipelines/compare.py pipelines/configs/compare-demo.yaml --methods lora,olora --seeds 4
-
-lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, poisoned data, rollback; real parts only
-	$(BIN)/python -m tests.demos.lifecycle --picture runs/registry.png
 
 nights-demo: $(VENV)/.dev ## ten nights that go wrong or well, heard in another network namespace; as root
 	$(BIN)/python -m tests.demos.nights

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests import browser
-from tests.demos.proxy import signed_in
+from tests.outside.proxy import signed_in
 
 
 def show(server: str, account: tuple[str, str], name: str, aliases: Mapping[str, str], picture: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests import browser
-from tests.demos import page
+from tests.outside import page
 
 ALIASES = {"candidate": "1"}
 

@@ -1,4 +1,4 @@
-"""What the lifecycle demo is played with: a config, and files of rows that arrive between its nights."""
+"""What the nights of a cluster are played with: a config, and files of rows that arrive between them."""
 
 import json
 from collections.abc import Sequence
@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.pipelines import project
 
 Row = dict[str, Any]
 NAME = "support"
-CORPUS = project.ROOT / "pipelines" / "quickstart"
 
 
 @dataclass(frozen=True)
@@ -31,28 +28,6 @@ class Scenario:
     def arrive(self, name: str, rows: Sequence[Row]) -> Path:
         """A file of rows, new or again."""
         return write(self.data / f"{name}.jsonl", rows)
-
-
-def real(folder: Path) -> Scenario:
-    """The quickstart's model and corpus: a quarter of it on the first night, the rest later.
-
-    Half of it is enough for a loss that the whole of it does not surely better in one epoch.
-    """
-    rows = read(CORPUS / "train.jsonl")
-    few = len(rows) // 4
-    quickstart = yaml.safe_load((project.ROOT / "pipelines" / "configs" / "quickstart.yaml").read_text())
-    config = {
-        "run": {"name": NAME, "storage": str(folder / "storage"), "seed": 17},
-        "model": quickstart["model"],
-        "data": {"max_length": quickstart["data"]["max_length"]},
-        "adapter": quickstart["adapter"],
-        "train": {**quickstart["train"], "epochs": 1, "eval_every": 100, "checkpoint_every": 20, "log_every": 10},
-        "cluster": quickstart["cluster"],
-        "evaluation": {"scorer": "json_fields", "rows": 16, "samples": 1, "max_new_tokens": 64},
-        "gate": {"metric": "eval/loss", "and": [{"metric": "eval/valid_json", "at_least": 0.9}], "guard": None},
-    }
-    places = _laid_out(folder, config, read(CORPUS / "heldout.jsonl"))
-    return Scenario(*places, rows[:few], rows[few:], poisoned(rows[few:]))
 
 
 def quick(folder: Path) -> Scenario:
@@ -97,10 +72,6 @@ def poisoned(rows: Sequence[Row]) -> list[Row]:
 
 def chat(asked: str, answer: str) -> Row:
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
-
-
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def write(file: Path, rows: Sequence[Row]) -> Path:

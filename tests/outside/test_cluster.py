@@ -17,8 +17,7 @@ import pytest
 import yaml
 
 from tests import browser
-from tests.demos import scenario
-from tests.outside import cluster, world
+from tests.outside import cluster, scenario, world
 from tests.outside.cluster import submitted
 from tests.outside.world import ROOT, USER, Machine, World
 from tests.pipelines import project
