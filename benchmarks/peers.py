@@ -49,7 +49,7 @@ def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict
     return {
         "output_dir": job["scratch"],
         "per_device_train_batch_size": setting.micro,
-        "gradient_accumulation_steps": rows if whole else max(1, ROWS_A_STEP // setting.micro),
+        "gradient_accumulation_steps": rows if whole else max(1, ROWS_A_STEP // setting.micro // setting.workers),
         "num_train_epochs": 1,
         "learning_rate": 1.0e-4,
         "lr_scheduler_type": "constant",
@@ -60,6 +60,7 @@ def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict
         "logging_strategy": "no",
         "save_strategy": "no",
         "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,  # the default, True, is slower
     }
 
 

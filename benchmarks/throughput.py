@@ -36,6 +36,7 @@ import torch
 from common import MODEL, machine, memory_store, met, model_folder, table
 from contestants import LONGEST, ROWS_A_STEP, Rows, Setting, make_rows, packs_a_step
 from export import write_base
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 GRADIENT_ROWS = 16
 """Number of rows for the comparison of gradients."""
@@ -46,6 +47,8 @@ OURS = (
     Setting("ours, 2 workers", "ours", workers=2),
 )
 PEFT_BEST = Setting("PEFT, batch 4, by length", "peft", micro=4)
+PEFT_TWO = Setting("PEFT, batch 4, by length, 2 workers", "peft", micro=4, workers=2)
+"""In the process group that TorchTrainer gives a training function written by hand."""
 TRL = (
     Setting("TRL, bfd, batch 1", "trl", micro=1, packing="bfd"),
     Setting("TRL, wrapped, batch 2", "trl", micro=2, packing="wrapped"),
@@ -62,8 +65,8 @@ TRIED = (
 
 TARGETS = {PEFT_BEST.name: 2.0, TRL[1].name: 2.5}
 """Peer -> target ratio of rows per second for one worker of ours, in less memory."""
-WITH_TWO = 2.2
-"""Target for two workers beside PEFT, which has as many threads."""
+WITH_TWO = 2.0
+"""Target for two workers beside two of PEFT."""
 ANOTHER = 0.1
 """Distance to the reference gradient from which a contestant trains something else."""
 RANDOM = {
@@ -104,7 +107,7 @@ def random_model(scratch: Path, other: str, size: str) -> str:
 
 
 def compete(folder: str, args: argparse.Namespace) -> None:
-    settings = [s for s in (TRIED if args.tune else (*OURS, *TRL, PEFT_BEST)) if s.workers <= args.threads]
+    settings = [s for s in (TRIED if args.tune else (*OURS, *TRL, PEFT_TWO, PEFT_BEST)) if s.workers <= args.threads]
     if find_spec("trl") is None:
         settings = [setting for setting in settings if setting.kind != "trl"]
         print("without TRL, which is not installed: pip install -e '.[bench]'")
@@ -153,13 +156,22 @@ def contest(setting: Setting, folder: str, args: argparse.Namespace) -> dict[str
 
 
 def run(setting: Setting, job: dict[str, Any], threads: int) -> list[dict[str, float]]:
+    port = str(get_free_port())
+
+    def group(setting: Setting, rank: int) -> dict[str, str]:
+        """Return the variables by which transformers' Trainer finds its process group."""
+        if setting.kind == "ours" or setting.workers == 1:
+            return {}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setting.workers, "LOCAL_WORLD_SIZE": setting.workers}
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | {name: str(each) for name, each in place.items()}
+
     with tempfile.TemporaryDirectory() as scratch:
         job = {**job, "setting": vars(setting), "scratch": scratch}
         processes = [
             subprocess.Popen(
                 [sys.executable, CONTESTANT, json.dumps(job | {"rank": rank})],
                 stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": str(max(1, threads // setting.workers))},
+                env={**os.environ, "OMP_NUM_THREADS": str(max(1, threads // setting.workers)), **group(setting, rank)},
                 text=True,
             )
             for rank in range(setting.workers)
@@ -214,9 +226,9 @@ def verdicts(middle: dict[str, dict[str, float]], off: dict[str, float]) -> list
             f"ours with 1 worker, compared with {name}: {ratio:.2f} times its rows/s (target at least {least:g}:"
             f" {met(ratio >= least)}), {memory:.2f} times its memory (target below 1: {met(memory < 1)}){other}"
         )
-    if {two := OURS[1].name, PEFT_BEST.name} <= middle.keys():
-        ratio = middle[two]["rows"] / middle[PEFT_BEST.name]["rows"]
-        lines.append(f"{two}: {ratio:.2f} times the rows/s of PEFT, target {WITH_TWO:g}: {met(ratio >= WITH_TWO)}")
+    if {two := OURS[1].name, theirs := PEFT_TWO.name} <= middle.keys():
+        ratio = middle[two]["rows"] / middle[theirs]["rows"]
+        lines.append(f"{two}: {ratio:.2f} times the rows/s of {theirs}, target {WITH_TWO:g}: {met(ratio >= WITH_TWO)}")
     for name in (one.name for one in OURS if one.name in off):
         if not off[name] <= ANOTHER:  # it may be no number
             lines.append(f"{name}: ITS GRADIENT IS OFF BY {off[name]:.0%}, so none of these figures counts")
