@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: recipes site outside platforms quickstart sweep-demo compare-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
+.PHONY: recipes dist site outside platforms quickstart sweep-demo compare-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
@@ -86,6 +86,9 @@ docs: $(VENV)/.dev ## docs/generated/configuration.md and docs/generated, from t
 
 recipes: $(VENV)/.dev ## run pipelines/recipes, some minutes each, and write the numbers into their pages
 	$(BIN)/python tools/run_recipes.py
+
+dist: $(VENV)/.dev ## dist/: wheel and source distribution of the last commit, the same bytes at each build
+	$(BIN)/python tools/build_release.py dist
 
 site: $(VENV)/.dev ## build/site: README and docs/ as a site with search; a broken link or a page without a place fails
 	rm -rf build/pages

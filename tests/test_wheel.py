@@ -1,12 +1,14 @@
 """What `pip install` gives: the wheel in an environment of its own, used from an empty folder."""
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.installed import ROOT, Command, run
 from tests.pipelines import project
+from tools import build_release
 
 
 def test_the_wheel_has_what_its_commands_name_and_no_name_of_others(wheel: Path) -> None:
@@ -81,3 +83,15 @@ def test_without_development_extras_a_mistake_is_a_line(
     done = olora_ray(*words.split(), folder=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(said)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the commit")
+def test_a_release_has_the_same_bytes_at_each_build(tmp_path: Path) -> None:
+    builds = [{each.name: each.read_bytes() for each in released(tmp_path / name)} for name in ("one", "two")]
+    assert builds[0] == builds[1]
+    assert sorted(builds[0]) == ["olora_ray-0.1.0-py3-none-any.whl", "olora_ray-0.1.0.tar.gz"]
+
+
+def released(folder: Path) -> Iterator[Path]:
+    assert build_release.main([str(folder)]) == 0
+    return folder.iterdir()

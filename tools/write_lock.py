@@ -5,7 +5,8 @@
 UV is the path of the program uv. It resolves pyproject.toml with the extras that nodes need, for Linux on x86-64 and
 Python 3.11. Packages that are installed here keep their versions, and uv chooses the others (CUDA's libraries). A local
 build tag such as torch's +cpu is removed, because PyPI only has the version without it. Each package has the SHA-256 of
-all its files, so nodes install exactly these files or fail. The KubeRay manifests get the Ray version of the lock.
+all its files, so nodes install exactly these files or fail. The KubeRay manifests get the Ray version of the lock, and
+deploy/licenses.csv the license that each package names.
 
 To take newer versions: make clean setup test lock.
 """
@@ -14,12 +15,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from importlib.metadata import distributions
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageMetadata, distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "deploy" / "requirements.lock"
+LICENSES = ROOT / "deploy" / "licenses.csv"
 MANIFESTS = ROOT / "deploy" / "kuberay"
 EXTRAS = ("gguf", "eval", "quant", "s3", "postgresql")
 PLATFORM, PYTHON = "x86_64-manylinux_2_28", "3.11"
@@ -35,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 1:
         raise SystemExit((__doc__ or "").strip())
     LOCK.write_text(HEADER + resolved(argv[0], constraints()))
-    ray = locked(LOCK.read_text())["ray"]
+    pins = locked(LOCK.read_text())
+    LICENSES.write_text(licenses(pins))
+    ray = pins["ray"]
     for file in sorted(MANIFESTS.glob("*.yaml")):
         file.write_text(stamped(file.read_text(), ray))
     return 0
@@ -65,6 +69,20 @@ def resolved(uv: str, limits: str) -> str:
 def locked(text: str) -> dict[str, str]:
     pins = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
     return {canonical(name): version for name, version in pins}
+
+
+def licenses(pins: Mapping[str, str]) -> str:
+    """Return a line per package: name, version, license."""
+    found = {canonical(package.metadata["Name"]): license_of(package.metadata) for package in distributions()}
+    rows = [f'{name},{version},"{found.get(name, "not installed here")}"\n' for name, version in sorted(pins.items())]
+    return "package,version,license\n" + "".join(rows)
+
+
+def license_of(metadata: PackageMetadata) -> str:
+    named = [each.rpartition(" :: ")[2] for each in metadata.get_all("Classifier") or () if each.startswith("License")]
+    named = [each for each in named if each != "OSI Approved"]
+    text = str(metadata.json.get("license") or "").strip().partition("\n")[0]
+    return str(metadata.json.get("license_expression") or "; ".join(named) or text[:70] or "names none")
 
 
 def stamped(manifest: str, ray: str) -> str:

@@ -1,5 +1,6 @@
 """The locked packages fit the project's requirements and the manifests."""
 
+import csv
 import re
 import shutil
 import subprocess
@@ -121,3 +122,10 @@ def test_wheels_of_the_lock_run_on_ubuntu_22_04(tmp_path: Path, glibc: str, fits
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) is fits, done.stderr
     assert fits or "no wheels with a matching platform tag" in " ".join(done.stderr.split())
+
+
+def test_each_locked_package_names_a_license_that_lets_others_keep_their_code() -> None:
+    lines = list(csv.reader((ROOT / "deploy" / "licenses.csv").open()))[1:]
+    assert {name: version for name, version, _ in lines} == LOCKED, "make lock writes it"
+    strong = re.compile(r"\b(A?GPL|Affero|non-?commercial|CC.BY.NC)", re.IGNORECASE)
+    assert [line for line in lines if strong.search(line[2])] == []
