@@ -96,6 +96,7 @@ site: $(VENV)/.dev ## build/site: README and docs/ as a site with search; a brok
 	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md llms.txt docs skills) build/pages
 	ln -s $(CURDIR)/pipelines/recipes build/pages/recipes
 	ln -s $(CURDIR)/benchmarks/settings_rules.md $(CURDIR)/benchmarks/gpu.py build/pages/benchmarks
+	printf '# From Python\n\n::: olora_ray\n' > build/pages/python.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 versions: $(VENV)/.dev ## docs/generated/versions.md: other versions of Ray, MLflow, transformers and Python; planned for two hours

@@ -1,7 +1,9 @@
 """The functions of the package itself, as a program or a notebook calls them; their docstrings are what runs here."""
 
 import doctest
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,19 @@ def test_the_examples_of_the_functions_are_true(tiny_model: Path, tmp_path: Path
     done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held-out loss: " in done.stdout
+
+
+@pytest.mark.ray
+def test_the_cells_of_the_notebook_run(tiny_model: Path, tmp_path: Path) -> None:
+    cells = json.loads((project.ROOT / "docs" / "first_steps.ipynb").read_text())["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (model,) = re.findall(r'MODEL = "(.*)"', program)
+    (tmp_path / "notebook.py").write_text(program.replace(model, str(tiny_model)).replace("range(240)", "range(40)"))
+    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(
+        r"^held-out loss: [\d.]+ before, [\d.]+ after\n(.*\n)*\{'eval/loss'(.*\n)*base: ", done.stdout, re.M
+    )
 
 
 def test_a_mapping_is_a_config_too_and_a_mistake_names_its_field() -> None:
