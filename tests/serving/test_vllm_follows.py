@@ -21,7 +21,7 @@ import torch
 from olora_ray.serving.follow import Engine
 from olora_ray.serving.watch import Watch
 from tests.serving.test_serving import Server, vllm
-from tests.serving.versions import FOLLOWED, NAME, Versions
+from tests.serving.versions import FOLLOWED, NAME, Versions, registered
 from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")]
@@ -58,15 +58,10 @@ def by_peft(versions: Versions, number: str, prompt: list[int]) -> tuple[int, ..
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versions]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        found = Versions(tmp_path_factory.mktemp("vllm"))
-        assert [found.add() for _ in (*GOOD, SPOILT)] == [*GOOD, SPOILT]
+    with registered(tmp_path_factory.mktemp("vllm"), len((*GOOD, SPOILT))) as found:
         found.spoil(SPOILT)
         assert found.add(rank=16) == TOO_LARGE
-        found.aliases.promote("1", "by test")
         yield found
-        found.server.kill()
 
 
 class Load:
