@@ -17,7 +17,7 @@ from olora_ray.tracking.models import Contents
 from tests.ray_head import free_port
 from tests.said import said
 from tests.serving.engine import Engine, following
-from tests.serving.versions import FOLLOWED, NAME, Versions, registered
+from tests.serving.versions import CHALLENGER, FOLLOWED, NAME, Versions, registered
 from tests.waiting import until
 
 
@@ -62,9 +62,6 @@ def test_an_engine_follows_the_champion(versions: Versions, tmp_path: Path, kind
         versions.aliases.promote("1", "by test")
         until(lambda: serves("1"))
     assert not printed("Traceback")
-
-
-CHALLENGER = f"{NAME}@challenger"
 
 
 class Listening:

@@ -21,7 +21,7 @@ from tests.export_parts import random_adapter, save_tokenizer
 from tests.mlflow_server import Server
 
 NAME = "chats"
-FOLLOWED = f"{NAME}@{CHAMPION}"
+FOLLOWED, CHALLENGER = f"{NAME}@{CHAMPION}", f"{NAME}@challenger"
 
 
 class Versions:
