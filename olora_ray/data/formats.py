@@ -458,8 +458,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
 ASKED = {"messages": ("system",), "tokens": ("completion_mask", "assistant_masks", "position_ids")}
 # A column of this name in `fields` leaves out the field, or the column, of the name that is mapped to it.
 NONE = "none"
-# Column in which this project itself notes something about a row: `olora-ray follow --rows`. Nothing reads it.
-OWN = "olora_ray"
 # Names that a source's `fields` may map.
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "system", "tools"),

@@ -52,7 +52,6 @@ from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_li
 from olora_ray.common.logs import quiet_environment
 from olora_ray.common.secrets import looked_up
 from olora_ray.config import command_line
-from olora_ray.data.formats import OWN
 from olora_ray.serving.watch import CACHE, SECONDS, Adapter, Attempts, Watch
 from olora_ray.tracking import start
 from olora_ray.tracking.client import reason
@@ -69,8 +68,8 @@ def main(argv: list[str]) -> None:
     options = parsed.options
     if len(parsed.words) != 1 or not options.keys() & {"--engine", "--mirror"}:
         raise UserError("usage: olora-ray follow NAME@ALIAS --engine URL, or --mirror PLACE, or both; see --help")
-    if missing := [NEEDS[option] for option in options if NEEDS.get(option, option) not in options]:
-        raise UserError(f"argument {missing[0]}: it is missing; see --help")
+    if missing := [f"{each}: needs {NEEDS[each]}" for each in options if NEEDS.get(each, each) not in options]:
+        raise UserError(f"argument {missing[0]}; see --help")
     quiet_environment()  # before MLflow is imported
     (name,) = parsed.words
     uri = start.chosen_uri(options.get("--tracking-uri"))
@@ -120,38 +119,31 @@ class Engine:
         """
         with as_user_error(f"{self.url} is not vLLM or SGLang", LookupError, ValueError):
             own, *others = self.ask("/v1/models").json()["data"]
-        before = next((each["root"] for each in others if each["id"] == name), None)
-        if before == str(adapter.folder):
-            self.served[name] = adapter.name
-            return
-        adapter.check_base(self._base or own["root"])
-        # SGLang replaces no adapter, and lets running requests end before it unloads one.
-        if own.get("owned_by") == "sglang":
-            load = partial(self.ask, "/load_lora_adapter", lora_name=name)
-            if before:
-                self.ask("/unload_lora_adapter", lora_name=name)
-            try:
-                load(lora_path=str(adapter.folder))
-            except UserError:
-                with suppress(UserError):
-                    if before:
-                        load(lora_path=before)
-                raise
-        else:
-            folder = str(adapter.folder)
-            self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=folder, load_inplace=before is not None)
+        before, folder = next((each["root"] for each in others if each["id"] == name), None), str(adapter.folder)
+        if before != folder:
+            adapter.check_base(self._base or own["root"])
+            # SGLang replaces no adapter, and lets running requests end before it unloads one.
+            if own.get("owned_by") == "sglang":
+                load = partial(self.ask, "/load_lora_adapter", lora_name=name)
+                if before:
+                    self.ask("/unload_lora_adapter", lora_name=name)
+                try:
+                    load(lora_path=folder)
+                except UserError:
+                    with suppress(UserError):
+                        if before:
+                            load(lora_path=before)
+                    raise
+            else:
+                self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=folder, load_inplace=before is not None)
+            logger.info(f"{name}: {adapter} answers at {self.url}")
         self.served[name] = adapter.name
-        logger.info(f"{name}: {adapter} answers at {self.url}")
 
     def ask(self, path: str, **body: Any) -> requests.Response:
+        method, url, headers = "POST" if body else "GET", f"{self.url}{path}", self._headers
         try:
-            answer = requests.request(
-                "POST" if body else "GET",
-                f"{self.url}{path}",
-                json=body or None,
-                headers=self._headers,
-                timeout=120,  # loading an adapter waits for the step that the engine computes
-            )
+            # Loading an adapter waits for the step that the engine computes.
+            answer = requests.request(method, url, json=body or None, headers=headers, timeout=120)
         except requests.RequestException as error:
             raise TryAgain(f"the engine {self.url} does not answer ({reason(error)})") from None
         self.answered = time.time()
@@ -254,13 +246,14 @@ class Proxy:
             text, end = _text(told)
             if end == "stop":  # neither a call of a tool nor a part of an answer
                 before = self._engine.served.get(model, "")
-                asked = {key: value for key, value in body.items() if not key.startswith("stream")}
-                answer = self._engine.ask("/v1/chat/completions", **asked | {"model": model})
+                asked = body | {"model": model, "stream": False, "stream_options": None}
+                answer = self._engine.ask("/v1/chat/completions", **asked)
                 version, (other, end) = self._count(model, before, answer.status_code), _text(answer.content)
                 both = {"champion": champion, "challenger": version, "answer": other, "finish_reason": end}
                 chat = [*body["messages"], {"role": "assistant", "content": text}]
-                with open(self._rows, "a") as file:
-                    file.write(json.dumps({"messages": chat, "tools": body.get("tools"), OWN: both}) + "\n")
+                row = json.dumps({"messages": chat, "tools": body.get("tools"), "olora_ray": both})
+                with open(self._rows, "ab", buffering=0) as file:  # one write for a line: others append, too
+                    file.write(f"{row}\n".encode())
 
     def _challenged(self) -> bool:
         ours, theirs = (self._engine.served.get(watch.name, "") for watch in (self._challenger, self._champion))

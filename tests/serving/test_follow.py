@@ -11,7 +11,6 @@ import pytest
 import requests
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.formats import OWN
 from olora_ray.serving.watch import Watch
 from olora_ray.tracking.models import Contents
 from tests.ray_head import free_port
@@ -184,8 +183,8 @@ def test_rows_have_both_answers(versions: Versions, tmp_path: Path, stream: bool
         question, answer = row["messages"]
         assert question == {"role": "user", "content": "Hello"}
         assert f"/{NAME}-1-" in answer["content"]
-        assert f"/{NAME}-2-" in row[OWN].pop("answer")
-        assert row[OWN] == {"champion": f"{NAME}@1", "challenger": f"{NAME}@2", "finish_reason": "stop"}
+        assert f"/{NAME}-2-" in row["olora_ray"].pop("answer")
+        assert row["olora_ray"] == {"champion": f"{NAME}@1", "challenger": f"{NAME}@2", "finish_reason": "stop"}
     assert not printed("Traceback")
 
 
