@@ -158,6 +158,7 @@ def test_two_servers_follow_the_champion_under_load(
     versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = prepared(versions, tmp_path, monkeypatch, "olora_ray")
+    versions.point("1")
     logs = [tmp_path / "first", tmp_path / "second"]
     with contextlib.ExitStack() as running:
         servers = [running.enter_context(vllm(command, FOLLOWED, log)) for log in logs]
