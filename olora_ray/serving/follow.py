@@ -109,8 +109,8 @@ class Engine:
     def __init__(self, url: str, base: str | None, key: str | None) -> None:
         self.url, self._base = url.rstrip("/").removesuffix("/v1"), base
         self._headers = {"Authorization": f"Bearer {looked_up(key, '--key')}"} if key else {}
+        # The NAME@NUMBER that answers as each model, and the time of the engine's last answer.
         self.served, self.answered = dict[str, str](), time.time()
-        """Model -> NAME@NUMBER that answers as it; when the engine answered."""
 
     def serve(self, name: str, adapter: Adapter) -> None:
         """Let the engine answer as the model `name` with this adapter; do nothing if it already does.
@@ -188,7 +188,6 @@ class Proxy:
         self._answered = Gauge("olora_follow_last_answer_timestamp_seconds", "Last answer of MLflow and engine", ["of"])
 
     def run(self) -> None:
-        """Answer until SIGTERM or SIGINT."""
         app = web.Application(client_max_size=0)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_route("*", "/{path:health|v1/.*}", self._answer)
@@ -267,7 +266,7 @@ class Proxy:
 
 
 def _passing(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the headers that are not about a connection, or about the form in which it has the content."""
+    # These are about one connection, or about the form in which it carries the content.
     own = "host connection keep-alive transfer-encoding content-length content-encoding accept-encoding expect upgrade"
     return [(name, value) for name, value in headers.items() if name.lower() not in own.split()]
 

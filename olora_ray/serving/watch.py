@@ -100,8 +100,8 @@ class Watch:
         self._tracking_uri, self._cache = tracking_uri, cache
         self._asking, self._fetching = Attempts(name, f"{name}: MLflow answers again"), Attempts(name)
         self._current: Adapter | None = None
+        # MLflow's last answer: its time, and the NAME@NUMBER.
         self.answered, self.meant = time.time(), ""
-        """When MLflow answered, and with which NAME@NUMBER."""
 
     def look(self) -> Adapter | None:
         """Return the current adapter; None if none could be loaded since the start. Log what is wrong."""
