@@ -8,14 +8,14 @@ NAME@ALIAS      a registered model and its alias (chats@champion), or a version 
 --engine        a vLLM or SGLang server on this machine, http://HOST:PORT: it serves the adapter as the model NAME@ALIAS
 --base          the folder of the engine's base model, if the engine does not name one that this process can read
 --key           the engine's API key: env:VARIABLE or file:/PATH
---listen        answer HTTP here: /v1/ as the engine does, but for loading adapters, with the version that answered in
-                the header x-olora-version; /health is the engine's own, and 503 until it has a version; /metrics is
-                Prometheus'
---challenger    what answers a share of the requests for NAME@ALIAS, under its own name; if it fails, or while no
-                version of it can be loaded, NAME@ALIAS answers
---share         how much of the requests, drawn at random: 0.1
---rows          NAME@ALIAS answers all requests; the challenger is asked the share of the chats afterwards, and both
-                answers are appended to this file, as rows that olora-ray evaluate reads
+--listen        answer HTTP here: /v1/ as the engine does, which also checks its API key, but for loading adapters; the
+                header x-olora-version says which version answered; /health is the engine's own, and 503 until it has a
+                version; /metrics is for Prometheus
+--challenger    what answers a share of the requests for NAME@ALIAS; NAME@ALIAS answers if it fails before it has begun
+                its answer, and while no version of it can be loaded
+--share         how much of the requests, drawn at random; default: 0.1
+--rows          NAME@ALIAS answers all requests, and of the share of the chats that end by themselves the challenger is
+                asked afterwards; both answers are appended to this file, as rows that olora-ray evaluate reads
 --mirror        a folder or bucket that gets each version as PLACE/NAME@VERSION, where Ray Serve LLM loads adapters
                 (dynamic_lora_loading_path), and then the file PLACE/NAME@ALIAS with the name of that folder
 --cache         a folder for the adapters, which the engine can read; default: ~/.cache/olora_ray/adapters
