@@ -135,7 +135,7 @@ def test_a_share_of_the_requests_goes_to_the_challenger(versions: Versions, tmp_
         versions.point("1")
         until(lambda: f"{NAME}@1" in at.answered(1))
         until(lambda: at.answered(5) == {f"{NAME}@1": 5})
-    assert printed(f"{CHALLENGER}: ") < 8
+    assert printed("not registered") == 2  # once each time
     assert not printed("Traceback")
 
 
