@@ -97,6 +97,8 @@ def _read_keys(template: str) -> frozenset[str]:
 
 def weight(format: str, name: str, value: Any) -> int:
     """Return 2 if a value needs an answer, 1 if it needs one unless all rows have it, else 0."""
+    if name == "olora_ray":  # what `olora-ray follow --rows` notes about a row
+        return 0
     words, texts, known = _words(name), [*_texts(value)], name.lower().strip()
     if DECIDES.intersection(words) or known in formats.OTHER_NAMES["completion"] or any(map(MEDIA.match, texts)):
         return 2

@@ -40,6 +40,10 @@ class Adapter:
         """Return a positive number of 31 bits, the same in all processes and for all names of the version."""
         return int(self.version.checksum[:8], 16) & 0x7FFFFFFF or 1
 
+    @property
+    def name(self) -> str:
+        return f"{self.version.name}@{self.version.number}"
+
     def __str__(self) -> str:
         return f"version {self.version.number}"
 
@@ -96,11 +100,14 @@ class Watch:
         self._tracking_uri, self._cache = tracking_uri, cache
         self._asking, self._fetching = Attempts(name, f"{name}: MLflow answers again"), Attempts(name)
         self._current: Adapter | None = None
+        # MLflow's last answer: its time, and the NAME@NUMBER.
+        self.answered, self.meant = time.time(), ""
 
     def look(self) -> Adapter | None:
         """Return the current adapter; None if none could be loaded since the start. Log what is wrong."""
         with self._asking.attempt():
             version = models.resolve(self._uri, self._tracking_uri)
+            self.answered, self.meant = time.time(), f"{version.name}@{version.number}"
             current = self._current
             if current and (version.number, version.checksum) == (current.version.number, current.version.checksum):
                 node_cache.used(current.folder.parent)

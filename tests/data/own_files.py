@@ -385,6 +385,8 @@ HARMLESS = [
     harmless("hashed", "jsonl", texts(), {"sha256": digest}),
     harmless("synthetic", "jsonl", chats(), {"model": MODEL, "temperature": one_of(0.2, 0.7, 1.0)}),
     harmless("one_domain", "csv", qa(), {"task": one_of("question answering"), "domain": one_of("customer service")}),
+    harmless("followed", "jsonl", chats(), {"tools": NULL, "olora_ray": lambda i: {"champion": "chats@7", "challenger":
+        "chats@8", "answer": f"You can hand in your application number {i} until noon.", "finish_reason": "stop"}}),
     harmless("empty_columns", "parquet", INSTRUCT, {"notes": NULL, "reviewer_comment": NULL}),
     harmless("checked", "json", qa(), {"verified": FLAG, "is_duplicate": FLAG}),
     harmless("graded", "tsv", exam(), {"difficulty": part, "points": one_of(1, 2, 4)}),

@@ -20,7 +20,7 @@ from olora_ray.common import storage
 from olora_ray.serving.follow import Mirror
 from olora_ray.serving.watch import Watch
 from tests.pipelines.project import ROOT
-from tests.serving.versions import FOLLOWED, NAME, Versions
+from tests.serving.versions import FOLLOWED, NAME, Versions, registered
 from tests.waiting import until
 
 pytest.importorskip("grpc_reflection", reason="ray[serve] is not installed")
@@ -29,14 +29,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versions]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        found = Versions(tmp_path_factory.mktemp("serve"))
-        for _ in range(2):
-            found.add()
-        found.point("1")
+    with registered(tmp_path_factory.mktemp("serve"), 2) as found:
         yield found
-        found.server.kill()
 
 
 def test_ray_serve_llm_loads_what_the_mirror_has(versions: Versions, bucket: str, tmp_path: Path) -> None:

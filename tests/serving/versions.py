@@ -1,8 +1,12 @@
 """Versions of adapters of one tiny base model in a real MLflow server; vLLM can serve them on a CPU."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from olora_ray.adapter.inject import find_targets
 from olora_ray.config.schema import Adapter
@@ -17,7 +21,7 @@ from tests.export_parts import random_adapter, save_tokenizer
 from tests.mlflow_server import Server
 
 NAME = "chats"
-FOLLOWED = f"{NAME}@{CHAMPION}"
+FOLLOWED, CHALLENGER = f"{NAME}@{CHAMPION}", f"{NAME}@challenger"
 
 
 class Versions:
@@ -61,6 +65,19 @@ class Versions:
         content[-1] ^= 1
         file.write_bytes(content)
 
-    def point(self, number: str) -> None:
-        """Set the alias without the checks of a promotion, as another program may."""
-        self.aliases.client.set_registered_model_alias(NAME, CHAMPION, number)
+    def point(self, number: str, alias: str = CHAMPION) -> None:
+        """Set an alias without the checks of a promotion, as another program may."""
+        self.aliases.client.set_registered_model_alias(NAME, alias, number)
+
+
+@contextlib.contextmanager
+def registered(folder: Path, number: int) -> Iterator[Versions]:
+    """So many versions, the first of which is the champion."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        found = Versions(folder)
+        for _ in range(number):
+            found.add()
+        found.point("1")
+        yield found
+        found.server.kill()
