@@ -92,15 +92,13 @@ def make_own() -> None:
     if os.environ.get(MODE, "token").lower() != "token" or known() is not None:
         return
     file, token = _file(), secrets.token_hex(32)
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".auth_token-") as complete:  # mode 0600
             complete.write(token)
             complete.flush()
             with contextlib.suppress(FileExistsError):  # another run was faster: its token is used
                 os.link(complete.name, file)
-    except OSError:
-        pass
     if known() is None:  # the folder cannot be written, or the file there cannot be read
         os.environ[TOKEN] = token  # for this process and its children
 
@@ -195,8 +193,8 @@ def _parts(address: str) -> tuple[str | None, int | None]:
         return None, None
 
 
+# The process of `keep` in a block of `begun`, until `join_or_start` joins its Ray.
 _begun: ContextVar["subprocess.Popen[str] | None"] = ContextVar("begun", default=None)
-"""The process of `keep` in a block of `begun`, until `join_or_start` joins its Ray."""
 
 
 @contextlib.contextmanager

@@ -272,7 +272,7 @@ def _passing(headers: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _text(told: bytes) -> tuple[str, str]:
-    """Return the text of a chat's first answer, whole or streamed, and why it ended."""
+    # The text of a chat's first answer, whole or streamed, and why it ended.
     parts = [line[5:] for line in told.splitlines() if line.startswith(b"data: {")] or [told]
     choices = [each for part in parts for each in json.loads(part)["choices"] if each["index"] == 0]
     texts = [(each.get("message") or each["delta"]).get("content") or "" for each in choices]
