@@ -46,10 +46,10 @@ def test_a_file_has_the_columns_of_its_case(case: Case, tmp_path: Path) -> None:
     assert len(read_back(without(case), write(without(case), plain))) == len(rows)
 
 
-def test_there_are_sixty_of_each_and_all_forms() -> None:
+def test_there_are_sixty_of_each_at_least_and_all_forms() -> None:
     for cases in MATTERS, HARMLESS:
-        assert len(cases) == 60
+        assert len(cases) >= 60
         assert min(Counter(case.form for case in cases).values()) >= 4
         assert {case.form for case in cases} == set(FORMS)
-    assert len({case.name for case in MATTERS + HARMLESS}) == 120
+    assert len({case.name for case in MATTERS + HARMLESS}) == len(MATTERS + HARMLESS)
     assert all(case.read or case.untrained for case in MATTERS if case.expect == "used or refused")
