@@ -79,7 +79,7 @@ def numbers(recipe: Path) -> str:
         shown = ("data.max_length=2560", "data.last_turn_only=true", f"data.eval=[{rows / 'solved.jsonl'}]")
         command("olora-ray", "evaluate", base, *evaluate, rows / "solved", *shown)
         others[f"it with {plural(shots, 'example')} in the prompt"] = scores(rows / "solved", base)
-    others |= by_rule(recipe, rows, config["evaluation"].get("scorer"))
+    others |= by_rule(recipe, rows, config.get("evaluation", {}).get("scorer"))
     group = config.get("gate", {}).get("group")
     names = [str(row.get(group, line)) for line, row in enumerate(lines_of(rows / "heldout.jsonl"))]
     groups = [names.index(name) for name in names]
@@ -97,8 +97,8 @@ def numbers(recipe: Path) -> str:
     lines = ["| " + " | ".join([*cells, *[""] * (len(others) + 2 - len(cells))]) + " |" for cells in table]
     lines += [
         "",
-        f"{tuned['models'][0]['held_out']['rows']} held-out rows; intervals of 95 %. Rows, training and evaluation took"
-        f" {seconds / 60:.0f} CPU minutes, so {seconds / 120:.0f} or more on two cores ({time.strftime('%B %Y')}).",
+        f"{tuned['models'][0]['held_out']['rows']} held-out rows; intervals of 95 %. Rows, training and evaluation",
+        f"took {seconds / 60:.0f} CPU minutes, so {seconds / 120:.0f} or more on two cores ({time.strftime('%B %Y')}).",
     ]
     return f"<!-- numbers {digest(recipe)} -->\n" + "\n".join(lines) + "\n<!-- end -->\n"
 
