@@ -4,27 +4,40 @@
     python tools/run_recipes.py --check        name the pages whose numbers are older than their files
 
 A recipe is a folder with make_rows.py (writes train.jsonl and heldout.jsonl into the folder that it is given),
-config.yaml and README.md. The held-out rows are measured with the base model, with the base model and eight solved
-examples before each question, and with the fine-tuned model.
+config.yaml and README.md. The held-out rows are measured with the fine-tuned model, with the base model, with the base
+model and up to eight solved examples before each question, and with the function `rule` of make_rows.py, if any.
 """
 
 import hashlib
 import json
 import re
-import subprocess
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import psutil
 import yaml
+
+from olora_ray.common.text import plural
+from olora_ray.evaluation.statistics import difference
+from olora_ray.train.scoring import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "pipelines" / "recipes"
+Scores = dict[str, dict[int, float]]
 NUMBERS = re.compile(r"<!-- numbers (\w*) -->\n.*?<!-- end -->\n", re.DOTALL)
 """The part of a page that this program writes, with the digest of the files that the numbers are of."""
 SHOTS = 8
+LONGEST = 4000
+"""Most characters of the examples, as JSON: fewer examples are shown than SHOTS if they are longer."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
         old = [page for page in sorted(RECIPES.glob("*/README.md")) if not current(page)]
         print("\n".join(f"{page.relative_to(ROOT)}: its numbers are older than its files" for page in old))
         return int(bool(old))
-    for name in argv or sorted(path.name for path in RECIPES.iterdir()):
+    sys.path.append(str(RECIPES.parent))
+    for name in argv or sorted(page.parent.name for page in RECIPES.glob("*/README.md")):
         page = RECIPES / name / "README.md"
         text = numbers(RECIPES / name)
         before, _, after = NUMBERS.split(page.read_text(encoding="utf-8"))
@@ -52,57 +66,124 @@ def digest(recipe: Path) -> str:
 
 
 def numbers(recipe: Path) -> str:
-    began, config = time.monotonic(), yaml.safe_load((recipe / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((recipe / "config.yaml").read_text(encoding="utf-8"))
     rows, run, base = ROOT / "runs" / "recipes" / recipe.name, f"runs/{config['run']['name']}", config["model"]["name"]
-    command(sys.executable, recipe / "make_rows.py", rows)
-    command("olora-ray", "finetune", recipe / "config.yaml")
-    command("olora-ray", "evaluate", run, base, "--config", recipe / "config.yaml", "--out", rows / "tuned")
-    minutes = (time.monotonic() - began) / 60
-    with_examples(rows)
-    shown = ("data.max_length=2048", "data.last_turn_only=true", f"data.eval=[{rows / 'solved.jsonl'}]")
-    command("olora-ray", "evaluate", base, "--config", recipe / "config.yaml", *shown, "--out", rows / "solved")
-    tuned, solved = result(rows / "tuned"), result(rows / "solved")
-    lines = [
-        f"| | base model | with {SHOTS} examples in the prompt | fine-tuned | gain (95 % interval) |",
-        "|---|---|---|---|---|",
+    evaluate = ("--config", recipe / "config.yaml", "--out")
+    shutil.rmtree(ROOT / run, ignore_errors=True)  # a finished run would not train again, and the minutes be too few
+    seconds = command(sys.executable, recipe / "make_rows.py", rows)
+    seconds += command("olora-ray", "finetune", recipe / "config.yaml")
+    seconds += command("olora-ray", "evaluate", run, base, *evaluate, rows / "tuned")
+    tuned, base_model = read(rows / "tuned" / "evaluation.json"), "the base model"
+    ours, others = scores(rows / "tuned", run), {base_model: scores(rows / "tuned", base)}
+    if shots := with_examples(rows):
+        shown = ("data.max_length=2560", "data.last_turn_only=true", f"data.eval=[{rows / 'solved.jsonl'}]")
+        command("olora-ray", "evaluate", base, *evaluate, rows / "solved", *shown)
+        others[f"it with {plural(shots, 'example')} in the prompt"] = scores(rows / "solved", base)
+    others |= by_rule(recipe, rows, config.get("evaluation", {}).get("scorer"))
+    group = config.get("gate", {}).get("group")
+    names = [str(row.get(group, line)) for line, row in enumerate(lines_of(rows / "heldout.jsonl"))]
+    groups = [names.index(name) for name in names]
+    loss, before = (model["metrics"]["eval/loss"] for model in tuned["models"])
+    table = [["", "fine-tuned", *(f"{other}, and the gain over it" for other in others)], ["---"] * (len(others) + 2)]
+    table += [["eval/loss", f"{loss:.3f}", f"{before:.3f}; {gain(tuned['differences']['eval/loss'])}"]]
+    table += [
+        [
+            f"eval/{name}",
+            f"{fmean(values.values()):.3f}",
+            *(against(values, other.get(name), groups) for other in others.values()),
+        ]
+        for name, values in ours.items()
     ]
-    for name, value in tuned["models"][0]["metrics"].items():
-        if name == "eval/perplexity":
-            continue
-        before, gain = tuned["models"][1]["metrics"][name], tuned["differences"].get(name)
-        told = solved["models"][0]["metrics"].get(name) if name != "eval/loss" else None
-        interval = f"{value - before:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" if gain else ""
-        lines.append(f"| {name} | {before:.3f} | {'' if told is None else f'{told:.3f}'} | {value:.3f} | {interval} |")
-    count, day = tuned["models"][0]["held_out"]["rows"], time.strftime("%B %Y")
+    lines = ["| " + " | ".join([*cells, *[""] * (len(others) + 2 - len(cells))]) + " |" for cells in table]
     lines += [
         "",
-        f"{count} held-out rows; rows, training and evaluation took {minutes:.0f} min on two CPU cores, {day}.",
+        f"{tuned['models'][0]['held_out']['rows']} held-out rows; intervals of 95 %. Rows, training and evaluation",
+        f"took {seconds / 60:.0f} CPU minutes, so {seconds / 120:.0f} or more on two cores ({time.strftime('%B %Y')}).",
     ]
     return f"<!-- numbers {digest(recipe)} -->\n" + "\n".join(lines) + "\n<!-- end -->\n"
 
 
-def with_examples(rows: Path) -> None:
-    """Write solved.jsonl: the held-out rows, each after the same solved examples of the training rows."""
-    train, held_out = ([json.loads(line) for line in (rows / name).open()] for name in ("train.jsonl", "heldout.jsonl"))
+def gain(interval: Mapping[str, float]) -> str:
+    return f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
+
+
+def against(ours: Mapping[int, float], theirs: Mapping[int, float] | None, groups: Sequence[int]) -> str:
+    if not theirs:
+        return ""
+    lines = sorted(ours.keys() & theirs)
+    left, right = ([each[line] for line in lines] for each in (ours, theirs))
+    interval = difference(left, right, groups=[groups[line - 1] for line in lines])
+    return f"{fmean(theirs.values()):.3f}; {gain(asdict(interval))}"
+
+
+def scores(folder: Path, model: str) -> Scores:
+    """Return the scores of a model's answers: name -> line of the held-out rows -> value; {} without a scorer."""
+    found: Scores = {}
+    if (file := folder / "answers.jsonl").is_file():
+        for answer in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if answer["model"] == model:
+                for name, value in answer["scores"].items():
+                    found.setdefault(name, {})[int(answer["origin"].rpartition(":")[2])] = value
+    return found
+
+
+def by_rule(recipe: Path, rows: Path, scorer: str | None) -> dict[str, Scores]:
+    """Return the scores of the function `rule` of make_rows.py, if it has one; its docstring is the rule's name."""
+    rule = getattr(import_module(f"recipes.{recipe.name}.make_rows"), "rule", None)
+    if not rule or not scorer:
+        return {}
+    found: Scores = {}
+    for line, row in enumerate(lines_of(rows / "heldout.jsonl"), start=1):
+        *asked, answer = row["messages"]
+        for name, value in resolve(scorer)(rule(asked[-1]["content"]), answer["content"]).items():
+            found.setdefault(name, {})[line] = value
+    return {rule.__doc__.strip(" ."): found}
+
+
+def with_examples(rows: Path) -> int:
+    """Write solved.jsonl: the held-out rows, each after the same solved examples of the training rows.
+
+    Returns the number of examples, at most SHOTS; 0 if the rows are no chats.
+    """
+    train, held_out = lines_of(rows / "train.jsonl"), lines_of(rows / "heldout.jsonl")
+    if "messages" not in train[0]:
+        return 0
+    examples = [spoken(row) for row in train[:SHOTS]]
+    while len(examples) > 1 and len(json.dumps(examples)) > LONGEST:
+        examples.pop()
     with (rows / "solved.jsonl").open("w") as file:
         for row in held_out:
-            turns = [turn for each in train[:SHOTS] for turn in spoken(each)]
             system = [turn for turn in row["messages"] if turn["role"] == "system"]
-            file.write(json.dumps({**row, "messages": [*system, *turns, *spoken(row)]}) + "\n")
+            file.write(json.dumps({**row, "messages": [*system, *chain(*examples), *spoken(row)]}) + "\n")
+    return len(examples)
 
 
 def spoken(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [turn for turn in row["messages"] if turn["role"] != "system"]
 
 
-def result(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
-def command(program: str, *words: object) -> None:
+def command(program: str, *words: object) -> float:
+    """Run a command, and return the CPU seconds of its processes; the clock would count other programs, too."""
     found = Path(sys.executable).with_name(program) if program == "olora-ray" else program
-    subprocess.run([str(found), *map(str, words)], cwd=ROOT, check=True)
+    main, seconds = psutil.Popen([str(found), *map(str, words)], cwd=ROOT), dict[int, float]()
+    while main.poll() is None:
+        with suppress(psutil.Error):
+            for process in [main, *main.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    seconds[process.pid] = sum(process.cpu_times()[:2])
+        time.sleep(0.5)
+    if main.returncode:
+        raise SystemExit(f"{found} {' '.join(map(str, words))}: ended with {main.returncode}")
+    return sum(seconds.values())
 
 
 if __name__ == "__main__":
