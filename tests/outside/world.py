@@ -41,7 +41,7 @@ SERVER = f"{NETWORK}.100"
 USER = "retraining"
 PROGRAMS = ("nginx", "sshd", "openssl", "ip", "nsenter", "unshare", "setpriv", "rsync", "curl")
 PACKAGES = Path(__file__).with_name("packages")
-"""The packages of Debian that have them; for the pictures chromium and prometheus as well."""
+"""The packages of Debian that have them; prometheus as well for its series."""
 
 
 def missing() -> str | None:
@@ -373,19 +373,6 @@ class World:
         time.sleep(0.5)
         subprocess.run(["umount", str(self.full_disk)], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def beside(self, *words: str, **variables: str) -> str:
-        """Run a command beside the machines, where the servers run; returns its output."""
-        done = subprocess.run(
-            [*self._beside, *words],
-            cwd=ROOT,
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
     @property
     def _beside(self) -> list[str]:
