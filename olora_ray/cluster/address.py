@@ -205,12 +205,12 @@ def begun() -> Iterator[None]:
     """
     own = False
     with contextlib.suppress(UserError):  # `join_or_start` reports it
-        own = find() == OWN
+        own = find(patience=0) == OWN
     if not own:
         yield
         return
     # In a group of its own: Ctrl+C stops the driver, and the driver stops Ray.
-    command = [sys.executable, "-c", "from olora_ray.cluster import address; address.keep()"]
+    command = [sys.executable, "-P", "-c", "from olora_ray.cluster import address; address.keep()"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, process_group=0) as process:
         token = _begun.set(process)
