@@ -214,7 +214,8 @@ def start_of_peer(folder: str, workers: int = 0, address: str = "") -> float:
     """Return the seconds until the first step: of TorchTrainer with so many workers, or of one process without Ray."""
     dtype = str(pick_dtype(Model(name=folder), torch.device("cpu"))).removeprefix("torch.")
     command = [sys.executable, *([PEER_BY_HAND, folder, dtype, str(workers)] if workers else [PEER, folder, dtype])]
-    environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
+    # Ray asks for a token, and only our commands find that out.
+    environment = os.environ | ({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"} if address else {})
     began = time.time()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return float(done.stdout.split()[-1]) - began
