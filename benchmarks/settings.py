@@ -153,6 +153,7 @@ class Stage(NamedTuple):
 
 
 PLAN = (
+    Stage(20, ("today", "new"), 12),
     Stage(20, ("spectral r16", "lora r<=16"), 12),
     Stage(20, ("spectral r64", "lora r<=64"), 12),
     Stage(20, tuple(ARMS), 12),
@@ -259,7 +260,7 @@ def missing(results: Results) -> list[Training]:
     found: dict[Training, None] = {}  # arms may share a cell
     for stage in PLAN:
         cells = [cell for name in stage.arms for cell in cells_of(ARMS[name])]
-        for factor in COARSE:
+        for factor in coarse(stage):
             if open_ := [cell for cell in cells if factor not in results.tuning(cell)]:
                 return list(found | {Training(cell, TUNING_SEED, factor): None for cell in open_})
         at = {(name, task): results.at(name, task, stage) for task in TASKS for name in stage.arms}
@@ -277,6 +278,11 @@ def missing(results: Results) -> list[Training]:
 
 COARSE = (1.0, 0.5, 2.0)
 """Multiples of the automatic rate on which every cell is tuned. The cell of an arm gets a fourth."""
+
+
+def coarse(stage: Stage) -> tuple[float, ...]:
+    """Return the multiples at which each cell of a stage is trained first."""
+    return COARSE if any(ARMS[name].tuned for name in stage.arms) else COARSE[:1]
 
 
 def following(losses: dict[float, float]) -> float | None:
@@ -522,7 +528,7 @@ def shown(results: Results) -> str:
     parts = [tuning_table(results, steps, dtype) for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)]
     for stage in PLAN:
         cells = [cell for name in stage.arms for cell in cells_of(ARMS[name])]
-        if all(set(COARSE) <= set(results.tuning(cell)) for cell in cells):
+        if all(set(coarse(stage)) <= set(results.tuning(cell)) for cell in cells):
             parts.append(statements(results, stage))
     return "\n\n".join(part for part in parts if part)
 
