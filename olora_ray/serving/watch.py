@@ -98,7 +98,7 @@ class Watch:
         self.name, self.is_alias = name, not which.isdecimal()
         self._uri = f"{models.SCHEME}{model}{'@' if self.is_alias else '/'}{which}"
         self._tracking_uri, self._cache = tracking_uri, cache
-        self._asking, self._fetching = Attempts(name, f"{name}: MLflow answers again"), Attempts(name)
+        self._asking, self._fetching = Attempts(name, f"{name}: MLflow names a version again"), Attempts(name)
         self._current: Adapter | None = None
         # MLflow's last answer: its time, and the NAME@NUMBER.
         self.answered, self.meant = time.time(), ""

@@ -86,8 +86,12 @@ def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_fo
 
 
 @pytest.mark.parametrize("best", [0, 2])
-def test_a_training_that_has_made_nothing_better_is_told(best: int, tmp_path: Path) -> None:
-    config = tiny.config(run__storage=str(tmp_path))
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_end_says_that_nothing_became_better_and_that_held_out_rows_were_drawn(
+    best: int, drawn: bool, tmp_path: Path
+) -> None:
+    held_out: Any = {"data__eval": [], "data__eval_fraction": 0.1} if drawn else {"data__eval": ["other.jsonl"]}
+    config = tiny.config(run__storage=str(tmp_path), **held_out)
     state = TrainState(4, 1.0, best, history=[{"step": 0.0, "eval/loss": 1.0}])
     with said() as lines:
         spec: Any = SimpleNamespace(config=config)
@@ -95,6 +99,7 @@ def test_a_training_that_has_made_nothing_better_is_told(best: int, tmp_path: Pa
         finished(exported, [], {**result(tmp_path), "scores": {}}, None)
     assert [line for line in lines if f"1.0000 after (step {best})" in line]
     assert any("no step has improved the held-out loss" in line for line in lines) == (best == 0)
+    assert any("ask in new words, too" in line for line in lines) == drawn
 
 
 def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:

@@ -57,7 +57,7 @@ def test_an_engine_follows_the_champion(versions: Versions, tmp_path: Path, kind
             versions.server.kill()
             until(lambda: printed("MLflow does not answer"))
             versions.server.start()
-            until(lambda: printed("MLflow answers again"), 120)
+            until(lambda: printed("MLflow names a version again"), 120)
         versions.aliases.promote("1", "by test")
         until(lambda: serves("1"))
     assert not printed("Traceback")
