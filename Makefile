@@ -92,9 +92,9 @@ dist: $(VENV)/.dev ## dist/: wheel and source distribution of the last commit, t
 
 site: $(VENV)/.dev ## build/site: README and docs/ as a site with search; a broken link or a page without a place fails
 	rm -rf build/pages
-	mkdir -p build/pages/benchmarks
+	mkdir -p build/pages/benchmarks build/pages/pipelines
 	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md llms.txt docs skills) build/pages
-	ln -s $(CURDIR)/pipelines/recipes build/pages/recipes
+	ln -s $(CURDIR)/pipelines/recipes build/pages/pipelines
 	ln -s $(CURDIR)/benchmarks/settings_rules.md $(CURDIR)/benchmarks/gpu.py build/pages/benchmarks
 	printf '# From Python\n\n::: olora_ray\n' > build/pages/python.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

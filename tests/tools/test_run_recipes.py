@@ -34,3 +34,7 @@ def test_as_many_examples_are_shown_as_fit_and_none_before_texts(
     for line in solved.read_text().splitlines() if shown else []:
         roles = [turn["role"] for turn in json.loads(line)["messages"]]
         assert roles == ["system", *["user", "assistant"] * (shown + 1)]
+
+
+def test_the_page_of_all_recipes_has_the_numbers_of_their_pages() -> None:
+    assert run_recipes.gallery()[0] == (run_recipes.RECIPES / "README.md").read_text(encoding="utf-8")
