@@ -138,7 +138,7 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     if evaluated := exported.losses():
         lines.append(f"held-out loss: {evaluated[0]:.4f} before, {state.best_loss:.4f} after (step {state.best_step})")
         if not config.data.eval:
-            lines.append("the held-out rows are from the training files, and may be worded alike: ask in new words, too")
+            lines.append("the held-out rows are from the training files and may be worded alike: ask in new words, too")
     for name, value in scores.get("after", {}).items():
         before = f"{scores['before'][name]:.3f} before, " if name in scores["before"] else ""
         lines.append(f"held-out {name}: {before}{value:.3f} after ({len(answers)} rows)")
