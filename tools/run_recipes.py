@@ -43,8 +43,8 @@ LONGEST = 4000
 PREDICTORS = ("fine-tuned", "base model", "base model with examples")
 GALLERY = """# Recipes
 
-Copy the folder that is nearest to your task, and put your rows in the place of its rows. Each takes SmolLM2-135M and at
-most ten minutes on two CPU cores. `python tools/run_recipes.py NAME` makes its rows, trains, measures and writes the
+Copy the folder that is nearest to your task, and put your rows in the place of its rows. Each takes SmolLM2-135M and 3
+to 13 minutes on two CPU cores. `python tools/run_recipes.py NAME` makes its rows, trains, measures and writes the
 numbers into its page; `make recipes` runs all.
 
 ![Scores of the recipes](scores.png)
