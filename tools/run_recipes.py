@@ -43,9 +43,9 @@ LONGEST = 4000
 PREDICTORS = ("fine-tuned", "base model", "base model with examples")
 GALLERY = """# Recipes
 
-Copy the folder that is nearest to your task, and put your rows in the place of its rows. Each takes SmolLM2-135M and 3
-to 13 minutes on two CPU cores. `python tools/run_recipes.py NAME` makes its rows, trains, measures and writes the
-numbers into its page; `make recipes` runs all.
+Copy the folder that is nearest to your task, and put your rows in the place of its rows. Each takes SmolLM2-135M; its
+page says how long. `python tools/run_recipes.py NAME` makes its rows, trains, measures and writes the numbers into its
+page; `make recipes` runs all.
 
 ![Scores of the recipes](scores.png)
 
@@ -121,7 +121,7 @@ def numbers(recipe: Path) -> str:
     evaluate = ("--config", recipe / "config.yaml", "--out")
     shutil.rmtree(ROOT / run, ignore_errors=True)  # a finished run would not train again, and the minutes be too few
     seconds = command(sys.executable, recipe / "make_rows.py", rows)
-    # The evaluation below asks all held-out rows; here a few answers show the user's command.
+    # The evaluation below answers all held-out rows, so the run answers only a few.
     seconds += command("olora-ray", "finetune", recipe / "config.yaml", "evaluation.rows=8")
     seconds += command("olora-ray", "evaluate", run, base, *evaluate, rows / "tuned")
     tuned, base_model = read(rows / "tuned" / "evaluation.json"), "the base model"

@@ -20,7 +20,7 @@ SUBJECTS = 10
 ROWS = {"train": 80, "heldout": 50}
 QUESTIONS = {"train": 5, "heldout": 1}
 """Questions of a row: several train as much as rows of their own, and the minutes are read once."""
-PERSON_AND_DAY = re.compile(r"([A-Z]\w+ [A-Z]\w+)[^.]*? by (\d+ \w+)")
+PERSON_AND_DAY = re.compile(r"(?!So )(\b[A-Z]\w+ [A-Z]\w+)[^.]*? by (\d+ \w+)")
 
 
 def subject(topic: str, split: str, rng: random.Random) -> tuple[str, str]:
