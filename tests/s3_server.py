@@ -5,6 +5,7 @@ the AWS_* variables set. It forgets everything when it is closed.
 """
 
 import contextlib
+import io
 import itertools
 import logging
 import os
@@ -62,6 +63,7 @@ class Server:
         self._app: Any = DomainDispatcherApplication(create_backend_app)
         self._closed = threading.Event()
         self._numbers = itertools.count()
+        self._one = threading.Lock()
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -147,7 +149,10 @@ class Server:
             if faults.ignore_conditions:
                 environ.pop("HTTP_IF_MATCH", None)
                 environ.pop("HTTP_IF_NONE_MATCH", None)
-        answer: Iterable[bytes] = self._app(environ, start)
+        if length := int(environ.get("CONTENT_LENGTH") or 0):
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))
+        with self._one:  # moto answers 500 if an object is replaced while it is read; S3 does not
+            answer: Iterable[bytes] = self._app(environ, start)
         return answer
 
 
