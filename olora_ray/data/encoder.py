@@ -53,10 +53,9 @@ aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 
 def _long() -> str:
     # fastokens splits long texts and encodes the parts at once: releases of 2026 split them inside a token of newlines,
-    # blanks and punctuation (crusoecloud/fastokens#59, #67). This takes 0.1 to 0.2 s, less than a tenth of what the
-    # process has spent before `quick_after` asks for it.
-    random = Random(0)
-    return "".join(random.choice("\n ./\t!") * random.randrange(1, 12) for _ in range(2**18 // 6))
+    # blanks and punctuation (crusoecloud/fastokens#59, #67).
+    random, count = Random(0), 2**18 // 6
+    return "".join(map(str.__mul__, random.choices("\n ./\t!", k=count), random.choices(range(1, 12), k=count)))
 
 
 class Unlike(Exception):
@@ -230,8 +229,9 @@ class _Loaded:
 
     def quick_after(self, characters: int) -> bool:
         """True if fastokens encodes the next texts, which have so many characters."""
-        # To load it takes about as long as to encode as much text as the JSON is long.
-        before, self._characters = self._characters, self._characters + characters
+        # To load it takes about as long as to encode as much text as the JSON is long. It pays after a quarter of that:
+        # mostly there is far more text than that, or far less.
+        before, self._characters = self._characters, self._characters + 4 * characters
         if before < len(self._content) <= self._characters:
             self.quick = self._checked()
         return self.quick is not None
