@@ -113,7 +113,8 @@ PATIENCE = 10.0
 OWN = "local"
 """The address with which ray.init starts a new Ray for this run."""
 _VARIABLE = "RAY_ADDRESS"
-ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+ALLOCATOR, SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+"""Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays."""
 
 
 def find(patience: float = PATIENCE) -> str:
@@ -235,9 +236,9 @@ def keep() -> None:
 
 def _start(**settings: Any) -> None:
     make_own()
-    # Ray would start one process per CPU and wait for them, but none would be used: our tasks and actors have a
-    # runtime environment, for which Ray starts other processes.
+    # Ray would start one process per CPU beside the driver's imports, which takes the CPU from them and gains nothing.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ.setdefault(ALLOCATOR, SEGMENTS)
     # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run code. A
     # user who wants the dashboard starts Ray before the run.
     # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
@@ -247,14 +248,13 @@ def _start(**settings: Any) -> None:
 
 def join_or_start() -> bool:
     """Join the Ray that `find` returns, or start one for this run; True in the second case. Raises UserError."""
-    target = find()
-    # Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays.
-    segments = os.environ.get(ALLOCATOR, "expandable_segments:True")
-    # The environment of a submitted job overrides ours.
-    variables = ray_internals.beside_job({**ENVIRONMENT, ALLOCATOR: segments})
-    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
-    logger.info("starting Ray" if target == OWN else f"connecting to {name(target)}")
-    if own := target == OWN:
+    own = (target := find()) == OWN
+    logger.info("starting Ray" if own else f"connecting to {name(target)}")
+    # The environment of a submitted job overrides ours. The processes of an own Ray inherit it, because to make a
+    # runtime environment takes Ray a second.
+    variables = ray_internals.beside_job({**ENVIRONMENT, ALLOCATOR: os.environ.get(ALLOCATOR, SEGMENTS)})
+    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": None if own else {"env_vars": variables}}
+    if own:
         begun, _ = _begun.get(), _begun.set(None)
         target = begun.stdout.readline().strip() if begun and begun.stdout else ""
         if not target:
