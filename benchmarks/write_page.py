@@ -61,14 +61,13 @@ NEEDS_GPU = ("gpu",)
 NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate", "paired_seeds", "settings", "gate_years")
 """Skipped unless they are named, because each takes twenty minutes or more."""
 TOGETHER = {
-    "throughput": ("--rows", "32", "--rounds", "2"),
+    "throughput": ("--rows", "32", "--rounds", "3"),
     "roofline": ("--rounds", "2"),
     "start": ("--rounds", "3", "--no-search"),
     "overhead": ("--steps", "8", "--rounds", "2"),
     "scaling": ("--steps", "3"),
     "tree": ("--pairs", "5"),
     "quantised": ("--steps", "8"),
-    "prepare": ("--rows", "30000", "--rounds", "2"),
     "searches": ("replay",),
 }
 """Options that shorten a benchmark when all run."""
