@@ -6,14 +6,13 @@ shards with their digests. It is measured as in a run, whose Ray is already runn
 Up to 32 MiB per core a run has processes of its own for that, and Ray Data for more.
 `encode_batch` is the tokenizer's own call with the same number of threads, on rendered texts in memory; it writes
 nothing. `datasets` loads the file and maps batches to the ids of the rendered texts; it makes neither masks nor
-sequences. Medians of several rounds, each in its own process. Targets: 1.5 times the speed of `datasets.map` for 14 MB of chats,
-2.5 times for 58 MB.
+sequences. Medians of several rounds, each in its own process. Targets: 1.5 times the speed of `datasets.map` for 14 MB
+of chats, 2.5 times for 58 MB.
 
     python benchmarks/prepare.py [--rows 30000 120000] [--rounds 3]
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -43,7 +42,7 @@ Found = tuple[float, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[*TIMES], help="numbers of chats; texts are a tenth")
+    parser.add_argument("--rows", type=int, nargs="+", default=[*TIMES], help="chats; texts: a tenth of most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -54,8 +53,8 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory(prefix="olora-prepare-") as scratch:
         folder = model_folder(MODEL, scratch)
-        kinds = {"messages": write_messages, "text": write_texts}
-        for count, (kind, write) in itertools.product(args.rows, kinds.items()):
+        kinds = [*((count, "messages", write_messages) for count in args.rows), (max(args.rows), "text", write_texts)]
+        for count, kind, write in kinds:
             corpus = Path(scratch) / f"{kind}.jsonl"
             rows = write(corpus, count)
             rounds = [{name: apart(name, corpus, folder) for name in CONTESTANTS} for _ in range(args.rounds)]
