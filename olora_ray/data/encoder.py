@@ -229,10 +229,10 @@ class _Loaded:
 
     def quick_after(self, characters: int) -> bool:
         """True if fastokens encodes the next texts, which have so many characters."""
-        # To load it takes about as long as to encode as much text as the JSON is long. It pays after a quarter of that:
-        # mostly there is far more text than that, or far less.
-        before, self._characters = self._characters, self._characters + 4 * characters
-        if before < len(self._content) <= self._characters:
+        # To load it takes about as long as to encode as much text as the JSON is long. It is loaded after a quarter of
+        # that, because mostly there is far more text, or far less.
+        before, self._characters = self._characters, self._characters + characters
+        if before < len(self._content) / 4 <= self._characters:
             self.quick = self._checked()
         return self.quick is not None
 
