@@ -154,6 +154,7 @@ class Stage(NamedTuple):
 
 PLAN = (
     Stage(20, ("today", "new"), 12),
+    Stage(200, ("today", "new"), 8),
     Stage(20, ("spectral r16", "lora r<=16"), 12),
     Stage(20, ("spectral r64", "lora r<=64"), 12),
     Stage(20, tuple(ARMS), 12),
@@ -525,12 +526,27 @@ def left(results: Results) -> str:
 
 
 def shown(results: Results) -> str:
-    parts = [tuning_table(results, steps, dtype) for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)]
+    parts = [automatic_table(results)]
+    parts += [tuning_table(results, steps, dtype) for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)]
     for stage in PLAN:
         cells = [cell for name in stage.arms for cell in cells_of(ARMS[name])]
         if all(set(coarse(stage)) <= set(results.tuning(cell)) for cell in cells):
             parts.append(statements(results, stage))
     return "\n\n".join(part for part in parts if part)
+
+
+def automatic_table(results: Results) -> str:
+    """The loss of each cell at its automatic rate: per task, and in the mean of the tasks."""
+    cells = [(rank, float(factor * rank)) for rank in RANKS for factor in FACTORS]
+    rows = []
+    for method in METHODS:
+        found = [
+            [results.tuning(Cell(task, method, rank, alpha)).get(1.0, math.nan) for rank, alpha in cells]
+            for task in TASKS
+        ]
+        rows += [(method, task, *(f"{each:.3f}" for each in of)) for task, of in zip(TASKS, found, strict=True)]
+        rows.append((method, "mean", *(f"{each:.3f}" for each in np.mean(found, axis=0))))
+    return table(("20 steps", "automatic rate", *(f"{rank}/{alpha:g}" for rank, alpha in cells)), rows)
 
 
 def tuning_table(results: Results, steps: int, dtype: str) -> str:

@@ -265,7 +265,7 @@ class Warm(Bench):
         trials = self.scratch / name / f"quickstart-{name}" / "trials"
         return waits([_times(file.parent) for file in sorted(trials.glob("*/trial.json"))])
 
-    def _space(self, scheduler: str, adapters: int) -> Space:
+    def _space(self, scheduler: str | None, adapters: int) -> Space:
         space = super()._space(scheduler, adapters)
         # The first step has a checkpoint, and no evaluation comes before it.
         fixed = {**space["set"], "train.eval_every": self.steps, "train.checkpoint_every": 1, "train.keep": self.steps}
