@@ -1,8 +1,8 @@
 """Gains of a search from shared work, from stopping trials early, and from several adapters on one base model.
 
-The model and the corpus are those of the quickstart, with short trials, 10 held-out rows, and the ranks, alphas and
-multiples of the automatic rate that users begin with (tune_spaces/rank_alpha_lr.yaml). The three tables come from runs
-of pipelines/sweep.py and pipelines/finetune.py on this machine, one after the other:
+The model and the corpus are those of the quickstart, with short trials and 10 held-out rows. The trials vary rank,
+alpha and the multiple of the automatic rate. The three tables come from runs of pipelines/sweep.py and
+pipelines/finetune.py on this machine, one after the other:
 
   1. seconds from the start of a trial to its first step, with and without sharing. Without it, a trial is a separate
      run of finetune.py that prepares its tokens, initialises its adapter and evaluates the base model;

@@ -109,19 +109,22 @@ class Engine:
     def __init__(self, url: str, base: str | None, key: str | None) -> None:
         self.url, self._base = url.rstrip("/").removesuffix("/v1"), base
         self._headers = {"Authorization": f"Bearer {looked_up(key, '--key')}"} if key else {}
-        # The NAME@NUMBER that answers as each model, and the time of the engine's last answer.
-        self.served, self.answered = dict[str, str](), time.time()
+        # The NAME@NUMBER that answers as each model, the model whose adapter is being replaced, and the time of the
+        # engine's last answer.
+        self.served, self.replacing, self.answered = dict[str, str](), "", time.time()
 
     def serve(self, name: str, adapter: Adapter) -> None:
         """Let the engine answer as the model `name` with this adapter; do nothing if it already does.
 
         Raises UserError for a refusal, TryAgain if the engine is unreachable.
         """
+        self.replacing = ""
         with as_user_error(f"{self.url} is not vLLM or SGLang", LookupError, ValueError):
             own, *others = self.ask("/v1/models").json()["data"]
         before, folder = next((each["root"] for each in others if each["id"] == name), None), str(adapter.folder)
         if before != folder:
             adapter.check_base(self._base or own["root"])
+            self.replacing = name  # the engine answers with the new adapter before it says so
             # SGLang replaces no adapter, and lets running requests end before it unloads one.
             if own.get("owned_by") == "sglang":
                 load = partial(self.ask, "/load_lora_adapter", lora_name=name)
@@ -137,7 +140,7 @@ class Engine:
             else:
                 self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=folder, load_inplace=before is not None)
             logger.info(f"{name}: {adapter} answers at {self.url}")
-        self.served[name] = adapter.name
+        self.served[name], self.replacing = adapter.name, ""
 
     def ask(self, path: str, **body: Any) -> requests.Response:
         method, url, headers = "POST" if body else "GET", f"{self.url}{path}", self._headers
@@ -260,7 +263,7 @@ class Proxy:
 
     def _count(self, model: str, before: str, code: int) -> str:
         """Count an answer; return its version, or nothing if the version was replaced since `before`."""
-        version = before if before == self._engine.served.get(model, "") else ""
+        version = before if before == self._engine.served.get(model, "") and model != self._engine.replacing else ""
         self._requests.labels(model if model in self._engine.served else "", version, code).inc()
         return version
 

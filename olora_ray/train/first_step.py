@@ -72,8 +72,7 @@ def moves(
     def see(name: str, x: Tensor, y: Tensor) -> None:
         if not y.requires_grad:  # a part of the model that runs without gradients
             return
-        size = y.detach().float().square().mean().sqrt()
-        y.register_hook(partial(measure, name, x.detach(), size))
+        y.register_hook(partial(measure, name, x.detach(), y.detach().float().square().mean().sqrt()))
 
     def measure(name: str, entered: Tensor, size: Tensor, gradient: Tensor) -> None:
         x = entered.reshape(-1, layers[name].a0.shape[1]).float()
@@ -103,8 +102,7 @@ def best_rate(measured: Mapping[str, Move], scale: float, steps: int) -> float:
             "the automatic learning rate is at an end of the range that is measured,"
             f" {RATES[0]:.2g} to {RATES[-1]:.2g}: check adapter.alpha, or set train.lr"
         )
-    rate = math.exp(np.interp(math.log(FARTHEST), sizes, np.log(RATES)))
-    return for_steps(rate, steps)
+    return for_steps(math.exp(np.interp(math.log(FARTHEST), sizes, np.log(RATES))), steps)
 
 
 def for_steps(rate: float, steps: int, made_for: int = 20) -> float:

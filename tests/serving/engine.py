@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
 class Engine(ThreadingHTTPServer):
-    """Answers as vLLM or SGLang does to the requests for adapters, and has no room for version 4.
+    """Answers as vLLM or SGLang does to the requests for adapters, slowly, and has no room for version 4.
 
     It answers a chat with the folder of the adapter, in two parts if it is streamed. A chat that says `break` ends
     after the first part; `fails` is the version whose answers fail.
@@ -39,6 +40,7 @@ class Engine(ThreadingHTTPServer):
         if name in self.served and not body.get("load_inplace"):
             return 400
         self.served[name] = body["lora_path"]
+        time.sleep(0.3)  # chats are answered with the new adapter before this request is
         return 200
 
 
