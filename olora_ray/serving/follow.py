@@ -118,29 +118,31 @@ class Engine:
 
         Raises UserError for a refusal, TryAgain if the engine is unreachable.
         """
-        self.replacing = ""
         with as_user_error(f"{self.url} is not vLLM or SGLang", LookupError, ValueError):
             own, *others = self.ask("/v1/models").json()["data"]
         before, folder = next((each["root"] for each in others if each["id"] == name), None), str(adapter.folder)
-        if before != folder:
-            adapter.check_base(self._base or own["root"])
-            self.replacing = name  # the engine answers with the new adapter before it says so
-            # SGLang replaces no adapter, and lets running requests end before it unloads one.
-            if own.get("owned_by") == "sglang":
-                load = partial(self.ask, "/load_lora_adapter", lora_name=name)
-                if before:
-                    self.ask("/unload_lora_adapter", lora_name=name)
-                try:
-                    load(lora_path=folder)
-                except UserError:
-                    with suppress(UserError):
-                        if before:
-                            load(lora_path=before)
-                    raise
-            else:
-                self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=folder, load_inplace=before is not None)
-            logger.info(f"{name}: {adapter} answers at {self.url}")
-        self.served[name], self.replacing = adapter.name, ""
+        self.replacing = name if before != folder else ""  # the engine answers with the new one before it says so
+        try:
+            if self.replacing:
+                adapter.check_base(self._base or own["root"])
+                # SGLang replaces no adapter, and lets running requests end before it unloads one.
+                if own.get("owned_by") == "sglang":
+                    load = partial(self.ask, "/load_lora_adapter", lora_name=name)
+                    if before:
+                        self.ask("/unload_lora_adapter", lora_name=name)
+                    try:
+                        load(lora_path=folder)
+                    except UserError:
+                        with suppress(UserError):
+                            if before:
+                                load(lora_path=before)
+                        raise
+                else:
+                    self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=folder, load_inplace=before is not None)
+                logger.info(f"{name}: {adapter} answers at {self.url}")
+            self.served[name] = adapter.name
+        finally:
+            self.replacing = ""
 
     def ask(self, path: str, **body: Any) -> requests.Response:
         method, url, headers = "POST" if body else "GET", f"{self.url}{path}", self._headers

@@ -17,7 +17,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,12 +75,10 @@ def moves(
 
     def measure(name: str, entered: Tensor, size: Tensor, gradient: Tensor) -> None:
         x = entered.reshape(-1, layers[name].a0.shape[1]).float()
-        move = _move(layers[name], x, gradient.reshape(len(x), -1).float(), size, ratio)
-        if move is not None:
+        if move := _move(layers[name], x, gradient.reshape(len(x), -1).float(), size, ratio):
             result[name] = move
 
-    model: Any = loss.model
-    modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in layers}
+    modules: dict[str, nn.Module] = {name: loss.model.get_submodule(name) for name in layers}
     with torch.enable_grad(), watched(modules, see):
         # Not `backward`: it would add to the gradients of the training.
         parts = [part for layer in adapted.values() for part in (layer.da, layer.db)]

@@ -124,6 +124,9 @@ def test_a_share_of_the_requests_goes_to_the_challenger(versions: Versions, tmp_
         versions.point("3", "challenger")  # a file of it was changed
         until(lambda: printed("was changed after the registration"))
         assert at.answered(20) == {f"{NAME}@1": 20}
+        versions.point("4")
+        until(lambda: printed("no room for it"))
+        assert at.answered(20) == {f"{NAME}@1": 20}
         versions.point("2", "challenger")
         until(lambda: f"{NAME}@2" in at.answered(1))
         versions.point("2")  # nothing is left to compare
