@@ -527,7 +527,7 @@ def left(results: Results) -> str:
 
 def shown(results: Results) -> str:
     parts = [automatic_table(results)]
-    parts += [tuning_table(results, steps, dtype) for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)]
+    parts += [rates_table(results, steps, dtype) for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)]
     for stage in PLAN:
         cells = [cell for name in stage.arms for cell in cells_of(ARMS[name])]
         if all(set(coarse(stage)) <= set(results.tuning(cell)) for cell in cells):
@@ -549,33 +549,22 @@ def automatic_table(results: Results) -> str:
     return table(("20 steps", "automatic rate", *(f"{rank}/{alpha:g}" for rank, alpha in cells)), rows)
 
 
-def tuning_table(results: Results, steps: int, dtype: str) -> str:
-    """The tuned rate and loss of each cell whose tuning is complete."""
+def rates_table(results: Results, steps: int, dtype: str) -> str:
+    """The loss of each cell at each multiple of its automatic rate; the tuned one once the cell has three."""
+    methods = (*METHODS, "pissa", "eva")
+    cells = [cell for cell in results.cells if (cell.steps, cell.dtype) == (steps, dtype) and results.tuning(cell)]
+    cells.sort(key=lambda cell: (TASKS.index(cell.task), cell.optimizer, methods.index(cell.method), cell.rank))
+    factors = sorted({factor for cell in cells for factor in results.tuning(cell)})
     rows = []
-    for cell in sorted(
-        results.cells,
-        key=lambda cell: (TASKS.index(cell.task), (*METHODS, "pissa", "eva").index(cell.method), cell.rank),
-    ):
+    for cell in cells:
         losses = results.tuning(cell)
-        if (cell.steps, cell.dtype) != (steps, dtype) or not set(COARSE) <= set(losses):
-            continue
-        found = tuned(losses, math.inf)
-        if found is None:
-            rows.append((cell.task, cell.name(), f"{results.auto(cell):.1e}", "all diverged", "", "", ""))
-            continue
-        numbers = (f"{results.auto(cell):.1e}", f"{found.factor:g}{'' if found.inside else ' (edge)'}")
-        at = "diverged" if math.isinf(losses[1.0]) else f"{losses[1.0]:.4f}"
+        found = tuned(losses, math.inf) if set(COARSE) <= set(losses) else None
+        lowest = f"{found.loss:.4f} at {found.factor:g}{'' if found.inside else ' (edge)'}" if found else ""
+        shown = ("" if loss is None else f"{loss:.4f}" for loss in map(losses.get, factors))
         cpu = np.mean([line["step_cpu"] for line in results.cells[cell]])
-        rows.append((cell.task, cell.name(), *numbers, f"{found.loss:.4f}", at, f"{cpu:.1f}"))
-    header = (
-        f"{steps} steps, {dtype}",
-        "rank/alpha",
-        "auto",
-        "tuned / auto",
-        "loss, lowest",
-        "loss, auto",
-        "CPU s/step",
-    )
+        rows.append((cell.task, cell.name(), f"{results.auto(cell):.1e}", *shown, lowest, f"{cpu:.1f}"))
+    multiples = (f"x{factor:g}" for factor in factors)
+    header = (f"{steps} steps, {dtype}", "rank/alpha", "auto", *multiples, "tuned", "CPU s/step")
     return table(header, rows) if rows else ""
 
 
