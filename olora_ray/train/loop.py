@@ -28,7 +28,7 @@ from olora_ray.train.optim import AdamW, FlatAdapters, precondition
 from olora_ray.train.spectral import Spectral
 
 SPECTRAL_RATE = 0.006
-"""Peak rate of the spectral step in a training of 20 steps (docs/evidence.md)."""
+"""Peak rate of the spectral step in a training of 20 steps at rank 16 (benchmarks/settings_rules.md)."""
 
 
 # The result of an optimizer step is the same on every worker, except for the times.
@@ -102,7 +102,8 @@ class Trainer:
         All workers must call it together, with the same sequences.
         """
         if self.config.train.optimizer == "spectral":
-            return first_step.for_steps(SPECTRAL_RATE, steps)
+            # A step is even in all directions, so its Frobenius norm grows with the root of their number.
+            return first_step.for_steps(SPECTRAL_RATE * (16 / self.config.adapter.rank) ** 0.5, steps)
         batch = collate(first_step.examples(packs), attention).to(self.device)
         moves = first_step.moves(self.loss, self.adapted, batch, self.config.train.lr_ratio)
         moves = collectives.from_first(moves)  # another type of processor would find other last bits

@@ -132,3 +132,11 @@ def test_a_rate_at_an_end_of_the_measured_range_is_told() -> None:
         assert lines == []
         assert first_step.best_rate(measured, 1e6, 20) == pytest.approx(first_step.RATES[0], rel=0.05)
     assert len([line for line in lines if "at an end of the range" in line]) == 1
+
+
+def test_the_automatic_rate_of_the_spectral_step_falls_with_the_root_of_the_rank() -> None:
+    low, high = (
+        trainer("olora", adapter__rank=rank, train__optimizer="spectral").automatic_rate([], 20, "segments")
+        for rank in (2, 8)
+    )
+    assert low == 2 * high
