@@ -223,7 +223,7 @@ class Results:
         cell = replace(best, steps=stage.steps, dtype=stage.dtype)
         losses = self.tuning(cell)
         if not arm.tuned:
-            return cell, 1.0 if losses else None
+            return cell, 1.0
         return cell, None if following(losses) else tuned_factor(losses)
 
     def _best_everywhere(self, cell: Cell) -> float:
@@ -265,10 +265,9 @@ def missing(results: Results) -> list[Training]:
             if open_ := [cell for cell in cells if factor not in results.tuning(cell)]:
                 return list(found | {Training(cell, TUNING_SEED, factor): None for cell in open_})
         at = {(name, task): results.at(name, task, stage) for task in TASKS for name in stage.arms}
-        for (name, _), (cell, factor) in at.items():
-            if factor is None:
-                needed = following(results.tuning(cell)) if ARMS[name].tuned else 1.0
-                found |= {Training(cell, TUNING_SEED, needed): None} if needed else {}
+        for cell, factor in at.values():
+            if factor is None and (needed := following(results.tuning(cell))):
+                found[Training(cell, TUNING_SEED, needed)] = None
         # The first seed of all arms and tasks comes first, so that a part of a stage is a comparison with fewer seeds.
         for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + stage.seeds):
             for cell, factor in at.values():
@@ -356,20 +355,20 @@ def read(path: Path) -> Results:
 def train(training: Training, auto: float | None, storage: str, state: Path) -> Line:
     cell, seed, factor = training
     loss, rows = base(cell.dtype, storage), data(cell.task, storage)
-    # Stores are in the order of their seed: a training's first pass is in the order of its store.
-    mixed = HeldOut(rows["train"][i] for i in np.random.default_rng(seed).permutation(len(rows["train"])))
+    mixed = shuffled(rows["train"], seed)
     done = torch.load(state) if state.exists() else {"losses": [], "cpu": 0.0, "auto": auto}
     began = time.process_time()
-    adapted, moves = learning_rate.adapt(cell, loss, mixed, seed)
+    auto = done["auto"]
+    if not auto and cell.optimizer != "spectral":  # of the tuning seed, whichever training of the cell is the first
+        _, moves = learning_rate.adapt(cell, loss, shuffled(rows["train"], TUNING_SEED), TUNING_SEED)
+        auto = first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+    adapted, _ = learning_rate.adapt(cell, loss, mixed, seed)
     sizes: dict[str, torch.Tensor] = {}
     if cell.optimizer == "spectral":
         remove(loss.model)
         sizes = sizes_of(loss, adapted, CPU)
         install(loss.model, adapted)
-        measured = first_step.for_steps(SPECTRAL_RATE, cell.steps)
-    else:
-        measured = first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
-    auto = done["auto"] or measured
+        auto = auto or first_step.for_steps(SPECTRAL_RATE, cell.steps)
     lr = float(f"{auto * factor:.3g}")
     trainer = Trainer(loss, adapted, cell.settings(lr, seed), CPU, sizes=sizes)
     attention = loss.model.config._attn_implementation
@@ -402,6 +401,11 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
         "on": machine().partition(",")[0],
         **({"rows": losses} if seed != TUNING_SEED else {}),
     }
+
+
+def shuffled(rows: HeldOut, seed: int) -> HeldOut:
+    """Return rows in the order of a training's first pass: stores are in the order of their seed."""
+    return HeldOut(rows[i] for i in np.random.default_rng(seed).permutation(len(rows)))
 
 
 def steps(trainer: Trainer, loader: Any, schedule: Schedule, done: dict[str, Any]) -> Iterator[list[float]]:
