@@ -128,6 +128,7 @@ ARMS = {
     "olora r64": Arm(("olora",), (64,)),
     "nora r<=64": Arm(("nora",), RANKS),
     "spectral r16": Arm(("lora", "olora", "eva", "pissa"), (16,), optimizer="spectral"),
+    "olora spectral r16": Arm(("olora",), (16,), optimizer="spectral"),
     "spectral r64": Arm(("lora", "olora", "eva", "pissa"), (64,), optimizer="spectral"),
     "today": Arm(("olora",), (16,), tuned=False),
     "new": Arm(METHODS, RANKS, tuned=False),
@@ -138,10 +139,19 @@ STATEMENTS = {
     "nora r<=64": "lora r<=64",
     "new": "today",
     "spectral r16": "lora r<=16",
+    "olora spectral r16": "lora r<=16",
     "spectral r64": "lora r<=64",
 }
 """Arm -> the arm that it is compared with. Each is a family: its intervals hold together over tasks and lengths."""
-LENGTHS = {"olora r64": 3, "olora r16": 2, "nora r<=64": 1, "new": 2, "spectral r16": 4, "spectral r64": 4}
+LENGTHS = {
+    "olora r64": 3,
+    "olora r16": 2,
+    "nora r<=64": 1,
+    "new": 2,
+    "spectral r16": 4,
+    "olora spectral r16": 4,
+    "spectral r64": 4,
+}
 """Lengths in the family of a statement; two ranks times two lengths for the spectral step."""
 
 
@@ -155,7 +165,7 @@ class Stage(NamedTuple):
 PLAN = (
     Stage(20, ("today", "new"), 12),
     Stage(200, ("today", "new"), 8),
-    Stage(20, ("spectral r16", "lora r<=16"), 12),
+    Stage(20, ("spectral r16", "olora spectral r16", "lora r<=16"), 12),
     Stage(20, ("spectral r64", "lora r<=64"), 12),
     Stage(20, tuple(ARMS), 12),
     Stage(200, ("lora r<=64", "olora r64", "today", "new"), 8),
