@@ -139,4 +139,4 @@ def test_the_automatic_rate_of_the_spectral_step_falls_with_the_root_of_the_rank
         trainer("olora", adapter__rank=rank, train__optimizer="spectral").automatic_rate([], 20, "segments")
         for rank in (2, 8)
     )
-    assert low == 2 * high
+    assert low == pytest.approx(2 * high, rel=0.05)
