@@ -51,7 +51,7 @@ data:
   {held_out}
   max_length: {max_length}
   too_long: {too_long}  # rows with more tokens than max_length {shortened}{allowed}
-adapter: {{method: olora, rank: 16, alpha: 16}}  # after 20 steps lora, 64, 128 had a lower loss: docs/evidence.md
+adapter: {{method: olora, rank: 16, alpha: 16}}  # what to set, with the optimizer: docs/evidence.md
 train:
   epochs: {epochs}  # passes over the rows
   global_batch: {batch}  # sequences per optimizer step, over all workers
