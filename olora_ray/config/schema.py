@@ -245,9 +245,9 @@ class Train(Section):
     1 (as NoRA+, arXiv 2410.18965). spectral: steps that change the weight by a given share of its size, whatever the
     sizes of A and B (docs/method.md)."""
     lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
-    """Peak learning rate. auto: with spectral a constant for the number of steps; with AdamW measured on the first rows
-    before step 0, for this model, method, rank, alpha and number of steps, compared with tuned rates at 20 steps, too
-    low for a base that has learned little."""
+    """Peak learning rate. auto: with spectral a constant for the rank and the number of steps; with AdamW measured on
+    the first rows before step 0, for this model, method, rank, alpha and number of steps, compared with tuned rates at
+    20 steps, too low for a base that has learned little."""
     lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
     """Multiplies `lr`; a search varies it, to vary an automatic rate."""
     lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
