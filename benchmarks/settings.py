@@ -75,6 +75,8 @@ SAVED = 20
 """Steps after which the state of a training is saved."""
 SPECTRAL_MIDDLE = 0.006
 """The middle of the spectral step's rates in a training of 20 steps, at every rank."""
+SPECTRAL_AUTOMATIC = 0.6667
+"""Multiple of it that `train.lr: auto` takes at rank 16."""
 RANKS, FACTORS, METHODS = (8, 16, 64), (1, 2, 4), ("lora", "olora", "nora")
 Line = dict[str, Any]
 
@@ -132,6 +134,7 @@ ARMS = {
     "spectral r16": Arm(("lora", "olora", "eva", "pissa"), (16,), optimizer="spectral"),
     "olora spectral r16": Arm(("olora",), (16,), optimizer="spectral"),
     "spectral r64": Arm(("lora", "olora", "eva", "pissa"), (64,), optimizer="spectral"),
+    "olora spectral 16": Arm(("olora",), (16,), tuned=False, optimizer="spectral"),
     "today": Arm(("olora",), (16,), tuned=False),
     "new": Arm(METHODS, RANKS, tuned=False),
 }
@@ -140,6 +143,7 @@ STATEMENTS = {
     "olora r16": "lora r<=16",
     "nora r<=64": "lora r<=64",
     "new": "today",
+    "olora spectral 16": "today",
     "spectral r16": "lora r<=16",
     "olora spectral r16": "lora r<=16",
     "spectral r64": "lora r<=64",
@@ -150,6 +154,7 @@ LENGTHS = {
     "olora r16": 2,
     "nora r<=64": 1,
     "new": 2,
+    "olora spectral 16": 2,
     "spectral r16": 4,
     "olora spectral r16": 4,
     "spectral r64": 4,
@@ -162,9 +167,12 @@ class Stage(NamedTuple):
     arms: tuple[str, ...]
     seeds: int
     dtype: str = "bfloat16"
+    first: int = FIRST_TEST_SEED
 
 
 PLAN = (
+    Stage(20, ("olora spectral 16", "today"), 6, first=213),
+    Stage(200, ("olora spectral 16", "today"), 8),
     Stage(20, ("today", "new"), 12),
     Stage(200, ("today", "new"), 8),
     Stage(20, ("spectral r16", "olora spectral r16", "lora r<=16"), 12),
@@ -235,7 +243,7 @@ class Results:
         cell = replace(best, steps=stage.steps, dtype=stage.dtype)
         losses = self.tuning(cell)
         if not arm.tuned:
-            return cell, 1.0
+            return cell, SPECTRAL_AUTOMATIC if arm.optimizer == "spectral" else 1.0
         return cell, None if following(losses) else tuned_factor(losses)
 
     def _best_everywhere(self, cell: Cell) -> float:
@@ -281,7 +289,7 @@ def missing(results: Results) -> list[Training]:
             if factor is None and (needed := following(results.tuning(cell))):
                 found[Training(cell, TUNING_SEED, needed)] = None
         # The first seed of all arms and tasks comes first, so that a part of a stage is a comparison with fewer seeds.
-        for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + stage.seeds):
+        for seed in range(stage.first, stage.first + stage.seeds):
             for cell, factor in at.values():
                 if factor is not None and seed not in results.tests(cell, factor):
                     found[Training(cell, seed, factor)] = None
@@ -593,7 +601,7 @@ def statements(results: Results, stage: Stage) -> str:
             cell, factor = results.at(name, task, stage)
             against, its = results.at(other, task, stage)
             ours, theirs = results.tests(cell, factor or 0.0), results.tests(against, its or 0.0)
-            pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours) if seed in theirs]
+            pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours) if seed in theirs and seed >= stage.first]
             if len(pairs) < 2 or (cell, factor) == (against, its):
                 continue
             names = (name, task, f"{cell.name()} x{factor:g}", f"{other}: {against.name()} x{its:g}", str(len(pairs)))
