@@ -172,11 +172,11 @@ class Stage(NamedTuple):
 
 PLAN = (
     Stage(20, ("olora spectral 16", "today"), 6, first=213),
+    Stage(20, ("spectral r64", "lora r<=64"), 12),
     Stage(200, ("olora spectral 16", "today"), 8),
     Stage(20, ("today", "new"), 12),
     Stage(200, ("today", "new"), 8),
     Stage(20, ("spectral r16", "olora spectral r16", "lora r<=16"), 12),
-    Stage(20, ("spectral r64", "lora r<=64"), 12),
     Stage(20, tuple(ARMS), 12),
     Stage(200, ("lora r<=64", "olora r64", "today", "new"), 8),
     Stage(60, ("lora r<=64", "olora r64"), 8),
