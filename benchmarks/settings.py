@@ -76,7 +76,7 @@ SAVED = 20
 SPECTRAL_MIDDLE = 0.006
 """The middle of the spectral step's rates in a training of 20 steps, at every rank."""
 SPECTRAL_AUTOMATIC = 0.6667
-"""Multiple of it that `train.lr: auto` takes at rank 16."""
+"""Multiple of SPECTRAL_MIDDLE that `train.lr: auto` takes at rank 16."""
 RANKS, FACTORS, METHODS = (8, 16, 64), (1, 2, 4), ("lora", "olora", "nora")
 Line = dict[str, Any]
 
@@ -134,7 +134,7 @@ ARMS = {
     "spectral r16": Arm(("lora", "olora", "eva", "pissa"), (16,), optimizer="spectral"),
     "olora spectral r16": Arm(("olora",), (16,), optimizer="spectral"),
     "spectral r64": Arm(("lora", "olora", "eva", "pissa"), (64,), optimizer="spectral"),
-    "olora spectral 16": Arm(("olora",), (16,), tuned=False, optimizer="spectral"),
+    "olora spectral 16": Arm(("olora",), (16,), tuned=False, optimizer="spectral"),  # "r16" above is tuned
     "today": Arm(("olora",), (16,), tuned=False),
     "new": Arm(METHODS, RANKS, tuned=False),
 }
