@@ -136,6 +136,7 @@ ARMS = {
     "spectral r16": Arm(("lora", "olora", "eva", "pissa"), (16,), optimizer="spectral"),
     "olora spectral r16": Arm(("olora",), (16,), optimizer="spectral"),
     "spectral r64": Arm(("lora", "olora", "eva", "pissa"), (64,), optimizer="spectral"),
+    "olora spectral r64": Arm(("olora",), (64,), optimizer="spectral"),
     "olora spectral 16": Arm(("olora",), (16,), tuned=False, optimizer="spectral"),  # "r16" above is tuned
     "today": Arm(("olora",), (16,), tuned=False),
     "new": Arm(METHODS, RANKS, tuned=False),
@@ -149,6 +150,7 @@ STATEMENTS = {
     "spectral r16": "lora r<=16",
     "olora spectral r16": "lora r<=16",
     "spectral r64": "lora r<=64",
+    "olora spectral r64": "lora r<=64",
 }
 """Arm -> the arm that it is compared with. Each is a family: its intervals hold together over tasks and lengths."""
 LENGTHS = {
@@ -160,6 +162,7 @@ LENGTHS = {
     "spectral r16": 4,
     "olora spectral r16": 4,
     "spectral r64": 4,
+    "olora spectral r64": 4,
 }
 """Lengths in the family of a statement; two ranks times two lengths for the spectral step."""
 
@@ -174,7 +177,7 @@ class Stage(NamedTuple):
 
 PLAN = (
     Stage(20, ("olora spectral 16", "today"), 6, first=213),
-    Stage(20, ("spectral r64", "lora r<=64"), 8),
+    Stage(20, ("olora spectral r64", "lora r<=64"), 8),
     Stage(200, ("olora spectral r16", "lora r<=16"), 4),
     Stage(200, ("olora spectral 16", "today"), 8),
     Stage(20, ("today", "new"), 12),
