@@ -77,8 +77,6 @@ SPECTRAL_MIDDLE = 0.006
 """The middle of the spectral step's rates in a training of 20 steps, at every rank."""
 SPECTRAL_AUTOMATIC = 0.6667
 """Multiple of SPECTRAL_MIDDLE that `train.lr: auto` takes at rank 16."""
-TUNED_LENGTH = 20
-"""Steps up to which every tuned arm has four trainings."""
 RANKS, FACTORS, METHODS = (8, 16, 64), (1, 2, 4), ("lora", "olora", "nora")
 Line = dict[str, Any]
 
@@ -173,12 +171,14 @@ class Stage(NamedTuple):
     seeds: int
     dtype: str = "bfloat16"
     first: int = FIRST_TEST_SEED
+    automatic: bool = False
+    """Every arm at its automatic rate."""
 
 
 PLAN = (
     Stage(20, ("olora spectral 16", "today"), 6, first=213),
     Stage(20, ("olora spectral r64", "lora r<=64"), 8),
-    Stage(200, ("olora spectral r16", "lora r<=16"), 4),
+    Stage(200, ("olora spectral r16", "lora r<=16"), 4, automatic=True),
     Stage(200, ("olora spectral 16", "today"), 8),
     Stage(20, ("today", "new"), 12),
     Stage(200, ("today", "new"), 8),
@@ -248,11 +248,9 @@ class Results:
             best = min(allowed, key=self._everywhere)
         cell = replace(best, steps=stage.steps, dtype=stage.dtype)
         losses = self.tuning(cell)
-        if arm.optimizer == "spectral" and (not arm.tuned or stage.steps > TUNED_LENGTH):
-            return cell, SPECTRAL_AUTOMATIC
-        if not arm.tuned:
-            return cell, 1.0
-        return cell, None if following(losses, stage.steps) else tuned_factor(losses)
+        if not arm.tuned or stage.automatic:
+            return cell, SPECTRAL_AUTOMATIC if arm.optimizer == "spectral" else 1.0
+        return cell, None if following(losses) else tuned_factor(losses)
 
     def _best_everywhere(self, cell: Cell) -> float:
         """Return the mean over the tasks of the lowest loss."""
@@ -294,7 +292,7 @@ def missing(results: Results) -> list[Training]:
                 return list(found | {Training(cell, TUNING_SEED, factor): None for cell in open_})
         at = {(name, task): results.at(name, task, stage) for task in TASKS for name in stage.arms}
         for cell, factor in at.values():
-            if factor is None and (needed := following(results.tuning(cell), stage.steps)):
+            if factor is None and (needed := following(results.tuning(cell))):
                 found[Training(cell, TUNING_SEED, needed)] = None
         # The first seed of all arms and tasks comes first, so that a part of a stage is a comparison with fewer seeds.
         for seed in range(stage.first, stage.first + stage.seeds):
@@ -313,8 +311,8 @@ def coarse(stage: Stage) -> tuple[float, ...]:
     return COARSE if any(ARMS[name].tuned for name in stage.arms) else COARSE[:1]
 
 
-def following(losses: dict[float, float], steps: int) -> float | None:
-    """Return the next multiple of the automatic rate to tune at; None after four, or after three that suffice."""
+def following(losses: dict[float, float]) -> float | None:
+    """Return the next multiple of the automatic rate to tune at; None after four."""
     if coarse := [factor for factor in COARSE if factor not in losses]:
         return coarse[0]
     if len(losses) > len(COARSE):
@@ -322,8 +320,6 @@ def following(losses: dict[float, float], steps: int) -> float | None:
     best = min(COARSE, key=lambda factor: losses[factor])
     if best != 1.0:
         return best * best  # beyond the end of the grid
-    if steps > TUNED_LENGTH:
-        return None
     return round(2.0 ** (0.5 if losses[2.0] < losses[0.5] else -0.5), 4)
 
 
