@@ -140,29 +140,18 @@ ARMS = {
     "new": Arm(METHODS, RANKS, tuned=False),
 }
 STATEMENTS = {
-    "olora r64": "lora r<=64",
-    "olora r16": "lora r<=16",
-    "nora r<=64": "lora r<=64",
-    "new": "today",
-    "olora spectral 16": "today",
-    "spectral r16": "lora r<=16",
-    "olora spectral r16": "lora r<=16",
-    "spectral r64": "lora r<=64",
-    "olora spectral r64": "lora r<=64",
+    "olora r64": ("lora r<=64", 3),
+    "olora r16": ("lora r<=16", 2),
+    "nora r<=64": ("lora r<=64", 1),
+    "new": ("today", 2),
+    "olora spectral 16": ("today", 2),
+    "spectral r16": ("lora r<=16", 4),
+    "olora spectral r16": ("lora r<=16", 4),
+    "spectral r64": ("lora r<=64", 4),
+    "olora spectral r64": ("lora r<=64", 4),
 }
-"""Arm -> the arm that it is compared with. Each is a family: its intervals hold together over tasks and lengths."""
-LENGTHS = {
-    "olora r64": 3,
-    "olora r16": 2,
-    "nora r<=64": 1,
-    "new": 2,
-    "olora spectral 16": 2,
-    "spectral r16": 4,
-    "olora spectral r16": 4,
-    "spectral r64": 4,
-    "olora spectral r64": 4,
-}
-"""Lengths in the family of a statement; two ranks times two lengths for the spectral step."""
+"""Arm -> the arm that it is compared with, and the lengths in its family (two ranks times two lengths for the spectral
+step). The intervals of a family hold together over tasks and lengths."""
 
 
 class Stage(NamedTuple):
@@ -601,8 +590,8 @@ def rates_table(results: Results, steps: int, dtype: str) -> str:
 def statements(results: Results, stage: Stage) -> str:
     """The paired differences of a stage with their simultaneous intervals."""
     rows = []
-    for name, other in STATEMENTS.items():
-        level = simultaneous(0.95, LENGTHS[name] * len(TASKS))
+    for name, (other, lengths) in STATEMENTS.items():
+        level = simultaneous(0.95, lengths * len(TASKS))
         for task in TASKS if {name, other} <= set(stage.arms) else ():
             cell, factor = results.at(name, task, stage)
             against, its = results.at(other, task, stage)
