@@ -100,13 +100,19 @@ class Training:
     def next_step(self, at: float, strangers: Iterable[int] = ()) -> Done:
         """Return the first step after the time `at` that a process outside of `strangers` (pids) has done."""
         gone = frozenset(strangers)
-        self._wait(lambda: any(one.at > at and one.pid not in gone for one in self.steps()), "no step follows")
+        self._wait(
+            lambda: any(one.at > at and one.pid not in gone for one in self.steps()),
+            "no step follows",
+        )
         return next(one for one in self.steps() if one.at > at and one.pid not in gone)
 
     def next_group(self, at: float, workers: int) -> Done:
         self._wait(lambda: self._began_after(workers), f"no group of {workers} follows")
         first = self._began_after(workers)[-1] + 1
-        self._wait(lambda: any(one.at > at and one.step == first for one in self.steps()), f"no step {first} follows")
+        self._wait(
+            lambda: any(one.at > at and one.step == first for one in self.steps()),
+            f"no step {first} follows",
+        )
         return next(one for one in self.steps() if one.at > at and one.step == first)
 
     def sample(self, at: float, seconds: float, workers: int = 2) -> Sample:
@@ -248,14 +254,18 @@ def measure(storage: Path, models: Path, count: int, found: dict[Case, list[Samp
         _say("hosts that are drained and join: needs root and network namespaces")
 
 
-def _repeat(training: Training, cases: tuple[Case, ...], count: int, found: dict[Case, list[Sample]]) -> None:
+def _repeat(
+    training: Training, cases: tuple[Case, ...], count: int, found: dict[Case, list[Sample]]
+) -> None:
     try:
         training.start()
         for turn in range(count):
             for case in (case for case in cases if turn % case.every == 0):
                 sample = case.happen(training)
                 found.setdefault(case, []).append(sample)
-                _say(f"{case.what}: {sample.seconds:.1f} s, {sample.again} steps again, gap {sample.gap:.1f} s")
+                _say(
+                    f"{case.what}: {sample.seconds:.1f} s, {sample.again} steps again, gap {sample.gap:.1f} s"
+                )
     except (AssertionError, StopIteration, psutil.Error, subprocess.SubprocessError) as error:
         _say(f"given up: {error}")
 

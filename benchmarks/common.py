@@ -30,7 +30,9 @@ def config(storage: str, model: dict[str, str], **sections: Any) -> Config:
     run = {"name": "benchmark", "storage": storage}
     data = {"train": [{"path": "unused.jsonl"}]}
     train = {"lr": 1.0e-4, **sections.pop("train", {})}
-    return Config.model_validate({"run": run, "model": model, "data": data, "train": train, **sections})
+    return Config.model_validate(
+        {"run": run, "model": model, "data": data, "train": train, **sections}
+    )
 
 
 def model_folder(model: str, storage: str) -> str:
@@ -40,7 +42,9 @@ def model_folder(model: str, storage: str) -> str:
     return obtain(config(storage, {"name": model})).folder
 
 
-def llama_shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, int]:
+def llama_shape(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int
+) -> dict[str, int]:
     """Return arguments of transformers' LlamaConfig; `groups` are the heads of keys."""
     return {
         "vocab_size": vocabulary,
@@ -57,13 +61,18 @@ def hollow(folder: Path, family: str, shape: dict[str, Any]) -> BaseModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, dtype="bfloat16", **shape))
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, dtype="bfloat16", **shape)
+        )
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     tied = getattr(model, "all_tied_weights_keys", None) or ()
     weights = [(name, weight) for name, weight in model.state_dict().items() if name not in tied]
     # One file per 64 weights: the system refuses to map a file that is larger than its memory.
-    files = {f"model-{start:05}.safetensors": dict(weights[start : start + 64]) for start in range(0, len(weights), 64)}
+    files = {
+        f"model-{start:05}.safetensors": dict(weights[start : start + 64])
+        for start in range(0, len(weights), 64)
+    }
     for name, inside in files.items():
         _write_hole(folder / name, inside)
     places = {weight: name for name, inside in files.items() for weight in inside}
@@ -75,7 +84,11 @@ def _write_hole(path: Path, weights: dict[str, torch.Tensor]) -> None:
     header, place = dict[str, Any](), 0
     for name, weight in weights.items():
         size = 2 * math.prod(weight.shape)
-        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [place, place + size]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(weight.shape),
+            "data_offsets": [place, place + size],
+        }
         place += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -143,8 +156,14 @@ class MemoryStore(list[Pack]):
 
 def machine() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    precision = str(pick_dtype(config("", {"name": "unused"}).model, torch.device("cpu"))).removeprefix("torch.")
-    fast = "with" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "without"
+    precision = str(
+        pick_dtype(config("", {"name": "unused"}).model, torch.device("cpu"))
+    ).removeprefix("torch.")
+    fast = (
+        "with"
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        else "without"
+    )
     return (
         f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {fast} native bfloat16"
         f" (dtype: auto is {precision}); "
@@ -159,7 +178,9 @@ def processes_below(ancestor: int, name: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                )
                 if name.encode() in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
             except OSError:

@@ -69,7 +69,9 @@ def main() -> None:
 def make_rows(count: int, seed: int = 0) -> Rows:
     generator = np.random.default_rng(seed)
     lengths = np.clip(generator.lognormal(np.log(120), 0.6, count), 16, LONGEST).astype(int)
-    return [(generator.integers(3, 40_000, n, dtype=np.int32), np.arange(n) >= n // 2) for n in lengths]
+    return [
+        (generator.integers(3, 40_000, n, dtype=np.int32), np.arange(n) >= n // 2) for n in lengths
+    ]
 
 
 def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
@@ -81,7 +83,9 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     cfg = our_config(job, setting, size)
     trainer, attention = our_trainer(cfg, job["folder"])
     loader = StepLoader(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
-    steps = -(-len(store) // size)  # the last is filled up from the next pass; what is done is counted
+    steps = -(
+        -len(store) // size
+    )  # the last is filled up from the next pass; what is done is counted
     whole = Schedule(cfg.train.model_copy(update={"steps": steps}), store)
     deque(islice(trainer.steps(loader, 0, whole), 1), maxlen=0)
     taken = timed(lambda: deque(trainer.steps(loader, 0, whole), maxlen=0))
@@ -95,7 +99,11 @@ def run_peer(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     make = trl_trainer if setting.kind == "trl" else peft_trainer
     make(model, rows[:ROWS_A_STEP], setting, job).train()
     trainer = make(model, rows, setting, job)
-    return {**timed_training(trainer), "rows": len(rows), "supervised": sum(int(marked.sum()) for _, marked in rows)}
+    return {
+        **timed_training(trainer),
+        "rows": len(rows),
+        "supervised": sum(int(marked.sum()) for _, marked in rows),
+    }
 
 
 def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
@@ -123,12 +131,17 @@ def gradient_of_ours(setting: Setting, job: dict[str, Any], rows: Rows) -> dict[
     found: dict[str, Tensor] = {}
 
     def keep(lr: float, norm: float | None = None) -> float:
-        found.update({name: part.clone() for name, part in trainer.flat.named(trainer.flat.grad).items()})
+        found.update(
+            {name: part.clone() for name, part in trainer.flat.named(trainer.flat.grad).items()}
+        )
         return 0.0
 
     trainer.optimizer.step = keep
     loader = StepLoader(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
-    deque(trainer.steps(loader, 0, Schedule(cfg.train.model_copy(update={"steps": 1}), store)), maxlen=0)
+    deque(
+        trainer.steps(loader, 0, Schedule(cfg.train.model_copy(update={"steps": 1}), store)),
+        maxlen=0,
+    )
     return found
 
 
@@ -137,7 +150,9 @@ def join(setting: Setting, job: dict[str, Any]) -> None:
 
     if setting.workers > 1:
         meeting = f"file://{job['scratch']}/meeting"
-        dist.init_process_group("gloo", init_method=meeting, rank=job["rank"], world_size=setting.workers)
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=job["rank"], world_size=setting.workers
+        )
 
 
 def peer(setting: Setting, job: dict[str, Any]) -> Any:
@@ -149,7 +164,10 @@ def peer(setting: Setting, job: dict[str, Any]) -> Any:
         keep_freed_memory()
     dtype = pick_dtype(our_config(job, setting, setting.micro).model, torch.device("cpu"))
     return model_of_peft(
-        job["folder"], torch.float32 if setting.kind == "alone" else dtype, RANK, setting.float32_adapters
+        job["folder"],
+        torch.float32 if setting.kind == "alone" else dtype,
+        RANK,
+        setting.float32_adapters,
     )
 
 
@@ -172,7 +190,13 @@ def our_config(job: dict[str, Any], setting: Setting, size: int) -> Config:
         job["scratch"],
         {"name": job["folder"], "dtype": job["dtype"]},
         adapter={"rank": RANK, "alpha": RANK},
-        train={"global_batch": size, "micro_batch": setting.micro, "lr": 1.0e-4, "schedule": "constant", "warmup": 0.0},
+        train={
+            "global_batch": size,
+            "micro_batch": setting.micro,
+            "lr": 1.0e-4,
+            "schedule": "constant",
+            "warmup": 0.0,
+        },
         cluster={"workers": setting.workers},
     )
 

@@ -42,9 +42,13 @@ with logs.printed():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=1200)
-    parser.add_argument("--seconds", type=float, default=240, help="limit of the training beside the preparation")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="limit of the training beside the preparation"
+    )
     parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     print(machine())
@@ -57,24 +61,41 @@ def main() -> None:
         found = train_beside(settings(folder, "beside", args.storage), args.seconds)
     rows = [
         ("preparation alone", f"{alone:.0f}", ""),
-        ("first step, training beside the preparation", f"{found['first']:.0f}", f"{found['first'] / alone:.2f}"),
+        (
+            "first step, training beside the preparation",
+            f"{found['first']:.0f}",
+            f"{found['first'] / alone:.2f}",
+        ),
     ]
     if found["prepared"]:
-        rows.append(("preparation beside training", f"{found['prepared']:.0f}", f"{found['prepared'] / alone:.2f}"))
+        rows.append(
+            (
+                "preparation beside training",
+                f"{found['prepared']:.0f}",
+                f"{found['prepared'] / alone:.2f}",
+            )
+        )
     print(f"{args.megabytes} MB of text")
     print(table(("", "seconds", "ratio"), rows))
     end = "the store was complete" if found["prepared"] else "it was stopped"
     print(f"steps done when {end}: {found['steps']:.0f}")
-    print(f"peak memory (resident): driver {found['driver']:.0f} MB, a worker {found['worker']:.0f} MB")
+    print(
+        f"peak memory (resident): driver {found['driver']:.0f} MB, a worker {found['worker']:.0f} MB"
+    )
 
 
 def write_corpus(file: Path, size: int) -> None:
     generator = np.random.default_rng(0)
-    words = ["".join(chr(97 + c) for c in generator.integers(0, 26, n)) for n in generator.integers(2, 10, 20_000)]
+    words = [
+        "".join(chr(97 + c) for c in generator.integers(0, 26, n))
+        for n in generator.integers(2, 10, 20_000)
+    ]
     with file.open("w") as out:
         while out.tell() < size:
             ranks = np.minimum(generator.zipf(1.3, (500, 350)) - 1, len(words) - 1)
-            out.writelines(json.dumps({"text": " ".join(words[i] for i in row)}) + "\n" for row in ranks)
+            out.writelines(
+                json.dumps({"text": " ".join(words[i] for i in row)}) + "\n" for row in ranks
+            )
 
 
 def settings(folder: Path, name: str, models: str) -> Path:
@@ -84,8 +105,17 @@ def settings(folder: Path, name: str, models: str) -> Path:
     tree = {
         "run": {"name": "early", "storage": str(storage)},
         "model": {"name": MODEL},
-        "data": {"train": [{"path": str(folder / "corpus.jsonl"), "format": "text"}], "max_length": 256},
-        "train": {"epochs": 1, "global_batch": 2, "micro_batch": 1, "log_every": 1, "checkpoint_every": 20},
+        "data": {
+            "train": [{"path": str(folder / "corpus.jsonl"), "format": "text"}],
+            "max_length": 256,
+        },
+        "train": {
+            "epochs": 1,
+            "global_batch": 2,
+            "micro_batch": 1,
+            "log_every": 1,
+            "checkpoint_every": 20,
+        },
         "cluster": {"workers": 2, "cpus_per_worker": 0.5},
         "evaluation": {"samples": 0},
     }
@@ -95,7 +125,9 @@ def settings(folder: Path, name: str, models: str) -> Path:
 
 
 def prepare_alone(file: Path) -> float:
-    done = subprocess.run([sys.executable, "-c", SMALL, file], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL, file], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
     return float(done.stdout.split()[-1])
 
 

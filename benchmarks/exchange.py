@@ -52,7 +52,9 @@ def main(argv: Sequence[str]) -> int:
         (order, f"{each['sent'] / 1e6:.1f}", f"{each['sent'] / size:.2f}", f"{each['seconds']:.2f}")
         for order, each in found.items()
     ]
-    print(f"2 machines x {arguments.workers} workers, {arguments.megabytes:g} MB, {arguments.megabits:g} Mbit/s")
+    print(
+        f"2 machines x {arguments.workers} workers, {arguments.megabytes:g} MB, {arguments.megabits:g} Mbit/s"
+    )
     print(table(("order", "MB per machine and step", "vectors", "seconds"), rows))
     same = len({digest for each in found.values() for digest in each["digests"]}) == 1
     print(f"target: all sums have the same bits: {'met' if same else 'missed'}")
@@ -60,10 +62,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=8, help="per machine (8)")
     parser.add_argument("--megabytes", type=float, default=8.0, help="of the vector (8)")
-    parser.add_argument("--megabits", type=float, default=200.0, help="per second and direction (200)")
+    parser.add_argument(
+        "--megabits", type=float, default=200.0, help="per second and direction (200)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -87,7 +93,20 @@ def machines(megabits: float) -> Iterator[list[str]]:
         for name in names:
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        _ip(
+            "-n",
+            names[0],
+            "link",
+            "add",
+            "eth0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            names[1],
+        )
         for number, name in enumerate(names):
             _ip("-n", name, "addr", "add", f"{NETWORK}.{number + 1}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
@@ -101,7 +120,12 @@ def machines(megabits: float) -> Iterator[list[str]]:
 def run(arguments: argparse.Namespace, names: Sequence[str], flat: bool) -> dict[str, Any]:
     """Run the workers on both machines; return bytes per machine and step, seconds, and the digests of the sums."""
     each, jobs = arguments.workers, []
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     for rank in range(each * len(names)):
         job = {"rank": rank, "each": each, "world": each * len(names), "rounds": arguments.rounds}
         job |= {"numbers": int(arguments.megabytes * 1e6 / 4)}
@@ -129,14 +153,20 @@ def run(arguments: argparse.Namespace, names: Sequence[str], flat: bool) -> dict
 def worker(job: dict[str, Any]) -> dict[str, Any]:
     rank, world, rounds = job["rank"], job["world"], job["rounds"]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://{NETWORK}.1:29500", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{NETWORK}.1:29500", rank=rank, world_size=world
+    )
     whole, seconds, sent = torch.zeros(job["numbers"]), [], 0
     gradient = TreeSum(whole)
     for turn in range(rounds + 1):  # the first makes the connections
         gradient.begin(world)
         for leaf in collectives.share(world, rank, world):
             with gradient.leaf(leaf):
-                whole.copy_(torch.randn(len(whole), generator=torch.Generator().manual_seed(turn * world + leaf)))
+                whole.copy_(
+                    torch.randn(
+                        len(whole), generator=torch.Generator().manual_seed(turn * world + leaf)
+                    )
+                )
         dist.barrier()
         before = int(SENT.read_text())
         dist.barrier()  # nobody sends before it is read

@@ -43,7 +43,9 @@ LLAMA_1B = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, default=16, help="16 are 1.2 billion parameters")
     parser.add_argument("--folder", help="folder for 8 GB, deleted afterwards")
@@ -72,15 +74,30 @@ def measure(folder: Path, rank: int, layers: int) -> None:
     groups = stored.groups(base, model, adapter)
     rows = [
         timed("copy of the file", lambda: copy(base / "model.safetensors", folder / "copy")),
-        timed("trial before step 0", lambda: require(not export_preflight.problems(found, config, adapter))),
-        timed("adapter folder", lambda: write_adapter(adapter, config.adapter, "base", folder / "adapter", model)),
-        timed("merge, with its copy", lambda: merged(base, adapter, scale, folder / "merged", model)),
+        timed(
+            "trial before step 0",
+            lambda: require(not export_preflight.problems(found, config, adapter)),
+        ),
+        timed(
+            "adapter folder",
+            lambda: write_adapter(adapter, config.adapter, "base", folder / "adapter", model),
+        ),
+        timed(
+            "merge, with its copy", lambda: merged(base, adapter, scale, folder / "merged", model)
+        ),
         timed(
             "merged weights against base + change",
-            lambda: require(merge.check_weights(base, folder / "merged", groups, adapter, scale).error <= 1),
+            lambda: require(
+                merge.check_weights(base, folder / "merged", groups, adapter, scale).error <= 1
+            ),
         ),
-        timed("all other bytes", lambda: require(not merge.changed(base, folder / "merged", groups))),
-        timed("adapter in PEFT", lambda: require(check_adapter(folder / "adapter", model, adapter, scale).ok)),
+        timed(
+            "all other bytes", lambda: require(not merge.changed(base, folder / "merged", groups))
+        ),
+        timed(
+            "adapter in PEFT",
+            lambda: require(check_adapter(folder / "adapter", model, adapter, scale).ok),
+        ),
     ]
     seconds = [row[1] for row in rows]
     rows.append(("all but copy and trial", sum(seconds[2:]), peak()))
@@ -89,7 +106,10 @@ def measure(folder: Path, rank: int, layers: int) -> None:
     print(
         table(
             ("step", "seconds", "times the copy", "peak GiB"),
-            [(name, f"{each:.1f}", f"{each / seconds[0]:.1f}", f"{most:.2f}") for name, each, most in rows],
+            [
+                (name, f"{each:.1f}", f"{each / seconds[0]:.1f}", f"{most:.2f}")
+                for name, each, most in rows
+            ],
         )
     )
 
@@ -99,27 +119,45 @@ def write_base(folder: Path, **shape: int) -> int:
     from transformers import LlamaConfig
 
     told: dict[str, Any] = LLAMA_1B | shape
-    LlamaConfig(**told, tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(
-        folder
+    LlamaConfig(
+        **told, tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"]
+    ).save_pretrained(folder)
+    config = build(
+        {
+            "run": {"name": "a"},
+            "model": {"name": str(folder)},
+            "data": {"train": [{"path": "a.jsonl"}]},
+        }
     )
-    config = build({"run": {"name": "a"}, "model": {"name": str(folder)}, "data": {"train": [{"path": "a.jsonl"}]}})
     shapes = {
         name: part.shape
-        for name, part in skeleton(BaseModel(str(folder), str(folder), ""), config.model).state_dict().items()
+        for name, part in skeleton(BaseModel(str(folder), str(folder), ""), config.model)
+        .state_dict()
+        .items()
         if name != "lm_head.weight"
     }
     header: dict[str, Any] = {}
     place = 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [place, place + 2 * shape.numel()]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(shape),
+            "data_offsets": [place, place + 2 * shape.numel()],
+        }
         place += 2 * shape.numel()
     text, generator = json.dumps(header).encode(), torch.Generator().manual_seed(0)
-    text += b" " * (-len(text) % 8)  # as safetensors writes it: numbers begin at multiples of their size
+    text += b" " * (
+        -len(text) % 8
+    )  # as safetensors writes it: numbers begin at multiples of their size
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shapes.values():
             for rows in torch.empty(shape, device="meta").split(8192):
-                part = torch.randn(rows.shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
+                part = (
+                    torch.randn(rows.shape, generator=generator, dtype=torch.float32)
+                    .mul_(0.02)
+                    .bfloat16()
+                )
                 file.write(part.view(torch.int16).numpy().tobytes())
     return place // 2
 
@@ -130,8 +168,14 @@ def random_adapter(model: Any, rank: int) -> dict[str, AdapterWeights]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             m, n = module.weight.shape
-            a0, b0 = torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator) / m**0.5
-            da, db = torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)
+            a0, b0 = (
+                torch.randn(rank, n, generator=generator),
+                torch.randn(m, rank, generator=generator) / m**0.5,
+            )
+            da, db = (
+                torch.randn(rank, n, generator=generator),
+                torch.randn(m, rank, generator=generator),
+            )
             found[name] = AdapterWeights(Factors(a0 * 0.1, b0), da * 1e-3, db * 1e-3)
     return found
 
@@ -141,7 +185,9 @@ def copy(source: Path, target: Path) -> None:
     flush(target)
 
 
-def merged(base: Path, adapter: dict[str, AdapterWeights], scale: float, target: Path, model: Any) -> None:
+def merged(
+    base: Path, adapter: dict[str, AdapterWeights], scale: float, target: Path, model: Any
+) -> None:
     merge.write_merged(base, adapter, scale, target, model)
     for file in target.iterdir():
         flush(file)

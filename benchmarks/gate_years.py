@@ -67,13 +67,17 @@ def weighted(values: Array, weights: Array) -> tuple[Array, Array]:
 def results(losses: Array, weights: Array) -> RowResults:
     sums = (3.0 + UNIT * losses.astype(np.float64)) * weights
     origins = tuple((0, row) for row in range(len(weights)))
-    return RowResults("rows", tuple(weights.astype(int).tolist()), tuple(sums.tolist()), {}, origins)
+    return RowResults(
+        "rows", tuple(weights.astype(int).tolist()), tuple(sums.tolist()), {}, origins
+    )
 
 
 class Year:
     """Years of one world, side by side."""
 
-    def __init__(self, world: str, rows: int, rolling: bool, gate: Gate, years: int, every: bool) -> None:
+    def __init__(
+        self, world: str, rows: int, rolling: bool, gate: Gate, years: int, every: bool
+    ) -> None:
         self.world, self.rows, self.rolling, self.gate, self.years, self.every = (
             world,
             rows,
@@ -103,9 +107,13 @@ class Year:
     def _night(self, night: int) -> None:
         if self.rolling:
             self.weights = self._tokens()
-            self.champion = noise(self.rng, self.years, self.rows) - self.quality[:, None].astype(np.float32)
+            self.champion = noise(self.rng, self.years, self.rows) - self.quality[:, None].astype(
+                np.float32
+            )
             if self.gate.anchor is not None:
-                self.anchor = noise(self.rng, self.years, self.rows) - self.anchor_quality[:, None].astype(np.float32)
+                self.anchor = noise(self.rng, self.years, self.rows) - self.anchor_quality[
+                    :, None
+                ].astype(np.float32)
         new = WORLDS[self.world](night, self.years, self.rng)
         challenger = noise(self.rng, self.years, self.rows) - new[:, None].astype(np.float32)
         likely = self._may_pass(challenger, night)
@@ -125,7 +133,9 @@ class Year:
         errors = 0.92 * quantile(self.rows - 1, 1 - 0.05 / max(SETS, self._sets(night)))
         if self.gate.confirm:
             errors = 1.8
-        return np.asarray(mean - errors * error * self.gate.confident > self.gate.must_improve_by / UNIT)
+        return np.asarray(
+            mean - errors * error * self.gate.confident > self.gate.must_improve_by / UNIT
+        )
 
     def _passes(self, year: int, challenger: Array, night: int) -> bool:
         weights, guard = self.weights[year], None
@@ -135,15 +145,23 @@ class Year:
             errors = 0.92 * quantile(GUARD_ROWS - 1, LEVEL)
             if not self.every and mean - errors * error < -self.gate.guard_margin / UNIT:
                 return False
-            guard = (results(self.own_guard, self.guard_weights), results(self.best_guard[year], self.guard_weights))
-        ours, theirs, best = (results(each, weights) for each in (challenger, self.champion[year], self.anchor[year]))
+            guard = (
+                results(self.own_guard, self.guard_weights),
+                results(self.best_guard[year], self.guard_weights),
+            )
+        ours, theirs, best = (
+            results(each, weights) for each in (challenger, self.champion[year], self.anchor[year])
+        )
         return decide(self.gate, ours, theirs, HeldOut(sets=self._sets(night)), best, guard).passed
 
     def _promote(self, year: int, challenger: Array, new: float, night: int) -> None:
         weights = self.weights[year]
         if weights @ challenger < weights @ self.anchor[year]:
             self.anchor[year], self.anchor_quality[year] = challenger, new
-        if self.best_guard is not None and self.guard_weights @ (self.own_guard - self.best_guard[year]) < 0:
+        if (
+            self.best_guard is not None
+            and self.guard_weights @ (self.own_guard - self.best_guard[year]) < 0
+        ):
             self.best_guard[year] = self.own_guard
         self.champion[year], self.quality[year] = challenger, new
         self.guard_quality[year] = FORGETS.get(self.world, 0.0)
@@ -153,19 +171,31 @@ class Year:
 
 
 def lines(args: argparse.Namespace) -> Iterator[str]:
-    changes = {field: yaml.safe_load(value) for field, _, value in (each.partition("=") for each in args.gate)}
+    changes = {
+        field: yaml.safe_load(value)
+        for field, _, value in (each.partition("=") for each in args.gate)
+    }
     kinds = [(int(rows), rolling) for rows in args.rows.split(",") for rolling in (False, True)]
-    yield "| challengers | guard | " + " | ".join(f"{n} {'rolling' if new else 'fixed'}" for n, new in kinds) + " |"
+    yield (
+        "| challengers | guard | "
+        + " | ".join(f"{n} {'rolling' if new else 'fixed'}" for n, new in kinds)
+        + " |"
+    )
     yield "|---" * (2 + len(kinds)) + "|"
     for world in args.worlds.split(",") if args.worlds else WORLDS:
         for guard in ("text", None):
             gate = Gate.model_validate({"guard": guard, **changes})
-            cells = [Year(world, rows, new, gate, args.years, args.all_nights).run() for rows, new in kinds]
+            cells = [
+                Year(world, rows, new, gate, args.years, args.all_nights).run()
+                for rows, new in kinds
+            ]
             yield f"| {world} | {'yes' if guard else 'no'} | {' | '.join(cells)} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--years", type=int, default=1000)
     parser.add_argument("--rows", default="80,400")
     parser.add_argument("--worlds", default="")

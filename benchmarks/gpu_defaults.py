@@ -42,20 +42,36 @@ MEMORY = 80 * 2**30
 MORE: tuple[dict[str, Any], ...] = ({}, {"cluster.strategy": "fsdp"}, {"model.quantization": "nf4"})
 """Settings beside the two fields, tried in this order where a model does not fit."""
 HEADER = (
-    *("model", "GPUs", "workers", "micro-batch", "tokens at once", "tokens per step", "planned GiB", "idle GPUs"),
+    *(
+        "model",
+        "GPUs",
+        "workers",
+        "micro-batch",
+        "tokens at once",
+        "tokens per step",
+        "planned GiB",
+        "idle GPUs",
+    ),
     "also set",
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","))
     parser.add_argument("--clusters", default=",".join(CLUSTERS), type=lambda text: text.split(","))
     args = parser.parse_args(argv)
     logging.getLogger("olora_ray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        shapes = {name: llama_shape(*MODELS[name]) | {"max_position_embeddings": 8192} for name in args.models}
-        bases = {name: hollow(Path(scratch) / name, "llama", shape) for name, shape in shapes.items()}
+        shapes = {
+            name: llama_shape(*MODELS[name]) | {"max_position_embeddings": 8192}
+            for name in args.models
+        }
+        bases = {
+            name: hollow(Path(scratch) / name, "llama", shape) for name, shape in shapes.items()
+        }
         rows = [row for name in args.clusters for row in on_cluster(name, bases, scratch)]
     print(table(HEADER, sorted(rows, key=lambda row: list(MODELS).index(row[0]))))
     return 0
@@ -93,13 +109,20 @@ def described(config: Config, planned: float, recomputed: bool, gpus: int) -> tu
     workers, micro, train = config.cluster.max_workers(), config.train.micro(), config.train
     busy = min(workers, train.micro_batches())
     at_once = micro * config.data.length()
-    tokens, step = f"{at_once:,}{', recomputed' * recomputed}", train.global_batch * config.data.length()
+    tokens, step = (
+        f"{at_once:,}{', recomputed' * recomputed}",
+        train.global_batch * config.data.length(),
+    )
     return str(workers), str(micro), tokens, f"{step:,}", f"{planned / 2**30:.1f}", str(gpus - busy)
 
 
 def config(storage: str, base: BaseModel) -> Config:
     return build(
-        {"model": {"name": base.folder}, "data": {"train": [{"path": "rows.jsonl"}]}, "run": {"storage": storage}}
+        {
+            "model": {"name": base.folder},
+            "data": {"train": [{"path": "rows.jsonl"}]},
+            "run": {"storage": storage},
+        }
     )
 
 

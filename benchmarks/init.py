@@ -63,10 +63,17 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions of ours; the median counts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--peft-repeats", type=int, default=1, help="repetitions of PEFT, which takes seconds each time"
+        "--repeats", type=int, default=5, help="repetitions of ours; the median counts"
+    )
+    parser.add_argument(
+        "--peft-repeats",
+        type=int,
+        default=1,
+        help="repetitions of PEFT, which takes seconds each time",
     )
     parser.add_argument("--skip-model", action="store_true", help="single matrices only")
     parser.add_argument("--methods", help="rows of the second table; default: all")
@@ -83,7 +90,17 @@ def main() -> None:
     rows = [compare(case, args.repeats, args.peft_repeats) for case in cases]
     print(
         table(
-            ("weights, float32", "rank", "layers", "ours s", "PEFT s", "ratio", "difference", "our error", "PEFT's"),
+            (
+                "weights, float32",
+                "rank",
+                "layers",
+                "ours s",
+                "PEFT s",
+                "ratio",
+                "difference",
+                "our error",
+                "PEFT's",
+            ),
             rows,
         )
     )
@@ -92,7 +109,9 @@ def main() -> None:
     small = Case("one matrix, 1024 x 1024", 32, lambda: matrix(1024, 1024))
     print(f"\n{family(small if args.skip_model else cases[0], wanted)}")
     print("difference: largest of B0 A0, relative")
-    name, make = ("a Llama of 2 M", tiny_llama) if args.skip_model else (cases[0].name, cases[0].make)
+    name, make = (
+        ("a Llama of 2 M", tiny_llama) if args.skip_model else (cases[0].name, cases[0].make)
+    )
     print(f"\n{from_data(name, make, RANK_FROM_DATA, Watch)}")
     print("median and largest: sine of the angle between ours and PEFT's, over the layers")
 
@@ -121,7 +140,9 @@ def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
     )
 
 
-def gaps(targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs: Any) -> tuple[float, float, float]:
+def gaps(
+    targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs: Any
+) -> tuple[float, float, float]:
     """Return the largest |ours - PEFT's|, |ours - exact| and |PEFT's - exact| over all factors."""
     largest = torch.zeros(3, dtype=torch.float64)
     for name, target in targets.items():
@@ -130,12 +151,23 @@ def gaps(targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs
         triples = zip((ours[name].a0, ours[name].b0), theirs[name], (b.T @ weight, b), strict=True)
         for mine, other, exact in triples:
             pairs = ((mine, other), (mine, exact), (other, exact))
-            largest = torch.maximum(largest, torch.stack([(x.double() - y.double()).abs().max() for x, y in pairs]))
+            largest = torch.maximum(
+                largest, torch.stack([(x.double() - y.double()).abs().max() for x, y in pairs])
+            )
     return tuple(largest.tolist())
 
 
 def family(case: Case, methods: Sequence[str]) -> str:
-    header = (case.name, "ours s", "PEFT s", "ratio", "ours MB", "PEFT MB", "difference", "PEFT's name")
+    header = (
+        case.name,
+        "ours s",
+        "PEFT s",
+        "ratio",
+        "ours MB",
+        "PEFT MB",
+        "difference",
+        "PEFT's name",
+    )
     return table(header, [of_method(case, method) for method in methods])
 
 
@@ -145,7 +177,16 @@ def of_method(case: Case, method: str) -> tuple[str, ...]:
     with Watch() as ours:
         factors, _ = initialise(targets, method, case.rank, 0, torch.device("cpu"))
     if method not in THEIRS:
-        return (method, f"{ours.seconds:.3f}", "-", "-", f"{ours.megabytes:.0f}", "-", "-", "not there")
+        return (
+            method,
+            f"{ours.seconds:.3f}",
+            "-",
+            "-",
+            f"{ours.megabytes:.0f}",
+            "-",
+            "-",
+            "not there",
+        )
     seconds, found, megabytes = peft_factors(case, list(targets), method)
     return (
         *(method, f"{ours.seconds:.3f}", f"{seconds:.2f}", f"{seconds / ours.seconds:.1f}"),
@@ -211,7 +252,9 @@ def peft_factors(case: Case, names: list[str], method: str) -> tuple[float, Pair
 
     setattr(LoraLayer, function, timed)
     try:
-        settings = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=names, init_lora_weights=init)
+        settings = LoraConfig(
+            r=case.rank, lora_alpha=case.rank, target_modules=names, init_lora_weights=init
+        )
         with Watch() as watch:
             get_peft_model(model, settings)
     finally:
@@ -235,7 +278,12 @@ def tiny_llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=2048, num_hidden_layers=4, **sizes)).eval()
 
 

@@ -45,7 +45,12 @@ def from_data(name: str, make: Callable[[], Any], rank: int, watch: Callable[[],
         sines = sorted(sine(mine[layer], other[layer]) for layer in other)
         rows.append(
             (
-                *(method, f"{ours.seconds:.2f}", f"{theirs.seconds:.2f}", f"{theirs.seconds / ours.seconds:.1f}"),
+                *(
+                    method,
+                    f"{ours.seconds:.2f}",
+                    f"{theirs.seconds:.2f}",
+                    f"{theirs.seconds / ours.seconds:.1f}",
+                ),
                 *(f"{ours.megabytes:.0f}", f"{theirs.megabytes:.0f}"),
                 *(f"{sines[len(sines) // 2]:.1e}", f"{sines[-1]:.1e}"),
             )
@@ -63,12 +68,16 @@ def from_data(name: str, make: Callable[[], Any], rank: int, watch: Callable[[],
     return table(header, rows)
 
 
-def of_ours(model: Any, method: str, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
+def of_ours(
+    model: Any, method: str, rank: int, watch: Callable[[], Measure]
+) -> tuple[Measure, Spaces]:
     model.requires_grad_(False)
     targets = find_targets(model, "all-linear", rank)
     own: dict[str, Any] = {"rho": RATIO} if method == "eva" else {"gamma": GAMMA}
     settings = Adapter(method=method, rank=rank, init_tokens=ROWS * LENGTH, **own)
-    store: Any = MemoryStore([Pack(ids, np.arange(LENGTH) >= PROMPT, (LENGTH,)) for ids in tokens(model)])
+    store: Any = MemoryStore(
+        [Pack(ids, np.arange(LENGTH) >= PROMPT, (LENGTH,)) for ids in tokens(model)]
+    )
     make = eva_factors if method == "eva" else gradient_factors
     with watch() as used:
         factors, _, _ = make(SupervisedLoss(model), targets, settings, store, torch.device("cpu"))
@@ -79,12 +88,15 @@ def eva_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Me
     from peft import EvaConfig, LoraConfig, get_eva_state_dict
 
     names = list(find_targets(model, "all-linear", rank))
-    config = LoraConfig(r=rank, init_lora_weights="eva", target_modules=names, eva_config=EvaConfig(rho=RATIO))
+    config = LoraConfig(
+        r=rank, init_lora_weights="eva", target_modules=names, eva_config=EvaConfig(rho=RATIO)
+    )
     with warnings.catch_warnings(), watch() as used:
         warnings.simplefilter("ignore")
         found = get_eva_state_dict(model, [batch(model)], config, show_progress_bar=False)
     return used, {
-        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): part for name, part in found.items()
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): part
+        for name, part in found.items()
     }
 
 
@@ -105,7 +117,9 @@ def lora_ga_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tupl
         warnings.simplefilter("ignore")
         preprocess_loraga(model, config, lambda: model(**rows).loss.backward())
         get_peft_model(model, config)
-    return used, {name: model.get_submodule(name).lora_A["default"].weight.detach() for name in names}
+    return used, {
+        name: model.get_submodule(name).lora_A["default"].weight.detach() for name in names
+    }
 
 
 def tokens(model: Any) -> np.ndarray:

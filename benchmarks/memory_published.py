@@ -39,7 +39,9 @@ GIB = 2**30
 
 
 def llama(*sizes: int, **more: Any) -> dict[str, Any]:
-    return llama_shape(*sizes) | {"max_position_embeddings": 8192, "tie_word_embeddings": False} | more
+    return (
+        llama_shape(*sizes) | {"max_position_embeddings": 8192, "tie_word_embeddings": False} | more
+    )
 
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,8 +58,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "PowerLM-3B": ("granite", llama(49152, 2304, 9216, 40, 36, 36, tie_word_embeddings=True)),
     "Gemma-2B": ("gemma", llama(256000, 2048, 16384, 18, 8, 1, head_dim=256)),
     # LitGPT computes Phi's gelu in one kernel. transformers' own, gelu_new, keeps three tensors more per layer.
-    "Phi-1.5": ("phi", llama(51200, 2048, 8192, 24, 32, 32, partial_rotary_factor=0.5, hidden_act="gelu_pytorch_tanh")),
-    "Phi-2": ("phi", llama(51200, 2560, 10240, 32, 32, 32, partial_rotary_factor=0.4, hidden_act="gelu_pytorch_tanh")),
+    "Phi-1.5": (
+        "phi",
+        llama(
+            51200, 2048, 8192, 24, 32, 32, partial_rotary_factor=0.5, hidden_act="gelu_pytorch_tanh"
+        ),
+    ),
+    "Phi-2": (
+        "phi",
+        llama(
+            51200,
+            2560,
+            10240,
+            32,
+            32,
+            32,
+            partial_rotary_factor=0.4,
+            hidden_act="gelu_pytorch_tanh",
+        ),
+    ),
     "StableLM-alpha-3B": ("gpt_neox", llama(50688, 4096, 16384, 16, 32, 32)),
 }
 
@@ -141,7 +160,9 @@ def logits_at_once(_: Case) -> Iterator[None]:
 
     def forward(loss: SupervisedLoss, batch: Any, each: bool = False) -> Tensor:
         logits = _all_logits(loss, batch)
-        loss.__dict__["output"] = logits  # the model's output, which lives while the loss is computed
+        loss.__dict__["output"] = (
+            logits  # the model's output, which lives while the loss is computed
+        )
         return _shifted_loss(logits.float())
 
     with _loss(forward):
@@ -172,7 +193,10 @@ def logits_in_lists(case: Case) -> Iterator[None]:
         hidden = loss.hidden(batch).flatten(0, -2)
         logits = [loss.logits(part) for part in hidden.split(128 * case.micro_batch)]
         loss.__dict__["output"] = logits
-        parts = [F.cross_entropy(part, torch.zeros(len(part), dtype=torch.int64), reduction="none") for part in logits]
+        parts = [
+            F.cross_entropy(part, torch.zeros(len(part), dtype=torch.int64), reduction="none")
+            for part in logits
+        ]
         return torch.cat(parts).sum()
 
     with _loss(forward):
@@ -214,7 +238,9 @@ def adapted_head(case: Case, plan: MemoryEstimate, model: Any) -> float:
 def kept_inputs(case: Case, plan: MemoryEstimate, model: Any) -> float:
     """Add the inputs of packed layers, which bitsandbytes kept until 0.43.2 (its pull request 1270)."""
     shape = model.config
-    norms = 1 if MODELS[case.model][0] == "phi" else 2  # attention and MLP of Phi have the same input
+    norms = (
+        1 if MODELS[case.model][0] == "phi" else 2
+    )  # attention and MLP of Phi have the same input
     numbers = norms * shape.hidden_size + shape.intermediate_size
     return 2 * case.tokens() * (shape.num_hidden_layers * numbers + shape.hidden_size)
 
@@ -227,7 +253,11 @@ def packed_head(case: Case, plan: MemoryEstimate, model: Any) -> float:
 
 def double_quantization(case: Case, plan: MemoryEstimate, model: Any) -> float:
     """Pack the scales of 64 numbers in 8 bits, with a scale in float32 per 256 of them."""
-    return -packed_size(model, "nf4", torch.bfloat16)[0] / 64 * (3 - 4 / 256) if case.quantization == "nf4-dq" else 0.0
+    return (
+        -packed_size(model, "nf4", torch.bfloat16)[0] / 64 * (3 - 4 / 256)
+        if case.quantization == "nf4-dq"
+        else 0.0
+    )
 
 
 def float32_outside_layers(case: Case, plan: MemoryEstimate, model: Any) -> float:
@@ -249,7 +279,9 @@ QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = "all-linear"
 ALLOCATED, RESERVED = "allocated", "reserved"
 LITGPT = "https://github.com/Lightning-AI/litgpt/blob/main/"
-FMS = "https://github.com/foundation-model-stack/fms-acceleration/blob/main/scripts/benchmarks/refs/"
+FMS = (
+    "https://github.com/foundation-model-stack/fms-acceleration/blob/main/scripts/benchmarks/refs/"
+)
 TUNE = "https://github.com/meta-pytorch/torchtune/blob/main/docs/source/tutorials/"
 
 FIRST = "the tokens of the batch; assumed: of the longest example, with which the script begins"
@@ -261,7 +293,11 @@ FMS_7B = Source("FMS, Mistral", FMS + "a100_80gb.csv", ALLOCATED, NVIDIA, 1)
 FMS_3B = Source("FMS, PowerLM", FMS + "a100_80gb_granite.csv", ALLOCATED, NVIDIA, 1)
 TUNE_2 = Source("torchtune, LoRA", TUNE + "lora_finetune.rst", RESERVED, CUT, 1e9)
 TUNE_3 = Source(
-    "torchtune, Llama 3", TUNE + "llama3.rst", RESERVED, CUT + "; which figure it is; assumed: as above", 1e9
+    "torchtune, Llama 3",
+    TUNE + "llama3.rst",
+    RESERVED,
+    CUT + "; which figure it is; assumed: as above",
+    1e9,
 )
 
 IN_LISTS = (own_norms, logits_in_lists)
@@ -361,9 +397,20 @@ CASES: tuple[Case, ...] = (
         **LIT_ALL,
     ),
     *of(HUB, LIT_HEAD, [("TinyLlama-1.1B", 13.50, 8, 512)], **LIT_ALL | {"rank": 32}),
-    *of(HUB, LIT_HEAD_4BIT, [("Phi-2", 14.27, 4, 512), ("Phi-3-mini", 19.13, 4, 512)], **LIT_ALL, **NF4),
+    *of(
+        HUB,
+        LIT_HEAD_4BIT,
+        [("Phi-2", 14.27, 4, 512), ("Phi-3-mini", 19.13, 4, 512)],
+        **LIT_ALL,
+        **NF4,
+    ),
     *of(HUB, LIT_HEAD_4BIT, [("TinyLlama-1.1B", 16.24, 8, 512)], **LIT_ALL | {"rank": 32}, **NF4),
-    *of(FMS_7B, PEFT, [("Mistral-7B", 26704571904, 4, 4096), ("Mistral-7B", 38742912512, 8, 4096)], **FMS_16),
+    *of(
+        FMS_7B,
+        PEFT,
+        [("Mistral-7B", 26704571904, 4, 4096), ("Mistral-7B", 38742912512, 8, 4096)],
+        **FMS_16,
+    ),
     *of(
         FMS_7B,
         PEFT,
@@ -382,7 +429,12 @@ CASES: tuple[Case, ...] = (
         **FMS_16,
         **DQ,
     ),
-    *of(FMS_3B, PEFT_OLD, [("PowerLM-3B", 20169870848, 4, 4096), ("PowerLM-3B", 33152880128, 8, 4096)], **FMS_16),
+    *of(
+        FMS_3B,
+        PEFT_OLD,
+        [("PowerLM-3B", 20169870848, 4, 4096), ("PowerLM-3B", 33152880128, 8, 4096)],
+        **FMS_16,
+    ),
     *of(
         FMS_3B,
         PEFT_OLD,
@@ -399,22 +451,49 @@ CASES: tuple[Case, ...] = (
     ),
     *of(TUNE_2, TORCHTUNE, [("Llama-2-7B", 15.57, 2, 512)], rank=8, targets=QV, recompute=True),
     *of(TUNE_2, TORCHTUNE, [("Llama-2-7B", 15.86, 2, 512)], rank=64, targets=QV, recompute=True),
-    *of(TUNE_2, TORCHTUNE_HEAD, [("Llama-2-7B", 15.87, 2, 512)], rank=8, targets=ALL, recompute=True),
-    *of(TUNE_2, TORCHTUNE_HEAD, [("Llama-2-7B", 17.04, 2, 512)], rank=64, targets=ALL, recompute=True),
+    *of(
+        TUNE_2, TORCHTUNE_HEAD, [("Llama-2-7B", 15.87, 2, 512)], rank=8, targets=ALL, recompute=True
+    ),
+    *of(
+        TUNE_2,
+        TORCHTUNE_HEAD,
+        [("Llama-2-7B", 17.04, 2, 512)],
+        rank=64,
+        targets=ALL,
+        recompute=True,
+    ),
     *of(TUNE_3, TORCHTUNE, [("Llama-3-8B", 18.5, 2, 512)], rank=8, targets=QV, recompute=True),
 )
 
 NOT_COMPARABLE = (
-    ("torchtune, README.md, tables of Llama 3.1 8B and Llama 3.2 3B", "compiled: the compiler decides what is kept"),
-    ("torchtune, QLoRA tutorial, 9.29 GB", "the peak is at the start, while weights are converted (9.13 GB)"),
+    (
+        "torchtune, README.md, tables of Llama 3.1 8B and Llama 3.2 3B",
+        "compiled: the compiler decides what is kept",
+    ),
+    (
+        "torchtune, QLoRA tutorial, 9.29 GB",
+        "the peak is at the start, while weights are converted (9.13 GB)",
+    ),
     ("FMS, refs with foak or liger", "fused kernels, which keep other tensors"),
-    ("FMS, refs with GPTQ, and Mixtral in 4 bits", "this project has no GPTQ, and packs no experts"),
+    (
+        "FMS, refs with GPTQ, and Mixtral in 4 bits",
+        "this project has no GPTQ, and packs no experts",
+    ),
     ("FMS, refs_orca", "padded examples; the longest is not stated"),
     ("Qwen, README.md, LoRA at 256 to 8,192 tokens", "neither the unit nor the counter is stated"),
-    ("Qwen2, examples/llama-factory, 20.17 and 10.97 GB", "the longest example and the counter are not stated"),
+    (
+        "Qwen2, examples/llama-factory, 20.17 and 10.97 GB",
+        "the longest example and the counter are not stated",
+    ),
     ("ms-swift, docs/source_en/LLM/Benchmark.md", "reserved, with examples of 91 to 19,548 tokens"),
-    ("PEFT, method_comparison/MetaMathQA/results", "reserved, with the answers of 50 prompts at once"),
-    ("AnswerDotAI/fsdp_qlora, benchmarks_03_2024.md", "reserved, with the buffers of FSDP on two GPUs"),
+    (
+        "PEFT, method_comparison/MetaMathQA/results",
+        "reserved, with the answers of 50 prompts at once",
+    ),
+    (
+        "AnswerDotAI/fsdp_qlora, benchmarks_03_2024.md",
+        "reserved, with the buffers of FSDP on two GPUs",
+    ),
     ("LLaMA-Factory, README.md, hardware table", "estimates"),
 )
 """Figures that were found and left out, and the reason."""
@@ -425,17 +504,34 @@ CAUSES = (
         "10 to 18 % too low; the cause is unknown. A second copy of each packed layer's input would explain all nine"
         " within 3 %, but no code for it was found; the same trainer's older figures (tables) need none",
     ),
-    ("torchtune, LoRA", "7 to 10 % too low: reserved, and 0.5 GB more than the weights before the first step"),
+    (
+        "torchtune, LoRA",
+        "7 to 10 % too low: reserved, and 0.5 GB more than the weights before the first step",
+    ),
     ("Gemma-2B", "11 % too low; the cause is unknown"),
 )
 """Cases that are far off, and why."""
 
-HEADER = ("source", "model", "base", "rank", "layers", "sequences", "measured GiB", "planned GiB", "off")
+HEADER = (
+    "source",
+    "model",
+    "base",
+    "rank",
+    "layers",
+    "sequences",
+    "measured GiB",
+    "planned GiB",
+    "off",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only the cases with this word in source or model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default="", help="only the cases with this word in source or model"
+    )
     args = parser.parse_args(argv)
     logging.getLogger("olora_ray").setLevel(logging.ERROR)
     rows, off = [], dict[str, list[float]]()
@@ -444,7 +540,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             planned = plan(case, scratch)
             error = planned / case.peak - 1
             off.setdefault(case.source.name, []).append(error)
-            rows.append((*settings(case), f"{case.peak / GIB:.2f}", f"{planned / GIB:.2f}", f"{error:+.1%}"))
+            rows.append(
+                (*settings(case), f"{case.peak / GIB:.2f}", f"{planned / GIB:.2f}", f"{error:+.1%}")
+            )
     print(table(HEADER, rows))
     everything = [error for errors in off.values() for error in errors]
     rows = [(name, *summary(errors)) for name, errors in [*off.items(), ("all", everything)]]
@@ -461,10 +559,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def settings(case: Case) -> tuple[str, ...]:
-    layers = case.targets if isinstance(case.targets, str) else " ".join(name[0] for name in case.targets)
+    layers = (
+        case.targets
+        if isinstance(case.targets, str)
+        else " ".join(name[0] for name in case.targets)
+    )
     base = case.quantization.replace("none", "bf16")
     again = ", recomputed" * case.recompute
-    return case.source.name, case.model, base, str(case.rank), layers, f"{case.micro_batch} x {case.length}{again}"
+    return (
+        case.source.name,
+        case.model,
+        base,
+        str(case.rank),
+        layers,
+        f"{case.micro_batch} x {case.length}{again}",
+    )
 
 
 def summary(errors: Sequence[float]) -> tuple[str, ...]:
@@ -505,7 +614,9 @@ def plan(case: Case, scratch: str) -> float:
         raise SystemExit(f"{case.model}: {found.problem}")
     model = skeleton(base, cfg.model)
     added = sum(add(case, found, model) for add in case.trainer.added)
-    return found.total_bytes() - found.adapter_bytes + case.trainer.trainable * found.trainable + added
+    return (
+        found.total_bytes() - found.adapter_bytes + case.trainer.trainable * found.trainable + added
+    )
 
 
 def base_of(model: str, scratch: str) -> BaseModel:

@@ -30,7 +30,10 @@ class Both:
         flat, train = trainer.flat, trainer.config.train
         sizes = {name: torch.ones(1) for name in trainer.adapted}
         self.flat = flat
-        self.each = {"adamw": AdamW(flat, train), "spectral": Spectral(flat, trainer.adapted, train, sizes)}
+        self.each = {
+            "adamw": AdamW(flat, train),
+            "spectral": Spectral(flat, trainer.adapted, train, sizes),
+        }
         self.seconds: dict[str, list[float]] = {name: [] for name in self.each}
 
     def step(self, lr: float, norm: float | None = None) -> float:
@@ -44,15 +47,23 @@ class Both:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
+    parser.add_argument(
+        "--storage", default="./runs", help="where the GGUF model is dequantised to"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = model_folder(MODEL, args.storage)
     print(machine())
     rows = [measured(rank, folder, args.rounds) for rank in (8, 16, 64)]
-    print(table(("rank", "step with AdamW", "AdamW's update", "spectral update", "time per step"), rows))
+    print(
+        table(
+            ("rank", "step with AdamW", "AdamW's update", "spectral update", "time per step"), rows
+        )
+    )
 
 
 def measured(rank: int, folder: str, rounds: int) -> tuple[str, ...]:
@@ -62,11 +73,18 @@ def measured(rank: int, folder: str, rounds: int) -> tuple[str, ...]:
     both = trainer.optimizer = Both(trainer)
     draw = np.random.default_rng(0)
     supervised = np.arange(TOKENS) >= TOKENS // 2
-    packs = [Pack(draw.integers(1000, 40_000, TOKENS), supervised, (TOKENS,)) for _ in range(ROWS * (rounds + 1))]
+    packs = [
+        Pack(draw.integers(1000, 40_000, TOKENS), supervised, (TOKENS,))
+        for _ in range(ROWS * (rounds + 1))
+    ]
     store = MemoryStore(packs)
     steps, ended = [], time.process_time()
-    for _ in trainer.steps(StepLoader(store, cfg.train, 0, attention), 0, Schedule(cfg.train, store)):
-        steps.append(time.process_time() - ended - sum(seconds[-1] for seconds in both.seconds.values()))
+    for _ in trainer.steps(
+        StepLoader(store, cfg.train, 0, attention), 0, Schedule(cfg.train, store)
+    ):
+        steps.append(
+            time.process_time() - ended - sum(seconds[-1] for seconds in both.seconds.values())
+        )
         ended = time.process_time()
     adamw, spectral = (median(seconds[1:]) for seconds in both.seconds.values())
     whole = median(steps[1:]) + adamw

@@ -63,9 +63,13 @@ class Busy:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="steps; the first quarter does not count")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="steps; the first quarter does not count"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
@@ -84,14 +88,21 @@ def main() -> None:
                 file = settings(storage, f"{name.split()[0].lower()}-{turn}", args)
                 seen = run(name, file, args.workers)
                 runs[name].append(recorded(storage / file.stem, args.steps, seen))
-                print(f"round {turn + 1}: {name}: {runs[name][-1].whole:.3f} s a step", file=sys.stderr, flush=True)
+                print(
+                    f"round {turn + 1}: {name}: {runs[name][-1].whole:.3f} s a step",
+                    file=sys.stderr,
+                    flush=True,
+                )
     print(runs_table(runs))
     print(verdict(runs))
 
 
 def write_corpus(file: Path, rows: int) -> None:
     generator = np.random.default_rng(0)
-    words = ["".join(chr(97 + c) for c in generator.integers(0, 26, n)) for n in generator.integers(2, 10, 5_000)]
+    words = [
+        "".join(chr(97 + c) for c in generator.integers(0, 26, n))
+        for n in generator.integers(2, 10, 5_000)
+    ]
     with file.open("w") as out:
         for _ in range(rows):
             ask, answer = (
@@ -135,7 +146,12 @@ def run(name: str, file: Path, workers: int) -> list[Busy]:
     seen = list[Busy]()
     with subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, env=environment) as process:
         while process.poll() is None:
-            seen.append(busy(process.pid, "RayTrainWorker" if name == "Ray Train" else f"-u\0{UNDER_TORCHRUN}"))
+            seen.append(
+                busy(
+                    process.pid,
+                    "RayTrainWorker" if name == "Ray Train" else f"-u\0{UNDER_TORCHRUN}",
+                )
+            )
             time.sleep(LOOK_EVERY)
     if process.returncode:
         raise SystemExit(f"{name}: the run has failed")
@@ -168,10 +184,15 @@ def recorded(folder: Path, steps: int, seen: Sequence[Busy] = ()) -> Run:
     result = records.read(str(folder / "training.json"), TrainResult)
     assert result is not None
     assert result.state is not None
-    rows = [row for row in result.state.history if row["step"] > first and "train/step_seconds" in row]
+    rows = [
+        row for row in result.state.history if row["step"] > first and "train/step_seconds" in row
+    ]
     assert len(rows) == steps - first, "a step is missing: was the run resumed?"
     seconds = [row["train/step_seconds"] for row in rows]
-    began, ended = ((folder / "checkpoints" / name_of(step) / MANIFEST).stat().st_mtime for step in (first, steps))
+    began, ended = (
+        (folder / "checkpoints" / name_of(step) / MANIFEST).stat().st_mtime
+        for step in (first, steps)
+    )
     waited = sum(row["data/wait_fraction"] * row["train/step_seconds"] for row in rows)
     others = taken_by_others(seen, began, ended)
     return Run(mean(seconds), (ended - began) / (steps - first), waited / sum(seconds), others)
@@ -193,11 +214,17 @@ def runs_table(runs: dict[str, list[Run]]) -> str:
         )
         for name, done in runs.items()
     ]
-    return table(("", "a step s", "step to step s", "all rounds", "waiting for data", "others' processors"), rows)
+    return table(
+        ("", "a step s", "step to step s", "all rounds", "waiting for data", "others' processors"),
+        rows,
+    )
 
 
 def verdict(runs: dict[str, list[Run]]) -> str:
-    pairs = [mine.whole / other.whole - 1 for mine, other in zip(runs["Ray Train"], runs["torchrun"], strict=True)]
+    pairs = [
+        mine.whole / other.whole - 1
+        for mine, other in zip(runs["Ray Train"], runs["torchrun"], strict=True)
+    ]
     over, waiting = median(pairs), median(each.waiting for each in runs["Ray Train"])
     return (
         f"seconds per step with Ray Train, compared with torchrun: {over:+.1%} (pairs from {min(pairs):+.1%} to"

@@ -47,14 +47,20 @@ Line = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("seeds", "paper", "first_step", "report"))
     parser.add_argument("tasks", nargs="*", default=[*TASKS])
     parser.add_argument("--methods", default="lora,olora")
     parser.add_argument("--seeds")
     parser.add_argument("--alpaca", type=Path)
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "generated" / "evidence.jsonl")
-    parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "docs" / "generated" / "evidence.jsonl"
+    )
+    parser.add_argument(
+        "--storage", default="./runs", help="where the GGUF model is dequantised to"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "report":
@@ -72,10 +78,21 @@ def main() -> None:
 def seeds(args: argparse.Namespace, loss: Any, tokenizer: Any) -> None:
     tuned = learning_rate.read(ROOT / "docs" / "generated" / "learning_rate.jsonl")
     for task in args.tasks:
-        rows, tested = (learning_rate.store(tokenizer, learning_rate.chats(task, s)) for s in ("train", "heldout"))
+        rows, tested = (
+            learning_rate.store(tokenizer, learning_rate.chats(task, s))
+            for s in ("train", "heldout")
+        )
         for seed in _range(args.seeds or "18-33"):
             for cell in (Cell(task, method, 16, 16) for method in args.methods.split(",")):
-                run(cell, seed, rate(tuned[cell]), loss, rows, tested[HELD_OUT : HELD_OUT + TESTED], args.results)
+                run(
+                    cell,
+                    seed,
+                    rate(tuned[cell]),
+                    loss,
+                    rows,
+                    tested[HELD_OUT : HELD_OUT + TESTED],
+                    args.results,
+                )
 
 
 def rate(trained: Sequence[Line]) -> float:
@@ -88,7 +105,9 @@ def paper(args: argparse.Namespace, loss: Any, tokenizer: Any) -> None:
         learning_rate.chat(f"{row['instruction']}\n{row['input']}".strip(), row["output"])
         for row in json.loads(args.alpaca.read_text(encoding="utf-8"))
     ]
-    short = [pack for pack in learning_rate.store(tokenizer, chats) if len(pack.input_ids) <= LONGEST]
+    short = [
+        pack for pack in learning_rate.store(tokenizer, chats) if len(pack.input_ids) <= LONGEST
+    ]
     rows = learning_rate.HeldOut(short[TESTED:])
     print(f"{len(rows)} rows to train on, {TESTED} to test")
     for seed in _range(args.seeds or "18-21"):
@@ -101,17 +120,28 @@ def run(cell: Cell, seed: int, lr: float, loss: Any, rows: Any, tested: Any, res
     if any(each["seed"] == seed for each in read(results, cell)):
         return
     # Stores are in the order of their seed: a training's first pass is in the order of its store.
-    rows = learning_rate.HeldOut(rows[place] for place in np.random.default_rng(seed).permutation(len(rows)))
+    rows = learning_rate.HeldOut(
+        rows[place] for place in np.random.default_rng(seed).permutation(len(rows))
+    )
     adapted, _ = learning_rate.adapt(cell, loss, rows, seed)
     trainer = Trainer(loss, adapted, cell.settings(lr, seed), CPU)
     attention = loss.model.config._attn_implementation
     loader = StepLoader(rows, trainer.config.train, seed, attention)
     steps = [step.loss for step in trainer.steps(loader, 0, Schedule(trainer.config.train, rows))]
     losses = [
-        (int(pack.supervised.sum()), round(float(loss.each(collate([pack], attention)).double().sum()), 4))
+        (
+            int(pack.supervised.sum()),
+            round(float(loss.each(collate([pack], attention)).double().sum()), 4),
+        )
         for pack in tested
     ]
-    line = {**vars(cell), "seed": seed, "lr": lr, "steps": [round(each, 4) for each in steps], "rows": losses}
+    line = {
+        **vars(cell),
+        "seed": seed,
+        "lr": lr,
+        "steps": [round(each, 4) for each in steps],
+        "rows": losses,
+    }
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{cell} seed {seed} lr {lr:.2e}: {_mean(line):.4f}", flush=True)
@@ -135,11 +165,21 @@ def first_step(args: argparse.Namespace, loss: Any, tokenizer: Any) -> None:
             low, high = np.quantile(relative, (0.1, 0.9))
             largest = curvature(Trainer(loss, adapted, cell.settings(), CPU), loss, batch)
             found.append(
-                (task, method, f"{np.exp(np.mean(np.log(relative))):.2f}", f"{high / low:.1f}", f"{largest:.3g}")
+                (
+                    task,
+                    method,
+                    f"{np.exp(np.mean(np.log(relative))):.2f}",
+                    f"{high / low:.1f}",
+                    f"{largest:.3g}",
+                )
             )
             print(found[-1], flush=True)
     print(machine())
-    print(table(("task", "method", "move / lora's", "90% / 10% of layers", "largest curvature"), found))
+    print(
+        table(
+            ("task", "method", "move / lora's", "90% / 10% of layers", "largest curvature"), found
+        )
+    )
 
 
 def curvature(trainer: Trainer, loss: Any, batch: Any) -> float:
@@ -173,17 +213,25 @@ def curvature(trainer: Trainer, loss: Any, batch: Any) -> float:
 def report(results: Path) -> None:
     print(machine())
     for task in TASKS:
-        found = {method: read(results, Cell(task, method, 16, 16)) for method in ("lora", "olora_even", "olora")}
+        found = {
+            method: read(results, Cell(task, method, 16, 16))
+            for method in ("lora", "olora_even", "olora")
+        }
         print(shown(task, found))
         figure(task, found)
     for rank in (32, 64):
-        found = {method: read(results, Cell("alpaca", method, rank, 16)) for method in ("lora", "olora")}
+        found = {
+            method: read(results, Cell("alpaca", method, rank, 16)) for method in ("lora", "olora")
+        }
         print(shown(f"alpaca, rank {rank}", found))
 
 
 def shown(name: str, found: dict[str, list[Line]]) -> str:
     header = ("", "lr", "seeds", "loss", "minus lora's", "95% interval", "spread of seeds", *_AT)
-    return table((name, *header[1:]), [_against(method, each, found["lora"]) for method, each in found.items() if each])
+    return table(
+        (name, *header[1:]),
+        [_against(method, each, found["lora"]) for method, each in found.items() if each],
+    )
 
 
 _AT = tuple(f"steps {step - 2}-{step}" for step in (5, 10, 20))
@@ -193,18 +241,31 @@ _AT = tuple(f"steps {step - 2}-{step}" for step in (5, 10, 20))
 def _against(method: str, trained: Sequence[Line], lora: Sequence[Line]) -> tuple[str, ...]:
     pairs = [(each, other) for each in trained for other in lora if each["seed"] == other["seed"]]
     own, its = (np.mean([pair[side]["steps"] for pair in pairs], axis=0) for side in (0, 1))
-    first = method, f"{trained[0]['lr']:.2e}", str(len(pairs)), f"{np.mean([_mean(each) for each, _ in pairs]):.4f}"
+    first = (
+        method,
+        f"{trained[0]['lr']:.2e}",
+        str(len(pairs)),
+        f"{np.mean([_mean(each) for each, _ in pairs]):.4f}",
+    )
     if trained is lora:
         return (*first, "", "", "", *(f"{own[step - 3 : step].mean():.4f}" for step in (5, 10, 20)))
     interval = (mean := difference(pairs)).interval()
     spread = float(np.std([_mean(each) - _mean(other) for each, other in pairs], ddof=1))
     at = (f"{(own - its)[step - 3 : step].mean():+.4f}" for step in (5, 10, 20))
-    return (*first, f"{mean.mean:+.4f}", f"{interval.low:+.4f} .. {interval.high:+.4f}", f"{spread:.3f}", *at)
+    return (
+        *first,
+        f"{mean.mean:+.4f}",
+        f"{interval.low:+.4f} .. {interval.high:+.4f}",
+        f"{spread:.3f}",
+        *at,
+    )
 
 
 def difference(pairs: Sequence[tuple[Line, Line]]) -> Difference:
     tokens = np.array([size for size, _ in pairs[0][0]["rows"]], dtype=np.float64)
-    losses = np.array([[a[1] - b[1] for a, b in zip(x["rows"], y["rows"], strict=True)] for x, y in pairs])
+    losses = np.array(
+        [[a[1] - b[1] for a, b in zip(x["rows"], y["rows"], strict=True)] for x, y in pairs]
+    )
     return crossed(per_token(losses, tokens))
 
 
@@ -215,10 +276,21 @@ def figure(task: str, found: dict[str, list[Line]]) -> None:
     cells = learning_rate.read(ROOT / "docs" / "generated" / "learning_rate.jsonl")
     common = set.intersection(*({each["seed"] for each in trained} for trained in found.values()))
     for method, trained in found.items():
-        points = sorted((e["auto"] * 2.0 ** e["power"], e["loss"]) for e in cells.get(Cell(task, method, 16, 16), []))
+        points = sorted(
+            (e["auto"] * 2.0 ** e["power"], e["loss"])
+            for e in cells.get(Cell(task, method, 16, 16), [])
+        )
         left.plot(*zip(*points, strict=True), "o-", label=method)
-        right.plot(range(1, STEPS + 1), np.mean([e["steps"] for e in trained if e["seed"] in common], axis=0))
-    left.set(xscale="log", xlabel="learning rate", ylabel="loss of 32 held-out rows", title=f"{task}: seed 17")
+        right.plot(
+            range(1, STEPS + 1),
+            np.mean([e["steps"] for e in trained if e["seed"] in common], axis=0),
+        )
+    left.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="loss of 32 held-out rows",
+        title=f"{task}: seed 17",
+    )
     right.set(
         yscale="log",
         xlabel="step",

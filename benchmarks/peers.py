@@ -14,13 +14,17 @@ Row = tuple[np.ndarray, np.ndarray]
 """(input_ids, supervised)."""
 
 
-def model_of_peft(folder: str, dtype: torch.dtype, rank: int, float32_adapters: bool = False) -> Any:
+def model_of_peft(
+    folder: str, dtype: torch.dtype, rank: int, float32_adapters: bool = False
+) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     model.config.use_cache = False
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights="olora")
+    lora = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights="olora"
+    )
     return get_peft_model(model, lora, autocast_adapter_dtype=float32_adapters)
 
 
@@ -49,7 +53,9 @@ def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict
     return {
         "output_dir": job["scratch"],
         "per_device_train_batch_size": setting.micro,
-        "gradient_accumulation_steps": rows if whole else max(1, ROWS_A_STEP // setting.micro // setting.workers),
+        "gradient_accumulation_steps": rows
+        if whole
+        else max(1, ROWS_A_STEP // setting.micro // setting.workers),
         "num_train_epochs": 1,
         "learning_rate": 1.0e-4,
         "lr_scheduler_type": "constant",
@@ -65,12 +71,19 @@ def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict
 
 
 def peft_trainer(
-    model: Any, rows: Sequence[Row], setting: Any, job: dict[str, Any], found: dict[str, Tensor] | None = None
+    model: Any,
+    rows: Sequence[Row],
+    setting: Any,
+    job: dict[str, Any],
+    found: dict[str, Tensor] | None = None,
 ) -> Any:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-    examples = [{"input_ids": ids, "labels": np.where(marked, ids, -100), "length": len(ids)} for ids, marked in rows]
+    examples = [
+        {"input_ids": ids, "labels": np.where(marked, ids, -100), "length": len(ids)}
+        for ids, marked in rows
+    ]
     told = arguments(setting, job, found is not None, len(rows))
     trainer = Trainer(
         model,
@@ -82,7 +95,11 @@ def peft_trainer(
 
 
 def trl_trainer(
-    model: Any, rows: Sequence[Row], setting: Any, job: dict[str, Any], found: dict[str, Tensor] | None = None
+    model: Any,
+    rows: Sequence[Row],
+    setting: Any,
+    job: dict[str, Any],
+    found: dict[str, Tensor] | None = None,
 ) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -103,7 +120,10 @@ def trl_trainer(
             bf16=False,
         ),
         train_dataset=Dataset.from_list(
-            [{"input_ids": ids.tolist(), "completion_mask": marked.astype(int).tolist()} for ids, marked in rows]
+            [
+                {"input_ids": ids.tolist(), "completion_mask": marked.astype(int).tolist()}
+                for ids, marked in rows
+            ]
         ),
         processing_class=AutoTokenizer.from_pretrained(job["folder"]),
     )
@@ -151,7 +171,15 @@ def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     longest = max(len(row["input_ids"]) for row in rows)
 
     def stack(name: str, filler: int) -> Tensor:
-        return torch.tensor([list(row[name]) + [filler] * (longest - len(row[name])) for row in rows])
+        return torch.tensor(
+            [list(row[name]) + [filler] * (longest - len(row[name])) for row in rows]
+        )
 
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": stack("input_ids", 0), "labels": stack("labels", -100), "attention_mask": mask}
+    mask = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    )
+    return {
+        "input_ids": stack("input_ids", 0),
+        "labels": stack("labels", -100),
+        "attention_mask": mask,
+    }

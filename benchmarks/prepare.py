@@ -41,8 +41,12 @@ Found = tuple[float, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[*TIMES], help="chats; texts: a tenth of most")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[*TIMES], help="chats; texts: a tenth of most"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,17 +57,29 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory(prefix="olora-prepare-") as scratch:
         folder = model_folder(MODEL, scratch)
-        kinds = [*((count, "messages", write_messages) for count in args.rows), (max(args.rows), "text", write_texts)]
+        kinds = [
+            *((count, "messages", write_messages) for count in args.rows),
+            (max(args.rows), "text", write_texts),
+        ]
         for count, kind, write in kinds:
             corpus = Path(scratch) / f"{kind}.jsonl"
             rows = write(corpus, count)
-            rounds = [{name: apart(name, corpus, folder) for name in CONTESTANTS} for _ in range(args.rounds)]
+            rounds = [
+                {name: apart(name, corpus, folder) for name in CONTESTANTS}
+                for _ in range(args.rounds)
+            ]
             print(f"\n{rows:,} rows of {kind}, {corpus.stat().st_size / 1e6:.0f} MB")
-            show({name: [found[name] for found in rounds] for name in CONTESTANTS}, rows, corpus.stat().st_size)
+            show(
+                {name: [found[name] for found in rounds] for name in CONTESTANTS},
+                rows,
+                corpus.stat().st_size,
+            )
 
 
 def show(found: dict[str, list[Found]], rows: int, size: int) -> None:
-    seconds = {name: statistics.median(each for each, _ in rounds) for name, rounds in found.items()}
+    seconds = {
+        name: statistics.median(each for each, _ in rounds) for name, rounds in found.items()
+    }
     lines = [
         (
             name,
@@ -86,7 +102,9 @@ def show(found: dict[str, list[Found]], rows: int, size: int) -> None:
 
 
 def contents() -> list[list[dict[str, str]]]:
-    return [json.loads(line)["messages"] for line in CORPUS.read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)["messages"] for line in CORPUS.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def write_messages(file: Path, count: int) -> int:
@@ -105,15 +123,24 @@ def write_texts(file: Path, count: int) -> int:
     questions = [messages[1]["content"] for messages in contents()]
     with file.open("w", encoding="utf-8") as out:
         for number in range(count // 10):
-            some = [questions[(number * 10 + 7 * part + number // 45) % len(questions)] for part in range(10)]
-            out.write(json.dumps({"text": f"Part {number}.\n" + "\n\n".join(some)}, ensure_ascii=False) + "\n")
+            some = [
+                questions[(number * 10 + 7 * part + number // 45) % len(questions)]
+                for part in range(10)
+            ]
+            out.write(
+                json.dumps({"text": f"Part {number}.\n" + "\n\n".join(some)}, ensure_ascii=False)
+                + "\n"
+            )
     return count // 10
 
 
 def apart(name: str, corpus: Path, folder: str) -> Found:
     """Return the measurement of a contestant in a new process."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", name, corpus, folder], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, __file__, "--child", name, corpus, folder],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     seconds, tokens = json.loads(done.stdout.splitlines()[-1])
     print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -142,7 +169,10 @@ def raw(threads: int) -> Callable[[str, str], Found]:
         encode, tokens = tokenizer.backend_tokenizer.encode_batch, 0
         began = time.perf_counter()
         for start in range(0, len(texts), BATCH):
-            tokens += sum(len(found.ids) for found in encode(texts[start : start + BATCH], add_special_tokens=False))
+            tokens += sum(
+                len(found.ids)
+                for found in encode(texts[start : start + BATCH], add_special_tokens=False)
+            )
         return time.perf_counter() - began, tokens
 
     return run
@@ -164,7 +194,13 @@ def mapped(corpus: str, folder: str) -> Found:
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
         rows = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=cache)
-        found = rows.map(ids, batched=True, batch_size=BATCH, num_proc=PROCESSES, remove_columns=rows.column_names)
+        found = rows.map(
+            ids,
+            batched=True,
+            batch_size=BATCH,
+            num_proc=PROCESSES,
+            remove_columns=rows.column_names,
+        )
         seconds = time.perf_counter() - began
         return seconds, sum(len(batch["input_ids"].flatten()) for batch in found.data.to_batches())
 
@@ -208,7 +244,11 @@ def through_ray(corpus: str, folder: str) -> Found:
 
 
 RAW_ONE, ONE = "encode_batch, 1 thread", "ours, one process"
-RAW, RAY, MAP = f"encode_batch, {PROCESSES} threads", "ours, as in a run", f"datasets.map, {PROCESSES} processes"
+RAW, RAY, MAP = (
+    f"encode_batch, {PROCESSES} threads",
+    "ours, as in a run",
+    f"datasets.map, {PROCESSES} processes",
+)
 CONTESTANTS: dict[str, Callable[[str, str], Found]] = {
     RAW_ONE: raw(1),
     ONE: one_process,

@@ -14,7 +14,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.train.base_files import decoder_layers
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear", "aten::matmul", "aten::_addmm")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::linear",
+    "aten::matmul",
+    "aten::_addmm",
+)
 LOW_RANK = "low-rank elementwise"
 CATEGORIES = (
     "matrix products",
@@ -95,7 +103,11 @@ def _part(event: Any, made_in: dict[int, str]) -> str | None:
 
 
 def parts_of_nodes(events: Iterable[Any]) -> dict[int, str]:
-    makers = {event.sequence_nr: event for event in events if event.sequence_nr >= 0 and not _is_backward(event)}
+    makers = {
+        event.sequence_nr: event
+        for event in events
+        if event.sequence_nr >= 0 and not _is_backward(event)
+    }
     parts = {number: _part(event, {}) for number, event in makers.items()}
     return {number: part for number, part in parts.items() if part is not None}
 

@@ -39,10 +39,19 @@ OURS, QLORA, MOST_OFF = "ours, lora, nf4", "PEFT's QLoRA, nf4", 0.01
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a small random model, to test the script")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a small random model, to test the script"
+    )
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--only", choices=list(CONTESTANTS), action="append", help="contestant to run; may be repeated")
+    parser.add_argument(
+        "--only",
+        choices=list(CONTESTANTS),
+        action="append",
+        help="contestant to run; may be repeated",
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -59,14 +68,25 @@ def main() -> None:
         for name, (kind, method) in CONTESTANTS.items():
             if args.only and name not in args.only:
                 continue
-            job = {"folder": folder, "kind": kind, "method": method, "steps": args.steps, "text": not args.tiny}
+            job = {
+                "folder": folder,
+                "kind": kind,
+                "method": method,
+                "steps": args.steps,
+                "text": not args.tiny,
+            }
             if (found := apart(job)) is None:
                 rows.append((name, "failed", *5 * ("-",)))
                 continue
             results[name] = found
             rows.append(row(name, found))
             print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    print(table(("contestant", "base MiB", "peak MiB", "start", "first loss", "last loss", "s a step"), rows))
+    print(
+        table(
+            ("contestant", "base MiB", "peak MiB", "start", "first loss", "last loss", "s a step"),
+            rows,
+        )
+    )
     print(verdict(results))
     if len(results) < len(rows):
         raise SystemExit(1)
@@ -99,7 +119,10 @@ def verdict(results: dict[str, dict[str, float]]) -> str:
 def apart(job: dict[str, Any]) -> dict[str, float] | None:
     """Return the result of `trained` in a new process, or None if it fails."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True, check=False
+        [sys.executable, __file__, "--child", json.dumps(job)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         print(done.stderr, file=sys.stderr)
@@ -165,7 +188,9 @@ def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
     from olora_ray.train import self_test
     from olora_ray.train.loop import train_mode
 
-    malloc.keep_freed_memory = lambda *_: None  # freed memory must leave the process, or the peak would contain it
+    malloc.keep_freed_memory = lambda *_: (
+        None
+    )  # freed memory must leave the process, or the peak would contain it
     settings = config(
         "unused",
         {"name": folder, "dtype": "float32", "quantization": kind},
@@ -173,7 +198,11 @@ def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
         train={"micro_batch": BATCH, "global_batch": BATCH, "lr": RATE, "weight_decay": 0.0},
     )
     trainer, attention = our_trainer(settings, folder)
-    own = {id(part) for layer in trainer.adapted.values() for part in (layer.da, layer.db, layer.a0, layer.b0)}
+    own = {
+        id(part)
+        for layer in trainer.adapted.values()
+        for part in (layer.da, layer.db, layer.a0, layer.b0)
+    }
     assert all(isinstance(layer, AdaptedLinear) for layer in trainer.adapted.values())
     train_mode(trainer.adapted, True)
 
@@ -205,9 +234,15 @@ def of_peft(folder: str) -> tuple[Any, Any, int]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=packed, device_map={"": "cpu"}, attn_implementation="sdpa"
+        folder,
+        dtype=torch.float32,
+        quantization_config=packed,
+        device_map={"": "cpu"},
+        attn_implementation="sdpa",
     )
     model.config.use_cache = False
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -238,8 +273,16 @@ def of_peft(folder: str) -> tuple[Any, Any, int]:
 
 def held(model: Any, without: set[int]) -> int:
     """Return bytes of weights and buffers, and of bitsandbytes' records, without an adapter's own."""
-    found = {id(part): part for part in (*model.parameters(), *model.buffers()) if id(part) not in without}
-    beside = [state.absmax for part in model.parameters() if (state := getattr(part, "quant_state", None)) is not None]
+    found = {
+        id(part): part
+        for part in (*model.parameters(), *model.buffers())
+        if id(part) not in without
+    }
+    beside = [
+        state.absmax
+        for part in model.parameters()
+        if (state := getattr(part, "quant_state", None)) is not None
+    ]
     return sum(part.nbytes for part in (*found.values(), *beside))
 
 

@@ -35,14 +35,26 @@ BLOCK, LENGTH = 10, 384
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of blocks with and without a checkpoint; 0: none")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--kills", type=int, default=3, help="repetitions of each event, SIGSTOP in every third; 0: none"
+        "--rounds",
+        type=int,
+        default=7,
+        help="pairs of blocks with and without a checkpoint; 0: none",
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=3,
+        help="repetitions of each event, SIGSTOP in every third; 0: none",
     )
     parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is removed then, too
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # what was started is removed then, too
     folder = model_folder(MODEL, args.storage)
     print(machine())
     with tempfile.TemporaryDirectory(dir=args.storage) as scratch:
@@ -51,7 +63,12 @@ def main() -> None:
         if args.kills:
             found: dict[Case, list[Sample]] = {}
             try:
-                measure(Path(scratch).resolve(), Path(args.storage).resolve() / "models", args.kills, found)
+                measure(
+                    Path(scratch).resolve(),
+                    Path(args.storage).resolve() / "models",
+                    args.kills,
+                    found,
+                )
             finally:  # what is ended early has measured something too
                 print(targets(found))
 
@@ -86,7 +103,9 @@ def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
     )
     trainer, attention = our_trainer(cfg, folder)
     generator = np.random.default_rng(0)
-    rows = [(generator.integers(3, 40_000, 96, dtype=np.int32), np.arange(96) >= 60) for _ in range(400)]
+    rows = [
+        (generator.integers(3, 40_000, 96, dtype=np.int32), np.arange(96) >= 60) for _ in range(400)
+    ]
     store = memory_store(rows, LENGTH)
     steps = trainer.steps(StepLoader(store, cfg.train, 0, attention), 0, Schedule(cfg.train, store))
     files = CheckpointManager(str(scratch / "checkpoints"), 2)
@@ -100,8 +119,14 @@ def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
     files.finish()
     written = time.perf_counter() - began
     newest = scratch / "checkpoints" / name_of(rounds + 1)
-    shares = [a["seconds"] / b["seconds"] - 1 for a, b in zip(taken["with"], taken["without"], strict=True)]
-    middle = {kind: {key: median(run[key] for run in runs) for key in runs[0]} for kind, runs in taken.items()}
+    shares = [
+        a["seconds"] / b["seconds"] - 1
+        for a, b in zip(taken["with"], taken["without"], strict=True)
+    ]
+    middle = {
+        kind: {key: median(run[key] for run in runs) for key in runs[0]}
+        for kind, runs in taken.items()
+    }
     return {
         "with": middle["with"]["seconds"],
         "without": middle["without"]["seconds"],
@@ -116,7 +141,9 @@ def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
     }
 
 
-def block(steps: Iterator[Any], files: CheckpointManager | None, trainer: Any, number: int) -> dict[str, float]:
+def block(
+    steps: Iterator[Any], files: CheckpointManager | None, trainer: Any, number: int
+) -> dict[str, float]:
     """Run ten steps, the first with a checkpoint if asked; the block ends when that is on the disk."""
     start, used, blocked = time.perf_counter(), time.process_time(), 0.0
     next(steps)
@@ -128,7 +155,11 @@ def block(steps: Iterator[Any], files: CheckpointManager | None, trainer: Any, n
         pass
     if files:
         files.finish()
-    return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used, "blocked": blocked}
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - used,
+        "blocked": blocked,
+    }
 
 
 def written_state(trainer: Any, step: int) -> Any:

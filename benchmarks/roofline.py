@@ -34,13 +34,17 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--micro", type=int, default=2, help="packs per micro-batch")
-    parser.add_argument("--seconds", type=float, default=0.3, help="seconds to measure the rate of each shape")
+    parser.add_argument(
+        "--seconds", type=float, default=0.3, help="seconds to measure the rate of each shape"
+    )
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
@@ -57,7 +61,9 @@ class Training:
         self.store = memory_store(make_rows(args.rows), LONGEST)
         setting = Setting("ours", "ours", micro=args.micro)
         self.size = min(packs_a_step(self.store, setting), max(1, len(self.store)))
-        self.config = our_config({"scratch": scratch, "folder": folder, "dtype": args.dtype}, setting, self.size)
+        self.config = our_config(
+            {"scratch": scratch, "folder": folder, "dtype": args.dtype}, setting, self.size
+        )
         self.trainer, self.attention = our_trainer(self.config, folder)
         self.count = -(-len(self.store) // self.size)
         micro = [self.store[number] for number in range(min(args.micro, len(self.store)))]
@@ -91,10 +97,23 @@ def _print(training: Training, args: argparse.Namespace) -> None:
     found = rates(large, dtype, CPU, args.seconds)
     best = max(found.values())
     lines = [
-        (f"{rows} x {inside} by {columns}", f"{rate / 1e9:.1f}", f"{large[rows, inside, columns] / total(large):.1%}")
+        (
+            f"{rows} x {inside} by {columns}",
+            f"{rate / 1e9:.1f}",
+            f"{large[rows, inside, columns] / total(large):.1%}",
+        )
         for (rows, inside, columns), rate in found.items()
     ]
-    print(table((f"torch.matmul, {str(dtype).removeprefix('torch.')}", "GFLOP/s", "of the large products"), lines))
+    print(
+        table(
+            (
+                f"torch.matmul, {str(dtype).removeprefix('torch.')}",
+                "GFLOP/s",
+                "of the large products",
+            ),
+            lines,
+        )
+    )
     seconds = training.seconds(args.rounds)
     print(f"\n{work_table(work, sum(len(pack.input_ids) for pack in packs))}")
     print(f"\n{verdict(total(work), seconds, best, attainable(large, found))}\n")
@@ -126,7 +145,9 @@ def attainable(large: dict[Any, float], found: dict[Any, float]) -> float:
 def time_table(taken: dict[str, float], seconds: float) -> str:
     known = max(seconds, total(taken))
     rows = [(name, f"{spent:.2f}", f"{spent / known:.1%}") for name, spent in taken.items()]
-    return table(("a pass under the profiler", "seconds", "share"), [*rows, ("in all", f"{known:.2f}", "")])
+    return table(
+        ("a pass under the profiler", "seconds", "share"), [*rows, ("in all", f"{known:.2f}", "")]
+    )
 
 
 def total(parts: dict[Any, float] | Iterable[float]) -> float:

@@ -38,11 +38,17 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=float, default=1e9)
     parser.add_argument("--files", type=int, default=10_000)
-    parser.add_argument("--sequences", type=int, default=20_000, help="sequences to read in a later pass")
-    parser.add_argument("--folder", default=None, help="folder with room for 1 GB and 100,000 files")
+    parser.add_argument(
+        "--sequences", type=int, default=20_000, help="sequences to read in a later pass"
+    )
+    parser.add_argument(
+        "--folder", default=None, help="folder with room for 1 GB and 100,000 files"
+    )
     args = parser.parse_args()
     from common import machine, table
 
@@ -56,7 +62,9 @@ def measure(folder: Path, rows: int, files: int, sequences: int) -> list[tuple[s
     os.environ["TMPDIR"] = str(folder / "temporary")
     Path(os.environ["TMPDIR"]).mkdir()
     write_files(folder / "corpus", files)
-    write_files(folder / "few" / "corpus", files)  # whose scans are not kept yet: they will say that there are few rows
+    write_files(
+        folder / "few" / "corpus", files
+    )  # whose scans are not kept yet: they will say that there are few rows
     first = alone(plan_it, folder, rows, files)
     shards = int(first.found["shards"])
     look = alone(plan_it, folder, rows, files)
@@ -75,9 +83,21 @@ def measure(folder: Path, rows: int, files: int, sequences: int) -> list[tuple[s
         line("look at an unchanged corpus, and plan", look.seconds, "s", 60),
         line("worker: its part of the plan, memory", part.mb, "MB", 10),
         line("worker: its part of the plan, packed", part.found["kb"], "KB", 100),
-        line("later pass: places of sequences", order.found["per_second"], "a second", at_least=1000),
-        line("later pass: reading, each shard opened once", read.found["per_second"], "a second", at_least=1000),
-        line("later pass: the same, and each shard of 64 MB hashed", hashed, "a second", at_least=1000),
+        line(
+            "later pass: places of sequences", order.found["per_second"], "a second", at_least=1000
+        ),
+        line(
+            "later pass: reading, each shard opened once",
+            read.found["per_second"],
+            "a second",
+            at_least=1000,
+        ),
+        line(
+            "later pass: the same, and each shard of 64 MB hashed",
+            hashed,
+            "a second",
+            at_least=1000,
+        ),
         line("later pass: shards opened, a sequence", read.found["opened"], ""),
         line("late reader of a growing store", late.seconds, "s", 60),
         line("preparation begun again: looking at what is there", survey.seconds, "s", 60),
@@ -182,7 +202,9 @@ def write_shards(folder: Path, shards: int) -> None:
     from olora_ray.tokens.shard import Shard, file_bytes
 
     tokens = Tokens(np.arange(TOKENS, dtype=np.int32), np.ones(TOKENS, dtype=bool))
-    shard = Shard([tokens] * PACKS, list(range(PACKS)), [[number] for number in range(PACKS)], PACKS)
+    shard = Shard(
+        [tokens] * PACKS, list(range(PACKS)), [[number] for number in range(PACKS)], PACKS
+    )
     content = file_bytes(shard.table())
     sidecar = seal(shard.sidecar(content))
     assert json.loads(sidecar)["sha256"] == digest_bytes(content)
@@ -211,7 +233,9 @@ def look_at_store(folder: Path, rows: int, files: int) -> dict[str, float]:
     from olora_ray.tokens import prepare
 
     plan = made(folder, rows, files)
-    found = prepare.store_status(prepare.StoreSpec(plan, str(folder / "store"), str(folder / "runs")))
+    found = prepare.store_status(
+        prepare.StoreSpec(plan, str(folder / "store"), str(folder / "runs"))
+    )
     assert not found.missing
     return {}
 
@@ -240,7 +264,12 @@ def reject(folder: Path, rows: int, files: int) -> dict[str, float]:
 
     found = RejectedRows(made(folder / "few", files * UNIT_ROWS, files))
     total = int(rows * WRITTEN["rejected"])
-    entry = {"source": 0, "file": "/data/corpus/00000.jsonl", "reason": "too_long", "message": "4711 tokens"}
+    entry = {
+        "source": 0,
+        "file": "/data/corpus/00000.jsonl",
+        "reason": "too_long",
+        "message": "4711 tokens",
+    }
     for number, start in enumerate(range(0, total, 400)):
         found.put(number, [{**entry, "line": at} for at in range(start, min(start + 400, total))])
     found.write(str(folder / "rejected.jsonl"))

@@ -32,7 +32,16 @@ from olora_ray.adapter.methods import METHODS
 
 WORKER = str(Path(__file__).with_name("scaling_worker.py"))
 SIMULATED = (8, 64, 512, 4096)
-STATED = ("bandwidth", "latency", "message", "storage_rate", "notice", "between_failures", "checkpoint_every", "hours")
+STATED = (
+    "bandwidth",
+    "latency",
+    "message",
+    "storage_rate",
+    "notice",
+    "between_failures",
+    "checkpoint_every",
+    "hours",
+)
 """Stated costs; each one is an option."""
 Found = dict[str, Any]
 
@@ -42,10 +51,14 @@ def main() -> None:
     folder = model_folder(args.model, args.storage)
     print(machine())
     cores = os.cpu_count() or 1
-    threads = max(1, cores // max([workers for workers in args.workers if workers <= cores], default=1))
+    threads = max(
+        1, cores // max([workers for workers in args.workers if workers <= cores], default=1)
+    )
     measured = {workers: measure(workers, threads, folder, args) for workers in args.workers}
     print(measured_table(measured))
-    costs = replace(costs_of(measured[min(measured)], folder), **{name: getattr(args, name) for name in STATED})
+    costs = replace(
+        costs_of(measured[min(measured)], folder), **{name: getattr(args, name) for name in STATED}
+    )
     print(f"\n{stated(costs)}")
     share = largest_share(measured[min(measured)]["shapes"])
     print(simulated_table(costs, share))
@@ -59,7 +72,10 @@ def measure(workers: int, threads: int, folder: str, args: argparse.Namespace) -
             "folder": folder,
             "scratch": scratch,
             "launched": time.time(),
-            **{name: getattr(args, name) for name in ("dtype", "micro", "accumulated", "steps", "rows")},
+            **{
+                name: getattr(args, name)
+                for name in ("dtype", "micro", "accumulated", "steps", "rows")
+            },
         }
         processes = [
             subprocess.Popen(
@@ -74,7 +90,10 @@ def measure(workers: int, threads: int, folder: str, args: argparse.Namespace) -
     if any(process.returncode for process in processes):
         raise SystemExit(f"{workers} workers failed")
     found: list[Found] = [json.loads(output.splitlines()[-1]) for output in outputs]
-    slowest = {name: max(each[name] for each in found) for name in ("start", "step", "factor exchange", "exchange")}
+    slowest = {
+        name: max(each[name] for each in found)
+        for name in ("start", "step", "factor exchange", "exchange")
+    }
     return {**found[0], **slowest, "threads": threads}
 
 
@@ -84,7 +103,11 @@ def measured_table(measured: Mapping[int, Found]) -> str:
     rows = [
         (
             f"{workers} of {found['threads']} threads",
-            *(f"{found['start']:.1f}", f"{max(found['factors']):.3f}", f"{found['factor exchange']:.3f}"),
+            *(
+                f"{found['start']:.1f}",
+                f"{max(found['factors']):.3f}",
+                f"{found['factor exchange']:.3f}",
+            ),
             *(f"{found['step']:.2f}", f"{found['sequences'] / found['step'] / workers / rate:.0%}"),
             *(f"{found['exchange'] * 1000:.1f}", _said(workers, measured)),
             *(f"{found['blocked'] * 1000:.0f}", f"{found['written']:.2f}"),
@@ -103,7 +126,9 @@ def _said(workers: int, measured: Mapping[int, Found]) -> str:
     if two is None or workers <= 2:
         return "-"
     bandwidth = two["gradient bytes"] / max(1e-9, two["exchange"] - two["message"])
-    fitted = replace(costs_of(two, ""), latency=0.0, message=two["message"] / 2, bandwidth=bandwidth)
+    fitted = replace(
+        costs_of(two, ""), latency=0.0, message=two["message"] / 2, bandwidth=bandwidth
+    )
     return f"{exchanged(fitted, workers, fitted.gradient_bytes) * 1000:.1f}"
 
 
@@ -116,7 +141,9 @@ def costs_of(one: Found, folder: str) -> Costs:
         blocked=one["blocked"],
         written=one["written"],
         start=one["start"],
-        base_bytes=sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if folder else 0,
+        base_bytes=sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        if folder
+        else 0,
     )
 
 
@@ -150,8 +177,17 @@ def simulated_table(costs: Costs, share: Callable[[int], float]) -> str:
         rows.append(
             (
                 f"{workers:,}",
-                *(f"{found.initialisation:.2f}", f"{found.exchange * 1000:.1f}", f"{found.exchange / found.step:.1%}"),
-                *(f"{found.checkpoint:.2f}", f"{found.recovery:.0f}", f"{found.efficiency:.1%}", found.limit),
+                *(
+                    f"{found.initialisation:.2f}",
+                    f"{found.exchange * 1000:.1f}",
+                    f"{found.exchange / found.step:.1%}",
+                ),
+                *(
+                    f"{found.checkpoint:.2f}",
+                    f"{found.recovery:.0f}",
+                    f"{found.efficiency:.1%}",
+                    found.limit,
+                ),
             )
         )
     header = (
@@ -175,19 +211,28 @@ def limits(costs: Costs, share: Callable[[int], float]) -> list[str]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4]
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--micro", type=int, default=2, help="packs per micro-batch")
-    parser.add_argument("--accumulated", type=int, default=1, help="micro-batches per worker and step")
+    parser.add_argument(
+        "--accumulated", type=int, default=1, help="micro-batches per worker and step"
+    )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     for name in STATED:
         default = getattr(Costs, name)
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help="stated cost of the simulation"
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help="stated cost of the simulation",
         )
     return parser.parse_args()
 

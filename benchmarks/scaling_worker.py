@@ -55,7 +55,9 @@ def main() -> None:
     print("\n" + json.dumps(found), flush=True)
 
 
-def initialisation(settings: Config, folder: str) -> tuple[InitReport, dict[str, tuple[int, ...]], float]:
+def initialisation(
+    settings: Config, folder: str
+) -> tuple[InitReport, dict[str, tuple[int, ...]], float]:
     """Return the report of a second initialisation with warm caches, the shapes, and the load time."""
     model: Any = load_model(folder, settings.model, CPU)
     loaded = time.time()
@@ -65,12 +67,19 @@ def initialisation(settings: Config, folder: str) -> tuple[InitReport, dict[str,
     return report, {name: tuple(target.weight().shape) for name, target in targets.items()}, loaded
 
 
-def steps(trainer: Trainer, attention: str, settings: Config, job: dict[str, Any]) -> dict[str, Any]:
+def steps(
+    trainer: Trainer, attention: str, settings: Config, job: dict[str, Any]
+) -> dict[str, Any]:
     store = memory_store(make_rows(job["rows"]), LONGEST)
-    loader = StepLoader(store, settings.train, settings.run.seed, attention, job["rank"], job["workers"])
+    loader = StepLoader(
+        store, settings.train, settings.run.seed, attention, job["rank"], job["workers"]
+    )
     schedule = Schedule(settings.train.model_copy(update={"steps": job["steps"] + 1}), store)
     _, *counted = islice(trainer.steps(loader, 0, schedule), job["steps"] + 1)
-    return {"step": median(result.seconds for result in counted), "sequences": settings.train.global_batch}
+    return {
+        "step": median(result.seconds for result in counted),
+        "sequences": settings.train.global_batch,
+    }
 
 
 def exchanges(gradient: TreeSum) -> dict[str, float]:

@@ -67,7 +67,9 @@ WORDS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("record", "replay"))
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
@@ -154,7 +156,11 @@ def base(kind: int) -> Any:
         lines = []
         for _ in range(24):
             words = text(draw)
-            lines.append(draw.choice([f"{words} = {words}", f"{draw.randint(0, 99)} {words}", f"{words} {words}"]))
+            lines.append(
+                draw.choice(
+                    [f"{words} = {words}", f"{draw.randint(0, 99)} {words}", f"{words} {words}"]
+                )
+            )
         ids = torch.zeros(24, 64, dtype=torch.long)
         for row, line in enumerate(lines):
             piece = torch.tensor(list(f"{line}\n".encode())[:64]) + 1
@@ -174,8 +180,13 @@ def record(number: int) -> dict[str, Any]:
     rows = MemoryStore([pack(*task(draw)) for _ in range(STEPS * BATCH)])
     held_out = HeldOut([pack(*task(draw)) for _ in range(HELD_OUT)])
     # The automatic rate is far too low for models this small: the spaces lie around the best power of 4 times it.
-    coarse = [train(loss, rows, held_out, number, method, 16, 16, None, 4.0**power) for power in range(-1, 5)]
-    middle = min(coarse, key=lambda each: each["held_out"][-1] if each["ended"] else math.inf)["factor"]
+    coarse = [
+        train(loss, rows, held_out, number, method, 16, 16, None, 4.0**power)
+        for power in range(-1, 5)
+    ]
+    middle = min(coarse, key=lambda each: each["held_out"][-1] if each["ended"] else math.inf)[
+        "factor"
+    ]
     absolute, trials, auto = number % 2 == 1, [], None
     for trial in range(TRIALS):
         # The first trial is the unchanged config, as in a search.
@@ -187,9 +198,22 @@ def record(number: int) -> dict[str, Any]:
         auto = auto or found["lr"] / middle
         trials.append(found)
         print(
-            number, task.__name__, method, trial, rank, alpha, f"{found['lr']:.2e} {found['held_out'][-1]}", flush=True
+            number,
+            task.__name__,
+            method,
+            trial,
+            rank,
+            alpha,
+            f"{found['lr']:.2e} {found['held_out'][-1]}",
+            flush=True,
         )
-    return {"search": number, "task": task.__name__, "method": method, "middle": middle, "trials": trials}
+    return {
+        "search": number,
+        "task": task.__name__,
+        "method": method,
+        "middle": middle,
+        "trials": trials,
+    }
 
 
 def train(
@@ -221,7 +245,9 @@ def train(
     attention = loss.model.config._attn_implementation
     if rate is None:
         batch = collate(first_step.examples(rows[:8]), attention)
-        rate = factor * first_step.best_rate(first_step.moves(loss, adapted, batch), first.adapter.scale(), STEPS)
+        rate = factor * first_step.best_rate(
+            first_step.moves(loss, adapted, batch), first.adapter.scale(), STEPS
+        )
     trainer = Trainer(loss, adapted, settings(rate), CPU)
     loader = StepLoader(rows, trainer.config.train, seed, attention)
     losses, measured = [], [round(evaluate(trainer, held_out, attention), 5)]
@@ -251,8 +277,12 @@ def replay(searches: list[dict[str, Any]]) -> str:
     rules: dict[str, Callable[[], Any] | None] = {
         "each to the end": None,
         "training losses, 1 of 4: the default": lambda: rule({"train.lr": {"choice": [1e-3]}}),
-        "evaluations, 1 of 3": lambda: rule({"train.steps": {"choice": [STEPS]}}, reduction=3, grace=6),
-        "evaluations, 1 of 4": lambda: rule({"train.steps": {"choice": [STEPS]}}, reduction=4, grace=6),
+        "evaluations, 1 of 3": lambda: rule(
+            {"train.steps": {"choice": [STEPS]}}, reduction=3, grace=6
+        ),
+        "evaluations, 1 of 4": lambda: rule(
+            {"train.steps": {"choice": [STEPS]}}, reduction=4, grace=6
+        ),
         "the first 4 at random, to the end": None,
     }
     rows = []
@@ -264,7 +294,9 @@ def replay(searches: list[dict[str, Any]]) -> str:
         ]
         compute, behind = np.array(found).T
         shares = [f"{(behind <= limit).mean():.0%}" for limit in (0, 0.005, 0.01)]
-        rows.append((name, f"{compute.mean():.3f}", *shares, f"{behind.mean():.2%}", f"{behind.max():.1%}"))
+        rows.append(
+            (name, f"{compute.mean():.3f}", *shares, f"{behind.mean():.2%}", f"{behind.max():.1%}")
+        )
         if name.endswith("the default"):
             used, kept = compute.mean(), (behind <= 0.005).mean()
     titles = ("rule", "compute", "same winner", "within 0.5%", "within 1%", "behind", "at most")
@@ -300,11 +332,17 @@ def run(search: dict[str, Any], order: list[int], judge: Any) -> tuple[float, fl
     """The share of all steps, and how far the winner is behind the best trial, as a share of the best one's gain."""
     trials, done = search["trials"], dict[int, int]()
     for number in order:
-        stub = Trial("stub", stub=True, trial_name_creator=lambda _, number=number: trial_name(number))
+        stub = Trial(
+            "stub", stub=True, trial_name_creator=lambda _, number=number: trial_name(number)
+        )
         if judge:
             judge.on_trial_add(None, stub)
         parts = range(1, PARTS)
-        stopped = (part for part in parts if judge and judged(judge, stub, trials[number], part) == TrialScheduler.STOP)
+        stopped = (
+            part
+            for part in parts
+            if judge and judged(judge, stub, trials[number], part) == TrialScheduler.STOP
+        )
         done[number] = next(stopped, PARTS)
     last = [at(trial["held_out"], PARTS) for trial in trials]
     best = min(last)
@@ -316,7 +354,11 @@ def judged(judge: Any, stub: Any, trial: dict[str, Any], part: int) -> str:
     step = part * STEPS // PARTS
     latest = [at(trial["losses"], each) for each in range(STEPS) if step / 2 < each + 1 <= step]
     seen = {PROGRESS: WHOLE * part / PARTS, "eval/loss": at(trial["held_out"], part)}
-    return str(judge.on_trial_result(None, stub, {**seen, **({PAIRED: np.mean(latest)} if step in (6, 24) else {})}))
+    return str(
+        judge.on_trial_result(
+            None, stub, {**seen, **({PAIRED: np.mean(latest)} if step in (6, 24) else {})}
+        )
+    )
 
 
 def at(losses: list[float], index: int) -> float:

@@ -67,8 +67,12 @@ class Memory:
 
     @classmethod
     def now(cls) -> "Memory":
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        own, *mapped = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile", "RssShmem"))
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        own, *mapped = (
+            int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile", "RssShmem")
+        )
         return cls(own, own + sum(mapped))
 
     def above(self, start: "Memory") -> "Memory":
@@ -89,13 +93,18 @@ class Seen:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--layers", type=int, default=16, help="16 are 1.2 billion parameters")
     fast = pick_dtype(build_model(Path()), CPU) == torch.bfloat16
     length = 256 if fast else 8
     parser.add_argument(
-        "--length", type=int, default=length, help="tokens per sequence; a micro-batch has one sequence"
+        "--length",
+        type=int,
+        default=length,
+        help="tokens per sequence; a micro-batch has one sequence",
     )
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ways", default=f"fsdp,fsdp{AGAIN},ddp")
@@ -111,7 +120,10 @@ def main() -> None:
             f"{count / 1e9:.2f} billion parameters, {size / GIB:.2f} GiB; {args.workers} workers, {args.steps} steps of"
             f" a sequence of {args.length} tokens each"
         )
-        seen = {way: in_processes(partial(train, base, way, args), args.workers) for way in args.ways.split(",")}
+        seen = {
+            way: in_processes(partial(train, base, way, args), args.workers)
+            for way in args.ways.split(",")
+        }
         seen["one task"] = in_processes(partial(export, base), 1)
     rows = [
         row(f"{name}: {phase}", [each.peaks[phase] for each in found], size)
@@ -124,7 +136,9 @@ def main() -> None:
             print(near_a_share(way, seen[way], size, args))
     results = {each.result for found in seen.values() for each in found if each.result}
     equal = len(results) == 1
-    print(f"losses, gradients and adapters: {'equal' if equal else 'DIFFERENT'} ({' | '.join(sorted(results))})")
+    print(
+        f"losses, gradients and adapters: {'equal' if equal else 'DIFFERENT'} ({' | '.join(sorted(results))})"
+    )
     if not equal:
         raise SystemExit(1)
 
@@ -136,7 +150,10 @@ def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespac
     # Embeddings are mapped pages of the file, as for ddp. A gathered block exists twice for a moment, as received and
     # as weights, while the next block arrives.
     gathered = 3 * blocks // args.layers
-    own, adapter = max(peak.own for each in found for peak in each.peaks.values()), 4 * VECTORS * found[0].adapter
+    own, adapter = (
+        max(peak.own for each in found for peak in each.peaks.values()),
+        4 * VECTORS * found[0].adapter,
+    )
     planned = blocks // args.workers + gathered + adapter
     return (
         f"{way}: a worker has up to {own / GIB:.2f} GiB, {own / planned:.2f} times the expected memory (target at most"
@@ -147,7 +164,13 @@ def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespac
 
 def row(name: str, peaks: list[Memory], base: int) -> tuple[str, ...]:
     own, resident = max(each.own for each in peaks), max(each.resident for each in peaks)
-    return name, f"{own / GIB:.2f}", f"{own / base:.2f}", f"{resident / GIB:.2f}", f"{resident / base:.2f}"
+    return (
+        name,
+        f"{own / GIB:.2f}",
+        f"{own / base:.2f}",
+        f"{resident / GIB:.2f}",
+        f"{resident / base:.2f}",
+    )
 
 
 def in_processes(work: Callable[[int], Seen], workers: int) -> list[Seen]:
@@ -159,7 +182,9 @@ def in_processes(work: Callable[[int], Seen], workers: int) -> list[Seen]:
         for rank in range(workers):
             here, there = context.Pipe(duplex=False)
             processes.append(
-                context.Process(target=_in_group, args=(work, f"file://{folder}/group", rank, workers, there))
+                context.Process(
+                    target=_in_group, args=(work, f"file://{folder}/group", rank, workers, there)
+                )
             )
             processes[-1].start()
             there.close()
@@ -170,7 +195,9 @@ def in_processes(work: Callable[[int], Seen], workers: int) -> list[Seen]:
     return found
 
 
-def _in_group(work: Callable[[int], Seen], meeting: str, rank: int, workers: int, pipe: Any) -> None:
+def _in_group(
+    work: Callable[[int], Seen], meeting: str, rank: int, workers: int, pipe: Any
+) -> None:
     torch.set_num_threads(1)
     quiet_transformers()
     if workers > 1:
@@ -187,7 +214,12 @@ def config(base: Path, strategy: str, args: argparse.Namespace) -> Config:
             "model": {"name": str(base), "dtype": "bfloat16", "attention": "sdpa"},
             "data": {"train": [{"path": "unused.jsonl"}], "max_length": args.length},
             "adapter": {"rank": 16, "alpha": 16},
-            "train": {"steps": args.steps, "global_batch": args.workers, "micro_batch": 1, "lr": 1.0e-3},
+            "train": {
+                "steps": args.steps,
+                "global_batch": args.workers,
+                "micro_batch": 1,
+                "lr": 1.0e-3,
+            },
             "cluster": {"workers": args.workers, "strategy": strategy},
         }
     )
@@ -216,7 +248,9 @@ def train(base: Path, way: str, args: argparse.Namespace, rank: int) -> Seen:
         trainer = Trainer(loss, adapted, settings, CPU)
     with peak(seen, "train", start):
         loader = StepLoader(store, settings.train, settings.run.seed, "sdpa", rank, args.workers)
-        losses = [result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))]
+        losses = [
+            result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))
+        ]
     with peak(seen, "evaluate", start):
         losses.append(evaluate(trainer, store, "sdpa", rank, args.workers))
     with peak(seen, "adapter folder", start):
@@ -224,7 +258,10 @@ def train(base: Path, way: str, args: argparse.Namespace, rank: int) -> Seen:
         model = skeleton(BaseModel(str(base), str(base), ""), settings.model)
         folder = base.parent / f"adapter-{way}-{rank}"
         write_adapter(weights, settings.adapter, "base", folder, model)
-    digests = (trainer.flat.grad.numpy().tobytes(), (folder / "adapter_model.safetensors").read_bytes())
+    digests = (
+        trainer.flat.grad.numpy().tobytes(),
+        (folder / "adapter_model.safetensors").read_bytes(),
+    )
     told = ", ".join(hashlib.sha256(found).hexdigest()[:12] for found in digests)
     seen.adapter = trainer.flat.vector.numel()
     seen.result = f"{', '.join(f'{loss:.6f}' for loss in losses)}; {told}"
@@ -241,7 +278,11 @@ def export(base: Path, _: int) -> Seen:
 
 
 def build_model(base: Path) -> Any:
-    tree = {"run": {"name": "a"}, "model": {"name": str(base)}, "data": {"train": [{"path": "a.jsonl"}]}}
+    tree = {
+        "run": {"name": "a"},
+        "model": {"name": str(base)},
+        "data": {"train": [{"path": "a.jsonl"}]},
+    }
     return build(tree).model
 
 
@@ -265,7 +306,8 @@ class Rows(MemoryStore):
 def random_store(count: int, length: int) -> Rows:
     rng = np.random.default_rng(0)
     return Rows(
-        Pack(rng.integers(2, 128000, length).astype(np.int32), np.arange(length) > 0, (length,)) for _ in range(count)
+        Pack(rng.integers(2, 128000, length).astype(np.int32), np.arange(length) > 0, (length,))
+        for _ in range(count)
     )
 
 
@@ -286,7 +328,9 @@ def peak(seen: Seen, phase: str, start: Memory) -> Iterator[None]:
         thread.join()
         most = seen.peaks[phase] = found[0].most(Memory.now()).above(start)
         seconds = perf_counter() - began
-        print(f"{phase}: {most.own / GIB:.2f} GiB own, {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{phase}: {most.own / GIB:.2f} GiB own, {seconds:.0f} s", file=sys.stderr, flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ def starting(costs: Costs, workers: int) -> float:
     return costs.start + workers * costs.base_bytes / costs.storage_rate
 
 
-def first_limit(costs: Costs, largest_share: Callable[[int], float], most: int = 2**20) -> Times | None:
+def first_limit(
+    costs: Costs, largest_share: Callable[[int], float], most: int = 2**20
+) -> Times | None:
     """Return the times of the smallest power of two of workers with less than EFFICIENT of the time left, or None."""
     workers = 1
     while workers <= most:

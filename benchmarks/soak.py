@@ -23,21 +23,30 @@ from tests.recovery import hosts, soak
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--minutes", type=float, default=60.0, help="duration of the events; an untouched run comes first"
+        "--minutes",
+        type=float,
+        default=60.0,
+        help="duration of the events; an untouched run comes first",
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of the events")
     parser.add_argument("--logs", type=Path, help="folder for the output of the commands")
     args = parser.parse_args()
     if os.geteuid() != 0 or not hosts.possible():
         raise SystemExit("this benchmark needs root and network namespaces")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is removed then, too
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # what was started is removed then, too
     say = soak.timed(lambda text: print(text, file=sys.stderr, flush=True))
     with tempfile.TemporaryDirectory(prefix="olr-soak-", dir="/tmp") as folder:
         tiny = Path(folder) / "project"
         tiny.mkdir()
-        report = soak.soak(project.make_tiny(tiny), Path(folder), args.minutes, args.seed, say, args.logs)
+        report = soak.soak(
+            project.make_tiny(tiny), Path(folder), args.minutes, args.seed, say, args.logs
+        )
     print(f"\n{args.minutes:g} minutes, seed {args.seed}: {report.text()}")
     return 1 if report.problems else 0
 

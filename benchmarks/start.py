@@ -42,15 +42,28 @@ PEER = str(Path(__file__).with_name("start_of_peft.py"))
 PEER_BY_HAND = str(Path(__file__).with_name("start_of_torchtrainer.py"))
 LINES = {"imports, checks, plan": " model: ", "Ray": " ray: ", "tokens, MLflow": " training: "}
 """Phase -> text of the log line that ends it."""
-PLACED, LOADED, STEP = "workers' processes", "imports, process group, model, adapter", "self-test, first step"
+PLACED, LOADED, STEP = (
+    "workers' processes",
+    "imports, process group, model, adapter",
+    "self-test, first step",
+)
 ITEMS = (*LINES, PLACED, LOADED, STEP)
-OURS, STANDING, AGAIN = "ours", "ours, on a Ray that stands", "ours, driver killed, to the next step"
+OURS, STANDING, AGAIN = (
+    "ours",
+    "ours, on a Ray that stands",
+    "ours, driver killed, to the next step",
+)
 BY_HAND, BY_HAND_STANDING, ALONE = (
     "TorchTrainer and PEFT",
     "TorchTrainer and PEFT, there",
     "PEFT and Trainer, one process",
 )
-TARGETS = ((OURS, BY_HAND, 0.6), (STANDING, BY_HAND_STANDING, 0.5), (OURS, ALONE, 1.4), (AGAIN, OURS, 0.8))
+TARGETS = (
+    (OURS, BY_HAND, 0.6),
+    (STANDING, BY_HAND_STANDING, 0.5),
+    (OURS, ALONE, 1.4),
+    (AGAIN, OURS, 0.8),
+)
 """(What, beside what, at most so many times its seconds)."""
 IMPORTS = {
     "driver": "olora_ray.pipeline.run",
@@ -65,7 +78,9 @@ IMPORTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
@@ -94,13 +109,22 @@ def main() -> None:
 Seconds = dict[str, list[float]]
 
 
-def starts(storage: Path, folder: str, args: argparse.Namespace) -> tuple[list[dict[str, float]], Seconds]:
+def starts(
+    storage: Path, folder: str, args: argparse.Namespace
+) -> tuple[list[dict[str, float]], Seconds]:
     """Return seconds of each phase of our runs, and of whole starts; the first round prepares tokens and models."""
     phases, found = list[dict[str, float]](), Seconds({OURS: [], BY_HAND: [], ALONE: []})
     for turn in range(args.rounds + 1):
         seen = start(settings(storage, f"start-{turn}", args.workers), storage / f"start-{turn}")
-        one = {OURS: sum(seen.values()), BY_HAND: start_of_peer(folder, args.workers), ALONE: start_of_peer(folder)}
-        print(f"round {turn}: {', '.join(f'{name} {each:.1f} s' for name, each in one.items())}", file=sys.stderr)
+        one = {
+            OURS: sum(seen.values()),
+            BY_HAND: start_of_peer(folder, args.workers),
+            ALONE: start_of_peer(folder),
+        }
+        print(
+            f"round {turn}: {', '.join(f'{name} {each:.1f} s' for name, each in one.items())}",
+            file=sys.stderr,
+        )
         if turn:
             phases.append(seen)
             for name, each in one.items():
@@ -111,7 +135,13 @@ def starts(storage: Path, folder: str, args: argparse.Namespace) -> tuple[list[d
 def standing(storage: Path, folder: str, args: argparse.Namespace) -> Seconds:
     """Return the seconds to the first step on a Ray that stands; the first start of each there does not count."""
     port = get_free_port()
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+    ]
     command += ["--node-ip-address=127.0.0.1", f"--num-cpus={os.cpu_count()}"]
     found = Seconds({STANDING: [], BY_HAND_STANDING: []})
     with (
@@ -123,7 +153,9 @@ def standing(storage: Path, folder: str, args: argparse.Namespace) -> Seconds:
         try:
             for turn in range(args.rounds + 1):
                 file = settings(storage, f"standing-{turn}", args.workers)
-                found[STANDING].append(sum(start(file, storage / file.stem, address, head.pid).values()))
+                found[STANDING].append(
+                    sum(start(file, storage / file.stem, address, head.pid).values())
+                )
                 found[BY_HAND_STANDING].append(start_of_peer(folder, args.workers, address))
         finally:
             head.terminate()
@@ -179,8 +211,12 @@ def start(file: Path, folder: Path, address: str = "", head: int | None = None) 
     marks: dict[str, float] = {}
     command = [sys.executable, "pipelines/finetune.py", str(file)]
     environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        watch = threading.Thread(target=_watch, args=(process, head or process.pid, marks), daemon=True)
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        watch = threading.Thread(
+            target=_watch, args=(process, head or process.pid, marks), daemon=True
+        )
         watch.start()
         assert process.stdout
         lines = []
@@ -199,7 +235,9 @@ def start(file: Path, folder: Path, address: str = "", head: int | None = None) 
 
 def items(began: float, marks: Mapping[str, float]) -> dict[str, float]:
     times = [began, *(marks[item] for item in ITEMS)]
-    return {item: after - before for item, before, after in zip(ITEMS, times, times[1:], strict=False)}
+    return {
+        item: after - before for item, before, after in zip(ITEMS, times, times[1:], strict=False)
+    }
 
 
 def _watch(process: "subprocess.Popen[str]", ancestor: int, marks: dict[str, float]) -> None:
@@ -213,11 +251,18 @@ def _watch(process: "subprocess.Popen[str]", ancestor: int, marks: dict[str, flo
 def start_of_peer(folder: str, workers: int = 0, address: str = "") -> float:
     """Return the seconds until the first step: of TorchTrainer with so many workers, or of one process without Ray."""
     dtype = str(pick_dtype(Model(name=folder), torch.device("cpu"))).removeprefix("torch.")
-    command = [sys.executable, *([PEER_BY_HAND, folder, dtype, str(workers)] if workers else [PEER, folder, dtype])]
+    command = [
+        sys.executable,
+        *([PEER_BY_HAND, folder, dtype, str(workers)] if workers else [PEER, folder, dtype]),
+    ]
     # Ray asks for a token, and only our commands find that out.
-    environment = os.environ | ({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"} if address else {})
+    environment = os.environ | (
+        {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"} if address else {}
+    )
     began = time.time()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env=environment
+    )
     return float(done.stdout.split()[-1]) - began
 
 
@@ -240,7 +285,10 @@ def _spread(values: Sequence[float]) -> tuple[str, str, str]:
 
 
 def imports_table(rounds: int) -> str:
-    rows = [(name, f"{median(processor_seconds(what) for _ in range(rounds)):.2f}") for name, what in IMPORTS.items()]
+    rows = [
+        (name, f"{median(processor_seconds(what) for _ in range(rounds)):.2f}")
+        for name, what in IMPORTS.items()
+    ]
     return table(("imports", "CPU seconds"), rows)
 
 
@@ -251,7 +299,12 @@ def processor_seconds(modules: str) -> float:
 
 def _used(code: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -268,7 +321,12 @@ class Warm(Bench):
     def _space(self, scheduler: str | None, adapters: int) -> Space:
         space = super()._space(scheduler, adapters)
         # The first step has a checkpoint, and no evaluation comes before it.
-        fixed = {**space["set"], "train.eval_every": self.steps, "train.checkpoint_every": 1, "train.keep": self.steps}
+        fixed = {
+            **space["set"],
+            "train.eval_every": self.steps,
+            "train.checkpoint_every": 1,
+            "train.keep": self.steps,
+        }
         search = {"train.lr": {"loguniform": [1e-4, 2e-3]}}
         return {**space, "search": search, "set": fixed, "concurrency": self.side_by_side}
 

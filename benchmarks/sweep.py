@@ -41,10 +41,14 @@ MOST = 0.35
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--adapters", type=int, default=4, help="adapters per base model in the third table")
+    parser.add_argument(
+        "--adapters", type=int, default=4, help="adapters per base model in the third table"
+    )
     parser.add_argument("--storage", default="./runs", help="folder for the dequantised model")
     args = parser.parse_args()
     print(machine())
@@ -54,27 +58,66 @@ def main() -> None:
         alone = bench.alone()
         early = bench.search("early", scheduler=None, adapters=1)
         full = bench.search("full", scheduler="none", adapters=1)
-        shared = bench.search("shared", scheduler="none", adapters=args.adapters) if args.adapters > 1 else None
+        shared = (
+            bench.search("shared", scheduler="none", adapters=args.adapters)
+            if args.adapters > 1
+            else None
+        )
     rows = [
         ("a run of its own (finetune.py)", f"{alone:.1f}", "1.00"),
-        ("a trial with shared tokens, factors, baseline", f"{full.first:.1f}", f"{full.first / alone:.2f}"),
+        (
+            "a trial with shared tokens, factors, baseline",
+            f"{full.first:.1f}",
+            f"{full.first / alone:.2f}",
+        ),
     ]
     if shared:
-        rows.append((f"the same, {args.adapters} on one base", f"{shared.first:.1f}", f"{shared.first / alone:.2f}"))
+        rows.append(
+            (
+                f"the same, {args.adapters} on one base",
+                f"{shared.first:.1f}",
+                f"{shared.first / alone:.2f}",
+            )
+        )
     print(table(("start to first step", "seconds", "ratio"), rows))
     print(f"\nspared a trial, as the search counts it: {full.spared:.1f} s\n")
     ratio = early.seconds / full.seconds
     rows = [
         ("all to the end", f"{full.seconds:.0f}", "1.00", f"{full.best:.4f}", f"{full.steps}"),
-        ("stopped early", f"{early.seconds:.0f}", f"{ratio:.2f}", f"{early.best:.4f}", f"{early.steps}"),
+        (
+            "stopped early",
+            f"{early.seconds:.0f}",
+            f"{ratio:.2f}",
+            f"{early.best:.4f}",
+            f"{early.steps}",
+        ),
     ]
-    print(table((f"{args.trials} trials of {args.steps} steps", "seconds", "ratio", "best loss", "steps"), rows))
-    print(f"stopped early: {ratio:.2f} times the seconds of all to the end, target {MOST:g}: {met(ratio <= MOST)}")
+    print(
+        table(
+            (
+                f"{args.trials} trials of {args.steps} steps",
+                "seconds",
+                "ratio",
+                "best loss",
+                "steps",
+            ),
+            rows,
+        )
+    )
+    print(
+        f"stopped early: {ratio:.2f} times the seconds of all to the end, target {MOST:g}: {met(ratio <= MOST)}"
+    )
     if shared is None:
         return
     print()
     rows = [
-        ("each in a worker of its own", f"{full.seconds:.0f}", "1.00", f"{full.peak:,.0f}", f"{full.best:.4f}"),
+        (
+            "each in a worker of its own",
+            f"{full.seconds:.0f}",
+            "1.00",
+            f"{full.peak:,.0f}",
+            f"{full.best:.4f}",
+        ),
         (
             f"{args.adapters} adapters on each base",
             f"{shared.seconds:.0f}",
@@ -83,7 +126,12 @@ def main() -> None:
             f"{shared.best:.4f}",
         ),
     ]
-    print(table((f"{args.trials} trials, no scheduler", "seconds", "ratio", "peak MB", "best loss"), rows))
+    print(
+        table(
+            (f"{args.trials} trials, no scheduler", "seconds", "ratio", "peak MB", "best loss"),
+            rows,
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -128,8 +176,19 @@ class Bench:
     def alone(self) -> float:
         """Return seconds from the start of Ray's work in a single run to its first step, without prepared tokens."""
         storage = self._storage("alone")
-        changes = [f"train.steps={self.steps}", "train.log_every=1", "registry.model=null", "evaluation.scorer=null"]
-        command = [sys.executable, "pipelines/finetune.py", CONFIG, *self._changes(storage), *changes]
+        changes = [
+            f"train.steps={self.steps}",
+            "train.log_every=1",
+            "registry.model=null",
+            "evaluation.scorer=null",
+        ]
+        command = [
+            sys.executable,
+            "pipelines/finetune.py",
+            CONFIG,
+            *self._changes(storage),
+            *changes,
+        ]
         lines, _ = run([*command, "evaluation.samples=0"])
         begun = next(line for line in lines if " ray: " in line)
         first = next(line for line in lines if "step 1/" in line)

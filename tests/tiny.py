@@ -16,7 +16,10 @@ VOCABULARY = 96
 
 
 def llama(
-    vocab_size: int = VOCABULARY, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any
+    vocab_size: int = VOCABULARY,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Any:
     """A Llama with 2 layers and grouped heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +36,12 @@ def llama(
         "eos_token_id": 1,
         "pad_token_id": None,
     }
-    return _model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **(settings | changes)), attention, dtype)
+    return _model(
+        LlamaForCausalLM,
+        LlamaConfig(vocab_size=vocab_size, **(settings | changes)),
+        attention,
+        dtype,
+    )
 
 
 def gpt2(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -41,7 +49,13 @@ def gpt2(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=1
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     return _model(GPT2LMHeadModel, shape, attention, dtype)
 
@@ -130,7 +144,9 @@ class ListStore:
     digest = "list"
     windowed = False
 
-    def __init__(self, packs: Sequence[Any], sizes: Sequence[int] = (), arrived: int | None = None) -> None:
+    def __init__(
+        self, packs: Sequence[Any], sizes: Sequence[int] = (), arrived: int | None = None
+    ) -> None:
         self._packs = list(packs)
         self.sizes = list(sizes) or [len(packs)]
         self.shard_count = len(self.sizes)
@@ -153,7 +169,12 @@ class ListStore:
     @property
     def manifest(self) -> Counts:
         every = range(len(self))
-        return Counts(self.supervised(every), len(self), self.tokens(every), sum(len(x.segments) for x in self._packs))
+        return Counts(
+            self.supervised(every),
+            len(self),
+            self.tokens(every),
+            sum(len(x.segments) for x in self._packs),
+        )
 
     def refresh(self) -> None:
         """Look for more shards."""
@@ -197,10 +218,14 @@ class ListStore:
 def store(count: int = 8, seed: int = 0) -> ListStore:
     """Packs of uneven examples."""
     rng = np.random.default_rng(seed)
-    return ListStore([pack(*rng.integers(5, 17, 3).tolist(), seed=seed * 1000 + i) for i in range(count)])
+    return ListStore(
+        [pack(*rng.integers(5, 17, 3).tolist(), seed=seed * 1000 + i) for i in range(count)]
+    )
 
 
-def trainer(settings: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp") -> Any:
+def trainer(
+    settings: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp"
+) -> Any:
     """A Trainer over a tiny Llama with adapters on all linear layers."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
     from olora_ray.adapter.inject import find_targets, inject
@@ -212,7 +237,9 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
     adapter, device = settings.adapter, torch.device("cpu")
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
+    factors, _ = initialise(
+        targets, adapter.method, adapter.rank, settings.run.seed, device, options
+    )
     sizes = weight_sizes(targets, device) if settings.train.optimizer == "spectral" else {}
     adapted = inject(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     loss = SupervisedLoss(model)
@@ -221,7 +248,11 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
 
 
 def steps(
-    trainer: Any, packs: Any = None, count: int | None = None, start: int = 0, attention: str = "segments"
+    trainer: Any,
+    packs: Any = None,
+    count: int | None = None,
+    start: int = 0,
+    attention: str = "segments",
 ) -> Any:
     """The steps of this worker, from number `start` to `count`, or to the config's number."""
     from olora_ray.common import collectives
@@ -229,13 +260,17 @@ def steps(
 
     packs, train, seed = packs or store(), trainer.config.train, trainer.config.run.seed
     loader = StepLoader(packs, train, seed, attention, collectives.rank(), collectives.world_size())
-    return trainer.steps(loader, start, Schedule(train.model_copy(update={"steps": count or train.steps}), packs))
+    return trainer.steps(
+        loader, start, Schedule(train.model_copy(update={"steps": count or train.steps}), packs)
+    )
 
 
 def gradients(trainer: Any) -> list[torch.Tensor]:
     """Grows with each step by the gradient that the optimizer is given."""
     found: list[torch.Tensor] = []
-    trainer.optimizer.inner.register_step_pre_hook(lambda *_: found.append(trainer.flat.grad.clone()))
+    trainer.optimizer.inner.register_step_pre_hook(
+        lambda *_: found.append(trainer.flat.grad.clone())
+    )
     return found
 
 
@@ -276,4 +311,8 @@ def of_kind(kind: str, sizes: dict[str, Any]) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval().requires_grad_(False)
+        return (
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+            .eval()
+            .requires_grad_(False)
+        )

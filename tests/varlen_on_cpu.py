@@ -18,7 +18,9 @@ from torch import Tensor
 def varlen_on_cpu(wider: int = 0) -> Iterator[None]:
     """The kernel has a CPU version; it looks `wider` tokens too far back in a window."""
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, borders: Tensor, *rest: Any, **named: Any
+    ) -> tuple[Tensor, ...]:
         _check(q, v, borders, rest)
         out = torch.empty_like(q)
         for part in _segments(borders):
@@ -28,18 +30,34 @@ def varlen_on_cpu(wider: int = 0) -> Iterator[None]:
         return out, torch.zeros(q.shape[1], q.shape[0]), state, torch.zeros(0), torch.zeros(0)
 
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, _: Tensor, borders: Tensor, *rest: Any, **named: Any
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        _: Tensor,
+        borders: Tensor,
+        *rest: Any,
+        **named: Any,
     ) -> tuple[Tensor, ...]:
         found = [torch.empty_like(x) for x in (q, k, v)]
         for part in _segments(borders):
             weights, keys, values = _weights(q[part], k[part], v[part], rest, named, wider)
             g = grad[part].transpose(0, 1).float()
             of_weights = g @ values.mT
-            of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * named["scale"]
+            of_scores = (
+                weights
+                * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+                * named["scale"]
+            )
             of_keys, of_values = of_scores.mT @ q[part].transpose(0, 1).float(), weights.mT @ g
             for whole, piece in zip(found, (of_scores @ keys, of_keys, of_values), strict=True):
-                heads = whole.shape[1]  # each of grouped heads' keys and values has the sum over its queries
-                whole[part] = piece.view(heads, -1, *piece.shape[1:]).sum(1).transpose(0, 1).to(q.dtype)
+                heads = whole.shape[
+                    1
+                ]  # each of grouped heads' keys and values has the sum over its queries
+                whole[part] = (
+                    piece.view(heads, -1, *piece.shape[1:]).sum(1).transpose(0, 1).to(q.dtype)
+                )
         return tuple(found)
 
     library = torch.library.Library("aten", "IMPL")

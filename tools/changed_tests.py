@@ -26,13 +26,17 @@ def main(root: Path) -> None:
 def changed(root: Path) -> list[str]:
     """Return the files that differ from the commit at which the branch left main, and those that git does not know."""
     base = _git(root, "merge-base", "HEAD", "main") or ["HEAD"]
-    return _git(root, "diff", "--name-only", *base) + _git(root, "ls-files", "--others", "--exclude-standard")
+    return _git(root, "diff", "--name-only", *base) + _git(
+        root, "ls-files", "--others", "--exclude-standard"
+    )
 
 
 def tests_of(files: Iterable[str], tree: Tree) -> list[str]:
     folders = {folder for file in files for folder in _folders(PurePath(file), tree)}
     everything = not folders or "tests" in folders
-    return ["tests"] if everything else sorted(name for name in folders if (tree.root / name).is_dir())
+    return (
+        ["tests"] if everything else sorted(name for name in folders if (tree.root / name).is_dir())
+    )
 
 
 def _folders(file: PurePath, tree: Tree) -> Iterator[str]:
@@ -50,7 +54,9 @@ def _folders(file: PurePath, tree: Tree) -> Iterator[str]:
 
 
 def _git(root: Path, *arguments: str) -> list[str]:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.splitlines()
+    return subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True
+    ).stdout.splitlines()
 
 
 if __name__ == "__main__":

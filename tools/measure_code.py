@@ -28,9 +28,19 @@ Graph = Mapping[str, set[str]]
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", nargs="?", type=Path, default=ROOT, help="a tree with olora_ray/, tests/ and README.md")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is above its limit")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "root",
+        nargs="?",
+        type=Path,
+        default=ROOT,
+        help="a tree with olora_ray/, tests/ and README.md",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if a figure is above its limit"
+    )
     args = parser.parse_args(argv)
     tree = Tree(args.root)
     if not tree.modules:
@@ -60,7 +70,9 @@ class Module:
         code: set[int] = set()
         lines = self.text.split("\n")
         for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
-            if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#"):
+            if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith(
+                "#"
+            ):
                 comments.add(token.start[0])
             elif token.type not in _NO_CODE:
                 code.update(range(token.start[0], token.end[0] + 1))
@@ -85,7 +97,9 @@ class Tree:
         self.modules = _read(root, PACKAGE)
         self.tests = _read(root, "tests")
         self.recipes = _read(root, "pipelines")
-        self.imports = {name: _imported(name, one.tree, self.modules) for name, one in self.modules.items()}
+        self.imports = {
+            name: _imported(name, one.tree, self.modules) for name, one in self.modules.items()
+        }
         self.users: dict[str, set[str]] = defaultdict(set)
         for name, targets in self.imports.items():
             for target in targets:
@@ -98,7 +112,10 @@ def figures(tree: Tree) -> dict[str, int]:
     counts = [module.comments_and_code for module in filled.values()]
     tests = list(tree.tests.values())
     readme = tree.root / "README.md"
-    pages = {page: len(page.read_text(encoding="utf-8").split()) for page in (tree.root / "docs").rglob("*.md")}
+    pages = {
+        page: len(page.read_text(encoding="utf-8").split())
+        for page in (tree.root / "docs").rglob("*.md")
+    }
     recipes = [module.comments_and_code for module in tree.recipes.values()]
     return {
         "lines of code in package and pipelines": sum(code for _, code in (*counts, *recipes)),
@@ -108,18 +125,27 @@ def figures(tree: Tree) -> dict[str, int]:
             any(_package(user) != _package(name) for user in users[name]) for name in filled
         ),
         "modules with one importer, in the same folder": sum(
-            {_folder(user) for user in users[name]} == {_folder(name)} and len(users[name]) == 1 for name in filled
+            {_folder(user) for user in users[name]} == {_folder(name)} and len(users[name]) == 1
+            for name in filled
         ),
         "longest import chain": longest_chain(tree.imports),
-        "numeric constants of modules": sum(_numeric_constants(module.tree) for module in filled.values()),
-        "uses of Ray's private modules": sum(len(RAY_PRIVATE.findall(module.text)) for module in filled.values()),
+        "numeric constants of modules": sum(
+            _numeric_constants(module.tree) for module in filled.values()
+        ),
+        "uses of Ray's private modules": sum(
+            len(RAY_PRIVATE.findall(module.text)) for module in filled.values()
+        ),
         "names that cross packages": len(set(_crossing(tree.modules))),
-        "except clauses": sum(isinstance(node, ast.ExceptHandler) for node in _nodes(filled.values())),
+        "except clauses": sum(
+            isinstance(node, ast.ExceptHandler) for node in _nodes(filled.values())
+        ),
         "setattr of any kind in tests": sum(module.text.count(".setattr(") for module in tests),
         "private names in tests": sum(_private_names(module.tree) for module in tests),
         "lines of tests": sum(module.lines for module in tests),
         "lines of README": readme.read_text(encoding="utf-8").count("\n") if readme.exists() else 0,
-        "words of docs": sum(words for page, words in pages.items() if page.parent.name != "generated"),
+        "words of docs": sum(
+            words for page, words in pages.items() if page.parent.name != "generated"
+        ),
         "words of docs with generated pages": sum(pages.values()),
         "docstrings": sum(_docstrings(module.tree) for module in filled.values()),
         "lines of comments": sum(comments for comments, _ in counts),
@@ -185,7 +211,9 @@ def _imported(name: str, tree: ast.Module, modules: Mapping[str, Module]) -> set
         if isinstance(node, ast.Import):
             imports.update(_existing(alias.name, modules) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            imports.update(_existing(f"{node.module}.{alias.name}", modules) for alias in node.names)
+            imports.update(
+                _existing(f"{node.module}.{alias.name}", modules) for alias in node.names
+            )
     return imports - {"", name}
 
 
@@ -240,7 +268,10 @@ def _folder(name: str) -> str:
 
 def _numeric_constants(tree: ast.Module) -> int:
     return sum(
-        isinstance(target, ast.Name) and target.id.isupper() and value is not None and _is_numeric(value)
+        isinstance(target, ast.Name)
+        and target.id.isupper()
+        and value is not None
+        and _is_numeric(value)
         for target, value in _assignments(tree.body)
     )
 
@@ -276,12 +307,18 @@ def _private_names(tree: ast.Module) -> int:
 def _docstrings(tree: ast.Module) -> int:
     # A text below an attribute is not counted: in a config it is the help of the setting.
     owners = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    return sum(isinstance(node, owners) and ast.get_docstring(node) is not None for node in ast.walk(tree))
+    return sum(
+        isinstance(node, owners) and ast.get_docstring(node) is not None for node in ast.walk(tree)
+    )
 
 
 def _text_lines(tree: ast.Module) -> Iterator[int]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             yield from range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 

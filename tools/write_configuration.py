@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pipelines")]  # this tree first, because another release may be installed
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "pipelines"),
+]  # this tree first, because another release may be installed
 
 from pydantic.fields import FieldInfo  # noqa: E402
 
@@ -92,7 +95,16 @@ def schema(name: str) -> str:
 
 
 def page() -> str:
-    return "\n".join([INTRO, *(line for name, field in Config.model_fields.items() for line in _section(name, field))])
+    return "\n".join(
+        [
+            INTRO,
+            *(
+                line
+                for name, field in Config.model_fields.items()
+                for line in _section(name, field)
+            ),
+        ]
+    )
 
 
 def _section(name: str, field: FieldInfo) -> Iterator[str]:
@@ -107,9 +119,18 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
 def _table(section: type[Section]) -> str:
     lines = ["| field | type | default | description |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        value = command_line.default(field) if field.is_required() else f"`{command_line.default(field)}`"
+        value = (
+            command_line.default(field)
+            if field.is_required()
+            else f"`{command_line.default(field)}`"
+        )
         accepted = command_line.shape(field.annotation, field.metadata, _link)
-        cells = (f"`{field.alias or name}`", accepted, value, " ".join((field.description or "").split()))
+        cells = (
+            f"`{field.alias or name}`",
+            accepted,
+            value,
+            " ".join((field.description or "").split()),
+        )
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 

@@ -47,8 +47,13 @@ def main(argv: Sequence[str]) -> int:
 
 def constraints() -> str:
     """Return the installed packages as requirements, without build tags."""
-    versions = {canonical(package.metadata["Name"]): package.version.partition("+")[0] for package in distributions()}
-    return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()) if name != "olora-ray")
+    versions = {
+        canonical(package.metadata["Name"]): package.version.partition("+")[0]
+        for package in distributions()
+    }
+    return "".join(
+        f"{name}=={version}\n" for name, version in sorted(versions.items()) if name != "olora-ray"
+    )
 
 
 def resolved(uv: str, limits: str) -> str:
@@ -59,7 +64,13 @@ def resolved(uv: str, limits: str) -> str:
         command = [uv, "pip", "compile", "pyproject.toml", "--quiet", "--constraint", file.name]
         command += [word for extra in EXTRAS for word in ("--extra", extra)]
         command += ["--python-platform", PLATFORM, "--python-version", PYTHON]
-        command += ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+        command += [
+            "--generate-hashes",
+            "--no-header",
+            "--no-annotate",
+            "--no-emit-index-url",
+            "--no-emit-find-links",
+        ]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)  # uv has printed the reason
@@ -73,16 +84,28 @@ def locked(text: str) -> dict[str, str]:
 
 def licenses(pins: Mapping[str, str]) -> str:
     """Return a line per package: name, version, license."""
-    found = {canonical(package.metadata["Name"]): license_of(package.metadata) for package in distributions()}
-    rows = [f'{name},{version},"{found.get(name, "not installed here")}"\n' for name, version in sorted(pins.items())]
+    found = {
+        canonical(package.metadata["Name"]): license_of(package.metadata)
+        for package in distributions()
+    }
+    rows = [
+        f'{name},{version},"{found.get(name, "not installed here")}"\n'
+        for name, version in sorted(pins.items())
+    ]
     return "package,version,license\n" + "".join(rows)
 
 
 def license_of(metadata: PackageMetadata) -> str:
-    named = [each.rpartition(" :: ")[2] for each in metadata.get_all("Classifier") or () if each.startswith("License")]
+    named = [
+        each.rpartition(" :: ")[2]
+        for each in metadata.get_all("Classifier") or ()
+        if each.startswith("License")
+    ]
     named = [each for each in named if each != "OSI Approved"]
     text = str(metadata.json.get("license") or "").strip().partition("\n")[0]
-    return str(metadata.json.get("license_expression") or "; ".join(named) or text[:70] or "names none")
+    return str(
+        metadata.json.get("license_expression") or "; ".join(named) or text[:70] or "names none"
+    )
 
 
 def stamped(manifest: str, ray: str) -> str:

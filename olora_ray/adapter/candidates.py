@@ -35,12 +35,19 @@ def other_parts(model: nn.Module) -> dict[str, str]:
     """
     modules = dict(model.named_modules())
     shape: Any = getattr(model, "config", None)
-    get_text_config, get_decoder = getattr(shape, "get_text_config", None), getattr(model, "get_decoder", None)
+    get_text_config, get_decoder = (
+        getattr(shape, "get_text_config", None),
+        getattr(model, "get_decoder", None),
+    )
     if get_text_config is None or get_decoder is None or not _has_parts(get_text_config, shape):
         return {}
     decoder = get_decoder()
     inside = next((name for name, module in modules.items() if module is decoder), "")
-    around = {".".join(inside.split(".")[:depth]) for depth in range(len(inside.split(".")) + 1)} if inside else set()
+    around = (
+        {".".join(inside.split(".")[:depth]) for depth in range(len(inside.split(".")) + 1)}
+        if inside
+        else set()
+    )
     return {
         f"{parent}.{child}".lstrip("."): child.replace("_", " ")
         for parent in sorted(around - {inside})
@@ -119,11 +126,13 @@ HEAD = Reason("the output head", "output head", by_design=True)
 ROUTER = Reason("a router", "routers", by_design=True)
 GATE = Reason("a gate of one row", "gates of one row", by_design=True)
 READ = Reason(
-    "a layer whose weight the model's code reads directly", "layers whose weight the model's code reads directly"
+    "a layer whose weight the model's code reads directly",
+    "layers whose weight the model's code reads directly",
 )
 
 NOT_IN_PEFT = Reason(
-    "a layer that PEFT does not adapt in such a model", "layers that PEFT does not adapt in such a model"
+    "a layer that PEFT does not adapt in such a model",
+    "layers that PEFT does not adapt in such a model",
 )
 MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """PEFT refuses layers called out_proj in these families, and the whole adapter with them (peft.tuners.tuners_utils)."""
@@ -148,7 +157,9 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
     for name, module in modules.items():
         if is_linear(module):
             item = Candidate(Target(module, "weight", is_transposed(module)), name)
-            refused = HEAD if module is head else READ if _is_read(name, modules) else _refused(module)
+            refused = (
+                HEAD if module is head else READ if _is_read(name, modules) else _refused(module)
+            )
             unknown = family in MAMBA_TYPES and name.rpartition(".")[2] == "out_proj"
             aside = NOT_IN_PEFT if unknown else _aside(name, modules, blocks)
             maps[name] = replace(item, refused=refused, aside=aside)
@@ -171,7 +182,9 @@ def plain_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, item in candidates(model).items()
-        if type(item.target.module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
+        if type(item.target.module) is nn.Linear
+        and item.refused is None
+        and item.aside not in (ROUTER, GATE)
     ]
 
 
@@ -185,14 +198,19 @@ def _is_read(name: str, modules: dict[str, nn.Module]) -> bool:
 def _refused(module: nn.Module) -> Reason | None:
     if isinstance(module, QuantisedLinear):
         return None
-    weight = getattr(module, "weight", None)  # None with compressed-tensors, which replaces it by other parameters
+    weight = getattr(
+        module, "weight", None
+    )  # None with compressed-tensors, which replaces it by other parameters
     if isinstance(module, nn.Linear) and (
         not isinstance(weight, Tensor)
         or weight.dtype not in _FLOATS
         or weight.shape != (module.out_features, module.in_features)
     ):
         form = str(getattr(weight, "dtype", type(weight).__name__)).removeprefix("torch.")
-        return Reason(f"a layer with packed weights ({type(module).__name__}, {form})", "layers with packed weights")
+        return Reason(
+            f"a layer with packed weights ({type(module).__name__}, {form})",
+            "layers with packed weights",
+        )
     if not _computes_a_linear_map(module):
         what = f"{type(module).__name__}, which computes more than a linear map"
         return Reason(f"a {what}", what)
@@ -213,27 +231,44 @@ def _computes_a_linear_map(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             y = small(x)
-    except Exception:  # a linear layer takes any x: a module that fails here is none, whatever it raises
+    except (
+        Exception
+    ):  # a linear layer takes any x: a module that fails here is none, whatever it raises
         return False
-    return isinstance(y, Tensor) and y.shape == (4, 6) and torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
+    return (
+        isinstance(y, Tensor)
+        and y.shape == (4, 6)
+        and torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
+    )
 
 
 # The linear maps that "all-linear" leaves out.
 
 
-def _aside(name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]) -> Reason | None:
+def _aside(
+    name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]
+) -> Reason | None:
     module = modules[name]
-    weight = weight_facts(module) if isinstance(module, QuantisedLinear) else getattr(module, "weight", None)
+    weight = (
+        weight_facts(module)
+        if isinstance(module, QuantisedLinear)
+        else getattr(module, "weight", None)
+    )
     shape = getattr(weight, "shape", ())
     if len(shape) == 2 and 1 in shape:
         return GATE
     return ROUTER if _is_router(name, modules, blocks) else None
 
 
-def _is_router(name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]) -> bool:
+def _is_router(
+    name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]
+) -> bool:
     path = name.split(".")
     above = [".".join(path[:depth]) for depth in range(len(path), 0, -1)]
-    if any("Router" in type(modules[each]).__name__ or "Gating" in type(modules[each]).__name__ for each in above):
+    if any(
+        "Router" in type(modules[each]).__name__ or "Gating" in type(modules[each]).__name__
+        for each in above
+    ):
         return True
     module = modules[name]
     if not isinstance(module, nn.Linear):
@@ -265,7 +300,11 @@ def _mixtures(modules: dict[str, nn.Module]) -> Iterator[tuple[str, tuple[str, s
 def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
     count = getattr(module, "num_experts", None)
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 3 and len(parameter) > 1 and (len(parameter) == count or _named_experts(module)):
+        if (
+            parameter.dim() == 3
+            and len(parameter) > 1
+            and (len(parameter) == count or _named_experts(module))
+        ):
             yield name, len(parameter)
 
 
@@ -276,7 +315,11 @@ def _named_experts(module: nn.Module) -> bool:
 def stack(module: nn.Module, parameter: str) -> Target:
     # transformers' interface for experts says whether they are transposed. Modules without it store E x m x n, except
     # Llama 4's. A wrong guess does no harm: adapter/layer.py refuses a product that takes them the other way round.
-    declared = bool(module.is_transposed) if hasattr(module, "has_gate") and hasattr(module, "is_transposed") else None
+    declared = (
+        bool(module.is_transposed)
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+        else None
+    )
     transposed = type(module).__name__ == "Llama4TextExperts" if declared is None else declared
     return Target(module, parameter, transposed, len(getattr(module, parameter)))
 

@@ -51,13 +51,17 @@ def exchange(
     for worker, share in enumerate(shares):
         for name in share:
             item = own[name] if worker == collectives.rank() else _empty(*facts[name])
-            a0, b0 = (None if part is None else _sent(part, worker, device) for part in (item.a0, item.b0))
+            a0, b0 = (
+                None if part is None else _sent(part, worker, device) for part in (item.a0, item.b0)
+            )
             assert a0 is not None
             merged[name] = Factors(a0, b0, item.full_rank)
             for part in (a0, b0, torch.tensor([float(item.full_rank)])):
                 hasher.update(b"" if part is None else part.numpy().tobytes())
     if len(set(collectives.gather(hasher.digest()))) > 1:
-        raise RuntimeError("adapter factors differ between workers after their exchange: the network corrupted them")
+        raise RuntimeError(
+            "adapter factors differ between workers after their exchange: the network corrupted them"
+        )
     return merged, hasher.hexdigest()
 
 
@@ -66,7 +70,9 @@ def _facts(item: Factors) -> tuple[Shape, Shape | None, bool]:
 
 
 def _empty(shape_a0: Shape, shape_b0: Shape | None, full_rank: bool) -> Factors:
-    return Factors(torch.empty(shape_a0), None if shape_b0 is None else torch.empty(shape_b0), full_rank)
+    return Factors(
+        torch.empty(shape_a0), None if shape_b0 is None else torch.empty(shape_b0), full_rank
+    )
 
 
 def _sent(part: Tensor, worker: int, device: torch.device) -> Tensor:
@@ -102,10 +108,14 @@ def check_rank(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
             raise UserError(problem)
 
 
-def assign(shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "olora") -> list[list[str]]:
+def assign(
+    shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "olora"
+) -> list[list[str]]:
     """Return the layer names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
     cost_of = METHODS[method].cost
-    cost = {name: math.prod(experts) * cost_of(m, n, rank) for name, (*experts, m, n) in shapes.items()}
+    cost = {
+        name: math.prod(experts) * cost_of(m, n, rank) for name, (*experts, m, n) in shapes.items()
+    }
     load = [(0.0, worker) for worker in range(workers)]
     shares: list[list[str]] = [[] for _ in range(workers)]
     for name in sorted(shapes, key=lambda name: -cost[name]):
@@ -116,7 +126,12 @@ def assign(shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "
 
 
 def initialise(
-    targets: Mapping[str, Target], method: str, rank: int, seed: int, device: torch.device, options: Options = DEFAULTS
+    targets: Mapping[str, Target],
+    method: str,
+    rank: int,
+    seed: int,
+    device: torch.device,
+    options: Options = DEFAULTS,
 ) -> tuple[dict[str, Factors], InitReport]:
     """Compute A~ and B~ of every target, for scale 1 (see `at_scale`).
 
@@ -131,7 +146,9 @@ def initialise(
     start = time.perf_counter()
     mine = shares[collectives.rank()]
     own = collectives.together(
-        lambda: {name: _compute(name, targets[name], use, rank, seed, device, options) for name in mine}
+        lambda: {
+            name: _compute(name, targets[name], use, rank, seed, device, options) for name in mine
+        }
     )
     seconds = time.perf_counter() - start
 
@@ -155,14 +172,25 @@ def at_scale(factors: Mapping[str, Factors], adapter: Adapter) -> dict[str, Fact
 
 @torch.no_grad()
 def _compute(
-    name: str, target: Target, method: Method, rank: int, seed: int, device: torch.device, options: Options
+    name: str,
+    target: Target,
+    method: Method,
+    rank: int,
+    seed: int,
+    device: torch.device,
+    options: Options,
 ) -> Factors:
     # The seed depends on the layer's name and not on the worker, so that any number of workers gives the same factors.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-    parts = [method.factors(numbers, rank, layer_seed + first, options) for first, numbers in _numbers(target, device)]
+    parts = [
+        method.factors(numbers, rank, layer_seed + first, options)
+        for first, numbers in _numbers(target, device)
+    ]
     factors = parts[0] if target.experts is None else _together(parts)
     if not all(torch.isfinite(part).all() for part in (factors.a0, factors.b0) if part is not None):
-        raise UserError(f"model.name: the weight of {name} has NaN or infinite values; use another copy of the model")
+        raise UserError(
+            f"model.name: the weight of {name} has NaN or infinite values; use another copy of the model"
+        )
     return factors
 
 
@@ -185,7 +213,10 @@ def weight_sizes(targets: Mapping[str, Target], device: torch.device) -> dict[st
     """
 
     def share() -> dict[str, list[float]]:
-        return {name: _sizes(targets[name], device) for name in list(targets)[collectives.rank() :: workers]}
+        return {
+            name: _sizes(targets[name], device)
+            for name in list(targets)[collectives.rank() :: workers]
+        }
 
     workers = collectives.world_size()
     found: dict[str, list[float]] = {}
@@ -195,7 +226,9 @@ def weight_sizes(targets: Mapping[str, Target], device: torch.device) -> dict[st
 
 
 def _sizes(target: Target, device: torch.device) -> list[float]:
-    sizes = torch.cat([numbers.norm(dim=(-2, -1)).reshape(-1) for _, numbers in _numbers(target, device)])
+    sizes = torch.cat(
+        [numbers.norm(dim=(-2, -1)).reshape(-1) for _, numbers in _numbers(target, device)]
+    )
     # The last bits of a norm depend on the number of threads.
     return [float(f"{size:.3g}") for size in (sizes / min(target.shape) ** 0.5).tolist()]
 
@@ -203,7 +236,9 @@ def _sizes(target: Target, device: torch.device) -> list[float]:
 def _together(chunks: list[Factors]) -> Factors:
     b0 = [chunk.b0 for chunk in chunks if chunk.b0 is not None]
     return Factors(
-        torch.cat([chunk.a0 for chunk in chunks]), torch.cat(b0) if b0 else None, all(c.full_rank for c in chunks)
+        torch.cat([chunk.a0 for chunk in chunks]),
+        torch.cat(b0) if b0 else None,
+        all(c.full_rank for c in chunks),
     )
 
 
@@ -214,7 +249,11 @@ TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
 
 
 def write_factors(
-    folder_uri: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int, prefix: bool = True
+    folder_uri: str,
+    factors: Mapping[str, Factors],
+    origin: Mapping[str, str],
+    rank: int,
+    prefix: bool = True,
 ) -> None:
     """Write factors into the folder `folder_uri`. `origin` identifies their inputs; `prefix` is the method's."""
     parts: dict[str, Tensor] = {}
@@ -223,8 +262,12 @@ def write_factors(
         if item.b0 is not None:
             parts[f"{name}.b0"] = item.b0
     with tempfile.TemporaryDirectory(prefix="olora-factors-") as folder:
-        save_file({name: part.contiguous().cpu() for name, part in parts.items()}, Path(folder) / TENSORS)
-        storage.write_bytes(storage.join(folder_uri, TENSORS), (Path(folder) / TENSORS).read_bytes())
+        save_file(
+            {name: part.contiguous().cpu() for name, part in parts.items()}, Path(folder) / TENSORS
+        )
+        storage.write_bytes(
+            storage.join(folder_uri, TENSORS), (Path(folder) / TENSORS).read_bytes()
+        )
     # Factors that the weight does not determine are not reused at a smaller rank: computed there, the arbitrary part
     # may differ from the first columns kept here.
     whole = all(item.full_rank for item in factors.values())
@@ -248,7 +291,9 @@ def _description(folder_uri: str, origin: Mapping[str, str], rank: int) -> dict[
     return described if enough else None
 
 
-def read_factors(folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
+def read_factors(
+    folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]
+) -> dict[str, Factors] | None:
     """Return the factors of these layers at `rank`; None if missing, of another origin, or of too small a rank."""
     description = _description(folder_uri, origin, rank)
     if description is None:
@@ -263,7 +308,9 @@ def read_factors(folder_uri: str, origin: Mapping[str, str], rank: int, names: l
             return {
                 name: Factors(
                     _first(file.get_slice(f"{name}.a0"), -2, limit),
-                    _first(file.get_slice(f"{name}.b0"), -1, limit) if f"{name}.b0" in keys else None,
+                    _first(file.get_slice(f"{name}.b0"), -1, limit)
+                    if f"{name}.b0" in keys
+                    else None,
                 )
                 for name in names
             }

@@ -13,7 +13,13 @@ from typing import Any
 from torch import nn
 
 from olora_ray.adapter.candidates import Candidate, Reason, Target, candidates, stack
-from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedStack, AdaptedWeight, Factors
+from olora_ray.adapter.layer import (
+    AdaptedExperts,
+    AdaptedLinear,
+    AdaptedStack,
+    AdaptedWeight,
+    Factors,
+)
 from olora_ray.common.errors import UserError, as_user_error
 
 # The weights that `adapter.targets` means.
@@ -49,17 +55,23 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
         linear = [name for name, reason in reasons.items() if reason is None]
         # If all layers are too small they stay chosen, so that the error below names the rank and not the targets.
         chosen = [name for name in linear if rank <= min(maps[name].target.shape)] or linear
-        left_out = {name: reason or too_small for name, reason in reasons.items() if name not in chosen}
+        left_out = {
+            name: reason or too_small for name, reason in reasons.items() if name not in chosen
+        }
     else:
         named = {name for entry in targets for name in _matches(entry, maps)}
         chosen = [name for name in maps if name in named]
         left_out = {}
         for name in chosen:
             if refused := maps[name].refused:
-                raise UserError(f"adapter.targets: {name!r} is {refused.what}, which cannot be adapted; leave it out")
+                raise UserError(
+                    f"adapter.targets: {name!r} is {refused.what}, which cannot be adapted; leave it out"
+                )
     if not chosen:
         kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
-        raise UserError(f"adapter.targets: the model has no linear layer to adapt{f', only {kinds}' if kinds else ''}")
+        raise UserError(
+            f"adapter.targets: the model has no linear layer to adapt{f', only {kinds}' if kinds else ''}"
+        )
     selected = {name: maps[name].target for name in chosen}
     for name, target in selected.items():
         m, n = target.shape
@@ -73,8 +85,15 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
 
 def _matches(entry: str, maps: Mapping[str, Candidate]) -> list[str]:
     # An entry may also name the module of experts, which selects each of its weights.
-    names = {name: [name] if item.target.experts is None else [name, item.module_name] for name, item in maps.items()}
-    matched = [name for name, known in names.items() if any(f".{each}".endswith(f".{entry}") for each in known)]
+    names = {
+        name: [name] if item.target.experts is None else [name, item.module_name]
+        for name, item in maps.items()
+    }
+    matched = [
+        name
+        for name, known in names.items()
+        if any(f".{each}".endswith(f".{entry}") for each in known)
+    ]
     if not matched:
         with as_user_error(f"adapter.targets: {entry!r} is not a regular expression", re.error):
             matched = [name for name in maps if re.fullmatch(entry, name)]
@@ -105,10 +124,16 @@ def wrap(
     share one base model: the model uses the set that was installed last.
     """
     model.requires_grad_(False)
-    return {name: _adapter(model, name, start, scale, dropout) for name, start in factors.items() if start.rank}
+    return {
+        name: _adapter(model, name, start, scale, dropout)
+        for name, start in factors.items()
+        if start.rank
+    }
 
 
-def _adapter(model: nn.Module, name: str, start: Factors, scale: float, dropout: float) -> AdaptedWeight:
+def _adapter(
+    model: nn.Module, name: str, start: Factors, scale: float, dropout: float
+) -> AdaptedWeight:
     if start.a0.dim() == 2:
         return AdaptedLinear(_base(model.get_submodule(name)), start, scale, dropout, name)
     module, _, parameter = name.rpartition(".")
@@ -136,10 +161,16 @@ def install(model: nn.Module, adapted: Mapping[str, AdaptedWeight]) -> None:
 def _find_siblings(parent: nn.Module) -> None:
     # Only layers of the same form are computed together; the layer itself checks whether its input is the same.
     for names in called_together(type(parent).forward):
-        layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), AdaptedLinear)]
+        layers = [
+            layer
+            for name in names
+            if isinstance(layer := getattr(parent, name, None), AdaptedLinear)
+        ]
         for layer in layers:
             form = layer.form()
-            layer.siblings = tuple(other for other in layers if form is not None and other.form() == form)
+            layer.siblings = tuple(
+                other for other in layers if form is not None and other.form() == form
+            )
 
 
 @cache
@@ -150,16 +181,24 @@ def called_together(forward: Callable[..., Any]) -> list[list[str]]:
     result depends on no earlier input.
     """
     try:
-        code = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))))
+        code = list(
+            ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))))
+        )
     except (OSError, TypeError, SyntaxError):
         return []
-    set_at = [(part.id, part.lineno) for part in code if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+    set_at = [
+        (part.id, part.lineno)
+        for part in code
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+    ]
     groups: dict[tuple[str, int], set[str]] = defaultdict(set)
     for part in code:
         match part:
             case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(x)], []):
                 # The variable may have another value after each line that sets it.
-                groups[x, sum(known == x and line < part.lineno for known, line in set_at)].add(name)
+                groups[x, sum(known == x and line < part.lineno for known, line in set_at)].add(
+                    name
+                )
     return [sorted(names) for names in groups.values() if len(names) > 1]
 
 

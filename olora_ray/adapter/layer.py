@@ -71,7 +71,9 @@ class AdapterWeights:
         return torch.cat([a0, self.da], dim=-2), torch.cat([self.db, b0 + self.db], dim=-1)
 
 
-def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def joined(
+    da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return (down, up) of one weight: computed in float32, rounded once to `dtype`."""
     if b0 is None:
         down, up = a0 + da, db
@@ -107,7 +109,9 @@ class _Adapted(torch.autograd.Function):
         entered: Tensor = x if inner is None else inner
         hidden = entered.reshape(-1, down.shape[1]) @ down.T
         # Detached, because an output that is a view could not be changed in place.
-        outputs = [F.linear(x, base.weight, base.bias).detach() for base in bases] if y is None else [y]
+        outputs = (
+            [F.linear(x, base.weight, base.bias).detach() for base in bases] if y is None else [y]
+        )
         for output, part, up in zip(outputs, hidden.chunk(len(ups), 1), ups, strict=True):
             output.view(-1, len(up)).addmm_(part, up.T, alpha=scale)
         if y is not None:
@@ -134,13 +138,18 @@ class _Adapted(torch.autograd.Function):
                 continue
             g, up = grad.reshape(-1, grad.shape[-1]), ups[number]
             part.addmm_(g, up, beta=0, alpha=ctx.scale)  # with beta=0 its old numbers do not count
-            trained[2 * number + 1] = up.new_empty(len(up), rank).addmm_(g.T, of_db[:, number], beta=0, alpha=ctx.scale)
+            trained[2 * number + 1] = up.new_empty(len(up), rank).addmm_(
+                g.T, of_db[:, number], beta=0, alpha=ctx.scale
+            )
             if ctx.needs_input_grad[1]:
                 weight = ctx.bases[number].weight
                 grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
         of_da = grad_hidden.view(halves.shape)[:, :, -1].reshape(len(hidden), count * rank)
         grad_da = of_da.T @ entered.reshape(-1, down.shape[1])
-        trained[::2] = [None if grad is None else part for grad, part in zip(grads, grad_da.split(rank), strict=True)]
+        trained[::2] = [
+            None if grad is None else part
+            for grad, part in zip(grads, grad_da.split(rank), strict=True)
+        ]
         if ctx.needs_input_grad[2]:
             grad_inner = (grad_hidden @ down).view(entered.shape)
         elif grad_x is not None:
@@ -159,7 +168,9 @@ def _add_in_place(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
     return None
 
 
-def add_low_rank(y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def add_low_rank(
+    y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float
+) -> Tensor:
     """Add s up (down x) to y (..., m), in place, for x (..., n); `joined` computes down and up from da and db."""
     adapted: Any = _Adapted  # torch leaves `apply` untyped
     result: tuple[Tensor] = adapted.apply(y, None, x, (), down, (up,), scale, False, da, db)
@@ -227,7 +238,9 @@ class AdaptedWeight(nn.Module):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def weights(self) -> AdapterWeights:
-        return AdapterWeights(Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach())
+        return AdapterWeights(
+            Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach()
+        )
 
 
 class TakenWeight(NotImplementedError, AttributeError):
@@ -244,21 +257,36 @@ class WeightFacts:
     layer: str = "a layer"
 
     def __getattr__(self, name: str) -> Any:
-        raise TakenWeight(f"{self.layer}: adapters do not support .weight.{name}, which the model's code uses")
+        raise TakenWeight(
+            f"{self.layer}: adapters do not support .weight.{name}, which the model's code uses"
+        )
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
-        facts = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, WeightFacts))
+        facts = next(
+            arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, WeightFacts)
+        )
         name = getattr(func, "__name__", func)
-        raise TakenWeight(f"{facts.layer}: adapters do not support {name} of a weight, which the model's code uses")
+        raise TakenWeight(
+            f"{facts.layer}: adapters do not support {name} of a weight, which the model's code uses"
+        )
 
 
 class AdaptedLinear(AdaptedWeight):
     def __init__(
-        self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0, name: str = "a layer"
+        self,
+        base: nn.Module,
+        factors: Factors,
+        scale: float,
+        dropout: float = 0.0,
+        name: str = "a layer",
     ) -> None:
         super().__init__(factors, out_features(base), scale, dropout)
         self.base, self.name = base, name
@@ -311,7 +339,9 @@ class AdaptedLinear(AdaptedWeight):
         trained = (part for layer in layers for part in (layer.da, layer.db))
         adapted: Any = _Adapted  # torch leaves `apply` untyped
         down: Tensor = layers[0].all_down(made)
-        outputs: tuple[Tensor, ...] = adapted.apply(None, x, dropped, bases, down, ups, self.scale, sums, *trained)
+        outputs: tuple[Tensor, ...] = adapted.apply(
+            None, x, dropped, bases, down, ups, self.scale, sums, *trained
+        )
         for layer, used, y in zip(layers, made, outputs, strict=True):
             if layer is not self:
                 layer._given = x, (x._version, x.requires_grad), used, y
@@ -355,7 +385,11 @@ def weight_facts(module: nn.Module) -> WeightFacts:
 
 
 def out_features(module: nn.Module) -> int:
-    return int(module.out_features) if isinstance(module, nn.Linear) else int(weight_facts(module).shape[1])
+    return (
+        int(module.out_features)
+        if isinstance(module, nn.Linear)
+        else int(weight_facts(module).shape[1])
+    )
 
 
 # Adapters for the experts of a mixture whose weights are one parameter: E x m x n, or E x n x m.
@@ -375,7 +409,9 @@ def out_features(module: nn.Module) -> int:
 class AdaptedStack(AdaptedWeight):
     """The adapters of all experts: da is E x r x n, db is E x m x r. AdaptedExperts computes with them."""
 
-    def __init__(self, factors: Factors, m: int, stored_transposed: bool, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, factors: Factors, m: int, stored_transposed: bool, scale: float, dropout: float = 0.0
+    ) -> None:
         super().__init__(factors, m, scale, dropout)
         self.stored_transposed = stored_transposed
 
@@ -392,7 +428,11 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         stand_ins = {
-            name: _Stack(getattr(self.base, name), self.get_submodule(name), f"{type(self.base).__name__}.{name}")
+            name: _Stack(
+                getattr(self.base, name),
+                self.get_submodule(name),
+                f"{type(self.base).__name__}.{name}",
+            )
             for name in self.adapted
         }
         # Attributes in the module's own __dict__ hide its parameters, which stay registered.
@@ -415,7 +455,11 @@ class _StandIn:
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
         stand_ins = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _StandIn)]
@@ -478,13 +522,17 @@ class _Stack(_StandIn):
         stack = self.stack
         inner = stack.dropped_out(x)
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
-        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, *stack.joined(inner.dtype), ends, stack.scale)
+        result: Tensor = low_rank.apply(
+            y, inner, stack.da, stack.db, *stack.joined(inner.dtype), ends, stack.scale
+        )
         return result
 
 
 class _Gathered(_StandIn):
     def __init__(self, whole: _Stack, experts: Tensor) -> None:
-        super().__init__(whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed)
+        super().__init__(
+            whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed
+        )
         self._whole, self._experts = whole, experts
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
@@ -500,7 +548,15 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, ends: Tensor, scale: float
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        da: Tensor,
+        db: Tensor,
+        down: Tensor,
+        up: Tensor,
+        ends: Tensor,
+        scale: float,
     ) -> Tensor:
         hidden = _by_expert(x, down.mT, ends)
         y.add_(_by_expert(hidden, up.mT, ends), alpha=scale)
@@ -516,20 +572,36 @@ class _GroupedLowRank(torch.autograd.Function):
         grad_hidden = _by_expert(grad, up, ends) * ctx.scale
         grad_x = _by_expert(grad_hidden, down, ends) if ctx.needs_input_grad[1] else None
         if down.shape[1] > ctx.rank:
-            grad_hidden, hidden = grad_hidden[:, ctx.rank :], hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
-        grad_da, grad_db = _by_expert(grad_hidden.T, x, ends), _by_expert(grad.T, hidden, ends).float() * ctx.scale
+            grad_hidden, hidden = (
+                grad_hidden[:, ctx.rank :],
+                hidden[:, : ctx.rank] + hidden[:, ctx.rank :],
+            )
+        grad_da, grad_db = (
+            _by_expert(grad_hidden.T, x, ends),
+            _by_expert(grad.T, hidden, ends).float() * ctx.scale,
+        )
         # Kernels promise no result for an expert without rows.
         without = (ends == torch.cat([ends.new_zeros(1), ends[:-1]]))[:, None, None]
-        return grad, grad_x, grad_da.float().masked_fill_(without, 0), grad_db.masked_fill_(without, 0), *[None] * 4
+        return (
+            grad,
+            grad_x,
+            grad_da.float().masked_fill_(without, 0),
+            grad_db.masked_fill_(without, 0),
+            *[None] * 4,
+        )
 
 
 def _by_expert(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Return each expert's product: of rows of a (T x n) and its part of b (E x n x m), or of columns and rows."""
     # The kernels take rows that start at multiples of 16 bytes. Fake tensors (train/fake_model.py) have no kernels.
     fake = type(a) is not Tensor
-    starts = [start for part in (a, b) for start in (part.storage_offset(), *part.stride()) if start != 1]
+    starts = [
+        start for part in (a, b) for start in (part.storage_offset(), *part.stride()) if start != 1
+    ]
     fits = fake or not any(start * a.itemsize % 16 for start in starts)
-    runs = a.device.type == "cpu" or (a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 0))
+    runs = a.device.type == "cpu" or (
+        a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 0)
+    )
     product = getattr(F, "grouped_mm", torch._grouped_mm if fake else None)  # since torch 2.10
     if product is not None and fits and runs:
         return product(a, b, offs=ends)
@@ -579,7 +651,9 @@ def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -
     return weight.add(y, x, named["offs"])
 
 
-_PRODUCTS: dict[tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]] = {
+_PRODUCTS: dict[
+    tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]
+] = {
     ("linear", 1): _linear,
     ("matmul", 1): _matmul,
     ("bmm", 1): _batched,

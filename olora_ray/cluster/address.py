@@ -70,12 +70,16 @@ def _version_with_token(address: str, our_mode: str, timeout: float) -> str:
         raise PermissionError(f"requires a token, but {MODE}=disabled is set here: unset it")
     token = known()
     if token is None:
-        raise PermissionError(f"requires a token, but {_file()} has none: copy the head's token there")
+        raise PermissionError(
+            f"requires a token, but {_file()} has none: copy the head's token there"
+        )
     try:
         return ray_internals.version_at(address, token, timeout)
     except PermissionError:
         source = TOKEN if os.environ.get(TOKEN) else _file()
-        raise PermissionError(f"rejects the token of {source}: copy the head's token there") from None
+        raise PermissionError(
+            f"rejects the token of {source}: copy the head's token there"
+        ) from None
 
 
 def join(address: str, timeout: float) -> None:
@@ -94,7 +98,9 @@ def make_own() -> None:
     file, token = _file(), secrets.token_hex(32)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".auth_token-") as complete:  # mode 0600
+        with tempfile.NamedTemporaryFile(
+            "w", dir=file.parent, prefix=".auth_token-"
+        ) as complete:  # mode 0600
             complete.write(token)
             complete.flush()
             with contextlib.suppress(FileExistsError):  # another run was faster: its token is used
@@ -164,9 +170,13 @@ def _refuse_other_version(address: str, patience: float) -> None:
     try:
         version, _ = agreed(address, patience)
     except ConnectionError as error:
-        raise UserError(f"{name(address)}: no Ray head answers there ({error}); correct the address") from None
+        raise UserError(
+            f"{name(address)}: no Ray head answers there ({error}); correct the address"
+        ) from None
     except PermissionError as error:
-        raise UserError(f"{name(address)}: {error}, or set {_VARIABLE}={OWN} to start a Ray for this run") from None
+        raise UserError(
+            f"{name(address)}: {error}, or set {_VARIABLE}={OWN} to start a Ray for this run"
+        ) from None
     if version not in ("", ray.__version__):
         raise UserError(
             f"{name(address)}: runs Ray {version}, here it is {ray.__version__}: install the same version on all nodes,"
@@ -175,7 +185,11 @@ def _refuse_other_version(address: str, patience: float) -> None:
 
 
 def name(address: str) -> str:
-    return f"{_VARIABLE}={address}" if _from_environment() else f"the Ray started on this machine, at {address}"
+    return (
+        f"{_VARIABLE}={address}"
+        if _from_environment()
+        else f"the Ray started on this machine, at {address}"
+    )
 
 
 def _silence(address: str) -> str | None:
@@ -242,7 +256,9 @@ def _start(**settings: Any) -> None:
     # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run code. A
     # user who wants the dashboard starts Ray before the run.
     # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
-    with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError):
+    with as_user_error(
+        "RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError
+    ):
         ray.init(address=OWN, include_dashboard=False, **settings)
 
 
@@ -252,8 +268,13 @@ def join_or_start() -> bool:
     logger.info("starting Ray" if own else f"connecting to {name(target)}")
     # The environment of a submitted job overrides ours. The processes of an own Ray inherit it, because to make a
     # runtime environment takes Ray a second.
-    variables = ray_internals.beside_job({**ENVIRONMENT, ALLOCATOR: os.environ.get(ALLOCATOR, SEGMENTS)})
-    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": None if own else {"env_vars": variables}}
+    variables = ray_internals.beside_job(
+        {**ENVIRONMENT, ALLOCATOR: os.environ.get(ALLOCATOR, SEGMENTS)}
+    )
+    shared: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "runtime_env": None if own else {"env_vars": variables},
+    }
     if own:
         begun, _ = _begun.get(), _begun.set(None)
         target = begun.stdout.readline().strip() if begun and begun.stdout else ""
@@ -261,7 +282,15 @@ def join_or_start() -> bool:
             _start(**shared)
             return True
     join(target, PATIENCE)
-    failure = f"{name(target)}: cannot connect"  # another Python version, or this machine is no node
-    with as_user_error(failure, ConnectionError, RuntimeError, RayError, reason=lambda why: " ".join(str(why).split())):
+    failure = (
+        f"{name(target)}: cannot connect"  # another Python version, or this machine is no node
+    )
+    with as_user_error(
+        failure,
+        ConnectionError,
+        RuntimeError,
+        RayError,
+        reason=lambda why: " ".join(str(why).split()),
+    ):
         ray.init(address=target, **shared)
     return own

@@ -7,11 +7,25 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line, of_the_machine
+from olora_ray.common.errors import (
+    StoreError,
+    StoreUnavailable,
+    TryAgain,
+    UserError,
+    first_line,
+    of_the_machine,
+)
 from olora_ray.config.schema import Config
 
 # Parts of the messages of workers that fail because another worker has died. These are consequences, not causes.
-CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
+CONSEQUENCES = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "gloo",
+    "nccl",
+    "timed out waiting",
+)
 LONGEST = 200
 
 
@@ -55,7 +69,9 @@ def advice_for_memory(config: Config) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     # torch has a type for GPUs only. A worker that the kernel kills for its memory dies without an exception.
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return type(
+        error
+    ).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:
@@ -68,7 +84,11 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
         preempted = any(getattr(_death(exceptions[rank]), "preempted", False) for rank in died)
         return f"{shown} died" + (" with its preempted node" if preempted else "")
     texts = {rank: reason(error) for rank, error in sorted(exceptions.items())}
-    own = [rank for rank, text in texts.items() if not any(part in text.lower() for part in CONSEQUENCES)]
+    own = [
+        rank
+        for rank, text in texts.items()
+        if not any(part in text.lower() for part in CONSEQUENCES)
+    ]
     rank = own[0] if own else next(iter(texts))
     return f"worker {rank} failed ({texts[rank]})"
 
@@ -92,8 +112,13 @@ def passes(error: BaseException) -> bool:
 def counts(error: BaseException) -> bool:
     """True if an error counts against cluster.max_failures. The loss of a preempted node does not."""
     if isinstance(error, WorkerGroupError):
-        return not any(_death(e) and getattr(_death(e), "preempted", False) for e in error.worker_failures.values())
-    if isinstance(error, ControllerError):  # does not count if workers could not start because their node was lost
+        return not any(
+            _death(e) and getattr(_death(e), "preempted", False)
+            for e in error.worker_failures.values()
+        )
+    if isinstance(
+        error, ControllerError
+    ):  # does not count if workers could not start because their node was lost
         return not ray_internals.startup_failed(error.controller_failure)
     return True
 
@@ -101,7 +126,11 @@ def counts(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """Return type and message of the innermost cause, in one line."""
     while True:
-        inner = getattr(error, "health_check_failure", None) or getattr(error, "cause", None) or error.__cause__
+        inner = (
+            getattr(error, "health_check_failure", None)
+            or getattr(error, "cause", None)
+            or error.__cause__
+        )
         if not isinstance(inner, BaseException):
             break
         error = inner

@@ -73,7 +73,9 @@ def answer(call: Any) -> Any:
         ) from error
 
 
-def ray_trainer(spec: TrainSpec, root: str, worker: Mapping[str, float], channel: Any, workers: int) -> Any:
+def ray_trainer(
+    spec: TrainSpec, root: str, worker: Mapping[str, float], channel: Any, workers: int
+) -> Any:
     """Return Ray's trainer for a group of workers, each with the resources of `worker`. `root` is the run folder."""
     from ray.train.torch import TorchTrainer
 
@@ -83,7 +85,9 @@ def ray_trainer(spec: TrainSpec, root: str, worker: Mapping[str, float], channel
     # Not as train_loop_config: the controller unpickles that too, and would import torch for the spec.
     work: Any = partial(train_worker, spec, storage.join(root, "checkpoints"), channel)
     # Every failure returns to the driver, which chooses the number of workers of the next group.
-    failures = ray_train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
+    failures = ray_train.FailureConfig(
+        max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+    )
     # Ray's dashboard and metrics show the run by the name of its folder.
     parent, _, name = root.rpartition("/")
     ray_internals.forget_report(root)
@@ -111,7 +115,9 @@ def end_hung(member: Member) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     on_node = NodeAffinitySchedulingStrategy(node_id=member.node, soft=False)
-    ray.remote(kill_worker).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node).remote(member.process)
+    ray.remote(kill_worker).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node).remote(
+        member.process
+    )
 
 
 def kill_worker(process: int) -> bool:

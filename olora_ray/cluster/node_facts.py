@@ -51,13 +51,23 @@ class NodeInfo:
 def node_info() -> NodeInfo:
     """Return the facts about this node. Imports neither torch nor transformers, which would take seconds."""
     versions = {name: _version(name) for name in (*PACKAGES, *FOR_SOME)}
-    memory, oldest = ray_internals.system_memory(), min(ray_internals.gpu_generations(), default=None)
+    memory, oldest = (
+        ray_internals.system_memory(),
+        min(ray_internals.gpu_generations(), default=None),
+    )
     # A GPU that reports no memory of its own shares the machine's memory.
     gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
-    versions = {"python": platform.python_version(), "olora_ray": f"code {node_cache.project()}", **versions}
+    versions = {
+        "python": platform.python_version(),
+        "olora_ray": f"code {node_cache.project()}",
+        **versions,
+    }
     cuda = (ray_internals.driver_cuda(), _torch_cuda())
     in_use = ray_internals.gpus_in_use()
-    free, processes = min((free for free, _ in in_use), default=None), tuple(id for _, ids in in_use for id in ids)
+    free, processes = (
+        min((free for free, _ in in_use), default=None),
+        tuple(id for _, ids in in_use for id in ids),
+    )
     return NodeInfo(versions, memory, gpu_memory, None, oldest, *cuda, free, processes)
 
 
@@ -84,7 +94,10 @@ def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo
         ]
         limit = WAIT + _installation()
         ray.wait(answers, num_returns=len(answers), timeout=limit)
-        return [_result(answer, folder, node["NodeID"], limit) for answer, node in zip(answers, nodes, strict=True)]
+        return [
+            _result(answer, folder, node["NodeID"], limit)
+            for answer, node in zip(answers, nodes, strict=True)
+        ]
     finally:
         storage.remove(folder)
 
@@ -126,7 +139,9 @@ def _result(answer: Any, folder: str, node: str, limit: float) -> NodeInfo | str
     except RayError as error:
         return f"did not answer: {_reason(error)}"
     if info.storage_problem is None and not storage.exists(storage.join(folder, node)):
-        return replace(info, storage_problem="does not show here the file that this node wrote there")
+        return replace(
+            info, storage_problem="does not show here the file that this node wrote there"
+        )
     return info
 
 
@@ -140,7 +155,11 @@ def _version(package: str) -> str | None:
 def _torch_cuda() -> int | None:
     found = find_spec("torch")  # does not import it
     file = Path(found.origin).with_name("version.py") if found and found.origin else None
-    built = re.search(r"^cuda\b.*'(\d+)", file.read_text(), re.MULTILINE) if file and file.exists() else None
+    built = (
+        re.search(r"^cuda\b.*'(\d+)", file.read_text(), re.MULTILINE)
+        if file and file.exists()
+        else None
+    )
     return int(built[1]) if built else None
 
 

@@ -27,7 +27,13 @@ from olora_ray.model.load import pick_dtype
 from olora_ray.model.quantised import KINDS
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
-from olora_ray.train.estimate import PEER_BYTES, PROCESS_BYTES, MemoryEstimate, answers_at_once, estimate
+from olora_ray.train.estimate import (
+    PEER_BYTES,
+    PROCESS_BYTES,
+    MemoryEstimate,
+    answers_at_once,
+    estimate,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +88,16 @@ def as_loaded(config: Config, gpus: float, nodes: Sequence[Node]) -> Config:
     compute in bfloat16 and have flash attention (model/load.py, model/attention.py).
     """
     began = checkpoints.precision_now(storage.join(config.folder(), "checkpoints"))
-    before_ampere = gpus > 0 and any((node.info.gpu_generation or AMPERE) < AMPERE for node in nodes)
+    before_ampere = gpus > 0 and any(
+        (node.info.gpu_generation or AMPERE) < AMPERE for node in nodes
+    )
     instead = {"model.dtype": began} if began else {}
     if before_ampere or (gpus and began == "float32"):
         instead = {"model.dtype": "float32", "model.attention": "sdpa"} | instead
     auto = {"model.dtype": config.model.dtype, "model.attention": config.model.attention}
-    return override(config, {field: value for field, value in instead.items() if auto[field] == "auto"})
+    return override(
+        config, {field: value for field, value in instead.items() if auto[field] == "auto"}
+    )
 
 
 def memory_problems(
@@ -104,7 +114,9 @@ def with_recomputation(
     """Return the size with activation checkpointing if that is `auto` and a step does not fit without; else `size`."""
     if config.train.activation_checkpointing != "auto" or not nodes:
         return size
-    ample = replace(size, activation_bytes=int(size.activation_bytes * 1.1))  # a step may take more than estimated
+    ample = replace(
+        size, activation_bytes=int(size.activation_bytes * 1.1)
+    )  # a step may take more than estimated
     if fits(config, base, ample, gpus, nodes):
         return size
     less = estimate(override(config, {"train.activation_checkpointing": True}), base, bool(gpus))
@@ -113,21 +125,31 @@ def with_recomputation(
 
 def refuse_here(config: Config, base: BaseModel, size: MemoryEstimate) -> None:
     """Raise UserError if this machine, without others, lacks memory; needs no Ray. Nothing is said of GPUs."""
-    info, fewest, gpus = node_facts.node_info(), config.cluster.min_workers(), config.cluster.gpus_per_worker
+    info, fewest, gpus = (
+        node_facts.node_info(),
+        config.cluster.min_workers(),
+        config.cluster.gpus_per_worker,
+    )
     node = Node("here", info, int((os.cpu_count() or 1) // config.cluster.cpus_per_worker))
     # A config with GPUs, or more workers than this machine has processors, is for other machines.
     if info.gpu_generation is not None or gpus not in ("auto", 0) or node.fits < fewest:
         return
     size = with_recomputation(config, base, size, 0.0, [node])
     if problems := list(memory_problems(config, base, size, 0.0, [node])):
-        raise of_problems("the run cannot start here", [*problems[:-1], f"{problems[-1]}; {ELSEWHERE}"])
+        raise of_problems(
+            "the run cannot start here", [*problems[:-1], f"{problems[-1]}; {ELSEWHERE}"]
+        )
 
 
-def with_room(config: AnyConfig, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:
+def with_room(
+    config: AnyConfig, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
+) -> list[Node]:
     """Return the nodes with enough CPUs and GPUs for workers; none if the fewest workers do not fit."""
     if resources.room(wanted, resources.present()) < config.cluster.min_workers():
         return []
-    of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
+    of_node = {
+        node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()
+    }
     return [
         Node(address, info, fits)
         for address, info in answers
@@ -135,7 +157,9 @@ def with_room(config: AnyConfig, wanted: Resources, answers: Sequence[tuple[str,
     ]
 
 
-def fits(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> bool:
+def fits(
+    config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
+) -> bool:
     """True if the config's fewest workers fit, in the memory that depends on the size of the training."""
     apart = size.offloaded_bytes > 0
     needed = (need for need in needs(config, base, size, gpus) if apart or need.advice is None)
@@ -173,7 +197,9 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
         yield dict(change)
     if _may_shard(config):
         change["cluster.strategy"] = "fsdp"
-        if config.cluster.fsdp_replicas > 1:  # had no effect with ddp, and may not divide the number of workers
+        if (
+            config.cluster.fsdp_replicas > 1
+        ):  # had no effect with ddp, and may not divide the number of workers
             change["cluster.fsdp_replicas"] = 1
         yield dict(change)
     sharded = "cluster.strategy" in change or config.cluster.strategy == "fsdp"
@@ -184,7 +210,9 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
         change["model.dtype"] = "bfloat16"
         yield dict(change)
     length = config.data.length()
-    while length >= 512:  # sequences of less than 256 tokens would cut most examples, so they are no advice
+    while (
+        length >= 512
+    ):  # sequences of less than 256 tokens would cut most examples, so they are no advice
         length //= 2
         change["data.max_length"] = length
         yield dict(change)
@@ -211,7 +239,9 @@ def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) ->
     stored, wanted = precisions(config, base, gpu=bool(gpus))
     converted = 0 if stored == NAMES[wanted] or size.by_rows else size.parameters * wanted.itemsize
     if not gpus:
-        yield Need("memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, None)
+        yield Need(
+            "memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, None
+        )
         return
     running += PEER_BYTES * (config.cluster.min_workers() - 1)
     yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
@@ -219,7 +249,9 @@ def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) ->
     if size.offloaded_bytes:
         advice += ", or set cluster.fsdp_offload=false"
     if converted:
-        advice += f", or use a base model stored in {NAMES[wanted]} ({stored} is converted in memory)"
+        advice += (
+            f", or use a base model stored in {NAMES[wanted]} ({stored} is converted in memory)"
+        )
     held = PROCESS_BYTES + converted + size.offloaded_bytes + COPIES * 4 * size.trainable
     yield Need("CPU memory", held, lambda node: node.info.memory, advice)
 
@@ -229,7 +261,9 @@ def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
     if room >= fewest:
         return None
     each = " per worker" if need.each else ""
-    shown = ", ".join(f"node {node.address} has {need.have(node) / GIB:.1f} GiB{each}" for node in nodes[:4])
+    shown = ", ".join(
+        f"node {node.address} has {need.have(node) / GIB:.1f} GiB{each}" for node in nodes[:4]
+    )
     return (
         f"cluster.workers={fewest}: each worker needs about {need.size / GIB:.1f} GiB of {need.memory}, so there is"
         f" room for {room} ({shown})"
@@ -276,16 +310,22 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
     answers, silent = _ask(config, resources.schedulable_nodes(), tell=True)
     if config.cluster.workers == "auto" and "GPU" in wanted:
         fewest, most = (1, 1) if trials else _every_gpu(wanted)
-        one = fewest == most or config.cluster.fsdp_replicas > 1  # which divides one number of workers
+        one = (
+            fewest == most or config.cluster.fsdp_replicas > 1
+        )  # which divides one number of workers
         config = override(config, {"cluster.workers": most if one else (fewest, most)})
         now = f", of which {fewest} have room now" * (fewest < most)
-        logger.info(f"cluster.workers: auto is {most}{now}: one for each {'trial' if trials else 'GPU'}")
+        logger.info(
+            f"cluster.workers: auto is {most}{now}: one for each {'trial' if trials else 'GPU'}"
+        )
     gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
     if base is not None and isinstance(config, Config) and config.train.micro_batch == "auto":
         config = override(config, {"train.micro_batch": _micro_batch(config, base, gpus, nodes)})
     problems = [*_workers(config, wanted), *silent]
     packing = KINDS.get(config.model.quantization)
-    problems += version_problems(node_facts.node_info(), answers, None if packing is None else packing.library)
+    problems += version_problems(
+        node_facts.node_info(), answers, None if packing is None else packing.library
+    )
     problems += code_problems()
     problems += gpu_problems(wanted, answers)
     problems += _storage(config, answers)
@@ -367,7 +407,9 @@ def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
     fields = ", ".join(f"{name.lower()}s_per_worker={each:g}" for name, each in wanted.items())
     have = ", ".join(f"{resources.amount(name, nodes):g} {name}s" for name in wanted)
     have += f", {plural(len(nodes), 'node')}"
-    needs = f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
+    needs = (
+        f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
+    )
     if now < fewest <= most or (now < fewest and cluster.is_elastic()):
         logger.info(f"training waits for the cluster to grow: {needs}")
     elif now < fewest:
@@ -375,7 +417,9 @@ def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
         yield f"{needs}{limit}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
 
 
-def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False) -> tuple[Answers, list[str]]:
+def _ask(
+    config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False
+) -> tuple[Answers, list[str]]:
     # A single node is this one, and RunFolder.check has already written into its local storage.
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
         return [_with_others(nodes[0], node_facts.node_info(), tell)], []
@@ -384,8 +428,12 @@ def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False)
     except (OSError, ValueError) as error:
         return [], [f"run.storage: {config.run.storage} cannot be written: {error}"]
     named = list(zip(nodes, every, strict=True))
-    answers = [_with_others(node, answer, tell) for node, answer in named if isinstance(answer, NodeInfo)]
-    silent = [(node["NodeManagerAddress"], answer) for node, answer in named if isinstance(answer, str)]
+    answers = [
+        _with_others(node, answer, tell) for node, answer in named if isinstance(answer, NodeInfo)
+    ]
+    silent = [
+        (node["NodeManagerAddress"], answer) for node, answer in named if isinstance(answer, str)
+    ]
     return answers, _grouped(silent)
 
 
@@ -393,7 +441,9 @@ def _with_others(node: Mapping[str, Any], info: NodeInfo, tell: bool) -> tuple[s
     # The free memory of the GPUs counts where processes use them that Ray does not know.
     address, total, free = node["NodeManagerAddress"], info.gpu_memory, info.gpu_free
     free_for_ray = ray_internals.free_resources().get(node["NodeID"], {}).get("GPU", 0.0)
-    busy = free_for_ray < node["Resources"].get("GPU", 0.0)  # Ray gives this run other GPUs than those in use
+    busy = free_for_ray < node["Resources"].get(
+        "GPU", 0.0
+    )  # Ray gives this run other GPUs than those in use
     if busy or total is None or free is None or total - free < GIB:
         return address, info
     if tell:
@@ -418,7 +468,12 @@ def version_problems(here: NodeInfo, answers: Answers, library: str | None = Non
             version = info.versions.get(package)
             if _public(package, version) != _public(package, wanted):
                 shown = f"has {package} {version}" if version else f"has no {package}"
-                problems.append((address, f"{shown}, here it is {wanted}: install the same version on all nodes"))
+                problems.append(
+                    (
+                        address,
+                        f"{shown}, here it is {wanted}: install the same version on all nodes",
+                    )
+                )
     return _grouped(problems)
 
 
@@ -441,16 +496,24 @@ def _public(package: str, version: str | None) -> str | None:
 
 
 def _storage(config: AnyConfig, answers: Answers) -> list[str]:
-    problems = [(address, info.storage_problem) for address, info in answers if info.storage_problem]
-    return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in problems])
+    problems = [
+        (address, info.storage_problem) for address, info in answers if info.storage_problem
+    ]
+    return _grouped(
+        [(address, f"run.storage {config.run.storage} {problem}") for address, problem in problems]
+    )
 
 
 def gpu_problems(wanted: Resources, answers: Answers) -> list[str]:
     if "GPU" not in wanted:
         return []
-    of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
+    of_node = {
+        node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()
+    }
     offering = [(address, info) for address, info in answers if of_node.get(address, {}).get("GPU")]
-    return _grouped([(address, problem) for address, info in offering if (problem := unusable_gpu(info))])
+    return _grouped(
+        [(address, problem) for address, info in offering if (problem := unusable_gpu(info))]
+    )
 
 
 def unusable_gpu(info: NodeInfo) -> str | None:
@@ -475,7 +538,9 @@ def disk_problems(config: Config, size: MemoryEstimate, base: BaseModel) -> Iter
     files are uploaded.
     """
     checkpoint = 5 * 4 * size.trainable  # factors, update, two moments, the best update
-    exports = 2 * 4 * size.trainable + sum(file.stat().st_size for file in Path(base.folder).glob("*.safetensors"))
+    exports = 2 * 4 * size.trainable + sum(
+        file.stat().st_size for file in Path(base.folder).glob("*.safetensors")
+    )
     if storage.is_uri(config.run.storage):
         temporary, need = tempfile.gettempdir(), checkpoint + exports
         if (free := shutil.disk_usage(temporary).free) < need:

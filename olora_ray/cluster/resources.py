@@ -55,8 +55,12 @@ def own_node(processes: int, memory: float) -> dict[str, float]:
         return {}
     own = ray.get_runtime_context().get_node_id()
     free = ray_internals.free_resources().get(own, {})
-    address = next((node["NodeManagerAddress"] for node in schedulable_nodes() if node["NodeID"] == own), "")
-    share = {f"node:{address}": 0.0001}  # each node has 1.0 of this; 0.0001 is the smallest amount that Ray counts
+    address = next(
+        (node["NodeManagerAddress"] for node in schedulable_nodes() if node["NodeID"] == own), ""
+    )
+    share = {
+        f"node:{address}": 0.0001
+    }  # each node has 1.0 of this; 0.0001 is the smallest amount that Ray counts
     return share if _fit({**share, "memory": memory}, free) >= processes else {}
 
 
@@ -81,7 +85,11 @@ def autoscaler_limits() -> list[Nodes]:
 def maximum() -> list[Nodes]:
     """Return the largest cluster that the autoscaler may start; the present cluster if no limits are known."""
     more = autoscaler_limits()
-    return [*more, *(node for node in present() if ray_internals.HEAD in node.resources)] if more else present()
+    return (
+        [*more, *(node for node in present() if ray_internals.HEAD in node.resources)]
+        if more
+        else present()
+    )
 
 
 def room(wanted: Resources, nodes: Iterable[Nodes]) -> int:
@@ -116,7 +124,9 @@ class PlacementRequest:
     def look(self) -> bool:
         """Make the request when it is due, and withdraw it when the room exists. True while it is made. Call often."""
         if self._group is None and time.monotonic() - self._since >= self.after:
-            self._group = ray.util.placement_group([dict(self.wanted)] * self.count, strategy="PACK")
+            self._group = ray.util.placement_group(
+                [dict(self.wanted)] * self.count, strategy="PACK"
+            )
             self._met = self._group.ready()
         # The placement group is only a signal to the autoscaler. It is freed once it has its room, for the workers.
         elif self._group is not None and ray.wait([self._met], timeout=0)[0]:
@@ -132,12 +142,20 @@ class PlacementRequest:
 def launched(tree: Mapping[str, Any]) -> list[Nodes]:
     """Return the worker nodes that a cluster.yaml allows. The largest node types come first, up to its max_workers."""
     left = int(tree.get("max_workers", 2))
-    types = [each for name, each in tree.get("available_node_types", {}).items() if name != tree.get("head_node_type")]
+    types = [
+        each
+        for name, each in tree.get("available_node_types", {}).items()
+        if name != tree.get("head_node_type")
+    ]
     nodes = []
     for node_type in sorted(types, key=_size, reverse=True):
         most = min(left, int(node_type.get("max_workers", left)))
         left -= most
-        nodes.append(Nodes({name: float(value) for name, value in node_type.get("resources", {}).items()}, most))
+        nodes.append(
+            Nodes(
+                {name: float(value) for name, value in node_type.get("resources", {}).items()}, most
+            )
+        )
     return nodes
 
 
@@ -147,7 +165,10 @@ def _size(node_type: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _fit(wanted: Resources, free: Resources) -> int:
-    return min((_times(name, each, free.get(name, 0.0)) for name, each in wanted.items() if each), default=0)
+    return min(
+        (_times(name, each, free.get(name, 0.0)) for name, each in wanted.items() if each),
+        default=0,
+    )
 
 
 def _times(name: str, each: float, free: float) -> int:

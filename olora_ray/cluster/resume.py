@@ -38,7 +38,14 @@ from olora_ray.train.loader import Waiting, planned_steps, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.parallel import place_model
-from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, examples_of, require_layout
+from olora_ray.train.self_test import (
+    SHORT,
+    bare,
+    check_adapters,
+    choose_attention,
+    examples_of,
+    require_layout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,16 +84,26 @@ def starting_point(
         model: Any = loss.model
         known = restart.adapter if restart else start
         sizes = {}
-        if restart is None and spec.config.train.optimizer == "spectral":  # before a method shards the base
-            sizes = sizes_of(loss, known or find_targets(model, adapter.targets, adapter.rank), context.device)
-        adapted = wrap(model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout)
+        if (
+            restart is None and spec.config.train.optimizer == "spectral"
+        ):  # before a method shards the base
+            sizes = sizes_of(
+                loss, known or find_targets(model, adapter.targets, adapter.rank), context.device
+            )
+        adapted = wrap(
+            model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout
+        )
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
         cluster = spec.config.cluster
-        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload)
+        place_model(
+            loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload
+        )
         trainer = Trainer(loss, adapted, spec.config, context.device, sizes=sizes)
     if restart:
-        return StartingPoint(trainer, attention, state, resume(trainer, restart), resumed=True, trained=True)
+        return StartingPoint(
+            trainer, attention, state, resume(trainer, restart), resumed=True, trained=True
+        )
     if start:
         trainer.flat.load(trainer.flat.vector, named(start))
     return StartingPoint(trainer, attention, state, None, resumed=False, trained=start is not None)
@@ -132,7 +149,9 @@ def _read(path: str, subject: str) -> Checkpoint:
     try:
         return checkpoints.read(path)
     except UserError as error:
-        raise (TryAgain if isinstance(error, TryAgain) else UserError)(f"{subject}: {error}") from None
+        raise (TryAgain if isinstance(error, TryAgain) else UserError)(
+            f"{subject}: {error}"
+        ) from None
 
 
 def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
@@ -141,7 +160,9 @@ def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
     if path is None:
         return None
     start, wanted = collectives.together(lambda: _read(path, "train.start")), spec.identity()
-    if other := [name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]]:
+    if other := [
+        name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]
+    ]:
         raise UserError(
             f"train.start: {path} was trained with another {' and another '.join(other)}; use a checkpoint with the"
             " model and adapter sections of this config, or set train.start: null"
@@ -161,10 +182,15 @@ def factors(
     targets = find_targets(loss.model, adapter.targets, adapter.rank)
     if known:  # in another version of this package, "all-linear" may have meant other layers
         order = {name: index for index, name in enumerate(targets)}
-        return {name: known[name].factors for name in sorted(known, key=lambda name: order.get(name, len(order)))}
+        return {
+            name: known[name].factors
+            for name in sorted(known, key=lambda name: order.get(name, len(order)))
+        }
     if spec.shared:
         began = time.perf_counter()
-        shared = initialise.read_factors(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets))
+        shared = initialise.read_factors(
+            spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets)
+        )
         # All workers compute the factors if one of them cannot read them. It would wait for the others otherwise.
         if all(collectives.gather(bool(shared))) and shared:
             logger.info(
@@ -174,9 +200,13 @@ def factors(
     if adapter.method not in FROM_WEIGHTS:
         # The method runs the base before it has adapters. A sharded base is run by all workers together.
         cluster = spec.config.cluster
-        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload)
+        place_model(
+            loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload
+        )
         check_base(loss, spec, context.device, waiting)
-    new, report, of_data = new_factors(loss, targets, spec.config, spec.train, context.device, waiting)
+    new, report, of_data = new_factors(
+        loss, targets, spec.config, spec.train, context.device, waiting
+    )
     reached("initialise", rank=context.rank)
     logger.info(describe(adapter.method, report))
     if of_data:
@@ -225,7 +255,9 @@ def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence
     return [store[number] for number in range(min(wanted, store.available))]
 
 
-def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device: torch.device) -> SelfTest:
+def tested(
+    loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device: torch.device
+) -> SelfTest:
     """Test the base without its adapters, and give it the attention that has passed. Raises UserError if none has.
 
     All workers of a sharded base must call it together.
@@ -234,7 +266,9 @@ def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device:
         with bare(loss.model), _as_user_error(loss):
             try:
                 loss.tested = choose_attention(loss, packs, spec.config, device)
-            except UserError:  # its advice fits only causal models, so look for another reason first
+            except (
+                UserError
+            ):  # its advice fits only causal models, so look for another reason first
                 if hasattr(loss, "unshard") or not _sees_ahead(loss.model, packs, device):
                     raise
                 raise UserError(
@@ -253,7 +287,10 @@ def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool
     model.set_attn_implementation(attention.own(model))
     ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
-    own, changed = (model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1) for each in (ids, other))
+    own, changed = (
+        model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1)
+        for each in (ids, other)
+    )
     return float((own - changed).abs().sum(-1).mean()) > 0.02
 
 
@@ -269,9 +306,13 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
         if is_out_of_memory(error) or hasattr(loss, "unshard"):
             raise
         if isinstance(error, TakenWeight):
-            raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
+            raise UserError(
+                f"adapter.targets: {first_line(error)}; leave it out of adapter.targets"
+            ) from None
         family, frames = type(loss.model).__name__, traceback.extract_tb(error.__traceback__)
-        frame = next((each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1])
+        frame = next(
+            (each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1]
+        )
         logger.debug(f"{family} cannot be trained", exc_info=True)
         raise UserError(
             f"model.name: {family} cannot be trained here: {type(error).__name__}: {first_line(error)}"
@@ -279,7 +320,9 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
         ) from error
 
 
-def check_base(loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None) -> None:
+def check_base(
+    loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None
+) -> None:
     # All workers must call it together: the test may have passed on the GPUs of others.
     collectives.together(lambda: tested(loss, spec, first_sequences(spec, waiting), device))
 
@@ -310,14 +353,18 @@ def self_tested(
     return _without(context, spec, replace(start, attention=found.attention), found.without)
 
 
-def _test(context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None) -> SelfTest:
+def _test(
+    context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None
+) -> SelfTest:
     loss, adapted, packs = start.trainer.loss, start.trainer.adapted, first_sequences(spec, waiting)
     train_mode(adapted, False)
     with context.activate(adapted):
         attention = tested(loss, spec, packs, context.device).attention
         new, named = not start.trained, not isinstance(spec.config.adapter.targets, str)
         with _as_user_error(loss):
-            missed, off = check_adapters(loss, adapted, packs, attention, context.device, new=new, named=named)
+            missed, off = check_adapters(
+                loss, adapted, packs, attention, context.device, new=new, named=named
+            )
     assert loss.tested is not None
     loss.tested = replace(loss.tested, gradients=off)
     return replace(loss.tested, without=tuple(missed))
@@ -363,7 +410,9 @@ def measure_first_step(
         )
 
 
-def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, layers: Sequence[str]) -> StartingPoint:
+def _without(
+    context: WorkerContext, spec: TrainSpec, start: StartingPoint, layers: Sequence[str]
+) -> StartingPoint:
     # A trained adapter keeps all of its layers.
     before = start.trainer
     layers = [name for name in layers if name in before.adapted and not start.trained]
@@ -377,7 +426,9 @@ def _without(context: WorkerContext, spec: TrainSpec, start: StartingPoint, laye
     with context.activate(kept):
         remove(before.loss.model)
         install(before.loss.model, kept)
-    return replace(start, trainer=Trainer(before.loss, kept, spec.config, context.device, sizes=before.sizes))
+    return replace(
+        start, trainer=Trainer(before.loss, kept, spec.config, context.device, sizes=before.sizes)
+    )
 
 
 def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:
@@ -405,7 +456,9 @@ def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
     """Return this node's file for the test result; None if the model's digest does not cover all of its code."""
     if not spec.base.digest or spec.config.model.trust_remote_code:
         return None
-    return node_cache.result_path("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
+    return node_cache.result_path(
+        "self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity()))
+    )
 
 
 def _kept(file: str | None) -> SelfTest | None:
@@ -413,7 +466,9 @@ def _kept(file: str | None) -> SelfTest | None:
     return None if text is None else records.parsed(text, SelfTest)
 
 
-def _take_over(context: WorkerContext, spec: TrainSpec, start: StartingPoint, known: SelfTest) -> str:
+def _take_over(
+    context: WorkerContext, spec: TrainSpec, start: StartingPoint, known: SelfTest
+) -> str:
     """Give the base the attention that has passed, unless another adapter already has. Return the attention's name."""
     loss: Any = start.trainer.loss
     train_mode(start.trainer.adapted, False)

@@ -96,7 +96,9 @@ class SharedBaseActor:
             return self._shared
 
 
-def start_actors(spec: TrainSpec, wanted: Mapping[str, float], number: int, adapters: int) -> tuple[Any, ...]:
+def start_actors(
+    spec: TrainSpec, wanted: Mapping[str, float], number: int, adapters: int
+) -> tuple[Any, ...]:
     """Start `number` actors with `adapters` slots each and the resources of one worker. They end with this process."""
     actor: Any = ray.remote(SharedBaseActor)
     options = {
@@ -114,7 +116,9 @@ def end_actors(actors: tuple[Any, ...]) -> None:
         ray.kill(actor)
 
 
-def train_on(actors: tuple[Any, ...], adapters: int, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+def train_on(
+    actors: tuple[Any, ...], adapters: int, spec: TrainSpec, checkpoints: str, channel: Any
+) -> TrainResult:
     """Train one adapter on an actor with a free slot (`place_on`). Raises SharedBaseDied if the actor dies."""
     name = uuid.uuid4().hex
     try:

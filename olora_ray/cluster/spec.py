@@ -62,11 +62,18 @@ class TrainSpec:
 
     def base_identity(self) -> dict[str, str]:
         """Return what decides the numbers before the first step: the identity without the adapter's settings."""
-        return {name: digest for name, digest in self.identity().items() if name not in ("adapter", "optimizer")}
+        return {
+            name: digest
+            for name, digest in self.identity().items()
+            if name not in ("adapter", "optimizer")
+        }
 
     def baseline_identity(self) -> dict[str, str]:
         """Return what decides the loss and the answers before the first step (train/scoring.py)."""
-        settings = {"dtype": self.config.model.dtype, "max_new_tokens": self.config.evaluation.max_new_tokens}
+        settings = {
+            "dtype": self.config.model.dtype,
+            "max_new_tokens": self.config.evaluation.max_new_tokens,
+        }
         return self.base_identity() | {"settings": json.dumps(settings)}
 
     def factor_origin(self) -> dict[str, str]:
@@ -89,7 +96,9 @@ class TrainSpec:
         assert self.shared is not None
         adapter = self.config.adapter
         prefix = METHODS[adapter.method].prefix
-        return storage.join(self.shared, adapter.method if prefix else f"{adapter.method}-{adapter.rank}")
+        return storage.join(
+            self.shared, adapter.method if prefix else f"{adapter.method}-{adapter.rank}"
+        )
 
 
 @dataclass(frozen=True)

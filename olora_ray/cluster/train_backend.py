@@ -77,7 +77,9 @@ def join_process_group(backend: str, rank: int, world: int, store: tuple[str, in
         LOCAL_RANK=str(context.get_local_rank()),
         LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
         NODE_RANK=str(context.get_node_rank()),
-        ACCELERATE_TORCH_DEVICE=str(ray.train.torch.get_device()),  # transformers loads models onto this device
+        ACCELERATE_TORCH_DEVICE=str(
+            ray.train.torch.get_device()
+        ),  # transformers loads models onto this device
     )
     # Like Ray's TorchConfig: without it, an exchange over NCCL with a lost worker waits for ever.
     if backend == "nccl" and "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:

@@ -78,7 +78,9 @@ class StopRequests:
         except RayError:
             self._data_failed = False  # the driver has ended, so Ray ends this worker, too
         if self.worker.rank == 0 and self._looks % SECONDS_BETWEEN_LINES == 0:
-            self.channel.send.remote(f"waiting for shard {shard + 1} of {shards} of the token store")
+            self.channel.send.remote(
+                f"waiting for shard {shard + 1} of {shards} of the token store"
+            )
         self._looks += 1
 
     def _listen(self) -> None:
@@ -86,7 +88,9 @@ class StopRequests:
             self._stop_call = self.channel.wait_for_stop.remote()
         ready, _ = ray.wait([self._stop_call], timeout=0)
         if ready:
-            with contextlib.suppress(RayError):  # the driver has ended with the channel, so Ray ends its workers
+            with contextlib.suppress(
+                RayError
+            ):  # the driver has ended with the channel, so Ray ends its workers
                 self.from_driver = ray.get(ready[0])
 
 
@@ -123,9 +127,15 @@ class Worker:
         self.attention, self.resumed = start.attention, start.resumed
         self.state.kinds = note_kinds(self.state.kinds, context.device)
         self.evaluator = Evaluator(context, spec, start)
-        self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting, self.state.lr)
+        self.schedule = Schedule(
+            self.config.train, spec.train, self.stop_requests.waiting, self.state.lr
+        )
         # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
-        self.manager = CheckpointManager(checkpoints, self.config.train.keep, self._saved) if not context.rank else None
+        self.manager = (
+            CheckpointManager(checkpoints, self.config.train.keep, self._saved)
+            if not context.rank
+            else None
+        )
         self._saved_at, self._saving = time.monotonic(), math.inf
         self._saved_step = self.state.step if self.resumed else -1
         self._memory_said = False
@@ -133,7 +143,11 @@ class Worker:
         # The makers' peaks are those of bfloat16. How many experts a token has is not known here.
         model: Any = self.trainer.loss.model
         known = model.dtype is torch.bfloat16 and all(layer.da.dim() == 2 for layer in layers)
-        name = torch.cuda.get_device_name(context.device) if known and context.device.type == "cuda" else ""
+        name = (
+            torch.cuda.get_device_name(context.device)
+            if known and context.device.type == "cuda"
+            else ""
+        )
         self._peak = context.world * (peak_of(name) or 0.0)
         # Of the adapted layers, forward and backward: 2 per number and token each; frozen weights have no gradient.
         self._operations = 4.0 * sum(layer.db.shape[-2] * layer.da.shape[-1] for layer in layers)
@@ -153,7 +167,9 @@ class Worker:
                     f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
                     f"{self.config.train.epochs:g} gives {total}; raise train.epochs or set train.steps"
                 )
-            self._tell_driver(Started(self.context.world, self.state.step, list(self.state.history)))
+            self._tell_driver(
+                Started(self.context.world, self.state.step, list(self.state.history))
+            )
         else:
             self._tell_driver(Started(self.context.world))
             self._checkpoint()  # so that a restart does not repeat the initialisation
@@ -161,7 +177,9 @@ class Worker:
     def _train(self) -> bool:
         """Train to the end, or to a stop on request; True in the second case."""
         if self.state.step == 0 and not self.state.history:
-            baseline = self.evaluator.baseline(storage.join(self.spec.shared or self.checkpoints, "baseline.json"))
+            baseline = self.evaluator.baseline(
+                storage.join(self.spec.shared or self.checkpoints, "baseline.json")
+            )
             self.state.before = baseline.answers
             if baseline.loss is not None:
                 self._tell(self.evaluator.note(self.state, baseline.loss))
@@ -195,7 +213,9 @@ class Worker:
         """Evaluate, report and save as due; return whether this was the last step."""
         metrics = _metrics(result)
         if self._peak:
-            metrics["train/share_of_peak"] = metrics["train/all_tokens_per_second"] * self._operations / self._peak
+            metrics["train/share_of_peak"] = (
+                metrics["train/all_tokens_per_second"] * self._operations / self._peak
+            )
         last = self.schedule.last(result.step)
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
             metrics |= self.evaluator.measure(self.state)
@@ -236,7 +256,9 @@ class Worker:
     def _checkpoint(self) -> None:
         if self.manager and self._saved_step != self.state.step:
             self._saved_at, self._saved_step = time.monotonic(), self.state.step
-            write = self.trainer.snapshot(self.state, self.evaluator.best, self.spec.identity(), dump(self.config))
+            write = self.trainer.snapshot(
+                self.state, self.evaluator.best, self.spec.identity(), dump(self.config)
+            )
             self.manager.save(self.state.step, write)
 
     def _tell(self, metrics: dict[str, float]) -> None:
@@ -314,15 +336,26 @@ class Evaluator:
 
         If the model cannot answer, returns no answers now and later. With evaluation.scorer this is a UserError.
         """
-        logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
+        logger.info(
+            f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}"
+        )
         limit = self.spec.config.evaluation.max_new_tokens
         with self.context.activate(self.trainer.adapted):
             try:
-                return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
+                return answer(
+                    self.trainer,
+                    self.questions,
+                    limit,
+                    self.spec.eos,
+                    self.context.rank,
+                    self.context.world,
+                )
             except UserError as error:
                 if self.spec.config.evaluation.scorer:
                     raise UserError(f"evaluation.scorer: {error}; leave it out") from None
-                logger.warning(f"evaluation.samples: {error}: the training continues without answers")
+                logger.warning(
+                    f"evaluation.samples: {error}: the training continues without answers"
+                )
                 self.questions = []
                 return []
 
@@ -334,16 +367,25 @@ class Evaluator:
         if not self.questions:
             return ()
         pairs = zip(self.questions, before or [], now, strict=True)
-        return tuple(AnswerPair(each.prompt, each.reference, tuple(old), tuple(new)) for each, old, new in pairs)
+        return tuple(
+            AnswerPair(each.prompt, each.reference, tuple(old), tuple(new))
+            for each, old, new in pairs
+        )
 
     def baseline(self, file: str) -> Baseline:
         """Return loss and answers before the first step, from `file` if an earlier attempt has written it."""
         origin, first = self.spec.baseline_identity(), self.context.rank == 0
-        baseline = collectives.from_first(Baseline.read(file, origin, len(self.questions)) if first else None)
+        baseline = collectives.from_first(
+            Baseline.read(file, origin, len(self.questions)) if first else None
+        )
         if baseline is None:
             logger.info("evaluating before the first step")
             loss = self.loss(0) if self.spec.eval else None
-            start = "adapter that training starts with" if self.spec.config.train.start else "base model"
+            start = (
+                "adapter that training starts with"
+                if self.spec.config.train.start
+                else "base model"
+            )
             baseline = Baseline(loss, self.answers(start) if self.questions else None)
             if first:
                 baseline.write(file, origin)
@@ -390,7 +432,9 @@ def _report(result: TrainResult) -> None:
         logger.warning(f"Ray Train's Result lacks the metrics of this run: {first_line(error)}")
 
 
-def train_at(context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+def train_at(
+    context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any
+) -> TrainResult:
     """Train a spec. A UserError becomes the `problem` of the result."""
     try:
         with sent_to(channel, lambda: context.rank == 0), advice_for_memory(spec.config):

@@ -68,7 +68,9 @@ def multiply_exactly(device: torch.device) -> None:
 def device_of(assigned: Sequence[str], environment: Mapping[str, str]) -> torch.device:
     if not assigned:
         return torch.device("cpu")
-    visible = next((environment[name].split(",") for name in VISIBLE if environment.get(name)), None)
+    visible = next(
+        (environment[name].split(",") for name in VISIBLE if environment.get(name)), None
+    )
     if visible is None:  # Ray is configured not to hide the other GPUs of the node
         return torch.device("cuda", int(assigned[0]))
     return torch.device("cuda", visible.index(assigned[0]) if assigned[0] in visible else 0)
@@ -114,7 +116,9 @@ class RayTrainContext:
 
 
 class SharedBase:
-    def __init__(self, loss: SupervisedLoss, device: torch.device, dtype: str | None = None) -> None:
+    def __init__(
+        self, loss: SupervisedLoss, device: torch.device, dtype: str | None = None
+    ) -> None:
         self.loss, self.device, self.dtype = loss.to(device), device, dtype
         self.turns = Turns()
 
@@ -176,7 +180,10 @@ class Turns:
         ticket.wait()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with self._guard:
             self._waiting.popleft()
@@ -213,7 +220,10 @@ def agreed(config: Config, device: torch.device, began: str | None = None) -> Co
     """
     if config.model.dtype != "auto":
         return config
-    choices = [str(dtype).removeprefix("torch.") for dtype in collectives.gather(pick_dtype(config.model, device))]
+    choices = [
+        str(dtype).removeprefix("torch.")
+        for dtype in collectives.gather(pick_dtype(config.model, device))
+    ]
     dtype = began or (choices[0] if len(set(choices)) == 1 else "float32")
     if began and (other := set(choices) - {began}):
         logger.warning(
@@ -290,8 +300,12 @@ def said(before: Sequence[Kind], now: Sequence[Kind]) -> str | None:
 
 
 def _differences(kinds: Sequence[Kind]) -> str:
-    fields = {name: list(dict.fromkeys(each.get(name, "?") for each in kinds)) for name in kinds[-1]}
-    return "; ".join(f"{name}: {', '.join(values)}" for name, values in fields.items() if len(values) > 1)
+    fields = {
+        name: list(dict.fromkeys(each.get(name, "?") for each in kinds)) for name in kinds[-1]
+    }
+    return "; ".join(
+        f"{name}: {', '.join(values)}" for name, values in fields.items() if len(values) > 1
+    )
 
 
 def _processor() -> str:

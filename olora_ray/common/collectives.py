@@ -50,7 +50,9 @@ def world_size() -> int:
 def machines() -> tuple[range, ...]:
     """Return the ranks of each machine; a machine whose workers have no adjacent ranks counts as several."""
     names = enumerate(gather(socket.gethostname()))
-    runs = [[rank for rank, _ in run] for _, run in itertools.groupby(names, key=lambda named: named[1])]
+    runs = [
+        [rank for rank, _ in run] for _, run in itertools.groupby(names, key=lambda named: named[1])
+    ]
     return tuple(range(run[0], run[-1] + 1) for run in runs)
 
 
@@ -72,21 +74,32 @@ def swap(outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     All tensors are on one device. The caller knows the sizes, so they are not sent.
     """
     here = rank()
-    received = [torch.empty(size, dtype=torch.uint8, device=outgoing[here].device) for size in sizes]
+    received = [
+        torch.empty(size, dtype=torch.uint8, device=outgoing[here].device) for size in sizes
+    ]
     received[here] = outgoing[here]
     others = [worker for worker in range(world_size()) if worker != here]
-    transfer([(worker, outgoing[worker]) for worker in others], [(worker, received[worker]) for worker in others])
+    transfer(
+        [(worker, outgoing[worker]) for worker in others],
+        [(worker, received[worker]) for worker in others],
+    )
     return received
 
 
-def transfer(outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]) -> None:
+def transfer(
+    outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
+) -> None:
     """Send each outgoing tensor to the worker beside it, and fill each incoming tensor from the worker beside it.
 
     Tensors are flat, contiguous and on one device. Tensors between the same two workers arrive in the listed order, so
     both workers must list the same sizes. Empty tensors are not sent.
     """
-    operations = [dist.P2POp(dist.isend, tensor, worker) for worker, tensor in outgoing if len(tensor)]
-    operations += [dist.P2POp(dist.irecv, tensor, worker) for worker, tensor in incoming if len(tensor)]
+    operations = [
+        dist.P2POp(dist.isend, tensor, worker) for worker, tensor in outgoing if len(tensor)
+    ]
+    operations += [
+        dist.P2POp(dist.irecv, tensor, worker) for worker, tensor in incoming if len(tensor)
+    ]
     with _peers():
         for operation in dist.batch_isend_irecv(operations) if operations else ():
             operation.wait()

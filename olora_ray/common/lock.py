@@ -179,7 +179,9 @@ class Lock:
         else:
             self._file = LockFile(location, subject)
         now = time.time()
-        self._mine = Holder(uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), now, now)
+        self._mine = Holder(
+            uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), now, now
+        )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
 
@@ -189,7 +191,11 @@ class Lock:
             with self._file.alone():
                 seen = self._file.read()
                 other = _holder(seen)
-                if other is not None and not other.has_ended() and _age(self._file.location) <= EXPIRES:
+                if (
+                    other is not None
+                    and not other.has_ended()
+                    and _age(self._file.location) <= EXPIRES
+                ):
                     return other
                 content = self._content()
                 written = self._file.write(content, seen)
@@ -206,12 +212,18 @@ class Lock:
         try:
             other = _holder(self._file.read())
         except OSError as error:
-            raise LockUnreadable(f"{self.subject}: its lock cannot be read: {short_reason(error)}") from None
+            raise LockUnreadable(
+                f"{self.subject}: its lock cannot be read: {short_reason(error)}"
+            ) from None
         if other is None:
             lock = self._file.location
-            raise TryAgain(f"{self.subject}: its lock {lock} was removed, so another process may hold it; try again")
+            raise TryAgain(
+                f"{self.subject}: its lock {lock} was removed, so another process may hold it; try again"
+            )
         if other.token != self._mine.token:
-            raise TryAgain(f"{self.subject} was taken over ({other.describe()}): its lock was not renewed in time")
+            raise TryAgain(
+                f"{self.subject} was taken over ({other.describe()}): its lock was not renewed in time"
+            )
 
     def release(self) -> None:
         self._stop.set()
@@ -249,7 +261,9 @@ def held(file: str, subject: str, remedy: str | None = None) -> Iterator[Lock]:
     Raises TryAgain, with the holder and the `remedy`, if the lock is held; UserError if the storage allows no lock.
     """
     lock = Lock(file, subject)
-    with as_user_error(f"{subject}: its lock {file} cannot be written", OSError, reason=short_reason, passes=passes):
+    with as_user_error(
+        f"{subject}: its lock {file} cannot be written", OSError, reason=short_reason, passes=passes
+    ):
         other = lock.take()
     if other is not None:
         advice = "try again later" + (f" or {remedy}" if remedy else "")
@@ -277,7 +291,8 @@ def _age(location: str) -> float:
     probe = storage.join(location.rpartition("/")[0], f".clock-{uuid.uuid4().hex}")
     storage.write_bytes(probe, b"", durable=False)
     now, written = (
-        storage.ask(each, lambda system, path: system.get_file_info(path).mtime_ns) for each in (probe, location)
+        storage.ask(each, lambda system, path: system.get_file_info(path).mtime_ns)
+        for each in (probe, location)
     )
     storage.remove(probe)
     return (now - written) / 1e9 if now and written else 0.0

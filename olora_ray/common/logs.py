@@ -55,7 +55,9 @@ def handled_by(handler: logging.Handler) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.propagate = not logger.handlers  # several trainings may share a process, and each has its own
+        logger.propagate = (
+            not logger.handlers
+        )  # several trainings may share a process, and each has its own
         handler.close()
 
 
@@ -112,7 +114,9 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     # PEFT uses the old name of the property; a user can do nothing about that.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
 
 
 def quiet_bitsandbytes() -> None:

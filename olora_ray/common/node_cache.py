@@ -32,7 +32,12 @@ def local_copy(location: str, cache: str | Path) -> Path:
     if (path := storage.local_path(location)) is not None:
         return path
     target = Path(cache) / PurePosixPath(location.partition("://")[2]).name
-    return cached(target, lambda partial: storage.ask(location, lambda system, path: _download(system, path, partial)))
+    return cached(
+        target,
+        lambda partial: storage.ask(
+            location, lambda system, path: _download(system, path, partial)
+        ),
+    )
 
 
 @contextlib.contextmanager
@@ -51,7 +56,13 @@ def _download(system: fs.FileSystem, path: str, target: Path) -> None:
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", path)
     if info.is_file:
-        fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=local, chunk_size=CHUNK)
+        fs.copy_files(
+            path,
+            str(target),
+            source_filesystem=system,
+            destination_filesystem=local,
+            chunk_size=CHUNK,
+        )
         return
     target.mkdir(exist_ok=True)
     for each in system.get_file_info(fs.FileSelector(path, recursive=True)):
@@ -60,7 +71,9 @@ def _download(system: fs.FileSystem, path: str, target: Path) -> None:
         if ".." in inner.parts:
             raise OSError(f"{each.path}: points outside the folder into which it would be copied")
         (target / (inner.parent if each.is_file else inner)).mkdir(parents=True, exist_ok=True)
-    fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=local, chunk_size=CHUNK)
+    fs.copy_files(
+        path, str(target), source_filesystem=system, destination_filesystem=local, chunk_size=CHUNK
+    )
 
 
 def upload(folder: Path, location: str, last: str | None = None) -> None:
@@ -69,7 +82,9 @@ def upload(folder: Path, location: str, last: str | None = None) -> None:
         if path == folder.resolve():
             return
         path.mkdir(parents=True, exist_ok=True)
-    files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    files = sorted(
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+    )
     others = [name for name in files if name != last]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: _send(folder / name, storage.join(location, name)), others))
@@ -83,7 +98,13 @@ def _send(file: Path, location: str) -> None:
     local = fs.LocalFileSystem()
 
     def send(system: fs.FileSystem, path: str) -> None:
-        fs.copy_files(str(file), path, source_filesystem=local, destination_filesystem=system, chunk_size=CHUNK)
+        fs.copy_files(
+            str(file),
+            path,
+            source_filesystem=local,
+            destination_filesystem=system,
+            chunk_size=CHUNK,
+        )
 
     storage.ask(location, send)
 
@@ -124,7 +145,9 @@ def cached(entry: Path, make: Callable[[Path], object]) -> Path:
     entry.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as alone:
         if not entry.exists():
-            with contextlib.suppress(OSError):  # without flock each process calls `make`, and the first result stays
+            with contextlib.suppress(
+                OSError
+            ):  # without flock each process calls `make`, and the first result stays
                 alone.enter_context(storage.flocked(_beside(entry, "lock")))
         if not entry.exists():
             with storage.staged(entry) as partial:
@@ -134,7 +157,9 @@ def cached(entry: Path, make: Callable[[Path], object]) -> Path:
 
 
 def hold(entry: Path) -> None:
-    with contextlib.suppress(OSError):  # in a cache that cannot be written, nothing is removed either
+    with contextlib.suppress(
+        OSError
+    ):  # in a cache that cannot be written, nothing is removed either
         used(entry)
         if entry not in _held:
             lock = _beside(entry, "lock").open("a")
@@ -164,11 +189,15 @@ def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> 
     """
     for partial in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
         with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > 24 * 3600:  # a killed process has left it behind
+            if (
+                time.time() - partial.stat().st_mtime > 24 * 3600
+            ):  # a killed process has left it behind
                 storage.remove_local(partial)
     if limit is None:
         limit = int(shutil.disk_usage(root).total * SHARE)
-    oldest_first = sorted((last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists())
+    oldest_first = sorted(
+        (last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists()
+    )
     total = sum(size for _, _, size in oldest_first)
     for at, entry, size in oldest_first:
         if total > limit and time.time() - at > 600 and _removed(entry):
@@ -198,7 +227,15 @@ def _beside(entry: Path, suffix: str) -> Path:
 # Results of checks, kept as text files. A result depends only on its inputs, so the next start reuses it.
 
 
-LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flash-attn", "kernels", "bitsandbytes")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "flash-attn",
+    "kernels",
+    "bitsandbytes",
+)
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -239,5 +276,7 @@ def code() -> str:
 def project(package: Path = PACKAGE) -> str:
     """Return a digest of this project's code alone, in the folder `package`."""
     files = sorted(package.rglob("*.py"))
-    lines = (f"{file.relative_to(package).as_posix()}:{storage.digest_file(file)}" for file in files)
+    lines = (
+        f"{file.relative_to(package).as_posix()}:{storage.digest_file(file)}" for file in files
+    )
     return storage.digest(*lines, length=12)

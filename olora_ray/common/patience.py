@@ -50,10 +50,15 @@ def _connected(
 
 
 def _s3(bucket: str) -> fs.FileSystem:
-    options: dict[str, Any] = {"region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")}
+    options: dict[str, Any] = {
+        "region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    }
     if endpoint := s3_endpoint():
         parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-        options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc + parts.path.rstrip("/")}
+        options |= {
+            "scheme": parts.scheme,
+            "endpoint_override": parts.netloc + parts.path.rstrip("/"),
+        }
     else:
         options["region"] = _region_of(bucket, options["region"])
     return fs.S3FileSystem(
@@ -76,7 +81,9 @@ def _region_of(bucket: str, named: str | None) -> str:
         return named
 
 
-_UNTRUSTED = re.compile(r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.version.number", re.IGNORECASE)
+_UNTRUSTED = re.compile(
+    r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.version.number", re.IGNORECASE
+)
 """Messages of requests, boto3 and pyarrow about an untrusted TLS certificate, or about a server without TLS."""
 _TRUST = (
     "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file with the certificates of your CA"
@@ -116,7 +123,8 @@ def passes(error: BaseException) -> bool:
     if untrusted(error):
         return False
     return (
-        isinstance(error, StoreUnavailable | TimeoutError | ConnectionError) or _PASSING.search(str(error)) is not None
+        isinstance(error, StoreUnavailable | TimeoutError | ConnectionError)
+        or _PASSING.search(str(error)) is not None
     )
 
 
@@ -141,8 +149,12 @@ def patiently(store: str, request: Callable[[], Answer]) -> Answer:
             if store not in _answered or not passes(error) or left <= 0:
                 error_type = StoreUnavailable if passes(error) else StoreError
                 why = untrusted(error)
-                raise error_type(f"{mask(store)}: {why}" if why else mask(first_line(error))) from None
-            logger.warning(f"{mask(store)} does not answer ({first_line(error)}); retrying for {left:.0f} s more")
+                raise error_type(
+                    f"{mask(store)}: {why}" if why else mask(first_line(error))
+                ) from None
+            logger.warning(
+                f"{mask(store)} does not answer ({first_line(error)}); retrying for {left:.0f} s more"
+            )
             time.sleep(min(pause, left))
             pause *= 2
         else:

@@ -23,13 +23,21 @@ def read(location: str, form: type[Record], sealed: bool = False) -> Record | No
     """Return the record in a file; None if the file is missing, damaged or of another form. Raises OSError."""
     try:
         content = storage.read_bytes(location)
-    except (FileNotFoundError, NotADirectoryError):  # NotADirectoryError: a stray file instead of a folder
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # NotADirectoryError: a stray file instead of a folder
         return None
     return parsed(content, form, sealed)
 
 
 def write(
-    location: str, record: Any, indent: int | None = None, end: str = "", sealed: bool = False, durable: bool = True
+    location: str,
+    record: Any,
+    indent: int | None = None,
+    end: str = "",
+    sealed: bool = False,
+    durable: bool = True,
 ) -> None:
     """Write a dataclass or a JSON value as the text of a file, and `end` after it. Raises OSError."""
     storage.write_text(location, text_of(record, indent, sealed) + end, durable)

@@ -16,7 +16,14 @@ from olora_ray.common import patience
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, untrusted
 
-_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
+_REFUSED = (
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "403",
+)
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING = ("NoSuchKey", "404")
 _FULL = 507
@@ -52,7 +59,9 @@ def check_bucket(location: str, field: str) -> None:
             client.delete_object(Bucket=bucket, Key=key)
     except StoreError as error:
         if isinstance(error, StoreUnavailable):
-            raise TryAgain(f"{field}: {location}: the object store at {_where()} does not answer: {error}") from None
+            raise TryAgain(
+                f"{field}: {location}: the object store at {_where()} does not answer: {error}"
+            ) from None
         raise UserError(f"{field}: {location} cannot be written: {error}") from None
 
 
@@ -76,7 +85,9 @@ def put_if(location: str, content: bytes, etag: str | None) -> str | None:
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
     try:
         with _as_store_error():
-            return str(_client().put_object(Bucket=bucket, Key=key, Body=content, **condition)["ETag"])
+            return str(
+                _client().put_object(Bucket=bucket, Key=key, Body=content, **condition)["ETag"]
+            )
     except (FileExistsError, FileNotFoundError):  # 404: it was deleted meanwhile
         return None
 
@@ -97,7 +108,9 @@ def _cached_client(attempts: int, environment: tuple[tuple[str, str], ...]) -> A
     import boto3
     from botocore.config import Config
 
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # at INFO it logs where the credentials come from
+    logging.getLogger("botocore").setLevel(
+        logging.WARNING
+    )  # at INFO it logs where the credentials come from
     # Few stores other than AWS have a host name per bucket, so the bucket is a part of the path there, as in pyarrow.
     style = "path" if patience.s3_endpoint() else "auto"
     return boto3.session.Session().client(
@@ -119,12 +132,21 @@ def _as_store_error() -> Iterator[None]:
         yield
     except exceptions.ClientError as error:
         raise _error_of(error) from None
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
+    except (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.ProfileNotFound,
+    ) as error:
         raise StoreError(
             f"{first_line(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or attach a role"
             " to the machine"
         ) from None
-    except (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, OSError) as error:
+    except (
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+        OSError,
+    ) as error:
         if remedy := untrusted(error):
             raise StoreError(f"{_where()}: {remedy}") from None
         # The URL at the end names the probe, a file that the user does not know.
@@ -140,7 +162,9 @@ def _error_of(error: Any) -> OSError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
-        return StoreError(f"there is no bucket of this name at {_where()}; create it, or correct the name")
+        return StoreError(
+            f"there is no bucket of this name at {_where()}; create it, or correct the name"
+        )
     if code in _MISSING:
         return FileNotFoundError(first_line(error))
     if code in _TAKEN:
@@ -151,7 +175,9 @@ def _error_of(error: Any) -> OSError:
             " machine's role): they must allow listing, reading, writing and deleting there"
         )
     if status == _FULL:
-        return StoreError(f"{code} (HTTP {status}); make room in the object store, and run the same command again")
+        return StoreError(
+            f"{code} (HTTP {status}); make room in the object store, and run the same command again"
+        )
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling"):
         return StoreUnavailable(f"{code} (HTTP {status})")
     return StoreError(first_line(error))

@@ -33,20 +33,37 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_NAME = 256
-_IN_NAMES = ("password", "passwd", "secret", "pwd", "token", "sig", "credential", "authorization", "key")
+_IN_NAMES = (
+    "password",
+    "passwd",
+    "secret",
+    "pwd",
+    "token",
+    "sig",
+    "credential",
+    "authorization",
+    "key",
+)
 """Parts of which every name of a secret has one: a fast test before the regular expressions."""
 _FIELD = re.compile(r"(?<![\w.-])([\w.-]++)(\\?['\"]?[ \t]*+[:=][ \t]*+)")
-_QUOTED = re.compile(r"(['\"])((?:(?!\1)[^\\\n]|\\[^\n])++)|(\\['\"])((?:[^'\"\\\n]|\\(?!['\"])[^\n])++)")
+_QUOTED = re.compile(
+    r"(['\"])((?:(?!\1)[^\\\n]|\\[^\n])++)|(\\['\"])((?:[^'\"\\\n]|\\(?!['\"])[^\n])++)"
+)
 _BARE = re.compile(r"[^\s&;#'\"]++")
 # Two words after a colon are a sentence, not a value: `token: expected one line`. And null is no password.
 _AFTER_COLON = re.compile(
-    r"(?!(?:null|none|true|false)\b|[A-Za-z'-]++[.,;:!?]?[ \t]++\S)[^\s'\"]*[^\s'\",;)}\]]", re.IGNORECASE
+    r"(?!(?:null|none|true|false)\b|[A-Za-z'-]++[.,;:!?]?[ \t]++\S)[^\s'\"]*[^\s'\",;)}\]]",
+    re.IGNORECASE,
 )
-_SCHEME = re.compile(r"\b(Bearer|Basic|Token|Digest|Negotiate|ApiKey)([ \t]++)([\w.~+/=-]++)", re.IGNORECASE)
+_SCHEME = re.compile(
+    r"\b(Bearer|Basic|Token|Digest|Negotiate|ApiKey)([ \t]++)([\w.~+/=-]++)", re.IGNORECASE
+)
 _AUTHORIZATION = re.compile(r"authorization\\?['\"]?[ \t]*+[:=][ \t]*+\\?['\"]?$", re.IGNORECASE)
 # `--password x` on a command line, also in Python's list of its words: '--password', 'x'. A value that begins with a
 # dash would be the next option.
-_OPTION = re.compile(r"(?<![\w.-])(--[\w-]++)((?:['\"],)?[ \t]++)(?:(')[^'\n]++|(\")[^\"\n]++|[^\s'\"-][^\s'\"]*+)")
+_OPTION = re.compile(
+    r"(?<![\w.-])(--[\w-]++)((?:['\"],)?[ \t]++)(?:(')[^'\n]++|(\")[^\"\n]++|[^\s'\"-][^\s'\"]*+)"
+)
 # curl -u user:password, -su user:password, -uuser:password, --user user:password. Only in a line with `curl`, because
 # docker's `--user 1000:1000` is no secret.
 _CURL_USER = re.compile(
@@ -98,7 +115,10 @@ def in_uri(text: str) -> bool:
 
 def is_name(name: str) -> bool:
     """True if a field with this name is a secret: password, api_key, hub_token."""
-    return re.fullmatch(r"[\w.-]+", name) is not None and _NAME.search(name[-_LONGEST_NAME:]) is not None
+    return (
+        re.fullmatch(r"[\w.-]+", name) is not None
+        and _NAME.search(name[-_LONGEST_NAME:]) is not None
+    )
 
 
 def _without_password(match: re.Match[str]) -> str:
@@ -120,7 +140,9 @@ def _without_credentials(match: re.Match[str]) -> str:
 
 def _without_value(match: re.Match[str]) -> str:
     option, blank, *quotes = match.groups()
-    return f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}" if is_name(option) else match[0]
+    return (
+        f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}" if is_name(option) else match[0]
+    )
 
 
 def _fields_masked(text: str) -> Iterator[str]:
@@ -154,7 +176,9 @@ def looked_up(value: str, field: str) -> str:
     scheme, _, name = value.partition(":")
     if scheme == "env":
         if not (content := os.environ.get(name, "").strip()):
-            raise UserError(f"{field}: {value}: the environment variable {name} is not set in this process")
+            raise UserError(
+                f"{field}: {value}: the environment variable {name} is not set in this process"
+            )
         return content
     if scheme == "file" and not name.startswith("//"):
         return _line_of(Path(name).expanduser(), f"{field}: {value}")
@@ -167,7 +191,9 @@ def _line_of(path: Path, subject: str) -> str:
     try:
         words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{subject}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        raise UserError(
+            f"{subject}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+        ) from None
     if len(words) != 1:
         raise UserError(f"{subject}: expected one line with an address, found {len(words)} words")
     return words[0]

@@ -59,7 +59,9 @@ def staged(target: Path) -> Iterator[Path]:
         yield partial
         try:
             os.replace(partial, target)
-        except OSError:  # the system does not replace a folder that has files: another process was faster
+        except (
+            OSError
+        ):  # the system does not replace a folder that has files: another process was faster
             if not target.exists():
                 raise
     finally:
@@ -106,7 +108,9 @@ def private_folder(name: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not this user's own folder; delete it, or set TMPDIR to another folder")
+        raise PermissionError(
+            f"{folder} is not this user's own folder; delete it, or set TMPDIR to another folder"
+        )
     return folder
 
 
@@ -131,7 +135,9 @@ def join(location: str, *parts: str) -> str:
     return "/".join([location.rstrip("/"), *parts])
 
 
-WITHOUT_QUERY = "name the server with the environment variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
+WITHOUT_QUERY = (
+    "name the server with the environment variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
+)
 
 
 def filesystem(location: str) -> tuple[fs.FileSystem, str]:
@@ -172,7 +178,9 @@ def check_storage(location: str, field: str) -> None:
         s3.check_bucket(location, field)
     probe = join(location, f".probe-{uuid.uuid4().hex}")
     content, subject = os.urandom(4 * PART), f"{field}: {location}"
-    with as_user_error(f"{subject} cannot be written", OSError, ValueError, reason=short_reason, passes=passes):
+    with as_user_error(
+        f"{subject} cannot be written", OSError, ValueError, reason=short_reason, passes=passes
+    ):
         write_bytes(probe, content)
         part = ask(probe, _part)
         remove(probe)
@@ -190,7 +198,9 @@ def _part(system: fs.FileSystem, path: str) -> bytes:
 
 
 def exists(location: str) -> bool:
-    return ask(location, lambda system, path: bool(system.get_file_info(path).type != fs.FileType.NotFound))
+    return ask(
+        location, lambda system, path: bool(system.get_file_info(path).type != fs.FileType.NotFound)
+    )
 
 
 def size(location: str) -> int | None:
@@ -216,7 +226,11 @@ def times(location: str) -> dict[str, float]:
 def files_below(location: str) -> dict[str, int]:
     """Return path -> bytes of all files below a folder, at any depth; empty if the folder does not exist."""
     root = filesystem(location)[1]
-    return {info.path[len(root) :].lstrip("/"): info.size for info in _infos(location, recursive=True) if info.is_file}
+    return {
+        info.path[len(root) :].lstrip("/"): info.size
+        for info in _infos(location, recursive=True)
+        if info.is_file
+    }
 
 
 def version(location: str) -> str:
@@ -228,7 +242,9 @@ def version(location: str) -> str:
     infos = [ask(location, lambda system, path: system.get_file_info(path))]
     if not infos[0].is_file:
         infos = _infos(location, recursive=True)
-    files = sorted((info.path[len(root) :], info.size, info.mtime_ns or 0) for info in infos if info.is_file)
+    files = sorted(
+        (info.path[len(root) :], info.size, info.mtime_ns or 0) for info in infos if info.is_file
+    )
     if not files:
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", location)
     return hashlib.sha256(repr(files).encode()).hexdigest()
@@ -270,7 +286,9 @@ def write_bytes(location: str, content: bytes, durable: bool = True) -> None:
     write_chunks(location, lambda: (content,), durable)
 
 
-def write_chunks(location: str, content: Callable[[], Iterable[bytes]], durable: bool = True) -> None:
+def write_chunks(
+    location: str, content: Callable[[], Iterable[bytes]], durable: bool = True
+) -> None:
     """Write a file that is too large for memory, like `write_bytes`. Each call of `content` yields all of it."""
 
     def write(system: fs.FileSystem, path: str) -> None:

@@ -21,17 +21,37 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from olora_ray.common import logs
-from olora_ray.common.errors import Stopped, StoreError, UserError, as_user_error, of_the_machine, short_reason
+from olora_ray.common.errors import (
+    Stopped,
+    StoreError,
+    UserError,
+    as_user_error,
+    of_the_machine,
+    short_reason,
+)
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import is_uri
-from olora_ray.config.load import build, changed, load_config, meant, parse_assignments, spelling_advice
+from olora_ray.config.load import (
+    build,
+    changed,
+    load_config,
+    meant,
+    parse_assignments,
+    spelling_advice,
+)
 from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
 from olora_ray.config.section import AnySection, Section
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
 
 
-NAMES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", NoneType: "`null`"}
+NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "`true` or `false`",
+    NoneType: "`null`",
+}
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 WIDTH = 112
 
@@ -40,18 +60,28 @@ def name_of(section: type[Section]) -> str:
     return section.__name__.lower()
 
 
-def shape(annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Section]], str] = name_of) -> str:
+def shape(
+    annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Section]], str] = name_of
+) -> str:
     """Return in words which values a field accepts; `limits` are pydantic's constraints, `entry` names a section."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        metadata = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        metadata = [
+            limit
+            for one in inner[1:]
+            for limit in (one.metadata if isinstance(one, FieldInfo) else [one])
+        ]
         return shape(inner[0], [*limits, *metadata], entry)
     if origin in (Union, UnionType):
         return " or ".join(shape(part, (), entry) for part in inner)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin is tuple:
-        return _tuple([shape(part, (), entry) for part in inner if part is not Ellipsis], Ellipsis in inner, limits)
+        return _tuple(
+            [shape(part, (), entry) for part in inner if part is not Ellipsis],
+            Ellipsis in inner,
+            limits,
+        )
     if origin is dict:
         return f"mapping of {shape(inner[0], (), entry)} to {shape(inner[1], (), entry)}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -65,11 +95,21 @@ def plain(value: Any) -> str:
 
 def default(field: FieldInfo) -> str:
     """A field's default as it would stand in a config, or `required`."""
-    return "required" if field.is_required() else plain(field.get_default(call_default_factory=True))
+    return (
+        "required" if field.is_required() else plain(field.get_default(call_default_factory=True))
+    )
 
 
 FIRST = (
-    *("run.name", "model.name", "data.train", "data.eval", "data.max_length", "adapter.rank", "adapter.alpha"),
+    *(
+        "run.name",
+        "model.name",
+        "data.train",
+        "data.eval",
+        "data.max_length",
+        "adapter.rank",
+        "adapter.alpha",
+    ),
     *("train.epochs", "train.global_batch", "train.micro_batch", "train.lr"),
     *("cluster.workers", "tracking.uri", "registry.model"),
 )
@@ -88,14 +128,20 @@ def help_text(config: type[Section] = Config, only: Collection[str] | None = Non
         assert isinstance(section, type)
         assert issubclass(section, Section)
         all_fields = only is None or name in only or name not in Config.model_fields
-        shown = None if all_fields else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
+        shown = (
+            None
+            if all_fields
+            else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
+        )
         if shown != []:
             lines.append(f"{name}:")
             lines.extend(_section(section, "  ", shown))
     return "\n".join(lines)
 
 
-def _section(section: type[Section], indent: str, only: Collection[str] | None = None) -> Iterator[str]:
+def _section(
+    section: type[Section], indent: str, only: Collection[str] | None = None
+) -> Iterator[str]:
     for name, field in section.model_fields.items():
         if only is not None and name not in only:
             continue
@@ -103,7 +149,11 @@ def _section(section: type[Section], indent: str, only: Collection[str] | None =
         text = " ".join(f"{field.description} ({accepted}) [{default(field)}]".split())
         start = f"{indent}{field.alias or name:<18} "
         yield textwrap.fill(
-            text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+            text,
+            WIDTH,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_on_hyphens=False,
         )
         if name == "train" and section is Data and only is None:
             yield from _section(Source, indent + "    ")
@@ -157,18 +207,23 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     start, template = config.train.start, config.data.chat_template
     if isinstance(config, Config) and isinstance(config.gate.guard, tuple):
         guard = tuple(
-            each if isinstance(each, str) else _source(each, folder, "gate.guard") for each in config.gate.guard
+            each if isinstance(each, str) else _source(each, folder, "gate.guard")
+            for each in config.gate.guard
         )
         config = _changed(config, gate=_changed(config.gate, guard=guard))
     return _changed(
         config,
-        run=_changed(config.run, storage=absolute(config.run.storage, lasting(folder), "run.storage")),
+        run=_changed(
+            config.run, storage=absolute(config.run.storage, lasting(folder), "run.storage")
+        ),
         model=_changed(config.model, name=name),
         data=_changed(
             config.data,
             train=_sources(config.data.train, folder, "data.train"),
             eval=_sources(config.data.eval, folder, "data.eval"),
-            chat_template=template if template in (None, "plain") else absolute(template, folder, "data.chat_template"),
+            chat_template=template
+            if template in (None, "plain")
+            else absolute(template, folder, "data.chat_template"),
         ),
         train=_changed(config.train, start=start and left(start, folder, "train.start")),
     )
@@ -215,7 +270,9 @@ def at_home(path: str, field: str = "") -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         where = f"{field}: {path}" if field else path
-        raise UserError(f"{where}: '{Path(path).parts[0]}' has no home folder; write the absolute path") from None
+        raise UserError(
+            f"{where}: '{Path(path).parts[0]}' has no home folder; write the absolute path"
+        ) from None
 
 
 def package_file(name: str, field: str = "model.name") -> Path:
@@ -223,21 +280,29 @@ def package_file(name: str, field: str = "model.name") -> Path:
     package, _, inner = name.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{field}: {name}: Python package {package!r} is not installed; install it on every node")
+        raise UserError(
+            f"{field}: {name}: Python package {package!r} is not installed; install it on every node"
+        )
     path = Path(next(iter(spec.submodule_search_locations))) / inner
     if not path.exists():
         files = sorted(item.name for item in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise UserError(f"{field}: {name}: no such file in the package; its files: {', '.join(files) or 'none'}")
+        raise UserError(
+            f"{field}: {name}: no such file in the package; its files: {', '.join(files) or 'none'}"
+        )
     return path
 
 
 def _sources(sources: Sequence[Source], folder: Path, setting: str) -> tuple[Source, ...]:
-    return tuple(_source(source, folder, f"{setting}.{number}") for number, source in enumerate(sources))
+    return tuple(
+        _source(source, folder, f"{setting}.{number}") for number, source in enumerate(sources)
+    )
 
 
 def _source(source: Source, folder: Path, where: str) -> Source:
     only = tuple(absolute(name, folder, f"{where}.only") for name in source.only)
-    return _changed(source, path=absolute(shipped(source.path, folder), folder, f"{where}.path"), only=only)
+    return _changed(
+        source, path=absolute(shipped(source.path, folder), folder, f"{where}.path"), only=only
+    )
 
 
 HELP, VERSION = ("-h", "--help"), "--version"
@@ -284,7 +349,9 @@ def parse(
         if fields and "all" in argv:
             print(f"\nFields, with their defaults:\n\n{help_text(fields)}")
         elif fields:
-            print(f"\nFields to begin with and their defaults (--help all: all):\n\n{help_text(fields, first)}")
+            print(
+                f"\nFields to begin with and their defaults (--help all: all):\n\n{help_text(fields, first)}"
+            )
         raise SystemExit(0)
     words, given, values = [], set(), list[tuple[str, str]]()
     rest = iter(argv)
@@ -337,9 +404,13 @@ def read_arguments(
         raise UserError("argument --show-config: works only with --dry-run; add --dry-run")
     files = arguments.names()
     if len(files) > 1:
-        raise UserError(f"arguments {' '.join(files)}: use one config file; set fields as section.field=value")
+        raise UserError(
+            f"arguments {' '.join(files)}: use one config file; set fields as section.field=value"
+        )
     if not files:
-        raise UserError("argument CONFIG.yaml: missing; `olora-ray init DATA` writes one for your rows; see --help")
+        raise UserError(
+            "argument CONFIG.yaml: missing; `olora-ray init DATA` writes one for your rows; see --help"
+        )
     return loaded(files[0], arguments.changes()), arguments.flags
 
 
@@ -405,7 +476,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         with logs.printed():
             main(sys.argv[1:])
     except (UserError, StoreError) as error:
-        lines = getattr(error, "lines", [str(error)])  # a file name or a library's text may contain line breaks
+        lines = getattr(
+            error, "lines", [str(error)]
+        )  # a file name or a library's text may contain line breaks
         _end("error: " + "\n  ".join(" ".join(line.split()) for line in lines), error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)

@@ -17,7 +17,15 @@ from olora_ray.common import secrets, storage
 from olora_ray.common.errors import UserError, of_problems
 from olora_ray.common.text import did_you_mean
 from olora_ray.config.schema import Config, EvaluationConfig
-from olora_ray.config.section import EXPERIMENT, HUB_NAME, MODEL_NAME, NAME, REFER, AnySection, Section
+from olora_ray.config.section import (
+    EXPERIMENT,
+    HUB_NAME,
+    MODEL_NAME,
+    NAME,
+    REFER,
+    AnySection,
+    Section,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +111,12 @@ def _fields() -> dict[str, str]:
     own: dict[str, list[str]] = {}
     for section, name in _own():
         own.setdefault(name, []).append(f"{section}.{name}")
-    fields = {_plain(name): full_names[0] for name, full_names in own.items() if len(full_names) == 1}
-    return fields | {_plain(word): field for field, words in PLAIN.items() for word in words.split()}
+    fields = {
+        _plain(name): full_names[0] for name, full_names in own.items() if len(full_names) == 1
+    }
+    return fields | {
+        _plain(word): field for field, words in PLAIN.items() for word in words.split()
+    }
 
 
 def _own() -> Iterator[tuple[str, str]]:
@@ -139,7 +151,9 @@ _MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile("[-+]?0[0-7_]+")
 _ODD_NUMBER = re.compile("[-+]?(0[xb]|[0-9_]+:)")
 """Numbers of YAML 1.1 that nobody intends: 1:30 is 90, 0x10 is 16."""
-_TOO_MUCH = "more than 50,000 values (with aliases expanded) or 50 nested levels; this is not a config"
+_TOO_MUCH = (
+    "more than 50,000 values (with aliases expanded) or 50 nested levels; this is not a config"
+)
 
 
 class Loader(yaml.SafeLoader):
@@ -154,7 +168,9 @@ class Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem(key, "a list or mapping cannot be a key")
             if key.value in lines:
-                raise _problem(key, f"duplicate key {_quoted(key.value)}, first in line {lines[key.value]}")
+                raise _problem(
+                    key, f"duplicate key {_quoted(key.value)}, first in line {lines[key.value]}"
+                )
             lines[key.value] = key.start_mark.line + 1
             # Keys stay as they are written: `on:` must not become true. A copy, because through an alias the same node
             # may also be the value of another key.
@@ -168,12 +184,20 @@ class Loader(yaml.SafeLoader):
             if isinstance(value, str):
                 value.encode()  # fails for half of a surrogate pair, which no file can contain
         except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
-            raise _problem(node, f"{_quoted(node.value)} is not valid; quote it if it is text") from None
-        if isinstance(value, int | float) and isinstance(node.value, str) and _ODD_NUMBER.match(node.value):
+            raise _problem(
+                node, f"{_quoted(node.value)} is not valid; quote it if it is text"
+            ) from None
+        if (
+            isinstance(value, int | float)
+            and isinstance(node.value, str)
+            and _ODD_NUMBER.match(node.value)
+        ):
             return node.value  # as text, which a numeric field rejects
         if isinstance(value, int) and abs(value) >= 2**63:
             raise _problem(node, f"{_quoted(node.value)} is too large")
-        octal = isinstance(value, int) and isinstance(node.value, str) and _OCTAL.fullmatch(node.value)
+        octal = (
+            isinstance(value, int) and isinstance(node.value, str) and _OCTAL.fullmatch(node.value)
+        )
         if octal and value != int(node.value.replace("_", "")):
             raise _problem(
                 node,
@@ -205,7 +229,9 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML: {problem[:200]}") from None
     except yaml.reader.ReaderError as error:
         line = f", line {text.count(chr(10), 0, error.position) + 1}"
-        raise UserError(f"{where}{line}: not valid YAML: remove the character #x{error.character:04x}") from None
+        raise UserError(
+            f"{where}{line}: not valid YAML: remove the character #x{error.character:04x}"
+        ) from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_MUCH}") from None
     # A few lines with nested aliases may expand to billions of values, and validation would never end. The limit leaves
@@ -216,7 +242,9 @@ def parse_yaml(text: str, where: str) -> Any:
         count += 1
         if count > 50_000 or depth > 50:
             raise UserError(f"{where}: {_TOO_MUCH}")
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inner = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        )
         left += ((each, depth + 1) for each in inner)
     return tree
 
@@ -316,11 +344,17 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
             node = _child(node, part, field)
         if isinstance(node, list):
             if (index := _index(last, node)) is None:
-                raise UserError(f"{field}: no such entry; the list has {len(node)} entries, counted from 0")
+                raise UserError(
+                    f"{field}: no such entry; the list has {len(node)} entries, counted from 0"
+                )
             node[index] = value
         else:
             node[last] = value
-    if "train.epochs" in changes and "train.steps" not in changes and isinstance(result.get("train"), dict):
+    if (
+        "train.epochs" in changes
+        and "train.steps" not in changes
+        and isinstance(result.get("train"), dict)
+    ):
         result["train"].pop("steps", None)  # the command line overrides the file
     return result
 
@@ -412,7 +446,10 @@ def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
         item
         for item in items
         if not (item["type"] == "too_short" and item["input"])
-        or not any(another is not item and another["loc"][: len(item["loc"])] == item["loc"] for another in items)
+        or not any(
+            another is not item and another["loc"][: len(item["loc"])] == item["loc"]
+            for another in items
+        )
     ]
 
 
@@ -422,7 +459,12 @@ def _joined(lines: Sequence[str]) -> list[str]:
     for line in lines:
         field, expected, rest = line.partition(": input should be ")
         value = rest[rest.rfind(" (got ") :]
-        if joined and expected and joined[-1].startswith(field + expected) and joined[-1].endswith(value):
+        if (
+            joined
+            and expected
+            and joined[-1].startswith(field + expected)
+            and joined[-1].endswith(value)
+        ):
             joined[-1] = f"{joined[-1].removesuffix(value)} or {rest}"
         else:
             joined.append(line)
@@ -432,11 +474,15 @@ def _joined(lines: Sequence[str]) -> list[str]:
 def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str:
     if secrets.is_name(parts[-1]):
         return "delete it; secrets come from environment variables or files, never from a config"
-    if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
+    if issubclass(root, Config | EvaluationConfig) and (
+        advice := spelling_advice(parts[-1], ".".join(parts))
+    ):
         return advice
     # Last, because names of other tools resemble fields with another meaning: do_train is not `train`.
     near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
-    if near and (len(parts) > 1 or isinstance(value, dict)):  # a plain value cannot be a misspelt section
+    if near and (
+        len(parts) > 1 or isinstance(value, dict)
+    ):  # a plain value cannot be a misspelt section
         return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
     return "--help all lists the fields"
 
@@ -458,7 +504,9 @@ def _short(text: str, length: int) -> str:
 
 def instead(field: str, text: str) -> str:
     if field != "tracking.uri":
-        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
+        names = (
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
+        )
         return f"the address contains a secret; remove it, and set the environment variables of the service ({names})"
     if text.startswith("http"):
         return (
@@ -480,7 +528,9 @@ def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
 def _section_in(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((section for inner in get_args(annotation) if (section := _section_in(inner))), None)
+    return next(
+        (section for inner in get_args(annotation) if (section := _section_in(inner))), None
+    )
 
 
 def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
@@ -491,7 +541,9 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> C
     if before and train.steps is None and "train.epochs" in changes:
         logger.info(f"train.epochs overrides train.steps={before} of {path}")
     elif train.steps and train.epochs != 1 and "train.steps" not in changes:
-        logger.warning(f"{path}: train.steps={train.steps} overrides train.epochs={train.epochs:g}; delete one")
+        logger.warning(
+            f"{path}: train.steps={train.steps} overrides train.epochs={train.epochs:g}; delete one"
+        )
     return config
 
 
@@ -499,7 +551,9 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """Read a config file without validation; raise UserError if it is no YAML mapping."""
     tree = read_yaml(path, "config file")
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}")
+        raise UserError(
+            f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}"
+        )
     return tree
 
 
@@ -519,7 +573,9 @@ def build(tree: Mapping[str, Any], where: str = "config") -> Config:
 
     A section `compare` (of pipelines/compare.py) is ignored. A run without a name gets one.
     """
-    config = validated(Config, {name: section for name, section in tree.items() if name != "compare"}, where)
+    config = validated(
+        Config, {name: section for name, section in tree.items() if name != "compare"}, where
+    )
     if config.run.name == "auto":
         config = override(config, {"run.name": _own_name(config)})
         logger.info(f"run.name: auto is {config.run.name}")
@@ -536,15 +592,22 @@ def _own_name(config: Config) -> str:
     # that a run can be trained longer under the same name.
     given = leaves(config.model_dump(mode="json", exclude_defaults=True), "")
     others = (*FREE_TO_CHANGE, *LENGTH)
-    digest = storage.digest_json({field: value for field, value in given if not field.startswith(others)}, length=8)
+    digest = storage.digest_json(
+        {field: value for field, value in given if not field.startswith(others)}, length=8
+    )
     return f"{config.adapter.method}-r{config.adapter.rank}-{digest}"
 
 
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
     """Validate a nested mapping into a section; raise UserError with all problems and without secrets."""
-    named = [(field, value if isinstance(value, list | tuple) else [value]) for field, value in leaves(tree, "")]
+    named = [
+        (field, value if isinstance(value, list | tuple) else [value])
+        for field, value in leaves(tree, "")
+    ]
     texts = [(field, item) for field, items in named for item in items if isinstance(item, str)]
-    texts = [(field, item) for field, item in texts if not field.startswith("notify.")]  # these take no address at all
+    texts = [
+        (field, item) for field, item in texts if not field.startswith("notify.")
+    ]  # these take no address at all
     problems = [f"{field}: {instead(field, text)}" for field, text in texts if secrets.in_uri(text)]
     valid = None
     try:
@@ -565,4 +628,6 @@ def override(config: AnySection, changes: Mapping[str, Any]) -> AnySection:
 
 def dump(config: Config) -> str:
     """Return the config as YAML; `load_config` reads it back to an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True
+    )

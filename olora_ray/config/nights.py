@@ -55,13 +55,20 @@ class Gate(Section):
     """Loss per token on the guard rows (for tasks: share of wrong answers) by which a challenger may be worse than the
     champion that is best there, with confidence."""
 
-    @field_validator("guard", mode="before", json_schema_input_type=Literal["text"] | tuple[str | Source, ...] | None)
+    @field_validator(
+        "guard",
+        mode="before",
+        json_schema_input_type=Literal["text"] | tuple[str | Source, ...] | None,
+    )
     @classmethod
     def _paths_and_tasks(cls, value: object) -> object:
         if not isinstance(value, list | tuple):
             return value
         # The name of a task has neither a slash nor a dot.
-        return [{"path": each} if isinstance(each, str) and set("/.") & set(each) else each for each in value]
+        return [
+            {"path": each} if isinstance(each, str) and set("/.") & set(each) else each
+            for each in value
+        ]
 
     @model_validator(mode="after")
     def _has_limits(self) -> "Gate":
@@ -70,7 +77,10 @@ class Gate(Section):
                 "must_improve_by below 0 and confident=false let the champion become worse night after night; set"
                 " anchor, the most by which a version may be worse than the best champion so far"
             )
-        if isinstance(self.guard, tuple) and len({isinstance(each, str) for each in self.guard}) != 1:
+        if (
+            isinstance(self.guard, tuple)
+            and len({isinstance(each, str) for each in self.guard}) != 1
+        ):
             raise ValueError("guard: name sources or lm-eval's tasks, not both; null: no guard")
         return self
 

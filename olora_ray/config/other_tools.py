@@ -22,7 +22,9 @@ Given = dict[str, Any]
 Meaning = tuple[Given, str]
 """Our fields with their values, and what differs from the other tool; an empty text: nothing."""
 
-TABLE = parse_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), "other_tools.yaml")
+TABLE = parse_yaml(
+    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), "other_tools.yaml"
+)
 
 
 def _rows(entry: Given) -> tuple[Given, list[str]]:
@@ -34,7 +36,9 @@ def _rows(entry: Given) -> tuple[Given, list[str]]:
     if isinstance(left.get("data_files"), str) and path in ("json", "csv", "parquet", "text"):
         path = left.pop("data_files")
     if not (Path(path).exists() or re.search(r"://|^[./~]|\.(jsonl?|parquet|csv|tsv|txt)\b", path)):
-        options = [f"{name}={left.pop(name)}" for name in ("name", "split", "revision") if name in left]
+        options = [
+            f"{name}={left.pop(name)}" for name in ("name", "split", "revision") if name in left
+        ]
         path = f"hf://{path}{'?' * bool(options)}{'&'.join(options)}"
     chat = str(kind).startswith("chat_template")
     fields = {"conversations": "messages", "from": "role", "value": "content"} if chat else {}
@@ -50,7 +54,9 @@ def _sources(field: str, entries: list[Given], _: Given) -> Meaning:
     read = [_rows(entry) for entry in entries]
     left = ", ".join(f"{number}.{name}" for number, (_, rest) in enumerate(read) for name in rest)
     alpaca = any(source["format"] == "alpaca" for source, _ in read)
-    notes = [f"no place here: {left}"] * bool(left) + ["the model's chat template, not Alpaca's words"] * alpaca
+    notes = [f"no place here: {left}"] * bool(left) + [
+        "the model's chat template, not Alpaca's words"
+    ] * alpaca
     return {field: [source for source, _ in read]}, "; ".join(notes)
 
 
@@ -59,8 +65,16 @@ def _factory(field: str, names: str, given: Given) -> Meaning:
     infos = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     for info in (dict(infos[name.strip()]) for name in names.split(",")):
         path = info.pop("hf_hub_url", None) or str(folder / info.pop("file_name"))
-        entry = {"path": path, "name": info.pop("subset", None), "type": info.pop("formatting", "alpaca")}
-        text = {"type": "completion", "field": info.pop("columns", {}).get("prompt")} if given["stage"] == "pt" else {}
+        entry = {
+            "path": path,
+            "name": info.pop("subset", None),
+            "type": info.pop("formatting", "alpaca"),
+        }
+        text = (
+            {"type": "completion", "field": info.pop("columns", {}).get("prompt")}
+            if given["stage"] == "pt"
+            else {}
+        )
         entries.append(entry | info | text)
     return _sources(field, entries, given)
 
@@ -71,8 +85,15 @@ def _hub(name: str, given: Given) -> Meaning:
 
 
 def _batch(micro: int, given: Given) -> Meaning:
-    steps, gpus = given["gradient_accumulation_steps"], given.get("num_processes", given.get("ray_num_workers"))
-    unknown = "" if gpus else "; the file does not say how many GPUs: multiply train.global_batch by their number"
+    steps, gpus = (
+        given["gradient_accumulation_steps"],
+        given.get("num_processes", given.get("ray_num_workers")),
+    )
+    unknown = (
+        ""
+        if gpus
+        else "; the file does not say how many GPUs: multiply train.global_batch by their number"
+    )
     note = f"{micro} at once x {steps} accumulated x {plural(gpus or 1, 'GPU')}{unknown}"
     return {"train.micro_batch": micro, "train.global_batch": micro * steps * (gpus or 1)}, note
 
@@ -93,15 +114,26 @@ COMPUTED: dict[str, Callable[[Any, Given], Meaning]] = {
     "dataset": partial(_factory, "data.train"),
     "eval_dataset": partial(_factory, "data.eval"),
     "dataset_name": _hub,
-    "lora_rank": lambda rank, given: ({"adapter.rank": rank, "adapter.alpha": given.get("lora_alpha", 2 * rank)}, ""),
-    "lora_target": lambda x, _: ({"adapter.targets": "all-linear" if x == "all" else re.split(r",\s*", x)}, ""),
+    "lora_rank": lambda rank, given: (
+        {"adapter.rank": rank, "adapter.alpha": given.get("lora_alpha", 2 * rank)},
+        "",
+    ),
+    "lora_target": lambda x, _: (
+        {"adapter.targets": "all-linear" if x == "all" else re.split(r",\s*", x)},
+        "",
+    ),
     "micro_batch_size per_device_train_batch_size": _batch,
     "warmup_ratio warmup_steps": _warmup,
-    "deepspeed": lambda x, _: ({"cluster.strategy": "fsdp"} if re.search("z(ero)?_?3", x) else {}, "fsdp if ZeRO-3"),
+    "deepspeed": lambda x, _: (
+        {"cluster.strategy": "fsdp"} if re.search("z(ero)?_?3", x) else {},
+        "fsdp if ZeRO-3",
+    ),
     "output_dir run_name": _name,
 }
 PARTS = (TABLE["trained"], TABLE["fields"], COMPUTED, TABLE["as_it_is"])
-READ: dict[str, Any] = {name: how for part in PARTS for names, how in part.items() for name in names.split()}
+READ: dict[str, Any] = {
+    name: how for part in PARTS for names, how in part.items() for name in names.split()
+}
 
 
 def _meaning(name: str, value: Any, given: Given) -> Meaning:
@@ -112,16 +144,25 @@ def _meaning(name: str, value: Any, given: Given) -> Meaning:
         return how(value, given)  # type: ignore[no-any-return]
     ours: Any = how.get(value if isinstance(value, str) else json.dumps(value), how.get("*"))
     ours = {"note": ours} if isinstance(ours, str) else ours
-    return {field: value if its == "*" else its for field, its in ours.items() if field != "note"}, ours.get("note", "")
+    return {
+        field: value if its == "*" else its for field, its in ours.items() if field != "note"
+    }, ours.get("note", "")
 
 
 def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
     """Return another tool's config as ours, with `changes`, and lines that name each of its fields."""
     own = _settings(file)
-    tool = next((tool for tool, about in TABLE["tools"].items() if own.keys() & set(about["own"].split())), None)
+    tool = next(
+        (tool for tool, about in TABLE["tools"].items() if own.keys() & set(about["own"].split())),
+        None,
+    )
     if tool is None:
-        raise UserError(f"--from {file}: has no base_model (Axolotl) or model_name_or_path (LLaMA-Factory, TRL)")
-    given = TABLE["tools"][tool]["defaults"] | {name: value for name, value in own.items() if value is not None}
+        raise UserError(
+            f"--from {file}: has no base_model (Axolotl) or model_name_or_path (LLaMA-Factory, TRL)"
+        )
+    given = TABLE["tools"][tool]["defaults"] | {
+        name: value for name, value in own.items() if value is not None
+    }
     same, other, none = list[str](), list[str](), list[str]()
     tree, sets = {"run": {}, "model": {"name": "?"}, "data": {"train": [{"path": "?"}]}}, Given()
     tree = changed(tree, _name(f"from-{Path(file).stem}", {})[0])
@@ -132,21 +173,47 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
             build(changed(tree, ours))
         except (LookupError, TypeError, ValueError, AttributeError, OSError, UserError) as error:
             if name in " ".join(TABLE["trained"]).split():
-                raise UserError(f"--from {file}: {label}: only adapters are trained, on supervised rows") from None
-            why = str(error) if isinstance(error, UserError | OSError) else "another value than those known here"
+                raise UserError(
+                    f"--from {file}: {label}: only adapters are trained, on supervised rows"
+                ) from None
+            why = (
+                str(error)
+                if isinstance(error, UserError | OSError)
+                else "another value than those known here"
+            )
             none.append(f"{label}: {why}" if name in READ else name)
             continue
-        replaced = [f"replaces {sets[field]}" for field in ours if sets.get(field, ours[field]) != ours[field]]
+        replaced = [
+            f"replaces {sets[field]}"
+            for field in ours
+            if sets.get(field, ours[field]) != ours[field]
+        ]
         tree, sets = changed(tree, ours), sets | ours
-        here = [", ".join(f"{field}: {value}" for field, value in ours.items()), note, *replaced[:1]]
-        (other if note or replaced else same).append(f"{label} -> {' | '.join(filter(None, here)) or 'the same here'}")
+        here = [
+            ", ".join(f"{field}: {value}" for field, value in ours.items()),
+            note,
+            *replaced[:1],
+        ]
+        (other if note or replaced else same).append(
+            f"{label} -> {' | '.join(filter(None, here)) or 'the same here'}"
+        )
     tree = changed(tree, changes)
     if build(tree, "arguments").data.train[0].path == "?":
         why = "; ".join(each for each in none if each.startswith("data")) or "the file names none"
-        raise UserError(f"--from {file}: its rows are not known here: {why}; set data.train.0.path=FILE")
+        raise UserError(
+            f"--from {file}: its rows are not known here: {why}; set data.train.0.path=FILE"
+        )
     none += [f"{name}: it is empty" for name in own if own[name] is None]
-    groups = {"these fields map": same, "have another meaning here": other, "have no place here": none}
-    lines = [line for title, fields in groups.items() for line in (f"{title}:", *(f"  {each}" for each in fields))]
+    groups = {
+        "these fields map": same,
+        "have another meaning here": other,
+        "have no place here": none,
+    }
+    lines = [
+        line
+        for title, fields in groups.items()
+        for line in (f"{title}:", *(f"  {each}" for each in fields))
+    ]
     lines = [f"{file}, read as for {tool}; train.lr: auto would measure the learning rate", *lines]
     return tree, [secrets.mask(" ".join(line.splitlines())) for line in lines]
 
@@ -168,5 +235,9 @@ def _settings(file: str) -> Given:
         else:
             values.append(parse_yaml(word, word))
     if "sft" not in script and "stage" not in flags:
-        raise UserError(f"--from {file}: {script} is not sft: only adapters are trained, on supervised rows")
-    return {name: values if len(values) > 1 else (values or [True])[0] for name, values in flags.items()}
+        raise UserError(
+            f"--from {file}: {script} is not sft: only adapters are trained, on supervised rows"
+        )
+    return {
+        name: values if len(values) > 1 else (values or [True])[0] for name, values in flags.items()
+    }

@@ -40,7 +40,9 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
 class Adapter(Section):
     """The adapter: its method, its size and the layers that it adapts."""
 
-    method: Literal["olora", "lora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"] = "olora"
+    method: Literal["olora", "lora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"] = (
+        "olora"
+    )
     """Initial values of A and B; docs/method.md explains each method. olora: Q and R of W (arXiv 2406.01775).
     lora: random A, zero B (2106.09685). pissa: largest singular values and vectors of W, exact (2404.02948). milora:
     smallest singular values and vectors (2406.09044). orthogonal: random A and B with B A = 0, as in PEFT; needs an
@@ -77,14 +79,18 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _rank_fits_the_method(self) -> "Adapter":
         if self.method == "orthogonal" and self.rank % 2:
-            raise ValueError(f"rank={self.rank} is odd, and orthogonal needs an even rank; use {self.rank + 1}")
+            raise ValueError(
+                f"rank={self.rank} is odd, and orthogonal needs an even rank; use {self.rank + 1}"
+            )
         return self
 
     @model_validator(mode="after")
     def _enough_tokens_for_the_components(self) -> "Adapter":
         if self.method == "eva" and self.init_tokens <= self.largest_rank():
             most = self.largest_rank()
-            raise ValueError(f"init_tokens={self.init_tokens} must be larger than rho x rank = {most}; raise it")
+            raise ValueError(
+                f"init_tokens={self.init_tokens} must be larger than rho x rank = {most}; raise it"
+            )
         return self
 
     def scale(self) -> float:
@@ -101,7 +107,9 @@ class Adapter(Section):
 
     def identity(self) -> str:
         """Return the settings as JSON without those of other methods, so that equal adapters have equal texts."""
-        others = {name for names in METHOD_OPTIONS.values() for name in names} - self.options().keys()
+        others = {
+            name for names in METHOD_OPTIONS.values() for name in names
+        } - self.options().keys()
         return self.model_dump_json(exclude=others)
 
 
@@ -140,9 +148,15 @@ class Cluster(Section):
     @classmethod
     def _number_or_range(cls, value: object) -> object:
         numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
-        are_numbers = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-        if value != "auto" and (not are_numbers or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]):
-            raise ValueError(f"expected a number of workers, auto, or [min, max] with 1 <= min <= max, not {value!r}")
+        are_numbers = all(
+            isinstance(number, int) and not isinstance(number, bool) for number in numbers
+        )
+        if value != "auto" and (
+            not are_numbers or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]
+        ):
+            raise ValueError(
+                f"expected a number of workers, auto, or [min, max] with 1 <= min <= max, not {value!r}"
+            )
         return value
 
     @field_validator("gpus_per_worker", mode="before")
@@ -219,7 +233,9 @@ class Registry(Section):
     @classmethod
     def _is_no_version(cls, alias: str) -> str:
         if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-            raise ValueError(f"the alias {alias!r} is reserved by MLflow (latest, v1, v2, ...); choose another")
+            raise ValueError(
+                f"the alias {alias!r} is reserved by MLflow (latest, v1, v2, ...); choose another"
+            )
         return alias
 
 
@@ -362,7 +378,12 @@ class Data(Section):
     """Stop if more than this share of the rows is rejected, for training and held-out rows separately. Above 0, one
     rejected row of ten or more never stops a run."""
 
-    @field_validator("train", "eval", mode="before", json_schema_input_type=str | Source | tuple[str | Source, ...])
+    @field_validator(
+        "train",
+        "eval",
+        mode="before",
+        json_schema_input_type=str | Source | tuple[str | Source, ...],
+    )
     @classmethod
     def _paths(cls, value: object) -> object:
         sources = list(value) if isinstance(value, list | tuple) else [value] if value else value
@@ -478,11 +499,17 @@ class Config(Section):
             return self
         fields = f"cluster.fsdp_replicas={replicas} with cluster.workers={workers}"
         if not isinstance(workers, int):
-            raise ValueError(f"{fields}: the workers may not be divisible by it; use one number of workers")
+            raise ValueError(
+                f"{fields}: the workers may not be divisible by it; use one number of workers"
+            )
         if workers % replicas:
-            raise ValueError(f"{fields}: the workers are not divisible by it; use a divisor of the number of workers")
+            raise ValueError(
+                f"{fields}: the workers are not divisible by it; use a divisor of the number of workers"
+            )
         if workers == replicas:
-            raise ValueError(f"{fields}: no weight would be sharded; use strategy=ddp or fewer replicas")
+            raise ValueError(
+                f"{fields}: no weight would be sharded; use strategy=ddp or fewer replicas"
+            )
         return self
 
     def accumulation(self, workers: int | None = None) -> int:

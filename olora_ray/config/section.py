@@ -4,7 +4,15 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 LARGEST = 2**31 - 1
 """Largest number in a config, so that products of two such numbers fit in 64 bits."""
@@ -14,7 +22,11 @@ class Section(BaseModel):
     """Base of all sections: immutable, without unknown fields, with bounded numbers; field docstrings are the help."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,
+        allow_inf_nan=False,
     )
 
     @field_validator("*", mode="before")
@@ -33,7 +45,9 @@ class Section(BaseModel):
         for name, value in self:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and abs(number) > LARGEST:
-                    raise ValueError(f"{name}: {number!r} is out of range; use a number up to {LARGEST}")
+                    raise ValueError(
+                        f"{name}: {number!r} is out of range; use a number up to {LARGEST}"
+                    )
         return self
 
 
@@ -74,7 +88,9 @@ LONGEST_NAME = 200
 
 def _fits_a_file(name: str) -> str:
     if (size := len(name.encode())) > LONGEST_NAME:
-        raise ValueError(f"the name has {size} bytes, but files with this name allow {LONGEST_NAME}; shorten it")
+        raise ValueError(
+            f"the name has {size} bytes, but files with this name allow {LONGEST_NAME}; shorten it"
+        )
     return name
 
 
@@ -97,14 +113,20 @@ _ONE_SLASH = re.compile(r"(?!models:)([A-Za-z][\w.+-]+):/(?!/)")
 def _straight(path: str) -> str:
     if match := _ONE_SLASH.match(path):
         slashes = "///" if match[1] == "file" else "//"
-        raise ValueError(f"an address needs {slashes} after the colon; use {match[1]}:{slashes}{path[match.end() :]}")
+        raise ValueError(
+            f"an address needs {slashes} after the colon; use {match[1]}:{slashes}{path[match.end() :]}"
+        )
     if "://" in path and ".." in path.partition("?")[0].split("/"):
         raise ValueError("an address must not contain '..'; write the resolved address")
     return path
 
 
 def _without_options(path: str) -> str:
-    if "://" in path and not path.startswith("file://") and (sign := next((c for c in "?#%" if c in path), None)):
+    if (
+        "://" in path
+        and not path.startswith("file://")
+        and (sign := next((c for c in "?#%" if c in path), None))
+    ):
         raise ValueError(
             f"this address must not contain {sign!r}; remove it, and set the object store's server in the environment"
             " variables AWS_ENDPOINT_URL and AWS_REGION on all nodes"
@@ -125,7 +147,9 @@ def _refers(address: str) -> str:
 
 def _no_address(command: str) -> str:
     if "://" in command:
-        raise ValueError("an address may be a secret, and a config is copied into checkpoints and MLflow; use $NAME")
+        raise ValueError(
+            "an address may be a secret, and a config is copied into checkpoints and MLflow; use $NAME"
+        )
     return command
 
 
@@ -142,7 +166,9 @@ class Source(Section):
 
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"] = "auto"
+    format: Literal[
+        "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"
+    ] = "auto"
     """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
     fields are: messages {messages, system, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction,
     input, output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens
@@ -160,8 +186,14 @@ class Source(Section):
     @model_validator(mode="after")
     def _chat_fits_the_format(self) -> "Source":
         if self.format == "tokens" and self.chat != "auto":
-            raise ValueError("chat: rows of format tokens are used as they are; chat is for prompt_completion")
-        if self.format not in ("auto", "prompt_completion") and self.chat is (self.format == "text"):
+            raise ValueError(
+                "chat: rows of format tokens are used as they are; chat is for prompt_completion"
+            )
+        if self.format not in ("auto", "prompt_completion") and self.chat is (
+            self.format == "text"
+        ):
             form = "plain text" if self.chat else "chats"
-            raise ValueError(f"chat: rows of format {self.format} are always {form}; chat is for prompt_completion")
+            raise ValueError(
+                f"chat: rows of format {self.format} are always {form}; chat is for prompt_completion"
+            )
         return self

@@ -48,7 +48,10 @@ class ChatTemplate:
     """A compiled template with the special tokens that it may use."""
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], what: str = "model.name: the chat template"
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        what: str = "model.name: the chat template",
     ) -> None:
         """Compile `source`; raise a UserError that begins with `what` if it is not valid."""
         # Exception: constant expressions are worked out here, and 1 / 0 is a ZeroDivisionError.
@@ -63,10 +66,19 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return the conversation as text; raise whatever the template raises, mostly a jinja2.TemplateError."""
-        given = {**self._known, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        given = {
+            **self._known,
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
         # `Template.render` copies the variables twice: a fifth of the time of a rendering.
         template = self._template
-        return "".join(template.root_render_func(Context(template.environment, given, template.name, template.blocks)))
+        return "".join(
+            template.root_render_func(
+                Context(template.environment, given, template.name, template.blocks)
+            )
+        )
 
 
 class _Generation(jinja2.ext.Extension):
@@ -89,7 +101,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = TODAY.strftime
@@ -100,10 +114,16 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML characters.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:
@@ -122,7 +142,11 @@ EXCHANGE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content
 _FUNCTION = {
     "name": _MARK,
     "description": "A function.",
-    "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "A text."}}, "required": []},
+    "parameters": {
+        "type": "object",
+        "properties": {"x": {"type": "string", "description": "A text."}},
+        "required": [],
+    },
 }
 
 
@@ -163,13 +187,19 @@ class ChatForm:
                 messages = _with_one_system(messages)
         if self.arguments:
             messages = [
-                {**message, "tool_calls": [self._with_arguments(call) for call in message["tool_calls"]]}
+                {
+                    **message,
+                    "tool_calls": [self._with_arguments(call) for call in message["tool_calls"]],
+                }
                 if isinstance(message.get("tool_calls"), list)
                 else message
                 for message in messages
             ]
         if self.wants_null:
-            messages = [{**message, "content": None} if _calls_alone(message) else message for message in messages]
+            messages = [
+                {**message, "content": None} if _calls_alone(message) else message
+                for message in messages
+            ]
         if self.wants_parts:
             messages = [{**message, "content": _parts(message["content"])} for message in messages]
         return Chat(tuple(messages), chat.tools)
@@ -186,7 +216,11 @@ class ChatForm:
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 return call
-            return {**call, "arguments": value} if isinstance(value, dict) and self.arguments == "objects" else call
+            return (
+                {**call, "arguments": value}
+                if isinstance(value, dict) and self.arguments == "objects"
+                else call
+            )
         as_text = isinstance(value, dict) and self.arguments == "text"
         return {**call, "arguments": json.dumps(value, ensure_ascii=False)} if as_text else call
 
@@ -201,11 +235,15 @@ def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], what: s
     template = ChatTemplate(source, dict(special_tokens))
     # Arguments as JSON text and as an object, because some templates refuse one of them.
     shapes: tuple[Any, Any] = ("{}", {})
-    empty, null = (any(_MARK in _with_call(template, each, text) for each in shapes) for text in ("", None))
+    empty, null = (
+        any(_MARK in _with_call(template, each, text) for each in shapes) for text in ("", None)
+    )
     wants_null = null and not empty and "tool_calls" in source
     example = {"olora_argument": 1}
     forms: tuple[Any, Any] = (example, json.dumps(example))
-    from_object, from_text = (_with_call(template, each, None if wants_null else "") for each in forms)
+    from_object, from_text = (
+        _with_call(template, each, None if wants_null else "") for each in forms
+    )
     arguments: Literal["objects", "text"] | None = None
     if from_object != from_text:
         if "olora_argument" in from_object and str(example) not in from_object:
@@ -213,14 +251,24 @@ def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], what: s
         elif "olora_argument" in from_text:
             arguments = "text"
     contents: tuple[Any, Any] = (_MARK, _parts(_MARK))
-    as_text, as_parts = (_written(template, [{**EXCHANGE[0], "content": each}]) for each in contents)
+    as_text, as_parts = (
+        _written(template, [{**EXCHANGE[0], "content": each}]) for each in contents
+    )
     wants_parts = _MARK in as_parts and _MARK not in as_text
-    return ChatForm(what, arguments, wants_null, wants_parts, _developer(template), _writes_tools(template))
+    return ChatForm(
+        what, arguments, wants_null, wants_parts, _developer(template), _writes_tools(template)
+    )
 
 
 def _with_call(template: ChatTemplate, arguments: Any, content: str | None) -> str:
-    call = {"id": "call00000", "type": "function", "function": {"name": _MARK, "arguments": arguments}}
-    return _written(template, [EXCHANGE[0], {"role": "assistant", "content": content, "tool_calls": [call]}])
+    call = {
+        "id": "call00000",
+        "type": "function",
+        "function": {"name": _MARK, "arguments": arguments},
+    }
+    return _written(
+        template, [EXCHANGE[0], {"role": "assistant", "content": content, "tool_calls": [call]}]
+    )
 
 
 def _written(template: ChatTemplate, messages: Sequence[Message]) -> str:
@@ -245,11 +293,15 @@ def _writes_tools(template: ChatTemplate) -> bool:
     heads: tuple[list[Message], ...] = ([], [{"role": "system", "content": "Be brief."}])
     # In the form of OpenAI's API, and flat, because some templates read that.
     tools: tuple[Message, ...] = ({"type": "function", "function": _FUNCTION}, _FUNCTION)
-    texts = [text for tool in tools for head in heads for text in _exchanges(template, head, [tool])]
+    texts = [
+        text for tool in tools for head in heads for text in _exchanges(template, head, [tool])
+    ]
     return not texts or any(_MARK in text for text in texts)
 
 
-def _exchanges(template: ChatTemplate, head: Sequence[Message], tools: Sequence[Message] | None = None) -> list[str]:
+def _exchanges(
+    template: ChatTemplate, head: Sequence[Message], tools: Sequence[Message] | None = None
+) -> list[str]:
     texts = []
     for count in (1, 2):
         with suppress(Exception):  # a template is code: it may raise anything
@@ -261,7 +313,10 @@ def _with_one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     # Some templates write no second system message, so all that precede the user's become one.
     heads = ("developer", "system")
     text = "\n\n".join(message["content"] for message in messages if message["role"] in heads)
-    return [{"role": "system", "content": text}, *(each for each in messages if each["role"] not in heads)]
+    return [
+        {"role": "system", "content": text},
+        *(each for each in messages if each["role"] not in heads),
+    ]
 
 
 def _parts(content: str | None) -> Any:
@@ -285,11 +340,19 @@ def text_of(message: Mapping[str, Any]) -> str:
 def _with_every_name(message: dict[str, Any]) -> dict[str, Any]:
     # Templates read the reasoning under different names, so transformers gives it to them under each.
     thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    return message if thought is None else {**dict.fromkeys(REASONING, thought), **message, REASONING[0]: thought}
+    return (
+        message
+        if thought is None
+        else {**dict.fromkeys(REASONING, thought), **message, REASONING[0]: thought}
+    )
 
 
 def _calls_alone(message: Mapping[str, Any]) -> bool:
-    return message["role"] == "assistant" and bool(message.get("tool_calls")) and not message["content"].strip()
+    return (
+        message["role"] == "assistant"
+        and bool(message.get("tool_calls"))
+        and not message["content"].strip()
+    )
 
 
 def left_out(message: Mapping[str, Any], text: str) -> str | None:

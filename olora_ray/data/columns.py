@@ -23,7 +23,11 @@ from olora_ray.data.formats import FIELDS, Chat, Example, one_line
 
 WORD = re.compile(r"[^\W\d_]+")
 # A column is about the row if these words are the last one of its name, ...
-ENDS = {*WORD.findall("id uuid hash sha url uri date time timestamp at nr count index idx score model version")}
+ENDS = {
+    *WORD.findall(
+        "id uuid hash sha url uri date time timestamp at nr count index idx score model version"
+    )
+}
 # ... or these words are all of its name. The words of `WEAK` say nothing by themselves.
 WEAK = {*WORD.findall("user name type code by on of last title")}
 ABOUT = (
@@ -33,8 +37,12 @@ ABOUT = (
         *WORD.findall(
             "source origin dataset repo split fold subset language lang revision license licence created email"
         ),
-        *WORD.findall("author creator annotator assignee reporter editor worker username file filename path link"),
-        *WORD.findall("updated modified meta metadata embedding quelle sprache autor bearbeiter fuente auteur langue"),
+        *WORD.findall(
+            "author creator annotator assignee reporter editor worker username file filename path link"
+        ),
+        *WORD.findall(
+            "updated modified meta metadata embedding quelle sprache autor bearbeiter fuente auteur langue"
+        ),
         *("来源", "作者"),
     }
 )
@@ -43,9 +51,14 @@ DECIDES = {
     *WORD.findall("label class mask weight train kto chosen rejected preferred sentiment intent"),
     *WORD.findall("image img picture photo screenshot pixel audio video speech"),
 }
-MEDIA = re.compile(r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|mov|avi|webm)\b", re.IGNORECASE)
+MEDIA = re.compile(
+    r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|mov|avi|webm)\b", re.IGNORECASE
+)
 # Names of fields in this and other tools. A column of such a name is never a constant without meaning.
-KNOWN = {*itertools.chain(*FIELDS.values(), *formats.OTHER_NAMES.values())} - {*formats.INSIDE, *FIELDS["tokens"]}
+KNOWN = {*itertools.chain(*FIELDS.values(), *formats.OTHER_NAMES.values())} - {
+    *formats.INSIDE,
+    *FIELDS["tokens"],
+}
 # A tokenizer writes these columns beside a text.
 TOKENIZED = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}
 # A number, a time, or true or false in a cell of csv; an address; a reference such as TN-10007 or 7 C 10007/23.
@@ -56,26 +69,48 @@ ABSTRACT = re.compile(
 )
 
 
-def count(notes: "Counter[str]", number: int, source: Source, row: Any, example: Example, template: str = "") -> None:
+def count(
+    notes: "Counter[str]",
+    number: int,
+    source: Source,
+    row: Any,
+    example: Example,
+    template: str = "",
+) -> None:
     """Note the columns of a row, and the keys of its messages, that may need an answer, for `unanswered`.
 
     Without the chat template it is not known which keys are read, so only those that decide are noted.
     """
     used, mapped = _used(source.format, *source.fields.items()), source.fields
     read, messages = _read_keys(template), example.messages if isinstance(example, Chat) else ()
-    left = [("column", *column) for column in row.items() if column[0] not in used] if isinstance(row, Mapping) else []
-    keys = [("key", *key) for each in messages if not each.keys() <= read for key in each.items() if key[0] not in read]
+    left = (
+        [("column", *column) for column in row.items() if column[0] not in used]
+        if isinstance(row, Mapping)
+        else []
+    )
+    keys = [
+        ("key", *key)
+        for each in messages
+        if not each.keys() <= read
+        for key in each.items()
+        if key[0] not in read
+    ]
     left += [key for key in keys if template or DECIDES.intersection(_words(key[1]))]
     for kind, name, value in left:
         if name in TOKENIZED or mapped.get(name, name) != name or value in formats.EMPTY:
             continue
         if not (needed := weight(source.format, str(name), value)):
             continue
-        own = [message[key] for message in messages for key in message if key in read and key != "role"]
+        own = [
+            message[key] for message in messages for key in message if key in read and key != "role"
+        ]
         # Columns that repeat what is read: the first question beside messages, all texts joined beside a question.
         seen = [*_texts(own if kind == "key" else [row.get(column) for column in used])]
         texts = {*_texts(value)} - formats.ROLES - {*formats.SHAREGPT_ROLES}
-        if texts and (texts <= {*seen} or (len(seen) > 1 and isinstance(value, str) and all(t in value for t in seen))):
+        if texts and (
+            texts <= {*seen}
+            or (len(seen) > 1 and isinstance(value, str) and all(t in value for t in seen))
+        ):
             continue
         note = f"unread\t{number}\t{kind}\t{json.dumps(str(name))}\t{needed}\t"
         others = sum(other.startswith(note) for other in notes)
@@ -100,7 +135,11 @@ def weight(format: str, name: str, value: Any) -> int:
     if name == "olora_ray":  # what `olora-ray follow --rows` notes about a row
         return 0
     words, texts, known = _words(name), [*_texts(value)], name.lower().strip()
-    if DECIDES.intersection(words) or known in formats.OTHER_NAMES["completion"] or any(map(MEDIA.match, texts)):
+    if (
+        DECIDES.intersection(words)
+        or known in formats.OTHER_NAMES["completion"]
+        or any(map(MEDIA.match, texts))
+    ):
         return 2
     # A title is a part of a question, but not of a document or a chat.
     if words == ("title",) and len(formats.NEEDED[format]) == 1:
@@ -119,7 +158,9 @@ def weight(format: str, name: str, value: Any) -> int:
 
 @lru_cache(2**12)
 def _words(name: str) -> tuple[str, ...]:
-    words = WORD.findall(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower())
+    words = WORD.findall(
+        re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower()
+    )
     return tuple(word if word == "class" else word.removesuffix("s") for word in words)
 
 
@@ -139,7 +180,11 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def unanswered(
-    notes: Mapping[str, int], sources: Mapping[int, Source], setting: str, rows: int = 0, auto: bool = False
+    notes: Mapping[str, int],
+    sources: Mapping[int, Source],
+    setting: str,
+    rows: int = 0,
+    auto: bool = False,
 ) -> UserError | None:
     """Return the error for the first source with a column or key that needs an answer; None if none needs one.
 
@@ -153,23 +198,37 @@ def unanswered(
         varies = met[number, name] > 1 or rows == 1 or notes[note] < rows
         if varies and json.loads(name) not in sources[int(number)].fields:
             needed.setdefault(int(number), {})[json.loads(name)] = (kind, example)
-    return next((_refusal(each, f"{setting}.{n}", sources[n], auto) for n, each in needed.items()), None)
+    return next(
+        (_refusal(each, f"{setting}.{n}", sources[n], auto) for n, each in needed.items()), None
+    )
 
 
-def _refusal(needed: Mapping[str, tuple[str, str]], where: str, source: Source, auto: bool) -> UserError:
+def _refusal(
+    needed: Mapping[str, tuple[str, str]], where: str, source: Source, auto: bool
+) -> UserError:
     needed = dict(itertools.islice(needed.items(), 12))
     name, (kind, example) = next(iter(needed.items()))
-    free = {*FIELDS[source.format]} - {*formats.NEEDED[source.format], *formats.INSIDE, *source.fields}
+    free = {*FIELDS[source.format]} - {
+        *formats.NEEDED[source.format],
+        *formats.INSIDE,
+        *source.fields,
+    }
     way = f"map it to a field ({', '.join(sorted(free))}), or " if free and kind == "column" else ""
     if auto and source.format == "text" and example.startswith('"'):
         answer = {"instruction": source.fields.get("text", "text"), "output": name}
         way = f"train it as the answer with {fields(where, answer)}, or "
-    shown = ", ".join(f"{kind} {name!r} (such as {example})" for name, (kind, example) in needed.items())
+    shown = ", ".join(
+        f"{kind} {name!r} (such as {example})" for name, (kind, example) in needed.items()
+    )
     out = fields(where, {**source.fields, **dict.fromkeys(needed, formats.NONE)})
-    return UserError(f"{where}: {source.format} rows do not use {shown}; {way}leave it out with {out}")
+    return UserError(
+        f"{where}: {source.format} rows do not use {shown}; {way}leave it out with {out}"
+    )
 
 
 def fields(where: str, mapped: dict[str, str]) -> str:
     """Return the fields of the source `where` as an argument for a shell."""
-    line = yaml.safe_dump(mapped, default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False)
+    line = yaml.safe_dump(
+        mapped, default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False
+    )
     return shlex.quote(f"{where}.fields={line.strip()}")

@@ -55,7 +55,9 @@ def _long() -> str:
     # fastokens splits long texts and encodes the parts at once: releases of 2026 split them inside a token of newlines,
     # blanks and punctuation (crusoecloud/fastokens#59, #67).
     random, count = Random(0), 2**18 // 6
-    return "".join(map(str.__mul__, random.choices("\n ./\t!", k=count), random.choices(range(1, 12), k=count)))
+    return "".join(
+        map(str.__mul__, random.choices("\n ./\t!", k=count), random.choices(range(1, 12), k=count))
+    )
 
 
 class Unlike(Exception):
@@ -77,7 +79,11 @@ class Piece:
         tokenising.
         """
         inside = range(self._anchor_ids, self._anchor_ids + len(self.ids))
-        at = bisect_left(inside, offset + self._anchor_characters, key=lambda number: _start(self._encoding, number))
+        at = bisect_left(
+            inside,
+            offset + self._anchor_characters,
+            key=lambda number: _start(self._encoding, number),
+        )
         return np.array(self.ids, np.int32), at
 
 
@@ -148,24 +154,41 @@ class Encoder:
         # None if the tokenizer fails: the later call for a single text shows which text is the cause.
         pieces, _ = _tried(self._tokenizer.encode_batch, texts, add_special_tokens=False)
         self._cut_ahead = {
-            cut: Piece(each.ids, each).cut(cut[1]) for cut, each in zip(cuts, pieces or (), strict=False)
+            cut: Piece(each.ids, each).cut(cut[1])
+            for cut, each in zip(cuts, pieces or (), strict=False)
         }
         found, _ = _tried(self._tokenizer.encode_batch_fast, list(ids_of), add_special_tokens=False)
-        self._ids_ahead = {text: np.array(each.ids, np.int32) for text, each in zip(ids_of, found or (), strict=False)}
+        self._ids_ahead = {
+            text: np.array(each.ids, np.int32)
+            for text, each in zip(ids_of, found or (), strict=False)
+        }
 
-    def _ahead_quickly(self, cuts: Sequence[tuple[str, int]], texts: list[str], ids_of: Sequence[str]) -> None:
+    def _ahead_quickly(
+        self, cuts: Sequence[tuple[str, int]], texts: list[str], ids_of: Sequence[str]
+    ) -> None:
         starts = [text[:offset] for text, offset in cuts]
         if (found := _quickly(self._loaded.quick, [*ids_of, *texts, *starts])) is None:
             return
         self._ids_ahead = dict(zip(ids_of, found, strict=False))
-        for cut, ids, start in zip(cuts, found[len(ids_of) :], found[len(ids_of) + len(cuts) :], strict=False):
+        for cut, ids, start in zip(
+            cuts, found[len(ids_of) :], found[len(ids_of) + len(cuts) :], strict=False
+        ):
             # fastokens tells no offsets. Where a token spans the cut, the tokenizer itself does.
             if ids[: len(start)].tobytes() == start.tobytes():
                 self._cut_ahead[cut] = ids, len(start)
         try:
-            same = all(self._ids_ahead[text].tolist() == self._encode(text).ids for text in ids_of[::CHECKED])
-            pairs = [(self._cut_ahead[cut], self._cut(*cut)) for cut in cuts[::CHECKED] if cut in self._cut_ahead]
-            same &= all(np.array_equal(ids, own) and at == own_at for (ids, at), (own, own_at) in pairs)
+            same = all(
+                self._ids_ahead[text].tolist() == self._encode(text).ids
+                for text in ids_of[::CHECKED]
+            )
+            pairs = [
+                (self._cut_ahead[cut], self._cut(*cut))
+                for cut in cuts[::CHECKED]
+                if cut in self._cut_ahead
+            ]
+            same &= all(
+                np.array_equal(ids, own) and at == own_at for (ids, at), (own, own_at) in pairs
+            )
         except Rejected:  # the tokenizer fails on a text that fastokens has encoded
             same = False
         if not same:
@@ -237,16 +260,28 @@ class _Loaded:
         return self.quick is not None
 
     def _checked(self) -> Any:
-        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()][:CHECKED]
+        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()][
+            :CHECKED
+        ]
         texts = ["", *HARD.splitlines(), HARD, "".join(map(chr, range(0x180))), _long()]
-        texts += [text for token in added for text in (token, f" {token} a", f"a{token}\n{token}", f"\n\n{token}  ")]
+        texts += [
+            text
+            for token in added
+            for text in (token, f" {token} a", f"a{token}\n{token}", f"\n\n{token}  ")
+        ]
         quick, _ = _tried(self._fastokens)
-        own, _ = _tried(lambda: [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts])
+        own, _ = _tried(
+            lambda: [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        )
         if quick is None or own is None:
             return None
         # One by one, because it refuses some that the tokenizer does not.
         found = ((_quickly(quick, [text]), ids) for text, ids in zip(texts, own, strict=True))
-        return quick if all(known is None or known[0].tolist() == ids for known, ids in found) else None
+        return (
+            quick
+            if all(known is None or known[0].tolist() == ids for known, ids in found)
+            else None
+        )
 
     def _fastokens(self) -> Any:
         from fastokens import Tokenizer

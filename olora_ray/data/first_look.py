@@ -17,7 +17,18 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import override, read_config
 from olora_ray.config.schema import Config, Source
 from olora_ray.data import columns, formats, reader
-from olora_ray.data.formats import EMPTY, FIELDS, INSIDE, NEEDED, NONE, Example, Rejected, listed, sequence, to_example
+from olora_ray.data.formats import (
+    EMPTY,
+    FIELDS,
+    INSIDE,
+    NEEDED,
+    NONE,
+    Example,
+    Rejected,
+    listed,
+    sequence,
+    to_example,
+)
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, grouped, list_files, say_once
 
@@ -40,18 +51,30 @@ def check_data(config: Config) -> Config:
     for where, source in _sources(config).items():
         if source.format != "auto" and not source.path.startswith("hf://"):
             _check(source, where, config.run.storage)
-    return _with(config, {name: read_as(each, name, config.run.storage) for name, each in _sources(config).items()})
+    return _with(
+        config,
+        {name: read_as(each, name, config.run.storage) for name, each in _sources(config).items()},
+    )
 
 
 def _sources(config: Config) -> dict[str, Source]:
     splits = {"data.train": config.data.train, "data.eval": config.data.eval}
     answered = {name: grouped(config, sources) for name, sources in splits.items()}
-    return {f"{name}.{number}": source for name, sources in answered.items() for number, source in enumerate(sources)}
+    return {
+        f"{name}.{number}": source
+        for name, sources in answered.items()
+        for number, source in enumerate(sources)
+    }
 
 
 def _with(config: Config, known: Mapping[str, Source]) -> Config:
     return override(
-        config, {f"{where}.{name}": getattr(known[where], name) for where in known for name in ("format", "fields")}
+        config,
+        {
+            f"{where}.{name}": getattr(known[where], name)
+            for where in known
+            for name in ("format", "fields")
+        },
     )
 
 
@@ -61,7 +84,11 @@ def _as_trained(config: Config) -> dict[str, Source]:
         trained = _sources(read_config(storage.join(config.folder(), "config.yaml")))
     except (OSError, ValueError):
         return {}
-    return {name: trained[name] for name, each in _sources(config).items() if each.format == "auto" and name in trained}
+    return {
+        name: trained[name]
+        for name, each in _sources(config).items()
+        if each.format == "auto" and name in trained
+    }
 
 
 def read_as(source: Source, where: str, storage_root: str) -> Source:
@@ -97,7 +124,9 @@ def find_format(source: Source, where: str, storage_root: str) -> tuple[Source, 
     return known, f"{reading.format} rows in {kinds}{fields}{unread}"
 
 
-def _answered(where: str, source: Source, read: Iterable[tuple[Any, Example | None]], auto: bool) -> None:
+def _answered(
+    where: str, source: Source, read: Iterable[tuple[Any, Example | None]], auto: bool
+) -> None:
     notes, used = Counter[str](), [(row, example) for row, example in read if example]
     setting, _, number = where.rpartition(".")
     for row, example in used:
@@ -112,11 +141,18 @@ def _check(source: Source, where: str, storage_root: str) -> None:
         looked.append(entry)
         try:
             # The model is not known yet, so rows that are a chat only with its template pass.
-            read.append((entry[2], to_example(source.format, entry[2], source.fields, source.chat is not False)))
+            read.append(
+                (
+                    entry[2],
+                    to_example(source.format, entry[2], source.fields, source.chat is not False),
+                )
+            )
         except Rejected as why:
             problems.append(why)
     if problems and not read:
-        raise _unusable(where, looked, problems[0], "; remove format and fields to have them detected")
+        raise _unusable(
+            where, looked, problems[0], "; remove format and fields to have them detected"
+        )
     _answered(where, source, read, auto=False)
 
 
@@ -153,13 +189,17 @@ def _looked(source: Source, where: str, storage_root: str) -> Iterator[Looked]:
             yield from ((file, position, row) for position, row in itertools.islice(rows, 10))
     if empty and (source.format == "auto" or len(files) == len(looked_at)):
         problem = (
-            "is empty: it has no rows" if len(files) == len(looked_at) else "has no rows in some files; set its format"
+            "is empty: it has no rows"
+            if len(files) == len(looked_at)
+            else "has no rows in some files; set its format"
         )
         raise UserError(f"{where}.path: {source.path} {problem}")
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:
-    return [items[number] for number in sorted({0, len(items) // 2, len(items) - 1} if items else ())]
+    return [
+        items[number] for number in sorted({0, len(items) // 2, len(items) - 1} if items else ())
+    ]
 
 
 # Detection of format and fields, if a source sets none: by the names of columns, and by trying to read the rows.
@@ -199,18 +239,27 @@ def find(rows: Sequence[Any], given: Mapping[str, str], chat: object = "auto") -
     candidates = [
         _reading(format, fields, rows, given)
         for format in NEEDED
-        if meant <= set(FIELDS[format]) and (format == "prompt_completion" or chat is not (format == "text"))
+        if meant <= set(FIELDS[format])
+        and (format == "prompt_completion" or chat is not (format == "text"))
         for fields in _assignments(format, rows, given)
     ]
     # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
     most = max((reading.used for reading in candidates if reading), default=0)
-    readings = sorted((each for each in candidates if each and 2 * each.used > most), key=lambda each: each.rank)
+    readings = sorted(
+        (each for each in candidates if each and 2 * each.used > most), key=lambda each: each.rank
+    )
     if not readings:
         return None
     best = readings[0]
-    rivals = [each for each in readings if each.rank[:2] == best.rank[:2] and set(each.columns) != set(best.columns)]
+    rivals = [
+        each
+        for each in readings
+        if each.rank[:2] == best.rank[:2] and set(each.columns) != set(best.columns)
+    ]
     if rivals:
-        raise UserError(f"the rows can be read in two ways; set {best.settings()}, or {rivals[0].settings()}")
+        raise UserError(
+            f"the rows can be read in two ways; set {best.settings()}, or {rivals[0].settings()}"
+        )
     return best
 
 
@@ -224,24 +273,43 @@ def why_not(row: Any, given: Mapping[str, str], where: str) -> Rejected:
     except Rejected as why:
         return why
     # The columns may have names of another language.
-    texts = [name for name, value in row.items() if isinstance(value, str) and columns.weight("text", name, value)]
-    named = columns.fields(where, {**given, **dict(zip(("instruction", "output"), texts, strict=False))})
+    texts = [
+        name
+        for name, value in row.items()
+        if isinstance(value, str) and columns.weight("text", name, value)
+    ]
+    named = columns.fields(
+        where, {**given, **dict(zip(("instruction", "output"), texts, strict=False))}
+    )
     hint = f", such as {named}" if len(texts) > 1 else ""
-    return Rejected("missing_field", f"no format has its columns ({listed(row)}); set format and fields{hint}")
+    return Rejected(
+        "missing_field", f"no format has its columns ({listed(row)}); set format and fields{hint}"
+    )
 
 
-def _assignments(format: str, rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def _assignments(
+    format: str, rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]
+) -> Iterator[dict[str, str]]:
     def called(field: str, found: Iterable[Any]) -> list[str]:
         found = [name for name in found if given.get(name) != NONE]
-        by_name = {str(column).lower().strip(): str(column) for column in found} | {name: name for name in found}
+        by_name = {str(column).lower().strip(): str(column) for column in found} | {
+            name: name for name in found
+        }
         names = (field, *formats.OTHER_NAMES.get(field, ()))
-        return [given[field]] if field in given else [by_name[name] for name in names if name in by_name]
+        return (
+            [given[field]]
+            if field in given
+            else [by_name[name] for name in names if name in by_name]
+        )
 
     every = list(itertools.chain(*rows))
     for needed in itertools.product(*(called(field, every) for field in NEEDED[format])):
         fields = dict(zip(NEEDED[format], needed, strict=True))
         for field in FIELDS[format]:
-            free = called(field, _keys(rows, needed[0]) if field in INSIDE else set(every) - set(fields.values()))
+            free = called(
+                field,
+                _keys(rows, needed[0]) if field in INSIDE else set(every) - set(fields.values()),
+            )
             if free:
                 fields.setdefault(field, free[0])
         if len(set(needed)) == len(needed):
@@ -261,20 +329,36 @@ def _reading(
 ) -> Reading | None:
     """Return the reading with these columns; None if format text would read one of several columns by another name."""
     used = {column for field, column in fields.items() if field not in INSIDE}
-    left = {str(name): str(name).lower().strip() for row in rows for name, value in row.items() if value not in EMPTY}
-    left = {name: lower for name, lower in left.items() if name not in used and given.get(name) != NONE}
+    left = {
+        str(name): str(name).lower().strip()
+        for row in rows
+        for name, value in row.items()
+        if value not in EMPTY
+    }
+    left = {
+        name: lower for name, lower in left.items() if name not in used and given.get(name) != NONE
+    }
     own = {field if field in given else fields[field].lower().strip() for field in NEEDED[format]}
     if format == "text" and left and own != {"text"}:
         return None
-    tier = {"text": 3, "tokens": 4}.get(format, 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values())))
+    tier = {"text": 3, "tokens": 4}.get(
+        format, 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values()))
+    )
     asked = formats.ASKED.get(format, ())
-    called = {field: column for field, column in fields.items() if field != column or field in asked} | dict(given)
+    called = {
+        field: column for field, column in fields.items() if field != column or field in asked
+    } | dict(given)
     return Reading(
         format,
         called,
         tuple(fields[field] for field in NEEDED[format]),
         tuple(_example(format, row, called) for row in rows),
-        (tier, len(columns.KNOWN.intersection(left.values())), len(called), list(NEEDED).index(format)),
+        (
+            tier,
+            len(columns.KNOWN.intersection(left.values())),
+            len(called),
+            list(NEEDED).index(format),
+        ),
         left,
     )
 

@@ -83,16 +83,23 @@ CALL = "function_call"
 
 def chat(turns: list[Any], role: str, content: str, tools: Any) -> Chat:
     """Return the chat of turns whose keys are `role` and `content`; raise Rejected if they are not a valid chat."""
-    messages = tuple([_message(turn, number, role, content) for number, turn in enumerate(turns, 1)])
+    messages = tuple(
+        [_message(turn, number, role, content) for number, turn in enumerate(turns, 1)]
+    )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise Rejected("no_answer", f"no assistant message; roles: {', '.join(roles) or 'none'}")
     first = next((name for name in roles if name not in ("system", "developer")), None)
     if first != "user":
-        raise Rejected("bad_role", f"the first message after the system message must be from user, not from {first}")
+        raise Rejected(
+            "bad_role",
+            f"the first message after the system message must be from user, not from {first}",
+        )
     for number, (before, name) in enumerate(itertools.pairwise(roles), 2):
         if name in ("system", "developer") and before not in ("system", "developer"):
-            raise Rejected("bad_role", f"message {number}: a {name} message is allowed only at the start")
+            raise Rejected(
+                "bad_role", f"message {number}: a {name} message is allowed only at the start"
+            )
     return Chat(messages, _tools(tools))
 
 
@@ -122,7 +129,11 @@ def in_a_cell(value: Any) -> Any:
 
 def _turned_back(value: Any) -> Any:
     # {"role": [...], "content": [...]} -> [{"role": ..., "content": ...}, ...]; any other value stays unchanged.
-    if not isinstance(value, dict) or not value or not all(isinstance(part, list) for part in value.values()):
+    if (
+        not isinstance(value, dict)
+        or not value
+        or not all(isinstance(part, list) for part in value.values())
+    ):
         return value
     if len({len(part) for part in value.values()}) > 1:
         return value
@@ -134,8 +145,16 @@ def _has_role(turn: Any) -> bool:
 
 
 def type_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return names.get(
+        type(value), "a number" if isinstance(value, int | float) else type(value).__name__
+    )
 
 
 def listed(columns: Mapping[str, Any]) -> str:
@@ -144,41 +163,66 @@ def listed(columns: Mapping[str, Any]) -> str:
 
 
 def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
-    if type(turn) is dict and turn.keys() == {role, content}:  # most turns, in a quarter of the time
+    if type(turn) is dict and turn.keys() == {
+        role,
+        content,
+    }:  # most turns, in a quarter of the time
         name, text = turn[role], turn[content]
         if type(name) is type(text) is str and name in ROLES and text.strip():
             return {"role": name, "content": text}
     if not isinstance(turn, Mapping):
         raise Rejected(
-            "wrong_type", f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}"
+            "wrong_type",
+            f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}",
         )
     if not isinstance(turn.get(role), str):
-        hint = "; from and value need format: sharegpt, and no fields" if role == "role" and "from" in turn else ""
-        raise Rejected("missing_field", f"message {number} has no {role!r}; it has {listed(turn)}{hint}")
-    if turn[role] not in ROLES:
-        hint = f"; format: sharegpt has the role {turn[role]!r}" if turn[role] in (*SHAREGPT_ROLES, CALL) else ""
+        hint = (
+            "; from and value need format: sharegpt, and no fields"
+            if role == "role" and "from" in turn
+            else ""
+        )
         raise Rejected(
-            "bad_role", f"message {number}: unknown role {turn[role]!r}; known: {', '.join(sorted(ROLES))}{hint}"
+            "missing_field", f"message {number} has no {role!r}; it has {listed(turn)}{hint}"
+        )
+    if turn[role] not in ROLES:
+        hint = (
+            f"; format: sharegpt has the role {turn[role]!r}"
+            if turn[role] in (*SHAREGPT_ROLES, CALL)
+            else ""
+        )
+        raise Rejected(
+            "bad_role",
+            f"message {number}: unknown role {turn[role]!r}; known: {', '.join(sorted(ROLES))}{hint}",
         )
     # Templates want a missing key, not a null.
     rest = {
-        key: without_nulls(value) for key, value in turn.items() if value is not None and key not in (role, content)
+        key: without_nulls(value)
+        for key, value in turn.items()
+        if value is not None and key not in (role, content)
     }
     marks = [rest.pop(key) for key in MARKS if rest.get(key) in (False, True)]
     if False in marks and turn[role] == "assistant":
         rest["weight"] = 0
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"message {number}: 'tool_calls'")
-        if not rest["tool_calls"]:  # servers write [] without calls, but templates only check whether the key exists
+        if not rest[
+            "tool_calls"
+        ]:  # servers write [] without calls, but templates only check whether the key exists
             del rest["tool_calls"]
     text = _content(turn.get(content), number, content)
     if not text.strip() and not rest.get("tool_calls"):
         if turn[role] == "assistant":
-            raise Rejected("empty_answer", f"message {number}: {content!r} of the assistant is empty")
+            raise Rejected(
+                "empty_answer", f"message {number}: {content!r} of the assistant is empty"
+            )
         if content not in turn:
-            raise Rejected("missing_field", f"message {number} has no {content!r}; it has {listed(turn)}")
+            raise Rejected(
+                "missing_field", f"message {number} has no {content!r}; it has {listed(turn)}"
+            )
     if rest.get("weight", 1) not in (0, 1):
-        raise Rejected("wrong_type", f"message {number}: weight must be 0 or 1, not {rest['weight']!r}")
+        raise Rejected(
+            "wrong_type", f"message {number}: weight must be 0 or 1, not {rest['weight']!r}"
+        )
     return {**rest, "role": turn[role], "content": text}
 
 
@@ -186,7 +230,12 @@ def _renamed(turn: Any, number: int, role: str, content: str) -> Any:
     if not isinstance(turn, Mapping) or not isinstance(turn.get(role), str):
         return turn
     if turn[role] == CALL:
-        return {**turn, role: "assistant", content: None, "tool_calls": _calls(turn.get(content), number)}
+        return {
+            **turn,
+            role: "assistant",
+            content: None,
+            "tool_calls": _calls(turn.get(content), number),
+        }
     return {**turn, role: SHAREGPT_ROLES.get(turn[role], turn[role])}
 
 
@@ -194,7 +243,9 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
     problem = f"message {number}: the value of a {CALL} is not JSON text of {{name, arguments}}"
     parsed = _parsed(value, problem) if isinstance(value, str) else without_nulls(value)
     calls = parsed if isinstance(parsed, list) else [parsed]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+    if not calls or not all(
+        isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls
+    ):
         raise Rejected("wrong_type", problem)
     return [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
 
@@ -208,9 +259,14 @@ def _content(value: Any, number: int, name: str) -> str:
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
     ):
         if type_ := next((part["type"] for part in value if part.get("type") not in TEXTS), None):
-            raise Rejected("wrong_type", f"message {number}: {name!r} has a part of type {type_!r}, which is not text")
+            raise Rejected(
+                "wrong_type",
+                f"message {number}: {name!r} has a part of type {type_!r}, which is not text",
+            )
         if any(part.get(key) == 0 for part in value for key in (*MARKS, "weight")):
-            raise Rejected("wrong_type", f"message {number}: {name!r} has a part that is not to be trained")
+            raise Rejected(
+                "wrong_type", f"message {number}: {name!r} has a part that is not to be trained"
+            )
         return "".join(part["text"] for part in value)
     raise Rejected("wrong_type", f"message {number}: {name!r} is {type_name(value)}, not text")
 
@@ -236,7 +292,9 @@ def _objects(values: Any, what: str) -> list[dict[str, Any]]:
         raise Rejected("wrong_type", f"{what} is {type_name(values)}, not a list of objects")
     for value in values:
         if not isinstance(value, dict):
-            raise Rejected("wrong_type", f"{what} must contain only objects, not {type_name(value)}")
+            raise Rejected(
+                "wrong_type", f"{what} must contain only objects, not {type_name(value)}"
+            )
     return values
 
 
@@ -289,11 +347,15 @@ class Row(NamedTuple):
 
     def _text(self, name: str, value: Any) -> str:
         if not isinstance(value, str):
-            raise Rejected("wrong_type", f"field {self.column(name)!r} is {type_name(value)}, not text")
+            raise Rejected(
+                "wrong_type", f"field {self.column(name)!r} is {type_name(value)}, not text"
+            )
         return value
 
 
-def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bool = False) -> Example:
+def to_example(
+    format: str, columns: Any, fields: Mapping[str, str], as_chat: bool = False
+) -> Example:
     """Read a raw row in `format`; raise Rejected if it cannot be used.
 
     `columns` may be a Rejected instead of a row: the reader could not read it. `as_chat` turns a prompt and its
@@ -302,9 +364,13 @@ def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bo
     if isinstance(columns, Rejected):
         raise columns
     if not isinstance(columns, Mapping):
-        raise Rejected("not_an_object", f"expected an object with fields, found {type_name(columns)}")
+        raise Rejected(
+            "not_an_object", f"expected an object with fields, found {type_name(columns)}"
+        )
     try:
-        return FORMATS[format](Row(columns, {**dict.fromkeys(ASKED.get(format, ()), NONE), **fields}, as_chat))
+        return FORMATS[format](
+            Row(columns, {**dict.fromkeys(ASKED.get(format, ()), NONE), **fields}, as_chat)
+        )
     except RecursionError:
         raise Rejected("wrong_type", "nested too deeply") from None
 
@@ -316,11 +382,17 @@ def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
     """
     known = FIELDS.get(format) or tuple(dict.fromkeys(itertools.chain(*FIELDS.values())))
     if unknown := [name for name, column in fields.items() if name not in known and column != NONE]:
-        raise UserError(f"{where}.fields: format {format} has no field {unknown[0]!r}; it has {', '.join(known)}")
+        raise UserError(
+            f"{where}.fields: format {format} has no field {unknown[0]!r}; it has {', '.join(known)}"
+        )
 
 
 def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
-    return [fields.get(name, name) for name in FIELDS[format] if name in fields or name not in ASKED.get(format, ())]
+    return [
+        fields.get(name, name)
+        for name in FIELDS[format]
+        if name in fields or name not in ASKED.get(format, ())
+    ]
 
 
 def column_of(name: str, fields: Mapping[str, str]) -> str:
@@ -345,7 +417,9 @@ def _after_system(row: Row, turns: list[Any], role: str, content: str) -> list[A
     # Anthropic and Bedrock write the system message beside the others, as a text or as a list of parts.
     if (value := row.optional("system")) is None:
         return turns
-    system = _content(value, 0, "system") if isinstance(value, list) else row.optional_text("system")
+    system = (
+        _content(value, 0, "system") if isinstance(value, list) else row.optional_text("system")
+    )
     if not system:
         return turns
     first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
@@ -374,7 +448,10 @@ def _history(row: Row) -> list[Any]:
         return []
     pairs = sequence(value, row.column("history"))
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise Rejected("wrong_type", f"field {row.column('history')!r} is not a list of [question, answer] pairs")
+        raise Rejected(
+            "wrong_type",
+            f"field {row.column('history')!r} is not a list of [question, answer] pairs",
+        )
     return pairs
 
 
@@ -388,7 +465,10 @@ def _prompt_completion(row: Row) -> Example:
     if row.as_chat:
         return chat(_turns(prompt, completion), "role", "content", row.optional("tools"))
     if row.optional("tools") not in (None, "", "[]", []):
-        raise Rejected("wrong_type", f"field {row.column('tools')!r} needs a chat: set chat: true, or remove the tools")
+        raise Rejected(
+            "wrong_type",
+            f"field {row.column('tools')!r} needs a chat: set chat: true, or remove the tools",
+        )
     return Completion(prompt, completion)
 
 
@@ -421,17 +501,30 @@ def _tokens(row: Row) -> Example:
     ids = row.value("input_ids")
     lists = {name: ids if name == "input_ids" else row.optional(name) for name in FIELDS["tokens"]}
     for name, numbers in lists.items():
-        whole = isinstance(numbers, list) and all(type(each) in (int, bool) and abs(each) < 2**31 for each in numbers)
+        whole = isinstance(numbers, list) and all(
+            type(each) in (int, bool) and abs(each) < 2**31 for each in numbers
+        )
         if numbers is not None and not whole:
-            raise Rejected("wrong_type", f"field {row.column(name)!r} is not a list of whole numbers")
+            raise Rejected(
+                "wrong_type", f"field {row.column(name)!r} is not a list of whole numbers"
+            )
     labels, mask = lists["labels"], lists["attention_mask"]
-    for marks in filter(None, (lists["completion_mask"], lists["assistant_masks"])):  # TRL's: 1 is supervised
+    for marks in filter(
+        None, (lists["completion_mask"], lists["assistant_masks"])
+    ):  # TRL's: 1 is supervised
         if len(marks) != len(ids):
-            raise Rejected("wrong_length", f"a mask with {len(marks)} numbers for {len(ids)} input_ids")
-        labels = [label if mark else -100 for label, mark in zip(labels or ids, marks, strict=False)]
+            raise Rejected(
+                "wrong_length", f"a mask with {len(marks)} numbers for {len(ids)} input_ids"
+            )
+        labels = [
+            label if mark else -100 for label, mark in zip(labels or ids, marks, strict=False)
+        ]
     positions = list(itertools.compress(lists["position_ids"] or (), mask or itertools.repeat(1)))
     if any(later <= earlier for earlier, later in itertools.pairwise(positions)):
-        raise Rejected("wrong_type", f"field {row.column('position_ids')!r} starts again: the row holds several rows")
+        raise Rejected(
+            "wrong_type",
+            f"field {row.column('position_ids')!r} starts again: the row holds several rows",
+        )
     return Ids(ids, labels, mask)
 
 
@@ -465,7 +558,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
     "sharegpt": ("conversations", "from", "value", "system", "tools"),
     "text": ("text",),
-    "tokens": ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids"),
+    "tokens": (
+        "input_ids",
+        "labels",
+        "attention_mask",
+        "completion_mask",
+        "assistant_masks",
+        "position_ids",
+    ),
 }
 
 # Names that other data sets use for the fields of our formats.
@@ -473,9 +573,29 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "input": ("context", "article", "passage"),
     "system": ("system_prompt", "system_message", "system_instruction"),
     "prompt": ("question", "query", "instruction", "input", "problem", "user"),
-    "completion": ("answer", "response", "output", "target", "solution", "label", "chosen", "assistant", "generation"),
+    "completion": (
+        "answer",
+        "response",
+        "output",
+        "target",
+        "solution",
+        "label",
+        "chosen",
+        "assistant",
+        "generation",
+    ),
     "instruction": ("prompt", "question", "query", "problem", "user"),
-    "output": ("answer", "response", "completion", "target", "solution", "label", "chosen", "assistant", "generation"),
+    "output": (
+        "answer",
+        "response",
+        "completion",
+        "target",
+        "solution",
+        "label",
+        "chosen",
+        "assistant",
+        "generation",
+    ),
     "messages": ("conversation", "conversations", "chat", "dialogue", "dialog", "turns"),
     "conversations": ("conversation", "messages", "chat", "dialogue", "dialog", "turns"),
     "from": ("role", "speaker"),

@@ -177,14 +177,21 @@ def _has_dictionary(type_: pa.DataType) -> bool:
 def opened(file: File, unit: Unit) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """Yield a file's schema and its batches, from the unit's first batch on if its offset is known."""
     system, path = storage.filesystem(file.uri)
-    with pa.memory_map(path) if system.type_name == "local" else system.open_input_file(path) as stream:
+    with (
+        pa.memory_map(path)
+        if system.type_name == "local"
+        else system.open_input_file(path) as stream
+    ):
         # For a unit in the middle only the schema is read from the start, so a small buffer is enough.
         reader = ipc.open_stream(buffered(stream, 2**16 if unit.offset else 2**20))
         if not unit.offset:
             yield reader.schema, iter(reader)
             return
         stream.seek(unit.offset)
-        yield reader.schema, _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), reader.schema)
+        yield (
+            reader.schema,
+            _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), reader.schema),
+        )
 
 
 def _messages(stream: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -210,7 +217,10 @@ def rows(batch: Any) -> list[Any]:
     """
     names = batch.schema.names
     try:
-        return [dict(zip(names, row, strict=True)) for row in zip(*map(_values, batch.columns), strict=True)]
+        return [
+            dict(zip(names, row, strict=True))
+            for row in zip(*map(_values, batch.columns), strict=True)
+        ]
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [Rejected("not_utf8", "not UTF-8 text")]
@@ -220,15 +230,25 @@ def rows(batch: Any) -> list[Any]:
 def _values(column: Any) -> list[Any]:
     try:
         values = column.to_pylist()
-        return [_with_objects(value, column.type) for value in values] if _has_maps(column.type) else values
-    except (OverflowError, ValueError, LookupError) as error:  # a time that Python does not have, such as year 10000
+        return (
+            [_with_objects(value, column.type) for value in values]
+            if _has_maps(column.type)
+            else values
+        )
+    except (
+        OverflowError,
+        ValueError,
+        LookupError,
+    ) as error:  # a time that Python does not have, such as year 10000
         if isinstance(error, UnicodeDecodeError):
             raise
         return [f"<{first_line(error)}>"] * len(column)
 
 
 def _has_maps(type_: Any) -> bool:
-    return pa.types.is_map(type_) or any(_has_maps(type_.field(number).type) for number in range(type_.num_fields))
+    return pa.types.is_map(type_) or any(
+        _has_maps(type_.field(number).type) for number in range(type_.num_fields)
+    )
 
 
 def _with_objects(value: Any, type_: Any) -> Any:
@@ -290,8 +310,16 @@ def rows_of(file: File, content: bytes) -> list[Any]:
             return parts
         if by_number == [False, True]:
             parts = [list(part.values()) for part in parts]
-    wrapped = len(parts) == 1 and isinstance(parts[0], list) and all(isinstance(row, dict) for row in parts[0])
-    if parts and not wrapped and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+    wrapped = (
+        len(parts) == 1
+        and isinstance(parts[0], list)
+        and all(isinstance(row, dict) for row in parts[0])
+    )
+    if (
+        parts
+        and not wrapped
+        and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts)
+    ):
         return [dict(zip(tree, values, strict=True)) for values in zip(*parts, strict=True)]
     raise UserError(
         f"{file.uri}: expected a list of rows, or an object of columns of equal length; write the list of rows alone,"
@@ -311,14 +339,18 @@ def _copy(file: File) -> Path | None:
     def unpack(partial: Path) -> None:
         folder = partial.parent
         node_cache.make_room(folder, folder.glob("*.raw"))
-        if shutil.disk_usage(folder).free < 10 * file.size:  # compressed text is three to ten times smaller
+        if (
+            shutil.disk_usage(folder).free < 10 * file.size
+        ):  # compressed text is three to ten times smaller
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open_stream(file) as stream, partial.open("wb") as copy:
             shutil.copyfileobj(stream, copy, 2**23)
 
     try:
         folder = storage.private_folder("olora_ray") / "unpacked"
-        return node_cache.cached(folder / f"{digest(file.uri, file.size, file.modified, length=32)}.raw", unpack)
+        return node_cache.cached(
+            folder / f"{digest(file.uri, file.size, file.modified, length=32)}.raw", unpack
+        )
     except OSError:  # a full disk, or no folder; if the file itself is unreadable, reading without a copy says so
         return None
 
@@ -337,7 +369,9 @@ UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
 Located = tuple[int, Any]
 
 
-def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def read_unit(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
     """Yield the rows of a unit with their positions.
 
     `header` names the columns of a csv file; of files that have columns only `columns` are read. Raise UserError for
@@ -393,7 +427,9 @@ def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) 
         raw = lzma.LZMAFile(raw)  # noqa: SIM115 - closed by whoever closes the stream
     elif file.compression:
         raw = pa.CompressedInputStream(_native(raw), file.compression)
-    return pa.transcoding_input_stream(_native(raw), file.encoding, "utf-8") if file.encoding else raw
+    return (
+        pa.transcoding_input_stream(_native(raw), file.encoding, "utf-8") if file.encoding else raw
+    )
 
 
 def _native(stream: Any) -> pa.NativeFile:
@@ -427,7 +463,9 @@ def _range(file: File, unit: Unit) -> bytes:
         return bytes(stream.read(unit.size))
 
 
-def _jsonl(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _jsonl(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
     for number, line in enumerate(_bytes(file, unit).split(b"\n")):
         if number + unit.first == 0:
             line = line.removeprefix(BOM)
@@ -442,14 +480,18 @@ def _parsed(line: bytes) -> Any:
         return Rejected("broken_json", f"{error.msg} (column {error.colno})")
     except UnicodeDecodeError:
         packed = line.startswith(b"\x1f\x8b")
-        return Rejected("not_utf8", "the file is compressed: name it .jsonl.gz" if packed else "not UTF-8 text")
+        return Rejected(
+            "not_utf8", "the file is compressed: name it .jsonl.gz" if packed else "not UTF-8 text"
+        )
     except RecursionError:
         return Rejected("broken_json", "nested too deeply")
     except ValueError as error:  # a number with more digits than Python parses
         return Rejected("broken_json", first_line(error))
 
 
-def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _csv(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
     csv.field_size_limit(2**31 - 1)  # no limit here: the scan has one
     text = _bytes(file, unit).decode("utf-8", "surrogateescape")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[file.kind])
@@ -460,7 +502,10 @@ def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) 
         if not cells:
             continue
         if len(cells) != len(header):
-            yield position, Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
+            yield (
+                position,
+                Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}"),
+            )
         elif lines and (problem := _strictly("".join(lines[first:start]), file)):
             yield position, problem
         elif not all(map(_is_utf8, cells)):
@@ -475,9 +520,15 @@ def _strictly(record: str, file: File) -> Rejected | None:
     if ESCAPED not in record:
         return None
     try:
-        list(csv.reader(io.StringIO(record, newline=""), delimiter=DELIMITERS[file.kind], strict=True))
+        list(
+            csv.reader(
+                io.StringIO(record, newline=""), delimiter=DELIMITERS[file.kind], strict=True
+            )
+        )
     except csv.Error:
-        return Rejected("broken_csv", f'a quote inside a quoted cell is written as {ESCAPED}, not doubled as ""')
+        return Rejected(
+            "broken_csv", f'a quote inside a quoted cell is written as {ESCAPED}, not doubled as ""'
+        )
     return None
 
 
@@ -490,18 +541,27 @@ def _is_utf8(cell: str) -> bool:
     return True
 
 
-def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _text(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
     content = _bytes(file, unit).removeprefix(BOM if unit.offset == 0 else b"")
     try:
-        if content.startswith(b"{") and all(isinstance(_parsed(line), dict) for line in content.splitlines() if line):
-            yield unit.first, Rejected("bad_text", "its lines are JSON objects: name the file .jsonl")
+        if content.startswith(b"{") and all(
+            isinstance(_parsed(line), dict) for line in content.splitlines() if line
+        ):
+            yield (
+                unit.first,
+                Rejected("bad_text", "its lines are JSON objects: name the file .jsonl"),
+            )
         else:
             yield unit.first, {"text": content.decode()}
     except UnicodeDecodeError:
         yield unit.first, Rejected("not_utf8", "not UTF-8 text; if it is a table, name it .csv")
 
 
-def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _json(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
     with open_stream(file) as stream:
         content = read_whole(stream, file)
     if zlib.crc32(content) != unit.after:
@@ -509,13 +569,17 @@ def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str])
     yield from enumerate(rows_of(file, content)[unit.first : unit.first + unit.rows], unit.first)
 
 
-def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _parquet(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
     system, path = storage.filesystem(file.uri)
     with as_scanned(file, unit.after), system.open_input_file(path) as stream:
         metadata, starts = _row_groups(file, unit.after)
         table = parquet.ParquetFile(stream, buffer_size=2**20, metadata=metadata)
         group = bisect_right(starts, unit.first) - 1
-        batches = table.iter_batches(BATCH, row_groups=[group], columns=_present(table.schema_arrow, columns))
+        batches = table.iter_batches(
+            BATCH, row_groups=[group], columns=_present(table.schema_arrow, columns)
+        )
         yield from _slice(file, batches, starts[group], unit)
 
 
@@ -529,7 +593,9 @@ def _row_groups(file: File, crc: int) -> tuple[parquet.FileMetaData, list[int]]:
     return metadata, list(accumulate(sizes, initial=0))[:-1]
 
 
-def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _arrow(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
     start = unit.first - unit.before if unit.offset else 0
     with as_scanned(file, unit.after), opened(file, unit) as (schema, batches):
         present = _present(schema, columns)

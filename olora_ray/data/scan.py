@@ -76,7 +76,9 @@ def _mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
     total = lines = crc = line_start = document = 0
     open_line = b""
     while (limit is None or total < limit or not parts) and (chunk := stream.read(CHUNK)):
-        ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10).astype(np.int64) + total + 1
+        ends = (
+            np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10).astype(np.int64) + total + 1
+        )
         sizes = np.diff(ends, prepend=line_start)
         numbers = lines + 1 + np.arange(len(ends))
         units = np.flatnonzero(_may_end_units(numbers, sizes))
@@ -96,7 +98,9 @@ def _mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
         if total - line_start > LINE_BYTES:
             raise _too_long(file, lines + 1)
     marked = int(parts[-1][2, -1]) if parts else 0
-    if marked < total and (limit is None or total < limit or not parts):  # no newline at the end of the file
+    if marked < total and (
+        limit is None or total < limit or not parts
+    ):  # no newline at the end of the file
         if _is_cut_row(open_line):
             raise _cut_off(file, lines + 1)
         last = lines + (total > line_start)
@@ -111,7 +115,9 @@ def _marks(parts: list[Numbers], skipped: int = 0) -> Marks:
 
 def _too_long(file: File, line: int) -> UserError:
     hint = "" if file.kind in ("jsonl", "text") else " (is a quoted cell not closed?)"
-    return UserError(f"{file.uri}:{line}: a row of more than {LINE_BYTES >> 20} MiB; split or remove it{hint}")
+    return UserError(
+        f"{file.uri}:{line}: a row of more than {LINE_BYTES >> 20} MiB; split or remove it{hint}"
+    )
 
 
 def _is_cut_row(line: bytes) -> bool:
@@ -119,7 +125,10 @@ def _is_cut_row(line: bytes) -> bool:
     try:
         if _BEGUN_ROW.match(line):
             json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # of other errors the reader rejects the row and says why
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of other errors the reader rejects the row and says why
         cut = isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
         return cut or isinstance(error, UnicodeDecodeError)
     return False
@@ -142,7 +151,9 @@ def _may_end_units(numbers: Numbers, sizes: Numbers) -> NDArray[np.bool_]:
     block -= block[:1].sum()
     large = np.bincount(block, weights=sizes) > UNIT_BYTES
     large[:1] = large[-1:] = True  # these blocks may continue in another chunk
-    kept: NDArray[np.bool_] = (numbers <= UNITS_WANTED * UNIT_ROWS) | (numbers % UNIT_ROWS == 0) | large[block]
+    kept: NDArray[np.bool_] = (
+        (numbers <= UNITS_WANTED * UNIT_ROWS) | (numbers % UNIT_ROWS == 0) | large[block]
+    )
     return kept
 
 
@@ -166,13 +177,21 @@ def _running_crcs(chunk: bytes, ends: Numbers, crc: int) -> tuple[Numbers, int]:
 def _row_units(marks: Marks, file: File) -> Iterator[Unit]:
     if not len(marks.records) or marks.records[-1] <= marks.skipped:
         return
-    step, most = _unit_step(int(marks.lines[-1]), int(marks.offsets[-1]), bool(file.compression or file.encoding))
+    step, most = _unit_step(
+        int(marks.lines[-1]), int(marks.offsets[-1]), bool(file.compression or file.encoding)
+    )
     first = int(np.searchsorted(marks.records, marks.skipped, side="right"))
-    cuts = np.flatnonzero((marks.records > marks.skipped) & ((marks.records - marks.skipped) % step == 0))
+    cuts = np.flatnonzero(
+        (marks.records > marks.skipped) & ((marks.records - marks.skipped) % step == 0)
+    )
     for cut in [*cuts.tolist(), len(marks.records) - 1]:
         while first <= cut:
             start = int(marks.offsets[first - 1]) if first else 0
-            fitting = int(np.searchsorted(marks.offsets[first : cut + 1], start + most, side="right")) + first - 1
+            fitting = (
+                int(np.searchsorted(marks.offsets[first : cut + 1], start + most, side="right"))
+                + first
+                - 1
+            )
             last = max(fitting, first)
             yield _unit(marks, first, last)
             first = last + 1
@@ -185,7 +204,10 @@ def _documents(marks: Marks) -> Iterator[Unit]:
 
 
 def _unit(marks: Marks, first: int, last: int) -> Unit:
-    line, start, crc = (int(numbers[first - 1]) if first else 0 for numbers in (marks.lines, marks.offsets, marks.crcs))
+    line, start, crc = (
+        int(numbers[first - 1]) if first else 0
+        for numbers in (marks.lines, marks.offsets, marks.crcs)
+    )
     rows, size = int(marks.lines[last]) - line, int(marks.offsets[last]) - start
     return Unit(line, rows, start, size, crc, int(marks.crcs[last]))
 
@@ -196,7 +218,9 @@ def _unit_step(lines: int, total: int, slow: bool) -> tuple[int, int]:
         count = max(min(SLOW_UNITS, lines // UNIT_ROWS), -(-total // SLOW_UNIT_BYTES), 1)
         step = -(-lines // count)
         # In a large file a unit may end at few lines only (`_may_end_units`).
-        return step if lines <= UNITS_WANTED * UNIT_ROWS else -(-step // UNIT_ROWS) * UNIT_ROWS, 2 * SLOW_UNIT_BYTES
+        return step if lines <= UNITS_WANTED * UNIT_ROWS else -(
+            -step // UNIT_ROWS
+        ) * UNIT_ROWS, 2 * SLOW_UNIT_BYTES
     return int(np.clip(-(-lines // UNITS_WANTED) // 16 * 16, 16, UNIT_ROWS)), UNIT_BYTES
 
 
@@ -244,7 +268,9 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
                 keep_some()
             source.begin_record()
     except csv.Error as error:
-        raise UserError(f"{file.uri}:{source.record_line}: not a readable csv record: {error}") from None
+        raise UserError(
+            f"{file.uri}:{source.record_line}: not a readable csv record: {error}"
+        ) from None
     keep_some()
     names = (cell.encode("latin-1").decode("utf-8", "replace") for cell in header or ())
     return _marks(parts, skipped), tuple(names)
@@ -330,7 +356,9 @@ def _scan(file: File, limit: int | None = None) -> FileScan:
     named = [name for name in result.columns if name]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
-        raise UserError(f"{file.uri}: several columns are named {twice!r}; give each column a different name")
+        raise UserError(
+            f"{file.uri}: several columns are named {twice!r}; give each column a different name"
+        )
     return dataclasses.replace(result, file=written)
 
 
@@ -348,7 +376,11 @@ def _scanned(file: File, limit: int | None) -> FileScan:
             return _json(file)
         case "parquet" | "arrow":
             with steady(file):
-                return _parquet(file, whole=limit is None) if file.kind == "parquet" else _arrow(file, limit)
+                return (
+                    _parquet(file, whole=limit is None)
+                    if file.kind == "parquet"
+                    else _arrow(file, limit)
+                )
         case _:
             return _lines(file, limit)
 
@@ -438,7 +470,9 @@ def _parquet(file: File, whole: bool) -> FileScan:
     system, path = storage.filesystem(file.uri)
     with system.open_input_file(path) as stream:
         opened = parquet.ParquetFile(stream)
-        groups = [opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)]
+        groups = [
+            opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)
+        ]
         columns = tuple(opened.schema_arrow.names)
         sizes = [(group.num_rows, group.total_byte_size) for group in groups]
     units: list[Unit] = []
@@ -463,7 +497,9 @@ def _arrow(file: File, limit: int | None) -> FileScan:
     units = batches.placed(_slices(0, rows, file.size if limit is None else seen, UNITS_WANTED))
     if limit is None:
         return _of_whole(hashed, hashed.crc, rows, batches.columns, units)
-    return FileScan("", round(rows * max(1.0, file.size / max(seen, 1))), batches.columns, Units.of(units))
+    return FileScan(
+        "", round(rows * max(1.0, file.size / max(seen, 1))), batches.columns, Units.of(units)
+    )
 
 
 def _buffered(file: File) -> _Hashed:
@@ -472,7 +508,9 @@ def _buffered(file: File) -> _Hashed:
     return _Hashed(reader.buffered(system.open_input_stream(path, compression=None)), with_crc=True)
 
 
-def _of_whole(hashed: _Hashed, crc: int, rows: int, columns: tuple[str, ...], units: Iterable[Unit]) -> FileScan:
+def _of_whole(
+    hashed: _Hashed, crc: int, rows: int, columns: tuple[str, ...], units: Iterable[Unit]
+) -> FileScan:
     units = (dataclasses.replace(unit, after=crc) for unit in units)
     return FileScan(hashed.sha256.hexdigest(), rows, columns, Units.of(units))
 

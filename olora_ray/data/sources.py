@@ -66,7 +66,8 @@ def _matching(path: str) -> list[str]:
     return [
         name
         for name, relative in below
-        if not _in_log(relative, pattern) and not (_unasked(relative, pattern) and os.path.isdir(name))
+        if not _in_log(relative, pattern)
+        and not (_unasked(relative, pattern) and os.path.isdir(name))
     ]
 
 
@@ -93,7 +94,9 @@ def _in_log(name: str, pattern: str) -> bool:
     return any(f"/{log}/" in f"/{name}/" and log not in pattern.split("/") for log in TABLES)
 
 
-def _files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str, list[Below]]]:
+def _files_matching(
+    below: Sequence[Below], pattern: str
+) -> tuple[list[Any], dict[str, list[Below]]]:
     """Return the files that match a glob, and for each folder that matches it the files below that folder."""
     parts = pattern.split("/")
     files, folders = list[Any](), dict[str, list[Below]]()
@@ -137,14 +140,20 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
     Raise a UserError that starts with `field` if the hub does not deliver it.
     """
     parts = urlsplit(uri)
-    query = parts.query.replace("+", "%2B")  # of `split=train+test`: in a form's query it would be a space
+    query = parts.query.replace(
+        "+", "%2B"
+    )  # of `split=train+test`: in a form's query it would be a space
     options = {key: values[0] for key, values in parse_qs(query).items()}
     if unknown := sorted(set(options) - OPTIONS):
-        raise UserError(f"{field}: {uri}: unknown option {unknown[0]!r}; known: {', '.join(sorted(OPTIONS))}")
+        raise UserError(
+            f"{field}: {uri}: unknown option {unknown[0]!r}; known: {', '.join(sorted(OPTIONS))}"
+        )
     name = parts.netloc + parts.path
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         # `datasets` would take a path for a folder of this machine.
-        raise UserError(f"{field}: {uri}: {name!r} is not the name of a data set of the hub; write hf://ORG/NAME")
+        raise UserError(
+            f"{field}: {uri}: {name!r} is not the name of a data set of the hub; write hf://ORG/NAME"
+        )
     dataset = _load(name, options, uri, field)
     key = digest(uri, dataset._fingerprint, length=32)
     folder = storage.join(storage_root, "tokens", "hub", key)
@@ -161,7 +170,10 @@ def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:
     # Exception: the hub, the network and the data set's own files each raise their own exceptions.
     with as_user_error(f"{field}: {uri}", Exception, passes=is_temporary):
         return datasets.load_dataset(
-            name, options.get("name"), split=options.get("split", "train"), revision=options.get("revision")
+            name,
+            options.get("name"),
+            split=options.get("split", "train"),
+            revision=options.get("revision"),
         )
 
 
@@ -199,16 +211,22 @@ def _saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
                 )
             folder = f"{folder}/{_inside(split, folder, field)}"
         state = _json_file(system, f"{folder}/{STATE}")
-        entries = [str(entry["filename"]) for entry in state["_data_files"]] if state is not None else []
+        entries = (
+            [str(entry["filename"]) for entry in state["_data_files"]] if state is not None else []
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{field}: {folder}: a file of Dataset.save_to_disk is damaged; save it again") from None
+        raise UserError(
+            f"{field}: {folder}: a file of Dataset.save_to_disk is damaged; save it again"
+        ) from None
     names = [_inside(name, folder, field) for name in entries]
     infos = system.get_file_info([f"{folder}/{name}" for name in names])
     for info in infos:
         if not info.is_file:
-            raise UserError(f"{field}: {info.path} belongs to the saved data set, but is missing; save it again")
+            raise UserError(
+                f"{field}: {info.path} belongs to the saved data set, but is missing; save it again"
+            )
     return list(infos)
 
 
@@ -236,7 +254,9 @@ KINDS = {
     ".txt": "text",
 }
 _TRAINING = re.compile(r"[/._ -](train|training)(?=[/._ -]|\d|$)", re.IGNORECASE)
-_HELD_OUT = re.compile(r"[/._ -](test|testing|validation|valid|val|dev|eval|evaluation)(?=[/._ -]|\d|$)", re.IGNORECASE)
+_HELD_OUT = re.compile(
+    r"[/._ -](test|testing|validation|valid|val|dev|eval|evaluation)(?=[/._ -]|\d|$)", re.IGNORECASE
+)
 _HELD_OUT_FIRST = re.compile(_HELD_OUT.pattern.replace("[/._ -]", "/", 1), re.IGNORECASE)
 _NOTES = re.compile(r"/(dataset_infos?\.json|(readme|licen[cs]e|notice)(\.\w+)?)$", re.IGNORECASE)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
@@ -286,7 +306,9 @@ def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
     group = config.gate.group if isinstance(config, Config) else None
     if group in (None, "@file", *itertools.chain(*FIELDS.values())):
         return tuple(sources)
-    return tuple(each.model_copy(update={"fields": {str(group): NONE, **each.fields}}) for each in sources)
+    return tuple(
+        each.model_copy(update={"fields": {str(group): NONE, **each.fields}}) for each in sources
+    )
 
 
 def _of_split(files: list[File], path: str, where: str) -> list[File]:
@@ -294,7 +316,9 @@ def _of_split(files: list[File], path: str, where: str) -> list[File]:
     names = {file: file.uri[len(folder) :] for file in files}
     training = [file for file in files if _TRAINING.search(names[file])]
     # If no name marks a training file, such a word inside a name may mean something else.
-    held_out = [file for file in files if (_HELD_OUT if training else _HELD_OUT_FIRST).search(names[file])]
+    held_out = [
+        file for file in files if (_HELD_OUT if training else _HELD_OUT_FIRST).search(names[file])
+    ]
     others = training if where.startswith("data.eval") else held_out
     for left_out, what in (
         ([file for file in files if _NOTES.search(names[file])], "no rows"),
@@ -302,7 +326,9 @@ def _of_split(files: list[File], path: str, where: str) -> list[File]:
     ):
         out = set(left_out)
         if kept := [file for file in files if file not in out]:
-            shown = ", ".join(names[file][1:] for file in left_out[:3]) + ", ..." * (len(left_out) > 3)
+            shown = ", ".join(names[file][1:] for file in left_out[:3]) + ", ..." * (
+                len(left_out) > 3
+            )
             if left_out:
                 say_once(f"{where}.path: ignored in {path}: {shown} ({what})", logging.WARNING)
             files = kept
@@ -337,7 +363,9 @@ def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
     names, linked = _below(path, field)
     known = sorted(name for name in names if _kind(name))
     if not known and alone:
-        raise UserError(f"{field}: folder {path} has no file that can be read; supported: {SUPPORTED}")
+        raise UserError(
+            f"{field}: folder {path} has no file that can be read; supported: {SUPPORTED}"
+        )
     _say_passed_over([name for name in names if not _kind(name)], linked, path, field)
     return [_file(name, field) for name in known]
 
@@ -358,14 +386,20 @@ def _below(path: str, field: str) -> tuple[list[str], int]:
 def _file(path: str, field: str) -> File:
     if not os.path.lexists(path):
         name = os.path.relpath(path)
-        of_hub = re.fullmatch(r"\w[\w-]*/\w[\w-]*", name) and not os.path.isdir(os.path.dirname(path))
-        hint = f"; if it is a data set of the hub, write hf://{name}" if of_hub else did_you_mean(path)
+        of_hub = re.fullmatch(r"\w[\w-]*/\w[\w-]*", name) and not os.path.isdir(
+            os.path.dirname(path)
+        )
+        hint = (
+            f"; if it is a data set of the hub, write hf://{name}" if of_hub else did_you_mean(path)
+        )
         raise UserError(f"{field}: {path}: no such file or folder{hint}")
     kind, compression = _known(path, field)
     try:
         path.encode()
     except UnicodeEncodeError:  # pyarrow cannot open it, and a manifest cannot name it
-        raise UserError(f"{field}: {path!r}: the name is not UTF-8; rename the file or folder") from None
+        raise UserError(
+            f"{field}: {path!r}: the name is not UTF-8; rename the file or folder"
+        ) from None
     if not os.path.isfile(path):  # reading a pipe would block, and works only once
         raise UserError(f"{field}: {path}: neither a file nor a link to one")
     info = os.stat(path)
@@ -424,12 +458,16 @@ def _remote(uri: str, field: str) -> list[File]:
         raise UserError(
             f"{field}: {uri}: after a '?' come options such as region=...; rename a file with a '?' in its name"
         )
-    split = next((option[6:] for option in query.split("&") if option.startswith("split=")), "train")
+    split = next(
+        (option[6:] for option in query.split("&") if option.startswith("split=")), "train"
+    )
     suffix = "?" + "&".join(options) if options else ""
     fixed, pattern = _split_pattern(base)
 
     def of_folder(system: Any, path: str, below: Sequence[Below]) -> list[File]:
-        if any(name in SAVED for _, name in below) and (saved := _saved_files(system, path, split, field)):
+        if any(name in SAVED for _, name in below) and (
+            saved := _saved_files(system, path, split, field)
+        ):
             return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
         found = _readable(below, base, field)
         return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
@@ -441,8 +479,14 @@ def _remote(uri: str, field: str) -> list[File]:
         below = _listed(system, path)
         if pattern:
             matching, folders = _files_matching(below, pattern)
-            files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching]
-            files += [file for name, inner in folders.items() for file in of_folder(system, f"{path}/{name}", inner)]
+            files = [
+                _remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching
+            ]
+            files += [
+                file
+                for name, inner in folders.items()
+                for file in of_folder(system, f"{path}/{name}", inner)
+            ]
             files.sort(key=lambda file: file.uri)
         else:
             files = of_folder(system, path, below)
@@ -477,7 +521,9 @@ def _remote_file(info: Any, uri: str, kind: tuple[str, str | None]) -> File:
 
 def _some(files: list[File], path: str, field: str) -> list[File]:
     if not files:
-        raise UserError(f"{field}: {path}: no such file or folder, or it has no file that can be read")
+        raise UserError(
+            f"{field}: {path}: no such file or folder, or it has no file that can be read"
+        )
     return files
 
 

@@ -39,7 +39,9 @@ def _is_cp1252(begin: bytes) -> bool:
         pass
     else:
         return False
-    broken = [letter == "\ufffd" for letter in begin.decode("utf-8", "replace") if not letter.isascii()]
+    broken = [
+        letter == "\ufffd" for letter in begin.decode("utf-8", "replace") if not letter.isascii()
+    ]
     if 2 * sum(broken) <= len(broken) or _IN_UTF_8.search(begin):  # UTF-8 with a broken letter
         return False
     try:

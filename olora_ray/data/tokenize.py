@@ -36,7 +36,16 @@ from olora_ray.data.chat_template import left_out, reasoning, text_of
 from olora_ray.data.columns import unanswered as unanswered
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.encoder import Unlike as Unlike
-from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text, to_example
+from olora_ray.data.formats import (
+    REASONING,
+    Chat,
+    Completion,
+    Example,
+    Ids,
+    Rejected,
+    Text,
+    to_example,
+)
 from olora_ray.data.tokenizer_spec import CALL, TokenizerSpec, end_of_turn
 
 Span = tuple[int, int]
@@ -78,7 +87,11 @@ class ExampleTokenizer:
     """Turns examples into tokens of at most `max_length`."""
 
     def __init__(
-        self, spec: TokenizerSpec, max_length: int, last_turn_only: bool = False, too_long: str = "reject"
+        self,
+        spec: TokenizerSpec,
+        max_length: int,
+        last_turn_only: bool = False,
+        too_long: str = "reject",
     ) -> None:
         """Load the tokenizer and compile the template; raise UserError if one of them is broken.
 
@@ -109,7 +122,9 @@ class ExampleTokenizer:
         most = 1000 * self._max_length
         texts = [*begun.texts, *(text for text, _ in begun.answers)] if begun.size > most else []
         if not isinstance(example, Text) and any(len(text) > most for text in texts):
-            raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {self._max_length}")
+            raise Rejected(
+                "too_long", f"more than {most:,} characters at data.max_length = {self._max_length}"
+            )
         return begun
 
     def begin(self, example: Example) -> Begun:
@@ -122,15 +137,28 @@ class ExampleTokenizer:
                     first, *others = cuts = _cuts(text, spans)
                     parts.append((cuts, spans))
                     before.append(first)
-                    answers += [(cut, stop - start) for cut, (start, stop) in zip(others, spans, strict=True)]
+                    answers += [
+                        (cut, stop - start)
+                        for cut, (start, stop) in zip(others, spans, strict=True)
+                    ]
                     size += len(text)
-                return Begun(example, answers, before, lambda: self._chat(parts), size, self._marked)
+                return Begun(
+                    example, answers, before, lambda: self._chat(parts), size, self._marked
+                )
             case Completion():
                 texts = (example.prompt, example.completion)
-                return Begun(example, (), texts, lambda: [self._completion(example)], sum(map(len, texts)))
+                return Begun(
+                    example, (), texts, lambda: [self._completion(example)], sum(map(len, texts))
+                )
             case Text():
                 stretches = _STRETCH.findall(example.text)
-                return Begun(example, (), stretches[:1], lambda: self._text(stretches), sum(map(len, stretches[:1])))
+                return Begun(
+                    example,
+                    (),
+                    stretches[:1],
+                    lambda: self._text(stretches),
+                    sum(map(len, stretches[:1])),
+                )
             case Ids():
                 return Begun(example, (), (), lambda: self._given(example), len(example.ids))
 
@@ -168,7 +196,9 @@ class ExampleTokenizer:
         if 1 in [np.count_nonzero(each.supervised) for each in tokens]:
             notes["single"] += 1
         # A special token at the end teaches the model where to stop.
-        last = {int(each.ids[each.supervised.nonzero()[0][-1]]) for each in tokens if not each.shortened}
+        last = {
+            int(each.ids[each.supervised.nonzero()[0][-1]]) for each in tokens if not each.shortened
+        }
         if not isinstance(example, Ids) and not last <= self._special:
             notes["unended"] += 1
         if True in [each.shortened for each in tokens]:
@@ -185,7 +215,10 @@ class ExampleTokenizer:
             trained = trained[-1:]
         last = len(chat.messages) - 1
         full = self._render(chat, last + 1)
-        answers = {number: self._answer(chat, number, full if number == last else None) for number in trained}
+        answers = {
+            number: self._answer(chat, number, full if number == last else None)
+            for number in trained
+        }
         self._require_all(chat, answers)
         if last in answers:
             full, _ = answers[last]
@@ -201,7 +234,10 @@ class ExampleTokenizer:
         `text` is the template's text, if it is rendered already. A server feeds the generation prompt to the model,
         even if the template's own text of the finished answer differs.
         """
-        before, end = self._render(chat, number, add_generation_prompt=True), self._ends[chat.tools is not None]
+        before, end = (
+            self._render(chat, number, add_generation_prompt=True),
+            self._ends[chat.tools is not None],
+        )
         message, thought = chat.messages[number], reasoning(chat.messages[number])
         if not isinstance(thought, str | None):
             raise _refused(f"message {number + 1}: the reasoning is no text: remove such rows")
@@ -211,7 +247,9 @@ class ExampleTokenizer:
         if before[same:].strip() or thought not in answer:
             answer = self._assembled(chat, number, before, thought)
         if sum(map(answer.replace(text_of(message) or "\0", "", 1).count, end.stops)) > 1:
-            raise _refused(f"message {number + 1}: {self._spec.what} ends an answer in its middle: remove such rows")
+            raise _refused(
+                f"message {number + 1}: {self._spec.what} ends an answer in its middle: remove such rows"
+            )
         return before + answer, (len(before), len((before + answer).rstrip()))
 
     def _assembled(self, chat: Chat, number: int, before: str, thought: str) -> str:
@@ -228,7 +266,9 @@ class ExampleTokenizer:
             if isinstance(given["content"], list) and isinstance(last["content"], str):
                 last["content"] = [{"type": "text", "text": last["content"]}]
             with suppress(Rejected):
-                text = self._render(chat._replace(messages=(*chat.messages[:number], last)), number + 1)
+                text = self._render(
+                    chat._replace(messages=(*chat.messages[:number], last)), number + 1
+                )
                 return self._ends[chat.tools is not None](text, _same(before, text), last)
             return ""
 
@@ -244,9 +284,16 @@ class ExampleTokenizer:
             close = alone
         key = close.strip()
         closed = bool(key) and prompt.endswith(key)
-        opened = not closed and (prompt.endswith("<think>") if lead is None else prompt.startswith(lead.rstrip()))
+        opened = not closed and (
+            prompt.endswith("<think>") if lead is None else prompt.startswith(lead.rstrip())
+        )
         # A reasoning in the content that has another place in this template.
-        if thought and len(message) == len(given) and not closed and (opened or thought not in since(written())):
+        if (
+            thought
+            and len(message) == len(given)
+            and not closed
+            and (opened or thought not in since(written()))
+        ):
             message["content"] = text_of(message).rpartition("</think>")[2].strip()
         own = since(plain := written(), plain.rfind(text_of(message)))
         if thought in own and (answer := _after(own, tail)) is not None:
@@ -255,13 +302,19 @@ class ExampleTokenizer:
         if body is None and opened:  # the template writes a tool call in another way
             body = own[_shared(own, tail) :]
         elif rest is None and (closed or not head[_shared(head, tail) :].strip()):
-            rest = head.rpartition(key)[2] if closed and key in head else head[_shared(head, tail) :]
+            rest = (
+                head.rpartition(key)[2] if closed and key in head else head[_shared(head, tail) :]
+            )
         if closed and thought not in (body or ""):
             why = f"message {number + 1}: {self._spec.what} ends the reasoning in its generation prompt"
-            raise _refused(f"{why}: remove the reasoning from the rows", f"a copy that begins with {SWITCH}")
+            raise _refused(
+                f"{why}: remove the reasoning from the rows", f"a copy that begins with {SWITCH}"
+            )
         if closed or not (opened or thought):
             start = rest
-        elif opened and not thought and head.rstrip().endswith(key):  # the template closes the reasoning itself
+        elif (
+            opened and not thought and head.rstrip().endswith(key)
+        ):  # the template closes the reasoning itself
             start = head[head.rindex(key) :]
         elif opened:
             start, body = thought + close, body and body.lstrip()
@@ -271,7 +324,9 @@ class ExampleTokenizer:
         else:
             start = lead and (opening := _after(since(lead), tail)) and opening + thought + close
         if start is None or body is None or (thought and not key):
-            shown = [repr(each[max(0, _same(before, plain) - 20) :][:60]) for each in (before, plain)]
+            shown = [
+                repr(each[max(0, _same(before, plain) - 20) :][:60]) for each in (before, plain)
+            ]
             why = f"message {number + 1} should start after {shown[0]}, but is {shown[1]}; remove such rows"
             raise _refused(f"{self._spec.what} does not continue its own generation prompt: {why}")
         return start + body
@@ -297,7 +352,9 @@ class ExampleTokenizer:
         try:
             return chosen.render(chat.messages[:stop], add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
-            why = f"{self._spec.what} refuses the conversation: {first_line(error)}; remove such rows"
+            why = (
+                f"{self._spec.what} refuses the conversation: {first_line(error)}; remove such rows"
+            )
             raise _refused(why) from None
 
     def _chat(self, parts: Sequence[tuple[Sequence[str], Sequence[Span]]]) -> list[Tokens]:
@@ -334,7 +391,9 @@ class ExampleTokenizer:
             pieces.append(own)
         ids = np.concatenate(pieces)
         shortened, most = False, self._max_length
-        if self._too_long == "drop_turns" and (fitting := [part for part in written_at if part.stop <= most]):
+        if self._too_long == "drop_turns" and (
+            fitting := [part for part in written_at if part.stop <= most]
+        ):
             shortened = len(fitting) < len(written_at)
             ids = ids if len(ids) <= most else ids[: fitting[-1].stop]
             written_at = fitting[-1:] if self._last_turn_only else fitting
@@ -355,9 +414,13 @@ class ExampleTokenizer:
         tokens: list[int] = []
         for stretch in stretches:
             tokens += self._encoder.ids(stretch, continues=bool(tokens)).tolist()
-        pieces = self._pieces(np.asarray([*self._begin(tokens), *tokens, *self._end(tokens)], dtype=np.int32))
+        pieces = self._pieces(
+            np.asarray([*self._begin(tokens), *tokens, *self._end(tokens)], dtype=np.int32)
+        )
         if all((each.ids[each.supervised] == self._spec.eos_id).all() for each in pieces):
-            raise Rejected("no_supervised_token", "a text of one token: only the end token is left to train on")
+            raise Rejected(
+                "no_supervised_token", "a text of one token: only the end token is left to train on"
+            )
         return pieces
 
     def _given(self, row: Ids) -> list[Tokens]:
@@ -369,7 +432,9 @@ class ExampleTokenizer:
         kept = np.asarray(row.mask or np.ones(len(ids)), dtype=bool)
         for number in (int(ids[kept].min(initial=0)), int(ids[kept].max(initial=0))):
             if number < 0 or self._encoder.token_of(number) is None:
-                raise Rejected("unknown_token", f"{self._spec.name} has no token {number}; use its tokenizer")
+                raise Rejected(
+                    "unknown_token", f"{self._spec.name} has no token {number}; use its tokenizer"
+                )
         if row.labels is None:
             return self._pieces(ids[kept].astype(np.int32))
         labels = np.asarray(row.labels, dtype=np.int64)
@@ -393,7 +458,9 @@ class ExampleTokenizer:
         return [bos] if self._spec.add_bos and bos is not None and ids[:1] != [bos] else []
 
     def _end(self, ids: list[int]) -> list[int]:
-        last = next((number for number in reversed(ids) if not self._encoder.is_blank(number)), None)
+        last = next(
+            (number for number in reversed(ids) if not self._encoder.is_blank(number)), None
+        )
         return [self._spec.eos_id] if last != self._spec.eos_id else []
 
     def _require_own(self, written: list[int], asked: bool) -> None:
@@ -406,17 +473,26 @@ class ExampleTokenizer:
             raise Rejected("no_supervised_token", "the answer has no token of its own to train on")
 
     def _says(self, written: list[int]) -> bool:
-        return any(number not in self._mute and not self._encoder.is_blank(number) for number in written)
+        return any(
+            number not in self._mute and not self._encoder.is_blank(number) for number in written
+        )
 
-    def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_], shortened: bool = False) -> Tokens:
+    def _checked(
+        self, ids: NDArray[np.int32], supervised: NDArray[np.bool_], shortened: bool = False
+    ) -> Tokens:
         if len(ids) > (most := self._max_length):
             begun = supervised & (np.arange(len(ids)) < most) & (self._too_long == "cut")
             if not self._says(ids[begun].tolist()):
                 raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {most}")
             ids, supervised, shortened = ids[:most], supervised[:most], True
-        if (rows := self._spec.embeddings) is not None and (largest := int(ids.max(initial=0))) >= rows:
+        if (rows := self._spec.embeddings) is not None and (
+            largest := int(ids.max(initial=0))
+        ) >= rows:
             token = self._encoder.token_of(largest)
-            raise Rejected("no_embedding", f"token {token!r} (id {largest}) has no embedding; the model has {rows}")
+            raise Rejected(
+                "no_embedding",
+                f"token {token!r} (id {largest}) has no embedding; the model has {rows}",
+            )
         supervised[:1] = False
         if not np.count_nonzero(supervised):
             raise Rejected("no_supervised_token", "the answer has no token of its own to train on")
@@ -437,7 +513,9 @@ def _after(text: str, start: str) -> str | None:
     same = _same(text, start)
     wanted, text = "".join(start[same:].split()), text[same:]
     match = re.match(r"\s*".join(map(re.escape, ["", *wanted])), text)
-    return match and (text[match.end() :].lstrip() if wanted and start[-1:].isspace() else text[match.end() :])
+    return match and (
+        text[match.end() :].lstrip() if wanted and start[-1:].isspace() else text[match.end() :]
+    )
 
 
 def _block(written: Callable[..., str], before: str, source: str) -> tuple[str | None, str]:
@@ -469,7 +547,9 @@ def _end(text: str, other: str) -> str:
 
 def _shared(text: str, other: str) -> int:
     same = _same(text, other)  # without a part of a tag
-    return same if text.rfind("<", 0, same) <= text.rfind(">", 0, same) else text.rfind("<", 0, same)
+    return (
+        same if text.rfind("<", 0, same) <= text.rfind(">", 0, same) else text.rfind("<", 0, same)
+    )
 
 
 def _same(text: str, other: str) -> int:
@@ -492,7 +572,9 @@ COLUMNS_OF_STRUCTS = {"parquet", "arrow"}
 
 def as_chat(source: Source, spec: TokenizerSpec) -> bool:
     """True if the prompts and completions of a source become turns of a chat."""
-    return source.format == "prompt_completion" and (spec.has_template if source.chat == "auto" else source.chat)
+    return source.format == "prompt_completion" and (
+        spec.has_template if source.chat == "auto" else source.chat
+    )
 
 
 def asks_in_chats(source: Source, spec: TokenizerSpec) -> bool:
@@ -524,9 +606,15 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
             inputs["calls_alone"] = "null"
         if any(name in spec.template(tools) for name in REASONING for tools in (False, True)):
             inputs["reasoning"] = "any name"
-    ends = [end_of_turn(spec, Encoder(spec.json, spec.name), tools) for tools in (False, True)] if chats else []
+    ends = (
+        [end_of_turn(spec, Encoder(spec.json, spec.name), tools) for tools in (False, True)]
+        if chats
+        else []
+    )
     if any(end.fixes for end in ends):
-        inputs["ends"] = [[end.tail, end.stop, end.call_stop, *[end.last] * end.cuts] for end in ends]
+        inputs["ends"] = [
+            [end.tail, end.stop, end.call_stop, *[end.last] * end.cuts] for end in ends
+        ]
     return inputs
 
 
@@ -535,7 +623,15 @@ def form_line(source: Source, spec: TokenizerSpec, setting: str) -> str | None:
     if source.format != "prompt_completion":
         return None
     if as_chat(source, spec):
-        template = "its own chat template" if spec.has_template else "the plain chat template, because it has none"
+        template = (
+            "its own chat template"
+            if spec.has_template
+            else "the plain chat template, because it has none"
+        )
         return f"{setting}: prompts and completions become turns of a chat; {spec.name} gets them in {template}"
-    warning = f", but servers of {spec.name} apply one" if spec.has_template else f": {spec.name} has none"
+    warning = (
+        f", but servers of {spec.name} apply one"
+        if spec.has_template
+        else f": {spec.name} has none"
+    )
     return f"{setting}: prompts and completions are joined without a chat template{warning}"

@@ -12,7 +12,14 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import digest_json
 from olora_ray.data import chat_template
-from olora_ray.data.chat_template import EXCHANGE, ChatForm, ChatTemplate, called, reasoning, text_of
+from olora_ray.data.chat_template import (
+    EXCHANGE,
+    ChatForm,
+    ChatTemplate,
+    called,
+    reasoning,
+    text_of,
+)
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import Chat
 
@@ -57,7 +64,11 @@ class TokenizerSpec:
 
     @property
     def what(self) -> str:
-        return f"the chat template {self.chosen}" if self.chosen else f"the chat template of {self.name}"
+        return (
+            f"the chat template {self.chosen}"
+            if self.chosen
+            else f"the chat template of {self.name}"
+        )
 
     @property
     def setting(self) -> str:
@@ -68,7 +79,9 @@ class TokenizerSpec:
         """SHA-256 over everything that influences tokens."""
         content = asdict(self)
         del content["name"], content["apart"], content["ends"], content["chosen"]
-        if self.tool_template is None:  # other tokenizers keep the digest that they had before this field existed
+        if (
+            self.tool_template is None
+        ):  # other tokenizers keep the digest that they had before this field existed
             del content["tool_template"]
         if self.embeddings is None:
             del content["embeddings"]
@@ -98,7 +111,11 @@ class TokenizerSpec:
 # The end of an answer in a chat template: a model that is trained on its chats stops there.
 
 
-CALL: dict[str, Any] = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALL: dict[str, Any] = {
+    "id": "call00000",
+    "type": "function",
+    "function": {"name": "f", "arguments": {"x": 1}},
+}
 
 
 @dataclass(frozen=True)
@@ -146,30 +163,50 @@ def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn
     question, answer = ({**message} for message in EXCHANGE)
     call: list[dict[str, Any]] = [question, {**answer, "content": "", "tool_calls": [CALL]}]
     result = {"role": "tool", "content": "1", "tool_call_id": CALL["id"], "name": "f"}
-    pairs = [(written(head), written([*head, more])) for head, more in (([question, answer], question), (call, result))]
+    pairs = [
+        (written(head), written([*head, more]))
+        for head, more in (([question, answer], question), (call, result))
+    ]
     eos = encoder.token_of(spec.eos_id) or ""
     put = eos if encoder.ids(eos).tolist() == [spec.eos_id] else ""
     written_texts = "".join([spec.template(tools), *(text for pair in pairs for text in pair)])
     named = {encoder.token_of(number) or "" for number in encoder.special_ids()}
-    special = tuple(sorted({eos, *(token for token in named if token in written_texts)} - {""}, key=len, reverse=True))
+    special = tuple(
+        sorted(
+            {eos, *(token for token in named if token in written_texts)} - {""},
+            key=len,
+            reverse=True,
+        )
+    )
     any_special = "|".join(map(re.escape, special))
 
     def stop(text: str, longer: str) -> str:
         text = text.rstrip()
-        match = re.compile(rf"\s*({any_special})").match(longer, len(text)) if longer.startswith(text) else None
+        match = (
+            re.compile(rf"\s*({any_special})").match(longer, len(text))
+            if longer.startswith(text)
+            else None
+        )
         return match[0] if match and encoder.id_of(match[1]) in spec.ends else put
 
     # The tail that only the end of a conversation has: it follows the token that ends the answer in any case.
     parts, others = (re.split(f"({any_special})", text) for text in pairs[0])
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False)))
+    same = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False))
+    )
     shared, tail = "".join(parts[:same]), "".join(parts[same:])
-    if not (all(pairs[0]) and shared.rstrip().endswith(special) and tail.strip()) or answer["content"] in tail:
+    if (
+        not (all(pairs[0]) and shared.rstrip().endswith(special) and tail.strip())
+        or answer["content"] in tail
+    ):
         tail = ""
     plain, after = pairs[0][0], stop(*pairs[0])
     ended = plain.removesuffix(tail).rstrip()
     stops = [token for token in special if token == eos or encoder.id_of(token) in spec.ends]
     ends = re.findall(any_special, ended[ended.rfind(answer["content"]) :])
-    last = next((token for token in special if ended.endswith(token)), after.strip() if plain else "")
+    last = next(
+        (token for token in special if ended.endswith(token)), after.strip() if plain else ""
+    )
     last = next((token for token in ends if token in stops), last)
     end = EndOfTurn(tuple({*stops, last} - {""}), tail, after, stop(*pairs[1]), last)
     fixed = end(plain, 0, answer) if plain else ""
@@ -198,7 +235,9 @@ def spec_from_pretrained(
             f"model.name: the tokenizer of {name} is not a fast tokenizer; name a model with a tokenizer.json"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
+        raise UserError(
+            f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end"
+        )
     # A tokenizer as JSON takes memory for every id up to the largest; real vocabularies have some hundred thousand.
     if (largest := _largest_id(tokenizer)) > 2**24:
         raise UserError(
@@ -206,17 +245,26 @@ def spec_from_pretrained(
             " right tokenizer.json in its folder"
         )
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    source = (named.get("default") or next(iter(named.values()), None)) if named else tokenizer.chat_template
+    source = (
+        (named.get("default") or next(iter(named.values()), None))
+        if named
+        else tokenizer.chat_template
+    )
     for_tools = named.get("tool_use")
     add_bos = adds_begin_token(tokenizer)
     if not source:
-        log.warning("%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'", name)
+        log.warning(
+            "%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'",
+            name,
+        )
         source = plain_template(tokenizer)
     spec = TokenizerSpec(
         json=backend.to_str(),
         chat_template=str(source),
         special_tokens={
-            key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+            key: str(value)
+            for key, value in tokenizer.special_tokens_map.items()
+            if isinstance(value, str)
         },
         eos_id=int(tokenizer.eos_token_id),
         bos_id=tokenizer.bos_token_id,
@@ -242,7 +290,9 @@ def _choose_template(tokenizer: Any, chosen: str) -> None:
         with as_user_error(what, OSError, UnicodeDecodeError, reason=short_reason):
             source = storage.read_text(chosen) if storage.exists(chosen) else ""
         if not source.strip():
-            raise UserError(f"{what} is missing or empty; name a Jinja file, or {chat_template.PLAIN}")
+            raise UserError(
+                f"{what} is missing or empty; name a Jinja file, or {chat_template.PLAIN}"
+            )
     tokenizer.chat_template = source
 
 
@@ -253,4 +303,6 @@ def plain_template(tokenizer: Any) -> str:
 
 def adds_begin_token(tokenizer: Any) -> bool:
     """True if a transformers tokenizer puts its begin token before a text."""
-    return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"][:1]) == [
+        tokenizer.bos_token_id
+    ]

@@ -36,8 +36,12 @@ def main(argv: list[str]) -> None:
     settings = tuple(word for word in arguments.words if FIELD.match(word))
     run, *prompts = [word for word in arguments.words if word not in settings] or [""]
     if not run or len(prompts) > 1:
-        raise UserError("arguments: expected RUN and at most one PROMPT in quotes; --help shows how")
-    answers = Answers(run, replace(arguments, words=settings).changes(), arguments.options.get("--system"))
+        raise UserError(
+            "arguments: expected RUN and at most one PROMPT in quotes; --help shows how"
+        )
+    answers = Answers(
+        run, replace(arguments, words=settings).changes(), arguments.options.get("--system")
+    )
     for prompt in prompts or _lines():
         for name, adapted in (("base", False), ("fine-tuned", True)):
             text = answers(prompt, adapted) or "(nothing)"
@@ -47,10 +51,18 @@ def main(argv: list[str]) -> None:
 def _finished(name: str) -> str:
     root = command_line.absolute("runs", Path.cwd())
     folders = (command_line.absolute(name, Path.cwd()), storage.join(root, name))
-    folder = next((each for each in folders if storage.exists(storage.join(each, "config.yaml"))), None)
+    folder = next(
+        (each for each in folders if storage.exists(storage.join(each, "config.yaml"))), None
+    )
     if folder is None:
-        runs = [each for each in storage.names(root) if storage.exists(storage.join(root, each, "config.yaml"))]
-        raise UserError(f"run {name}: no such run folder; {root} has {', '.join(runs) or 'no runs'}")
+        runs = [
+            each
+            for each in storage.names(root)
+            if storage.exists(storage.join(root, each, "config.yaml"))
+        ]
+        raise UserError(
+            f"run {name}: no such run folder; {root} has {', '.join(runs) or 'no runs'}"
+        )
     if not storage.exists(storage.join(folder, "result.json")):
         raise UserError(f"run {name}: not finished; run its training command again to resume")
     return folder
@@ -74,7 +86,9 @@ def _system(sources: Sequence[Source]) -> str | None:
         with contextlib.suppress(UserError, OSError, IndexError):
             file = scan.head(list_files(source, "data.train", "")[0])
             assert file.file
-            for _, row in itertools.islice(reader.read_unit(file.file, file.units[0], file.columns, columns), 100):
+            for _, row in itertools.islice(
+                reader.read_unit(file.file, file.units[0], file.columns, columns), 100
+            ):
                 with contextlib.suppress(formats.Rejected):
                     example = formats.to_example(source.format, row, source.fields, True)
                     first = example.messages[0] if isinstance(example, formats.Chat) else {}
@@ -104,9 +118,13 @@ class Answers:
         self.base = with_tokenizer(target.base, target.config)
         self.limit = target.config.evaluation.max_new_tokens
         self.tokens = ExampleTokenizer(self.base.spec, max_length=sys.maxsize)
-        self.chat = any(asks_in_chats(source, self.base.spec) for source in target.config.data.train)
+        self.chat = any(
+            asks_in_chats(source, self.base.spec) for source in target.config.data.train
+        )
         if system and not self.chat:
-            raise UserError(f"argument --system: {folder} was trained on texts without a chat template; leave it out")
+            raise UserError(
+                f"argument --system: {folder} was trained on texts without a chat template; leave it out"
+            )
         self.system = _system(target.config.data.train) if system is None and self.chat else system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = held_out.load_adapted(target.base, adapter, target.config, self.device)

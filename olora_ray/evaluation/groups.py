@@ -56,7 +56,9 @@ def group_names(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> l
     if not values:
         raise _no_column(setting, plan)
     if missing := len(own) - len(values):
-        logger.warning(f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each is its own group")
+        logger.warning(
+            f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each is its own group"
+        )
     return [values.get(origin, own[origin]) for origin in origins]
 
 
@@ -67,12 +69,18 @@ def check_column(setting: str | None, plan: Plan) -> None:
     """
     if setting is None or setting == FILE:
         return
-    values = (value for piece in plan.pieces for _, value in _column(setting, plan, piece.file, piece.unit))
+    values = (
+        value
+        for piece in plan.pieces
+        for _, value in _column(setting, plan, piece.file, piece.unit)
+    )
     if all(value is None for value in values):
         raise _no_column(setting, plan)
 
 
-def count_planned(setting: str | None, plan: Plan, enough: int, files: Collection[int] | None = None) -> int:
+def count_planned(
+    setting: str | None, plan: Plan, enough: int, files: Collection[int] | None = None
+) -> int:
     """Return an upper bound for the number of groups, without tokenising; counting stops at `enough`.
 
     It is an upper bound because rows that tokenisation would reject count too. `files` limits the count to rows of the
@@ -88,7 +96,9 @@ def count_planned(setting: str | None, plan: Plan, enough: int, files: Collectio
 
 
 def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
-    chosen: list[int] = (piece.unit.first + np.flatnonzero(plan.taken(plan.files[piece.file], piece))).tolist()
+    chosen: list[int] = (
+        piece.unit.first + np.flatnonzero(plan.taken(plan.files[piece.file], piece))
+    ).tolist()
     if setting == FILE:
         yield from [piece.file][: len(chosen)]  # nothing if no row of the piece is held out
     elif setting is None:
@@ -100,7 +110,9 @@ def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
                 yield (number, position) if value is None else (value,)
 
 
-def _column(setting: str, plan: Plan, number: int, unit: Unit) -> Iterator[tuple[Origin, str | None]]:
+def _column(
+    setting: str, plan: Plan, number: int, unit: Unit
+) -> Iterator[tuple[Origin, str | None]]:
     planned = plan.files[number]
     column = column_of(setting, plan.sources[planned.source].fields)
     for position, row in read_unit(planned.file, unit, planned.columns, [column]):
@@ -108,7 +120,10 @@ def _column(setting: str, plan: Plan, number: int, unit: Unit) -> Iterator[tuple
 
 
 def _no_column(setting: str, plan: Plan) -> UserError:
-    columns = ", ".join(sorted({name for file in plan.files for name in file.columns})) or "the fields of your rows"
+    columns = (
+        ", ".join(sorted({name for file in plan.files for name in file.columns}))
+        or "the fields of your rows"
+    )
     return UserError(f"gate.group: no held-out row has a column {setting!r}; use one of {columns}")
 
 

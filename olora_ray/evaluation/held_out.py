@@ -65,11 +65,15 @@ def map_over_actors(
     actor_type: Any = ray.remote(max_restarts=-1, max_task_retries=-1)(_Actor)
     actor_type = actor_type.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
     every_gpu = config.cluster.workers == "auto" and "GPU" in wanted
-    most = resources.room(wanted, resources.present()) if every_gpu else config.cluster.max_workers()
+    most = (
+        resources.room(wanted, resources.present()) if every_gpu else config.cluster.max_workers()
+    )
     actors = [actor_type.remote() for _ in range(min(len(works), most))]
     made_of, numbers = ray.put((make, threads, config.model)), iter(range(len(works)))
     # An actor without room in the cluster never answers `ready`, so it is never given work.
-    pending: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
+    pending: dict[Any, tuple[Any, int | None]] = {
+        actor.ready.remote(): (actor, None) for actor in actors
+    }
     try:
         while len(results) < len(works):
             [answer], _ = ray.wait(list(pending))
@@ -107,7 +111,9 @@ class _Actor:
     def ready(self) -> None:
         """Return as soon as the cluster has room for this actor."""
 
-    def run(self, made_of: tuple[Callable[[], Callable[[Any], Any]], int, Model], work: Any) -> tuple[Any, str]:
+    def run(
+        self, made_of: tuple[Callable[[], Callable[[Any], Any]], int, Model], work: Any
+    ) -> tuple[Any, str]:
         make, threads, model = made_of
         try:
             if self.made is None:
@@ -154,9 +160,17 @@ def measure(
     # Answers take longest, so actors start with them; otherwise the last actor would answer while all others idle.
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
-    logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}; {len(asked)} of them are answered")
-    done = map_over_actors(partial(Measurer, base.model, adapter, config, base.eos, packs[:8]), works, config)
-    answers = dict(pair for group, part in zip(groups, done, strict=False) for pair in zip(group, part, strict=True))
+    logger.info(
+        f"held-out rows: {sum(len(pack.segments) for pack in packs)}; {len(asked)} of them are answered"
+    )
+    done = map_over_actors(
+        partial(Measurer, base.model, adapter, config, base.eos, packs[:8]), works, config
+    )
+    answers = dict(
+        pair
+        for group, part in zip(groups, done, strict=False)
+        for pair in zip(group, part, strict=True)
+    )
     judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
     results = RowResults(
         data=store.digest,
@@ -179,7 +193,12 @@ class Measurer:
     """One model in an actor, which computes losses and answers."""
 
     def __init__(
-        self, base: BaseModel, adapter: str | None, config: AnyConfig, eos: tuple[int, ...], tried: Sequence[Pack]
+        self,
+        base: BaseModel,
+        adapter: str | None,
+        config: AnyConfig,
+        eos: tuple[int, ...],
+        tried: Sequence[Pack],
     ) -> None:
         """Load the model on this process's device, and test it on the sequences `tried`.
 
@@ -195,13 +214,20 @@ class Measurer:
         """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""
         questions = [item for item in work if isinstance(item, Question)]
         if questions:
-            return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
+            return greedy(
+                self.model, [item.prompt for item in questions], self.limit, self.eos, self.device
+            )
         packs = [item for item in work if isinstance(item, Pack)]
         each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
-        return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
+        return [
+            float(part.sum())
+            for part in each.split([size for pack in packs for size in _supervised(pack)])
+        ]
 
 
-def load_adapted(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device) -> Any:
+def load_adapted(
+    base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device
+) -> Any:
     """Return the frozen model on `device`, with the plain-LoRA adapter in its layers if one is set.
 
     Loads the weights as they are stored and ignores model.quantization, because exports are made for these weights.
@@ -209,7 +235,9 @@ def load_adapted(base: BaseModel, adapter: str | None, config: AnyConfig, device
     """
     model: Any = load_model(on_this_node(base, config).folder, config.model, device)
     if adapter is not None:
-        unreadable = as_user_error(f"adapter {adapter}: cannot be read", OSError, reason=short_reason)
+        unreadable = as_user_error(
+            f"adapter {adapter}: cannot be read", OSError, reason=short_reason
+        )
         with unreadable, node_cache.fetched(adapter) as folder:
             model = _with_adapter(model, folder, adapter)
     return model.to(device)
@@ -220,8 +248,12 @@ def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"adapter {adapter}: no {name}; use a PEFT folder with safetensors that all nodes can read")
-    with as_user_error(f"adapter {adapter}: does not fit its model", ValueError, RuntimeError, KeyError, TypeError):
+            raise UserError(
+                f"adapter {adapter}: no {name}; use a PEFT folder with safetensors that all nodes can read"
+            )
+    with as_user_error(
+        f"adapter {adapter}: does not fit its model", ValueError, RuntimeError, KeyError, TypeError
+    ):
         wrapped: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
     # PEFT puts the adapted layers into the model itself. Its wrapper is dropped, because the loss needs the backbone.
     return wrapped.get_base_model().requires_grad_(False).eval()
@@ -232,7 +264,11 @@ def _supervised(pack: Pack) -> list[int]:
 
 
 def _judged(
-    config: AnyConfig, store: TokenStore, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: Any
+    config: AnyConfig,
+    store: TokenStore,
+    asked: Sequence[Question],
+    answers: Sequence[Sequence[int]],
+    tokenizer: Any,
 ) -> tuple[Answer, ...]:
     if not asked or config.evaluation.scorer is None:
         return ()
@@ -241,7 +277,9 @@ def _judged(
     judged = []
     for item, ids in zip(asked, answers, strict=True):
         text, reference = as_text(tokenizer, ids), as_text(tokenizer, item.reference)
-        judged.append(Answer(item.row, origin_of[item.row], text, reference, judge(text, reference)))
+        judged.append(
+            Answer(item.row, origin_of[item.row], text, reference, judge(text, reference))
+        )
     for line in scoring.partial_scores([item.scores for item in judged]):
         logger.info(line)
     return tuple(judged)

@@ -51,7 +51,10 @@ def overrides(task: str, data: str) -> dict[str, Any]:
     elif not (folder := Path(data).expanduser().absolute()).is_dir():
         raise UserError(f"--task-data {data}: no such folder")
     candidates = [folder / task, *([folder / SETS[task]] if task in SETS else [])]
-    available = [{name: item / name for name in SPLITS.values() if (item / name).is_dir()} for item in candidates]
+    available = [
+        {name: item / name for name in SPLITS.values() if (item / name).is_dir()}
+        for item in candidates
+    ]
     chosen = next((splits for splits in available if {"validation", "test"} & splits.keys()), None)
     if chosen is None:
         raise UserError(
@@ -61,7 +64,9 @@ def overrides(task: str, data: str) -> dict[str, Any]:
     # In memory, because datasets would otherwise write its caches of derived columns into the user's folder.
     failure = f"--task-data {data}: {task}: cannot be read by datasets.load_from_disk"
     with as_user_error(failure, OSError, ValueError, KeyError):
-        splits: dict[str, Any] = {name: load_from_disk(str(path), keep_in_memory=True) for name, path in chosen.items()}
+        splits: dict[str, Any] = {
+            name: load_from_disk(str(path), keep_in_memory=True) for name, path in chosen.items()
+        }
     for name, rows in splits.items():
         # Some copies of BoolQ have `answer` (true, false) instead of the `label` (1, 0) that lm-eval reads.
         if task == "boolq" and "label" not in rows.column_names and "answer" in rows.column_names:
@@ -179,11 +184,15 @@ def load_tasks(names: Sequence[str], data: str | None) -> Tasks:
         try:
             # The task is loaded as the member of a group, because lm-eval has no other public way to change its fields.
             loaded = manager.load([{"group": "evaluation", "task": [changes]}])["tasks"]
-        except Exception as error:  # the hub's client and a task's own code raise exceptions of any type
+        except (
+            Exception
+        ) as error:  # the hub's client and a task's own code raise exceptions of any type
             error_type = TryAgain if not data and is_temporary(error) else UserError
             raise error_type(_why_not(name, data, error)) from None
         if getattr(loaded[name], "UNSAFE_CODE", False):
-            raise UserError(f"--tasks {name}: it would run code that the model writes; leave it out, or use lm-eval")
+            raise UserError(
+                f"--tasks {name}: it would run code that the model writes; leave it out, or use lm-eval"
+            )
         tasks[name] = loaded[name]
     return tasks
 
@@ -209,7 +218,10 @@ def run(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own default
     report = evaluate(Model(base, adapter, config), {"tasks": tasks}, limit=limit, log_samples=True)
-    return {name: _result(task, report["results"][name], report["samples"][name]) for name, task in tasks.items()}
+    return {
+        name: _result(task, report["results"][name], report["samples"][name])
+        for name, task in tasks.items()
+    }
 
 
 def _manager(names: Sequence[str]) -> Any:
@@ -217,16 +229,24 @@ def _manager(names: Sequence[str]) -> Any:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"--tasks: needs lm-eval ({error}): pip install 'olora-ray[eval]'") from None
+        raise UserError(
+            f"--tasks: needs lm-eval ({error}): pip install 'olora-ray[eval]'"
+        ) from None
     _quiet_lm_eval()
     if all(name in FOLDERS for name in names):
         root = Path(next(iter(lm_eval.__path__))) / "tasks"
-        return TaskManager(include_defaults=False, include_path=sorted({root / FOLDERS[name] for name in names}))
+        return TaskManager(
+            include_defaults=False, include_path=sorted({root / FOLDERS[name] for name in names})
+        )
     logger.info("tasks: reading the list of all tasks of lm-eval, which takes half a minute")
     manager = TaskManager()
     for name in names:
         if name not in manager.all_subtasks:
-            problem = "a group; name its tasks instead" if name in manager.all_tasks else "unknown to lm-eval"
+            problem = (
+                "a group; name its tasks instead"
+                if name in manager.all_tasks
+                else "unknown to lm-eval"
+            )
             near = difflib.get_close_matches(name, [*FOLDERS, *manager.all_subtasks], n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise UserError(f"--tasks: {name} is {problem}{hint} (the paper's: {', '.join(PAPER)})")
@@ -243,7 +263,9 @@ def _why_not(name: str, data: str | None, error: Exception) -> str:
     )
 
 
-def _result(task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> TaskResult:
+def _result(
+    task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> TaskResult:
     metrics, stderr, values = {}, {}, {}
     for key, value in results.items():
         name, comma, filtered = key.partition(",")
@@ -260,7 +282,9 @@ def _result(task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str
         if _is_mean(metrics[shown], rows):
             values[shown] = tuple(map(float, rows))
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
-    return TaskResult(f"{split}[:{len({sample['doc_id'] for sample in samples})}]", metrics, stderr, values)
+    return TaskResult(
+        f"{split}[:{len({sample['doc_id'] for sample in samples})}]", metrics, stderr, values
+    )
 
 
 def _is_mean(value: float, rows: Sequence[Any]) -> bool:

@@ -63,7 +63,9 @@ def read_request(argv: Sequence[str], usage: str) -> Request:
     names = [name for part in options.get("--tasks", "").split(",") if (name := part.strip())]
     limit = options.get("--limit", "")
     if not 1 <= len(models) <= 2:
-        raise UserError(f"arguments: expected one model, or two to compare, not {len(models)}; --help shows how")
+        raise UserError(
+            f"arguments: expected one model, or two to compare, not {len(models)}; --help shows how"
+        )
     if "--limit" in options and not (limit.isdecimal() and int(limit)):
         raise UserError(f"argument --limit: expected a number of rows, not {limit!r}")
     # A script with an unset variable passes an empty --scorer; the scorer of the config then stays.
@@ -73,7 +75,11 @@ def read_request(argv: Sequence[str], usage: str) -> Request:
         models=models,
         config=options.get("--config"),
         changes=changes,
-        tasks=tuple(dict.fromkeys(each for name in names for each in (PAPER if name == "paper" else (name,)))),
+        tasks=tuple(
+            dict.fromkeys(
+                each for name in names for each in (PAPER if name == "paper" else (name,))
+            )
+        ),
         task_data=options.get("--task-data"),
         limit=int(limit) if limit else None,
         out=options.get("--out"),
@@ -92,20 +98,32 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """Return eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
-        held_out = {name: self.held_out.metric(name) for name in self.held_out.names()} if self.held_out else {}
+        held_out = (
+            {name: self.held_out.metric(name) for name in self.held_out.names()}
+            if self.held_out
+            else {}
+        )
         return held_out | {
-            f"{task}/{name}": item.metrics[name] for task, item in self.tasks.items() for name in item.metrics
+            f"{task}/{name}": item.metrics[name]
+            for task, item in self.tasks.items()
+            for name in item.metrics
         }
 
     def errors(self) -> dict[str, float]:
-        return {f"{task}/{name}": error for task, item in self.tasks.items() for name, error in item.stderr.items()}
+        return {
+            f"{task}/{name}": error
+            for task, item in self.tasks.items()
+            for name, error in item.stderr.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.target.name,
             "base": self.target.base.to_json(),
             "adapter": self.target.adapter,
-            "held_out": {"data": self.held_out.data, "rows": len(self.held_out.losses)} if self.held_out else None,
+            "held_out": {"data": self.held_out.data, "rows": len(self.held_out.losses)}
+            if self.held_out
+            else None,
             "tasks": {name: item.rows for name, item in self.tasks.items()},
             "metrics": self.metrics(),
             "stderr": self.errors(),
@@ -139,7 +157,9 @@ def check_request(request: Request, config: AnyConfig) -> None:
             " data.eval_fraction"
         )
     if config.evaluation.scorer and not config.data.holds_out():
-        logger.warning("evaluation.scorer: no answers to score, because no rows are held out; set data.eval")
+        logger.warning(
+            "evaluation.scorer: no answers to score, because no rows are held out; set data.eval"
+        )
     if storage.is_uri(config.run.storage):
         storage.check_storage(config.run.storage, "run.storage")
     address.find()
@@ -156,9 +176,17 @@ def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
         store = prepare.prepare(config, base.spec, "eval")
         if isinstance(config, Config) and config.gate.group is not None:
             # Groups come first: a gate.group that no row has must fail before the long measurement, not after it.
-            groups = group_numbers(config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store))
+            groups = group_numbers(
+                config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store)
+            )
         held_out, answers = measure(base, adapter, store, config)
-    return Evaluation(target, held_out, lm_eval_tasks.run(sets, limit, target.base, adapter, config), groups, answers)
+    return Evaluation(
+        target,
+        held_out,
+        lm_eval_tasks.run(sets, limit, target.base, adapter, config),
+        groups,
+        answers,
+    )
 
 
 def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
@@ -168,10 +196,14 @@ def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
     # Models with different tokenizers have different tokens, so their losses per token cannot be compared.
     if ours and theirs and ours.data == theirs.data:
         for name in ours.names():
-            if name not in theirs.names() or not set(ours.column(name).rows) & set(theirs.column(name).rows):
+            if name not in theirs.names() or not set(ours.column(name).rows) & set(
+                theirs.column(name).rows
+            ):
                 continue
             comparison = rows.compare(name, ours, theirs, groups=first.groups)
-            if comparison.groups > 1:  # a single group shows no variation, so its interval would have width 0
+            if (
+                comparison.groups > 1
+            ):  # a single group shows no variation, so its interval would have width 0
                 intervals[name] = comparison.interval
     for task, mine in first.tasks.items():
         for name, values in mine.values.items():
@@ -188,14 +220,18 @@ def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> l
     if len(results) == 1:
         return _one(results[0])
     first, second = results
-    table: list[tuple[str, ...]] = [("metric", "rows", "first", "second", "first - second", "95% interval")]
+    table: list[tuple[str, ...]] = [
+        ("metric", "rows", "first", "second", "first - second", "95% interval")
+    ]
     ours, theirs = first.metrics(), second.metrics()
     for name in ours | theirs:
         bounds = intervals.get(name)
         interval = f"[{bounds.low:+.4f}, {bounds.high:+.4f}]" if bounds else "not paired"
         values = (f"{each[name]:.4f}" if name in each else "-" for each in (ours, theirs))
         change = f"{ours[name] - theirs[name]:+.4f}" if name in ours and name in theirs else "-"
-        table.append((name, _rows_cell(first if name in ours else second, name), *values, change, interval))
+        table.append(
+            (name, _rows_cell(first if name in ours else second, name), *values, change, interval)
+        )
     return [f"first:  {first.target.name}", f"second: {second.target.name}", "", *_columns(table)]
 
 
@@ -241,7 +277,9 @@ def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
     Raises UserError or TrackingUnavailable if MLflow does not answer.
     """
     configured = request.config or any(run_of(name) for name in request.models)
-    if not (configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")):
+    if not (
+        configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")
+    ):
         return None
     uri = resolve_uri(targets[0].config)
     client.check_uri(uri)
@@ -265,18 +303,26 @@ def write_results(
     }
     text = json.dumps(tree, indent=2) + "\n"
     if folder := _folder(request):
-        answers = [{"model": result.target.name, **asdict(item)} for result in results for item in result.answers]
+        answers = [
+            {"model": result.target.name, **asdict(item)}
+            for result in results
+            for item in result.answers
+        ]
         lines = "".join(json.dumps(answer) + "\n" for answer in answers)
         for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
             storage.write_text(storage.join(folder, name), content)
             logger.info(f"written: {storage.join(folder, name)}")
         if not lines and storage.exists(stale := storage.join(folder, ANSWERS)):
-            logger.warning(f"{stale}: left by an earlier evaluation; this evaluation scored no answers")
+            logger.warning(
+                f"{stale}: left by an earlier evaluation; this evaluation scored no answers"
+            )
     if uri is None:
         return
     for result in results:
         _track(result, text)
-    logger.info(f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {client.shown_uri(uri)}")
+    logger.info(
+        f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {client.shown_uri(uri)}"
+    )
 
 
 def _folder(request: Request) -> str | None:
@@ -290,18 +336,34 @@ def _folder(request: Request) -> str | None:
 
 def _track(result: Evaluation, text: str) -> None:
     target = result.target
-    tags = {"olora.kind": "evaluation", "olora.model": target.name, "olora.base_digest": target.base.digest}
-    short = "-".join(part for part in target.name.replace("://", "/").rstrip("/").split("/")[-2:] if part)
+    tags = {
+        "olora.kind": "evaluation",
+        "olora.model": target.name,
+        "olora.base_digest": target.base.digest,
+    }
+    short = "-".join(
+        part for part in target.name.replace("://", "/").rstrip("/").split("/")[-2:] if part
+    )
     tracker = start_run(target.config, f"evaluation of {short}", tags)
     tracker.params(
-        {name: value for name, value in flatten(target.config).items() if name.startswith(("model.", "evaluation."))}
+        {
+            name: value
+            for name, value in flatten(target.config).items()
+            if name.startswith(("model.", "evaluation."))
+        }
     )
     metrics, held_out = result.metrics(), result.held_out
-    tracker.metrics({0: {**metrics, **{f"{name}_stderr": error for name, error in result.errors().items()}}})
+    tracker.metrics(
+        {0: {**metrics, **{f"{name}_stderr": error for name, error in result.errors().items()}}}
+    )
     if held_out:
-        paths = ", ".join(source.path for source in target.config.data.eval) or "held out from training"
+        paths = (
+            ", ".join(source.path for source in target.config.data.eval) or "held out from training"
+        )
         tracker.dataset("evaluation", held_out.data, paths, len(held_out.losses), "evaluation")
-    model_id = target.model_id or (models.of_run(tracker.uri, target.run_id) if target.run_id else None)
+    model_id = target.model_id or (
+        models.of_run(tracker.uri, target.run_id) if target.run_id else None
+    )
     if model_id and tracker.evaluates(model_id):
         of_rows = held_out.names() if held_out else []
         tracker.of_model(model_id, 0, of_rows, ("evaluation", held_out.data) if held_out else None)

@@ -66,12 +66,20 @@ class RowResults:
         """Return the values of a metric; raises UserError if it was not measured."""
         if name in (LOSS, PERPLEXITY):
             sizes = np.array(self.tokens, dtype=np.float64)
-            return Column(np.arange(len(sizes)), np.array(self.losses, dtype=np.float64) / sizes, sizes)
+            return Column(
+                np.arange(len(sizes)), np.array(self.losses, dtype=np.float64) / sizes, sizes
+            )
         values = self.scores.get(name.removeprefix(SCORE)) if name.startswith(SCORE) else None
         if values is None:
-            raise UserError(f"metric {name}: not measured on the held-out rows; use one of {', '.join(self.names())}")
+            raise UserError(
+                f"metric {name}: not measured on the held-out rows; use one of {', '.join(self.names())}"
+            )
         rows = np.array(sorted(values), dtype=np.int64)
-        return Column(rows, np.array([values[row] for row in rows.tolist()], dtype=np.float64), np.ones(len(rows)))
+        return Column(
+            rows,
+            np.array([values[row] for row in rows.tolist()], dtype=np.float64),
+            np.ones(len(rows)),
+        )
 
     def only(self, rows: Sequence[int]) -> "RowResults":
         """Return the results of the rows with these indices, which are numbered 0, 1, ... in the given order."""
@@ -118,12 +126,20 @@ def compare(
             " tokenizer and data settings"
         )
     first, second = ours.column(name), theirs.column(name)
-    rows, at_first, at_second = np.intersect1d(first.rows, second.rows, assume_unique=True, return_indices=True)
+    rows, at_first, at_second = np.intersect1d(
+        first.rows, second.rows, assume_unique=True, return_indices=True
+    )
     if not len(rows):
-        raise UserError(f"metric {name}: no held-out row has it for both models; choose another metric")
+        raise UserError(
+            f"metric {name}: no held-out row has it for both models; choose another metric"
+        )
     group = np.asarray(groups if groups is not None else numbered(ours.origins))[rows]
     curve = (lambda means: np.exp(np.minimum(means, HIGHEST))) if name == PERPLEXITY else None
-    values, others, weights = first.values[at_first], second.values[at_second], first.weights[at_first]
+    values, others, weights = (
+        first.values[at_first],
+        second.values[at_second],
+        first.weights[at_first],
+    )
     shift = difference(values, others, weights, level, seed=seed, of=curve, groups=group)
     return Comparison(shift, len(rows), len(np.unique(group)))
 
@@ -133,14 +149,20 @@ def lower_is_better(metric: str) -> bool:
 
 
 def improvement(
-    metric: str, ours: RowResults, theirs: RowResults, level: float = 0.95, groups: Sequence[int] | None = None
+    metric: str,
+    ours: RowResults,
+    theirs: RowResults,
+    level: float = 0.95,
+    groups: Sequence[int] | None = None,
 ) -> Comparison:
     """Return how much better ours are (above 0: better), with the paired interval; raise UserError as `compare`."""
     comparison = compare(metric, ours, theirs, level, groups=groups)
     if not lower_is_better(metric):
         return comparison
     was = comparison.interval
-    return replace(comparison, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low))  # -x would give -0.0
+    return replace(
+        comparison, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low)
+    )  # -x would give -0.0
 
 
 def numbered(keys: Sequence[object]) -> list[int]:

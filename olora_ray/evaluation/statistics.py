@@ -62,7 +62,11 @@ def difference(
     """
     pair = np.array([ours, theirs], dtype=np.float64)  # (2, rows)
     weight = np.ones(pair.shape[-1]) if weights is None else np.asarray(weights, dtype=np.float64)
-    group = np.arange(weight.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    group = (
+        np.arange(weight.size)
+        if groups is None
+        else np.unique(np.asarray(groups), return_inverse=True)[1]
+    )
     rng = np.random.default_rng(seed)
     count = int(group.max()) + 1
     # At most 2000 groups, to bound the time of the draws. Groups that are merged at random stay independent.
@@ -134,10 +138,19 @@ def crossed(values: Values) -> Difference:
     by_seed, by_row = values.mean(axis=1) - mean, values.mean(axis=0) - mean
     rest = values - mean - by_seed[:, None] - by_row
     free = (seeds - 1, rows - 1, (seeds - 1) * (rows - 1))
-    squares = (rows * np.square(by_seed).sum(), seeds * np.square(by_row).sum(), np.square(rest).sum())
-    of_seed, of_row, of_rest = (float(square) / degrees for square, degrees in zip(squares, free, strict=True))
+    squares = (
+        rows * np.square(by_seed).sum(),
+        seeds * np.square(by_row).sum(),
+        np.square(rest).sum(),
+    )
+    of_seed, of_row, of_rest = (
+        float(square) / degrees for square, degrees in zip(squares, free, strict=True)
+    )
     variance = max(of_seed + of_row - of_rest, of_seed, of_row)
-    spread = sum(square**2 / degrees for square, degrees in zip((of_seed, of_row, of_rest), free, strict=True))
+    spread = sum(
+        square**2 / degrees
+        for square, degrees in zip((of_seed, of_row, of_rest), free, strict=True)
+    )
     freedom = max(1.0, min(variance**2 / spread, float(free[2]))) if spread > 0 else float(free[0])
     return Difference(mean, math.sqrt(variance / (seeds * rows)), freedom)
 
@@ -173,4 +186,6 @@ def visible(spread: float, seeds: int, level: float) -> float:
 
 def seeds_needed(spread: float, half: float, level: float) -> int | None:
     """Return the smallest number of seeds whose interval is at most +-`half`; None if 10,000 are too few."""
-    return next((seeds for seeds in range(2, 10_001) if visible(spread, seeds, level) <= half), None)
+    return next(
+        (seeds for seeds in range(2, 10_001) if visible(spread, seeds, level) <= half), None
+    )

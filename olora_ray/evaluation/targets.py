@@ -61,7 +61,9 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
         _refuse_nowhere(name)
     config = _settings(names, file, changes)
     if (quantization := config.model.quantization) != "none":
-        logger.info(f"model.quantization={quantization}: ignored; models are evaluated with their stored weights")
+        logger.info(
+            f"model.quantization={quantization}: ignored; models are evaluated with their stored weights"
+        )
         return override(config, {"model.quantization": "none"})
     return config
 
@@ -91,7 +93,11 @@ def _refuse_nowhere(name: str) -> None:
     parent = Path(path).parent
     is_path = name.startswith(("/", ".", "~")) or name.strip("/").count("/") != 1
     if is_path or parent.is_dir():
-        siblings = sorted(each.name for each in parent.iterdir()) if "/" in name and parent.is_dir() else []
+        siblings = (
+            sorted(each.name for each in parent.iterdir())
+            if "/" in name and parent.is_dir()
+            else []
+        )
         shown = ", ".join(siblings[:8])
         hint = f"; {parent} has {shown}" if shown else ""
         raise UserError(f"{name}: no such file or folder{hint}")
@@ -106,7 +112,9 @@ def run_of(name: str) -> str | None:
     if not path or not _readable(name, path):
         return None
     for folder in (path, path.rsplit("/", 2)[0]):
-        if _exists(folder, SETTINGS) and (_exists(folder, "checkpoints") or _exists(folder, "export")):
+        if _exists(folder, SETTINGS) and (
+            _exists(folder, "checkpoints") or _exists(folder, "export")
+        ):
             return folder
     return None
 
@@ -149,41 +157,63 @@ def kind_of(name: str) -> Kind:
 
 def _of_run(name: str, shared: AnyConfig) -> Target:
     root = _absolute(name)
-    storage_path, _, run = root.rpartition("/")  # from the path, because the folder may have been moved or renamed
-    own = override(read_config(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
+    storage_path, _, run = root.rpartition(
+        "/"
+    )  # from the path, because the folder may have been moved or renamed
+    own = override(
+        read_config(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run}
+    )
     folder = RunFolder(own.folder())
     newest = checkpoints.latest_good(folder.checkpoints)
     done = folder.state().finished(own)
     run_id = ((done or {}).get("mlflow") or {}).get("run_id")
     if done or (newest and folder.exported(own, newest[1].state.step)):
         if not (own.export.merged and _exists(folder.merged, "config.json")):
-            known = newest[1].identity.get("base model") if newest else ((done or {}).get("base") or {}).get("digest")
+            known = (
+                newest[1].identity.get("base model")
+                if newest
+                else ((done or {}).get("base") or {}).get("digest")
+            )
             base, config = _base_of(name, known, own, shared)
             return Target(name, base, folder.adapter, config, run_id=run_id)
         config = _with_model(shared, folder.merged)
         return Target(name, find_model(config), None, config, run_id=run_id)
     if newest is None:
-        raise UserError(f"{name}: this run has no export and no complete checkpoint yet; train it first")
-    logger.info(f"{name}: not exported yet; evaluating its best adapter up to step {newest[1].state.step}")
+        raise UserError(
+            f"{name}: this run has no export and no complete checkpoint yet; train it first"
+        )
+    logger.info(
+        f"{name}: not exported yet; evaluating its best adapter up to step {newest[1].state.step}"
+    )
     return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared)
 
 
-def _base_of(name: str, known: str | None, own: Config, shared: AnyConfig) -> tuple[BaseModel, AnyConfig]:
+def _base_of(
+    name: str, known: str | None, own: Config, shared: AnyConfig
+) -> tuple[BaseModel, AnyConfig]:
     """Return the base of a run and the settings with it; raises UserError if its digest is no longer `known`."""
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
     if known != base.digest:
-        raise UserError(f"{name}: its base model {own.model.name} has changed since the training; set model.revision")
+        raise UserError(
+            f"{name}: its base model {own.model.name} has changed since the training; set model.revision"
+        )
     return base, config
 
 
 def _of_checkpoint(
-    name: str, saved: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: AnyConfig
+    name: str,
+    saved: Checkpoint,
+    adapter: Mapping[str, AdapterWeights],
+    own: Config,
+    shared: AnyConfig,
 ) -> Target:
     base, config = _base_of(name, saved.identity.get("base model"), own, shared)
     text = json.dumps([name, saved.state.step, saved.identity, own.adapter.identity()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{saved.state.step}-{key}")
+    path = storage.join(
+        config.run.storage, "adapters", f"{Path(name).name}-{saved.state.step}-{key}"
+    )
     with node_cache.local_folder(path) as folder:
         write_adapter(adapter, own.adapter, base.folder, folder, skeleton(base, config.model))
     return Target(name, base, path, config)
@@ -198,7 +228,9 @@ def _of_adapter(name: str, shared: AnyConfig) -> Target:
     else:
         fields = records.read(storage.join(path, ADAPTER_CONFIG), dict[str, Any]) or {}
         if "base_model_name_or_path" not in fields:
-            raise UserError(f"{path}/{ADAPTER_CONFIG}: no base_model_name_or_path; set it to the base model")
+            raise UserError(
+                f"{path}/{ADAPTER_CONFIG}: no base_model_name_or_path; set it to the base model"
+            )
         base_name, revision = str(fields["base_model_name_or_path"]), fields.get("revision")
     config = _with_model(shared, base_name, revision)
     return Target(name, find_model(config), path, config)

@@ -56,12 +56,21 @@ def varlen_attention(
     if cu_seq_lens_q is None or max_length_q is None:
         raise UserError(NO_BORDERS)
     if softcap is not None or s_aux is not None:
-        raise UserError("model.attention: the model has a softcap or attention sinks; set model.attention: eager")
+        raise UserError(
+            "model.attention: the model has a softcap or attention sinks; set model.attention: eager"
+        )
     size, narrow = query.shape[-1], value.shape[-1]
-    if size % 8 or size > 256 or 192 < size <= 224 or narrow > size:  # 200 to 224: no backward on some GPUs
-        raise UserError(f"model.attention: the kernel takes no heads of {size} and {narrow}; set model.attention: sdpa")
+    if (
+        size % 8 or size > 256 or 192 < size <= 224 or narrow > size
+    ):  # 200 to 224: no backward on some GPUs
+        raise UserError(
+            f"model.attention: the kernel takes no heads of {size} and {narrow}; set model.attention: sdpa"
+        )
     left = -1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, F.pad(value, (0, size - narrow)) if narrow < size else value))
+    q, k, v = (
+        x[0].transpose(0, 1)
+        for x in (query, key, F.pad(value, (0, size - narrow)) if narrow < size else value)
+    )
     attend = kernel()
     assert attend is not None
     output = attend(
@@ -92,7 +101,9 @@ def kernel() -> Callable[..., Tensor] | None:
         return None
     if "enable_gqa" in takes:
         return function  # type: ignore[no-any-return]
-    return lambda *given, enable_gqa, **named: function(*given, **named)  # torch 2.11 takes grouped heads without it
+    return lambda *given, enable_gqa, **named: function(
+        *given, **named
+    )  # torch 2.11 takes grouped heads without it
 
 
 @lru_cache(maxsize=8)
@@ -114,11 +125,21 @@ def trial(dtype: torch.dtype, device: torch.device) -> str | None:
 def _difference(dtype: torch.dtype, device: torch.device, window: int | None) -> float:
     generator = torch.Generator().manual_seed(0)
     total, (ours, theirs) = sum(_LENGTHS), _HEADS
-    drawn = [torch.randn(1, heads, total, _SIZE, generator=generator) for heads in (ours, theirs, theirs, ours)]
+    drawn = [
+        torch.randn(1, heads, total, _SIZE, generator=generator)
+        for heads in (ours, theirs, theirs, ours)
+    ]
     q, k, v, weights = (x.to(device, dtype).requires_grad_() for x in drawn)
     borders = torch.tensor([0, *_LENGTHS]).cumsum(0).to(device, torch.int32)
     output, _ = varlen_attention(
-        nn.Module(), q, k, v, None, cu_seq_lens_q=borders, max_length_q=max(_LENGTHS), sliding_window=window
+        nn.Module(),
+        q,
+        k,
+        v,
+        None,
+        cu_seq_lens_q=borders,
+        max_length_q=max(_LENGTHS),
+        sliding_window=window,
     )
     exact = q_, k_, v_ = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
     expected = _definition(q_, k_, v_, window)
@@ -128,7 +149,10 @@ def _difference(dtype: torch.dtype, device: torch.device, window: int | None) ->
         (expected, *torch.autograd.grad(expected, exact, w.float())),
         strict=True,
     )
-    parts = [float((got.detach().float() - right.detach()).norm() / right.detach().norm()) for got, right in pairs]
+    parts = [
+        float((got.detach().float() - right.detach()).norm() / right.detach().norm())
+        for got, right in pairs
+    ]
     return max(part if part == part else float("inf") for part in parts)
 
 
@@ -155,26 +179,40 @@ _SUPPORT = {
 }
 
 
-def candidates(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+def candidates(
+    model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[str, ...]:
     """Return the implementations to be tried, in this order; if the config names one, only that one.
 
     Raise UserError if the config names one that the family, the precision or the device does not have.
     """
     if config.attention != "auto":
         if problem := _unusable(model, config.attention, dtype, device):
-            raise UserError(f"model.attention={config.attention}: {problem}; set model.attention: auto")
+            raise UserError(
+                f"model.attention={config.attention}: {problem}; set model.attention: auto"
+            )
         return (config.attention,)
-    return tuple(name for name, problem in _in_order(model, dtype, device).items() if problem is None)
+    return tuple(
+        name for name, problem in _in_order(model, dtype, device).items() if problem is None
+    )
 
 
-def left_out(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def left_out(
+    model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, str]:
     """Return the faster implementations that are no candidates on a GPU, and why; none if the config names one."""
-    problems = _in_order(model, dtype, device) if config.attention == "auto" and device.type != "cpu" else {}
+    problems = (
+        _in_order(model, dtype, device)
+        if config.attention == "auto" and device.type != "cpu"
+        else {}
+    )
     return {name: problem for name, problem in problems.items() if problem is not None}
 
 
 def _in_order(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
-    wanted = ("segments", "sdpa", "eager") if device.type == "cpu" else (FLASH, VARLEN, "sdpa", "eager")
+    wanted = (
+        ("segments", "sdpa", "eager") if device.type == "cpu" else (FLASH, VARLEN, "sdpa", "eager")
+    )
     return {name: _unusable(model, name, dtype, device) for name in wanted}
 
 
@@ -187,7 +225,9 @@ def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.dev
     if not getattr(model, _SUPPORT.get(name, ""), True):
         return f"{type(model).__name__} does not support it"
     # transformers would replace it by a kernel that it downloads from the hub, or fails to download.
-    if name == FLASH and FLASH not in (getattr(model, "_compatible_flash_implementations", None) or (FLASH,)):
+    if name == FLASH and FLASH not in (
+        getattr(model, "_compatible_flash_implementations", None) or (FLASH,)
+    ):
         return f"{type(model).__name__} supports only other kernels"
     if name not in (FLASH, VARLEN):
         return None
@@ -265,8 +305,14 @@ def segment_attention(
     """
     borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else _borders(position_ids)
     lengths = [stop - start for start, stop in pairwise(borders)]
-    if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
-        raise UserError("model.attention: the model has a softcap, window or sinks; set model.attention: eager")
+    if (
+        softcap is not None
+        or s_aux is not None
+        or (sliding_window is not None and sliding_window < max(lengths))
+    ):
+        raise UserError(
+            "model.attention: the model has a softcap, window or sinks; set model.attention: eager"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     batched = _products.get() and query.device.type == "cpu" and query.dtype == torch.bfloat16
     parts, offset = [], 0
@@ -300,7 +346,9 @@ def on_fake_tensors(gpu: bool) -> Iterator[None]:
         _causal.cache_clear()
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float
+) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -318,10 +366,14 @@ class _Batched(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
         ours, theirs = _layout(lengths, query.shape[1]), _layout(lengths, key.shape[1])
         q, k, v = ours.gather(query), theirs.gather(key), theirs.gather(value)
-        out = q.new_empty(q.shape[0], v.shape[1])  # heads of values may have another size (DeepSeek)
+        out = q.new_empty(
+            q.shape[0], v.shape[1]
+        )  # heads of values may have another size (DeepSeek)
         saved = []
         for q_, k_, v_, out_ in _blocks(theirs, q, k, v, out):
             mask = _causal(k_.shape[1], ours.heads // theirs.heads, q.device)

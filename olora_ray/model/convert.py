@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 _LARGEST_NUMBER = 2**31
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # Tensors that divide the frequencies of rotary positions.
-_DIVISORS, _OTHER_DIVISORS = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
+_DIVISORS, _OTHER_DIVISORS = (
+    "rope_freqs.weight",
+    ("rope_factors_long.weight", "rope_factors_short.weight"),
+)
 # The architecture whose scaled positions transformers reads.
 _READS_SCALING = "gpt-oss"
 # Architectures whose base of the frequencies transformers ignores: it then takes 10,000, but StarCoder 2 has up to a
@@ -69,22 +72,33 @@ def _reader(file: Path) -> Any:
     class Bounded(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-                raise ValueError(f"it is cut off: its header counts more than its {len(self.data):,} bytes")
+                raise ValueError(
+                    f"it is cut off: its header counts more than its {len(self.data):,} bytes"
+                )
             return super()._get(offset, dtype, count, *more, **named)
 
     return Bounded(file)
 
 
 def _passed_by(reader: Any) -> dict[str, Any]:
-    values = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}  # no lists
+    values = {
+        name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1
+    }  # no lists
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     _check_sizes(values, tensors)
     architecture = values["general.architecture"]
-    if architecture in _GUESSES_SCALE and values.get(f"{architecture}.attention.key_length", _SCALE) != _SCALE:
+    if (
+        architecture in _GUESSES_SCALE
+        and values.get(f"{architecture}.attention.key_length", _SCALE) != _SCALE
+    ):
         raise ValueError(f"a GGUF file does not contain this model's attention scale; {_INSTEAD}")
     fields: dict[str, Any] = {}
     theta = values.get(f"{architecture}.rope.freq_base")
-    rope = {"rope_theta": theta} if isinstance(theta, int | float) and architecture in _PASSES_BASE_BY else {}
+    rope = (
+        {"rope_theta": theta}
+        if isinstance(theta, int | float) and architecture in _PASSES_BASE_BY
+        else {}
+    )
     if rope := rope | (_scaling(values, tensors) or {}):
         fields["rope_parameters"] = rope
     window = values.get(f"{architecture}.attention.sliding_window")
@@ -99,7 +113,11 @@ def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     if not isinstance(architecture, str):
         raise ValueError("it has no general.architecture")
     for key, value in values.items():
-        if key.startswith(f"{architecture}.") and isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        if (
+            key.startswith(f"{architecture}.")
+            and isinstance(value, int)
+            and abs(value) > _LARGEST_NUMBER
+        ):
             raise ValueError(f"{key[:60]} cannot be {value}")
     blocks = {match[1] for name in tensors if (match := _BLOCK.match(name))}
     largest = max((int(tensor.shape.max()) for tensor in tensors.values()), default=0)
@@ -110,7 +128,9 @@ def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     ):
         value = values.get(f"{architecture}.{name}", 0)
         if not isinstance(value, int) or value > most:
-            raise ValueError(f"{architecture}.{name} is {str(value)[:40]}, but its tensors have {most} {unit}")
+            raise ValueError(
+                f"{architecture}.{name} is {str(value)[:40]}, but its tensors have {most} {unit}"
+            )
 
 
 def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -124,10 +144,16 @@ def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str,
     divisors = np.ones(1, np.float32) if _DIVISORS not in tensors else tensors[_DIVISORS].data
     theta, largest = values.get(f"{rope}.freq_base", 10_000.0), float(divisors.max())
     scaled = not bool((divisors == 1).all())
-    if scaled and unsupported is None and not (architecture == "llama" and _are_of_llama3(divisors, theta, largest)):
+    if (
+        scaled
+        and unsupported is None
+        and not (architecture == "llama" and _are_of_llama3(divisors, theta, largest))
+    ):
         unsupported = _DIVISORS
     if unsupported is not None:
-        raise ValueError(f"scaled rotary positions ({unsupported}) are not read from a GGUF file; {_INSTEAD}")
+        raise ValueError(
+            f"scaled rotary positions ({unsupported}) are not read from a GGUF file; {_INSTEAD}"
+        )
     if not scaled:
         return None
     return {
@@ -180,9 +206,13 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
     return _converted(partial(_unpickle, folder, trusted), folder.name, key, config, announcement)
 
 
-def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:
+def _converted(
+    write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str
+) -> Path:
     cache, remote = Path(node_cache.CACHE) / "models", storage.is_uri(config.run.storage)
-    target = (cache if remote else Path(config.run.storage) / "models") / f"{name}-{storage.digest(key, length=16)}"
+    target = (
+        cache if remote else Path(config.run.storage) / "models"
+    ) / f"{name}-{storage.digest(key, length=16)}"
     if (target / "config.json").exists():
         return target
 
@@ -197,12 +227,16 @@ def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyCo
     # there, and the cache removes its own when it needs room.
     with storage.staged(target) as unfinished:
         try:
-            entry = node_cache.cached(cache / f"{target.name}-{storage.digest(node_cache.code(), length=8)}", convert)
+            entry = node_cache.cached(
+                cache / f"{target.name}-{storage.digest(node_cache.code(), length=8)}", convert
+            )
         except OSError:  # the home folder cannot be written
             convert(unfinished)
         else:
             shutil.copytree(entry, unfinished, copy_function=_link)
-            node_cache.make_room(cache, (each for each in cache.iterdir() if not each.name.startswith(".")))
+            node_cache.make_room(
+                cache, (each for each in cache.iterdir() if not each.name.startswith("."))
+            )
     return target
 
 
@@ -221,7 +255,9 @@ def _pickles(folder: Path, config: Model) -> list[Path]:
             f" model.allow_pickle: true to have the tensors of its {PICKLES} converted, which are pickles"
         )
     if not (weights := sorted(folder.glob(PICKLES))):
-        raise UserError(f"model.name: {folder} has no usable weights: neither *.safetensors nor {PICKLES}")
+        raise UserError(
+            f"model.name: {folder} has no usable weights: neither *.safetensors nor {PICKLES}"
+        )
     return weights
 
 
@@ -232,7 +268,10 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     # transformers' progress bar is for a terminal, not for a log. None: enabled only on a terminal.
     vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)
     what = f"model.name: {file} cannot be loaded as a GGUF model"
-    with as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError), foreign(what):
+    with (
+        as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError),
+        foreign(what),
+    ):
         passed_by = check_gguf(file)
         model, _ = whole_model(what, file.parent, gguf_file=file.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -241,7 +280,11 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     # refuse to save it.
     plain: Any = model
     for name, value in passed_by.items():
-        setattr(plain.config, name, {**getattr(plain.config, name), **value} if isinstance(value, dict) else value)
+        setattr(
+            plain.config,
+            name,
+            {**getattr(plain.config, name), **value} if isinstance(value, dict) else value,
+        )
     plain.config.__dict__.pop("quantization_config", None)
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(plain, mark):
@@ -261,7 +304,12 @@ def _check_biases(file: Path, model: Any) -> None:
     known: Any = get_gguf_hf_weights_map(model, TensorProcessor())
     for tensor in _reader(file).tensors:
         layer, _, last = tensor.name.rpartition(".")
-        if last == "bias" and tensor.name not in known and f"{layer}.weight" in known and tensor.data.any():
+        if (
+            last == "bias"
+            and tensor.name not in known
+            and f"{layer}.weight" in known
+            and tensor.data.any()
+        ):
             raise UserError(
                 f"model.name: {file} has {tensor.name}, which transformers ignores for {type(model).__name__};"
                 f" {_INSTEAD}"
@@ -288,7 +336,11 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
     _check_left_out(folder, model, unused)
     model.save_pretrained(out)
     for file in folder.iterdir():
-        if file.suffix in TEXTS and not (out / file.name).exists() and not file.name.endswith(".index.json"):
+        if (
+            file.suffix in TEXTS
+            and not (out / file.name).exists()
+            and not file.name.endswith(".index.json")
+        ):
             shutil.copyfile(file, out / file.name)
     _readable(out)
 
@@ -308,7 +360,9 @@ def _precision(folder: Path, trust_remote_code: bool) -> torch.dtype | str:
     shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(shape, "quantization_config", None) is not None:
         return "auto"
-    dtypes = {declared} if isinstance(declared := getattr(shape, "dtype", None), torch.dtype) else set()
+    dtypes = (
+        {declared} if isinstance(declared := getattr(shape, "dtype", None), torch.dtype) else set()
+    )
     for name, tensor in _tensors(folder, "meta"):
         if tensor.dtype in _FLOATS:
             if tensor.dim() and not name.endswith(_COMPUTED):

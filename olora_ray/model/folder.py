@@ -51,11 +51,21 @@ def indexed(folder: Path) -> list[str]:
     if not (folder / INDEX).exists():
         return []
     file_of = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(file_of, dict) or not all(isinstance(name, str) and name for name in file_of.values()):
-        raise UserError(f"model.name: {folder / INDEX}: weight_map does not name a file for each tensor")
+    if not isinstance(file_of, dict) or not all(
+        isinstance(name, str) and name for name in file_of.values()
+    ):
+        raise UserError(
+            f"model.name: {folder / INDEX}: weight_map does not name a file for each tensor"
+        )
     names = sorted(set(file_of.values()))
-    if outside := [name for name in names if name != os.path.basename(name) or name in (".", "..") or "\0" in name]:
-        raise UserError(f"model.name: {folder / INDEX} names {outside[0][:200]!r}, which is not a file in that folder")
+    if outside := [
+        name
+        for name in names
+        if name != os.path.basename(name) or name in (".", "..") or "\0" in name
+    ]:
+        raise UserError(
+            f"model.name: {folder / INDEX} names {outside[0][:200]!r}, which is not a file in that folder"
+        )
     return names
 
 
@@ -70,7 +80,9 @@ def loaded_files(folder: Path) -> list[Path]:
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    return [folder / name for name in indexed(folder) if (folder / name).is_file()] or weight_files(folder)
+    return [folder / name for name in indexed(folder) if (folder / name).is_file()] or weight_files(
+        folder
+    )
 
 
 def parameters(folder: str | Path) -> int:
@@ -78,14 +90,20 @@ def parameters(folder: str | Path) -> int:
 
     Raise UserError if a header does not fit its file, and as `indexed`.
     """
-    return sum(math.prod(shape) for file in loaded_files(Path(folder)) for _, shape in _header(file))
+    return sum(
+        math.prod(shape) for file in loaded_files(Path(folder)) for _, shape in _header(file)
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model; raise UserError for anything else."""
-    with as_user_error(f"model.name: {file}", OSError, ValueError, RecursionError, reason=short_reason):
+    with as_user_error(
+        f"model.name: {file}", OSError, ValueError, RecursionError, reason=short_reason
+    ):
         if file.stat().st_size > _LARGEST_JSON:
-            raise UserError(f"model.name: {file} is larger than {_LARGEST_JSON >> 20} MB, too large for a model's file")
+            raise UserError(
+                f"model.name: {file} is larger than {_LARGEST_JSON >> 20} MB, too large for a model's file"
+            )
         tree = json.loads(file.read_bytes())
     if not isinstance(tree, dict):
         raise UserError(f"model.name: {file}: expected a JSON object, found {type(tree).__name__}")
@@ -101,13 +119,18 @@ def _check_numbers(tree: dict[str, Any], where: str) -> None:
             waiting.extend((str(key), item) for key, item in value.items())
         elif isinstance(value, list):
             waiting.extend((name, item) for item in value if isinstance(item, dict | list | int))
-        elif isinstance(value, int) and abs(value) > (_MOST_LAYERS if _COUNTS_LAYERS.search(name) else _LARGEST_NUMBER):
+        elif isinstance(value, int) and abs(value) > (
+            _MOST_LAYERS if _COUNTS_LAYERS.search(name) else _LARGEST_NUMBER
+        ):
             raise UserError(f"model.name: {where}: {name} cannot be {value:.0e}")
 
 
 def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
     # safetensors compares the header with the file.
-    with foreign(f"model.name: {file} is not a safetensors file, or is cut off"), safe_open(file, "pt") as stored:
+    with (
+        foreign(f"model.name: {file} is not a safetensors file, or is cut off"),
+        safe_open(file, "pt") as stored,
+    ):
         return [(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
 
 
@@ -151,8 +174,12 @@ def weights(identity: str) -> str:
 
 def _others(folder: Path, code: bool) -> str:
     patterns = (*_PATTERNS, _CODE) if code else _PATTERNS
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    return "".join(f"{file.relative_to(folder).as_posix()}:{_digest_of_text(file)}\n" for file in files)
+    files = sorted(
+        {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    )
+    return "".join(
+        f"{file.relative_to(folder).as_posix()}:{_digest_of_text(file)}\n" for file in files
+    )
 
 
 def _pieces(file: Path) -> str:
@@ -182,7 +209,9 @@ def _digest_of_text(file: Path) -> str:
     if file.name in _CONFIGS:
         tree = records.parsed(file.read_bytes(), dict[str, Any])
         if tree is not None:  # of a damaged file the loading will say so
-            return storage.digest_json({name: value for name, value in tree.items() if name not in _UNIMPORTANT})
+            return storage.digest_json(
+                {name: value for name, value in tree.items() if name not in _UNIMPORTANT}
+            )
     return storage.digest_file(file)
 
 
@@ -210,7 +239,9 @@ def whole_model(what: str, path: Path, **options: Any) -> tuple[Any, list[str]]:
 
     Raise a UserError that begins with `what` if it does not load, or has no weights for a part of it.
     """
-    from_pretrained: Any = text_class(path).from_pretrained  # its type does not know output_loading_info
+    from_pretrained: Any = text_class(
+        path
+    ).from_pretrained  # its type does not know output_loading_info
     with foreign(what):
         model, report = from_pretrained(path, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
@@ -226,7 +257,9 @@ def text_class(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    shape = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}  # the folder of a GGUF file has none
+    shape = (
+        read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    )  # the folder of a GGUF file has none
     kind = shape.get("model_type")
     if shape.get("is_encoder_decoder") is True:
         raise UserError(

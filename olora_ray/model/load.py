@@ -10,7 +10,14 @@ from torch import nn
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import attention, convert
-from olora_ray.model.folder import check_model, foreign, parameters, read_json, text_class, whole_model
+from olora_ray.model.folder import (
+    check_model,
+    foreign,
+    parameters,
+    read_json,
+    text_class,
+    whole_model,
+)
 from olora_ray.model.source import BaseModel
 
 if TYPE_CHECKING:
@@ -55,7 +62,9 @@ def tokenizer_in(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerB
     # Where mistral-common is installed, transformers prefers Mistral's own format: another tokenizer than elsewhere.
     has_switch = hasattr(tokenization_auto, "_use_mistral_format")
     form = {"mistral_format": False} if has_switch else {}
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **form)
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, **form
+    )
     return found
 
 
@@ -67,7 +76,9 @@ def end_tokens(base: BaseModel, tokenizer: "PreTrainedTokenizerBase") -> tuple[i
         ids = read_json(file).get("eos_token_id")
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(number) is int and number >= 0 for number in listed):
-            raise UserError(f"model.name: {file}: eos_token_id must be a token id or a list of them")
+            raise UserError(
+                f"model.name: {file}: eos_token_id must be a token id or a list of them"
+            )
         ends.update(listed)
     return tuple(sorted(ends))
 
@@ -84,7 +95,9 @@ def _on_meta(folder: str | Path, config: ModelConfig, **options: Any) -> "PreTra
     remote = config.trust_remote_code
     shape = AutoConfig.from_pretrained(Path(folder), trust_remote_code=remote)
     with torch.device("meta"):
-        model: PreTrainedModel = text_class(Path(folder)).from_config(shape, trust_remote_code=remote, **options)
+        model: PreTrainedModel = text_class(Path(folder)).from_config(
+            shape, trust_remote_code=remote, **options
+        )
     return model
 
 
@@ -132,7 +145,9 @@ def empty_model(folder: str | Path, config: ModelConfig, device: torch.device) -
     return frozen
 
 
-def _start(folder: str | Path, config: ModelConfig, device: torch.device) -> tuple[torch.dtype, str]:
+def _start(
+    folder: str | Path, config: ModelConfig, device: torch.device
+) -> tuple[torch.dtype, str]:
     attention.register()
     check_model(Path(folder))
     base, dtype = BaseModel(str(folder), str(folder), ""), pick_dtype(config, device)
@@ -146,9 +161,15 @@ def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return convert.DTYPES[config.dtype]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     return (
-        torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+        torch.bfloat16
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        else torch.float32
     )
 
 
@@ -162,7 +183,9 @@ def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str 
     need, where = parameters * dtype.itemsize, None
     if need > 0.4 * free(device):  # the rest is for the measurement
         where = f"the memory of one {device.type}"
-    elif device.type != "cpu" and need > 0.8 * free(torch.device("cpu")):  # the CPU only passes it on
+    elif device.type != "cpu" and need > 0.8 * free(
+        torch.device("cpu")
+    ):  # the CPU only passes it on
         where = f"the memory of the node, through which it is loaded to the {device.type}"
     if where is None:
         return None
@@ -178,7 +201,9 @@ def free(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     available = _of_machine()
     try:
-        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (
+            int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current")
+        )
         # The file cache counts as used, but Linux gives it up when memory is needed.
         cached = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
         available = min(available, limit - used + int(cached.get("inactive_file", 0)))

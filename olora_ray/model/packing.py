@@ -88,7 +88,15 @@ class _Output:
 
 
 # Types of layers, in configs of transformers, that pass something between tokens by attention only.
-_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe")
+_ATTENTION = (
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+    "dense",
+    "sparse",
+    "moe",
+)
 # The function of transformers by which a family keeps padding out of everything that is not attention.
 _MASKS_PADDING = "apply_mask_to_padding_states"
 
@@ -98,14 +106,18 @@ def why_apart(model: Any) -> str | None:
     config = model.config.get_text_config()
     if why := _carries_over(model):
         return why
-    if "position_ids" not in inspect.signature(backbone(model).forward).parameters or getattr(config, "alibi", False):
+    if "position_ids" not in inspect.signature(backbone(model).forward).parameters or getattr(
+        config, "alibi", False
+    ):
         return "takes no positions, so it cannot know where an example begins"
     return None
 
 
 def _carries_over(model: Any) -> str | None:
     """Return what, beside attention, passes something between tokens, in words that follow "the model", or None."""
-    kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(_ATTENTION))
+    kinds = sorted(
+        set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(_ATTENTION)
+    )
     if getattr(model, "_is_stateful", False) or kinds:
         return f"keeps a state from token to token ({', '.join(kinds) or type(model).__name__})"
     if any(isinstance(module, nn.Conv1d) for module in _language(model).modules()):
@@ -119,7 +131,9 @@ def takes_padding(model: Any) -> bool:
     Attention leaves padding out; a state or convolution does so only if the family's code handles it (not RWKV's or
     xLSTM's).
     """
-    return _carries_over(model) is None or hasattr(sys.modules.get(type(model).__module__), _MASKS_PADDING)
+    return _carries_over(model) is None or hasattr(
+        sys.modules.get(type(model).__module__), _MASKS_PADDING
+    )
 
 
 def why_scaled(model: Any, tokens: int) -> str | None:
@@ -140,7 +154,9 @@ def why_not_in_one_row(model: Any, tokens: int) -> str | None:
 
 
 def shares_sequences(model: Any, config: AnyConfig) -> bool:
-    return config.data.packing is True or (config.data.packing == "auto" and why_apart(model) is None)
+    return config.data.packing is True or (
+        config.data.packing == "auto" and why_apart(model) is None
+    )
 
 
 def check_lengths(model: Any, config: AnyConfig) -> None:
@@ -190,14 +206,22 @@ def positions(model: Any) -> int | None:
             tables.append(part.weight)
     tables += [kept for name, kept in language.named_buffers() if name.endswith("embed_positions")]
     # The tables of OPT and BioGPT have two more rows.
-    return most if type(most) is int and any(most <= table.shape[0] <= most + 2 for table in tables) else None
+    return (
+        most
+        if type(most) is int and any(most <= table.shape[0] <= most + 2 for table in tables)
+        else None
+    )
 
 
 def most_tokens(model: Any) -> int:
     """Return the tokens of the longest example that a model is made for; 131,072 if nothing says so."""
     shape = model.config.get_text_config()
     most = getattr(shape, "max_position_embeddings", None)
-    return min(most if type(most) is int else 2**17, *(limit for _, limit in _limits_of_positions(shape)), 2**17)
+    return min(
+        most if type(most) is int else 2**17,
+        *(limit for _, limit in _limits_of_positions(shape)),
+        2**17,
+    )
 
 
 def _limits_of_positions(shape: Any) -> list[tuple[str, int]]:

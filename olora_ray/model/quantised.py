@@ -54,7 +54,14 @@ class Kind:
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    *(
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
 )
 
 
@@ -77,7 +84,9 @@ def _from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dty
     # On CPUs bitsandbytes (0.50) begins a new block with each row when it unpacks, but not when it packs. So the weight
     # is unpacked as rows of one block, or as a single row.
     rows = torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
-    state = library.QuantState(absmax=scales, shape=rows, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    state = library.QuantState(
+        absmax=scales, shape=rows, dtype=dtype, blocksize=BLOCK, quant_type="nf4"
+    )
     weight: Tensor = library.dequantize_4bit(codes, state)
     return weight.view(shape)
 
@@ -109,7 +118,11 @@ def _by_rows(m: int, n: int) -> int:
 # By the values of `model.quantization`.
 KINDS = {
     "nf4": Kind(
-        _nf4, _from_nf4, lambda m, n: -(-m * n // 2) + 4 * -(-m * n // BLOCK), lambda width: width, "bitsandbytes"
+        _nf4,
+        _from_nf4,
+        lambda m, n: -(-m * n // 2) + 4 * -(-m * n // BLOCK),
+        lambda width: width,
+        "bitsandbytes",
     ),
     "int8": Kind(_int8, _from_int8, _by_rows, lambda width: 8, "bitsandbytes"),
     "fp8": Kind(_fp8, _from_fp8, _by_rows, lambda width: 4 if width == 4 else 4 + width),
@@ -141,7 +154,10 @@ def _functional() -> Any:
 def pack(weight: Tensor, kind: str, device: torch.device | None = None) -> Packed:
     """Return codes and scales of a weight (m x n), computed on `device` (by default the weight's) and left there."""
     rows = BLOCK * max(1, AT_ONCE // (BLOCK * max(1, weight.shape[1])))
-    parts = [KINDS[kind].pack(part.to(device).float().contiguous()) for part in weight.detach().split(rows)]
+    parts = [
+        KINDS[kind].pack(part.to(device).float().contiguous())
+        for part in weight.detach().split(rows)
+    ]
     codes, scales = zip(*parts, strict=True)
     return (codes[0], scales[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scales))
 

@@ -38,7 +38,11 @@ class BaseModel:
     def commit(self) -> str | None:
         """Return the commit of a model in the hub client's cache (models--ORG--NAME/snapshots/COMMIT), else None."""
         parts = Path(self.folder).parts
-        return parts[-1] if parts[-3:-1] == (f"models--{self.name.replace('/', '--')}", "snapshots") else None
+        return (
+            parts[-1]
+            if parts[-3:-1] == (f"models--{self.name.replace('/', '--')}", "snapshots")
+            else None
+        )
 
     def shown(self) -> str:
         """Return the name, of a model of the hub with its commit."""
@@ -89,7 +93,10 @@ def is_found(config: AnyConfig) -> bool:
     if name.startswith("models:/") or (storage.is_uri(name) and not name.startswith("package://")):
         return False
     if (source := _here(name)) is None:
-        with _asking_the_hub(config.model) as ask, contextlib.suppress(LocalEntryNotFoundError):  # it is unreachable
+        with (
+            _asking_the_hub(config.model) as ask,
+            contextlib.suppress(LocalEntryNotFoundError),
+        ):  # it is unreachable
             source = ask(allow_patterns=[folder.CONFIG])
     if source and source.is_dir() and not (source / folder.CONFIG).is_file():
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
@@ -110,7 +117,9 @@ def _keep(source: Path) -> None:
     root = Path(node_cache.CACHE) / "models"
     if root in source.parents:
         node_cache.hold(root / source.relative_to(root).parts[0])
-        node_cache.make_room(root, (entry for entry in root.iterdir() if not entry.name.startswith(".")))
+        node_cache.make_room(
+            root, (entry for entry in root.iterdir() if not entry.name.startswith("."))
+        )
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
@@ -124,8 +133,14 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
         _keep(path)
         return base
     if base.name.startswith("models:/") or Path(base.name).is_absolute():
-        problem = "has other files on this node than on the driver's node" if path.is_dir() else "is not on every node"
-        raise UserError(f"model.name: {base.folder} {problem}; put it, or run.storage, where all nodes see it")
+        problem = (
+            "has other files on this node than on the driver's node"
+            if path.is_dir()
+            else "is not on every node"
+        )
+        raise UserError(
+            f"model.name: {base.folder} {problem}; put it, or run.storage, where all nodes see it"
+        )
     fetched = obtain(config)
     if fetched.digest != base.digest:
         raise UserError(
@@ -136,7 +151,10 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
 
 def _is_same(path: Path, base: BaseModel, config: AnyConfig) -> bool:
     try:
-        return path.is_dir() and base.look in ("", folder.look(path, config.model.trust_remote_code))
+        return path.is_dir() and base.look in (
+            "",
+            folder.look(path, config.model.trust_remote_code),
+        )
     except OSError:  # a file that was removed meanwhile, or that this user may not read
         return False
 
@@ -164,7 +182,14 @@ def _here(name: str) -> Path | None:
 
 
 def _from_hub(config: ModelConfig) -> Path:
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # the card has the license
+    patterns = [
+        "*.safetensors",
+        "*.json",
+        "*.jinja",
+        "*.model",
+        "*.txt",
+        "README.md",
+    ]  # the card has the license
     if config.trust_remote_code:
         patterns.append("*.py")
     if config.allow_pickle:
@@ -184,7 +209,9 @@ def _asking_the_hub(config: ModelConfig) -> Iterator[Callable[..., Path]]:
     what = f"model.name: {config.name}: not a folder here"
     # Exception: its client's errors about a broken connection are of no type of the standard library.
     with as_user_error(what, Exception, reason=_hub_problem, passes=is_temporary):
-        yield lambda **files: Path(snapshot_download(config.name, revision=config.revision, **files))
+        yield lambda **files: Path(
+            snapshot_download(config.name, revision=config.revision, **files)
+        )
 
 
 def _hub_problem(error: BaseException) -> str:
@@ -195,7 +222,10 @@ def _hub_problem(error: BaseException) -> str:
             return "the model hub grants access to it on request: request it on the model's page, then set HF_TOKEN"
         case errors.RevisionNotFoundError():
             return "the model hub has the model, but not this model.revision"
-        case errors.HfHubHTTPError() if error.response.status_code in (401, 404):  # 401: the answer without a token
+        case errors.HfHubHTTPError() if error.response.status_code in (
+            401,
+            404,
+        ):  # 401: the answer without a token
             return "the model hub has no model of this name, or it is private: correct the name, or set HF_TOKEN"
         case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
             why = first_line(error.__cause__)

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.folder import INDEX, SINGLE, indexed, is_unknown_bias, unsupported_bias, unsupported_packing
+from olora_ray.model.folder import (
+    INDEX,
+    SINGLE,
+    indexed,
+    is_unknown_bias,
+    unsupported_bias,
+    unsupported_packing,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +59,9 @@ class Stored:
         with (folder / self.file).open("rb") as file:
             file.seek(self.start + first * self._row_bytes())
             if file.readinto(_bytes(rows_read)) != rows_read.nbytes:
-                raise UserError(f"{folder / self.file} is cut off within {self.name}: download the file again")
+                raise UserError(
+                    f"{folder / self.file} is cut off within {self.name}: download the file again"
+                )
         return rows_read
 
     def mapped(self, folder: Path) -> Tensor | None:
@@ -89,7 +98,9 @@ def weight_files(folder: Path) -> list[str]:
     # If a single file lies beside an index, transformers reads the single file and ignores the index.
     files = [SINGLE] if (folder / SINGLE).is_file() else indexed(folder) or [SINGLE]
     if missing := [name for name in files if not (folder / name).is_file()]:
-        raise UserError(f"{folder}: no {missing[0]}; merging needs the base model's weights as safetensors")
+        raise UserError(
+            f"{folder}: no {missing[0]}; merging needs the base model's weights as safetensors"
+        )
     return files
 
 
@@ -106,12 +117,23 @@ def _header(path: Path) -> Iterator[Stored]:
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            yield Stored(name, path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            yield Stored(
+                name,
+                path.name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + begin,
+                end - begin,
+            )
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     # A scalar has no view as bytes, so it becomes a tensor of one dimension; an empty tensor has no view at all.
-    flat = tensor.reshape(-1).view(torch.uint8) if math.prod(tensor.shape) else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        tensor.reshape(-1).view(torch.uint8)
+        if math.prod(tensor.shape)
+        else torch.empty(0, dtype=torch.uint8)
+    )
     return flat.numpy().data
 
 
@@ -165,12 +187,16 @@ class Group:
             yield first, min(first + count, rows)
 
     def read(self, folder: Path, first: int, last: int) -> Tensor:
-        parts = [piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)]
+        parts = [
+            piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write(self, folder: Path, numbers: Tensor, first: int, last: int) -> None:
         pieces = self._pieces(first, last)
-        for piece, part in zip(pieces, numbers.split([piece.size for piece in pieces]), strict=True):
+        for piece, part in zip(
+            pieces, numbers.split([piece.size for piece in pieces]), strict=True
+        ):
             piece.stored.write(folder, part.view(piece.shape), piece.rows[0])
 
     def rows(self, numbers: Tensor, parameter: str, first: int, last: int) -> Tensor:
@@ -189,7 +215,9 @@ class Group:
         """True if some rows of a parameter can be read without the others."""
         return self.converter is None or self._way != "whole"
 
-    def take(self, folder: Path, parameter: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def take(
+        self, folder: Path, parameter: str, first: int, last: int, dtype: torch.dtype
+    ) -> Tensor:
         """Return rows first..last of a parameter in `dtype`, as from_pretrained computes them: rounded, then converted.
 
         For a stack only experts first..last are read; other conversions read all their tensors.
@@ -198,11 +226,18 @@ class Group:
             return self.stored[0].read(folder, first, last).to(dtype)
         read_all = not self.in_parts
         count = max(1, AT_ONCE // max(math.prod(self.shapes[parameter][1:]), 1))
-        spans = [(0, self._rows)] if read_all else [(at, min(at + count, last)) for at in range(first, last, count)]
+        spans = (
+            [(0, self._rows)]
+            if read_all
+            else [(at, min(at + count, last)) for at in range(first, last, count)]
+        )
         parts = []
         for span in spans:
             pieces = self._pieces(*span)
-            named = [(piece.pattern, piece.stored.read(folder, *piece.rows).to(dtype)) for piece in pieces]
+            named = [
+                (piece.pattern, piece.stored.read(folder, *piece.rows).to(dtype))
+                for piece in pieces
+            ]
             parts.append(convert(self.converter, self.key, named, self.model)[parameter])
         return parts[0][first:last] if read_all else torch.cat(parts)
 
@@ -219,7 +254,11 @@ class Group:
             positions = torch.cat([part.reshape(-1) for part in self._find_positions(first, last)])
         except Exception as error:  # transformers' operations raise all kinds of errors
             return f"it is not known how transformers converts its stored tensors ({type(error).__name__})"
-        return None if _is_permutation(positions, size) else "transformers does more than rearrange its stored numbers"
+        return (
+            None
+            if _is_permutation(positions, size)
+            else "transformers does more than rearrange its stored numbers"
+        )
 
     @cached_property
     def _rows(self) -> int:
@@ -234,7 +273,11 @@ class Group:
         stored = self.stored
         if len(stored) == 1 and len(stored[0].shape) == 3 and stored[0].shape[0] == self._rows:
             return "rows" if _within_experts(operations) else "whole"
-        is_list = bool(operations) and type(operations[0]).__name__ == "MergeModulelist" and operations[0].dim == 0
+        is_list = (
+            bool(operations)
+            and type(operations[0]).__name__ == "MergeModulelist"
+            and operations[0].dim == 0
+        )
         if is_list and all(len(part) == self._rows for part in self.parts.values()):
             return "tensors" if _within_experts(operations[1:]) else "whole"
         return "whole"
@@ -288,12 +331,16 @@ class _Piece:
         return math.prod(self.shape)
 
 
-def convert(converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], model: Any) -> dict[str, Tensor]:
+def convert(
+    converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], model: Any
+) -> dict[str, Tensor]:
     fresh = copy.deepcopy(converter)
     for pattern, tensor in tensors:
         fresh.add_tensor(key, key, pattern, tensor)
     converted = fresh.convert(key, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+    return {
+        name: value[0] if isinstance(value, list) else value for name, value in converted.items()
+    }
 
 
 _positions: dict[tuple[str, ...], list[Tensor]] = {}
@@ -333,7 +380,9 @@ def groups(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> list[
     return group_list
 
 
-def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
+def find(
+    base: Path, model: "PreTrainedModel", layers: Iterable[str]
+) -> tuple[list[Group], dict[str, str]]:
     """Return the groups of stored tensors that hold these layers, and layer -> reason if one cannot be merged."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # A stack of experts has the name of its parameter, a linear layer that of its module.
@@ -353,31 +402,45 @@ def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[l
                 problem_of_kind[group.kind] = group.problem()
             if problem := problem_of_kind[group.kind]:
                 raise UserError(f"{problem} ({group.stored[0].name}, ...)")
-            by_tensor[group.stored[0].name] = replace(first, layers={**first.layers, layer: parameter})
+            by_tensor[group.stored[0].name] = replace(
+                first, layers={**first.layers, layer: parameter}
+            )
         except UserError as error:
             problems[layer] = str(error)
     return [group for group in by_tensor.values() if group.layers], problems
 
 
-def _tied(model: "PreTrainedModel", parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, str]:
+def _tied(
+    model: "PreTrainedModel", parameters: Mapping[str, Tensor], wanted: Mapping[str, str]
+) -> dict[str, str]:
     # A tied weight has no change of its own: merging the adapter would change the other layer as well.
     owners = Counter(id(parameter) for parameter in parameters.values())
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return {
         layer: f"its weight is tied to another layer; {_LEAVE_OUT}"
         for name, layer in wanted.items()
-        if (name in parameters and owners[id(parameters[name])] > 1) or (tied and layer.rpartition(".")[2] in _HEADS)
+        if (name in parameters and owners[id(parameters[name])] > 1)
+        or (tied and layer.rpartition(".")[2] in _HEADS)
     }
 
 
-def as_transformers_reads(places: Mapping[str, Stored], model: "PreTrainedModel") -> dict[str, Group]:
+def as_transformers_reads(
+    places: Mapping[str, Stored], model: "PreTrainedModel"
+) -> dict[str, Group]:
     return follow(places, model)[0]
 
 
-def follow(stored: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict[str, Group], dict[str, str]]:
+def follow(
+    stored: Mapping[str, Stored], model: "PreTrainedModel"
+) -> tuple[dict[str, Group], dict[str, str]]:
     """Return parameter -> the group it is read from, and unused tensor -> its name in the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -403,23 +466,35 @@ def follow(stored: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict
 
 
 def _group(
-    key: str, part: Mapping[str | None, list[Stored]], by_pattern: Mapping[str, Any], model: "PreTrainedModel"
+    key: str,
+    part: Mapping[str | None, list[Stored]],
+    by_pattern: Mapping[str, Any],
+    model: "PreTrainedModel",
 ) -> Group:
     named = {pattern or key: tuple(entries) for pattern, entries in part.items()}
     converters = [by_pattern[pattern] for pattern in part if pattern is not None]
     if not converters:
         return Group(named, key, {key: named[key][0].shape}, None, model, {})
     whole = [
-        (pattern, torch.empty(entry.shape, device="meta")) for pattern, entries in named.items() for entry in entries
+        (pattern, torch.empty(entry.shape, device="meta"))
+        for pattern, entries in named.items()
+        for entry in entries
     ]
     try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in convert(converters[0], key, whole, model).items()}
-    except Exception:  # transformers' operations failed, so the shapes are not known; _check refuses the layer
+        shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in convert(converters[0], key, whole, model).items()
+        }
+    except (
+        Exception
+    ):  # transformers' operations failed, so the shapes are not known; _check refuses the layer
         shapes = {key: ()}
     return Group(named, key, shapes, converters[0], model, {})
 
 
-def _by_suffix(parameter: str, stored: Mapping[str, Stored], base: Path, model: "PreTrainedModel") -> Group:
+def _by_suffix(
+    parameter: str, stored: Mapping[str, Stored], base: Path, model: "PreTrainedModel"
+) -> Group:
     # A file may have the names without the model's prefix, or with another prefix.
     parts = parameter.split(".")
     shorter = [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
@@ -448,12 +523,18 @@ def _check(first: Group, parameter: str, group: Group) -> None:
             " or float32"
         )
     if len({entry.dtype for entry in group.stored}) > 1:
-        raise UserError(f"its parts are stored in several precisions ({names[0]}, ...); {_LEAVE_OUT}")
+        raise UserError(
+            f"its parts are stored in several precisions ({names[0]}, ...); {_LEAVE_OUT}"
+        )
     own = tuple(group.model.get_parameter(parameter).shape)
     if not group.shapes.get(parameter):
-        raise UserError(f"it is not known how transformers converts its tensors ({names[0]}, ...); {_LEAVE_OUT}")
+        raise UserError(
+            f"it is not known how transformers converts its tensors ({names[0]}, ...); {_LEAVE_OUT}"
+        )
     if group.shapes[parameter] != own:
-        raise UserError(f"{names[0]} has the shape {group.shapes[parameter]}, config.json says {own}")
+        raise UserError(
+            f"{names[0]} has the shape {group.shapes[parameter]}, config.json says {own}"
+        )
 
 
 # The check of a model folder: do its stored tensors fit the model that its config describes?
@@ -476,11 +557,21 @@ def fit(folder: Path, model: "PreTrainedModel") -> Fit:
     try:
         stored = tensors(folder)
         groups, unread = follow(stored, model)
-    except (UserError, AttributeError, ImportError, KeyError, TypeError):  # loading the model will name the problem
+    except (
+        UserError,
+        AttributeError,
+        ImportError,
+        KeyError,
+        TypeError,
+    ):  # loading the model will name the problem
         return Fit(None, ())
     ignored = _ignored(model)
     left_out = {name: key for name, key in unread.items() if not ignored.search(key)}
-    problem = _packed(groups, model) or _missing(groups, model) or _biased(folder, stored, left_out, model)
+    problem = (
+        _packed(groups, model)
+        or _missing(groups, model)
+        or _biased(folder, stored, left_out, model)
+    )
     return Fit(problem, tuple(left_out))
 
 
@@ -499,12 +590,22 @@ def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None
 
 
 def _missing(groups: Mapping[str, Group], model: Any) -> str | None:
-    if any(group.converter is not None and () in group.shapes.values() for group in groups.values()):
+    if any(
+        group.converter is not None and () in group.shapes.values() for group in groups.values()
+    ):
         return None  # the parameters of a conversion that cannot be followed are not known
-    present = {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in groups}
+    present = {
+        id(tensor)
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if name in groups
+    }
     not_needed = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["$^"]))
     for name, parameter in model.named_parameters():
-        if id(parameter) not in present and name not in model.all_tied_weights_keys and not not_needed.search(name):
+        if (
+            id(parameter) not in present
+            and name not in model.all_tied_weights_keys
+            and not not_needed.search(name)
+        ):
             return (
                 f"has no weight {name}, which {type(model).__name__} needs by its config.json: download the model's"
                 " files again, or correct config.json"
@@ -513,7 +614,10 @@ def _missing(groups: Mapping[str, Group], model: Any) -> str | None:
 
 
 def _biased(
-    folder: Path, stored: Mapping[str, Stored], left_out: Mapping[str, str], model: "PreTrainedModel"
+    folder: Path,
+    stored: Mapping[str, Stored],
+    left_out: Mapping[str, str],
+    model: "PreTrainedModel",
 ) -> str | None:
     # transformers would silently drop a bias that the config does not have. One of zeros changes nothing.
     for name, key in left_out.items():

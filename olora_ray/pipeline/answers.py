@@ -31,7 +31,12 @@ class Sample:
 def answered(result: TrainResult, tokenizer: Any) -> list[Sample]:
     text = partial(as_text, tokenizer)
     return [
-        Sample(text(item.prompt, special=True), text(item.reference), text(item.before), text(item.after))
+        Sample(
+            text(item.prompt, special=True),
+            text(item.reference),
+            text(item.before),
+            text(item.after),
+        )
         for item in result.answers
     ]
 
@@ -97,9 +102,14 @@ def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
 
 def _check_gate(config: Config, names: Collection[str], why: str) -> None:
     for metric in (config.gate.metric, *(condition.metric for condition in config.gate.conditions)):
-        if metric not in ("eval/loss", "eval/perplexity") and metric.removeprefix("eval/") not in names:
+        if (
+            metric not in ("eval/loss", "eval/perplexity")
+            and metric.removeprefix("eval/") not in names
+        ):
             scores = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"
-            raise UserError(f"gate: {metric} is not measured: {why or f'{config.evaluation.scorer} returns {scores}'}")
+            raise UserError(
+                f"gate: {metric} is not measured: {why or f'{config.evaluation.scorer} returns {scores}'}"
+            )
 
 
 def _origin(store: TokenStore, row: int) -> str:

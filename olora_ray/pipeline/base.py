@@ -31,13 +31,19 @@ def find_model(config: AnyConfig, entry: Registered | None = None) -> BaseModel:
     `entry` is the version of a models:/ name if the caller has looked it up, so that its files are checked only once.
     Raises UserError if the model is missing, if the folder is no model, or if a converted model cannot be written.
     """
-    with as_user_error(f"model.name: {config.model.name} cannot be opened", OSError, reason=_path_and_reason):
+    with as_user_error(
+        f"model.name: {config.model.name} cannot be opened", OSError, reason=_path_and_reason
+    ):
         if (entry := entry or models.of_config(config)) is None:
             return obtain(config, None)
-        return obtain(config, entry.folder if entry.base is None else _merged(entry, entry.base, config))
+        return obtain(
+            config, entry.folder if entry.base is None else _merged(entry, entry.base, config)
+        )
 
 
-def parts(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel, str]:
+def parts(
+    entry: Registered, base: BaseOfAdapter, config: AnyConfig
+) -> tuple[AnyConfig, BaseModel, str]:
     """Return (config with the base model's name, base model, adapter folder or URI that all nodes can read).
 
     Raises UserError if the base model of the adapter-only version is missing or has changed.
@@ -46,14 +52,20 @@ def parts(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
     if not storage.is_uri(config.run.storage):
         return own, model, str(entry.folder)
     key = storage.digest_file(entry.folder / peft_folder.WEIGHTS)[:16]
-    path = storage.join(config.run.storage, "adapters", f"{entry.version.name}-{entry.version.number}-{key}")
+    path = storage.join(
+        config.run.storage, "adapters", f"{entry.version.name}-{entry.version.number}-{key}"
+    )
     node_cache.upload(entry.folder, path, last=peft_folder.CONFIG)
     return own, model, path
 
 
 def _base(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel]:
     # First the folder of the base model at the time of registration, then the place to which its name leads now.
-    own, why, passes = override(config, {"model.name": base.name, "model.revision": base.revision}), "", False
+    own, why, passes = (
+        override(config, {"model.name": base.name, "model.revision": base.revision}),
+        "",
+        False,
+    )
     for candidate in (override(config, {"model.name": base.folder, "model.revision": None}), own):
         try:
             model = find_model(candidate)
@@ -65,16 +77,23 @@ def _base(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
             return own, replace(model, name=base.name)
         why, passes = f"has changed since that training, in {model.folder}", False
     problem = f"{entry.version.name} version {entry.version.number} is an adapter of {base.name}, which {why}"
-    raise TryAgain(problem) if passes else UserError(f"{problem}; restore the files in {base.folder}")
+    raise (
+        TryAgain(problem) if passes else UserError(f"{problem}; restore the files in {base.folder}")
+    )
 
 
 def _merged(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
     own, model = _base(entry, base, config)
-    content = [storage.digest_file(entry.folder / name) for name in (peft_folder.CONFIG, peft_folder.WEIGHTS)]
+    content = [
+        storage.digest_file(entry.folder / name)
+        for name in (peft_folder.CONFIG, peft_folder.WEIGHTS)
+    ]
     key = storage.digest(model.digest, *content, length=16)
     target = models.cache_folder(config) / f"merged-{key}"
     if not target.is_dir():
-        logger.info(f"model.name: merging {entry.version.name} version {entry.version.number} into its base model")
+        logger.info(
+            f"model.name: merging {entry.version.name} version {entry.version.number} into its base model"
+        )
         with storage.staged(target) as folder:
             shape = skeleton(model, own.model)
             adapter, scale = peft_folder.read_adapter(entry.folder, shape)
@@ -88,7 +107,14 @@ def _path_and_reason(error: BaseException) -> str:
     return f"{path}: {short_reason(error)}" if path else short_reason(error)
 
 
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 """File names of tokenizers; every tokenizer has at least one of them."""
 
 

@@ -59,7 +59,9 @@ class Stop:
 
     def stopped(self, where: str) -> Stopped:
         number = signal.SIGINT if self.asked == CTRL_C else signal.SIGTERM
-        return Stopped(f"{where} ({_name(number)}); run the same command again to resume", 128 + number)
+        return Stopped(
+            f"{where} ({_name(number)}); run the same command again to resume", 128 + number
+        )
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self._lost:
@@ -73,12 +75,16 @@ class Stop:
             return
         # Ray takes seconds to end. Not a log line: a handler must not wait for a lock that its own thread holds.
         os.write(2, f"{name}: stopping at once\n".encode())
-        self._raised = Stopped(f"stopped ({name}); run the same command again to resume", 128 + number)
+        self._raised = Stopped(
+            f"stopped ({name}); run the same command again to resume", 128 + number
+        )
         raise self._raised
 
 
 @contextlib.contextmanager
-def connect(config: Checked, base: BaseModel | None = None, trials: bool = False) -> Iterator[tuple[Stop, Checked]]:
+def connect(
+    config: Checked, base: BaseModel | None = None, trials: bool = False
+) -> Iterator[tuple[Stop, Checked]]:
     """Connect to the Ray cluster that `address.find` returns, or start a local one.
 
     Yields the handler of signals, and the config with this cluster's numbers (see `preflight.check_cluster`).
@@ -89,7 +95,9 @@ def connect(config: Checked, base: BaseModel | None = None, trials: bool = False
     ray_internals.quiet_ray()
     own = address.join_or_start()
     if own and base is not None:
-        with contextlib.suppress(Exception):  # only saves time: Ray Train starts it if it is missing
+        with contextlib.suppress(
+            Exception
+        ):  # only saves time: Ray Train starts it if it is missing
             ray_internals.begin_autoscaling_coordinator()
     try:
         with Stop() as stop:  # after ray.init, which installs its own signal handlers

@@ -51,7 +51,9 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     print("\n".join(aligned(table)))
     print("\nexamples, with the supervised tokens in [[ ]]")
     for example in train.examples:
-        print(f"\n{_short(example.origin)}: {len(example.input_ids):,} tokens, {int(example.mask.sum()):,} supervised")
+        print(
+            f"\n{_short(example.origin)}: {len(example.input_ids):,} tokens, {int(example.mask.sum()):,} supervised"
+        )
         print(_shown(base.tokenizer, example))
     if not _elsewhere():
         preflight.refuse_here(config, base.model, size)
@@ -66,19 +68,24 @@ def _elsewhere() -> bool:
 def layers(targets: Mapping[str, tuple[int, ...]]) -> str:
     """Return the adapted layers as `30 x 7 layers: q_proj 576 x 576, ...`, grouped by name without numbers."""
     groups = Counter(
-        (tuple(part for part in name.split(".") if not part.isdecimal()), shape) for name, shape in targets.items()
+        (tuple(part for part in name.split(".") if not part.isdecimal()), shape)
+        for name, shape in targets.items()
     )
     lasts = Counter(words[-1] for words, _ in groups)
     by_count: dict[int, list[str]] = {}
     for (words, shape), count in groups.items():
         label = words[-1] if lasts[words[-1]] == 1 else ".".join(words[-2:])
         by_count.setdefault(count, []).append(f"{label} {' x '.join(map(str, shape))}")
-    return "; ".join(f"{count} x {len(labels)} layers: {', '.join(labels)}" for count, labels in by_count.items())
+    return "; ".join(
+        f"{count} x {len(labels)} layers: {', '.join(labels)}" for count, labels in by_count.items()
+    )
 
 
 def _source_rows(train: Preview, held_out: Preview | None) -> Iterator[tuple[str, str]]:
     # With data.eval_fraction the held-out rows come from the training sources, which are listed already.
-    own = held_out.sources if held_out and not held_out.limits.setting.startswith("held out") else ()
+    own = (
+        held_out.sources if held_out and not held_out.limits.setting.startswith("held out") else ()
+    )
     sources = [*train.sources, *own]
     for each in sources[:6]:
         rejected = f", {each.rejected:,} rejected" if each.rejected else ""
@@ -96,14 +103,27 @@ def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[
     else:
         yield "held out", f"{_rows(held_out)}; {held_out.packs:,} sequences"
     about = "" if train.exact else "about "
-    yield "sequences", f"{about}{train.packs:,} of at most {config.data.length():,} tokens, fill {train.fill:.2f}"
-    yield "tokens", f"{about}{train.tokens:,} per epoch, {train.supervised / train.tokens:.0%} of them supervised"
+    yield (
+        "sequences",
+        f"{about}{train.packs:,} of at most {config.data.length():,} tokens, fill {train.fill:.2f}",
+    )
+    yield (
+        "tokens",
+        f"{about}{train.tokens:,} per epoch, {train.supervised / train.tokens:.0%} of them supervised",
+    )
     low, half, most, nearly, high = (f"{length:,}" for length in train.lengths)
-    yield "example length", f"{low} to {high} tokens; 50% have up to {half}, 90% up to {most}, 99% up to {nearly}"
+    yield (
+        "example length",
+        f"{low} to {high} tokens; 50% have up to {half}, 90% up to {most}, 99% up to {nearly}",
+    )
 
 
 def _rows(preview: Preview) -> str:
-    text = f"{preview.rows:,}" if preview.exact else f"about {preview.rows:,} ({preview.read:,} of them read)"
+    text = (
+        f"{preview.rows:,}"
+        if preview.exact
+        else f"about {preview.rows:,} ({preview.read:,} of them read)"
+    )
     text += f" ({preview.note})" if preview.note else ""
     if not (rejected := sum(preview.rejected.values())):
         return f"{text}, none rejected"

@@ -27,7 +27,14 @@ from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_gguf, export_losses, merge, portable
 from olora_ray.pipeline.export_losses import Compressed, OnOriginal, Work
-from olora_ray.pipeline.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
+from olora_ray.pipeline.parity import (
+    Folders,
+    Logits,
+    MergedFolder,
+    Parity,
+    check_adapter,
+    measure_logits,
+)
 from olora_ray.pipeline.peft_folder import CONFIG, compress, new_adapter, replacing
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
@@ -176,12 +183,18 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
         logger.info(f"adapter of rank {compressed.rank}: {compressed.in_words()}")
     folder.write_parity(spec.config, measured)
     if not parity.ok:
-        raise UserError(f"export: {'; '.join(parity.problems())}; the model is not registered, see {folder.parity}")
+        raise UserError(
+            f"export: {'; '.join(parity.problems())}; the model is not registered, see {folder.parity}"
+        )
     return measured
 
 
 def _write_adapter(
-    work: Work, out: Path, merged: Path | None, merged_check: MergedFolder | None, quantised: OnOriginal | None
+    work: Work,
+    out: Path,
+    merged: Path | None,
+    merged_check: MergedFolder | None,
+    quantised: OnOriginal | None,
 ) -> tuple[Parity, Compressed | None]:
     # The check comes before the model card, which contains its result. All comparisons use the original weights: the
     # export is for them, even if training used quantised ones.
@@ -191,7 +204,11 @@ def _write_adapter(
     logger.info("export: writing the adapter, and loading it with PEFT")
     with new_adapter(written, config.adapter, name, out, work.model, revision) as (folder, rank):
         peft = check_adapter(folder, work.model, written, config.adapter.scale())
-        logits = "compression of the adapter changes the logits" if lost else _logits(work, merged, folder)
+        logits = (
+            "compression of the adapter changes the logits"
+            if lost
+            else _logits(work, merged, folder)
+        )
         parity = Parity(merged_check, peft, logits)
         loss = export_losses.compressed_loss(work, written) if lost else None
         compressed = Compressed(limit, lost, loss) if limit else None
@@ -217,12 +234,16 @@ def _write_adapter(
 def _write_merged(work: Work, out: Path) -> MergedFolder:
     """Write the merged folder and check it; the folder of a stopped attempt is kept if its bytes are right."""
     if out.is_dir() and not (kept := _check_merged(work, out)).problems():
-        logger.info("export: keeping the merged model of an earlier attempt, which has the right bytes")
+        logger.info(
+            "export: keeping the merged model of an earlier attempt, which has the right bytes"
+        )
         return kept
     base, scale = Path(work.base.folder), work.spec.config.adapter.scale()
     with replacing(out) as partial_folder:
         size = sum(group.size for group in work.groups) / 2**30
-        logger.info(f"export: merging the adapter into {plural(len(work.groups), 'weight')}, {size:.2f} GiB")
+        logger.info(
+            f"export: merging the adapter into {plural(len(work.groups), 'weight')}, {size:.2f} GiB"
+        )
         merge.copy_files(base, partial_folder)
         merge.merge(base, partial_folder, work.groups, work.adapter, scale, assigned_device())
         give_template(work.spec.config, work.tokenizer, partial_folder, work.spec.template)
@@ -236,7 +257,9 @@ def _check_merged(work: Work, folder: Path) -> MergedFolder:
     base, scale = Path(work.base.folder), work.spec.config.adapter.scale()
     if changed := merge.changed(base, folder, work.groups):
         return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(changed))
-    return MergedFolder(merge.check_weights(base, folder, work.groups, work.adapter, scale, assigned_device()), ())
+    return MergedFolder(
+        merge.check_weights(base, folder, work.groups, work.adapter, scale, assigned_device()), ()
+    )
 
 
 def _write_gguf(work: Work, merged: Path, out: Path) -> None:
@@ -263,7 +286,9 @@ def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
 
 def public_name(base: BaseModel) -> str:
     """Return the name by which PEFT and vLLM open the base model: a hub id, otherwise its folder in this cluster."""
-    elsewhere = storage.is_uri(base.name) or base.name.startswith("models:/") or Path(base.name).exists()
+    elsewhere = (
+        storage.is_uri(base.name) or base.name.startswith("models:/") or Path(base.name).exists()
+    )
     return base.folder if elsewhere else base.name
 
 
@@ -318,7 +343,11 @@ def about_data(spec: TrainSpec) -> dict[str, Any]:
     data, held_out = spec.config.data, ""
     if spec.eval is not None:
         held_out = _rows(spec.eval)
-        held_out += portable.in_words(data.eval) if data.eval else f"{data.eval_fraction:g} of the training rows"
+        held_out += (
+            portable.in_words(data.eval)
+            if data.eval
+            else f"{data.eval_fraction:g} of the training rows"
+        )
     return {"rows": _rows(spec.train), "held_out": held_out, "continued": bool(spec.start)}
 
 
@@ -348,6 +377,8 @@ def first_examples(store: TokenStore) -> list[torch.Tensor]:
             if size > room and examples:
                 return examples
             taken = min(size, room)
-            examples.append(torch.tensor(pack.input_ids[offset : offset + taken], dtype=torch.int64)[None])
+            examples.append(
+                torch.tensor(pack.input_ids[offset : offset + taken], dtype=torch.int64)[None]
+            )
             offset, room = offset + size, room - taken
     return examples

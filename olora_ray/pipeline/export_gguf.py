@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_FAMILIES = {"llama": (*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj"), "qwen2": _QKV, "qwen3": _QKV}
+_FAMILIES = {
+    "llama": (*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "qwen2": _QKV,
+    "qwen3": _QKV,
+}
 """Model type, which is also llama.cpp's name -> the layers that may have a bias there."""
 _INSTEAD = (
     "set export.gguf: null, and after the run convert the merged model with llama.cpp's script:"
@@ -72,11 +76,15 @@ def problem(folder: Path, model: "PreTrainedModel", config: Config) -> str | Non
         return None
     if not config.export.merged:
         return "export.gguf: the file is made of the merged model; set export.merged: true or export.gguf: null"
-    with as_user_error("export.gguf: needs the package gguf: pip install 'olora-ray[gguf]'", ImportError):
+    with as_user_error(
+        "export.gguf: needs the package gguf: pip install 'olora-ray[gguf]'", ImportError
+    ):
         import gguf  # noqa: F401
     with foreign(f"model.name: the tokenizer in {folder} does not load"):
         tokenizer = tokenizer_in(folder, config.model.trust_remote_code)
-    if (why := _why_not(folder, model.config) or _why_other_tokens(tokenizer, model.config)) is None:
+    if (
+        why := _why_not(folder, model.config) or _why_other_tokens(tokenizer, model.config)
+    ) is None:
         return None
     instead = _INSTEAD.format(merged=RunFolder(config.folder()).merged, type=config.export.gguf)
     return f"export.gguf: {why}; {instead}"
@@ -105,7 +113,10 @@ def _why_other_tokens(tokenizer: Any, shape: Any) -> str | None:
     state = json.loads(backend.to_str())
     if _splitting(state) is None:
         return "llama.cpp has no known rules that split a text as this tokenizer does"
-    if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in state["added_tokens"]):
+    if any(
+        token["lstrip"] or token["rstrip"] or token["single_word"]
+        for token in state["added_tokens"]
+    ):
         return "it cannot write tokens that take in the spaces beside them"
     if max(tokenizer.get_vocab().values()) >= shape.vocab_size:
         return "the tokenizer has more tokens than the model"
@@ -118,24 +129,34 @@ def _splitting(state: dict[str, Any]) -> str | None:
     """Return the name by which llama.cpp splits and merges like a tokenizer.json; None if there is none."""
     bpe, before, normalizer = state["model"], state["pre_tokenizer"] or {}, state["normalizer"]
     odd = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    if bpe["type"] != "BPE" or any(bpe.get(name) for name in odd) or normalizer not in (None, {"type": "NFC"}):
+    if (
+        bpe["type"] != "BPE"
+        or any(bpe.get(name) for name in odd)
+        or normalizer not in (None, {"type": "NFC"})
+    ):
         return None
     parts = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
     # trim_offsets changes only the places of tokens in the text.
-    rules = [{name: value for name, value in part.items() if name != "trim_offsets"} for part in parts]
+    rules = [
+        {name: value for name, value in part.items() if name != "trim_offsets"} for part in parts
+    ]
     name = next((name for name, known in _SPLITS.items() if known == rules), None)
     return name if bool(bpe.get("ignore_merges")) == (name in _IGNORES_MERGES) else None
 
 
 def _frame(tokenizer: Any) -> tuple[bool, bool] | None:
     """Return whether a text gets the token bos before it and eos after it; None if it gets others."""
-    text, framed = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    text, framed = (
+        tokenizer("a", add_special_tokens=special).input_ids for special in (False, True)
+    )
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     cases = ((first, last) for first in (False, True) for last in (False, True))
     return next((case for case in cases if bos * case[0] + text + eos * case[1] == framed), None)
 
 
-def write_gguf(merged: Path, out: Path, model: "PreTrainedModel", config: Config, ends: Collection[int]) -> None:
+def write_gguf(
+    merged: Path, out: Path, model: "PreTrainedModel", config: Config, ends: Collection[int]
+) -> None:
     """Write the merged model with its tokenizer and template to the file `out`; `ends` are the ids that end an answer.
 
     `problem` must have found nothing. Memory holds one tensor at a time.
@@ -148,17 +169,27 @@ def write_gguf(merged: Path, out: Path, model: "PreTrainedModel", config: Config
     label = config.export.gguf.upper()
     writer = GGUFWriter(out, shape.model_type)
     writer.add_name(config.run.name)
-    writer.add_file_type(LlamaFileType.ALL_F32 if label == "F32" else LlamaFileType[f"MOSTLY_{label}"])
+    writer.add_file_type(
+        LlamaFileType.ALL_F32 if label == "F32" else LlamaFileType[f"MOSTLY_{label}"]
+    )
     writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_shape(writer, shape)
-    _add_tokenizer(writer, tokenizer_in(merged, config.model.trust_remote_code), shape.vocab_size, ends)
+    _add_tokenizer(
+        writer, tokenizer_in(merged, config.model.trust_remote_code), shape.vocab_size, ends
+    )
 
     names, wanted, types = _Names(shape), GGMLQuantizationType[label], []
     for name, stored in _slices(merged, shape):
         size = stored.get_shape()
         fits = size[-1] % GGML_QUANT_SIZES[wanted][0] == 0
         # llama.cpp computes with vectors in float32 only.
-        kind = GGMLQuantizationType.F32 if len(size) == 1 else wanted if fits else GGMLQuantizationType.F16
+        kind = (
+            GGMLQuantizationType.F32
+            if len(size) == 1
+            else wanted
+            if fits
+            else GGMLQuantizationType.F16
+        )
         block, bytes_per_block = GGML_QUANT_SIZES[kind]
         length = math.prod(size) // block * bytes_per_block
         writer.add_tensor_info(str(names.of(name)), size, np.dtype(np.float32), length, kind)
@@ -216,7 +247,9 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int, ends: Collection[int]
     for add, token in zip(fields, ordered, strict=False):
         add(token)
     if more := tokenizer.convert_ids_to_tokens(ordered[len(fields) :]):
-        logger.warning(f"export.gguf: the file has no field for the end tokens {more}; set them as stop strings")
+        logger.warning(
+            f"export.gguf: the file has no field for the end tokens {more}; set them as stop strings"
+        )
     template = tokenizer.chat_template
     if template := template.get("default") if isinstance(template, dict) else template:
         writer.add_chat_template(template)
@@ -225,7 +258,9 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int, ends: Collection[int]
 def _tensors(folder: Path, shape: Any) -> Iterator[np.ndarray]:
     for name, stored in _slices(folder, shape):
         tensor = stored[:].float()
-        heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}.get(name.split(".")[-2])
+        heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}.get(
+            name.split(".")[-2]
+        )
         if heads and shape.model_type == "llama":
             # transformers rotates row i of a head with row i + half, llama.cpp a row with the next one.
             tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -246,7 +281,9 @@ class _Names:
         from gguf import MODEL_ARCH, get_tensor_name_map
 
         self._biased = _FAMILIES[shape.model_type]
-        self._map = get_tensor_name_map(MODEL_ARCH[shape.model_type.upper()], shape.num_hidden_layers)
+        self._map = get_tensor_name_map(
+            MODEL_ARCH[shape.model_type.upper()], shape.num_hidden_layers
+        )
 
     def of(self, name: str) -> str | None:
         """Return llama.cpp's name of a tensor; None if its models of this type have no such tensor."""

@@ -86,7 +86,8 @@ class LossPair:
     def in_words(self, before: str, after: str) -> str:
         """Return `1.2345 BEFORE, 1.2300 AFTER (-0.0045, on 1,234 tokens)`."""
         return (
-            f"{self.before:.4f} {before}, {self.after:.4f} {after} ({self.difference:+.4f}, on {self.tokens:,} tokens)"
+            f"{self.before:.4f} {before}, {self.after:.4f} {after} "
+            f"({self.difference:+.4f}, on {self.tokens:,} tokens)"
         )
 
 
@@ -99,24 +100,36 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
     try:
         for quantization, some in itertools.groupby(sides, lambda side: side[0]):
             own = override(config, {"model.quantization": quantization})
-            tokens, side_losses = _on_one_base(own, work, [adapter for _, adapter in some], packs, device)
+            tokens, side_losses = _on_one_base(
+                own, work, [adapter for _, adapter in some], packs, device
+            )
             losses += side_losses
-    except Exception as error:  # the model's own code may fail on this device, and the export may still be right
+    except (
+        Exception
+    ) as error:  # the model's own code may fail on this device, and the export may still be right
         return f"the model does not run here: {first_line(error)}"
     before, after = losses
     return (
-        LossPair(tokens, before, after, after - before) if math.isfinite(after - before) else "the loss is not finite"
+        LossPair(tokens, before, after, after - before)
+        if math.isfinite(after - before)
+        else "the loss is not finite"
     )
 
 
 def _on_one_base(
-    config: Config, work: Work, adapters: Sequence[Adapter], packs: Sequence[Pack], device: torch.device
+    config: Config,
+    work: Work,
+    adapters: Sequence[Adapter],
+    packs: Sequence[Pack],
+    device: torch.device,
 ) -> tuple[int, list[float]]:
     model: Any = load_frozen(Path(work.base.folder), config.model, device)
     loss = SupervisedLoss(model).to(device)
     attention = choose_attention(loss, packs[:8], config, device).attention
     width = config.train.micro()
-    batches = [collate(packs[start : start + width], attention) for start in range(0, len(packs), width)]
+    batches = [
+        collate(packs[start : start + width], attention) for start in range(0, len(packs), width)
+    ]
     tokens, losses = sum(len(batch.labels) for batch in batches), []
     for adapter in adapters:
         with _adapted(loss, adapter, config.adapter.scale(), device), torch.no_grad():
@@ -125,7 +138,9 @@ def _on_one_base(
 
 
 @contextmanager
-def _adapted(loss: SupervisedLoss, adapter: Adapter, scale: float, device: torch.device) -> Iterator[None]:
+def _adapted(
+    loss: SupervisedLoss, adapter: Adapter, scale: float, device: torch.device
+) -> Iterator[None]:
     layers = inject(loss.model, {name: weights.factors for name, weights in adapter.items()}, scale)
     for name, layer in layers.items():
         layer.da.data.copy_(adapter[name].da)
@@ -169,7 +184,9 @@ class OnOriginal:
 
     def in_words(self, reasons: bool = True) -> str:
         # The model card is public: without `reasons` the sentence has no paths or errors of this machine.
-        start = f"trained on the base model as {self.quantization}, exported for the original weights"
+        start = (
+            f"trained on the base model as {self.quantization}, exported for the original weights"
+        )
         name = "held-out loss" if self.rows == "held-out" else "loss on training rows"
         if isinstance(self.loss, str):
             return f"{start}; the {name} was not compared{f': {self.loss}' if reasons else ''}"
@@ -181,7 +198,9 @@ def loss_on_original(work: Work) -> OnOriginal | None:
     spec, quantization = work.spec, work.spec.config.model.quantization
     if quantization == "none":
         return None
-    loss = held_out_loss(work, spec.eval or spec.train, [(quantization, work.adapter), ("none", work.adapter)])
+    loss = held_out_loss(
+        work, spec.eval or spec.train, [(quantization, work.adapter), ("none", work.adapter)]
+    )
     return OnOriginal(quantization, "held-out" if spec.eval else "training", loss)
 
 
@@ -205,7 +224,9 @@ class Compressed:
         if self.loss is None:
             return share
         if isinstance(self.loss, str):
-            return f"{share}; the held-out loss is not measured{f': {self.loss}' if reasons else ''}"
+            return (
+                f"{share}; the held-out loss is not measured{f': {self.loss}' if reasons else ''}"
+            )
         return f"{share}; held-out loss {self.loss.in_words('before compression', 'after')}"
 
 

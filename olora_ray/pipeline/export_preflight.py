@@ -67,7 +67,11 @@ def _lines(base: BaseModel, config: Config, names: Sequence[str]) -> list[str]:
 def _packed(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
     # Without this check the workers would fail on these layers, after Ray has started and the tokens are prepared.
     settings: Any = getattr(model.config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = (
+        settings.get("quant_method")
+        if isinstance(settings, dict)
+        else getattr(settings, "quant_method", None)
+    )
     method_name = str(getattr(method, "value", method))
     if method_name not in _STAY_PACKED:
         return []
@@ -93,7 +97,9 @@ def _unmergeable(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -
         return [f"export: {error}; or set export.merged: false"]
     lines: dict[tuple[str, str], str] = {}
     for name, why in refused.items():
-        lines.setdefault((generic(name), generic(why)), f"adapter.targets: {name} cannot be merged: {why}")
+        lines.setdefault(
+            (generic(name), generic(why)), f"adapter.targets: {name} cannot be merged: {why}"
+        )
     return [f"{line}; or set export.merged: false" for line in lines.values()]
 
 
@@ -121,13 +127,19 @@ def _unreadable(model: "PreTrainedModel", config: Config, names: Sequence[str]) 
 def _remedy(line: str, names: Sequence[str]) -> str:
     words = set(re.split(r"[^\w.]+", line))
     blamed = sorted({_last(name) for name in names if {name, _last(name)} & words})
-    return f"leave {' and '.join(blamed)} out of adapter.targets" if blamed else "name other layers in adapter.targets"
+    return (
+        f"leave {' and '.join(blamed)} out of adapter.targets"
+        if blamed
+        else "name other layers in adapter.targets"
+    )
 
 
 def _chosen(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
     """Return all linear layers, and of each type of expert stack the first and the last, because stacks are large."""
     stacks = {name: name.rpartition(".")[0] for name in names if is_stack(model, name)}
-    modules = {stacks[name] for name in _ends(stacks)}  # PEFT wraps a module for all of its stacks together
+    modules = {
+        stacks[name] for name in _ends(stacks)
+    }  # PEFT wraps a module for all of its stacks together
     return [name for name in names if name not in stacks or stacks[name] in modules]
 
 
@@ -135,7 +147,9 @@ def _ends(names: Iterable[str]) -> list[str]:
     types: dict[str, list[str]] = {}
     for name in names:
         types.setdefault(generic(name), []).append(name)
-    return list(dict.fromkeys(end for members in types.values() for end in (members[0], members[-1])))
+    return list(
+        dict.fromkeys(end for members in types.values() for end in (members[0], members[-1]))
+    )
 
 
 def generic(name: str) -> str:

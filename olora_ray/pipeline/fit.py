@@ -15,7 +15,12 @@ from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Message, Saved, Started, make_channel
 from olora_ray.cluster.failures import cause, counts, passes, user_errors
 from olora_ray.cluster.group import Fit, Group, answer, end_hung, ray_trainer
-from olora_ray.cluster.resources import PlacementRequest, free_abandoned, free_workers, worker_resources
+from olora_ray.cluster.resources import (
+    PlacementRequest,
+    free_abandoned,
+    free_workers,
+    worker_resources,
+)
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.text import plural
@@ -36,9 +41,19 @@ OnRow = Callable[[int, dict[str, float]], None]
 
 class Monitor:
     def __init__(
-        self, channel: Any, tracker: Tracker, progress: Progress, telemetry: Telemetry, on_row: OnRow | None = None
+        self,
+        channel: Any,
+        tracker: Tracker,
+        progress: Progress,
+        telemetry: Telemetry,
+        on_row: OnRow | None = None,
     ) -> None:
-        self.channel, self.tracker, self.progress, self.telemetry = channel, tracker, progress, telemetry
+        self.channel, self.tracker, self.progress, self.telemetry = (
+            channel,
+            tracker,
+            progress,
+            telemetry,
+        )
         self.on_row = on_row
         self.highest = tracker.last_step("train/loss") or 0
         """The last step that a worker has reported as done."""
@@ -135,7 +150,9 @@ class Attempts:
         # A trial must not wait for room: processes that trials share hold their resources until the search ends.
         at_once = self.placed or not cluster.is_elastic()
         while True:
-            group = Group(self.fit, cluster.max_workers() if at_once else self._wait_for_room(), self.channel)
+            group = Group(
+                self.fit, cluster.max_workers() if at_once else self._wait_for_room(), self.channel
+            )
             try:
                 result = self._follow(group)
             except (RayActorError, ray.train.TrainingFailedError) as error:
@@ -151,7 +168,9 @@ class Attempts:
         reason = self._hung or cause(error)
         if 0 <= self.spec.config.cluster.max_failures < self.failures:
             error_type = TryAgain if passes(error) else UserError
-            raise error_type(f"training failed after {self.failures - 1} restarts: {reason}") from error
+            raise error_type(
+                f"training failed after {self.failures - 1} restarts: {reason}"
+            ) from error
         # If another group fails before it trains, the first reason is the cause, and later ones are consequences.
         self.cause = self.cause or reason
         self._announce("starting the workers again" if counts(error) else "retrying")
@@ -167,13 +186,18 @@ class Attempts:
             return True
         assert result.state is not None
         if self.stop.asked:
-            raise self.stop.stopped(f"stopped after step {result.state.step} of {self.progress.total or '?'}")
+            raise self.stop.stopped(
+                f"stopped after step {result.state.step} of {self.progress.total or '?'}"
+            )
         self.cause = self.cause or result.interrupted
         return False
 
     def _wait_for_room(self) -> int:
         """Wait until cluster.workers' minimum fits, and return how many workers fit."""
-        fewest, most = self.spec.config.cluster.min_workers(), self.spec.config.cluster.max_workers()
+        fewest, most = (
+            self.spec.config.cluster.min_workers(),
+            self.spec.config.cluster.max_workers(),
+        )
         free, since, told = -1, time.monotonic(), False
         with PlacementRequest(self.worker, fewest, after=3 * SETTLE) as request:
             while True:
@@ -184,7 +208,9 @@ class Attempts:
                     return free
                 if request.look() and not told:
                     told = True
-                    self._announce(f"waiting for room for {fewest} workers, but only {free} fit now")
+                    self._announce(
+                        f"waiting for room for {fewest} workers, but only {free} fit now"
+                    )
                 if self.stop.asked:
                     raise self.stop.stopped("stopped while waiting for room in the cluster")
                 time.sleep(0.5)
@@ -231,11 +257,15 @@ class Attempts:
         """End the group if more workers fit, so that a larger one resumes."""
         most = self.spec.config.cluster.max_workers()
         missing = most - (self.workers or most)
-        quiet = self._running and not self._asked  # otherwise starting workers are about to take the free room
+        quiet = (
+            self._running and not self._asked
+        )  # otherwise starting workers are about to take the free room
         if missing and quiet:
             free_abandoned()
         room = min(missing, free_workers(self.worker)) if missing and quiet else 0
-        if room and self._room:  # seen twice, because room may be free for a moment between two uses
+        if (
+            room and self._room
+        ):  # seen twice, because room may be free for a moment between two uses
             self._ask("the cluster has grown")
         self._room = room
 
@@ -265,7 +295,9 @@ class Attempts:
             self._kept = now
             self.keep_used(self.used)
         if silent:
-            ranks = " and ".join(f"worker {rank}" for rank in sorted(member.rank for member in silent))
+            ranks = " and ".join(
+                f"worker {rank}" for rank in sorted(member.rank for member in silent)
+            )
             self._hung = f"{ranks} gave no sign of life for {silence:g} s"
             for member in silent:
                 end_hung(member)
@@ -295,7 +327,9 @@ class Attempts:
             )
             self.progress.back_to(step)
         elif workers != self.spec.config.cluster.max_workers():
-            self.progress.line(f"training starts with {plural(workers, 'worker')}{self._split(workers)}")
+            self.progress.line(
+                f"training starts with {plural(workers, 'worker')}{self._split(workers)}"
+            )
         self.workers, self.cause, self._running = workers, None, True
 
     def _split(self, workers: int) -> str:
@@ -331,7 +365,9 @@ def train(
     worker = worker_resources(config)
     stop.gentle = True
     try:
-        with Progress(Schedule(config.train, build.store).total(), config.train.log_every) as progress:
+        with Progress(
+            Schedule(config.train, build.store).total(), config.train.log_every
+        ) as progress:
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             if fit_on is None:
                 progress.line("starting the workers; each imports torch and transformers")
@@ -339,10 +375,19 @@ def train(
             before = folder.used()
 
             def keep_used(used: dict[str, float]) -> None:
-                with contextlib.suppress(OSError):  # a store that does not answer must not end a training
-                    folder.keep_used({name: before.get(name, 0.0) + used.get(name, 0.0) for name in before | used})
+                with contextlib.suppress(
+                    OSError
+                ):  # a store that does not answer must not end a training
+                    folder.keep_used(
+                        {
+                            name: before.get(name, 0.0) + used.get(name, 0.0)
+                            for name in before | used
+                        }
+                    )
 
-            result = Attempts(spec, build, monitor, stop, worker, fit, fit_on is not None, keep_used).run()
+            result = Attempts(
+                spec, build, monitor, stop, worker, fit, fit_on is not None, keep_used
+            ).run()
     finally:
         stop.gentle = False
     folder.write_training(result)
@@ -364,10 +409,16 @@ def finished_training(spec: TrainSpec, folder: RunFolder, state: RunState) -> Tr
     result = state.trained(spec.config)
     if result is None or result.state is None or result.state.step != newest.state.step:
         return None  # the last checkpoint is lost: train again from an earlier one, with the same result
-    logger.info(f"training is already finished, at step {result.state.step}; continuing with the export")
+    logger.info(
+        f"training is already finished, at step {result.state.step}; continuing with the export"
+    )
     return result
 
 
-def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int) -> TrainResult:
-    result: TrainResult = ray_trainer(spec, folder.root, worker, channel, workers).fit().return_value
+def _fit(
+    spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int
+) -> TrainResult:
+    result: TrainResult = (
+        ray_trainer(spec, folder.root, worker, channel, workers).fit().return_value
+    )
     return result

@@ -77,12 +77,16 @@ class Change:
         a0, b0 = part.factors.a0.abs(), part.factors.b0
         b = part.db.abs() if b0 is None else b0.abs() + part.db.abs()
         terms = 2 * part.da.shape[-2] + 6
-        return self._turned(abs(self.scale) * terms * UNIT * (part.db.abs() @ a0 + b @ part.da.abs()))
+        return self._turned(
+            abs(self.scale) * terms * UNIT * (part.db.abs() @ a0 + b @ part.da.abs())
+        )
 
     def _turned(self, change: Tensor) -> Tensor:
         return change.mT if self.transposed else change
 
-    def _part(self, first: int, last: int, device: torch.device, dtype: torch.dtype) -> AdapterWeights:
+    def _part(
+        self, first: int, last: int, device: torch.device, dtype: torch.dtype
+    ) -> AdapterWeights:
         stack = self.weights.da.ndim == 3
 
         def a_part(a: Tensor) -> Tensor:
@@ -100,7 +104,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _each(
-    weights: AdapterWeights, a_part: Callable[[Tensor], Tensor] = _whole, b_part: Callable[[Tensor], Tensor] = _whole
+    weights: AdapterWeights,
+    a_part: Callable[[Tensor], Tensor] = _whole,
+    b_part: Callable[[Tensor], Tensor] = _whole,
 ) -> AdapterWeights:
     start = weights.factors
     factors = replace(start, a0=a_part(start.a0), b0=None if start.b0 is None else b_part(start.b0))
@@ -111,12 +117,26 @@ def _each(
 
 
 # Files that are not copied: weights in other formats would be the base's, and its model card describes another model.
-_LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", "README.md")
+_LEFT_OUT = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    "README.md",
+)
 _CPU = torch.device("cpu")
 
 
 def write_merged(
-    base: Path, adapter: Mapping[str, AdapterWeights], scale: float, out: Path, model: "PreTrainedModel"
+    base: Path,
+    adapter: Mapping[str, AdapterWeights],
+    scale: float,
+    out: Path,
+    model: "PreTrainedModel",
 ) -> None:
     """Write the base folder with the adapter merged into its weights; replaces `out` when complete.
 
@@ -135,7 +155,11 @@ def write_merged(
 def copy_files(base: Path, folder: Path) -> None:
     """Copy the base's files into a merged folder: weights unchanged, config and tokenizer in portable form."""
     for entry in base.iterdir():
-        left_out = entry.name.endswith(_LEFT_OUT) or entry.name.startswith(".") or is_stale_index(base, entry.name)
+        left_out = (
+            entry.name.endswith(_LEFT_OUT)
+            or entry.name.startswith(".")
+            or is_stale_index(base, entry.name)
+        )
         if entry.is_file() and not left_out:
             shutil.copyfile(entry, folder / entry.name)
         elif entry.is_dir() and entry.name == portable.TEMPLATES:
@@ -224,20 +248,30 @@ def check_weights(
             for parameter, change in changes.items():
                 old = group.rows(before, parameter, first, last)
                 new = group.rows(after, parameter, first, last)
-                errors.append(Worst(_error(old, new, change, first, device), names[parameter], stored))
+                errors.append(
+                    Worst(_error(old, new, change, first, device), names[parameter], stored)
+                )
             # Parameters that share a stored tensor with adapted ones must keep their bytes.
             for parameter in group.shapes.keys() - changes.keys():
-                parts = (group.rows(part, parameter, first, last).contiguous() for part in (before, after))
+                parts = (
+                    group.rows(part, parameter, first, last).contiguous()
+                    for part in (before, after)
+                )
                 if not torch.equal(*(part.view(torch.uint8) for part in parts)):
                     errors.append(Worst(float("inf"), parameter, stored))
     largest = max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
-    coarsest = max((worst.stored for worst in errors), key=lambda stored: torch.finfo(getattr(torch, stored)).eps)
+    coarsest = max(
+        (worst.stored for worst in errors),
+        key=lambda stored: torch.finfo(getattr(torch, stored)).eps,
+    )
     return Worst(largest.error, largest.layer, coarsest)
 
 
 def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.device) -> float:
     if old.ndim == 3:
-        errors = [_error(old[i], new[i], change.expert(first + i), 0, device) for i in range(len(old))]
+        errors = [
+            _error(old[i], new[i], change.expert(first + i), 0, device) for i in range(len(old))
+        ]
         return max(errors, key=lambda error: (error != error, error))
     # NaN is returned at once: it compares as neither larger nor smaller.
     worst, count = 0.0, max(1, AT_ONCE // max(1, old.shape[1]))
@@ -266,14 +300,18 @@ def _changed_files(base: Path, merged: Path) -> list[str]:
     """Return one line for each weight file (name, size) or config that differs from the base's."""
     files, theirs = weight_files(base), sorted(file.name for file in merged.glob("*.safetensors"))
     if theirs != files:
-        return [f"its weight files are {', '.join(theirs) or 'missing'}; the base model has {', '.join(files)}"]
+        return [
+            f"its weight files are {', '.join(theirs) or 'missing'}; the base model has {', '.join(files)}"
+        ]
     lines = []
     for name in (INDEX, "config.json", "generation_config.json"):
         before = None if is_stale_index(base, name) else _json(base / name)
         after = _json(merged / name)
         if _but_ends(name, portable.portable_config(before)) != _but_ends(name, after):
             lines.append(f"{name} differs from the base model's")
-    sizes = [name for name in files if (base / name).stat().st_size != (merged / name).stat().st_size]
+    sizes = [
+        name for name in files if (base / name).stat().st_size != (merged / name).stat().st_size
+    ]
     return lines + [f"{name} differs in size from the base model's" for name in sizes]
 
 
@@ -288,10 +326,19 @@ def _changed_bytes(base: Path, merged: Path, share: Sequence[Group]) -> list[str
     """Return one line for each file that differs outside of the adapted weights, with its first such byte."""
     lines = []
     for name in weight_files(base):
-        adapted = sorted((entry.start, entry.end) for group in share for entry in group.stored if entry.file == name)
+        adapted = sorted(
+            (entry.start, entry.end)
+            for group in share
+            for entry in group.stored
+            if entry.file == name
+        )
         if (offset := _first_difference(base / name, merged / name, adapted)) is not None:
             entries = tensors(base).values()
-            within = [entry.name for entry in entries if entry.file == name and entry.start <= offset < entry.end]
+            within = [
+                entry.name
+                for entry in entries
+                if entry.file == name and entry.start <= offset < entry.end
+            ]
             lines.append(
                 f"{name}: byte {offset} ({within[0] if within else 'its header'}) differs from the base model's"
             )
@@ -309,7 +356,9 @@ def _first_difference(before: Path, after: Path, left_out: Sequence[tuple[int, i
     for start, end in [*left_out, (size, size)]:
         for first in range(offset, start, 2**22):
             count = min(2**22, start - first)
-            old, new = (np.fromfile(file, np.uint8, count, offset=first) for file in (before, after))
+            old, new = (
+                np.fromfile(file, np.uint8, count, offset=first) for file in (before, after)
+            )
             if len(differing := np.flatnonzero(old != new)):
                 return first + int(differing[0])
         offset = max(offset, end)

@@ -109,7 +109,11 @@ def _load(folder: Path, model: "PreTrainedModel") -> Any:
         warnings.simplefilter("ignore")
         # low_cpu_mem_usage: without it PEFT first fills random matrices, which the folder's then replace.
         return PeftModel.from_pretrained(
-            weightless(model), str(folder), torch_device="cpu", low_cpu_mem_usage=True, use_safetensors=True
+            weightless(model),
+            str(folder),
+            torch_device="cpu",
+            low_cpu_mem_usage=True,
+            use_safetensors=True,
         )
 
 
@@ -124,19 +128,27 @@ def weightless(model: "PreTrainedModel") -> "PreTrainedModel":
     return copied
 
 
-def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Mapping[str, AdapterWeights]) -> list[str]:
+def _other_layers(
+    folder: Path, layers: Mapping[str, Any], adapter: Mapping[str, AdapterWeights]
+) -> list[str]:
     problems = []
     if missing := [name for name in adapter if name not in layers]:
         problems.append(f"PEFT does not adapt {_some(missing)}")
     if more := [name for name in layers if name not in adapter]:
         problems.append(f"PEFT adapts {_some(more)}, which the run did not")
-    empty = [name for name in adapter if name in layers and any(part.is_meta for part in _matrices(layers[name]))]
+    empty = [
+        name
+        for name in adapter
+        if name in layers and any(part.is_meta for part in _matrices(layers[name]))
+    ]
     if empty:
         problems.append(f"PEFT finds no matrices for {_some(empty)}")
     with safe_open(folder / WEIGHTS, "pt") as file:
         spare = len(list(file.keys())) - 2 * len(adapter)
     if spare and not problems:
-        problems.append(f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'fewer'} than the layers need")
+        problems.append(
+            f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'fewer'} than the layers need"
+        )
     return problems
 
 
@@ -156,7 +168,10 @@ def _error(layer: Any, change: Change, sample: bool) -> float:
     left, right, scale = layer.get_delta_factors(_ADAPTER)
     numbers = {0, 1, layer.num_experts - 1} if sample else range(layer.num_experts)
     # NaN is the largest error: it sorts after all numbers.
-    errors = [_of_expert(left[number], right[number] * scale, change.expert(number), sample) for number in numbers]
+    errors = [
+        _of_expert(left[number], right[number] * scale, change.expert(number), sample)
+        for number in numbers
+    ]
     return max(errors, key=lambda error: (error != error, error))
 
 
@@ -285,8 +300,16 @@ def measure_logits(
     """
     load = partial(_load_base, folders=folders, attention=attention.own(model), device=device)
     try:
-        own = _own(_Adapted(load(folders.base), adapter, scale), folders.merged, merged_groups, adapter, batches)
-    except Exception as error:  # the model's own code failed here, which says nothing about the export
+        own = _own(
+            _Adapted(load(folders.base), adapter, scale),
+            folders.merged,
+            merged_groups,
+            adapter,
+            batches,
+        )
+    except (
+        Exception
+    ) as error:  # the model's own code failed here, which says nothing about the export
         return f"the adapted model does not run here: {first_line(error)}"
     if not bool(own.reference.isfinite().all()):
         return "the adapted model's logits are not finite"
@@ -300,10 +323,14 @@ def measure_logits(
     try:
         from peft import PeftModel
 
-        wrapped: Any = PeftModel.from_pretrained(load(folders.base), str(folders.adapter), torch_device=str(device))
+        wrapped: Any = PeftModel.from_pretrained(
+            load(folders.base), str(folders.adapter), torch_device=str(device)
+        )
         theirs = _logits(wrapped.eval(), batches)
         peft = Difference(_median(own.reference, theirs), bound)
-    except Exception as error:  # check_adapter has already compared the weights, so this is a note and no problem
+    except (
+        Exception
+    ) as error:  # check_adapter has already compared the weights, so this is a note and no problem
         note = f"PEFT does not run the adapter: {first_line(error)}"
     return Logits(
         tokens=sum(batch.numel() for batch in batches),
@@ -344,13 +371,19 @@ def _own(
 class _Adapted:
     """The base in float32, with the trained adapter in its layers."""
 
-    def __init__(self, model: "PreTrainedModel", adapter: Mapping[str, AdapterWeights], scale: float) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", adapter: Mapping[str, AdapterWeights], scale: float
+    ) -> None:
         self.model: Any = model
         self.scale = scale
         # Looked up before the layers are wrapped, which renames the parameters.
-        self.weights = {name: model.get_parameter(parameter_of(model, name)).data for name in adapter}
+        self.weights = {
+            name: model.get_parameter(parameter_of(model, name)).data for name in adapter
+        }
         device = next(model.parameters()).device
-        self.wrapped = inject(model, {name: weights.factors for name, weights in adapter.items()}, scale)
+        self.wrapped = inject(
+            model, {name: weights.factors for name, weights in adapter.items()}, scale
+        )
         for name, layer in self.wrapped.items():
             layer.da.data.copy_(adapter[name].da)
             layer.db.data.copy_(adapter[name].db)
@@ -361,7 +394,9 @@ class _Adapted:
             layer.scale = self.scale if on else 0.0
         return _logits(self.model, batches)
 
-    def move(self, merged: Path, merged_groups: Sequence[Group], adapter: Mapping[str, AdapterWeights]) -> None:
+    def move(
+        self, merged: Path, merged_groups: Sequence[Group], adapter: Mapping[str, AdapterWeights]
+    ) -> None:
         """Move each base weight by the merge's rounding: to merged weight - change."""
         for group, changes in changes_of(merged_groups, adapter, self.scale):
             layers = {parameter: layer for layer, parameter in group.layers.items()}
@@ -379,10 +414,16 @@ class _Adapted:
         for name, layer in self.wrapped.items():
             for part in (self.weights[name], layer.da.data, layer.db.data, layer.a0, layer.b0):
                 if part is not None:
-                    part.mul_((1 + eps * (torch.rand(part.shape, generator=generator) - 0.5)).to(part.device))
+                    part.mul_(
+                        (1 + eps * (torch.rand(part.shape, generator=generator) - 0.5)).to(
+                            part.device
+                        )
+                    )
 
 
-def _load_base(folder: Path, folders: Folders, attention: str, device: torch.device) -> "PreTrainedModel":
+def _load_base(
+    folder: Path, folders: Folders, attention: str, device: torch.device
+) -> "PreTrainedModel":
     model: Any = text_class(folder).from_pretrained(
         folder,
         dtype=torch.float32,
@@ -396,7 +437,9 @@ def _load_base(folder: Path, folders: Folders, attention: str, device: torch.dev
 
 def _logits(model: Any, batches: Sequence[Tensor]) -> Tensor:
     device = next(model.parameters()).device
-    parts = [model(input_ids=batch.to(device), use_cache=False).logits.float().cpu() for batch in batches]
+    parts = [
+        model(input_ids=batch.to(device), use_cache=False).logits.float().cpu() for batch in batches
+    ]
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
@@ -467,7 +510,9 @@ class Parity:
 
 def _logits_in_words(logits: Logits | str, quantised: bool) -> str:
     compared = (
-        {} if isinstance(logits, str) else {"the merged model": logits.merged, "the adapter in PEFT": logits.peft}
+        {}
+        if isinstance(logits, str)
+        else {"the merged model": logits.merged, "the adapter in PEFT": logits.peft}
     )
     models = [name for name, item in compared.items() if item]
     if not models:

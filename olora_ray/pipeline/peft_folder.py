@@ -108,7 +108,11 @@ def new_adapter(
         tensors[f"{key}.lora_A.weight"] = lora_a.float().cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = lora_b.float().cpu().contiguous()
     fields = _peft_fields(
-        config_adapter, rank, names, base_name, any(stored_transposed(model, layer) for layer in names.modules)
+        config_adapter,
+        rank,
+        names,
+        base_name,
+        any(stored_transposed(model, layer) for layer in names.modules),
     )
     with replacing(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -117,10 +121,15 @@ def new_adapter(
         yield folder, rank
 
 
-def _read(fields: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, AdapterWeights]:
+def _read(
+    fields: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+) -> dict[str, AdapterWeights]:
     parameters = fields.get("target_parameters") or []
     # A stack has its parameter's name, which may also end in "weight" (JetMoE); a linear layer has its module's.
-    layers = [name if model.get_parameter(name).ndim == 3 else name.removesuffix(".weight") for name in parameters]
+    layers = [
+        name if model.get_parameter(name).ndim == 3 else name.removesuffix(".weight")
+        for name in parameters
+    ]
     layers += fields["target_modules"]
     keys, found = names_of(model, layers).keys, {}
     for layer in layers:
@@ -142,7 +151,9 @@ def _other_way_round(model: nn.Module, layer: str) -> bool:
     return stored_transposed(model, layer) != declared
 
 
-def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_in_fan_out: bool) -> dict[str, object]:
+def _peft_fields(
+    config: Adapter, rank: int, names: Names, base_name: str, fan_in_fan_out: bool
+) -> dict[str, object]:
     # alpha grows with the stacked rank, so that s = alpha / r (or alpha / sqrt(r)) stays the same.
     growth = rank / config.rank
     alpha = config.alpha * (math.sqrt(growth) if config.rank_stabilized else growth)
@@ -174,7 +185,9 @@ def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
             parameters.append(layer)
             # PEFT wraps a module once for each of its parameters, in their order: the last wrapper is the outermost.
             module, _, own = layer.rpartition(".")
-            beside = [name for name, _ in model.get_submodule(module).named_parameters(recurse=False)]
+            beside = [
+                name for name, _ in model.get_submodule(module).named_parameters(recurse=False)
+            ]
             adapted = [name for name in beside if f"{module}.{name}" in layers]
             keys[layer] = module + ".base_layer" * (len(adapted) - 1 - adapted.index(own))
         else:
@@ -192,14 +205,18 @@ def _mistaken(model: Any) -> frozenset[str]:
     except ImportError:  # PEFT's versions for transformers 4 have no such table
         return frozenset()
     tables: Any = conversion
-    family = tables._MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
+    family = tables._MODEL_TO_CONVERSION_PATTERN.get(
+        getattr(getattr(model, "config", None), "model_type", None)
+    )
     return frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(family, ()))
 
 
 # Compression of an adapter to a smaller rank, for servers with a limit: the best approximation in the Frobenius norm.
 
 
-def compress(adapter: Mapping[str, AdapterWeights], rank: int) -> tuple[dict[str, AdapterWeights], float]:
+def compress(
+    adapter: Mapping[str, AdapterWeights], rank: int
+) -> tuple[dict[str, AdapterWeights], float]:
     """Return the adapter with at most `rank` directions per layer, and the share of its change that is lost.
 
     The share is the Frobenius norm of the lost part divided by the norm of the change, over all layers together. An
@@ -246,7 +263,11 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeigh
     PEFT may load these, but they cannot be merged here.
     """
     fields = read_json(folder / CONFIG)
-    if fields.get("peft_type") != "LORA" or fields.get("bias", "none") != "none" or any(map(fields.get, _MORE)):
+    if (
+        fields.get("peft_type") != "LORA"
+        or fields.get("bias", "none") != "none"
+        or any(map(fields.get, _MORE))
+    ):
         raise UserError(
             f"model.name: {folder} is not a plain LoRA, so it cannot be merged here; evaluate it unmerged, or register"
             " it with export.merged: true to train on top of it"

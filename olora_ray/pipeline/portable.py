@@ -50,7 +50,9 @@ def copy_tokenizer(base: Path, out: Path) -> None:
             shutil.copyfile(base / name, out / name)
     if (base / TEMPLATES).is_dir():
         # dirs_exist_ok: a merged folder already has the base's templates when it gets the adapter's tokenizer.
-        shutil.copytree(base / TEMPLATES, out / TEMPLATES, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        shutil.copytree(
+            base / TEMPLATES, out / TEMPLATES, copy_function=shutil.copyfile, dirs_exist_ok=True
+        )
     make_portable(out)
 
 
@@ -73,13 +75,19 @@ def end_with(folder: Path, ids: Sequence[int]) -> None:
     file = folder / GENERATION
     if not file.is_file():
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kept = {name: shape[name] for name in ("bos_token_id", "pad_token_id") if shape.get(name) is not None}
+        kept = {
+            name: shape[name]
+            for name in ("bos_token_id", "pad_token_id")
+            if shape.get(name) is not None
+        }
         file.write_text(json.dumps(kept), encoding="utf-8")
     _rewrite(file, lambda fields: {**fields, ENDS: list(ids)})
 
 
 def _brings_code(settings: Path) -> bool:
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("auto_map"))
+    return settings.is_file() and bool(
+        json.loads(settings.read_text(encoding="utf-8")).get("auto_map")
+    )
 
 
 def make_portable(folder: Path) -> None:
@@ -98,7 +106,11 @@ def portable_config(tree: Any) -> Any:
     Fields that transformers 5 renamed get their old name as well: transformers 4 would silently use its defaults.
     """
     if isinstance(tree, dict):
-        kept = {name: portable_config(value) for name, value in tree.items() if not _is_place(name, value)}
+        kept = {
+            name: portable_config(value)
+            for name, value in tree.items()
+            if not _is_place(name, value)
+        }
         return {**kept, **_old_names(kept)}
     return [portable_config(value) for value in tree] if isinstance(tree, list) else tree
 
@@ -106,7 +118,11 @@ def portable_config(tree: Any) -> Any:
 def _old_names(fields: dict[str, Any]) -> dict[str, Any]:
     # Rotary positions by the names of transformers 4; 5 reads both.
     rope = fields.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope or not fields.keys().isdisjoint(_OLD_ROPE):
+    if (
+        not isinstance(rope, dict)
+        or "rope_theta" not in rope
+        or not fields.keys().isdisjoint(_OLD_ROPE)
+    ):
         return {}
     rest = {name: value for name, value in rope.items() if name != "rope_theta"}
     scaled = rest.get("rope_type", "default") != "default"
@@ -122,7 +138,11 @@ def _rewrite(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def _portable_tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in fields.items() if name not in OF_A_MACHINE and not _is_place(name, value)}
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if name not in OF_A_MACHINE and not _is_place(name, value)
+    }
     # transformers 5 has a new name for the class of fast tokenizers, and reads the old one; 4 knows only the old one.
     if kept.get("tokenizer_class") == "TokenizersBackend":
         kept["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -241,10 +261,14 @@ def license_of(base: Path, hub_id: str | None, given: str | None) -> dict[str, A
     found: dict[str, Any] = {}
     with contextlib.suppress(ValueError, yaml.YAMLError):  # a damaged card
         found = metadata_load(base / "README.md") or {}
-    fields = {name: found[name] for name in ("license", "license_name", "license_link") if found.get(name)}
+    fields = {
+        name: found[name] for name in ("license", "license_name", "license_link") if found.get(name)
+    }
     if "://" not in str(fields.get("license_link", "://")):  # a file beside the base model's card
         link = fields.pop("license_link")
-        fields |= {"license_link": f"https://huggingface.co/{hub_id}/blob/main/{link}"} if hub_id else {}
+        fields |= (
+            {"license_link": f"https://huggingface.co/{hub_id}/blob/main/{link}"} if hub_id else {}
+        )
     return fields
 
 
@@ -266,9 +290,17 @@ def model_card(card: Card) -> str:
         f"Training: {card.steps} steps of {card.batch} sequences of at most {card.max_length} tokens"
         + ", from the adapter of an earlier run" * card.continued,
         *([f"Held-out data: {card.held_out}"] if card.held_out else []),
-        *([f"Held-out loss: {card.eval_loss:.4f} per supervised token"] if card.eval_loss is not None else []),
+        *(
+            [f"Held-out loss: {card.eval_loss:.4f} per supervised token"]
+            if card.eval_loss is not None
+            else []
+        ),
         *([f"Base model in the training: {card.quantised}"] if card.quantised else []),
-        *([f"Answers end with {card.ends}: set it as a server's stop token (`stop_token_ids`)"] if card.ends else []),
+        *(
+            [f"Answers end with {card.ends}: set it as a server's stop token (`stop_token_ids`)"]
+            if card.ends
+            else []
+        ),
         *([f"Compressed to rank {card.rank}: {card.compressed}"] if card.compressed else []),
         *([f"Checks of the export: {card.checked}"] if card.checked else []),
     ]
@@ -281,7 +313,10 @@ def model_card(card: Card) -> str:
     )
     title = f"{base}, fine-tuned" if card.merged else f"Adapter for {base}"
     return CARD.format(
-        metadata=_metadata(card, hub), title=title, facts="\n".join(f"- {fact}" for fact in facts), loading=loading
+        metadata=_metadata(card, hub),
+        title=title,
+        facts="\n".join(f"- {fact}" for fact in facts),
+        loading=loading,
     )
 
 
@@ -293,8 +328,13 @@ def facts_of(folder: Path) -> str:
 def _metadata(card: Card, hub: bool) -> str:
     # The hub reads these fields: https://huggingface.co/docs/hub/model-cards. A merged adapter is a fine-tuned model
     # there; `merge` means a mixture of several models.
-    relation = {"base_model": card.base_name, "base_model_relation": "finetune" if card.merged else "adapter"}
-    datasets = [each.path[5:].partition("?")[0] for each in card.sources if each.path.startswith("hf://")]
+    relation = {
+        "base_model": card.base_name,
+        "base_model_relation": "finetune" if card.merged else "adapter",
+    }
+    datasets = [
+        each.path[5:].partition("?")[0] for each in card.sources if each.path.startswith("hf://")
+    ]
     fields = {
         **card.license,
         **(relation if hub else {}),
@@ -315,7 +355,9 @@ def _serving(base: str, card: Card) -> str:
         return NOT_SERVED.format(rank=card.rank, largest=VLLM_RANKS[-1])
     template = " --chat-template THIS_FOLDER/chat_template.jinja" * card.own_template
     revision = f" --revision {card.revision}" if card.revision else ""
-    return SERVING.format(base=base, rank=vllm_rank, revision=revision, place=card.place, template=template)
+    return SERVING.format(
+        base=base, rank=vllm_rank, revision=revision, place=card.place, template=template
+    )
 
 
 def in_words(sources: Sequence[Source]) -> str:
@@ -325,7 +367,11 @@ def in_words(sources: Sequence[Source]) -> str:
 
 def _source(source: Source) -> str:
     # Paths and buckets stay out of the card; a data set of the hub is public.
-    name = source.path if source.path.startswith("hf://") else source.path.rstrip("/").rsplit("/", 1)[-1]
+    name = (
+        source.path
+        if source.path.startswith("hf://")
+        else source.path.rstrip("/").rsplit("/", 1)[-1]
+    )
     if storage.is_uri(source.path) and not source.path.startswith("hf://"):
         name = name.partition("?")[0]
     weight = f", weight {source.weight:g}" if source.weight != 1 else ""

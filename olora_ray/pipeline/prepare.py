@@ -64,14 +64,21 @@ def _deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
     """Return the size of a training; raise UserError if it could not be trained or exported."""
     size = estimate(config, base)
     if problems := export_preflight.problems(base, config, size.targets):
-        more = [f"{plural(len(problems) - 2, 'more type')} of layers cannot be exported"] * (len(problems) > 2)
+        more = [f"{plural(len(problems) - 2, 'more type')} of layers cannot be exported"] * (
+            len(problems) > 2
+        )
         raise UserError("; ".join([*problems[:2], *more]))
     return size
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:
-    share, covered = size.trainable / size.parameters, sum(map(math.prod, size.targets.values())) / size.parameters
-    stacks = [target.experts for target in size.selection.targets.values() if target.experts is not None]
+    share, covered = (
+        size.trainable / size.parameters,
+        sum(map(math.prod, size.targets.values())) / size.parameters,
+    )
+    stacks = [
+        target.experts for target in size.selection.targets.values() if target.experts is not None
+    ]
     experts = f" and {len(stacks)} stacks of {max(stacks)} experts" if stacks else ""
     most = "up to " if config.adapter.largest_rank() > config.adapter.rank else ""
     return (
@@ -102,7 +109,9 @@ def _memory_line(config: Config, size: MemoryEstimate) -> str:
     if packed != "none" or size.gathered_bytes:
         parts["gathered" if packed == "none" else "one unpacked layer"] = size.gathered_bytes
     answering = size.answer_bytes > size.activation_bytes
-    parts["answers to held-out prompts" if answering else "activations"] = max(size.answer_bytes, size.activation_bytes)
+    parts["answers to held-out prompts" if answering else "activations"] = max(
+        size.answer_bytes, size.activation_bytes
+    )
     shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
     return (
         f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
@@ -125,9 +134,15 @@ def say_steps(spec: TrainSpec) -> None:
         )
     else:
         train = spec.config.train
-        steps = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
+        steps = (
+            f"{train.steps} steps"
+            if train.steps
+            else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
+        )
         split = batch_split(spec.config, spec.config.cluster.max_workers())
-        logger.info(f"training: {steps}; {split}; tokens are prepared in {spec.train.shard_count:,} shards")
+        logger.info(
+            f"training: {steps}; {split}; tokens are prepared in {spec.train.shard_count:,} shards"
+        )
 
 
 # The length of sequences, and the tokens of a run.
@@ -146,7 +161,9 @@ def with_length(config: Config, base: Base) -> Config:
     looks = [describe(wide, base.spec, split, tell=False) for split in splits]
     longest, rows = max(look.longest for look in looks), sum(look.read for look in looks)
     if not longest:
-        raise UserError("data.max_length: auto is not possible for plain text, which is cut into pieces; set a number")
+        raise UserError(
+            "data.max_length: auto is not possible for plain text, which is cut into pieces; set a number"
+        )
     number = min(max(256, -(-longest // 64) * 64), most)
     read = f"{rows:,} rows{'' if all(look.exact for look in looks) else ' of a sample'}"
     said = f"the longest of {read} has {longest:,} tokens"
@@ -174,7 +191,12 @@ class Prepared:
 
 
 def prepare_tokens(
-    config: Config, base: Base, *, wait: bool = False, cpus_held: float = 0.0, check: Check = lambda contents: None
+    config: Config,
+    base: Base,
+    *,
+    wait: bool = False,
+    cpus_held: float = 0.0,
+    check: Check = lambda contents: None,
 ) -> Prepared:
     """Prepare the token stores of a training.
 
@@ -238,7 +260,9 @@ def contents(config: Config, base: Base) -> dict[str, str]:
         "base model": base.model.digest,
         "tokenizer": base.spec.digest,
         "training data": plan_here(config, base.spec, "train", look).digest(),
-        "held-out data": plan_here(config, base.spec, "eval", look).digest() if config.data.holds_out() else "",
+        "held-out data": plan_here(config, base.spec, "eval", look).digest()
+        if config.data.holds_out()
+        else "",
     } | ({"start": start} if start else {})
 
 
@@ -246,6 +270,8 @@ def _digest_of_start(config: Config) -> str | None:
     # The manifest contains the digests of all files of the checkpoint.
     if config.train.start is None:
         return None
-    with as_user_error(f"train.start: {config.train.start} is no checkpoint", OSError, reason=short_reason):
+    with as_user_error(
+        f"train.start: {config.train.start} is no checkpoint", OSError, reason=short_reason
+    ):
         content = storage.read_bytes(storage.join(config.train.start, checkpoint.MANIFEST))
     return storage.digest_bytes(content)[:32]

@@ -31,7 +31,9 @@ class Progress:
         self._steps, self._trained, self._began = 0, 0.0, 0.0
         """Since the workers started: steps, seconds in steps, and the time at which the first of them began."""
         wanted = sys.stderr.isatty() if bar is None else bar
-        self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, leave=True, disable=not wanted)
+        self.bar = tqdm(
+            total=total, bar_format=BAR, dynamic_ncols=True, leave=True, disable=not wanted
+        )
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Progress":
@@ -74,7 +76,9 @@ class Progress:
         if "train/loss" in row:
             self._step(step, row)
         if "eval/loss" in row:
-            self.line(f"{self._of(step)} | eval loss {row['eval/loss']:.4f} | perplexity {row['eval/perplexity']:.2f}")
+            self.line(
+                f"{self._of(step)} | eval loss {row['eval/loss']:.4f} | perplexity {row['eval/perplexity']:.2f}"
+            )
 
     def _step(self, step: int, row: dict[str, float]) -> None:
         seconds = row["train/step_seconds"]
@@ -87,12 +91,18 @@ class Progress:
         self._steps, self._trained = self._steps + 1, self._trained + seconds
         self.bar.update(step - self.bar.n)
         left = self._left(step)
-        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left")
+        self.bar.set_postfix_str(
+            f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left"
+        )
         if step % self.every == 0 or step == self.total or self.seconds >= 30.0:
             self.line(
                 f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                 f" | {self.tokens / self.seconds:.0f} tok/s, {self.supervised / self.seconds:.0f} supervised"
-                + (f", {row['train/share_of_peak']:.0%} of the GPUs' peak" if "train/share_of_peak" in row else "")
+                + (
+                    f", {row['train/share_of_peak']:.0%} of the GPUs' peak"
+                    if "train/share_of_peak" in row
+                    else ""
+                )
                 + f" | data wait {self.waited / self.seconds:.0%} | ETA about {left}"
             )
             self.tokens = self.supervised = self.seconds = self.waited = 0.0
@@ -117,9 +127,15 @@ def clock(seconds: float) -> str:
 
 def batch_split(config: Config, workers: int) -> str:
     """Return `16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)`, with advice if workers are idle."""
-    size, micro, count = config.train.global_batch, config.train.micro(), config.train.micro_batches()
+    size, micro, count = (
+        config.train.global_batch,
+        config.train.micro(),
+        config.train.micro_batches(),
+    )
     parts = [share(count, worker, workers) for worker in range(workers)]
-    shares = sorted({min(part.stop * micro, size) - min(part.start * micro, size) for part in parts})
+    shares = sorted(
+        {min(part.stop * micro, size) - min(part.start * micro, size) for part in parts}
+    )
     idle = workers - count
     return (
         f"{plural(size, 'sequence')} per step = {plural(workers, 'worker')} x {' or '.join(map(str, shares))}"

@@ -61,7 +61,10 @@ def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> It
 
 
 def log_data(tracker: Tracker, spec: TrainSpec) -> None:
-    sources = {"training": (spec.train, spec.config.data.train), "evaluation": (spec.eval, spec.config.data.eval)}
+    sources = {
+        "training": (spec.train, spec.config.data.train),
+        "evaluation": (spec.eval, spec.config.data.eval),
+    }
     for context, (store, named) in sources.items():
         if store is not None and store.complete:  # an incomplete store is logged after training
             paths = ", ".join(source.path for source in named) or "held out from training"
@@ -79,13 +82,19 @@ def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) 
     """
     scores = score(exported.spec.config, answers)
     for step, when in ((exported.state.step, "after"), (0, "before")):
-        tracker.metrics({step: {f"score/{name}": value for name, value in scores.get(when, {}).items()}})
+        tracker.metrics(
+            {step: {f"score/{name}": value for name, value in scores.get(when, {}).items()}}
+        )
     columns = ("prompt", "reference", "before", "after")
-    tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
+    tracker.table(
+        "samples", columns, [[getattr(item, name) for name in columns] for item in answers]
+    )
     return scores
 
 
-def publish(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores) -> dict[str, Any]:
+def publish(
+    exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores
+) -> dict[str, Any]:
     """Register a run and log its results; return the content of result.json. Safe to repeat.
 
     Raises TrackingUnavailable if MLflow does not answer; then do not write result.json, so that a retry logs the rest.
@@ -95,7 +104,9 @@ def publish(exported: Exported, tracker: Tracker, tags: Mapping[str, str], score
     return content
 
 
-def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores | None = None) -> int | None:
+def register(
+    exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores | None = None
+) -> int | None:
     """Log missing metrics, the parity report and the model; register the model if registry.model is set.
 
     `tags` override the version's own tags. Returns the version. Safe to repeat; raises TrackingUnavailable if MLflow
@@ -103,11 +114,16 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
     """
     spec, state = exported.spec, exported.state
     config, registry = spec.config, spec.config.registry
-    tracker.metrics({int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history})
+    tracker.metrics(
+        {int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history}
+    )
     log_data(tracker, spec)
     tracker.text(json.dumps(exported.parity, indent=2), "parity.json")
     made_of = Fingerprint(
-        spec.base.digest, spec.train.digest, spec.eval.digest if spec.eval else "", settings_digest(config)
+        spec.base.digest,
+        spec.train.digest,
+        spec.eval.digest if spec.eval else "",
+        settings_digest(config),
     )
     own: dict[str, object] = {
         **made_of.tags(),
@@ -121,7 +137,10 @@ def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scor
         **tags,
     }
     content = "merged model" if config.export.merged else "adapter, without its base model,"
-    with contents_of(exported, scores or {}) as contents, client.reachable(tracker.uri, upload=True):
+    with (
+        contents_of(exported, scores or {}) as contents,
+        client.reachable(tracker.uri, upload=True),
+    ):
         if registry.model is None:
             logger.info(f"logging the {content}")
             models.log_model(tracker, contents, own)
@@ -140,12 +159,16 @@ def _cost(config: Config, folder: RunFolder) -> dict[str, str]:
     return seconds | ({PRICE: f"{gpus / 3600 * price:.2f}"} if price is not None else {})
 
 
-def _result(exported: Exported, tracker: Tracker, scores: Scores, version: int | None) -> dict[str, Any]:
+def _result(
+    exported: Exported, tracker: Tracker, scores: Scores, version: int | None
+) -> dict[str, Any]:
     spec, state, registry = exported.spec, exported.state, exported.spec.config.registry
     last: dict[str, float] = {}
     for row in state.history:
         last |= {name: value for name, value in row.items() if name != "step"}
-    if state.best_loss is not None:  # the last evaluation may be of a worse adapter than the exported one
+    if (
+        state.best_loss is not None
+    ):  # the last evaluation may be of a worse adapter than the exported one
         last |= {"eval/loss": state.best_loss, "eval/perplexity": perplexity(state.best_loss)}
     registered = {"model": registry.model, "version": version, "alias": registry.alias}
     return {
@@ -186,9 +209,13 @@ def check_hub(repo: str) -> None:
     places = [user, *(each for each in user.get("orgs") or () if each.get("roleInOrg") != "read")]
     owners = [str(each.get("name")) for each in places]
     if role == "read":
-        raise UserError(f"export.push: {repo}: the hub's token here may only read; set HF_TOKEN to one that may write")
+        raise UserError(
+            f"export.push: {repo}: the hub's token here may only read; set HF_TOKEN to one that may write"
+        )
     if role == "write" and repo.partition("/")[0] not in owners:
-        raise UserError(f"export.push: {repo}: the hub's token here writes only for {', '.join(owners)}; set HF_TOKEN")
+        raise UserError(
+            f"export.push: {repo}: the hub's token here writes only for {', '.join(owners)}; set HF_TOKEN"
+        )
 
 
 def check_license(config: Config, base: BaseModel) -> None:
@@ -224,7 +251,9 @@ def push_version(config: Config, number: str) -> None:
         last = client.connect(uri).get_registered_model(name).tags.get(PUSHED)
     if (repo := config.export.push) and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
-        found = models.of_config(override(config, {"model.name": f"models:/{name}/{number}", "model.revision": None}))
+        found = models.of_config(
+            override(config, {"model.name": f"models:/{name}/{number}", "model.revision": None})
+        )
         if found is None or not found.version.checksum:
             raise UserError(
                 f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push"
@@ -239,13 +268,20 @@ def _upload(config: Config, repo: str, files: Path, what: str) -> None:
     """
     from huggingface_hub import HfApi
 
-    hub, subject = HfApi(), f"export.push: {repo}: {what} is not pushed; the same command only pushes"
+    hub, subject = (
+        HfApi(),
+        f"export.push: {repo}: {what} is not pushed; the same command only pushes",
+    )
     logger.info(f"pushing {what} to {repo}")
-    _note_push(config, f"{repo} unfinished")  # after a crash in the upload, nobody knows what the repository has
+    _note_push(
+        config, f"{repo} unfinished"
+    )  # after a crash in the upload, nobody knows what the repository has
     with as_user_error(subject, Exception, reason=_hub_problem, passes=is_temporary):
         hub.create_repo(repo, private=True, exist_ok=True)
         message = f"olora_ray: {config.registry.model or ''} {what}"
-        done = hub.upload_folder(repo_id=repo, folder_path=files, commit_message=message, delete_patterns=_STALE)
+        done = hub.upload_folder(
+            repo_id=repo, folder_path=files, commit_message=message, delete_patterns=_STALE
+        )
     _note_push(config, f"{repo} {what}")
     logger.info(f"pushed: {done.commit_url}")
 

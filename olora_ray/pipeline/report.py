@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 PAGE = "report.html"
 
 
-def write_page(exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], tracker: Tracker) -> None:
+def write_page(
+    exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], tracker: Tracker
+) -> None:
     """Write the page of the run, and the description of its MLflow run; `result` is the content of result.json."""
     facts, name = dict(_facts(exported, result)), exported.spec.config.run.name
     heads = [(column, "text", "") for column in ("prompt", "wanted", "before", "after")]
@@ -40,24 +42,47 @@ def write_page(exported: Exported, answers: Sequence[Sample], result: Mapping[st
         + (f"<h2>Answers to held-out prompts</h2>\n{page.table(heads, rows)}\n" if rows else "")
         + f'<h2>Next</h2>\n<div class="card"><pre>{escape(commands)}</pre></div>'
     )
-    storage.write_text(storage.join(exported.folder.root, PAGE), page.document(f"{name}: run", body))
-    tracker.tags({"mlflow.note.content": "\n".join(f"- **{fact}**: {said}" for fact, said in facts.items())})
+    storage.write_text(
+        storage.join(exported.folder.root, PAGE), page.document(f"{name}: run", body)
+    )
+    tracker.tags(
+        {"mlflow.note.content": "\n".join(f"- **{fact}**: {said}" for fact, said in facts.items())}
+    )
 
 
 def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    spec, state, config, adapter = exported.spec, exported.state, exported.spec.config, exported.spec.config.adapter
+    spec, state, config, adapter = (
+        exported.spec,
+        exported.state,
+        exported.spec.config,
+        exported.spec.config.adapter,
+    )
     if losses := exported.losses():
-        yield "held-out loss", f"{losses[0]:.4f} before, {state.best_loss:.4f} after step {state.best_step}"
+        yield (
+            "held-out loss",
+            f"{losses[0]:.4f} before, {state.best_loss:.4f} after step {state.best_step}",
+        )
     for name, value in result["scores"].get("after", {}).items():
         before = result["scores"]["before"].get(name)
-        yield f"held-out {name}", f"{value:.3f}" if before is None else f"{before:.3f} before, {value:.3f} after"
-    trained = f", {exported.result.trainable:,} parameters trained" if exported.result.trainable else ""
-    yield "model", f"{mask(spec.base.shown())}; {adapter.method} rank {adapter.rank}, alpha {adapter.alpha:g}{trained}"
+        yield (
+            f"held-out {name}",
+            f"{value:.3f}" if before is None else f"{before:.3f} before, {value:.3f} after",
+        )
+    trained = (
+        f", {exported.result.trainable:,} parameters trained" if exported.result.trainable else ""
+    )
+    yield (
+        "model",
+        f"{mask(spec.base.shown())}; {adapter.method} rank {adapter.rank}, alpha {adapter.alpha:g}{trained}",
+    )
     yield "training rows", _rows(spec.train)
     if spec.eval:
         yield "held-out rows", _rows(spec.eval)
     early = ", stopped early" if exported.result.stopped_early else ""
-    yield "training", f"{plural(state.step, 'step')}, peak rate {state.lr or config.train.lr}{early}"
+    yield (
+        "training",
+        f"{plural(state.step, 'step')}, peak rate {state.lr or config.train.lr}{early}",
+    )
     used = sorted(exported.folder.used().items())
     yield "used", ", ".join(f"{duration(seconds)} of {kind}s" for kind, seconds in used)
     checked = "the exported adapter, loaded with PEFT, computes what was trained"
@@ -80,11 +105,20 @@ def _curve(exported: Exported) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
         axes = (figure := Figure(figsize=(12.0, 4.8), layout="constrained")).add_subplot()
-        for name, shown in (("train/loss", "training, each step on its own rows"), ("eval/loss", "held out")):
-            if points := [(row["step"], row[name]) for row in exported.state.history if name in row]:
-                axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else "", label=shown)
+        for name, shown in (
+            ("train/loss", "training, each step on its own rows"),
+            ("eval/loss", "held out"),
+        ):
+            if points := [
+                (row["step"], row[name]) for row in exported.state.history if name in row
+            ]:
+                axes.plot(
+                    *zip(*points, strict=True), marker="o" if len(points) < 20 else "", label=shown
+                )
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.grid(axis="y", color="#e4e7eb")
         axes.legend(frameon=False)
@@ -111,7 +145,9 @@ def already_finished(config: Config, state: RunState, result: dict[str, Any]) ->
         )
 
 
-def finished(exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], url: str | None) -> None:
+def finished(
+    exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], url: str | None
+) -> None:
     """Print answers, losses and scores before and after training, and commands that use the model.
 
     `result` is the content of result.json, `url` the address of the run's page on an MLflow server.
@@ -136,9 +172,13 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
         lines += [f"  wanted: {_one_line(item.reference)}"]
         lines += [f"  before: {_one_line(item.before)}", f"  after:  {_one_line(item.after)}", ""]
     if evaluated := exported.losses():
-        lines.append(f"held-out loss: {evaluated[0]:.4f} before, {state.best_loss:.4f} after (step {state.best_step})")
+        lines.append(
+            f"held-out loss: {evaluated[0]:.4f} before, {state.best_loss:.4f} after (step {state.best_step})"
+        )
         if not config.data.eval:
-            lines.append("the held-out rows are from the training files and may be worded alike: ask in new words, too")
+            lines.append(
+                "the held-out rows are from the training files and may be worded alike: ask in new words, too"
+            )
     for name, value in scores.get("after", {}).items():
         before = f"{scores['before'][name]:.3f} before, " if name in scores["before"] else ""
         lines.append(f"held-out {name}: {before}{value:.3f} after ({len(answers)} rows)")
@@ -159,7 +199,9 @@ def next_steps(result: Mapping[str, Any], url: str | None) -> list[str]:
     lines = []
     if (registered := result["registered"]) is not None:
         uri = f"models:/{registered['model']}@{registered['alias']}"
-        lines.append(f"registered:           {registered['model']} version {registered['version']} ({uri})")
+        lines.append(
+            f"registered:           {registered['model']} version {registered['version']} ({uri})"
+        )
         if registered["alias"] != CHALLENGER:  # the gate has not decided about a challenger
             lines += models.uses(store, uri)
     ui = f"{models.scripts()}/mlflow ui --backend-store-uri {quote(store)}"

@@ -37,7 +37,11 @@ class Driver:
             self._lease.check()
         except TryAgain as error:
             unreadable = isinstance(error, lock.LockUnreadable)
-            how = "run the same command again to resume" if unreadable else "the other process resumes the run"
+            how = (
+                "run the same command again to resume"
+                if unreadable
+                else "the other process resumes the run"
+            )
             raise TakenOver(f"{error}; {how}", error.exit_code) from error
 
     @contextlib.contextmanager
@@ -73,7 +77,9 @@ def only_driver(config: Config) -> Iterator[Driver]:
         yield Driver(lease)
 
 
-def run(config: Config, tags: Mapping[str, str] | None = None, base: Base | None = None) -> dict[str, Any]:
+def run(
+    config: Config, tags: Mapping[str, str] | None = None, base: Base | None = None
+) -> dict[str, Any]:
     """Fine-tune, export, check and register as the config says; return the content of result.json.
 
     `tags` are set on the registered version, and override its own tags. `base` is the config's base model if the
@@ -87,20 +93,31 @@ def run(config: Config, tags: Mapping[str, str] | None = None, base: Base | None
     publish.check_tracking(config, folder)
     address.find()
     with only_driver(config) as driver:
-        config, state = folder.check(config)  # another driver may have finished it before this one got the lock
-        return _finished(config, state) or _run(config, folder, state, driver, tags or {}, base or open_base(config))
+        config, state = folder.check(
+            config
+        )  # another driver may have finished it before this one got the lock
+        return _finished(config, state) or _run(
+            config, folder, state, driver, tags or {}, base or open_base(config)
+        )
 
 
 def _finished(config: Config, state: RunState) -> dict[str, Any] | None:
     if done := state.finished(config):
-        if state.moved(config):  # other paths may have other contents, and this result would not be theirs
+        if state.moved(
+            config
+        ):  # other paths may have other contents, and this result would not be theirs
             state.require_same(config, prepare.contents(config, open_base(config)))
         report.already_finished(config, state, done)
     return done
 
 
 def _run(
-    config: Config, folder: RunFolder, state: RunState, driver: Driver, tags: Mapping[str, str], base: Base
+    config: Config,
+    folder: RunFolder,
+    state: RunState,
+    driver: Driver,
+    tags: Mapping[str, str],
+    base: Base,
 ) -> dict[str, Any]:
     publish.check_license(config, base.model)
     config = prepare.with_length(config, base)
@@ -130,7 +147,11 @@ def _run(
 
 
 def register(
-    spec: TrainSpec, folder: RunFolder, result: TrainResult, tags: Mapping[str, str], parent: str | None = None
+    spec: TrainSpec,
+    folder: RunFolder,
+    result: TrainResult,
+    tags: Mapping[str, str],
+    parent: str | None = None,
 ) -> int | None:
     """Export, check and register a finished training, such as a trial of a search; return the version.
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start")
+PLACES = re.compile(
+    r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start"
+)
 """Fields with paths and names of contents; a resumed run compares the contents instead."""
 
 
@@ -37,11 +39,17 @@ def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in bound_settings(settings).items() if field not in LENGTH}
+    return {
+        field: value for field, value in bound_settings(settings).items() if field not in LENGTH
+    }
 
 
 def _all_but_evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in _all_but_length(settings).items() if not field.startswith("evaluation.")}
+    return {
+        field: value
+        for field, value in _all_but_length(settings).items()
+        if not field.startswith("evaluation.")
+    }
 
 
 def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,8 +62,14 @@ def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {field: value for field, value in settings.items() if field.startswith(("export.", "registry."))}
-    kept.pop("export.push", None)  # `publish.push` needs no new export, and sees by itself whether it is done
+    kept = {
+        field: value
+        for field, value in settings.items()
+        if field.startswith(("export.", "registry."))
+    }
+    kept.pop(
+        "export.push", None
+    )  # `publish.push` needs no new export, and sees by itself whether it is done
     return kept
 
 
@@ -99,8 +113,12 @@ class RunState:
         if self.config is None:
             return ""
         old, new = part(flatten(self.config)), part(flatten(config))
-        changed = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
-        return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
+        changed = [
+            field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)
+        ]
+        return ", ".join(
+            f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4]
+        )
 
     def problem(self, config: Config) -> str:
         """Return why `config` cannot resume the run with its name; empty if it can, or if there is no run."""
@@ -163,14 +181,20 @@ class RunFolder:
         Another length is allowed. Raises UserError if a check fails, and TryAgain if an object store does not answer.
         """
         storage.check_storage(config.run.storage, "run.storage")
-        with as_user_error(f"run.storage: {self.root} cannot be read", OSError, reason=short_reason):
+        with as_user_error(
+            f"run.storage: {self.root} cannot be read", OSError, reason=short_reason
+        ):
             state = self.state()
         if state.config and (state.step is not None or state.result):
             old, new = flatten(state.config), flatten(config)
             decided = ("data.max_length", "train.micro_batch")
-            config = override(config, {field: old[field] for field in decided if new[field] == "auto"})
+            config = override(
+                config, {field: old[field] for field in decided if new[field] == "auto"}
+            )
         if problem := state.problem(config):
-            raise UserError(f"{problem}; set another run.name, remove run.name, or delete {self.root}")
+            raise UserError(
+                f"{problem}; set another run.name, remove run.name, or delete {self.root}"
+            )
         return config, state
 
     def state(self) -> RunState:
@@ -182,17 +206,23 @@ class RunFolder:
         config, (step, kept) = self._config(), checkpoints.newest(self.checkpoints)
         result = records.read(self.result, dict[str, Any])
         metrics = result.get("metrics", {}) if result else None
-        if not isinstance(metrics, dict) or not all(isinstance(each, int | float | None) for each in metrics.values()):
+        if not isinstance(metrics, dict) or not all(
+            isinstance(each, int | float | None) for each in metrics.values()
+        ):
             result = None
         identity = kept.identity or _identity_in(result or {})
-        return RunState(self.root, config, step, identity, records.read(self.training, TrainResult), result)
+        return RunState(
+            self.root, config, step, identity, records.read(self.training, TrainResult), result
+        )
 
     def _config(self) -> Config | None:
         if not storage.exists(self.settings):
             return None
         try:
             return read_config(self.settings)
-        except ValueError as error:  # never "delete these fields": the numbers of the run may depend on them
+        except (
+            ValueError
+        ) as error:  # never "delete these fields": the numbers of the run may depend on them
             raise UserError(
                 f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
                 f" ({str(error).replace(self.settings, 'config.yaml')[:200]}); set another run.name, or delete the"
@@ -228,7 +258,9 @@ class RunFolder:
         return report if report.pop("export", None) == config.export.model_dump() else None
 
     def write_parity(self, config: Config, measured: dict[str, Any]) -> None:
-        records.write(self.parity, {**measured, "export": config.export.model_dump()}, indent=2, end="\n")
+        records.write(
+            self.parity, {**measured, "export": config.export.model_dump()}, indent=2, end="\n"
+        )
 
     def write_training(self, result: "TrainResult") -> None:
         records.write(self.training, result)
@@ -250,7 +282,11 @@ class RunFolder:
     def tracking_run(self, uri: str, storage_root: str) -> str | None:
         """Return the id of the MLflow run at `uri`, if an earlier attempt has created it."""
         kept = records.read(self._tracking, dict[str, Any]) or {}
-        return str(kept["run_id"]) if kept.get("uri") == _shown(uri, storage_root) and kept.get("run_id") else None
+        return (
+            str(kept["run_id"])
+            if kept.get("uri") == _shown(uri, storage_root) and kept.get("run_id")
+            else None
+        )
 
     def keep_tracking_run(self, uri: str, storage_root: str, run_id: str) -> None:
         """Write tracking.json, so that a later attempt resumes this MLflow run; passwords in `uri` are masked."""
@@ -259,20 +295,28 @@ class RunFolder:
 
 def _shown(uri: str, storage_root: str) -> str:
     # A database inside the storage is written relative to it, so that a moved storage still finds its MLflow run.
-    return mask(uri).replace(f"sqlite:///{os.path.abspath(storage_root)}/", "sqlite:///<run.storage>/")
+    return mask(uri).replace(
+        f"sqlite:///{os.path.abspath(storage_root)}/", "sqlite:///<run.storage>/"
+    )
 
 
 def _identity_in(result: Mapping[str, Any]) -> dict[str, str]:
     """Return the identity of a finished run whose checkpoints are gone."""
     base, data = result.get("base") or {}, result.get("data") or {}
-    known = {"base model": base.get("digest"), "training data": data.get("train"), "held-out data": data.get("eval")}
+    known = {
+        "base model": base.get("digest"),
+        "training data": data.get("train"),
+        "held-out data": data.get("eval"),
+    }
     return {what: str(digest) for what, digest in known.items() if digest is not None}
 
 
 # The fingerprint of a model: digests of its four inputs. Equal fingerprints mean equal models.
 
 
-NEUTRAL = frozenset({"activation_checkpointing", "micro_batch", "keep", "log_every", "checkpoint_every", "start"})
+NEUTRAL = frozenset(
+    {"activation_checkpointing", "micro_batch", "keep", "log_every", "checkpoint_every", "start"}
+)
 """Fields of the train section that do not change the result, or only by rounding, or are paths."""
 MODEL = frozenset({"dtype", "attention", "quantization"})
 """Fields of the model section that change the result, in addition to the base model itself."""
@@ -282,7 +326,12 @@ TAGS = {
     "held_out": "olora.held_out_digest",
     "settings": SETTINGS,
 }
-WORDS = {"base": "base model", "data": "training data", "held_out": "held-out data", "settings": "settings"}
+WORDS = {
+    "base": "base model",
+    "data": "training data",
+    "held_out": "held-out data",
+    "settings": "settings",
+}
 
 
 @dataclass(frozen=True)
@@ -306,7 +355,9 @@ class Fingerprint:
         return cls(**{name: tags.get(tag, "") for name, tag in TAGS.items()})
 
     def changes(self, before: "Fingerprint") -> list[str]:
-        return [word for name, word in WORDS.items() if getattr(self, name) != getattr(before, name)]
+        return [
+            word for name, word in WORDS.items() if getattr(self, name) != getattr(before, name)
+        ]
 
 
 def settings_digest(config: Config) -> str:

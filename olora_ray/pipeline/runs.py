@@ -23,7 +23,12 @@ from olora_ray.config import command_line
 from olora_ray.config.schema import IN_STORAGE
 
 HEAD = ("name", "state", "steps", "loss", "version", "model", "data", "changed")
-KINDS = {"search.json": "search", "compare.json": "comparison", "config.yaml": "run", "checkpoints": "run"}
+KINDS = {
+    "search.json": "search",
+    "compare.json": "comparison",
+    "config.yaml": "run",
+    "checkpoints": "run",
+}
 """File or folder -> type of the folder that contains it."""
 ENDS = {"search": "best.yaml", "comparison": "comparison.json", "run": "result.json"}
 """Type of folder -> its last file, which marks it as finished."""
@@ -44,7 +49,11 @@ def main(argv: list[str]) -> None:
 
 
 def table(storage_root: str) -> list[str]:
-    names = [name for name in storage.names(storage_root) if name not in IN_STORAGE and not name.startswith(".")]
+    names = [
+        name
+        for name in storage.names(storage_root)
+        if name not in IN_STORAGE and not name.startswith(".")
+    ]
     with ThreadPoolExecutor(16) as pool:  # each run needs several requests to an object store
         rows = sorted(filter(None, pool.map(partial(_row, storage_root), names)))
     return aligned([HEAD, *(cells for _, cells in rows)]) if rows else []
@@ -60,11 +69,18 @@ def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
     folder_type = next((folder_type for file, folder_type in KINDS.items() if file in times), None)
     if folder_type is None:
         return None
-    changed, state = max(times.values()), "finished" if ENDS[folder_type] in times else "interrupted"
+    changed, state = (
+        max(times.values()),
+        "finished" if ENDS[folder_type] in times else "interrupted",
+    )
     # A lock alone does not mean "running": a killed driver leaves its lock behind, and is_held checks the holder.
     if state == "interrupted" and lock.is_held(storage.join(root, "locks", "runs", f"{name}.json")):
         state = "running"
-    cells = _of_run(folder, state, EARLIER in times) if folder_type == "run" else [f"{folder_type}, {state}"]
+    cells = (
+        _of_run(folder, state, EARLIER in times)
+        if folder_type == "run"
+        else [f"{folder_type}, {state}"]
+    )
     cells += ["-"] * (len(HEAD) - 2 - len(cells))
     return changed, (name, *cells, time.strftime("%Y-%m-%d %H:%M", time.localtime(changed)))
 
@@ -81,20 +97,35 @@ def _of_run(folder: str, state: str, longer: bool) -> list[str]:
         config: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are
         train, (first, *more) = config["train"], config["data"]["train"]
         length = f"/{train['steps']}" if train["steps"] else f" ({train['epochs']:g} epochs)"
-        where = [_last(config["model"]["name"]), _last(first["path"]) + (f" +{len(more)}" if more else "")]
+        where = [
+            _last(config["model"]["name"]),
+            _last(first["path"]) + (f" +{len(more)}" if more else ""),
+        ]
         prefix = "retraining, " if config["registry"]["alias"] == "challenger" else ""
         finished = state == "finished"
         file = ENDS["run"] if finished else EARLIER
-        result = json.loads(storage.read_text(storage.join(folder, file))) if finished or longer else {}
+        result = (
+            json.loads(storage.read_text(storage.join(folder, file))) if finished or longer else {}
+        )
         losses = (result.get("eval_loss_before"), result.get("metrics", {}).get("eval/loss"))
         shown = " > ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
-        version = f"{made['model']}/{made['version']}" if (made := result.get("registered")) else "-"
+        version = (
+            f"{made['model']}/{made['version']}" if (made := result.get("registered")) else "-"
+        )
         names = storage.names(storage.join(folder, "checkpoints"))
         ended = result if finished else {}
-        done = ended.get("steps") or max((int(each[5:]) for each in names if each[5:].isdecimal()), default=0)
+        done = ended.get("steps") or max(
+            (int(each[5:]) for each in names if each[5:].isdecimal()), default=0
+        )
     except Exception:  # another program may have written anything here
         return [f"damaged: {file}"]
-    return [f"{prefix}{state}{' early' * bool(ended.get('stopped_early'))}", f"{done}{length}", shown, version, *where]
+    return [
+        f"{prefix}{state}{' early' * bool(ended.get('stopped_early'))}",
+        f"{done}{length}",
+        shown,
+        version,
+        *where,
+    ]
 
 
 def _last(path: str) -> str:

@@ -33,8 +33,17 @@ def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None, fil
     `files` is the export; its model card has the same facts.
     """
     elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"' if base and not base.on_hub else ""
-    needed = f"This version is only the adapter. Loading it needs its base model, {_name(base)}." if base else ""
-    blocks = [facts_of(files), "\n".join(_table(exported, scores)), LOAD.replace("ELSEWHERE", elsewhere), needed]
+    needed = (
+        f"This version is only the adapter. Loading it needs its base model, {_name(base)}."
+        if base
+        else ""
+    )
+    blocks = [
+        facts_of(files),
+        "\n".join(_table(exported, scores)),
+        LOAD.replace("ELSEWHERE", elsewhere),
+        needed,
+    ]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -46,7 +55,13 @@ def _table(exported: Exported, scores: Scores) -> Iterator[str]:
     answers = plural(len(exported.result.answers), "row")
     for name, after in scores.get("after", {}).items():
         before = scores.get("before", {}).get(name)
-        rows.append((f"{_clean(name)} ({answers})", "-" if before is None else f"{before:.3f}", f"{after:.3f}"))
+        rows.append(
+            (
+                f"{_clean(name)} ({answers})",
+                "-" if before is None else f"{before:.3f}",
+                f"{after:.3f}",
+            )
+        )
     if rows:
         yield from ("| | before | after |", "|---|---|---|")
         yield from (f"| {name} | {before} | **{after}** |" for name, before, after in rows)
@@ -91,7 +106,10 @@ def _measured(exported: Exported, scores: Scores) -> list[tuple[int, list[str], 
     if spec.eval:
         held_out = ("evaluation", spec.eval.digest)
         names = [f"score/{name}" for name in scores.get("after", {})]
-        found += [(step, ["eval/loss", "eval/perplexity"], held_out), (exported.state.step, names, held_out)]
+        found += [
+            (step, ["eval/loss", "eval/perplexity"], held_out),
+            (exported.state.step, names, held_out),
+        ]
     return found
 
 

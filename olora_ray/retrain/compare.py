@@ -66,13 +66,20 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
     wanted = config.gate.guard
     if not wanted:
         return None
-    plain = {"evaluation.scorer": None, "gate.group": None, "data.eval_fraction": None, "data.max_rejected": 1.0}
+    plain = {
+        "evaluation.scorer": None,
+        "gate.group": None,
+        "data.eval_fraction": None,
+        "data.max_rejected": 1.0,
+    }
     plain |= NO_GATE
     if names := [each for each in wanted if isinstance(each, str)] if wanted != "text" else []:
         digest = digest_json([names, ANSWERED])
         return RowSet("the guard's tasks", override(config, plain), digest, load_tasks(names, None))
     sources = [each.model_dump(mode="json") for each in wanted if isinstance(each, Source)]
-    changed = override(config, {**plain, "data.eval": sources or [{"path": str(TEXT), "format": "text"}]})
+    changed = override(
+        config, {**plain, "data.eval": sources or [{"path": str(TEXT), "format": "text"}]}
+    )
     try:
         plan = plan_here(changed, inputs.base.spec, "eval")
     except UserError as error:
@@ -81,13 +88,20 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
 
 
 def decision(
-    inputs: Inputs, guard: RowSet | None, challenger: Version, champion: Version | None, versions: Sequence[Version]
+    inputs: Inputs,
+    guard: RowSet | None,
+    challenger: Version,
+    champion: Version | None,
+    versions: Sequence[Version],
 ) -> Decision:
     """Measure what is not measured yet, and return the gate's decision on the challenger.
 
     `versions` are all versions of the model. The tags of the decision name the best champions for the next one.
     """
-    config, there = inputs.config, {version.number: version for version in versions if not version.rolled_back}
+    config, there = (
+        inputs.config,
+        {version.number: version for version in versions if not version.rolled_back},
+    )
     held_out = RowSet("the held-out rows", config, inputs.fingerprint.held_out)
     best: dict[str, Version] = {}
     if champion is not None:
@@ -101,17 +115,26 @@ def decision(
         done = measured(inputs, wanted)
     except NotComparable as error:
         return Decision(False, f"{error}; promote the challenger by hand if it is good", {})
-    found = {(version.number, rows.name): rows_ for (version, rows), rows_ in zip(wanted, done, strict=True)}
+    found = {
+        (version.number, rows.name): rows_
+        for (version, rows), rows_ in zip(wanted, done, strict=True)
+    }
 
     def of(version: Version | None, rows: RowSet | None = held_out) -> RowResults | None:
         return found.get((version.number, rows.name)) if version and rows else None
 
     ours, theirs = of(challenger), of(champion)
     assert ours is not None
-    anchor, own, best_guard = of(best.get(ANCHOR)), of(challenger, guard), of(best.get(GUARD), guard)
+    anchor, own, best_guard = (
+        of(best.get(ANCHOR)),
+        of(challenger, guard),
+        of(best.get(GUARD), guard),
+    )
     uses = uses_of_rows(challenger, champion, versions)
     age = f"; the champion is {plural(uses['champion_days'], 'day')} old" if champion else ""
-    logger.info(f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}{age}")
+    logger.info(
+        f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}{age}"
+    )
     about = replace(about_rows(config, inputs, ours, champion), sets=uses["sets"])
     both = (own, best_guard) if own and best_guard else None
     tags = {GUARD: _best(LOSS, challenger, own, best.get(GUARD), best_guard)} if own else {}
@@ -126,18 +149,35 @@ def decision(
     )
 
 
-def _best(metric: str, challenger: Version, ours: RowResults, best: Version | None, theirs: RowResults | None) -> str:
+def _best(
+    metric: str,
+    challenger: Version,
+    ours: RowResults,
+    best: Version | None,
+    theirs: RowResults | None,
+) -> str:
     """Return the version that is the best champion if the challenger is promoted."""
     if best is None or theirs is None:
         return challenger.number
     new, old = ours.metric(metric), theirs.metric(metric)
-    return best.number if (new >= old if lower_is_better(metric) else new <= old) else challenger.number
+    return (
+        best.number
+        if (new >= old if lower_is_better(metric) else new <= old)
+        else challenger.number
+    )
 
 
-def uses_of_rows(challenger: Version, champion: Version | None, versions: Sequence[Version]) -> dict[str, Any]:
+def uses_of_rows(
+    challenger: Version, champion: Version | None, versions: Sequence[Version]
+) -> dict[str, Any]:
     """Return how often versions were judged on held-out rows: on these rows, and on how many sets within a year."""
-    now, rows = challenger.created, {each.number: Fingerprint.from_tags(each.tags).held_out for each in versions}
-    judged = [each for each in versions if each.number == challenger.number or recipe.AGAINST in each.tags]
+    now, rows = (
+        challenger.created,
+        {each.number: Fingerprint.from_tags(each.tags).held_out for each in versions},
+    )
+    judged = [
+        each for each in versions if each.number == challenger.number or recipe.AGAINST in each.tags
+    ]
     same = [each for each in judged if rows[each.number] == rows.get(challenger.number)]
     since = min((each.created for each in same), default=now)
     day, age = time.strftime("%Y-%m-%d", time.gmtime(since)), int((now - since) / 86400)
@@ -155,15 +195,24 @@ def lost_rows(inputs: Inputs, ours: RowResults, theirs: RowResults | None) -> di
     """Return the rows that the champion answered right and the challenger wrong, for each score of 0 or 1."""
     lost: dict[str, Any] = {}
     for name, scores in (theirs.scores if theirs else {}).items():
-        rows = [row for row, score in scores.items() if score == 1 and ours.scores.get(name, {}).get(row) == 0]
+        rows = [
+            row
+            for row, score in scores.items()
+            if score == 1 and ours.scores.get(name, {}).get(row) == 0
+        ]
         if rows:
             places = [ours.origins[row] for row in rows[:5]]
-            shown = [f"{inputs.held_out.files[file].file.uri}:{position + 1}" for file, position in places]
+            shown = [
+                f"{inputs.held_out.files[file].file.uri}:{position + 1}"
+                for file, position in places
+            ]
             lost[name] = {"rows": len(rows), "examples": shown}
     return lost
 
 
-def about_rows(config: Config, inputs: Inputs, rows: RowResults, champion: Version | None) -> HeldOut:
+def about_rows(
+    config: Config, inputs: Inputs, rows: RowResults, champion: Version | None
+) -> HeldOut:
     """Return the groups of the held-out rows, and the rows that the champion was not trained on."""
     groups = group_names(config.gate.group, inputs.held_out, rows.origins)
     if champion is None:
@@ -189,8 +238,12 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
     _same_tokens([each.tokenizer for each in known.values() if each])
     if None in known.values():
         with connection.connect(inputs.config):
-            missing = {note: pair for note, pair in zip(notes, wanted, strict=True) if known[note] is None}
-            opened = {note: _opened(rows.config, version) for note, (version, rows) in missing.items()}
+            missing = {
+                note: pair for note, pair in zip(notes, wanted, strict=True) if known[note] is None
+            }
+            opened = {
+                note: _opened(rows.config, version) for note, (version, rows) in missing.items()
+            }
             digests = (base.spec.digest for _, base, _ in opened.values())
             _same_tokens([*(each.tokenizer for each in known.values() if each), *digests])
             for note, (named, own, adapter) in opened.items():
@@ -198,7 +251,9 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
                 logger.info(f"measuring version {version.number} on {rows.name}")
                 with user_errors():
                     # The answers of both versions end at the same tokens, which the config's base model defines.
-                    results = results_on(rows, replace(inputs.base, model=own.model), adapter, named)
+                    results = results_on(
+                        rows, replace(inputs.base, model=own.model), adapter, named
+                    )
                 known[note] = done = Measured(own.spec.digest, results)
                 records.write(note, done)
     return [each.rows for note in notes if (each := known[note]) is not None]
@@ -210,11 +265,15 @@ def results_on(rows: RowSet, base: Base, adapter: str | None, named: AnyConfig) 
         return measure(base, adapter, held_out, named)[0]
     done = lm_eval_tasks.run(rows.tasks, ANSWERED, base.model, adapter, named)
     if without := [name for name, task in done.items() if "acc" not in task.values]:
-        raise UserError(f"gate.guard: {without[0]} has no accuracy (acc) per row; use another of lm-eval's tasks")
+        raise UserError(
+            f"gate.guard: {without[0]} has no accuracy (acc) per row; use another of lm-eval's tasks"
+        )
     # The share of wrong answers is a loss: the mean over all rows of all tasks.
     right = [value for task in done.values() for value in task.values["acc"]]
     origins = tuple((0, row) for row in range(len(right)))
-    return RowResults(rows.digest, (1,) * len(right), tuple(1.0 - value for value in right), {}, origins)
+    return RowResults(
+        rows.digest, (1,) * len(right), tuple(1.0 - value for value in right), {}, origins
+    )
 
 
 @dataclass(frozen=True)
@@ -232,7 +291,9 @@ def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | No
         named = _with_model(config, _in_run_folder(config, version) or _copied(named, version))
         base = with_tokenizer(find_model(named), named)
         if version.checksum:
-            Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
+            Aliases(resolve_uri(config), version.name).verify_copy(
+                version.number, Path(base.model.folder)
+            )
         return named, base, None
     registered = models.of_config(named)
     if registered is not None and registered.base is not None:
@@ -249,7 +310,9 @@ def _in_run_folder(config: Config, version: Version) -> str | None:
     """Return the address of a merged version in its run folder; None if that folder was deleted."""
     folder = recipe.where_now(version.tags.get(RUN, ""), config.run.storage)
     merged = storage.join(folder, "export", "merged")
-    return merged if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)) else None
+    return (
+        merged if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)) else None
+    )
 
 
 def _copied(named: Config, version: Version) -> str:
@@ -265,7 +328,9 @@ def _copied(named: Config, version: Version) -> str:
 
 def _same_tokens(tokenizers: Sequence[str]) -> None:
     if len(set(tokenizers)) > 1:
-        raise NotComparable("the champion has another tokenizer, so the two losses cannot be compared")
+        raise NotComparable(
+            "the champion has another tokenizer, so the two losses cannot be compared"
+        )
 
 
 def note_file(rows: RowSet, version: Version) -> str:
@@ -290,4 +355,9 @@ def _computed_by(config: Config) -> list[str]:
     device = torch.device("cuda", 0) if gpus and torch.cuda.is_available() else torch.device("cpu")
     hardware = {name: text for name, text in kind_of(device).items() if name != "threads"}
     # attention=auto needs no resolution here: it depends only on device, precision, libraries and files.
-    return [str(pick_dtype(config.model, device)), config.model.attention, str(gpus), *hardware.values()]
+    return [
+        str(pick_dtype(config.model, device)),
+        config.model.attention,
+        str(gpus),
+        *hardware.values(),
+    ]

@@ -51,10 +51,17 @@ def write_decision(config: Config, entry: Entry) -> str:
     }
     tags |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
     if interval:
-        tags["olora.interval"] = f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
+        tags["olora.interval"] = (
+            f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
+        )
     tracker = start_run(config, f"{name} {entry.decision}", tags)
     tracker.metrics({0: _metrics(entry.details)})
-    shown = {"decision": entry.decision, "reason": entry.reason, **dict(_roles(entry)), **entry.details}
+    shown = {
+        "decision": entry.decision,
+        "reason": entry.reason,
+        **dict(_roles(entry)),
+        **entry.details,
+    }
     tracker.text(json.dumps(shown, indent=2) + "\n", "decision.json")
     tracker.end("FAILED" if entry.decision == "failed" else "FINISHED")
     return tracker.run_id
@@ -80,7 +87,11 @@ def of_version(config: Config, version: Version) -> None:
 
 def moved(config: Config, now: ToBeat) -> None:
     """Write and tell, once, that the champion is not the one of the latest decision: a person has moved the alias."""
-    last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)}, but="failed")
+    last = _latest(
+        config,
+        {"olora.kind": "retraining", "olora.model": str(config.registry.model)},
+        but="failed",
+    )
     if last is None or now.version is None:
         return
     tags, number = last.data.tags, now.version.number
@@ -90,7 +101,9 @@ def moved(config: Config, now: ToBeat) -> None:
         return
     verdicts = {version.number: version.verdict for version in now.versions if version.rolled_back}
     by_gate = now.version.verdict.startswith(("passed", "refused")) or not now.version.verdict
-    how = verdicts.get(left) or ("its alias was set or deleted in MLflow" if by_gate else now.version.verdict)
+    how = verdicts.get(left) or (
+        "its alias was set or deleted in MLflow" if by_gate else now.version.verdict
+    )
     before = f"version {left}" if left else "none"
     reason = f"the champion is version {number}, but the latest decision left {before}: {how}"
     notify.tell(config, "moved", reason, number, left or None)
@@ -146,7 +159,11 @@ def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
         for name in ("improvement", "confirmation", "anchor", "guard")
         for bound, value in (details.get(name) or {}).items()
     }
-    uses = {f"rows/{name}": float(value) for name, value in details.get("uses", {}).items() if isinstance(value, int)}
+    uses = {
+        f"rows/{name}": float(value)
+        for name, value in details.get("uses", {}).items()
+        if isinstance(value, int)
+    }
     return roles | intervals | uses
 
 
@@ -181,12 +198,20 @@ def nights(aliases: Aliases) -> Nights:
         model = client.get_registered_model(aliases.name)
         experiments = [each.experiment_id for each in client.search_experiments()]
         mine = f"tags.`olora.kind` = 'retraining' and tags.`olora.model` = '{aliases.name}'"
-        runs = client.search_runs(experiments, mine, max_results=30, order_by=["attributes.start_time DESC"])
-    champion = next((each for each in versions if each.number == str(model.aliases.get(CHAMPION))), None)
+        runs = client.search_runs(
+            experiments, mine, max_results=30, order_by=["attributes.start_time DESC"]
+        )
+    champion = next(
+        (each for each in versions if each.number == str(model.aliases.get(CHAMPION))), None
+    )
     number, _, moved = model.tags.get(SINCE, "").partition(" ")
-    since = 0.0 if champion is None else float(moved) if number == champion.number else champion.created
+    since = (
+        0.0 if champion is None else float(moved) if number == champion.number else champion.created
+    )
     told = [{**run.data.tags, "when": str(run.info.start_time / 1000)} for run in runs]
-    decided = [float(run["when"]) for run in told if run["olora.decision"] in ("promoted", "refused")]
+    decided = [
+        float(run["when"]) for run in told if run["olora.decision"] in ("promoted", "refused")
+    ]
     judged = [version for version in versions if version.verdict and AGAINST in version.tags]
     rows = [Fingerprint.from_tags(version.tags).held_out for version in judged]
     same = [version for version, digest in zip(judged, rows, strict=True) if digest == rows[-1]]

@@ -22,7 +22,15 @@ from typing import Any
 
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
-from olora_ray.evaluation.rows import LOSS, SCORE, Comparison, RowResults, improvement, lower_is_better, numbered
+from olora_ray.evaluation.rows import (
+    LOSS,
+    SCORE,
+    Comparison,
+    RowResults,
+    improvement,
+    lower_is_better,
+    numbered,
+)
 
 LEVEL = 0.95
 """Confidence of the intervals against anchor and guard."""
@@ -71,7 +79,9 @@ def decide(
     details: dict[str, Any] = {
         "metric": gate.metric,
         "challenger": {name: challenger.metric(name) for name in challenger.names()},
-        "champion": {name: champion.metric(name) for name in champion.names()} if champion else None,
+        "champion": {name: champion.metric(name) for name in champion.names()}
+        if champion
+        else None,
         "rows": len(challenger.column(gate.metric).rows),
         "conditions": [{"holds": holds, "text": text} for holds, text in checks],
     }
@@ -85,13 +95,17 @@ def decide(
         details |= numbers
         if holds and gate.anchor is not None:
             best = anchor or champion
-            holds, text, details["anchor"] = _not_worse(gate.metric, challenger, best, held_out, gate, "anchor")
+            holds, text, details["anchor"] = _not_worse(
+                gate.metric, challenger, best, held_out, gate, "anchor"
+            )
             checks.append((holds, text))
     if guard:
         holds, text, details["guard"] = _not_worse(LOSS, *guard, HeldOut(), gate, "guard_margin")
         checks.append((holds, f"guard: {text}"))
     passed = all(holds for holds, _ in checks)
-    shown = [text for holds, text in checks if holds is passed]  # a refusal names only the failed checks
+    shown = [
+        text for holds, text in checks if holds is passed
+    ]  # a refusal names only the failed checks
     return Decision(passed, "; ".join(shown), details)
 
 
@@ -109,8 +123,14 @@ def _compared(
         left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
         keep(unseen)
     if unseen is not None and not _shared_rows(gate.metric, challenger, champion):
-        of_those = "" if lower_is_better(gate.metric) else " among the answered rows (evaluation.rows)"
-        return False, f"{gate.metric}: no held-out row{of_those} is left to compare on{left_out}", {"groups": 0}
+        of_those = (
+            "" if lower_is_better(gate.metric) else " among the answered rows (evaluation.rows)"
+        )
+        return (
+            False,
+            f"{gate.metric}: no held-out row{of_those} is left to compare on{left_out}",
+            {"groups": 0},
+        )
     if not lower_is_better(gate.metric):
         challenger, champion, counted = _scored_alike(gate.metric, challenger, champion)
         left_out += counted
@@ -118,10 +138,18 @@ def _compared(
         # Otherwise no challenger could ever replace it. A challenger must have a finite loss on these rows, too.
         told = f"the champion's loss is not finite on {plural(len(broken), 'row')}"
         if any(not math.isfinite(loss) for loss in challenger.losses):
-            return False, f"{gate.metric}: {told}, and the challenger's is not finite either", {"groups": 0}
+            return (
+                False,
+                f"{gate.metric}: {told}, and the challenger's is not finite either",
+                {"groups": 0},
+            )
         keep([row for row in range(len(champion.losses)) if row not in broken])
         if len(champion.losses) < gate.min_rows:
-            return True, f"{gate.metric}: {told}, so any finite loss is better{left_out}", {"groups": 0}
+            return (
+                True,
+                f"{gate.metric}: {told}, so any finite loss is better{left_out}",
+                {"groups": 0},
+            )
         left_out += f" (left out: {told})"
     both = sorted(_shared_rows(gate.metric, challenger, champion))
     ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
@@ -132,36 +160,58 @@ def _compared(
         group = numbered([names[row] for row in rows])
         gain = improvement(gate.metric, challenger.only(rows), champion.only(rows), level, group)
         interval = gain.interval
-        numbers |= {part: asdict(interval)} | ({} if numbers else {"level": level, "groups": gain.groups})
+        numbers |= {part: asdict(interval)} | (
+            {} if numbers else {"level": level, "groups": gain.groups}
+        )
         text += f"{'; confirmed' if part == CONFIRMATION else ''}: {_shown(gain, level)}"
         if gain.groups < gate.min_rows:
-            return False, f"{text}{left_out}, but gate.min_rows={gate.min_rows} needs more independent rows", numbers
+            return (
+                False,
+                f"{text}{left_out}, but gate.min_rows={gate.min_rows} needs more independent rows",
+                numbers,
+            )
         if not (interval.low if gate.confident else interval.mean) > gate.must_improve_by:
             missed = "interval must begin" if gate.confident else "improvement must be"
-            return False, f"{text}{left_out}, but the {missed} above {gate.must_improve_by:g}", numbers
-    alone = " (too few rows for gate.confirm)" if gate.confirm and CONFIRMATION not in numbers else ""
+            return (
+                False,
+                f"{text}{left_out}, but the {missed} above {gate.must_improve_by:g}",
+                numbers,
+            )
+    alone = (
+        " (too few rows for gate.confirm)" if gate.confirm and CONFIRMATION not in numbers else ""
+    )
     return True, f"{text}{left_out}{alone}", numbers
 
 
 PART, CONFIRMATION = "improvement", "confirmation"
 
 
-def _parts(gate: Gate, names: Sequence[object], rows: list[int], sets: int) -> Iterator[tuple[str, list[int], float]]:
+def _parts(
+    gate: Gate, names: Sequence[object], rows: list[int], sets: int
+) -> Iterator[tuple[str, list[int], float]]:
     """Yield name, rows and level of each part of the rows, in the order in which the gate looks at them."""
     # By a hash of their names, groups are in the same part every night and on every machine.
-    order = sorted({names[row] for row in rows}, key=lambda name: hashlib.sha256(repr(name).encode()).digest())
+    order = sorted(
+        {names[row] for row in rows}, key=lambda name: hashlib.sha256(repr(name).encode()).digest()
+    )
     second = set(order[: round(gate.confirm * len(order))])
     if min(len(second), len(order) - len(second)) < gate.min_rows:
         yield PART, rows, 1 - 0.05 / max(SETS, sets)
         return
     # An equal challenger passes both parts as rarely as two sets of rows at once: 0.05 x 0.05 = 2 x 0.025 / 20.
     yield PART, [row for row in rows if names[row] not in second], 0.9
-    yield CONFIRMATION, [row for row in rows if names[row] in second], 1 - 0.1 / max(1.0, 2 * sets / SETS)
+    yield (
+        CONFIRMATION,
+        [row for row in rows if names[row] in second],
+        1 - 0.1 / max(1.0, 2 * sets / SETS),
+    )
 
 
 def _shown(gain: Comparison, level: float) -> str:
     interval = gain.interval
-    rows = plural(gain.rows, "row") + (f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else "")
+    rows = plural(gain.rows, "row") + (
+        f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else ""
+    )
     change = f"{'worse' if interval.mean < 0 else 'improved'} by {abs(interval.mean):.4f} ({100 * level:.4g}% interval"
     return f"{change} of the improvement {interval.low:.4f} to {interval.high:.4f}, {rows})"
 
@@ -183,7 +233,9 @@ def _not_worse(
     return holds, text + ("" if holds else limit), asdict(gain.interval)
 
 
-def _scored_alike(metric: str, challenger: RowResults, champion: RowResults) -> tuple[RowResults, RowResults, str]:
+def _scored_alike(
+    metric: str, challenger: RowResults, champion: RowResults
+) -> tuple[RowResults, RowResults, str]:
     """Give the lowest score of both to a row that only one of them has; return both, and how often that was done."""
     # A scorer may leave out an answer that it cannot read. On the other rows alone, a model that answers only easy
     # questions would win.

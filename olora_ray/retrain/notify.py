@@ -26,7 +26,9 @@ SENT = "the event {!r} was sent"
 """Text of a log line: by it deploy/night.py knows what was told, also where the command runs elsewhere, as a job."""
 
 
-def tell(config: Config, event: str, reason: str, version: str | None = None, champion: str | None = None) -> None:
+def tell(
+    config: Config, event: str, reason: str, version: str | None = None, champion: str | None = None
+) -> None:
     """Send an event to the config's webhook and command; on failure log a warning and raise nothing."""
     reason = " ".join(mask(reason).split())
     subject = f"version {version} " if version else ""
@@ -41,7 +43,10 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
         "text": f"{config.registry.model or config.run.name}: {subject}{event}: {reason}",
     }
     body, what = json.dumps(message), f"the event {event!r}"
-    for field, value, send in (("url", config.notify.url, _post), ("command", config.notify.command, _run)):
+    for field, value, send in (
+        ("url", config.notify.url, _post),
+        ("command", config.notify.command, _run),
+    ):
         if value and _sent(f"notify.{field}", what, partial(send, value, body)):
             logger.info(f"notify.{field}: {SENT.format(event)}")
 
@@ -49,7 +54,11 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
 def ping(config: Config, signal: str, text: str = "") -> None:
     """Call the config's retrain.ping: `signal` is /start, empty for a good end, or /fail. Never raises, as `tell`."""
     if address := config.retrain.ping:
-        _sent("retrain.ping", f"the signal {signal or 'success'!r}", partial(_ping, address, signal, mask(text)))
+        _sent(
+            "retrain.ping",
+            f"the signal {signal or 'success'!r}",
+            partial(_ping, address, signal, mask(text)),
+        )
 
 
 def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
@@ -58,7 +67,9 @@ def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
         try:
             send()
             return True
-        except Exception as error:  # a failed notification must not change the result of the retraining
+        except (
+            Exception
+        ) as error:  # a failed notification must not change the result of the retraining
             if pause is None or isinstance(error, UserError):
                 logger.warning(f"{field}: {what} was not sent: {_failure_reason(error)}")
                 break

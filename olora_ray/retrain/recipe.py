@@ -62,7 +62,9 @@ def look(config: Config) -> Inputs:
     Raises UserError for problems that would stop the training: missing files, an invalid model, no held-out rows.
     """
     if not config.data.holds_out():
-        raise UserError("data.eval: retraining compares on held-out rows; set data.eval or data.eval_fraction")
+        raise UserError(
+            "data.eval: retraining compares on held-out rows; set data.eval or data.eval_fraction"
+        )
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.prepare import with_length
 
@@ -70,7 +72,9 @@ def look(config: Config) -> Inputs:
     long = with_length(config, base)
     plan = prepare.plan_here(long, base.spec, "train", seen)
     held_out = prepare.plan_here(long, base.spec, "eval", seen)
-    made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
+    made_of = Fingerprint(
+        base.model.digest, plan.digest(), held_out.digest(), settings_digest(config)
+    )
     files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
     if model:
         node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
@@ -94,10 +98,14 @@ def look_again(config: Config) -> Fingerprint | None:
 def _kept_at(config: Config, model: str, files: Sequence[tuple[str, str]]) -> str:
     template = config.data.chat_template or ""
     text = storage.read_text(template) if template and storage.exists(template) else template
-    return node_cache.result_path("fingerprints", config.model_dump_json(), model, text, json.dumps(files))
+    return node_cache.result_path(
+        "fingerprints", config.model_dump_json(), model, text, json.dumps(files)
+    )
 
 
-def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
+def find_decision(
+    versions: Sequence[Version], champion: Version | None, now: Fingerprint
+) -> Version | None:
     """Return the version that makes another training with the same inputs useless; None if there is none.
 
     That is the champion or its substitute if it has the same inputs. Otherwise it is a version with the same inputs
@@ -142,10 +150,14 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
     substitutes = {
         "the last champion": there.get(last or ""),
         "the previous champion": there.get(named.get(PREVIOUS, "")),
-        "the newest that passed": next((version for version in reversed(passed) if not version.rolled_back), None),
+        "the newest that passed": next(
+            (version for version in reversed(passed) if not version.rolled_back), None
+        ),
     }
     deleted = last is not None and last not in there
-    gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
+    gone = (
+        f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
+    )
     for role, version in substitutes.items():
         if version is not None and not version.rolled_back:
             logger.warning(
@@ -153,7 +165,12 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
                 f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
             )
             return ToBeat(version, role, champion, versions)
-    if last or PREVIOUS in named or passed or any(version.tags.get(AGAINST) for version in versions):
+    if (
+        last
+        or PREVIOUS in named
+        or passed
+        or any(version.tags.get(AGAINST) for version in versions)
+    ):
         raise UserError(
             f"registry.model={aliases.name}: {gone}, and no other version that passed is left to compare with; set a"
             f" champion with: olora-ray registry promote {aliases.name} VERSION, or delete the registered model to"
@@ -181,7 +198,10 @@ def note(config: Config, plan: Plan) -> None:
     # Continuing the champion later trains only on the files that are not in this note.
     path = _note(config, plan.digest())
     if not storage.exists(path):
-        content = {"files": sorted({each.sha256 for each in plan.files}), "draw": [plan.seed, plan.eval_fraction]}
+        content = {
+            "files": sorted({each.sha256 for each in plan.files}),
+            "draw": [plan.seed, plan.eval_fraction],
+        }
         records.write(path, content, indent=1, sealed=True)
 
 
@@ -211,7 +231,9 @@ def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> fro
     if known.files <= {each.sha256 for each in held_out.files}:
         return None  # files were only added, so the old files hold out the same rows as before
     # A file was changed, renamed or deleted. Any new file may be its successor, so only unchanged files count.
-    return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.files)
+    return frozenset(
+        number for number, each in enumerate(held_out.files) if each.sha256 in known.files
+    )
 
 
 def _note(config: Config, digest: str) -> str:
@@ -242,7 +264,9 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Conf
     Raises UserError for a gate that nothing could pass or that does not fit the held-out rows, and if many rows of the
     champion's data are missing.
     """
-    check_column(config.gate.group, inputs.held_out)  # otherwise the gate would say so only after the training
+    check_column(
+        config.gate.group, inputs.held_out
+    )  # otherwise the gate would say so only after the training
     note(config, inputs.plan)
     if champion is not None:
         _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
@@ -258,7 +282,9 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Conf
             )
         else:
             start = result
-    wanted = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})})
+    wanted = config.model_copy(
+        update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})}
+    )
     origin = None
     if start and champion:
         checkpoint, sources = start
@@ -309,7 +335,9 @@ def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int]
             " data.train, or hold out rows in a file of their own (data.eval instead of data.eval_fraction)"
         )
     if unseen is not None:
-        logger.warning(f"{why}; the gate uses only the held-out rows of {plural(len(unseen), 'unchanged file')}")
+        logger.warning(
+            f"{why}; the gate uses only the held-out rows of {plural(len(unseen), 'unchanged file')}"
+        )
     return unseen
 
 
@@ -324,14 +352,20 @@ def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | 
         )
     rows = count_planned(gate.group, inputs.held_out, gate.min_rows, unseen)
     if rows < gate.min_rows:
-        what = plural(rows, "held-out row") if gate.group is None else f"{plural(rows, 'group')} of held-out rows"
+        what = (
+            plural(rows, "held-out row")
+            if gate.group is None
+            else f"{plural(rows, 'group')} of held-out rows"
+        )
         raise UserError(
             f"gate.min_rows: the comparison with the champion has {what}, but needs {gate.min_rows}, so nothing could"
             " be promoted; hold out more rows, or set it lower"
         )
 
 
-def _continued(config: Config, inputs: Inputs, champion: Version) -> tuple[str, tuple[Source, ...]] | str:
+def _continued(
+    config: Config, inputs: Inputs, champion: Version
+) -> tuple[str, tuple[Source, ...]] | str:
     """Return the checkpoint from which training continues, and its sources; or why the champion is not continued."""
     if Fingerprint.from_tags(champion.tags).base != inputs.base.model.digest:
         return "it has another base model"

@@ -16,7 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from olora_ray.common import lock, storage
-from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
+from olora_ray.common.errors import (
+    StoreError,
+    StoreUnavailable,
+    TryAgain,
+    UserError,
+    of_the_machine,
+)
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.retrain import decision_run, notify, recipe
@@ -36,7 +42,9 @@ logger = logging.getLogger(__name__)
 Decide = Callable[[Version, Version | None], Decision]
 
 
-def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callable[[], None]) -> None:
+def apply_decision(
+    aliases: Aliases, number: str, decide: Decide, check: Callable[[], None]
+) -> None:
     """Decide on version `number`, then set aliases and tags; `check` raises if another process has taken over.
 
     A decision by hand on this version is kept. Raises TryAgain if the champion is moved during every attempt.
@@ -44,7 +52,9 @@ def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callabl
     for _ in range(5):
         challenger, to_beat = aliases.version(number), version_to_beat(aliases)
         if to_beat.version is not None and to_beat.version.number == number:
-            logger.info(f"version {number} was promoted by hand meanwhile: nothing is left to decide")
+            logger.info(
+                f"version {number} was promoted by hand meanwhile: nothing is left to decide"
+            )
             return
         if challenger.rolled_back:
             logger.info(f"version {number} was rolled back by hand meanwhile: it stays rolled back")
@@ -64,10 +74,14 @@ def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callabl
             return
         except Overtaken as overtaken:
             logger.info(f"{overtaken}: the gate decides again")
-    raise TryAgain(f"{aliases.name}: the champion was moved 5 times while the gate decided; try again later")
+    raise TryAgain(
+        f"{aliases.name}: the champion was moved 5 times while the gate decided; try again later"
+    )
 
 
-def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, decision: Decision) -> None:
+def _move_aliases(
+    aliases: Aliases, number: str, champion: str, against: str, decision: Decision
+) -> None:
     tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: "", **decision.tags}
     verdict = f"{'passed' if decision.passed else 'refused'}: {decision.reason}"
     if decision.passed:
@@ -84,7 +98,9 @@ def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, de
 
 
 NOTHING_LEARNED = Decision(
-    False, "no step on the new rows lowered the held-out loss, so this is the champion's adapter again", {}
+    False,
+    "no step on the new rows lowered the held-out loss, so this is the champion's adapter again",
+    {},
 )
 
 
@@ -121,8 +137,12 @@ def _locked(config: Config) -> None:
             _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:
             if not isinstance(error, TryAgain | StoreUnavailable):
-                with contextlib.suppress(Exception):  # the error itself matters more than a failure to record it
-                    decision_run.write_decision(config, Entry("failed", f"{type(error).__name__}: {error}"))
+                with contextlib.suppress(
+                    Exception
+                ):  # the error itself matters more than a failure to record it
+                    decision_run.write_decision(
+                        config, Entry("failed", f"{type(error).__name__}: {error}")
+                    )
             raise
 
 
@@ -133,7 +153,9 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         inputs = recipe.look(config)
         now = inputs.fingerprint
     to_beat = version_to_beat(aliases)
-    for version in to_beat.versions:  # a call that decided may have been killed before it wrote and told the decision
+    for version in (
+        to_beat.versions
+    ):  # a call that decided may have been killed before it wrote and told the decision
         decision_run.of_version(config, version)
     decision_run.moved(config, to_beat)
     if (done := recipe.find_decision(to_beat.versions, to_beat.version, now)) is not None:
@@ -152,7 +174,9 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         logger.info(f"changed since {to_beat.role}, version {to_beat.version.number}: {changes}")
     from olora_ray.retrain import compare  # imports Ray, which a call without changes does not need
 
-    guard = compare.guard(config, inputs)  # before the training, so that a mistake in gate.guard costs nothing
+    guard = compare.guard(
+        config, inputs
+    )  # before the training, so that a mistake in gate.guard costs nothing
     version, learned = _trained(config, aliases, inputs, to_beat.version)
 
     def decide(challenger: Version, against: Version | None) -> Decision:
@@ -160,11 +184,15 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
             return NOTHING_LEARNED
         return compare.decision(inputs, guard, challenger, against, aliases.versions())
 
-    apply_decision(aliases, version.number, decide, lease.check)  # if another process has taken the lock, it decides
+    apply_decision(
+        aliases, version.number, decide, lease.check
+    )  # if another process has taken the lock, it decides
     decision_run.of_version(config, aliases.version(version.number))
 
 
-def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None) -> tuple[Version, bool]:
+def _trained(
+    config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None
+) -> tuple[Version, bool]:
     """Train, export and register, or resume that. Return the version, and False if training improved nothing."""
     # Imported here, because it imports Ray, which a call without changes does not need.
     from olora_ray.pipeline import run as pipeline
@@ -172,7 +200,9 @@ def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version
     wanted, tags = recipe.make(config, inputs, champion)
     folder = RunFolder(wanted.folder())
     if (done := folder.state().finished(wanted)) and _version_of(aliases, done) is None:
-        logger.info(f"the finished run {done.get('run')} has no version in this registry: it is registered again")
+        logger.info(
+            f"the finished run {done.get('run')} has no version in this registry: it is registered again"
+        )
         folder.drop_result()
     result = pipeline.run(wanted, tags, inputs.base)
     # The best adapter is exported. If no step was better, that is the champion's adapter, from which it started.

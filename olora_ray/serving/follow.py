@@ -59,7 +59,12 @@ from olora_ray.tracking.client import reason
 logger = logging.getLogger(__name__)
 
 # Option -> another one that it needs.
-NEEDS = {"--listen": "--engine", "--challenger": "--listen", "--share": "--challenger", "--rows": "--challenger"}
+NEEDS = {
+    "--listen": "--engine",
+    "--challenger": "--listen",
+    "--share": "--challenger",
+    "--rows": "--challenger",
+}
 OPTIONS = ["--engine", "--base", "--key", *NEEDS, "--mirror", "--cache", "--tracking-uri"]
 
 
@@ -67,8 +72,12 @@ def main(argv: list[str]) -> None:
     parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=OPTIONS)
     options = parsed.options
     if len(parsed.words) != 1 or not options.keys() & {"--engine", "--mirror"}:
-        raise UserError("usage: olora-ray follow NAME@ALIAS --engine URL, or --mirror PLACE, or both; see --help")
-    if missing := [f"{each}: needs {NEEDS[each]}" for each in options if NEEDS.get(each, each) not in options]:
+        raise UserError(
+            "usage: olora-ray follow NAME@ALIAS --engine URL, or --mirror PLACE, or both; see --help"
+        )
+    if missing := [
+        f"{each}: needs {NEEDS[each]}" for each in options if NEEDS.get(each, each) not in options
+    ]:
         raise UserError(f"argument {missing[0]}; see --help")
     quiet_environment()  # before MLflow is imported
     (name,) = parsed.words
@@ -120,8 +129,13 @@ class Engine:
         """
         with as_user_error(f"{self.url} is not vLLM or SGLang", LookupError, ValueError):
             own, *others = self.ask("/v1/models").json()["data"]
-        before, folder = next((each["root"] for each in others if each["id"] == name), None), str(adapter.folder)
-        self.replacing = name if before != folder else ""  # the engine answers with the new one before it says so
+        before, folder = (
+            next((each["root"] for each in others if each["id"] == name), None),
+            str(adapter.folder),
+        )
+        self.replacing = (
+            name if before != folder else ""
+        )  # the engine answers with the new one before it says so
         try:
             if self.replacing:
                 adapter.check_base(self._base or own["root"])
@@ -138,7 +152,12 @@ class Engine:
                                 load(lora_path=before)
                         raise
                 else:
-                    self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=folder, load_inplace=before is not None)
+                    self.ask(
+                        "/v1/load_lora_adapter",
+                        lora_name=name,
+                        lora_path=folder,
+                        load_inplace=before is not None,
+                    )
                 logger.info(f"{name}: {adapter} answers at {self.url}")
             self.served[name] = adapter.name
         finally:
@@ -153,9 +172,15 @@ class Engine:
             raise TryAgain(f"the engine {self.url} does not answer ({reason(error)})") from None
         self.answered = time.time()
         if answer.status_code >= 400:
-            advice = "; start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" if answer.status_code == 404 else ""
+            advice = (
+                "; start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+                if answer.status_code == 404
+                else ""
+            )
             text = f"the engine {self.url} refuses {path}: {answer.status_code} {' '.join(answer.text[:500].split())}"
-            raise (TryAgain if answer.status_code in (502, 503, 504) else UserError)(f"{text}{advice}")
+            raise (TryAgain if answer.status_code in (502, 503, 504) else UserError)(
+                f"{text}{advice}"
+            )
         return answer
 
 
@@ -170,7 +195,9 @@ class Mirror:
         if folder == self._written:
             return
         # Ray Serve LLM asks for this file first.
-        node_cache.upload(adapter.folder, storage.join(self._place, folder), last="adapter_config.json")
+        node_cache.upload(
+            adapter.folder, storage.join(self._place, folder), last="adapter_config.json"
+        )
         storage.write_text(storage.join(self._place, name), f"{folder}\n")
         self._written = folder
         logger.info(f"{name}: {adapter} lies in {storage.join(self._place, folder)}")
@@ -179,7 +206,9 @@ class Mirror:
 class Proxy:
     """Passes requests on to the engine, and a share of those for the champion to the challenger."""
 
-    def __init__(self, engine: Engine, watches: Sequence[Watch], options: Mapping[str, str]) -> None:
+    def __init__(
+        self, engine: Engine, watches: Sequence[Watch], options: Mapping[str, str]
+    ) -> None:
         self._engine, self._champion, self._challenger = engine, watches[0], watches[-1]
         self._rows, (host, _, port) = options.get("--rows", ""), options["--listen"].rpartition(":")
         with as_user_error("arguments --listen HOST:PORT and --share", OSError, ValueError):
@@ -187,10 +216,14 @@ class Proxy:
             self._socket = socket.create_server((host, int(port)))
         self._asking = Attempts(f"{self._challenger.name}: no row")
         # This opens a connection for each request: the engine may close a kept one just when it is used.
-        self._ask = partial(aiohttp.request, allow_redirects=False, timeout=aiohttp.ClientTimeout(sock_connect=10))
+        self._ask = partial(
+            aiohttp.request, allow_redirects=False, timeout=aiohttp.ClientTimeout(sock_connect=10)
+        )
         self._requests = Counter("olora_follow_requests", "Requests", ["model", "version", "code"])
         self._version = Gauge("olora_follow_version", "Version that the engine has", ["model"])
-        self._answered = Gauge("olora_follow_last_answer_timestamp_seconds", "Last answer of MLflow and engine", ["of"])
+        self._answered = Gauge(
+            "olora_follow_last_answer_timestamp_seconds", "Last answer of MLflow and engine", ["of"]
+        )
 
     def run(self) -> None:
         app = web.Application(client_max_size=0)
@@ -210,7 +243,9 @@ class Proxy:
         if "lora_adapter" in request.path or "/.." in request.path:
             raise web.HTTPForbidden(text="adapters are loaded at the engine's own address")
         if request.path == "/health" and self._champion.name not in self._engine.served:
-            raise web.HTTPServiceUnavailable(text=f"{self._champion.name}: the engine has no version of it")
+            raise web.HTTPServiceUnavailable(
+                text=f"{self._champion.name}: the engine has no version of it"
+            )
         content, body, response, failure = await request.read(), dict[str, Any](), None, ""
         with suppress(ValueError, RecursionError, TypeError):
             body = {**json.loads(content)}
@@ -225,20 +260,29 @@ class Proxy:
                     version = self._count(model, before, answer.status)
                     if answer.status >= 400 and model != name:
                         continue
-                    headers = [*_passing(answer.headers), *([("x-olora-version", version)] if version else [])]
-                    response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
+                    headers = [
+                        *_passing(answer.headers),
+                        *([("x-olora-version", version)] if version else []),
+                    ]
+                    response = web.StreamResponse(
+                        status=answer.status, reason=answer.reason, headers=headers
+                    )
                     await response.prepare(request)
                     async for chunk in answer.content.iter_any():
                         await response.write(chunk)
                         told += chunk if drawn and self._rows else b""
                     await response.write_eof()
                 if told and answer.ok and request.path == "/v1/chat/completions":
-                    threading.Thread(target=self._shadow, args=(body, bytes(told), version), daemon=True).start()
+                    threading.Thread(
+                        target=self._shadow, args=(body, bytes(told), version), daemon=True
+                    ).start()
                 return response
             except ClientError as error:
                 failure = f"the engine {self._engine.url} does not answer: {first_line(error)}"
                 self._count(model, before, 502)
-                if response and request.transport:  # the client must see that its answer is not whole
+                if (
+                    response and request.transport
+                ):  # the client must see that its answer is not whole
                     request.transport.abort()
                     return response
         raise web.HTTPBadGateway(text=failure)
@@ -246,26 +290,48 @@ class Proxy:
     def _shadow(self, body: dict[str, Any], told: bytes, champion: str) -> None:
         """Append a row with the champion's answer to a chat, and the challenger's."""
         model, types = self._challenger.name, (LookupError, TypeError, ValueError)
-        with self._asking.attempt(), as_user_error("an answer is not that of an OpenAI chat", *types):
+        with (
+            self._asking.attempt(),
+            as_user_error("an answer is not that of an OpenAI chat", *types),
+        ):
             text, end = _text(told)
             if end == "stop":  # neither a call of a tool nor a part of an answer
                 before = self._engine.served.get(model, "")
                 asked = body | {"model": model, "stream": False, "stream_options": None}
                 answer = self._engine.ask("/v1/chat/completions", **asked)
-                version, (other, end) = self._count(model, before, answer.status_code), _text(answer.content)
-                both = {"champion": champion, "challenger": version, "answer": other, "finish_reason": end}
+                version, (other, end) = (
+                    self._count(model, before, answer.status_code),
+                    _text(answer.content),
+                )
+                both = {
+                    "champion": champion,
+                    "challenger": version,
+                    "answer": other,
+                    "finish_reason": end,
+                }
                 chat = [*body["messages"], {"role": "assistant", "content": text}]
                 row = json.dumps({"messages": chat, "tools": body.get("tools"), "olora_ray": both})
-                with open(self._rows, "ab", buffering=0) as file:  # one write for a line: others append, too
+                with open(
+                    self._rows, "ab", buffering=0
+                ) as file:  # one write for a line: others append, too
                     file.write(f"{row}\n".encode())
 
     def _challenged(self) -> bool:
-        ours, theirs = (self._engine.served.get(watch.name, "") for watch in (self._challenger, self._champion))
-        return "" != ours == self._challenger.meant != theirs and time.time() - self._challenger.answered < 5 * SECONDS
+        ours, theirs = (
+            self._engine.served.get(watch.name, "") for watch in (self._challenger, self._champion)
+        )
+        return (
+            "" != ours == self._challenger.meant != theirs
+            and time.time() - self._challenger.answered < 5 * SECONDS
+        )
 
     def _count(self, model: str, before: str, code: int) -> str:
         """Count an answer; return its version, or nothing if the version was replaced since `before`."""
-        version = before if before == self._engine.served.get(model, "") and model != self._engine.replacing else ""
+        version = (
+            before
+            if before == self._engine.served.get(model, "") and model != self._engine.replacing
+            else ""
+        )
         self._requests.labels(model if model in self._engine.served else "", version, code).inc()
         return version
 
@@ -281,4 +347,6 @@ def _text(told: bytes) -> tuple[str, str]:
     parts = [line[5:] for line in told.splitlines() if line.startswith(b"data: {")] or [told]
     choices = [each for part in parts for each in json.loads(part)["choices"] if each["index"] == 0]
     texts = [(each.get("message") or each["delta"]).get("content") or "" for each in choices]
-    return "".join(texts), [each["finish_reason"] for each in choices if each.get("finish_reason")][-1]
+    return "".join(texts), [each["finish_reason"] for each in choices if each.get("finish_reason")][
+        -1
+    ]

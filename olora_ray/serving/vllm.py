@@ -56,12 +56,21 @@ async def _follow(vllm: Any, watch: Watch, attempts: Attempts) -> None:
     while True:
         await asyncio.sleep(SECONDS)
         adapter, now = await asyncio.to_thread(watch.look), vllm.lora_requests.get(watch.name)
-        if not adapter or not now or now.lora_path == str(adapter.folder) or attempts.resting(str(adapter)):
+        if (
+            not adapter
+            or not now
+            or now.lora_path == str(adapter.folder)
+            or attempts.resting(str(adapter))
+        ):
             continue
         with attempts.attempt(str(adapter)):
-            await asyncio.to_thread(adapter.check_base, vllm.model_config.model, vllm.model_config.revision)
+            await asyncio.to_thread(
+                adapter.check_base, vllm.model_config.model, vllm.model_config.revision
+            )
             request = _request(watch.name, adapter)
-            await vllm.engine_client.add_lora(request)  # raises if vLLM refuses it, for example because of its rank
+            await vllm.engine_client.add_lora(
+                request
+            )  # raises if vLLM refuses it, for example because of its rank
             vllm.lora_requests[watch.name] = request
             logger.info(f"{watch.name}: {adapter} answers")
 

@@ -53,12 +53,16 @@ class Adapter:
 
         place = Path(name)
         if not place.is_dir():
-            with as_user_error(f"the engine's base model {name} is not on this machine", OSError, ValueError):
+            with as_user_error(
+                f"the engine's base model {name} is not on this machine", OSError, ValueError
+            ):
                 place = Path(snapshot_download(name, revision=revision, local_files_only=True))
         # An engine's copy from the hub may have the weights a second time, in a form of their maker.
         files = (folder.weight_files(place), folder.loaded_files(place))
         if folder.weights(self.base.digest) not in map(folder.of_weights, files):
-            raise UserError(f"{self}: the engine's base model {place} has other weights than its own, {self.base.name}")
+            raise UserError(
+                f"{self}: the engine's base model {place} has other weights than its own, {self.base.name}"
+            )
 
 
 class Attempts:
@@ -98,7 +102,10 @@ class Watch:
         self.name, self.is_alias = name, not which.isdecimal()
         self._uri = f"{models.SCHEME}{model}{'@' if self.is_alias else '/'}{which}"
         self._tracking_uri, self._cache = tracking_uri, cache
-        self._asking, self._fetching = Attempts(name, f"{name}: MLflow names a version again"), Attempts(name)
+        self._asking, self._fetching = (
+            Attempts(name, f"{name}: MLflow names a version again"),
+            Attempts(name),
+        )
         self._current: Adapter | None = None
         # MLflow's last answer: its time, and the NAME@NUMBER.
         self.answered, self.meant = time.time(), ""
@@ -109,7 +116,10 @@ class Watch:
             version = models.resolve(self._uri, self._tracking_uri)
             self.answered, self.meant = time.time(), f"{version.name}@{version.number}"
             current = self._current
-            if current and (version.number, version.checksum) == (current.version.number, current.version.checksum):
+            if current and (version.number, version.checksum) == (
+                current.version.number,
+                current.version.checksum,
+            ):
                 node_cache.used(current.folder.parent)
             elif not self._fetching.resting(key := f"{version.number} {version.checksum}"):
                 with self._fetching.attempt(key):
@@ -124,5 +134,7 @@ class Watch:
             )
         found = models.fetch(version, self._tracking_uri, self._cache, copy=True)
         assert found.base
-        node_cache.make_room(self._cache, (each for each in self._cache.iterdir() if not each.name.startswith(".")))
+        node_cache.make_room(
+            self._cache, (each for each in self._cache.iterdir() if not each.name.startswith("."))
+        )
         return Adapter(version, found.base, found.folder)

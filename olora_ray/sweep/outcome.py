@@ -34,7 +34,8 @@ MEASURE = "evaluation."
 def record(sweep_spec: SweepSpec) -> SearchRecord:
     space, progress = sweep_spec.space, search_folder.progress(sweep_spec.folder)
     trials = tuple(
-        _with_reason(trial, progress, space.scheduler.kind) for _, trial in sorted(read_all(sweep_spec.folder).items())
+        _with_reason(trial, progress, space.scheduler.kind)
+        for _, trial in sorted(read_all(sweep_spec.folder).items())
     )
     return SearchRecord(
         name=sweep_spec.name,
@@ -52,13 +53,19 @@ def record(sweep_spec: SweepSpec) -> SearchRecord:
 
 def _with_reason(trial: TrialRecord, progress: Progress, scheduler: str) -> TrialRecord:
     # A stopped trial does not know who stopped it, and a killed process writes no reason: the reason is added here.
-    if trial.status == "stopped" and trial.total and trial.step >= trial.total:  # it ended before the stop reached it
+    if (
+        trial.status == "stopped" and trial.total and trial.step >= trial.total
+    ):  # it ended before the stop reached it
         return replace(trial, status="finished")
     if trial.status in ("stopped", "unfinished") and trial.number in progress.cut:
         return replace(trial, status="unfinished", reason="the search ended before the trial did")
     if trial.status != "stopped":
         return trial
-    share = f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}" if trial.total else ""
+    share = (
+        f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}"
+        if trial.total
+        else ""
+    )
     return replace(trial, reason=f"{scheduler}{share}")
 
 
@@ -79,13 +86,17 @@ def conclude(config: Config, sweep_spec: SweepSpec, search: SearchRecord, tracke
     logger.info(f"best config: {path}")
 
 
-def best_config(config: Config, sweep_spec: SweepSpec, best: TrialRecord, refit: bool = False) -> Config:
+def best_config(
+    config: Config, sweep_spec: SweepSpec, best: TrialRecord, refit: bool = False
+) -> Config:
     """Return the user's config with the values of the best trial, and with what the space sets for all trials.
 
     The space's `evaluation.*` is left out, and for a `refit` also its settings of the length.
     """
     left = (MEASURE, *LENGTH) if refit else MEASURE
-    common = {field: value for field, value in sweep_spec.space.set.items() if not field.startswith(left)}
+    common = {
+        field: value for field, value in sweep_spec.space.set.items() if not field.startswith(left)
+    }
     name = f"{sweep_spec.name}-{'refit' if refit else 'best'}"
     return override(config, {**common, **best.params, "run.name": name})
 
@@ -98,16 +109,21 @@ def register(sweep_spec: SweepSpec, search: SearchRecord) -> int:
     best = search.best()
     assert best is not None
     trial = override(
-        sweep_spec.train_spec.config, {**best.params, "run.name": f"{sweep_spec.name}-{trial_name(best.number)}"}
+        sweep_spec.train_spec.config,
+        {**best.params, "run.name": f"{sweep_spec.name}-{trial_name(best.number)}"},
     )
     spec = trial_spec(sweep_spec, trial)
     folder = RunFolder(best.folder)
-    result = fit.finished_training(spec, folder, folder.state()) or _stopped(folder, best, search.metric)
+    result = fit.finished_training(spec, folder, folder.state()) or _stopped(
+        folder, best, search.metric
+    )
     tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
     version = run.register(spec, folder, result, tags, sweep_spec.parent)
     assert version is not None
     name, alias = trial.registry.model, trial.registry.alias
-    logger.info(f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}")
+    logger.info(
+        f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}"
+    )
     return version
 
 
@@ -122,12 +138,18 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
             f"{folder.checkpoints}: the best trial has no checkpoint left; pass --refit to train best.yaml instead"
         )
     checkpoint, state = latest[0], latest[1].state
-    step, value = next((each for each in best.curve if each[0] and each[1] == best.value), (best.step, math.nan))
+    step, value = next(
+        (each for each in best.curve if each[0] and each[1] == best.value), (best.step, math.nan)
+    )
     # A failed trial keeps the checkpoint before its failure. After a restart, other workers may have measured the same
     # adapter again, and their loss differs a little.
     same = state.best_loss is not None and math.isclose(state.best_loss, value, rel_tol=1e-3)
     if step > state.step or (metric == "eval/loss" and not same):
-        kept = "" if state.best_loss is None else f" with the best loss {state.best_loss:.4f} of step {state.best_step}"
+        kept = (
+            ""
+            if state.best_loss is None
+            else f" with the best loss {state.best_loss:.4f} of step {state.best_step}"
+        )
         raise UserError(
             f"{checkpoint}: trial {best.number} has its best value {value:.4f} at step {step}, but its last checkpoint"
             f" is of step {state.step}{kept}; pass --refit to train best.yaml instead"

@@ -75,7 +75,10 @@ class SearchRecord:
         """Return the trials that have a value, the best first; failed ones come last, whatever their value."""
         sign = 1 if self.mode == "min" else -1
         measured = [trial for trial in self.trials if trial.measured()]
-        return sorted(measured, key=lambda trial: (trial.status == "failed", sign * (trial.value or 0.0), trial.number))
+        return sorted(
+            measured,
+            key=lambda trial: (trial.status == "failed", sign * (trial.value or 0.0), trial.number),
+        )
 
     def ordered(self) -> list[TrialRecord]:
         """Return all trials: the ranked ones, then those without a value in the order of the search."""
@@ -136,7 +139,9 @@ class TrialFile:
         self._write()
 
     def compared(self, step: int, loss: float) -> None:
-        self.record = replace(self.record, step=step, compared=(*self.record.compared, (step, loss)))
+        self.record = replace(
+            self.record, step=step, compared=(*self.record.compared, (step, loss))
+        )
         self._write()
 
     def ended(self, status: Status, reason: str = "") -> None:
@@ -145,15 +150,23 @@ class TrialFile:
 
     def _take(self, curve: tuple[tuple[int, float], ...]) -> None:
         choose = min if self.mode == "min" else max
-        best = choose((value for step, value in curve if step), default=None)  # at step 0 every trial is the base model
-        self.record = replace(self.record, curve=curve, step=curve[-1][0] if curve else 0, value=best)
+        best = choose(
+            (value for step, value in curve if step), default=None
+        )  # at step 0 every trial is the base model
+        self.record = replace(
+            self.record, curve=curve, step=curve[-1][0] if curve else 0, value=best
+        )
 
     def _write(self) -> None:
         self.record = replace(self.record, seconds=self._seconds + time.monotonic() - self._began)
         try:
             records.write(self.path, self.record)
-        except OSError as error:  # the next write has everything; the training does not need the file
-            logger.warning(f"{self.path}: cannot be written now ({short_reason(error)}); the trial continues")
+        except (
+            OSError
+        ) as error:  # the next write has everything; the training does not need the file
+            logger.warning(
+                f"{self.path}: cannot be written now ({short_reason(error)}); the trial continues"
+            )
 
 
 def read_record(folder: str) -> TrialRecord | None:
@@ -176,5 +189,7 @@ def read_all(folder: str) -> dict[int, TrialRecord]:
     failure = f"{trials}: cannot read the records of the trials"
     # In parallel: an object store answers slowly, and a search may have thousands of records.
     with as_user_error(failure, OSError, reason=short_reason), ThreadPoolExecutor(16) as pool:
-        found = pool.map(read_record, [storage.join(trials, name) for name in storage.names(trials)])
+        found = pool.map(
+            read_record, [storage.join(trials, name) for name in storage.names(trials)]
+        )
         return {record.number: record for record in found if record}

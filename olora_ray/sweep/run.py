@@ -95,12 +95,18 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
 def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
     config = spec.config
     tags = {"olora.kind": "search", "olora.base_digest": spec.base.digest}
-    params = flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()}
-    with start.mlflow_run(config, tags, RunFolder(config.folder()), params, after_error="KILLED") as tracker:
+    params = flatten(config) | {
+        f"space.{name}": str(value) for name, value in space.model_dump().items()
+    }
+    with start.mlflow_run(
+        config, tags, RunFolder(config.folder()), params, after_error="KILLED"
+    ) as tracker:
         yield tracker
 
 
-def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple[SweepSpec, SearchRecord]:
+def run(
+    spec: TrainSpec, space: Space, spared: float, tracker: Tracker
+) -> tuple[SweepSpec, SearchRecord]:
     """Run the search until all trials have ended or a limit of the space is reached; resume an interrupted one.
 
     Raises UserError if not even one trial fits in the cluster, or if no trial has measured the metric.
@@ -160,7 +166,9 @@ def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
     each, asked = min(space.trials_per_worker, count), min(space.concurrency or count, count)
     if config.cluster.max_workers() > 1 or not sweep_spec.shares_data():
         concurrent = min(fitting // workers, asked)
-        logger.info(f"search: {trials}, {concurrent} at the same time, {plural(workers, 'worker')} per trial")
+        logger.info(
+            f"search: {trials}, {concurrent} at the same time, {plural(workers, 'worker')} per trial"
+        )
         return concurrent, ()
     # The actors serve trials that run one after another, too: they save the start of each trial, which takes longer
     # than a short training.
@@ -179,12 +187,16 @@ def _fitting(wanted: Mapping[str, float], workers: int) -> int:
     fitting = room(wanted)
     if fitting >= workers:
         return fitting
-    now, most = (resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum()))
+    now, most = (
+        resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum())
+    )
     if not now < workers <= most:
         raise UserError(
             f"cluster.workers={workers}: a trial needs {workers}, but the cluster has room for {fitting}; set it lower"
         )
-    logger.info(f"search: waiting for more nodes: a trial needs {workers} workers, the cluster has room for {fitting}")
+    logger.info(
+        f"search: waiting for more nodes: a trial needs {workers} workers, the cluster has room for {fitting}"
+    )
     with PlacementRequest(wanted, workers, after=3.0) as request:
         while (fitting := free_workers(wanted)) < workers:
             request.look()

@@ -25,7 +25,9 @@ def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
     # Slightly less, because of rounding: a third of 100, times 3, exceeds 100 in floats, and a trial would miss a rung.
     grace = min(WHOLE, WHOLE * sweep_spec.grace() / sweep_spec.total()) * (1 - 1e-9)
     length: dict[str, Any] = {"max_t": WHOLE, "grace_period": grace}  # Ray's annotations say int
-    halving = (Paired if space.paired() else Halving)(PROGRESS, reduction_factor=settings.reduction, **length)
+    halving = (Paired if space.paired() else Halving)(
+        PROGRESS, reduction_factor=settings.reduction, **length
+    )
     halving.folder, halving.measured = sweep_spec.folder, PAIRED if space.paired() else space.metric
     return halving
 

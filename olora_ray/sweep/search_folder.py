@@ -34,7 +34,9 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
     UserError if `registers` is true and registry.model is not set.
     """
     if registers and config.registry.model is None:
-        raise UserError("registry.model: not set; set the name under which the best model is registered")
+        raise UserError(
+            "registry.model: not set; set the name under which the best model is registered"
+        )
     workers = 1 if space.trials_per_worker > 1 else config.cluster.each_trial()
     own = {"run.name": f"{config.run.name}-{Path(space_file).stem}", "cluster.workers": workers}
     return override(config, {**NO_GATE, **space.set, **own})
@@ -46,7 +48,9 @@ def check_search(config: Config, space: Space) -> None:
     folder.check(config)
     publish.check_tracking(config, folder)
     path = storage.join(folder.root, _BEGUN_WITH)
-    if storage.exists(path) and (changed := _changes(records.read(path, Begun), description(config, space))):
+    if storage.exists(path) and (
+        changed := _changes(records.read(path, Begun), description(config, space))
+    ):
         shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         raise UserError(
             f"run.name: {folder.root} holds a search with different settings ({shown}); set another run.name, use"
@@ -70,11 +74,19 @@ def _changes(kept: Begun | None, described: Begun) -> list[str]:
         return [f"{_BEGUN_WITH} cannot be read"]
     read_back = records.parsed(described.text(), Begun)  # tuples are lists in JSON
     assert read_back is not None
-    before, after = (dict(leaves({"config": each.config, "space": each.space}, "")) for each in (kept, read_back))
+    before, after = (
+        dict(leaves({"config": each.config, "space": each.space}, "")) for each in (kept, read_back)
+    )
     changes = []
-    for field in sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-        was, now = (repr(values[field]) if field in values else "not set" for values in (before, after))
-        changes.append(f"{field} was {was}, is {now}" if len(was + now) <= 120 else f"{field} differs")
+    for field in sorted(
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+    ):
+        was, now = (
+            repr(values[field]) if field in values else "not set" for values in (before, after)
+        )
+        changes.append(
+            f"{field} was {was}, is {now}" if len(was + now) <= 120 else f"{field} differs"
+        )
     return changes
 
 

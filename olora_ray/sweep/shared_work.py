@@ -53,7 +53,11 @@ def factor_keys(config: Config, space: Space) -> list[FactorKey]:
     ranks = sorted(space.possible("adapter.rank", config.adapter.rank))
     every = [] if space.is_range("adapter.rank") else ranks
     methods = dict.fromkeys(space.listed("adapter.method", config.adapter.method))
-    return [(name, rank) for name in methods for rank in (ranks[-1:] if METHODS[name].prefix else dict.fromkeys(every))]
+    return [
+        (name, rank)
+        for name in methods
+        for rank in (ranks[-1:] if METHODS[name].prefix else dict.fromkeys(every))
+    ]
 
 
 def check_ranks(config: Config, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -77,7 +81,9 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     spec = replace(on_cpu(spec) if sharded else spec, shared=folder)
     missing = [factors for factors in _specs_of(spec, wanted) if not _exists(factors)]
     asked = wanted_questions(spec.config.evaluation, spec.eval)
-    known = Baseline.read(storage.join(folder, "baseline.json"), spec.baseline_identity(), len(asked))
+    known = Baseline.read(
+        storage.join(folder, "baseline.json"), spec.baseline_identity(), len(asked)
+    )
     if not missing and (known or sharded):
         return Shared()
     device = torch.device("cpu") if sharded else assigned_device()
@@ -94,7 +100,9 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
 
 def _specs_of(spec: TrainSpec, wanted: Sequence[FactorKey]) -> Iterator[TrainSpec]:
     for method, rank in wanted:
-        yield replace(spec, config=override(spec.config, {"adapter.method": method, "adapter.rank": rank}))
+        yield replace(
+            spec, config=override(spec.config, {"adapter.method": method, "adapter.rank": rank})
+        )
 
 
 def _exists(spec: TrainSpec) -> bool:
@@ -108,7 +116,9 @@ def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
         self_test(shared, spec)
     factors, _, _ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
     prefix = METHODS[adapter.method].prefix
-    factor_cache.write_factors(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
+    factor_cache.write_factors(
+        spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix
+    )
 
 
 def _measure(spec: TrainSpec, shared: SharedBase, folder: str) -> None:

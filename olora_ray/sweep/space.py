@@ -108,12 +108,20 @@ class Domain(Section):
             return value if value in options else MISSING
         interval = self.interval()
         assert interval is not None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not interval[0] <= value <= interval[1]:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not interval[0] <= value <= interval[1]
+        ):
             return MISSING
         if self.quniform is None:
             return value
         step = round((value - self.quniform[0]) / self.quniform[2])
-        return self.at(step) if step < self.steps() and math.isclose(self.at(step), value, abs_tol=0) else MISSING
+        return (
+            self.at(step)
+            if step < self.steps() and math.isclose(self.at(step), value, abs_tol=0)
+            else MISSING
+        )
 
     def factors(self) -> tuple[float, ...]:
         return self.times if isinstance(self.times, tuple) else (self.times,)
@@ -263,12 +271,16 @@ class Space(Section):
 
     def paired(self) -> bool:
         """True if trials are compared by their training losses, because all of them see the same rows in each step."""
-        comparable = all(field.startswith(SAME_BASE) and field not in OTHER_LOSSES for field in self.search)
+        comparable = all(
+            field.startswith(SAME_BASE) and field not in OTHER_LOSSES for field in self.search
+        )
         return self.scheduler.kind == "asha" and self.metric in LOWER_IS_BETTER and comparable
 
     def cells(self) -> int:
         """Return the number of combinations of the grids; 1 without grids."""
-        listed = [domain for domain in self.search.values() if domain.grid or self.searcher == "grid"]
+        listed = [
+            domain for domain in self.search.values() if domain.grid or self.searcher == "grid"
+        ]
         return math.prod(len(domain.options() or domain.factors()) for domain in listed)
 
     def has_default(self) -> bool:
@@ -279,7 +291,10 @@ class Space(Section):
         return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)
 
     def in_words(self) -> str:
-        return plural(self.count(), "trial") + ", of which trial 0 is the unchanged config" * self.has_default()
+        return (
+            plural(self.count(), "trial")
+            + ", of which trial 0 is the unchanged config" * self.has_default()
+        )
 
     def own_name(self, number: int) -> str | None:
         """Return the name of a trial's folder if it does not follow from the number."""
@@ -290,7 +305,9 @@ class Space(Section):
         position = number - self.has_default()
         if position < 0:
             return {}
-        in_turn = {name for name, domain in self.search.items() if domain.grid or self.searcher == "grid"}
+        in_turn = {
+            name for name, domain in self.search.items() if domain.grid or self.searcher == "grid"
+        }
         return self.draw(Seeded((self.seed, position), position % self.cells(), in_turn))
 
     def draw(self, chooser: Chooser) -> dict[str, Any]:
@@ -300,12 +317,18 @@ class Space(Section):
         return draws
 
     def draw_names(self) -> list[str]:
-        return [field if domain.of is None else field + TIMES for field, domain in self.search.items()]
+        return [
+            field if domain.of is None else field + TIMES for field, domain in self.search.items()
+        ]
 
     def values(self, draws: Draws) -> dict[str, Any]:
         if not any(name in draws for name in self.draw_names()):
             return {}
-        values = {field: _settled(domain, draws[field]) for field, domain in self.search.items() if field in draws}
+        values = {
+            field: _settled(domain, draws[field])
+            for field, domain in self.search.items()
+            if field in draws
+        }
         for field, domain in self.search.items():
             if domain.of is not None:
                 values[field] = multiple(values[domain.of], draws[field + TIMES])
@@ -318,7 +341,9 @@ class Space(Section):
             return [configured]
         base = domain if domain.of is None else self.search[domain.of]
         # Without `of` the only factor is 1.
-        values = [multiple(value, factor) for value in base.extremes() for factor in domain.factors()]
+        values = [
+            multiple(value, factor) for value in base.extremes() for factor in domain.factors()
+        ]
         return [*values, configured] if self.has_default() else values
 
     def listed(self, field: str, configured: Any) -> list[Any]:
@@ -341,7 +366,11 @@ class Space(Section):
             if domain.of is not None:
                 base = at(config, domain.of)
                 # A field that is null (train.clip) has no multiple.
-                fitting = (factor for factor in domain.factors() if base is not None and base * factor == value)
+                fitting = (
+                    factor
+                    for factor in domain.factors()
+                    if base is not None and base * factor == value
+                )
                 draws[field + TIMES] = next(fitting, MISSING)
             else:
                 draws[field] = _draw_of(domain, config, field, value)
@@ -354,7 +383,11 @@ def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
     parts = value if isinstance(value, list) else [value]
     if not domain.options() or not any(isinstance(part, dict) for part in parts):
         return domain.draw_of(value)
-    same = (option for option in domain.options() if at(override(config, {field: option}), field) == value)
+    same = (
+        option
+        for option in domain.options()
+        if at(override(config, {field: option}), field) == value
+    )
     return next(same, MISSING)
 
 
@@ -386,7 +419,9 @@ def _contradictions(space: Space) -> Iterator[str]:
 
 
 def _field_problems(space: Space) -> Iterator[str]:
-    settings = [("search", field) for field in space.search] + [("set", field) for field in space.set]
+    settings = [("search", field) for field in space.search] + [
+        ("set", field) for field in space.set
+    ]
     for section, field in settings:
         if not all(field.split(".")):
             yield f"{section}: {field!r} is not a config field; olora-ray finetune --help all lists the fields"
@@ -398,7 +433,10 @@ def _field_problems(space: Space) -> Iterator[str]:
 def _base_problems(space: Space, field: str, base: str) -> Iterator[str]:
     if base not in space.search or space.search[base].of is not None:
         yield f"search.{field}: of: {base} must be searched too, with values of its own"
-    elif any(isinstance(value, bool) or not isinstance(value, int | float) for value in space.search[base].extremes()):
+    elif any(
+        isinstance(value, bool) or not isinstance(value, int | float)
+        for value in space.search[base].extremes()
+    ):
         yield f"search.{field}: of: {base} has values that are not numbers"
 
 

@@ -31,7 +31,9 @@ def load_space(path: str | Path, config: Config) -> Space:
     """
     tree = read_yaml(path, "space file")
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected fields (search:, metric:, ...), but it holds a {type(tree).__name__}")
+        raise UserError(
+            f"{path}: expected fields (search:, metric:, ...), but it holds a {type(tree).__name__}"
+        )
     space = validated(Space, tree, str(path))
     check_space(space, config, str(path))
     return space
@@ -42,7 +44,9 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
     for part, fields in (("search", space.search), ("set", space.set)):
         for field in fields:
             if f"{field}.".startswith(FIXED):
-                raise UserError(f"{where}: {part}.{field}: set it in the config; a search cannot vary this section")
+                raise UserError(
+                    f"{where}: {part}.{field}: set it in the config; a search cannot vary this section"
+                )
             if field in Config.model_fields:
                 raise UserError(
                     f"{where}: {part}.{field}: a section would reset its other fields to their defaults; name single"
@@ -50,11 +54,17 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
                 )
     for field in space.search:
         if field.startswith(MEASURE) or any(name.startswith(f"{field}.") for name in MEASURE):
-            raise UserError(f"{where}: search.{field}: all trials must be measured in the same way; put it under set")
+            raise UserError(
+                f"{where}: search.{field}: all trials must be measured in the same way; put it under set"
+            )
         if field in IDLE:
-            raise UserError(f"{where}: search.{field}: it does not change the result of a training; put it under set")
+            raise UserError(
+                f"{where}: search.{field}: it does not change the result of a training; put it under set"
+            )
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
-            raise UserError(f"{where}: search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here")
+            raise UserError(
+                f"{where}: search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here"
+            )
     base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
     # The trials themselves, as far as it takes a second. Those of Optuna are not known, so draws of the same space.
     for number in range(200 if space.searcher == "tpe" else min(space.count(), 200)):
@@ -62,7 +72,9 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
         _refuse_texts(_override(base, changes, f"{where}: search"), changes, where)
     for field in space.search:
         if not any(overlap(field, name) for name in flatten(base)):  # e.g. data.train.00.weight
-            raise UserError(f"{where}: search.{field}: unknown field; olora-ray finetune --help all lists the fields")
+            raise UserError(
+                f"{where}: search.{field}: unknown field; olora-ray finetune --help all lists the fields"
+            )
     _check_metric(space, base, where)
 
 
@@ -75,14 +87,22 @@ def _check_metric(space: Space, config: Config, where: str) -> None:
     held_out = config.data.holds_out()
     if space.metric.startswith("score/") and space.metric != "score/":
         if not scorer or not held_out:
-            raise UserError(f"{where}: metric: {space.metric} needs evaluation.scorer and held-out rows in the config")
+            raise UserError(
+                f"{where}: metric: {space.metric} needs evaluation.scorer and held-out rows in the config"
+            )
         if space.scheduler.kind != "none":
-            raise UserError(f"{where}: metric: {space.metric} is measured once, at the end; set scheduler.kind: none")
+            raise UserError(
+                f"{where}: metric: {space.metric} is measured once, at the end; set scheduler.kind: none"
+            )
     elif space.metric not in LOWER_IS_BETTER:
         known = ", ".join(LOWER_IS_BETTER)
-        raise UserError(f"{where}: metric: no trial reports {space.metric!r}; use {known} or score/NAME")
+        raise UserError(
+            f"{where}: metric: no trial reports {space.metric!r}; use {known} or score/NAME"
+        )
     elif space.metric.startswith("eval/") and not held_out:
-        raise UserError(f"{where}: metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction")
+        raise UserError(
+            f"{where}: metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction"
+        )
 
 
 def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> None:
@@ -90,7 +110,9 @@ def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> Non
     for field, value in changes.items():
         taken = at(config, field)
         if isinstance(value, str) and isinstance(taken, int | float):
-            raise UserError(f"{where}: search.{field}: {value!r} is text; write {json.dumps(taken)} without quotes")
+            raise UserError(
+                f"{where}: search.{field}: {value!r} is text; write {json.dumps(taken)} without quotes"
+            )
 
 
 def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
@@ -103,7 +125,14 @@ def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
 
 
 # These decide whether a model can be trained and exported, because some methods do not support every layer.
-DECIDE = ("model.name", "model.revision", "model.quantization", "adapter.method", "adapter.targets", "export.merged")
+DECIDE = (
+    "model.name",
+    "model.revision",
+    "model.quantization",
+    "adapter.method",
+    "adapter.targets",
+    "export.merged",
+)
 
 
 def plan(config: Config, space: Space, base: BaseModel) -> None:
@@ -119,16 +148,24 @@ def plan(config: Config, space: Space, base: BaseModel) -> None:
             model = base if trial.model == config.model else open_base(trial).model
             shared_work.check_ranks(trial, space, prepare.plan(trial, model, where).targets)
         except UserError as error:
-            problems.setdefault(str(error), f"{where}{error}")  # the same error of several settings is shown once
+            problems.setdefault(
+                str(error), f"{where}{error}"
+            )  # the same error of several settings is shown once
     if problems:
         raise of_problems("the search cannot start", list(problems.values()))
 
 
 def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
     searched = "adapter.rank" in space.search
-    largest = {"adapter.rank": max(space.possible("adapter.rank", config.adapter.rank))} if searched else {}
+    largest = (
+        {"adapter.rank": max(space.possible("adapter.rank", config.adapter.rank))}
+        if searched
+        else {}
+    )
     options = {field: domain.options() for field, domain in space.search.items() if _decides(field)}
-    drawn = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    drawn = [
+        dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())
+    ]
     of_config: list[dict[str, Any]] = [{}] if space.has_default() and options else []
     for changes in [*of_config, *drawn][:50]:  # a check takes as long as the preflight of a run
         shown = ", ".join(f"search.{field}={value}" for field, value in changes.items())

@@ -55,7 +55,9 @@ class SweepSpec:
 
     def shown(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
         """Return dotted field -> value of everything that is searched, for people; for the default trial too."""
-        return self.values(number, draws) or {field: at(self.train_spec.config, field) for field in self.space.search}
+        return self.values(number, draws) or {
+            field: at(self.train_spec.config, field) for field in self.space.search
+        }
 
     def config(self, number: int, draws: Mapping[str, Any]) -> Config:
         return override(self.train_spec.config, self.values(number, draws) | self._own(number))

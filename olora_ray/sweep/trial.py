@@ -101,7 +101,11 @@ class TrialRun:
         except Stopped:
             ended = Ended("stopped")
         except Exception as error:
-            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
+            why = (
+                str(error)
+                if isinstance(error, UserError)
+                else f"{type(error).__name__}: {reason(error)}"
+            )
             ended = Ended("failed", why)
         try:
             self._file.ended(ended.status, ended.reason)
@@ -110,16 +114,22 @@ class TrialRun:
 
     def _train(self) -> None:
         others = self._drop_other_values()
-        spec = trial_spec(self.sweep_spec, self.config, cpus_held=ray.cluster_resources().get("CPU", 0.0))
+        spec = trial_spec(
+            self.sweep_spec, self.config, cpus_held=ray.cluster_resources().get("CPU", 0.0)
+        )
         self.total = self.sweep_spec.steps(self.config, spec.train)
         self._file.record = replace(self._file.record, total=self.total)
         with (
-            publish.tracked(self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent) as tracker,
+            publish.tracked(
+                self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent
+            ) as tracker,
             _log_file(self.folder.root),
         ):
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
-                logger.warning(f"the resumed search gave this trial other values, so the trial restarts: {others}")
+                logger.warning(
+                    f"the resumed search gave this trial other values, so the trial restarts: {others}"
+                )
             state = self.folder.state()
             self.folder.claim(self.config, state)
             result = fit.finished_training(spec, self.folder, state)
@@ -135,7 +145,9 @@ class TrialRun:
         """Remove the files of a trial that had this number and other values; return which values differ."""
         # A killed Tune forgets the latest draws of Optuna. After the restart Optuna draws again, from the results so
         # far, and the training must not resume from a checkpoint of the old values.
-        if self.sweep_spec.space.searcher != "tpe" or not (others := self.folder.state().other_settings(self.config)):
+        if self.sweep_spec.space.searcher != "tpe" or not (
+            others := self.folder.state().other_settings(self.config)
+        ):
             return ""
         storage.remove(self.folder.root)
         self._file.begin()
@@ -148,7 +160,9 @@ class TrialRun:
             return shared_base.train_on(actors, adapters, spec, self.folder.checkpoints, channel)
 
         fit_on = on_shared_base if actors else None
-        return fit.train(spec, self.folder, CompleteStore(spec.train), tracker, self._stop, self._on_row, fit_on)
+        return fit.train(
+            spec, self.folder, CompleteStore(spec.train), tracker, self._stop, self._on_row, fit_on
+        )
 
     def _on_row(self, step: int, row: dict[str, float]) -> None:
         if step and "train/loss" in row:
@@ -181,7 +195,9 @@ class TrialRun:
         tokenizer = load.load_tokenizer(spec.base, spec.config.model)
         scores = answers.scores_after(spec.config, result, tokenizer)
         if (value := scores.get(metric.removeprefix("score/"))) is None:
-            raise UserError(f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}")
+            raise UserError(
+                f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}"
+            )
         step = result.state.step if result.state else 0
         self._file.measured(step, value)
         self._items.put(Measured(step, value))

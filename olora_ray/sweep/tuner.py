@@ -48,7 +48,9 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
     def __init__(self, folder: str, space: Space) -> None:
         self.folder, self.space = folder, space
-        self.best: tuple[float, int] | None = None  # value and number of the best trial that has ended
+        self.best: tuple[float, int] | None = (
+            None  # value and number of the best trial that has ended
+        )
         self.since_better = 0
         self.over: str | None = None  # why the search ends before all trials have ended
         self.cut: set[int] = set()  # numbers of the trials that ran when a limit ended the search
@@ -81,7 +83,11 @@ class SweepCallback(tune.Callback, tune.Stopper):
         return self.over is not None
 
     def setup(
-        self, stop: Any = None, num_samples: int | None = None, total_num_samples: int | None = None, **info: Any
+        self,
+        stop: Any = None,
+        num_samples: int | None = None,
+        total_num_samples: int | None = None,
+        **info: Any,
     ) -> None:
         # If Tune cannot read the state of an Optuna search, it silently starts a new search with one trial.
         if total_num_samples is not None and total_num_samples < self.space.count():
@@ -101,7 +107,9 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         step = (trial.last_result or {}).get("step")
         again = f"resumes after step {step}" if step else "starts"
-        logger.info(f"trial {_number(trial)} {again}: {text.params(self._values(trial)) or 'the unchanged config'}")
+        logger.info(
+            f"trial {_number(trial)} {again}: {text.params(self._values(trial)) or 'the unchanged config'}"
+        )
         self._note_seconds()
 
     def on_trial_result(
@@ -109,15 +117,25 @@ class SweepCallback(tune.Callback, tune.Stopper):
     ) -> None:
         if result.get(ENDED):
             return
-        shown = [f"{self.space.metric} {result[self.space.metric]:.4f}"] if result.get(EVALUATED) else []
+        shown = (
+            [f"{self.space.metric} {result[self.space.metric]:.4f}"]
+            if result.get(EVALUATED)
+            else []
+        )
         shown += [f"compared by its training loss {result[PAIRED]:.4f}"] if PAIRED in result else []
-        logger.info(f"trial {_number(trial)} step {result.get('step')}/{result.get('total')} | {' | '.join(shown)}")
+        logger.info(
+            f"trial {_number(trial)} step {result.get('step')}/{result.get('total')} | {' | '.join(shown)}"
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
         kept = self._record(trial)
         step = f"step {result.get('step', 0)}"
-        how = "finished" if result.get(ENDED) else f"stopped at {step} ({self.over or self.space.scheduler.kind})"
+        how = (
+            "finished"
+            if result.get(ENDED)
+            else f"stopped at {step} ({self.over or self.space.scheduler.kind})"
+        )
         if self.over and not result.get(ENDED):
             self.cut.add(_number(trial))
         self._count(trial)
@@ -139,7 +157,10 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def set_state(self, state: dict[str, Any]) -> None:
         best = state.get("best")
         self.best = None if best is None else (float(best[0]), int(best[1]))
-        self.since_better, self._ended = int(state.get("since_better", 0)), set(state.get("ended", ()))
+        self.since_better, self._ended = (
+            int(state.get("since_better", 0)),
+            set(state.get("ended", ())),
+        )
 
     def _values(self, trial: Any) -> dict[str, Any]:
         draws = {name: value for name, value in trial.config.items() if name != NUMBER}
@@ -157,7 +178,9 @@ class SweepCallback(tune.Callback, tune.Stopper):
         # The trial's own record, not Tune's result: it is what the leaderboard shows.
         try:
             return record.read_record(trial_path(self.folder, _number(trial), self.space))
-        except OSError:  # raising would make Tune count the trial as failed; only its log line lacks the value
+        except (
+            OSError
+        ):  # raising would make Tune count the trial as failed; only its log line lacks the value
             return None
 
     def _count(self, trial: Any) -> None:
@@ -175,7 +198,9 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
     def _note_seconds(self) -> None:
         self._noted_at = time.monotonic()
-        with contextlib.suppress(OSError):  # the next note repeats it; the search does not need the file
+        with contextlib.suppress(
+            OSError
+        ):  # the next note repeats it; the search does not need the file
             search_folder.keep(self.folder, Progress(self.seconds()))
 
     def _left(self) -> str:
@@ -201,7 +226,9 @@ class SearchTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], sweep_spec: SweepSpec) -> None:  # type: ignore[override]  # see with_parameters
         ray_internals.quiet_ray()
-        logging.getLogger("mlflow").setLevel(logging.ERROR)  # a warning per trial would drown the lines of the search
+        logging.getLogger("mlflow").setLevel(
+            logging.ERROR
+        )  # a warning per trial would drown the lines of the search
         # The lines of a trial go to its own log.txt. The driver logs what is the same for all trials.
         logging.getLogger(logs.PACKAGE).addHandler(logging.NullHandler())
         logging.getLogger(logs.PACKAGE).propagate = False
@@ -239,10 +266,19 @@ class SearchTrial(tune.Trainable):
         value: float = item.value if item.value is not None else math.nan
         if item.value is None:  # Tune and Optuna need one for each result
             compared = item.paired if item.paired is not None else worst
-            value = self.last.get(space.metric, math.exp(compared) if space.metric == "eval/perplexity" else compared)
+            value = self.last.get(
+                space.metric, math.exp(compared) if space.metric == "eval/perplexity" else compared
+            )
         value = worst if math.isnan(value) else value
-        own = {"step": item.step, "total": total, PROGRESS: WHOLE * item.step / total, space.metric: value}
-        own |= {EVALUATED: item.value is not None} | ({} if item.paired is None else {PAIRED: item.paired})
+        own = {
+            "step": item.step,
+            "total": total,
+            PROGRESS: WHOLE * item.step / total,
+            space.metric: value,
+        }
+        own |= {EVALUATED: item.value is not None} | (
+            {} if item.paired is None else {PAIRED: item.paired}
+        )
         return {**item.row, **own}  # all metrics of the step, for Tune's tables
 
     def cleanup(self) -> None:
@@ -261,7 +297,9 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     Raises UserError if the state of a search is lost whose values cannot be drawn again, or if its state names code
     that no longer exists.
     """
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # otherwise Tune ends an interrupted search as if it were complete
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = (
+        "1"  # otherwise Tune ends an interrupted search as if it were complete
+    )
     ray_internals.keep_credentials()
     # `callback` logs each failure in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
@@ -270,21 +308,32 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     for name in ("utils.util", "logger.logger"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
     # Optuna warns of values that are lists. They are a problem only for studies in Optuna's own storage.
-    warnings.filterwarnings("ignore", message="Choices for a categorical distribution", category=UserWarning)
+    warnings.filterwarnings(
+        "ignore", message="Choices for a categorical distribution", category=UserWarning
+    )
     # The trials' own processes run on the driver's node if its memory is enough. A trial cannot survive its process. On
     # another node the process could be lost while the trial's workers live; without the driver's node the search ends
     # anyway.
     own = {"memory": NOTE_BYTES, **resources.own_node(max_concurrent_trials, HELD_BYTES)}
-    trainable: Any = tune.with_resources(tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), own)
+    trainable: Any = tune.with_resources(
+        tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), own
+    )
     if search_folder.lost(sweep_spec.folder):
         _forget(sweep_spec)
     path = search_folder.tune_place(sweep_spec.folder)
     if tune.Tuner.can_restore(path):
         try:
-            tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
-        except (ImportError, AttributeError):  # Tune's pickles name a class or function that no longer exists
+            tuner = tune.Tuner.restore(
+                path, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space)
+            )
+        except (
+            ImportError,
+            AttributeError,
+        ):  # Tune's pickles name a class or function that no longer exists
             raise search_folder.not_resumed(sweep_spec.folder) from None
-        ray_internals.update_restored(tuner, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec))
+        ray_internals.update_restored(
+            tuner, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec)
+        )
         return tuner
     space = sweep_spec.space
     settings = tune.TuneConfig(
@@ -323,7 +372,9 @@ def _forget(sweep_spec: SweepSpec) -> None:
             raise search_folder.not_resumed(folder)
         storage.remove(storage.join(folder, "trials"))
     storage.remove(search_folder.tune_place(folder))
-    logger.warning("search: Ray Tune's state is lost; the search starts again, its trials resume from checkpoints")
+    logger.warning(
+        "search: Ray Tune's state is lost; the search starts again, its trials resume from checkpoints"
+    )
 
 
 def _params(space: Space) -> dict[str, Any] | None:
@@ -331,7 +382,10 @@ def _params(space: Space) -> dict[str, Any] | None:
     if space.searcher == "tpe":
         return None
     numbers = {NUMBER: tune.grid_search(list(range(space.count())))}
-    return {**numbers, **{name: tune.sample_from(partial(_draw, space, name)) for name in space.draw_names()}}
+    return {
+        **numbers,
+        **{name: tune.sample_from(partial(_draw, space, name)) for name in space.draw_names()},
+    }
 
 
 def _draw(space: Space, name: str, config: dict[str, Any]) -> Any:
@@ -345,7 +399,11 @@ def _searcher(sweep_spec: SweepSpec) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    default = sweep_spec.space.as_draws(sweep_spec.train_spec.config) if sweep_spec.space.include_default else None
+    default = (
+        sweep_spec.space.as_draws(sweep_spec.train_spec.config)
+        if sweep_spec.space.include_default
+        else None
+    )
     return OptunaSearch(
         partial(_suggested, sweep_spec.space),
         metric=sweep_spec.space.metric,

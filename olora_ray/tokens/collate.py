@@ -35,7 +35,9 @@ class Batch:
         if device.type == "cpu":
             return self
         named = {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
-        each = {id(part): part for part in (*named.values(), self.predicts, self.labels)}  # the borders are in it twice
+        each = {
+            id(part): part for part in (*named.values(), self.predicts, self.labels)
+        }  # the borders are in it twice
         moved = dict(zip(each, _moved(list(each.values()), device), strict=True))
         inputs = self.inputs | {name: moved[id(part)] for name, part in named.items()}
         return Batch(inputs, moved[id(self.predicts)], moved[id(self.labels)], self.tokens)
@@ -43,7 +45,9 @@ class Batch:
 
 def _moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy integer tensors to a device, each with its own type, through one buffer; for CUDA, in pinned memory."""
-    whole = torch.empty(sum(part.numel() for part in parts), dtype=torch.int64, pin_memory=device.type == "cuda")
+    whole = torch.empty(
+        sum(part.numel() for part in parts), dtype=torch.int64, pin_memory=device.type == "cuda"
+    )
     torch.cat([part.reshape(-1) for part in parts], out=whole)
     cut = whole.to(device, non_blocking=True).split([part.numel() for part in parts])
     return [piece.view(part.shape).to(part.dtype) for piece, part in zip(cut, parts, strict=True)]

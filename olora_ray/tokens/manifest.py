@@ -48,7 +48,9 @@ class ShardInfo:
 
     @classmethod
     def of(cls, sidecar: dict[str, Any]) -> "ShardInfo":
-        return cls(*(sidecar[name] for name in ("packs", "tokens", "supervised", "bytes", "sha256")))
+        return cls(
+            *(sidecar[name] for name in ("packs", "tokens", "supervised", "bytes", "sha256"))
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ POSITION_BITS = 40
 def origin_name(files: Sequence[str], origin: int) -> str:
     """Return an origin as file:line, counted from 1."""
     if not 0 <= origin >> POSITION_BITS < len(files):
-        raise UserError(f"token store: an example names file {origin >> POSITION_BITS}, but {len(files)} are listed")
+        raise UserError(
+            f"token store: an example names file {origin >> POSITION_BITS}, but {len(files)} are listed"
+        )
     return f"{files[origin >> POSITION_BITS]}:{(origin & (2**POSITION_BITS - 1)) + 1}"
 
 
@@ -159,7 +163,11 @@ class RejectedRows:
             self._file.seek(start)
             chunk = self._file.read(end - start)
             if self._repeats:  # otherwise the set would hold each row of a large corpus for nothing
-                lines = [line for line in dict.fromkeys(chunk.splitlines(keepends=True)) if line not in seen]
+                lines = [
+                    line
+                    for line in dict.fromkeys(chunk.splitlines(keepends=True))
+                    if line not in seen
+                ]
                 seen.update(lines)
                 chunk = b"".join(lines)
             yield chunk
@@ -194,10 +202,16 @@ def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str, longest:
     `where` names the setting of their sources; `longest` ends the remedy for rows that are too long.
     """
     most = max(reasons, key=lambda reason: reasons[reason])
-    first = REMEDIES.get(most, "fix or remove them").format(where=where.removeprefix("held out of "), longest=longest)
+    first = REMEDIES.get(most, "fix or remove them").format(
+        where=where.removeprefix("held out of "), longest=longest
+    )
     share = sum(reasons.values()) / rows
     # Allowing most rows to be rejected would mean training on other data than intended.
-    return first if share > 0.5 else f"{first}, or allow them with data.max_rejected={math.ceil(share * 1000) / 1000}"
+    return (
+        first
+        if share > 0.5
+        else f"{first}, or allow them with data.max_rejected={math.ceil(share * 1000) / 1000}"
+    )
 
 
 # Totals over a store's shards: manifest, rejected rows, periodic progress.
@@ -224,13 +238,17 @@ class Limits:
 
     def allowed(self, rows: float) -> float:
         """Return how many of `rows` may be rejected: the share of them, and a single one of ten rows or more."""
-        return max(self.share * rows, float(self.share > 0 and rows >= 10))  # one bad row among few is tolerated
+        return max(
+            self.share * rows, float(self.share > 0 and rows >= 10)
+        )  # one bad row among few is tolerated
 
     def exceeded(self, reasons: Mapping[str, int], rows: float) -> bool:
         """True if more than the allowed number of `rows` was rejected."""
         return sum(reasons.values()) > self.allowed(rows)
 
-    def check(self, reasons: Mapping[str, int], rows: int, listed: Callable[[], Iterable[dict[str, Any]]]) -> None:
+    def check(
+        self, reasons: Mapping[str, int], rows: int, listed: Callable[[], Iterable[dict[str, Any]]]
+    ) -> None:
         """Raise UserError, with counts, some of the rows `listed` and a remedy, if too many rows were rejected."""
         bad = sum(reasons.values())
         if rows and bad == rows:
@@ -242,10 +260,15 @@ class Limits:
         shown = itertools.islice(listed(), 3)
         first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
         sources = {entry["source"] for entry in listed()}
-        counts = (re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long")
+        counts = (
+            re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long"
+        )
         longest = max((int(count[0]) for count in counts if count), default=0)
         where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
-        shorter = {"reject": " or set data.too_long to drop_turns or cut", "drop_turns": " or set data.too_long to cut"}
+        shorter = {
+            "reject": " or set data.too_long to drop_turns or cut",
+            "drop_turns": " or set data.too_long to cut",
+        }
         most = f" (up to {longest:,}, as far as the model has positions)" if longest else ""
         remedy = rejection_remedy(reasons, rows, where, most + shorter.get(self.too_long, ""))
         raise UserError(f"{where}: {problem} ({reason_counts(reasons)}); {first}; {remedy}")
@@ -277,7 +300,9 @@ class Totals:
         if fresh:
             self.rejected.put(len(self.infos), sidecar["rejected"])
         self.infos.append(ShardInfo.of(sidecar))
-        self.total.update({name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")})
+        self.total.update(
+            {name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")}
+        )
         self.reasons.update(sidecar["reasons"])
         self.notes.update(sidecar["notes"])
         self.fresh_rows += sidecar["rows"] * fresh
@@ -297,7 +322,11 @@ class Totals:
                 " keep each row once and repeat them with the source's weight, or set data.eval to other rows"
             )
         if not self.total["packs"]:
-            cause = f" (data.eval_fraction = {self.plan.eval_fraction:g})" if self.plan.eval_fraction else ""
+            cause = (
+                f" (data.eval_fraction = {self.plan.eval_fraction:g})"
+                if self.plan.eval_fraction
+                else ""
+            )
             raise UserError(f"{limits.setting}: no row is left for {self.plan.split}{cause}")
 
     def hopeless(self, limits: Limits) -> bool:
@@ -307,7 +336,11 @@ class Totals:
         return few or self._unanswered(limits) is not None
 
     def _unanswered(self, limits: Limits) -> UserError | None:
-        return unanswered(self.notes, dict(enumerate(self.plan.sources)), limits.setting.removeprefix("held out of "))
+        return unanswered(
+            self.notes,
+            dict(enumerate(self.plan.sources)),
+            limits.setting.removeprefix("held out of "),
+        )
 
     def _mostly_copies(self, rows: int) -> bool:
         # Rows that are repeated many times are all held out once, and little else would be left to train on.
@@ -325,7 +358,10 @@ class Totals:
             shards=tuple(self.infos),
             inputs=self.plan.inputs(),
             notes=dict(sorted(self.notes.items())),
-            **{name: self.total[name] for name in ("rows", "examples", "packs", "tokens", "supervised")},
+            **{
+                name: self.total[name]
+                for name in ("rows", "examples", "packs", "tokens", "supervised")
+            },
         )
 
     def _fill(self) -> float:
@@ -394,7 +430,9 @@ def form_lines(plan: Plan) -> list[str]:
     if plan.split == "eval" and plan.eval_fraction is not None:
         return []
     setting = f"data.{plan.split}"
-    forms = (form_line(source, plan.spec, f"{setting}.{n}") for n, source in enumerate(plan.sources))
+    forms = (
+        form_line(source, plan.spec, f"{setting}.{n}") for n, source in enumerate(plan.sources)
+    )
     return [line for line in forms if line]
 
 
@@ -409,7 +447,9 @@ class HeldOut:
     def meet(self, rows: RowDigests) -> None:
         """Look for the held-out rows among these training rows; raise UserError as soon as too many match."""
         self._met |= np.isin(self._rows, rows)
-        if self._met.sum() > max(0.01 * len(self._rows), float(len(self._rows) >= 10)):  # one match may be a greeting
+        if self._met.sum() > max(
+            0.01 * len(self._rows), float(len(self._rows) >= 10)
+        ):  # one match may be a greeting
             raise UserError(self.line(" or more" * (not self._met.all())))
 
     def line(self, more: str = "") -> str:

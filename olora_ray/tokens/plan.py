@@ -83,7 +83,9 @@ def permute_at(positions: Indices, size: int, seed: int) -> Indices:
 def _feistel(words: Words, half: np.uint64, seed: int) -> Words:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = words >> half, words & mask
-    for turn in range(8):  # four rounds make a pseudo-random permutation, and four more cost nothing
+    for turn in range(
+        8
+    ):  # four rounds make a pseudo-random permutation, and four more cost nothing
         left, right = right, left ^ (mix(key(seed, turn), right) & mask)
     return (left << half) | right
 
@@ -112,7 +114,13 @@ class Piece:
 
 
 class Pieces(Sequence[Piece]):
-    def __init__(self, units: Table, unit: NDArray[np.uint32], take: NDArray[np.uint32], takes: Sequence[Take]) -> None:
+    def __init__(
+        self,
+        units: Table,
+        unit: NDArray[np.uint32],
+        take: NDArray[np.uint32],
+        takes: Sequence[Take],
+    ) -> None:
         """Store the pieces: piece k is `units[unit[k]]`, of which `takes[take[k]]` is used."""
         self.units, self.unit, self.take, self.takes = units, unit, take, tuple(takes)
 
@@ -155,7 +163,11 @@ class Pieces(Sequence[Piece]):
         if isinstance(index, slice | np.ndarray):
             return Pieces(self.units, self.unit[index], self.take[index], self.takes)
         number = int(self.unit[index])
-        return Piece(int(self.units["file"][number]), Units(self.units)[number], *self.takes[self.take[index]])
+        return Piece(
+            int(self.units["file"][number]),
+            Units(self.units)[number],
+            *self.takes[self.take[index]],
+        )
 
 
 def turns(weight: float) -> list[float]:
@@ -170,7 +182,9 @@ def in_turn(units: Table, borders: Sequence[int], weights: Sequence[float]) -> P
 
     Source k has the units `borders[k]` to `borders[k + 1]`, and is used as often as `weights[k]` says.
     """
-    return _together(units, [_source(units, low, high, w, None) for low, high, w in _each(borders, weights)])
+    return _together(
+        units, [_source(units, low, high, w, None) for low, high, w in _each(borders, weights)]
+    )
 
 
 def mixed(units: Table, borders: Sequence[int], weights: Sequence[float], seed: int) -> Pieces:
@@ -180,18 +194,30 @@ def mixed(units: Table, borders: Sequence[int], weights: Sequence[float], seed: 
         for number, (low, high, weight) in enumerate(_each(borders, weights))
     ]
     middles = np.concatenate([_middles(pieces.rows) for pieces in sources])
-    numbers = np.repeat(np.arange(len(sources), dtype=np.uint32), [len(pieces) for pieces in sources])
+    numbers = np.repeat(
+        np.arange(len(sources), dtype=np.uint32), [len(pieces) for pieces in sources]
+    )
     return _together(units, sources)[np.lexsort((numbers, middles))]
 
 
 def _each(borders: Sequence[int], weights: Sequence[float]) -> list[tuple[int, int, float]]:
-    return [(low, high, weight) for (low, high), weight in zip(itertools.pairwise(borders), weights, strict=True)]
+    return [
+        (low, high, weight)
+        for (low, high), weight in zip(itertools.pairwise(borders), weights, strict=True)
+    ]
 
 
-def _source(units: Table, low: int, high: int, weight: float, seed: tuple[int, int] | None) -> Pieces:
+def _source(
+    units: Table, low: int, high: int, weight: float, seed: tuple[int, int] | None
+) -> Pieces:
     takes = list(enumerate(turns(weight)))
     orders = [_order(high - low, seed, turn) + np.uint32(low) for turn, _ in takes]
-    return Pieces(units, np.concatenate(orders), np.repeat(np.arange(len(takes), dtype=np.uint32), high - low), takes)
+    return Pieces(
+        units,
+        np.concatenate(orders),
+        np.repeat(np.arange(len(takes), dtype=np.uint32), high - low),
+        takes,
+    )
 
 
 def _order(count: int, seed: tuple[int, int] | None, turn: int) -> NDArray[np.uint32]:
@@ -210,7 +236,9 @@ def _together(units: Table, sources: Sequence[Pieces]) -> Pieces:
     return Pieces(
         units,
         np.concatenate([pieces.unit for pieces in sources]),
-        np.concatenate([pieces.take + first for pieces, first in zip(sources, firsts, strict=False)]),
+        np.concatenate(
+            [pieces.take + first for pieces, first in zip(sources, firsts, strict=False)]
+        ),
         [take for pieces in sources for take in pieces.takes],
     )
 
@@ -273,13 +301,20 @@ class Rules:
         positions = np.arange(piece.unit.first, piece.unit.first + piece.unit.rows, dtype=np.int64)
         keep = np.ones(len(positions), dtype=bool)
         if self.eval_fraction is not None:
-            held_out = bernoulli_mask(self.eval_fraction, key("eval", self.seed, planned.sha256), positions)
+            held_out = bernoulli_mask(
+                self.eval_fraction, key("eval", self.seed, planned.sha256), positions
+            )
             keep = held_out if self.split == "eval" else ~held_out
         if piece.turn < 0:
             # A sample has one random row of each run of so many rows: independent draws might take too many long rows.
             low = (positions - piece.unit.first - 1 - piece.turn) * piece.share
-            points = [whole + mix(0, whole.astype(np.uint64)) / 2.0**64 for whole in (np.floor(low), np.floor(low) + 1)]
-            keep = keep & np.any([(low <= point) & (point < low + piece.share) for point in points], axis=0)
+            points = [
+                whole + mix(0, whole.astype(np.uint64)) / 2.0**64
+                for whole in (np.floor(low), np.floor(low) + 1)
+            ]
+            keep = keep & np.any(
+                [(low <= point) & (point < low + piece.share) for point in points], axis=0
+            )
         elif piece.share < 1.0:
             drawn = key("share", self.seed, self.draw, piece.file, planned.sha256, piece.turn)
             if self.split == "eval":
@@ -311,7 +346,9 @@ class Plan(Rules):
 
     def part(self, number: int) -> Part:
         pieces = self.shards[number].compact()
-        return Part(number, pieces, {file: self.files[file] for file in np.unique(pieces.files).tolist()})
+        return Part(
+            number, pieces, {file: self.files[file] for file in np.unique(pieces.files).tolist()}
+        )
 
     def rules(self) -> Rules:
         return Rules(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Rules)})
@@ -342,12 +379,22 @@ class Plan(Rules):
                 {
                     "format": source.format,
                     # Without the columns that are left out: they change no token.
-                    "fields": {name: source.fields[name] for name in FIELDS[source.format] if name in source.fields},
+                    "fields": {
+                        name: source.fields[name]
+                        for name in FIELDS[source.format]
+                        if name in source.fields
+                    },
                     "weight": source.weight,
                     **({} if source.weight == int(source.weight) else {"drawn_by": "hash"}),
-                    "files": [[each.file.form, each.sha256] for each in self.files if each.source == number],
+                    "files": [
+                        [each.file.form, each.sha256]
+                        for each in self.files
+                        if each.source == number
+                    ],
                     **digest_inputs(
-                        source, self.spec, {each.file.kind for each in self.files if each.source == number}
+                        source,
+                        self.spec,
+                        {each.file.kind for each in self.files if each.source == number},
                     ),
                 }
                 for number, source in enumerate(self.sources)
@@ -373,17 +420,26 @@ def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]
 
 def as_found(config: Config, *plans: Plan) -> Config:
     sources = {
-        sources_of(config, plan.split)[0]: [source.model_dump(mode="json") for source in plan.sources] for plan in plans
+        sources_of(config, plan.split)[0]: [
+            source.model_dump(mode="json") for source in plan.sources
+        ]
+        for plan in plans
     }
     return override(config, sources)
 
 
-def looking(storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]) -> Look:
+def looking(
+    storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]
+) -> Look:
     """Return a Look at the files as they are now; `read_as` detects the formats that sources do not set."""
 
     def look(setting: str, sources: Sequence[Source]) -> Found:
-        known = tuple(read_as(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources))
-        listed = [list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(known)]
+        known = tuple(
+            read_as(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources)
+        )
+        listed = [
+            list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(known)
+        ]
         return known, listed, scan(listed)
 
     return look
@@ -397,7 +453,11 @@ def once(look: Look) -> Look:
     kept: dict[str, Found] = {}
 
     def kept_look(setting: str, sources: Sequence[Source]) -> Found:
-        return kept.pop(setting) if setting in kept else kept.setdefault(setting, look(setting, sources))
+        return (
+            kept.pop(setting)
+            if setting in kept
+            else kept.setdefault(setting, look(setting, sources))
+        )
 
     return kept_look
 
@@ -411,15 +471,30 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
     sources, listed, scanned = look(setting, sources)
     for number, (found, scans) in enumerate(zip(listed, scanned, strict=True)):
         pairs = zip(found, scans, strict=True)
-        files += [PlannedFile(each.file or file, number, each.sha256, each.columns) for file, each in pairs]
+        files += [
+            PlannedFile(each.file or file, number, each.sha256, each.columns)
+            for file, each in pairs
+        ]
         units += [each.units for each in scans]
         borders.append(borders[-1] + sum(len(each.units) for each in scans))
     for number, (low, high) in enumerate(itertools.pairwise(borders)):
         if low == high:
-            raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
+            raise UserError(
+                f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows"
+            )
     table, weights = Units.joined(units), [source.weight for source in sources]
-    del listed, scanned, found, scans, units  # for a billion rows they take as much memory as everything else
-    pieces = mixed(table, borders, weights, config.run.seed) if split == "train" else in_turn(table, borders, weights)
+    del (
+        listed,
+        scanned,
+        found,
+        scans,
+        units,
+    )  # for a billion rows they take as much memory as everything else
+    pieces = (
+        mixed(table, borders, weights, config.run.seed)
+        if split == "train"
+        else in_turn(table, borders, weights)
+    )
     return Plan(
         split=split,
         spec=spec,
@@ -461,14 +536,19 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
     # About 64 MB or 131,072 rows are read.
     count = max(8, int(len(pieces) * min(2**26 / max(pieces.bytes, 1), 2**17 / pieces.rows.sum())))
     by_file = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
-    chosen = np.unique(np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64))
+    chosen = np.unique(
+        np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64)
+    )
     kept = pieces[by_file[chosen]]
     rows, size = float(kept.rows.sum()) * kept_share, float(kept.sizes.sum()) * kept_share
     # Fewer rows if they are long, because 4 MB take some seconds; but not too few, because other columns may be long.
     share = min(limit, max(limit / 20, 2**22 * rows / max(size, 1.0))) / max(rows, 1.0)
     if share < 1.0:
         before = np.cumsum([0, *kept.units["rows"][kept.unit][:-1].tolist()]).tolist()
-        takes = [(-1 - done, kept.takes[take][1] * share) for done, take in zip(before, kept.take, strict=True)]
+        takes = [
+            (-1 - done, kept.takes[take][1] * share)
+            for done, take in zip(before, kept.take, strict=True)
+        ]
         kept = Pieces(kept.units, kept.unit, np.arange(len(kept), dtype=np.uint32), takes)
     drawn = np.zeros((len(plan.sources), 2))
     for piece in kept:

@@ -42,7 +42,17 @@ from olora_ray.tokens.manifest import (
     sidecar_name,
     summary,
 )
-from olora_ray.tokens.plan import Look, Part, Plan, RowDigests, Rules, Split, looking, make_plan, once
+from olora_ray.tokens.plan import (
+    Look,
+    Part,
+    Plan,
+    RowDigests,
+    Rules,
+    Split,
+    looking,
+    make_plan,
+    once,
+)
 from olora_ray.tokens.spread import Lazy, by_processes, cores, map_ordered
 from olora_ray.tokens.store import TokenStore
 
@@ -95,7 +105,10 @@ def store_status(job: StoreSpec) -> StoreStatus:
     sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
         manifest = read_manifest(job.uri)
-        if manifest and (manifest.digest, len(manifest.shards)) == (job.plan.digest(), len(job.plan.shards)):
+        if manifest and (manifest.digest, len(manifest.shards)) == (
+            job.plan.digest(),
+            len(job.plan.shards),
+        ):
             status.manifest, shards = manifest, enumerate(manifest.shards)
             listed = REJECTED in sizes and storage.digest_of(storage.join(job.uri, REJECTED))
             status.complete = listed == manifest.rejected_sha256 and all(
@@ -109,7 +122,10 @@ def store_status(job: StoreSpec) -> StoreStatus:
         for start in numbers[::32]:
             batch = numbers[start : start + 32]
             read = pool.map(
-                lambda number: read_sidecar(job.uri, number) if sidecar_name(number) in sizes else None, batch
+                lambda number: (
+                    read_sidecar(job.uri, number) if sidecar_name(number) in sizes else None
+                ),
+                batch,
             )
             for number, sidecar in zip(batch, read, strict=True):
                 if sidecar is None or sizes.get(shard_name(number)) != sidecar["bytes"]:
@@ -141,7 +157,9 @@ def make(
             if stopped():
                 return False
             fresh = number not in status.done
-            sidecar = _checked(job, status.manifest, number, next(made) if fresh else status.done[number])
+            sidecar = _checked(
+                job, status.manifest, number, next(made) if fresh else status.done[number]
+            )
             totals.add(sidecar, fresh)
             if apart:
                 apart.meet(row_digests(sidecar if fresh else read_sidecar(job.uri, number)))
@@ -150,7 +168,9 @@ def make(
                 break
     totals.rejected.write(storage.join(job.uri, REJECTED))
     if totals.reasons:
-        logger.info(f"tokens: {job.plan.split}: rejected rows are listed in {storage.join(job.uri, REJECTED)}")
+        logger.info(
+            f"tokens: {job.plan.split}: rejected rows are listed in {storage.join(job.uri, REJECTED)}"
+        )
     totals.check(limits)
     records.write(storage.join(job.uri, MANIFEST), totals.manifest(), indent=1, sealed=True)
     return True
@@ -179,7 +199,9 @@ def make_shard(job: tuple[Rules, str, str], part: Part) -> dict[str, Any]:
     return sidecar
 
 
-def _made(job: StoreSpec, status: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+def _made(
+    job: StoreSpec, status: StoreStatus, cpus_held: float
+) -> Generator[dict[str, Any], None, None]:
     shared = job.for_tasks()
     if small(job, status):
         return (make_shard(shared, job.plan.part(number)) for number in status.missing)
@@ -194,7 +216,9 @@ def small(job: StoreSpec, status: StoreStatus) -> bool:
     return len(status.missing) <= 1 or status.size(job.plan) <= MAKE_HERE
 
 
-def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
+def _checked(
+    job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]
+) -> dict[str, Any]:
     """Return the sidecar; raise UserError if it is an error, or differs from an earlier manifest."""
     if "error" in sidecar:
         raise UserError(sidecar["error"])
@@ -257,7 +281,10 @@ class StoreBuild:
         self._held_out = held_out
 
     def _rows(self) -> Iterator[RowDigests]:
-        return (row_digests(read_sidecar(self._job.uri, number)) for number in range(len(self._job.plan.shards)))
+        return (
+            row_digests(read_sidecar(self._job.uri, number))
+            for number in range(len(self._job.plan.shards))
+        )
 
     @property
     def plan(self) -> Plan:
@@ -298,7 +325,9 @@ class StoreBuild:
                 if line is None:
                     apart = HeldOut(np.concatenate(list(held_out._rows())))
             if not self.complete:
-                if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart):
+                if not make(
+                    self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart
+                ):
                     return
                 _say(self._job.plan.split, self.store.manifest)
             elif apart:
@@ -313,7 +342,9 @@ class StoreBuild:
 
     def start(self, cpus_held: float = 0.0) -> None:
         assert self._thread is None
-        self._thread = threading.Thread(target=self._work, args=(cpus_held,), name="tokens", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(cpus_held,), name="tokens", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
@@ -345,7 +376,11 @@ def look_here(config: AnyConfig) -> Look:
 
 
 def begin(
-    config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None, tell: bool = True
+    config: AnyConfig,
+    spec: TokenizerSpec,
+    split: Split,
+    look: Look | None = None,
+    tell: bool = True,
 ) -> StoreBuild:
     """List the data and the existing parts of its token store; return the StoreBuild that builds the rest.
 
@@ -359,7 +394,9 @@ def begin(
     status = store_status(job)
     count = len(plan.shards)
     known = [f"tokens: {count - len(status.missing):,} of {count:,} shards exist already"]
-    for line in (*notes.form_lines(plan), *known * (0 < len(status.missing) < count)) if tell else ():
+    for line in (
+        (*notes.form_lines(plan), *known * (0 < len(status.missing) < count)) if tell else ()
+    ):
         logger.info(line)
     if status.manifest and status.complete:
         limits.check(status.manifest.rejected, status.manifest.rows, lambda: rejected_rows(job))
@@ -390,7 +427,9 @@ def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split, tell: bool = T
     return TokenStore.open(preparation.store.uri)
 
 
-def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None) -> Plan:
+def plan_here(
+    config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None
+) -> Plan:
     """Return the plan of a split's store; its digest identifies the content.
 
     For both splits, pass the same `look` (by default `look_here`) to both calls. Raise UserError for missing or empty
@@ -428,12 +467,16 @@ def _scan_there(files: Sequence[File], storage_root: str) -> Results:
 
 
 def _scan_all(
-    sources: Sequence[Sequence[File]], storage_root: str, scan_files: Callable[[Sequence[File], str], Results]
+    sources: Sequence[Sequence[File]],
+    storage_root: str,
+    scan_files: Callable[[Sequence[File], str], Results],
 ) -> list[list[FileScan]]:
     files = [file for source in sources for file in source]
     scans = kept_scans(files, storage_root)
     missing = [number for number, found in enumerate(scans) if found is None]
-    with contextlib.closing(scan_files([files[number] for number in missing], storage_root)) as results:
+    with contextlib.closing(
+        scan_files([files[number] for number in missing], storage_root)
+    ) as results:
         for number, result in zip(missing, results, strict=True):
             if isinstance(result, str):
                 raise UserError(result)

@@ -23,7 +23,17 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
-from olora_ray.tokens.plan import NO_ROWS, Floats, Pack, Plan, RowDigests, Split, looking, make_plan, sample
+from olora_ray.tokens.plan import (
+    NO_ROWS,
+    Floats,
+    Pack,
+    Plan,
+    RowDigests,
+    Split,
+    looking,
+    make_plan,
+    sample,
+)
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -142,7 +152,9 @@ def describe(
     made, totals = _made(part, limits, "" if exact else f" ({which})")
     for line in manifest.lines(totals.notes) if tell else ():
         logger.info(f"of the rows read, {line}")
-    weights = np.array([[1.0 if exact else source.weight * plan.kept_share] for source in plan.sources])
+    weights = np.array(
+        [[1.0 if exact else source.weight * plan.kept_share] for source in plan.sources]
+    )
     preview = _preview(part, limits, made, totals, look.sizes * weights / np.maximum(drawn, 1.0))
     return replace(preview, exact=exact, note=note)
 
@@ -162,17 +174,33 @@ def _made(plan: Plan, limits: Limits, which: str) -> tuple[list[shards.Shard], T
     return made, totals
 
 
-def _preview(plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: Totals, times: Floats) -> Preview:
+def _preview(
+    plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: Totals, times: Floats
+) -> Preview:
     """Return the preview; `times` (sources, 2) are the factors that scale up rows and bytes of each source."""
     total = totals.total
     examples = [example for shard in made for example in shard.examples]
-    counts = np.array([(len(example.ids), np.count_nonzero(example.supervised)) for example in examples])
-    source = [plan.files[origin >> manifest.POSITION_BITS].source for shard in made for origin in shard.origins]
+    counts = np.array(
+        [(len(example.ids), np.count_nonzero(example.supervised)) for example in examples]
+    )
+    source = [
+        plan.files[origin >> manifest.POSITION_BITS].source
+        for shard in made
+        for origin in shard.origins
+    ]
     tokens, supervised = times[source, 1] @ counts
-    first = next(shard for shard in made if shard.packs)  # the first of all may have no held-out row
+    first = next(
+        shard for shard in made if shard.packs
+    )  # the first of all may have no held-out row
     return Preview(
         limits=limits,
-        rows=round(sum(count * times[number, 0] for shard in made for number, count in shard.rows_of.items())),
+        rows=round(
+            sum(
+                count * times[number, 0]
+                for shard in made
+                for number, count in shard.rows_of.items()
+            )
+        ),
         packs=round(total["packs"] * tokens / total["tokens"]),
         tokens=round(tokens),
         supervised=round(supervised),
@@ -181,12 +209,18 @@ def _preview(plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: T
         rejected=dict(sorted(totals.reasons.items())),
         exact=True,
         note="",
-        lengths=tuple(int(n) for n in np.quantile(counts[:, 0], QUANTILES, method="closest_observation")),
-        longest=max(counts[[plan.sources[number].format != "text" for number in source], 0], default=0),
+        lengths=tuple(
+            int(n) for n in np.quantile(counts[:, 0], QUANTILES, method="closest_observation")
+        ),
+        longest=max(
+            counts[[plan.sources[number].format != "text" for number in source], 0], default=0
+        ),
         too_long=totals.reasons["too_long"] + totals.notes["cut"] + totals.notes["drop_turns"],
         sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
         examples=_examples(plan, first),
-        digests=np.frombuffer(b"".join(digest for shard in made for digest in shard.digests), dtype=np.uint64),
+        digests=np.frombuffer(
+            b"".join(digest for shard in made for digest in shard.digests), dtype=np.uint64
+        ),
         some_packs=tuple(_pack(first, members) for members in first.packs[:8]),
     )
 
@@ -207,7 +241,11 @@ def _examples(plan: Plan, shard: shards.Shard) -> tuple[Example, ...]:
     files, examples = [each.file.uri for each in plan.files], list[Example]()
     for number in (first, *others[:1]):
         tokens = shard.examples[number]
-        examples.append(Example(manifest.origin_name(files, shard.origins[number]), tokens.ids, tokens.supervised))
+        examples.append(
+            Example(
+                manifest.origin_name(files, shard.origins[number]), tokens.ids, tokens.supervised
+            )
+        )
     return tuple(examples)
 
 
@@ -244,14 +282,18 @@ class _Look:
         times = sum(file.size for file in files) / size
         scans = [FileScan("", 0, (), Units.of(()))] * len(files)
         for number in seen:
-            scanned = self._start(files[number], max(1, FILES_LOOKED_AT * files[number].size // size))
+            scanned = self._start(
+                files[number], max(1, FILES_LOOKED_AT * files[number].size // size)
+            )
             scans[number] = replace(scanned, rows=round(scanned.rows * times))
         return scans
 
     def _start(self, file: File, count: int) -> FileScan:
         found = head(file)
         if file.kind != "parquet":
-            self.notes.add(f"only the beginnings of {file.compression or file.kind} files, so sorted files mislead")
+            self.notes.add(
+                f"only the beginnings of {file.compression or file.kind} files, so sorted files mislead"
+            )
             return replace(found, units=Units.of(_spread(found.units, count)))
         units = []
         for first in _spread(range(found.rows), count):

@@ -93,18 +93,29 @@ class Shard:
         ids = np.concatenate([np.zeros(0, np.int32), *[example.ids for example in flat]])
         supervised = np.concatenate([np.zeros(0, bool), *[example.supervised for example in flat]])
         lengths = np.array([len(example.ids) for example in flat], dtype=np.int32)
-        origins = np.array([self.origins[number] for chosen in self.packs for number in chosen], dtype=np.int64)
+        origins = np.array(
+            [self.origins[number] for chosen in self.packs for number in chosen], dtype=np.int64
+        )
         by_segment = _borders([len(members) for members in packs])
         by_token = _borders(lengths)[by_segment]
         counts = np.diff(_borders(supervised)[by_token])
-        lists = ((by_token, ids), (by_token, supervised), (by_segment, lengths), (by_segment, origins))
-        columns = [pa.ListArray.from_arrays(_array(borders), _array(values)) for borders, values in lists]
+        lists = (
+            (by_token, ids),
+            (by_token, supervised),
+            (by_segment, lengths),
+            (by_segment, origins),
+        )
+        columns = [
+            pa.ListArray.from_arrays(_array(borders), _array(values)) for borders, values in lists
+        ]
         return pa.Table.from_arrays([*columns, _array(counts)], schema=SCHEMA)
 
     def sidecar(self, content: bytes) -> dict[str, Any]:
         """Describe the shard for readers that do not open it; `content` is the content of the file."""
         chosen = [self.examples[number] for members in self.packs for number in members]
-        supervised = np.concatenate([np.zeros(0, bool), *[example.supervised for example in chosen]])
+        supervised = np.concatenate(
+            [np.zeros(0, bool), *[example.supervised for example in chosen]]
+        )
         return {
             "rows": self.rows,
             "examples": len(chosen),
@@ -113,7 +124,9 @@ class Shard:
             "supervised": int(np.count_nonzero(supervised)),
             "bytes": len(content),
             "sha256": digest_bytes(content),
-            "reasons": dict(sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())),
+            "reasons": dict(
+                sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())
+            ),
             "rejected": self.rejected,
             "digests": base64.b64encode(b"".join(self.digests)).decode(),
             "notes": dict(sorted(self.notes.items())),
@@ -153,7 +166,9 @@ def file_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
+def _add(
+    shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
+) -> None:
     for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([begun for _, begun in group if isinstance(begun, Begun)])
         shard.rows += len(group)
@@ -174,7 +189,9 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                     }
                 )
                 continue
-            digest = hashlib.blake2b(b"".join([each.ids.tobytes() for each in tokens]), digest_size=8).digest()
+            digest = hashlib.blake2b(
+                b"".join([each.ids.tobytes() for each in tokens]), digest_size=8
+            ).digest()
             if len(rules.held_out) and _among(rules.held_out, digest):
                 shard.notes[COPIES] += 1
                 continue
@@ -242,7 +259,9 @@ def _arrange(shard: Shard, rules: Rules, number: int) -> None:
     packs = [[int(order[index]) for index in members] for members in chosen]
     if rules.split == "train":
         # Packing filled the packs from the longest example down, so their order still follows the lengths: shuffle.
-        packs = [packs[index] for index in permutation(len(packs), key("packs", rules.seed, number))]
+        packs = [
+            packs[index] for index in permutation(len(packs), key("packs", rules.seed, number))
+        ]
     shard.packs = packs
 
 
@@ -253,4 +272,6 @@ def _borders(lengths: ArrayLike) -> NDArray[np.int32]:
 def _array(values: NDArray[Any]) -> pa.Array:
     # `pa.array` imports pandas, which takes longer than to write a shard.
     bits = np.packbits(values, bitorder="little") if values.dtype == bool else values
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(bits)])
+    return pa.Array.from_buffers(
+        pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(bits)]
+    )

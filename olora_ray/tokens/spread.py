@@ -56,7 +56,9 @@ def map_ordered(
     packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
     _quiet_stream()
     blocks = min(len(items), TASKS)
-    results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
+    results = ray.data.from_items(packed, override_num_blocks=blocks).map(
+        task, **_resources(cpus_held)
+    )
     results.set_name(name)
     # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
     stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
@@ -122,7 +124,9 @@ def by_processes(
 
     Raise what `work` raises, and TryAgain if one of the processes was killed.
     """
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy the threads' locks
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # a fork of this process would copy the threads' locks
     context.set_forkserver_preload([work.__module__])
     count = min(len(items), cores())
     # Each process has its own pipe, which ends with it. What all share would stay locked, or half written, if one is
@@ -156,14 +160,18 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError):  # its pipe ended before a message, or in it
-        raise TryAgain("a process that tokenised rows was killed; run the same command again to resume") from None
+        raise TryAgain(
+            "a process that tokenised rows was killed; run the same command again to resume"
+        ) from None
 
 
 @contextlib.contextmanager
 def _nameless_main() -> Iterator[None]:
     # multiprocessing would import the user's script in each process, and run what it does without a guard again.
     main: dict[str, Any] = vars(sys.modules["__main__"])
-    names: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    names: dict[str, Any] = {
+        name: main.pop(name) for name in ("__file__", "__spec__") if name in main
+    }
     main["__spec__"] = None
     try:
         yield
@@ -171,8 +179,12 @@ def _nameless_main() -> Iterator[None]:
         main.update(names)
 
 
-def _work(work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], results: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal; the driver ends these
+def _work(
+    work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], results: Connection
+) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl+C reaches all processes of a terminal; the driver ends these
     result: Result | Exception
     with contextlib.suppress(BrokenPipeError):  # the driver wants no more, or was killed
         for item in items:

@@ -143,7 +143,9 @@ class ShardFiles:
         self._verified.add(number)
         batch = ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         if batch.num_rows != info.packs:
-            raise UserError(f"token store {self.uri}: {shard_name(number)} does not match its manifest.json")
+            raise UserError(
+                f"token store {self.uri}: {shard_name(number)} does not match its manifest.json"
+            )
         return batch
 
     def _local(self, number: int, info: ShardInfo, again: bool = False) -> Path:
@@ -172,7 +174,11 @@ class TokenStore:
     """
 
     def __init__(
-        self, uri: str, outline: Outline, shards: tuple[ShardInfo, ...] = (), manifest: Manifest | None = None
+        self,
+        uri: str,
+        outline: Outline,
+        shards: tuple[ShardInfo, ...] = (),
+        manifest: Manifest | None = None,
     ) -> None:
         """Use `open` or `growing`; `shards` are the known ones at the front."""
         self.uri, self.digest, self.shard_count = uri, outline.digest, outline.shards
@@ -193,7 +199,9 @@ class TokenStore:
                 " to rebuild it"
             )
         if problem := _wrong_size(uri, manifest):
-            raise UserError(f"token store {uri}: {problem}; run the same command again to rebuild it")
+            raise UserError(
+                f"token store {uri}: {problem}; run the same command again to rebuild it"
+            )
         return cls(uri, manifest.outline(), (), manifest)
 
     @classmethod
@@ -233,7 +241,9 @@ class TokenStore:
         """The manifest; looks for it, and raises UserError if the store is not complete."""
         self.refresh()
         if self._manifest is None:
-            raise UserError(f"token store {self.uri}: incomplete; run the same command again to complete it")
+            raise UserError(
+                f"token store {self.uri}: incomplete; run the same command again to complete it"
+            )
         return self._manifest
 
     def refresh(self) -> None:
@@ -302,7 +312,9 @@ class TokenStore:
     def origins(self, index: int) -> list[str]:
         """Return the origins of a sequence's examples as file:line (a row number if there are no lines)."""
         batch, row = self._find(index)
-        return [origin_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
+        return [
+            origin_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()
+        ]
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Return the number of the shard of sequence `index`, its position in it, and the sequences of the shard."""
@@ -319,7 +331,9 @@ class TokenStore:
     def _found_manifest(self) -> Manifest | None:
         """Return the manifest if the store matches it; a store under repair counts as growing."""
         manifest = read_manifest(self.uri)
-        fits = manifest and manifest.digest == self.digest and len(manifest.shards) == self.shard_count
+        fits = (
+            manifest and manifest.digest == self.digest and len(manifest.shards) == self.shard_count
+        )
         return manifest if manifest and fits and not _wrong_size(self.uri, manifest) else None
 
     def _next_shards(self, width: int) -> list[ShardInfo]:

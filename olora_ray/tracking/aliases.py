@@ -68,18 +68,24 @@ class RegistryLock:
     def check(self) -> None:
         """Raise TryAgain if the lock was held for too long to write anything more; call it before each write."""
         if self.now() - self._set > LEASE:
-            raise TryAgain(f"{self.name}: MLflow is too slow: moving an alias took over {LEASE:g} s; try again later")
+            raise TryAgain(
+                f"{self.name}: MLflow is too slow: moving an alias took over {LEASE:g} s; try again later"
+            )
 
     def take(self) -> None:
         """Take the lock; raise TryAgain that names the holder, or UserError if the model does not exist."""
         end, first_seen = self.now() + 2 * STALE, dict[str, float]()
         while others := self._try():
             for tag in others:
-                if self.now() - first_seen.setdefault(tag, self.now()) > STALE:  # the holder has stopped writing
+                if (
+                    self.now() - first_seen.setdefault(tag, self.now()) > STALE
+                ):  # the holder has stopped writing
                     self.client.delete_registered_model_tag(self.name, tag)
             if self.now() > end:
                 owner = others[min(others)]
-                raise TryAgain(f"{self.name}: its aliases are being moved by {owner}; try again later")
+                raise TryAgain(
+                    f"{self.name}: its aliases are being moved by {owner}; try again later"
+                )
             self.pause()
 
     def _try(self) -> dict[str, str]:
@@ -246,7 +252,12 @@ class Aliases:
             return old if old != number else None
 
     def refuse(
-        self, number: str, why: str, tags: Mapping[str, str] | None = None, *, instead_of: str | None = None
+        self,
+        number: str,
+        why: str,
+        tags: Mapping[str, str] | None = None,
+        *,
+        instead_of: str | None = None,
     ) -> None:
         """Write why a version stays challenger; no alias moves. Raise as `promote` does."""
         with self._locked() as lock:
@@ -263,7 +274,9 @@ class Aliases:
         if bad is None or good is None or good == bad:
             first = f"version {bad} is the first champion, a rollback led to it, or `previous` was deleted or is itself"
             why = "there is no champion" if bad is None else first
-            raise UserError(f"{self.name}: nothing to roll back to: {why}; choose a version with `promote`")
+            raise UserError(
+                f"{self.name}: nothing to roll back to: {why}; choose a version with `promote`"
+            )
         self.verify(good)
         with self._locked() as lock:
             aliases = self._now()
@@ -304,7 +317,9 @@ class Aliases:
             raise Overtaken(f"version {number} was promoted or rolled back by hand meanwhile")
         if (champion or "") != instead_of:
             was = f"version {instead_of}" if instead_of else "none"
-            raise Overtaken(f"the champion was {was}, and is now {f'version {champion}' if champion else 'none'}")
+            raise Overtaken(
+                f"the champion was {was}, and is now {f'version {champion}' if champion else 'none'}"
+            )
 
     def _record(self, lock: RegistryLock, number: str, tags: Mapping[str, str]) -> None:
         """Delete the old verdict, then write the evidence of the new one: evidence without a verdict is ignored."""
@@ -317,7 +332,9 @@ class Aliases:
             lock.check()
             self.client.set_model_version_tag(self.name, number, name, text)
 
-    def _move(self, lock: RegistryLock, champion: str, previous: str | None, verdicts: Mapping[str, str]) -> None:
+    def _move(
+        self, lock: RegistryLock, champion: str, previous: str | None, verdicts: Mapping[str, str]
+    ) -> None:
         """Make a version the champion and another one `previous` (None: none); set the verdicts, version -> text."""
         announced = records.text_of(_Move(previous, dict(verdicts)))
         lock.check()
@@ -344,7 +361,9 @@ class Aliases:
         yield partial(client.set_registered_model_tag, name, SINCE, f"{number} {time.time():.0f}")
         move = records.parsed(champion.tags.get(MOVE, ""), _Move)
         if move is None:
-            logger.warning(f"registry: {name} version {number}: the tag {MOVE} cannot be read and is removed")
+            logger.warning(
+                f"registry: {name} version {number}: the tag {MOVE} cannot be read and is removed"
+            )
             move = _Move(aliases.get(PREVIOUS), {})
         for version, text in move.verdicts.items():
             yield partial(client.set_model_version_tag, name, version, GATE, text)
@@ -358,14 +377,19 @@ class Aliases:
 
     def _now(self) -> dict[str, str]:
         model = self._model()
-        return {str(alias): str(version) for alias, version in model.aliases.items()} if model else {}
+        return (
+            {str(alias): str(version) for alias, version in model.aliases.items()} if model else {}
+        )
 
     def _version(self, number: str) -> Version:
         from mlflow.exceptions import MlflowException
 
         try:
             return Version.of(self.client.get_model_version(self.name, number))
-        except (MlflowException, OverflowError) as error:  # OverflowError: a number too large for any database
+        except (
+            MlflowException,
+            OverflowError,
+        ) as error:  # OverflowError: a number too large for any database
             if is_unavailable(error):
                 raise
             raise UserError(f"{self.name} has no version {number}; {self._there()}") from None

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 # Tag of a version: the folder of the run that made it.
 RUN = "olora.run_folder"
 # Tags of a version: its base model, of the hub with the commit; the time of the training's workers, and its price.
-BASE, CPU_SECONDS, GPU_SECONDS, PRICE = "olora.base", "olora.cpu_seconds", "olora.gpu_seconds", "olora.price"
+BASE, CPU_SECONDS, GPU_SECONDS, PRICE = (
+    "olora.base",
+    "olora.cpu_seconds",
+    "olora.gpu_seconds",
+    "olora.price",
+)
 # Tag of a version: digest of its training settings. If a run is resumed with more steps, each length has its own
 # version.
 SETTINGS = "olora.settings_digest"
@@ -45,7 +50,9 @@ TAG = "olora.checksums"
 def name_filter(name: str) -> str:
     """Return MLflow's filter for the versions of a model; raise UserError for a name that MLflow cannot have."""
     if not name.strip() or "/" in name or ":" in name or ("'" in name and '"' in name):
-        raise UserError(f"{name!r} cannot be the name of a registered model: remove '/', ':', or one type of quotes")
+        raise UserError(
+            f"{name!r} cannot be the name of a registered model: remove '/', ':', or one type of quotes"
+        )
     return f'name = "{name}"' if "'" in name else f"name = '{name}'"
 
 
@@ -121,9 +128,13 @@ def read_checksums(version: Version, place: str, tracking_uri: str) -> Files:
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         content = _local(FILE, version, place, tracking_uri, Path(folder)).read_bytes()
     if storage.digest_bytes(content) != version.checksum:
-        raise UserError(f"{_name(version)}: {FILE} was changed after the registration; register the model again")
+        raise UserError(
+            f"{_name(version)}: {FILE} was changed after the registration; register the model again"
+        )
     files = (records.parsed(content, dict[str, dict[str, dict[str, Any]]]) or {}).get("files")
-    if files is None or not all(each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()):
+    if files is None or not all(
+        each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()
+    ):
         raise UserError(f"{_name(version)}: {FILE} is not a list of files with bytes and sha256")
     return files
 
@@ -134,7 +145,11 @@ def verify(version: Version, place: str, tracking_uri: str) -> int:
     Reads all files, one at a time. Raises UserError that names the first added, missing or changed file.
     """
     files = read_checksums(version, place, tracking_uri)
-    _refuse_added(version, _listed(version, place, tracking_uri), files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW)
+    _refuse_added(
+        version,
+        _listed(version, place, tracking_uri),
+        files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW,
+    )
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
             if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
@@ -152,7 +167,9 @@ def verify_copy(version: Version, place: str, tracking_uri: str, folder: Path) -
     _refuse_added(version, _below(folder), files)
     for name, wanted in files.items():
         if not (folder / name).is_file() or size_and_digest(folder / name) != wanted:
-            raise UserError(f"{_name(version)}: {folder / name} is not the registered file; delete its folder")
+            raise UserError(
+                f"{_name(version)}: {folder / name} is not the registered file; delete its folder"
+            )
 
 
 def _refuse_added(version: Version, present: Iterable[str], known: Iterable[str]) -> None:
@@ -194,7 +211,11 @@ def _local(name: str, version: Version, place: str, tracking_uri: str, folder: P
     else:
         with refused(f"{_name(version)}: {name} cannot be read"):
             source = f"{place.rstrip('/')}/{name}"
-            file = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
+            file = Path(
+                download_artifacts(
+                    artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri
+                )
+            )
     if not file.is_file():
         raise UserError(f"{_name(version)}: {name} is missing at {place}")
     return file
@@ -231,7 +252,9 @@ def sign(version: Version, place: str, tracking_uri: str, key: str) -> None:
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         signer = _signer(key, folder).set_hashing_config(_known(version, place, tracking_uri))
         signer.sign(f"{version.name}-{version.number}", Path(folder) / SIGNATURE)
-        get_artifact_repository(place, tracking_uri=tracking_uri).log_artifact(f"{folder}/{SIGNATURE}")
+        get_artifact_repository(place, tracking_uri=tracking_uri).log_artifact(
+            f"{folder}/{SIGNATURE}"
+        )
 
 
 def verify_signature(version: Version, place: str, tracking_uri: str, key: str) -> int:
@@ -244,9 +267,17 @@ def verify_signature(version: Version, place: str, tracking_uri: str, key: str) 
         signature = _local(SIGNATURE, version, place, tracking_uri, Path(folder))
         # The package raises what its parts raise: ValueError, InvalidSignature, KeyError, ...
         subject = f"{_name(version)}: the signature is not valid for {key}"
-        with as_user_error(subject, Exception, reason=lambda error: first_line(error).partition(": [")[0]):
-            config = _package().verifying.Config().use_elliptic_key_verifier(public_key=_pem(key, folder))
-            config.set_hashing_config(_known(version, place, tracking_uri)).verify(folder, signature)
+        with as_user_error(
+            subject, Exception, reason=lambda error: first_line(error).partition(": [")[0]
+        ):
+            config = (
+                _package()
+                .verifying.Config()
+                .use_elliptic_key_verifier(public_key=_pem(key, folder))
+            )
+            config.set_hashing_config(_known(version, place, tracking_uri)).verify(
+                folder, signature
+            )
     return count
 
 
@@ -272,7 +303,9 @@ def _pem(key: str, folder: str) -> Path:
 
 
 def _package() -> Any:
-    with as_user_error("signatures need a package, pip install 'olora-ray[sign]'", ModuleNotFoundError):
+    with as_user_error(
+        "signatures need a package, pip install 'olora-ray[sign]'", ModuleNotFoundError
+    ):
         import model_signing
     return model_signing
 
@@ -285,11 +318,18 @@ def _known(version: Version, place: str, tracking_uri: str) -> Any:
     files = read_checksums(version, place, tracking_uri)
     digests = {name: each["sha256"] for name, each in files.items()} | {FILE: version.checksum}
     items = [
-        manifest.FileManifestItem(path=PurePosixPath(name), digest=Digest("sha256", bytes.fromhex(text)))
+        manifest.FileManifestItem(
+            path=PurePosixPath(name), digest=Digest("sha256", bytes.fromhex(text))
+        )
         for name, text in digests.items()
     ]
     ignored = sorted({SIGNATURE, *FROM_MLFLOW})  # verifiers read this list from the signature
-    by_file = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": ignored}
+    by_file = {
+        "method": "files",
+        "hash_type": "sha256",
+        "allow_symlinks": False,
+        "ignore_paths": ignored,
+    }
     made = manifest.Manifest(version.name, items, manifest.SerializationType.from_args(by_file))
     config: Any = hashing.Config()
     config.hash = lambda *_, **__: made

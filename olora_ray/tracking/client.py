@@ -38,7 +38,9 @@ _OF_DATABASES = re.compile(
     re.IGNORECASE,
 )
 # Texts of SQLite, PostgreSQL and the operating system, direct or inside a server's answer.
-_FULL = re.compile(r"database or disk is full|No space left on device|disk quota exceeded", re.IGNORECASE)
+_FULL = re.compile(
+    r"database or disk is full|No space left on device|disk quota exceeded", re.IGNORECASE
+)
 
 
 def remedy(error: BaseException) -> str | None:
@@ -70,7 +72,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     import requests
 
-    status = getattr(error.response, "status_code", None) if isinstance(error, requests.HTTPError) else None
+    status = (
+        getattr(error.response, "status_code", None)
+        if isinstance(error, requests.HTTPError)
+        else None
+    )
     return status if isinstance(status, int) else None
 
 
@@ -89,7 +95,10 @@ def _is_denial(error: BaseException) -> bool:
         if isinstance(error, exceptions.ClientError):
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = error.response.get("Error", {}).get("Code")
-            return status in _STATUS or code in ("ExpiredToken", "InvalidToken")  # these have another HTTP status
+            return status in _STATUS or code in (
+                "ExpiredToken",
+                "InvalidToken",
+            )  # these have another HTTP status
         if isinstance(error, exceptions.NoCredentialsError):
             return True
     return _status(error) in _STATUS
@@ -106,7 +115,12 @@ _SETTINGS = {
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     _TIMEOUT: _SHORT,
 }
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
+_REFUSALS = (
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "BAD_REQUEST",
+)
 
 
 class TrackingUnavailable(TryAgain):
@@ -124,13 +138,19 @@ def check_uri(uri: str) -> None:
     try:
         _ask(uri)
     except ModuleNotFoundError as error:
-        install = ": pip install 'olora-ray[postgresql]'" if urlsplit(uri).scheme == "postgresql" else ""
-        raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}{install}") from None
+        install = (
+            ": pip install 'olora-ray[postgresql]'" if urlsplit(uri).scheme == "postgresql" else ""
+        )
+        raise UserError(
+            f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}{install}"
+        ) from None
     # ValueError: an address such as [::1
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        error_type = TrackingUnavailable if is_unavailable(error) and remedy(error) is None else UserError
+        error_type = (
+            TrackingUnavailable if is_unavailable(error) and remedy(error) is None else UserError
+        )
         raise error_type(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 
 
@@ -186,9 +206,13 @@ def probe(uri: str) -> None:
     scheme = parts.scheme.partition("+")[0]
     port = _DATABASE_PORTS.get(scheme)
     if port and parts.hostname:
-        socket.create_connection((parts.hostname, parts.port or port), timeout=_PROBE_SECONDS).close()
+        socket.create_connection(
+            (parts.hostname, parts.port or port), timeout=_PROBE_SECONDS
+        ).close()
     if scheme == "sqlite" and (path := make_url(uri).database) and os.path.isfile(path):
-        with closing(sqlite3.connect(path, timeout=_PROBE_SECONDS, isolation_level=None)) as database:
+        with closing(
+            sqlite3.connect(path, timeout=_PROBE_SECONDS, isolation_level=None)
+        ) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
 
@@ -228,7 +252,10 @@ def is_unavailable(error: BaseException) -> bool:
     local = (ConnectionError, TimeoutError, socket.gaierror, sqlite3.OperationalError)
     remote = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
     broken = (requests.exceptions.ChunkedEncodingError, exc.OperationalError, exc.TimeoutError)
-    return any(isinstance(cause, local + remote + broken) or _store_is_unreachable(cause) for cause in causes(error))
+    return any(
+        isinstance(cause, local + remote + broken) or _store_is_unreachable(cause)
+        for cause in causes(error)
+    )
 
 
 def _store_is_unreachable(error: BaseException) -> bool:
@@ -265,11 +292,17 @@ def is_answer(error: Exception) -> bool:
 def reason(error: BaseException) -> str:
     """Return an error's first line without passwords; of nested MLflow and urllib3 errors only the innermost."""
     text = mask(first_line(error)).partition(" Response text: ")[0]
-    if broken := re.search(r"""(['"])(Connection broken: .*?)\1, """, text):  # urllib3 repeats the rest
+    if broken := re.search(
+        r"""(['"])(Connection broken: .*?)\1, """, text
+    ):  # urllib3 repeats the rest
         return broken[2][:300]
     core = text.rpartition("(Caused by ")[2]
     if core == text:
-        core = re.sub(r"^API request to \S+ failed with (timeout )?exception |\. To increase the timeout, .*", "", text)
+        core = re.sub(
+            r"^API request to \S+ failed with (timeout )?exception |\. To increase the timeout, .*",
+            "",
+            text,
+        )
         return re.sub(r"^HTTPS?ConnectionPool\(.*?\): ", "", core)[:300]
     return re.sub(r"^\w+\(.*?\): |^\w+\(.*?, '|^\w+\(['\"]|['\"]?\)+$", "", core)[:300]
 

@@ -106,8 +106,14 @@ def write_model(folder: Path, contents: Contents, logged: "LoggedModel", run_id:
     packages = (*_PACKAGES, *(("peft",) if contents.base else ()))
     lines = [f"{name}=={installed(name).partition('+')[0]}" for name in packages]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    env = {"python": platform.python_version(), "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
-    (folder / "python_env.yaml").write_text(json.dumps(env) + "\n", encoding="utf-8")  # JSON is YAML
+    env = {
+        "python": platform.python_version(),
+        "build_dependencies": ["pip"],
+        "dependencies": ["-r requirements.txt"],
+    }
+    (folder / "python_env.yaml").write_text(
+        json.dumps(env) + "\n", encoding="utf-8"
+    )  # JSON is YAML
     model = _mlmodel(contents, logged, run_id)
     model.saved_input_example_info = _write_example(folder, contents)
     model.save(str(folder / FILE))
@@ -117,23 +123,34 @@ def has_chat_template(folder: Path) -> bool:
     """True if the folder's tokenizer has a chat template: then the model is served as a chat, else as completions."""
     # chat_template.json does not count: it belongs to processors of images and text, and no tokenizer reads it.
     settings = folder / "tokenizer_config.json"
-    inside = settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    inside = settings.is_file() and bool(
+        json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    )
     return inside or (folder / "chat_template.jinja").is_file()
 
 
 def _write_tokenizer(tokenizer: Path, contents: Contents) -> None:
     tokenizer.mkdir(parents=True)
     for file in contents.folder.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _NOT_OF_A_TOKENIZER:
+        if (
+            file.is_file()
+            and not file.name.endswith(_WEIGHTS)
+            and file.name not in _NOT_OF_A_TOKENIZER
+        ):
             shutil.copyfile(file, tokenizer / file.name)
-    if contents.base:  # transformers reads the tokenizer's class there if the tokenizer does not name it
+    if (
+        contents.base
+    ):  # transformers reads the tokenizer's class there if the tokenizer does not name it
         shutil.copyfile(_config(contents), tokenizer / "config.json")
 
 
 def _write_example(folder: Path, contents: Contents) -> dict[str, str]:
     # A request to the served model, which MLflow shows on the version's page.
     hello = {"messages": [{"role": "user", "content": "Hello"}]}
-    example = {**(hello if has_chat_template(contents.folder) else {"prompt": "Hello"}), "max_tokens": 64}
+    example = {
+        **(hello if has_chat_template(contents.folder) else {"prompt": "Hello"}),
+        "max_tokens": 64,
+    }
     (folder / _EXAMPLE).write_text(json.dumps(example), encoding="utf-8")
     (folder / _SERVED).write_text(json.dumps(example, indent=2), encoding="utf-8")
     return {"artifact_path": _EXAMPLE, "type": "json_object", "serving_input_path": _SERVED}
@@ -149,7 +166,9 @@ def _mlmodel(contents: Contents, logged: "LoggedModel", run_id: str) -> "Model":
     signature = (
         ModelSignature(inputs=llm.CHAT_MODEL_INPUT_SCHEMA, outputs=llm.CHAT_MODEL_OUTPUT_SCHEMA)
         if chat
-        else ModelSignature(inputs=llm.COMPLETIONS_MODEL_INPUT_SCHEMA, outputs=llm.COMPLETIONS_MODEL_OUTPUT_SCHEMA)
+        else ModelSignature(
+            inputs=llm.COMPLETIONS_MODEL_INPUT_SCHEMA, outputs=llm.COMPLETIONS_MODEL_OUTPUT_SCHEMA
+        )
     )
     model = Model(
         artifact_path=logged.artifact_location,
@@ -158,7 +177,9 @@ def _mlmodel(contents: Contents, logged: "LoggedModel", run_id: str) -> "Model":
         model_id=logged.model_id,
         signature=signature,
         metadata={"task": task} | ({BASE: asdict(contents.base)} if contents.base else {}),
-        model_size_bytes=sum(file.stat().st_size for file in contents.folder.rglob("*") if file.is_file()),
+        model_size_bytes=sum(
+            file.stat().st_size for file in contents.folder.rglob("*") if file.is_file()
+        ),
     )
     model.add_flavor(
         "transformers",
@@ -225,7 +246,9 @@ ABOUT = """olora_ray trained the versions of this model. The description of each
 """
 
 
-def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: Mapping[str, object]) -> int:
+def register(
+    tracker: Tracker, contents: Contents, name: str, alias: str, tags: Mapping[str, object]
+) -> int:
     """Log `contents` as a model of the tracker's run, register it under `name`, set `alias`; return the version.
 
     Safe to repeat: a registration of this run with the same settings is resumed. An alias never moves from a newer to
@@ -243,15 +266,23 @@ def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: 
         # Not models:/ID as source: MLflow would look it up in its global tracking store.
         location = model.artifact_location
         texts |= {checksums.TAG: model.tags[checksums.TAG]}
-        version = client.create_model_version(name, location, tracker.run_id, texts, model_id=model.model_id)
+        version = client.create_model_version(
+            name, location, tracker.run_id, texts, model_id=model.model_id
+        )
         reached("register")
         link = json.dumps([{"name": name, "version": version.version}])
-        client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})  # for the link on the page
+        client.set_logged_model_tags(
+            model.model_id, {MLFLOW_MODEL_VERSIONS: link}
+        )  # for the link on the page
     for key, text in texts.items():
         client.set_model_version_tag(name, version.version, key, text)
     number = str(version.version)
-    if contents.description and not version.description:  # an existing one may have been edited by hand
-        client.update_model_version(name, number, _description(contents, f"models:/{name}/{number}"))
+    if (
+        contents.description and not version.description
+    ):  # an existing one may have been edited by hand
+        client.update_model_version(
+            name, number, _description(contents, f"models:/{name}/{number}")
+        )
     _set_alias(Aliases(tracker.uri, name), alias, number)
     return int(number)
 
@@ -267,7 +298,9 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     client, run_id = tracker.client(), tracker.run_id
     experiment = client.get_run(run_id).info.experiment_id
     texts = _texts(contents, tags)
-    of_run = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'")
+    of_run = client.search_logged_models(
+        [experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'"
+    )
     existing = [each for each in of_run if _is_of(each, texts)]
     if existing and str(existing[0].status) == "READY" and checksums.TAG in existing[0].tags:
         return str(existing[0].model_id)
@@ -275,7 +308,9 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
         model = existing[0]
     else:
         params = {name: str(value)[:PARAM_LENGTH] for name, value in contents.params.items()}
-        model = client.create_logged_model(experiment, contents.name, run_id, texts, params, _architecture(contents))
+        model = client.create_logged_model(
+            experiment, contents.name, run_id, texts, params, _architecture(contents)
+        )
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -290,7 +325,9 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     for step, names, dataset in contents.measured:
         tracker.of_model(model.model_id, step, names, dataset)
     texts |= {checksums.TAG: storage.digest(text)}
-    note = {NOTE: _description(contents, f"models:/{model.model_id}")} if contents.description else {}
+    note = (
+        {NOTE: _description(contents, f"models:/{model.model_id}")} if contents.description else {}
+    )
     client.set_logged_model_tags(model.model_id, texts | note)
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
@@ -387,7 +424,9 @@ def fetch(version: Version, tracking_uri: str, cache: Path, copy: bool = False) 
     UserError for files that were changed after the registration.
     """
     with reachable(tracking_uri, upload=True):
-        place = str(connect(tracking_uri).get_model_version_download_uri(version.name, version.number))
+        place = str(
+            connect(tracking_uri).get_model_version_download_uri(version.name, version.number)
+        )
         uri = f"{SCHEME}{version.name}/{version.number}"
         return _inside(uri, version, _checked(version, place, tracking_uri, cache, copy))
 
@@ -403,7 +442,9 @@ def of_config(config: AnyConfig) -> Registered | None:
 def cache_folder(config: AnyConfig) -> Path:
     """Return the folder for copies of registered models: under the storage, where workers see it, too."""
     place = config.run.storage
-    return (Path.home() / ".cache" / "olora_ray" if storage.is_uri(place) else Path(place)) / "models"
+    return (
+        Path.home() / ".cache" / "olora_ray" if storage.is_uri(place) else Path(place)
+    ) / "models"
 
 
 def pinned(name: str, config: AnyConfig) -> str:
@@ -436,7 +477,9 @@ def _inside(uri: str, version: Version, folder: Path) -> Registered:
         if (candidate / "config.json").is_file():
             return Registered(version, candidate, None, _model_id(folder))
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
-        raise UserError(f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model")
+        raise UserError(
+            f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model"
+        )
     return Registered(version, folder / ADAPTER_FOLDER, _base(uri, folder), _model_id(folder))
 
 
@@ -482,7 +525,11 @@ def _resolve(client: "MlflowClient", uri: str) -> "ModelVersion":
     if not uri.startswith(SCHEME) or not name or not (alias if at else number.isdigit()):
         raise UserError(f"model.name: {uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
     try:
-        return client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
+        return (
+            client.get_model_version_by_alias(name, alias)
+            if at
+            else client.get_model_version(name, number)
+        )
     except MlflowException as error:
         if is_unavailable(error):
             raise
@@ -503,13 +550,17 @@ def _fetch(place: str, tracking_uri: str, target: Path, always: bool) -> Path:
     local = Path(place.removeprefix("file://"))
     if local.is_absolute():
         if not local.is_dir():
-            raise UserError(f"model.name: the registered model's folder {local} is missing on this machine")
+            raise UserError(
+                f"model.name: the registered model's folder {local} is missing on this machine"
+            )
         if not always:
             return local
 
     def download(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts:
-            files = download_artifacts(artifact_uri=place, dst_path=f"{parts}/files", tracking_uri=tracking_uri)
+            files = download_artifacts(
+                artifact_uri=place, dst_path=f"{parts}/files", tracking_uri=tracking_uri
+            )
             Path(files).replace(folder)
 
     with refused(f"model.name: cannot download {place}"):

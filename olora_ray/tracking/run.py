@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from olora_ray.common import storage
-from olora_ray.tracking.client import TrackingUnavailable, connect, existing, reachable, reason, shown_uri, unavailable
+from olora_ray.tracking.client import (
+    TrackingUnavailable,
+    connect,
+    existing,
+    reachable,
+    reason,
+    shown_uri,
+    unavailable,
+)
 from olora_ray.tracking.write_queue import WriteQueue
 
 if TYPE_CHECKING:
@@ -69,12 +77,17 @@ class Tracker:
         """Return the highest step of a metric in MLflow; None if there is none, or MLflow does not answer."""
         try:
             with reachable(self.uri):
-                return max((item.step for item in self.client().get_metric_history(self.run_id, name)), default=None)
+                return max(
+                    (item.step for item in self.client().get_metric_history(self.run_id, name)),
+                    default=None,
+                )
         except TrackingUnavailable:
             return None
 
     def reopen(self) -> None:
-        self._queue.write("to reopen the run", lambda client: client.update_run(self.run_id, status="RUNNING"))
+        self._queue.write(
+            "to reopen the run", lambda client: client.update_run(self.run_id, status="RUNNING")
+        )
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters, cut to MLflow's length; in a resumed run a changed parameter becomes a tag."""
@@ -85,7 +98,9 @@ class Tracker:
         texts = {name: str(value) for name, value in values.items()}
         self._queue.write("tags", lambda client: _write_tags(client, self.run_id, texts))
 
-    def dataset(self, name: str, digest: str, source: str, rows: int, context: str = "training") -> None:
+    def dataset(
+        self, name: str, digest: str, source: str, rows: int, context: str = "training"
+    ) -> None:
         """Record a dataset as an input; `context` is training or evaluation, the digest is cut to 36 characters."""
         source_type = "local" if not storage.is_uri(source) else source.partition("://")[0]
         profile = json.dumps({"num_rows": rows})
@@ -93,12 +108,22 @@ class Tracker:
         def write(client: "MlflowClient") -> None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
-            data = Dataset(name, digest[:_DIGEST_LENGTH], source_type, json.dumps({"uri": source}), profile=profile)
-            client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+            data = Dataset(
+                name,
+                digest[:_DIGEST_LENGTH],
+                source_type,
+                json.dumps({"uri": source}),
+                profile=profile,
+            )
+            client.log_inputs(
+                self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])]
+            )
 
         self._queue.write(f"the dataset {name}", write)
 
-    def of_model(self, model_id: str, step: int, names: Sequence[str], dataset: tuple[str, str] | None = None) -> None:
+    def of_model(
+        self, model_id: str, step: int, names: Sequence[str], dataset: tuple[str, str] | None = None
+    ) -> None:
         """Link the run's metrics at `step` with a logged model and the dataset (name, digest) they were measured on.
 
         Safe to repeat. Names that the run does not have at this step are ignored.
@@ -109,7 +134,9 @@ class Tracker:
             raise self._unwritten(30.0)
         name, digest = (dataset[0], dataset[1][:_DIGEST_LENGTH]) if dataset else (None, None)
         with reachable(self.uri):
-            history = [each for key in names for each in self.client().get_metric_history(self.run_id, key)]
+            history = [
+                each for key in names for each in self.client().get_metric_history(self.run_id, key)
+            ]
             # MLflow stores the NaN of a logged model as 0. With the run's own timestamps, MLflow recognises the points
             # that the run has, so that its series gets no step twice.
             linked = [
@@ -153,7 +180,9 @@ class Tracker:
     def watch_system(self, seconds: float = 10.0) -> None:
         """Log this machine's CPU, memory, disk, network and GPUs as system/... until `end`."""
         if self._watch is None:
-            self._watch = threading.Thread(target=self._watched, args=[seconds], name="system metrics", daemon=True)
+            self._watch = threading.Thread(
+                target=self._watched, args=[seconds], name="system metrics", daemon=True
+            )
             self._watch.start()
 
     def _watched(self, seconds: float) -> None:
@@ -192,14 +221,18 @@ class Tracker:
         if self._watch is not None:
             self._watch.join(1.0)  # it may wait for MLflow
         now = int(time.time() * 1000)
-        self._queue.write("the end of the run", lambda client: client.set_terminated(self.run_id, status, now))
+        self._queue.write(
+            "the end of the run", lambda client: client.set_terminated(self.run_id, status, now)
+        )
         written = self._queue.flush(seconds)
         self._queue.close()
         if not written:
             raise self._unwritten(seconds)
 
     def _unwritten(self, seconds: float) -> TrackingUnavailable:
-        return unavailable(self.uri, self._queue.away or f"{self.pending} metric values wait after {seconds:g} s")
+        return unavailable(
+            self.uri, self._queue.away or f"{self.pending} metric values wait after {seconds:g} s"
+        )
 
 
 def _write_params(client: "MlflowClient", run_id: str, texts: Mapping[str, str]) -> None:
@@ -209,7 +242,9 @@ def _write_params(client: "MlflowClient", run_id: str, texts: Mapping[str, str])
     new = [Param(name, text) for name, text in texts.items() if name not in existing]
     for begin in range(0, len(new), _PARAMS_PER_BATCH):
         client.log_batch(run_id, params=new[begin : begin + _PARAMS_PER_BATCH])
-    changed = {f"resumed.{name}": text for name, text in texts.items() if existing.get(name, text) != text}
+    changed = {
+        f"resumed.{name}": text for name, text in texts.items() if existing.get(name, text) != text
+    }
     _write_tags(client, run_id, changed)
 
 

@@ -61,13 +61,24 @@ def follow(folder: str) -> None:
     if storage.is_uri(folder) or not file.is_file():
         return
     moved: list[str] = []
-    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as database:
+    with contextlib.closing(
+        sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)
+    ) as database:
         try:
             with database:
-                for (before,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
-                    if not before or before == now or not before.startswith("/") or os.path.basename(before) != FOLDER:
+                for (before,) in database.execute(
+                    "SELECT DISTINCT artifact_location FROM experiments"
+                ).fetchall():
+                    if (
+                        not before
+                        or before == now
+                        or not before.startswith("/")
+                        or os.path.basename(before) != FOLDER
+                    ):
                         continue
-                    if os.path.isdir(before) and not os.path.isfile(os.path.join(os.path.dirname(before), DATABASE)):
+                    if os.path.isdir(before) and not os.path.isfile(
+                        os.path.join(os.path.dirname(before), DATABASE)
+                    ):
                         continue
                     moved.append(before)
                     for table, column in COLUMNS:
@@ -78,10 +89,14 @@ def follow(folder: str) -> None:
                         )
         except sqlite3.DatabaseError as error:
             if moved:  # otherwise MLflow itself reports the broken database better
-                logger.warning(f"run.storage was moved, but MLflow still expects its artifacts in {moved[0]}: {error}")
+                logger.warning(
+                    f"run.storage was moved, but MLflow still expects its artifacts in {moved[0]}: {error}"
+                )
             return
     for before in moved:
-        logger.info(f"run.storage was moved: MLflow's artifacts are now in {now}, no longer in {before}")
+        logger.info(
+            f"run.storage was moved: MLflow's artifacts are now in {now}, no longer in {before}"
+        )
 
 
 # MLflow's artifact store: before a training, a test file is written to it.
@@ -125,7 +140,9 @@ def probe(place: str, uri: str) -> None:
         if isinstance(error, UserError):
             raise error
         if isinstance(error, ModuleNotFoundError):
-            raise UserError(f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}")
+            raise UserError(
+                f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}"
+            )
         text = remedy(error)
         error_type = TrackingUnavailable if text is None and is_unavailable(error) else UserError
         why = f"{text} ({reason(error)})" if text else reason(error)
@@ -210,12 +227,16 @@ def absolute(uri: str) -> str:
 def chosen_uri(given: str | None) -> str:
     """Return MLflow's address for a command without a config; `given` is the value of --tracking-uri."""
     if given and in_uri(given):
-        raise UserError("--tracking-uri: its secret is visible to all on this machine; use env:NAME or file:/PATH")
+        raise UserError(
+            "--tracking-uri: its secret is visible to all on this machine; use env:NAME or file:/PATH"
+        )
     if uri := given if given is not None else os.environ.get(VARIABLE):
         return absolute(looked_up(uri, "--tracking-uri"))
     if given is None and (database := Path("runs", DATABASE)).is_file():
         return f"sqlite:///{database.resolve()}"
-    raise UserError("--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI")
+    raise UserError(
+        "--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI"
+    )
 
 
 def check_artifacts(config: Config, uri: str) -> None:
@@ -246,7 +267,9 @@ def _refuse_older(client: "MlflowClient", experiment: str, uri: str) -> None:
         ) from None
 
 
-def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id: str | None = None) -> "Tracker":
+def start_run(
+    config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id: str | None = None
+) -> "Tracker":
     """Create the run (and its experiment if needed), or resume `run_id` if it still exists.
 
     Call it in one process, the driver: processes that open a new database at the same time collide. Raises UserError
@@ -269,13 +292,20 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
 
 
 def _start(
-    client: "MlflowClient", uri: str, config: AnyConfig, run_name: str, tags: Mapping[str, object], run_id: str | None
+    client: "MlflowClient",
+    uri: str,
+    config: AnyConfig,
+    run_name: str,
+    tags: Mapping[str, object],
+    run_id: str | None,
 ) -> Tracker:
     experiment = _experiment(client, config, uri)
     if run_id is not None and _reopen(client, run_id):
         return Tracker(uri, run_id)
     texts = {name: str(value)[:TAG_LENGTH] for name, value in tags.items()}
-    return Tracker(uri, client.create_run(experiment, tags=texts, run_name=run_name).info.run_id, fresh=True)
+    return Tracker(
+        uri, client.create_run(experiment, tags=texts, run_name=run_name).info.run_id, fresh=True
+    )
 
 
 def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
@@ -287,13 +317,21 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
         # A server has its own place for artifacts. Without a server MLflow would use the current folder.
         served = uri.startswith(("http://", "https://", "databricks"))
         try:
-            return str(client.create_experiment(name, artifact_location=None if served else default_place(config)))
+            return str(
+                client.create_experiment(
+                    name, artifact_location=None if served else default_place(config)
+                )
+            )
         except MlflowException as error:
-            experiment = client.get_experiment_by_name(name)  # another driver may have created it meanwhile
+            experiment = client.get_experiment_by_name(
+                name
+            )  # another driver may have created it meanwhile
             if experiment is None:
                 raise UserError(f"tracking.experiment={name}: {reason(error)}") from None
     if experiment.lifecycle_stage == "deleted":
-        raise UserError(f"tracking.experiment: {name!r} was deleted in MLflow; restore it there, or set another name")
+        raise UserError(
+            f"tracking.experiment: {name!r} was deleted in MLflow; restore it there, or set another name"
+        )
     return str(experiment.experiment_id)
 
 
@@ -301,7 +339,9 @@ def _reopen(client: "MlflowClient", run_id: str) -> bool:
     if (run := existing(client.get_run, run_id)) and run.info.lifecycle_stage == "active":
         client.update_run(run_id, status="RUNNING")
         return True
-    logger.warning("MLflow run %s no longer exists: the rest of this run is logged to a new MLflow run", run_id)
+    logger.warning(
+        "MLflow run %s no longer exists: the rest of this run is logged to a new MLflow run", run_id
+    )
     return False
 
 
@@ -314,7 +354,16 @@ CHANGED = "+changes"
 def commit(folder: Path) -> str:
     """Return the commit of the git checkout that contains `folder`, with CHANGED if it has changes; else empty."""
     # From git itself, because GitPython, which MLflow uses, warns if git is missing.
-    git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={CHANGED}"]
+    git = [
+        "git",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--exclude=*",
+        f"--dirty={CHANGED}",
+    ]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     return ""  # no git, or no checkout: an image, or a submitted job
@@ -333,7 +382,8 @@ def lineage() -> dict[str, str]:
     script = Path(sys.argv[0] or ".").absolute()
     tags = {
         CODE: node_cache.project(),
-        COMMIT: os.environ.get("OLORA_COMMIT") or commit(script if script.is_dir() else script.parent),
+        COMMIT: os.environ.get("OLORA_COMMIT")
+        or commit(script if script.is_dir() else script.parent),
         IMAGE: os.environ.get("OLORA_IMAGE", ""),
         SUBMITTER: submitter(),
     }
@@ -342,7 +392,10 @@ def lineage() -> dict[str, str]:
 
 def _context_tags() -> dict[str, str]:
     # With the tags that mlflow.start_run would add.
-    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": Path(sys.argv[0] or ".").absolute().name} | lineage()
+    tags = {
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": Path(sys.argv[0] or ".").absolute().name,
+    } | lineage()
     with contextlib.suppress(OSError, KeyError):
         tags["mlflow.user"] = getpass.getuser()
     known = tags.get(COMMIT, "").removesuffix(CHANGED)
@@ -391,7 +444,9 @@ def mlflow_run(
         except BaseException as error:
             if not isinstance(error, TakenOver):  # otherwise the run belongs to another driver now
                 with contextlib.suppress(TrackingUnavailable):
-                    tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)
+                    tracker.end(
+                        "KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5
+                    )
             raise
         tracker.end("FINISHED")
     except TrackingUnavailable as error:

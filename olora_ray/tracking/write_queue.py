@@ -152,12 +152,16 @@ class WriteQueue:
             for name, steps in stored.items():
                 self._accepted[name] |= steps
             self._queue = deque(
-                item for item in self._queue if isinstance(item, Write) or item.step not in stored.get(item.name, ())
+                item
+                for item in self._queue
+                if isinstance(item, Write) or item.step not in stored.get(item.name, ())
             )
             self._loaded = True
 
     def _note_gone(self) -> None:
-        logger.warning("MLflow run %s no longer exists: nothing more is logged to MLflow", self._run_id)
+        logger.warning(
+            "MLflow run %s no longer exists: nothing more is logged to MLflow", self._run_id
+        )
         with self._changed:
             self._closed = True
             self._queue.clear()
@@ -178,7 +182,9 @@ class WriteQueue:
         """Send a batch; drop what MLflow refuses for good, with a warning. Raise errors that may pass."""
         from mlflow.entities import Metric
 
-        points = [item for item in batch if isinstance(item, Point) and item.name not in self._refused]
+        points = [
+            item for item in batch if isinstance(item, Point) and item.name not in self._refused
+        ]
         writes = [item for item in batch if isinstance(item, Write)]
         try:
             for item in writes:
@@ -186,7 +192,10 @@ class WriteQueue:
             if points:
                 client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
         except Exception as error:
-            if not (is_refusal(error) or self._always_fails(client, points[0] if points else writes[0], error)):
+            if not (
+                is_refusal(error)
+                or self._always_fails(client, points[0] if points else writes[0], error)
+            ):
                 raise
             names = dict.fromkeys(point.name for point in points)
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
@@ -213,7 +222,9 @@ class WriteQueue:
     def _wait_for_mlflow(self, why: str) -> None:
         with self._changed:
             if not self._away:
-                logger.warning("MLflow does not answer (%s); metrics wait and training continues", why)
+                logger.warning(
+                    "MLflow does not answer (%s); metrics wait and training continues", why
+                )
             self._away = why
             before = self._flushing
             seconds = 1.0 if before else 10.0  # shorter, because a caller of flush waits
@@ -224,7 +235,9 @@ class WriteQueue:
         with self._changed:
             for _ in range(min(len(batch), len(self._queue))):
                 self._queue.popleft()
-            self._written_late += sum(isinstance(item, Point) for item in batch) if self._away else 0
+            self._written_late += (
+                sum(isinstance(item, Point) for item in batch) if self._away else 0
+            )
             if self._away and not self._queue:
                 logger.warning("MLflow answers again, %d values written", self._written_late)
                 self._away, self._written_late = "", 0

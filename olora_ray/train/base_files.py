@@ -93,7 +93,9 @@ def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:
     """Return the files of a model that is still on the meta device, or the reason why they cannot be read by rows."""
     if problem := _not_plain(folder, model):
         return problem
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | stored_buffers(model)
+    tensors: dict[str, Tensor] = dict(
+        model.named_parameters(remove_duplicate=False)
+    ) | stored_buffers(model)
     try:
         groups = as_transformers_reads(stored.tensors(folder), model)
     # Another version of transformers may convert names in a way that as_transformers_reads does not know.
@@ -124,7 +126,9 @@ def _not_plain(folder: Path, model: Any) -> str | None:
         return f"{type(model).__name__} is not part of transformers"
     if getattr(model.config, "quantization_config", None) is not None:
         return "its files are quantised"
-    if getattr(model.config, "transformers_weights", None) or getattr(type(model.config), "extra_files", None):
+    if getattr(model.config, "transformers_weights", None) or getattr(
+        type(model.config), "extra_files", None
+    ):
         return "its config.json names additional weight files"
     if (folder / INDEX).exists() and (folder / SINGLE).exists():
         return f"its folder has both {SINGLE} and {INDEX}"
@@ -208,4 +212,6 @@ def _is_closed(model: nn.Module, module: nn.Module) -> bool:
     own = {id(parameter) for parameter in module.parameters()}
     inside = {id(part) for part in module.modules()}
     outside = (part for part in model.modules() if id(part) not in inside)
-    return bool(own) and not any(id(weight) in own for part in outside for weight in part.parameters(recurse=False))
+    return bool(own) and not any(
+        id(weight) in own for part in outside for weight in part.parameters(recurse=False)
+    )

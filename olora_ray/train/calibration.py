@@ -41,7 +41,9 @@ class LayerInput:
 
 
 @torch.no_grad()
-def inputs_of(loss: SupervisedLoss, targets: Mapping[str, Target], probe: Batch) -> list[LayerInput]:
+def inputs_of(
+    loss: SupervisedLoss, targets: Mapping[str, Target], probe: Batch
+) -> list[LayerInput]:
     """Run the model on a few tokens, and return the inputs of all targets in the order of their first layers.
 
     Raises UserError for a layer that does not see each token once, such as an expert of a mixture. All workers of a
@@ -65,12 +67,19 @@ def inputs_of(loss: SupervisedLoss, targets: Mapping[str, Target], probe: Batch)
         _check_rows(name, kept[name], probe)
         x = kept[name]
         groups.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype), []).append(name)
-    return [LayerInput(tuple(names), kept[names[0]].shape[-1], kept[names[0]].dtype) for names in groups.values()]
+    return [
+        LayerInput(tuple(names), kept[names[0]].shape[-1], kept[names[0]].dtype)
+        for names in groups.values()
+    ]
 
 
 @torch.no_grad()
 def rows_of(
-    loss: SupervisedLoss, targets: Mapping[str, Target], inputs: Sequence[LayerInput], batch: Batch, positions: Tensor
+    loss: SupervisedLoss,
+    targets: Mapping[str, Target],
+    inputs: Sequence[LayerInput],
+    batch: Batch,
+    positions: Tensor,
 ) -> list[Tensor]:
     """Return the rows (tokens x n) of each input at flat positions (int64) of the batch, on the CPU.
 
@@ -84,7 +93,9 @@ def rows_of(
             _check_rows(name, x, batch)
             rows = x.reshape(-1, x.shape[-1])[positions]
             if not torch.isfinite(rows).all():
-                raise UserError(f"model.name: the input of {name} has NaN or infinite values on the training data")
+                raise UserError(
+                    f"model.name: the input of {name} has NaN or infinite values on the training data"
+                )
             kept[name] = rows.cpu()
         except UserError as error:
             problems.append(error)
@@ -191,7 +202,9 @@ class RowExchange(ABC):
         self.sent = 0
         """Bytes sent to other workers."""
         self._here, self._workers = collectives.rank(), collectives.world_size()
-        self.own = [number for number, rows_type in enumerate(types) if rows_type.owner == self._here]
+        self.own = [
+            number for number, rows_type in enumerate(types) if rows_type.owner == self._here
+        ]
         """Indices of the types that this worker owns."""
 
     @abstractmethod
@@ -223,19 +236,27 @@ class RowExchange(ABC):
         # sequence repeats the last one, and sends nothing.
         rows = collectives.together(lambda: self.make(pieces[min(self._here, len(pieces) - 1)]))
         most = max(map(self.count, pieces))
-        for numbers in in_parts(range(len(self.types)), lambda number: most * self.types[number].bytes, AT_ONCE):
+        for numbers in in_parts(
+            range(len(self.types)), lambda number: most * self.types[number].bytes, AT_ONCE
+        ):
             self._send(numbers, pieces, rows)
 
-    def _send(self, numbers: Sequence[int], pieces: Sequence[Piece], rows: Sequence[Tensor]) -> None:
+    def _send(
+        self, numbers: Sequence[int], pieces: Sequence[Piece], rows: Sequence[Tensor]
+    ) -> None:
         sends = self._here < len(pieces)
         outgoing = [
-            _as_bytes([rows[number] for number in numbers if sends and self.types[number].owner == worker])
+            _as_bytes(
+                [rows[number] for number in numbers if sends and self.types[number].owner == worker]
+            )
             for worker in range(self._workers)
         ]
         self.sent += sum(len(part) for worker, part in enumerate(outgoing) if worker != self._here)
         mine = [number for number in numbers if self.types[number].owner == self._here]
         width = sum(self.types[number].bytes for number in mine)
-        sizes = [width * self.count(piece) for piece in pieces] + [0] * (self._workers - len(pieces))
+        sizes = [width * self.count(piece) for piece in pieces] + [0] * (
+            self._workers - len(pieces)
+        )
         received = collectives.swap([part.to(self.device) for part in outgoing], sizes)
         for piece, part in zip(pieces, received, strict=False):
             count = self.count(piece)
@@ -243,7 +264,9 @@ class RowExchange(ABC):
             for number, flat in zip(mine, part.cpu().split(lengths), strict=True):
                 # A copy, because a slice keeps the whole buffer alive and may start at an address that is not a
                 # multiple of the element size.
-                self.keep(number, piece, flat.clone().view(self.types[number].dtype).view(count, -1))
+                self.keep(
+                    number, piece, flat.clone().view(self.types[number].dtype).view(count, -1)
+                )
 
 
 def _as_bytes(parts: Sequence[Tensor]) -> Tensor:

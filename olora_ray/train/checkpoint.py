@@ -161,7 +161,9 @@ def save(
     save_file(dict(optimizer), folder / OPTIMIZER)
     if best is not None:
         save_file(dict(best), folder / BEST)
-    (folder / STATE).write_text(json.dumps({"format": FORMAT, "identity": dict(identity), **vars(state)}))
+    (folder / STATE).write_text(
+        json.dumps({"format": FORMAT, "identity": dict(identity), **vars(state)})
+    )
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
     files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
     for name in files:
@@ -175,7 +177,9 @@ def load(folder: Path) -> Checkpoint:
     if problem := damage(folder):
         raise UserError(problem)
     if (kept := records.read(str(folder / STATE), _StateFile)) is None:
-        raise UserError(f"checkpoint {folder}: cannot be loaded: {STATE} is damaged, or of another version")
+        raise UserError(
+            f"checkpoint {folder}: cannot be loaded: {STATE} is damaged, or of another version"
+        )
     state = TrainState(**{each.name: getattr(kept, each.name) for each in fields(TrainState)})
     try:
         best = load_file(folder / BEST) if (folder / BEST).exists() else None
@@ -195,15 +199,23 @@ def require_same(saved: Mapping[str, str], wanted: Mapping[str, str], where: str
     if "tokenizer" in changed:
         changed = [part for part in changed if not part.endswith("data")]
     if changed:
-        shown = "; ".join(f"another {part} ({_difference(saved.get(part, ''), wanted[part])})" for part in changed)
-        raise UserError(f"run.name: {where} was trained with {shown}; set another run.name, or undo the change")
+        shown = "; ".join(
+            f"another {part} ({_difference(saved.get(part, ''), wanted[part])})" for part in changed
+        )
+        raise UserError(
+            f"run.name: {where} was trained with {shown}; set another run.name, or undo the change"
+        )
 
 
 def _difference(old: str, new: str) -> str:
     before, now = (records.parsed(each, dict[str, Any]) for each in (old, new))
     if before is not None and now is not None:  # of the adapter; all others are digests
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        return ", ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
+        changed = sorted(
+            key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
+        )
+        return ", ".join(
+            f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed
+        )
     if old and model_identity.weights(old) == model_identity.weights(new):
         return "same weights, but its config.json, tokenizer or another file has changed"
     return f"was {old[:12] or 'none'}, is now {new[:12] or 'none'}"
@@ -247,7 +259,9 @@ def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
     names = [key.removesuffix(".da") for key in parts if key.endswith(".da")]
     return {
         name: AdapterWeights(
-            Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")), parts[f"{name}.da"], parts[f"{name}.db"]
+            Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")),
+            parts[f"{name}.da"],
+            parts[f"{name}.db"],
         )
         for name in names
     }

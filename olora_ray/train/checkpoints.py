@@ -25,7 +25,13 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from olora_ray.common import node_cache, records, storage
-from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, as_user_error, short_reason
+from olora_ray.common.errors import (
+    StoreUnavailable,
+    TryAgain,
+    UserError,
+    as_user_error,
+    short_reason,
+)
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 
@@ -112,7 +118,9 @@ def read(folder: str) -> Checkpoint:
         raise Closed(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
     except OSError as error:
         why = short_reason(error)
-        raise TryAgain(f"checkpoint {folder}: cannot be read: {why}; if this persists, remove it") from None
+        raise TryAgain(
+            f"checkpoint {folder}: cannot be read: {why}; if this persists, remove it"
+        ) from None
 
 
 def put(write: Callable[[Path], object], target: str) -> None:
@@ -201,7 +209,10 @@ class CheckpointManager:
         """
         self._join()
         if self._problem is not None:
-            unreachable = isinstance(self._problem, StoreUnavailable) or getattr(self._problem, "errno", 0) in AWAY
+            unreachable = (
+                isinstance(self._problem, StoreUnavailable)
+                or getattr(self._problem, "errno", 0) in AWAY
+            )
             raise (TryAgain if unreachable else UserError)(
                 f"run.storage: the last checkpoint cannot be written to {self.root}: {short_reason(self._problem)};"
                 " free space or repair the storage, and run the same command again to resume"

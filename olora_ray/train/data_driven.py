@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from olora_ray.adapter.candidates import Target, candidates, parameter_of
-from olora_ray.adapter.initialise import InitReport, assign, exchange, initialise, options_of, weight_sizes
+from olora_ray.adapter.initialise import (
+    InitReport,
+    assign,
+    exchange,
+    initialise,
+    options_of,
+    weight_sizes,
+)
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Components, principal
 from olora_ray.common import collectives
@@ -63,12 +70,19 @@ class DataReport:
     def line(self, method: str) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         without = [name for name, rank in self.ranks.items() if rank == 0]
-        agree = self.agreement and f"; half of the tokens give {self.agreement[0]:.0%} of the same directions ("
+        agree = (
+            self.agreement
+            and f"; half of the tokens give {self.agreement[0]:.0%} of the same directions ("
+        )
         return (
             f"{method}: {plural(self.tokens, 'supervised token')} of {plural(self.sequences, 'sequence')}"
             + (f"{agree}at least {self.agreement[1]:.0%} in each layer)" if self.agreement else "")
             + (f"; ranks {low} to {high}" if low < high else "")
-            + (f", none for {', '.join(without[:3])}{' ...' * (len(without) > 3)}" if without else "")
+            + (
+                f", none for {', '.join(without[:3])}{' ...' * (len(without) > 3)}"
+                if without
+                else ""
+            )
             + f"; {self.what} {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
         )
 
@@ -83,7 +97,9 @@ def refuse(targets: Mapping[str, Target], method: str) -> None:
             )
 
 
-def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None) -> list[Piece]:
+def _pieces(
+    store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None
+) -> list[Piece]:
     def read() -> list[Piece]:
         pieces = first_tokens(store, adapter.init_tokens, waiting)
         # `count` components and the mean need more than `count` tokens.
@@ -100,7 +116,9 @@ def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | 
 
 def probe(loss: SupervisedLoss, pack: Pack) -> Batch:
     length = min(8, pack.segments[0])  # a few tokens are enough to see which layers share an input
-    return collate([Pack(pack.input_ids[:length], np.arange(length) > 0, (length,))], _attention(loss))
+    return collate(
+        [Pack(pack.input_ids[:length], np.arange(length) > 0, (length,))], _attention(loss)
+    )
 
 
 def _attention(loss: SupervisedLoss) -> str:
@@ -108,8 +126,13 @@ def _attention(loss: SupervisedLoss) -> str:
     return str(model.config._attn_implementation)
 
 
-def _owners(inputs: Sequence[LayerInput], targets: Mapping[str, Target], adapter: Adapter) -> list[int]:
-    shapes = {each.name: (sum(targets[name].shape[0] for name in each.layers), each.size) for each in inputs}
+def _owners(
+    inputs: Sequence[LayerInput], targets: Mapping[str, Target], adapter: Adapter
+) -> list[int]:
+    shapes = {
+        each.name: (sum(targets[name].shape[0] for name in each.layers), each.size)
+        for each in inputs
+    }
     shares = assign(shapes, adapter.rank, collectives.world_size(), adapter.method)
     owner = {name: worker for worker, share in enumerate(shares) for name in share}
     return [owner[each.name] for each in inputs]
@@ -162,7 +185,9 @@ def eva_factors(
 
     # The ranks of all layers sum up to targets x adapter.rank, unless the inputs vary in fewer directions.
     shares_of = _gathered({number: item.shares for number, item in own.items()})
-    of_layer = {name: shares_of[number] for number, each in enumerate(inputs) for name in each.layers}
+    of_layer = {
+        name: shares_of[number] for number, each in enumerate(inputs) for name in each.layers
+    }
     offers = {name: of_layer[name][: min(count, *target.shape)] for name, target in targets.items()}
     ranks = redistributed(offers, len(targets) * adapter.rank)
 
@@ -191,7 +216,9 @@ class _Activations(RowExchange):
         store: TokenStore,
         device: torch.device,
     ) -> None:
-        super().__init__([Rows(x.size, x.dtype, owner) for x, owner in zip(inputs, owners, strict=True)], device)
+        super().__init__(
+            [Rows(x.size, x.dtype, owner) for x, owner in zip(inputs, owners, strict=True)], device
+        )
         self.loss, self.targets, self.inputs, self.store = loss, targets, inputs, store
         self._rows: dict[int, dict[int, Tensor]] = {number: {} for number in self.own}
 
@@ -209,7 +236,9 @@ class _Activations(RowExchange):
         batch = collate([self.store[piece.sequence]], _attention(self.loss))
         # As in PEFT's label mask: the positions of the supervised tokens themselves, not those that predict them.
         positions = batch.predicts[: piece.count] + 1
-        return rows_of(self.loss, self.targets, self.inputs, batch.to(self.device), positions.to(self.device))
+        return rows_of(
+            self.loss, self.targets, self.inputs, batch.to(self.device), positions.to(self.device)
+        )
 
     def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
         self._rows[number][piece.first] = rows
@@ -228,9 +257,14 @@ def _until_stable(
         needed = [piece for piece in pieces if piece.first < tokens]
         acts.run(needed[done:])
         done = len(needed)
-        now = {number: principal(acts.rows(number, tokens).to(acts.device), count) for number in acts.own}
+        now = {
+            number: principal(acts.rows(number, tokens).to(acts.device), count)
+            for number in acts.own
+        }
         if before is not None:
-            every = _gathered({number: overlap(now[number], before[number], rank) for number in now})
+            every = _gathered(
+                {number: overlap(now[number], before[number], rank) for number in now}
+            )
             # Summed in the order of the inputs, so that every worker gets the same bits and stops at the same stage.
             values = [every[number] for number in sorted(every)]
             agreement = sum(values) / len(values), min(values)
@@ -295,16 +329,23 @@ def gradient_factors(
         owners = _owners(part, targets, adapter)
         grads = _Gradients(loss, targets, part, owners, store, device)
         grads.run(pieces)
-        held, sent = max(held, sum(gradient.nbytes for gradient in grads.sums.values())), sent + grads.sent
+        held, sent = (
+            max(held, sum(gradient.nbytes for gradient in grads.sums.values())),
+            sent + grads.sent,
+        )
         for name, gradient in grads.sums.items():
             item = method(gradient, adapter.rank, 0, options)
-            own[name] = Factors(item.a0.cpu(), None if item.b0 is None else item.b0.cpu(), item.full_rank)
+            own[name] = Factors(
+                item.a0.cpu(), None if item.b0 is None else item.b0.cpu(), item.full_rank
+            )
         for each, owner in zip(part, owners, strict=True):
             shares[owner].extend(each.layers)
     every, report = _shared(own, targets, shares, time.perf_counter() - began, device)
     most, total = zip(*collectives.gather((held, sent)), strict=True)
     ranks = dict.fromkeys(targets, adapter.rank)
-    data_report = DataReport(pieces[-1].end, len(pieces), None, max(most), sum(total), ranks, "gradients")
+    data_report = DataReport(
+        pieces[-1].end, len(pieces), None, max(most), sum(total), ranks, "gradients"
+    )
     return every, report, data_report
 
 
@@ -326,7 +367,9 @@ class _Gradients(RowExchange):
         for number, (each, owner) in enumerate(zip(inputs, owners, strict=True)):
             for name in (None, *each.layers):
                 self._names.append((number, name))
-                types.append(Rows(each.size if name is None else targets[name].shape[0], each.dtype, owner))
+                types.append(
+                    Rows(each.size if name is None else targets[name].shape[0], each.dtype, owner)
+                )
         super().__init__(types, device)
         self.sums: dict[str, Tensor] = {}
         """Name of an own layer -> gradient (m x n), float32."""
@@ -338,9 +381,13 @@ class _Gradients(RowExchange):
 
     def make(self, piece: Piece) -> list[Tensor]:
         whole = collate([self.store[piece.sequence]], _attention(self.loss)).to(self.device)
-        batch = replace(whole, predicts=whole.predicts[: piece.count], labels=whole.labels[: piece.count])
+        batch = replace(
+            whole, predicts=whole.predicts[: piece.count], labels=whole.labels[: piece.count]
+        )
         x, g = _flows(self.loss, self.modules, {each.name for each in self.inputs}, batch)
-        return [x[self.inputs[number].name] if name is None else g[name] for number, name in self._names]
+        return [
+            x[self.inputs[number].name] if name is None else g[name] for number, name in self._names
+        ]
 
     def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
         source, name = self._names[number]
@@ -370,7 +417,9 @@ def _flows(
 
     model: Any = loss.model
     # The base is frozen, so autograd would build no graph. It does if the first hidden states require a gradient.
-    start = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    start = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: output.requires_grad_()
+    )
     try:
         with torch.enable_grad(), watched(modules, see):
             loss(batch).backward()
@@ -378,9 +427,13 @@ def _flows(
         start.remove()
     for name in modules:
         if name not in g:
-            raise UserError(f"adapter.method: no gradient reaches {name}; leave it out of adapter.targets")
+            raise UserError(
+                f"adapter.method: no gradient reaches {name}; leave it out of adapter.targets"
+            )
         if not torch.isfinite(g[name]).all():
-            raise UserError(f"model.name: the gradient at {name} has NaN or infinite values on the training data")
+            raise UserError(
+                f"model.name: the gradient at {name} has NaN or infinite values on the training data"
+            )
     return x, g
 
 
@@ -405,7 +458,9 @@ def new_factors(
         make = gradient_factors if METHODS[adapter.method].needs == "gradients" else eva_factors
         return make(loss, targets, adapter, store, device, waiting)
     seed, options = config.run.seed, options_of(adapter)
-    return *initialise(_whole(loss, targets), adapter.method, adapter.rank, seed, device, options), None
+    return *initialise(
+        _whole(loss, targets), adapter.method, adapter.rank, seed, device, options
+    ), None
 
 
 def sizes_of(loss: SupervisedLoss, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:

@@ -58,13 +58,17 @@ class Measured:
     """The part that is not counted, and the reason: the model's code does not run on fake tensors."""
 
 
-def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: torch.dtype, gpu: bool) -> Measured:
+def measure(
+    model: Any, targets: Mapping[str, Target], config: Config, dtype: torch.dtype, gpu: bool
+) -> Measured:
     """Run a step and answers on fake tensors; the model must be on the meta device, and is unusable afterwards."""
     config, times = _small_enough(config)
     problem = "activations (no attention can be tried)"
     with attention.on_fake_tensors(gpu):
         fake = FakeModel(model, targets, config.adapter, dtype)
-        rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
+        rows = chunk_rows(
+            int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu")
+        )
         # Fake tensors claim to be on a CPU, where the head's chunks are smaller than on a GPU.
         fake.loss.__dict__["chunk"] = lambda _: rows
         for layer in fake.adapted.values():
@@ -73,7 +77,9 @@ def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: to
         for name in _implementations(model, config, dtype, gpu):
             try:
                 model.set_attn_implementation(name)
-                step = _step_bytes(fake, _batch(config, name), config.train.activation_checkpointing is True)
+                step = _step_bytes(
+                    fake, _batch(config, name), config.train.activation_checkpointing is True
+                )
             except Exception as error:  # the family's code may raise anything on fake tensors
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
                 continue
@@ -99,7 +105,9 @@ def _small_enough(config: Config) -> tuple[Config, float]:
     tokens = config.train.micro() * length
     if tokens <= most:
         return config, 1.0
-    small = override(config, {"train.micro_batch": max(1, most // length), "data.max_length": min(length, most)})
+    small = override(
+        config, {"train.micro_batch": max(1, most // length), "data.max_length": min(length, most)}
+    )
     return small, tokens / (small.train.micro() * small.data.length())
 
 
@@ -111,7 +119,9 @@ def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) 
             names = attention.candidates(model, config.model, dtype, torch.device("cpu"))
         except UserError:  # raised again when the workers load the model
             names = ()
-        return tuple(name for name in names if not apart or name not in FLAT_ATTENTION) or (attention.own(model),)
+        return tuple(name for name in names if not apart or name not in FLAT_ATTENTION) or (
+            attention.own(model),
+        )
     # The workers' GPU may be on another machine, so it is not asked. The choice follows what is installed here.
     if wanted == "auto":
         installed = importlib.util.find_spec("flash_attn") or attention.kernel()
@@ -171,7 +181,9 @@ def _answer_bytes(fake: FakeModel, config: Config) -> int:
     train_mode(fake.adapted, False)
     whole = prompt + config.evaluation.max_new_tokens
     with decoding(fake.loss.model), fake.mode, torch.no_grad():
-        return max(_most(fake, rows, prompt, decode=False), _most(fake, rows, whole - 1, decode=True))
+        return max(
+            _most(fake, rows, prompt, decode=False), _most(fake, rows, whole - 1, decode=True)
+        )
 
 
 def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
@@ -180,10 +192,14 @@ def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
     live = LiveBytes(fake.tensors())
     takes = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    name = "cache" if "cache" in takes else "past_key_values"  # families name this argument differently
+    name = (
+        "cache" if "cache" in takes else "past_key_values"
+    )  # families name this argument differently
     with at_blocks(fake.blocks, live) as before, live, GroupedProducts():
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **last).past_key_values
+        cache = model(
+            ids, attention_mask=torch.ones_like(ids), use_cache=True, **last
+        ).past_key_values
         if decode:
             live.most = live.now
             mask = torch.ones(rows, tokens + 1, dtype=torch.int64)
@@ -257,7 +273,10 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """Return the bytes on the device of the model, without `PROCESS_BYTES`."""
         return (
-            self.base_bytes + self.gathered_bytes + self.adapter_bytes + max(self.activation_bytes, self.answer_bytes)
+            self.base_bytes
+            + self.gathered_bytes
+            + self.adapter_bytes
+            + max(self.activation_bytes, self.answer_bytes)
         )
 
 
@@ -267,11 +286,18 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
     `gpu` is True if the workers have GPUs; None: as this machine.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    asked = (config.model, config.adapter, config.data.length(), config.data.packing, config.train.micro())
+    asked = (
+        config.model,
+        config.adapter,
+        config.data.length(),
+        config.data.packing,
+        config.train.micro(),
+    )
     answers = (answers_at_once(config), config.evaluation.max_new_tokens)
     again = config.train.activation_checkpointing is True
     key = (
-        f"{base} {gpu} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)} {config.cluster.fsdp_offload}"
+        f"{base} {gpu} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)} "
+        f"{config.cluster.fsdp_offload}"
     )
     question = _Question(key, config, base, gpu)
     return _estimate(question) if base.digest else _estimate.__wrapped__(question)
@@ -286,7 +312,9 @@ class _Question:
     gpu: bool = field(compare=False)
 
 
-@lru_cache(maxsize=16)  # a run estimates itself several times: for the report, the preflight and the workers
+@lru_cache(
+    maxsize=16
+)  # a run estimates itself several times: for the report, the preflight and the workers
 def _estimate(question: _Question) -> MemoryEstimate:
     config, base = question.config, question.base
     model: Any = skeleton(base, config.model)
@@ -324,7 +352,9 @@ def _estimate(question: _Question) -> MemoryEstimate:
     )
 
 
-def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu: bool) -> tuple[int, int, int]:
+def _base_bytes(
+    config: Config, model: Any, count: int, dtype: torch.dtype, gpu: bool
+) -> tuple[int, int, int]:
     """Return MemoryEstimate's (base_bytes, gathered_bytes, offloaded_bytes); `count` is the numbers in the files."""
     quantization, width, shards = config.model.quantization, dtype.itemsize, _shards(config)
     if quantization != "none":
@@ -333,8 +363,14 @@ def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu:
         return (count - numbers) * width + size, unpacked, 0
     if shards == 1:
         return count * width, 0, 0
-    sizes = [sum(weight.numel() for weight in block.parameters()) * width for block in blocks_to_shard(model)]
-    root, block = sum(weight.numel() for weight in model.parameters()) * width - sum(sizes), max(sizes, default=0)
+    sizes = [
+        sum(weight.numel() for weight in block.parameters()) * width
+        for block in blocks_to_shard(model)
+    ]
+    root, block = (
+        sum(weight.numel() for weight in model.parameters()) * width - sum(sizes),
+        max(sizes, default=0),
+    )
     # A gathered block exists twice for a moment: as received, and copied into its weights. The third copy is the next
     # block, which FSDP gathers while this one is used.
     part = (count * width - root) // shards
@@ -349,12 +385,17 @@ def _set_aside(config: Config) -> int:
 
 def _shards(config: Config) -> int:
     cluster = config.cluster
-    return max(1, cluster.min_workers() // cluster.fsdp_replicas) if cluster.strategy == "fsdp" else 1
+    return (
+        max(1, cluster.min_workers() // cluster.fsdp_replicas) if cluster.strategy == "fsdp" else 1
+    )
 
 
 def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
     # An upper bound: if the method moves ranks between layers, the widest layers get the largest ranks.
-    sizes = [(math.prod(experts) * (m + n), min(m, n, adapter.largest_rank())) for *experts, m, n in shapes]
+    sizes = [
+        (math.prod(experts) * (m + n), min(m, n, adapter.largest_rank()))
+        for *experts, m, n in shapes
+    ]
     left, total = adapter.rank * len(sizes), 0
     for size, most in sorted(sizes, reverse=True):
         total += size * min(most, left)
@@ -380,7 +421,9 @@ def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str |
     return None
 
 
-def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack], steps: int) -> tuple[float, float | None]:
+def micro_batch(
+    config: Config, base: BaseModel, packs: Sequence[Pack], steps: int
+) -> tuple[float, float | None]:
     """Train on these sequences, forward and backward, in one process with a worker's threads.
 
     Return the seconds that takes, and the automatic learning rate of `steps` steps; None for a data-driven method.
@@ -394,13 +437,19 @@ def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack], steps: i
         adapter = config.adapter
         # Steps take the same time with any method, and a data-driven one would need training data for its factors.
         method = adapter.method if adapter.method in FROM_WEIGHTS else "lora"
-        factors, _ = initialise(targets, method, adapter.rank, config.run.seed, device, options_of(adapter))
+        factors, _ = initialise(
+            targets, method, adapter.rank, config.run.seed, device, options_of(adapter)
+        )
         adapted = inject(model, at_scale(factors, adapter), adapter.scale())
         loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
         loss.recompute = config.train.activation_checkpointing is True
         parallel.install(loss)
         short = collate(first_step.examples(packs), model.config._attn_implementation)
-        moves = first_step.moves(loss, adapted, short, config.train.lr_ratio) if method == adapter.method else {}
+        moves = (
+            first_step.moves(loss, adapted, short, config.train.lr_ratio)
+            if method == adapter.method
+            else {}
+        )
         rate = first_step.best_rate(moves, adapter.scale(), steps) if moves else None
         times = []
         for _ in range(2):  # the first pass is slower, because it allocates its memory

@@ -35,7 +35,9 @@ _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "b
 class FakeModel:
     """A model from the meta device that trains with fake tensors; the original is unusable afterwards."""
 
-    def __init__(self, model: Any, targets: Mapping[str, Target], adapter: Adapter, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, targets: Mapping[str, Target], adapter: Adapter, dtype: torch.dtype
+    ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -81,7 +83,9 @@ class FakeModel:
         attention runs by their values.
         """
         inputs = {
-            name: torch.empty_like(value) if isinstance(value, Tensor) and value.dtype == torch.int64 else value
+            name: torch.empty_like(value)
+            if isinstance(value, Tensor) and value.dtype == torch.int64
+            else value
             for name, value in batch.inputs.items()
         }
         return replace(batch, inputs=inputs)
@@ -122,11 +126,19 @@ class GroupedProducts(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2:
             a, b, ends = args[:3]
-            return a.new_empty(len(a), b.shape[-1]) if b.dim() == 3 else a.new_empty(len(ends), len(a), b.shape[-1])
+            return (
+                a.new_empty(len(a), b.shape[-1])
+                if b.dim() == 3
+                else a.new_empty(len(ends), len(a), b.shape[-1])
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -181,10 +193,16 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, Any] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
-            self._seen[storage._cdata] = storage  # kept alive, so that no other storage gets this address
+            self._seen[storage._cdata] = (
+                storage  # kept alive, so that no other storage gets this address
+            )
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):

@@ -46,7 +46,9 @@ def examples(packs: Sequence[Pack]) -> list[Pack]:
     parts = []
     for pack in packs:
         borders = np.cumsum(pack.segments)[:-1]
-        for ids, supervised in zip(np.split(pack.input_ids, borders), np.split(pack.supervised, borders), strict=True):
+        for ids, supervised in zip(
+            np.split(pack.input_ids, borders), np.split(pack.supervised, borders), strict=True
+        ):
             end = int(np.flatnonzero(supervised)[-1]) + 1 if supervised.any() else 0
             begin = max(0, end - LONGEST)
             parts.append(Pack(ids[begin:end], supervised[begin:end], (end - begin,)))
@@ -71,7 +73,9 @@ def moves(
     def see(name: str, x: Tensor, y: Tensor) -> None:
         if not y.requires_grad:  # a part of the model that runs without gradients
             return
-        y.register_hook(partial(measure, name, x.detach(), y.detach().float().square().mean().sqrt()))
+        y.register_hook(
+            partial(measure, name, x.detach(), y.detach().float().square().mean().sqrt())
+        )
 
     def measure(name: str, entered: Tensor, size: Tensor, gradient: Tensor) -> None:
         x = entered.reshape(-1, layers[name].a0.shape[1]).float()

@@ -55,13 +55,17 @@ def questions(store: TokenStore, limit: int) -> list[Question]:
             part = slice(start, start + size)
             start += size
             cut = cuts and size == store.max_length and bool(pack.supervised[part][-1])
-            if not cut and (question := _split(row, pack.input_ids[part].tolist(), pack.supervised[part])):
+            if not cut and (
+                question := _split(row, pack.input_ids[part].tolist(), pack.supervised[part])
+            ):
                 chosen.append(question)
             row += 1
     return chosen
 
 
-def _split(row: int, ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bool_]]") -> Question | None:
+def _split(
+    row: int, ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bool_]]"
+) -> Question | None:
     marked = np.flatnonzero(supervised)
     breaks = np.flatnonzero(np.diff(marked) > 1)
     start = int(marked[breaks[-1] + 1] if len(breaks) else marked[0])
@@ -113,7 +117,9 @@ def answer(
             break
         own.extend(zip(group, outputs, strict=False))
     collectives.raise_together(problem)
-    return [output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)]
+    return [
+        output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)
+    ]
 
 
 @contextlib.contextmanager
@@ -125,7 +131,9 @@ def decoding(model: Any) -> Iterator[None]:
     from transformers import GenerationConfig
 
     attention, settings = model.config._attn_implementation, model.generation_config
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 has no sdpa
+    model.set_attn_implementation(
+        "sdpa" if model._supports_sdpa else "eager"
+    )  # Gemma 2 has no sdpa
     model.generation_config = GenerationConfig()
     try:
         yield
@@ -155,7 +163,9 @@ def greedy(
         for length in lengths:
             indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
             alike = [prompts[index] for index in indices]
-            answers |= zip(indices, greedy(model, alike, max_new_tokens, eos, device, together), strict=True)
+            answers |= zip(
+                indices, greedy(model, alike, max_new_tokens, eos, device, together), strict=True
+            )
         return [answers[index] for index in range(len(prompts))]
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)

@@ -70,7 +70,9 @@ class StepLoader:
         until(self.store, lambda: self._available(step), self.waiting)
         return self._read(step)
 
-    def steps(self, start: int, ends: Callable[[int], bool | None]) -> Iterator[tuple[StepData, float]]:
+    def steps(
+        self, start: int, ends: Callable[[int], bool | None]
+    ) -> Iterator[tuple[StepData, float]]:
         """Yield the data of the steps from `start` on, each with the seconds spent waiting for it.
 
         `ends(n)` is True if the run is over after n steps, and None while the store is too short to tell. The next
@@ -91,7 +93,9 @@ class StepLoader:
             finally:
                 stopped.set()  # otherwise the pool would wait here for its reader, which may be waiting for a shard
 
-    def _next(self, step: int, ends: Callable[[int], bool | None], stopped: threading.Event) -> StepData | None:
+    def _next(
+        self, step: int, ends: Callable[[int], bool | None], stopped: threading.Event
+    ) -> StepData | None:
         until(self.store, lambda: stopped.is_set() or ends(step) is not None, pause=stopped.wait)
         if stopped.is_set() or ends(step):
             return None
@@ -105,7 +109,9 @@ class StepLoader:
         return ahead.result()
 
     def _available(self, step: int) -> bool:
-        return (step + 1) * self.train.global_batch <= self.store.available or self.store.total is not None
+        return (
+            step + 1
+        ) * self.train.global_batch <= self.store.available or self.store.total is not None
 
     def _read(self, step: int) -> StepData:
         size, width = self.train.global_batch, self.train.micro()
@@ -191,7 +197,11 @@ def shape(schedule: str, progress: float) -> float:
 
 class Schedule:
     def __init__(
-        self, train: Train, store: TokenStore, waiting: Waiting | None = None, auto: float | None = None
+        self,
+        train: Train,
+        store: TokenStore,
+        waiting: Waiting | None = None,
+        auto: float | None = None,
     ) -> None:
         """`auto` is the automatic learning rate, which a training with train.lr=auto needs."""
         self.train, self.store, self.waiting, self.auto = train, store, waiting, auto
@@ -232,7 +242,9 @@ class Schedule:
         # would depend on how fast the shards were written.
         warmup, begin = self.train.warmup, self._progress(step * size, after=False)
         if begin < warmup:
-            return self.peak() * min(1.0, self._progress((step + 1) * size - 1, after=True) / warmup)
+            return self.peak() * min(
+                1.0, self._progress((step + 1) * size - 1, after=True) / warmup
+            )
         return self.peak() * shape(self.train.schedule, (begin - warmup) / (1.0 - warmup))
 
     def _total(self) -> int | None:
@@ -240,7 +252,9 @@ class Schedule:
         return self.train.steps or (None if packs is None else total_steps(self.train, packs))
 
     def _knows(self, sequences: int) -> bool:
-        return self.store.total is not None or (self.store.shard_count > 1 and sequences <= self.store.available)
+        return self.store.total is not None or (
+            self.store.shard_count > 1 and sequences <= self.store.available
+        )
 
     def _progress(self, position: int, after: bool) -> float:
         packs = self.store.total

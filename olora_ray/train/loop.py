@@ -89,7 +89,9 @@ class Trainer:
             if not math.isfinite(loss):
                 raise UserError(f"step {number + 1}: {_diverged(losses, data, loader)}")
             if not math.isfinite(norm):
-                raise UserError(f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr")
+                raise UserError(
+                    f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr"
+                )
             lr = schedule.lr(number)
             self.optimizer.step(lr, norm)
             now = time.perf_counter()
@@ -104,10 +106,14 @@ class Trainer:
         """
         if self.config.train.optimizer == "spectral":
             # A step is even in all directions, so its Frobenius norm grows with the root of their number.
-            return first_step.for_steps(SPECTRAL_RATE * (16 / self.config.adapter.rank) ** 0.5, steps)
+            return first_step.for_steps(
+                SPECTRAL_RATE * (16 / self.config.adapter.rank) ** 0.5, steps
+            )
         batch = collate(first_step.examples(packs), attention).to(self.device)
         moves = first_step.moves(self.loss, self.adapted, batch, self.config.train.lr_ratio)
-        moves = collectives.from_first(moves)  # another type of processor would find other last bits
+        moves = collectives.from_first(
+            moves
+        )  # another type of processor would find other last bits
         return first_step.best_rate(moves, self.config.adapter.scale(), steps) if moves else None
 
     @staticmethod
@@ -133,7 +139,9 @@ class Trainer:
             # Not copied if it is on the CPU, because a better adapter gets a new vector instead of changing this one.
             best_parts = self.flat.named(best.to("cpu"))
         state = replace(state, history=list(state.history))
-        return lambda folder: checkpoint.save(folder, adapter, best_parts, optimizer, state, identity, config_yaml)
+        return lambda folder: checkpoint.save(
+            folder, adapter, best_parts, optimizer, state, identity, config_yaml
+        )
 
     @cached_property
     def _frozen(self) -> dict[str, Factors]:
@@ -153,7 +161,9 @@ class Trainer:
                 self._backward(data.padding, data.supervised)
         for micro_batch, batch in enumerate(data.micro, data.first):
             if self.config.adapter.dropout:
-                torch.manual_seed(plan.key("dropout", self.config.run.seed, number, micro_batch) >> 1)  # of 63 bits
+                torch.manual_seed(
+                    plan.key("dropout", self.config.run.seed, number, micro_batch) >> 1
+                )  # of 63 bits
             with self.gradient.leaf(micro_batch):
                 losses.append(self._backward(batch, data.supervised))
         train_mode(self.adapted, False)
@@ -186,7 +196,12 @@ def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
 
 @torch.no_grad()
 def evaluate(
-    trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1, step: int = 0
+    trainer: Trainer,
+    store: TokenStore,
+    attention: str,
+    worker: int = 0,
+    workers: int = 1,
+    step: int = 0,
 ) -> float:
     """Return the mean loss per supervised token over the whole store; all workers must call it together.
 
@@ -205,14 +220,24 @@ def evaluate(
     total = float(tree.total(summed))
     if not math.isfinite(total):
         failed = [number for number, loss in enumerate(summed.tolist()) if not math.isfinite(loss)]
-        origins = [origin for number in failed for index in groups[number] for origin in store.origins(index)]
+        origins = [
+            origin
+            for number in failed
+            for index in groups[number]
+            for origin in store.origins(index)
+        ]
         raise UserError(_held_out_not_finite(origins, step))
     return total / store.manifest.supervised
 
 
 @torch.no_grad()
 def evaluate_examples(
-    trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1, step: int = 0
+    trainer: Trainer,
+    store: TokenStore,
+    attention: str,
+    worker: int = 0,
+    workers: int = 1,
+    step: int = 0,
 ) -> list[float]:
     """Return the loss of each example, summed over its supervised tokens; otherwise as `evaluate`."""
     by_sequence = supervised_of(store)
@@ -227,7 +252,11 @@ def evaluate_examples(
     collectives.sum_in_place(losses)
     if not losses.isfinite().all():
         origins = [origin for index in range(len(store)) for origin in store.origins(index)]
-        bad = [origin for origin, loss in zip(origins, losses.tolist(), strict=True) if not math.isfinite(loss)]
+        bad = [
+            origin
+            for origin, loss in zip(origins, losses.tolist(), strict=True)
+            if not math.isfinite(loss)
+        ]
         raise UserError(_held_out_not_finite(bad, step))
     return losses.tolist()
 
@@ -235,7 +264,10 @@ def evaluate_examples(
 def supervised_of(store: TokenStore) -> list[list[int]]:
     """Return the numbers of supervised tokens of each sequence's examples."""
     packs = (store[index] for index in range(len(store)))
-    return [[int(part.sum()) for part in np.split(each.supervised, np.cumsum(each.segments)[:-1])] for each in packs]
+    return [
+        [int(part.sum()) for part in np.split(each.supervised, np.cumsum(each.segments)[:-1])]
+        for each in packs
+    ]
 
 
 def _groups(trainer: Trainer, store: TokenStore) -> list[range]:
@@ -248,7 +280,11 @@ def _shares(
 ) -> Generator[tuple[int, Batch]]:
     groups = _groups(trainer, store)
     # With a sharded base all workers must run the model equally often, so a worker with fewer groups repeats group 0.
-    rounds = -(-len(groups) // workers) if hasattr(trainer.loss, "unshard") else len(groups[worker::workers])
+    rounds = (
+        -(-len(groups) // workers)
+        if hasattr(trainer.loss, "unshard")
+        else len(groups[worker::workers])
+    )
     for number in range(worker, worker + rounds * workers, workers):
         group = groups[number] if number < len(groups) else groups[0]
         yield number, collate([store[i] for i in group], attention).to(trainer.device)
@@ -256,7 +292,9 @@ def _shares(
 
 def _held_out_not_finite(origins: Sequence[str], step: int) -> str:
     # Before the first step another learning rate would change nothing.
-    return f"step {step}: the held-out {_not_finite(origins)}{', or lower train.lr' if step else ''}"
+    return (
+        f"step {step}: the held-out {_not_finite(origins)}{', or lower train.lr' if step else ''}"
+    )
 
 
 def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:
@@ -273,4 +311,6 @@ def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:
 
 def _not_finite(origins: Sequence[str]) -> str:
     shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
-    return f"loss is not finite; it comes from {shown or 'the sum over all workers'}; check these rows"
+    return (
+        f"loss is not finite; it comes from {shown or 'the sum over all workers'}; check these rows"
+    )

@@ -62,7 +62,11 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         g, wide = (grads[0] * weight).float(), x.float()
         total = torch.linalg.vecdot(g, wide)[..., None]
-        return g.mul_(r).addcmul_(wide, r.pow(3) * total, value=-1 / x.shape[-1]).to(x.dtype), None, None
+        return (
+            g.mul_(r).addcmul_(wide, r.pow(3) * total, value=-1 / x.shape[-1]).to(x.dtype),
+            None,
+            None,
+        )
 
 
 @torch.no_grad()
@@ -109,8 +113,14 @@ class Differences:
             cause = f"the other examples {beside}" if beside else "later tokens"
             return f"the output of {self.changed} for an example changes by {self.change:.2g} with {cause}"
         if not self.output <= self.tolerance:
-            reference = f"its output without the other examples {beside}" if beside else "the model's own attention"
-            return f"the output of {self.part} differs by {self.output:.2g} from {reference} {allowed}"
+            reference = (
+                f"its output without the other examples {beside}"
+                if beside
+                else "the model's own attention"
+            )
+            return (
+                f"the output of {self.part} differs by {self.output:.2g} from {reference} {allowed}"
+            )
         if not self.loss <= self.tolerance:
             return f"the losses differ by {self.loss:.2g} from the losses of the model's own logits {allowed}"
         return None
@@ -199,7 +209,10 @@ class SupervisedLoss(nn.Module):
         size = self.chunk(rows.device)
         parts = zip(rows.split(size), batch.labels.split(size), strict=True)
         return torch.cat(
-            [F.cross_entropy(self.logits(part).float(), target, reduction="none") for part, target in parts]
+            [
+                F.cross_entropy(self.logits(part).float(), target, reduction="none")
+                for part, target in parts
+            ]
         )
 
     def chunk(self, device: torch.device) -> int:
@@ -207,11 +220,17 @@ class SupervisedLoss(nn.Module):
         return chunk_rows(int(model.config.get_text_config().vocab_size), device)
 
     def hidden(self, batch: Batch) -> Tensor:
-        output: Tensor = backbone(self.model)(**self.taken(batch), use_cache=False).last_hidden_state
+        output: Tensor = backbone(self.model)(
+            **self.taken(batch), use_cache=False
+        ).last_hidden_state
         return output
 
     def taken(self, batch: Batch) -> dict[str, Any]:
-        inputs = {name: value for name, value in batch.inputs.items() if self._takes is None or name in self._takes}
+        inputs = {
+            name: value
+            for name, value in batch.inputs.items()
+            if self._takes is None or name in self._takes
+        }
         return inputs | {"attention_mask": self._masks(batch)} if self.given_masks else inputs
 
     def _masks(self, batch: Batch) -> Any:
@@ -281,6 +300,11 @@ def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
 
 
 def _hand_over(
-    name: str, see: See, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    name: str,
+    see: See,
+    _: nn.Module,
+    inputs: tuple[Any, ...],
+    named: dict[str, Any],
+    output: Tensor,
 ) -> None:
     see(name, inputs[0] if inputs else next(iter(named.values())), output)

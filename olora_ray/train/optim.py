@@ -26,7 +26,9 @@ class FlatAdapters:
         pairs = [(name, part) for name in adapted for part in ("da", "db")]
         if apart:
             pairs.sort(key=lambda pair: pair[1])
-        self.slots: dict[str, Tensor] = {f"{name}.{part}": getattr(adapted[name], part) for name, part in pairs}
+        self.slots: dict[str, Tensor] = {
+            f"{name}.{part}": getattr(adapted[name], part) for name, part in pairs
+        }
         sizes = [slot.numel() for slot in self.slots.values()]
         self._starts = dict(zip(self.slots, itertools.accumulate(sizes, initial=0), strict=False))
         self.vector = torch.cat([slot.detach().reshape(-1) for slot in self.slots.values()])
@@ -66,11 +68,15 @@ class AdamW:
         groups = [{"params": [parameter]} for parameter in self.parameters]
         # On CPUs the fused kernel differs from the plain update in the last bits, so resumed runs would change.
         fused = flat.vector.device.type == "cuda" if fused is None else fused
-        self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=True if fused else None)
+        self.inner = torch.optim.AdamW(
+            groups, lr=0.0, weight_decay=config.weight_decay, fused=True if fused else None
+        )
         for parameter, group in zip(self.parameters, flat.groups, strict=True):
             parameter.grad = flat.grad[group]
             moments = {key: moment[group] for key, moment in self.moments.items()}
-            count = torch.zeros((), dtype=torch.float32, device=flat.vector.device if fused else None)
+            count = torch.zeros(
+                (), dtype=torch.float32, device=flat.vector.device if fused else None
+            )
             self.inner.state[parameter] = {"step": count, **moments}
         self.ratios = [1.0] if config.lr_ratio == 1 else [1.0, config.lr_ratio]
 
@@ -95,7 +101,9 @@ class AdamW:
         return {
             f"{name}.{key}": part
             for key, moment in self.moments.items()
-            for name, part in self.flat.named(moment.to(copied_to, copy=True) if copied_to else moment).items()
+            for name, part in self.flat.named(
+                moment.to(copied_to, copy=True) if copied_to else moment
+            ).items()
         }
 
     def at(self, step: int) -> None:
@@ -114,7 +122,9 @@ class AdamW:
 
 
 @torch.no_grad()
-def precondition(adapted: Mapping[str, AdaptedWeight], epsilon: float = 1e-6, unit: bool = True) -> None:
+def precondition(
+    adapted: Mapping[str, AdaptedWeight], epsilon: float = 1e-6, unit: bool = True
+) -> None:
     """Replace the gradients of all dA and dB in place; with `unit` each has norm 1 afterwards, or is zero."""
     for layer in adapted.values():
         a = layer.a0 + layer.da

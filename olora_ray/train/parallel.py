@@ -66,7 +66,9 @@ class _Block:
     """Forward of a block that may be compiled, and may keep only its inputs, if a gradient is needed."""
 
     def __init__(self, forward: Callable[..., Any], loss: SupervisedLoss) -> None:
-        self.__wrapped__ = forward  # inspect.signature follows this attribute to the arguments of the block
+        self.__wrapped__ = (
+            forward  # inspect.signature follows this attribute to the arguments of the block
+        )
         self._loss = loss
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -147,7 +149,11 @@ def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]
 
 
 def place_model(
-    loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1, offload: bool = False
+    loss: SupervisedLoss,
+    strategy: str,
+    device: torch.device,
+    replicas: int = 1,
+    offload: bool = False,
 ) -> None:
     """Move the model to `device`, and with "fsdp" shard the frozen base; `replicas` and `offload` are as in `shard`.
 
@@ -169,11 +175,18 @@ def target_device(loss: Any, device: torch.device) -> Callable[[Tensor], torch.d
 
     for block in loss.offloaded:
         block.reshard()
-    stay = {id(part) for block in loss.offloaded for part in block.parameters() if isinstance(part, DTensor)}
+    stay = {
+        id(part)
+        for block in loss.offloaded
+        for part in block.parameters()
+        if isinstance(part, DTensor)
+    }
     return lambda part: torch.device("cpu") if id(part) in stay else device
 
 
-def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload: bool = False) -> None:
+def shard(
+    loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload: bool = False
+) -> None:
     """Shard the blocks of the frozen base; adapters and weights outside the blocks stay whole. Weights may be meta.
 
     Each of the `replicas` copies is spread over workers with consecutive ranks, which are on the same node as far as
@@ -184,7 +197,11 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     world = collectives.world_size()
-    shape, names = ((world,), ("shards",)) if replicas == 1 else ((replicas, world // replicas), ("copies", "shards"))
+    shape, names = (
+        ((world,), ("shards",))
+        if replicas == 1
+        else ((replicas, world // replicas), ("copies", "shards"))
+    )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     adapters = {
         parameter
@@ -259,10 +276,19 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
             else:
                 part = load_file(packed_folder / str(number))
                 weight = model.get_submodule(name).weight
-                _pack(model, name, weight, config.quantization, device, (part["codes"], part["scales"]))
+                _pack(
+                    model,
+                    name,
+                    weight,
+                    config.quantization,
+                    device,
+                    (part["codes"], part["scales"]),
+                )
         base_files.fill(model, files, lambda _: True)
     else:
-        logger.info(f"quantization: loading the complete base model before packing it, because {files}")
+        logger.info(
+            f"quantization: loading the complete base model before packing it, because {files}"
+        )
         model = load_model(folder, config, device)
         names = to_pack(model)  # raises UserError for a base that is quantised already
         for name in names:
@@ -280,7 +306,9 @@ def _packed(
 ) -> Path | None:
     # Packing takes minutes. So one process per node does it, and all later runs read the result.
     dtypes = sorted({str(files.dtypes[f"{name}.weight"]) for name in names})
-    key = storage.digest(of_folder(folder, code=False), quantization, *dtypes, *names, node_cache.code(), length=32)
+    key = storage.digest(
+        of_folder(folder, code=False), quantization, *dtypes, *names, node_cache.code(), length=32
+    )
     root = Path(node_cache.CACHE) / "packed"
 
     def make(partial: Path) -> None:
@@ -292,9 +320,13 @@ def _packed(
     try:
         entry = node_cache.cached(root / key, make)
         node_cache.hold(entry)
-        node_cache.make_room(root, (each for each in root.iterdir() if not each.name.startswith(".")))
+        node_cache.make_room(
+            root, (each for each in root.iterdir() if not each.name.startswith("."))
+        )
     except (OSError, SafetensorError) as error:
-        logger.info(f"quantization: the packed base model cannot be cached on this node: {short_reason(error)}")
+        logger.info(
+            f"quantization: the packed base model cannot be cached on this node: {short_reason(error)}"
+        )
         return None
     return entry
 
@@ -329,12 +361,21 @@ def packed_size(model: nn.Module, quantization: str, dtype: torch.dtype) -> tupl
 
 
 def _pack(
-    model: nn.Module, name: str, weight: Tensor, quantization: str, device: torch.device, packed: Packed | None = None
+    model: nn.Module,
+    name: str,
+    weight: Tensor,
+    quantization: str,
+    device: torch.device,
+    packed: Packed | None = None,
 ) -> None:
     # The bias is passed on as it is, and may still be on the meta device.
     parent, _, attribute = name.rpartition(".")
     module: Any = model.get_submodule(name)
-    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, quantization, device, packed))
+    setattr(
+        model.get_submodule(parent),
+        attribute,
+        QuantisedLinear(weight, module.bias, quantization, device, packed),
+    )
 
 
 # A base that no worker ever holds whole: built on the meta device, sharded, and filled from its files by rows.
@@ -351,15 +392,25 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
     `load_frozen`.
     """
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
-        return SupervisedLoss(collectives.together(lambda: load_frozen(folder, config.model, device)))
+        return SupervisedLoss(
+            collectives.together(lambda: load_frozen(folder, config.model, device))
+        )
     if config.cluster.fsdp_offload and not has_own_memory(device):
-        logger.info("cluster.fsdp_offload: no effect without a GPU: the base model is in the node's memory anyway")
+        logger.info(
+            "cluster.fsdp_offload: no effect without a GPU: the base model is in the node's memory anyway"
+        )
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
-        logger.info(f"fsdp: each worker loads the complete base model before sharding it, because {loss}")
-        return SupervisedLoss(collectives.together(lambda: load_frozen(folder, config.model, device)))
-    logger.info(f"fsdp: each worker has read its part of the base model in {time.perf_counter() - began:.2f} s")
+        logger.info(
+            f"fsdp: each worker loads the complete base model before sharding it, because {loss}"
+        )
+        return SupervisedLoss(
+            collectives.together(lambda: load_frozen(folder, config.model, device))
+        )
+    logger.info(
+        f"fsdp: each worker has read its part of the base model in {time.perf_counter() - began:.2f} s"
+    )
     return loss
 
 
@@ -375,13 +426,19 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
         return next(problem for problem in problems if problem)
     whole = outside(model, blocks_to_shard(model))
     wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
-    collectives.together(lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device)))
+    collectives.together(
+        lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device))
+    )
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.read_rows = files.rows
     shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
     target = target_device(loss, device)
     # Tensors on the meta device, above all shards of weights, get memory here; all others already have their values.
-    loss._apply(lambda part: torch.empty_like(part, device=target(part)) if part.is_meta else part.to(target(part)))
+    loss._apply(
+        lambda part: (
+            torch.empty_like(part, device=target(part)) if part.is_meta else part.to(target(part))
+        )
+    )
     collectives.together(lambda: _read_shards(model, files))
     sharded: SupervisedLoss = loss
     return sharded
@@ -413,7 +470,9 @@ def _whole(files: BaseFiles, device: torch.device, name: str) -> Tensor:
 
 def _read_rows(files: BaseFiles, name: str, first: int, to: Tensor) -> None:
     """Fill the tensor `to` with rows of a weight from row `first` on, at most 64 MiB (or one row) at a time."""
-    count = max(1, 2**26 * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
+    count = (
+        max(1, 2**26 * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
+    )
     for start in range(0, len(to), count):
         stop = min(start + count, len(to))
         to[start:stop].copy_(files.rows(name, first + start, first + stop))

@@ -29,10 +29,14 @@ def json_fields(prediction: str, reference: str) -> dict[str, float]:
     """Compare two JSON objects field by field; a prediction that is not a JSON object scores 0 everywhere."""
     expected = _json_object(reference)
     if expected is None:
-        raise UserError(f"evaluation.scorer: json_fields needs a JSON object as the reference, not {_short(reference)}")
+        raise UserError(
+            f"evaluation.scorer: json_fields needs a JSON object as the reference, not {_short(reference)}"
+        )
     predicted = _json_object(prediction)
     fields = {
-        f"field/{name}": float(predicted is not None and name in predicted and _same(predicted[name], value))
+        f"field/{name}": float(
+            predicted is not None and name in predicted and _same(predicted[name], value)
+        )
         for name, value in expected.items()
     }
     return {
@@ -55,17 +59,25 @@ def resolve(name: str) -> Scorer:
     module_name, _, function_name = name.rpartition(":" if ":" in name else ".")
     if not module_name or not function_name:
         known = ", ".join(SCORERS)
-        raise UserError(f"evaluation.scorer: no scorer is called {name!r}; use {known}, or package.module:function")
+        raise UserError(
+            f"evaluation.scorer: no scorer is called {name!r}; use {known}, or package.module:function"
+        )
     try:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError) as error:  # TypeError: a relative name
-        raise UserError(f"evaluation.scorer: {name!r}: cannot import {module_name!r}: {error}") from error
+        raise UserError(
+            f"evaluation.scorer: {name!r}: cannot import {module_name!r}: {error}"
+        ) from error
     except Exception as error:  # the code of the user's module may raise anything
         cause = f"{type(error).__name__}: {error}"
-        raise UserError(f"evaluation.scorer: {name!r}: importing {module_name!r} fails: {cause}") from error
+        raise UserError(
+            f"evaluation.scorer: {name!r}: importing {module_name!r} fails: {cause}"
+        ) from error
     scorer = getattr(module, function_name, None)
     if not callable(scorer):
-        raise UserError(f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}")
+        raise UserError(
+            f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}"
+        )
     return scorer  # type: ignore[no-any-return]
 
 
@@ -76,7 +88,11 @@ def source_digest(name: str) -> str:
     """
     scorer = resolve(name)
     named = name.rpartition(":" if ":" in name else ".")[0]
-    modules = [sys.modules.get(each) for each in (named, getattr(inspect.unwrap(scorer), "__module__", None)) if each]
+    modules = [
+        sys.modules.get(each)
+        for each in (named, getattr(inspect.unwrap(scorer), "__module__", None))
+        if each
+    ]
     files = [Path(file) for each in modules if (file := getattr(each, "__file__", None))]
     return digest(*(digest_file(file) for file in files if file.is_file()), length=16)
 
@@ -104,11 +120,15 @@ class Judge:
                 f" {_short(reference)}: {cause}"
             ) from error
         try:
-            if not isinstance(raw, Mapping) or not all(isinstance(name, str) and name for name in raw):
+            if not isinstance(raw, Mapping) or not all(
+                isinstance(name, str) and name for name in raw
+            ):
                 raise TypeError
             scores = {name: float(value) for name, value in raw.items()}
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"evaluation.scorer: {self.name} must return {{name: number}}, not {_short(raw)}") from None
+            raise UserError(
+                f"evaluation.scorer: {self.name} must return {{name: number}}, not {_short(raw)}"
+            ) from None
         if taken := [name for name in TAKEN if name in scores]:
             raise UserError(
                 f"evaluation.scorer: {self.name} returns a score {taken[0]!r}, but eval/{taken[0]} is a metric of the"
@@ -176,7 +196,9 @@ class Baseline:
         if kept is None or kept.identity != identity or len(kept.answers or []) != questions:
             return None
         # A loss that is not finite is measured again, because the measurement raises the error that says why.
-        return cls(kept.loss, kept.answers) if kept.loss is None or math.isfinite(kept.loss) else None
+        return (
+            cls(kept.loss, kept.answers) if kept.loss is None or math.isfinite(kept.loss) else None
+        )
 
 
 @dataclass(frozen=True)

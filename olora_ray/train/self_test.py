@@ -68,7 +68,11 @@ def three_examples(packs: Sequence[Pack], config: AnyConfig, model: Any) -> tupl
 
 def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
     """Return the examples of some sequences, cut to `longest` tokens, and repeated if there are fewer than three."""
-    every = [tuple(ids.tolist()) for pack in packs for ids in np.split(pack.input_ids, np.cumsum(pack.segments)[:-1])]
+    every = [
+        tuple(ids.tolist())
+        for pack in packs
+        for ids in np.split(pack.input_ids, np.cumsum(pack.segments)[:-1])
+    ]
     long = [ids[:longest] for ids in every if len(ids) > 2]
     # If all examples have 1 or 2 tokens, they are joined and repeated to one that is long enough.
     long = long or [(3 * tuple(token for ids in every for token in ids))[:longest]]
@@ -76,7 +80,9 @@ def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
 
 
 def _limits(shape: Any, length: int) -> list[int]:
-    named = [value for name, value in shape.to_dict().items() if "window" in name or "chunk" in name]
+    named = [
+        value for name, value in shape.to_dict().items() if "window" in name or "chunk" in name
+    ]
     return [value for value in named if type(value) is int and 0 < value < length]
 
 
@@ -84,7 +90,9 @@ def one_pack(examples: Sequence[Ids]) -> Pack:
     """Pack examples into one sequence; the last tokens of each example are supervised, but never its first token."""
     ids = np.concatenate([np.array(example, dtype=np.int32) for example in examples])
     positions = [np.arange(len(example)) for example in examples]
-    supervised = np.concatenate([(position > 0) & (position >= len(position) - SHORT) for position in positions])
+    supervised = np.concatenate(
+        [(position > 0) & (position >= len(position) - SHORT) for position in positions]
+    )
     return Pack(ids, supervised, tuple(map(len, examples)))
 
 
@@ -128,7 +136,9 @@ def _parts(
         if not isinstance(output, Tensor) or (axis := _axis(output, shape)) is None:
             return output
         values, slopes = _by_token(output.detach(), axis).clone(), None
-        for number, (positions, outputs) in enumerate(zip(rows, (each[key] for each in recorded), strict=True)):
+        for number, (positions, outputs) in enumerate(
+            zip(rows, (each[key] for each in recorded), strict=True)
+        ):
             outputs.append(_Output(values[positions]))
             if given:
                 replacement = given[number][key][len(outputs) - 1]
@@ -145,13 +155,19 @@ def _parts(
     def hook(name: str, whole: bool, _module: nn.Module, _inputs: object, output: Any) -> Any:
         if type(output) not in (tuple, list):
             return exchange((name, 0), output)
-        return type(output)(exchange((name, n), part) if whole or n == 0 else part for n, part in enumerate(output))
+        return type(output)(
+            exchange((name, n), part) if whole or n == 0 else part for n, part in enumerate(output)
+        )
 
     names = {part: name for name, part in model.named_modules()}
     inside = {part: name for block in decoder_layers(model) for name, part in block.named_modules()}
     choose = {part for part, name in inside.items() if {"gate", "router"} & set(name.split("."))}
     # Norms are left out, because they give the same bits for the same input.
-    wanted = [part for part, name in inside.items() if "." not in name and "Norm" not in type(part).__name__]
+    wanted = [
+        part
+        for part, name in inside.items()
+        if "." not in name and "Norm" not in type(part).__name__
+    ]
     hooks = [
         part.register_forward_hook(partial(hook, names[part], part in choose))
         for part in dict.fromkeys([*wanted, *choose])
@@ -197,11 +213,20 @@ class _Exchanged(torch.autograd.Function):
         return grads[0] if ctx.slopes is None else ctx.slopes, None, None
 
 
-def _alone(loss: SupervisedLoss, example: Ids, device: torch.device, backward: bool = False) -> tuple[Outputs, Tensor]:
+def _alone(
+    loss: SupervisedLoss, example: Ids, device: torch.device, backward: bool = False
+) -> tuple[Outputs, Tensor]:
     model: Any = loss.model
     ids = torch.tensor([example], device=device)
-    last = {"logits_to_keep": SHORT + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with torch.set_grad_enabled(backward), _parts(model, ids.shape, _positions([[example]], ids)) as (parts,):
+    last = (
+        {"logits_to_keep": SHORT + 1}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
+    with (
+        torch.set_grad_enabled(backward),
+        _parts(model, ids.shape, _positions([[example]], ids)) as (parts,),
+    ):
         logits = model(input_ids=ids, use_cache=False, **last).logits[0, -SHORT - 1 : -1]
         losses = F.cross_entropy(logits.float(), ids[0, 1:][-SHORT:], reduction="none")
     if backward:
@@ -227,7 +252,9 @@ def _worst(measured: Outputs, wanted: Outputs) -> tuple[float, str]:
         for output, expected in zip(measured[key], outputs, strict=True)
         if expected.value.is_floating_point()
     ]
-    return max(((float(value.nan_to_num(math.inf)), name) for value, name in off), default=(0.0, ""))
+    return max(
+        ((float(value.nan_to_num(math.inf)), name) for value, name in off), default=(0.0, "")
+    )
 
 
 def _off(measured: Tensor, wanted: Tensor) -> Tensor:
@@ -235,7 +262,9 @@ def _off(measured: Tensor, wanted: Tensor) -> Tensor:
     # The second finds mistakes that few tokens see, such as a window that ends one token too late.
     output, expected = (part.float().reshape(len(part), -1) for part in (measured, wanted))
     size = expected.norm(dim=1)
-    off = (output - expected).norm(dim=1) / (size + size.median() / 8 + torch.finfo(torch.float32).tiny)
+    off = (output - expected).norm(dim=1) / (
+        size + size.median() / 8 + torch.finfo(torch.float32).tiny
+    )
     pieces = [part.square().mean().sqrt() for part in off.tensor_split(max(1, len(off) // SHORT))]
     return torch.stack([*pieces, off.max() / 2]).max()
 
@@ -243,7 +272,9 @@ def _off(measured: Tensor, wanted: Tensor) -> Tensor:
 # Choice of a base's attention.
 
 
-def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyConfig, device: torch.device) -> SelfTest:
+def choose_attention(
+    loss: SupervisedLoss, packs: Sequence[Pack], config: AnyConfig, device: torch.device
+) -> SelfTest:
     """Test the base model on examples of `packs`, and set the first attention that passes.
 
     All workers of a sharded base must call it together. Raises UserError, with the setting to change, if none passes.
@@ -266,11 +297,17 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
             model.set_attn_implementation(name)
             for rejected, why in failed.items():
                 logger.info(f"attention {name} instead of {rejected}: {why}")
-            return SelfTest(name, loss.given_masks, failed, differences, seconds=time.perf_counter() - began)
+            return SelfTest(
+                name, loss.given_masks, failed, differences, seconds=time.perf_counter() - began
+            )
         failed[name] = problem
     text = _refusal(type(model).__name__, failed, trial)
-    free = attention.candidates(model, config.model.model_copy(update={"attention": "auto"}), dtype, device)
-    instead = next((name for name in free if name not in failed and trial.run(name)[0] is None), None)
+    free = attention.candidates(
+        model, config.model.model_copy(update={"attention": "auto"}), dtype, device
+    )
+    instead = next(
+        (name for name in free if name not in failed and trial.run(name)[0] is None), None
+    )
     if instead is not None:
         family, why = type(model).__name__, failed[wanted[-1]]
         text = f"model.attention={wanted[-1]}: with {family}, {why}; set model.attention: {instead}"
@@ -315,7 +352,9 @@ def _refusal(family: str, failed: Mapping[str, str], trial: "_Trial") -> str:
 class _Trial:
     """A test of one attention after the other on the same examples, of which the long one is in the middle."""
 
-    def __init__(self, loss: SupervisedLoss, examples: Sequence[Ids], packed: bool, device: torch.device) -> None:
+    def __init__(
+        self, loss: SupervisedLoss, examples: Sequence[Ids], packed: bool, device: torch.device
+    ) -> None:
         model: Any = loss.model
         self.loss, self.model, self.packed, self.device = loss, model, packed, device
         self.only_beside = False
@@ -324,14 +363,21 @@ class _Trial:
         # FSDP must know its root before an attention that may fail, with which later runs would fail otherwise.
         begin_at_root(loss)
         self.examples = [(ids, *_alone(loss, ids, device)) for ids in examples]
-        self.routing = {name for name, _ in self.examples[0][1] if _routes(model.get_submodule(name))}
+        self.routing = {
+            name for name, _ in self.examples[0][1] if _routes(model.get_submodule(name))
+        }
         """Parts that multiply all rows of an expert at once: with other rows, the rounding differs."""
 
     def run(self, name: str) -> tuple[str | None, Differences | None]:
         self.loss.given_masks = False
         problem, differences = self._try(name)
         # Some families ignore the positions in their own masks, and pass if they get masks as inputs.
-        if differences is not None and problem is not None and self.packed and name in ("sdpa", "eager"):
+        if (
+            differences is not None
+            and problem is not None
+            and self.packed
+            and name in ("sdpa", "eager")
+        ):
             beside, self.loss.given_masks = self.only_beside, True
             problem_with_masks, given = self._try(name)
             if problem_with_masks is None:
@@ -348,7 +394,15 @@ class _Trial:
                 alone = self._differences(name, self.examples[1:2])
                 self.only_beside = alone.problem() is None
                 differences = differences if self.only_beside else alone
-        except (UserError, ImportError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
+        except (
+            UserError,
+            ImportError,
+            ValueError,
+            RuntimeError,
+            TypeError,
+            AttributeError,
+            LookupError,
+        ) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             why = first_line(error)
@@ -358,15 +412,21 @@ class _Trial:
         where = "in its sequence" if self.packed else "in its micro-batch"
         return differences.problem(where if self.only_beside else None), differences
 
-    def _differences(self, name: str, examples: Sequence[tuple[Ids, Outputs, Tensor]]) -> Differences:
+    def _differences(
+        self, name: str, examples: Sequence[tuple[Ids, Outputs, Tensor]]
+    ) -> Differences:
         texts, given, own = zip(*examples, strict=True)
         first, losses = self._run(name, texts, dict(enumerate(given)))
         output, part = max(map(_worst, first, given))
         # The long example must not see these changes: reversed tokens in the other examples, and its own last token.
         long = len(texts) // 2
-        changed = [(*ids[:-1], ids[0]) if number == long else ids[::-1] for number, ids in enumerate(texts)]
+        changed = [
+            (*ids[:-1], ids[0]) if number == long else ids[::-1] for number, ids in enumerate(texts)
+        ]
         (second,), _ = self._run(name, changed, {long: given[long]}, but_last=True)
-        change, of = _worst(second, {key: value for key, value in first[long].items() if key[0] not in self.routing})
+        change, of = _worst(
+            second, {key: value for key, value in first[long].items() if key[0] not in self.routing}
+        )
         wanted = torch.cat(own)
         return Differences(
             output=output,
@@ -391,7 +451,10 @@ class _Trial:
 
 
 def _routes(model: nn.Module) -> bool:
-    return any(name.endswith("experts") or hasattr(module, "num_experts") for name, module in model.named_modules())
+    return any(
+        name.endswith("experts") or hasattr(module, "num_experts")
+        for name, module in model.named_modules()
+    )
 
 
 # Test of a model's adapters before the first step: they change nothing yet, and a gradient reaches each.
@@ -418,7 +481,9 @@ def check_adapters(
     try:
         without, off = _try(loss, adapted, list(examples_of(packs, SHORT))[:3], name, new)
     except TakenWeight as error:
-        raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
+        raise UserError(
+            f"adapter.targets: {first_line(error)}; leave it out of adapter.targets"
+        ) from None
     if without and named:
         more = f" and {len(without) - 3} more" if len(without) > 3 else ""
         raise UserError(
@@ -429,7 +494,11 @@ def check_adapters(
 
 
 def _try(
-    loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], examples: Sequence[Ids], name: str, new: bool
+    loss: SupervisedLoss,
+    adapted: Mapping[str, AdaptedWeight],
+    examples: Sequence[Ids],
+    name: str,
+    new: bool,
 ) -> tuple[list[str], float]:
     begin_at_root(loss)
     model: Any = loss.model
@@ -450,7 +519,9 @@ def _try(
         with_it = _gradients(adapted)
         with parallel.switched(loss, on=False):
             loss(batch).backward()
-        parallel.check_same(type(model).__name__, list(with_it.values()), list(_gradients(adapted).values()))
+        parallel.check_same(
+            type(model).__name__, list(with_it.values()), list(_gradients(adapted).values())
+        )
     if loss.compile_blocks:
         _check_compiled(loss, adapted, batch)
     with parallel.switched(loss, on=False):
@@ -471,26 +542,43 @@ def _try(
     alike: dict[str, list[str]] = defaultdict(list)
     for layer in gradients.keys() - without:
         alike[re.sub(r"\d+", "*", layer)].append(layer)
-    differences = {pattern: _relative(gradients, wanted, layers) for pattern, layers in alike.items()}
-    differences |= {layer: _relative(gradients, wanted, [layer]) / OF_ONE for layer in gradients.keys() - without}
+    differences = {
+        pattern: _relative(gradients, wanted, layers) for pattern, layers in alike.items()
+    }
+    differences |= {
+        layer: _relative(gradients, wanted, [layer]) / OF_ONE
+        for layer in gradients.keys() - without
+    }
     worst, size = max(differences.items(), key=itemgetter(1), default=("", 0.0))
     if not size <= TOLERANCE[model.dtype]:
         own = attention.own(model)
         raise UserError(
             f"model.name: {type(model).__name__}: with attention {name}, the gradient of {worst} has a relative error"
             f" of {size:.2g}, more than rounding explains;"
-            + (" this model cannot be trained here" if name == own else f" set model.attention: {own}")
+            + (
+                " this model cannot be trained here"
+                if name == own
+                else f" set model.attention: {own}"
+            )
         )
     return without, size
 
 
-def _check_compiled(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> None:
+def _check_compiled(
+    loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch
+) -> None:
     model: Any = loss.model
     loss(batch).backward()
-    wanted, refused = _gradients(adapted), f"model.compile: set it to false; compiled, {type(model).__name__}"
+    wanted, refused = (
+        _gradients(adapted),
+        f"model.compile: set it to false; compiled, {type(model).__name__}",
+    )
     # The compiler has many types of errors. Failed exchanges of a sharded base have them too, and may pass.
     sharded = hasattr(loss, "unshard")
-    with parallel.compiled(loss), nullcontext() if sharded else as_user_error(f"{refused} fails", Exception):
+    with (
+        parallel.compiled(loss),
+        nullcontext() if sharded else as_user_error(f"{refused} fails", Exception),
+    ):
         loss(batch).backward()
     off = _relative(_gradients(adapted), wanted, list(wanted))
     if not off <= TOLERANCE[model.dtype]:
@@ -514,7 +602,9 @@ def _reached(adapted: Mapping[str, AdaptedWeight]) -> Iterator[set[str]]:
             hook.remove()
 
 
-def _relative(measured: Mapping[str, Tensor], wanted: Mapping[str, Tensor], layers: Sequence[str]) -> float:
+def _relative(
+    measured: Mapping[str, Tensor], wanted: Mapping[str, Tensor], layers: Sequence[str]
+) -> float:
     """Return the relative difference of the gradients of some layers together; infinite if one is not finite."""
     ours, theirs = (torch.cat([parts[layer] for layer in layers]) for parts in (measured, wanted))
     return float(((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).nan_to_num(math.inf))
@@ -523,13 +613,20 @@ def _relative(measured: Mapping[str, Tensor], wanted: Mapping[str, Tensor], laye
 def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
     # An expert may get none of the few test tokens, so it counts as reached if another expert of its layer was.
     layers_reached = {_EXPERT.sub(r"\1.*", layer) for layer in reached}
-    return [layer for layer in adapted if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in layers_reached]
+    return [
+        layer
+        for layer in adapted
+        if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in layers_reached
+    ]
 
 
 def _gradients(adapted: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
     vectors = {}
     for layer, module in adapted.items():
-        parts = [torch.zeros_like(part) if part.grad is None else part.grad for part in (module.da, module.db)]
+        parts = [
+            torch.zeros_like(part) if part.grad is None else part.grad
+            for part in (module.da, module.db)
+        ]
         vectors[layer] = torch.cat([part.flatten() for part in parts])
         for part in parts:
             part.zero_()
@@ -540,7 +637,9 @@ def _gradients(adapted: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
 def _plain(model: nn.Module) -> Iterator[None]:
     """Let torch compute the backward passes of norms and adapted layers, instead of those written by hand."""
     forwards: dict[Any, Any] = {
-        part: partial(part.family.forward, part) for part in model.modules() if isinstance(part, LightRMSNorm)
+        part: partial(part.family.forward, part)
+        for part in model.modules()
+        if isinstance(part, LightRMSNorm)
     }
     forwards |= {part: part.plainly for part in model.modules() if isinstance(part, AdaptedLinear)}
     with _forwards(forwards):
@@ -552,7 +651,11 @@ def bare(model: nn.Module) -> Iterator[None]:
     """Switch off the low-rank paths of all adapters inside the block."""
     # The adapters themselves stay, because a sharded base cannot be taken out of them.
     with _forwards(
-        {part: part.base.__call__ for part in model.modules() if isinstance(part, AdaptedLinear | AdaptedExperts)}
+        {
+            part: part.base.__call__
+            for part in model.modules()
+            if isinstance(part, AdaptedLinear | AdaptedExperts)
+        }
     ):
         yield
 

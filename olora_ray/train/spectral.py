@@ -38,11 +38,17 @@ class Spectral:
     """The spectral step on the flat vector, with Nesterov's momentum; `sizes` are `weight_sizes` of the weights."""
 
     def __init__(
-        self, flat: FlatAdapters, adapted: Mapping[str, AdaptedWeight], config: Train, sizes: Mapping[str, Tensor]
+        self,
+        flat: FlatAdapters,
+        adapted: Mapping[str, AdaptedWeight],
+        config: Train,
+        sizes: Mapping[str, Tensor],
     ) -> None:
         self.flat, self.adapted, self.config = flat, adapted, config
         self.momentum = torch.zeros_like(flat.vector)
-        self.sizes = {name: size.to(flat.vector.device) for name, size in sizes.items() if name in adapted}
+        self.sizes = {
+            name: size.to(flat.vector.device) for name, size in sizes.items() if name in adapted
+        }
         self.count = 0
         alike: dict[tuple[torch.Size, torch.Size], list[str]] = defaultdict(list)
         for name, layer in adapted.items():
@@ -67,10 +73,18 @@ class Spectral:
         if self.config.clip is not None and norm > self.config.clip:
             self.flat.grad.mul_(self.config.clip / norm)
         self.count += 1
-        far = {name: self.sizes[name] * self._used(name) * (lr / layer.scale) for name, layer in self.adapted.items()}
+        far = {
+            name: self.sizes[name] * self._used(name) * (lr / layer.scale)
+            for name, layer in self.adapted.items()
+        }
         self.momentum.lerp_(self.flat.grad, 1 - MOMENTUM)
         # Nesterov's momentum, but for its length.
-        share = (1 - MOMENTUM ** (self.count + 1)) / MOMENTUM * (1 - MOMENTUM) / (1 - MOMENTUM**self.count)
+        share = (
+            (1 - MOMENTUM ** (self.count + 1))
+            / MOMENTUM
+            * (1 - MOMENTUM)
+            / (1 - MOMENTUM**self.count)
+        )
         self.flat.grad.mul_(share).add_(self.momentum)
         self.flat.vector.mul_(1 - lr * self.config.weight_decay)
         for names in self.groups:
@@ -87,7 +101,8 @@ class Spectral:
         a = _flat([layer.a0 + layer.da for layer in layers])
         b = _flat([layer.db if layer.b0 is None else layer.b0 + layer.db for layer in layers]).mT
         of_a, of_b = (
-            _flat([self.flat.view(self.flat.grad, f"{name}.{part}") for name in names]) for part in ("da", "db")
+            _flat([self.flat.view(self.flat.grad, f"{name}.{part}") for name in names])
+            for part in ("da", "db")
         )
         root_a = _root(a)
         limit = (KAPPA * far.double()).square() * torch.cholesky_inverse(root_a)
@@ -148,7 +163,10 @@ def _inverse_root(gram: Tensor) -> Tensor:
     """
     lifted = _lifted(gram, WEAKEST)
     size = lifted.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    root, inverse = lifted / size, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    root, inverse = (
+        lifted / size,
+        torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram),
+    )
     least = (WEAKEST / gram.shape[-1]) ** 0.5
     while least < 1 - 1e-4:
         scale = (3 / (1 + least + least**2)) ** 0.5

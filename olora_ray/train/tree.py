@@ -61,7 +61,12 @@ def nodes_of(leaves: int, workers: int) -> tuple[tuple[range, ...], ...]:
     """Return the nodes that remain on each worker when it has added all of its leaves."""
     shares = (collectives.share(leaves, worker, workers) for worker in range(workers))
     return tuple(
-        tuple(node for node, _ in fold(((range(leaf, leaf + 1), None) for leaf in own), leaves, lambda *_: None))
+        tuple(
+            node
+            for node, _ in fold(
+                ((range(leaf, leaf + 1), None) for leaf in own), leaves, lambda *_: None
+            )
+        )
         for own in shares
     )
 
@@ -98,7 +103,12 @@ def levels(leaves: int, machines: tuple[range, ...], here: int) -> tuple[Level, 
         return (Level(dict(enumerate(everyone)), sum(map(len, everyone))),)
     inside = [{rank: everyone[rank] for rank in ranks} for ranks in machines]
     remaining = [
-        [node for node, _ in fold(((node, None) for nodes in some.values() for node in nodes), leaves, lambda *_: None)]
+        [
+            node
+            for node, _ in fold(
+                ((node, None) for nodes in some.values() for node in nodes), leaves, lambda *_: None
+            )
+        ]
         for some in inside
     ]
     place = here % each
@@ -147,7 +157,9 @@ class TreeSum:
             self._nodes[-1] = (node, kept.copy_(self.whole))
         self.whole.zero_()
         yield
-        self._nodes = fold([*self._nodes, (range(number, number + 1), self.whole)], self.leaves, self._add)
+        self._nodes = fold(
+            [*self._nodes, (range(number, number + 1), self.whole)], self.leaves, self._add
+        )
 
     def finish(self) -> None:
         """Exchange nodes, so that `whole` is the sum over all leaves; all workers must call it together."""
@@ -162,7 +174,9 @@ class TreeSum:
         self._spare.append(left)
         return right.add_(left)
 
-    def _exchange(self, levels: Sequence[Level], here: int, own: Sequence[tuple[range, Tensor]], whole: Tensor) -> None:
+    def _exchange(
+        self, levels: Sequence[Level], here: int, own: Sequence[tuple[range, Tensor]], whole: Tensor
+    ) -> None:
         """Write the sum into `whole`; `own` are this worker's nodes of it, which are overwritten."""
         level = levels[0]
         for slices in level.rounds(whole.numel()):
@@ -185,7 +199,8 @@ class TreeSum:
             else:
                 whole[mine].copy_(left[0][1])
             collectives.transfer(
-                [(worker, whole[mine]) for worker in others], [(worker, whole[slices[worker]]) for worker in others]
+                [(worker, whole[mine]) for worker in others],
+                [(worker, whole[slices[worker]]) for worker in others],
             )
 
 
@@ -195,12 +210,17 @@ def most_held(leaves: int, workers: int) -> int:
     At most 3 for up to 5 leaves per worker. For n leaves per worker about log2 n if the leaves of each worker are one
     node, otherwise twice as many.
     """
-    return max(_held(collectives.share(leaves, worker, workers), leaves, workers > 1) for worker in range(workers))
+    return max(
+        _held(collectives.share(leaves, worker, workers), leaves, workers > 1)
+        for worker in range(workers)
+    )
 
 
 def _held(own: range, leaves: int, exchanged: bool) -> int:
     most, nodes = 0, list[tuple[range, None]]()
     for leaf in own:
-        most = max(most, len(nodes))  # all earlier nodes have vectors of their own while this leaf is in `whole`
+        most = max(
+            most, len(nodes)
+        )  # all earlier nodes have vectors of their own while this leaf is in `whole`
         nodes = fold([*nodes, (range(leaf, leaf + 1), None)], leaves, lambda *_: None)
     return max(most, max(len(nodes) - 1, 0) + exchanged)

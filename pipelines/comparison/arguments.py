@@ -13,7 +13,15 @@ from pydantic import Field, field_validator
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.command_line import resolved
-from olora_ray.config.load import build, changed, flatten, override, parse_assignments, read_tree, validated
+from olora_ray.config.load import (
+    build,
+    changed,
+    flatten,
+    override,
+    parse_assignments,
+    read_tree,
+    validated,
+)
 from olora_ray.config.schema import Adapter, Config, Section
 from olora_ray.config.section import NAME
 
@@ -25,7 +33,12 @@ FEW_SEEDS = 4
 LEVEL = 0.95
 """Confidence level of all intervals."""
 METHOD, LR, FACTOR = "adapter.method", "train.lr", "train.lr_factor"
-SAME = {"adapter.dropout": 0.0, "train.weight_decay": 0.0, "train.early_stop": None, "registry.model": None}
+SAME = {
+    "adapter.dropout": 0.0,
+    "train.weight_decay": 0.0,
+    "train.early_stop": None,
+    "registry.model": None,
+}
 """Fields with one value for all trainings, whatever the config says; an arm may set the first two."""
 OF_COMPARISON = (FACTOR, "train.start", "train.early_stop", "train.eval_every")
 """Fields of adapter and train that an arm cannot set."""
@@ -99,11 +112,17 @@ class Comparison:
         return next((arm for arm in self.arms if arm.name == "lora"), self.arms[0])
 
     def trial(self, arm: Arm, factor: float, seed: int) -> Trial:
-        return Trial(arm, factor, seed, {LR: "auto", **arm.values, FACTOR: factor, "run.seed": seed})
+        return Trial(
+            arm, factor, seed, {LR: "auto", **arm.values, FACTOR: factor, "run.seed": seed}
+        )
 
     def tuning(self) -> list[Trial]:
         """Return the trials of the tuning: as many for each arm, with one seed."""
-        return [self.trial(arm, factor, self.config.run.seed) for arm in self.arms for factor in self.compare.rates]
+        return [
+            self.trial(arm, factor, self.config.run.seed)
+            for arm in self.arms
+            for factor in self.compare.rates
+        ]
 
 
 def parse(argv: Sequence[str], usage: str) -> Comparison:
@@ -113,7 +132,9 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
     """
     parsed = command_line.parse(argv, usage, options=(ARM, METHODS, SEEDS), fields=ComparedConfig)
     if len(files := parsed.names()) != 1:
-        raise UserError(f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how")
+        raise UserError(
+            f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how"
+        )
     tree = changed(read_tree(files[0]), parsed.changes())
     compared = validated(ComparedConfig, tree, files[0])
     config = resolved(build(tree, files[0]), Path.cwd())
@@ -121,7 +142,10 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
     methods = parsed.options.get(METHODS, "" if texts else "lora,olora")
     seeds = _seeds(config, parsed.options.get(SEEDS, str(FEW_SEEDS)))
     _check(config)
-    named = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.each_trial()}
+    named = {
+        "run.name": f"{config.run.name}-compare",
+        "cluster.workers": config.cluster.each_trial(),
+    }
     own, config = config, override(config, {**SAME, **named})
     arms = _distinct([*_methods(methods), *(_arm(text, config) for text in texts)])
     return Comparison(config, own, compared.compare, arms, seeds)
@@ -140,7 +164,9 @@ def _methods(text: str) -> Iterator[Arm]:
 def _arm(text: str, config: Config) -> Arm:
     name, colon, fields = (part.strip() for part in text.partition(":"))
     if not colon or not re.match(NAME, name) or not fields:
-        raise UserError(f"argument {ARM} {text!r}: expected 'NAME: field=value, field=value'; see --help")
+        raise UserError(
+            f"argument {ARM} {text!r}: expected 'NAME: field=value, field=value'; see --help"
+        )
     # A comma inside a value, as in adapter.targets=[q_proj, v_proj], is not followed by a field.
     values = parse_assignments(re.split(r"\s*,\s*(?=[a-z_]+\.[a-z_.]+=)", fields))
     for field in values:
@@ -161,13 +187,17 @@ def _distinct(arms: Sequence[Arm]) -> tuple[Arm, ...]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"argument {ARM} {twice[0]}: two arms have this name; choose another")
     if len(arms) < 2:
-        raise UserError(f"argument {ARM}: a comparison needs two arms or more, e.g. {METHODS} lora,olora")
+        raise UserError(
+            f"argument {ARM}: a comparison needs two arms or more, e.g. {METHODS} lora,olora"
+        )
     return tuple(arms)
 
 
 def _seeds(config: Config, text: str) -> tuple[int, ...]:
     if not text.isdecimal() or not 2 <= int(text) <= 100:
-        raise UserError(f"argument {SEEDS}: expected 2 to 100, not {text!r}; with one seed a difference may be luck")
+        raise UserError(
+            f"argument {SEEDS}: expected 2 to 100, not {text!r}; with one seed a difference may be luck"
+        )
     return tuple((config.run.seed + number) % 2**31 for number in range(1, int(text) + 1))
 
 
@@ -178,4 +208,6 @@ def _check(config: Config) -> None:
     for field, value in SAME.items():
         if field != "registry.model" and flat[field] != value:
             shown = "null" if value is None else f"{value:g}"
-            logger.info(f"{field}: {shown} in all trainings of a comparison, instead of the config's {flat[field]}")
+            logger.info(
+                f"{field}: {shown} in all trainings of a comparison, instead of the config's {flat[field]}"
+            )

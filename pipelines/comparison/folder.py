@@ -94,7 +94,9 @@ def _refuse_other(comparison: Comparison, contents: Mapping[str, str]) -> None:
     grown |= {SEEDS} if before.get(SEEDS, 0) < now[SEEDS] else set()
     names = sorted((before.keys() | now.keys()) - grown)
     if changed := [name for name in names if before.get(name) != now.get(name)]:
-        shown = ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed[:3])
+        shown = ", ".join(
+            f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed[:3]
+        )
         raise UserError(
             f"run.name: {folder} holds a comparison with {plural(len(changed), 'other setting')} ({shown}); only more"
             f" {SEEDS} and more arms can be added; choose another run.name, or delete the folder"

@@ -36,7 +36,9 @@ class FixedTrials(Space):
     @classmethod
     def of(cls, trials: Sequence[Trial]) -> "FixedTrials":
         return cls(
-            search={"run.seed": Domain(choice=tuple(dict.fromkeys(trial.seed for trial in trials)))},
+            search={
+                "run.seed": Domain(choice=tuple(dict.fromkeys(trial.seed for trial in trials)))
+            },
             set={},
             searcher="grid",
             scheduler=Scheduler(kind="none"),
@@ -80,7 +82,11 @@ class PhaseSpec(SweepSpec):
     def spec_of(self, config: Config) -> TrainSpec:
         # In the final phase each trial computes its factors itself, as a run would: they depend on the seed.
         final, seed = self.folder == storage.join(self.root, FINAL), config.run.seed
-        shared = storage.join(self.root, "shared", f"seed-{seed}") if final else shared_by_adapter(self.root, config)
+        shared = (
+            storage.join(self.root, "shared", f"seed-{seed}")
+            if final
+            else shared_by_adapter(self.root, config)
+        )
         return replace(self.specs[seed], config=config, shared=shared)
 
     def shares_data(self) -> bool:
@@ -98,7 +104,9 @@ class Ended:
 
 def base_loss(trials: Sequence[Ended]) -> float:
     """Return the held-out loss before the first step, which is the base model's; infinite if no trial measured it."""
-    return next((value for each in trials for step, value in each.record.curve[:1] if step == 0), math.inf)
+    return next(
+        (value for each in trials for step, value in each.record.curve[:1] if step == 0), math.inf
+    )
 
 
 def ended(spec: PhaseSpec, trials: Sequence[Trial]) -> list[Ended]:
@@ -111,7 +119,9 @@ def ended(spec: PhaseSpec, trials: Sequence[Trial]) -> list[Ended]:
         # Only the missing trials are searched, so Ray Tune must forget the list of an earlier attempt. The trials
         # resume from their own folders.
         storage.remove(search_folder.tune_place(spec.folder))
-        search_folder.keep(spec.folder, search_folder.Progress(search_folder.progress(spec.folder).seconds))
+        search_folder.keep(
+            spec.folder, search_folder.Progress(search_folder.progress(spec.folder).seconds)
+        )
         run.search(replace(spec, space=FixedTrials.of(left)))
     found, every = _records(spec.folder, trials), replace(spec, space=FixedTrials.of(trials))
     results = list[Ended]()
@@ -135,7 +145,11 @@ def missing(folder: str, trials: Sequence[Trial]) -> list[Trial]:
 def loss_of(record: TrialRecord) -> float:
     """Return the loss after the last step; infinite for a training that broke off."""
     step, last = record.curve[-1] if record.curve else (0, math.inf)
-    return last if record.status == "finished" and step == record.total and math.isfinite(last) else math.inf
+    return (
+        last
+        if record.status == "finished" and step == record.total and math.isfinite(last)
+        else math.inf
+    )
 
 
 def _place(folder: str, trial: Trial) -> str:
@@ -143,7 +157,9 @@ def _place(folder: str, trial: Trial) -> str:
 
 
 def _records(folder: str, trials: Sequence[Trial]) -> list[TrialRecord | None]:
-    with as_user_error(f"{folder}: cannot read the records of the trials", OSError, reason=short_reason):
+    with as_user_error(
+        f"{folder}: cannot read the records of the trials", OSError, reason=short_reason
+    ):
         return [records.read_record(_place(folder, trial)) for trial in trials]
 
 

@@ -95,7 +95,10 @@ class ArmRecord:
         """Return the loss after each of SHARES of the steps, as a mean over seeds; empty without a loss."""
         if self.loss is None:
             return ()
-        return tuple(sum(each.after(share) for each in self.trainings) / len(self.trainings) for share in SHARES)
+        return tuple(
+            sum(each.after(share) for each in self.trainings) / len(self.trainings)
+            for share in SHARES
+        )
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,16 @@ class ComparisonRecord:
         return json.dumps(finite(asdict(self)), indent=1, allow_nan=False, default=str) + "\n"
 
 
-def recorded(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: str) -> ComparisonRecord:
+def recorded(
+    run: Run, tuning: TuningResult, finals: Sequence[Final], machine: str
+) -> ComparisonRecord:
     comparison, config = run.comparison, run.config
     against = _differences(comparison, finals, run.rows.groups)
     groups = run.rows.groups
-    test, independent = run.rows.counts["test"], len({number for each in groups.values() for number in each})
+    test, independent = (
+        run.rows.counts["test"],
+        len({number for each in groups.values() for number in each}),
+    )
     # A test row that is too long has no loss, so it is left out of the counts.
     if (measured := next((each for each in finals if each.losses), None)) and measured.losses:
         test, independent = measured.losses.counts(groups)
@@ -166,7 +174,9 @@ def recorded(run: Run, tuning: TuningResult, finals: Sequence[Final], machine: s
             for each in tuning.trials
         ),
         baseline=comparison.baseline.name,
-        arms=tuple(_arm(run, tuning, arm, finals, against.get(arm.name)) for arm in comparison.arms),
+        arms=tuple(
+            _arm(run, tuning, arm, finals, against.get(arm.name)) for arm in comparison.arms
+        ),
         notes=notes(config.folder()),
     )
 
@@ -184,9 +194,14 @@ def best_config(comparison: Comparison, record: ComparisonRecord) -> Config | No
     if (best := record.best()) is None or best.tuned is None:
         return None
     own, arm = comparison.own, next(arm for arm in comparison.arms if arm.name == best.name)
-    compared = override(comparison.config, comparison.trial(arm, best.tuned.factor, own.run.seed).values)
+    compared = override(
+        comparison.config, comparison.trial(arm, best.tuned.factor, own.run.seed).values
+    )
     parts = {name: compared.model_dump(mode="json")[name] for name in ("adapter", "train")}
-    kept = {"train.early_stop": own.train.early_stop, "run.name": f"{comparison.config.run.name}-best"}
+    kept = {
+        "train.early_stop": own.train.early_stop,
+        "run.name": f"{comparison.config.run.name}-best",
+    }
     return override(override(own, parts), kept)
 
 
@@ -194,14 +209,21 @@ def _differences(
     comparison: Comparison, finals: Sequence[Final], groups: Mapping[str, Sequence[int]]
 ) -> dict[str, Against]:
     """Return arm -> its difference to the baseline, for arms that have losses with every seed."""
-    measured = {arm.name: pair for arm in comparison.arms if (pair := _losses(finals, arm, groups)) is not None}
+    measured = {
+        arm.name: pair
+        for arm in comparison.arms
+        if (pair := _losses(finals, arm, groups)) is not None
+    }
     if comparison.baseline.name not in measured:
         return {}
     losses, tokens = measured.pop(comparison.baseline.name)
     # For all arms that were asked for: an arm that broke off was a comparison, too.
     together = simultaneous(LEVEL, len(comparison.arms) - 1)
     # Differences row by row and seed by seed: most of the spread between rows is common to both arms and cancels.
-    return {name: _against(per_token(own - losses, tokens), together) for name, (own, _) in measured.items()}
+    return {
+        name: _against(per_token(own - losses, tokens), together)
+        for name, (own, _) in measured.items()
+    }
 
 
 def _against(values: Values, level: float) -> Against:
@@ -209,7 +231,9 @@ def _against(values: Values, level: float) -> Against:
     return Against(difference.mean, spread, difference.interval(LEVEL), difference.interval(level))
 
 
-def _losses(finals: Sequence[Final], arm: Arm, groups: Mapping[str, Sequence[int]]) -> tuple[Values, Values] | None:
+def _losses(
+    finals: Sequence[Final], arm: Arm, groups: Mapping[str, Sequence[int]]
+) -> tuple[Values, Values] | None:
     """Return an arm's (losses (seeds, groups), tokens (groups,))."""
     rows = [each.losses for each in finals if each.ended.trial.arm == arm]
     # A mean over the seeds that did not break off would favour an arm that often does, so there is none.
@@ -219,7 +243,9 @@ def _losses(finals: Sequence[Final], arm: Arm, groups: Mapping[str, Sequence[int
     return np.stack([losses for losses, _ in summed]), summed[0][1]
 
 
-def _arm(run: Run, tuning: TuningResult, arm: Arm, finals: Sequence[Final], against: Against | None) -> ArmRecord:
+def _arm(
+    run: Run, tuning: TuningResult, arm: Arm, finals: Sequence[Final], against: Against | None
+) -> ArmRecord:
     losses, tuned = _losses(finals, arm, run.rows.groups), tuning.tuned.get(arm.name)
     trained = [each for each in finals if each.ended.trial.arm == arm]
     mean = crossed(per_token(*losses)) if losses else None
@@ -247,15 +273,21 @@ def _rate(tuning: TuningResult, trial: Trial) -> float | None:
     if rate != "auto":
         return float(rate) * factor
     results = (_result(each.record.folder) for each in tuning.trials if each.trial.arm == trial.arm)
-    return next((each.state.lr * factor for each in results if each and each.state and each.state.lr), None)
+    return next(
+        (each.state.lr * factor for each in results if each and each.state and each.state.lr), None
+    )
 
 
 def _training(run: Run, final: Final) -> Training:
     record, loss, scores = final.ended.record, final.losses.mean() if final.losses else math.inf, {}
     if run.config.evaluation.scorer and (result := _result(record.folder)):
         scores = answers.scores_after(final.ended.spec.config, result, run.base.tokenizer)
-    return Training(final.ended.trial.seed, loss, record.curve, scores, record.folder, record.mlflow_run)
+    return Training(
+        final.ended.trial.seed, loss, record.curve, scores, record.folder, record.mlflow_run
+    )
 
 
 def _result(folder: str) -> TrainResult | None:
-    return records.read(storage.join(folder, "training.json"), TrainResult)  # None: the training broke off
+    return records.read(
+        storage.join(folder, "training.json"), TrainResult
+    )  # None: the training broke off

@@ -90,7 +90,9 @@ def sentences(record: ComparisonRecord) -> list[str]:
 def sentence(record: ComparisonRecord, arm: ArmRecord) -> str:
     """Return the verdict on an arm, with the rows, seeds and model that it holds for."""
     if (difference := arm.against) is None:
-        return f"{arm.name} beside {record.baseline}: not compared, because {_why_not(record, arm)}."
+        return (
+            f"{arm.name} beside {record.baseline}: not compared, because {_why_not(record, arm)}."
+        )
     low, high, others = difference.adjusted.low, difference.adjusted.high, len(record.arms) - 1
     together = f" for {others} comparisons together" if others > 1 else ""
     rows = f"{record.rows['test']} test rows"
@@ -109,7 +111,9 @@ def conclusion(difference: Against, relevant: float) -> str:
     low, high, bound = difference.adjusted.low, difference.adjusted.high, f"{relevant:g}"
     word = "lower" if difference.mean < 0 else "higher"
     if difference.adjusted.inside(relevant):
-        which = "" if difference.adjusted.holds(0.0) else f"; its loss is {word}, but by less than that"
+        which = (
+            "" if difference.adjusted.holds(0.0) else f"; its loss is {word}, but by less than that"
+        )
         return f"equal for practical purposes, because less than {bound} (compare.relevant) does not matter{which}"
     if difference.adjusted.holds(0.0):
         return f"undecided: its loss was {word}, but this may be luck; use more seeds or test rows"
@@ -132,8 +136,14 @@ def _reservations(record: ComparisonRecord, arm: ArmRecord) -> str:
     reservations = []
     for each in (record.of(record.baseline), arm):
         if each.tuned is not None and not each.tuned.inside:
-            reservations.append(f"the best learning rate of {each.name} is at the end of the grid; widen compare.rates")
-        if each.loss is not None and math.isfinite(record.base_test) and each.loss > record.base_test:
+            reservations.append(
+                f"the best learning rate of {each.name} is at the end of the grid; widen compare.rates"
+            )
+        if (
+            each.loss is not None
+            and math.isfinite(record.base_test)
+            and each.loss > record.base_test
+        ):
             reservations.append(f"{each.name} ends with a higher loss than the base model")
     if len(record.seeds) < FEW_SEEDS:
         reservations.append(f"{len(record.seeds)} seeds are few, use {FEW_SEEDS} or more")
@@ -146,7 +156,9 @@ def cells(record: ComparisonRecord, arm: ArmRecord) -> list[str]:
     loss = f"{broken} of {len(arm.trainings)} broke off" if broken else ""
     return [
         arm.name,
-        f"{text.number(arm.lr, 2) if arm.lr else 'auto'}{'' if tuned.inside else '*'}" if tuned else "none",
+        f"{text.number(arm.lr, 2) if arm.lr else 'auto'}{'' if tuned.inside else '*'}"
+        if tuned
+        else "none",
         f"{tuned.factor:g}" if tuned else "",
         loss if arm.loss is None else f"{arm.loss:.4f} ± {arm.half:.4f}",
         f"{against.mean:+.4f}" if against else "",
@@ -212,7 +224,9 @@ def rates(record: ComparisonRecord) -> "Figure":
     points = [(each.arm, each.lr, each.loss) for each in record.points if each.lr]
     losses, base = [loss for *_, loss in points if math.isfinite(loss)], record.base_tuning
     top = _top(base, losses)
-    above = f"; base model: {base:.3f}, above the picture" if losses and top < base < math.inf else ""
+    above = (
+        f"; base model: {base:.3f}, above the picture" if losses and top < base < math.inf else ""
+    )
     caption = f"tuning rows, seed {record.tuning_seed}; dotted: the tuned rate; x: broke off, or above the picture"
     figure, axes = figures.new("Learning rate and loss", caption + above, width=12.0, height=4.8)
     if not losses:
@@ -220,8 +234,13 @@ def rates(record: ComparisonRecord) -> "Figure":
         return figure
     for arm, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False):
         own = sorted((lr, loss) for name, lr, loss in points if name == arm.name)
-        shown, over = [pair for pair in own if pair[1] <= top], [lr for lr, loss in own if not loss <= top]
-        axes.plot([lr for lr, _ in shown], [loss for _, loss in shown], "o-", color=colour, label=arm.name)
+        shown, over = (
+            [pair for pair in own if pair[1] <= top],
+            [lr for lr, loss in own if not loss <= top],
+        )
+        axes.plot(
+            [lr for lr, _ in shown], [loss for _, loss in shown], "o-", color=colour, label=arm.name
+        )
         axes.plot(over, [top] * len(over), "x", color=colour, markersize=8, markeredgewidth=2)
         if arm.lr is not None:
             axes.axvline(arm.lr, color=colour, linestyle=":", linewidth=1.2)
@@ -261,7 +280,10 @@ def forest(record: ComparisonRecord) -> "Figure":
     axes.axvspan(-record.relevant, record.relevant, color=figures.GRID, zorder=0)
     axes.axvline(0, color=figures.MUTED, linewidth=1)
     reach = record.relevant
-    colours = {each.name: colour for each, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False)}
+    colours = {
+        each.name: colour
+        for each, colour in zip(record.arms, itertools.cycle(figures.COLOURS), strict=False)
+    }
     for height, (name, against) in enumerate(measured):
         ends, colour = (against.adjusted.low, against.adjusted.high), colours[name]
         axes.plot(ends, [height, height], color=colour, linewidth=2.4)
@@ -269,12 +291,18 @@ def forest(record: ComparisonRecord) -> "Figure":
         reach = max([reach, *(abs(end) for end in ends if math.isfinite(end))])
     axes.set_yticks(range(len(measured)), [name for name, _ in measured])
     axes.set(ylim=(-0.6, len(measured) - 0.4), xlim=(-1.12 * reach, 1.12 * reach))
-    axes.set_xlabel(f"loss minus {record.baseline}'s  (better if all of the line is left of the band)")
+    axes.set_xlabel(
+        f"loss minus {record.baseline}'s  (better if all of the line is left of the band)"
+    )
     return figure
 
 
 FIGURES = {
-    "learning_rates": (rates, "Loss on the tuning rows against the learning rate, a line for each arm", True),
+    "learning_rates": (
+        rates,
+        "Loss on the tuning rows against the learning rate, a line for each arm",
+        True,
+    ),
     "differences": (forest, "Differences to the baseline with their intervals", False),
 }
 """File name -> (drawing function, text for screen readers, True if as wide as the page), in page order."""
@@ -283,7 +311,11 @@ FIGURES = {
 def write(record: ComparisonRecord, folder: str) -> list[str]:
     """Write report.html, comparison.json and the figures into `folder`, a path or URI; return the written files."""
     pictures = figures.render({name: partial(draw, record) for name, (draw, *_) in FIGURES.items()})
-    return files(folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures, folder)})
+    return files(
+        folder,
+        pictures,
+        {"comparison.json": record.to_json(), "report.html": html(record, pictures, folder)},
+    )
 
 
 def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> str:
@@ -292,7 +324,10 @@ def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> s
     verdicts = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(record))
     facts = [("next", line)] if (line := next_command(record, folder)) else []
     facts += [("how to read this", HOW_TO_READ), *(("score", line) for line in scores(record))]
-    facts += [*(("seeds", line) for line in seeds(record)), *(("note", note) for note in record.notes)]
+    facts += [
+        *(("seeds", line) for line in seeds(record)),
+        *(("note", note) for note in record.notes),
+    ]
     heads = [(name, "number", means) for name, means in MEANS.items()]
     return page.document(
         f"{record.name}: comparison",

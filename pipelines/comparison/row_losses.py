@@ -30,11 +30,15 @@ class RowLosses:
     def mean(self) -> float:
         return sum(self.losses) / sum(self.tokens)
 
-    def by_group(self, groups: Mapping[str, Sequence[int]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def by_group(
+        self, groups: Mapping[str, Sequence[int]]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (losses, tokens), each (groups,), summed over the examples of a group; `groups` by file and line."""
         # Numbers of groups may have gaps where a group's rows were too long, so they are renumbered.
         numbers = np.unique(group_numbers(self.places, groups), return_inverse=True)[1]
-        losses, tokens = (np.bincount(numbers, each).astype(np.float64) for each in (self.losses, self.tokens))
+        losses, tokens = (
+            np.bincount(numbers, each).astype(np.float64) for each in (self.losses, self.tokens)
+        )
         return losses, tokens
 
     def counts(self, groups: Mapping[str, Sequence[int]]) -> tuple[int, int]:
@@ -65,9 +69,13 @@ def result_of(root: str, config: Config, count: int) -> Result:
 
 def places_of(store: TokenStore | None) -> tuple[str, ...]:
     assert store is not None
-    return tuple(place.rpartition("/")[2] for number in range(len(store)) for place in store.origins(number))
+    return tuple(
+        place.rpartition("/")[2] for number in range(len(store)) for place in store.origins(number)
+    )
 
 
 def group_numbers(places: Sequence[str], groups: Mapping[str, Sequence[int]]) -> list[int]:
     """Return the group of each place; `groups` by file and line."""
-    return [groups[name][int(line) - 1] for name, _, line in (place.rpartition(":") for place in places)]
+    return [
+        groups[name][int(line) - 1] for name, _, line in (place.rpartition(":") for place in places)
+    ]

@@ -60,8 +60,13 @@ class RowSets:
     def write(self, config: Config) -> None:
         """Write the files into the comparison's folder, unless they are there, and forget their texts."""
         folder = storage.join(config.folder(), "rows")
-        file, described = storage.join(folder, "rows.json"), json.dumps(dict(self.digests), indent=1) + "\n"
-        complete = all(storage.exists(storage.join(folder, name)) for name in (*self.texts, "rows.json"))
+        file, described = (
+            storage.join(folder, "rows.json"),
+            json.dumps(dict(self.digests), indent=1) + "\n",
+        )
+        complete = all(
+            storage.exists(storage.join(folder, name)) for name in (*self.texts, "rows.json")
+        )
         if not (complete and storage.read_text(file) == described):
             for name, text in self.texts.items():
                 storage.write_text(storage.join(folder, name), text)
@@ -75,7 +80,10 @@ class RowSets:
     def config(self, config: Config, held_out: Literal["tuning", "test"]) -> Config:
         """Return the config with these training rows, and with the tuning or the test rows held out."""
         sources = {"data.train": self.sources["train"], "data.eval": self.sources[held_out]}
-        changes = {name: [each.model_dump(mode="json") for each in entries] for name, entries in sources.items()}
+        changes = {
+            name: [each.model_dump(mode="json") for each in entries]
+            for name, entries in sources.items()
+        }
         return override(config, {"data.eval_fraction": None, **changes})
 
 
@@ -101,7 +109,10 @@ def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
     return RowSets(
         {kind: tuple(_sources(config, folder, kind, rows)) for kind, rows in sets.items()},
         {kind: len(rows) for kind, rows in sets.items()},
-        {kind: digest_json([[row.source, row.line] for row in rows], length=32) for kind, rows in sets.items()},
+        {
+            kind: digest_json([[row.source, row.line] for row in rows], length=32)
+            for kind, rows in sets.items()
+        },
         _groups(test),
         {name: "".join(each) for name, each in lines.items()},
     )
@@ -121,18 +132,26 @@ def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
             if isinstance(row, Mapping):
                 yield _row(config, plan, number, row)
             else:
-                why = row if isinstance(row, Rejected) else Rejected("not_an_object", "expected an object with fields")
+                why = (
+                    row
+                    if isinstance(row, Rejected)
+                    else Rejected("not_an_object", "expected an object with fields")
+                )
                 place = {"source": planned.source, "file": planned.file.uri, "line": index + 1}
                 bad.append({**place, "reason": why.reason, "message": why.message})
     limits.check(Counter(str(each["reason"]) for each in bad), rows, lambda: bad)
     if bad:
-        logger.warning(f"{limits.setting}: {plural(len(bad), 'row')} left out, because they cannot be read")
+        logger.warning(
+            f"{limits.setting}: {plural(len(bad), 'row')} left out, because they cannot be read"
+        )
 
 
 def _row(config: Config, plan: Plan, file: int, row: Mapping[str, Any]) -> Row:
     planned = plan.files[file]
     source = plan.sources[planned.source]
-    content = _digest([source.format, {name: row.get(name) for name in columns_of(source.format, source.fields)}])
+    content = _digest(
+        [source.format, {name: row.get(name) for name in columns_of(source.format, source.fields)}]
+    )
     group, columns = content, _column(config, source)
     if config.gate.group == FILE:
         group = _digest(planned.sha256)
@@ -157,7 +176,9 @@ def _check_groups(config: Config, pool: Sequence[Row]) -> None:
             " rows, or to null if rows are independent"
         )
     rows = f"{plural(alone, 'row')} of {_pool(config)}"
-    logger.warning(f"gate.group: {rows} have no {config.gate.group!r}; each counts as its own group")
+    logger.warning(
+        f"gate.group: {rows} have no {config.gate.group!r}; each counts as its own group"
+    )
 
 
 def _digest(value: Any) -> str:
@@ -181,11 +202,16 @@ def _without(rows: Sequence[Row], others: Sequence[Row], groups: bool) -> list[R
     """Return the rows that equal none of `others`; with `groups` also without the groups of `others`."""
     # With data.eval the user has decided which groups the held-out rows share with the training rows, so `groups` is
     # False for these.
-    contents, named = {row.content for row in others}, {row.group for row in others} if groups else set()
+    contents, named = (
+        {row.content for row in others},
+        {row.group for row in others} if groups else set(),
+    )
     return [row for row in rows if row.content not in contents and row.group not in named]
 
 
-def _check(config: Config, wanted: Compare, pool: Sequence[Row], sets: Mapping[Kind, Sequence[Row]]) -> None:
+def _check(
+    config: Config, wanted: Compare, pool: Sequence[Row], sets: Mapping[Kind, Sequence[Row]]
+) -> None:
     train, tuning, test = sets.values()
     if len(tuning) < wanted.tuning_rows or len(test) < wanted.test_rows:
         raise UserError(
@@ -226,5 +252,7 @@ def _sources(config: Config, folder: str, kind: Kind, rows: Iterable[Row]) -> It
 def _groups(rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:
     numbers, files = dict[str, int](), dict[str, list[int]]()
     for row in rows:
-        files.setdefault(_name("test", row.source), []).append(numbers.setdefault(row.group, len(numbers)))
+        files.setdefault(_name("test", row.source), []).append(
+            numbers.setdefault(row.group, len(numbers))
+        )
     return {name: tuple(of_lines) for name, of_lines in files.items()}

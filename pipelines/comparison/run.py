@@ -81,14 +81,19 @@ def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
     tags = {"olora.kind": "comparison", "olora.base_digest": base.model.digest}
     # MLflow refuses another value of a parameter, and a comparison may get more arms and seeds.
     params = flatten(config) | dict(leaves(comparison.compare.model_dump(mode="json"), "compare"))
-    with start.mlflow_run(config, tags, RunFolder(config.folder()), params, after_error="KILLED") as tracker:
+    with start.mlflow_run(
+        config, tags, RunFolder(config.folder()), params, after_error="KILLED"
+    ) as tracker:
         tracker.tags({"olora.arms": ",".join(arm.name for arm in comparison.arms)})
         yield tracker
 
 
 def sizes(comparison: Comparison, base: Base) -> dict[str, MemoryEstimate]:
     """Return arm -> size of a training; raises UserError if the model or the rank does not allow an arm."""
-    return {arm.name: plan(override(comparison.config, arm.values), base.model) for arm in comparison.arms}
+    return {
+        arm.name: plan(override(comparison.config, arm.values), base.model)
+        for arm in comparison.arms
+    }
 
 
 def machine() -> str:
@@ -100,7 +105,10 @@ def machine() -> str:
 def seeds_line(varies: str, spread: float, seeds: int, comparisons: int, relevant: float) -> str:
     """Say which difference `seeds` can show, and how many compare.relevant needs; `varies` introduces the spread."""
     level = statistics.simultaneous(LEVEL, comparisons)
-    half, needed = statistics.visible(spread, seeds, level), statistics.seeds_needed(spread, relevant, level)
+    half, needed = (
+        statistics.visible(spread, seeds, level),
+        statistics.seeds_needed(spread, relevant, level),
+    )
     return (
         f"{varies} {spread:.2g} nats from seed to seed: {seeds} seeds measure it to within ±{half:.2g} nats, and"
         f" ±{relevant:g} (compare.relevant) needs {needed or 'more than 10,000'} seeds"
@@ -109,16 +117,30 @@ def seeds_line(varies: str, spread: float, seeds: int, comparisons: int, relevan
 
 class Run:
     def __init__(
-        self, comparison: Comparison, base: Base, rows: RowSets, sizes: Mapping[str, MemoryEstimate], parent: str
+        self,
+        comparison: Comparison,
+        base: Base,
+        rows: RowSets,
+        sizes: Mapping[str, MemoryEstimate],
+        parent: str,
     ) -> None:
         """`sizes` is by arm, `parent` the id of the comparison's MLflow run; needs ray.init."""
         # Workers have olora_ray, but pipelines/ is missing there or in another folder. So tasks carry this code.
         ray.cloudpickle.register_pickle_by_value(sys.modules["comparison"])
-        self.comparison, self.base, self.rows, self.sizes, self.parent = comparison, base, rows, sizes, parent
+        self.comparison, self.base, self.rows, self.sizes, self.parent = (
+            comparison,
+            base,
+            rows,
+            sizes,
+            parent,
+        )
         self.config, self.folder = comparison.config, comparison.config.folder()
 
     def seconds(self) -> float:
-        return sum(search_folder.progress(storage.join(self.folder, name)).seconds for name in (TUNING, FINAL))
+        return sum(
+            search_folder.progress(storage.join(self.folder, name)).seconds
+            for name in (TUNING, FINAL)
+        )
 
     def tune(self) -> TuningResult:
         """Train every arm at every rate of the grid with one seed."""
@@ -130,21 +152,34 @@ class Run:
         self._share(spec)
         self._estimate(spec, trials)
         # Only the loss after the last step counts, so none is measured before: that would take half the time or more.
-        return self._tuned(self._phase(TUNING, trials, {spec.config.run.seed: spec}, evaluations=1), spec)
+        return self._tuned(
+            self._phase(TUNING, trials, {spec.config.run.seed: spec}, evaluations=1), spec
+        )
 
     def train(self, result: TuningResult) -> list[Final]:
         """Train every arm at its tuned rate with every seed, and measure it on the test rows."""
         # Without the baseline, or with it alone, there is nothing to compare.
         if self.comparison.baseline.name not in result.tuned or len(result.tuned) < 2:
             return []
-        tuned = [(arm, result.tuned[arm.name].factor) for arm in self.comparison.arms if arm.name in result.tuned]
-        trials = [self.comparison.trial(arm, factor, seed) for seed in self.comparison.seeds for arm, factor in tuned]
+        tuned = [
+            (arm, result.tuned[arm.name].factor)
+            for arm in self.comparison.arms
+            if arm.name in result.tuned
+        ]
+        trials = [
+            self.comparison.trial(arm, factor, seed)
+            for seed in self.comparison.seeds
+            for arm, factor in tuned
+        ]
         specs = {
-            seed: replace(self._tokens("test", {"run.seed": seed}), each_example=True) for seed in self.comparison.seeds
+            seed: replace(self._tokens("test", {"run.seed": seed}), each_example=True)
+            for seed in self.comparison.seeds
         }
         tested = next(iter(specs.values())).eval
         self._check_groups(tested)
-        logger.info(f"final trainings: {', '.join(result.tuned)} with {plural(len(specs), 'fresh seed')} each")
+        logger.info(
+            f"final trainings: {', '.join(result.tuned)} with {plural(len(specs), 'fresh seed')} each"
+        )
         ended = self._phase(FINAL, trials, specs, EVALUATIONS)
         return self._measured(ended, tested)
 
@@ -152,7 +187,9 @@ class Run:
         assert tested is not None
         places, tokens = row_losses.places_of(tested), list(chain(*supervised_of(tested)))
         results = {
-            each.trial.name(): row_losses.result_of(each.record.folder, each.spec.config, len(places))
+            each.trial.name(): row_losses.result_of(
+                each.record.folder, each.spec.config, len(places)
+            )
             for each in ended
             if math.isfinite(each.loss)
         }
@@ -162,7 +199,8 @@ class Run:
                 " differences between arms may be differences between nodes; set model.dtype, or use equal nodes"
             )
         losses = {
-            name: RowLosses(places, tuple(tokens), result.losses, result.trainable) for name, result in results.items()
+            name: RowLosses(places, tuple(tokens), result.losses, result.trainable)
+            for name, result in results.items()
         }
         return [Final(each, losses.get(each.trial.name())) for each in ended]
 
@@ -181,7 +219,9 @@ class Run:
                 " choose another run.name"
             )
 
-    def _tokens(self, held_out: Literal["tuning", "test"], changes: Mapping[str, object]) -> TrainSpec:
+    def _tokens(
+        self, held_out: Literal["tuning", "test"], changes: Mapping[str, object]
+    ) -> TrainSpec:
         config = override(self.rows.config(self.config, held_out), changes)
         return prepare_tokens(config, self.base, wait=True).spec
 
@@ -198,7 +238,9 @@ class Run:
                     storage.write_text(storage.join(folder, "baseline.json"), baseline)
                 what = f"{arm.name}: factors for the tuning"
                 factors = [(config.adapter.method, config.adapter.rank)]
-                seconds = shared_work.made(replace(spec, config=config, shared=folder), folder, factors, what).init
+                seconds = shared_work.made(
+                    replace(spec, config=config, shared=folder), folder, factors, what
+                ).init
                 storage.write_text(storage.join(folder, INIT), f"{seconds}\n")
                 logger.info(f"{what}: {seconds:.2f} s")
             # The file is missing for a sharded base model, whose loss the trials measure.
@@ -223,7 +265,9 @@ class Run:
 
     def _estimate(self, spec: TrainSpec, trials: Sequence[Trial]) -> None:
         pace = _pace(self.comparison, spec, self.sizes[self.comparison.baseline.name])
-        side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
+        side_by_side = max(
+            1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers()
+        )
         # As the rates are not known yet, each folder stands for a final training of an earlier attempt.
         done = len(storage.names(storage.join(self.folder, FINAL, "trials")))
         final = max(0, len(self.comparison.arms) * len(self.comparison.seeds) - done)
@@ -238,7 +282,11 @@ class Run:
                 logger.warning(f"{arm.name}: every trial broke off, so the arm is not compared")
                 continue
             tuned[arm.name] = point
-            edge = "" if point.inside else "; it lies at the end of the grid, so a better one may lie beyond"
+            edge = (
+                ""
+                if point.inside
+                else "; it lies at the end of the grid, so a better one may lie beyond"
+            )
             logger.info(
                 f"{arm.name}: tuned to {point.factor:g} times its rate, lowest loss {point.loss:.4f} on the tuning"
                 f" rows{edge}"
@@ -246,7 +294,9 @@ class Run:
         return TuningResult(trials, base, tuned, len(set(row_losses.places_of(spec.eval))))
 
 
-def _pace(comparison: Comparison, spec: TrainSpec, size: MemoryEstimate) -> tuple[float, float] | str:
+def _pace(
+    comparison: Comparison, spec: TrainSpec, size: MemoryEstimate
+) -> tuple[float, float] | str:
     """Return the seconds of (a training, an evaluation), from one micro-batch of the baseline on this CPU.
 
     `spec` and `size` are the tuning's. Return the reason if the time would say nothing.
@@ -274,5 +324,7 @@ def time_line(pace: tuple[float, float] | str, tuning: int, final: int, side_by_
         return f"{left}; their time is not estimated: {pace}"
     training, evaluation = pace
     rounds = math.ceil(tuning / side_by_side), math.ceil(final / side_by_side)
-    seconds = rounds[0] * (training + evaluation) + rounds[1] * (training + EVALUATIONS * evaluation)
+    seconds = rounds[0] * (training + evaluation) + rounds[1] * (
+        training + EVALUATIONS * evaluation
+    )
     return f"{left}: about {duration(seconds)}"

@@ -35,7 +35,10 @@ from row_files import Request, Row, Sets, lacking, normalised, read_request, wri
 from olora_ray.config import command_line
 
 WHEEL = wheels.Wheel(
-    "reasoning-gym", "0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435", "Apache-2.0"
+    "reasoning-gym",
+    "0.1.25",
+    "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435",
+    "Apache-2.0",
 )
 PACKAGE = ("reasoning_gym", "reasoning_gym.arithmetic", "reasoning_gym.arithmetic.gsm_symbolic")
 INSTRUCTION = "Work in steps, and end with a line of #### and the number."
@@ -94,11 +97,16 @@ def fault(question: Question, longest: int) -> str | None:
 
 def identity(question: Question) -> set[object]:
     """Return keys that two questions must not share: the text, and the template with the numbers of the solution."""
-    return {normalised(question.question), (question.template, *re.findall(r"\d+", question.solution))}
+    return {
+        normalised(question.question),
+        (question.template, *re.findall(r"\d+", question.solution)),
+    }
 
 
 def row(question: Question) -> Row:
-    return Row(f"{question.question}\n{INSTRUCTION}", question.solution, f"question-{question.index:06d}")
+    return Row(
+        f"{question.question}\n{INSTRUCTION}", question.solution, f"question-{question.index:06d}"
+    )
 
 
 def fill(questions: Iterable[Question], request: Request) -> tuple[Sets, Counter[str]]:
@@ -136,7 +144,10 @@ def main(argv: list[str]) -> None:
         "left out": dict(left_out),
     }
     write(request.out, sets, about)
-    print("left out: " + (", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"))
+    print(
+        "left out: "
+        + (", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none")
+    )
 
 
 if __name__ == "__main__":

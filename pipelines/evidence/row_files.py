@@ -32,8 +32,12 @@ def read_request(argv: list[str], usage: str) -> Request:
     found = command_line.parse(argv, usage=usage, options=("--out", "--wheel", *defaults))
     given = found.options
     if found.words or "--out" not in given:
-        raise UserError(f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing")
-    rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
+        raise UserError(
+            f"argument {found.words[0]}: unknown" if found.words else "argument --out: missing"
+        )
+    rows, heldout, seed, longest = (
+        positive(name, given.get(name, value)) for name, value in defaults.items()
+    )
     return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest)
 
 
@@ -62,7 +66,9 @@ def normalised(text: str) -> str:
 
 def shared(sets: Sets) -> list[str]:
     """Return prompts (without case and spaces) and groups that both sets have; there must be none."""
-    prompts = {normalised(row.prompt) for row in sets.train} & {normalised(row.prompt) for row in sets.heldout}
+    prompts = {normalised(row.prompt) for row in sets.train} & {
+        normalised(row.prompt) for row in sets.heldout
+    }
     groups = {row.group for row in sets.train} & {row.group for row in sets.heldout}
     return sorted(prompts | groups)
 
@@ -75,13 +81,19 @@ def write(folder: Path, sets: Sets, about: Mapping[str, object]) -> dict[str, st
     assert not shared(sets), f"training and held-out rows share {shared(sets)[:3]}"
     of = {"train.jsonl": sets.train, "heldout.jsonl": sets.heldout}
     # rows.json is the sign that this script wrote the files, which it may then replace.
-    if not (folder / "rows.json").exists() and (theirs := [name for name in of if (folder / name).exists()]):
-        raise UserError(f"--out {folder}: its {theirs[0]} was not written by this script; choose another folder")
+    if not (folder / "rows.json").exists() and (
+        theirs := [name for name in of if (folder / name).exists()]
+    ):
+        raise UserError(
+            f"--out {folder}: its {theirs[0]} was not written by this script; choose another folder"
+        )
     with as_user_error(f"--out {folder}: cannot be written", OSError, reason=short_reason):
         folder.mkdir(parents=True, exist_ok=True)
         digests = {name: _written(folder / name, rows) for name, rows in of.items()}
         files = {name: {"rows": len(rows), "sha256": digests[name]} for name, rows in of.items()}
-        (folder / "rows.json").write_text(json.dumps({**about, "files": files}, indent=1) + "\n", encoding="utf-8")
+        (folder / "rows.json").write_text(
+            json.dumps({**about, "files": files}, indent=1) + "\n", encoding="utf-8"
+        )
     for name, rows in of.items():
         print(f"{folder / name}: {len(rows)} rows, sha256 {digests[name]}")
     return digests

@@ -21,7 +21,9 @@ def final_number(prediction: str, reference: str) -> dict[str, float]:
     """
     expected = marked_number(reference)
     if expected is None:
-        raise UserError(f"evaluation.scorer: final_number needs a reference with #### and a number, not {reference!r}")
+        raise UserError(
+            f"evaluation.scorer: final_number needs a reference with #### and a number, not {reference!r}"
+        )
     return {
         "exact_match": float(marked_number(prediction) == expected),
         "last_number": float(_last(ANY.findall(prediction)) == expected),

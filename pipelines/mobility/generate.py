@@ -51,7 +51,10 @@ class Kind:
 
 KINDS = {
     "home": Kind(
-        ((7, 0.7, 0.5), (19, 2.0, 1.0), (23, 1.5, 2.0)), ((10, 3.0, 0.7), (19, 3.0, 1.0), (23, 2.0, 2.0)), 30, 1
+        ((7, 0.7, 0.5), (19, 2.0, 1.0), (23, 1.5, 2.0)),
+        ((10, 3.0, 0.7), (19, 3.0, 1.0), (23, 2.0, 2.0)),
+        30,
+        1,
     ),
     "work": Kind(((9, 1.2, 3.0), (14, 1.5, 3.0)), ((10, 2.0, 0.05),), 15, 1),
     "lunch": Kind(((12.5, 0.6, 2.5),), ((13, 1.0, 1.5),), 12, 2),
@@ -146,7 +149,9 @@ class Law:
         rng = np.random.default_rng([settings.seed, 0])
         self.people = tuple(self._person(rng) for _ in range(settings.people))
 
-    def probabilities(self, person: int, when: When, previous: int | None, visited: int) -> dict[int, float]:
+    def probabilities(
+        self, person: int, when: When, previous: int | None, visited: int
+    ) -> dict[int, float]:
         """Return the probability of each place that may come next.
 
         `previous` is the last place (None: this is the first stay), `visited` the number of different places so far.
@@ -168,18 +173,26 @@ class Law:
         rising = np.array([curves[kind] for kind in own.kinds])
         if previous is not None:
             rising *= [AFTER.get((self.kind_of[previous], kind), 1.0) for kind in own.kinds]
-        strength: NDArray[np.float64] = own.weights * rising * own.days[:, when.weekday] * (own.places != previous)
+        strength: NDArray[np.float64] = (
+            own.weights * rising * own.days[:, when.weekday] * (own.places != previous)
+        )
         return strength
 
     def _person(self, rng: np.random.Generator) -> Person:
         places, kinds, weights, days = [], [], [], []
         for kind, places_of in self.town.items():
-            count = min(max(1, round(KINDS[kind].favourites * self.settings.variety)), len(places_of))
+            count = min(
+                max(1, round(KINDS[kind].favourites * self.settings.variety)), len(places_of)
+            )
             for number, place in enumerate(rng.choice(places_of, count, replace=False).tolist()):
                 places.append(place)
                 kinds.append(kind)
                 weights.append(1 / (1 + number))
-                days.append(_own_days(rng) if kind not in ("home", "work") and rng.random() < WITH_DAYS else np.ones(7))
+                days.append(
+                    _own_days(rng)
+                    if kind not in ("home", "work") and rng.random() < WITH_DAYS
+                    else np.ones(7)
+                )
         late = float(np.clip(rng.normal(), -2, 2))
         return Person(np.array(places), tuple(kinds), np.array(weights), np.array(days), late)
 
@@ -211,7 +224,10 @@ def _town(places: int) -> dict[str, tuple[int, ...]]:
     counts = np.maximum(2, np.floor(places * shares / shares.sum())).astype(int)
     counts[0] += places - counts.sum()
     ends = (FIRST_PLACE + np.cumsum(counts)).tolist()
-    return {kind: tuple(range(end - count, end)) for kind, end, count in zip(KINDS, ends, counts.tolist(), strict=True)}
+    return {
+        kind: tuple(range(end - count, end))
+        for kind, end, count in zip(KINDS, ends, counts.tolist(), strict=True)
+    }
 
 
 def _own_days(rng: np.random.Generator) -> NDArray[np.float64]:
@@ -228,19 +244,33 @@ def _curve(kind: str, weekend: bool, hour: float) -> float:
 
 def main(argv: list[str]) -> None:
     kinds = {field.name: type(field.default) for field in fields(Settings)}
-    args = command_line.parse(argv, __doc__ or "", options=("--out", *(f"--{name}" for name in kinds)))
+    args = command_line.parse(
+        argv, __doc__ or "", options=("--out", *(f"--{name}" for name in kinds))
+    )
     if args.words or "--out" not in args.options:
-        raise UserError("argument --out: missing, or another word is not an option; --help shows how")
-    changes = {name: _value(args.options, name, kind) for name, kind in kinds.items() if f"--{name}" in args.options}
+        raise UserError(
+            "argument --out: missing, or another word is not an option; --help shows how"
+        )
+    changes = {
+        name: _value(args.options, name, kind)
+        for name, kind in kinds.items()
+        if f"--{name}" in args.options
+    }
     law = Law(Settings(**changes))  # type: ignore[arg-type]
     folder = Path(args.options["--out"])
-    with as_user_error(f"argument --out: {folder}: cannot be written", OSError, reason=short_reason):
+    with as_user_error(
+        f"argument --out: {folder}: cannot be written", OSError, reason=short_reason
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         chances = list(_write(folder, law))
     if not chances:
-        raise UserError("argument --busy: no stay was generated; set --busy, --days or --people higher")
+        raise UserError(
+            "argument --busy: no stay was generated; set --busy, --days or --people higher"
+        )
     mean = sum(chances) / len(chances)
-    print(f"written: {len(chances)} stays of {len(law.people)} people to {folder}; best possible Acc@1 {mean:.3f}")
+    print(
+        f"written: {len(chances)} stays of {len(law.people)} people to {folder}; best possible Acc@1 {mean:.3f}"
+    )
 
 
 def _write(folder: Path, law: Law) -> Iterator[float]:
@@ -259,7 +289,9 @@ def _write(folder: Path, law: Law) -> Iterator[float]:
             # prepare.py sorts stays by time and numbers them, so law.csv must have the same order.
             assert visit.day * MINUTES + visit.minute > minutes.get(visit.person, -1)
             minutes[visit.person] = visit.day * MINUTES + visit.minute
-            records.writerow((number, visit.person, visit.place, visit.day, visit.minute, visit.day % 7))
+            records.writerow(
+                (number, visit.person, visit.place, visit.day, visit.minute, visit.day % 7)
+            )
             best.writerow((visit.person, next(own), visit.best, f"{visit.chance:.6f}"))
             yield visit.chance
 
@@ -268,7 +300,9 @@ def _value(options: Mapping[str, str], name: str, number_type: type) -> float:
     try:
         value: float = number_type(options[f"--{name}"])
     except ValueError:
-        raise UserError(f"argument --{name}: expected a number, not {options[f'--{name}']!r}") from None
+        raise UserError(
+            f"argument --{name}: expected a number, not {options[f'--{name}']!r}"
+        ) from None
     return value
 
 

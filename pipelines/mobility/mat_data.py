@@ -28,7 +28,16 @@ from stays import MINUTES, numbered
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.config import command_line
 
-HEADER = ("id", "user_id", "location_id", "latitude", "longitude", "start_day", "start_min", "weekday")
+HEADER = (
+    "id",
+    "user_id",
+    "location_id",
+    "latitude",
+    "longitude",
+    "start_day",
+    "start_min",
+    "weekday",
+)
 Row = dict[str, str]
 
 
@@ -80,9 +89,13 @@ def _read(file: Path) -> Iterator[CheckIn]:
                 yield CheckIn(int(row["tid"]), time, _venue(row))
             except KeyError as error:
                 there = ", ".join(rows.fieldnames or ())
-                raise UserError(f"{file}:1: no column {error} in the first line; it has {there}") from None
+                raise UserError(
+                    f"{file}:1: no column {error} in the first line; it has {there}"
+                ) from None
             except (ValueError, TypeError) as error:
-                raise UserError(f"{file}:{rows.line_num}: no check-in: {error}; correct it") from None
+                raise UserError(
+                    f"{file}:{rows.line_num}: no check-in: {error}; correct it"
+                ) from None
 
 
 def _venue(row: Row) -> tuple[str, str]:
@@ -103,8 +116,13 @@ def _write(file: Path, people: Sequence[Sequence[CheckIn]]) -> None:
         for person, lines in enumerate(people):
             for line in lines:
                 place = places[" ".join(line.venue)]
-                day, minute = line.time.date().toordinal() - start, (line.time.hour * 60 + line.time.minute) % MINUTES
-                writer.writerow((number, person, place, *line.venue, day, minute, line.time.weekday()))
+                day, minute = (
+                    line.time.date().toordinal() - start,
+                    (line.time.hour * 60 + line.time.minute) % MINUTES,
+                )
+                writer.writerow(
+                    (number, person, place, *line.venue, day, minute, line.time.weekday())
+                )
                 number += 1
 
 

@@ -66,10 +66,26 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"argument RECORDS: no row for {empty[0]}.jsonl; add records, lower --least, or ask for rows in --rows"
         )
-    print("\n".join([f"read: {plural(len(records), 'stay')} of {len(records.people)} people", *repairs.lines()]))
-    with as_user_error(f"argument --out: {options['--out']}: cannot be written", OSError, reason=short_reason):
+    print(
+        "\n".join(
+            [
+                f"read: {plural(len(records), 'stay')} of {len(records.people)} people",
+                *repairs.lines(),
+            ]
+        )
+    )
+    with as_user_error(
+        f"argument --out: {options['--out']}: cannot be written", OSError, reason=short_reason
+    ):
         written = rows.write(Path(options["--out"]), records, selection, template, fits)
-    print("\n".join([*written, f"not targets: {selection.too_early} stays with fewer than {least} before them"]))
+    print(
+        "\n".join(
+            [
+                *written,
+                f"not targets: {selection.too_early} stays with fewer than {least} before them",
+            ]
+        )
+    )
 
 
 def fitting(config_file: str) -> prompt.Fits:
@@ -93,7 +109,9 @@ def row_limits(text: str) -> dict[str, int]:
     """Return the numbers of rows in `train=2000,test=600`; raises UserError for another form."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     if wrong := [name for name, _, _ in pairs if name not in rows.SPLITS]:
-        raise UserError(f"argument --rows: {wrong[0]!r} is not a split; expected one like train=2000,eval=64,test=600")
+        raise UserError(
+            f"argument --rows: {wrong[0]!r} is not a split; expected one like train=2000,eval=64,test=600"
+        )
     return {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
 
 

@@ -56,9 +56,13 @@ class Template:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise UserError(f"argument --form: {self.form!r} is unknown; use one of {', '.join(FORMS)}")
+            raise UserError(
+                f"argument --form: {self.form!r} is unknown; use one of {', '.join(FORMS)}"
+            )
         if self.history < 0 or self.context < 1:
-            raise UserError("arguments --history, --context: set --history to 0 or more, and --context to 1 or more")
+            raise UserError(
+                "arguments --history, --context: set --history to 0 or more, and --context to 1 or more"
+            )
 
     def question(self, past: Sequence[Stay], when: When, fits: Fits | None = None) -> list[Message]:
         """Return the messages that ask for the place of a stay at `when`, after the stays `past`, oldest first.
@@ -67,7 +71,13 @@ class Template:
         """
         return self._messages(past[len(past) - self.room(past, when, fits) :], when)
 
-    def room(self, past: Sequence[Stay], when: When, fits: Fits | None = None, rest: Sequence[Message] = ()) -> int:
+    def room(
+        self,
+        past: Sequence[Stay],
+        when: When,
+        fits: Fits | None = None,
+        rest: Sequence[Message] = (),
+    ) -> int:
         """Return the number of stays, the latest of `past`, that the question shows; raises UserError like `question`.
 
         With `rest` these messages must fit after the question too.
@@ -82,10 +92,14 @@ class Template:
         # If some stays do not fit, more stays do not fit either.
         fitting = bisect_left(range(shown), True, key=lambda count: not fit(count))
         if not fitting:
-            raise UserError("data.max_length: too small for a question without any stay; set it higher")
+            raise UserError(
+                "data.max_length: too small for a question without any stay; set it higher"
+            )
         return fitting - 1
 
-    def example(self, past: Sequence[Stay], *targets: Stay, fits: Fits | None = None) -> list[Message]:
+    def example(
+        self, past: Sequence[Stay], *targets: Stay, fits: Fits | None = None
+    ) -> list[Message]:
         """Return the question about the first of `targets` and its answer, then the others, each in its own turn."""
         rest = self.turns(targets)
         shown = self.room(past, targets[0].when, fits, rest[:-1])
@@ -96,7 +110,9 @@ class Template:
         messages: list[Message] = []
         for target in targets:
             if messages:
-                messages.append({"role": "user", "content": f"<target>: {self._target(target.when)}"})
+                messages.append(
+                    {"role": "user", "content": f"<target>: {self._target(target.when)}"}
+                )
             messages.append({"role": "assistant", "content": answer.write(target.place)})
         return messages
 
@@ -116,7 +132,10 @@ class Template:
         earlier, latest = (self._stays(part) for part in (kept[:split], kept[split:]))
         form = SHORT.get(self.form) or TUPLES[self.duration]
         lines = f"<history>: {earlier}\n<context>: {latest}\n<target>: {self._target(when)}"
-        return [{"role": "system", "content": TASK.format(stay=form)}, {"role": "user", "content": lines}]
+        return [
+            {"role": "system", "content": TASK.format(stay=form)},
+            {"role": "user", "content": lines},
+        ]
 
     def _stays(self, stays: Sequence[Stay]) -> str:
         if self.form == "tuple":
@@ -125,7 +144,9 @@ class Template:
 
     def _time(self, when: When) -> str:
         hour, minute = divmod(when.minute, 60)
-        return f"{DAYS[when.weekday][:3]} " + (f"{hour}h" if self.form == "hours" else f"{hour:02d}:{minute:02d}")
+        return f"{DAYS[when.weekday][:3]} " + (
+            f"{hour}h" if self.form == "hours" else f"{hour:02d}:{minute:02d}"
+        )
 
     def _tuple(self, stay: Stay) -> str:
         minutes = f"{stay.duration}, " if self.duration else ""
@@ -157,7 +178,9 @@ def fits(spec: TokenizerSpec, max_length: int) -> Fits:
             tokenize(Chat((*question, last)))
         except Rejected as rejected:
             if rejected.reason != "too_long":
-                raise UserError(f"model.name: {spec.name} cannot be asked: {rejected.message}") from None
+                raise UserError(
+                    f"model.name: {spec.name} cannot be asked: {rejected.message}"
+                ) from None
             return False
         return True
 

@@ -61,7 +61,9 @@ class Broken(ValueError):
 def read(paths: Sequence[str], format: str, repairs: Repairs) -> Records:
     """Read the records in files and folders; raises UserError if one is missing or cannot be read."""
     if format not in READERS:
-        raise UserError(f"argument --format: {format or 'nothing'!r} is unknown; use one of {', '.join(READERS)}")
+        raise UserError(
+            f"argument --format: {format or 'nothing'!r} is unknown; use one of {', '.join(READERS)}"
+        )
     reader, endings = READERS[format]
     files = [file for path in paths for file in _files(Path(path), endings)]
     with as_user_error("argument RECORDS", OSError):
@@ -74,7 +76,9 @@ def _files(path: Path, endings: Sequence[str]) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"argument RECORDS: {path}: no such file or folder")
     if matches := sorted(
-        file for file in path.rglob("*") if file.name.lower().endswith(tuple(endings)) and file.is_file()
+        file
+        for file in path.rglob("*")
+        if file.name.lower().endswith(tuple(endings)) and file.is_file()
     ):
         return matches
     raise UserError(f"argument RECORDS: {path}: no file ends in {' or '.join(endings)}")
@@ -102,13 +106,17 @@ def _check_ins(file: Path, repairs: Repairs, first_days: dict[str, int]) -> Iter
                     day = stay.at // MINUTES
                     meant = (first_days.setdefault(person, (stay.when.weekday - day) % 7) + day) % 7
                     if stay.when.weekday != meant:
-                        raise Broken(f"weekday is {stay.when.weekday}, but by earlier records day {day} has {meant}")
+                        raise Broken(
+                            f"weekday is {stay.when.weekday}, but by earlier records day {day} has {meant}"
+                        )
                     yield person, venue, stay
                 except Broken as broken:
                     repairs.found(BROKEN, str(file), rows.line_num, str(broken))
         # After such an error the borders of the following records are not known, so no repair is possible.
         except (csv.Error, UnicodeDecodeError, EOFError) as error:
-            raise UserError(f"{file}:{rows.line_num + 1}: no csv in UTF-8: {error}; correct the file") from None
+            raise UserError(
+                f"{file}:{rows.line_num + 1}: no csv in UTF-8: {error}; correct the file"
+            ) from None
 
 
 def _columns(header: Sequence[str], file: Path) -> dict[str, int]:
@@ -129,7 +137,11 @@ def _check_in(row: Sequence[str], columns: Mapping[str, int], file: str, line: i
     day = _number(cell["start_day"], "start_day", 0, 10**6)
     minute = _number(cell["start_min"], "start_min", 0, MINUTES - 1)
     when = When(_number(cell["weekday"], "weekday", 0, 6), minute)
-    return person, "", Stay(place, day * MINUTES + minute, when, _duration(cell.get("duration", "")), file, line)
+    return (
+        person,
+        "",
+        Stay(place, day * MINUTES + minute, when, _duration(cell.get("duration", "")), file, line),
+    )
 
 
 def _duration(text: str) -> int | None:
@@ -180,9 +192,13 @@ def _foursquare_time(text: str) -> datetime:
         if zone != "+0000":
             raise ValueError
         hour, minute, second = map(int, clock.split(":"))
-        return datetime(int(year), MONTHS.index(month) + 1, int(day), hour, minute, second, tzinfo=UTC)
+        return datetime(
+            int(year), MONTHS.index(month) + 1, int(day), hour, minute, second, tzinfo=UTC
+        )
     except (ValueError, TypeError, OverflowError):
-        raise Broken(f"the time is {text!r}, not one like 'Tue Apr 03 18:00:09 +0000 2012'") from None
+        raise Broken(
+            f"the time is {text!r}, not one like 'Tue Apr 03 18:00:09 +0000 2012'"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +215,9 @@ def read_geolife(files: Sequence[Path], repairs: Repairs) -> Iterator[Named]:
     people: dict[str, list[Path]] = {}
     for file in sorted(files):
         if file.parent.name != "Trajectory":
-            raise UserError(f"{file}: expected USER/Trajectory/FILE.plt, where USER names the person")
+            raise UserError(
+                f"{file}: expected USER/Trajectory/FILE.plt, where USER names the person"
+            )
         people.setdefault(file.parent.parent.name, []).append(file)
     for person, own in people.items():
         for place, stay in _stays(_points(own, repairs)):
@@ -257,7 +275,9 @@ def _points(files: Sequence[Path], repairs: Repairs) -> Iterator[Point]:
                 try:
                     point = _point(text, str(file), line)
                     if before and point.time < before.time:
-                        raise Broken(f"the time is earlier than in the point at {before.file}:{before.line}")
+                        raise Broken(
+                            f"the time is earlier than in the point at {before.file}:{before.line}"
+                        )
                 except Broken as broken:
                     repairs.found(BROKEN, str(file), line, str(broken))
                 else:
@@ -271,13 +291,17 @@ def _point(text: str, file: str, line: int) -> Point:
     try:
         time = datetime.strptime(f"{cells[5]} {cells[6]}", "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
     except ValueError:
-        raise Broken(f"the time is {cells[5]!r}, {cells[6]!r}, not one like '2008-10-23', '02:53:04'") from None
+        raise Broken(
+            f"the time is {cells[5]!r}, {cells[6]!r}, not one like '2008-10-23', '02:53:04'"
+        ) from None
     try:
         latitude, longitude = float(cells[0]), float(cells[1])
     except ValueError:
         latitude = longitude = math.nan
     if not (abs(latitude) <= 90 and abs(longitude) <= 180):
-        raise Broken(f"unknown place: latitude {cells[0]!r} and longitude {cells[1]!r} are out of range")
+        raise Broken(
+            f"unknown place: latitude {cells[0]!r} and longitude {cells[1]!r} are out of range"
+        )
     return Point(latitude, longitude, time, file, line)
 
 
@@ -285,7 +309,11 @@ def _number(text: str, name: str, least: int, most: int) -> int:
     """Return a whole number within bounds; raises Broken if it is none."""
     # pandas writes the whole numbers of a column with gaps as 12.0.
     value = text.strip().removesuffix(".0")
-    if not value.removeprefix("-").isascii() or not value.removeprefix("-").isdigit() or len(value) > 18:
+    if (
+        not value.removeprefix("-").isascii()
+        or not value.removeprefix("-").isdigit()
+        or len(value) > 18
+    ):
         raise Broken(f"{name} is {text!r}, not a whole number")
     if not least <= int(value) <= most:
         raise Broken(f"{name} is {value}, not {least} to {most}")

@@ -67,7 +67,11 @@ class Past:
     @classmethod
     def of(cls, stays: Sequence[Stay]) -> "Past":
         minutes = np.array([stay.when.minute for stay in stays], dtype=np.int64)
-        return cls(np.array([stay.place for stay in stays]), minutes, np.array([stay.when.weekend for stay in stays]))
+        return cls(
+            np.array([stay.place for stay in stays]),
+            minutes,
+            np.array([stay.when.weekend for stay in stays]),
+        )
 
     def __getitem__(self, part: slice) -> "Past":
         return Past(self.places[part], self.minutes[part], self.weekend[part])
@@ -118,7 +122,11 @@ BASELINES: dict[str, Baseline] = {
     "Markov-1": markov,
     "time kernel": TimeKernel(),
 }
-GRID = tuple(TimeKernel(hours, other_days) for hours in (0.5, 1.0, 2.0, 4.0) for other_days in (0.05, 0.25, 1.0))
+GRID = tuple(
+    TimeKernel(hours, other_days)
+    for hours in (0.5, 1.0, 2.0, 4.0)
+    for other_days in (0.05, 0.25, 1.0)
+)
 """Candidates for the time kernel; the best on other rows is used, so that the baseline is strong."""
 
 
@@ -189,7 +197,9 @@ class Report:
 
     def over(self, other: Predictor, level: float = LEVEL) -> Interval:
         """Return the model's Acc@1 minus another's, with an interval over people."""
-        ours, theirs = (np.equal(each.places, self.truth).astype(float) for each in (self.model, other))
+        ours, theirs = (
+            np.equal(each.places, self.truth).astype(float) for each in (self.model, other)
+        )
         return difference(ours, theirs, level=level, groups=self.groups)
 
     def lines(self) -> list[str]:
@@ -197,8 +207,12 @@ class Report:
         table.append((self.model.name, self.model.sees, *self._scores(self.model.places), "", ""))
         for each in self.baselines:
             gain = self.over(each)
-            interval = f"[{gain.low:+.3f}, {gain.high:+.3f}]" if self.of_several() else "one person: none"
-            table.append((each.name, each.sees, *self._scores(each.places), f"{gain.mean:+.3f}", interval))
+            interval = (
+                f"[{gain.low:+.3f}, {gain.high:+.3f}]" if self.of_several() else "one person: none"
+            )
+            table.append(
+                (each.name, each.sees, *self._scores(each.places), f"{gain.mean:+.3f}", interval)
+            )
         if self.best:
             table.append(("best possible", "the law", *self._scores(self.best.places), "", ""))
         shown = aligned(table, right=[number > 1 for number in range(6)])
@@ -224,7 +238,10 @@ class Report:
 
     def _against(self, other: Predictor) -> str:
         rule = "the best simple baseline" if other.simple else "the best of the other rules"
-        rival, unclear = f"{rule} ({other.name} on {other.sees})", "These rows do not show that the model beats"
+        rival, unclear = (
+            f"{rule} ({other.name} on {other.sees})",
+            "These rows do not show that the model beats",
+        )
         gain = self.over(other)
         if not self.of_several():
             return f"{unclear} {rival}: Acc@1 {gain.mean:+.3f}, but all rows are of one person."
@@ -262,7 +279,11 @@ def baselines(people: Mapping[str, Sequence[Stay]], asked: Sequence[Asked]) -> l
     predictors = []
     for sees, most in (("stays shown", shown), ("full past", None)):
         kernel = _tuned(people, pasts, most)
-        chosen: dict[str, Baseline] = {**BASELINES, KERNEL: kernel, MOVING: replace(kernel, moving=True)}
+        chosen: dict[str, Baseline] = {
+            **BASELINES,
+            KERNEL: kernel,
+            MOVING: replace(kernel, moving=True),
+        }
         for name, baseline in chosen.items():
             targets = [(row.person, row.stay, max(1, row.shown) if most else None) for row in asked]
             guesses = _predict(baseline, people, pasts, targets)
@@ -279,21 +300,30 @@ def _predict(
     """Return predictions for (person, index of a stay, number of earlier stays that are seen; None: all)."""
     # Nothing comes before a first stay (`prepare.py --least 0`), so no baseline names a place for it.
     return tuple(
-        baseline(pasts[person][max(0, stay - most) if most else 0 : stay], people[person][stay].when)
+        baseline(
+            pasts[person][max(0, stay - most) if most else 0 : stay], people[person][stay].when
+        )
         if stay
         else NOWHERE
         for person, stay, most in targets
     )
 
 
-def _tuned(people: Mapping[str, Sequence[Stay]], pasts: Mapping[str, Past], most: int | None) -> TimeKernel:
+def _tuned(
+    people: Mapping[str, Sequence[Stay]], pasts: Mapping[str, Past], most: int | None
+) -> TimeKernel:
     # The stays between training and test, so that the choice uses neither.
     middle = rows.select(people, 1, {"eval": TUNED_ON}).targets["eval"]
     if not middle:
         return GRID[0]
     targets = [(target.person, target.number, most) for target in middle]
     truth = [people[target.person][target.number].place for target in middle]
-    return max(GRID, key=lambda kernel: float(np.mean(np.equal(_predict(kernel, people, pasts, targets), truth))))
+    return max(
+        GRID,
+        key=lambda kernel: float(
+            np.mean(np.equal(_predict(kernel, people, pasts, targets), truth))
+        ),
+    )
 
 
 def _answers(file: Path) -> dict[int, tuple[int, int | None]]:
@@ -301,12 +331,18 @@ def _answers(file: Path) -> dict[int, tuple[int, int | None]]:
     given: dict[int, tuple[int, int | None]] = {}
     for number, item in enumerate(_lines(file), 1):
         with as_user_error(
-            f"{file}:{number}: not a line of answers.jsonl", KeyError, TypeError, ValueError, AttributeError
+            f"{file}:{number}: not a line of answers.jsonl",
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
         ):
             name, _, line = item["origin"].rpartition(":")
             place, reference = answer.read(item["text"]), answer.read(item["reference"])
             if int(line) in given:
-                raise UserError(f"{file}:{number}: {name}:{line} was answered before; use the answers of one model")
+                raise UserError(
+                    f"{file}:{number}: {name}:{line} was answered before; use the answers of one model"
+                )
             given[int(line)] = (NOWHERE if place is None else place, reference)
     if not given:
         raise UserError(f"{file}: no answers; evaluate with a scorer, and evaluation.rows above 0")
@@ -321,22 +357,35 @@ def _asked(
         if number not in given:
             continue
         with as_user_error(
-            f"{file}:{number}: not a row that prepare.py wrote", KeyError, TypeError, ValueError, IndexError
+            f"{file}:{number}: not a row that prepare.py wrote",
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
         ):
             answered = Asked(row["user"], int(row["stay"]), int(row["shown"]))
             place = people[answered.person][answered.stay].place
         if place != given[number][1]:
-            raise UserError(f"{file}:{number}: the answers are to other rows: evaluate on this file")
+            raise UserError(
+                f"{file}:{number}: the answers are to other rows: evaluate on this file"
+            )
         asked.append(answered)
     if len(asked) < len(given):
-        raise UserError(f"{file}: the answers are for {len(given)} rows, and it has only {len(asked)} of them")
+        raise UserError(
+            f"{file}: the answers are for {len(given)} rows, and it has only {len(asked)} of them"
+        )
     return tuple(asked)
 
 
 def _best(file: Path, asked: Sequence[Asked]) -> Best:
     known: dict[tuple[str, int], tuple[int, float]] = {}
     with as_user_error(
-        f"{file}: not written by generate.py, or changed later", OSError, ValueError, KeyError, TypeError, csv.Error
+        f"{file}: not written by generate.py, or changed later",
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        csv.Error,
     ):
         with file.open(encoding="utf-8") as opened:
             for row in csv.DictReader(opened):

@@ -71,7 +71,10 @@ def select(
             count = min(turns if name == "train" else 1, ends[name] - number)
             targets_of[name].append(Target(person, number, count))
             number += count
-    kept = {name: _drawn(targets, (limits or {}).get(name), seed) for name, targets in targets_of.items()}
+    kept = {
+        name: _drawn(targets, (limits or {}).get(name), seed)
+        for name, targets in targets_of.items()
+    }
     return Selection(
         kept,
         sum(min(least, len(stays)) for stays in people.values()),
@@ -79,7 +82,9 @@ def select(
     )
 
 
-def write(folder: Path, records: Records, selection: Selection, template: Template, fits: Fits | None) -> list[str]:
+def write(
+    folder: Path, records: Records, selection: Selection, template: Template, fits: Fits | None
+) -> list[str]:
     """Write train.jsonl, eval.jsonl and test.jsonl, all stays, the names of the places and the template.
 
     Rows are written one by one; the files get their names when all are complete. Returns lines about the written files.
@@ -94,7 +99,11 @@ def write(folder: Path, records: Records, selection: Selection, template: Templa
                 cut[name] += row["shown"] < min(target.number, template.history + template.context)
                 out.write(json.dumps(row) + "\n")
     _table(_part(folder / STAYS), COLUMNS, _cells(records))
-    _table(_part(folder / PLACES), ("location_id", "name"), [(n, name) for name, n in records.places.items()])
+    _table(
+        _part(folder / PLACES),
+        ("location_id", "name"),
+        [(n, name) for name, n in records.places.items()],
+    )
     template.save(_part(folder / TEMPLATE))
     for name in (*(f"{split}.jsonl" for split in SPLITS), STAYS, PLACES, TEMPLATE):
         _part(folder / name).replace(folder / name)
@@ -112,7 +121,9 @@ def read_stays(folder: Path) -> dict[str, list[Stay]]:
         for row in csv.DictReader(opened):
             place, at, weekday, minute = (int(row[name]) for name in COLUMNS[1:5])
             duration = int(row["duration"]) if row["duration"] else None
-            people.setdefault(row["user"], []).append(Stay(place, at, When(weekday, minute), duration))
+            people.setdefault(row["user"], []).append(
+                Stay(place, at, When(weekday, minute), duration)
+            )
     return people
 
 
@@ -139,7 +150,9 @@ def _drawn(targets: Sequence[Target], limit: int | None, seed: int) -> list[Targ
 
 
 def _hash(seed: int, target: Target) -> bytes:
-    return hashlib.blake2b(json.dumps([seed, target.person, target.number]).encode(), digest_size=16).digest()
+    return hashlib.blake2b(
+        json.dumps([seed, target.person, target.number]).encode(), digest_size=16
+    ).digest()
 
 
 def _line(name: str, selection: Selection, cut: int) -> str:

@@ -62,16 +62,23 @@ class Repairs:
     def __post_init__(self) -> None:
         for name in self.wanted:
             if name not in REPAIRS:
-                raise UserError(f"argument --repair: {name!r} is unknown; use one of {', '.join(REPAIRS)}")
+                raise UserError(
+                    f"argument --repair: {name!r} is unknown; use one of {', '.join(REPAIRS)}"
+                )
 
     def found(self, fault: str, file: str, line: int, reason: str) -> None:
         """Count a fault; raises UserError that names the line if its repair was not asked for."""
         if fault not in self.wanted:
-            raise UserError(f"{file}:{line}: {reason}; correct it, or set --repair {fault} ({REPAIRS[fault]})")
+            raise UserError(
+                f"{file}:{line}: {reason}; correct it, or set --repair {fault} ({REPAIRS[fault]})"
+            )
         self.counts[fault] += 1
 
     def lines(self) -> list[str]:
-        return [f"{plural(count, 'record')} {fault}: {REPAIRS[fault]}" for fault, count in self.counts.items()]
+        return [
+            f"{plural(count, 'record')} {fault}: {REPAIRS[fault]}"
+            for fault, count in self.counts.items()
+        ]
 
 
 Named = tuple[str, str, Stay]
@@ -98,11 +105,16 @@ def collect(named: Iterator[Named], repairs: Repairs) -> Records:
     for person, place, stay in named:
         named_stays.setdefault(person, []).append((place, stay))
     if not named_stays:
-        raise UserError("argument RECORDS: no usable record in these files; name other files, or see --format")
+        raise UserError(
+            "argument RECORDS: no usable record in these files; name other files, or see --format"
+        )
     places = numbered({place for stays in named_stays.values() for place, _ in stays if place})
     people: dict[str, list[Stay]] = {}
     for person in sorted(named_stays, key=_natural):
-        stays = [replace(stay, place=places[place]) if place else stay for place, stay in named_stays.pop(person)]
+        stays = [
+            replace(stay, place=places[place]) if place else stay
+            for place, stay in named_stays.pop(person)
+        ]
         people[person] = _distinct(_ordered(stays, person, repairs), person, repairs)
     return Records(people, places)
 

@@ -75,7 +75,9 @@ class Writer:
     def __init__(self, half: str, seed: int = SEED) -> None:
         words = json.loads((HERE / "vocabulary.json").read_text(encoding="utf-8"))[half]
         self.rng = random.Random(f"{seed}/{half}")
-        self.frames = {name: Deck(cards, self.rng) for name, cards in words.pop("categories").items()}
+        self.frames = {
+            name: Deck(cards, self.rng) for name, cards in words.pop("categories").items()
+        }
         self.decks = {name: Deck(cards, self.rng) for name, cards in words.items()}
 
     def rows(self, count: int) -> list[Row]:

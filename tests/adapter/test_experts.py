@@ -22,7 +22,9 @@ FAMILY = pytest.mark.parametrize("family", [*MIXTURES, "granitemoehybrid"])
 IMPLEMENTATION = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 
 
-def adapt(model: nn.Module, method: str = "olora", dropout: float = 0.0) -> dict[str, AdaptedWeight]:
+def adapt(
+    model: nn.Module, method: str = "olora", dropout: float = 0.0
+) -> dict[str, AdaptedWeight]:
     factors, _ = initialise(find_targets(model, "all-linear", RANK), method, RANK, 0, CPU)
     return inject(model, factors, SCALE, dropout)
 
@@ -42,7 +44,9 @@ def logits(model: Any) -> Tensor:
 @FAMILY
 @IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_start_equals_the_base_exactly(family: str, implementation: str, dtype: torch.dtype) -> None:
+def test_the_start_equals_the_base_exactly(
+    family: str, implementation: str, dtype: torch.dtype
+) -> None:
     model = zoo.make(ALL[family], dtype, experts=implementation)
     base = logits(model)
     adapted = adapt(model)
@@ -58,7 +62,9 @@ def test_the_start_equals_the_base_exactly(family: str, implementation: str, dty
 @FAMILY
 @IMPLEMENTATION
 @pytest.mark.parametrize("method", FROM_WEIGHTS)
-def test_outputs_and_gradients_are_those_of_the_dense_formula(family: str, implementation: str, method: str) -> None:
+def test_outputs_and_gradients_are_those_of_the_dense_formula(
+    family: str, implementation: str, method: str
+) -> None:
     """Compare every layer and expert, by autograd, with a base whose weights are W + s (B A - B0 A0)."""
     model = zoo.make(ALL[family], experts=implementation)
     targets = find_targets(model, "all-linear", RANK)

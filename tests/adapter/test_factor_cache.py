@@ -18,7 +18,9 @@ def factors(full_rank: bool = True) -> dict[str, Factors]:
         ("layer1", (21, 24), "lora"),
         ("up", (3, 20, 24), "olora"),
     ):
-        found = METHODS[method].factors(torch.randn(shape, generator=torch.Generator().manual_seed(0)), 8, 0)
+        found = METHODS[method].factors(
+            torch.randn(shape, generator=torch.Generator().manual_seed(0)), 8, 0
+        )
         made[name] = Factors(found.a0, found.b0, full_rank or name != "layer1")
     return made
 

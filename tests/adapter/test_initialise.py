@@ -23,7 +23,9 @@ RANK = 4
 WORKERS = pytest.mark.parametrize("workers", [1, 2, 3])
 
 
-def layers(poisoned: str | None = None, flat: str | None = None, count: int = 7) -> dict[str, Target]:
+def layers(
+    poisoned: str | None = None, flat: str | None = None, count: int = 7
+) -> dict[str, Target]:
     generator = torch.Generator().manual_seed(4)
     made: dict[str, Target] = {}
     for number in range(count):
@@ -53,9 +55,14 @@ def compute(method: str = "olora", **changes: Any) -> tuple[str, dict[str, Facto
 
 
 @WORKERS
-def test_what_is_wrong_with_a_layer_stops_all_workers_with_its_name(crew: Callable[[int], Crew], workers: int) -> None:
+def test_what_is_wrong_with_a_layer_stops_all_workers_with_its_name(
+    crew: Callable[[int], Crew], workers: int
+) -> None:
     small = "adapter.rank=12 is too large for block.0 (24 x 8) with adapter.method=pissa: use at most 8, or leave"
-    for work, line in ((_poisoned, "model.name: the weight of block.5 has NaN or infinite"), (_too_large, small)):
+    for work, line in (
+        (_poisoned, "model.name: the weight of block.5 has NaN or infinite"),
+        (_too_large, small),
+    ):
         answers = crew(workers).run(work)
         assert [type(answer) for answer in answers] == [UserError] * workers
         assert {str(answer)[: len(line)] for answer in answers} == {line}
@@ -66,7 +73,9 @@ def test_what_is_wrong_with_a_layer_stops_all_workers_with_its_name(crew: Callab
 @pytest.mark.parametrize(
     ("name", "value"), [("block.1", torch.nan), ("block.1", torch.inf), ("experts.down", torch.inf)]
 )
-def test_what_reads_the_weight_names_the_layer_that_is_not_finite(method: str, name: str, value: float) -> None:
+def test_what_reads_the_weight_names_the_layer_that_is_not_finite(
+    method: str, name: str, value: float
+) -> None:
     targets = mixture()
     targets[name].weight()[..., 2, 4] = value
     with pytest.raises(UserError, match=f"the weight of {name} has NaN or infinite values"):
@@ -74,19 +83,25 @@ def test_what_reads_the_weight_names_the_layer_that_is_not_finite(method: str, n
 
 
 @WORKERS
-def test_a_rank_deficient_layer_is_reported_by_all(crew: Callable[[int], Crew], workers: int) -> None:
+def test_a_rank_deficient_layer_is_reported_by_all(
+    crew: Callable[[int], Crew], workers: int
+) -> None:
     assert crew(workers).run(_deficient) == [("block.2",)] * workers
 
 
 @pytest.mark.parametrize("method", FROM_WEIGHTS)
-def test_workers_without_a_layer_get_the_factors_too(crew: Callable[[int], Crew], method: str) -> None:
+def test_workers_without_a_layer_get_the_factors_too(
+    crew: Callable[[int], Crew], method: str
+) -> None:
     answers = crew(3).run(_one_layer, method)
     assert len({own for own, _, _ in answers}) == 1
     assert answers[0][2].layers == (1, 0, 0)
 
 
 @pytest.mark.parametrize("method", FROM_WEIGHTS)
-def test_the_factors_do_not_depend_on_the_number_of_workers(crew: Callable[[int], Crew], method: str) -> None:
+def test_the_factors_do_not_depend_on_the_number_of_workers(
+    crew: Callable[[int], Crew], method: str
+) -> None:
     for work in (_digest_only, _digest_of_mixture):
         digests = {found for workers in (1, 2, 3) for found in crew(workers).run(work, method)}
         assert len(digests) == 1, work.__name__
@@ -102,7 +117,9 @@ def mixture() -> dict[str, Target]:
     generator = torch.Generator().manual_seed(6)
     for name, transposed in (("experts.up", False), ("experts.down", True)):
         module = nn.Module()
-        module.weight = nn.Parameter(torch.randn(5, 12, 10, generator=generator), requires_grad=False)
+        module.weight = nn.Parameter(
+            torch.randn(5, 12, 10, generator=generator), requires_grad=False
+        )
         found[name] = Target(module, "weight", transposed, experts=5)
     return found
 
@@ -113,7 +130,9 @@ def of_mixture(method: str = "olora") -> tuple[str, dict[str, Factors], InitRepo
 
 
 @pytest.mark.parametrize("method", FROM_WEIGHTS)
-@pytest.mark.parametrize("numbers", [1, 300, 2**26], ids=["expert by expert", "in chunks", "at once"])
+@pytest.mark.parametrize(
+    "numbers", [1, 300, 2**26], ids=["expert by expert", "in chunks", "at once"]
+)
 def test_a_stack_is_computed_in_chunks_to_the_same_factors(
     monkeypatch: pytest.MonkeyPatch, method: str, numbers: int
 ) -> None:
@@ -143,11 +162,15 @@ shapes = st.dictionaries(
 
 
 @given(shapes, st.integers(1, 9))
-def test_all_layers_are_assigned_once_and_balanced(shapes: dict[str, tuple[int, ...]], workers: int) -> None:
+def test_all_layers_are_assigned_once_and_balanced(
+    shapes: dict[str, tuple[int, ...]], workers: int
+) -> None:
     shares = assign(shapes, RANK, workers)
     assert len(shares) == workers
     assert sorted(name for share in shares for name in share) == sorted(shapes)
-    cost = {name: math.prod(e) * (m * RANK**2 + m * n * RANK) for name, (*e, m, n) in shapes.items()}
+    cost = {
+        name: math.prod(e) * (m * RANK**2 + m * n * RANK) for name, (*e, m, n) in shapes.items()
+    }
     loads = [sum(cost[name] for name in share) for share in shares]
     assert max(loads) - min(loads) <= max(cost.values(), default=0)
     assert shares == assign(dict(shapes), RANK, workers)

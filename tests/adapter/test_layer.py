@@ -25,12 +25,17 @@ def factors(weight: Tensor, method: str = "olora", rank: int = RANK) -> Factors:
 def change(layer: AdaptedWeight, size: float, seed: int = 0) -> None:
     """Move dA and dB by `size` relative to the factors."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter, start in ((layer.da, layer.a0), (layer.db, layer.a0 if layer.b0 is None else layer.b0)):
+    for parameter, start in (
+        (layer.da, layer.a0),
+        (layer.db, layer.a0 if layer.b0 is None else layer.b0),
+    ):
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = noise * (size * start.norm() / noise.norm())
 
 
-def one_layer(m: int, n: int, method: str = "olora", rank: int = RANK, **options: Any) -> AdaptedLinear:
+def one_layer(
+    m: int, n: int, method: str = "olora", rank: int = RANK, **options: Any
+) -> AdaptedLinear:
     torch.manual_seed(1)
     base = nn.Linear(n, m)
     return AdaptedLinear(base, factors(base.weight.detach(), method, rank), SCALE, **options)
@@ -44,7 +49,9 @@ def formula(y: Tensor, x: Tensor, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor
 
 @pytest.mark.parametrize("with_b0", [True, False], ids=["stacked", "plain"])
 @pytest.mark.parametrize("leading", [(7,), (2, 5), (2, 1, 3)])
-def test_output_and_gradients_are_those_of_the_formula(with_b0: bool, leading: tuple[int, ...]) -> None:
+def test_output_and_gradients_are_those_of_the_formula(
+    with_b0: bool, leading: tuple[int, ...]
+) -> None:
     torch.manual_seed(2)
     m, n = 9, 6
 
@@ -59,7 +66,9 @@ def test_output_and_gradients_are_those_of_the_formula(with_b0: bool, leading: t
     expected = formula(y, x, da, db, a0, b0)
     torch.testing.assert_close(found, expected)
     gradients = torch.autograd.grad((found * weights).sum(), inputs)
-    for gradient, wanted in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+    for gradient, wanted in zip(
+        gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True
+    ):
         # dA and dB are float32 parameters: their gradients are rounded to it.
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
 
@@ -108,7 +117,9 @@ def test_dropout_is_for_training_alone() -> None:
     layer.eval()
     assert torch.equal(layer(x), plain(x))
     layer.train()
-    assert torch.equal(one_layer(9, 6, dropout=0.5).train()(x), layer.base(x)), "the start equals the base"
+    assert torch.equal(one_layer(9, 6, dropout=0.5).train()(x), layer.base(x)), (
+        "the start equals the base"
+    )
     torch.manual_seed(0)
     first = layer(x)
     assert not torch.equal(first, plain(x))

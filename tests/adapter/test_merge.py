@@ -14,7 +14,14 @@ from olora_ray.config.schema import Adapter
 from olora_ray.model import stored
 from olora_ray.pipeline import merge
 from tests import tiny
-from tests.export_parts import Case, logits, make_case, make_stacked_case, save_tokenizer, skeleton_of
+from tests.export_parts import (
+    Case,
+    logits,
+    make_case,
+    make_stacked_case,
+    save_tokenizer,
+    skeleton_of,
+)
 from tests.families import zoo
 from tests.families.variants import ALL, MIXTURES
 
@@ -35,11 +42,16 @@ def load(folder: Path) -> nn.Module:
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
 def test_what_transformers_puts_together_is_taken_apart_again(tmp_path: Path, family: str) -> None:
     """Experts stored one by one, fused, transposed or renamed: the files are the base's plus the change."""
-    case = make_stacked_case(tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6))
+    case = make_stacked_case(
+        tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6)
+    )
     case.write_merged(tmp_path / "merged")
     found = stored.groups(case.base, case.model, case.adapter)
     assert {layer for group in found for layer in group.layers} == set(case.adapter)
-    assert merge.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error < 1
+    assert (
+        merge.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error
+        < 1
+    )
     assert merge.changed(case.base, tmp_path / "merged", found) == []
     torch.testing.assert_close(logits(load(tmp_path / "merged")), case.logits, atol=2e-5, rtol=0)
 
@@ -49,7 +61,9 @@ def test_experts_are_merged_some_at_a_time_with_the_same_result(
 ) -> None:
     for family in ("mixtral", "gpt_oss", "granitemoe"):
         case = make_stacked_case(
-            tmp_path / family / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6)
+            tmp_path / family / "base",
+            zoo.make(ALL[family], attention="eager"),
+            Adapter(rank=3, alpha=6),
         )
         whole = load_file(case.write_merged(tmp_path / family / "whole") / "model.safetensors")
         monkeypatch.setattr("olora_ray.model.stored.AT_ONCE", 1)
@@ -85,9 +99,18 @@ def test_shards_keep_their_layout_and_other_files_come_along(tmp_path: Path) -> 
     assert len(shards) > 2
     assert sorted(path.name for path in out.glob("*.safetensors")) == shards
     names = {path.name for path in out.iterdir()} - set(shards)
-    assert names >= {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "LICENSE",
+    }
     assert names.isdisjoint({"pytorch_model.bin", "README.md"})
-    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
     assert (out / "model.safetensors.index.json").read_bytes() == (
         case.base / "model.safetensors.index.json"
     ).read_bytes()
@@ -117,14 +140,19 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> Non
     shard = min(case.base.glob("model-*.safetensors"))
     shard.rename(tmp_path / shard.name)
     index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
-    with pytest.raises(UserError, match=r"index\.json names '\.\./model-.*not a file in that folder"):
+    with pytest.raises(
+        UserError, match=r"index\.json names '\.\./model-.*not a file in that folder"
+    ):
         case.write_merged(tmp_path / "out" / "merged")
     assert not (tmp_path / "out").exists()
 
 
 def test_everyone_may_read_the_files(llama: Case, tmp_path: Path) -> None:
     (llama.base / "model.safetensors").chmod(0o600)
-    for folder in (llama.write_merged(tmp_path / "merged"), llama.write_adapter(tmp_path / "adapter")):
+    for folder in (
+        llama.write_merged(tmp_path / "merged"),
+        llama.write_adapter(tmp_path / "adapter"),
+    ):
         assert folder.stat().st_mode & 0o755 == 0o755
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
@@ -135,7 +163,9 @@ def test_a_checkpoint_without_the_models_prefix(tmp_path: Path) -> None:
     file = case.base / "model.safetensors"
     short = {name.removeprefix("transformer."): weight for name, weight in load_file(file).items()}
     save_file(short, file, metadata={"format": "pt"})
-    torch.testing.assert_close(logits(load(case.write_merged(tmp_path / "merged"))), case.logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        logits(load(case.write_merged(tmp_path / "merged"))), case.logits, atol=2e-5, rtol=0
+    )
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -152,7 +182,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     ("change", "problem"),
     [
         (lambda tensors: tensors.pop(Q), rf"cannot merge {re.escape(Q[:-7])}: .* has no weight"),
-        (lambda tensors: tensors.update({f"a.{Q}": tensors.pop(Q), f"b.{Q}": torch.ones(2)}), "has its weight twice"),
+        (
+            lambda tensors: tensors.update({f"a.{Q}": tensors.pop(Q), f"b.{Q}": torch.ones(2)}),
+            "has its weight twice",
+        ),
         (
             lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)}),
             rf"{re.escape(Q)} is stored as I8",
@@ -176,7 +209,9 @@ def test_tied_weights_are_named(llama: Case, tmp_path: Path) -> None:
         merge.write_merged(llama.base, with_head, 1.0, tmp_path / "merged", skeleton_of(llama.base))
     first, second = (f"model.layers.{i}.mlp.up_proj" for i in range(2))
     llama.model.get_submodule(second).weight = llama.model.get_submodule(first).weight
-    with pytest.raises(UserError, match=f"cannot merge {re.escape(first)}: its weight is tied to another layer"):
+    with pytest.raises(
+        UserError, match=f"cannot merge {re.escape(first)}: its weight is tied to another layer"
+    ):
         llama.write_merged(tmp_path / "merged")
 
 
@@ -219,7 +254,9 @@ def test_a_right_merge_is_right(case: Case, tmp_path: Path) -> None:
     folder = case.write_merged(tmp_path / "merged")
     found = check(case, folder)
     assert 0 < found.error <= 1
-    assert f"torch.{found.stored}" == str(stored.DTYPES[next(iter(stored.tensors(case.base).values())).dtype])
+    assert f"torch.{found.stored}" == str(
+        stored.DTYPES[next(iter(stored.tensors(case.base).values())).dtype]
+    )
     assert changed(case, folder) == []
 
 

@@ -36,7 +36,9 @@ def test_every_method_of_the_config_exists() -> None:
 
 
 @given(sizes, sizes, st.data(), seeds)
-def test_the_short_qr_gives_the_factors_of_the_full_one(m: int, n: int, data: st.DataObject, seed: int) -> None:
+def test_the_short_qr_gives_the_factors_of_the_full_one(
+    m: int, n: int, data: st.DataObject, seed: int
+) -> None:
     rank = data.draw(st.integers(1, min(m, n)))
     weight = random_weight(m, n, seed=seed, dtype=torch.float64)
     assume(torch.linalg.cond(weight[:, :rank]) < 1e6)
@@ -84,7 +86,9 @@ def parts(found: Factors) -> list[Tensor]:
 
 
 @EACH
-def test_the_same_arguments_give_the_same_factors_whatever_torchs_random_numbers_are(method: str) -> None:
+def test_the_same_arguments_give_the_same_factors_whatever_torchs_random_numbers_are(
+    method: str,
+) -> None:
     weight, ambient = random_weight(20, 14), torch.random.get_rng_state()
     first = METHODS[method].factors(weight, 4, 7, Options())
     assert torch.equal(ambient, torch.random.get_rng_state())
@@ -104,7 +108,9 @@ def test_a_stack_has_the_factors_of_each_expert(method: str, m: int, n: int) -> 
         for whole, one in zip(parts(found), parts(alone), strict=True):
             torch.testing.assert_close(whole[expert], one, atol=1e-5, rtol=1e-5)
     stack[1, :] = 0
-    assert METHODS[method].factors(stack, 4, 7, Options()).full_rank == (method in ("lora", "orthogonal"))
+    assert METHODS[method].factors(stack, 4, 7, Options()).full_rank == (
+        method in ("lora", "orthogonal")
+    )
 
 
 @EACH
@@ -164,14 +170,21 @@ def test_ranks_that_a_shape_does_not_allow_are_one_line(method: str) -> None:
 def test_an_odd_rank_is_refused_with_its_neighbours() -> None:
     line = METHODS["orthogonal"].problem(30, 30, 7)
     assert line == "adapter.rank=7: orthogonal needs a multiple of 2; use 6 or 8"
-    assert METHODS["orthogonal"].problem(30, 30, 1) == "adapter.rank=1: orthogonal needs a multiple of 2; use 2"
+    assert (
+        METHODS["orthogonal"].problem(30, 30, 1)
+        == "adapter.rank=1: orthogonal needs a multiple of 2; use 2"
+    )
     assert METHODS["orthogonal"].largest_rank(9, 30) == 8
 
 
 @EACH
 def test_the_config_refuses_what_the_method_refuses_for_its_rank_alone(method: str) -> None:
     for rank in (1, 2, 7, 8):
-        expected = pytest.raises(ValueError) if METHODS[method].problem(99, 99, rank) else contextlib.nullcontext()
+        expected = (
+            pytest.raises(ValueError)
+            if METHODS[method].problem(99, 99, rank)
+            else contextlib.nullcontext()
+        )
         with expected:
             Adapter(method=method, rank=rank)  # type: ignore[arg-type]
 
@@ -212,7 +225,12 @@ def pefts(weight: Tensor, init: str) -> Any:
     model.add_module("proj", nn.Linear(weight.shape[1], weight.shape[0], bias=False))
     model.proj.weight.data = weight.clone()
     torch.manual_seed(0)
-    settings: Any = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["proj"], "init_lora_weights": init}
+    settings: Any = {
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": ["proj"],
+        "init_lora_weights": init,
+    }
     return peft.get_peft_model(model, peft.LoraConfig(**settings)).base_model.model.proj
 
 
@@ -236,7 +254,9 @@ def test_the_exact_ones_are_the_svd_in_float64(method: str, m: int, n: int) -> N
     a, b = ours(weight, method)
     assert relative(SCALE * b @ a, u[:, chosen] * s[chosen] @ vh[chosen]) <= 1e-5
     expected = s[chosen] if method == "pissa" else s[chosen].flip(0)
-    torch.testing.assert_close(SCALE * b.norm(dim=0) * a.norm(dim=1), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        SCALE * b.norm(dim=0) * a.norm(dim=1), expected, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_orthogonal_has_the_bits_of_pefts_from_the_same_random_numbers() -> None:
@@ -253,9 +273,14 @@ def test_nora_is_the_formula() -> None:
     weight = spectral_weight(64, 192)
     generator = torch.Generator().manual_seed(9)
     omega = torch.stack([torch.randn(64, generator=generator) for _ in range(RANK)])
-    for sigma, factor in ((0.1, 0.1 / SCALE), ("matched", SCALE * 3**-0.5 / float(weight.norm()) / SCALE)):
+    for sigma, factor in (
+        (0.1, 0.1 / SCALE),
+        ("matched", SCALE * 3**-0.5 / float(weight.norm()) / SCALE),
+    ):
         options: Any = Options(sigma=sigma)  # type: ignore[arg-type]
         use = METHODS["nora"]
         found = use.at_scale(use.factors(weight, RANK, 9, options), SCALE, options)
-        torch.testing.assert_close(found.a0.double(), factor * omega.double() @ weight.double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            found.a0.double(), factor * omega.double() @ weight.double(), rtol=1e-5, atol=1e-6
+        )
         assert found.b0 is None

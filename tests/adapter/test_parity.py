@@ -14,14 +14,24 @@ from olora_ray.config.schema import Adapter
 from olora_ray.model import stored
 from olora_ray.pipeline import parity as module
 from olora_ray.pipeline.merge import Worst
-from olora_ray.pipeline.parity import AsPeftReads, Difference, Folders, Logits, MergedFolder, Parity, measure_logits
+from olora_ray.pipeline.parity import (
+    AsPeftReads,
+    Difference,
+    Folders,
+    Logits,
+    MergedFolder,
+    Parity,
+    measure_logits,
+)
 from tests import tiny
 from tests.export_parts import IDS, Case, make_case
 from tests.families import zoo
 from tests.families.variants import ALL
 
 LOGITS = Logits(115, 40.0, 2.0, 1e-5, 0.04, Difference(1e-5, 3e-4), Difference(0.0, 3e-4))
-RIGHT = Parity(MergedFolder(Worst(0.99, "a.up", "bfloat16"), ()), AsPeftReads(7e-8, "a.up", ()), LOGITS)
+RIGHT = Parity(
+    MergedFolder(Worst(0.99, "a.up", "bfloat16"), ()), AsPeftReads(7e-8, "a.up", ()), LOGITS
+)
 
 
 def test_a_right_export_is_right_and_kept_as_json() -> None:
@@ -62,7 +72,9 @@ def measure(case: Case, folder: Path, merged: bool = True) -> Logits | str:
         case.write_adapter(folder / "adapter")
     folders = Folders(case.base, folder / "merged" if merged else None, folder / "adapter", False)
     found = stored.groups(case.base, case.model, case.adapter)
-    return measure_logits(folders, case.model, found, case.adapter, case.scale, [IDS], torch.device("cpu"))
+    return measure_logits(
+        folders, case.model, found, case.adapter, case.scale, [IDS], torch.device("cpu")
+    )
 
 
 def made(found: Logits | str) -> Logits:
@@ -117,7 +129,9 @@ def test_an_adapter_that_took_no_part_in_the_training_is_caught(
 
     real = module.inject
     monkeypatch.setattr(module, "inject", inject)
-    found = made(measure(make_case(tmp_path / "base", tiny.llama(dtype=torch.bfloat16), SETTINGS), tmp_path))
+    found = made(
+        measure(make_case(tmp_path / "base", tiny.llama(dtype=torch.bfloat16), SETTINGS), tmp_path)
+    )
     assert len(found.problems()) == 2
 
 
@@ -127,12 +141,16 @@ def test_a_family_without_sdpa_is_compared_in_its_own_attention(tmp_path: Path) 
     assert made(measure(make_case(tmp_path / "base", model, SETTINGS), tmp_path)).problems() == []
 
 
-def test_a_merged_folder_that_does_not_load_is_an_error_and_such_a_base_a_reason(tmp_path: Path) -> None:
+def test_a_merged_folder_that_does_not_load_is_an_error_and_such_a_base_a_reason(
+    tmp_path: Path,
+) -> None:
     case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
     case.write_merged(tmp_path / "merged")
     (tmp_path / "merged" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="export: the merged model does not run"):
         measure(case, tmp_path)
     folders = Folders(tmp_path / "gone", None, tmp_path / "adapter", False)
-    found = measure_logits(folders, case.model, [], case.adapter, case.scale, [IDS], torch.device("cpu"))
+    found = measure_logits(
+        folders, case.model, [], case.adapter, case.scale, [IDS], torch.device("cpu")
+    )
     assert str(found).startswith("the adapted model does not run here: ")

@@ -48,12 +48,18 @@ def assert_reads_back(case: Case, folder: Path) -> None:
     again, scale = read_adapter(folder, case.model)
     assert again.keys() == case.adapter.keys()
     for name, item in case.adapter.items():
-        torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("settings", METHODS, ids=lambda item: f"{item.method}-{item.rank_stabilized}")
-def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, settings: Adapter) -> None:
+@pytest.mark.parametrize(
+    "settings", METHODS, ids=lambda item: f"{item.method}-{item.rank_stabilized}"
+)
+def test_peft_says_what_the_adapted_model_says(
+    tmp_path: Path, family: str, settings: Adapter
+) -> None:
     case = make_case(tmp_path / "base", getattr(tiny, family)(), settings)
     folder = case.write_adapter(tmp_path / "adapter")
     torch.testing.assert_close(from_peft(case, folder), case.logits, atol=2e-5, rtol=0)
@@ -62,8 +68,12 @@ def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, sett
 
 
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
-def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(tmp_path: Path, family: str) -> None:
-    case = make_stacked_case(tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6))
+def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(
+    tmp_path: Path, family: str
+) -> None:
+    case = make_stacked_case(
+        tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6)
+    )
     folder = case.write_adapter(tmp_path / "adapter")
     found = check_adapter(folder, case.model, case.adapter, case.scale)
     assert found.ok, found
@@ -94,15 +104,23 @@ def test_a_stack_that_is_called_as_a_layer_is_read_back(tmp_path: Path) -> None:
     again, scale = read_adapter(tmp_path / "adapter", model)
     assert set(again) == set(names)
     for name, item in adapter.items():
-        torch.testing.assert_close(again[name].delta(scale), item.delta(settings.scale()), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            again[name].delta(scale), item.delta(settings.scale()), atol=1e-6, rtol=0
+        )
 
 
 def test_some_of_the_names_that_peft_rewrites_are_enough(tmp_path: Path) -> None:
     """PEFT refuses gate_proj without up_proj if it takes them for experts."""
     model = zoo.make(ALL["deepseek_v3"])
-    names = [name for name, _ in model.named_modules() if name.endswith(("mlp.gate_proj", "shared_experts.down_proj"))]
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name.endswith(("mlp.gate_proj", "shared_experts.down_proj"))
+    ]
     case = make_stacked_case(tmp_path / "base", model, Adapter(rank=3, alpha=6), names)
-    found = check_adapter(case.write_adapter(tmp_path / "adapter"), case.model, case.adapter, case.scale)
+    found = check_adapter(
+        case.write_adapter(tmp_path / "adapter"), case.model, case.adapter, case.scale
+    )
     assert found.ok, found
 
 
@@ -111,10 +129,15 @@ def test_the_adapter_folder_is_what_peft_itself_writes(llama: Case, tmp_path: Pa
 
     folder = llama.write_adapter(tmp_path / "adapter")
     PeftModel.from_pretrained(load(llama.base), folder).save_pretrained(tmp_path / "again")
-    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "again"))
+    ours, theirs = (
+        load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "again")
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    ours, theirs = (json.loads((path / "adapter_config.json").read_text()) for path in (folder, tmp_path / "again"))
+    ours, theirs = (
+        json.loads((path / "adapter_config.json").read_text())
+        for path in (folder, tmp_path / "again")
+    )
     assert set(ours) <= set(theirs)
     assert (ours["r"], ours["lora_alpha"], ours["use_rslora"]) == (8, 12, False)
     assert ours["target_modules"] == list(llama.adapter), "full names: nothing else can match"
@@ -155,7 +178,9 @@ def test_matrices_that_are_missing_or_left_over_are_told(llama: Case, tmp_path: 
         {"rank_pattern": {"q_proj": 2}},
     ],
 )
-def test_an_adapter_of_another_form_is_not_read(llama: Case, tmp_path: Path, fields: dict[str, object]) -> None:
+def test_an_adapter_of_another_form_is_not_read(
+    llama: Case, tmp_path: Path, fields: dict[str, object]
+) -> None:
     folder = llama.write_adapter(tmp_path / "adapter")
     edit(folder, **fields)
     with pytest.raises(UserError, match="is not a plain LoRA, so it cannot be merged here"):

@@ -26,28 +26,44 @@ def base(tmp_path: Path) -> Path:
     fields = json.loads(settings.read_text())
     assert fields["is_local"] is True, "what this is about"
     assert fields["tokenizer_class"] == "TokenizersBackend"
-    settings.write_text(json.dumps({**fields, "extra_special_tokens": ["<s>"], "name_or_path": "/home/someone"}))
+    settings.write_text(
+        json.dumps({**fields, "extra_special_tokens": ["<s>"], "name_or_path": "/home/someone"})
+    )
     return tmp_path / "base"
 
 
 def test_a_tokenizer_is_copied_without_traces_of_a_machine(base: Path, tmp_path: Path) -> None:
-    for folder, text in ((base, "new"), (tmp_path / "out", "old")):  # a merged folder has them already
+    for folder, text in (
+        (base, "new"),
+        (tmp_path / "out", "old"),
+    ):  # a merged folder has them already
         (folder / "additional_chat_templates").mkdir(parents=True)
         (folder / "additional_chat_templates" / "tools.jinja").write_text(text)
     (base / "model.safetensors").write_bytes(b"x")
     portable.copy_tokenizer(base, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"}
+    assert names == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates",
+    }
     fields = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert fields.keys().isdisjoint({"is_local", "local_files_only", "name_or_path", "extra_special_tokens"})
+    assert fields.keys().isdisjoint(
+        {"is_local", "local_files_only", "name_or_path", "extra_special_tokens"}
+    )
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert fields["additional_special_tokens"] == ["<s>"]
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        base / "tokenizer.json"
+    ).read_bytes()
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "new"
 
 
 @pytest.mark.parametrize("code", [True, False])
-def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base: Path, tmp_path: Path, code: bool) -> None:
+def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(
+    base: Path, tmp_path: Path, code: bool
+) -> None:
     (tmp_path / "out").mkdir()
     files = {"tokenization_ours.py", "sentencepiece.bpe.model"}
     for name in files:
@@ -55,7 +71,9 @@ def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base: Path, tmp_path
     if code:
         settings = base / "tokenizer_config.json"
         fields = json.loads(settings.read_text())
-        settings.write_text(json.dumps({**fields, "auto_map": {"AutoTokenizer": ["tokenization_ours.Ours", None]}}))
+        settings.write_text(
+            json.dumps({**fields, "auto_map": {"AutoTokenizer": ["tokenization_ours.Ours", None]}})
+        )
     portable.copy_tokenizer(base, tmp_path / "out")
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert there & files == (files if code else set())
@@ -91,15 +109,21 @@ def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: P
             (folder / "config.json").write_text('{"bos_token_id": 1}')
             save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
             if there:
-                (folder / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+                (folder / "generation_config.json").write_text(
+                    '{"eos_token_id": 2, "temperature": 0.5}'
+                )
         portable.end_with(merged, (2, 7))
         found = json.loads((merged / "generation_config.json").read_text())
         assert found == (
-            {"eos_token_id": [2, 7], "temperature": 0.5} if there else {"bos_token_id": 1, "eos_token_id": [2, 7]}
+            {"eos_token_id": [2, 7], "temperature": 0.5}
+            if there
+            else {"bos_token_id": 1, "eos_token_id": [2, 7]}
         )
         assert merge.changed(base, merged, []) == []
         (merged / "generation_config.json").write_text(json.dumps({**found, "temperature": 1.0}))
-        assert merge.changed(base, merged, []) == ["generation_config.json differs from the base model's"]
+        assert merge.changed(base, merged, []) == [
+            "generation_config.json differs from the base model's"
+        ]
 
 
 def test_positions_are_told_by_the_names_of_transformers_4_too() -> None:
@@ -174,7 +198,10 @@ def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
 
 
 def test_a_base_that_sees_is_loaded_as_that(tmp_path: Path) -> None:
-    for kind, loader in (("llava", "AutoModelForImageTextToText"), ("gemma3", "AutoModelForCausalLM")):
+    for kind, loader in (
+        ("llava", "AutoModelForImageTextToText"),
+        ("gemma3", "AutoModelForCausalLM"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         text = model_card(replace(CARD, loader=text_class(tmp_path).__name__))
         assert f"from transformers import {loader}, AutoTokenizer\n" in text
@@ -182,7 +209,11 @@ def test_a_base_that_sees_is_loaded_as_that(tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_merged_model_names_its_repository_and_the_license(tmp_path: Path) -> None:
-    text = model_card(replace(CARD, merged=True, place="acme/tuned", license={"license": "mit"}, own_template=True))
+    text = model_card(
+        replace(
+            CARD, merged=True, place="acme/tuned", license={"license": "mit"}, own_template=True
+        )
+    )
     _, metadata, body = text.split("---\n")
     assert yaml.safe_load(metadata) == {
         "license": "mit",
@@ -215,9 +246,13 @@ def test_the_card_of_a_merged_model_names_its_repository_and_the_license(tmp_pat
         ),
     ],
 )
-def test_the_license_is_that_of_the_base_or_given(tmp_path: Path, card: str, found: dict[str, str]) -> None:
+def test_the_license_is_that_of_the_base_or_given(
+    tmp_path: Path, card: str, found: dict[str, str]
+) -> None:
     assert portable.license_of(tmp_path, "org/base", None) == {}
     (tmp_path / "README.md").write_text(card)
     assert portable.license_of(tmp_path, "org/base", None) == found
     assert portable.license_of(tmp_path, "org/base", "apache-2.0") == {"license": "apache-2.0"}
-    assert "LICENSE" not in portable.license_of(tmp_path, None, None).values(), "a file that is not there"
+    assert "LICENSE" not in portable.license_of(tmp_path, None, None).values(), (
+        "a file that is not there"
+    )

@@ -24,10 +24,14 @@ class Block(nn.Module):
         return self.o(x), k, v
 
 
-def adapted(training: bool, method: str = "olora", dropout: float = 0.0) -> tuple[Any, dict[str, AdaptedWeight], Any]:
+def adapted(
+    training: bool, method: str = "olora", dropout: float = 0.0
+) -> tuple[Any, dict[str, AdaptedWeight], Any]:
     torch.manual_seed(1)
     block: Any = Block()
-    start = {name: factors(layer.weight.detach(), method, 2) for name, layer in block.named_children()}
+    start = {
+        name: factors(layer.weight.detach(), method, 2) for name, layer in block.named_children()
+    }
     layers = inject(block, start, 1.5, dropout)
     parts = [part for layer in layers.values() for part in (layer.da, layer.db)]
     for part in parts:
@@ -64,7 +68,9 @@ def test_outputs_and_gradients_are_autograds(method: str, used: tuple[int, ...])
         (True, lambda block, x: install(block, adapted(True, "lora")[1])),
     ],
 )
-def test_an_output_of_something_else_is_never_taken(training: bool, happens: Callable[[Any, Tensor], Any]) -> None:
+def test_an_output_of_something_else_is_never_taken(
+    training: bool, happens: Callable[[Any, Tensor], Any]
+) -> None:
     block, *_ = adapted(training)
     x = torch.randn(3, 6)
     given = block.q(x).grad_fn

@@ -36,7 +36,9 @@ def missed(place: Path, numbers: range) -> list[str]:
         draw.export()
         before = verdicts.contents(draw.folder)
         plant(draw)
-        assert verdicts.contents(draw.folder) != before, f"{plant.__name__} changed nothing in {draw}"
+        assert verdicts.contents(draw.folder) != before, (
+            f"{plant.__name__} changed nothing in {draw}"
+        )
         rows[plant.__name__, draw.family] += 1
         if draw.verdict().ok:
             found.append(f"{plant.__name__} in {draw}")

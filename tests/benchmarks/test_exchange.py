@@ -18,5 +18,7 @@ def test_a_machine_sends_one_vector_per_step(benchmark: Any) -> None:
     command += ["--workers", "2", "--megabytes", "1", "--rounds", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr  # another code if the bits differ
-    vectors = [float(found) for found in re.findall(r"(?:first|flat) +[\d.]+ +([\d.]+)", done.stdout)]
+    vectors = [
+        float(found) for found in re.findall(r"(?:first|flat) +[\d.]+ +([\d.]+)", done.stdout)
+    ]
     assert vectors == pytest.approx([1.0, 2.0], rel=0.05)

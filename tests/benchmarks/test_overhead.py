@@ -25,8 +25,15 @@ def test_the_side_without_ray_trains_and_leaves_what_is_read(
     tree["evaluation"] = {"samples": 0}
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(tree))
-    monkeypatch.setattr(module, "prepare_device", lambda config, device: None)  # it is for good in this process
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    monkeypatch.setattr(
+        module, "prepare_device", lambda config, device: None
+    )  # it is for good in this process
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     try:
         module.main(str(file))

@@ -10,7 +10,9 @@ from tests import tiny
 from tests.pipelines import project
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (project.ROOT / "benchmarks").glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(file.stem for file in (project.ROOT / "benchmarks").glob("*.py"))
+)
 def test_every_script_finds_what_it_imports(benchmark: Any, name: str) -> None:
     assert benchmark(name).__doc__
 
@@ -18,8 +20,14 @@ def test_every_script_finds_what_it_imports(benchmark: Any, name: str) -> None:
 def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
     rows = [(np.arange(2, 8, dtype=np.int32), np.arange(6) > 1)] * 5
     store = benchmark("common").memory_store(rows, 8)
-    train = benchmark("common").config("", {"name": ""}, train={"steps": 2, "global_batch": 2, "micro_batch": 1}).train
-    assert Schedule(train, store).lr(0) > 0  # with the default, train.lr=auto, tree.py and memory.py failed
+    train = (
+        benchmark("common")
+        .config("", {"name": ""}, train={"steps": 2, "global_batch": 2, "micro_batch": 1})
+        .train
+    )
+    assert (
+        Schedule(train, store).lr(0) > 0
+    )  # with the default, train.lr=auto, tree.py and memory.py failed
     loader = StepLoader(store, train, 0, "segments")
     steps = [data for data, _ in loader.steps(0, lambda done: done >= 3)]
     assert len(steps) == 3  # into the second pass

@@ -35,7 +35,9 @@ def port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("given", [None, "", "auto", "local"])
-def test_without_a_ray_the_run_gets_its_own(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_ray_the_run_gets_its_own(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if given is not None:
         monkeypatch.setenv("RAY_ADDRESS", given)
     assert address.find() == "local"
@@ -68,7 +70,9 @@ def test_an_address_that_is_none_of_a_head_is_refused(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
-def test_an_address_at_which_nothing_answers_is_named(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_at_which_nothing_answers_is_named(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = f"{host}:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", given)
     with pytest.raises(UserError, match=f"RAY_ADDRESS={given}: no Ray answers there"):
@@ -85,7 +89,9 @@ def test_a_ray_of_this_machine_that_has_died_is_named(tmp_path: Path) -> None:
 def test_a_ray_of_another_version_is_refused(tmp_path: Path) -> None:
     with fake_head.head("2.1.0") as port:
         started(tmp_path, port)
-        with pytest.raises(UserError, match=rf"127.0.0.1:{port}: runs Ray 2.1.0, here it is {ray.__version__}: "):
+        with pytest.raises(
+            UserError, match=rf"127.0.0.1:{port}: runs Ray 2.1.0, here it is {ray.__version__}: "
+        ):
             address.find()
 
 
@@ -97,7 +103,10 @@ def started(folder: Path, port: int) -> None:
 
 ENDS = {
     "a mistake that is found while Ray starts": ("raise SystemExit(2)", 2),
-    "the driver is killed": ("assert address.join_or_start(); os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    "the driver is killed": (
+        "assert address.join_or_start(); os.kill(os.getpid(), signal.SIGKILL)",
+        -signal.SIGKILL,
+    ),
     "the end": ("assert address.join_or_start(); print(os.environ['RAY_AUTH_MODE'])", 0),
 }
 
@@ -106,12 +115,21 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_the_ray_that_starts_beside_the_drivers_imports_ends_with_the_driver(end: str) -> None:
     code, expected = ENDS[end]
-    whole = f"import os, signal\nfrom olora_ray.cluster import address\nwith address.begun(): {code}"
+    whole = (
+        f"import os, signal\nfrom olora_ray.cluster import address\nwith address.begun(): {code}"
+    )
     with processes.scratch() as folder:
         environment = {**os.environ, "RAY_TMPDIR": str(folder)}
         done = subprocess.run(
-            [sys.executable, "-c", whole], env=environment, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", whole],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == expected, done.stderr
-        assert done.stdout == ("token\n" if end == "the end" else ""), "it asks for this user's token, as ray.init's"
+        assert done.stdout == ("token\n" if end == "the end" else ""), (
+            "it asks for this user's token, as ray.init's"
+        )
         until(lambda: not processes.processes_of(folder), 20)

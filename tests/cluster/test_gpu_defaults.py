@@ -26,21 +26,34 @@ def config(tmp_path: Path) -> Config:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "llama" / name).write_text("{}")
     given = tiny.config(
-        model__name=str(tmp_path / "llama"), train__global_batch=16, run__storage=str(tmp_path / "runs")
+        model__name=str(tmp_path / "llama"),
+        train__global_batch=16,
+        run__storage=str(tmp_path / "runs"),
     )
-    return override(given, {"cluster.workers": "auto", "train.micro_batch": "auto", "cluster.gpus_per_worker": 1})
+    return override(
+        given,
+        {"cluster.workers": "auto", "train.micro_batch": "auto", "cluster.gpus_per_worker": 1},
+    )
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free: float = 80.0, busy: int = 0) -> None:
     """Have Ray tell of one node with GPUs of 80 GiB, of which some are busy and one has `free` GiB."""
     here = node_facts.node_info()
-    info = NodeInfo(here.versions, 999 * GIB, 80 * GIB, None, (9, 0), 13, 13, int(free * GIB), (4711,))
-    node = {"NodeManagerAddress": "10.0.0.1", "NodeID": "a", "Resources": {"CPU": 64.0, "GPU": float(gpus)}}
+    info = NodeInfo(
+        here.versions, 999 * GIB, 80 * GIB, None, (9, 0), 13, 13, int(free * GIB), (4711,)
+    )
+    node = {
+        "NodeManagerAddress": "10.0.0.1",
+        "NodeID": "a",
+        "Resources": {"CPU": 64.0, "GPU": float(gpus)},
+    }
     told: dict[Any, Any] = {
         (node_facts, "node_info"): lambda: info,
         (resources, "schedulable_nodes"): lambda: [node],
         (resources, "autoscaler_limits"): list,
-        (resources.ray_internals, "free_resources"): lambda: {"a": {"CPU": 64.0, "GPU": float(gpus - busy)}},
+        (resources.ray_internals, "free_resources"): lambda: {
+            "a": {"CPU": 64.0, "GPU": float(gpus - busy)}
+        },
         (preflight, "gpu_problems"): lambda *_: [],
     }
     for (module, name), answer in told.items():
@@ -48,7 +61,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free: float = 80.0, busy
 
 
 @pytest.mark.parametrize(
-    ("gpus", "busy", "workers", "micro"), [(1, 0, 1, 16), (3, 0, 3, 6), (8, 0, 8, 2), (32, 0, 32, 1), (8, 3, (5, 8), 2)]
+    ("gpus", "busy", "workers", "micro"),
+    [(1, 0, 1, 16), (3, 0, 3, 6), (8, 0, 8, 2), (32, 0, 32, 1), (8, 3, (5, 8), 2)],
 )
 def test_every_gpu_has_an_equal_part_of_a_step(
     config: Config, monkeypatch: pytest.MonkeyPatch, gpus: int, busy: int, workers: Any, micro: int
@@ -64,16 +78,28 @@ def test_other_processes_on_a_gpu_are_named_and_their_memory_is_not_planned_with
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, 1, free=0.5)
-    with said() as lines, pytest.raises(UserError, match=r"GPU memory, so there is room for 0 .*has 0\.5 GiB"):
+    with (
+        said() as lines,
+        pytest.raises(UserError, match=r"GPU memory, so there is room for 0 .*has 0\.5 GiB"),
+    ):
         preflight.check_cluster(config, obtain(config))
-    assert any("other processes (4711) leave 0.5 of 80.0 GiB on a GPU: stop them" in line for line in lines)
+    assert any(
+        "other processes (4711) leave 0.5 of 80.0 GiB on a GPU: stop them" in line for line in lines
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_no_gpu_of_a_real_ray_is_idle() -> None:
-    script = [sys.executable, str(project.ROOT / "benchmarks" / "gpu_defaults.py"), "--models", "135M,70B"]
-    done = subprocess.run([*script, "--clusters", "1,2 x 8"], capture_output=True, text=True, check=True)
+    script = [
+        sys.executable,
+        str(project.ROOT / "benchmarks" / "gpu_defaults.py"),
+        "--models",
+        "135M,70B",
+    ]
+    done = subprocess.run(
+        [*script, "--clusters", "1,2 x 8"], capture_output=True, text=True, check=True
+    )
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("135M", "70B"))]
     assert [row[-1] for row in rows if row[0] == "135M"] == ["0", "0"]
     assert "cluster.strategy=fsdp" in done.stdout

@@ -30,7 +30,9 @@ def test_it_ends_with_what_the_workers_return_or_raise(error: Exception | None) 
             raise error
         return TrainResult(problem=f"of {workers}")
 
-    channel = SimpleNamespace(request_stop=SimpleNamespace(remote=lambda why: (asked.append(why), end.set())))
+    channel = SimpleNamespace(
+        request_stop=SimpleNamespace(remote=lambda why: (asked.append(why), end.set()))
+    )
     found = Group(fit, 2, channel)
     assert not found.ended()
     found.end()
@@ -70,7 +72,9 @@ def a_channel_that_died_is_one_line(channel: Any) -> None:
 def a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel: Any) -> None:
     import ray
 
-    def told(call: str, *arguments: Any) -> Any:  # one after the other: the channel's methods are async
+    def told(
+        call: str, *arguments: Any
+    ) -> Any:  # one after the other: the channel's methods are async
         return ray.get(getattr(channel, call).remote(*arguments))
 
     one, two = (Member(rank, "node", rank, str(rank)) for rank in (0, 1))

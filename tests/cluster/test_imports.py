@@ -21,14 +21,29 @@ TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
             "olora_ray.cluster.train_backend, ray.train.v2._internal.execution.controller.controller",
             TORCH,
         ),
-        ("worker", "olora_ray.cluster.worker", ("torch.distributed.tensor", "olora_ray.pipeline.fit", *TORCH[1:])),
-        ("driver", "olora_ray.pipeline.run", ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn")),
+        (
+            "worker",
+            "olora_ray.cluster.worker",
+            ("torch.distributed.tensor", "olora_ray.pipeline.fit", *TORCH[1:]),
+        ),
+        (
+            "driver",
+            "olora_ray.pipeline.run",
+            ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn"),
+        ),
     ],
 )
-def test_nothing_heavy_is_imported_before_it_is_needed(what: str, modules: str, unwanted: tuple[str, ...]) -> None:
+def test_nothing_heavy_is_imported_before_it_is_needed(
+    what: str, modules: str, unwanted: tuple[str, ...]
+) -> None:
     code = f"import {modules}, sys\nprint(*(name for name in {unwanted!r} if name in sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=project.ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code],
+        cwd=project.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [], what

@@ -52,7 +52,9 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, BaseModel
     return name, BaseModel("base", str(tmp_path), "")
 
 
-def cluster_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[str, dict[str, float], NodeInfo]) -> Answers:
+def cluster_of(
+    monkeypatch: pytest.MonkeyPatch, *nodes: tuple[str, dict[str, float], NodeInfo]
+) -> Answers:
     """Have Ray tell of these nodes, which have resources and answer with facts; returns the answers."""
     entries = [{"NodeManagerAddress": address, "Resources": has} for address, has, _ in nodes]
     answers = [(address, info) for address, _, info in nodes]
@@ -67,20 +69,31 @@ def cluster_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[str, dict[str, flo
 
 
 def problems(
-    config: Config, base: BaseModel, size: MemoryEstimate, wanted: resources.Resources, answers: Answers
+    config: Config,
+    base: BaseModel,
+    size: MemoryEstimate,
+    wanted: resources.Resources,
+    answers: Answers,
 ) -> list[str]:
     nodes = with_room(config, wanted, answers)
     return list(memory_problems(config, base, size, wanted.get("GPU", 0.0), nodes))
 
 
 def node(fits: int, memory: float, gpu_memory: float | None = None) -> Node:
-    return Node("10.0.0.1", NodeInfo({}, int(memory), None if gpu_memory is None else int(gpu_memory)), fits)
+    return Node(
+        "10.0.0.1", NodeInfo({}, int(memory), None if gpu_memory is None else int(gpu_memory)), fits
+    )
 
 
-def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(base: tuple[str, BaseModel]) -> None:
+def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(
+    base: tuple[str, BaseModel],
+) -> None:
     stored, folder = base
     assert precisions(tiny.config(), folder, gpu=True) == (stored, torch.bfloat16)
-    assert precisions(tiny.config(model__dtype="float32"), folder, gpu=True) == (stored, torch.float32)
+    assert precisions(tiny.config(model__dtype="float32"), folder, gpu=True) == (
+        stored,
+        torch.float32,
+    )
     on_gpu, beside = needs(tiny.config(), folder, SIZE, 1.0)
     assert on_gpu.size == SIZE.total_bytes() + PROCESS_BYTES
     many, _ = needs(tiny.config(cluster__workers=64, train__global_batch=64), folder, SIZE, 1.0)
@@ -91,7 +104,9 @@ def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(base:
 
 
 @pytest.mark.parametrize("base", [torch.float16], indirect=True)
-def test_workers_that_fit_on_their_gpus_may_not_fit_on_the_node(base: tuple[str, BaseModel]) -> None:
+def test_workers_that_fit_on_their_gpus_may_not_fit_on_the_node(
+    base: tuple[str, BaseModel],
+) -> None:
     on_gpu, beside = needs(tiny.config(), base[1], SIZE, 1.0)
     nodes = [node(8, memory=24 * GIB, gpu_memory=80 * GIB)]
     assert missing(8, on_gpu, nodes) is None
@@ -101,14 +116,20 @@ def test_workers_that_fit_on_their_gpus_may_not_fit_on_the_node(base: tuple[str,
         " 24.0 GiB)"
     )
     advice = str(beside.advice)
-    assert all(part in advice for part in ("raise cluster.cpus_per_worker", "stored in BF16", "F16 is converted"))
+    assert all(
+        part in advice
+        for part in ("raise cluster.cpus_per_worker", "stored in BF16", "F16 is converted")
+    )
 
 
 @pytest.mark.parametrize("base", [torch.float16], indirect=True)
 def test_only_nodes_with_room_for_workers_are_counted(
     base: tuple[str, BaseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpus, cpus = NodeInfo({"torch": "2.13.0+cpu"}, 24 * GIB, 80 * GIB), NodeInfo({"torch": "2.13.0+cpu"}, 999 * GIB)
+    gpus, cpus = (
+        NodeInfo({"torch": "2.13.0+cpu"}, 24 * GIB, 80 * GIB),
+        NodeInfo({"torch": "2.13.0+cpu"}, 999 * GIB),
+    )
     nodes = (("10.0.0.1", {"CPU": 8.0, "GPU": 8.0}, gpus), ("10.0.0.2", {"CPU": 64.0}, cpus))
     answers, wanted = cluster_of(monkeypatch, *nodes), {"CPU": 1.0, "GPU": 1.0}
     settings = tiny.config(cluster__workers=8, train__global_batch=8)
@@ -131,7 +152,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def sized(model: str, again: bool | str, micro: int = 8) -> tuple[Config, BaseModel, MemoryEstimate]:
+def sized(
+    model: str, again: bool | str, micro: int = 8
+) -> tuple[Config, BaseModel, MemoryEstimate]:
     config = tiny.config(
         model__name=model,
         model__dtype="float32",
@@ -147,16 +170,23 @@ def one_node(monkeypatch: pytest.MonkeyPatch, memory: int) -> Answers:
     return cluster_of(monkeypatch, ("10.0.0.1", {"CPU": 1.0}, NodeInfo({}, memory)))
 
 
-def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, base, plain = sized(model, "auto")
     again = sized(model, again=True)[2]
     assert again.activation_bytes < plain.activation_bytes / 2
-    for memory, wanted in ((2 * plain.total_bytes(), False), ((plain.total_bytes() + again.total_bytes()) // 2, True)):
+    for memory, wanted in (
+        (2 * plain.total_bytes(), False),
+        ((plain.total_bytes() + again.total_bytes()) // 2, True),
+    ):
         answers = one_node(monkeypatch, memory + PROCESS_BYTES)
         for setting, expected in (("auto", wanted), (False, False), (True, True)):
             config, _, size = sized(model, setting)
             assert preflight.planned(config, base).recompute is expected
-            found = with_recomputation(config, base, size, 0.0, with_room(config, {"CPU": 1.0}, answers))
+            found = with_recomputation(
+                config, base, size, 0.0, with_room(config, {"CPU": 1.0}, answers)
+            )
             assert found.recompute is expected
             fitting = not problems(config, base, found, {"CPU": 1.0}, answers)
             assert fitting is (expected or not wanted)
@@ -180,7 +210,10 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     young, old = (NodeInfo({}, GIB, GIB, gpu_generation=each) for each in (generation, (6, 1)))
-    nodes = (("a", {"CPU": 4.0, "GPU": 1.0}, young), ("b", {"CPU": 4.0}, old))  # b offers no GPU to workers
+    nodes = (
+        ("a", {"CPU": 4.0, "GPU": 1.0}, young),
+        ("b", {"CPU": 4.0}, old),
+    )  # b offers no GPU to workers
     answers = cluster_of(monkeypatch, *nodes)
     config = tiny.config(run__storage=str(tmp_path))
     if began:
@@ -194,7 +227,9 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     assert as_loaded(tiny.config(), 0.0, nodes) == tiny.config()
 
 
-def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_names_the_change_that_makes_it_fit(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     room = sized(model, again=True, micro=2)[2].total_bytes()
     answers = one_node(monkeypatch, room + PROCESS_BYTES)
     for setting, words in (
@@ -215,11 +250,17 @@ def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: p
     [
         {"model__quantization": "fp8"},
         {"cluster__strategy": "fsdp", "cluster__workers": 4, "cluster__fsdp_replicas": 2},
-        {"model__dtype": "float32", "data__eval_fraction": 0.1, "evaluation__scorer": "exact_match"},
+        {
+            "model__dtype": "float32",
+            "data__eval_fraction": 0.1,
+            "evaluation__scorer": "exact_match",
+        },
     ],
     ids=str,
 )
-def test_every_change_that_may_be_advised_is_one_that_can_be_made(settings: dict[str, Any], gpus: float) -> None:
+def test_every_change_that_may_be_advised_is_one_that_can_be_made(
+    settings: dict[str, Any], gpus: float
+) -> None:
     """Where one is refused, the refusal of the memory would be a line about a field that nobody has set."""
     config = tiny.config(**({"cluster__workers": 2} | settings))
     made = [override(config, change) for change in changes(config, gpus)]

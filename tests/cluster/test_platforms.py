@@ -22,7 +22,9 @@ OTHER = ONE | {"processor": "B (AVX2)"}
         ([ONE], [ONE, OTHER], "the workers differ (processor: A (AVX512), B (AVX2))"),
     ],
 )
-def test_what_changes_is_said_in_one_line(before: list[Kind], now: list[Kind], words: str | None) -> None:
+def test_what_changes_is_said_in_one_line(
+    before: list[Kind], now: list[Kind], words: str | None
+) -> None:
     line = said(before, now)
     assert (line is None) == (words is None)
     assert words is None or (line is not None and words in line and "\n" not in line)

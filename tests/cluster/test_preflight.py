@@ -43,20 +43,44 @@ def cluster() -> Iterator[Path]:
         (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
         for name, value in {"RAY_AUTH_MODE": "disabled", "HOME": str(folder)}.items():
             patch.setenv(name, value)
-        start = [RAY, "start", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
-        _run(*start, "--head", f"--port={PORT}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}/1")
+        start = [
+            RAY,
+            "start",
+            "--num-cpus=1",
+            "--object-store-memory=100000000",
+            "--disable-usage-stats",
+        ]
+        _run(
+            *start,
+            "--head",
+            f"--port={PORT}",
+            "--node-ip-address=127.0.0.1",
+            f"--temp-dir={folder}/1",
+        )
         patch.setenv("PYTHONPATH", f"{other.parent}:{os.environ.get('PYTHONPATH', '')}")
-        join = [*start, f"--address=127.0.0.1:{PORT}", "--node-ip-address=127.0.0.2", f"--temp-dir={folder}/2"]
+        join = [
+            *start,
+            f"--address=127.0.0.1:{PORT}",
+            "--node-ip-address=127.0.0.2",
+            f"--temp-dir={folder}/2",
+        ]
         hide = f"mount -t tmpfs none {folder}/shared/own && exec {' '.join(join)}"
         _run("unshare", "--mount", "sh", "-c", hide)
-        ray.init(address=f"127.0.0.1:{PORT}", logging_level="ERROR", runtime_env={"env_vars": {"A": "b"}})
+        ray.init(
+            address=f"127.0.0.1:{PORT}", logging_level="ERROR", runtime_env={"env_vars": {"A": "b"}}
+        )
         yield folder / "shared"
         ray.shutdown()
 
 
 def _run(*command: str) -> None:
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
@@ -86,12 +110,20 @@ class TestTwoNodes:
         )
 
     def test_everything_that_is_wrong_is_in_one_error(self, cluster: Path, base: BaseModel) -> None:
-        error = refused(config(cluster / "own", cluster__gpus_per_worker=1, train__keep=2**31 - 1), base)
-        workers, versions, storage, disk = error.split("; ")[0], *error.split("; ")[2:4], error.split("; ")[4]
+        error = refused(
+            config(cluster / "own", cluster__gpus_per_worker=1, train__keep=2**31 - 1), base
+        )
+        workers, versions, storage, disk = (
+            error.split("; ")[0],
+            *error.split("; ")[2:4],
+            error.split("; ")[4],
+        )
         assert "cluster.workers=2" in workers
         assert "0 GPUs, 2 nodes" in workers
         assert "torch 9.9.9" in versions
-        assert storage.startswith(f"node 127.0.0.2: run.storage {cluster / 'own'} is another folder there than here")
+        assert storage.startswith(
+            f"node 127.0.0.2: run.storage {cluster / 'own'} is another folder there than here"
+        )
         assert "the run needs about" in disk
 
     def test_nothing_is_left_in_the_storage(self, cluster: Path) -> None:
@@ -104,13 +136,18 @@ class TestTwoNodes:
             node_facts.query_nodes(resources.schedulable_nodes(), place.as_uri())
             for place in (cluster, cluster / "own")
         )
-        assert [isinstance(answer, NodeInfo) and answer.storage_problem for answer in shared] == [None, None]
+        assert [isinstance(answer, NodeInfo) and answer.storage_problem for answer in shared] == [
+            None,
+            None,
+        ]
         problems = [answer.storage_problem for answer in hidden if isinstance(answer, NodeInfo)]
         assert sorted(problem is None for problem in problems) == [False, True]
 
     def test_a_worker_larger_than_the_nodes_memory(self, cluster: Path, base: BaseModel) -> None:
         error = refused(config(cluster, data__max_length=2**31 - 1, train__micro_batch=4), base)
-        assert "GiB of memory, so there is room for 0 (node " in error  # Ray may name 127.0.0.1 otherwise
+        assert (
+            "GiB of memory, so there is room for 0 (node " in error
+        )  # Ray may name 127.0.0.1 otherwise
 
     def test_a_worker_must_fit_on_one_node(self, cluster: Path) -> None:
         error = refused(config(cluster, cluster__workers=1, cluster__cpus_per_worker=2))
@@ -121,7 +158,9 @@ class TestTwoNodes:
             preflight.check_cluster(config(cluster, cluster__workers=[3, 4]), None)
         assert lines[0].startswith("training waits for the cluster to grow: cluster.workers=3 ")
 
-    def test_what_the_launcher_may_start_counts(self, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_the_launcher_may_start_counts(
+        self, cluster: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         home = cluster.parent / "launched"
         home.mkdir()
         kinds = {"head": {}, "cpu": {"resources": {"CPU": 2}, "max_workers": 2}}
@@ -131,7 +170,9 @@ class TestTwoNodes:
         with said() as lines, pytest.raises(UserError, match=r"^node 127.0.0.2: has torch [^;]*$"):
             preflight.check_cluster(config(cluster, cluster__workers=4), None)
         assert "waits for the cluster to grow" in lines[0]
-        assert "can grow to 5" in refused(config(cluster, cluster__workers=6, train__global_batch=8))
+        assert "can grow to 5" in refused(
+            config(cluster, cluster__workers=6, train__global_batch=8)
+        )
 
 
 def test_the_launchers_limits_are_those_of_cluster_yaml() -> None:
@@ -140,8 +181,13 @@ def test_the_launchers_limits_are_those_of_cluster_yaml() -> None:
         "cpu": {"resources": {"CPU": 8}, "max_workers": 9},
         "gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 3},
     }
-    found = resources.launched({"max_workers": 4, "head_node_type": "head", "available_node_types": kinds})
-    assert [(dict(one.resources), one.count) for one in found] == [({"CPU": 4, "GPU": 1}, 3), ({"CPU": 8}, 1)]
+    found = resources.launched(
+        {"max_workers": 4, "head_node_type": "head", "available_node_types": kinds}
+    )
+    assert [(dict(one.resources), one.count) for one in found] == [
+        ({"CPU": 4, "GPU": 1}, 3),
+        ({"CPU": 8}, 1),
+    ]
     assert resources.room({"CPU": 2, "GPU": 0.5}, found) == 6
 
 
@@ -163,7 +209,9 @@ def test_uploads_need_room_in_the_temporary_folder(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for trainable, refused in ((10**3, False), (10**15, True)):
         found = list(
-            preflight.disk_problems(settings, replace(estimate(settings, base, gpu=False), trainable=trainable), base)
+            preflight.disk_problems(
+                settings, replace(estimate(settings, base, gpu=False), trainable=trainable), base
+            )
         )
         assert bool(found) is refused
     assert found[0].startswith("run.storage: uploads need about ")
@@ -193,9 +241,24 @@ def test_the_tokens_of_other_runs_are_no_room_for_this_one(
     ("torch", "gpu_memory", "cuda", "expected"),
     [
         ("2.13.0+cu130", 80 * 2**30, (13, 13), None),
-        ("2.13.0", 80 * 2**30, (12, 13), "has an NVIDIA driver for CUDA 12, and torch 2.13.0, which is for CUDA 13"),
-        ("2.13.0+cpu", 80 * 2**30, (13, None), "has GPUs, and torch 2.13.0+cpu, which is for CPUs only: install torch"),
-        ("2.13.0+cu130", None, (None, 13), "has GPUs that NVIDIA's driver does not show: fix the driver"),
+        (
+            "2.13.0",
+            80 * 2**30,
+            (12, 13),
+            "has an NVIDIA driver for CUDA 12, and torch 2.13.0, which is for CUDA 13",
+        ),
+        (
+            "2.13.0+cpu",
+            80 * 2**30,
+            (13, None),
+            "has GPUs, and torch 2.13.0+cpu, which is for CPUs only: install torch",
+        ),
+        (
+            "2.13.0+cu130",
+            None,
+            (None, 13),
+            "has GPUs that NVIDIA's driver does not show: fix the driver",
+        ),
     ],
 )
 def test_gpus_that_cannot_be_used_are_told_before_a_worker_gets_them(
@@ -208,7 +271,12 @@ def test_gpus_that_cannot_be_used_are_told_before_a_worker_gets_them(
 
 def test_builds_of_one_version_are_the_same() -> None:
     here = NodeInfo({"python": "3.11.7", "torch": "2.9.0+cpu"}, 0)
-    assert preflight.version_problems(here, [("a", NodeInfo({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]) == []
+    assert (
+        preflight.version_problems(
+            here, [("a", NodeInfo({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]
+        )
+        == []
+    )
     others = [(name, NodeInfo({"python": "3.12.0", "torch": None}, 0)) for name in "abcde"]
     python, torch = preflight.version_problems(here, others)
     assert python.startswith("nodes a, b, c and 2 more: has python 3.12.0, here it is 3.11.7")
@@ -229,7 +297,9 @@ def test_nodes_with_other_code_of_the_project_are_told() -> None:
     assert none.startswith("node b: has no olora_ray, here it is code ")
 
 
-def test_other_code_in_the_folder_of_now_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_in_the_folder_of_now_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkout that was updated and not installed: the workers import it, and the script what is installed."""
     monkeypatch.chdir(tmp_path)
     assert preflight.code_problems() == []
@@ -250,4 +320,7 @@ def test_only_a_run_that_needs_a_package_wants_it_on_all_nodes() -> None:
     others = [("a", NodeInfo({"torch": "2.9.0", "bitsandbytes": None}, 0))]
     assert preflight.version_problems(here, others) == []
     [line] = preflight.version_problems(here, others, "bitsandbytes")
-    assert line == "node a: has no bitsandbytes, here it is 0.50.2: install the same version on all nodes"
+    assert (
+        line
+        == "node a: has no bitsandbytes, here it is 0.50.2: install the same version on all nodes"
+    )

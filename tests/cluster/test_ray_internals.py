@@ -31,7 +31,9 @@ def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch: pytest.Monk
     assert node_facts.node_info().gpu_memory == 2**34
 
 
-def put_gpus(monkeypatch: pytest.MonkeyPatch, memory: list[int | None], generations: list[tuple[int, int]]) -> None:
+def put_gpus(
+    monkeypatch: pytest.MonkeyPatch, memory: list[int | None], generations: list[tuple[int, int]]
+) -> None:
     """Have NVIDIA's library tell of these GPUs."""
     from ray._private.thirdparty import pynvml
 
@@ -63,7 +65,9 @@ def test_a_job_may_be_submitted_with_variables_that_the_project_sets_itself(
     monkeypatch.delenv(RAY_JOB_CONFIG_JSON_ENV_VAR, raising=False)
     assert ray_internals.beside_job(ENVIRONMENT) == ENVIRONMENT
     job: Any = {"working_dir": "gcs://package.zip", "env_vars": given}
-    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": job, "metadata": {}}))
+    monkeypatch.setenv(
+        RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": job, "metadata": {}})
+    )
     ours: Any = {"env_vars": ray_internals.beside_job(ENVIRONMENT)}
     merged = _merge_runtime_env({**job, "env_vars": given or {}}, ours)
     assert merged is not None
@@ -122,7 +126,9 @@ def only_controllers_are_ended() -> None:
     ray.get([one.__ray_ready__.remote() for one in others])
     ray_internals.end_train_controllers()
 
-    with pytest.raises(ray.exceptions.RayActorError):  # a killed actor still answers until it has heard of it
+    with pytest.raises(
+        ray.exceptions.RayActorError
+    ):  # a killed actor still answers until it has heard of it
         until(lambda: ray.get(others[0].__ray_ready__.remote()) and None)
     ray.get(others[1].__ray_ready__.remote())
 
@@ -166,7 +172,9 @@ def test_every_private_part_is_there() -> None:
                 try:
                     importlib.import_module(f"{node.module}.{alias.name}")
                 except ModuleNotFoundError:
-                    assert hasattr(importlib.import_module(node.module), alias.name), f"{node.module}.{alias.name}"
+                    assert hasattr(importlib.import_module(node.module), alias.name), (
+                        f"{node.module}.{alias.name}"
+                    )
                 found += 1
     assert found > 10
 

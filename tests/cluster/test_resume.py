@@ -26,14 +26,19 @@ def put(monkeypatch: pytest.MonkeyPatch, module: Any, **functions: Any) -> None:
 def known(model: Any, targets: Any) -> dict[str, AdapterWeights]:
     """An adapter as a checkpoint gives it: in another order than the model's."""
     made, _ = initialise(find_targets(model, targets, 4), "olora", 4, 0, torch.device("cpu"))
-    weights = {name: AdapterWeights(start, torch.zeros(()), torch.zeros(())) for name, start in made.items()}
+    weights = {
+        name: AdapterWeights(start, torch.zeros(()), torch.zeros(()))
+        for name, start in made.items()
+    }
     return dict(sorted(weights.items(), reverse=True))
 
 
 def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> None:
     model: Any = zoo.make(ALL["mixtral"])
     spec: Any = SimpleNamespace(config=tiny.config())
-    before = known(model, ("q_proj", "v_proj"))  # what all-linear meant as long as experts were left out
+    before = known(
+        model, ("q_proj", "v_proj")
+    )  # what all-linear meant as long as experts were left out
     before["model.vision_tower.fc1"] = AdapterWeights(
         Factors(torch.zeros(4, 8), torch.zeros(8, 4)), torch.zeros(()), torch.zeros(())
     )

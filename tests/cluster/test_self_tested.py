@@ -27,13 +27,17 @@ from tests.families import zoo
 from tests.families.variants import ALL
 from tests.said import said
 
-CONTEXT: Any = SimpleNamespace(activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu"))
+CONTEXT: Any = SimpleNamespace(
+    activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu")
+)
 
 
 def spec_of(config: Config, digest: str = "") -> TrainSpec:
     store: Any = tiny.store(3)
     recompute = config.train.activation_checkpointing is True
-    return TrainSpec(config, BaseModel("tiny", "", digest), "digest", (0,), store, None, recompute=recompute)
+    return TrainSpec(
+        config, BaseModel("tiny", "", digest), "digest", (0,), store, None, recompute=recompute
+    )
 
 
 def _tested(wrong: int | None) -> tuple[str, list[int]]:
@@ -67,7 +71,9 @@ def _resumed(state: TrainState, digest: str = "", **settings: Any) -> tuple[Star
     """
     config = tiny.config(**settings)
     state = TrainState(**json.loads(json.dumps(asdict(state))))
-    start = StartingPoint(tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None)
+    start = StartingPoint(
+        tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None
+    )
     with said() as lines:
         found = self_tested(CONTEXT, spec_of(config, digest), start)
     return found, not any("self-test: passed earlier" in line for line in lines)
@@ -81,7 +87,9 @@ def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes() -> None:
     before, after = first.trainer.loss, again.trainer.loss
     assert again.attention == first.attention == "segments"
     model: Any = after.model
-    assert model.config._attn_implementation == "segments", "and not the one that it was loaded with"
+    assert model.config._attn_implementation == "segments", (
+        "and not the one that it was loaded with"
+    )
     assert after.tested == before.tested
     assert after.given_masks == before.given_masks
     assert not any(layer.training for layer in again.trainer.adapted.values())
@@ -103,7 +111,9 @@ def _partly_unused(change: Callable[[Any], Any], **settings: Any) -> StartingPoi
     model = tiny.llama(attention="segments")
     model.model.layers[0].mlp.forward = change(model.model.layers[0].mlp)
     config = tiny.config(**settings)
-    start = StartingPoint(tiny.trainer(config, model=model), "segments", TrainState(), None, resumed=False)
+    start = StartingPoint(
+        tiny.trainer(config, model=model), "segments", TrainState(), None, resumed=False
+    )
     return self_tested(CONTEXT, spec_of(config, "base"), start)
 
 
@@ -117,8 +127,13 @@ def test_all_linear_leaves_out_what_no_gradient_reaches(node: Path) -> None:
             start = _partly_unused(_without_gate)
         assert len(start.trainer.adapted) == 13
         assert "model.layers.0.mlp.gate_proj" not in start.trainer.adapted
-        assert not hasattr(start.trainer.loss.model.get_submodule("model.layers.0.mlp.gate_proj"), "da")
-        assert len([line for line in lines if "all-linear leaves out 1 layer: no gradient" in line]) == 1
+        assert not hasattr(
+            start.trainer.loss.model.get_submodule("model.layers.0.mlp.gate_proj"), "da"
+        )
+        assert (
+            len([line for line in lines if "all-linear leaves out 1 layer: no gradient" in line])
+            == 1
+        )
     with pytest.raises(UserError, match=r"no gradient reaches .*layers\.0\.mlp\.gate_proj,"):
         _partly_unused(_without_gate, adapter__targets=("gate_proj", "up_proj"))
 
@@ -130,7 +145,9 @@ def test_a_block_that_begins_as_zeros_is_adapted() -> None:
 
     for targets in ("all-linear", ("gate_proj", "down_proj")):
         start = _partly_unused(begins_as_zeros, adapter__targets=targets, adapter__method="lora")
-        assert {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"} <= set(start.trainer.adapted)
+        assert {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"} <= set(
+            start.trainer.adapted
+        )
 
 
 def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
@@ -140,7 +157,9 @@ def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
     assert not done
     assert again.attention == first.attention
     assert again.trainer.loss.tested == first.trainer.loss.tested
-    assert again.state.self_test == first.state.self_test, "another node that resumes the run need not test it either"
+    assert again.state.self_test == first.state.self_test, (
+        "another node that resumes the run need not test it either"
+    )
     assert _resumed(TrainState(), "another base")[1]
     assert _resumed(TrainState(), "base", adapter__rank=2)[1]
     assert _resumed(TrainState(), "base", model__attention="sdpa")[1]
@@ -157,14 +176,19 @@ def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> Non
     neighbours.tested = SelfTest("segments")
     wide: dict[str, Any] = {"data__max_length": 128, "data__packing": False}
     assert again(neighbours, **wide, train__micro_batch=1) == neighbours.tested
-    with pytest.raises(UserError, match=r"^data\.max_length=128: .*Phi3ForCausalLM .* the loss of the others"):
+    with pytest.raises(
+        UserError, match=r"^data\.max_length=128: .*Phi3ForCausalLM .* the loss of the others"
+    ):
         again(neighbours, **wide, train__micro_batch=2)
 
     variant = ALL["llama4_text"]
-    places = SupervisedLoss(zoo.make(replace(variant, sizes=variant.sizes | {"floor_scale": 64}), attention="sdpa"))
+    places = SupervisedLoss(
+        zoo.make(replace(variant, sizes=variant.sizes | {"floor_scale": 64}), attention="sdpa")
+    )
     places.tested = SelfTest("segments")
     assert again(places, data__max_length=48, train__micro_batch=1) == places.tested
     with pytest.raises(
-        UserError, match=r"^train\.micro_batch=2: .* by the position in a row.*; set trials_per_worker: 1"
+        UserError,
+        match=r"^train\.micro_batch=2: .* by the position in a row.*; set trials_per_worker: 1",
     ):
         again(places, data__max_length=48, train__micro_batch=2)

@@ -32,13 +32,23 @@ class Context(RayTrainContext):
         self.device, self._loss, self._installed = device, None, False
 
 
-def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> tuple[Any, Any, Any, bool]:
+def run(
+    model: Path, storage: Path, strategy: str, changes: dict[str, Any]
+) -> tuple[Any, Any, Any, bool]:
     """Told losses, answers and self-test of a run, and whether the base was read by rows."""
-    sizes = {"cluster__workers": dist.get_world_size(), "cluster__strategy": strategy, "train__micro_batch": 1}
-    settings = tiny.config(**(SETTINGS | {"model__name": str(model), "model__dtype": "bfloat16"} | sizes | changes))
+    sizes = {
+        "cluster__workers": dist.get_world_size(),
+        "cluster__strategy": strategy,
+        "train__micro_batch": 1,
+    }
+    settings = tiny.config(
+        **(SETTINGS | {"model__name": str(model), "model__dtype": "bfloat16"} | sizes | changes)
+    )
     train: Any = tiny.store(8)
     held_out: Any = tiny.store(3, seed=9)
-    spec = TrainSpec(settings, BaseModel("m", str(model), str(model)), "tokenizer", (1,), train, held_out)
+    spec = TrainSpec(
+        settings, BaseModel("m", str(model), str(model)), "tokenizer", (1,), train, held_out
+    )
     channel, context = Channel(), Context()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StopRequests, "_listen", lambda self: None)
@@ -46,7 +56,9 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
     assert (result.problem, result.interrupted) == (None, None)
     told = [channel.metrics(name) for name in ("train/loss", "eval/loss", "train/grad_norm")]
     assert context._loss is not None
-    differences = {name: value for name, value in (result.self_test or {}).items() if "seconds" not in name}
+    differences = {
+        name: value for name, value in (result.self_test or {}).items() if "seconds" not in name
+    }
     return told, result.answers, differences, context._loss.read_rows is not None
 
 
@@ -73,7 +85,8 @@ def test_a_run_on_parts_of_the_base(
     model, whole, parts = (tmp_path / name for name in ("model", "whole", "parts"))
     zoo.build(every.variant_of(family), model)
     (first, _), (second, other) = (
-        crew(2).run(run, model, folder, strategy, changes) for folder, strategy in ((whole, "ddp"), (parts, "fsdp"))
+        crew(2).run(run, model, folder, strategy, changes)
+        for folder, strategy in ((whole, "ddp"), (parts, "fsdp"))
     )
     assert (first[3], second[3], other[3]) == (False, True, True)
     assert second[:3] == first[:3]
@@ -88,7 +101,9 @@ def test_a_run_on_parts_of_the_base(
 def _run_where(fast: bool, model: Path, storage: Path) -> None:
     """A run with `model.dtype: auto` on processors that are, or are not, fast at bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker_context, "pick_dtype", lambda *_: torch.bfloat16 if fast else torch.float32)
+        patch.setattr(
+            worker_context, "pick_dtype", lambda *_: torch.bfloat16 if fast else torch.float32
+        )
         run(model, storage, "ddp", {"model__dtype": "auto"})
 
 

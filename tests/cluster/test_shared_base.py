@@ -19,7 +19,9 @@ BLOCKS, BLOCK = 100, 2**20
 """Blocks of so many bytes that a training takes and frees."""
 
 
-def test_trials_are_shared_out_and_use_the_memory_of_one_another(ray_with: Callable[[int], None]) -> None:
+def test_trials_are_shared_out_and_use_the_memory_of_one_another(
+    ray_with: Callable[[int], None],
+) -> None:
     ray_with(2)
     spec: Any = tiny.config()
     actors = shared_base.start_actors(spec, {"CPU": 1}, 2, 4)

@@ -17,7 +17,9 @@ from tests import tiny
 def test_a_result_comes_back_exactly() -> None:
     state = TrainState(step=7, best_loss=1 / 3, best_step=5, stale=1, before=[[1], []])
     state.record(7, {"train/loss": 0.1 + 0.2})
-    result = TrainResult(state=state, stopped_early=True, answers=(AnswerPair((1, 2), (3,), (), (4,)),))
+    result = TrainResult(
+        state=state, stopped_early=True, answers=(AnswerPair((1, 2), (3,), (), (4,)),)
+    )
     assert records.parsed(records.text_of(result), TrainResult) == result
 
 
@@ -26,7 +28,9 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -
 
     def identity(start: str | None, **changes: Any) -> dict[str, str]:
         base = BaseModel("m", "/m", "base")
-        return TrainSpec(tiny.config(**changes), base, "tokenizer", (0,), store, None, start).identity()
+        return TrainSpec(
+            tiny.config(**changes), base, "tokenizer", (0,), store, None, start
+        ).identity()
 
     assert "start" not in identity(None), "runs from before there was such a setting are resumed"
     assert identity("digest", train__start="/a") != identity("another", train__start="/a")
@@ -36,30 +40,53 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -
 
 def test_a_store_of_many_shards_is_gone_through_in_another_order_than_once() -> None:
     """A run from before it would repeat some of its rows and miss others: it is not continued."""
-    few, many = (TokenStore("/a", Outline("digest", shards, 8, ())) for shards in (FEW_SHARDS, FEW_SHARDS + 1))
+    few, many = (
+        TokenStore("/a", Outline("digest", shards, 8, ()))
+        for shards in (FEW_SHARDS, FEW_SHARDS + 1)
+    )
     base = BaseModel("m", "/m", "base")
-    before, now = (TrainSpec(tiny.config(), base, "tokenizer", (0,), store, None).identity() for store in (few, many))
+    before, now = (
+        TrainSpec(tiny.config(), base, "tokenizer", (0,), store, None).identity()
+        for store in (few, many)
+    )
     assert "order" not in before, "runs of before are resumed"
     assert now == {**before, "order": "windows"}
     with pytest.raises(
-        UserError, match=r"was trained with another order \(was none, is now windows\); set another run"
+        UserError,
+        match=r"was trained with another order \(was none, is now windows\); set another run",
     ):
         require_same(before, now, "step-5")
 
 
 def spec(shared: str | None = None, **changes: Any) -> TrainSpec:
     store: Any = tiny.store()
-    return TrainSpec(tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None, None, shared)
+    return TrainSpec(
+        tiny.config(**changes),
+        BaseModel("m", "/m", "base"),
+        "tokenizer",
+        (0,),
+        store,
+        None,
+        None,
+        shared,
+    )
 
 
 @pytest.mark.parametrize("method", ["olora", "lora"])
 def test_the_identity_of_an_adapter_of_before_is_the_same_text(method: str) -> None:
     """Checkpoints, versions and names of exports hold it: settings of other methods are not in it."""
-    found = spec(adapter__method=method, adapter__rank=4, adapter__alpha=8, adapter__sigma=0.5).identity()["adapter"]
+    found = spec(
+        adapter__method=method, adapter__rank=4, adapter__alpha=8, adapter__sigma=0.5
+    ).identity()["adapter"]
     assert found == (
         f'{{"method":"{method}","rank":4,"alpha":8.0,"dropout":0.0,"targets":"all-linear","rank_stabilized":false}}'
     )
-    assert spec(adapter__method=method).factor_origin().keys() == {"base model", "method", "targets", "seed"}
+    assert spec(adapter__method=method).factor_origin().keys() == {
+        "base model",
+        "method",
+        "targets",
+        "seed",
+    }
 
 
 def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
@@ -68,7 +95,11 @@ def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
     assert found["training data"] == "list"
     assert (found["rho"], found["init_tokens"]) == ("2.0", "1024")
     assert spec(**eva, adapter__alpha=3).factor_origin() == found
-    for other in ({"adapter__rho": 1.5}, {"adapter__init_tokens": 64}, {"model__dtype": "bfloat16"}):
+    for other in (
+        {"adapter__rho": 1.5},
+        {"adapter__init_tokens": 64},
+        {"model__dtype": "bfloat16"},
+    ):
         assert spec(**eva, **other).factor_origin() != found
 
 

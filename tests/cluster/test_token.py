@@ -26,7 +26,9 @@ def keep(text: str, file: Path) -> None:
     file.write_text(text)
 
 
-def test_the_token_is_that_of_the_environment_or_of_a_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_that_of_the_environment_or_of_a_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert address.known() is None
     keep("of home\n", home / ".ray" / "auth_token")
     assert address.known() == "of home"
@@ -43,7 +45,12 @@ def test_the_token_is_that_of_the_environment_or_of_a_file(home: Path, monkeypat
         (None, None, None, None),
         (None, "theirs", "theirs", None),
         ("token", "theirs", None, "uses no token, but RAY_AUTH_MODE=token is set here: unset it"),
-        ("disabled", "theirs", "theirs", "requires a token, but RAY_AUTH_MODE=disabled is set here: unset it"),
+        (
+            "disabled",
+            "theirs",
+            "theirs",
+            "requires a token, but RAY_AUTH_MODE=disabled is set here: unset it",
+        ),
         (None, None, "theirs", "requires a token, but {home}/.ray/auth_token has none"),
         (None, "other", "theirs", "rejects the token of {home}/.ray/auth_token"),
     ],

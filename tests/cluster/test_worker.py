@@ -41,18 +41,24 @@ class Channel:
         self.wait_for_stop = SimpleNamespace(remote=lambda: None)
 
     def metrics(self, name: str) -> dict[int, float]:
-        rows = [message for message in self.messages if isinstance(message, dict) and name in message]
+        rows = [
+            message for message in self.messages if isinstance(message, dict) and name in message
+        ]
         assert len({row["step"] for row in rows}) == len(rows)
         return {int(row["step"]): row[name] for row in rows}
 
 
-def train(folder: Path, measured_on: Any = None, model: Any = None, **changes: Any) -> tuple[TrainResult, Channel]:
+def train(
+    folder: Path, measured_on: Any = None, model: Any = None, **changes: Any
+) -> tuple[TrainResult, Channel]:
     store: Any = tiny.store(8)
     held_out: Any = measured_on or tiny.store(3, seed=9)
     settings = tiny.config(**(SETTINGS | changes))
     spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out)
     channel = Channel()
-    shared = SharedBase(SupervisedLoss(model or tiny.llama(attention="segments")), torch.device("cpu"))
+    shared = SharedBase(
+        SupervisedLoss(model or tiny.llama(attention="segments")), torch.device("cpu")
+    )
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
 
 
@@ -76,9 +82,14 @@ def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("micro", "settings"),
-    [(4, "train.micro_batch=2 or data.max_length=8"), (1, "train.activation_checkpointing=true or data.max_length=8")],
+    [
+        (4, "train.micro_batch=2 or data.max_length=8"),
+        (1, "train.activation_checkpointing=true or data.max_length=8"),
+    ],
 )
-def test_a_step_without_memory_names_the_settings_that_need_less(tmp_path: Path, micro: int, settings: str) -> None:
+def test_a_step_without_memory_names_the_settings_that_need_less(
+    tmp_path: Path, micro: int, settings: str
+) -> None:
     model = tiny.llama(attention="segments")
     steps = []
 
@@ -98,7 +109,11 @@ def test_a_step_without_memory_names_the_settings_that_need_less(tmp_path: Path,
 
 
 def resumptions(channel: Channel) -> list[Started]:
-    return [each for each in channel.messages if isinstance(each, Started) and each.resumed_from is not None]
+    return [
+        each
+        for each in channel.messages
+        if isinstance(each, Started) and each.resumed_from is not None
+    ]
 
 
 def adapter(folder: Path, step: int, best: bool = False) -> dict[str, torch.Tensor]:
@@ -146,8 +161,12 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     result, channel = train(tmp_path)
     at = 0 if 3 in lost else 3
     resumed = resumptions(channel)
-    rows = 4 if at else 0  # the base model's, and one per step; the first checkpoint comes before all
-    assert [(each.resumed_from, each.workers, len(each.history)) for each in resumed] == [(at, 1, rows)]
+    rows = (
+        4 if at else 0
+    )  # the base model's, and one per step; the first checkpoint comes before all
+    assert [(each.resumed_from, each.workers, len(each.history)) for each in resumed] == [
+        (at, 1, rows)
+    ]
     assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
     assert result.answers == whole[1].answers
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
@@ -165,9 +184,14 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
         later = {step: rate for step, rate in whole.metrics("train/lr").items() if step > 6}
         assert channel.metrics("train/lr") == later
         assert result.state is not None
-        assert [row["step"] for row in result.state.history if "train/loss" in row] == list(range(1, 11))
+        assert [row["step"] for row in result.state.history if "train/loss" in row] == list(
+            range(1, 11)
+        )
         assert same(adapter(short, 10), adapter(long, 10)) == bool(schedule)
-    moments = [(tmp_path / name / checkpoints.name_of(10) / checkpoint.OPTIMIZER) for name in ("short2", "long2")]
+    moments = [
+        (tmp_path / name / checkpoints.name_of(10) / checkpoint.OPTIMIZER)
+        for name in ("short2", "long2")
+    ]
     assert moments[0].read_bytes() == moments[1].read_bytes()
 
 
@@ -175,14 +199,17 @@ def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: 
     train(tmp_path)
     result, _ = train(tmp_path, train__steps=None, train__epochs=1)  # 8 sequences are 2 steps
     assert result.problem is not None
-    assert result.problem.startswith("train.epochs: the run has already done 6 steps, and train.epochs=1 gives 2")
+    assert result.problem.startswith(
+        "train.epochs: the run has already done 6 steps, and train.epochs=1 gives 2"
+    )
     result, _ = train(tmp_path, train__steps=None, train__epochs=4)
     assert result.state is not None
     assert result.state.step == 8
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"), [("pissa", "preconditioned"), ("orthogonal", "preconditioned"), ("olora", "spectral")]
+    ("method", "optimizer"),
+    [("pissa", "preconditioned"), ("orthogonal", "preconditioned"), ("olora", "spectral")],
 )
 def test_a_run_with_two_rates_and_another_optimizer_resumes_to_the_same_bytes(
     tmp_path: Path, method: str, optimizer: str
@@ -193,7 +220,9 @@ def test_a_run_with_two_rates_and_another_optimizer_resumes_to_the_same_bytes(
     (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
     _, channel = train(tmp_path / "cut", **settings)
     assert [each.resumed_from for each in resumptions(channel)] == [3]
-    cut, whole = (checkpoints.read(str(tmp_path / name / checkpoints.name_of(6))) for name in ("cut", "whole"))
+    cut, whole = (
+        checkpoints.read(str(tmp_path / name / checkpoints.name_of(6))) for name in ("cut", "whole")
+    )
     for name, weights in whole.adapter.items():
         assert weights.db.any()
         assert torch.equal(cut.adapter[name].factors.a0, weights.factors.a0)
@@ -233,8 +262,12 @@ def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
     told = [str(message) for message in channel.messages if "train.lr=auto" in str(message)]
     assert len(told) == 1
     for factor, lines in ((3.0, 0), (8.0, 1), (0.1, 0)):
-        _, channel = train(tmp_path / f"{factor}", train__lr=result.state.lr * factor, train__steps=1)
-        assert sum("times the rate that fits" in str(message) for message in channel.messages) == lines
+        _, channel = train(
+            tmp_path / f"{factor}", train__lr=result.state.lr * factor, train__steps=1
+        )
+        assert (
+            sum("times the rate that fits" in str(message) for message in channel.messages) == lines
+        )
 
 
 def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
@@ -279,7 +312,9 @@ def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     result, _ = train(tmp_path, adapter__alpha=4)
     assert result.problem is not None
     assert "alpha was 8.0, is now 4.0" in result.problem
-    started, _ = train(tmp_path / "other", adapter__alpha=4, train__start=str(tmp_path / checkpoints.name_of(6)))
+    started, _ = train(
+        tmp_path / "other", adapter__alpha=4, train__start=str(tmp_path / checkpoints.name_of(6))
+    )
     assert started.problem is not None
     assert started.problem.startswith("train.start: ")
     assert "was trained with another adapter; " in started.problem
@@ -293,7 +328,9 @@ def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
     best = adapter(tmp_path / "first", 6, best=True)
     assert any(part.any() for part in best.values())
     assert same(adapter(tmp_path / "second", 0), best)
-    assert channel.metrics("eval/loss")[0] == pytest.approx(min(whole_losses(tmp_path / "first").values()))
+    assert channel.metrics("eval/loss")[0] == pytest.approx(
+        min(whole_losses(tmp_path / "first").values())
+    )
 
 
 def whole_losses(folder: Path) -> dict[int, float]:

@@ -48,7 +48,9 @@ def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, fl
         adapted = wrap(model, factors, adapter.scale(), adapter.dropout)
     with context.activate(adapted):
         trainer = Trainer(shared.loss, adapted, settings, CPU)
-    steps = trainer.steps(StepLoader(store, settings.train, 0, "segments"), 0, Schedule(settings.train, store))
+    steps = trainer.steps(
+        StepLoader(store, settings.train, 0, "segments"), 0, Schedule(settings.train, store)
+    )
     while True:
         with context.activate(adapted):
             if next(steps, None) is None:
@@ -111,7 +113,11 @@ def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tu
     """The precision that is loaded on a worker, where some are fast at bfloat16, and what is said."""
     with pytest.MonkeyPatch.context() as patch, said() as lines:
         own = torch.bfloat16 if fast[dist.get_rank()] else torch.float32
-        patch.setattr(worker_context, "pick_dtype", lambda model, _: own if model.dtype == "auto" else torch.bfloat16)
+        patch.setattr(
+            worker_context,
+            "pick_dtype",
+            lambda model, _: own if model.dtype == "auto" else torch.bfloat16,
+        )
         return agreed(tiny.config(model__dtype=dtype), CPU, began).model.dtype, lines
 
 
@@ -126,7 +132,10 @@ def test_workers_of_several_kinds_compute_in_one_precision(crew: Callable[[int],
 
 def test_a_run_stays_in_the_precision_that_it_began_in(crew: Callable[[int], Crew]) -> None:
     """Resumed on other nodes, or joined by a worker of another kind, it went on in theirs."""
-    for fast, began, other in (((False, False), "bfloat16", "float32"), ((True, True), "float32", "bfloat16")):
+    for fast, began, other in (
+        ((False, False), "bfloat16", "float32"),
+        ((True, True), "float32", "bfloat16"),
+    ):
         for dtype, lines in crew(2).run(_agreed, fast, "auto", began):
             assert dtype == began
             [line] = lines

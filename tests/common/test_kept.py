@@ -16,7 +16,9 @@ from tests import tiny
 pytestmark = pytest.mark.usefixtures("node")
 
 
-def test_it_is_found_by_its_inputs_and_by_the_code_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_found_by_its_inputs_and_by_the_code_and_libraries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     here = node_cache.result_path("plans", "a", 1)
     assert node_cache.read(here) is None
     node_cache.keep(here, "found")

@@ -139,7 +139,10 @@ https://a@ |Bearer |authorization: |eyJaaaaaaaaaaaa.|eyJ|hf_|sk-|key |=|@|,| |-.
 
 @pytest.mark.parametrize(
     "part",
-    [*REPEATED.replace("\n", "").split("|"), base64.b64encode(random.Random(1).randbytes(3000)).decode()],
+    [
+        *REPEATED.replace("\n", "").split("|"),
+        base64.b64encode(random.Random(1).randbytes(3000)).decode(),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("before", ["", "password: ", "x@y a://b:"])
@@ -160,14 +163,20 @@ def test_time_grows_with_the_length_only(part: str, before: str) -> None:
 
 
 @pytest.mark.parametrize("uri", SECRETS)
-@pytest.mark.parametrize("field", ["tracking.uri", "run.storage", "model.name", "data.train.0.path", "adapter.targets"])
+@pytest.mark.parametrize(
+    "field", ["tracking.uri", "run.storage", "model.name", "data.train.0.path", "adapter.targets"]
+)
 def test_a_config_with_a_secret_is_refused_without_repeating_it(field: str, uri: str) -> None:
     with pytest.raises(UserError) as caught:
-        override(tiny.config(), {field: [uri] if field == "adapter.targets" else uri, "adapter.rank": 0})
+        override(
+            tiny.config(), {field: [uri] if field == "adapter.targets" else uri, "adapter.rank": 0}
+        )
     message = str(caught.value)
     assert HIDDEN not in message
     assert f" problems: {field}: the address contains a secret; " in message
-    assert any(way in message for way in ("MLFLOW_TRACKING_PASSWORD", "env:NAME", "AWS_SECRET_ACCESS_KEY"))
+    assert any(
+        way in message for way in ("MLFLOW_TRACKING_PASSWORD", "env:NAME", "AWS_SECRET_ACCESS_KEY")
+    )
     assert "adapter.rank" in message  # all problems are told together
 
 
@@ -186,7 +195,14 @@ def test_a_config_with_a_secret_is_refused_without_repeating_it(field: str, uri:
 )
 def test_a_wrong_value_is_not_repeated_with_its_secret(tree: dict[str, object]) -> None:
     with pytest.raises(UserError) as caught:
-        build({"run": {"name": "a"}, "model": {"name": "m"}, "data": {"train": [{"path": "a"}]}, **tree})
+        build(
+            {
+                "run": {"name": "a"},
+                "model": {"name": "m"},
+                "data": {"train": [{"path": "a"}]},
+                **tree,
+            }
+        )
     assert HIDDEN not in str(caught.value)
 
 
@@ -239,7 +255,9 @@ command_line.run(main)
 @pytest.mark.parametrize(("kind", "code"), [("UserError", 2), ("ValueError", 1)])
 def test_an_entry_script_prints_no_secret(kind: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(kind=kind))
-    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == code
     output = done.stdout + done.stderr
     assert all(f"{word} http://ann:***@host" in output for word in ("said", "logged", "raised"))
@@ -247,7 +265,9 @@ def test_an_entry_script_prints_no_secret(kind: str, code: int, tmp_path: Path) 
     assert HIDDEN not in output
 
 
-@pytest.mark.parametrize("uri", ["postgresql://ann:c4n4ry@127.0.0.1:9/x", "http://ann:c4n4ry@127.0.0.1:9"])
+@pytest.mark.parametrize(
+    "uri", ["postgresql://ann:c4n4ry@127.0.0.1:9/x", "http://ann:c4n4ry@127.0.0.1:9"]
+)
 def test_an_address_that_does_not_answer_is_named_without_its_password(uri: str) -> None:
     with pytest.raises(UserError) as caught:
         client.check_uri(uri)

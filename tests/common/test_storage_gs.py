@@ -34,7 +34,10 @@ def test_checkpoints_are_found_again(server: GsServer) -> None:
     place = storage.join(PLACE, "r", "checkpoints")
     for step in (50, 100):
         name = checkpoints.name_of(step)
-        checkpoints.put(lambda folder: (folder / checkpoint.MANIFEST).write_text("{}"), storage.join(place, name))
+        checkpoints.put(
+            lambda folder: (folder / checkpoint.MANIFEST).write_text("{}"),
+            storage.join(place, name),
+        )
     assert checkpoints.names(place) == ["step-0000050", "step-0000100"]
     checkpoints.drop(storage.join(place, "step-0000050"))
     assert checkpoints.names(place) == ["step-0000100"]
@@ -43,18 +46,29 @@ def test_checkpoints_are_found_again(server: GsServer) -> None:
 def test_a_store_that_does_not_answer_may_answer_later(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         gs_server(monkeypatch, seconds=0),
-        pytest.raises(TryAgain, match=r"^run\.storage: gs://silent/runs cannot be written: .*DEADLINE_EXCEEDED"),
+        pytest.raises(
+            TryAgain,
+            match=r"^run\.storage: gs://silent/runs cannot be written: .*DEADLINE_EXCEEDED",
+        ),
     ):
         storage.check_storage("gs://silent/runs", "run.storage")
 
 
 @pytest.mark.parametrize(
     ("code", "later"),
-    [("UNAVAILABLE", True), ("INTERNAL", True), ("PERMISSION_DENIED", False), ("UNAUTHENTICATED", False)],
+    [
+        ("UNAVAILABLE", True),
+        ("INTERNAL", True),
+        ("PERMISSION_DENIED", False),
+        ("UNAUTHENTICATED", False),
+    ],
 )
 def test_what_passes_by_itself(code: str, later: bool) -> None:
     assert (
-        patience.passes(OSError(f"google::cloud::Status({code}: Permanent error, with a last message of x)")) is later
+        patience.passes(
+            OSError(f"google::cloud::Status({code}: Permanent error, with a last message of x)")
+        )
+        is later
     )
 
 

@@ -35,7 +35,9 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestFiles:
     @pytest.fixture(params=["s3", "gs"])
-    def place(self, request: pytest.FixtureRequest, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    def place(
+        self, request: pytest.FixtureRequest, bucket: str, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[str]:
         if request.param == "s3":
             yield bucket
             return
@@ -68,15 +70,21 @@ class TestFiles:
 
 
 class TestRequests:
-    @pytest.mark.parametrize("name", ["50%.json", "a%20b.json", "#1 of 2.json", "a+b=c&d.json", "grüße.json"])
-    def test_a_key_is_taken_as_it_is_written(self, server: Server, place: str, name: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "name", ["50%.json", "a%20b.json", "#1 of 2.json", "a+b=c&d.json", "grüße.json"]
+    )
+    def test_a_key_is_taken_as_it_is_written(
+        self, server: Server, place: str, name: str, tmp_path: Path
+    ) -> None:
         storage.write_text(storage.join(place, name), "x")
         assert server.keys(place) == [name]
         assert storage.read_text(storage.join(place, name)) == "x"
         assert node_cache.local_copy(storage.join(place, name), tmp_path).read_text() == "x"
 
     def test_nothing_is_below_an_address_with_a_query(self) -> None:
-        with pytest.raises(UserError, match=r"s3://b/p: write it without '\?region=x'; .*AWS_ENDPOINT_URL"):
+        with pytest.raises(
+            UserError, match=r"s3://b/p: write it without '\?region=x'; .*AWS_ENDPOINT_URL"
+        ):
             storage.join("s3://b/p?region=x", "a")
 
     def test_a_small_write_is_one_request(self, server: Server, place: str) -> None:
@@ -92,15 +100,25 @@ class TestRegion:
         """AWS, from a network that leads to its own region only."""
 
         def away(bucket: str) -> str:
-            raise OSError(f"When resolving region for bucket '{bucket}': AWS Error NETWORK_CONNECTION")
+            raise OSError(
+                f"When resolving region for bucket '{bucket}': AWS Error NETWORK_CONNECTION"
+            )
 
-        for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        for name in (
+            "AWS_ENDPOINT_URL",
+            "AWS_ENDPOINT_URL_S3",
+            "AWS_REGION",
+            "AWS_DEFAULT_REGION",
+            "AWS_PROFILE",
+        ):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         monkeypatch.setattr(patience.fs, "resolve_s3_region", away)
         patience._connected.cache_clear()
 
-    def test_where_it_cannot_be_asked_for_the_one_that_is_set_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_where_it_cannot_be_asked_for_the_one_that_is_set_counts(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("AWS_REGION", "cn-north-1")
         assert storage.filesystem("s3://corpora/a")[0].region == "cn-north-1"
 
@@ -140,11 +158,15 @@ class TestCheck:
     def test_no_credentials(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-        with pytest.raises(UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"):
+        with pytest.raises(
+            UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"
+        ):
             storage.check_storage(place, "run.storage")
 
     @pytest.mark.parametrize("fault", ["hang", "refuse"])
-    def test_a_server_that_hangs_or_has_no_time(self, server: Server, place: str, hurried: None, fault: str) -> None:
+    def test_a_server_that_hangs_or_has_no_time(
+        self, server: Server, place: str, hurried: None, fault: str
+    ) -> None:
         server.faults = Faults(hang=fault == "hang", refuse=-1 if fault == "refuse" else None)
         says = "Read timeout" if fault == "hang" else r"SlowDown \(HTTP 503\)"
         with pytest.raises(TryAgain, match=f"does not answer: {says}"), within(15):
@@ -152,7 +174,9 @@ class TestCheck:
 
     def test_a_full_store_does_not_pass_by_itself(self, server: Server, place: str) -> None:
         server.faults = Faults(full=True)
-        with pytest.raises(UserError, match=r"cannot be written: .*XMinioStorageFull.*make room") as caught:
+        with pytest.raises(
+            UserError, match=r"cannot be written: .*XMinioStorageFull.*make room"
+        ) as caught:
             storage.check_storage(place, "run.storage")
         assert caught.value.exit_code == 2
         with pytest.raises(StoreError, match="507") as written:
@@ -163,7 +187,10 @@ class TestCheck:
         self, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "boto3", None)
-        with pytest.raises(UserError, match=r"run\.storage: s3://.* needs .* boto3.*: pip install 'olora-ray\[s3\]'"):
+        with pytest.raises(
+            UserError,
+            match=r"run\.storage: s3://.* needs .* boto3.*: pip install 'olora-ray\[s3\]'",
+        ):
             storage.check_storage(place, "run.storage")
 
 
@@ -187,7 +214,9 @@ class TestPatience:
     @pytest.mark.parametrize(
         ("fault", "reason"), [(Faults(refuse=-1), "503"), (Faults(hang=True), "NETWORK_CONNECTION")]
     )
-    def test_patience_has_an_end(self, server: Server, place: str, fault: Faults, reason: str) -> None:
+    def test_patience_has_an_end(
+        self, server: Server, place: str, fault: Faults, reason: str
+    ) -> None:
         storage.names(place)
         server.faults = fault
         with said() as lines, pytest.raises(OSError, match=reason), within(60):

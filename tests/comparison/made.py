@@ -65,7 +65,11 @@ def comparison(
     **changes: Any,
 ) -> Comparison:
     config = tiny.config(adapter__rank=16, adapter__alpha=16, train__lr="auto", train__steps=STEPS)
-    named = {"run.name": "task-compare", "run.storage": str(folder), "data.train.0.path": "data/gsm.jsonl"}
+    named = {
+        "run.name": "task-compare",
+        "run.storage": str(folder),
+        "data.train.0.path": "data/gsm.jsonl",
+    }
     config = override(config, {**named, **changes})
     return Comparison(config, config, compare, arms, tuple(range(4, 4 + seeds)))
 
@@ -90,7 +94,9 @@ def rows_of(config: Config, mean: float, rows: int = ROWS) -> RowLosses:
     """Return losses of each row around a mean; a row is about as hard for each method."""
     tokens = np.random.default_rng(1).integers(5, 40, rows)
     hard = 0.3 * np.random.default_rng(2).standard_normal(rows)
-    own = 0.05 * np.random.default_rng([config.run.seed, len(config.adapter.method)]).standard_normal(rows)
+    own = 0.05 * np.random.default_rng(
+        [config.run.seed, len(config.adapter.method)]
+    ).standard_normal(rows)
     losses = (hard + own - np.average(hard + own, weights=tokens) + mean) * tokens
     places = tuple(f"test-0.jsonl:{line + 1}" for line in range(rows))
     return RowLosses(places, tuple(map(int, tokens)), tuple(map(float, losses)), 4_884_480)
@@ -130,7 +136,9 @@ class Cluster:
                 self.stop()
             self.trained.append(values)
             self.names.append(str(spec.space.own_name(number)))
-            self._train(spec, Path(spec.folder, "trials", str(spec.space.own_name(number))), number, values)
+            self._train(
+                spec, Path(spec.folder, "trials", str(spec.space.own_name(number))), number, values
+            )
         search_folder.keep(spec.folder, search_folder.Progress(60.0, complete=True))
 
     def _train(self, spec: PhaseSpec, folder: Path, number: int, values: dict[str, Any]) -> None:
@@ -141,22 +149,44 @@ class Cluster:
         last = self.last(config)
         if reason or not math.isfinite(last):
             self._record(
-                folder, number, values, "failed", None, reason or "step 9: the loss is not finite; it comes from"
+                folder,
+                number,
+                values,
+                "failed",
+                None,
+                reason or "step 9: the loss is not finite; it comes from",
             )
             return
         result = TrainResult(
-            state=TrainState(step=STEPS, history=course(last), lr=AUTO.get(config.adapter.method, 1e-3))
+            state=TrainState(
+                step=STEPS, history=course(last), lr=AUTO.get(config.adapter.method, 1e-3)
+            )
         )
         RunFolder(str(folder)).write_training(result)
         self._record(folder, number, values, "finished", asdict(result))
 
     def _record(
-        self, folder: Path, number: int, values: dict[str, Any], status: Any, result: Any, reason: str = ""
+        self,
+        folder: Path,
+        number: int,
+        values: dict[str, Any],
+        status: Any,
+        result: Any,
+        reason: str = "",
     ) -> None:
         history = result["state"]["history"] if result else [{"step": 0, "eval/loss": BASE}]
         curve = tuple((int(row["step"]), row["eval/loss"]) for row in history if "eval/loss" in row)
         record = TrialRecord(
-            number, values, status, curve[-1][1], curve[-1][0], STEPS, curve, 30.0, folder=str(folder), reason=reason
+            number,
+            values,
+            status,
+            curve[-1][1],
+            curve[-1][0],
+            STEPS,
+            curve,
+            30.0,
+            folder=str(folder),
+            reason=reason,
         )
         (folder / "trial.json").write_text(json.dumps(asdict(record)))
 
@@ -203,7 +233,12 @@ class MadeRun(Run):
 
     def _measured(self, ended: Any, tested: Any) -> list[Final]:
         return [
-            Final(each, rows_of(each.spec.config, each.loss, self.cluster.left) if math.isfinite(each.loss) else None)
+            Final(
+                each,
+                rows_of(each.spec.config, each.loss, self.cluster.left)
+                if math.isfinite(each.loss)
+                else None,
+            )
             for each in ended
         ]
 

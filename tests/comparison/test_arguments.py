@@ -40,17 +40,32 @@ def test_a_comparison_has_a_name_of_its_own_and_the_same_rules_for_all(
     assert found.seeds == (18, 19, 20)
     config = found.config
     assert (config.run.name, config.run.seed, config.train.lr) == ("task-compare", 17, 1e-4)
-    assert (config.adapter.dropout, config.train.early_stop, config.registry.model) == (0.0, None, None)
+    assert (config.adapter.dropout, config.train.early_stop, config.registry.model) == (
+        0.0,
+        None,
+        None,
+    )
     assert config.cluster.workers == 1
-    assert (found.own.run.name, found.own.adapter.dropout, found.own.registry.model) == ("task", 0.1, "task")
-    assert "adapter.dropout: 0 in all trainings of a comparison, instead of the config's 0.1" in caplog.text
+    assert (found.own.run.name, found.own.adapter.dropout, found.own.registry.model) == (
+        "task",
+        0.1,
+        "task",
+    )
+    assert (
+        "adapter.dropout: 0 in all trainings of a comparison, instead of the config's 0.1"
+        in caplog.text
+    )
     assert "train.early_stop: null in all trainings" in caplog.text
     assert "registry.model" not in caplog.text
     assert config.run.seed not in found.seeds
 
 
 def test_an_arm_is_any_override_of_adapter_and_training(file: str) -> None:
-    words = ["--arm", "wide: adapter.rank=64, adapter.targets=[q_proj, v_proj]", "--arm=plus: train.lr_ratio=16"]
+    words = [
+        "--arm",
+        "wide: adapter.rank=64, adapter.targets=[q_proj, v_proj]",
+        "--arm=plus: train.lr_ratio=16",
+    ]
     found = parse([file, *words], "usage")
     assert [(arm.name, arm.values) for arm in found.arms] == [
         ("wide", {"adapter.rank": 64, "adapter.targets": ["q_proj", "v_proj"]}),
@@ -64,9 +79,21 @@ def test_an_arm_is_any_override_of_adapter_and_training(file: str) -> None:
 
 def test_every_arm_gets_the_same_trainings(file: str) -> None:
     found = parse(
-        [file, "train.lr=1e-3", "compare.rates=[0.5,1,2]", "--arm", "a: train.lr=0.1", "--methods", "lora"], ""
+        [
+            file,
+            "train.lr=1e-3",
+            "compare.rates=[0.5,1,2]",
+            "--arm",
+            "a: train.lr=0.1",
+            "--methods",
+            "lora",
+        ],
+        "",
     )
-    shown = [(trial.name(), trial.values["train.lr"], trial.values["train.lr_factor"]) for trial in found.tuning()]
+    shown = [
+        (trial.name(), trial.values["train.lr"], trial.values["train.lr_factor"])
+        for trial in found.tuning()
+    ]
     assert shown == [
         ("lora-x0.5-seed17", "auto", 0.5),
         ("lora-x1-seed17", "auto", 1.0),
@@ -81,11 +108,17 @@ def test_every_arm_gets_the_same_trainings(file: str) -> None:
     ("words", "message"),
     [
         (["FILE", "FILE"], "expected a config file"),
-        (["FILE", "--methods", "lora,pisa"], "argument --methods: 'pisa' is no adapter.method; use some of "),
+        (
+            ["FILE", "--methods", "lora,pisa"],
+            "argument --methods: 'pisa' is no adapter.method; use some of ",
+        ),
         (["FILE", "--methods", "lora"], "argument --arm: a comparison needs two arms"),
         (["FILE", "--arm", "rank 8"], "argument --arm 'rank 8': expected 'NAME: field=value"),
         (["FILE", "--arm", "a: adapter.rnk=8"], "argument --arm a: adapter.rnk: unknown field"),
-        (["FILE", "--arm", "a: data.max_length=9"], "argument --arm a: data.max_length cannot differ between arms"),
+        (
+            ["FILE", "--arm", "a: data.max_length=9"],
+            "argument --arm a: data.max_length cannot differ between arms",
+        ),
         (
             ["FILE", "--methods", "lora", "--arm", "lora: adapter.rank=8"],
             "argument --arm lora: two arms have this name",
@@ -94,7 +127,10 @@ def test_every_arm_gets_the_same_trainings(file: str) -> None:
         (["FILE", "train.start=/x"], r"train\.start: .*set it to null"),
         (["FILE", "compare.test_rows=1"], r"compare\.test_rows: "),
         (["FILE", "compare.rates=[1,1,2]"], r"compare\.rates: must be increasing"),
-        (["FILE", "compare.test_row=9"], r"compare\.test_row: unknown field; did you mean compare\.test_rows\?$"),
+        (
+            ["FILE", "compare.test_row=9"],
+            r"compare\.test_row: unknown field; did you mean compare\.test_rows\?$",
+        ),
     ],
 )
 def test_mistakes_are_one_line(file: str, words: list[str], message: str) -> None:
@@ -122,5 +158,7 @@ def test_help_and_the_page_have_the_fields(capsys: pytest.CaptureFixture[str]) -
         described = " ".join((field.description or "").split())
         assert f"{name} {described} (" in helped
         assert re.search(
-            rf"^\| `{name}` \| .+ \| `{re.escape(default(field))}` \| {re.escape(described)} \|$", page, re.M
+            rf"^\| `{name}` \| .+ \| `{re.escape(default(field))}` \| {re.escape(described)} \|$",
+            page,
+            re.M,
         )

@@ -30,7 +30,12 @@ def spec(folder: Path, name: str) -> PhaseSpec:
     def tokens(seed: int) -> TrainSpec:
         store: Any = SimpleNamespace(digest=f"order {seed}", total=8)
         return TrainSpec(
-            tiny.config(run__seed=seed, train__steps=10), BaseModel("m", "/m", "base"), "t", (1,), store, None
+            tiny.config(run__seed=seed, train__steps=10),
+            BaseModel("m", "/m", "base"),
+            "t",
+            (1,),
+            store,
+            None,
         )
 
     specs = {seed: tokens(seed) for seed in (4, 5)}
@@ -67,7 +72,9 @@ print(found.config.adapter.method, found.train.digest, found.shared, *map(spec.v
 """
 
 
-def test_a_node_without_pipelines_runs_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_without_pipelines_runs_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made.running(monkeypatch, made.comparison(tmp_path), made.Cluster())
     (tmp_path / "work.pkl").write_bytes(cloudpickle.dumps(spec(tmp_path, FINAL)))
     words = [sys.executable, "-c", LOADS, str(tmp_path / "work.pkl")]

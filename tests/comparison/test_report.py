@@ -18,7 +18,11 @@ def against(low: float, high: float) -> Against:
         (-0.05, -0.02, "better: its loss is lower by at least 0.01"),
         (0.02, 0.05, "worse: its loss is higher by at least 0.01"),
         (0.002, 0.03, "its loss is higher, but perhaps by less than 0.01"),
-        (-0.006, 0.008, "equal for practical purposes, because less than 0.01 (compare.relevant) does not matter"),
+        (
+            -0.006,
+            0.008,
+            "equal for practical purposes, because less than 0.01 (compare.relevant) does not matter",
+        ),
         (-0.02, 0.008, "undecided: its loss was lower, but this may be luck"),
         (float("-inf"), float("inf"), "undecided"),
     ],

@@ -36,12 +36,23 @@ def test_they_add_up_to_the_last_evaluation(
         adapter__method=method,
         run__storage=str(tmp_path),
     )
-    spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out, each_example=True)
+    spec = TrainSpec(
+        settings,
+        BaseModel("m", "/m", "base"),
+        "tokenizer",
+        (1,),
+        store,
+        held_out,
+        each_example=True,
+    )
     channel: Any = SimpleNamespace(
-        send=SimpleNamespace(remote=lambda message: None), wait_for_stop=SimpleNamespace(remote=lambda: None)
+        send=SimpleNamespace(remote=lambda message: None),
+        wait_for_stop=SimpleNamespace(remote=lambda: None),
     )
     folder, places = RunFolder(settings.folder()), row_losses.places_of(held_out)
-    with pytest.raises(UserError, match=r"the losses of the test rows are lost; delete .* and run the same command"):
+    with pytest.raises(
+        UserError, match=r"the losses of the test rows are lost; delete .* and run the same command"
+    ):
         row_losses.result_of(folder.root, settings, len(places))
     shared = SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
     result = train_at(SharedBaseContext(shared), spec, folder.checkpoints, channel)

@@ -30,14 +30,20 @@ def without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(config: Any, spec: Any, split: Any) -> Any:
         scans = prepare.scan
         root = config.run.storage
-        look = looking(root, lambda sources: [[scans(file, root) for file in each] for each in sources], read_as)
+        look = looking(
+            root,
+            lambda sources: [[scans(file, root) for file in each] for each in sources],
+            read_as,
+        )
         return make_plan(config, spec, split, look)
 
     monkeypatch.setattr(rows, "plan_here", plan)
 
 
 def row(number: int, user: str | None = None) -> dict[str, str]:
-    return {"prompt": f"what is {number}?", "completion": str(number)} | ({"user": user} if user else {})
+    return {"prompt": f"what is {number}?", "completion": str(number)} | (
+        {"user": user} if user else {}
+    )
 
 
 def written(path: Path, found: list[dict[str, str]]) -> Path:
@@ -64,7 +70,11 @@ def config(folder: Path, train: Path, held: Path | None = None, **changes: Any) 
 
 
 def lines(found: rows.RowSets, kind: rows.Kind) -> list[dict[str, str]]:
-    return [json.loads(line) for source in found.sources[kind] for line in Path(source.path).read_text().splitlines()]
+    return [
+        json.loads(line)
+        for source in found.sources[kind]
+        for line in Path(source.path).read_text().splitlines()
+    ]
 
 
 def numbers(found: rows.RowSets, kind: rows.Kind) -> set[str]:
@@ -76,7 +86,9 @@ KINDS: tuple[rows.Kind, ...] = ("train", "tuning", "test")
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 30), min_size=40, max_size=60), st.integers(0, 2**16))
-def test_sets_are_disjoint_and_follow_from_content(tmp_path: Path, drawn: list[int], seed: int) -> None:
+def test_sets_are_disjoint_and_follow_from_content(
+    tmp_path: Path, drawn: list[int], seed: int
+) -> None:
     found = [row(number) for number in [*drawn, *range(40, 60)]]  # with rows that are equal
     mixed = random.Random(seed).sample(found, len(found))
     sets = []
@@ -90,15 +102,21 @@ def test_sets_are_disjoint_and_follow_from_content(tmp_path: Path, drawn: list[i
     assert not numbers(first, "train") & numbers(first, "tuning")
     assert not numbers(first, "train") & numbers(first, "test")
     assert not numbers(first, "tuning") & numbers(first, "test")
-    assert set().union(*(numbers(first, kind) for kind in KINDS)) == {each["completion"] for each in found}
-    assert (first.counts["tuning"], first.counts["test"]) == (4, 6) == (len(lines(first, "tuning")), 6)
+    assert set().union(*(numbers(first, kind) for kind in KINDS)) == {
+        each["completion"] for each in found
+    }
+    assert (
+        (first.counts["tuning"], first.counts["test"]) == (4, 6) == (len(lines(first, "tuning")), 6)
+    )
 
 
 def test_held_out_rows_are_those_of_the_config_and_never_trained_on(tmp_path: Path) -> None:
     train = written(tmp_path / "train.jsonl", [row(number) for number in range(30)])
     held = written(tmp_path / "held.jsonl", [row(number) for number in range(25, 40)])
     found = split(config(tmp_path, train, held))
-    assert numbers(found, "tuning") | numbers(found, "test") <= {str(number) for number in range(25, 40)}
+    assert numbers(found, "tuning") | numbers(found, "test") <= {
+        str(number) for number in range(25, 40)
+    }
     assert not (numbers(found, "tuning") | numbers(found, "test")) & numbers(found, "train")
     assert {str(number) for number in range(25)} <= numbers(found, "train")
 
@@ -112,7 +130,9 @@ def test_the_rows_of_a_group_stay_together_and_count_as_one(tmp_path: Path) -> N
     assert found.counts["test"] == 20  # whole groups
     test = lines(found, "test")
     groups = found.groups["test-0.jsonl"]
-    assert len({(each["user"], group) for each, group in zip(test, groups, strict=True)}) == len(users[2])
+    assert len({(each["user"], group) for each, group in zip(test, groups, strict=True)}) == len(
+        users[2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +156,9 @@ def test_the_rows_of_a_group_stay_together_and_count_as_one(tmp_path: Path) -> N
 def test_too_few_rows_are_one_line(
     tmp_path: Path, count: int, test: int, changes: dict[str, Any], message: str
 ) -> None:
-    given = config(tmp_path, written(tmp_path / "a.jsonl", [row(number) for number in range(count)]), **changes)
+    given = config(
+        tmp_path, written(tmp_path / "a.jsonl", [row(number) for number in range(count)]), **changes
+    )
     with pytest.raises(UserError, match=message) as error:
         split(given, Compare(tuning_rows=4, test_rows=test))
     assert "\n" not in str(error.value)
@@ -149,7 +171,9 @@ def test_a_column_that_no_row_has_is_refused_and_rows_without_it_are_said(
     """Otherwise a typing error would make rows of one customer independent, and put them into all three sets."""
     some = [row(number, f"user {number % 20}" if number < 37 else None) for number in range(40)]
     file = written(tmp_path / "a.jsonl", some)
-    with pytest.raises(UserError, match=r"gate\.group: no row of data\.train has a column 'usr'; set it to") as error:
+    with pytest.raises(
+        UserError, match=r"gate\.group: no row of data\.train has a column 'usr'; set it to"
+    ) as error:
         split(config(tmp_path, file, **{"gate.group": "usr"}))
     assert "\n" not in str(error.value)
     assert "gate.group" not in caplog.text
@@ -157,7 +181,9 @@ def test_a_column_that_no_row_has_is_refused_and_rows_without_it_are_said(
     assert "gate.group: 3 rows of data.train have no 'user'" in caplog.text
 
 
-def test_rows_that_cannot_be_read_are_said_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_cannot_be_read_are_said_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = written(tmp_path / "a.jsonl", [row(number) for number in range(200)])
     file.write_text(file.read_text() + "{broken\n")
     split(config(tmp_path, file))

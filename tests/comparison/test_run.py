@@ -17,7 +17,9 @@ from tests.comparison import made
 from tests.comparison.made import Cluster
 
 
-def compared(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> ComparisonRecord:
+def compared(
+    monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster
+) -> ComparisonRecord:
     work = made.running(monkeypatch, found, cluster)
     tuning = work.tune()
     return recorded(work, tuning, work.train(tuning), "2 CPUs")
@@ -44,7 +46,11 @@ def test_each_arm_is_tuned_on_the_same_grid_and_then_compared_with_fresh_seeds(
     assert cluster.names[10:] == finals
     assert cluster.eval_every == {"tuning": {made.STEPS}, "final": {made.STEPS // 4}}
     place = Path(asked.config.folder())
-    assert sorted(path.name for path in place.iterdir() if path.name != "shared") == ["code.json", "final", "tuning"]
+    assert sorted(path.name for path in place.iterdir() if path.name != "shared") == [
+        "code.json",
+        "final",
+        "tuning",
+    ]
     assert sorted(path.name for path in (place / "final" / "trials").iterdir()) == sorted(finals)
 
 
@@ -64,17 +70,25 @@ def test_the_difference_is_that_of_the_losses_with_its_interval(
     first, half, last = lora.course()
     assert first > half > last == pytest.approx(lora.loss, abs=1e-6)
     row = dict(zip(report.MEANS, report.cells(record, lora), strict=True))
-    assert (row["learning rate"], row["x rate"], row["tuning"]) == ("0.0019", "1.2", "5 in 2 min 30 s")
+    assert (row["learning rate"], row["x rate"], row["tuning"]) == (
+        "0.0019",
+        "1.2",
+        "5 in 2 min 30 s",
+    )
     assert (row["after 25%"], row["after 50%"]) == (f"{first:.4f}", f"{half:.4f}")
 
 
-def test_more_seeds_and_another_arm_train_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_seeds_and_another_arm_train_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster = Cluster()
     first = compared(monkeypatch, made.comparison(tmp_path), cluster)
     monkeypatch.setitem(made.BEST, "pissa", (1e-3, 0.95))
     pissa = made.arm("pissa", adapter__method="pissa")
     done = len(cluster.names)
-    second = compared(monkeypatch, made.comparison(tmp_path, (made.LORA, made.OLORA, pissa), seeds=5), cluster)
+    second = compared(
+        monkeypatch, made.comparison(tmp_path, (made.LORA, made.OLORA, pissa), seeds=5), cluster
+    )
     assert cluster.names[done:] == [
         *(f"pissa-x{factor:g}-seed3" for factor in (0.25, 0.5, 1, 2, 4)),
         *(f"pissa-x1-seed{seed}" for seed in (4, 5, 6, 7)),
@@ -91,7 +105,9 @@ def test_more_seeds_and_another_arm_train_only_what_is_missing(tmp_path: Path, m
 def test_it_ends_with_a_config_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = made.arm("narrow", adapter__method="lora", adapter__rank=8, train__lr=4e-4)
     asked = made.comparison(tmp_path, (made.OLORA, narrow))
-    asked = replace(asked, own=made.override(asked.own, {"train.early_stop": 3, "registry.model": "task"}))
+    asked = replace(
+        asked, own=made.override(asked.own, {"train.early_stop": 3, "registry.model": "task"})
+    )
     record = compared(monkeypatch, asked, Cluster())
     best = record.best()
     assert best is not None
@@ -106,11 +122,16 @@ def test_it_ends_with_a_config_to_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert parse_yaml(dump(config), "best.yaml")["train"]["lr"] == 4e-4
 
 
-def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_comparison_trains_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path / "a"), whole)
     for stop_after in (1, 7, 12, 17):
-        cluster, asked = Cluster(stop_after=stop_after), made.comparison(tmp_path / f"b{stop_after}")
+        cluster, asked = (
+            Cluster(stop_after=stop_after),
+            made.comparison(tmp_path / f"b{stop_after}"),
+        )
         with pytest.raises(KeyboardInterrupt):
             compared(monkeypatch, asked, cluster)
         cluster.stop_after = None
@@ -119,12 +140,16 @@ def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypa
         assert [each.against for each in again.arms] == [each.against for each in record.arms]
 
 
-@pytest.mark.parametrize("reason", ["CUDA out of memory", "step 0: the held-out loss is not finite"])
+@pytest.mark.parametrize(
+    "reason", ["CUDA out of memory", "step 0: the held-out loss is not finite"]
+)
 def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
     reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = Cluster(reasons={"lora-x1-seed3": reason})
-    with pytest.raises(UserError, match=f"tuning: lora-x1-seed3 failed: {reason}; remove the cause and run the"):
+    with pytest.raises(
+        UserError, match=f"tuning: lora-x1-seed3 failed: {reason}; remove the cause and run the"
+    ):
         compared(monkeypatch, made.comparison(tmp_path), cluster)
     done = len(cluster.names)
     compared(monkeypatch, made.comparison(tmp_path), cluster)
@@ -141,7 +166,9 @@ def test_an_arm_whose_every_trial_breaks_off_leaves_the_others_their_report(
     def last(config: Config) -> float:
         return math.inf if config.adapter.method == "pissa" else made.loss(config)
 
-    asked = made.comparison(tmp_path, (made.LORA, made.OLORA, made.arm("pissa", adapter__method="pissa")))
+    asked = made.comparison(
+        tmp_path, (made.LORA, made.OLORA, made.arm("pissa", adapter__method="pissa"))
+    )
     record = compared(monkeypatch, asked, Cluster(last))
     pissa = record.of("pissa")
     assert (pissa.trainings, pissa.against, pissa.course(), pissa.lr) == ((), None, (), None)

@@ -24,7 +24,10 @@ def drawn(
 
 def coverage(times: int, **spread: float | int) -> dict[str, float]:
     """Return how often each 95% interval contains the truth, which is 0."""
-    rng, held = np.random.default_rng(17), dict.fromkeys(("crossed", "rows alone", "seeds alone"), 0)
+    rng, held = (
+        np.random.default_rng(17),
+        dict.fromkeys(("crossed", "rows alone", "seeds alone"), 0),
+    )
     for _ in range(times):
         values = drawn(rng, **spread)  # type: ignore[arg-type]
         held["crossed"] += crossed(values).interval().holds(0.0)
@@ -37,7 +40,9 @@ def coverage(times: int, **spread: float | int) -> dict[str, float]:
 
 def over_seeds(values: NDArray[np.float64]) -> Difference:
     means = values.mean(axis=1)
-    return Difference(float(means.mean()), float(means.std(ddof=1)) / math.sqrt(len(means)), len(means) - 1)
+    return Difference(
+        float(means.mean()), float(means.std(ddof=1)) / math.sqrt(len(means)), len(means) - 1
+    )
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:

@@ -33,7 +33,12 @@ def config(tmp_path: Path) -> Path:
 def start(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=folder, env=environment
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env=environment,
     )
 
 
@@ -51,7 +56,10 @@ def test_relative_paths_are_seen_from_where_the_command_was_given(
     (tmp_path / "m").mkdir()
     read, _ = read_arguments([str(config), "data.chat_template=a.jinja"], "usage")
     assert read.data.chat_template == str(tmp_path / "a.jinja")
-    assert read_arguments([str(config), "data.chat_template=plain"], "usage")[0].data.chat_template == "plain"
+    assert (
+        read_arguments([str(config), "data.chat_template=plain"], "usage")[0].data.chat_template
+        == "plain"
+    )
     assert read.run.storage == str(tmp_path / "runs")
     assert read.data.train[0].path == str(tmp_path / "a.jsonl")
     assert read.model.name == str(tmp_path / "m")
@@ -73,10 +81,14 @@ def test_the_home_directory_may_be_written_as_a_tilde(
 def test_a_home_folder_that_there_is_not_is_one_line(config: Path, field: str) -> None:
     with pytest.raises(UserError) as caught:
         read_arguments([str(config), f"{field}=~nobody-here/x"], "usage")
-    assert str(caught.value).startswith(f"{field}: ~nobody-here/x: '~nobody-here' has no home folder; ")
+    assert str(caught.value).startswith(
+        f"{field}: ~nobody-here/x: '~nobody-here' has no home folder; "
+    )
 
 
-def test_a_place_at_which_nobody_can_look_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_at_which_nobody_can_look_is_one_line(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"^model\.name: /.*x: File name too long$"):
         read_arguments([str(config), f"model.name={'x' * 300}"], "usage")
 
@@ -88,24 +100,38 @@ def test_a_place_at_which_nobody_can_look_is_one_line(config: Path, monkeypatch:
         resolved(load_config(config, {"model.name": "/home/other/model"}), Path("/"))
 
 
-def test_files_of_the_package_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_package_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An installed wheel has no checkout around it; what lies in the current folder goes first."""
     monkeypatch.chdir(tmp_path)
     words = ["pipelines/configs/quickstart.yaml", "tune_spaces/lr_only.yaml"]
     read, space, _ = read_search_arguments(words, "usage")
-    assert (space, read.run.storage) == (str(ROOT / "tune_spaces" / "lr_only.yaml"), str(tmp_path / "runs"))
-    assert [each.path for each in read.data.train] == [str(ROOT / "pipelines" / "quickstart" / "train.jsonl")]
+    assert (space, read.run.storage) == (
+        str(ROOT / "tune_spaces" / "lr_only.yaml"),
+        str(tmp_path / "runs"),
+    )
+    assert [each.path for each in read.data.train] == [
+        str(ROOT / "pipelines" / "quickstart" / "train.jsonl")
+    ]
     for name in ("tune_spaces/lr_only.yaml", "pipelines/quickstart/train.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("")
     read, space, _ = read_search_arguments(words, "usage")
-    assert (space, read.data.train[0].path) == (words[1], str(tmp_path / "pipelines" / "quickstart" / "train.jsonl"))
+    assert (space, read.data.train[0].path) == (
+        words[1],
+        str(tmp_path / "pipelines" / "quickstart" / "train.jsonl"),
+    )
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/data", "gs://bucket/data", "hf://org/name?split=train"])
+@pytest.mark.parametrize(
+    "place", ["s3://bucket/data", "gs://bucket/data", "hf://org/name?split=train"]
+)
 def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
     storage = place.partition("?")[0]
-    read, _ = read_arguments([str(config), f"data.train.0.path={place}", f"run.storage={storage}"], "usage")
+    read, _ = read_arguments(
+        [str(config), f"data.train.0.path={place}", f"run.storage={storage}"], "usage"
+    )
     assert read.data.train[0].path == place
     assert read.run.storage == storage
 
@@ -119,17 +145,28 @@ def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
         (["--dry-run=yes"], "argument --dry-run=yes: --dry-run takes no value"),
         (["a.yaml", "b.yaml"], "a.yaml b.yaml: use one config file"),
         (["adapter.rnk=3"], "did you mean adapter.rank?"),
-        (["learning_rate=3"], "argument 'learning_rate=3': expected section.field=value; use train.lr"),
+        (
+            ["learning_rate=3"],
+            "argument 'learning_rate=3': expected section.field=value; use train.lr",
+        ),
         (["--lr", "1e-4"], "argument --lr: set fields without dashes: train.lr=1e-4"),
         (["--learning_rate", "--dry-run"], "without dashes: train.lr=..."),
         (["--train.lr=1e-4"], "argument --train.lr=1e-4: set fields without dashes: train.lr=1e-4"),
         (["--warmup_steps=9"], "argument --warmup_steps=9: use train.warmup, a share of the steps"),
-        (["template=llama3"], "'template=llama3': expected section.field=value; use the model's own chat template"),
-        (["tracking.wandb_project=a"], "runs are tracked in MLflow: set tracking.uri and tracking.experiment"),
+        (
+            ["template=llama3"],
+            "'template=llama3': expected section.field=value; use the model's own chat template",
+        ),
+        (
+            ["tracking.wandb_project=a"],
+            "runs are tracked in MLflow: set tracking.uri and tracking.experiment",
+        ),
         (["--versoin"], "did you mean --version?"),
     ],
 )
-def test_an_argument_that_is_not_understood_is_named(config: Path, argv: list[str], expected: str) -> None:
+def test_an_argument_that_is_not_understood_is_named(
+    config: Path, argv: list[str], expected: str
+) -> None:
     with pytest.raises(UserError) as caught:
         read_arguments([str(config), *argv], "usage")
     assert expected in str(caught.value)
@@ -144,10 +181,15 @@ def test_an_option_without_its_value_is_named(rest: tuple[str, ...]) -> None:
 def test_no_secret_is_repeated() -> None:
     with pytest.raises(UserError) as caught:
         parse(["--trackinguri=http://me:hidden@host"], "usage", options=["--tracking-uri"])
-    assert str(caught.value) == "argument --trackinguri=http://me:***@host: unknown; did you mean --tracking-uri?"
+    assert (
+        str(caught.value)
+        == "argument --trackinguri=http://me:***@host: unknown; did you mean --tracking-uri?"
+    )
 
 
-@pytest.mark.parametrize("script", ["finetune", "sweep", "compare", "retrain", "evaluate", "registry"])
+@pytest.mark.parametrize(
+    "script", ["finetune", "sweep", "compare", "retrain", "evaluate", "registry"]
+)
 def test_every_script_has_help(
     script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +204,10 @@ def test_every_script_has_help(
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(["--version", "--nonsense"], "usage")
-    assert (caught.value.code, capsys.readouterr().out) == (0, f"olora-ray {version('olora-ray')}\n")
+    assert (caught.value.code, capsys.readouterr().out) == (
+        0,
+        f"olora-ray {version('olora-ray')}\n",
+    )
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -190,11 +235,18 @@ def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_a_user_can_fix_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = script(tmp_path, "raise UserError('data.train:\\n  broken')")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "begun\n", "error: data.train: broken\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "begun\n",
+        "error: data.train: broken\n",
+    )
 
 
 def test_only_the_problems_of_a_list_are_lines(tmp_path: Path) -> None:
-    done = script(tmp_path, r"from olora_ray.common.errors import Problems; raise Problems('x', 'a:\n  b', 'c')")
+    done = script(
+        tmp_path,
+        r"from olora_ray.common.errors import Problems; raise Problems('x', 'a:\n  b', 'c')",
+    )
     assert done.stderr == "error: x:\n  a: b\n  c\n"
     error = pickle.loads(pickle.dumps(Problems("x", "a", "b")))  # as Ray sends it
     assert (str(error), error.lines) == ("x: a; b", ("x:", "a", "b"))
@@ -235,8 +287,16 @@ def test_characters_that_the_locale_does_not_have_are_written_otherwise(
 @pytest.mark.parametrize(
     ("body", "code", "told"),
     [
-        ("raise KeyboardInterrupt", 130, "stopped (Ctrl+C); to resume a run or a search, run the same command again\n"),
-        ("from olora_ray.common.errors import TryAgain; raise TryAgain('away')", 75, "error: away\n"),
+        (
+            "raise KeyboardInterrupt",
+            130,
+            "stopped (Ctrl+C); to resume a run or a search, run the same command again\n",
+        ),
+        (
+            "from olora_ray.common.errors import TryAgain; raise TryAgain('away')",
+            75,
+            "error: away\n",
+        ),
         (
             "from olora_ray.common.errors import Stopped; raise Stopped('stopped after 3', 143)",
             143,
@@ -260,7 +320,9 @@ torch_dtype attn_implementation dataset_mixture max_seq_length eval_strategy sav
 def test_a_cluster_with_an_old_ray_is_refused_in_one_line(tmp_path: Path) -> None:
     """Ray jobs bring the project to nodes whose packages nobody has compared with pyproject.toml."""
     (tmp_path / "ray-2.57.1.dist-info").mkdir()
-    (tmp_path / "ray-2.57.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 2.57.1\n")
+    (tmp_path / "ray-2.57.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: ray\nVersion: 2.57.1\n"
+    )
     done = subprocess.run(
         [sys.executable, "pipelines/finetune.py", "--help"],
         cwd=ROOT,
@@ -270,22 +332,33 @@ def test_a_cluster_with_an_old_ray_is_refused_in_one_line(tmp_path: Path) -> Non
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: ray 2.57.1 is too old: ray 2.58 or newer is needed, on all nodes\n"
+    assert (
+        done.stderr == "error: ray 2.57.1 is too old: ray 2.58 or newer is needed, on all nodes\n"
+    )
 
 
 def test_the_oldest_versions_are_those_of_the_project() -> None:
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for package, oldest in command_line.OLDEST.items():
-        assert any(re.match(rf"{package}(\[.*\])?>={'.'.join(map(str, oldest))}(,|$)", line) for line in named)
+        assert any(
+            re.match(rf"{package}(\[.*\])?>={'.'.join(map(str, oldest))}(,|$)", line)
+            for line in named
+        )
 
 
 def test_each_problem_of_a_file_of_another_tool_has_a_line(tmp_path: Path) -> None:
     path, words = tmp_path / "their.yaml", WORDS.split()
-    path.write_text("".join(f"{word}: 1\n" for word in words) + "adapter: qlora\ndata: {train: a}\n")
+    path.write_text(
+        "".join(f"{word}: 1\n" for word in words) + "adapter: qlora\ndata: {train: a}\n"
+    )
     done = start(str(FINETUNE), str(path))
     heading, *lines = done.stderr.splitlines()
     assert (done.returncode, heading) == (2, f"error: {path} has {len(words) + 2} problems:")
-    assert [line.split(":")[0] for line in lines] == [f"  {word}" for word in ("model", "adapter", *words)]
+    assert [line.split(":")[0] for line in lines] == [
+        f"  {word}" for word in ("model", "adapter", *words)
+    ]
     assert max(map(len, lines)) <= 200
     assert all("use " in line or "--help" in line or "MLflow" in line for line in lines[2:])
-    assert not any("did you mean" in line for line in lines)  # model_type is no model:, do_train no train:
+    assert not any(
+        "did you mean" in line for line in lines
+    )  # model_type is no model:, do_train no train:

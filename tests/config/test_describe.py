@@ -13,7 +13,10 @@ from olora_ray.data.formats import FIELDS
 def test_help_has_every_field_of_every_section() -> None:
     words = {line.split()[0].rstrip(":") for line in help_text().splitlines()}
     sections = [field.annotation for field in Config.model_fields.values()]
-    assert {*Config.model_fields, *(name for each in (*sections, Source, Condition) for name in _names(each))} <= words
+    assert {
+        *Config.model_fields,
+        *(name for each in (*sections, Source, Condition) for name in _names(each)),
+    } <= words
 
 
 def _names(section: Any) -> list[str]:
@@ -46,5 +49,9 @@ def test_help_shows_nothing_of_python_and_fits_a_terminal() -> None:
 
 
 def test_the_fields_of_each_format_are_those_that_are_read() -> None:
-    described = dict(re.findall(r"(\w+)\s+\{([^}]*)\}", Source.model_fields["format"].description or ""))
-    assert {name: tuple(fields.replace("\n", " ").split(", ")) for name, fields in described.items()} == FIELDS
+    described = dict(
+        re.findall(r"(\w+)\s+\{([^}]*)\}", Source.model_fields["format"].description or "")
+    )
+    assert {
+        name: tuple(fields.replace("\n", " ").split(", ")) for name, fields in described.items()
+    } == FIELDS

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, changed, dump, flatten, load_config, override, parse_assignments, parse_yaml
+from olora_ray.config.load import (
+    build,
+    changed,
+    dump,
+    flatten,
+    load_config,
+    override,
+    parse_assignments,
+    parse_yaml,
+)
 from olora_ray.config.schema import IN_STORAGE, Config, Source
 from tests import tiny
 from tests.said import said
@@ -20,7 +29,11 @@ SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))
 
 def tree(**changes: Any) -> dict[str, Any]:
     """The smallest config, with sections changed."""
-    smallest = {"run": {"name": "a"}, "model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+    smallest = {
+        "run": {"name": "a"},
+        "model": {"name": "m"},
+        "data": {"train": [{"path": "a.jsonl"}]},
+    }
     return {**smallest, **changes}
 
 
@@ -65,14 +78,30 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
         ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
         ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'lora'", "(got 'svd')"]),
         ({"adapter": {"method": "orthogonal", "rank": 7}}, ["adapter: rank=7 is odd", "use 8"]),
-        ({"adapter": {"method": "eva", "init_tokens": 32}}, ["adapter: init_tokens=32 ", "= 32;", "rho"]),
+        (
+            {"adapter": {"method": "eva", "init_tokens": 32}},
+            ["adapter: init_tokens=32 ", "= 32;", "rho"],
+        ),
         ({"data": {"train": [{"format": "text"}]}}, ["data.train.0.path: required, but not set"]),
         ({"gate": {"and": [{"metric": "eval/loss"}]}}, ["gate.and.0: set at_least or at_most"]),
-        ({"gate": {"metric": "eval/exact_match"}}, ["gate: metric eval/exact_match is not measured", "scorer"]),
-        ({"evaluation": {"scorer": "exact_match"}, "gate": {"metric": "exact_match"}}, ["gate: metric exact_match"]),
         (
-            {"evaluation": {"scorer": "exact_match", "rows": 0}, "gate": {"metric": "eval/exact_match"}},
-            ["gate: metric eval/exact_match is not measured", "evaluation.rows=0", "gate.min_rows=20"],
+            {"gate": {"metric": "eval/exact_match"}},
+            ["gate: metric eval/exact_match is not measured", "scorer"],
+        ),
+        (
+            {"evaluation": {"scorer": "exact_match"}, "gate": {"metric": "exact_match"}},
+            ["gate: metric exact_match"],
+        ),
+        (
+            {
+                "evaluation": {"scorer": "exact_match", "rows": 0},
+                "gate": {"metric": "eval/exact_match"},
+            },
+            [
+                "gate: metric eval/exact_match is not measured",
+                "evaluation.rows=0",
+                "gate.min_rows=20",
+            ],
         ),
         (
             {
@@ -85,7 +114,9 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], expected: list[str]) -> None:
+def test_a_wrong_value_is_named_with_its_field(
+    changes: dict[str, Any], expected: list[str]
+) -> None:
     message = problem(**changes)
     assert all(part in message for part in expected), message
 
@@ -99,18 +130,37 @@ cluster.cpus_per_worker export.rank"""
 @pytest.mark.parametrize("switch", [True, False])
 def test_a_switch_is_no_number(field: str, switch: bool) -> None:
     config = tiny.config(gate__and=[{"metric": "eval/loss", "at_least": 0}])
-    with pytest.raises(UserError, match=rf"^config: {re.escape(field)}: expected a number, not {str(switch).lower()}$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^config: {re.escape(field)}: expected a number, not {str(switch).lower()}$",
+    ):
         override(config, {field: switch})
 
 
-@pytest.mark.parametrize("given", ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}]], ids=str)
+@pytest.mark.parametrize(
+    "given", ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}]], ids=str
+)
 def test_a_path_alone_is_a_source(given: Any) -> None:
     found = build(tree(data={"train": given, "eval": given})).data
     assert found.train == found.eval == (Source(path="a.jsonl"),)
     assert override(build(tree()), {"data.train": given}).data.train == (Source(path="a.jsonl"),)
 
 
-PATHS_AS_NAMES = ["..", ".", "../x", "/x", "a/b", "a/../../x", "a\\b", "a\n", "", "a.", ".a", "~", "a b\x00"]
+PATHS_AS_NAMES = [
+    "..",
+    ".",
+    "../x",
+    "/x",
+    "a/b",
+    "a/../../x",
+    "a\\b",
+    "a\n",
+    "",
+    "a.",
+    ".a",
+    "~",
+    "a b\x00",
+]
 
 
 @pytest.mark.parametrize("name", PATHS_AS_NAMES)
@@ -124,7 +174,9 @@ def test_a_registered_model_has_a_name_that_is_safe_in_urls_and_queries(name: st
     assert "registry.model: " in problem(registry={"model": name})
 
 
-@pytest.mark.parametrize("name", sorted({*IN_STORAGE, "mlflow.db", "mlflow.db-wal", "mlflow.db-journal", "locks"}))
+@pytest.mark.parametrize(
+    "name", sorted({*IN_STORAGE, "mlflow.db", "mlflow.db-wal", "mlflow.db-journal", "locks"})
+)
 def test_a_run_does_not_take_the_place_of_what_the_storage_keeps(name: str) -> None:
     message = problem(run={"name": name})
     assert message.startswith("config: run.name: ")
@@ -141,7 +193,9 @@ def test_a_run_does_not_take_the_place_of_what_the_storage_keeps(name: str) -> N
         ("tracking", "experiment", "é", 256),
     ],
 )
-def test_a_name_that_a_file_or_mlflow_cannot_have_is_refused(section: str, field: str, letter: str, most: int) -> None:
+def test_a_name_that_a_file_or_mlflow_cannot_have_is_refused(
+    section: str, field: str, letter: str, most: int
+) -> None:
     longest = letter * most
     build(tree(**{section: {field: longest}}))
     message = problem(**{section: {field: longest + "a"}})
@@ -164,7 +218,9 @@ def test_an_address_does_not_go_up() -> None:
         assert re.search(rf"{re.escape(field)}: [^:]*'\.\.'", message)
 
 
-@pytest.mark.parametrize(("place", "right"), [("s3:/b/runs", "s3://b/runs"), ("file:/mnt/runs", "file:///mnt/runs")])
+@pytest.mark.parametrize(
+    ("place", "right"), [("s3:/b/runs", "s3://b/runs"), ("file:/mnt/runs", "file:///mnt/runs")]
+)
 def test_an_address_that_lost_a_slash_is_no_folder(place: str, right: str) -> None:
     message = problem(run={"name": "a", "storage": place}, data={"train": [{"path": place}]})
     for field in ("run.storage", "data.train.0.path"):
@@ -175,7 +231,9 @@ def test_an_address_that_lost_a_slash_is_no_folder(place: str, right: str) -> No
 
 @pytest.mark.parametrize("place", ["s3://b/p?region=x", "s3://b/p#1", "gs://b/a%20b"])
 def test_an_address_that_others_lie_below_has_no_options(place: str) -> None:
-    message = problem(run={"name": "a", "storage": place}, model={"name": place}, train={"start": place})
+    message = problem(
+        run={"name": "a", "storage": place}, model={"name": place}, train={"start": place}
+    )
     for field in ("run.storage", "model.name", "train.start"):
         assert f"{field}: " in message
     assert "AWS_ENDPOINT_URL and AWS_REGION" in message
@@ -199,7 +257,9 @@ def test_an_address_that_others_lie_below_has_no_options(place: str) -> None:
         ("adapter.rank", 32, False),
     ],
 )
-def test_a_run_without_a_name_gets_one_from_what_decides(field: str, value: Any, same: bool) -> None:
+def test_a_run_without_a_name_gets_one_from_what_decides(
+    field: str, value: Any, same: bool
+) -> None:
     name = "olora-r16-081258a9"  # also of later versions: a run that was interrupted is found by it
     assert build(tree(run={})).run.name == build(tree(run={"name": "auto"})).run.name == name
     own = build(changed(tree(run={}), {field: value})).run.name
@@ -224,12 +284,17 @@ def test_all_problems_are_told_together() -> None:
     ]:
         assert f" {field}: " in message
     assert message.startswith("config has 7 problems: run.name: ")
-    assert not any(word in message for word in ("tuple[", "literal[", "constrained", "Value error", "pydantic"))
+    assert not any(
+        word in message for word in ("tuple[", "literal[", "constrained", "Value error", "pydantic")
+    )
 
 
 def test_fields_that_are_words_of_python_are_spelled_as_in_the_file() -> None:
     config = build(
-        tree(gate={"and": [{"metric": "eval/loss", "at_most": 2.0}]}, retrain={"from": "champion", "replay": 0.5})
+        tree(
+            gate={"and": [{"metric": "eval/loss", "at_most": 2.0}]},
+            retrain={"from": "champion", "replay": 0.5},
+        )
     )
     assert config.gate.conditions[0].at_most == 2.0
     assert flatten(config)["gate.and.0.at_most"] == 2.0
@@ -248,10 +313,22 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     ("cluster", "expected"),
     [
-        ({"gpus_per_worker": 2, "workers": 1}, ".gpus_per_worker: a worker uses one GPU, and 2 per worker"),
-        ({"gpus_per_worker": 1.5, "workers": 1}, ".gpus_per_worker: a worker uses one GPU, and 1.5 per"),
-        ({"gpus_per_worker": 0.5, "workers": 2}, ".gpus_per_worker=0.5 with cluster.workers=2: NCCL"),
-        ({"gpus_per_worker": 0.5, "workers": [1, 2]}, ".gpus_per_worker=0.5 with cluster.workers=2: NCCL"),
+        (
+            {"gpus_per_worker": 2, "workers": 1},
+            ".gpus_per_worker: a worker uses one GPU, and 2 per worker",
+        ),
+        (
+            {"gpus_per_worker": 1.5, "workers": 1},
+            ".gpus_per_worker: a worker uses one GPU, and 1.5 per",
+        ),
+        (
+            {"gpus_per_worker": 0.5, "workers": 2},
+            ".gpus_per_worker=0.5 with cluster.workers=2: NCCL",
+        ),
+        (
+            {"gpus_per_worker": 0.5, "workers": [1, 2]},
+            ".gpus_per_worker=0.5 with cluster.workers=2: NCCL",
+        ),
         ({"fsdp_offload": True}, ": fsdp_offload=true needs a sharded base model"),
     ],
 )
@@ -280,10 +357,14 @@ def test_copies_of_a_sharded_base_divide_the_workers(workers: int | list[int], w
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8))
 def test_accumulation_follows_from_the_batch(batch: int, micro: int, workers: int) -> None:
-    config = build(tree(train={"global_batch": batch, "micro_batch": micro}, cluster={"workers": workers}))
+    config = build(
+        tree(train={"global_batch": batch, "micro_batch": micro}, cluster={"workers": workers})
+    )
     count = config.train.micro_batches()
     assert (count - 1) * micro < batch <= count * micro
-    assert config.accumulation() == max((w + 1) * count // workers - w * count // workers for w in range(workers))
+    assert config.accumulation() == max(
+        (w + 1) * count // workers - w * count // workers for w in range(workers)
+    )
     assert config.accumulation(1) == count
 
 
@@ -358,7 +439,10 @@ def test_assignments_change_fields_of_every_depth() -> None:
         ({"adapter.rnk": 3}, "did you mean adapter.rank?"),
         ({"adapter.rank": "x"}, "adapter.rank: "),
         ({"data.train.1.path": "b"}, "data.train.1.path: '1' has no fields to set"),
-        ({"data.train.7": "b"}, "data.train.7: no such entry; the list has 1 entries, counted from 0"),
+        (
+            {"data.train.7": "b"},
+            "data.train.7: no such entry; the list has 1 entries, counted from 0",
+        ),
         ({"data.train.²": "b"}, "data.train.²: no such entry"),
         ({f"data.train.{'9' * 5000}": "b"}, "the list has 1 entries, counted from 0"),
         ({"run.name.first": "b"}, "run.name.first: 'name' has no fields to set"),
@@ -393,9 +477,17 @@ def test_of_epochs_and_steps_the_later_word_counts(
 def test_a_source_has_its_number_however_it_is_written(tmp_path: Path, train: str) -> None:
     """--help and the messages name fields as data.train.0.format."""
     path = write(tmp_path, f"run: {{name: a}}\nmodel: {{name: m}}\ndata: {{train: {train}}}\n")
-    data = load_config(path, parse_assignments(["data.train.0.weight=2", "data.eval.0.path=b.jsonl"])).data
-    assert [(source.path, source.weight) for source in (*data.train, *data.eval)] == [("a.jsonl", 2), ("b.jsonl", 1)]
-    assert load_config(path, parse_assignments(["data.train.0=c.jsonl"])).data.train[0].path == "c.jsonl"
+    data = load_config(
+        path, parse_assignments(["data.train.0.weight=2", "data.eval.0.path=b.jsonl"])
+    ).data
+    assert [(source.path, source.weight) for source in (*data.train, *data.eval)] == [
+        ("a.jsonl", 2),
+        ("b.jsonl", 1),
+    ]
+    assert (
+        load_config(path, parse_assignments(["data.train.0=c.jsonl"])).data.train[0].path
+        == "c.jsonl"
+    )
 
 
 def test_an_override_leaves_the_original_alone() -> None:
@@ -414,7 +506,13 @@ configs = st.builds(
             train={"lr": lr},
             tracking={"uri": uri},
             run={"name": name},
-            data={"train": [{"path": "ä: #x.jsonl", "fields": fields}, {"path": "b", "format": "text"}], "eval": []},
+            data={
+                "train": [
+                    {"path": "ä: #x.jsonl", "fields": fields},
+                    {"path": "b", "format": "text"},
+                ],
+                "eval": [],
+            },
         )
     ),
     rank=st.integers(1, 512),
@@ -435,13 +533,19 @@ def test_a_dump_is_read_back_to_an_equal_config(config: Config) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"train": {"lr": float("inf")}}, "train.lr: input should be a finite number or 'auto' (got inf)"),
+        (
+            {"train": {"lr": float("inf")}},
+            "train.lr: input should be a finite number or 'auto' (got inf)",
+        ),
         (
             {"gate": {"must_improve_by": float("nan")}},
             "gate.must_improve_by: input should be a finite number (got nan)",
         ),
         ({"retrain": {"replay": float("inf")}}, "retrain.replay: input should be a finite number"),
-        ({"train": {"steps": 2**31}}, "train: steps: 2147483648 is out of range; use a number up to 2147483647"),
+        (
+            {"train": {"steps": 2**31}},
+            "train: steps: 2147483648 is out of range; use a number up to 2147483647",
+        ),
         ({"train": {"epochs": 1e300}}, "train: epochs: 1e+300 is out of range"),
         ({"cluster": {"workers": [1, 2**40]}}, "cluster: workers: 1099511627776 is out of range"),
         ({"adapter": {"rank": "9" * 5000}}, "adapter.rank: "),
@@ -459,7 +563,8 @@ def test_numbers_and_names_have_bounds(changes: dict[str, Any], expected: str) -
 def test_a_message_has_an_end_whatever_it_is_about() -> None:
     long = "x" * 100_000
     message = problem(
-        adapter={"rank": long, "targets": [{}] * 5000, long: 1}, run={"name": f"https://ann:c4n4ry{long}@host"}
+        adapter={"rank": long, "targets": [{}] * 5000, long: 1},
+        run={"name": f"https://ann:c4n4ry{long}@host"},
     )
     assert len(message) < 12_000
     assert message.count("\n") == 0

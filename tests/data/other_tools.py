@@ -45,7 +45,10 @@ SAY = [
 ]
 SYSTEM = "Antworte kurz; auf „Deutsch“,\nbitte."
 ROWS = range(len(ASK))
-TOOL = {"type": "function", "function": {"name": "wetter", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "wetter", "parameters": {"type": "object", "properties": {}}},
+}
 CALL = {"name": "wetter", "arguments": {"ort": "Köln"}}
 
 # Role and text. The role is `context` for an answer that is not trained on, and `call` for a tool call.
@@ -66,7 +69,9 @@ def called(n: int) -> list[Turn]:
     return [("user", ASK[n]), ("call", ""), ("tool", "Regen, 5 °C"), ("assistant", SAY[n])]
 
 
-def messages(turns: Sequence[Turn], role: str = "role", content: str = "content", **names: str) -> list[Row]:
+def messages(
+    turns: Sequence[Turn], role: str = "role", content: str = "content", **names: str
+) -> list[Row]:
     # `names` maps roles to other names.
     named = {"context": names.get("assistant", "assistant"), **names}
     return [{role: named.get(who, who), content: text} for who, text in turns]
@@ -87,8 +92,14 @@ def marked(turns: Sequence[Turn], key: str, no: Any, yes: Any, **names: str) -> 
 def openai_calls(n: int) -> list[Row]:
     """Messages with a tool call in the form of OpenAI's API: its arguments are JSON text."""
     user, _, tool, answer = messages(called(n))
-    function = {"name": CALL["name"], "arguments": json.dumps(CALL["arguments"], ensure_ascii=False)}
-    call = {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": function}]}
+    function = {
+        "name": CALL["name"],
+        "arguments": json.dumps(CALL["arguments"], ensure_ascii=False),
+    }
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+    }
     return [user, call, {**tool, "tool_call_id": "c1"}, answer]
 
 
@@ -139,12 +150,20 @@ SHAPES: dict[str, dict[str, Shape]] = {
             lambda n: twice(n, first="context"),
         ),
         "tools": Shape(
-            lambda n: {"messages": openai_calls(n), "tools": [TOOL], "parallel_tool_calls": False}, called, tools=True
+            lambda n: {"messages": openai_calls(n), "tools": [TOOL], "parallel_tool_calls": False},
+            called,
+            tools=True,
         ),
-        "completion": Shape(lambda n: {"prompt": ASK[n], "completion": SAY[n]}, once, fields("prompt_completion")),
+        "completion": Shape(
+            lambda n: {"prompt": ASK[n], "completion": SAY[n]}, once, fields("prompt_completion")
+        ),
         "preferences": Shape(
             lambda n: {
-                "input": {"messages": messages(once(n)[:1]), "tools": [], "parallel_tool_calls": True},
+                "input": {
+                    "messages": messages(once(n)[:1]),
+                    "tools": [],
+                    "parallel_tool_calls": True,
+                },
                 "preferred_output": messages(once(n)[1:]),
                 "non_preferred_output": messages([("assistant", "nein")]),
             },
@@ -153,9 +172,15 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
     },
     "ShareGPT": {
-        "dump": Shape(lambda n: {"id": f"x{n}", "conversations": sharegpt(twice(n))}, twice, fields("sharegpt")),
+        "dump": Shape(
+            lambda n: {"id": f"x{n}", "conversations": sharegpt(twice(n))},
+            twice,
+            fields("sharegpt"),
+        ),
         "weights": Shape(  # SlimOrca
-            lambda n: {"conversations": marked(twice(n, first="context"), "weight", 0, 1, **FROM_VALUE)},
+            lambda n: {
+                "conversations": marked(twice(n, first="context"), "weight", 0, 1, **FROM_VALUE)
+            },
             lambda n: twice(n, first="context"),
             fields("sharegpt"),
         ),
@@ -170,14 +195,21 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
     },
     "Axolotl": {
-        "alpaca": Shape(lambda n: {"instruction": ASK[n], "input": "", "output": SAY[n]}, once, fields("alpaca")),
+        "alpaca": Shape(
+            lambda n: {"instruction": ASK[n], "input": "", "output": SAY[n]}, once, fields("alpaca")
+        ),
         "gpteacher": Shape(
             lambda n: {"instruction": ASK[n], "input": SYSTEM, "response": SAY[n]},
             lambda n: [("user", f"{ASK[n]}\n\n{SYSTEM}"), ("assistant", SAY[n])],
             fields("alpaca", output="response"),
         ),
         "open_orca": Shape(
-            lambda n: {"id": f"x{n}", "system_prompt": SYSTEM, "question": ASK[n], "response": SAY[n]},
+            lambda n: {
+                "id": f"x{n}",
+                "system_prompt": SYSTEM,
+                "question": ASK[n],
+                "response": SAY[n],
+            },
             lambda n: once(n, SYSTEM),
             fields("alpaca", system="system_prompt", instruction="question", output="response"),
         ),
@@ -193,26 +225,40 @@ SHAPES: dict[str, dict[str, Shape]] = {
             fields("alpaca", input="article", instruction="question", output="answer"),
         ),
         "pygmalion": Shape(
-            lambda n: {"conversations": messages(twice(n), content="value", user="human", assistant="bot")},
+            lambda n: {
+                "conversations": messages(twice(n), content="value", user="human", assistant="bot")
+            },
             twice,
             {"format": "sharegpt", "fields": {"from": "role"}},
         ),
         "own names": Shape(
             lambda n: {"dialog": messages(twice(n), role="speaker", content="text")},
             twice,
-            {"format": "sharegpt", "fields": {"conversations": "dialog", "from": "speaker", "value": "text"}},
+            {
+                "format": "sharegpt",
+                "fields": {"conversations": "dialog", "from": "speaker", "value": "text"},
+            },
         ),
         "train": Shape(
             lambda n: {
                 "conversations": marked(
-                    twice(n, first="context"), "train", False, True, **FROM_VALUE | {"assistant": "assistant"}
+                    twice(n, first="context"),
+                    "train",
+                    False,
+                    True,
+                    **FROM_VALUE | {"assistant": "assistant"},
                 )
             },
             lambda n: twice(n, first="context"),
             fields("sharegpt"),
         ),
         "explainchoice": Shape(
-            lambda n: {"question": ASK[n], "choices": ["a", "b"], "solution": SAY[n], "explanation": ""},
+            lambda n: {
+                "question": ASK[n],
+                "choices": ["a", "b"],
+                "solution": SAY[n],
+                "explanation": "",
+            },
             None,
             says="column 'choices'",
         ),
@@ -263,21 +309,33 @@ SHAPES: dict[str, dict[str, Shape]] = {
             None,
             says="it has human, assistant",
         ),
-        "pretraining": Shape(lambda n: {"messages": messages(once(n)[1:])}, None, says="must be from user"),
+        "pretraining": Shape(
+            lambda n: {"messages": messages(once(n)[1:])}, None, says="must be from user"
+        ),
     },
     "TRL": {
-        "prompt": Shape(lambda n: {"prompt": ASK[n], "completion": SAY[n]}, once, fields("prompt_completion")),
+        "prompt": Shape(
+            lambda n: {"prompt": ASK[n], "completion": SAY[n]}, once, fields("prompt_completion")
+        ),
         "chat prompt": Shape(
-            lambda n: {"prompt": messages(once(n, SYSTEM)[:-1]), "completion": messages(once(n)[-1:])},
+            lambda n: {
+                "prompt": messages(once(n, SYSTEM)[:-1]),
+                "completion": messages(once(n)[-1:]),
+            },
             lambda n: once(n, SYSTEM),
             fields("prompt_completion"),
         ),
         "messages": Shape(
             chatml,
             twice,
-            {"format": "sharegpt", "fields": {"conversations": "messages", "from": "role", "value": "content"}},
+            {
+                "format": "sharegpt",
+                "fields": {"conversations": "messages", "from": "role", "value": "content"},
+            },
         ),
-        "tools": Shape(lambda n: {"messages": openai_calls(n), "tools": json.dumps([TOOL])}, called, tools=True),
+        "tools": Shape(
+            lambda n: {"messages": openai_calls(n), "tools": json.dumps([TOOL])}, called, tools=True
+        ),
     },
     "table": {
         "qa": Shape(
@@ -286,7 +344,12 @@ SHAPES: dict[str, dict[str, Shape]] = {
             fields("alpaca", instruction="question", output="answer"),
         ),
         "dolly": Shape(
-            lambda n: {"instruction": ASK[n], "context": SYSTEM, "response": SAY[n], "category": "a"},
+            lambda n: {
+                "instruction": ASK[n],
+                "context": SYSTEM,
+                "response": SAY[n],
+                "category": "a",
+            },
             lambda n: [("user", f"{ASK[n]}\n\n{SYSTEM}"), ("assistant", SAY[n])],
             fields("alpaca", input="context", output="response"),
             unread="category",
@@ -302,26 +365,41 @@ SHAPES: dict[str, dict[str, Shape]] = {
             fields("alpaca", system="System", instruction="User", output="Assistant"),
         ),
         "alpaca": Shape(  # tatsu-lab/alpaca
-            lambda n: {"instruction": ASK[n], "input": "", "output": SAY[n], "text": f"### {ASK[n]}{SAY[n]}"},
+            lambda n: {
+                "instruction": ASK[n],
+                "input": "",
+                "output": SAY[n],
+                "text": f"### {ASK[n]}{SAY[n]}",
+            },
             once,
             fields("alpaca"),
         ),
         "wikipedia": Shape(
-            lambda n: {"id": "1", "url": "https://a", "title": ASK[n], "text": SAY[n]}, lambda n: SAY[n], fields("text")
+            lambda n: {"id": "1", "url": "https://a", "title": ASK[n], "text": SAY[n]},
+            lambda n: SAY[n],
+            fields("text"),
         ),
         "messages": Shape(
-            lambda n: {"messages": json.dumps(messages(twice(n)), ensure_ascii=False)}, twice, fields("messages")
+            lambda n: {"messages": json.dumps(messages(twice(n)), ensure_ascii=False)},
+            twice,
+            fields("messages"),
         ),
         "German": Shape(lambda n: {"Frage": ASK[n], "Antwort": SAY[n]}, None, says=NO),
         "two answers": Shape(
-            lambda n: {"problem": ASK[n], "solution": SAY[n], "answer": "5"}, None, says="in two ways"
+            lambda n: {"problem": ASK[n], "solution": SAY[n], "answer": "5"},
+            None,
+            says="in two ways",
         ),
         "system beside": Shape(
             lambda n: {"system": SYSTEM, "messages": messages(once(n))},
             lambda n: once(n, SYSTEM),
             fields("messages", system="system"),
         ),
-        "repr": Shape(lambda n: {"messages": str(messages(once(n)))}, None, says="is text, not a list of messages"),
+        "repr": Shape(
+            lambda n: {"messages": str(messages(once(n)))},
+            None,
+            says="is text, not a list of messages",
+        ),
     },
 }
 
@@ -392,7 +470,10 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Sequence[Row]], None]]] = {
     "pandas.to_csv .xz": ("a.csv.xz", frame("to_csv", index=False, sep=";", encoding="cp1252")),
     "pandas.to_json": ("a.json", frame("to_json")),
     "pandas.to_json records": ("a.json", frame("to_json", orient="records", force_ascii=False)),
-    "pandas.to_json lines .jsonl": ("a.jsonl", frame("to_json", orient="records", lines=True, force_ascii=False)),
+    "pandas.to_json lines .jsonl": (
+        "a.jsonl",
+        frame("to_json", orient="records", lines=True, force_ascii=False),
+    ),
     "pandas.to_json index": ("a.json", frame("to_json", orient="index")),
     "pandas.to_json split": ("a.json", frame("to_json", orient="split")),
     "pandas.to_parquet": ("a.parquet", frame("to_parquet")),
@@ -432,10 +513,17 @@ class File:
 # Writers of tables only.
 SHEETS = [name for name, (file, _) in WRITERS.items() if ".csv" in file or ".tsv" in file]
 # Files that are refused, whatever rows they have.
-CANNOT = {"pandas.to_json split": "expected a list of rows", "Excel, Unicode text": "not UTF-8 text"}
+CANNOT = {
+    "pandas.to_json split": "expected a list of rows",
+    "Excel, Unicode text": "not UTF-8 text",
+}
 # The writers for each form of rows; other forms are written as JSON lines.
 WRITTEN: dict[tuple[str, str], Sequence[str]] = {
-    ("table", "qa"): [*SHEETS, *(name for name in WRITERS if name.startswith("pandas.to_json")), *CANNOT],
+    ("table", "qa"): [
+        *SHEETS,
+        *(name for name in WRITERS if name.startswith("pandas.to_json")),
+        *CANNOT,
+    ],
     ("OpenAI", "chat"): [name for name in WRITERS if name.startswith(("json", "datasets.to_json"))],
     ("ShareGPT", "dump"): ["json, a list", "json, lines in .json", "datasets.to_parquet"],
     ("Axolotl", "alpaca"): [
@@ -448,7 +536,12 @@ WRITTEN: dict[tuple[str, str], Sequence[str]] = {
     ("LLaMA-Factory", "alpaca"): ["json, a list", "json"],
     ("LLaMA-Factory", "sharegpt"): ["json, a list", "datasets.to_json .json"],
     ("ms-swift", "query"): ["json", "pandas.to_csv no index", "Excel, German"],
-    ("TRL", "prompt"): ["json", "datasets.to_csv", "datasets.to_json .json", "datasets, hub snapshot"],
+    ("TRL", "prompt"): [
+        "json",
+        "datasets.to_csv",
+        "datasets.to_json .json",
+        "datasets, hub snapshot",
+    ],
     ("TRL", "chat prompt"): ["datasets.to_json", "datasets.to_parquet"],
     ("TRL", "messages"): ["datasets.save_to_disk", "datasets.to_parquet", "datasets.to_json .json"],
     ("TRL", "tools"): ["datasets.to_json", "pandas.to_parquet"],
@@ -512,17 +605,28 @@ def expected(shape: Shape) -> Iterator[tuple[str, str]]:
 
 def outcome(file: File, folder: Path) -> str:
     """The result for a file whose source sets only its path (right, refused or WRONG), and the message."""
-    config = helpers.config(folder / "runs", str(file.write(folder)), max_length=600, max_rejected=0)
+    config = helpers.config(
+        folder / "runs", str(file.write(folder)), max_length=600, max_rejected=0
+    )
     try:
         with said() as lines:
             known = first_look.check_data(config).data.train[0]
-            rows = sorted(_read(helpers.config(folder / "runs", known.model_dump(), max_length=600, max_rejected=0)))
+            rows = sorted(
+                _read(
+                    helpers.config(
+                        folder / "runs", known.model_dump(), max_length=600, max_rejected=0
+                    )
+                )
+            )
     except UserError as error:
         line = str(error).replace(f"{folder}/", "")
         return f"{'refused' if _is_meant(file, line) else 'WRONG'}: {line}"
     if file.rows.turns is None or file.cannot:
         return f"WRONG: {len(rows)} rows are trained on, the first as {rows[0]}"
-    if {"format": known.format, "fields": known.fields} != {"format": "messages", "fields": {}} | file.rows.settings:
+    if {"format": known.format, "fields": known.fields} != {
+        "format": "messages",
+        "fields": {},
+    } | file.rows.settings:
         return f"WRONG: {known}"
     if file.rows.unread not in " ".join(line for line in lines if "not read: " in line):
         return f"WRONG: nothing is said of {file.rows.unread}"
@@ -542,7 +646,9 @@ def _read(config: Config) -> Iterator[tuple[str, str]]:
     for pack in describe(config, SPEC).some_packs:
         start = 0
         for length in pack.segments:
-            ids, supervised = (part[start : start + length] for part in (pack.input_ids, pack.supervised))
+            ids, supervised = (
+                part[start : start + length] for part in (pack.input_ids, pack.supervised)
+            )
             yield _text(ids), _text(ids[supervised])
             start += length
 

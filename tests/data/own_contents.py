@@ -8,7 +8,9 @@ Row = dict[str, Any]
 def table(names: str, text: str) -> list[Row]:
     """Read one record per line, whose fields bars separate; an indented line continues the record above."""
     records = text.strip().replace("\n      ", " ").splitlines()
-    parts = [[part.strip().replace("\\n", "\n") for part in record.split("|")] for record in records]
+    parts = [
+        [part.strip().replace("\\n", "\n") for part in record.split("|")] for record in records
+    ]
     return [dict(zip(names.split(), part, strict=True)) for part in parts]
 
 
@@ -166,4 +168,12 @@ TASKS = table(
     Suggest a title for a talk on composting. |  | From Peel to Soil
     """,
 )
-TOOLS = ["get_weather", "track_parcel", "book_table", "convert_money", "find_train", "search_law", "read_meter"]
+TOOLS = [
+    "get_weather",
+    "track_parcel",
+    "book_table",
+    "convert_money",
+    "find_train",
+    "search_law",
+    "read_meter",
+]

@@ -66,24 +66,44 @@ def chats(key: str = "messages", pool: list[Row] = SUPPORT) -> list[Row]:
     """Return OpenAI's form, every second chat with two exchanges."""
     rows = []
     for i, (one, two) in enumerate(zip(pool, pool[3:] + pool[:3], strict=True)):
-        turns = [("user", one["q"]), ("assistant", one["a"]), ("user", two["q"]), ("assistant", two["a"])]
-        rows.append({key: [{"role": role, "content": text} for role, text in turns[: 2 + i % 2 * 2]]})
+        turns = [
+            ("user", one["q"]),
+            ("assistant", one["a"]),
+            ("user", two["q"]),
+            ("assistant", two["a"]),
+        ]
+        rows.append(
+            {key: [{"role": role, "content": text} for role, text in turns[: 2 + i % 2 * 2]]}
+        )
     return rows
 
 
 def sharegpt() -> list[Row]:
     names = {"user": "human", "assistant": "gpt"}
     return [
-        {"conversations": [{"from": names[turn["role"]], "value": turn["content"]} for turn in row["messages"]]}
+        {
+            "conversations": [
+                {"from": names[turn["role"]], "value": turn["content"]} for turn in row["messages"]
+            ]
+        }
         for row in chats()
     ]
 
 
 def seen_chats(mark: str, turns: str = "messages") -> list[Row]:
     """Return chats about a file, whose place in the text is `mark`."""
-    keys = ("role", "content", "user", "assistant") if turns == "messages" else ("from", "value", "human", "gpt")
+    keys = (
+        ("role", "content", "user", "assistant")
+        if turns == "messages"
+        else ("from", "value", "human", "gpt")
+    )
     return [
-        {turns: [{keys[0]: keys[2], keys[1]: mark + sight["ask"]}, {keys[0]: keys[3], keys[1]: sight["says"]}]}
+        {
+            turns: [
+                {keys[0]: keys[2], keys[1]: mark + sight["ask"]},
+                {keys[0]: keys[3], keys[1]: sight["says"]},
+            ]
+        }
         for sight in SIGHTS
     ]
 
@@ -91,7 +111,12 @@ def seen_chats(mark: str, turns: str = "messages") -> list[Row]:
 def blocks() -> list[Row]:
     """Return chats whose contents are lists of text blocks: Anthropic's form."""
     return [
-        {"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in row["messages"]]}
+        {
+            "messages": [
+                {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+                for turn in row["messages"]
+            ]
+        }
         for row in chats()
     ]
 
@@ -101,7 +126,9 @@ def texts(name: str = "text") -> list[Row]:
 
 
 def exam(letters: bool = False) -> list[Row]:
-    return [{"question": e["ask"], "answer": e["right"] if letters else e[e["right"]]} for e in EXAM]
+    return [
+        {"question": e["ask"], "answer": e["right"] if letters else e[e["right"]]} for e in EXAM
+    ]
 
 
 PROMPT_IDS, ANSWER_IDS = range(20, 50), range(50, 100)
@@ -112,7 +139,10 @@ def token_rows(mask: str = "", seed: int = 5) -> list[Row]:
     draw = random.Random(seed)
     rows = []
     for _ in range(12):
-        prompt, answer = draw.sample(PROMPT_IDS, draw.randint(4, 12)), draw.sample(ANSWER_IDS, draw.randint(5, 20))
+        prompt, answer = (
+            draw.sample(PROMPT_IDS, draw.randint(4, 12)),
+            draw.sample(ANSWER_IDS, draw.randint(5, 20)),
+        )
         row = {"input_ids": prompt + answer}
         rows.append({**row, mask: [0] * len(prompt) + [1] * len(answer)} if mask else row)
     return rows
@@ -147,7 +177,10 @@ def drafts() -> list[Row]:
     for one in SUPPORT:
         text, border = f"{DRAFT} {one['a']}", len(DRAFT)
         spans = [(0, border - 1, False), (border, len(text) - 1, True)]
-        detail = [{"begin_offset": begin, "end_offset": end, "train": train} for begin, end, train in spans]
+        detail = [
+            {"begin_offset": begin, "end_offset": end, "train": train}
+            for begin, end, train in spans
+        ]
         answer = {"role": "assistant", "content": text, "train_detail": detail}
         rows.append({"messages": [{"role": "user", "content": one["q"]}, answer]})
     return rows
@@ -156,13 +189,24 @@ def drafts() -> list[Row]:
 # ----------------------------------------------------------------------------------------------- columns that matter
 
 
-def refused(name: str, form: str, rows: list[Row], fields: Row | None = None, **columns: Any) -> Case:
+def refused(
+    name: str, form: str, rows: list[Row], fields: Row | None = None, **columns: Any
+) -> Case:
     """Return a case with these columns. A value is the column's content, one item per row."""
-    joined = [{**row, **{key: values[i] for key, values in columns.items()}} for i, row in enumerate(rows)]
+    joined = [
+        {**row, **{key: values[i] for key, values in columns.items()}} for i, row in enumerate(rows)
+    ]
     return Case(name, form, tuple(columns), joined, "refused", fields=fields or {})
 
 
-def used(name: str, form: str, rows: list[Row], fields: Row | None = None, read: Any = None, **columns: Any) -> Case:
+def used(
+    name: str,
+    form: str,
+    rows: list[Row],
+    fields: Row | None = None,
+    read: Any = None,
+    **columns: Any,
+) -> Case:
     """Return a case that may also be accepted if the texts of these columns, or `read`, are in what is trained on."""
     case = refused(name, form, rows, fields, **columns)
     found = dict.fromkeys(text for text in read or strings(list(columns.values())) if text)
@@ -170,13 +214,21 @@ def used(name: str, form: str, rows: list[Row], fields: Row | None = None, read:
 
 
 def masked(name: str, form: str, rows: list[Row], column: str, untrained: Any) -> Case:
-    return Case(name, form, (column,), rows, "used or refused", untrained=tuple(dict.fromkeys(untrained)))
+    return Case(
+        name, form, (column,), rows, "used or refused", untrained=tuple(dict.fromkeys(untrained))
+    )
 
 
 def strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    parts = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    )
     return [text for part in parts for text in strings(part)]
 
 
@@ -352,8 +404,12 @@ def noted(**columns: Make) -> list[Row]:
     ]
 
 
-def harmless(name: str, form: str, rows: list[Row], columns: dict[str, Make], fields: Row | None = None) -> Case:
-    joined = [{**{key: make(i) for key, make in columns.items()}, **row} for i, row in enumerate(rows)]
+def harmless(
+    name: str, form: str, rows: list[Row], columns: dict[str, Make], fields: Row | None = None
+) -> Case:
+    joined = [
+        {**{key: make(i) for key, make in columns.items()}, **row} for i, row in enumerate(rows)
+    ]
     return Case(name, form, tuple(columns), joined, "accepted", fields=fields or {})
 
 
@@ -485,7 +541,10 @@ def without(case: Case) -> Case:
     inner = {tuple(name.split("[].")) for name in case.columns if "[]." in name}
     rows = [{key: value for key, value in row.items() if key not in top} for row in case.rows]
     for key, name in inner:
-        rows = [{**row, key: [{k: v for k, v in turn.items() if k != name} for turn in row[key]]} for row in rows]
+        rows = [
+            {**row, key: [{k: v for k, v in turn.items() if k != name} for turn in row[key]]}
+            for row in rows
+        ]
     return replace(case, columns=(), rows=rows, expect="accepted", read=(), untrained=())
 
 
@@ -511,7 +570,9 @@ def lines(rows: list[Row]) -> str:
 def write_excel(rows: list[Row], path: Path) -> None:
     with path.open("w", encoding="cp1252", newline="") as file:
         out = csv.writer(file, delimiter=";", lineterminator="\r\n")
-        out.writerows([list(rows[0]), *([german_cell(value) for value in row.values()] for row in rows)])
+        out.writerows(
+            [list(rows[0]), *([german_cell(value) for value in row.values()] for row in rows)]
+        )
 
 
 def write_tsv(rows: list[Row], path: Path) -> None:
@@ -522,11 +583,17 @@ def write_tsv(rows: list[Row], path: Path) -> None:
 
 FORMS: dict[str, tuple[str, Callable[[list[Row], Path], Any]]] = {
     "jsonl": (".jsonl", lambda rows, path: path.write_text(lines(rows), encoding="utf-8")),
-    "jsonl.gz": (".jsonl.gz", lambda rows, path: path.write_bytes(gzip.compress(lines(rows).encode()))),
+    "jsonl.gz": (
+        ".jsonl.gz",
+        lambda rows, path: path.write_bytes(gzip.compress(lines(rows).encode())),
+    ),
     "json": (".json", lambda rows, path: path.write_text(json.dumps(rows, indent=2))),
     "columns": (".json", lambda rows, path: pd.DataFrame(rows).to_json(path)),
     "csv": (".csv", lambda rows, path: frame(rows).to_csv(path, index=False)),
-    "csv.zst": (".csv.zst", lambda rows, path: frame(rows).to_csv(path, index=False, compression="zstd")),
+    "csv.zst": (
+        ".csv.zst",
+        lambda rows, path: frame(rows).to_csv(path, index=False, compression="zstd"),
+    ),
     "excel": (".csv", write_excel),
     "tsv": (".tsv", write_tsv),
     "parquet": (".parquet", lambda rows, path: pq.write_table(pa.Table.from_pylist(rows), path)),

@@ -134,7 +134,12 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "tools, more turns": [*CALLS, *MORE],
     "tools, after a turn": [USER, HI, {**CALLS[0], "content": "And now?"}, *CALLS[1:]],
     "tools, two rounds": [*CALLS[:3], _call({"city": "Oslo"})[1], *CALLS[2:]],
-    "tools, thinking": [USER, {**CALLS[1], "reasoning_content": WHY}, CALLS[2], {**HI, "reasoning_content": WHY}],
+    "tools, thinking": [
+        USER,
+        {**CALLS[1], "reasoning_content": WHY},
+        CALLS[2],
+        {**HI, "reasoning_content": WHY},
+    ],
     "tools, unused": [USER, HI],
     "thinks once": [USER, {**HI, "reasoning_content": WHY}, *MORE],
     "thinks at last": [USER, HI, MORE[0], {**MORE[1], "reasoning_content": WHY}],
@@ -149,7 +154,9 @@ OWN: dict[str, str] = {}
 
 def sources() -> dict[str, str]:
     """Name -> Jinja source of the originals; empty without TRL's package."""
-    return {name: source for name, source in _sources().items() if not name.endswith(TRAINING)} | OWN
+    return {
+        name: source for name, source in _sources().items() if not name.endswith(TRAINING)
+    } | OWN
 
 
 def twin(name: str) -> str | None:
@@ -161,7 +168,9 @@ def twin(name: str) -> str | None:
 def _sources() -> dict[str, str]:
     found = importlib.util.find_spec("trl")
     places = (found.submodule_search_locations if found else None) or []
-    files = sorted(file for place in places for file in Path(place, "chat_templates").glob("*.jinja"))
+    files = sorted(
+        file for place in places for file in Path(place, "chat_templates").glob("*.jinja")
+    )
     return {file.stem: file.read_text(encoding="utf-8") for file in files}
 
 
@@ -233,7 +242,9 @@ def _trained(name: str, tokens: Tokens) -> Trained:
     parts = [str(tokenizer.id_to_token(int(number))) for number in tokens.ids]
     assert "<unk>" not in parts
     marks = np.where(tokens.supervised, "x", " ")
-    return Trained("".join(parts), "".join(mark * len(part) for mark, part in zip(marks, parts, strict=True)))
+    return Trained(
+        "".join(parts), "".join(mark * len(part) for mark, part in zip(marks, parts, strict=True))
+    )
 
 
 def prompt(name: str, conversation: Chat, number: int) -> str:
@@ -271,7 +282,11 @@ def outcome(name: str, case: str) -> str:
     except Rejected as odd:
         return f"refused: {odd.message}"
     answers = [pair for each in found for pair in each.answers()]
-    wanted = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    wanted = [
+        number
+        for number, message in enumerate(conversation.messages)
+        if message["role"] == "assistant"
+    ]
     if len(answers) != len(wanted):
         return f"wrong: {len(answers)} answers instead of {len(wanted)}: {answers}"
     for number, (before, answer) in zip(wanted, answers, strict=True):
@@ -311,14 +326,18 @@ def _begins(name: str) -> set[str]:
     return set(tokens[ended[0] + 1 :]) - {*tokens[: ended[0]], *stops(name)} if ended else set()
 
 
-def _lost(name: str, tools: Any, messages: Sequence[dict[str, Any]], number: int, ours: str) -> set[str]:
+def _lost(
+    name: str, tools: Any, messages: Sequence[dict[str, Any]], number: int, ours: str
+) -> set[str]:
     """Special tokens between the question and the answer in transformers' rendering that our text does not have."""
     asked, said = (str(messages[each]["content"] or "") for each in (number - 1, number))
     said = said.rpartition("</think>")[2].strip()
     if not asked or not said:
         return set()
     theirs = _served(name, messages[: number + 1], tools, ask=False)
-    wanted, own = ({*CONTROL.findall(text.rpartition(said)[0].rpartition(asked)[2])} for text in (theirs, ours))
+    wanted, own = (
+        {*CONTROL.findall(text.rpartition(said)[0].rpartition(asked)[2])} for text in (theirs, ours)
+    )
     return wanted - own
 
 
@@ -327,7 +346,12 @@ def _said(message: dict[str, Any]) -> list[str]:
     calls = [call["function"] for call in message.get("tool_calls") or []]
     places = ["Rome" if "Rome" in str(call["arguments"]) else "Oslo" for call in calls]
     why = [WHY] * (WHY in str([*message.values()]))
-    return [*why, message["content"].rpartition("</think>")[2].strip(), *["weather", "city"] * bool(calls), *places]
+    return [
+        *why,
+        message["content"].rpartition("</think>")[2].strip(),
+        *["weather", "city"] * bool(calls),
+        *places,
+    ]
 
 
 def cause(name: str, case: str) -> str:
@@ -337,7 +361,10 @@ def cause(name: str, case: str) -> str:
     for number, message in enumerate(given.messages):
         if message["role"] == "assistant":
             said += [(number, part) for part in _said(message) if part]
-    forms = [[_aliased(message) for message in each] for each in (given.messages, _with_objects(given.messages))]
+    forms = [
+        [_aliased(message) for message in each]
+        for each in (given.messages, _with_objects(given.messages))
+    ]
     found: list[str] = []
     for messages in forms:
         try:
@@ -350,14 +377,20 @@ def cause(name: str, case: str) -> str:
         if given.tools and "weather" not in _served(name, messages[: said[0][0]], given.tools):
             return "drops the tools"
         lost = [
-            part for number, part in said if part not in _served(name, messages[: number + 1], given.tools, ask=False)
+            part
+            for number, part in said
+            if part not in _served(name, messages[: number + 1], given.tools, ask=False)
         ]
         if not lost:
             return _found(name, given, messages)
-        if lost == [WHY] * len(lost) and CLOSED.search(_served(name, messages[: said[0][0]], given.tools)):
+        if lost == [WHY] * len(lost) and CLOSED.search(
+            _served(name, messages[: said[0][0]], given.tools)
+        ):
             return "ends the reasoning in its generation prompt"
         found.append(
-            "drops the tool call" if "weather" in lost else f"drops {'the reasoning' if WHY in lost else 'text'}"
+            "drops the tool call"
+            if "weather" in lost
+            else f"drops {'the reasoning' if WHY in lost else 'text'}"
         )
     return found[-1]
 
@@ -386,7 +419,13 @@ def _with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     def call(each: dict[str, Any]) -> dict[str, Any]:
         function = each["function"]
         given = function["arguments"]
-        return {**each, "function": {**function, "arguments": json.loads(given) if isinstance(given, str) else given}}
+        return {
+            **each,
+            "function": {
+                **function,
+                "arguments": json.loads(given) if isinstance(given, str) else given,
+            },
+        }
 
     return [
         {**message, "tool_calls": [call(each) for each in message["tool_calls"]]}
@@ -402,7 +441,12 @@ def marked_by_twin(name: str, case: str) -> Trained | None:
         return None
     messages = list(spec(name).chat_form(False)(chat(case)).messages)
     rendered, spans = RENDER(
-        [messages], None, None, source, return_assistant_tokens_mask=True, **spec(name).special_tokens
+        [messages],
+        None,
+        None,
+        source,
+        return_assistant_tokens_mask=True,
+        **spec(name).special_tokens,
     )
     text, mask = str(rendered[0]), [" "] * len(rendered[0])
     for start, end in spans[0]:
@@ -427,7 +471,11 @@ def table() -> str:
     lines = [("templates", *CASES), ("---",) * (len(CASES) + 1)]
     lines += [(", ".join(names), *cells) for cells, names in rows.items()]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return table + "\n\n" + "\n".join(f"{number}. `{_code(why)}`" for number, why in enumerate(said, 1))
+    return (
+        table
+        + "\n\n"
+        + "\n".join(f"{number}. `{_code(why)}`" for number, why in enumerate(said, 1))
+    )
 
 
 def _code(text: str) -> str:
@@ -456,7 +504,9 @@ def main(folders: Sequence[str]) -> None:
             elif found == "wrong":
                 print(f"    {case}: wrong: {why}")
         total += row
-        print(f"{name}: {', '.join(f'{count} {found}' for found, count in row.items())}", flush=True)
+        print(
+            f"{name}: {', '.join(f'{count} {found}' for found, count in row.items())}", flush=True
+        )
     for reason, count in classes.most_common():
         print(f"{count} refused, because the template, rendered by transformers, {reason}")
     print(

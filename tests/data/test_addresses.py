@@ -8,12 +8,22 @@ from olora_ray.config.schema import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
 
-NAMES = ["plain.jsonl", "a b.jsonl", "a#b.jsonl", "a%23b.jsonl", "a%20b.jsonl", "a+b&c=d.jsonl", "süß.jsonl"]
+NAMES = [
+    "plain.jsonl",
+    "a b.jsonl",
+    "a#b.jsonl",
+    "a%23b.jsonl",
+    "a%20b.jsonl",
+    "a+b&c=d.jsonl",
+    "süß.jsonl",
+]
 
 
 def texts(place: str, only: tuple[str, ...] = ()) -> list[str]:
     found = []
-    for file in sources.list_files(Source(path=place, format="text", only=only), "data.train.0", ""):
+    for file in sources.list_files(
+        Source(path=place, format="text", only=only), "data.train.0", ""
+    ):
         units = scan.scan(file, "").units
         found += [row["text"] for unit in units for _, row in read_unit(file, unit, (), ["text"])]
     return found
@@ -24,7 +34,11 @@ def test_a_folder_with_odd_names(scheme: str, tmp_path: Path) -> None:
     for name in [*NAMES, "a?b.jsonl"]:
         (tmp_path / name).write_text(f'{{"text": "{name}"}}\n')
     assert sorted(texts(f"{scheme}{tmp_path}")) == sorted([*NAMES, "a?b.jsonl"])
-    [one] = [file for file in sources.list_files(Source(path=f"{scheme}{tmp_path}"), "x", "") if "23b" in file.uri]
+    [one] = [
+        file
+        for file in sources.list_files(Source(path=f"{scheme}{tmp_path}"), "x", "")
+        if "23b" in file.uri
+    ]
     assert texts(f"{scheme}{tmp_path}", (one.uri,)) == ["a%23b.jsonl"]
     assert texts(one.uri) == ["a%23b.jsonl"]
 

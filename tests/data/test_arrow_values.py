@@ -17,7 +17,11 @@ from olora_ray.data.reader import read_unit
 def rows(path: Path) -> list[Any]:
     [file] = sources.list_files(Source(path=str(path)), "data.train.0", "")
     found = scan.scan(file, "")
-    return [row for unit in found.units for _, row in read_unit(file, unit, found.columns, found.columns)]
+    return [
+        row
+        for unit in found.units
+        for _, row in read_unit(file, unit, found.columns, found.columns)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,11 @@ def test_a_time_that_python_does_not_have_is_a_text(values: pa.Array, tmp_path: 
     assert [row["text"] for row in found] == ["a", "b"]
     assert isinstance(found[0]["until"], str)
     data = {"train": [{"path": str(path), "format": "text", "fields": {"until": "none"}}]}
-    first_look.check_data(build({"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}))
+    first_look.check_data(
+        build(
+            {"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}
+        )
+    )
 
 
 def as_maps(of: pa.DataType) -> pa.DataType:
@@ -61,7 +69,9 @@ def test_maps_are_objects(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     columns = {
         "messages": pa.array([turns], pa.list_(turn)),
-        "tools": pa.array([tools], pa.large_list(pa.struct({"name": TEXT, "parameters": as_maps(as_maps(TEXT))}))),
+        "tools": pa.array(
+            [tools], pa.large_list(pa.struct({"name": TEXT, "parameters": as_maps(as_maps(TEXT))}))
+        ),
         "plain": pa.array([[{"role": "user", "content": "?"}, None]], pa.list_(as_maps(TEXT))),
     }
     parquet.write_table(pa.table(columns), path)

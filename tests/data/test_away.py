@@ -64,7 +64,9 @@ class _Object(io.FileIO):
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store(tmp_path)
-    monkeypatch.setattr(patience, "connect", lambda scheme, bucket, query="": (found, str(tmp_path)))
+    monkeypatch.setattr(
+        patience, "connect", lambda scheme, bucket, query="": (found, str(tmp_path))
+    )
     monkeypatch.setattr(patience, "_answered", {"s3://bucket"})
     monkeypatch.setattr(patience, "PATIENCE", 1.0)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -75,9 +77,15 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def texts(name: str) -> list[str]:
-    [file] = sources.list_files(Source(path=f"s3://bucket/{name}", format="text"), "data.train.0", "")
+    [file] = sources.list_files(
+        Source(path=f"s3://bucket/{name}", format="text"), "data.train.0", ""
+    )
     found = scan.scan(file, "")
-    return [row["text"] for unit in found.units for _, row in read_unit(file, unit, found.columns, ["text"])]
+    return [
+        row["text"]
+        for unit in found.units
+        for _, row in read_unit(file, unit, found.columns, ["text"])
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "*.parquet"])
@@ -101,13 +109,17 @@ def test_it_is_asked_again(name: str, store: Store) -> None:
 
 def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
     # Exit code 75 lets the caller start the same command again; it was 2, with the message "not readable".
-    [file] = sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
+    [file] = sources.list_files(
+        Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", ""
+    )
     unit = scan.scan(file, "").units[0]
     store.fails = lambda number: True
     for ask in (lambda: scan.head(file), lambda: list(read_unit(file, unit, (), ["text"]))):
         with pytest.raises(StoreUnavailable, match=rf"^s3://bucket/a\.jsonl: {AWAY}$"):
             ask()
-    with pytest.raises(TryAgain, match=r"^data\.train\.0\.path: s3://bucket/a\.jsonl: .*NETWORK_CONNECTION"):
+    with pytest.raises(
+        TryAgain, match=r"^data\.train\.0\.path: s3://bucket/a\.jsonl: .*NETWORK_CONNECTION"
+    ):
         sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
 
 

@@ -13,7 +13,10 @@ from olora_ray.data import first_look
 from olora_ray.tokens import prepare, preview
 from tests.tokens import helpers
 
-ROWS = "".join(json.dumps({"text": f"größer als {number}"}, ensure_ascii=False) + "\n" for number in range(1000))
+ROWS = "".join(
+    json.dumps({"text": f"größer als {number}"}, ensure_ascii=False) + "\n"
+    for number in range(1000)
+)
 CELLS = "text,number\n" + "".join(f"more than {number},{number}\n" for number in range(1000))
 CUT: dict[str, tuple[bytes, int]] = {
     "text.jsonl": (ROWS[:-6].encode(), 1000),
@@ -44,7 +47,9 @@ def config_of(folder: Path, name: str, content: bytes) -> Config:
 
 @pytest.mark.parametrize("name", CUT)
 @pytest.mark.parametrize("look", LOOKS)
-def test_a_file_that_ends_in_the_middle_of_a_row_is_refused(look: str, name: str, tmp_path: Path) -> None:
+def test_a_file_that_ends_in_the_middle_of_a_row_is_refused(
+    look: str, name: str, tmp_path: Path
+) -> None:
     content, line = CUT[name]
     with pytest.raises(UserError) as caught:
         LOOKS[look](config_of(tmp_path, name, content))
@@ -61,7 +66,12 @@ def test_a_last_row_needs_no_newline(look: str, name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [b'[\n{"text": "a"},\n{"text": "b"}]', b'{\n"text": "a"\n}', b'{"text": "a"}\n' * 9 + b"{'text': 'b'}"]
+    "content",
+    [
+        b'[\n{"text": "a"},\n{"text": "b"}]',
+        b'{\n"text": "a"\n}',
+        b'{"text": "a"}\n' * 9 + b"{'text': 'b'}",
+    ],
 )
 def test_what_is_no_row_at_all_is_not_called_incomplete(content: bytes, tmp_path: Path) -> None:
     prepare.begin(config_of(tmp_path, "a.jsonl", content), helpers.spec(), "train")

@@ -15,9 +15,18 @@ QUESTION = {"question": "q", "answer": "a"}
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"Question": "q", "completion": "a"}, "format: prompt_completion, fields: {prompt: Question}"),
-        ({"prompt": "q", "completion": "a", "context": "c"}, "format: alpaca, fields: {instruction: prompt, output:"),
-        ({"instruction": "q", "output": "a", "tools": "[{}]"}, "format: prompt_completion, fields: {prompt: instruct"),
+        (
+            {"Question": "q", "completion": "a"},
+            "format: prompt_completion, fields: {prompt: Question}",
+        ),
+        (
+            {"prompt": "q", "completion": "a", "context": "c"},
+            "format: alpaca, fields: {instruction: prompt, output:",
+        ),
+        (
+            {"instruction": "q", "output": "a", "tools": "[{}]"},
+            "format: prompt_completion, fields: {prompt: instruct",
+        ),
         ({"conversations": TURNS, "messages": MESSAGES}, "format: messages"),
         ({"problem": "p", "solution": "s", "messages": MESSAGES}, "format: messages"),
         ({"content": "some text"}, "format: text, fields: {text: content}"),
@@ -33,7 +42,10 @@ def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**QUESTION, "response": "b"}, "in two ways; set format: alpaca, .*answer}, or format: alpaca, .*response}"),
+        (
+            {**QUESTION, "response": "b"},
+            "in two ways; set format: alpaca, .*answer}, or format: alpaca, .*response}",
+        ),
         (
             {"instruction": "i", "output": "o", "prompt": "p", "completion": "c"},
             "set format: alpaca, or format: prompt_",
@@ -52,7 +64,10 @@ def test_rows_that_say_more_than_one_way_can_tell(row: dict[str, Any], message: 
         ({"a": 1, "b": 2}, "no format has its columns (a, b); set format and fields"),
         ([1], "expected an object with fields, found a list"),
         ({"question": "q", "answer": 4}, "field 'answer' is a number, not text"),
-        ({"Quelle": "Mail", "Frage": "Wie?", "Antwort": "So."}, "={instruction: Frage, output: Antwort}'"),
+        (
+            {"Quelle": "Mail", "Frage": "Wie?", "Antwort": "So."},
+            "={instruction: Frage, output: Antwort}'",
+        ),
     ],
 )
 def test_nothing_is_found_that_does_not_help(row: Any, reason: str) -> None:
@@ -63,8 +78,16 @@ def test_nothing_is_found_that_does_not_help(row: Any, reason: str) -> None:
 @pytest.mark.parametrize(
     ("given", "chat", "expected"),
     [
-        ({"prompt": "question"}, "auto", "format: prompt_completion, fields: {prompt: question, completion: answer}"),
-        ({"output": "question", "instruction": "answer"}, "auto", "fields: {instruction: answer, output: question}"),
+        (
+            {"prompt": "question"},
+            "auto",
+            "format: prompt_completion, fields: {prompt: question, completion: answer}",
+        ),
+        (
+            {"output": "question", "instruction": "answer"},
+            "auto",
+            "fields: {instruction: answer, output: question}",
+        ),
         ({"question": "none"}, "auto", "None"),
         ({}, False, "format: prompt_completion, fields: {prompt: question, completion: answer}"),
     ],

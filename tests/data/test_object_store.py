@@ -15,7 +15,15 @@ from olora_ray.data.reader import read_unit
 from tests.s3_server import Faults, Server
 from tests.said import said
 
-NAMES = ["plain.jsonl", "a b.jsonl", "a#b.jsonl", "a%23b.jsonl", "a%20b.jsonl", "a+b&c=d.jsonl", "süß.jsonl"]
+NAMES = [
+    "plain.jsonl",
+    "a b.jsonl",
+    "a#b.jsonl",
+    "a%23b.jsonl",
+    "a%20b.jsonl",
+    "a+b&c=d.jsonl",
+    "süß.jsonl",
+]
 
 
 def put(server: Server, bucket: str, key: str, content: bytes) -> str:
@@ -54,7 +62,9 @@ def test_keys_are_taken_letter_by_letter(s3_server: Server, bucket: str) -> None
 
 def test_a_key_with_a_question_mark_is_refused(s3_server: Server, bucket: str) -> None:
     put(s3_server, bucket, "folder/is?it.jsonl", row("x"))
-    message = r"data\.train\.0\.path: s3://.*/folder: the key '.*is\?it\.jsonl' has a '\?'.*; rename it$"
+    message = (
+        r"data\.train\.0\.path: s3://.*/folder: the key '.*is\?it\.jsonl' has a '\?'.*; rename it$"
+    )
     with pytest.raises(UserError, match=message):
         listed(f"{bucket}/folder")
 
@@ -86,7 +96,9 @@ def test_an_object_that_changes_after_the_scan_is_not_read(
 
 
 def test_a_server_that_returns_another_range_is_noticed(s3_server: Server, bucket: str) -> None:
-    [file] = listed(put(s3_server, bucket, "a.jsonl", b"".join(row(f"{n:05d}") for n in range(2000))))
+    [file] = listed(
+        put(s3_server, bucket, "a.jsonl", b"".join(row(f"{n:05d}") for n in range(2000)))
+    )
     found = scan.scan(file, "")
     s3_server.faults = Faults(wrong_ranges=True)
     assert len(list(read_unit(file, found.units[0], (), ["text"]))) == found.units[0].rows

@@ -23,7 +23,10 @@ def _json() -> str:
     tree = json.loads(helpers.spec().json)
     known = tree["model"]["vocab"]
     known.update(
-        {letter: len(known) + n for n, letter in enumerate(sorted({*ROWS, *map(chr, range(33, 127))} - known.keys()))}
+        {
+            letter: len(known) + n
+            for n, letter in enumerate(sorted({*ROWS, *map(chr, range(33, 127))} - known.keys()))
+        }
     )
     return json.dumps(tree)
 
@@ -60,7 +63,9 @@ def outcome(case: Case, folder: Path) -> str:
 @pytest.mark.parametrize("case", MATTERS, ids=lambda case: case.name)
 def test_a_column_that_matters_needs_an_answer(case: Case, tmp_path: Path) -> None:
     found = outcome(case, tmp_path)
-    assert found.startswith("refused: ") or (found == "accepted" and case.expect == "used or refused"), found
+    assert found.startswith("refused: ") or (
+        found == "accepted" and case.expect == "used or refused"
+    ), found
     assert "\n" not in found
     if "leave it out with " in found:
         setting = shlex.split(found.partition("leave it out with ")[2])[0]
@@ -83,13 +88,19 @@ def test_without_its_columns_each_file_is_ordinary(case: Case, tmp_path: Path) -
 
 def asked(**columns: list[Any]) -> list[dict[str, Any]]:
     rows = [{"question": f"Was ist die Lösung {n}?", "answer": f"Es ist {n}."} for n in range(9)]
-    return [{**row, **{k: each[n % len(each)] for k, each in columns.items()}} for n, row in enumerate(rows)]
+    return [
+        {**row, **{k: each[n % len(each)] for k, each in columns.items()}}
+        for n, row in enumerate(rows)
+    ]
 
 
 def said(key: str, values: list[Any], turn: int = 1) -> list[dict[str, Any]]:
     rows = []
     for n, row in enumerate(asked()):
-        turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        turns = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ]
         turns[turn][key] = values[n % len(values)]
         rows.append({"messages": turns})
     return rows
@@ -98,7 +109,9 @@ def said(key: str, values: list[Any], turn: int = 1) -> list[dict[str, Any]]:
 DECIDING: dict[str, list[dict[str, Any]]] = {
     "equation": asked(equation=["12*34+56", "78*91-1234"]),
     "numbers": asked(numbers=["3, 5, 8, 12", "9, 7, 1, 22"]),
-    "fen": asked(fen=["rnbqkbnr/pppppppp/8/8/8/8/PPPP/RNBQ w KQkq - 0 1", "8/8/8/4k3/8/8/4K3/8 b - - 12 60"]),
+    "fen": asked(
+        fen=["rnbqkbnr/pppppppp/8/8/8/8/PPPP/RNBQ w KQkq - 0 1", "8/8/8/4k3/8/8/4K3/8 b - - 12 60"]
+    ),
     "smiles": asked(smiles=["CC(=O)OC1=CC=CC=C1C(=O)O", "C1=CC=C(C=C1)C2=CC=CC=C2"]),
     "developer_prompt": asked(developer_prompt=["Be terse"]),
     "metadata": asked(metadata=[{"system_prompt": "Be a pirate"}, {"system_prompt": "Be a monk"}]),
@@ -115,7 +128,9 @@ PASSING: dict[str, list[dict[str, Any]]] = {
     "token_counts": asked(token_counts=[{"prompt": 3}, {"prompt": 4}]),
     "source_urls": asked(source_urls=[["https://a.example/1"], ["https://b.example/2"]]),
     "kind": asked(kind=["customer service"]),
-    "problem": [{**row, "problem": row["messages"][0]["content"]} for row in said("id", ["a", "b"])],
+    "problem": [
+        {**row, "problem": row["messages"][0]["content"]} for row in said("id", ["a", "b"])
+    ],
     "ip": asked(ip=["10.0.12.7", "192.168.0.44"]),
     "tool name": [
         {
@@ -123,7 +138,13 @@ PASSING: dict[str, list[dict[str, Any]]] = {
                 {"role": "user", "content": f"{n}?"},
                 {
                     "role": "assistant",
-                    "tool_calls": [{"id": "c", "type": "function", "function": {"name": f"f{n}", "arguments": {}}}],
+                    "tool_calls": [
+                        {
+                            "id": "c",
+                            "type": "function",
+                            "function": {"name": f"f{n}", "arguments": {}},
+                        }
+                    ],
                 },
                 {"role": "tool", "name": f"f{n}", "tool_call_id": "c", "content": "1"},
                 {"role": "assistant", "content": "1"},

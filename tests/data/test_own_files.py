@@ -25,9 +25,13 @@ def read_back(case: Case, path: Path) -> list[Row]:
         return json.loads(path.read_text())
     if case.form == "columns":
         return pd.read_json(path, dtype=False).to_dict("records")
-    sep, encoding = {"excel": (";", "cp1252"), "tsv": ("\t", "utf-8")}.get(case.form, (",", "utf-8"))
+    sep, encoding = {"excel": (";", "cp1252"), "tsv": ("\t", "utf-8")}.get(
+        case.form, (",", "utf-8")
+    )
     read = pd.read_csv(path, sep=sep, encoding=encoding, dtype=str, keep_default_na=False)
-    return read.rename(columns={"Unnamed: 0": case.columns[0]} if "" in case.columns else {}).to_dict("records")
+    return read.rename(
+        columns={"Unnamed: 0": case.columns[0]} if "" in case.columns else {}
+    ).to_dict("records")
 
 
 @pytest.mark.parametrize("case", MATTERS + HARMLESS, ids=lambda case: case.name)

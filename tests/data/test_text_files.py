@@ -17,10 +17,30 @@ WRITTEN: dict[str, tuple[str, bytes, str, str | None]] = {
     "tsv": ("a.tsv", b"q;a\n1;2\n", "tsv", UTF_8),
     "French": ("a.csv", "q,a\noù?,Là-bas à l’été\n".encode("cp1252"), "csv", "cp1252"),
     "a broken letter": ("a.csv", "q,a\nWie groß?,".encode() + b"\xe4\n", "csv", UTF_8),
-    "both encodings": ("a.csv", "question,answer\nUn café?,".encode() + b"\xe9 b \xe9 c \xe0\n", "csv", UTF_8),
-    "Polish": ("a.csv", "question,answer\nco,zażółć gęślą jaźń, proszę\n".encode("cp1250"), "csv", UTF_8),
-    "Turkish": ("a.csv", "question,answer\nne,kısa bir cevap işte\n".encode("cp1254"), "csv", UTF_8),
-    "Russian without a foreign letter": ("a.csv", "q,a\nкак дела,дома и в лесу\n".encode("cp1251"), "csv", UTF_8),
+    "both encodings": (
+        "a.csv",
+        "question,answer\nUn café?,".encode() + b"\xe9 b \xe9 c \xe0\n",
+        "csv",
+        UTF_8,
+    ),
+    "Polish": (
+        "a.csv",
+        "question,answer\nco,zażółć gęślą jaźń, proszę\n".encode("cp1250"),
+        "csv",
+        UTF_8,
+    ),
+    "Turkish": (
+        "a.csv",
+        "question,answer\nne,kısa bir cevap işte\n".encode("cp1254"),
+        "csv",
+        UTF_8,
+    ),
+    "Russian without a foreign letter": (
+        "a.csv",
+        "q,a\nкак дела,дома и в лесу\n".encode("cp1251"),
+        "csv",
+        UTF_8,
+    ),
     "Chinese": ("a.csv", "question,answer\n你好吗,我很好谢谢你\n".encode("gbk"), "csv", UTF_8),
     "JSON is UTF-8": ("a.jsonl", '{"text": "groß"}\n'.encode("cp1252"), "jsonl", UTF_8),
     "UTF-16, big": ("a.csv", b"\xfe\xff" + "q\ta\nä\tö\n".encode("utf-16-be"), "tsv", "utf-16"),
@@ -49,5 +69,9 @@ def test_a_large_file_in_another_encoding_is_read_by_units(encoding: str, tmp_pa
     found = scan.scan(file, "")
     assert found.file is not None
     assert len(found.units) > 4
-    read = [row for unit in reversed(found.units) for _, row in read_unit(found.file, unit, found.columns, ())]
+    read = [
+        row
+        for unit in reversed(found.units)
+        for _, row in read_unit(found.file, unit, found.columns, ())
+    ]
     assert sorted((row["question"], row["answer"]) for row in read) == sorted(rows)

@@ -39,7 +39,9 @@ def lines_of(word: str, pack: Callable[[bytes], bytes] = bytes) -> Callable[[Pat
 def saved(word: str) -> Callable[[Path], Any]:
     import datasets
 
-    return lambda path: datasets.Dataset.from_dict({"text": [f"{word} {n:04d}" for n in range(200)]}).save_to_disk(path)
+    return lambda path: datasets.Dataset.from_dict(
+        {"text": [f"{word} {n:04d}" for n in range(200)]}
+    ).save_to_disk(path)
 
 
 def table(word: str) -> pa.Table:
@@ -54,7 +56,9 @@ KINDS: dict[str, Callable[[str], Callable[[Path], Any]]] = {
     "a.csv": lambda word: lambda path: path.write_text("text\n" + f"{word}\n" * 2000),
     "a.txt": lambda word: lambda path: path.write_text(f"{word}\n" * 2000),
     "a.json": lambda word: lambda path: path.write_text(json.dumps([{"text": word}] * 2000)),
-    "a.parquet": lambda word: lambda path: parquet.write_table(table(word), path, compression="none"),
+    "a.parquet": lambda word: (
+        lambda path: parquet.write_table(table(word), path, compression="none")
+    ),
     "saved": saved,
 }
 
@@ -66,7 +70,10 @@ def test_a_file_that_one_node_does_not_see_is_told_with_the_node(tmp_path: Path)
     file = only(path)
     unit = scan.scan(file, "").units[0]
     path.unlink()
-    for attempt in (lambda: list(read_unit(file, unit, (), ("text",))), lambda: scan.scan(file, "")):
+    for attempt in (
+        lambda: list(read_unit(file, unit, (), ("text",))),
+        lambda: scan.scan(file, ""),
+    ):
         with pytest.raises(UserError) as caught:
             attempt()
         assert str(caught.value) == (
@@ -99,7 +106,9 @@ def test_a_file_that_changes_after_the_scan_is_not_read(name: str, tmp_path: Pat
 
 def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None:
     lines_of("old")(tmp_path / "a.jsonl")
-    config = helpers.config(tmp_path / "runs", {"path": str(tmp_path / "a.jsonl"), "format": "text"})
+    config = helpers.config(
+        tmp_path / "runs", {"path": str(tmp_path / "a.jsonl"), "format": "text"}
+    )
     build = prepare.begin(config, helpers.spec(), "train")
     lines_of("new")(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=rf"a\.jsonl: {MESSAGE}"):
@@ -110,7 +119,9 @@ def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None
     assert all("new" in text for text in helpers.texts(store))
 
 
-def test_the_kept_scan_of_a_file_does_not_outlive_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
+def test_the_kept_scan_of_a_file_does_not_outlive_other_content_of_the_same_size_and_time(
+    tmp_path: Path,
+) -> None:
     # `cp -p` and `rsync -t` leave such files: without forgetting the scan, the same command would fail for ever.
     path = tmp_path / "a.jsonl"
     lines_of("old")(path)
@@ -121,7 +132,9 @@ def test_the_kept_scan_of_a_file_does_not_outlive_other_content_of_the_same_size
     os.utime(path, (5, 5))
     with pytest.raises(UserError, match=MESSAGE):
         prepare.prepare(config, helpers.spec(), "train")
-    assert all("new" in text for text in helpers.texts(prepare.prepare(config, helpers.spec(), "train")))
+    assert all(
+        "new" in text for text in helpers.texts(prepare.prepare(config, helpers.spec(), "train"))
+    )
 
 
 @pytest.fixture
@@ -149,7 +162,9 @@ def test_an_unchanged_corpus_is_not_read_again(corpus: Config) -> None:
     assert len(kept(corpus)) == 5
     for path in kept(corpus):  # what is not read again has the digest that was kept
         path.write_text(
-            records.seal({**(records.read(str(path), dict[str, Any], sealed=True) or {}), "sha256": "kept"})
+            records.seal(
+                {**(records.read(str(path), dict[str, Any], sealed=True) or {}), "sha256": "kept"}
+            )
         )
     assert digests(corpus) == ["kept"] * 5
     helpers.write_jsonl(Path(corpus.data.train[0].path, "3.jsonl"), helpers.rows(30))
@@ -159,7 +174,9 @@ def test_an_unchanged_corpus_is_not_read_again(corpus: Config) -> None:
     assert len(kept(corpus)) == 5  # a file has one, not one for each of its states
 
 
-@pytest.mark.parametrize("seconds", [1.0, -3600.0], ids=["a moment ago", "by a clock that is ahead"])
+@pytest.mark.parametrize(
+    "seconds", [1.0, -3600.0], ids=["a moment ago", "by a clock that is ahead"]
+)
 def test_no_scan_is_kept_of_a_file_that_was_just_changed(seconds: float, corpus: Config) -> None:
     # The next change may show the same time, because clocks of file systems are coarse.
     aged(Path(corpus.data.train[0].path, "3.jsonl"), seconds)

@@ -31,7 +31,9 @@ from tests.waiting import until
 BIN = Path(sys.executable).parent
 HERE, THERE = "10.201.78.1", "10.201.78.2"
 DISK = "256m"
-ANSWERS = {word: 4 * str(number) for number, word in enumerate(["one", "two", "three", "four", "five"], 1)}
+ANSWERS = {
+    word: 4 * str(number) for number, word in enumerate(["one", "two", "three", "four", "five"], 1)
+}
 OTHER = {"north": "6666", "south": "7777"}
 """Another task, of which the guard has rows, and the held-out rows have none."""
 COLUMNS = {
@@ -64,9 +66,14 @@ class Demo:
         write(folder / "guard.jsonl", OTHER, 24, marks="-")
         for name in ("hook", "ping"):
             (folder / name).write_text(url.replace("hook", name, 1))
-        told = {"notify": {"url": f"file:{folder}/hook"}, "retrain": {"ping": f"file:{folder}/ping"}}
+        told = {
+            "notify": {"url": f"file:{folder}/hook"},
+            "retrain": {"ping": f"file:{folder}/ping"},
+        }
         gate = {"guard": [{"path": str(folder / "guard.jsonl")}], "guard_margin": 0.5}
-        self.project = Nightly(folder, model, tracking={"uri": server.uri}, gate=gate, train=longer(), **told)
+        self.project = Nightly(
+            folder, model, tracking={"uri": server.uri}, gate=gate, train=longer(), **told
+        )
         self.aliases = Aliases(server.uri, "nightly")
         self.data = self.project.data
         write(folder / "heldout.jsonl", ANSWERS, 100, marks="-")
@@ -76,14 +83,24 @@ class Demo:
     def file(self, name: str, *words: str, wrong: bool = False) -> Path:
         answers = {word: ANSWERS[word] for word in words}
         if wrong:
-            answers = dict(zip(words, [*answers.values()][1:] + [*answers.values()][:1], strict=True))
+            answers = dict(
+                zip(words, [*answers.values()][1:] + [*answers.values()][:1], strict=True)
+            )
         return write(self.data / f"{name}.jsonl", answers, 120 if wrong else 40)
 
     def night(self, name: str, done: str, expected: Expected, drivers: int = 1) -> None:
         """Run one night as cron does, on as many machines at once as there are drivers, and check it."""
         before = len(self.said.read_text().splitlines())
         config = str(self.project.config)
-        command = [sys.executable, "deploy/night.py", "--pause", "1", "--tries", "2" if drivers == 1 else "1", config]
+        command = [
+            sys.executable,
+            "deploy/night.py",
+            "--pause",
+            "1",
+            "--tries",
+            "2" if drivers == 1 else "1",
+            config,
+        ]
         command += ["--", str(BIN / "olora-ray"), "retrain", config]
         began, out = time.monotonic(), subprocess.PIPE
         running = [
@@ -103,12 +120,21 @@ class Demo:
         heard = [text_of(*each) for each in said if not each[0].endswith("/start")]
         champion = self.champion()
         ended = ended_by(logs)
-        self.table.append((name, done, ", ".join(map(str, codes)), ended, "\n".join(heard), champion))
-        print(f"{name}: exit code {self.table[-1][2]} after {time.monotonic() - began:.0f} s", flush=True)
+        self.table.append(
+            (name, done, ", ".join(map(str, codes)), ended, "\n".join(heard), champion)
+        )
+        print(
+            f"{name}: exit code {self.table[-1][2]} after {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
         fits = len(heard) == len(expected.heard) and all(map(re.search, expected.heard, heard))
         found = (codes, bool(re.search(expected.ended, ended)), fits, champion)
         if found != (expected.codes, True, True, expected.champion):
-            print("\n".join([*logs, *heard]), f"FAILED: {name}: found {found}, expected {expected}", sep="\n")
+            print(
+                "\n".join([*logs, *heard]),
+                f"FAILED: {name}: found {found}, expected {expected}",
+                sep="\n",
+            )
             self.wrong.append(name)
 
     def champion(self) -> str:
@@ -127,7 +153,9 @@ def text_of(path: str, text: str) -> str:
 def ended_by(logs: Sequence[str]) -> str:
     """Return the line of each driver's log that says how its night ended."""
     lines = [[line for line in log.splitlines() if re.search(ENDS, line)] for log in logs]
-    return "\n".join(re.sub(r"^\d\d:\d\d:\d\d ", "", found[-1]) if found else "?" for found in lines)
+    return "\n".join(
+        re.sub(r"^\d\d:\d\d:\d\d ", "", found[-1]) if found else "?" for found in lines
+    )
 
 
 ENDS = r"^error: |nothing changed|: passed|: refused|passed: |refused: |SKIPPED|NOT FINISHED"
@@ -149,7 +177,9 @@ def play(demo: Demo, fill: Callable[[], object], make_room: Callable[[], object]
         "a file with a third word arrives",
         Expected((0,), "passed: eval/loss", ("version 2 promoted: eval/loss", quiet), "2"),
     )
-    demo.night("2 the same data", "-", Expected((0,), "nothing changed since version 2", (quiet,), "2"))
+    demo.night(
+        "2 the same data", "-", Expected((0,), "nothing changed since version 2", (quiet,), "2")
+    )
     poison = demo.file("3-poison", "one", "two", "three", wrong=True)
     demo.night(
         "3 poisoned rows",
@@ -162,7 +192,9 @@ def play(demo: Demo, fill: Callable[[], object], make_room: Callable[[], object]
     demo.night(
         "4 a model that forgets",
         "a fourth word arrives; the rows of the other task are gone",
-        Expected((0,), "refused: guard: eval/loss", ("version 4 refused: guard: eval/loss", quiet), "2"),
+        Expected(
+            (0,), "refused: guard: eval/loss", ("version 4 refused: guard: eval/loss", quiet), "2"
+        ),
     )
     aside.rename(other)
     four.unlink()
@@ -170,14 +202,22 @@ def play(demo: Demo, fill: Callable[[], object], make_room: Callable[[], object]
     demo.night(
         "5 deleted champion",
         "version 2 is deleted in MLflow",
-        Expected((0,), "passed: eval/loss", ("the champion is version 1", "version 5 promoted", quiet), "5"),
+        Expected(
+            (0,),
+            "passed: eval/loss",
+            ("the champion is version 1", "version 5 promoted", quiet),
+            "5",
+        ),
     )
     demo.server.kill()
     demo.night(
         "6 MLflow away",
         "MLflow's server is killed",
         Expected(
-            (75,), "NOT FINISHED: .*no MLflow server", ("not finished: .*no MLflow server", "/fail: .*no ML"), "?"
+            (75,),
+            "NOT FINISHED: .*no MLflow server",
+            ("not finished: .*no MLflow server", "/fail: .*no ML"),
+            "?",
         ),
     )
     demo.server.start()
@@ -187,7 +227,12 @@ def play(demo: Demo, fill: Callable[[], object], make_room: Callable[[], object]
     demo.night(
         "7 full disk",
         "the fourth word arrives; the disk of run.storage is full",
-        Expected((2,), "make room", ("failed: .*No space left on device; make room", "/fail: .*make room"), "5"),
+        Expected(
+            (2,),
+            "make room",
+            ("failed: .*No space left on device; make room", "/fail: .*make room"),
+            "5",
+        ),
     )
     make_room()
     demo.night(
@@ -203,12 +248,23 @@ def play(demo: Demo, fill: Callable[[], object], make_room: Callable[[], object]
         Expected((2,), "1-three.jsonl", ("failed: .*1-three.jsonl", "/fail: .*1-three.jsonl"), "6"),
     )
     three.write_text(whole)
-    words = [str(BIN / "olora-ray"), "registry", "rollback", "nightly", "--tracking-uri", demo.server.uri]
-    subprocess.run(words, cwd=project.ROOT, env=demo.project.environment(), check=True, capture_output=True)
+    words = [
+        str(BIN / "olora-ray"),
+        "registry",
+        "rollback",
+        "nightly",
+        "--tracking-uri",
+        demo.server.uri,
+    ]
+    subprocess.run(
+        words, cwd=project.ROOT, env=demo.project.environment(), check=True, capture_output=True
+    )
     demo.night(
         "9 rollback by hand",
         "olora-ray registry rollback",
-        Expected((0,), "nothing changed since version 6", ("version 5 moved: .* by hand", quiet), "5"),
+        Expected(
+            (0,), "nothing changed since version 6", ("version 5 moved: .* by hand", quiet), "5"
+        ),
     )
     demo.file("5-five", "five")
     demo.night(
@@ -227,8 +283,12 @@ def longer() -> dict[str, object]:
 
 def write(file: Path, answers: dict[str, str], rows: int, marks: str = nightly.MARKS) -> Path:
     words = [[*answers][number % len(answers)] for number in range(rows)]
-    asked = [f"{marks[number // len(answers) % len(marks)]}{word}" for number, word in enumerate(words)]
-    nightly.write(file, [(question, answers[word]) for question, word in zip(asked, words, strict=True)])
+    asked = [
+        f"{marks[number // len(answers) % len(marks)]}{word}" for number, word in enumerate(words)
+    ]
+    nightly.write(
+        file, [(question, answers[word]) for question, word in zip(asked, words, strict=True)]
+    )
     return file
 
 
@@ -236,13 +296,21 @@ def printed(table: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table whose cells are wrapped."""
     for number, row in enumerate(table):
         cells = [
-            [part for line in cell.splitlines() or [""] for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+            [
+                part
+                for line in cell.splitlines() or [""]
+                for part in textwrap.wrap(line, width, subsequent_indent="  ")
+            ]
             for cell, width in zip(row, COLUMNS.values(), strict=True)
         ]
         for line in range(max(map(len, cells))):
             parts = [cell[line] if line < len(cell) else "" for cell in cells]
-            yield " | ".join(f"{part:<{width}}" for part, width in zip(parts, COLUMNS.values(), strict=True)).rstrip()
-        yield "-+-".join("-" * width for width in COLUMNS.values()) if number < len(table) - 1 else ""
+            yield " | ".join(
+                f"{part:<{width}}" for part, width in zip(parts, COLUMNS.values(), strict=True)
+            ).rstrip()
+        yield (
+            "-+-".join("-" * width for width in COLUMNS.values()) if number < len(table) - 1 else ""
+        )
 
 
 def root(*words: str) -> None:
@@ -262,7 +330,10 @@ def elsewhere(folder: Path) -> Iterator[tuple[str, Path]]:
         root("ip", "-n", name, "addr", "add", f"{THERE}/30", "dev", "eth0")
         root("ip", "-n", name, "link", "set", "eth0", "up")
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "tests.receiver", THERE]
-        with said.open("w") as out, subprocess.Popen(command, cwd=project.ROOT, stdout=out) as process:
+        with (
+            said.open("w") as out,
+            subprocess.Popen(command, cwd=project.ROOT, stdout=out) as process,
+        ):
             try:
                 until(lambda: said.read_text().endswith("\n"))
                 yield said.read_text().strip(), said
@@ -292,7 +363,9 @@ def small_disk(folder: Path) -> Iterator[tuple[Callable[[], object], Callable[[]
 
 def main() -> None:
     if os.geteuid():
-        sys.exit("make nights-demo needs root, for a network namespace and a small disk: sudo make nights-demo")
+        sys.exit(
+            "make nights-demo needs root, for a network namespace and a small disk: sudo make nights-demo"
+        )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     with scratch() as folder, small_disk(folder / "runs") as disk, elsewhere(folder) as (url, said):

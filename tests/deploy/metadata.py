@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 SPOT = '{"action": "terminate", "time": "2026-11-30T12:00:00Z"}'
-EVENT = '{"DocumentIncarnation": 1, "Events": [{"EventType": "Preempt", "EventStatus": "Scheduled"}]}'
+EVENT = (
+    '{"DocumentIncarnation": 1, "Events": [{"EventType": "Preempt", "EventStatus": "Scheduled"}]}'
+)
 EC2 = {"GET /latest/meta-data/instance-id": "i-1", "PUT /latest/api/token": "secret"}
 GCE = {"GET /computeMetadata/v1/instance/id": "1"}
 AZURE = {
@@ -36,8 +38,14 @@ def serve(cloud: str, port: int, folder: Path) -> ThreadingHTTPServer:
         def answer(self) -> None:
             name = f"{self.command} {self.path.partition('?')[0]}"
             notices = NOTICES[cloud]
-            text = notices[name][(folder / "notice").exists()] if name in notices else PAGES[cloud].get(name)
-            header, value = HEADERS[cloud] if self.command == "GET" else ("Host", self.headers["Host"])
+            text = (
+                notices[name][(folder / "notice").exists()]
+                if name in notices
+                else PAGES[cloud].get(name)
+            )
+            header, value = (
+                HEADERS[cloud] if self.command == "GET" else ("Host", self.headers["Host"])
+            )
             if self.command == "POST":
                 (folder / "asked").write_text(f"{name} {self.headers['Authorization']}")
             code = 404 if text is None else 200 if self.headers[header] == value else 401

@@ -35,22 +35,32 @@ def test_the_head_takes_no_work() -> None:
 def on_premise() -> dict[str, Any]:
     """The file as its comment says to change it for machines that are there already."""
     text = (ROOT / "cluster.yaml").read_text()
-    lines = [line.removeprefix("#   ") for line in text.splitlines() if re.match(r"#   (provider|auth): ", line)]
+    lines = [
+        line.removeprefix("#   ")
+        for line in text.splitlines()
+        if re.match(r"#   (provider|auth): ", line)
+    ]
     (told,) = re.findall(r"^# and delete ([^.]*)\.", text, re.MULTILINE)
     gone = re.split(r", | and ", told)
     assert set(gone) < TREE.keys()
-    return {name: value for name, value in TREE.items() if name not in gone} | yaml.safe_load("\n".join(lines))
+    return {name: value for name, value in TREE.items() if name not in gone} | yaml.safe_load(
+        "\n".join(lines)
+    )
 
 
 def test_the_recipe_for_machines_that_are_there_starts_ray_on_all_of_them() -> None:
     tree = on_premise()
-    jsonschema.validate(tree, json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text()))
+    jsonschema.validate(
+        tree, json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    )
     prepared = prepare_config(copy.deepcopy(tree))
     validate_config(prepared)
     (kind,) = prepared["available_node_types"].values()
     assert kind["min_workers"] == kind["max_workers"] == len(tree["provider"]["worker_ips"]) == 2
     # Workers are made by the autoscaler on the head: without its config it only looks on (ray's monitor.py).
-    head = next(command for command in prepared["head_start_ray_commands"] if "ray start" in command)
+    head = next(
+        command for command in prepared["head_start_ray_commands"] if "ray start" in command
+    )
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head.split()
     # It has no other key than the one that `ray up` copies to the head (commands.py).
     assert prepared["auth"]["ssh_private_key"]

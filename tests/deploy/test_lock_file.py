@@ -23,7 +23,12 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "deploy" / "requirements.lock").read_text()
 LOCKED = write_lock.locked(TEXT)
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NODE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+NODE = {
+    "sys_platform": "linux",
+    "platform_system": "Linux",
+    "platform_machine": "x86_64",
+    "os_name": "posix",
+}
 NODE |= {"python_version": "3.11", "python_full_version": "3.11.9"}
 NODE |= {"platform_python_implementation": "CPython", "implementation_name": "cpython"}
 
@@ -54,7 +59,9 @@ def below(requirement: Requirement) -> Iterator[Requirement]:
     for text in found.requires or []:
         inner = Requirement(text)
         extras = ["", *sorted(requirement.extras)]
-        if inner.marker is None or any(inner.marker.evaluate({**NODE, "extra": extra}) for extra in extras):
+        if inner.marker is None or any(
+            inner.marker.evaluate({**NODE, "extra": extra}) for extra in extras
+        ):
             yield inner
 
 
@@ -63,7 +70,9 @@ def test_the_lock_is_a_list_of_exact_public_versions_with_hashes() -> None:
     assert len(entries) == len(LOCKED) > 100
     for entry in entries:
         # No index, no address, no path, no +cpu: it installs from whatever index the node uses.
-        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*(    --hash=sha256:[0-9a-f]{64})+", entry), entry
+        assert re.fullmatch(
+            r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*(    --hash=sha256:[0-9a-f]{64})+", entry
+        ), entry
         assert Version(LOCKED[entry.partition("==")[0]]).local is None
     assert not re.search(r"https?:|index-url|find-links|/tmp|/home|/work|/root", TEXT)
 
@@ -85,7 +94,9 @@ def test_so_is_what_they_need_themselves_with_their_extras() -> None:
     assert [problem for problem in problems if problem] == []
 
 
-@pytest.mark.parametrize("file", sorted(write_lock.MANIFESTS.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(write_lock.MANIFESTS.glob("*.yaml")), ids=lambda file: file.stem
+)
 def test_the_manifests_name_the_locks_ray(file: Path) -> None:
     text = file.read_text()
     assert write_lock.stamped(text, LOCKED["ray"]) == text
@@ -96,7 +107,13 @@ def test_the_manifests_name_the_locks_ray(file: Path) -> None:
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in items:
         yield key, value
         yield from named(value)
@@ -108,7 +125,17 @@ def test_wheels_of_the_lock_run_on_ubuntu_22_04(tmp_path: Path, glibc: str, fits
     """Images have Ubuntu 22.04 (glibc 2.35) or newer. The second case shows that an old one would be seen."""
     if not (uv := shutil.which("uv")):
         pytest.skip("needs uv and a package index")
-    words = [uv, "pip", "install", "--dry-run", "--no-deps", "--only-binary", ":all:", "--python", sys.executable]
+    words = [
+        uv,
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--python",
+        sys.executable,
+    ]
     words += [
         "--target",
         tmp_path,

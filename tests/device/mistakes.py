@@ -45,18 +45,27 @@ def broken(mistake: str | None) -> list[str]:
             return [f"{rule}: {seen}" for rule, seen in _seen(Path(folder))]
         except Exception as error:
             files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-            ours = [file.relative_to(gpu.PACKAGE) for file in files if file.is_relative_to(gpu.PACKAGE)]
+            ours = [
+                file.relative_to(gpu.PACKAGE) for file in files if file.is_relative_to(gpu.PACKAGE)
+            ]
             return [f"refused: {ours[-1] if ours else 'elsewhere'}: {error}"]
 
 
 def _seen(folder: Path) -> Iterator[tuple[str, object]]:
-    model, changes = tiny.llama(attention="varlen", dtype=torch.bfloat16), {"global_batch": MICRO_BATCHES}
+    model, changes = (
+        tiny.llama(attention="varlen", dtype=torch.bfloat16),
+        {"global_batch": MICRO_BATCHES},
+    )
     size, held_out = sum(part.nbytes for part in model.parameters()), tiny.store(2, seed=9)
     with gpu.watched() as seen:
-        trainer = device_walk.start(model, gpu.load(), dropout=0.1, changes={"micro_batch": 1, **changes})
+        trainer = device_walk.start(
+            model, gpu.load(), dropout=0.1, changes={"micro_batch": 1, **changes}
+        )
     if seen.conversions:
         yield "conversions", seen.conversions
-    if seen.sent > 2.6 * size:  # the base, the weights of which factors are made, and twice the factors
+    if (
+        seen.sent > 2.6 * size
+    ):  # the base, the weights of which factors are made, and twice the factors
         yield "bytes of the start", (seen.sent, size)
     with gpu.watched() as seen:
         device_walk.steps(trainer, 0)
@@ -72,7 +81,9 @@ def _seen(folder: Path) -> Iterator[tuple[str, object]]:
         yield "waits of an evaluation", seen.waits
     for _ in range(2):
         with gpu.watched() as seen:
-            write = trainer.snapshot(TrainState(step=2, best_step=1), trainer.flat.vector.clone(), {}, "")
+            write = trainer.snapshot(
+                TrainState(step=2, best_step=1), trainer.flat.vector.clone(), {}, ""
+            )
     write(folder)
     if sum(seen.waits.values()) > OF_A_CHECKPOINT:
         yield "copies of a checkpoint", seen.waits
@@ -85,7 +96,9 @@ def planted(mistake: str | None) -> Iterator[None]:
         return
     owner, name, change, _ = (ONE_WORKER | TWO_WORKERS)[mistake]
     whole = getattr(owner, name)
-    with mock.patch.object(owner, name, lambda *arguments, **named: change(whole, *arguments, **named)):
+    with mock.patch.object(
+        owner, name, lambda *arguments, **named: change(whole, *arguments, **named)
+    ):
         yield
 
 
@@ -100,7 +113,10 @@ def _mask_picks(to: Any, batch: Batch, device: torch.device) -> Batch:
 
 
 def _copied_one_by_one(_: Any, batch: Batch, device: torch.device) -> Batch:
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
+    inputs = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.inputs.items()
+    }
     return Batch(inputs, batch.predicts.to(device), batch.labels.to(device), batch.tokens)
 
 
@@ -130,7 +146,9 @@ def _loss_is_read(backward: Any, trainer: Trainer, *arguments: Any) -> Tensor:
 def _mask_of_the_cpu(taken: Any, loss: SupervisedLoss, batch: Batch) -> dict[str, Any]:
     ids: Any = batch.inputs["input_ids"]
     mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril().pin_memory()
-    return taken(loss, batch) | {"attention_mask": mask.to(ids.device, non_blocking=True)[None, None]}
+    return taken(loss, batch) | {
+        "attention_mask": mask.to(ids.device, non_blocking=True)[None, None]
+    }
 
 
 class _Converted:
@@ -160,8 +178,18 @@ Mistake = tuple[Any, str, Callable[..., Any], str]
 """Owner and name of a function, what takes its place, with the function as its first argument, and how it is found."""
 ONE_WORKER: dict[str, Mistake] = {
     "labels stay on the CPU": (Batch, "to", _labels_stay, "refused: train/loss.py: .*same device"),
-    "a factor stays on the CPU": (Trainer, "__post_init__", _factor_stays, "refused: adapter/layer.py: .*same device"),
-    "a moment stays on the CPU": (AdamW, "__init__", _moment_stays, "refused: train/optim.py: .*same device"),
+    "a factor stays on the CPU": (
+        Trainer,
+        "__post_init__",
+        _factor_stays,
+        "refused: adapter/layer.py: .*same device",
+    ),
+    "a moment stays on the CPU": (
+        AdamW,
+        "__init__",
+        _moment_stays,
+        "refused: train/optim.py: .*same device",
+    ),
     "dropout draws with a generator of the CPU": (
         AdaptedWeight,
         "dropped_out",
@@ -169,9 +197,19 @@ ONE_WORKER: dict[str, Mistake] = {
         "refused: .*'cuda' device type for generator",
     ),
     "an adapter becomes numpy's": (Trainer, "snapshot", _numpys, "refused: .*to numpy"),
-    "a micro-batch's loss is read": (Trainer, "_backward", _loss_is_read, "waits of a step: .* _accumulate: a number"),
+    "a micro-batch's loss is read": (
+        Trainer,
+        "_backward",
+        _loss_is_read,
+        "waits of a step: .* _accumulate: a number",
+    ),
     "a mask picks the labels": (Batch, "to", _mask_picks, "waits of a step: .*aten::nonzero"),
-    "a batch is copied by tensors": (Batch, "to", _copied_one_by_one, "waits of a step: .*copy to the device"),
+    "a batch is copied by tensors": (
+        Batch,
+        "to",
+        _copied_one_by_one,
+        "waits of a step: .*copy to the device",
+    ),
     "masks are made on the CPU": (SupervisedLoss, "taken", _mask_of_the_cpu, "bytes of a step"),
     "weights are converted while they are copied": (
         Target,
@@ -189,17 +227,29 @@ ONE_WORKER: dict[str, Mistake] = {
     "a checkpoint copies layer by layer": (
         AdamW,
         "state",
-        lambda state, optimizer, copied_to: {name: part.to(copied_to) for name, part in state(optimizer).items()},
+        lambda state, optimizer, copied_to: {
+            name: part.to(copied_to) for name, part in state(optimizer).items()
+        },
         "copies of a checkpoint",
     ),
 }
 TWO_WORKERS: dict[str, Mistake] = {
-    "gradients are sent from the CPU": (collectives, "transfer", _sent(Tensor.cpu), "isend: NCCL takes no tensor of"),
+    "gradients are sent from the CPU": (
+        collectives,
+        "transfer",
+        _sent(Tensor.cpu),
+        "isend: NCCL takes no tensor of",
+    ),
     "gradients are sent with gaps": (
         collectives,
         "transfer",
         _sent(lambda part: torch.stack([part, part], dim=1)[:, 0]),
         "isend: NCCL takes only contiguous tensors",
     ),
-    "losses are exchanged as objects": (Trainer, "_shared", _objects, "all_gather_object: a step sends no objects"),
+    "losses are exchanged as objects": (
+        Trainer,
+        "_shared",
+        _objects,
+        "all_gather_object: a step sends no objects",
+    ),
 }

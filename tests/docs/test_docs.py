@@ -39,7 +39,10 @@ def fields() -> dict[str, Any]:
 
 
 def _tree(section: type[Section]) -> dict[str, Any]:
-    return {field.alias or name: _inner(field.annotation) for name, field in section.model_fields.items()}
+    return {
+        field.alias or name: _inner(field.annotation)
+        for name, field in section.model_fields.items()
+    }
 
 
 def _inner(annotation: Any) -> dict[str, Any]:
@@ -59,8 +62,12 @@ def is_field(dotted: str) -> bool:
 
 def code(text: str) -> list[str]:
     """What stands between backticks, and the indented and fenced blocks, without the output of a run."""
-    blocks = re.findall(r"^    .+$", text, re.MULTILINE) + re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
-    return re.findall(r"`([^`\n]+)`", text) + [block for block in blocks if not re.match(r" +\d\d:\d\d:\d\d ", block)]
+    blocks = re.findall(r"^    .+$", text, re.MULTILINE) + re.findall(
+        r"^```\w*\n(.*?)^```", text, re.M | re.S
+    )
+    return re.findall(r"`([^`\n]+)`", text) + [
+        block for block in blocks if not re.match(r" +\d\d:\d\d:\d\d ", block)
+    ]
 
 
 def test_readme_and_docs_stay_short() -> None:
@@ -96,9 +103,15 @@ def test_messages_and_docstrings_have_no_phrase_that_is_read_twice(folder: str) 
         docstrings = [
             (node.lineno, node.value.value)
             for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
         ]
-        problems += [f"{file.name}:{line}: {text[:40]}" for line, text in docstrings if FRAGMENT.match(text.strip())]
+        problems += [
+            f"{file.name}:{line}: {text[:40]}"
+            for line, text in docstrings
+            if FRAGMENT.match(text.strip())
+        ]
         for line, text in [*docstrings, *list_messages.messages(source)]:
             problems += [f"{file.name}:{line}: {phrase}" for phrase in unplain(text)]
     assert problems == []
@@ -121,7 +134,8 @@ def test_the_readme_links_every_page() -> None:
 def test_commands_and_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     places = (
-        r"(?:pipelines|tune_spaces|deploy|benchmarks|tests|olora_ray|docs)/[a-z\d_/.-]+\.(?:py|yaml|json|md|png|env)"
+        r"(?:pipelines|tune_spaces|deploy|benchmarks|tests|olora_ray|docs)/"
+        r"[a-z\d_/.-]+\.(?:py|yaml|json|md|png|env)"
     )
     for name in sorted(set(re.findall(rf"(?<![\w/]){places}\b", text))):
         assert (ROOT / name).is_file(), name
@@ -130,7 +144,9 @@ def test_commands_and_files_exist(page: Path) -> None:
 
 @pages
 def test_make_targets_exist(page: Path) -> None:
-    there = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    there = set(
+        re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     assert "quickstart" in there
     for piece in code(page.read_text(encoding="utf-8")):
         for target in re.findall(r"^ *make ([\w-]+)", piece):
@@ -143,7 +159,9 @@ def test_config_fields_exist(page: Path) -> None:
     sections = "|".join(fields())
     for piece in code(page.read_text(encoding="utf-8")):
         for field in re.findall(rf"(?<![\w/.-])((?:{sections})(?:\.[a-z]\w*)+)(?![\w/*(])", piece):
-            assert field.endswith((".py", ".yaml", ".json", ".jsonl", ".env", ".log")) or is_field(field), field
+            assert field.endswith((".py", ".yaml", ".json", ".jsonl", ".env", ".log")) or is_field(
+                field
+            ), field
 
 
 def test_the_checks_above_find_something() -> None:
@@ -157,7 +175,9 @@ def test_the_checks_above_find_something() -> None:
 
 def test_the_readmes_output_is_that_of_the_quickstart() -> None:
     full = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").splitlines()
-    shown = re.findall(r"^    \d\d:\d\d:\d\d .+$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = re.findall(
+        r"^    \d\d:\d\d:\d\d .+$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert len(shown) > 8
     for line in shown:
         cut = line.removesuffix(" ...")

@@ -41,8 +41,12 @@ def expected(run: FinishedRun, asked: str | list[dict[str, str]], new: int = 5) 
     ids = tokenizer(asked, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
     def answer(model: Any) -> str:
-        found = model.generate(input_ids=ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :]
-        return textwrap.indent(tokenizer.decode(found, skip_special_tokens=True).strip() or "(nothing)", "    ")
+        found = model.generate(input_ids=ids, max_new_tokens=new, do_sample=False)[
+            0, ids.shape[1] :
+        ]
+        return textwrap.indent(
+            tokenizer.decode(found, skip_special_tokens=True).strip() or "(nothing)", "    "
+        )
 
     before, after = answer(base), answer(PeftModel.from_pretrained(base, run.folder.adapter))
     assert before != after
@@ -77,7 +81,9 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(
     before = rows.read_text()
     system = {"role": "system", "content": "count"}
     try:
-        rows.write_text(before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"'))
+        rows.write_text(
+            before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"')
+        )
         with said() as lines:
             chat.main(["mine", "after 5?"])
         assert capsys.readouterr().out == expected(run, [system, user("after 5?")])
@@ -90,11 +96,16 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(
 
 
 def test_each_line_of_the_input_is_a_prompt_of_its_own(
-    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: FinishedRun,
+    there: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("after 1?\n\nafter 2?"))
     chat.main(["mine"])
-    assert capsys.readouterr().out == "".join(expected(run, [user(f"after {number}?")]) for number in (1, 2))
+    assert capsys.readouterr().out == "".join(
+        expected(run, [user(f"after {number}?")]) for number in (1, 2)
+    )
 
 
 def test_a_run_on_texts_goes_on_with_the_prompt(
@@ -103,7 +114,10 @@ def test_a_run_on_texts_goes_on_with_the_prompt(
     shutil.copytree(run.folder.root, there / "runs" / "texts")
     settings = there / "runs" / "texts" / "config.yaml"
     settings.write_text(settings.read_text().replace("format: messages", "format: text"))
-    with pytest.raises(UserError, match=r"^argument --system: .*/runs/texts was trained on texts without a chat temp"):
+    with pytest.raises(
+        UserError,
+        match=r"^argument --system: .*/runs/texts was trained on texts without a chat temp",
+    ):
         chat.main(["texts", "after", "--system", "count"])
     chat.main(["texts", "one, two, ", "evaluation.max_new_tokens=20"])
     assert capsys.readouterr().out == expected(run, "one, two, ", new=20)

@@ -49,7 +49,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist(rows), file)
-    (tmp_path / "held" / "b.jsonl").write_text(json.dumps({"ask": "7", "customer": "ann", "answer": "z"}))
+    (tmp_path / "held" / "b.jsonl").write_text(
+        json.dumps({"ask": "7", "customer": "ann", "answer": "z"})
+    )
     return tmp_path
 
 
@@ -61,12 +63,16 @@ def places(found: Plan) -> list[tuple[int, int]]:
         (piece.file, place)
         for shard in found.shards
         for piece in shard
-        for place, _ in read_unit(found.files[piece.file].file, piece.unit, found.files[piece.file].columns, ["ask"])
+        for place, _ in read_unit(
+            found.files[piece.file].file, piece.unit, found.files[piece.file].columns, ["ask"]
+        )
     ]
 
 
 @pytest.mark.parametrize("fields", [{}, {"prompt": "customer"}])
-def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(folder: Path, fields: dict[str, str]) -> None:
+def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(
+    folder: Path, fields: dict[str, str]
+) -> None:
     found = plan(folder, fields=fields)
     with said() as lines:
         groups = group_numbers("prompt" if fields else "customer", found, places(found))
@@ -82,7 +88,9 @@ def test_rows_of_a_file_are_a_group(folder: Path) -> None:
 
 def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
     found = plan(folder)
-    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'client'; use one of \w"):
+    with pytest.raises(
+        UserError, match=r"gate\.group: no held-out row has a column 'client'; use one of \w"
+    ):
         group_numbers("client", found, places(found))
 
 

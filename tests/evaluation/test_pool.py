@@ -32,7 +32,9 @@ def measured(config: Config) -> RowResults:
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int], None], config: Config) -> None:
+def test_results_do_not_depend_on_the_number_of_actors(
+    ray_with: Callable[[int], None], config: Config
+) -> None:
     ray_with(2)
     four = measured(override(config, {"cluster.workers": 4}))  # half a CPU each
     one = measured(override(config, {"cluster.workers": 1, "train.micro_batch": 4}))

@@ -54,10 +54,18 @@ def test_two_models_stand_side_by_side_with_intervals() -> None:
     found = differences(*pair)
     assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
     accuracy = found["arc_easy/acc"]
-    assert (accuracy.mean, accuracy.low, accuracy.high) == pytest.approx((0.5, -0.42, 1.42), abs=0.05)
+    assert (accuracy.mean, accuracy.low, accuracy.high) == pytest.approx(
+        (0.5, -0.42, 1.42), abs=0.05
+    )
     lines = results.lines(pair, found)
     assert lines[:2] == ["first:  tuned", "second: base"]
-    assert lines[-1].split()[:5] == ["arc_easy/acc", "validation[:4]", "0.7500", "0.2500", "+0.5000"]
+    assert lines[-1].split()[:5] == [
+        "arc_easy/acc",
+        "validation[:4]",
+        "0.7500",
+        "0.2500",
+        "+0.5000",
+    ]
 
 
 def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval() -> None:
@@ -71,13 +79,26 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
     assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
     [line] = [line for line in results.lines(pair, found) if line.startswith("eval/first")]
     assert line.endswith("not paired")
-    [line] = [line for line in results.lines(pair, found) if line.startswith("eval/of 1")]  # only the second has it
+    [line] = [
+        line for line in results.lines(pair, found) if line.startswith("eval/of 1")
+    ]  # only the second has it
     assert line.split()[2:] == ["held-out[:1]", "-", "1.0000", "-", "not", "paired"]
 
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    words = ["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--scorer", "exact_match", "--out", str(tmp_path)]
+    words = [
+        "tuned",
+        "base",
+        "--tasks",
+        "arc_easy",
+        "--limit",
+        "2",
+        "--scorer",
+        "exact_match",
+        "--out",
+        str(tmp_path),
+    ]
     request = results.read_request(words, "")
     assert (request.changes, request.tasks) == ({"evaluation.scorer": "exact_match"}, ("arc_easy",))
     results.write_results(request, pair, differences(*pair), None)
@@ -130,12 +151,16 @@ def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"evaluation\.scorer: no answers .* data\.eval", lines[0])
 
 
-def test_without_a_config_nothing_is_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_config_nothing_is_tracked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     target = evaluation("base", (1.0,)).target
     request = Request((str(tmp_path),), None, {}, ("boolq",), None, None, None)
     assert results.tracking_address(request, [target]) is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db")
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
+    )
     assert results.tracking_address(request, [target]) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
@@ -144,7 +169,10 @@ def config(tmp_path: Path) -> Config:
     with (tmp_path / "test.jsonl").open("w") as out:
         for number in range(9):
             question, answer = f"after {number}?", str(number + 1)
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
             out.write(json.dumps({"messages": messages, "user_id": f"p{number // 4}"}) + "\n")
     tree = settings(tmp_path, make_model(tmp_path / "model"), gate={"group": "user_id"})
     tree["data"]["eval"] = [{"path": str(tmp_path / "test.jsonl")}]
@@ -178,7 +206,9 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
     target = Target("runs/small", base.model, None, config)
     request = results.read_request(["runs/small", "--out", str(tmp_path / "out")], "")
     results.write_results(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
-    kept = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    ]
     assert [(item["origin"], item["text"], item["reference"]) for item in kept] == [
         (item.origin, item.text, item.reference) for item in answers
     ]
@@ -191,7 +221,9 @@ def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(config
     assert not ray.is_initialized()
 
 
-def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(config: Config, tmp_path: Path) -> None:
+def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(
+    config: Config, tmp_path: Path
+) -> None:
     request = results.read_request(["m", "--out", str(tmp_path)], "")
     found = [Evaluation(Target("m", open_base(config).model, None, config), None, {})]
     results.write_results(request, found, {}, None)

@@ -28,7 +28,9 @@ Plant = tuple[Any, str, Callable[[Any], Any]]
 
 def over_borders(attend: Any) -> Any:
     def wrong(module: Any, query: Any, *rest: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
-        return attend(module, query, *rest, cu_seq_lens_q=torch.tensor([0, query.shape[2]]), **others)
+        return attend(
+            module, query, *rest, cu_seq_lens_q=torch.tensor([0, query.shape[2]]), **others
+        )
 
     return wrong
 
@@ -91,7 +93,10 @@ EXPORT: list[Plant] = [(merge, "merge", at_another_scale), (check_module, "expor
     ids=["attention over borders", "loss", "gradients", "no gradient", "export"],
 )
 def test_a_planted_error_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plants: list[Plant], told: Callable[[Row], bool]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plants: list[Plant],
+    told: Callable[[Row], bool],
 ) -> None:
     for owner, name, wrong in plants:
         monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
@@ -108,4 +113,7 @@ def test_an_end_after_training_is_not_taken_for_a_refusal(
     row = check(LLAMA, "fp32", tmp_path)
     assert not row.right
     assert not row.refused
-    assert row.verdict in ("refused after step 4: export: no", "traceback at export: ValueError: two")
+    assert row.verdict in (
+        "refused after step 4: export: no",
+        "traceback at export: ValueError: two",
+    )

@@ -48,7 +48,9 @@ def test_every_family_is_right_or_refused_before_the_first_step(name: str, preci
 def test_the_table(precision: str) -> None:
     found = rows(precision)
     named = [each for each in found if each.name in NAMED]
-    print(f"\n{precision}: {table.summary(named)}; with others: {table.summary(found)}\n{table.table(found)}")
+    print(
+        f"\n{precision}: {table.summary(named)}; with others: {table.summary(found)}\n{table.table(found)}"
+    )
     assert [each.name for each in found if not (each.right or each.refused)] == []
     assert sum(each.right for each in named) >= 44
 

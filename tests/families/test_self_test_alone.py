@@ -17,7 +17,16 @@ from tests.families.check import PACKS
 from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
-STATES = ("recurrent_gemma", "bamba", "lfm2", "mamba2", "falcon_h1", "jamba", "zamba2", "olmo_hybrid")
+STATES = (
+    "recurrent_gemma",
+    "bamba",
+    "lfm2",
+    "mamba2",
+    "falcon_h1",
+    "jamba",
+    "zamba2",
+    "olmo_hybrid",
+)
 STATES_AND_EXPERTS = ("granitemoehybrid", "qwen3_next", "lfm2_moe", "minimax", "nemotron_h")
 HEADS = ("hyperclovax", "falcon_h1", "recurrent_gemma")
 NO_BORDERS = ("stablelm", "nemotron")
@@ -60,9 +69,13 @@ def test_packed_examples_of_models_with_a_state_in_bfloat16(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_whose_scaling_is_left_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_whose_scaling_is_left_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "OutputHead", lambda made: made.get_output_embeddings())
-    with pytest.raises(UserError, match=r"^model\.name: .*the losses differ by .* the model's own logits"):
+    with pytest.raises(
+        UserError, match=r"^model\.name: .*the losses differ by .* the model's own logits"
+    ):
         chosen(name, tmp_path)
 
 
@@ -82,5 +95,7 @@ def test_an_attention_that_the_family_does_not_call(dtype: torch.dtype, tmp_path
     # Bloom makes no mask for an attention that it does not know: every token would see later ones.
     made, config = model("bloom", tmp_path, dtype)
     for packs in (PACKS, tiny.unpacked(PACKS)):
-        with pytest.raises(UserError, match=r"BloomForCausalLM .* the output of transformer\.h\.0\.self_attention"):
+        with pytest.raises(
+            UserError, match=r"BloomForCausalLM .* the output of transformer\.h\.0\.self_attention"
+        ):
             choose_attention(SupervisedLoss(made), packs, config, CPU)

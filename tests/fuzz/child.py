@@ -70,7 +70,12 @@ def outcome(reader: Any, case: Case, place: Path, made: Any) -> tuple[str, str]:
         kind, message = "traceback", "".join(traceback.format_exception(error)[-2:])
     words = message.lower()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    if "memoryerror" in words or "cannot allocate" in words or "bad_alloc" in words or grown > MEMORY:
+    if (
+        "memoryerror" in words
+        or "cannot allocate" in words
+        or "bad_alloc" in words
+        or grown > MEMORY
+    ):
         kind = "large"
     return kind, message
 

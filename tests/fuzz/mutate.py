@@ -40,7 +40,19 @@ ODD_NUMBERS = [
     float("inf"),
     float("nan"),
 ]
-ODD_VALUES: list[Any] = [None, True, False, [], {}, [[]], {"": 0}, [None], {"a": {"a": {}}}, *ODD_TEXTS, *ODD_NUMBERS]
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    {"": 0},
+    [None],
+    {"a": {"a": {}}},
+    *ODD_TEXTS,
+    *ODD_NUMBERS,
+]
 
 
 def deep(levels: int, kind: str) -> Any:
@@ -64,7 +76,11 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
     while waiting:
         node = waiting.pop()
         items = (
-            list(node.items()) if isinstance(node, dict) else list(enumerate(node)) if isinstance(node, list) else []
+            list(node.items())
+            if isinstance(node, dict)
+            else list(enumerate(node))
+            if isinstance(node, list)
+            else []
         )
         for key, inner in items:
             found.append((node, key))
@@ -90,7 +106,9 @@ def tree(random: Random, original: Any, times: int | None = None) -> Any:
             case 3 if isinstance(node, list):
                 node.insert(key, value(random))
             case 4 if isinstance(node[key], int | float) and not isinstance(node[key], bool):
-                node[key] = node[key] * random.choice([-1, 2, 1000, 10**9, 0.5]) + random.choice([0, 1])
+                node[key] = node[key] * random.choice([-1, 2, 1000, 10**9, 0.5]) + random.choice(
+                    [0, 1]
+                )
             case 5 if isinstance(node[key], str):
                 node[key] = text(random, node[key])
             case _:

@@ -19,7 +19,11 @@ GOOD = ("ok", "refused")
 
 def check(folder: Path, counts: dict[str, int], seed: int = 1) -> None:
     words = [f"{name}:{count}" for name, count in counts.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.child", str(folder), str(seed), *words],
         capture_output=True,
@@ -30,9 +34,15 @@ def check(folder: Path, counts: dict[str, int], seed: int = 1) -> None:
         timeout=1800,
     )
     inputs, found = done.stdout.splitlines()[::2], done.stdout.splitlines()[1::2]
-    assert done.returncode == 0, f"{inputs[-1:]} ended the process ({done.returncode}): {done.stderr[-800:]}"
+    assert done.returncode == 0, (
+        f"{inputs[-1:]} ended the process ({done.returncode}): {done.stderr[-800:]}"
+    )
     assert len(found) == sum(counts.values())
-    bad = [f"{name}: {line}" for name, line in zip(inputs, found, strict=True) if json.loads(line)[0] not in GOOD]
+    bad = [
+        f"{name}: {line}"
+        for name, line in zip(inputs, found, strict=True)
+        if json.loads(line)[0] not in GOOD
+    ]
     assert not bad, "\n".join([f"{len(bad)} inputs:", *bad[:40]])
 
 

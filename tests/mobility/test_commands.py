@@ -25,11 +25,15 @@ from tests.pipelines import project
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    generate.main(["--out", str(tmp_path / "records"), "--people", "8", "--days", "14", "--explore", "0.2"])
+    generate.main(
+        ["--out", str(tmp_path / "records"), "--people", "8", "--days", "14", "--explore", "0.2"]
+    )
     return tmp_path / "records"
 
 
-def test_from_nothing_to_a_table(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_nothing_to_a_table(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "data"
     prepare.main(
         [
@@ -48,7 +52,10 @@ def test_from_nothing_to_a_table(records: Path, tmp_path: Path, capsys: pytest.C
     with (data / "answers.jsonl").open("w") as out:
         for number, row in enumerate(rows, 1):
             reference = row["messages"][-1]["content"]
-            out.write(json.dumps({"origin": f"t:{number}", "text": reference, "reference": reference}) + "\n")
+            out.write(
+                json.dumps({"origin": f"t:{number}", "text": reference, "reference": reference})
+                + "\n"
+            )
     report.main([str(data), str(data / "answers.jsonl"), "--law", str(records / "law.csv")])
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "40 rows of 8 people"
@@ -62,7 +69,17 @@ def test_from_nothing_to_a_table(records: Path, tmp_path: Path, capsys: pytest.C
 def test_the_answers_of_an_evaluation_lead_to_their_rows(records: Path, tmp_path: Path) -> None:
     model = project.make_model(tmp_path / "model")
     data, command = tmp_path / "data", [str(records / "check_ins.csv"), "--format=checkins"]
-    prepare.main([*command, "--out", str(data), "--rows", "train=2,eval=2,test=9", "--form=hours", "--history=2"])
+    prepare.main(
+        [
+            *command,
+            "--out",
+            str(data),
+            "--rows",
+            "train=2,eval=2,test=9",
+            "--form=hours",
+            "--history=2",
+        ]
+    )
     tree = project.settings(tmp_path, model, data__max_length=600, gate={"group": "user"})
     tree["data"]["eval"] = [{"path": str(data / "test.jsonl")}]
     tree["evaluation"] |= {"scorer": "mobility.answer:next_place", "rows": 7}
@@ -93,7 +110,9 @@ def test_the_answers_of_an_evaluation_lead_to_their_rows(records: Path, tmp_path
         ("--repair=x", "argument --repair: 'x' is unknown"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(records: Path, tmp_path: Path, option: str, expected: str) -> None:
+def test_arguments_that_cannot_be_are_refused(
+    records: Path, tmp_path: Path, option: str, expected: str
+) -> None:
     given = [str(records / "check_ins.csv"), "--out", str(tmp_path / "out")]
     format = [] if option.startswith("--format") else ["--format=checkins"]
     with pytest.raises(UserError) as caught:
@@ -110,7 +129,15 @@ def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     prepare.main(
         [
-            *(str(records / "check_ins.csv"), "--format", "checkins", "--out", str(out), "--config", str(config)),
+            *(
+                str(records / "check_ins.csv"),
+                "--format",
+                "checkins",
+                "--out",
+                str(out),
+                "--config",
+                str(config),
+            ),
             *("--rows", "train=20,eval=2,test=20"),
         ]
     )
@@ -125,7 +152,9 @@ HEAD = "date_time,time,rating,price,weather,day,type,lat,lon,tid,label\n"
 LINE = "{time},1,-1.0,-1,Clear,Monday,Office,{lat},-73.9,{tid},Food\n"
 
 
-def test_people_are_put_together_from_their_weeks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_are_put_together_from_their_weeks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weeks = [
         (10, "2012-05-07 08:00:00", "40.1"),
         (10, "2012-05-08 09:30:00", "40.2"),
@@ -153,7 +182,9 @@ def test_people_are_put_together_from_their_weeks(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("name", ["mobility", "mobility-demo"])
-def test_the_configs_score_by_place_and_group_by_person(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configs_score_by_place_and_group_by_person(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(COMMANDS)  # as Python does for a script there
     config = load_config(COMMANDS / "configs" / f"{name}.yaml")
     assert config.gate.group == "user"

@@ -20,7 +20,11 @@ def test_the_chances_are_the_formula_of_the_docstring(law: Law) -> None:
     person = law.people[0]
     when, previous = When(2, 13 * 60 + 10), next(iter(law.town["work"]))
     strength = {
-        place: weight * curve(kind, 13 - person.late) * days[2] * AFTER.get(("work", kind), 1.0) * (place != previous)
+        place: weight
+        * curve(kind, 13 - person.late)
+        * days[2]
+        * AFTER.get(("work", kind), 1.0)
+        * (place != previous)
         for place, kind, weight, days in zip(
             person.places.tolist(), person.kinds, person.weights, person.days, strict=True
         )
@@ -28,11 +32,16 @@ def test_the_chances_are_the_formula_of_the_docstring(law: Law) -> None:
     explored = 0.3 * 12**-0.21
     found = law.probabilities(0, when, previous, 12)
     for place, value in strength.items():
-        assert math.isclose(found.get(place, 0.0), (1 - explored) * value / sum(strength.values()), abs_tol=1e-12)
+        assert math.isclose(
+            found.get(place, 0.0), (1 - explored) * value / sum(strength.values()), abs_tol=1e-12
+        )
 
 
 def curve(kind: str, hour: float) -> float:
-    bumps = [(((hour - middle + 12) % 24 - 12) / width, height) for middle, width, height in KINDS[kind].weekday]
+    bumps = [
+        (((hour - middle + 12) % 24 - 12) / width, height)
+        for middle, width, height in KINDS[kind].weekday
+    ]
     return 1e-3 + sum(height * math.exp(-0.5 * off**2) for off, height in bumps)
 
 

@@ -23,19 +23,30 @@ def user(messages: Sequence[Message]) -> str:
 
 
 def test_the_forms_of_a_stay() -> None:
-    past = [Stay(7, 0, When(0, 450), 40), Stay(12, 600, When(5, 0), 5), Stay(3, 900, When(6, 12 * 60), 9)]
+    past = [
+        Stay(7, 0, When(0, 450), 40),
+        Stay(12, 600, When(5, 0), 5),
+        Stay(3, 900, When(6, 12 * 60), 9),
+    ]
 
     def asked(form: Form, duration: bool = False) -> str:
         return user(Template(form, history=2, context=1, duration=duration).question(past, WHEN))
 
-    assert asked("short") == "<history>: Mon 07:30 7, Sat 00:00 12\n<context>: Sun 12:00 3\n<target>: Tue 12:05"
-    assert asked("hours") == "<history>: Mon 7h 7, Sat 0h 12\n<context>: Sun 12h 3\n<target>: Tue 12h"
+    assert (
+        asked("short")
+        == "<history>: Mon 07:30 7, Sat 00:00 12\n<context>: Sun 12:00 3\n<target>: Tue 12:05"
+    )
+    assert (
+        asked("hours") == "<history>: Mon 7h 7, Sat 0h 12\n<context>: Sun 12h 3\n<target>: Tue 12h"
+    )
     assert asked("tuple") == (
         "<history>: [('07:30 AM', 'Monday', 7), ('12:00 AM', 'Saturday', 12)]\n"
         "<context>: [('12:00 PM', 'Sunday', 3)]\n<target>: ('12:05 PM', 'Tuesday', <next_place>)"
     )
     assert "('07:30 AM', 'Monday', 40, 7)" in asked("tuple", duration=True)
-    assert asked("tuple", duration=True).endswith("<target>: ('12:05 PM', 'Tuesday', None, <next_place>)")
+    assert asked("tuple", duration=True).endswith(
+        "<target>: ('12:05 PM', 'Tuesday', None, <next_place>)"
+    )
     alone = user(Template("short", history=2, context=1).question(past[:1], WHEN))
     assert alone == "<history>: none\n<context>: Mon 07:30 7\n<target>: Tue 12:05"
 
@@ -47,14 +58,19 @@ def test_a_training_row_begins_with_the_tokens_of_the_served_question(form: Form
     messages = template.example(PAST, Stay(5, 10**6, WHEN))
     tokens = ExampleTokenizer(spec, 4096)(to_example("messages", {"messages": messages}, {}))[0]
     text = helpers.decode(tokens.ids)
-    served = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in template.question(PAST, WHEN))
+    served = "".join(
+        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n"
+        for m in template.question(PAST, WHEN)
+    )
     assert text.startswith(served + '<|im_start|>assistant\n{"prediction": 5}')
     supervised = helpers.decode(tokens.ids[tokens.supervised])
     assert supervised == '{"prediction": 5}<|im_end|>'
 
 
 @given(st.integers(0, 40), st.integers(1, 6), st.integers(1, 60), st.integers(0, 900))
-def test_what_is_cut_is_the_oldest_and_as_little_as_needed(history: int, context: int, count: int, budget: int) -> None:
+def test_what_is_cut_is_the_oldest_and_as_little_as_needed(
+    history: int, context: int, count: int, budget: int
+) -> None:
     template = Template("hours", history, context)
     past = PAST[:count]
 
@@ -89,7 +105,9 @@ def test_the_template_is_kept_for_a_server(tmp_path: Path) -> None:
     (tmp_path / "template.json").write_text('{"shape": 3}')
     with pytest.raises(UserError, match="not a template for mobility"):
         Template.load(tmp_path / "template.json")
-    with pytest.raises(UserError, match="argument --form: 'long' is unknown; use one of short, hours, tuple"):
+    with pytest.raises(
+        UserError, match="argument --form: 'long' is unknown; use one of short, hours, tuple"
+    ):
         Template("long")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--history, --context"):
         Template("short", 3, 0)

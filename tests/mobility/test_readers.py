@@ -31,7 +31,9 @@ def foursquare(folder: Path, text: str, *repairs: str) -> Records:
 
 
 def test_check_ins_of_both_kinds(tmp_path: Path) -> None:
-    found = check_ins(tmp_path, HEADER + "0,10,7,40.7,-74.0,3,450,4\n1,9,8,,,0,0,6\n\n2,10,8,1,1,3,1439,4\n")
+    found = check_ins(
+        tmp_path, HEADER + "0,10,7,40.7,-74.0,3,450,4\n1,9,8,,,0,0,6\n\n2,10,8,1,1,3,1439,4\n"
+    )
     assert list(found.people) == ["9", "10"]
     assert found.people["10"] == [
         Stay(7, 3 * 1440 + 450, When(4, 450)),
@@ -39,7 +41,9 @@ def test_check_ins_of_both_kinds(tmp_path: Path) -> None:
     ]
     assert (found.people["10"][1].file, found.people["10"][1].line) == (str(tmp_path / "a.csv"), 5)
     assert not found.places
-    assert check_ins(tmp_path, GEOLIFE + "0,1,2,30.6,0,0,60,91,5\n").people["1"] == [Stay(2, 60, When(5, 60), 31)]
+    assert check_ins(tmp_path, GEOLIFE + "0,1,2,30.6,0,0,60,91,5\n").people["1"] == [
+        Stay(2, 60, When(5, 60), 31)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,9 @@ def test_check_ins_of_both_kinds(tmp_path: Path) -> None:
         ("0,1,2,,,0,0", ":2: 7 cells, but the first line names more columns"),
     ],
 )
-def test_a_broken_check_in_names_its_line_and_can_be_left_out(tmp_path: Path, row: str, expected: str) -> None:
+def test_a_broken_check_in_names_its_line_and_can_be_left_out(
+    tmp_path: Path, row: str, expected: str
+) -> None:
     with pytest.raises(UserError) as caught:
         check_ins(tmp_path, HEADER + row + "\n")
     assert str(caught.value).startswith(f"{tmp_path}/a.csv{expected}")
@@ -72,13 +78,17 @@ def test_a_broken_check_in_names_its_line_and_can_be_left_out(tmp_path: Path, ro
 def test_a_weekday_that_contradicts_the_day_is_broken(tmp_path: Path) -> None:
     """Each person has a day 0 of their own, over all files."""
     rows = "0,1,7,,,3,450,4\n1,9,8,,,0,0,6\n2,1,8,,,10,450,4\n3,1,8,,,11,450,4\n"
-    with pytest.raises(UserError, match=r"a\.csv:5: weekday is 4, but by earlier records day 11 has 5"):
+    with pytest.raises(
+        UserError, match=r"a\.csv:5: weekday is 4, but by earlier records day 11 has 5"
+    ):
         check_ins(tmp_path, HEADER + rows)
     assert len(check_ins(tmp_path, HEADER + rows, "broken").people["1"]) == 2
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.csv:1: no column 'user_id' in the first line; it has nothing"):
+    with pytest.raises(
+        UserError, match=r"a\.csv:1: no column 'user_id' in the first line; it has nothing"
+    ):
         check_ins(tmp_path, "")
     with pytest.raises(UserError, match=r"a\.csv:1: no column 'weekday'"):
         check_ins(tmp_path, "user_id,location_id,start_day,start_min\n")
@@ -92,18 +102,27 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file ends in \.plt"):
         read([str(tmp_path)], "geolife", Repairs())
     with pytest.raises(
-        UserError, match="argument --format: 'gpx' is unknown; use one of checkins, foursquare, geolife"
+        UserError,
+        match="argument --format: 'gpx' is unknown; use one of checkins, foursquare, geolife",
     ):
         read([str(tmp_path)], "gpx", Repairs())
-    with pytest.raises(UserError, match="argument --repair: 'all' is unknown; use one of broken, unsorted, duplicates"):
+    with pytest.raises(
+        UserError,
+        match="argument --repair: 'all' is unknown; use one of broken, unsorted, duplicates",
+    ):
         Repairs(["all"])
 
 
 def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
     text = HEADER + "0,1,2,,,1,0,1\n1,1,3,,,0,0,0\n2,2,2,,,0,0,0\n3,1,2,,,1,0,1\n4,1,9,,,1,0,1\n"
-    with pytest.raises(UserError, match=r"a\.csv:3: person 1: the time is earlier than in the record at .*a\.csv:2;"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.csv:3: person 1: the time is earlier than in the record at .*a\.csv:2;",
+    ):
         check_ins(tmp_path, text)
-    with pytest.raises(UserError, match=r"a\.csv:5: person 1: the same time and place as the record at .*a\.csv:2;"):
+    with pytest.raises(
+        UserError, match=r"a\.csv:5: person 1: the same time and place as the record at .*a\.csv:2;"
+    ):
         check_ins(tmp_path, text, "unsorted")
     repairs = Repairs(["unsorted", "duplicates"])
     found = read([str(tmp_path / "a.csv")], "checkins", repairs)
@@ -114,7 +133,11 @@ def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
 def test_a_places_number_does_not_tell_when_it_was_seen_first(tmp_path: Path) -> None:
     """Otherwise a model could name new places by counting."""
     lines = [
-        VENUE.format(venue=f"v{n:03d}", minutes=0, time=f"Tue Apr 03 {n // 60:02d}:{n % 60:02d}:00 +0000 2012")
+        VENUE.format(
+            venue=f"v{n:03d}",
+            minutes=0,
+            time=f"Tue Apr 03 {n // 60:02d}:{n % 60:02d}:00 +0000 2012",
+        )
         for n in range(200)
     ]
     numbers = [stay.place for stay in foursquare(tmp_path, "".join(lines)).people["40"]]
@@ -130,7 +153,11 @@ def test_foursquare_has_local_times_and_numbers_for_venues(tmp_path: Path) -> No
     assert found.places == numbered(["a", "b"])
     stays = found.people["40"]
     assert [stay.place for stay in stays] == [found.places[name] for name in "bab"]
-    assert [stay.when for stay in stays] == [When(1, 14 * 60), When(1, 22 * 60 + 30), When(3, 4 * 60 + 30)]
+    assert [stay.when for stay in stays] == [
+        When(1, 14 * 60),
+        When(1, 22 * 60 + 30),
+        When(3, 4 * 60 + 30),
+    ]
     assert stays[1].at - stays[0].at == 510
 
 
@@ -138,7 +165,10 @@ def plt(folder: Path, user: str, name: str, points: list[tuple[float, float, dat
     lines = [f"{lat},{lon},0,492,39744.1,{t:%Y-%m-%d},{t:%H:%M:%S}" for lat, lon, t in points]
     file = folder / user / "Trajectory" / f"{name}.plt"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("Geolife trajectory\nWGS 84\nAltitude is in Feet\nReserved 3\n0,2,255\n0\n" + "\n".join(lines))
+    file.write_text(
+        "Geolife trajectory\nWGS 84\nAltitude is in Feet\nReserved 3\n0,2,255\n0\n"
+        + "\n".join(lines)
+    )
 
 
 START = datetime(2008, 10, 23, 2, 53, 4, tzinfo=UTC)
@@ -180,11 +210,15 @@ def test_no_record_is_lost_and_every_order_gives_the_same(
         with file.open("w", newline="") as out:
             writer = csv.writer(out)
             writer.writerow(["user_id", "location_id", "start_day", "start_min", "weekday"])
-            writer.writerows((user, place, day, minute, day % 7) for user, place, day, minute in order)
+            writer.writerows(
+                (user, place, day, minute, day % 7) for user, place, day, minute in order
+            )
         repairs = Repairs(["unsorted", "duplicates"])
         records = read([str(file)], "checkins", repairs)
         assert len(records) + repairs.counts["duplicates"] == len(rows)
-        found.append({user: {(s.at, s.place) for s in stays} for user, stays in records.people.items()})
+        found.append(
+            {user: {(s.at, s.place) for s in stays} for user, stays in records.people.items()}
+        )
         for stays in records.people.values():
             assert [stay.at for stay in stays] == sorted(stay.at for stay in stays)
     assert found[0] == found[1]

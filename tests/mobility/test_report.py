@@ -19,7 +19,8 @@ def write(folder: Path, people: int = 6) -> None:
     """Write people who are at 1 and 2 in turn, at noon, except the last 8 stays: always at 3, at midnight."""
     known = {
         str(person): [
-            Stay(3 if n >= 32 else 1 + n % 2, n * 1440, When(n % 5, 0 if n >= 32 else 720)) for n in range(40)
+            Stay(3 if n >= 32 else 1 + n % 2, n * 1440, When(n % 5, 0 if n >= 32 else 720))
+            for n in range(40)
         ]
         for person in range(people)
     }
@@ -33,7 +34,9 @@ def answers(folder: Path, *texts: str, skip: int = 0) -> Path:
     for number, line in enumerate(lines[skip:], skip + 1):
         reference = json.loads(line)["messages"][-1]["content"]
         text = texts[min(number - skip, len(texts)) - 1]
-        given.append({"model": "m", "row": number, "origin": f"x/test.jsonl:{number}", "text": text})
+        given.append(
+            {"model": "m", "row": number, "origin": f"x/test.jsonl:{number}", "text": text}
+        )
         given[-1] |= {"reference": reference, "scores": {}}
     file = folder / "answers.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in reversed(given)))
@@ -59,7 +62,9 @@ def test_the_model_and_each_baseline_on_the_same_rows(tmp_path: Path) -> None:
 def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
     """The weighted F1 of a number that no array holds once ended the report with a traceback."""
     write(tmp_path)
-    found = make_report(tmp_path, answers(tmp_path, f'{{"prediction": {"1" * 40}}}', answer.write(3)))
+    found = make_report(
+        tmp_path, answers(tmp_path, f'{{"prediction": {"1" * 40}}}', answer.write(3))
+    )
     assert found.model.places == (report.NOWHERE, *[3] * 47)
     assert found.lines()[4].split()[:3] == ["model", "stays", "shown"]
 
@@ -67,7 +72,10 @@ def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
 def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     write(tmp_path, people=1)
     law = tmp_path / "law.csv"
-    law.write_text("user_id,stay,best,chance\n" + "".join(f"0,{n},{3 if n % 2 else 9},0.5\n" for n in range(40)))
+    law.write_text(
+        "user_id,stay,best,chance\n"
+        + "".join(f"0,{n},{3 if n % 2 else 9},0.5\n" for n in range(40))
+    )
     found = make_report(tmp_path, answers(tmp_path, answer.write(3)), law)
     assert found.best == Best((9, 3) * 4, (0.5,) * 8)
     assert found.lines()[-1] == (
@@ -89,13 +97,19 @@ def refused(folder: Path, text: str) -> str:
 def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     text = answers(tmp_path, answer.write(3)).read_text()
-    found = refused(tmp_path, text.replace('"reference": "{\\"prediction\\": 3', '"reference": "{\\"prediction\\": 4'))
+    found = refused(
+        tmp_path,
+        text.replace('"reference": "{\\"prediction\\": 3', '"reference": "{\\"prediction\\": 4'),
+    )
     assert f"{tmp_path}/test.jsonl:1: the answers are to other rows: evaluate on this file" in found
-    assert "answers.jsonl:49: x/test.jsonl:48 was answered before; use the answers of one" in refused(
-        tmp_path, 2 * text
+    assert (
+        "answers.jsonl:49: x/test.jsonl:48 was answered before; use the answers of one"
+        in refused(tmp_path, 2 * text)
     )
     last = text.splitlines()[0].replace("jsonl:48", "jsonl:99")
-    assert "test.jsonl: the answers are for 49 rows, and it has only 48 of them" in refused(tmp_path, text + last)
+    assert "test.jsonl: the answers are for 49 rows, and it has only 48 of them" in refused(
+        tmp_path, text + last
+    )
     assert "answers.jsonl: no answers; evaluate with a scorer" in refused(tmp_path, "")
     assert "answers.jsonl:48: " in refused(tmp_path, text[:-20])
     assert "answers.jsonl:1: not a line of answers.jsonl" in refused(tmp_path, '{"origin": 3}\n')
@@ -108,11 +122,17 @@ def made(right: list[list[bool]], simple: list[list[bool]], other: list[list[boo
     asked = [Asked(str(person), n, 4) for person, own in enumerate(right) for n in range(len(own))]
 
     def predictor(name: str, found: list[list[bool]], simple: bool) -> Predictor:
-        return Predictor(name, "full past", tuple(int(each) for own in found for each in own), simple)
+        return Predictor(
+            name, "full past", tuple(int(each) for own in found for each in own), simple
+        )
 
     model = predictor("model", right, False)
     return Report(
-        asked, (1,) * len(asked), model, [predictor("last", simple, True), predictor("x", other, False)], None
+        asked,
+        (1,) * len(asked),
+        model,
+        [predictor("last", simple, True), predictor("x", other, False)],
+        None,
     )
 
 
@@ -147,9 +167,15 @@ def test_the_verdict_says_who_wins() -> None:
     rng = np.random.default_rng(0)
     good, poor = ([(rng.random(10) < share).tolist() for _ in range(60)] for share in (0.8, 0.4))
     assert (
-        made(good, poor, good).verdict()[0].startswith("The model beats the best simple baseline (last on full past)")
+        made(good, poor, good)
+        .verdict()[0]
+        .startswith("The model beats the best simple baseline (last on full past)")
     )
-    assert made(poor, good, good).verdict()[0].startswith("The model loses to the best simple baseline")
+    assert (
+        made(poor, good, good)
+        .verdict()[0]
+        .startswith("The model loses to the best simple baseline")
+    )
     assert (
         made(good, poor, good)
         .verdict()[1]
@@ -158,6 +184,12 @@ def test_the_verdict_says_who_wins() -> None:
 
 
 def test_weighted_f1_by_hand() -> None:
-    found = Report([Asked("a", n, 1) for n in range(4)], (1, 1, 1, 2), Predictor("m", "", (1, 1, 2, -1)), [], None)
+    found = Report(
+        [Asked("a", n, 1) for n in range(4)],
+        (1, 1, 1, 2),
+        Predictor("m", "", (1, 1, 2, -1)),
+        [],
+        None,
+    )
     # 1: precision 1, recall 2/3, F1 0.8, three rows; 2: nothing right, one row.
     assert found.weighted_f1(found.model.places) == pytest.approx(0.6)

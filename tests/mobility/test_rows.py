@@ -16,7 +16,9 @@ People = dict[str, list[Stay]]
 def people(counts: list[int]) -> People:
     """Return stays of people called 0, 1, ..., whose place equals their number."""
     return {
-        str(person): [Stay(n, n * 500 + person, When(n % 7, (n * 500) % 1440)) for n in range(count)]
+        str(person): [
+            Stay(n, n * 500 + person, When(n % 7, (n * 500) % 1440)) for n in range(count)
+        ]
         for person, count in enumerate(counts)
     }
 
@@ -30,7 +32,10 @@ def test_every_stay_is_a_target_once_or_too_early_and_training_lies_before_the_r
 ) -> None:
     found = rows.select(people(sizes), least)
     for person, size in enumerate(sizes):
-        numbers = [[t.number for t in found.targets[name] if t.person == str(person)] for name in rows.SPLITS]
+        numbers = [
+            [t.number for t in found.targets[name] if t.person == str(person)]
+            for name in rows.SPLITS
+        ]
         assert sum(numbers, []) == list(range(min(least, size), size))  # noqa: RUF017
         if not least:
             assert abs(len(numbers[0]) - 0.6 * size) < 1
@@ -51,7 +56,10 @@ def test_the_files(tmp_path: Path) -> None:
     records = Records(known, {"cafe, corner": 1})
     said = rows.write(tmp_path, records, selection, template, six)
     assert said[0] == "train: 22 rows of 2 people, 16 without their oldest stays, which did not fit"
-    assert said[2] == "test: 5 rows of 2 people, 5 more were not drawn, 5 without their oldest stays, which did not fit"
+    assert (
+        said[2]
+        == "test: 5 rows of 2 people, 5 more were not drawn, 5 without their oldest stays, which did not fit"
+    )
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     assert (row["user"], row["stay"], row["shown"]) == ("0", 4, 4)
@@ -64,7 +72,14 @@ def test_the_files(tmp_path: Path) -> None:
     assert (tmp_path / "places.csv").read_text() == 'location_id,name\n1,"cafe, corner"\n'
     assert Template.load(tmp_path / "template.json") == template
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert sorted(before) == ["eval.jsonl", "places.csv", "stays.csv", "template.json", "test.jsonl", "train.jsonl"]
+    assert sorted(before) == [
+        "eval.jsonl",
+        "places.csv",
+        "stays.csv",
+        "template.json",
+        "test.jsonl",
+        "train.jsonl",
+    ]
     rows.write(tmp_path, records, selection, template, six)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

@@ -91,19 +91,25 @@ def test_weights_keep_their_precision_whatever_the_config_says(folder: Path) -> 
     half = {name: tensor.half() for name, tensor in weights.items()}
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     torch.save(half | table, folder / "pytorch_model.bin")
-    stored = load_file(Path(source.obtain(named(folder, model__allow_pickle=True)).folder) / "model.safetensors")
+    stored = load_file(
+        Path(source.obtain(named(folder, model__allow_pickle=True)).folder) / "model.safetensors"
+    )
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
 
 def test_pickled_tensors_without_a_place_are_told_or_refused(folder: Path) -> None:
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     bias = "model.layers.0.self_attn.q_proj.bias"
-    torch.save(weights | {bias: torch.zeros(64), "mtp.weight": torch.ones(2)}, folder / "pytorch_model.bin")
+    torch.save(
+        weights | {bias: torch.zeros(64), "mtp.weight": torch.ones(2)}, folder / "pytorch_model.bin"
+    )
     with said() as lines:
         source.obtain(named(folder, model__allow_pickle=True))
     assert f"does not use 2 tensors in the files of {folder}" in lines[-1]
     torch.save(weights | {bias: torch.ones(64)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"q_proj\.bias, but config\.json gives LlamaForCausalLM no such bias"):
+    with pytest.raises(
+        UserError, match=r"q_proj\.bias, but config\.json gives LlamaForCausalLM no such bias"
+    ):
         source.obtain(named(folder, model__allow_pickle=True))
     packed = {"model.layers.0.mlp.up_proj.weight": torch.ones(112, 64, dtype=torch.int8)}
     torch.save(weights | packed, folder / "pytorch_model.bin")
@@ -149,21 +155,31 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # transformers copies such code to this folder.
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.syspath_prepend(tmp_path)  # afterwards the path is as it was
     mark = tmp_path / "it-ran"
     tiny.llama().save_pretrained(folder)
     (folder / "tokenizer.json").unlink()
-    tokenizer = {"tokenizer_class": "OurTokenizer", "auto_map": {"AutoTokenizer": ["ours.OurTokenizer", None]}}
+    tokenizer = {
+        "tokenizer_class": "OurTokenizer",
+        "auto_map": {"AutoTokenizer": ["ours.OurTokenizer", None]},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "ours.py").write_text(CODE.format(mark=str(mark)))
     shape = json.loads((folder / "config.json").read_text())
-    shape |= {"model_type": "ours", "auto_map": {"AutoConfig": "ours.OursConfig", "AutoModelForCausalLM": "ours.Ours"}}
+    shape |= {
+        "model_type": "ours",
+        "auto_map": {"AutoConfig": "ours.OursConfig", "AutoModelForCausalLM": "ours.Ours"},
+    }
     (folder / "config.json").write_text(json.dumps(shape))
     config = named(folder)
     base = source.obtain(config)
     for load in (load_module.load_tokenizer, load_module.skeleton):
-        with pytest.raises(UserError, match=r"needs its own Python code.*model\.trust_remote_code: true"):
+        with pytest.raises(
+            UserError, match=r"needs its own Python code.*model\.trust_remote_code: true"
+        ):
             load(base, config.model)
     with pytest.raises(UserError, match="needs its own Python code"):
         load_module.load_model(folder, config.model, torch.device("cpu"))

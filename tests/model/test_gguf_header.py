@@ -25,7 +25,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def obtain(folder: Path, content: bytes) -> source.BaseModel:
     (folder / "model.gguf").write_bytes(content)
-    return source.obtain(tiny.config(model__name=str(folder / "model.gguf"), run__storage=str(folder / "runs")))
+    return source.obtain(
+        tiny.config(model__name=str(folder / "model.gguf"), run__storage=str(folder / "runs"))
+    )
 
 
 def value_of(content: bytes, key: str) -> int:
@@ -59,7 +61,12 @@ def test_biases_that_transformers_leaves_out_are_refused(tmp_path: Path, layer: 
 @pytest.mark.parametrize(
     ("key", "kind", "number", "problem"),
     [
-        ("llama.block_count", "I", 0x4E000001, "llama.block_count is 1308622849, but its tensors have 1 blocks"),
+        (
+            "llama.block_count",
+            "I",
+            0x4E000001,
+            "llama.block_count is 1308622849, but its tensors have 1 blocks",
+        ),
         ("llama.block_count", "I", 2, "llama.block_count is 2, but its tensors have 1 blocks"),
         ("llama.embedding_length", "I", 2**31, "llama.embedding_length is 2147483648, but"),
         ("llama.feed_forward_length", "I", 2**30, "llama.feed_forward_length is 1073741824, but"),
@@ -74,7 +81,9 @@ def test_a_number_that_cannot_be_is_named_at_once(
     whole: bytes, tmp_path: Path, key: str, kind: str, number: int, problem: str
 ) -> None:
     refused_at_once(tmp_path, with_number(whole, value_of(whole, key), kind, number), problem)
-    assert not (tmp_path / "runs" / "models").exists() or not list((tmp_path / "runs" / "models").glob("model-*"))
+    assert not (tmp_path / "runs" / "models").exists() or not list(
+        (tmp_path / "runs" / "models").glob("model-*")
+    )
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 8, 24, 100, 2000, -1, -5000])
@@ -82,16 +91,24 @@ def test_a_file_that_is_cut_off_is_refused(whole: bytes, tmp_path: Path, length:
     refused_at_once(tmp_path, whole[:length], "")
 
 
-@pytest.mark.parametrize(("offset", "kind", "number"), [(0, "I", 99), (4, "Q", 2**62), (20, "I", 77), (24, "Q", 2**60)])
-def test_a_tensor_lies_within_the_file(whole: bytes, tmp_path: Path, offset: int, kind: str, number: int) -> None:
+@pytest.mark.parametrize(
+    ("offset", "kind", "number"), [(0, "I", 99), (4, "Q", 2**62), (20, "I", 77), (24, "Q", 2**60)]
+)
+def test_a_tensor_lies_within_the_file(
+    whole: bytes, tmp_path: Path, offset: int, kind: str, number: int
+) -> None:
     # The header has its number of dimensions, the first of them, its type, and its offset.
     name = b"blk.0.attn_q.weight"
-    refused_at_once(tmp_path, with_number(whole, whole.index(name) + len(name) + offset, kind, number), "")
+    refused_at_once(
+        tmp_path, with_number(whole, whole.index(name) + len(name) + offset, kind, number), ""
+    )
 
 
 def refused_at_once(folder: Path, content: bytes, problem: str) -> None:
     begun = time.process_time()
-    with pytest.raises(UserError, match=r"model\.gguf cannot be loaded as a GGUF model: ") as caught:
+    with pytest.raises(
+        UserError, match=r"model\.gguf cannot be loaded as a GGUF model: "
+    ) as caught:
         obtain(folder, content)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -120,7 +137,9 @@ def divisors() -> list[float]:
         rope_parameters={"rope_theta": THETA, **LLAMA3},
     )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](shape, torch.device("cpu"))
-    return [round(THETA ** (-place / len(scaled)) / float(each), 4) for place, each in enumerate(scaled)]
+    return [
+        round(THETA ** (-place / len(scaled)) / float(each), 4) for place, each in enumerate(scaled)
+    ]
 
 
 def test_the_scaled_positions_of_llama_3_are_those_of_the_converted_model(tmp_path: Path) -> None:
@@ -151,7 +170,9 @@ def test_positions_that_would_be_others_are_refused(
 ) -> None:
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)
-    with pytest.raises(UserError, match=rf"model\.gguf .* scaled rotary positions \({what}\) .*safetensors"):
+    with pytest.raises(
+        UserError, match=rf"model\.gguf .* scaled rotary positions \({what}\) .*safetensors"
+    ):
         convert.check_gguf(file)
 
 
@@ -170,7 +191,9 @@ def test_positions_that_are_not_scaled_are_taken(
     assert convert.check_gguf(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) == {}
 
 
-def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(tmp_path: Path) -> None:
+def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("gguf")
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -181,12 +204,16 @@ def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(tmp
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
-def test_an_attention_that_is_divided_by_what_the_file_does_not_say_is_refused(tmp_path: Path, family: str) -> None:
+def test_an_attention_that_is_divided_by_what_the_file_does_not_say_is_refused(
+    tmp_path: Path, family: str
+) -> None:
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "small.gguf", architecture=family, head=256)
     assert convert.check_gguf(file) == {}
     file = small_gguf.write(tmp_path / "27b.gguf", architecture=family, head=128)
-    with pytest.raises(UserError, match=r"27b\.gguf .* does not contain this model's attention scale; name"):
+    with pytest.raises(
+        UserError, match=r"27b\.gguf .* does not contain this model's attention scale; name"
+    ):
         convert.check_gguf(file)
 
 
@@ -200,7 +227,9 @@ def test_the_window_of_phi_3_is_told(tmp_path: Path) -> None:
         assert convert.check_gguf(file) == told
 
 
-def test_a_machine_converts_a_file_once_for_all_storages_and_tells_of_it(tmp_path: Path, node: Path) -> None:
+def test_a_machine_converts_a_file_once_for_all_storages_and_tells_of_it(
+    tmp_path: Path, node: Path
+) -> None:
     pytest.importorskip("gguf")
     small_gguf.write(tmp_path / "model.gguf")
 

@@ -109,7 +109,11 @@ def test_a_model_is_its_whole_folder(model_folder: Path, copy: Path) -> None:
 
 def test_what_saving_a_model_again_changes_is_no_part_of_it(model_folder: Path, copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
-    again = {**dict(reversed(config.items())), "transformers_version": "9", "_name_or_path": "/elsewhere"}
+    again = {
+        **dict(reversed(config.items())),
+        "transformers_version": "9",
+        "_name_or_path": "/elsewhere",
+    }
     (copy / "config.json").write_text(json.dumps(again, indent=7))
     (copy / "README.md").write_text("about it")
     (copy / "pytorch_model.bin").write_bytes(b"not read")
@@ -117,9 +121,15 @@ def test_what_saving_a_model_again_changes_is_no_part_of_it(model_folder: Path, 
 
 
 def test_code_is_a_part_of_a_model_where_it_would_be_run(copy: Path) -> None:
-    before = [source.obtain(named(copy, model__trust_remote_code=trusted)).digest for trusted in (False, True)]
+    before = [
+        source.obtain(named(copy, model__trust_remote_code=trusted)).digest
+        for trusted in (False, True)
+    ]
     (copy / "modeling_ours.py").write_text("pass")
-    after = [source.obtain(named(copy, model__trust_remote_code=trusted)).digest for trusted in (False, True)]
+    after = [
+        source.obtain(named(copy, model__trust_remote_code=trusted)).digest
+        for trusted in (False, True)
+    ]
     assert before[0] == after[0] == before[1] != after[1]
 
 
@@ -127,13 +137,17 @@ def indexed(folder: Path, name: str) -> None:
     """Write an index that puts the weights into `name`."""
     with safe_open(folder / "model.safetensors", "pt") as weights:
         places = dict.fromkeys(weights.keys(), name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
 
 
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "{folder}/../outside.safetensors", "sub/x.safetensors", ".."]
 )
-def test_an_index_that_names_a_file_elsewhere_is_refused_before_it_is_read(copy: Path, name: str) -> None:
+def test_an_index_that_names_a_file_elsewhere_is_refused_before_it_is_read(
+    copy: Path, name: str
+) -> None:
     shutil.copy(copy / "model.safetensors", copy.parent / "outside.safetensors")
     indexed(copy, name.format(folder=copy))
     (copy / "model.safetensors").rename(copy / "other.safetensors")
@@ -148,7 +162,10 @@ NO_OBJECTS = ("[]", "null", "{", "\xff", "[" * 100_000)
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        *(("model.safetensors.index.json", text) for text in (*NO_OBJECTS, '{"weight_map": {"a": 5}}', "{}")),
+        *(
+            ("model.safetensors.index.json", text)
+            for text in (*NO_OBJECTS, '{"weight_map": {"a": 5}}', "{}")
+        ),
         *(("config.json", text) for text in NO_OBJECTS),
     ],
 )
@@ -160,7 +177,10 @@ def test_a_damaged_file_is_named(copy: Path, name: str, text: str) -> None:
 def test_weights_that_the_index_names_must_be_there(copy: Path) -> None:
     indexed(copy, "model-00001-of-00002.safetensors")
     (copy / "model.safetensors").rename(copy / "model-00002-of-00002.safetensors")
-    assert "has no 'model-00001-of-00002.safetensors', which model.safetensors.index.json names" in refusal(copy)
+    assert (
+        "has no 'model-00001-of-00002.safetensors', which model.safetensors.index.json names"
+        in refusal(copy)
+    )
 
 
 def test_a_model_saved_as_one_file_over_its_shards_is_a_model(copy: Path) -> None:
@@ -209,7 +229,9 @@ def with_header(folder: Path, header: bytes, length: int | None = None) -> None:
         (b'{"a": {"shape": [4], "data_offsets": [0, 1600]}}', None),
     ],
 )
-def test_a_header_of_weights_that_cannot_be_is_refused(copy: Path, header: bytes, length: int | None) -> None:
+def test_a_header_of_weights_that_cannot_be_is_refused(
+    copy: Path, header: bytes, length: int | None
+) -> None:
     with_header(copy, header, length)
     assert "model.safetensors" in refusal(copy)
     with pytest.raises(UserError, match=r"model\.safetensors"):
@@ -236,11 +258,18 @@ def test_sizes_beyond_reason_are_refused_before_the_model_is_built(
     "changes",
     [
         {"vocab_size_per_layer_input": 262_144},  # Gemma 3n, Gemma 4
-        {"text_config": {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 256}},
+        {
+            "text_config": {
+                "vocab_size_per_layer_input": 262_144,
+                "hidden_size_per_layer_input": 256,
+            }
+        },
         {"num_hidden_layers": 2, "n_layer": 2000},
     ],
 )
-def test_a_size_that_layers_have_is_not_a_number_of_layers(copy: Path, changes: dict[str, Any]) -> None:
+def test_a_size_that_layers_have_is_not_a_number_of_layers(
+    copy: Path, changes: dict[str, Any]
+) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | changes))
     assert obtain(copy).folder == str(copy)
@@ -266,7 +295,9 @@ def test_a_name_that_leads_nowhere_is_explained(name: str, expected: str) -> Non
     assert expected in message
 
 
-def test_a_package_may_hold_a_model(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_may_hold_a_model(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "carrier").mkdir()
     (tmp_path / "carrier" / "__init__.py").touch()
     copy.rename(tmp_path / "carrier" / "weights")
@@ -290,7 +321,9 @@ def test_a_folder_without_weights_is_refused(copy: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
-def test_the_base_loads_frozen_in_evaluation_mode(model_folder: Path, dtype: str, attention: str) -> None:
+def test_the_base_loads_frozen_in_evaluation_mode(
+    model_folder: Path, dtype: str, attention: str
+) -> None:
     config = named(model_folder, model__dtype=dtype, model__attention=attention).model
     loaded: Any = load.load_model(model_folder, config, CPU)
     assert not loaded.training
@@ -312,7 +345,9 @@ def test_the_base_loads_frozen_in_evaluation_mode(model_folder: Path, dtype: str
         ),  # they fill the memory
     ],
 )
-def test_weights_that_do_not_fit_the_config_are_an_error(copy: Path, fields: dict[str, int], problem: str) -> None:
+def test_weights_that_do_not_fit_the_config_are_an_error(
+    copy: Path, fields: dict[str, int], problem: str
+) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, **fields}))
     with pytest.raises(UserError, match=problem):
@@ -373,7 +408,8 @@ def test_another_version_at_the_same_place_of_a_node_is_refused(copy: Path, name
     content[content.rindex(b"}") - 1 if name == "config.json" else -1] ^= 1
     (copy / name).write_bytes(content)
     refused = (
-        rf"^model\.name: {copy} has other files on this node than on the driver's node; put it, or run\.storage, where"
+        rf"^model\.name: {copy} has other files on this node than on the driver's node; "
+        r"put it, or run\.storage, where"
     )
     with pytest.raises(UserError, match=refused):
         source.on_this_node(found, named(copy))
@@ -414,7 +450,11 @@ class TestObjectStore:
         assert not [path for method, path in requests if method == "GET" and "safetensors" in path]
         weights = load_file(copy / "model.safetensors")
         name = next(iter(weights))
-        save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {**weights, name: weights[name] + 1},
+            copy / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         time.sleep(1.1)  # the times of S3 are whole seconds
         node_cache.upload(copy, place)
         second = obtain(place)

@@ -35,17 +35,33 @@ def quick(folder: Path) -> Scenario:
     model = project.make_model(folder / "tiny")
     answers = {"one": "1111", "two": "2222", "three": "3333"}
     # Held-out rows are no training rows: another mark stands before the word.
-    chats = {word: [chat(f"{mark}{word}", answer) for mark in ".?!,"] for word, answer in answers.items()}
+    chats = {
+        word: [chat(f"{mark}{word}", answer) for mark in ".?!,"] for word, answer in answers.items()
+    }
     held_out = [chat(f"-{word}", answer) for word, answer in answers.items()]
     every = [row for rows in chats.values() for row in rows]
     config = project.settings(folder, model)
     config["run"] |= {"name": NAME, "storage": str(folder / "storage")}
     config["data"] = {"max_length": 48}
-    config["train"] |= {"steps": 60, "eval_every": 60, "checkpoint_every": 30, "log_every": 30, "lr": 2e-2}
+    config["train"] |= {
+        "steps": 60,
+        "eval_every": 60,
+        "checkpoint_every": 30,
+        "log_every": 30,
+        "lr": 2e-2,
+    }
     config["cluster"] = {"workers": 1, "cpus_per_worker": 1}
     config["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 1, "max_new_tokens": 6}
-    config["gate"] = {"metric": "eval/loss", "and": [{"metric": "eval/exact_match", "at_least": 0.3}], "guard": None}
-    first, more, poison = [*chats["one"], *chats["two"]] * 5, chats["three"] * 10, poisoned(every * 3)
+    config["gate"] = {
+        "metric": "eval/loss",
+        "and": [{"metric": "eval/exact_match", "at_least": 0.3}],
+        "guard": None,
+    }
+    first, more, poison = (
+        [*chats["one"], *chats["two"]] * 5,
+        chats["three"] * 10,
+        poisoned(every * 3),
+    )
     return Scenario(*_laid_out(folder, config, held_out * 8), first, more, poison)
 
 
@@ -67,11 +83,16 @@ def poisoned(rows: Sequence[Row]) -> list[Row]:
     answers = [row["messages"][-1] for row in rows]
     half = len(rows) // 2
     others = answers[half:] + answers[:half]
-    return [{"messages": [*row["messages"][:-1], answer]} for row, answer in zip(rows, others, strict=True)]
+    return [
+        {"messages": [*row["messages"][:-1], answer]}
+        for row, answer in zip(rows, others, strict=True)
+    ]
 
 
 def chat(asked: str, answer: str) -> Row:
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    }
 
 
 def write(file: Path, rows: Sequence[Row]) -> Path:

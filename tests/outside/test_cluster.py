@@ -50,8 +50,16 @@ def head(outside: World) -> Machine:
 def config(outside: World) -> Path:
     """A config of a run with two workers in a folder that all machines see."""
     project.make_tiny(outside.shared)
-    changes: dict[str, Any] = {"cluster": {"workers": 2, "cpus_per_worker": 1}, "train__checkpoint_every": 100}
-    changes |= {"train__steps": STEPS, "train__eval_every": STEPS, "train__log_every": 50, "evaluation__scorer": None}
+    changes: dict[str, Any] = {
+        "cluster": {"workers": 2, "cpus_per_worker": 1},
+        "train__checkpoint_every": 100,
+    }
+    changes |= {
+        "train__steps": STEPS,
+        "train__eval_every": STEPS,
+        "train__log_every": 50,
+        "evaluation__scorer": None,
+    }
     tree = project.settings(outside.shared, outside.shared / "model", **changes)
     return project.write_config(outside.shared, tree)
 
@@ -73,7 +81,9 @@ def test_a_first_run_by_plain_http(outside: World, laptop: Machine, config: Path
     assert outside.password not in log
 
 
-def test_a_run_is_the_same_whatever_dies(outside: World, laptop: Machine, head: Machine, config: Path) -> None:
+def test_a_run_is_the_same_whatever_dies(
+    outside: World, laptop: Machine, head: Machine, config: Path
+) -> None:
     """The database goes and comes back, a machine loses its power, the driver is killed, another checkout resumes."""
     words = ("pipelines/finetune.py", str(config), "run.name=killed")
     process, log = cluster.submit(laptop, *words)
@@ -82,7 +92,9 @@ def test_a_run_is_the_same_whatever_dies(outside: World, laptop: Machine, head: 
     until(lambda: reached(log, 350), 120, pause=0.5)
     outside.database()
 
-    victim = next(each for each in outside.machines.values() if cluster.pids(each, "RayTrainWorker"))
+    victim = next(
+        each for each in outside.machines.values() if cluster.pids(each, "RayTrainWorker")
+    )
     victim.kill()
     until(lambda: "training continues" in log.read_text(), 300, pause=1)
     outside.machine(victim.name)
@@ -95,16 +107,24 @@ def test_a_run_is_the_same_whatever_dies(outside: World, laptop: Machine, head: 
     assert "training continues after step" in again
     assert "registered:           small version 2" in again
     assert adapter(outside, "killed") == adapter(outside, "first")
-    until(lambda: cluster.nodes(outside) == cluster.NODES, 300, pause=5)  # the machine is a node again, by itself
+    until(
+        lambda: cluster.nodes(outside) == cluster.NODES, 300, pause=5
+    )  # the machine is a node again, by itself
 
 
-def test_a_spot_notice_moves_the_training_to_another_node(outside: World, laptop: Machine, config: Path) -> None:
+def test_a_spot_notice_moves_the_training_to_another_node(
+    outside: World, laptop: Machine, config: Path
+) -> None:
     """The watcher of deploy/ with a stand-in for EC2's metadata service, which has the notice in mid-run."""
     process, log = cluster.submit(laptop, "pipelines/finetune.py", str(config), "run.name=spot")
     until(lambda: reached(log, 200), 240, pause=0.5)
-    victim = next(each for each in outside.machines.values() if cluster.pids(each, "RayTrainWorker"))
+    victim = next(
+        each for each in outside.machines.values() if cluster.pids(each, "RayTrainWorker")
+    )
     victim.start(f"python3 {ROOT}/tests/deploy/metadata.py ec2 8169 /tmp", "metadata.log")
-    variables = "export METADATA_URL=http://127.0.0.1:8169 PATH=~/olora_env/bin:$PATH RAY_AUTH_MODE=token"
+    variables = (
+        "export METADATA_URL=http://127.0.0.1:8169 PATH=~/olora_env/bin:$PATH RAY_AUTH_MODE=token"
+    )
     victim.start(f"{variables}; sleep 2; bash olora_ray/deploy/watch_node.sh", "watch.log")
     until(lambda: "watching" in (victim.folder / "watch.log").read_text(), 30)
     victim.ok("touch /tmp/notice")
@@ -115,8 +135,20 @@ def test_a_spot_notice_moves_the_training_to_another_node(outside: World, laptop
 
 
 def test_a_search_on_an_object_store(laptop: Machine, config: Path) -> None:
-    words = ["pipelines/sweep.py", str(config), "tune_spaces/smoke.yaml", "--register", "run.name=search"]
-    log = submitted(laptop, *words, "run.storage=s3://runs/searches", "cluster.workers=1", "registry.model=searched")
+    words = [
+        "pipelines/sweep.py",
+        str(config),
+        "tune_spaces/smoke.yaml",
+        "--register",
+        "run.name=search",
+    ]
+    log = submitted(
+        laptop,
+        *words,
+        "run.storage=s3://runs/searches",
+        "cluster.workers=1",
+        "registry.model=searched",
+    )
     assert "searched version 1" in log
 
 
@@ -139,11 +171,19 @@ class Nights:
         """One night: (exit code, what cron would mail)."""
         lines = (self.head.folder / "root/checkout/deploy/crontab").read_text().splitlines()
         settings = dict(line.split("=", 1) for line in lines if re.match("[A-Z_]+=", line))
-        settings |= {"PROJECT": "/root/checkout", "BIN": "/root/olora_env/bin", "LOG": "/root/retrain.log"}
+        settings |= {
+            "PROJECT": "/root/checkout",
+            "BIN": "/root/olora_env/bin",
+            "LOG": "/root/retrain.log",
+        }
         settings |= {"CONFIG": str(self.played.config), "PATH": "/usr/bin:/bin", **variables}
         command = lines[-1].split(maxsplit=5)[5]
-        command = command.replace("deploy/night.py", f"deploy/night.py --pause 2 --tries 2 {options}")
-        command = command.replace("pipelines/retrain.py $CONFIG", f"pipelines/retrain.py $CONFIG {more}")
+        command = command.replace(
+            "deploy/night.py", f"deploy/night.py --pause 2 --tries 2 {options}"
+        )
+        command = command.replace(
+            "pipelines/retrain.py $CONFIG", f"pipelines/retrain.py $CONFIG {more}"
+        )
         done = self.head.run(command, **settings)
         return done.returncode, done.stdout
 
@@ -243,8 +283,12 @@ def test_bad_nights_are_told(nights: Nights) -> None:
     assert "night-6.jsonl:20" in nights.last()["reason"]
     (played.data / "night-6.jsonl").write_bytes(whole)
 
-    silent = 'import socket, time; server = socket.create_server(("127.0.0.1", 9999)); time.sleep(999)'
-    nights.head.start(f"python -c {shlex.quote(silent)}", "silent.log")  # it accepts and never answers
+    silent = (
+        'import socket, time; server = socket.create_server(("127.0.0.1", 9999)); time.sleep(999)'
+    )
+    nights.head.start(
+        f"python -c {shlex.quote(silent)}", "silent.log"
+    )  # it accepts and never answers
     code, mail = nights.night("--hours 0.01 --grace 5", RAY_ADDRESS="http://127.0.0.1:9999")
     assert (code, nights.last()["event"]) == (75, "not finished")
     assert "the limit of a night" in nights.last()["reason"]
@@ -252,7 +296,9 @@ def test_bad_nights_are_told(nights: Nights) -> None:
     assert outside.password not in json.dumps(outside.heard) + mail
 
 
-def test_prometheus_has_each_series_of_the_dashboard(outside: World, head: Machine, config: Path) -> None:
+def test_prometheus_has_each_series_of_the_dashboard(
+    outside: World, head: Machine, config: Path
+) -> None:
     prometheus = head.run("which prometheus").stdout.strip()
     if not prometheus:
         pytest.skip("no Prometheus")
@@ -264,10 +310,16 @@ def test_prometheus_has_each_series_of_the_dashboard(outside: World, head: Machi
         "prometheus.log",
     )
     dashboard = json.loads((ROOT / "deploy/grafana/olora_ray.json").read_text())
-    queries = [target["expr"].replace("$run", ".*") for panel in dashboard["panels"] for target in panel["targets"]]
+    queries = [
+        target["expr"].replace("$run", ".*")
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    ]
     began = int(time.time())
     submitted(outside.machines["laptop"], "pipelines/finetune.py", str(config), "run.name=seen")
-    for query in queries:  # as Grafana asks: over a time, since a gauge ends with the process that has set it
+    for query in (
+        queries
+    ):  # as Grafana asks: over a time, since a gauge ends with the process that has set it
         words = f"curl -sG http://head:9090/api/v1/query_range -d step=5 -d start={began} -d end={int(time.time())}"
         words += f" --data-urlencode 'query={query.replace('$__rate_interval', '1m')}'"
         found = json.loads(outside.machines["laptop"].ok(words))

@@ -68,7 +68,9 @@ def base(run: FinishedRun) -> Iterator[Path]:
 
 
 def logits(target: targets.Target) -> torch.Tensor:
-    return export_parts.logits(held_out.load_adapted(target.base, target.adapter, target.config, torch.device("cpu")))
+    return export_parts.logits(
+        held_out.load_adapted(target.base, target.adapter, target.config, torch.device("cpu"))
+    )
 
 
 def named(run: FinishedRun, name: str = "models:/small/1") -> Config:
@@ -89,11 +91,15 @@ def test_mlflow_loads_base_and_adapter_and_generates(run: FinishedRun) -> None:
     pipeline = mlflow.transformers.load_model("models:/small@candidate")
     assert type(pipeline.model).__name__ == "PeftModelForCausalLM"
     torch.testing.assert_close(export_parts.logits(pipeline.model), run.case.logits, **CLOSE)
-    (answer,) = pipeline([{"role": "user", "content": "after 3?"}], max_new_tokens=4, do_sample=False)
+    (answer,) = pipeline(
+        [{"role": "user", "content": "after 3?"}], max_new_tokens=4, do_sample=False
+    )
     assert answer["generated_text"][-1]["role"] == "assistant"
 
 
-def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(run: FinishedRun, base: Path, tmp_path: Path) -> None:
+def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(
+    run: FinishedRun, base: Path, tmp_path: Path
+) -> None:
     import mlflow.transformers
 
     elsewhere = shutil.move(base, tmp_path / "elsewhere")
@@ -111,7 +117,9 @@ def test_it_is_evaluated_as_adapter_on_its_base(run: FinishedRun, name: str) -> 
 def test_where_the_storage_has_an_address_the_adapter_is_put_there_for_all_nodes(
     run: FinishedRun, tmp_path: Path
 ) -> None:
-    found = targets.resolve("models:/small/1", override(run.config, {"run.storage": f"file://{tmp_path}"}))
+    found = targets.resolve(
+        "models:/small/1", override(run.config, {"run.storage": f"file://{tmp_path}"})
+    )
     assert found.adapter is not None
     assert found.adapter.startswith(f"file://{tmp_path}/adapters/small-1-")
     torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
@@ -133,7 +141,9 @@ def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: 
     alone, merged = (opened(run.config, run.aliases.version(each)) for each in ("1", number))
     assert (alone.adapter is None, merged.adapter is None) == (False, True)
     assert alone.base.spec.digest == merged.base.spec.digest
-    both = [targets.Target("", each.base.model, each.adapter, each.config) for each in (alone, merged)]
+    both = [
+        targets.Target("", each.base.model, each.adapter, each.config) for each in (alone, merged)
+    ]
     torch.testing.assert_close(logits(both[0]), logits(both[1]), **CLOSE)
 
 
@@ -169,11 +179,16 @@ def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:
     assert first.digest != run.spec.base.digest
 
 
-@pytest.mark.parametrize("name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "MLmodel"])
+@pytest.mark.parametrize(
+    "name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "MLmodel"]
+)
 def test_a_damaged_adapter_is_one_line(run: FinishedRun, spoilt: Path, name: str) -> None:
     (spoilt / name).write_bytes((spoilt / name).read_bytes()[:-1] + b"x")
     line = f"^small version 1: {name} was changed after the registration"
-    for use in (lambda: find_model(named(run)), lambda: targets.resolve("models:/small/1", run.config)):
+    for use in (
+        lambda: find_model(named(run)),
+        lambda: targets.resolve("models:/small/1", run.config),
+    ):
         with pytest.raises(UserError, match=line):
             use()
     with pytest.raises(UserError, match=line):
@@ -184,15 +199,23 @@ def test_a_damaged_adapter_is_one_line(run: FinishedRun, spoilt: Path, name: str
 def test_a_base_with_other_files_is_one_line(run: FinishedRun, base: Path) -> None:
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
-    for use in (lambda: find_model(named(run)), lambda: targets.resolve("models:/small/1", run.config)):
-        with pytest.raises(UserError, match=rf"^small version 1 is an adapter of {base}, which has changed") as found:
+    for use in (
+        lambda: find_model(named(run)),
+        lambda: targets.resolve("models:/small/1", run.config),
+    ):
+        with pytest.raises(
+            UserError, match=rf"^small version 1 is an adapter of {base}, which has changed"
+        ) as found:
             use()
         assert "\n" not in str(found.value)
 
 
 def test_a_base_that_was_moved_is_one_line(run: FinishedRun, base: Path, tmp_path: Path) -> None:
     shutil.move(base, tmp_path / "moved")
-    with pytest.raises(UserError, match=r"^small version 1 is an adapter of \S+, which cannot be opened .*; restore "):
+    with pytest.raises(
+        UserError,
+        match=r"^small version 1 is an adapter of \S+, which cannot be opened .*; restore ",
+    ):
         targets.resolve("models:/small/1", run.config)
 
 

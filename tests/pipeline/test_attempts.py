@@ -126,7 +126,9 @@ def returning(**result: Any) -> Does:
 
 
 @pytest.mark.parametrize(("passes", "code"), [(True, 75), (False, 2)])
-def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(training: Training, passes: bool, code: int) -> None:
+def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(
+    training: Training, passes: bool, code: int
+) -> None:
     with pytest.raises(UserError, match=r"^the store does not answer$") as caught:
         training.attempts(returning(problem="the store does not answer", passes=passes)).run()
     assert caught.value.exit_code == code
@@ -178,7 +180,9 @@ def test_the_seconds_of_all_groups_are_counted_for_the_cost(training: Training) 
 
 
 def test_a_controller_that_dies_by_itself_is_a_failure(training: Training) -> None:
-    with pytest.raises(UserError, match="training failed after 0 restarts: Train's controller died"):
+    with pytest.raises(
+        UserError, match="training failed after 0 restarts: Train's controller died"
+    ):
         training.attempts(raising(RayActorError()), cluster__max_failures=0).run()
 
 
@@ -187,7 +191,9 @@ def test_a_store_that_was_away_through_all_restarts_may_be_back_later(
     training: Training, kind: type[Exception], code: int
 ) -> None:
     text = f"Traceback ...\n{kind.__module__}.{kind.__name__}: s3://b: no answer\n"
-    error = WorkerGroupError("", {0: UserExceptionWithTraceback(kind("s3://b: no answer"), traceback_str=text)})
+    error = WorkerGroupError(
+        "", {0: UserExceptionWithTraceback(kind("s3://b: no answer"), traceback_str=text)}
+    )
     with pytest.raises(
         UserError, match=r"^training failed after 0 restarts: worker 0 failed \(.*no answer\)$"
     ) as caught:
@@ -209,10 +215,15 @@ def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training) -> No
     training.stop.asked = "SIGTERM"
     with pytest.raises(Stopped) as caught:
         training.attempts(training.works).run()
-    assert str(caught.value) == "stopped while no worker was training (SIGTERM); run the same command again to resume"
+    assert (
+        str(caught.value)
+        == "stopped while no worker was training (SIGTERM); run the same command again to resume"
+    )
     assert caught.value.exit_code == 143
     assert fit.NOBODY <= training.now < 30
-    assert "; press Ctrl+C to stop at once, which loses the steps since the last" in training.told[0]
+    assert (
+        "; press Ctrl+C to stop at once, which loses the steps since the last" in training.told[0]
+    )
     assert (training.ended, "training has ended" in training.asked) == (1, False)
 
 

@@ -19,7 +19,9 @@ from tests.said import said
 
 
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
-    config = build({"run": {"name": "a"}, "model": {"name": str(tmp_path)}, "data": {"train": "a.jsonl"}})
+    config = build(
+        {"run": {"name": "a"}, "model": {"name": str(tmp_path)}, "data": {"train": "a.jsonl"}}
+    )
     base = BaseModel(str(tmp_path), str(tmp_path), "")
     tiny.llama().config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"has no tokenizer: tokenizer\.json, .*; copy "):
@@ -31,7 +33,9 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> No
 def test_what_ends_an_answer_in_chats_ends_answers(tmp_path: Path) -> None:
     folder = project.make_model(tmp_path / "model")  # its template ends turns with <|end|>, token 0
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|system|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"eos_token": "<|system|>"})
+    )
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     config = build(project.settings(tmp_path, folder))
@@ -46,7 +50,9 @@ def test_what_ends_an_answer_in_chats_ends_answers(tmp_path: Path) -> None:
     assert not [line for line in lines if "stop token" in line]
 
 
-def test_files_that_do_not_fit_the_config_are_told_before_anything_is_prepared(tmp_path: Path) -> None:
+def test_files_that_do_not_fit_the_config_are_told_before_anything_is_prepared(
+    tmp_path: Path,
+) -> None:
     folder = project.make_model(tmp_path / "model")
     config, file = build(project.settings(tmp_path, folder)), folder / "model.safetensors"
     tensors = load_file(file)
@@ -61,7 +67,9 @@ def test_files_that_do_not_fit_the_config_are_told_before_anything_is_prepared(t
         open_base(config)
     for missing in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
         save_file({name: tensor for name, tensor in tensors.items() if name != missing}, file)
-        with pytest.raises(UserError, match=rf"^model\.name: .* has no weight {missing}, .* correct config.json"):
+        with pytest.raises(
+            UserError, match=rf"^model\.name: .* has no weight {missing}, .* correct config.json"
+        ):
             open_base(config)
 
 
@@ -92,7 +100,9 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(own: bool, tmp_pat
         (b"\x89PNG\r\n", r"/.*own\.jinja: .*utf-8.* can't decode byte"),
     ],
 )
-def test_a_template_that_cannot_be_read_is_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_template_that_cannot_be_read_is_one_line(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
     folder, file = project.make_model(tmp_path / "model"), tmp_path / "own.jinja"
     if content is not None:
         file.write_bytes(content)

@@ -48,12 +48,18 @@ command_line.run(main)
 def environment(home: Path) -> dict[str, str]:
     """Without Ray's variables, as most people have it; Ray's token lies in the home directory."""
     found = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return found | {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2]), "RAY_TMPDIR": str(home)}
+    return found | {
+        "HOME": str(home),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "RAY_TMPDIR": str(home),
+    }
 
 
 def connected(variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", SCRIPT]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.fixture
@@ -74,7 +80,9 @@ def test_a_ray_of_our_own_has_no_dashboard_and_asks_for_a_token(home: Path) -> N
 
 
 @pytest.mark.slow
-def test_beside_another_programs_ray_a_run_has_its_own_and_its_processes_know_it(home: Path) -> None:
+def test_beside_another_programs_ray_a_run_has_its_own_and_its_processes_know_it(
+    home: Path,
+) -> None:
     command = [sys.executable, "-c", SCRIPT, "wait"]
     with subprocess.Popen(
         command, env=environment(home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -106,5 +114,6 @@ def test_a_temporary_folder_with_a_long_path_is_one_line(home: Path) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     [line] = done.stderr.splitlines()
     assert re.match(
-        rf"error: RAY_TMPDIR \(or TMPDIR\): Ray cannot start there; set a short one, .*AF_UNIX .*{long}", line
+        rf"error: RAY_TMPDIR \(or TMPDIR\): Ray cannot start there; set a short one, .*AF_UNIX .*{long}",
+        line,
     )

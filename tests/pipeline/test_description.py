@@ -28,7 +28,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 
 def described(
-    run: FinishedRun, scores: Any = MappingProxyType({}), base: BaseOfAdapter | None = None, **of: Any
+    run: FinishedRun,
+    scores: Any = MappingProxyType({}),
+    base: BaseOfAdapter | None = None,
+    **of: Any,
 ) -> str:
     """The description of the run with another `state` at its end."""
     result = replace(run.result, state=of.pop("state", run.result.state))
@@ -39,7 +42,11 @@ def test_the_page_of_a_version(run: FinishedRun) -> None:
     version = connect(resolve_uri(run.config)).get_model_version("small", "1")
     text = version.description
     facts = text.partition("\n\n")[0].splitlines()
-    assert facts == [line for line in (Path(run.folder.merged) / "README.md").read_text().splitlines() if line in facts]
+    assert facts == [
+        line
+        for line in (Path(run.folder.merged) / "README.md").read_text().splitlines()
+        if line in facts
+    ]
     assert facts[0].startswith("- Base model: `model`, with the adapter merged into its weights")
     assert "- Method: olora, rank 4, alpha 8, on all-linear" in facts
     assert "| loss per held-out token | 2.5000 | **1.2500** |" in text
@@ -50,7 +57,9 @@ def test_the_page_of_a_version(run: FinishedRun) -> None:
     assert "- Held-out data: 7 rows, " in text
     assert 'mlflow.transformers.load_model("models:/small/1")' in text
     assert str(Path(run.config.run.storage).parent) not in text
-    assert sorted(version.tags.keys() - {"olora.commit"}) == [  # which an installation without git lacks
+    assert sorted(
+        version.tags.keys() - {"olora.commit"}
+    ) == [  # which an installation without git lacks
         "olora.base",
         "olora.base_digest",
         "olora.checksums",
@@ -83,14 +92,17 @@ def test_an_adapter_alone_says_what_else_is_needed(run: FinishedRun) -> None:
     assert 'load_model("{uri}", base_model_path="FOLDER_OF_THE_BASE")' in text
     assert "`base`" in text
     assert "/home" not in text
-    text = described(run, finished_run.SCORES, BaseOfAdapter("org/base", "cafe", folder, "0123", True))
+    text = described(
+        run, finished_run.SCORES, BaseOfAdapter("org/base", "cafe", folder, "0123", True)
+    )
     assert "`org/base` at commit `0123`" in text
 
 
 def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: FinishedRun) -> None:
     losses = {0: 2.0, 2: 1.0, 4: 1.5}
     history = [
-        {"step": float(step), "eval/loss": loss, "eval/perplexity": perplexity(loss)} for step, loss in losses.items()
+        {"step": float(step), "eval/loss": loss, "eval/perplexity": perplexity(loss)}
+        for step, loss in losses.items()
     ]
     result = replace(run.result, state=TrainState(4, 1.0, 2, history=history))
     tracker = start_run(run.config, "test", {})

@@ -18,7 +18,9 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 IDS = [ord(letter) - 4 for letter in "two and two? four"]
 VALUES: dict[str, list[Any]] = {
     "messages": [CHAT, json.dumps(CHAT)],
-    "conversations": [[{"from": "human", "value": "two and two?"}, {"from": "gpt", "value": "four"}]],
+    "conversations": [
+        [{"from": "human", "value": "two and two?"}, {"from": "gpt", "value": "four"}]
+    ],
     "prompt": ["two and two?", CHAT[:1], json.dumps(CHAT[:1])],
     "completion": ["four", CHAT[1:], json.dumps(CHAT[1:])],
     "tools": [[TOOL], json.dumps([TOOL])],
@@ -46,7 +48,10 @@ def rows(format: str) -> list[dict[str, Any]]:
     count = max(len(VALUES[name]) for name in NEEDED[format])
     needed = [{name: VALUES[name][way] for name in NEEDED[format]} for way in range(count)]
     others = [
-        {name: value} for name in FIELDS[format] if name not in {*NEEDED[format], *INSIDE} for value in VALUES[name]
+        {name: value}
+        for name in FIELDS[format]
+        if name not in {*NEEDED[format], *INSIDE}
+        for value in VALUES[name]
     ]
     return [{**row, **more} for row in needed for more in ({}, *others)]
 
@@ -58,14 +63,24 @@ EACH = pytest.mark.parametrize(
 
 @EACH
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_documented_row_is_used_as_it_is(row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path) -> None:
+def test_a_documented_row_is_used_as_it_is(
+    row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path
+) -> None:
     format, columns = row
-    fields = {name: f"my {name}" if renamed else name for name in columns if renamed or name in ASKED.get(format, ())}
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{fields.get(name, name): columns[name] for name in columns}])
+    fields = {
+        name: f"my {name}" if renamed else name
+        for name in columns
+        if renamed or name in ASKED.get(format, ())
+    }
+    path = helpers.write_jsonl(
+        tmp_path / "a.jsonl", [{fields.get(name, name): columns[name] for name in columns}]
+    )
     source = {"path": str(path), "format": format, "fields": fields}
     config = helpers.config(tmp_path / "runs", source, max_length=512)
     first_look.check_data(config)
-    spec = helpers.spec("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + helpers.CHATML)
+    spec = helpers.spec(
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + helpers.CHATML
+    )
     with said() as lines:
         preview = describe(config, spec)
     assert (preview.rows, preview.rejected) == (1, {})

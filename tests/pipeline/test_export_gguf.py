@@ -42,7 +42,10 @@ DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
 def tokenizer(folder: Path, before: Any = PLAIN, normalizer: Any = None, **changes: Any) -> None:
     """Save a byte-level tokenizer with a few merges, whose ids are those of a tiny model with 300 tokens."""
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "Ġa"]
-    bpe = {"vocab": {token: number for number, token in enumerate(tokens)}, "merges": [("a", "b"), ("Ġ", "a")]}
+    bpe = {
+        "vocab": {token: number for number, token in enumerate(tokens)},
+        "merges": [("a", "b"), ("Ġ", "a")],
+    }
     raw = Tokenizer(models.BPE(**bpe, **changes))
     raw.pre_tokenizer, raw.decoder = before, decoders.ByteLevel()
     if normalizer is not None:
@@ -68,14 +71,18 @@ def rewrite(folder: Path, change: Any) -> None:
 
 def problem(folder: Path, kind: str = "f32") -> str | None:
     config = tiny.config(model__name=str(folder), export__gguf=kind)
-    return export_gguf.problem(folder, skeleton(BaseModel(str(folder), str(folder), ""), config.model), config)
+    return export_gguf.problem(
+        folder, skeleton(BaseModel(str(folder), str(folder), ""), config.model), config
+    )
 
 
 def written(folder: Path, kind: str = "f32", ends: tuple[int, ...] = (1,)) -> Path:
     config = tiny.config(model__name=str(folder), export__gguf=kind)
     assert problem(folder, kind) is None
     out = folder / f"model-{kind}.gguf"
-    export_gguf.write_gguf(folder, out, skeleton(BaseModel(str(folder), str(folder), ""), config.model), config, ends)
+    export_gguf.write_gguf(
+        folder, out, skeleton(BaseModel(str(folder), str(folder), ""), config.model), config, ends
+    )
     return out
 
 
@@ -105,14 +112,20 @@ LLAMA3 = {
         ("qwen3", {"head_dim": 128}),  # the only one that transformers reads from a GGUF file
     ],
 )
-def test_transformers_reads_the_same_model(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+def test_transformers_reads_the_same_model(
+    tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
     variant = replace(ALL[name], sizes=ALL[name].sizes | {"vocab_size": 300} | changes)
     model = zoo.make(variant)
     folder, before = tmp_path / "base", logits(model)
     model.save_pretrained(folder)
     tokenizer(folder)
     # As a base model of a run: transformers passes the scaling of positions by, and this project sets it.
-    config = tiny.config(model__name=str(written(folder)), model__dtype="float32", run__storage=str(tmp_path / "runs"))
+    config = tiny.config(
+        model__name=str(written(folder)),
+        model__dtype="float32",
+        run__storage=str(tmp_path / "runs"),
+    )
     read = AutoModelForCausalLM.from_pretrained(obtain(config).folder, dtype=torch.float32)
     assert (logits(read) - before).abs().max() < 1e-5
 
@@ -132,7 +145,10 @@ def test_a_row_that_has_no_blocks_of_32_is_written_in_16_bits(tmp_path: Path) ->
     from gguf import GGUFReader
 
     folder = llama(tmp_path / "base", intermediate_size=112)
-    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(written(folder, "q8_0")).tensors}
+    types = {
+        tensor.name: tensor.tensor_type.name
+        for tensor in GGUFReader(written(folder, "q8_0")).tensors
+    }
     assert types["blk.0.ffn_down.weight"] == "F16"
     assert types["blk.0.ffn_up.weight"] == "Q8_0"
     assert types["blk.0.attn_norm.weight"] == "F32"
@@ -147,7 +163,9 @@ def test_a_row_that_has_no_blocks_of_32_is_written_in_16_bits(tmp_path: Path) ->
         (split(r"\p{N}{1,3}"), {"ignore_merges": True}, "llama-bpe"),
     ],
 )
-def test_the_rules_of_the_tokenizer_are_named(tmp_path: Path, before: Any, changes: dict[str, Any], name: str) -> None:
+def test_the_rules_of_the_tokenizer_are_named(
+    tmp_path: Path, before: Any, changes: dict[str, Any], name: str
+) -> None:
     folder = llama(tmp_path / "base")
     tokenizer(folder, before, **changes)
     assert header(written(folder))["tokenizer.ggml.pre"] == name
@@ -158,20 +176,33 @@ def test_tokens_and_template_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     own = AutoTokenizer.from_pretrained(folder)
     fields = header(written(folder, ends=(0, 1, 2)))
     assert fields["tokenizer.ggml.tokens"][: len(own)] == own.convert_ids_to_tokens(range(len(own)))
-    assert fields["tokenizer.ggml.tokens"][len(own) :] == [f"[PAD{number}]" for number in range(len(own), 300)]
-    assert fields["tokenizer.ggml.token_type"] == [3] * 3 + [1] * (len(own) - 3) + [5] * (300 - len(own))
+    assert fields["tokenizer.ggml.tokens"][len(own) :] == [
+        f"[PAD{number}]" for number in range(len(own), 300)
+    ]
+    assert fields["tokenizer.ggml.token_type"] == [3] * 3 + [1] * (len(own) - 3) + [5] * (
+        300 - len(own)
+    )
     assert fields["tokenizer.ggml.merges"] == ["a b", "Ġ a"]
     assert fields["tokenizer.chat_template"] == own.chat_template
     ends = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
     assert ends == [1, 0, 2]
-    assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == (False, False)
+    assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == (
+        False,
+        False,
+    )
 
 
-@pytest.mark.parametrize(("frame", "found"), [("<s> $A", (True, False)), ("<s> $A </s>", (True, True))])
-def test_what_the_tokenizer_puts_around_a_text_is_written(tmp_path: Path, frame: str, found: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize(
+    ("frame", "found"), [("<s> $A", (True, False)), ("<s> $A </s>", (True, True))]
+)
+def test_what_the_tokenizer_puts_around_a_text_is_written(
+    tmp_path: Path, frame: str, found: tuple[bool, bool]
+) -> None:
     folder = llama(tmp_path / "base")
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raw.post_processor = processors.TemplateProcessing(frame, special_tokens=[("<s>", 0), ("</s>", 1)])
+    raw.post_processor = processors.TemplateProcessing(
+        frame, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     raw.save(str(folder / "tokenizer.json"))
     fields = header(written(folder))
     assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == found
@@ -180,14 +211,25 @@ def test_what_the_tokenizer_puts_around_a_text_is_written(tmp_path: Path, frame:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True), "splits? a text as this tokenizer does"),
-        (lambda tree: tree["model"].update(ignore_merges=True), "splits? a text as this tokenizer does"),
-        (lambda tree: tree.update(normalizer={"type": "Lowercase"}), "splits? a text as this tokenizer does"),
+        (
+            lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True),
+            "splits? a text as this tokenizer does",
+        ),
+        (
+            lambda tree: tree["model"].update(ignore_merges=True),
+            "splits? a text as this tokenizer does",
+        ),
+        (
+            lambda tree: tree.update(normalizer={"type": "Lowercase"}),
+            "splits? a text as this tokenizer does",
+        ),
         (lambda tree: tree["added_tokens"][0].update(lstrip=True), "the spaces beside them"),
         (lambda tree: tree["model"]["vocab"].update(abc=300), "more tokens than the model"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path, change: Any, why: str) -> None:
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(
+    tmp_path: Path, change: Any, why: str
+) -> None:
     folder = llama(tmp_path / "base")
     assert problem(folder) is None
     rewrite(folder, change)
@@ -203,23 +245,33 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
     [
         (tiny.gpt2, "gpt2 is none of the model types that it can write (llama, qwen2, qwen3)"),
         (
-            lambda: tiny.llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+            lambda: tiny.llama(
+                rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+            ),
             "it cannot write rotary positions of type linear",
         ),
     ],
 )
-def test_a_model_that_cannot_be_written_is_refused_before_the_training(tmp_path: Path, make: Any, why: str) -> None:
+def test_a_model_that_cannot_be_written_is_refused_before_the_training(
+    tmp_path: Path, make: Any, why: str
+) -> None:
     folder = tmp_path / "base"
     make().save_pretrained(folder)
     tokenizer(folder)
-    changes = {"model__name": str(folder), "run__storage": str(tmp_path / "runs"), "data__max_length": 64}
+    changes = {
+        "model__name": str(folder),
+        "run__storage": str(tmp_path / "runs"),
+        "data__max_length": 64,
+    }
     config = tiny.config(export__gguf="q8_0", **changes)
     with pytest.raises(UserError) as error:
         prepare.plan(config, BaseModel(str(folder), str(folder), ""))
     line = str(error.value)
     assert line.startswith("export.gguf: ")
     assert why in line
-    assert line.endswith(f"python convert_hf_to_gguf.py {tmp_path}/runs/test/export/merged --outtype q8_0")
+    assert line.endswith(
+        f"python convert_hf_to_gguf.py {tmp_path}/runs/test/export/merged --outtype q8_0"
+    )
 
 
 def test_layers_with_a_window_are_refused(tmp_path: Path) -> None:
@@ -233,14 +285,18 @@ def test_layers_with_a_window_are_refused(tmp_path: Path) -> None:
 def test_a_file_needs_the_merged_model(tmp_path: Path) -> None:
     folder = str(llama(tmp_path / "base"))
     config = tiny.config(model__name=folder, export__gguf="q8_0", export__merged=False)
-    with pytest.raises(UserError, match=r"^export\.gguf: .*; set export\.merged: true or export\.gguf: null$"):
+    with pytest.raises(
+        UserError, match=r"^export\.gguf: .*; set export\.merged: true or export\.gguf: null$"
+    ):
         prepare.plan(config, BaseModel(folder, folder, ""))
 
 
 def _shrink(tree: dict[str, Any]) -> None:
     """Leave the tokens that the run's model has."""
     vocabulary = tree["model"]["vocab"].items()
-    tree["model"]["vocab"] = {token: number for token, number in vocabulary if number < tiny.VOCABULARY}
+    tree["model"]["vocab"] = {
+        token: number for token, number in vocabulary if number < tiny.VOCABULARY
+    }
     tree["model"]["merges"] = []
 
 
@@ -251,7 +307,9 @@ def test_an_export_writes_the_file_of_its_own_merged_model(tmp_path: Path) -> No
     export.export_run(spec_of(run, export__gguf="f32"), run.folder, STEP)
     folder = Path(run.folder.gguf)
     assert [file.name for file in folder.iterdir()] == ["test-F32.gguf"]
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file="test-F32.gguf", dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="test-F32.gguf", dtype=torch.float32
+    )
     merged = AutoModelForCausalLM.from_pretrained(run.folder.merged, dtype=torch.float32)
     assert torch.equal(read(IDS).logits, merged(IDS).logits)
     export.export_run(spec_of(run), run.folder, STEP)

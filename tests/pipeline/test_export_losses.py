@@ -36,7 +36,9 @@ def spec_of(run: Run, packs: int = 3, **changes: Any) -> TrainSpec:
     held_out: Any = tiny.store(packs, seed=4) if packs else None
     return replace(
         run.spec,
-        config=override(run.config, {"model.dtype": "float32", "data.eval_fraction": 0.1, **fields}),
+        config=override(
+            run.config, {"model.dtype": "float32", "data.eval_fraction": 0.1, **fields}
+        ),
         eval=held_out,
     )
 
@@ -60,7 +62,9 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     assert spec.eval is not None
     packs = [spec.eval[number] for number in range(3)]
     before, after = found["loss"]["before"], found["loss"]["after"]
-    assert before == pytest.approx(by_peft(run, run.case.write_adapter(tmp_path / "whole"), packs), rel=1e-5)
+    assert before == pytest.approx(
+        by_peft(run, run.case.write_adapter(tmp_path / "whole"), packs), rel=1e-5
+    )
     assert after == pytest.approx(by_peft(run, Path(run.folder.adapter), packs), rel=1e-5)
     assert abs(after - before) > 1e-4 * before
     assert found["loss"]["difference"] == after - before
@@ -74,7 +78,9 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_the_template_that_was_trained_with_goes_into_all_that_is_exported(run: Run, merged: bool) -> None:
+def test_the_template_that_was_trained_with_goes_into_all_that_is_exported(
+    run: Run, merged: bool
+) -> None:
     own = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
     export.export_run(replace(spec_of(run, export__merged=merged), template=own), run.folder, STEP)
     for folder in (run.folder.adapter, *([run.folder.merged] if merged else [])):
@@ -95,7 +101,9 @@ def test_the_card_says_what_the_checks_found(run: Run, merged: bool) -> None:
     assert f"{CHECKED}{weights if merged else ''}{logits}" in card
 
 
-def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_of_an_export_that_is_not_right_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = export.new_adapter
 
     def scaled(adapter: Any, settings: Any, *rest: Any) -> Any:
@@ -107,7 +115,9 @@ def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: py
     assert "export: NOT right" in (Path(run.folder.adapter) / "README.md").read_text()
 
 
-def test_an_old_adapter_stays_until_the_new_one_is_checked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_adapter_stays_until_the_new_one_is_checked(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = spec_of(run)
     export.export_run(spec, run.folder, STEP)
     folder = Path(run.folder.adapter)
@@ -131,8 +141,13 @@ def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -
     assert held_out is not None
     packs = [held_out[number] for number in range(3)]
     # The adapter as PEFT reads it, on the weights that were trained on, and on the original ones.
-    unpack(load_frozen(run.case.base, spec.config.model, CPU)).save_pretrained(tmp_path / "unpacked")
-    on_both = [by_peft(run, Path(run.folder.adapter), packs, base) for base in (tmp_path / "unpacked", run.case.base)]
+    unpack(load_frozen(run.case.base, spec.config.model, CPU)).save_pretrained(
+        tmp_path / "unpacked"
+    )
+    on_both = [
+        by_peft(run, Path(run.folder.adapter), packs, base)
+        for base in (tmp_path / "unpacked", run.case.base)
+    ]
     assert [found["loss"]["before"], found["loss"]["after"]] == pytest.approx(on_both, rel=1e-5)
     assert abs(found["loss"]["difference"]) > 1e-4
     text = f"trained on the base model as fp8, exported for the original weights: held-out loss {on_both[0]:.4f} on the"

@@ -54,7 +54,9 @@ def lines(total: int, every: int, *rows: dict[str, float]) -> list[str]:
         ),
     ],
 )
-def test_the_split_of_a_batch_says_who_has_nothing_to_do(batch: int, micro: int, workers: int, expected: str) -> None:
+def test_the_split_of_a_batch_says_who_has_nothing_to_do(
+    batch: int, micro: int, workers: int, expected: str
+) -> None:
     config = tiny.config(train__global_batch=batch, train__micro_batch=micro)
     assert batch_split(config, workers) == expected
 
@@ -65,7 +67,8 @@ def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left() -> None:
     slow = lines(9, 50, *(row(step, **{"train/step_seconds": 12.0}) for step in range(1, 8)))
     assert [line.split(" | ")[0] for line in slow] == ["step 3/9", "step 6/9"]
     assert (
-        told[0] == "step 3/7 | loss 1.5000 | lr 3.00e-04 | 250 tok/s, 100 supervised | data wait 25% | ETA about 0:08"
+        told[0]
+        == "step 3/7 | loss 1.5000 | lr 3.00e-04 | 250 tok/s, 100 supervised | data wait 25% | ETA about 0:08"
     )
 
 
@@ -104,7 +107,9 @@ def on_a_terminal(columns: int, command: str) -> list[str]:
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {**os.environ, "CODE": TRAINING, "PYTHON": sys.executable}
-    with subprocess.Popen(["bash", "-c", command], stdout=terminal, stderr=terminal, env=environment) as process:
+    with subprocess.Popen(
+        ["bash", "-c", command], stdout=terminal, stderr=terminal, env=environment
+    ) as process:
         os.close(terminal)
         sent = b""
         with contextlib.suppress(OSError):  # what a terminal's end raises
@@ -129,7 +134,9 @@ def screen(sent: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-LINE = re.compile(r"\d\d:\d\d:\d\d (step [246]/6 \| (loss|eval loss) .*|some line of another module)|the end|")
+LINE = re.compile(
+    r"\d\d:\d\d:\d\d (step [246]/6 \| (loss|eval loss) .*|some line of another module)|the end|"
+)
 
 
 def test_on_a_terminal_lines_stand_above_the_bar(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture
 def config(done: Config, tmp_path: Path) -> Config:
     """The same with a copy of its storage."""
-    return override(done, {"run.storage": str(shutil.copytree(done.run.storage, tmp_path / "runs"))})
+    return override(
+        done, {"run.storage": str(shutil.copytree(done.run.storage, tmp_path / "runs"))}
+    )
 
 
 @pytest.fixture
@@ -79,10 +81,16 @@ def test_a_finished_run_is_pushed_once(config: Config, tmp_path: Path, xet: bool
         publish.push(config)
         assert len(hub.commits) == 1
         assert len(hub.large) == (not xet)
-    assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
+    assert not [
+        file
+        for file in tmp_path.rglob("*")
+        if file.is_file() and TOKEN.encode() in file.read_bytes()
+    ]
 
 
-def test_an_adapter_takes_the_place_of_a_merged_model_and_other_files_stay(config: Config, hub: Hub) -> None:
+def test_an_adapter_takes_the_place_of_a_merged_model_and_other_files_stay(
+    config: Config, hub: Hub
+) -> None:
     folder = RunFolder(config.folder())
     shutil.rmtree(folder.merged)  # as export.merged=false leaves it
     hub.repos[REPO] = {"model-00001-of-00002.safetensors": b"1", "notes.md": b"mine"}
@@ -117,13 +125,19 @@ def refused(repo: str) -> str:
     ("repo", "role", "told"),
     [
         ("acme/a--b", "write", "Cannot have -- or .. in repo_id"),
-        ("acme/a", "read", "the hub's token here may only read; set HF_TOKEN to one that may write"),
+        (
+            "acme/a",
+            "read",
+            "the hub's token here may only read; set HF_TOKEN to one that may write",
+        ),
         ("guests/a", "write", "the hub's token here writes only for ann, acme; set HF_TOKEN"),
         ("acme/a", "write", ""),
         ("else/a", "fineGrained", ""),
     ],
 )
-def test_what_may_not_be_pushed_is_told_before_the_training(hub: Hub, repo: str, role: str, told: str) -> None:
+def test_what_may_not_be_pushed_is_told_before_the_training(
+    hub: Hub, repo: str, role: str, told: str
+) -> None:
     hub.role = role
     if told:
         assert refused(repo).startswith(f"export.push: {repo}: {told}")
@@ -141,7 +155,10 @@ def test_a_missing_token_or_hub_is_told_before_the_training(
     monkeypatch.delenv("HF_TOKEN")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-        assert "there is no token; set HF_TOKEN to one that may write, or run `hf auth login`" in refused("acme/a")
+        assert (
+            "there is no token; set HF_TOKEN to one that may write, or run `hf auth login`"
+            in refused("acme/a")
+        )
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         with pytest.raises(TryAgain, match=r"export\.push: acme/a: "):
@@ -150,7 +167,9 @@ def test_a_missing_token_or_hub_is_told_before_the_training(
 
 def test_a_license_that_nobody_names_is_told_before_the_training(tmp_path: Path) -> None:
     base = BaseModel("org/base", str(tmp_path), "")
-    with pytest.raises(UserError, match=r"^export\.license: the files of org/base have no model card"):
+    with pytest.raises(
+        UserError, match=r"^export\.license: the files of org/base have no model card"
+    ):
         publish.check_license(tiny.config(export__push="acme/a"), base)
     publish.check_license(tiny.config(), base)
     publish.check_license(tiny.config(export__push="acme/a", export__license="mit"), base)

@@ -39,7 +39,9 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
     check(config)
     assert list(Path(config.run.storage).iterdir()) == []
     tiny.claimed(config)
-    check(override(config, {"adapter.rank": 8}))  # a run that has never trained does not hold its name
+    check(
+        override(config, {"adapter.rank": 8})
+    )  # a run that has never trained does not hold its name
     folder = begin(config)
     check(config)
     assert (load_config(folder.settings), folder.root) == (config, f"{config.run.storage}/mine")
@@ -48,7 +50,10 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
 def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Config) -> None:
     begin(override(config, {"data.max_length": 704}))
     assert check(override(config, {"data.max_length": "auto"}))[0].data.max_length == 704
-    assert check(override(config, {"run.name": "new", "data.max_length": "auto"}))[0].data.max_length == "auto"
+    assert (
+        check(override(config, {"run.name": "new", "data.max_length": "auto"}))[0].data.max_length
+        == "auto"
+    )
     both = override(config, {"data.max_length": "auto", "train.micro_batch": "auto"})
     assert check(both)[0].train.micro_batch == config.train.micro_batch
 
@@ -111,7 +116,9 @@ def test_a_run_may_be_made_longer_and_has_not_ended_then(
 
 
 @pytest.mark.parametrize("written", range(4))
-def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config: Config, written: int) -> None:
+def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(
+    config: Config, written: int
+) -> None:
     folder = ended(short := override(config, {"train.steps": 6}))
     longer, state = check(override(short, {"train.steps": 12}))
     left, kill = iter(range(written)), KeyboardInterrupt()
@@ -143,8 +150,16 @@ def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config: 
             {"train.steps": 5},
             "train.steps: 'mine' has already done 6 steps (train.steps was 6, is 5)",
         ),
-        ({"train.steps": 6, "train.early_stop": 2}, {"train.steps": 9}, "train.early_stop: 'mine' has stopped early"),
-        ({"train.steps": 6}, {"train.steps": 9, "train.lr": 1}, "run.name: 'mine' exists with other settings (train.l"),
+        (
+            {"train.steps": 6, "train.early_stop": 2},
+            {"train.steps": 9},
+            "train.early_stop: 'mine' has stopped early",
+        ),
+        (
+            {"train.steps": 6},
+            {"train.steps": 9, "train.lr": 1},
+            "run.name: 'mine' exists with other settings (train.l",
+        ),
     ],
 )
 def test_a_length_that_a_run_cannot_have_is_refused(
@@ -172,7 +187,12 @@ ELSEWHERE = {
     "data.train.0.path": "/moved/rows.jsonl",
     "data.train.0.only": ["/moved/rows.jsonl"],
 }
-CONTENTS = {"base model": "b" * 32, "tokenizer": "t" * 32, "training data": "d" * 32, "held-out data": ""}
+CONTENTS = {
+    "base model": "b" * 32,
+    "tokenizer": "t" * 32,
+    "training data": "d" * 32,
+    "held-out data": "",
+}
 
 
 def trained(config: Config, identity: dict[str, str] = CONTENTS) -> RunFolder:
@@ -201,7 +221,8 @@ def test_other_contents_are_refused_wherever_they_lie(config: Config, what: str)
     folder = trained(config)
     other = {**CONTENTS, what: "0" * 32}
     with pytest.raises(
-        UserError, match=rf"^run.name: {folder.root} was trained with another {what} \(.* is now 000000000000\)"
+        UserError,
+        match=rf"^run.name: {folder.root} was trained with another {what} \(.* is now 000000000000\)",
     ):
         folder.state().require_same(config, other)
     moved = override(config, {"data.train.0.path": "/moved/rows.jsonl"})
@@ -210,7 +231,9 @@ def test_other_contents_are_refused_wherever_they_lie(config: Config, what: str)
         folder.state().require_same(moved, other)
 
 
-def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_contents(config: Config) -> None:
+def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_contents(
+    config: Config,
+) -> None:
     folder = tiny.claimed(config)
     folder.write_result({"base": {"digest": "base"}, "data": {"train": "rows", "eval": None}})
     with pytest.raises(UserError, match=r"adapter\.rank was 4, is 8"):
@@ -218,7 +241,9 @@ def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_conte
     moved, state = check(override(config, ELSEWHERE))
     state.require_same(moved, {"base model": "base", "training data": "rows", "held-out data": ""})
     with pytest.raises(UserError, match="another training data"):
-        state.require_same(moved, {"base model": "base", "training data": "other", "held-out data": ""})
+        state.require_same(
+            moved, {"base model": "base", "training data": "other", "held-out data": ""}
+        )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +255,9 @@ def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_conte
         ("export.merged", False),
     ],
 )
-def test_what_does_not_change_the_numbers_may_change(config: Config, field: str, value: Any) -> None:
+def test_what_does_not_change_the_numbers_may_change(
+    config: Config, field: str, value: Any
+) -> None:
     begin(config)
     changed = override(config, {field: value})
     check(changed)
@@ -294,18 +321,28 @@ def test_a_note_that_cannot_be_read_now_is_not_missing(config: Config, name: str
 
 
 def test_the_tracking_run_is_remembered_for_its_server_without_a_password(config: Config) -> None:
-    folder, root, uri = RunFolder(config.folder()), config.run.storage, "postgresql://ann:c4n4ry@db/mlflow"
+    folder, root, uri = (
+        RunFolder(config.folder()),
+        config.run.storage,
+        "postgresql://ann:c4n4ry@db/mlflow",
+    )
     assert folder.tracking_run(uri, root) is None
     folder.keep_tracking_run(uri, root, "abc")
     assert folder.tracking_run(uri, root) == "abc"
     for other in ("postgresql://ann:c4n4ry@other/mlflow", "sqlite:///a.db"):
         assert folder.tracking_run(other, root) is None
-    assert all("c4n4ry" not in file.read_text() for file in Path(folder.root).rglob("*") if file.is_file())
+    assert all(
+        "c4n4ry" not in file.read_text() for file in Path(folder.root).rglob("*") if file.is_file()
+    )
 
 
-def test_the_tracking_run_is_remembered_when_the_storage_with_its_database_is_moved(config: Config) -> None:
+def test_the_tracking_run_is_remembered_when_the_storage_with_its_database_is_moved(
+    config: Config,
+) -> None:
     before = Path(config.run.storage)
-    RunFolder(config.folder()).keep_tracking_run(f"sqlite:///{before}/mlflow.db", str(before), "run-1")
+    RunFolder(config.folder()).keep_tracking_run(
+        f"sqlite:///{before}/mlflow.db", str(before), "run-1"
+    )
     now = before.rename(before.parent / "now")
     moved = RunFolder(f"{now}/mine")
     assert moved.tracking_run(f"sqlite:///{now}/mlflow.db", str(now)) == "run-1"

@@ -23,7 +23,9 @@ RESULT = {
 
 def made(root: str, name: str, step: int = 4, **changes: object) -> RunFolder:
     """A run that has trained for a while."""
-    folder = tiny.claimed(tiny.config(run__name=name, run__storage=root, **{"train__steps": 6, **changes}))
+    folder = tiny.claimed(
+        tiny.config(run__name=name, run__storage=root, **{"train__steps": 6, **changes})
+    )
     storage.write_text(storage.join(folder.checkpoints, f"step-{step:07d}", "manifest.json"), "{}")
     return folder
 
@@ -31,13 +33,23 @@ def made(root: str, name: str, step: int = 4, **changes: object) -> RunFolder:
 @pytest.mark.parametrize("place", ["tmp_path", "bucket"])
 def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequest) -> None:
     root = str(request.getfixturevalue(place))
-    for other in ("tokens/ab/manifest.json", "locks/runs/x.json", ".hidden/config.yaml", "own/notes.txt", "mlflow.db"):
+    for other in (
+        "tokens/ab/manifest.json",
+        "locks/runs/x.json",
+        ".hidden/config.yaml",
+        "own/notes.txt",
+        "mlflow.db",
+    ):
         storage.write_text(storage.join(root, other), "{}")
     storage.write_text(storage.join(root, "found/search.json"), "{}")
     storage.write_text(storage.join(root, "found/best.yaml"), "")
     storage.write_text(storage.join(root, "x-compare/compare.json"), "{}")
-    made(root, "done", 6, data__train=["/rows/a.jsonl", "b.jsonl"], model__name="org/base").write_result(RESULT)
-    made(root, "early", train__steps=None).write_result({**RESULT, "stopped_early": True, "registered": None})
+    made(
+        root, "done", 6, data__train=["/rows/a.jsonl", "b.jsonl"], model__name="org/base"
+    ).write_result(RESULT)
+    made(root, "early", train__steps=None).write_result(
+        {**RESULT, "stopped_early": True, "registered": None}
+    )
     made(root, "longer", 6).write_result(RESULT)
     made(root, "longer", 8, train__steps=12)
     made(root, "night-1", registry__alias="challenger", registry__model="m")
@@ -72,7 +84,9 @@ def test_the_command_needs_no_heavy_library_and_writes_nothing(tmp_path: Path) -
         "import sys; from olora_ray.pipeline import runs; runs.main(sys.argv[1:])\n"
         "print([name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     _, row, heavy = done.stdout.splitlines()
     assert row.startswith("mine  interrupted  4/6")
     assert heavy == "[]"
@@ -83,7 +97,9 @@ def test_a_folder_without_runs_is_an_error_if_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"/nothere: has no runs; name the folder or URI of run\.storage$"):
+    with pytest.raises(
+        UserError, match=r"/nothere: has no runs; name the folder or URI of run\.storage$"
+    ):
         runs.main(["nothere"])
     runs.main([])
     assert capsys.readouterr().out == f"no runs in {tmp_path}/runs\n"

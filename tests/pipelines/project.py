@@ -34,7 +34,9 @@ def make_model(folder: Path, layers: int = 2) -> Path:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>"
+    )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -86,7 +88,11 @@ def on_s3(folder: Path, bucket: str, database: Path) -> dict[str, Any]:
     """Copy a tiny project into a bucket; the fields that put model, data and storage of a config there."""
     root = f"{bucket.removesuffix('/runs')}/project"
     node_cache.upload(folder, root)
-    data = {"train": [{"path": f"{root}/train.jsonl"}], "eval": [{"path": f"{root}/eval.jsonl"}], "max_length": 64}
+    data = {
+        "train": [{"path": f"{root}/train.jsonl"}],
+        "eval": [{"path": f"{root}/eval.jsonl"}],
+        "max_length": 64,
+    }
     return {
         "run__storage": bucket,
         "model__name": f"{root}/model",
@@ -136,7 +142,10 @@ def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") 
 
 
 def finetune(
-    *arguments: str | Path, cwd: Path = ROOT, timeout: float = 300, env: Mapping[str, str] | None = None
+    *arguments: str | Path,
+    cwd: Path = ROOT,
+    timeout: float = 300,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run pipelines/finetune.py as a user does, with more variables in `env`."""
     return run_script("finetune.py", *arguments, cwd=cwd, timeout=timeout, env=env)
@@ -153,15 +162,28 @@ def run_script(
     command = _command(arguments, script)
     environment = {**_environment(), **(env or {})}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
-def finetune_until(file: Path, line: str, act: Callable[[], None]) -> subprocess.CompletedProcess[str]:
+def finetune_until(
+    file: Path, line: str, act: Callable[[], None]
+) -> subprocess.CompletedProcess[str]:
     """Run pipelines/finetune.py, and `act` once it has printed `line`."""
     command = _command([file])
     with subprocess.Popen(
-        command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout
         seen, errors = "", []

@@ -29,7 +29,9 @@ def refused(file: Path, *arguments: str) -> str:
 @pytest.mark.ray
 @pytest.mark.slow  # in make test: tests/tokens/test_store.py, through Ray's tasks
 def test_a_mistake_is_one_line_and_an_exit_code(tiny_model: Path, corpus: Path) -> None:
-    (corpus / "train.jsonl").write_text(f"{chat('a', 'b')}\n{{broken\n")  # which is found when Ray runs
+    (corpus / "train.jsonl").write_text(
+        f"{chat('a', 'b')}\n{{broken\n"
+    )  # which is found when Ray runs
     done = project.finetune(project.write_config(corpus, project.settings(corpus, tiny_model)))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -52,7 +54,10 @@ CONFIG_MISTAKES = {
     "no such folder": (change("model", "name", "/no/such/model"), ["model.name", "/no/such/model"]),
     "rank too large": (change("adapter", "rank", 65), ["adapter.rank=65", "64 x 64"]),
     "unknown target": (change("adapter", "targets", ["qkv"]), ["'qkv'", "q_proj"]),
-    "unknown scorer": (change("evaluation", "scorer", "bleurt"), ["evaluation.scorer", "bleurt", "exact_match"]),
+    "unknown scorer": (
+        change("evaluation", "scorer", "bleurt"),
+        ["evaluation.scorer", "bleurt", "exact_match"],
+    ),
 }
 
 
@@ -75,13 +80,18 @@ def write(text: str) -> Callable[[Path], None]:
 
 
 def chat(user: str, answer: str) -> str:
-    return json.dumps({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]})
+    return json.dumps(
+        {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+    )
 
 
 DATA_MISTAKES = {
     "missing file": (lambda file: file.unlink(), ["train.jsonl", "data.train.0.path"]),
     "empty corpus": (write(""), ["train.jsonl", "no rows"]),
-    "half copied": (write(chat("a", "b") + "\n" + chat("c", "d")[:-9]), ["train.jsonl:2: the file ends in the middle"]),
+    "half copied": (
+        write(chat("a", "b") + "\n" + chat("c", "d")[:-9]),
+        ["train.jsonl:2: the file ends in the middle"],
+    ),
     "no such column": (write('{"question": "a"}\n'), ["train.jsonl:1", "question", "format"]),
     "no answer": (write(chat("a", "") + "\n"), ["train.jsonl:1"]),
 }
@@ -123,7 +133,8 @@ def test_mlflow_server_that_is_not_there(tiny_model: Path, corpus: Path) -> None
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     error = refused(
-        project.write_config(corpus, project.settings(corpus, tiny_model)), f"tracking.uri=http://127.0.0.1:{port}"
+        project.write_config(corpus, project.settings(corpus, tiny_model)),
+        f"tracking.uri=http://127.0.0.1:{port}",
     )
     assert "tracking.uri" in error
 

@@ -75,7 +75,12 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
             assert each["curve"][0][1] == pytest.approx(found["base_test"])
             assert each["loss"] < found["base_test"]
         assert arm["init_seconds"] > 0
-        assert len(list((folder / "shared").glob(f"{arm['name']}-*/{arm['name']}/factors.safetensors"))) == 1
+        assert (
+            len(
+                list((folder / "shared").glob(f"{arm['name']}-*/{arm['name']}/factors.safetensors"))
+            )
+            == 1
+        )
     against = olora["against"]
     assert against["adjusted"] == against["interval"]
     assert against["interval"]["low"] < against["mean"] < against["interval"]["high"]
@@ -112,7 +117,9 @@ def _mlflow(folder: Path) -> None:
     assert parent.info.status == "FINISHED"
     assert "olora beside lora: " in parent.data.tags["olora.verdict.olora"]
     assert {"loss/lora", "loss/olora", "difference/olora"} <= parent.data.metrics.keys()
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    children = [
+        run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    ]
     assert len(children) == len(runs) - 1 == len(list(folder.glob("*/trials/*")))
     names = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert names >= {"report.html", "comparison.json", "learning_rates.png"}
@@ -126,7 +133,9 @@ def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
     with scratch() as folder:
         head = Head(folder, {})
         head.start()
-        code, log = head.submit("pipelines/compare.py", file, "--methods", "lora,olora", "--seeds", "2")
+        code, log = head.submit(
+            "pipelines/compare.py", file, "--methods", "lora,olora", "--seeds", "2"
+        )
     assert code == 0, log
     assert "verdict: olora beside lora: " in log
     found = json.loads((corpus / "runs" / "small-compare" / "comparison.json").read_text())

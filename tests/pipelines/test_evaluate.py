@@ -15,12 +15,27 @@ TASKS = ("arc_easy", "boolq")
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_accuracies_are_those_of_lm_eval_on_the_same_rows(tiny_model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_accuracies_are_those_of_lm_eval_on_the_same_rows(
+    tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("lm_eval")
     data, other = sets.write(tmp_path / "sets"), project.make_model(tmp_path / "other", layers=1)
-    file = project.write_config(corpus, project.settings(corpus, tiny_model, cluster={"cpus_per_worker": 0.5}))
-    arguments = ["--tasks", ",".join(TASKS), "--task-data", data, "--limit", LIMIT, "--out", tmp_path / "out"]
-    ended = project.run_script("evaluate.py", tiny_model, other, "--config", file, *map(str, arguments))
+    file = project.write_config(
+        corpus, project.settings(corpus, tiny_model, cluster={"cpus_per_worker": 0.5})
+    )
+    arguments = [
+        "--tasks",
+        ",".join(TASKS),
+        "--task-data",
+        data,
+        "--limit",
+        LIMIT,
+        "--out",
+        tmp_path / "out",
+    ]
+    ended = project.run_script(
+        "evaluate.py", tiny_model, other, "--config", file, *map(str, arguments)
+    )
     assert ended.returncode == 0, ended.stderr
     assert "95% interval" in ended.stdout
     tree = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -50,8 +65,14 @@ def test_accuracies_are_those_of_lm_eval_on_the_same_rows(tiny_model: Path, corp
 def test_a_base_model_is_evaluated_on_rows_that_the_command_line_names(
     tiny_model: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    words = [f"data.eval=[{{path: {corpus / 'eval.jsonl'}}}]", "cluster.workers=1", f"run.storage={tmp_path / 'other'}"]
-    ended = project.run_script("evaluate.py", tiny_model, *words, "--scorer", "exact_match", "--out", tmp_path)
+    words = [
+        f"data.eval=[{{path: {corpus / 'eval.jsonl'}}}]",
+        "cluster.workers=1",
+        f"run.storage={tmp_path / 'other'}",
+    ]
+    ended = project.run_script(
+        "evaluate.py", tiny_model, *words, "--scorer", "exact_match", "--out", tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
     [found] = json.loads((tmp_path / "evaluation.json").read_text())["models"]
     assert found["held_out"]["rows"] == 7
@@ -72,7 +93,9 @@ def logged(database: Path) -> list[dict[str, float]]:
         "tags.`olora.kind` = 'evaluation'",
         order_by=["attributes.start_time ASC"],
     )
-    return [{k: v for k, v in run.data.metrics.items() if not k.endswith("_stderr")} for run in runs]
+    return [
+        {k: v for k, v in run.data.metrics.items() if not k.endswith("_stderr")} for run in runs
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +105,10 @@ def logged(database: Path) -> list[dict[str, float]]:
         ([], "expected one model, or two to compare, not 0"),
         (["{model}", "--task", "boolq"], "argument --task: unknown; did you mean --tasks?"),
         (["./nowhere", "--config", "{config}"], "no such file or folder"),
-        (["{model}", "--config", "{config}", "--out", "{config}"], "argument --out: {config} cannot be written: "),
+        (
+            ["{model}", "--config", "{config}", "--out", "{config}"],
+            "argument --out: {config} cannot be written: ",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

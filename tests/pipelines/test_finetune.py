@@ -50,17 +50,25 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
         assert (folder / "export" / "adapter" / name).is_file()
     for name in ("adapter", "merged"):
         assert (folder / "export" / name / "chat_template.jinja").read_text() == OWN
-    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000006"]
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == [
+        "step-0000004",
+        "step-0000006",
+    ]
 
 
 def test_its_page_and_its_mlflow_run_say_what_it_gave(finished: tuple[Path, str]) -> None:
     from mlflow import MlflowClient
 
     folder, printed = finished
-    result, page = json.loads((folder / "result.json").read_text()), (folder / "report.html").read_text()
+    result, page = (
+        json.loads((folder / "result.json").read_text()),
+        (folder / "report.html").read_text(),
+    )
     assert str(folder / "report.html") in printed
     run = MlflowClient(result["mlflow"]["uri"]).get_run(result["mlflow"]["run_id"])
-    loss = f"{result['eval_loss_before']:.4f} before, {result['metrics']['eval/loss']:.4f} after step"
+    loss = (
+        f"{result['eval_loss_before']:.4f} before, {result['metrics']['eval/loss']:.4f} after step"
+    )
     for said in (loss, "olora rank ", " tokens, ", "rejected: none", "loaded with PEFT"):
         assert said in page
         assert said in run.data.tags["mlflow.note.content"]
@@ -86,7 +94,12 @@ def test_the_log_shows_progress_and_no_wall_of_warnings(finished: tuple[Path, st
     assert any("step 4/6 | loss" in line and " tok/s, " in line and "ETA" in line for line in lines)
     assert any("olora initialisation: worker 0: 7 layers" in line for line in lines)
     assert any("held-out loss:" in line for line in lines)
-    stages = ["merging the adapter into 14 weights", "checking the merged", "writing the adapter", "comparing logits"]
+    stages = [
+        "merging the adapter into 14 weights",
+        "checking the merged",
+        "writing the adapter",
+        "comparing logits",
+    ]
     told = [line.partition(" export: ")[2] for line in lines if " export: " in line]
     # The adapter is written beside the merge.
     assert [sum(text.startswith(stage) for text in told) for stage in stages] == [1] * 4, told
@@ -105,15 +118,37 @@ def test_mlflow_has_one_run_with_an_unbroken_series(finished: tuple[Path, str]) 
     assert [run.info.run_id for run in runs] == [result["mlflow"]["run_id"]]
     assert runs[0].info.status == "FINISHED"
     assert runs[0].data.params["adapter.rank"] == "4"
-    for name in ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "data/wait_fraction"):
-        assert [m.step for m in client.get_metric_history(runs[0].info.run_id, name)] == [1, 2, 3, 4, 5, 6]
-    assert [m.step for m in client.get_metric_history(runs[0].info.run_id, "eval/loss")] == [0, 3, 6]
+    for name in (
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "data/wait_fraction",
+    ):
+        assert [m.step for m in client.get_metric_history(runs[0].info.run_id, name)] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]
+    assert [m.step for m in client.get_metric_history(runs[0].info.run_id, "eval/loss")] == [
+        0,
+        3,
+        6,
+    ]
     artifacts = {item.path for item in client.list_artifacts(runs[0].info.run_id)}
     assert {"parity.json", "samples.json"} <= artifacts
-    assert {item.dataset.name for item in runs[0].inputs.dataset_inputs} == {"training", "evaluation"}
+    assert {item.dataset.name for item in runs[0].inputs.dataset_inputs} == {
+        "training",
+        "evaluation",
+    }
 
 
-def test_the_registered_model_generates(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_registered_model_generates(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
     folder, _ = finished
@@ -131,10 +166,17 @@ def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers
     folder = finished[0].parent.parent
     with processes.scratch() as scratch:
         elsewhere = f"run.storage={tmp_path / 'runs'}"
-        run = Run(folder / "config.yaml", scratch, Fault("step", "hold", step=4, rank=0), changes=(elsewhere,))
+        run = Run(
+            folder / "config.yaml",
+            scratch,
+            Fault("step", "hold", step=4, rank=0),
+            changes=(elsewhere,),
+        )
         run.start()
         run.wait_for_fault()
-        saved = tmp_path / "runs" / "small" / "checkpoints" / "step-0000002"  # written beside the training
+        saved = (
+            tmp_path / "runs" / "small" / "checkpoints" / "step-0000002"
+        )  # written beside the training
         run.wait_until(saved.exists, "no checkpoint of step 2")
         run.kill_everything()
         assert run.wait() == -9, run.tail()
@@ -159,7 +201,10 @@ def test_a_finished_run_is_trained_longer_by_more_steps(
     before = json.loads((finished[0] / "result.json").read_text())
     done = project.finetune(file, f"run.storage={storage}", "train.steps=8", env=small_shards)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "train.steps was 6, is 8: training continues after step 6 with the optimizer's state" in done.stdout
+    assert (
+        "train.steps was 6, is 8: training continues after step 6 with the optimizer's state"
+        in done.stdout
+    )
     assert "training continues after step 6 of 8" in done.stdout
     assert "olora initialisation" not in done.stdout
     metrics = Result.from_path(str(storage / "small")).metrics
@@ -169,7 +214,9 @@ def test_a_finished_run_is_trained_longer_by_more_steps(
     assert (result["steps"], result["registered"]["version"]) == (8, 2)
     assert json.loads((storage / "small" / "export" / "parity.json").read_text())["step"] == 8
     assert result["mlflow"]["run_id"] == before["mlflow"]["run_id"]
-    history = MlflowClient(result["mlflow"]["uri"]).get_metric_history(result["mlflow"]["run_id"], "train/loss")
+    history = MlflowClient(result["mlflow"]["uri"]).get_metric_history(
+        result["mlflow"]["run_id"], "train/loss"
+    )
     assert [metric.step for metric in history] == list(range(1, 9))
 
 
@@ -181,12 +228,23 @@ def test_another_number_of_workers_trains_the_same_bytes(
     """Of 5, one has none of the 4 micro-batches."""
     first, _ = finished
     file = first.parent.parent / "config.yaml"
-    others = (f"cluster.workers={workers}", "cluster.cpus_per_worker=0.4", f"run.storage={tmp_path / 'other'}")
-    done = project.finetune(file, *others, "tracking.uri=null", "registry.model=null", env=small_shards)
+    others = (
+        f"cluster.workers={workers}",
+        "cluster.cpus_per_worker=0.4",
+        f"run.storage={tmp_path / 'other'}",
+    )
+    done = project.finetune(
+        file, *others, "tracking.uri=null", "registry.model=null", env=small_shards
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     second = tmp_path / "other" / "small"
-    one, two = (folder / "export" / "adapter" / "adapter_model.safetensors" for folder in (first, second))
+    one, two = (
+        folder / "export" / "adapter" / "adapter_model.safetensors" for folder in (first, second)
+    )
     assert one.read_bytes() == two.read_bytes()
-    losses = [json.loads((folder / "result.json").read_text())["metrics"]["eval/loss"] for folder in (first, second)]
+    losses = [
+        json.loads((folder / "result.json").read_text())["metrics"]["eval/loss"]
+        for folder in (first, second)
+    ]
     assert losses[0] == losses[1]
     assert ("1 worker without a micro-batch" in done.stdout) == (workers == "5")

@@ -30,7 +30,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(file: str, numbers: Sequence[int]) -> str:
-    chats = ([{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}"}] for n in numbers)
+    chats = (
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}"}]
+        for n in numbers
+    )
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     return file
@@ -48,7 +51,9 @@ def written(*words: str, out: str = "my_run.yaml") -> Config:
     return load_config(out)
 
 
-def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_config_is_one_that_an_editor_and_a_run_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     found = written(rows("chats.jsonl", range(200)), model("model"))
     assert (found.run.name, found.model.name, found.registry.model) == ("chats", "model", "chats")
     assert [each.path for each in found.data.train] == ["chats.jsonl"]
@@ -64,7 +69,10 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
         "chat chats",
     ]
     text = Path("my_run.yaml").read_text(encoding="utf-8")
-    assert "too_long: drop_turns  # rows with more tokens than max_length lose their last turns" in text
+    assert (
+        "too_long: drop_turns  # rows with more tokens than max_length lose their last turns"
+        in text
+    )
     assert mistakes("config", parse_yaml(text, "my_run.yaml")) == []
     assert Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")).is_file()
     assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "model", "my_run.yaml"]
@@ -86,7 +94,9 @@ def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count: in
         (["chats.jsonl", "test.jsonl"], "chats.jsonl", None),
     ],
 )
-def test_rows_that_are_held_out_by_name_are_held_out(files: list[str], data: str, held_out: str | None) -> None:
+def test_rows_that_are_held_out_by_name_are_held_out(
+    files: list[str], data: str, held_out: str | None
+) -> None:
     for number, file in enumerate(files):
         rows(file, range(100 * number, 100 * number + 30))
     found = written(data)
@@ -106,15 +116,28 @@ def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(
         found = written(data, base, "--out", f"{number}.yaml", out=f"{number}.yaml")
         assert [each.path for each in found.data.train] == [data]
         printed = capsys.readouterr().out
-        assert re.search(r"\n1 of them cannot be used, the first is .*/day2\.jsonl:101: no_answer: ", printed)
+        assert re.search(
+            r"\n1 of them cannot be used, the first is .*/day2\.jsonl:101: no_answer: ", printed
+        )
         with said() as lines:
             dry_run(command_line.resolved(found, folder))
-        assert len([line for line in lines if "copies of held-out rows, left out of the training: " in line]) == 1
+        assert (
+            len(
+                [
+                    line
+                    for line in lines
+                    if "copies of held-out rows, left out of the training: " in line
+                ]
+            )
+            == 1
+        )
     assert sorted(each.name for each in Path().rglob("*.jsonl")) == ["day1.jsonl", "day2.jsonl"]
 
 
 def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
-    Path("q.csv").write_text("question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102)))
+    Path("q.csv").write_text(
+        "question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102))
+    )
     told = r"^data\.train\.0: 34 of 102 rows cannot be used.* \(empty_answer 34\); .*/q\.csv:2: .*max_rejected=0\.334$"
     with pytest.raises(UserError, match=told):
         init.main(["q.csv"])
@@ -175,10 +198,18 @@ def test_any_path_is_written_as_it_is_and_gives_a_name(data: str, name: str) -> 
 
 
 def test_fields_of_the_data_are_taken_and_no_others() -> None:
-    Path("a.jsonl").write_text("".join(json.dumps({"ask": f"{n}?", "say": "2"}) + "\n" for n in range(20)))
-    words = ("data.train.0.format=prompt_completion", "data.train.0.fields={prompt: ask, completion: say}")
+    Path("a.jsonl").write_text(
+        "".join(json.dumps({"ask": f"{n}?", "say": "2"}) + "\n" for n in range(20))
+    )
+    words = (
+        "data.train.0.format=prompt_completion",
+        "data.train.0.fields={prompt: ask, completion: say}",
+    )
     (source,) = written("a.jsonl", *words).data.train
-    assert (source.format, source.fields) == ("prompt_completion", {"prompt": "ask", "completion": "say"})
+    assert (source.format, source.fields) == (
+        "prompt_completion",
+        {"prompt": "ask", "completion": "say"},
+    )
     with pytest.raises(UserError, match=r"^argument train\.lr: .*set it in the config$"):
         init.main(["a.jsonl", "train.lr=1", "--out", "b.yaml"])
 
@@ -193,10 +224,22 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
         (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file or folder$"),
         ([], "^arguments: expected DATA and an optional MODEL; --help shows how"),
         ([good, "modell"], r"^model\.name: modell: no such file or folder, and not a hub id"),
-        ([good, "--out", "mine.jsonl"], r"^mine\.jsonl: exists already; move it away, or name another config"),
-        ([good, "--out", "nofolder/x.yaml"], r"^--out nofolder/x\.yaml: No such file or directory$"),
-        ([rows("three.jsonl", range(3))], r"^three\.jsonl: 3 rows are too few to hold some out; at least 10"),
-        ([rows("few.jsonl", range(40))], r"^runs/few: exists already; name another run with --name$"),
+        (
+            [good, "--out", "mine.jsonl"],
+            r"^mine\.jsonl: exists already; move it away, or name another config",
+        ),
+        (
+            [good, "--out", "nofolder/x.yaml"],
+            r"^--out nofolder/x\.yaml: No such file or directory$",
+        ),
+        (
+            [rows("three.jsonl", range(3))],
+            r"^three\.jsonl: 3 rows are too few to hold some out; at least 10",
+        ),
+        (
+            [rows("few.jsonl", range(40))],
+            r"^runs/few: exists already; name another run with --name$",
+        ),
     ):
         with pytest.raises(UserError, match=told):
             init.main(words)

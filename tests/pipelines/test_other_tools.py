@@ -37,10 +37,16 @@ def test_each_field_is_named_and_each_value_that_is_said_is_in_the_config(
     assert said.partition("\nrun:")[0] in capsys.readouterr().out
     assert "hf_wDk" not in text
     source = Path(file).read_text(encoding="utf-8")
-    fields = re.findall(r"--(\w+)", source) if file.endswith(".sh") else list(yaml.safe_load(source))
-    assert [field for field in fields if not re.search(rf"^  {field}(:|$)", said, re.MULTILINE)] == []
+    fields = (
+        re.findall(r"--(\w+)", source) if file.endswith(".sh") else list(yaml.safe_load(source))
+    )
+    assert [
+        field for field in fields if not re.search(rf"^  {field}(:|$)", said, re.MULTILINE)
+    ] == []
     values = re.findall(r"(?:-> |, )([a-z]+\.[a-z_]+): ([\w.-]+)(?=,| \||$)", said, re.MULTILINE)
-    last = {field: parse_yaml(value, "") for field, value in values if f"replaces {value}" not in said}
+    last = {
+        field: parse_yaml(value, "") for field, value in values if f"replaces {value}" not in said
+    }
     assert {field: found[field] for field in last} == last
 
 
@@ -48,7 +54,17 @@ def test_a_converted_config_with_rows_and_a_model_here_is_planned(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.make_tiny(folder)
-    init.main(["--from", "axolotl_chats.yaml", "data.train=train.jsonl", "--name", "mine", "--out", "mine.yaml"])
+    init.main(
+        [
+            "--from",
+            "axolotl_chats.yaml",
+            "data.train=train.jsonl",
+            "--name",
+            "mine",
+            "--out",
+            "mine.yaml",
+        ]
+    )
     dry_run(command_line.resolved(load_config("mine.yaml"), folder))
     assert "examples, with the supervised tokens in [[ ]]" in capsys.readouterr().out
 
@@ -56,13 +72,34 @@ def test_a_converted_config_with_rows_and_a_model_here_is_planned(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("base_model: a\nrl: dpo\nadapter: lora", 'rl: "dpo": only adapters are trained, on supervised rows'),
-        ("base_model: a", r"adapter: null \(default of Axolotl\): only adapters are trained, on supervised rows"),
-        ("model_name_or_path: a\nstage: sft\ndo_train: true\nfinetuning_type: full", 'finetuning_type: "full": only'),
-        ("model_name_or_path: a\nuse_peft: true\nbeta: 0.1", "beta: 0.1: only adapters are trained"),
-        ("trl dpo --model_name_or_path a", "dpo is not sft: only adapters are trained, on supervised rows"),
-        ("base_model: a\nadapter: lora", "its rows are not known here: the file names none; set data.train.0.path="),
-        ("model_name_or_path: a\ndo_train: true\ndataset: b\ndataset_dir: none", r"dataset: .*none/dataset_info\.json"),
+        (
+            "base_model: a\nrl: dpo\nadapter: lora",
+            'rl: "dpo": only adapters are trained, on supervised rows',
+        ),
+        (
+            "base_model: a",
+            r"adapter: null \(default of Axolotl\): only adapters are trained, on supervised rows",
+        ),
+        (
+            "model_name_or_path: a\nstage: sft\ndo_train: true\nfinetuning_type: full",
+            'finetuning_type: "full": only',
+        ),
+        (
+            "model_name_or_path: a\nuse_peft: true\nbeta: 0.1",
+            "beta: 0.1: only adapters are trained",
+        ),
+        (
+            "trl dpo --model_name_or_path a",
+            "dpo is not sft: only adapters are trained, on supervised rows",
+        ),
+        (
+            "base_model: a\nadapter: lora",
+            "its rows are not known here: the file names none; set data.train.0.path=",
+        ),
+        (
+            "model_name_or_path: a\ndo_train: true\ndataset: b\ndataset_dir: none",
+            r"dataset: .*none/dataset_info\.json",
+        ),
         ("lr: 1", r"has no base_model \(Axolotl\) or model_name_or_path \(LLaMA-Factory, TRL\)$"),
         ("- 1", "has no base_model"),
         ("trl sft --a 'b", "^--from x: No closing quotation"),

@@ -28,7 +28,9 @@ def test_the_examples_of_the_functions_are_true(tiny_model: Path, tmp_path: Path
     assert len(lines) >= 5
     program = tmp_path / "program.py"
     program.write_text("\n".join(["import olora_ray", *lines]))
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, program], cwd=tmp_path, capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held-out loss: " in done.stdout
 
@@ -38,11 +40,21 @@ def test_the_cells_of_the_notebook_run(tiny_model: Path, tmp_path: Path) -> None
     cells = json.loads((project.ROOT / "docs" / "first_steps.ipynb").read_text())["cells"]
     program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     (model,) = re.findall(r'MODEL = "(.*)"', program)
-    (tmp_path / "notebook.py").write_text(program.replace(model, str(tiny_model)).replace("range(240)", "range(40)"))
-    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    (tmp_path / "notebook.py").write_text(
+        program.replace(model, str(tiny_model)).replace("range(240)", "range(40)")
+    )
+    done = subprocess.run(
+        [sys.executable, "notebook.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(
-        r"^held-out loss: [\d.]+ before, [\d.]+ after\n(.*\n)*\{'eval/loss'(.*\n)*base: ", done.stdout, re.M
+        r"^held-out loss: [\d.]+ before, [\d.]+ after\n(.*\n)*\{'eval/loss'(.*\n)*base: ",
+        done.stdout,
+        re.M,
     )
 
 
@@ -55,7 +67,8 @@ def test_a_mapping_is_a_config_too_and_a_mistake_names_its_field() -> None:
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
     told = (
-        "import sys, olora_ray; print([name for name in ('torch', 'ray', 'mlflow', 'pydantic') if name in sys.modules])"
+        "import sys, olora_ray; "
+        "print([name for name in ('torch', 'ray', 'mlflow', 'pydantic') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -26,7 +26,9 @@ def refused(command: Any, folder: Path, place: str) -> UserError:
 def test_a_bucket_that_is_not_there(s3_server: Server, bucket: str, corpus: Path) -> None:
     error = refused(finetune, corpus, "s3://none/runs")
     assert error.exit_code == 2
-    assert str(error).startswith("run.storage: s3://none/runs cannot be written: there is no bucket of this name")
+    assert str(error).startswith(
+        "run.storage: s3://none/runs cannot be written: there is no bucket of this name"
+    )
 
 
 @pytest.fixture

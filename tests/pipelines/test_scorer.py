@@ -27,10 +27,14 @@ def score(prediction, reference):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_scorer_that_fails_leaves_no_version_and_no_training_is_repeated(tiny_model: Path, corpus: Path) -> None:
+def test_a_scorer_that_fails_leaves_no_version_and_no_training_is_repeated(
+    tiny_model: Path, corpus: Path
+) -> None:
     (corpus / "mine.py").write_text(SCORER)
     env = {"PYTHONPATH": f"{corpus}:{project.ROOT}"}
-    file = project.write_config(corpus, project.settings(corpus, tiny_model, evaluation__scorer="mine:score"))
+    file = project.write_config(
+        corpus, project.settings(corpus, tiny_model, evaluation__scorer="mine:score")
+    )
     failed = project.finetune(file, env=env)
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "error: evaluation.scorer: mine:score fails on the answer" in failed.stderr
@@ -43,6 +47,9 @@ def test_a_scorer_that_fails_leaves_no_version_and_no_training_is_repeated(tiny_
     assert done.returncode == 0, done.stdout + done.stderr
     assert "training is already finished, at step 6" in done.stdout
     result = json.loads((corpus / "runs" / "small" / "result.json").read_text())
-    assert (result["registered"]["version"], set(result["scores"]["after"])) == (1, {"same", "late"})
+    assert (result["registered"]["version"], set(result["scores"]["after"])) == (
+        1,
+        {"same", "late"},
+    )
     assert set(result["scores"]["before"]) == {"same"}
     assert "held-out late: 1.000 after (6 rows)" in done.stdout

@@ -37,7 +37,9 @@ def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project.make_tiny(tmp_path_factory.mktemp("project"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     if rows := config.stash[ROWS]:
         shown = table.text(rows)
         terminalreporter.section("interrupted runs")

@@ -121,7 +121,9 @@ class Disturbances:
         self.over = code == 0
         if not self.over:
             if code not in expected:
-                self.problems.append(f"attempt {self.run.attempts} has ended with {code}: {self.run.last_words()}")
+                self.problems.append(
+                    f"attempt {self.run.attempts} has ended with {code}: {self.run.last_words()}"
+                )
             self.run.start()
 
     def _revive(self) -> None:
@@ -133,7 +135,9 @@ class Disturbances:
             try:
                 self.cluster.revive(host)
             except (AssertionError, subprocess.SubprocessError) as error:
-                self.say(f"Ray does not start on host {host.number}, yet: {str(error).strip()[-200:]}")
+                self.say(
+                    f"Ray does not start on host {host.number}, yet: {str(error).strip()[-200:]}"
+                )
             self._nodes[host.number] = host.raylet()
 
     def _note(self, event: Event, whom: str = "") -> None:
@@ -212,7 +216,9 @@ class Disturbances:
         try:
             code = self.run.wait(STOP)
         except AssertionError:
-            self.problems.append(f"attempt {self.run.attempts} did not end within {STOP:.0f} s of SIGTERM")
+            self.problems.append(
+                f"attempt {self.run.attempts} did not end within {STOP:.0f} s of SIGTERM"
+            )
             self._kill_driver(event, noted=True)
             return
         self._given_again(code, STOPPED)

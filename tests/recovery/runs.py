@@ -40,7 +40,9 @@ def written(tiny_project: Path, folder: Path, **changes: Any) -> Path:
         "evaluation__scorer": None,
         "evaluation__samples": 0,
     }
-    return project.write_config(folder, project.settings(tiny_project, tiny_project / "model", **short | changes))
+    return project.write_config(
+        folder, project.settings(tiny_project, tiny_project / "model", **short | changes)
+    )
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,17 @@ class Fault:
     """Seconds that every step takes longer."""
 
     def text(self, folder: Path) -> str:
-        parts = {"phase": self.phase, "kind": self.kind, "step": self.step, "rank": self.rank, "pace": self.pace}
-        return ";".join(f"{name}={value}" for name, value in parts.items() if value is not None) + f";dir={folder}"
+        parts = {
+            "phase": self.phase,
+            "kind": self.kind,
+            "step": self.step,
+            "rank": self.rank,
+            "pace": self.pace,
+        }
+        return (
+            ";".join(f"{name}={value}" for name, value in parts.items() if value is not None)
+            + f";dir={folder}"
+        )
 
 
 def environment(folder: Path, fault: Fault) -> dict[str, str]:
@@ -69,7 +80,11 @@ def environment(folder: Path, fault: Fault) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    others = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    others = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    }
     return others | own
 
 
@@ -103,7 +118,12 @@ class Run:
         """Give the command."""
         self.attempts += 1
         self._began = time.monotonic()
-        command = [*self.prefix, sys.executable, str(project.ROOT / "pipelines" / "finetune.py"), str(self.config)]
+        command = [
+            *self.prefix,
+            sys.executable,
+            str(project.ROOT / "pipelines" / "finetune.py"),
+            str(self.config),
+        ]
         command += self.changes
         with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
             self.driver = subprocess.Popen(
@@ -142,7 +162,9 @@ class Run:
         end = time.monotonic() + seconds
         while not condition():
             ended = self.driver.poll()
-            assert ended is None or condition(), f"{what}: the driver has ended with {ended}\n{self.tail()}"
+            assert ended is None or condition(), (
+                f"{what}: the driver has ended with {ended}\n{self.tail()}"
+            )
             assert time.monotonic() < end, f"{what}\n{self.tail()}"
             time.sleep(0.05)
 
@@ -194,10 +216,15 @@ class Run:
     def tail(self, count: int = 40) -> str:
         """The end of all output, for a failed test."""
         files = sorted(self.folder.glob("attempt-*"))
-        shown = ["\n".join(file.read_text(errors="replace").splitlines()[-count:]) for file in files]
+        shown = [
+            "\n".join(file.read_text(errors="replace").splitlines()[-count:]) for file in files
+        ]
         missing = self.folder / "missing"
         absent = f"\nnot in the product: {missing.read_text()}" if missing.exists() else ""
-        return "\n".join(f"--- {file.name}\n{text}" for file, text in zip(files, shown, strict=True)) + absent
+        return (
+            "\n".join(f"--- {file.name}\n{text}" for file, text in zip(files, shown, strict=True))
+            + absent
+        )
 
     def last_words(self) -> str:
         """The last line of the newest attempt, of its errors if there are any."""
@@ -219,13 +246,17 @@ class Clean:
     seconds: float
 
 
-def run_clean(tiny_project: Path, folder: Path, seconds: float = ATTEMPT_SECONDS, **changes: Any) -> Clean:
+def run_clean(
+    tiny_project: Path, folder: Path, seconds: float = ATTEMPT_SECONDS, **changes: Any
+) -> Clean:
     """Run in peace what is interrupted elsewhere, within so many seconds."""
     with processes.scratch() as scratch:
         run = Run(written(tiny_project, folder, **changes), scratch)
         assert run.attempt(seconds) == 0, run.tail()
         assert not (scratch / "missing").exists(), run.tail()
-        assert (run.initialised(), run.told_initialised(), run.resumptions()) == (1, 1, []), run.tail()
+        assert (run.initialised(), run.told_initialised(), run.resumptions()) == (1, 1, []), (
+            run.tail()
+        )
     return Clean(end_state(folder), run.seconds)
 
 
@@ -261,11 +292,15 @@ def end_state(place: Path) -> EndState:
     folder = storage / NAME
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    names = [name for name in runs[0].data.metrics if not name.startswith("system/")] if runs else []
+    names = (
+        [name for name in runs[0].data.metrics if not name.startswith("system/")] if runs else []
+    )
     return EndState(
         adapter=(folder / "export" / "adapter" / "adapter_model.safetensors").read_bytes(),
         statuses=tuple(run.info.status for run in runs),
-        series={name: _series(client.get_metric_history(runs[0].info.run_id, name)) for name in names},
+        series={
+            name: _series(client.get_metric_history(runs[0].info.run_id, name)) for name in names
+        },
         versions=tuple(int(one.version) for one in client.search_model_versions(f"name='{NAME}'")),
         result=json.loads((folder / "result.json").read_text()),
     )
@@ -277,7 +312,11 @@ def _series(history: Iterable[Any]) -> tuple[tuple[int, float], ...]:
 
 def differences(found: EndState, wanted: EndState) -> list[str]:
     """Every way in which an interrupted run's end differs from that of a run nobody touched."""
-    return [*adapter_differences(found, wanted), *record_differences(found, wanted), *value_differences(found, wanted)]
+    return [
+        *adapter_differences(found, wanted),
+        *record_differences(found, wanted),
+        *value_differences(found, wanted),
+    ]
 
 
 def adapter_differences(found: EndState, wanted: EndState) -> list[str]:
@@ -293,11 +332,17 @@ def record_differences(found: EndState, wanted: EndState) -> list[str]:
     if found.versions != (1,):
         problems.append(f"registered versions: {found.versions}")
     for name in sorted(found.series.keys() | wanted.series.keys()):
-        have, want = (Counter(step for step, _ in side.series.get(name, ())) for side in (found, wanted))
+        have, want = (
+            Counter(step for step, _ in side.series.get(name, ())) for side in (found, wanted)
+        )
         if have != want:
-            problems.append(f"{name}: steps {_ranges(have - want)} too often, steps {_ranges(want - have)} missing")
+            problems.append(
+                f"{name}: steps {_ranges(have - want)} too often, steps {_ranges(want - have)} missing"
+            )
     if found.result.get("steps") != wanted.result.get("steps"):
-        problems.append(f"result.json: {found.result.get('steps')} steps, not {wanted.result.get('steps')}")
+        problems.append(
+            f"result.json: {found.result.get('steps')} steps, not {wanted.result.get('steps')}"
+        )
     if found.result.get("registered") != wanted.result.get("registered"):
         problems.append(f"result.json: registered {found.result.get('registered')}")
     return problems
@@ -311,7 +356,9 @@ def value_differences(found: EndState, wanted: EndState) -> list[str]:
         if set(found.series.get(name, ())) != set(wanted.series[name])
     ]
     have, want = (side.result.get("metrics", {}) for side in (found, wanted))
-    return problems + [f"result.json: {name} is {have.get(name)}" for name in want if _differ(name, have, want)]
+    return problems + [
+        f"result.json: {name} is {have.get(name)}" for name in want if _differ(name, have, want)
+    ]
 
 
 def _differ(name: str, have: dict[str, float], want: dict[str, float]) -> bool:

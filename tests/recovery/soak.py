@@ -46,13 +46,16 @@ class Report:
         """For people."""
         count = sum(cost.times for cost in self.costs.values())
         first = (
-            f"{self.steps} steps in {self.seconds:.0f} s; {count} events; the command was given {self.commands} times"
+            f"{self.steps} steps in {self.seconds:.0f} s; {count} events; "
+            f"the command was given {self.commands} times"
         )
         end = "the adapter's bytes and all metrics are those of the run that nobody touched"
         return "\n".join([first, "", tally.text(self.costs), "", *(self.problems or [end])])
 
 
-def soak(tiny_project: Path, folder: Path, minutes: float, seed: int, say: Say, logs: Path | None = None) -> Report:
+def soak(
+    tiny_project: Path, folder: Path, minutes: float, seed: int, say: Say, logs: Path | None = None
+) -> Report:
     """Train for so many minutes while events happen; the output of the commands is copied to `logs`.
 
     Raises AssertionError if the run stands still for too long. Nothing is left of its processes and hosts.
@@ -64,7 +67,9 @@ def soak(tiny_project: Path, folder: Path, minutes: float, seed: int, say: Say, 
     say(f"a run of {steps} steps that nobody touches")
     limit = runs.ATTEMPT_SECONDS + steps * SECONDS_A_STEP
     clean = runs.run_clean(tiny_project, folder / "untouched", limit, **schedule)
-    say(f"it took {clean.seconds:.0f} s; now the same on two hosts, for {minutes:g} minutes of events")
+    say(
+        f"it took {clean.seconds:.0f} s; now the same on two hosts, for {minutes:g} minutes of events"
+    )
     config = runs.written(tiny_project, folder / "soaked", **schedule)
     with cluster(config, Fault(pace=PACE)) as found, _copied(found.run.folder, logs):
         soaked = Disturbances(found, say)
@@ -79,7 +84,9 @@ def soak(tiny_project: Path, folder: Path, minutes: float, seed: int, say: Say, 
 
 
 def _problems(run: runs.Run) -> list[str]:
-    found = [] if run.initialised() == 1 else [f"the adapter was initialised {run.initialised()} times"]
+    found = (
+        [] if run.initialised() == 1 else [f"the adapter was initialised {run.initialised()} times"]
+    )
     missing = run.folder / "missing"
     return found + ([f"not in the product: {missing.read_text()}"] if missing.exists() else [])
 

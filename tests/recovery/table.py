@@ -17,18 +17,30 @@ class Row:
 
     def cells(self) -> list[str]:
         again = "" if self.again is None else str(self.again)
-        lost, pause = ("" if seconds is None else f"{seconds:.0f}" for seconds in (self.lost, self.pause))
+        lost, pause = (
+            "" if seconds is None else f"{seconds:.0f}" for seconds in (self.lost, self.pause)
+        )
         return [self.case, _word(self.recovered), again, lost, pause, _word(self.same_bytes)]
 
 
-HEADER = ["case", "recovered", "steps done again", "seconds lost", "to the next step", "bytes equal"]
+HEADER = [
+    "case",
+    "recovered",
+    "steps done again",
+    "seconds lost",
+    "to the next step",
+    "bytes equal",
+]
 
 
 def text(rows: list[Row]) -> str:
     """The rows in columns."""
     cells = [HEADER, *(row.cells() for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = [
+        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

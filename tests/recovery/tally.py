@@ -73,7 +73,9 @@ def text(costs: dict[str, Cost]) -> str:
     )
     cells = [HEADER, *(cost.cells(what) for what, cost in costs.items()), total.cells("all")]
     widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+    ]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 

@@ -24,7 +24,11 @@ END = EndState(
         "eval/loss": ((0, 2.0), (4, 1.0), (8, 0.5)),
     },
     versions=(1,),
-    result={"steps": 8, "registered": {"version": 1}, "metrics": {"eval/loss": 0.5, "seconds": 9.0}},
+    result={
+        "steps": 8,
+        "registered": {"version": 1},
+        "metrics": {"eval/loss": 0.5, "seconds": 9.0},
+    },
 )
 
 
@@ -40,7 +44,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         with_series("eval/loss", (0, 2.0), (4, 1.0), (4, 1.0), (8, 0.5)),
         "eval/loss: steps [4] too often, steps [] missing",
     ),
-    "other value": (with_series("eval/loss", (0, 2.0), (4, 1.0), (8, 0.6)), "eval/loss: other values"),
+    "other value": (
+        with_series("eval/loss", (0, 2.0), (4, 1.0), (8, 0.6)),
+        "eval/loss: other values",
+    ),
 }
 
 
@@ -60,7 +67,9 @@ for step in (3, 6):
 """
 
 
-def python(folder: Path, fault: Fault, code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+def python(
+    folder: Path, fault: Fault, code: str, *arguments: Any
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=runs.environment(folder, fault),
@@ -91,11 +100,17 @@ def test_a_point_that_the_product_no_longer_has_is_told(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_run_that_is_given_up() -> None:
     with processes.scratch() as folder:
-        sleep = [sys.executable, "-c", "import subprocess, time; subprocess.Popen(['sleep', '99']); time.sleep(99)"]
+        sleep = [
+            sys.executable,
+            "-c",
+            "import subprocess, time; subprocess.Popen(['sleep', '99']); time.sleep(99)",
+        ]
         parent = subprocess.Popen(sleep, env=runs.environment(folder, Fault()))
         until(lambda: len(processes.processes_of(folder)) == 2, 20)
         found = processes.processes_of(folder)
         assert parent.pid in {process.pid for process in found}
     assert parent.wait(10) == -signal.SIGKILL
-    assert not any(processes.is_alive(process) for process in found if psutil.pid_exists(process.pid))
+    assert not any(
+        processes.is_alive(process) for process in found if psutil.pid_exists(process.pid)
+    )
     assert not folder.exists()

@@ -30,7 +30,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Fault]] = {
         {"method": "lora_ga", "init_tokens": 120},
         Fault("step", step=5, rank=1),
     ),
-    "kill everything, milora on Qwen 3, checkpoint": ("qwen3", {"method": "milora"}, Fault("checkpoint", step=6)),
+    "kill everything, milora on Qwen 3, checkpoint": (
+        "qwen3",
+        {"method": "milora"},
+        Fault("checkpoint", step=6),
+    ),
 }
 """Family, adapter, and what happens where."""
 
@@ -102,4 +106,6 @@ def went_on(run: Run) -> None:
     assert run.initialised() == 1, run.tail()
     assert run.again() <= runs.CHECKPOINT_EVERY, run.tail()
     assert [found.workers for found in run.resumptions()] == [2], run.tail()
-    assert "PeerLost" not in (run.folder / "attempt-1.err").read_text()  # a consequence, with a long traceback
+    assert (
+        "PeerLost" not in (run.folder / "attempt-1.err").read_text()
+    )  # a consequence, with a long traceback

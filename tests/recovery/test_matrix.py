@@ -35,7 +35,11 @@ HAPPENINGS = {
     "SIGTERM": list(POINTS),
     "kill everything": list(POINTS),
 }
-CASES = [pytest.param(what, where, id=f"{what}, {where}") for what, points in HAPPENINGS.items() for where in points]
+CASES = [
+    pytest.param(what, where, id=f"{what}, {where}")
+    for what, points in HAPPENINGS.items()
+    for where in points
+]
 
 HEARD_SECONDS = 1.5
 """After which the driver has seen a signal; it looks once a second."""
@@ -65,7 +69,9 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(
     row.recovered = True
 
 
-def test_answers_before_training_are_kept_too(tiny_project: Path, tmp_path: Path, rows: list[table.Row]) -> None:
+def test_answers_before_training_are_kept_too(
+    tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+) -> None:
     answered: dict[str, Any] = {"evaluation__scorer": "exact_match", "evaluation__samples": 2}
     for name in ("clean", "broken"):
         (tmp_path / name).mkdir()
@@ -137,12 +143,16 @@ def log_problems(run: Run, what: str, where: str) -> list[str]:
     found, resumptions = [], run.resumptions()
     most = 2 if where in UNSAVED else 1
     if not 1 <= run.initialised() <= most or run.told_initialised() > most:
-        found.append(f"initialised {run.initialised()} times, and the log says {run.told_initialised()}")
+        found.append(
+            f"initialised {run.initialised()} times, and the log says {run.told_initialised()}"
+        )
     if is_resumed(what, where) and len(resumptions) != 1:
         found.append(f"training was resumed once, the log says so {len(resumptions)} times")
     if where in ("export", "registration") and resumptions:
         found.append(f"nothing was to be trained again, but the log says {resumptions}")
-    found += [f"no word about what happened: {one}" for one in resumptions if not one.why.strip(" ;:,.")]
+    found += [
+        f"no word about what happened: {one}" for one in resumptions if not one.why.strip(" ;:,.")
+    ]
     found += [f"not two workers: {one}" for one in resumptions if one.workers != 2]
     if run.again() > (0 if what == "SIGTERM" else 2 * runs.CHECKPOINT_EVERY):
         found.append(f"{run.again()} steps were done again")

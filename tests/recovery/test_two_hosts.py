@@ -88,7 +88,9 @@ def ended_or_revived(found: Cluster, host: Host) -> bool:
     return False
 
 
-def test_a_run_grows_when_a_host_joins(clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]) -> None:
+def test_a_run_grows_when_a_host_joins(
+    clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+) -> None:
     row = table.Row("host joins, workers [1, 2]")
     rows.append(row)
     elastic = {"cluster__workers": [1, 2]}
@@ -114,5 +116,7 @@ def test_no_step_is_lost_when_a_host_is_taken_away_with_notice(
         time.sleep(NOTICE_SECONDS)
         found.others[1].kill()
         finish(found, tmp_path, clean, row)
-        assert [(one.workers, one.again) for one in found.run.resumptions()] == [(1, 0)], found.run.tail()
+        assert [(one.workers, one.again) for one in found.run.resumptions()] == [(1, 0)], (
+            found.run.tail()
+        )
     row.recovered = True

@@ -37,7 +37,9 @@ MIDDLE = Fault("step", "hold", step=5, rank=0, pace=0.1)
 
 
 @pytest.fixture(scope="module")
-def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bytes]:
+def clean(
+    tiny_project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], bytes]:
     """The adapter of two workers that nobody touched, by strategy and optimizer."""
 
     @cache
@@ -74,7 +76,12 @@ def test_the_bytes_are_those_of_an_undisturbed_run(
     row = table.Row(f"{event}, {world}")
     rows.append(row)
     config = runs.written(tiny_project, tmp_path, **changes)
-    with node_cluster(config, store) if event == "a node" else one_machine(config) as (run, hosts_of_it):
+    with (
+        node_cluster(config, store) if event == "a node" else one_machine(config) as (
+            run,
+            hosts_of_it,
+        )
+    ):
         run.start()
         pid = int(run.wait_for_fault()["pid"])
         at = time.time()

@@ -73,17 +73,25 @@ def night(kind: Kind, seed: int, effect: float) -> tuple[RowResults, RowResults,
 
     ours = best(kind.best_of) - effect
     theirs = np.zeros(count) if kind.skewed else best(1 if kind.new_rows else kind.best_of)
-    return _results(kind, hard, ours, tokens), _results(kind, hard, theirs, tokens), cluster.tolist()
+    return (
+        _results(kind, hard, ours, tokens),
+        _results(kind, hard, theirs, tokens),
+        cluster.tolist(),
+    )
 
 
 def _results(kind: Kind, hard: np.ndarray, deviation: np.ndarray, tokens: np.ndarray) -> RowResults:
     losses = 0.2 * deviation + hard
     scores = {"match": dict(enumerate((losses < 3.0).astype(float).tolist()))}
     origins = tuple((0, row) for row in range(len(losses)))
-    return RowResults("rows", tuple(tokens.tolist()), tuple((losses * tokens).tolist()), scores, origins)
+    return RowResults(
+        "rows", tuple(tokens.tolist()), tuple((losses * tokens).tolist()), scores, origins
+    )
 
 
-def promoted(kind: Kind, nights: int, effect: float, grouped: bool = True, gate: Gate | None = None) -> float:
+def promoted(
+    kind: Kind, nights: int, effect: float, grouped: bool = True, gate: Gate | None = None
+) -> float:
     """Return the share of the nights in which the challenger is promoted."""
     gate, passed = gate or Gate.model_validate({"metric": kind.metric}), 0
     for seed in range(nights):
@@ -94,12 +102,20 @@ def promoted(kind: Kind, nights: int, effect: float, grouped: bool = True, gate:
 
 def table(nights: int, kinds: tuple[Kind, ...] = KINDS) -> tuple[str, dict[str, float]]:
     """Return a text for people, and kind -> the share of nights in which an equal challenger is promoted."""
-    lines = [f"{'held-out rows':<46} {'nights':>6} {'equal':>7} {'before':>7} {'rows alone':>10} {'better':>7}"]
+    lines = [
+        f"{'held-out rows':<46} {'nights':>6} {'equal':>7} {'before':>7} {'rows alone':>10} {'better':>7}"
+    ]
     equal: dict[str, float] = {}
     for kind in kinds:
         equal[kind.name] = promoted(kind, nights, 0.0)
-        before = promoted(kind, nights, 0.0, gate=Gate(metric=kind.metric, confident=False, anchor=9.0))
-        alone = f"{promoted(kind, nights, 0.0, grouped=False):>10.1%}" if kind.alike else f"{'':>10}"
+        before = promoted(
+            kind, nights, 0.0, gate=Gate(metric=kind.metric, confident=False, anchor=9.0)
+        )
+        alone = (
+            f"{promoted(kind, nights, 0.0, grouped=False):>10.1%}" if kind.alike else f"{'':>10}"
+        )
         better = promoted(kind, nights, BETTER)
-        lines.append(f"{kind.name:<46} {nights:>6,} {equal[kind.name]:>7.1%} {before:>7.1%} {alone} {better:>7.1%}")
+        lines.append(
+            f"{kind.name:<46} {nights:>6,} {equal[kind.name]:>7.1%} {before:>7.1%} {alone} {better:>7.1%}"
+        )
     return "\n".join(lines), equal

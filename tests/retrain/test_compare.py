@@ -31,8 +31,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     (tmp_path / "scorer_of_a_test.py").write_text("def score(a, b):\n    return {'x': 1.0}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("scorer_of_a_test", "names_it"):
-        monkeypatch.delitem(sys.modules, name, raising=False)  # another test imported it from another folder
-    return tiny.config(run__storage=str(tmp_path / "runs"), evaluation__scorer="scorer_of_a_test:score")
+        monkeypatch.delitem(
+            sys.modules, name, raising=False
+        )  # another test imported it from another folder
+    return tiny.config(
+        run__storage=str(tmp_path / "runs"), evaluation__scorer="scorer_of_a_test:score"
+    )
 
 
 def note(config: Config, version: Version = VERSION) -> str:
@@ -67,7 +71,11 @@ def test_another_scorer_under_the_same_name_measures_anew(config: Config, tmp_pa
 def test_another_precision_or_device_measures_anew(config: Config) -> None:
     notes = [
         note(override(config, change))
-        for change in ({"model.dtype": "float32"}, {"model.dtype": "bfloat16"}, {"cluster.gpus_per_worker": 1.0})
+        for change in (
+            {"model.dtype": "float32"},
+            {"model.dtype": "bfloat16"},
+            {"cluster.gpus_per_worker": 1.0},
+        )
     ]
     assert len(set(notes)) == 3
 
@@ -80,7 +88,11 @@ def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None
     """Their files may be deleted, but their tokenizers are still compared."""
     inputs: Any = SimpleNamespace(config=config)
     held_out = RowSet("rows", config, "held")
-    wanted = [(VERSION, held_out), (other := replace(VERSION, number="2"), held_out), (VERSION, held_out)]
+    wanted = [
+        (VERSION, held_out),
+        (other := replace(VERSION, number="2"), held_out),
+        (VERSION, held_out),
+    ]
     for version, tokenizer in ((VERSION, "tokenizer"), (other, "tokenizer")):
         records.write(note(config, version), compare.Measured(tokenizer, rows()))
     assert compare.measured(inputs, wanted) == [rows(), rows(), rows()]

@@ -54,7 +54,10 @@ def test_losses_count_downwards_and_scores_upwards() -> None:
         refused = decide(lax(metric=metric), bad, good)
         assert not refused.passed, metric
         assert "the improvement must be above 0" in refused.reason
-        assert f": worse by {-refused.details['improvement']['mean']:.4f} (99.75% interval of the" in refused.reason
+        assert (
+            f": worse by {-refused.details['improvement']['mean']:.4f} (99.75% interval of the"
+            in refused.reason
+        )
     assert improvement("eval/loss", good, bad).interval.mean == pytest.approx(1.1)
     assert improvement("eval/match", good, bad).interval.mean == pytest.approx(0.5)
 
@@ -73,7 +76,10 @@ def test_noise_passes_as_a_point_but_not_with_confidence() -> None:
 
 
 def test_all_conditions_must_hold() -> None:
-    conditions = [{"metric": "eval/match", "at_least": 0.9}, {"metric": "eval/perplexity", "at_most": 3.0}]
+    conditions = [
+        {"metric": "eval/match", "at_least": 0.9},
+        {"metric": "eval/perplexity", "at_most": 3.0},
+    ]
     strict = gate(**{"and": conditions})
     champion = results([3.0, 3.002])
     assert decide(strict, results([1.0, 1.0], match=[1.0, 1.0]), champion).passed
@@ -95,7 +101,9 @@ def test_what_is_not_a_number_passes_nothing() -> None:
     for metric in ("eval/loss", "eval/s"):
         assert not decide(lax(metric=metric), broken, good).passed
         assert not decide(gate(metric=metric), broken, good).passed
-    assert not decide(gate(**{"and": [{"metric": "eval/loss", "at_most": 9.0}]}), broken, None).passed
+    assert not decide(
+        gate(**{"and": [{"metric": "eval/loss", "at_most": 9.0}]}), broken, None
+    ).passed
 
 
 def test_a_metric_or_rows_that_were_not_measured() -> None:
@@ -157,8 +165,13 @@ def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
 
     ours, theirs = scored({0: 1.0, 1: 0.0, 2: 1.0}), scored({1: 0.0, 2: 1.0, 5: 0.0})
     found = improvement("eval/first", ours, theirs)
-    assert (found.rows, found.interval.mean, found.interval.high) == (2, 0.0, 0.0), "the same on the rows of both"
-    assert (ours.metric("eval/first"), theirs.metric("eval/first")) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (found.rows, found.interval.mean, found.interval.high) == (2, 0.0, 0.0), (
+        "the same on the rows of both"
+    )
+    assert (ours.metric("eval/first"), theirs.metric("eval/first")) == (
+        pytest.approx(2 / 3),
+        pytest.approx(1 / 3),
+    )
     decide(gate(metric="eval/first"), scored({0: 1.0, 1: 1.0, 2: 1.0}), scored({0: 1.0, 1: 0.0}))
     with pytest.raises(UserError, match="eval/first: no held-out row has it for both models"):
         decide(gate(metric="eval/first"), scored({0: 1.0}), scored({1: 1.0}))
@@ -182,13 +195,20 @@ def test_a_champion_whose_loss_is_not_finite_blocks_nobody(broken: float) -> Non
 
 def test_whoever_answers_only_what_is_easy_does_not_win() -> None:
     """Regression: a scorer left out unreadable answers, and only the few other rows were compared."""
-    champion, challenger = results([1.0] * 200, acc=[1.0] * 150 + [0.0] * 50), results([1.0] * 200, acc=[1.0] * 200)
+    champion, challenger = (
+        results([1.0] * 200, acc=[1.0] * 150 + [0.0] * 50),
+        results([1.0] * 200, acc=[1.0] * 200),
+    )
     assert decide(gate(metric="eval/acc"), challenger, champion).passed
     few = replace(challenger, scores={"acc": dict.fromkeys(range(0, 200, 4), 1.0)})
     decision = decide(gate(metric="eval/acc"), few, champion)
     assert not decision.passed
-    assert "(no score, counted as 0: 150 rows of the challenger, 0 of the champion)" in decision.reason
-    both = replace(champion, scores={"acc": {row: champion.scores["acc"][row] for row in few.scores["acc"]}})
+    assert (
+        "(no score, counted as 0: 150 rows of the challenger, 0 of the champion)" in decision.reason
+    )
+    both = replace(
+        champion, scores={"acc": {row: champion.scores["acc"][row] for row in few.scores["acc"]}}
+    )
     assert decide(gate(metric="eval/acc"), few, both).passed
     # 5 of 80 are too few for a test of chance: the challenger is right on 55, the champion on 58.
     hard = results([1.0] * 80, acc=[float(row < 58) for row in range(80)])

@@ -43,7 +43,9 @@ def test_every_further_set_of_rows_asks_for_more_confidence() -> None:
     assert "99.75% interval" in decide(Gate(), ours, theirs, HeldOut(sets=20)).reason
     many = decide(Gate(), ours, theirs, HeldOut(sets=365))
     assert (many.passed, "99.99% interval" in many.reason) == (False, True)
-    assert not decide(Gate(), *noisy(100, 0.05)).passed, "2.5 standard errors are nine promotions in 1,000 nights"
+    assert not decide(Gate(), *noisy(100, 0.05)).passed, (
+        "2.5 standard errors are nine promotions in 1,000 nights"
+    )
 
 
 def test_the_second_part_is_looked_at_only_after_the_first_and_may_refuse() -> None:
@@ -59,21 +61,38 @@ def test_the_second_part_is_looked_at_only_after_the_first_and_may_refuse() -> N
     names = [f"file:{row}" for row in range(100)]
     found = decide(split, ours, theirs, HeldOut(names))
     turned = list(range(99, -1, -1))
-    again = decide(split, ours.only(turned), theirs.only(turned), HeldOut([names[row] for row in turned]))
-    assert again.details["improvement"]["mean"] == pytest.approx(found.details["improvement"]["mean"])
+    again = decide(
+        split, ours.only(turned), theirs.only(turned), HeldOut([names[row] for row in turned])
+    )
+    assert again.details["improvement"]["mean"] == pytest.approx(
+        found.details["improvement"]["mean"]
+    )
     few = decide(split, *noisy(38, 0.3))
-    assert (few.passed, "38 rows" in few.reason, "too few rows for gate.confirm" in few.reason) == (True, True, True)
+    assert (few.passed, "38 rows" in few.reason, "too few rows for gate.confirm" in few.reason) == (
+        True,
+        True,
+        True,
+    )
 
 
 def test_a_second_part_that_is_worse_refuses() -> None:
     names, count = [f"file:{row}" for row in range(60)], 60
     champion = np.linspace(2.0, 3.0, count)
     split = Gate(confirm=0.5)
-    for row in range(count):  # find the part of each row: better there alone is a pass of the first part or none
-        alone = decide(split, results(champion - 1.0 * (np.arange(count) == row)), results(champion), HeldOut(names))
+    for row in range(
+        count
+    ):  # find the part of each row: better there alone is a pass of the first part or none
+        alone = decide(
+            split,
+            results(champion - 1.0 * (np.arange(count) == row)),
+            results(champion),
+            HeldOut(names),
+        )
         if alone.details["improvement"]["mean"] > 0:
             champion[row] += 1.0
-    first_only = decide(split, results(np.linspace(2.0, 3.0, count)), results(champion), HeldOut(names))
+    first_only = decide(
+        split, results(np.linspace(2.0, 3.0, count)), results(champion), HeldOut(names)
+    )
     assert "confirmation" in first_only.details
     assert not first_only.passed
 
@@ -104,10 +123,16 @@ def test_thirty_small_steps_down_end_at_the_anchor() -> None:
 def test_a_version_that_has_forgotten_other_tasks_is_refused() -> None:
     ours, theirs = noisy(80, 0.2)
     before = results(np.linspace(2, 3, 800), data="guard")
-    lost = decide(Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.05, data="guard"), before))
+    lost = decide(
+        Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.05, data="guard"), before)
+    )
     assert not lost.passed
-    assert lost.reason.startswith("guard: eval/loss 2.5500, the best champion's 2.5000: worse by 0.0500")
-    kept = decide(Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.01, data="guard"), before))
+    assert lost.reason.startswith(
+        "guard: eval/loss 2.5500, the best champion's 2.5000: worse by 0.0500"
+    )
+    kept = decide(
+        Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.01, data="guard"), before)
+    )
     assert kept.passed
     assert kept.details["guard"]["mean"] == pytest.approx(-0.01)
 
@@ -121,10 +146,17 @@ def test_sets_of_rows_and_uses_are_counted_and_stale_rows_named() -> None:
     old, others = version(1, 0, "old"), [version(n, 300 + n, f"set {n % 3}") for n in range(2, 8)]
     by_hand = replace(version(9, 305), tags={})
     found = compare.uses_of_rows(others[-1], others[0], [old, *others, by_hand])
-    assert (found["sets"], found["versions"], found["champion_days"], found["stale"]) == (4, 2, 5, "")
+    assert (found["sets"], found["versions"], found["champion_days"], found["stale"]) == (
+        4,
+        2,
+        5,
+        "",
+    )
     later = version(10, 370, "set 1")
     found = compare.uses_of_rows(later, None, [old, *others, later])
-    assert (found["sets"], found["versions"]) == (3, 3), "the first set was judged on over a year ago"
+    assert (found["sets"], found["versions"]) == (3, 3), (
+        "the first set was judged on over a year ago"
+    )
     late = version(11, 400, "set 1")
     assert compare.uses_of_rows(late, None, [*others, late])["stale"].startswith(
         "the held-out rows are stale: the same"
@@ -143,7 +175,10 @@ def test_answers_that_were_right_and_are_wrong_are_listed_with_their_places() ->
 def measured(_: object, wanted: list[tuple[Version, Any]]) -> list[RowResults]:
     """Stands for compare.measured: losses are tags of the version."""
     return [
-        results([float(each.tags[LOSS if rows.name == "the held-out rows" else GUARD_LOSS])] * 24, data=rows.name)
+        results(
+            [float(each.tags[LOSS if rows.name == "the held-out rows" else GUARD_LOSS])] * 24,
+            data=rows.name,
+        )
         for each, rows in wanted
     ]
 
@@ -159,7 +194,9 @@ def test_the_best_champions_are_tags_and_decide_in_later_nights(
     monkeypatch.setattr(compare, "measured", measured)
     guard_losses, register = iter([2.0, 1.9, 1.92, 1.92, 1.96, 1.92]), nights.register
     monkeypatch.setattr(
-        nights, "register", lambda loss, tags, run: register(loss, {**tags, GUARD_LOSS: str(next(guard_losses))}, run)
+        nights,
+        "register",
+        lambda loss, tags, run: register(loss, {**tags, GUARD_LOSS: str(next(guard_losses))}, run),
     )
     for loss in (1.0, 1.08, 1.16):
         assert "is the champion of" in nights.call(loss)
@@ -187,7 +224,10 @@ def test_the_guard_rows_are_the_shipped_text_or_the_sources(config: Config, tmp_
     inputs: Any = SimpleNamespace(base=BASE)
     shipped = compare.guard(config, inputs)
     assert shipped is not None
-    assert (shipped.config.evaluation.scorer, shipped.config.data.eval[0].path) == (None, str(compare.TEXT))
+    assert (shipped.config.evaluation.scorer, shipped.config.data.eval[0].path) == (
+        None,
+        str(compare.TEXT),
+    )
     assert len(compare.TEXT.read_text().splitlines()) == 800
     assert compare.TEXT.stat().st_size <= 150_000
     assert compare.guard(override(config, {"gate.guard": None}), inputs) is None
@@ -199,11 +239,19 @@ def test_the_guard_rows_are_the_shipped_text_or_the_sources(config: Config, tmp_
         compare.guard(override(config, {"gate.guard": [str(tmp_path / "missing.jsonl")]}), inputs)
 
 
-def test_tasks_as_a_guard_count_their_wrong_answers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_as_a_guard_count_their_wrong_answers(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compare, "load_tasks", lambda names, _: dict.fromkeys(names))
-    tasks = compare.guard(override(config, {"gate.guard": ["arc_easy"]}), SimpleNamespace(base=BASE))  # type: ignore[arg-type]
+    tasks = compare.guard(
+        override(config, {"gate.guard": ["arc_easy"]}), SimpleNamespace(base=BASE)
+    )  # type: ignore[arg-type]
     assert tasks is not None
-    done = {"arc_easy": TaskResult("test[:3]", {}, {}, {"acc_norm": (0.0, 0.0, 0.0), "acc": (1.0, 0.0, 1.0)})}
+    done = {
+        "arc_easy": TaskResult(
+            "test[:3]", {}, {}, {"acc_norm": (0.0, 0.0, 0.0), "acc": (1.0, 0.0, 1.0)}
+        )
+    }
     monkeypatch.setattr(compare.lm_eval_tasks, "run", lambda *_: done)
     rows = compare.results_on(tasks, BASE, None, config)
     assert rows.losses == (0.0, 1.0, 0.0)

@@ -39,11 +39,18 @@ def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(
     aliases = registered.model(nightly.folder / "runs", "nightly", 2)
     same = recipe.look(load_config(nightly.config)).fingerprint.tags()
     for number in ("1", "2"):
-        for name, text in {**same, GATE: "passed: better", AGAINST: "", decision_run.RECORDED: "a run"}.items():
+        for name, text in {
+            **same,
+            GATE: "passed: better",
+            AGAINST: "",
+            decision_run.RECORDED: "a run",
+        }.items():
             aliases.client.set_model_version_tag("nightly", number, name, text)
     by_hand = ("nightly", "--tracking-uri", aliases.uri)
     aliases.client.set_registered_model_alias("nightly", "champion", "1")
-    assert night(nightly) == [], "there is no decision yet with which the champion could be compared"
+    assert night(nightly) == [], (
+        "there is no decision yet with which the champion could be compared"
+    )
 
     monkeypatch.setenv("OLORA_SUBMITTER", "alice@desk")
     registry.main(["promote", by_hand[0], "2", *by_hand[1:]])
@@ -67,10 +74,17 @@ def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(
     assert night(nightly)[0][3].endswith("left version 1: its alias was set or deleted in MLflow")
     assert night(nightly) == []
     decisions = [run.data.tags["olora.decision"] for run in nightly.decisions()]
-    assert [each for each in decisions if each != "unchanged"] == ["failed", "moved", "moved", "moved"]
+    assert [each for each in decisions if each != "unchanged"] == [
+        "failed",
+        "moved",
+        "moved",
+        "moved",
+    ]
 
 
-def test_a_base_model_that_has_changed_is_named_in_the_message(nightly: Nightly, model: Path) -> None:
+def test_a_base_model_that_has_changed_is_named_in_the_message(
+    nightly: Nightly, model: Path
+) -> None:
     config = load_config(nightly.config)
     inputs = recipe.look(config)
     before = {**inputs.fingerprint.tags(), "olora.base_digest": "another", BASE: "org/tiny@0a1b2c"}
@@ -79,7 +93,12 @@ def test_a_base_model_that_has_changed_is_named_in_the_message(nightly: Nightly,
     assert tags[CHANGED] == expected
     aliases = registered.model(nightly.folder / "runs", "nightly", 1)
     aliases.client.set_registered_model_alias("nightly", "champion", "1")
-    for name, text in {**tags, GATE: "passed: eval/loss 0.5", AGAINST: "", decision_run.RECORDED: ""}.items():
+    for name, text in {
+        **tags,
+        GATE: "passed: eval/loss 0.5",
+        AGAINST: "",
+        decision_run.RECORDED: "",
+    }.items():
         aliases.client.set_model_version_tag("nightly", "1", name, text)
     assert night(nightly) == [("promoted", "1", None, f"eval/loss 0.5; {expected}")]
 
@@ -110,7 +129,9 @@ def test_a_version_tells_its_data_base_code_image_who_cost_and_decision(
     assert (tags["olora.gpu_seconds"], tags["olora.price"]) == ("0", "0.00")
     assert 0 < int(tags["olora.cpu_seconds"]) < 300, log
     assert tags["olora.gate"].startswith("passed: eval/loss")
-    digests = [tags[f"olora.{what}"] for what in ("code", "base_digest", "data_digest", "held_out_digest")]
+    digests = [
+        tags[f"olora.{what}"] for what in ("code", "base_digest", "data_digest", "held_out_digest")
+    ]
     assert all(re.fullmatch("[0-9a-f+]{12,}", digest) for digest in digests), digests
     run = nightly.aliases.client.get_run(nightly.aliases.version("1").run_id)
     assert run.data.tags["mlflow.source.git.commit"] == "c0ffee"

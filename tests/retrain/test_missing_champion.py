@@ -97,7 +97,11 @@ def measured(_: object, wanted: list[tuple[Version, Any]]) -> list[RowResults]:
     rows, tokens = 24, 10
     return [
         RowResults(
-            "rows", (tokens,) * rows, (float(v.tags[LOSS]) * tokens,) * rows, {}, tuple((0, n) for n in range(rows))
+            "rows",
+            (tokens,) * rows,
+            (float(v.tags[LOSS]) * tokens,) * rows,
+            {},
+            tuple((0, n) for n in range(rows)),
         )
         for v, _ in wanted
     ]
@@ -170,9 +174,21 @@ def rolled_back(nights: Nights) -> None:
 DELETED = {
     "alias": ([without_alias], "3", "the alias champion is missing"),
     "version": ([without_version("3")], "2", "the champion, version 3, was deleted"),
-    "version and previous": ([without_version("3", "2")], "1", "the champion, version 3, was deleted"),
-    "all but previous": ([without_alias, without_record, without_verdicts], "2", "the alias champion is missing"),
-    "version after a rollback": ([rolled_back, without_version("2")], "1", "the champion, version 2, was deleted"),
+    "version and previous": (
+        [without_version("3", "2")],
+        "1",
+        "the champion, version 3, was deleted",
+    ),
+    "all but previous": (
+        [without_alias, without_record, without_verdicts],
+        "2",
+        "the alias champion is missing",
+    ),
+    "version after a rollback": (
+        [rolled_back, without_version("2")],
+        "1",
+        "the champion, version 2, was deleted",
+    ),
 }
 
 
@@ -188,12 +204,18 @@ def test_a_version_must_still_beat_one(
     assert re.search(f"{why}; a new version must beat version {against},", log), log
     assert "refused: eval/loss 1.4100" in log
     assert nights.aliases.version(worse).tags[AGAINST] == against
-    assert nights.aliases.current() == {**before, "challenger": worse}, "the deleted alias is not restored"
-    assert f"nothing changed since version {worse}" in nights.call(), "a refused version is not trained again"
+    assert nights.aliases.current() == {**before, "challenger": worse}, (
+        "the deleted alias is not restored"
+    )
+    assert f"nothing changed since version {worse}" in nights.call(), (
+        "a refused version is not trained again"
+    )
 
     log = nights.call(BETTER)
     better = nights.made()[-1]
-    assert log.endswith(f"version {better} is the champion of {NAME}, version {against} is previous"), "what is pinged"
+    assert log.endswith(
+        f"version {better} is the champion of {NAME}, version {against} is previous"
+    ), "what is pinged"
     assert nights.aliases.current() == {"champion": better, "previous": against}
     assert f"nothing changed since version {better} of nightly (the champion)" in nights.call()
 
@@ -212,7 +234,10 @@ def test_without_any_to_compare_with_a_night_ends_before_it_trains(
         delete(nights)
     before, versions = nights.aliases.current(), nights.made()
     problem = nights.stops(WORSE)
-    assert re.match(r"registry.model=nightly: the champion, version \d, was deleted, and no other version", problem)
+    assert re.match(
+        r"registry.model=nightly: the champion, version \d, was deleted, and no other version",
+        problem,
+    )
     assert "promote nightly VERSION, or delete the registered model" in problem
     assert (nights.aliases.current(), nights.made()) == (before, versions)
 
@@ -237,7 +262,9 @@ def test_versions_that_never_passed_are_no_champions(nights: Nights) -> None:
 
 
 @pytest.mark.parametrize("delete", [without_alias, without_version("3")], ids=["alias", "version"])
-def test_a_champion_that_is_deleted_while_a_night_trains(nights: Nights, delete: Callable[[Nights], None]) -> None:
+def test_a_champion_that_is_deleted_while_a_night_trains(
+    nights: Nights, delete: Callable[[Nights], None]
+) -> None:
     nights.meanwhile = lambda: delete(nights)
     assert "refused: eval/loss 1.4100" in nights.call(WORSE)
     assert "champion" not in nights.aliases.current()

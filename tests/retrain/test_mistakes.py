@@ -16,7 +16,9 @@ def refused(nightly: Nightly, *arguments: str) -> str:
     return str(caught.value)
 
 
-def test_a_failure_is_recorded_with_its_reason(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_recorded_with_its_reason(
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     nightly = Nightly(folder, model)
     mlflow_database.place(folder / "runs")

@@ -32,7 +32,9 @@ def nightly(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Night
 
 
 @pytest.mark.parametrize(("event", "verdict"), [("promoted", "passed"), ("refused", "refused")])
-def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, verdict: str) -> None:
+def test_a_decision_is_told_once_with_its_version(
+    nightly: Nightly, event: str, verdict: str
+) -> None:
     client = connect(nightly.aliases.uri)
     client.create_registered_model("nightly")
     found = recipe.look(load_config(nightly.config))
@@ -46,7 +48,9 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
     file = nightly.folder / "told.json"
     script = Path(__file__).parents[2] / "pipelines" / "retrain.py"
     words = [sys.executable, script, nightly.config, "notify.command=kill -KILL $PPID"]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL  # the call is killed before it has told
+    assert (
+        subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    )  # the call is killed before it has told
     for _ in range(2):  # the second call finds no change and sends nothing
         retrain.main([str(nightly.config), f"notify.command=cat >>{file}"])
     message = json.loads(file.read_text())
@@ -84,18 +88,24 @@ def test_a_failure_is_told_also_without_mlflow(
 def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the warnings of a notification."""
     with caplog.at_level(logging.WARNING, logger="olora_ray"):
-        notify.tell(config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer")
+        notify.tell(
+            config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer"
+        )
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_command_gets_the_same_on_its_standard_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_command_gets_the_same_on_its_standard_input(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file, address = tmp_path / "got.json", tmp_path / "address"
     with receiver() as hook:
         address.write_text(hook.url)
         config = tiny.config(notify__command=f"cat >{file}", notify__url=f"file:{address}")
         assert told(config, caplog) == []
     assert [json.loads(file.read_text())] == hook.got
-    assert hook.got[0]["text"].endswith(": failed: tracking.uri=postgresql://user:***@server/db: no answer")
+    assert hook.got[0]["text"].endswith(
+        ": failed: tracking.uri=postgresql://user:***@server/db: no answer"
+    )
 
 
 def test_a_webhook_that_refuses_is_one_warning_without_its_address(
@@ -103,7 +113,9 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(
 ) -> None:
     with receiver(status=500) as hook:
         monkeypatch.setenv("NOTIFY_URL", hook.url)
-        (line,) = told(tiny.config(notify__url="env:NOTIFY_URL", notify__command="exit 3"), caplog)[:1]
+        (line,) = told(tiny.config(notify__url="env:NOTIFY_URL", notify__command="exit 3"), caplog)[
+            :1
+        ]
     assert hook.events() == ["failed"] * 3
     assert line == "notify.url: the event 'failed' was not sent: HTTP status 500"
     assert caplog.messages[1:] == ["notify.command: the event 'failed' was not sent: exit code 3"]
@@ -114,7 +126,10 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(
     [
         ("http://127.0.0.1:1/hook/s3cr3tOfTheHook", "ConnectionError"),
         ("s3cr3tOfTheHook", "MissingSchema"),
-        ("", "its address: env:NOTIFY_URL: the environment variable NOTIFY_URL is not set in this process"),
+        (
+            "",
+            "its address: env:NOTIFY_URL: the environment variable NOTIFY_URL is not set in this process",
+        ),
     ],
 )
 def test_a_webhook_that_is_not_there_is_one_warning_without_its_address(
@@ -138,9 +153,13 @@ def test_a_config_has_no_address_of_a_webhook(address: str) -> None:
     with pytest.raises(UserError) as caught:
         tiny.config(notify__url=address)
     assert re.fullmatch(
-        r"config: notify\.url: an address is a secret .*; store it .* env:NAME or file:/PATH", str(caught.value)
+        r"config: notify\.url: an address is a secret .*; store it .* env:NAME or file:/PATH",
+        str(caught.value),
     )
     command = f"curl -d @- {address}"
     if "://" in command:
-        with pytest.raises(UserError, match=r"^config: notify\.command: an address may be a secret, .*; use \$NAME$"):
+        with pytest.raises(
+            UserError,
+            match=r"^config: notify\.command: an address may be a secret, .*; use \$NAME$",
+        ):
             tiny.config(notify__command=command)

@@ -82,7 +82,9 @@ class Watched:
         spec.loader.exec_module(script)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            script.main(["--pause", "0", "--tries", "1", *options, str(self.project.config), "--", *command])
+            script.main(
+                ["--pause", "0", "--tries", "1", *options, str(self.project.config), "--", *command]
+            )
         except SystemExit as end:
             code = int(end.code or 0)
         except ValueError:
@@ -108,7 +110,9 @@ def watched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     monkeypatch.chdir(ROOT)
     with receiver() as hook:
         (folder / "ping").write_text(hook.url.replace("/hook/", "/ping/"))
-        yield Watched(Nightly(folder, folder / "model", retrain={"ping": f"file:{folder}/ping"}), hook)
+        yield Watched(
+            Nightly(folder, folder / "model", retrain={"ping": f"file:{folder}/ping"}), hook
+        )
 
 
 def run(code: str) -> list[str]:
@@ -119,7 +123,12 @@ def run(code: str) -> list[str]:
 
 def test_a_good_night_is_heard_with_its_decision(watched: Watched) -> None:
     """Regression: it was heard with the line that the webhook had got it."""
-    assert watched.night("bash", "-c", "echo version 2 is the champion; echo \"the event 'promoted' was sent\"") == 0
+    assert (
+        watched.night(
+            "bash", "-c", "echo version 2 is the champion; echo \"the event 'promoted' was sent\""
+        )
+        == 0
+    )
     assert watched.service.told == "version 2 is the champion (exit code 0)"
 
 
@@ -127,7 +136,10 @@ SINCE = "error: the retraining of nightly is already running (process 7 on a, si
 LONG_AGO = SINCE.format("2026-01-02 02:30:00")
 FAILURES: dict[str, tuple[list[str], str]] = {
     "the checkout is gone": ([sys.executable, "/gone/retrain.py"], "No such file or directory"),
-    "a package is gone": ([sys.executable, "-c", "import nonexistent"], "No module named 'nonexistent'"),
+    "a package is gone": (
+        [sys.executable, "-c", "import nonexistent"],
+        "No module named 'nonexistent'",
+    ),
     "the command is gone": (["/none"], "COMMAND /none: No such file"),
     "a bug": (run("1 / 0"), "ZeroDivisionError: division by zero"),
     "the disk is full": (
@@ -144,9 +156,15 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     ),
     "the memory is full": (["bash", "-c", "kill -9 $$"], "killed by SIGKILL"),
     "the job hangs": (["sleep", "60"], "stopped after 0.0003 hours, the limit of a night"),
-    "another one hangs with the lock": (["bash", "-c", f"echo '{LONG_AGO}' >&2; exit 75"], "since 2026-01-02 02:30:00"),
+    "another one hangs with the lock": (
+        ["bash", "-c", f"echo '{LONG_AGO}' >&2; exit 75"],
+        "since 2026-01-02 02:30:00",
+    ),
     "the node is drained": (["bash", "-c", "kill -TERM $PPID; sleep 5"], "stopped by SIGTERM"),
-    "Ray's head is off": ([sys.executable, "deploy/submit.py", "x", "--", "true"], "Ray's dashboard does not answer"),
+    "Ray's head is off": (
+        [sys.executable, "deploy/submit.py", "x", "--", "true"],
+        "Ray's dashboard does not answer",
+    ),
 }
 
 
@@ -169,7 +187,9 @@ def test_what_a_retraining_refuses_is_heard_with_the_cause(watched: Watched, mod
         address = refusing.url.partition("/hook")[0]
         assert watched.night(*watched.retrain(f"tracking.uri={address}")) == 2
         assert "the server refuses access" in service.alarm()
-    with contextlib.closing(sqlite3.connect(project.folder / "runs" / "mlflow.db", isolation_level=None)) as database:
+    with contextlib.closing(
+        sqlite3.connect(project.folder / "runs" / "mlflow.db", isolation_level=None)
+    ) as database:
         database.execute("BEGIN IMMEDIATE")
         assert watched.night(*watched.retrain()) == 75
         assert "database is locked" in service.alarm()
@@ -201,14 +221,24 @@ def silent_network(watched: Watched) -> None:
 
 def silent_head(watched: Watched) -> None:
     """The machine is lost during the night."""
-    words = [sys.executable, "deploy/night.py", str(watched.project.config), "--", "bash", "-c", "kill -9 $PPID"]
+    words = [
+        sys.executable,
+        "deploy/night.py",
+        str(watched.project.config),
+        "--",
+        "bash",
+        "-c",
+        "kill -9 $PPID",
+    ]
     assert subprocess.run(words, timeout=60, check=False).returncode == -signal.SIGKILL
     watched.heard()
     assert watched.service.started is not None
 
 
 @pytest.mark.parametrize("silent", [silent_cron, silent_config, silent_network, silent_head])
-def test_a_silent_night_is_heard_within_minutes_of_its_deadline(watched: Watched, silent: Any) -> None:
+def test_a_silent_night_is_heard_within_minutes_of_its_deadline(
+    watched: Watched, silent: Any
+) -> None:
     assert watched.night("true") == 0
     service = watched.service
     service.at = DAY
@@ -238,11 +268,15 @@ def test_a_quiet_night_is_recorded_and_measured(
     client = project.aliases.client
     client.create_registered_model("nightly")
     now = recipe.look(load_config(project.config)).fingerprint
-    client.create_model_version("nightly", "/nowhere", tags={**now.tags(), GATE: "passed: eval/loss 0.5", AGAINST: ""})
+    client.create_model_version(
+        "nightly", "/nowhere", tags={**now.tags(), GATE: "passed: eval/loss 0.5", AGAINST: ""}
+    )
     client.set_registered_model_alias("nightly", "champion", "1")
     assert watched.night(*watched.retrain(f"retrain.metrics={metrics}")) == 0
     assert watched.service.alarm() == ""
-    assert float(client.get_registered_model("nightly").tags[GOOD]) == pytest.approx(time.time(), abs=60)
+    assert float(client.get_registered_model("nightly").tags[GOOD]) == pytest.approx(
+        time.time(), abs=60
+    )
     assert samples(metrics.read_text()).keys() == METRICS.keys()
     nights.main(["nightly", "--within", "1", "--tracking-uri", project.aliases.uri])
     assert "promoted version 1: eval/loss 0.5" in capsys.readouterr().out
@@ -254,7 +288,9 @@ def samples(text: str) -> dict[str, float]:
     return {sample.name: sample.value for sample in found}
 
 
-def test_mlflow_alone_tells_champion_refusals_and_age(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mlflow_alone_tells_champion_refusals_and_age(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     aliases = registered.model(mlflow_database.place(tmp_path / "runs"), "support", 3)
     where = {"run__storage": str(tmp_path / "runs"), "registry__model": "support"}
     with receiver() as gateway:
@@ -270,7 +306,11 @@ def test_mlflow_alone_tells_champion_refusals_and_age(tmp_path: Path, capsys: py
     assert path == "/metrics/job/olora_ray/model/support"
     told = samples(body)
     assert told["olora_held_out_uses"] == 3
-    assert all(value == pytest.approx(time.time(), abs=120) for name, value in told.items() if "seconds" in name)
+    assert all(
+        value == pytest.approx(time.time(), abs=120)
+        for name, value in told.items()
+        if "seconds" in name
+    )
     words = ["support", "--tracking-uri", aliases.uri]
     nights.main(words)
     lines = capsys.readouterr().out.splitlines()
@@ -299,9 +339,13 @@ def promtool() -> str:
 
 def test_prometheus_loads_rules_and_panels(promtool: str, tmp_path: Path) -> None:
     panels = [
-        {"record": "x", "expr": query.replace("$run", ".*")} for query in queries() if "label_values" not in query
+        {"record": "x", "expr": query.replace("$run", ".*")}
+        for query in queries()
+        if "label_values" not in query
     ]
-    (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": panels}]}))
+    (tmp_path / "panels.yaml").write_text(
+        yaml.safe_dump({"groups": [{"name": "panels", "rules": panels}]})
+    )
     for file in (RULES, tmp_path / "panels.yaml"):
         subprocess.run([promtool, "check", "rules", "--lint=none", str(file)], check=True)
 
@@ -321,7 +365,10 @@ def test_prometheus_fires_for_a_missing_night_and_not_before(promtool: str, tmp_
         (quiet, [firing("NoGoodNight", f"{hours}h", 0) for hours in range(0, 120, 8)]),
         (silence, [firing("NightsUnknown", "10m", 0), firing("NightsUnknown", "20m", 1)]),
     ]
-    tests = [{"interval": "15m", "input_series": [series], "promql_expr_test": asked} for series, asked in cases]
+    tests = [
+        {"interval": "15m", "input_series": [series], "promql_expr_test": asked}
+        for series, asked in cases
+    ]
     tree = {"rule_files": [str(RULES)], "evaluation_interval": "5m", "tests": tests}
     (tmp_path / "test.yaml").write_text(yaml.safe_dump(tree))
     subprocess.run([promtool, "test", "rules", str(tmp_path / "test.yaml")], check=True)

@@ -39,7 +39,9 @@ def test_the_repository_has_the_champion_s_own_files_and_no_other_version(tmp_pa
         shutil.rmtree(run.folder.root)  # as docs/operations.md allows
         hub.broken = "preupload"
         run.aliases.promote(second, "passed")
-        with pytest.raises(UserError, match="version 2 is not pushed; the same command only pushes"):
+        with pytest.raises(
+            UserError, match="version 2 is not pushed; the same command only pushes"
+        ):
             retraining.run(run.config)
         hub.broken = ""
         run.aliases.rollback("bad")

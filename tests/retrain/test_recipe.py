@@ -54,7 +54,9 @@ def test_a_version_waits_for_its_verdict() -> None:
     assert find_decision([champion, waiting], champion, NOW) is None
     refused = judged(2, NOW, "refused: worse", "1")
     assert find_decision([champion, refused], champion, NOW) is refused
-    assert find_decision([judged(1, NOW, "refused: x", "")], None, NOW) is not None, "a first version that was refused"
+    assert find_decision([judged(1, NOW, "refused: x", "")], None, NOW) is not None, (
+        "a first version that was refused"
+    )
 
 
 def test_a_verdict_holds_against_the_champion_it_was_made_against() -> None:
@@ -91,7 +93,9 @@ def config(tmp_path: Path) -> Config:
 
 
 def write(file: Path) -> None:
-    file.write_text("".join(json.dumps({"text": f"{file.name} {number}"}) + "\n" for number in range(20)))
+    file.write_text(
+        "".join(json.dumps({"text": f"{file.name} {number}"}) + "\n" for number in range(20))
+    )
 
 
 def inputs(config: Config) -> Inputs:
@@ -105,7 +109,9 @@ def champion_of(config: Config, folder: Path, **identity: str) -> Version:
     """Return a champion with a real checkpoint, made from the current data."""
     found = inputs(config)
     recipe.make(config, found, None)  # notes the files
-    weights = AdapterWeights(Factors(torch.ones(2, 3), torch.ones(4, 2)), torch.zeros(2, 3), torch.zeros(4, 2))
+    weights = AdapterWeights(
+        Factors(torch.ones(2, 3), torch.ones(4, 2)), torch.zeros(2, 3), torch.zeros(4, 2)
+    )
     what = {"base model": "base", "adapter": config.adapter.identity()} | identity
     place = folder / "checkpoints" / "step-0000005"
     checkpoint.save(place, {"layer": weights}, None, {}, TrainState(step=5), what, dump(config))
@@ -141,27 +147,41 @@ def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_p
     spectral = {"train.optimizer": "spectral"}
     for change in ({"train.lr": 1e-5}, {"train.lr_ratio": 2.0}, spectral, {"adapter.sigma": 0.1}):
         assert made(override(config, change), None)[0].config.run.name != first
-    assert made(override(config, {"gate.must_improve_by": 1, "cluster.workers": 1}), None)[0].config.run.name == first
+    assert (
+        made(override(config, {"gate.must_improve_by": 1, "cluster.workers": 1}), None)[
+            0
+        ].config.run.name
+        == first
+    )
     write(tmp_path / "chats" / "c.jsonl")
     assert made(config, None)[0].config.run.name != first
 
 
-def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config: Config, tmp_path: Path) -> None:
+def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(
+    config: Config, tmp_path: Path
+) -> None:
     champion = champion_of(config, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
     found, _ = made(config, champion)
     chats, again, other = found.config.data.train
     assert (chats.only, chats.weight) == ((f"{tmp_path}/chats/c.jsonl",), 1)
-    assert (again.only, again.weight) == ((f"{tmp_path}/chats/a.jsonl", f"{tmp_path}/chats/b.jsonl"), 0.25)
+    assert (again.only, again.weight) == (
+        (f"{tmp_path}/chats/a.jsonl", f"{tmp_path}/chats/b.jsonl"),
+        0.25,
+    )
     assert (other.only, other.weight) == ((), 0.5)
     assert found.config.train.start == f"{tmp_path}/run/checkpoints/step-0000005"
     assert found.tags[recipe.ORIGIN] == "champion, version 1"
-    assert found.tags["olora.data_digest"] == inputs(config).plan.digest(), "it stands on all the data"
+    assert found.tags["olora.data_digest"] == inputs(config).plan.digest(), (
+        "it stands on all the data"
+    )
     plan = prepare.plan_here(found.config, SPEC, "train")
     assert plan.rows == 20 + 0.25 * 40 + 0.5 * 20
 
 
-def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config: Config, tmp_path: Path) -> None:
+def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(
+    config: Config, tmp_path: Path
+) -> None:
     champion = champion_of(config, tmp_path / "run")
     (tmp_path / "chats" / "a.jsonl").rename(tmp_path / "chats" / "z.jsonl")
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
@@ -171,7 +191,9 @@ def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config: Config
     assert again.only == (f"{tmp_path}/chats/z.jsonl",)
 
 
-def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(config: Config, tmp_path: Path) -> None:
+def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(
+    config: Config, tmp_path: Path
+) -> None:
     drawn = override(config, {"data.eval_fraction": 0.2, "gate.min_rows": 2})
     champion = champion_of(drawn, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
@@ -179,20 +201,28 @@ def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(con
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
     found, said = made(drawn, champion)
-    assert "warning: data.eval_fraction: the champion, version 1, may have been trained on rows" in said
+    assert (
+        "warning: data.eval_fraction: the champion, version 1, may have been trained on rows"
+        in said
+    )
     assert "the gate uses only the held-out rows of 2 unchanged files" in said
-    assert "is not continued, because it may have been trained on rows that are held out now" in said
+    assert (
+        "is not continued, because it may have been trained on rows that are held out now" in said
+    )
     assert found.config.train.start is None, "what it has seen does not pass on to its child"
     for changed in ({"run.seed": 5}, {"data.eval_fraction": 0.3}):
         with pytest.raises(
-            UserError, match=r"run\.seed or the fraction has changed .* put new rows into other files of data\.train"
+            UserError,
+            match=r"run\.seed or the fraction has changed .* put new rows into other files of data\.train",
         ):
             made(override(drawn, changed), champion)
     with pytest.raises(UserError, match="no row is left to compare on"):
         made(drawn, version(1, Fingerprint("base", "unheard of", "held", "s")))
 
 
-def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config: Config, tmp_path: Path) -> None:
+def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(
+    config: Config, tmp_path: Path
+) -> None:
     held_out = tmp_path / "held_out.jsonl"
     write(held_out)
     apart = override(config, {"data.eval": [{"path": str(held_out)}], "retrain.from": "base"})
@@ -202,35 +232,55 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config:
         made(override(apart, {"gate.min_rows": 21}), champion)
     made(override(apart, {"gate.min_rows": 21}), None)  # without a champion there is no comparison
     one_row = {"gate.group": "text"}
-    held_out.write_text("".join(json.dumps({"text": f"{number % 7}"}) + "\n" for number in range(40)))
+    held_out.write_text(
+        "".join(json.dumps({"text": f"{number % 7}"}) + "\n" for number in range(40))
+    )
     with pytest.raises(UserError, match=r"has 7 groups of held-out rows"):
         made(override(apart, one_row), champion)
     made(override(apart, one_row | {"gate.min_rows": 7}), champion)
-    score = {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match", "evaluation.rows": 19}
-    with pytest.raises(UserError, match=r"evaluation\.rows: 19 rows with eval/exact_match, but gate\.min_rows needs"):
+    score = {
+        "evaluation.scorer": "exact_match",
+        "gate.metric": "eval/exact_match",
+        "evaluation.rows": 19,
+    }
+    with pytest.raises(
+        UserError,
+        match=r"evaluation\.rows: 19 rows with eval/exact_match, but gate\.min_rows needs",
+    ):
         made(override(apart, score), champion)
     made(override(apart, score | {"evaluation.rows": 20}), champion)
 
 
-def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(config: Config, tmp_path: Path) -> None:
+def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(
+    config: Config, tmp_path: Path
+) -> None:
     """Regression: only the gate said so, after the version was trained and registered."""
     write(tmp_path / "held_out.jsonl")
     apart = {"data.eval": [{"path": str(tmp_path / "held_out.jsonl")}], "retrain.from": "base"}
     for held_out in (apart, {"data.eval_fraction": 0.2}):
-        with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'txt'; use one of the fields"):
+        with pytest.raises(
+            UserError,
+            match=r"gate\.group: no held-out row has a column 'txt'; use one of the fields",
+        ):
             made(override(config, {"gate.group": "txt", **held_out}), None)
     for group in ("text", "@file", None):
         made(override(config, {"gate.group": group, **apart}), None)
 
 
-def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config: Config, tmp_path: Path) -> None:
+def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(
+    config: Config, tmp_path: Path
+) -> None:
     good = champion_of(config, tmp_path / "run")
     other = version(1, Fingerprint("other", "data", "held", "s"))
     lost = version(1, inputs(config).fingerprint, **{recipe.RUN: str(tmp_path / "nowhere")})
     foreign = version(1, Fingerprint("base", "unheard of", "held", "s"))
     wider = override(config, {"adapter.rank": 4})
     # finetune has trained version 1's run folder on, and registered version 2, which no gate has seen.
-    shorter = version(1, replace(inputs(config).fingerprint, settings="6 steps"), **{recipe.RUN: str(tmp_path / "run")})
+    shorter = version(
+        1,
+        replace(inputs(config).fingerprint, settings="6 steps"),
+        **{recipe.RUN: str(tmp_path / "run")},
+    )
     cases = [
         (config, good, "there is no new file"),
         (config, other, "it has another base model"),
@@ -247,10 +297,14 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config:
         assert found.tags[recipe.ORIGIN] == "base"
 
 
-def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config: Config, tmp_path: Path) -> None:
+def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(
+    config: Config, tmp_path: Path
+) -> None:
     known = champion_of(config, tmp_path / "run")
     champion = version(1, Fingerprint.from_tags(known.tags), **made(config, None)[0].tags)
-    made(override(config, {"data.train.1.weight": 0.1}), champion)  # fewer rows per epoch, but the same files
+    made(
+        override(config, {"data.train.1.weight": 0.1}), champion
+    )  # fewer rows per epoch, but the same files
     name = made(config, champion)[0].config.run.name
     assert made(override(config, {"retrain.may_shrink": 0.1}), champion)[0].config.run.name == name
     (tmp_path / "chats" / "a.jsonl").unlink()
@@ -267,7 +321,9 @@ def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config: C
     made(config, known)  # a version of an older release
 
 
-def test_the_champions_run_is_found_where_the_storage_lies_now(config: Config, tmp_path: Path) -> None:
+def test_the_champions_run_is_found_where_the_storage_lies_now(
+    config: Config, tmp_path: Path
+) -> None:
     champion = champion_of(config, tmp_path / "runs" / "nightly-1")
     write(tmp_path / "chats" / "c.jsonl")
     (tmp_path / "runs").rename(tmp_path / "moved")

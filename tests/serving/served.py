@@ -47,7 +47,9 @@ class Served:
         file = Path(self.folder.root) / f"{kind}.gguf"
         settings = self.config.export.model_copy(update={"gguf": kind})
         config = self.config.model_copy(update={"export": settings})
-        export_gguf.write_gguf(Path(self.folder.merged), file, self.work.model, config, self.work.spec.eos)
+        export_gguf.write_gguf(
+            Path(self.folder.merged), file, self.work.model, config, self.work.spec.eos
+        )
         return file
 
 
@@ -63,7 +65,9 @@ def make(folder: Path) -> Served:
     config = build(settings)
     base = open_base(config)
     train, held_out = prepare(config, base.spec, "train"), prepare(config, base.spec, "eval")
-    trainer = tiny.trainer(config, "segments", load_model(base.model.folder, config.model, torch.device("cpu")))
+    trainer = tiny.trainer(
+        config, "segments", load_model(base.model.folder, config.model, torch.device("cpu"))
+    )
     for _ in tiny.steps(trainer, train, STEPS):
         pass
     run = RunFolder(config.folder())
@@ -71,7 +75,9 @@ def make(folder: Path) -> Served:
     trainer.snapshot(TrainState(STEPS), None, {}, dump(config))(checkpoint)
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
     export.export_run(spec, run, STEPS)
-    return Served(config, Path(base.model.folder), run, export_losses.prepare(spec, str(checkpoint)))
+    return Served(
+        config, Path(base.model.folder), run, export_losses.prepare(spec, str(checkpoint))
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,9 @@ class Answer:
         """
         assert len(found) == len(self.tokens)
         others = [lead for lead, (_, first) in zip(self.leads, found, strict=True) if not first]
-        assert max(others, default=0.0) <= tie, f"other tokens are more likely, by transformers' {max(others):.4f}"
+        assert max(others, default=0.0) <= tie, (
+            f"other tokens are more likely, by transformers' {max(others):.4f}"
+        )
         return [abs(own - other) for own, (other, _) in zip(self.logprobs, found, strict=True)]
 
 
@@ -105,7 +113,9 @@ def answers(model: Any, tokenizer: Any, chats: list[Chat]) -> list[Answer]:
 def _answer(model: Any, tokenizer: Any, chat: Chat) -> Answer:
     text = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, add_special_tokens=False).input_ids
-    whole = model.generate(torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, use_cache=True)[0]
+    whole = model.generate(
+        torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, use_cache=True
+    )[0]
     logprobs = model(whole[None]).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     first, second = logprobs.topk(2).values.T
     tokens = whole[len(prompt) :].tolist()
@@ -113,9 +123,13 @@ def _answer(model: Any, tokenizer: Any, chat: Chat) -> Answer:
     return Answer(prompt, tokens, told, first.tolist(), (first - second).tolist())
 
 
-def same_answers(found: list[Answer], told: Callable[[Chat], str], chats: list[Chat], tie: float) -> int:
+def same_answers(
+    found: list[Answer], told: Callable[[Chat], str], chats: list[Chat], tie: float
+) -> int:
     """Compare the texts that an engine tells for chats; returns how many of them have no tie, and are equal."""
-    clear = [(answer, chat) for answer, chat in zip(found, chats, strict=True) if min(answer.leads) > tie]
+    clear = [
+        (answer, chat) for answer, chat in zip(found, chats, strict=True) if min(answer.leads) > tie
+    ]
     for answer, chat in clear:
         assert told(chat[:-1]).strip() == answer.text.strip()
     return len(clear)

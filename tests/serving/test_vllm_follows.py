@@ -26,10 +26,16 @@ from tests.serving.test_serving import Server, vllm
 from tests.serving.versions import CHALLENGER, FOLLOWED, NAME, Versions, registered
 from tests.waiting import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+]
 GOOD, SPOILT, TOO_LARGE = ("1", "2", "3", "4"), "5", "6"
 PROMPTS = [
-    [int(token) for token in torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(seed))]
+    [
+        int(token)
+        for token in torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(seed))
+    ]
     for seed in range(8)
 ]
 MOVES, ROLLBACKS, REQUESTS, LENGTH = 20, 5, 1000, 12
@@ -39,11 +45,21 @@ LATE = 5.0
 
 def asked(server: Server, model: str, prompt: list[int]) -> tuple[tuple[int, ...], str]:
     """Return the tokens of an answer, and the version that `olora-ray follow --listen` names."""
-    body = {"model": model, "prompt": prompt, "max_tokens": LENGTH, "temperature": 0, "ignore_eos": True}
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": LENGTH,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     data = json.dumps({**body, "return_token_ids": True}).encode()
-    request = urllib.request.Request(f"{server.address}/v1/completions", data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{server.address}/v1/completions", data, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=300) as response:
-        return tuple(json.load(response)["choices"][0]["token_ids"]), response.headers.get("x-olora-version", "")
+        return tuple(json.load(response)["choices"][0]["token_ids"]), response.headers.get(
+            "x-olora-version", ""
+        )
 
 
 def answer(server: Server, model: str, prompt: list[int]) -> tuple[int, ...]:
@@ -84,7 +100,11 @@ class Load:
     def _ask(self, seed: int) -> None:
         draw = random.Random(seed)
         while not self._stop.is_set():
-            server, prompt, begun = draw.randrange(len(self._servers)), draw.randrange(len(PROMPTS)), time.monotonic()
+            server, prompt, begun = (
+                draw.randrange(len(self._servers)),
+                draw.randrange(len(PROMPTS)),
+                time.monotonic(),
+            )
             try:
                 tokens, version = asked(self._servers[server], FOLLOWED, PROMPTS[prompt])
                 self.answers.append((begun, time.monotonic(), prompt, tokens, version))
@@ -102,7 +122,9 @@ class Load:
             thread.join()
 
 
-def prepared(versions: Versions, folder: Path, monkeypatch: pytest.MonkeyPatch, plugins: str) -> list[str]:
+def prepared(
+    versions: Versions, folder: Path, monkeypatch: pytest.MonkeyPatch, plugins: str
+) -> list[str]:
     """Set vLLM's environment, and return its command."""
     for name, value in (
         ("MLFLOW_TRACKING_URI", versions.server.uri),
@@ -111,7 +133,16 @@ def prepared(versions: Versions, folder: Path, monkeypatch: pytest.MonkeyPatch, 
         ("HOME", str(folder)),
     ):
         monkeypatch.setenv(name, value)
-    command = ["vllm", "serve", str(versions.base), "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
+    command = [
+        "vllm",
+        "serve",
+        str(versions.base),
+        "--enable-lora",
+        "--max-lora-rank",
+        "8",
+        "--max-loras",
+        "2",
+    ]
     return [*command, "--tokenizer", str(versions.base)]
 
 
@@ -148,7 +179,9 @@ def test_half_of_the_requests_go_to_the_challenger_under_load(
         share = (given("2") + given("4")) / len(load.answers)
         wrong = [each for each in load.answers if each[-1] and wanted[each[-1]][each[2]] != each[3]]
         unknown = sum(not each[-1] for each in load.answers)
-        print(f"{len(load.answers)} answers, {share:.0%} of them the challenger's; {unknown} begun before a move")
+        print(
+            f"{len(load.answers)} answers, {share:.0%} of them the challenger's; {unknown} begun before a move"
+        )
         assert 0.35 < share < 0.65
         # Those that run when vLLM replaces an adapter end with the new one.
         assert len(wrong) + unknown <= 2 * len(load.threads)
@@ -164,13 +197,18 @@ def test_two_servers_follow_the_champion_under_load(
         servers = [running.enter_context(vllm(command, FOLLOWED, log)) for log in logs]
 
         # What each version answers: by its number, which no alias moves.
-        wanted = {number: [answer(servers[0], f"{NAME}@{number}", prompt) for prompt in PROMPTS] for number in GOOD}
+        wanted = {
+            number: [answer(servers[0], f"{NAME}@{number}", prompt) for prompt in PROMPTS]
+            for number in GOOD
+        }
         assert all(one != other for one, other in itertools.combinations(wanted.values(), 2))
         for number in GOOD:
             assert wanted[number][0] == by_peft(versions, number, PROMPTS[0])
 
         def both_answer(number: str) -> bool:
-            return all(answer(server, FOLLOWED, PROMPTS[0]) == wanted[number][0] for server in servers)
+            return all(
+                answer(server, FOLLOWED, PROMPTS[0]) == wanted[number][0] for server in servers
+            )
 
         def told(text: str) -> bool:
             return all(text in log.read_text() for log in logs)
@@ -192,11 +230,17 @@ def test_two_servers_follow_the_champion_under_load(
         draw = random.Random(1)
         with Load(servers) as load:
             for i in range(MOVES + ROLLBACKS):
-                move(promote_another if i % 5 < 4 else lambda: versions.aliases.rollback("by test")[1])
+                move(
+                    promote_another
+                    if i % 5 < 4
+                    else lambda: versions.aliases.rollback("by test")[1]
+                )
             until(lambda: len(load.answers) >= REQUESTS or load.failures, 600)
         assert not load.failures
         late = [_late(moves, wanted, *each) for each in load.answers]
-        print(f"{len(late)} answers, {len(moves) - 1} moves; a replaced version answered for at most {max(late):.2f} s")
+        print(
+            f"{len(late)} answers, {len(moves) - 1} moves; a replaced version answered for at most {max(late):.2f} s"
+        )
         assert max(late) < LATE
 
         # The same by its HTTP interface, without the plug-in: `olora-ray follow --engine`.
@@ -208,7 +252,10 @@ def test_two_servers_follow_the_champion_under_load(
 
         # Versions that must not be loaded: the one before answers, and the log says why.
         for number, why in (
-            (SPOILT, f"{NAME} version {SPOILT}: peft/adapter_model.safetensors was changed after the registration"),
+            (
+                SPOILT,
+                f"{NAME} version {SPOILT}: peft/adapter_model.safetensors was changed after the registration",
+            ),
             (TOO_LARGE, "LoRA rank 32 is greater than max_lora_rank 8"),
         ):
             versions.point(number)
@@ -236,6 +283,10 @@ def _late(
     """Seconds between the end of the command that replaced the version of an answer, and the answer's beginning."""
     (number,) = [each for each, answers in wanted.items() if answers[prompt] == tokens]
     ends = [*(done for _, done, _ in moves[1:]), float("inf")]
-    terms = [end for (since, _, each), end in zip(moves, ends, strict=True) if each == number and since <= ended]
+    terms = [
+        end
+        for (since, _, each), end in zip(moves, ends, strict=True)
+        if each == number and since <= ended
+    ]
     assert terms, f"version {number} answered before it was the champion"
     return max(0.0, begun - terms[-1])

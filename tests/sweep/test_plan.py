@@ -31,7 +31,11 @@ def spoil(folder: Path) -> Path:
     """Store the weights of PACKED in 8 bits."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    packed = {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items() if name.split(".")[-2] in PACKED}
+    packed = {
+        name: value.to(torch.float8_e4m3fn)
+        for name, value in tensors.items()
+        if name.split(".")[-2] in PACKED
+    }
     save_file(tensors | packed, file)
     return folder
 
@@ -81,9 +85,12 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
     metric: str, rows: int, given: str | None, prepared: None
 ) -> None:
     """Regression: each trial failed after its complete training, and the search ended without a result."""
-    config = tiny.config(evaluation__scorer="exact_match", evaluation__rows=rows, evaluation__samples=0)
+    config = tiny.config(
+        evaluation__scorer="exact_match", evaluation__rows=rows, evaluation__samples=0
+    )
     base: Any = SimpleNamespace(
-        model=BaseModel("m", "/m", ""), tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))
+        model=BaseModel("m", "/m", ""),
+        tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids)),
     )
     lr = {"train.lr": {"choice": [1e-3]}}
     space = Space.model_validate({"search": lr, "metric": metric, "scheduler": {"kind": "none"}})
@@ -107,15 +114,22 @@ def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
     assert isinstance(found.value, Problems)
     assert len(found.value.lines) == 3  # a heading, and two problems
     first, second = text.removeprefix("the search cannot start: ").split("; search.")
-    assert first.startswith("search.adapter.targets=['q_proj', 'up_proj']: adapter.targets: model.layers.0.self_attn.q")
-    assert second.startswith("adapter.targets=['v_proj']: adapter.targets: model.layers.0.self_attn.v_proj cannot")
+    assert first.startswith(
+        "search.adapter.targets=['q_proj', 'up_proj']: adapter.targets: model.layers.0.self_attn.q"
+    )
+    assert second.startswith(
+        "adapter.targets=['v_proj']: adapter.targets: model.layers.0.self_attn.v_proj cannot"
+    )
     assert second.endswith("or set export.merged: false")
 
 
 def test_the_config_counts_where_it_is_a_trial(model: Path) -> None:
     lr = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}}
     for space in (over(["up_proj"]), lr, lr | {"include_default": False}):
-        with pytest.raises(UserError, match=r"^adapter\.targets: model\.layers\.0\.self_attn\.q_proj cannot be merged"):
+        with pytest.raises(
+            UserError,
+            match=r"^adapter\.targets: model\.layers\.0\.self_attn\.q_proj cannot be merged",
+        ):
             planned(model, space)
     assert planned(model, over(["up_proj"], include_default=False))
     assert planned(model, lr, export__merged=False)
@@ -123,7 +137,10 @@ def test_the_config_counts_where_it_is_a_trial(model: Path) -> None:
 
 def test_whether_it_is_merged_may_be_searched(model: Path) -> None:
     space = {"search": {"export.merged": {"choice": [False, True]}}, "include_default": False}
-    with pytest.raises(UserError, match=r"^search\.export\.merged=True: adapter\.targets: .*q_proj cannot be merged"):
+    with pytest.raises(
+        UserError,
+        match=r"^search\.export\.merged=True: adapter\.targets: .*q_proj cannot be merged",
+    ):
         planned(model, space)
 
 
@@ -142,16 +159,29 @@ def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     assert sum("memory per worker" in line for line in lines) == 3
 
 
-def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_refuses_before_it_starts_a_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     project.make_tiny(tmp_path)
     mlflow_database.place(tmp_path / "runs")
-    tree = project.settings(tmp_path, tmp_path / "model", adapter__targets=["up_proj"], evaluation={})
+    tree = project.settings(
+        tmp_path, tmp_path / "model", adapter__targets=["up_proj"], evaluation={}
+    )
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(over(["up_proj"], ["lm_head"])))
-    with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head"):
+    with pytest.raises(
+        UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head"
+    ):
         sweep.main([str(project.write_config(tmp_path, tree)), str(tmp_path / "space.yaml")])
     with pytest.raises(UserError, match=r"^registry\.model: not set"):
-        sweep.main([str(tmp_path / "config.yaml"), str(tmp_path / "space.yaml"), "registry.model=null", "--register"])
+        sweep.main(
+            [
+                str(tmp_path / "config.yaml"),
+                str(tmp_path / "space.yaml"),
+                "registry.model=null",
+                "--register",
+            ]
+        )
     with pytest.raises(UserError, match="expected a config and a space file"):
         sweep.main([])
     assert not (tmp_path / "runs" / "tokens").exists()

@@ -50,7 +50,9 @@ def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Pat
     found = space_file.load_space(path, GATED)
     search = search_folder.search_config(GATED, found, path, registers=False)
     spec: Any = SimpleNamespace(space=found, name="search")
-    trial: Any = SimpleNamespace(params=found.values(found.drawn(0)) if found.searcher != "tpe" else {})
+    trial: Any = SimpleNamespace(
+        params=found.values(found.drawn(0)) if found.searcher != "tpe" else {}
+    )
     for refit in (False, True):
         best = outcome.best_config(GATED, spec, trial, refit)
         assert (best.gate, best.evaluation) == (GATED.gate, GATED.evaluation)
@@ -75,7 +77,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "search.adapter.alpha: of: adapter.rank must be searched",
     ),
     "factor too small": (
-        {"search": {"adapter.rank": {"choice": [8]}, "adapter.alpha": {"of": "adapter.rank", "times": [1, 0]}}},
+        {
+            "search": {
+                "adapter.rank": {"choice": [8]},
+                "adapter.alpha": {"of": "adapter.rank", "times": [1, 0]},
+            }
+        },
         "search: adapter.alpha: input should be greater than 0",
     ),
     "metric that nobody reports": (
@@ -107,7 +114,10 @@ HALVES = {"adapter.method": {"choice": ["lora", "orthogonal"]}}
     [
         {"adapter.rank": {"choice": [8, 7]}},
         {"adapter.rank": {"quniform": [8, 64, 3]}},
-        {"adapter.alpha": {"choice": [4, 16]}, "adapter.rank": {"of": "adapter.alpha", "times": [1, 0.25]}},
+        {
+            "adapter.alpha": {"choice": [4, 16]},
+            "adapter.rank": {"of": "adapter.alpha", "times": [1, 0.25]},
+        },
     ],
 )
 def test_a_method_and_a_rank_that_do_not_go_together_are_found_before_a_trial_has_both(
@@ -134,8 +144,14 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         of({"choice": ["8", "32"]}, "adapter.rank"),
         "search.adapter.rank: '32' is text; write 32 without quotes",
     ),
-    "twice": (of({"choice": [8, 16, 8]}, "adapter.rank"), "search.adapter.rank: choice has 8 twice"),
-    "step of 0": (of({"quniform": [1, 8, 0]}), "quniform [1.0, 8.0, 0.0]: the step must be positive"),
+    "twice": (
+        of({"choice": [8, 16, 8]}, "adapter.rank"),
+        "search.adapter.rank: choice has 8 twice",
+    ),
+    "step of 0": (
+        of({"quniform": [1, 8, 0]}),
+        "quniform [1.0, 8.0, 0.0]: the step must be positive",
+    ),
     "fractions for a whole number": (
         of({"uniform": [1, 16]}, "train.micro_batch"),
         "search: train.micro_batch: input should be 'auto' or a valid integer, got a number with a"
@@ -143,20 +159,42 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # A field that depends on another.
     "a chain": (
-        {"search": {**LR, "train.clip": {"of": "train.lr"}, "train.weight_decay": {"of": "train.clip"}}},
+        {
+            "search": {
+                **LR,
+                "train.clip": {"of": "train.lr"},
+                "train.weight_decay": {"of": "train.clip"},
+            }
+        },
         "search.train.weight_decay: of: train.clip must be searched",
     ),
     "a base that may be null": (
-        {"search": {"train.clip": {"choice": [None, 1.0]}, "train.weight_decay": {"of": "train.clip"}}},
+        {
+            "search": {
+                "train.clip": {"choice": [None, 1.0]},
+                "train.weight_decay": {"of": "train.clip"},
+            }
+        },
         "search.train.weight_decay: of: train.clip has values that are not numbers",
     ),
     "factor that fits only the ends of a range": (
-        {"search": {"adapter.rank": {"quniform": [4, 8, 1]}, "train.steps": {"of": "adapter.rank", "times": 0.5}}},
+        {
+            "search": {
+                "adapter.rank": {"quniform": [4, 8, 1]},
+                "train.steps": {"of": "adapter.rank", "times": 0.5},
+            }
+        },
         "search: train.steps: input should be a valid integer, got a number with a fractional part",
     ),
     # Fields that must not vary, or not twice.
-    "a place that must not vary": (of({"choice": ["x"]}, "tracking.uri"), "search.tracking.uri: set it in the config"),
-    "a gate that must not vary": (of({"choice": ["x"]}, "gate.metric"), "search.gate.metric: set it in the config"),
+    "a place that must not vary": (
+        of({"choice": ["x"]}, "tracking.uri"),
+        "search.tracking.uri: set it in the config",
+    ),
+    "a gate that must not vary": (
+        of({"choice": ["x"]}, "gate.metric"),
+        "search.gate.metric: set it in the config",
+    ),
     "held-out rows": (
         of({"choice": [0.1, 0.2]}, "data.eval_fraction"),
         "search.data.eval_fraction: all trials must be measured in the same way",
@@ -179,7 +217,12 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # The search as a whole.
     "a grid without end": (
-        {"search": {f"train.{x}": {"grid": [i / 100 for i in range(1, 100)]} for x in ("lr", "clip", "warmup")}}
+        {
+            "search": {
+                f"train.{x}": {"grid": [i / 100 for i in range(1, 100)]}
+                for x in ("lr", "clip", "warmup")
+            }
+        }
         | {"searcher": "grid"},
         "search: the grid has 970,300 combinations, including the unchanged config, more than 10,000",
     ),
@@ -202,7 +245,9 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         space(tmp_path, **tree)
     assert message in str(error.value)
-    assert str(error.value).startswith((f"{tmp_path}/space.yaml: ", f"{tmp_path}/space.yaml, line "))
+    assert str(error.value).startswith(
+        (f"{tmp_path}/space.yaml: ", f"{tmp_path}/space.yaml, line ")
+    )
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
 
@@ -212,7 +257,12 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     [
         ({"choice": [None, 1.0]}, "train.clip", None, True),  # null is a value like any other
         ({"quniform": [4, 64, 4]}, "adapter.rank", 12, True),
-        ({"quniform": [4, 64, 4]}, "adapter.rank", 13, False),  # Optuna would silently use another value
+        (
+            {"quniform": [4, 64, 4]},
+            "adapter.rank",
+            13,
+            False,
+        ),  # Optuna would silently use another value
         ({"quniform": [1, 16, 4]}, "adapter.rank", 16, False),
         ({"uniform": [1e-4, 1e-3]}, "train.lr", 2e-3, False),
     ],
@@ -221,7 +271,9 @@ def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
     domain: dict[str, Any], field: str, value: Any, contains: bool, tmp_path: Path
 ) -> None:
     found = space(tmp_path, search={field: domain})
-    assert found.as_draws(override(CONFIG, {field: value})) == ({field: value} if contains else None)
+    assert found.as_draws(override(CONFIG, {field: value})) == (
+        {field: value} if contains else None
+    )
 
 
 SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
@@ -232,7 +284,11 @@ SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
     [
         ("data.train", [[{"path": "other.jsonl"}], [SOURCE]], [SOURCE]),
         ("data.train", [[{"path": "other.jsonl"}], [{**SOURCE, "weight": 2.0}]], None),
-        ("data.train.0", [{"path": "other.jsonl"}, {**SOURCE, "weight": 1.0}], {**SOURCE, "weight": 1.0}),
+        (
+            "data.train.0",
+            [{"path": "other.jsonl"}, {**SOURCE, "weight": 1.0}],
+            {**SOURCE, "weight": 1.0},
+        ),
     ],
 )
 def test_a_list_of_the_config_is_found_among_the_options(
@@ -257,7 +313,9 @@ def test_values_that_optuna_draws_are_the_steps_themselves() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="Choices for a categorical")  # tuner.py ignores it too
+        warnings.filterwarnings(
+            "ignore", message="Choices for a categorical"
+        )  # tuner.py ignores it too
         for _ in range(30):
             trial = study.ask()
             found.draw(Suggested(trial))
@@ -278,7 +336,10 @@ def test_held_out_metrics_need_held_out_rows(tmp_path: Path) -> None:
 def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> None:
     found = space(
         tmp_path,
-        search={"adapter.rank": {"choice": [4, 8]}, "adapter.alpha": {"of": "adapter.rank", "times": [1, 2, 4]}},
+        search={
+            "adapter.rank": {"choice": [4, 8]},
+            "adapter.alpha": {"of": "adapter.rank", "times": [1, 2, 4]},
+        },
         searcher="grid",
     )
     assert found.count() == 7
@@ -286,7 +347,9 @@ def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> 
     assert found.drawn(0) == {}
     assert found.values({}) == {}
     values = [found.values(found.drawn(number)) for number in range(1, 7)]
-    assert {(v["adapter.rank"], v["adapter.alpha"]) for v in values} == {(r, r * f) for r in (4, 8) for f in (1, 2, 4)}
+    assert {(v["adapter.rank"], v["adapter.alpha"]) for v in values} == {
+        (r, r * f) for r in (4, 8) for f in (1, 2, 4)
+    }
 
 
 @given(seed=st.integers(0, 2**31 - 1), number=st.integers(1, 500))

@@ -57,7 +57,13 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
     with said() as lines:
         kept.begin()
         kept.measured(4, 0.5)
-    assert lines == [f"warning: {tmp_path}/trial.json: cannot be written now (Is a directory); the trial continues"] * 2
+    assert (
+        lines
+        == [
+            f"warning: {tmp_path}/trial.json: cannot be written now (Is a directory); the trial continues"
+        ]
+        * 2
+    )
     (tmp_path / "trial.json").rmdir()
     kept.measured(8, 0.4)
     found = trial_file.read_record(str(tmp_path))
@@ -67,10 +73,17 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("error", "kind", "code"),
-    [(StoreUnavailable("no answer"), TryAgain, 75), (OSError(errno.EIO, "Input/output error"), UserError, 2)],
+    [
+        (StoreUnavailable("no answer"), TryAgain, 75),
+        (OSError(errno.EIO, "Input/output error"), UserError, 2),
+    ],
 )
 def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[UserError], code: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+    kind: type[UserError],
+    code: int,
 ) -> None:
     """Regression: a report silently lacked trials while the storage failed."""
     place = tmp_path / "trials" / "trial-003"

@@ -35,14 +35,18 @@ def spec(folder: Path, **changes: Any) -> SweepSpec:
     space = Space.model_validate(
         {"search": search, "metric": "train/loss", "trials": 3, "include_default": False, **changes}
     )
-    train_spec = TrainSpec(config, BaseModel("tiny", str(folder), "digest"), "digest", (0,), store, None)
+    train_spec = TrainSpec(
+        config, BaseModel("tiny", str(folder), "digest"), "digest", (0,), store, None
+    )
     return SweepSpec("search", str(folder / "search"), train_spec, space, "", 0.0)
 
 
 def record_of(search: SweepSpec, number: int = 1, **changes: Any) -> TrialFile:
     """Return the trial.json of a trial with this rate."""
     return TrialFile(
-        trial_path(search.folder, number), TrialRecord(number, {"train.lr": 1e-3}, "unfinished", **changes), "min"
+        trial_path(search.folder, number),
+        TrialRecord(number, {"train.lr": 1e-3}, "unfinished", **changes),
+        "min",
     )
 
 
@@ -76,11 +80,15 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fake
 
 
-def test_a_trial_reports_the_training_losses_by_which_it_is_compared(tmp_path: Path, training: Any) -> None:
+def test_a_trial_reports_the_training_losses_by_which_it_is_compared(
+    tmp_path: Path, training: Any
+) -> None:
     """At a sixteenth and a quarter of the steps: the mean over the second half of the steps so far."""
     training.result, training.losses = None, {step: 1 / step for step in range(1, 65)}
     search = spec(tmp_path, metric="eval/loss")
-    search = replace(search, train_spec=replace(search.train_spec, config=tiny.config(train__steps=64)))
+    search = replace(
+        search, train_spec=replace(search.train_spec, config=tiny.config(train__steps=64))
+    )
     trial = process(search, 1)
     first, second = trial.step(), trial.step()
     assert [(found["step"], found[PAIRED]) for found in (first, second)] == [
@@ -94,11 +102,15 @@ def test_a_trial_reports_the_training_losses_by_which_it_is_compared(tmp_path: P
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path: Path, training: Any, fails: bool) -> None:
+def test_the_end_of_a_trial_arrives_whatever_the_storage_does(
+    tmp_path: Path, training: Any, fails: bool
+) -> None:
     """Regression: the thread died while writing its last record, and the search waited for ever."""
     training.result, training.losses = None, {"a bug" if fails else 2: 0.5}
     run = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
-    Path(run.folder.root, "trial.json").mkdir(parents=True)  # a folder in place of the file cannot be written
+    Path(run.folder.root, "trial.json").mkdir(
+        parents=True
+    )  # a folder in place of the file cannot be written
     if fails:
         found = run.next()
         assert isinstance(found, Ended)
@@ -107,7 +119,9 @@ def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path: Path, tr
         assert [run.next(), run.next()] == [Measured(2, 0.5), Ended("finished")]
 
 
-@pytest.mark.parametrize(("present", "most", "waits"), [(1, 8, True), (0, 2, True), (1, 1, False), (4, 8, False)])
+@pytest.mark.parametrize(
+    ("present", "most", "waits"), [(1, 8, True), (0, 2, True), (1, 1, False), (4, 8, False)]
+)
 def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(
     present: int, most: int, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,21 +142,29 @@ def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(
             assert search_run._fitting({"CPU": 1.0}, 2) == 2
         else:
             with pytest.raises(
-                UserError, match=r"^cluster\.workers=2: a trial needs 2, but the cluster has room for 1"
+                UserError,
+                match=r"^cluster\.workers=2: a trial needs 2, but the cluster has room for 1",
             ):
                 search_run._fitting({"CPU": 1.0}, 2)
     assert asked == ([2, 2] if waits else [])
     assert bool(lines) is waits
 
 
-def test_no_key_of_the_driver_is_told_to_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_key_of_the_driver_is_told_to_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Regression: Tune passed keys as environment variables, which Ray shows and writes to the logs of its nodes."""
     from ray.tune.execution import class_cache
 
     monkeypatch.setattr(
         class_cache, "ENV_VARS_TO_PROPAGATE", class_cache.ENV_VARS_TO_PROPAGATE
     )  # monkeypatch restores it
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"):
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SECURITY_TOKEN",
+        "AWS_SESSION_TOKEN",
+    ):
         monkeypatch.setenv(name, "c4n4ry")
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "1")
     search = spec(tmp_path)
@@ -166,7 +188,9 @@ def again(search: SweepSpec, concurrent: int = 1) -> Any:
     return made._local_tuner
 
 
-def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(tmp_path: Path, training: Any) -> None:
+def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(
+    tmp_path: Path, training: Any
+) -> None:
     """Tune has forgotten the trial and starts it as a new one, but its training resumes."""
     first = record_of(search := spec(tmp_path))
     for step, value in ((1, 0.5), (2, 0.6)):
@@ -220,13 +244,17 @@ def test_trials_are_tracked_where_the_search_is_wherever_they_run(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another:5000")
     run = TrialRun(travelled[0], 1, {"train.lr": 1e-3})
     assert run.next() == Ended("finished")
-    assert [resolve_uri(each.config) for each in training.tracked] == [f"sqlite:///{driver}/mlflow.db"]
+    assert [resolve_uri(each.config) for each in training.tracked] == [
+        f"sqlite:///{driver}/mlflow.db"
+    ]
     assert run.config.tracking.uri is None, "a storage that is moved takes its database along"
 
 
 @pytest.mark.parametrize("state", [None, '{"trial_data": [["{}", "', '{"trial_data": []}'])
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
-def test_a_search_whose_state_is_lost_begins_anew(tmp_path: Path, searcher: str, state: str | None) -> None:
+def test_a_search_whose_state_is_lost_begins_anew(
+    tmp_path: Path, searcher: str, state: str | None
+) -> None:
     """Regression: Tune ran one trial of Optuna and called the search complete."""
     search = spec(tmp_path, searcher=searcher)
     begun(search, state)
@@ -250,7 +278,9 @@ def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path) -> None:
     begun(search, None)
     kept = record_of(search, 0)
     kept.measured(2, 0.5)
-    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
+    with pytest.raises(
+        UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"
+    ):
         again(search)
     assert read_record(trial_path(search.folder, 0)) == kept.record
 
@@ -284,7 +314,9 @@ def handed_on(first: Any, second: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
-def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(tmp_path: Path, searcher: str) -> None:
+def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(
+    tmp_path: Path, searcher: str
+) -> None:
     """Regression: each trial was trained and then counted as failed, because Tune wrote its note to the old folder."""
     search = spec(tmp_path, searcher=searcher)
     begun(search, '{"trial_data": [["{}", "{}"]]}')

@@ -47,7 +47,12 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def rows(count: int) -> list[Any]:
@@ -65,7 +70,13 @@ def config(storage: Path, *train: Any, **data: Any) -> Config:
     """A config whose sources are paths or mappings; other settings of `data` by name."""
     sources = [source if isinstance(source, dict) else {"path": str(source)} for source in train]
     run = {"name": "test", "storage": str(storage), "seed": data.pop("seed", 17)}
-    return build({"run": run, "model": {"name": "tiny"}, "data": {"train": sources, "max_length": 128, **data}})
+    return build(
+        {
+            "run": run,
+            "model": {"name": "tiny"},
+            "data": {"train": sources, "max_length": 128, **data},
+        }
+    )
 
 
 def texts(store: TokenStore) -> list[str]:

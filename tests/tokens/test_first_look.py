@@ -29,7 +29,9 @@ from tests.tokens import helpers
 def config(folder: Path, train: Any, **data: Any) -> Config:
     """A config of a missing model, with this training source."""
     run = {"name": "a", "storage": str(folder / "runs")}
-    return build({"run": run, "model": {"name": "/no/such/model"}, "data": {"train": train, **data}})
+    return build(
+        {"run": run, "model": {"name": "/no/such/model"}, "data": {"train": train, **data}}
+    )
 
 
 def refusal(config: Config) -> str:
@@ -46,7 +48,12 @@ def lines(*rows: Any) -> Callable[[Path], None]:
 
 ALPACA = {"instruction": "q", "output": "a"}
 MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]]] = {
-    "no such file": ("a.jsonl", lambda file: None, {}, ["data.train.0.path: ", "a.jsonl: no such file or folder"]),
+    "no such file": (
+        "a.jsonl",
+        lambda file: None,
+        {},
+        ["data.train.0.path: ", "a.jsonl: no such file or folder"],
+    ),
     "unknown type": (
         "a.xyz",
         lambda file: file.write_text("x") and None,
@@ -71,7 +78,12 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         {},
         ["a.txt:1: bad_text: its lines are JSON objects: name the file .jsonl"],
     ),
-    "empty": ("a.jsonl", lambda file: file.write_text("") and None, {}, ["data.train.0.path: ", "has no rows"]),
+    "empty": (
+        "a.jsonl",
+        lambda file: file.write_text("") and None,
+        {},
+        ["data.train.0.path: ", "has no rows"],
+    ),
     "unknown field": (
         "a.jsonl",
         lines({}),
@@ -96,7 +108,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
     ),
     "columns of a parquet file": (
         "a.parquet",
-        lambda file: parquet.write_table(pa.Table.from_pylist([{"q": "x", "answer": "y", "id": 1}]), file),
+        lambda file: parquet.write_table(
+            pa.Table.from_pylist([{"q": "x", "answer": "y", "id": 1}]), file
+        ),
         {"format": "alpaca"},
         ["field 'instruction' is missing; the row has q, answer, id"],
     ),
@@ -144,7 +158,10 @@ def test_a_finished_run_needs_its_data_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "hint"),
-    [("tatsu-lab/alpaca", "; if it is a data set of the hub, write hf://tatsu-lab/alpaca"), ("data/a.txt", "")],
+    [
+        ("tatsu-lab/alpaca", "; if it is a data set of the hub, write hf://tatsu-lab/alpaca"),
+        ("data/a.txt", ""),
+    ],
 )
 def test_a_name_of_the_hub_is_taken_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, hint: str
@@ -164,7 +181,11 @@ def test_it_comes_before_torch_ray_and_the_model(tmp_path: Path, flags: tuple[st
         "print([name for name in ('torch', 'ray', 'transformers', 'mlflow', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(file), *flags], capture_output=True, text=True, check=True, cwd=project.ROOT
+        [sys.executable, "-c", code, str(file), *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=project.ROOT,
     )
     message, imported = done.stdout.splitlines()
     assert message == f"data.train.0.path: {tmp_path}/train.jsonl: no such file or folder"
@@ -190,20 +211,26 @@ def test_what_is_found_is_said_once_and_is_what_one_could_have_set(tmp_path: Pat
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_the_preparation_finds_the_same_and_makes_the_same_store(split: Split, tmp_path: Path) -> None:
+def test_the_preparation_finds_the_same_and_makes_the_same_store(
+    split: Split, tmp_path: Path
+) -> None:
     (tmp_path / "a.csv").write_bytes(GERMAN)
     source = {"path": str(tmp_path / "a.csv")}
     with said() as told:
         store = prepare.prepare(config(tmp_path, source, eval=[source]), helpers.spec(), split)
     assert FOUND.replace("train", split) in told
-    given = prepare.plan_here(config(tmp_path, source | SET, eval=[source | SET]), helpers.spec(), split)
+    given = prepare.plan_here(
+        config(tmp_path, source | SET, eval=[source | SET]), helpers.spec(), split
+    )
     assert store.digest == given.digest()
     inputs: Any = given.inputs()
     assert inputs["sources"][0]["files"][0][0] == "semicolon csv, cp1252"
 
 
 @pytest.mark.parametrize("now", [{}, SET])
-def test_a_run_continues_whether_its_format_was_set_or_found(now: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_continues_whether_its_format_was_set_or_found(
+    now: dict[str, Any], tmp_path: Path
+) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     for before in ({}, SET):
@@ -222,7 +249,9 @@ def test_a_run_continues_whether_its_format_was_set_or_found(now: dict[str, Any]
 def test_what_is_found_meets_the_other_settings(tmp_path: Path) -> None:
     lines({"text": "a document"})(tmp_path / "a.jsonl")
     asked = config(tmp_path, str(tmp_path / "a.jsonl"), eval=[str(tmp_path / "a.jsonl")])
-    scored = override(asked, {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match"})
+    scored = override(
+        asked, {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match"}
+    )
     assert "held-out rows of format text" in refusal(scored)
 
 
@@ -232,5 +261,7 @@ def test_a_file_of_another_kind_turns_no_source_round_in_silence(tmp_path: Path)
     lines(*[{"instruction": "q", "output": "a"}] * 20)(tmp_path / "a.jsonl")
     found = first_look.check_data(config(tmp_path, f"{tmp_path}/*.jsonl"))
     assert found.data.train[0].format == "messages"
-    with pytest.raises(UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is missing"):
+    with pytest.raises(
+        UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is missing"
+    ):
         preview.describe(found, helpers.spec())

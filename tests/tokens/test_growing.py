@@ -46,7 +46,9 @@ def put(made: TokenStore, store: TokenStore, *names: str) -> None:
         (folder / name).write_bytes(Path(made.uri, name).read_bytes())
 
 
-def test_what_is_there_at_the_front_is_known(corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore) -> None:
+def test_what_is_there_at_the_front_is_known(
+    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore
+) -> None:
     preparation = begin(corpus, tiny_spec, "train")
     store = preparation.store
     assert (preparation.complete, preparation.done, preparation.problem) == (False, False, None)
@@ -82,7 +84,11 @@ def test_a_growing_store_travels_and_becomes_complete(
     put(made, store, "shard-00000.arrow", "shard-00000.json")
     store.refresh()
     elsewhere: TokenStore = pickle.loads(pickle.dumps(store))
-    assert (elsewhere.available, elsewhere.digest, elsewhere.shard_count) == (store.available, store.digest, 12)
+    assert (elsewhere.available, elsewhere.digest, elsewhere.shard_count) == (
+        store.available,
+        store.digest,
+        12,
+    )
     put(made, store, *(name for name in content(made.uri) if name != "manifest.json"))
     elsewhere.refresh()
     assert (elsewhere.total, elsewhere.complete, len(elsewhere)) == (len(made), False, len(made))
@@ -94,7 +100,9 @@ def test_a_growing_store_travels_and_becomes_complete(
     assert pickle.loads(pickle.dumps(elsewhere)).complete
 
 
-def test_start_gives_the_same_store_as_prepare(corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore) -> None:
+def test_start_gives_the_same_store_as_prepare(
+    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore
+) -> None:
     preparation = begin(corpus, tiny_spec, "train")
     preparation.start()
     preparation.join()
@@ -129,7 +137,9 @@ def test_a_stopped_preparation_is_finished_by_the_next(
     assert any("5 of 12 shards exist already" in line for line in lines)
 
 
-def test_a_problem_ends_the_work_and_is_passed_on(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
+def test_a_problem_ends_the_work_and_is_passed_on(
+    tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None
+) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(400), *[{"x": 1}] * 100])
     preparation = begin(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
     preparation.start()
@@ -142,7 +152,8 @@ def test_a_problem_ends_the_work_and_is_passed_on(tmp_path: Path, tiny_spec: Tok
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "cpus_held", [pytest.param(0, marks=pytest.mark.slow, id="a free CPU"), pytest.param(1, id="no free CPU")]
+    "cpus_held",
+    [pytest.param(0, marks=pytest.mark.slow, id="a free CPU"), pytest.param(1, id="no free CPU")],
 )
 def test_a_reader_follows_ray_datas_shards(
     cpus_held: int,

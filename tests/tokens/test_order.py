@@ -9,7 +9,9 @@ from olora_ray.tokens.store import order
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31 - 1))
-def test_each_epoch_is_a_permutation_and_the_first_is_the_stores_order(packs: int, seed: int) -> None:
+def test_each_epoch_is_a_permutation_and_the_first_is_the_stores_order(
+    packs: int, seed: int
+) -> None:
     stream = order(packs, seed, 0, 4 * packs)
     epochs = stream.reshape(4, packs)
     assert (epochs[0] == np.arange(packs)).all()
@@ -17,7 +19,9 @@ def test_each_epoch_is_a_permutation_and_the_first_is_the_stores_order(packs: in
 
 
 @given(st.integers(1, 50), st.integers(0, 9), st.lists(st.integers(0, 200), min_size=1, max_size=8))
-def test_any_split_into_ranges_gives_the_same_stream(packs: int, seed: int, cuts: list[int]) -> None:
+def test_any_split_into_ranges_gives_the_same_stream(
+    packs: int, seed: int, cuts: list[int]
+) -> None:
     borders = [0, *sorted(cuts), 200]
     parts = [order(packs, seed, low, high) for low, high in itertools.pairwise(borders)]
     assert (np.concatenate(parts) == order(packs, seed, 0, 200)).all()

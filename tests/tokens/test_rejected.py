@@ -25,7 +25,9 @@ def config(tmp_path: Path, small_shards: None) -> Config:
 def expected(uri: str) -> str:
     """The entries of all sidecars in their order, each line at its first occurrence."""
     sidecars = [json.loads(path.read_text()) for path in sorted(Path(uri).glob("shard-*.json"))]
-    lines = dict.fromkeys(json.dumps(entry) for sidecar in sidecars for entry in sidecar["rejected"])
+    lines = dict.fromkeys(
+        json.dumps(entry) for sidecar in sidecars for entry in sidecar["rejected"]
+    )
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -80,7 +80,9 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
     assert changed <= allowed
 
 
-def test_a_shard_that_is_not_what_it_was_is_refused(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+def test_a_shard_that_is_not_what_it_was_is_refused(
+    corpus: Config, tiny_spec: TokenizerSpec
+) -> None:
     folder = Path(prepare(corpus, tiny_spec, "train").uri)
     tree = records.read(str(folder / "manifest.json"), dict[str, Any], sealed=True)
     assert tree
@@ -88,11 +90,15 @@ def test_a_shard_that_is_not_what_it_was_is_refused(corpus: Config, tiny_spec: T
     (folder / "manifest.json").write_text(records.seal(tree))
     (folder / "shard-00003.arrow").unlink()
     for _ in range(2):  # now, and when the next run finds it
-        with pytest.raises(UserError, match=r"rebuilt shard-00003\.arrow differs from the original"):
+        with pytest.raises(
+            UserError, match=r"rebuilt shard-00003\.arrow differs from the original"
+        ):
             prepare(corpus, tiny_spec, "train")
 
 
-def test_a_stricter_limit_holds_for_a_store_that_needs_repair(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+def test_a_stricter_limit_holds_for_a_store_that_needs_repair(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(50), {"x": 1}, {"x": 2}])
     folder = prepare(helpers.config(tmp_path, path, max_rejected=0.5), tiny_spec, "train").uri
     Path(folder, "shard-00000.arrow").unlink()
@@ -100,13 +106,18 @@ def test_a_stricter_limit_holds_for_a_store_that_needs_repair(tmp_path: Path, ti
         prepare(helpers.config(tmp_path, path), tiny_spec, "train")
 
 
-def test_a_shard_that_was_finished_meanwhile_is_taken(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+def test_a_shard_that_was_finished_meanwhile_is_taken(
+    corpus: Config, tiny_spec: TokenizerSpec
+) -> None:
     preparation = begin(corpus, tiny_spec, "train")  # sees nothing yet
     folder = Path(prepare(corpus, tiny_spec, "train").uri)
     expected, before = content(str(folder)), kept(folder)
     preparation.run()
     assert content(str(folder)) == expected
-    assert {name for name, at in kept(folder).items() if at != before[name]} <= {"manifest.json", "rejected.jsonl"}
+    assert {name for name, at in kept(folder).items() if at != before[name]} <= {
+        "manifest.json",
+        "rejected.jsonl",
+    }
 
 
 def _prepare_in_a_process(storage: str, source: str, start: Any, answers: Any) -> None:
@@ -116,7 +127,9 @@ def _prepare_in_a_process(storage: str, source: str, start: Any, answers: Any) -
     answers.put(prepare(config, helpers.spec(), "train").digest)
 
 
-def test_two_processes_at_the_same_time(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
+def test_two_processes_at_the_same_time(
+    tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None
+) -> None:
     source = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(400), {"x": 1}])
     alone = prepare(helpers.config(tmp_path / "alone", source), tiny_spec, "train")
     context = multiprocessing.get_context("spawn")
@@ -137,7 +150,9 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
     tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
     config = large(tmp_path)
-    job = writer.StoreSpec(plan_here(config, tiny_spec, "train"), str(tmp_path / "alone"), str(tmp_path))
+    job = writer.StoreSpec(
+        plan_here(config, tiny_spec, "train"), str(tmp_path / "alone"), str(tmp_path)
+    )
     for number in range(2):
         writer.make_shard(job.for_tasks(), job.plan.part(number))
     expected = content(job.uri)
@@ -146,7 +161,9 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
     others = servants()
     killer = threading.Thread(target=until, args=[partial(killed, others), 30, 0.001], daemon=True)
     killer.start()
-    with pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again"):
+    with pytest.raises(
+        TryAgain, match="a process that tokenised rows was killed; run the same command again"
+    ):
         prepare(config, tiny_spec, "train")
     killer.join()
     until(lambda: servants() <= others)
@@ -158,7 +175,9 @@ def test_processes_of_the_driver_give_the_bytes_of_one_and_a_killed_one_is_told(
 def large(folder: Path) -> Config:
     """Rows for which the driver starts processes."""
     long = [chat(f"question {number} " * 20, f"answer {number} " * 20) for number in range(9000)]
-    return helpers.config(folder / "runs", helpers.write_jsonl(folder / "long.jsonl", long), max_length=1024)
+    return helpers.config(
+        folder / "runs", helpers.write_jsonl(folder / "long.jsonl", long), max_length=1024
+    )
 
 
 def test_a_script_without_a_guard_may_prepare_too(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
@@ -174,7 +193,9 @@ def test_a_script_without_a_guard_may_prepare_too(tmp_path: Path, tiny_spec: Tok
 
 def servants() -> set[psutil.Process]:
     """Processes that a server of this process has forked; other tests have some, too."""
-    servers = [each for each in psutil.Process().children() if "forkserver" in " ".join(each.cmdline())]
+    servers = [
+        each for each in psutil.Process().children() if "forkserver" in " ".join(each.cmdline())
+    ]
     return {each for server in servers for each in server.children()}
 
 
@@ -192,7 +213,9 @@ def test_a_process_that_is_killed_in_its_message_is_told() -> None:
     others, results = servants(), by_processes(long_answer, None, range(9))
     next(results)
     killed(others)
-    with pytest.raises(TryAgain, match="a process that tokenised rows was killed; run the same command again"):
+    with pytest.raises(
+        TryAgain, match="a process that tokenised rows was killed; run the same command again"
+    ):
         list(results)
 
 
@@ -254,19 +277,27 @@ def broken(content: bytes, data: st.DataObject) -> bytes | None:
     if kind == "truncated" or not content:
         return content[: data.draw(st.integers(0, max(0, len(content) - 1)))]
     changed = bytearray(content)
-    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3, unique=True)):
+    for place in data.draw(
+        st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3, unique=True)
+    ):
         changed[place] ^= data.draw(st.integers(1, 255))
     return bytes(changed)
 
 
 NAMES = st.sampled_from(
-    ["manifest.json", "rejected.jsonl", *(f"shard-0000{n}.{kind}" for n in range(3) for kind in ("arrow", "json"))]
+    [
+        "manifest.json",
+        "rejected.jsonl",
+        *(f"shard-0000{n}.{kind}" for n in range(3) for kind in ("arrow", "json")),
+    ]
 )
 
 
 @settings(max_examples=150)
 @given(st.data(), st.lists(NAMES, min_size=1, max_size=3, unique=True), st.booleans())
-def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names: list[str], killed: bool) -> None:
+def test_damage_never_gives_wrong_data(
+    small: Small, data: st.DataObject, names: list[str], killed: bool
+) -> None:
     damage: Damage = {name: broken(small.files[name], data) for name in names}
     if killed:
         damage["manifest.json"] = None

@@ -68,7 +68,13 @@ def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec
     store = prepare(corpus, tiny_spec, "train")
     before = content(store.uri)
     folder = Path(store.uri)
-    for name in ("manifest.json", "rejected.jsonl", "shard-00003.json", "shard-00007.json", "shard-00007.arrow"):
+    for name in (
+        "manifest.json",
+        "rejected.jsonl",
+        "shard-00003.json",
+        "shard-00007.json",
+        "shard-00007.arrow",
+    ):
         (folder / name).unlink()
     (folder / "shard-00003.arrow").write_bytes(b"half")
     kept = {path: path.stat().st_mtime_ns for path in folder.iterdir() if "00003" not in path.name}
@@ -79,16 +85,22 @@ def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec
     assert any("10 of 12 shards exist already" in line for line in lines)
 
 
-def test_a_remote_store_is_read_through_a_local_copy(corpus: Config, tiny_spec: TokenizerSpec, temporary: Path) -> None:
+def test_a_remote_store_is_read_through_a_local_copy(
+    corpus: Config, tiny_spec: TokenizerSpec, temporary: Path
+) -> None:
     local = prepare(corpus, tiny_spec, "train")
     remote = TokenStore.open(f"file://{local.uri}")
-    assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
+    assert all(
+        (remote[index].input_ids == local[index].input_ids).all() for index in range(len(local))
+    )
     copies = list(temporary.glob(f"olora_ray-{os.getuid()}/tokens/{local.digest}/*.arrow"))
     assert len(copies) == 12
     # A copy that was damaged is fetched again.
     copies[0].write_bytes(bytes(copies[0].stat().st_size))
     again = TokenStore.open(remote.uri)
-    assert all((again[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
+    assert all(
+        (again[index].input_ids == local[index].input_ids).all() for index in range(len(local))
+    )
 
 
 def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
@@ -98,13 +110,22 @@ def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
     for name in ("a.jsonl", "b.jsonl"):
         storage.write_bytes(f"{root}/data/{name}", (tmp_path / name).read_bytes())
     sources = [{"path": f"{root}/data/a.jsonl"}, {"path": f"{root}/data/b.jsonl", "weight": 2.0}]
-    fields = [source.model_dump() | there for source, there in zip(corpus.data.train, sources, strict=True)]
+    fields = [
+        source.model_dump() | there
+        for source, there in zip(corpus.data.train, sources, strict=True)
+    ]
     local = prepare(corpus, tiny_spec, "train")
-    remote = prepare(override(corpus, {"run.storage": bucket, "data.train": fields}), tiny_spec, "train")
+    remote = prepare(
+        override(corpus, {"run.storage": bucket, "data.train": fields}), tiny_spec, "train"
+    )
     assert remote.digest == local.digest
     shards = [shard_name(number) for number in range(12)]
-    assert all(storage.read_bytes(f"{remote.uri}/{n}") == Path(local.uri, n).read_bytes() for n in shards)
-    assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
+    assert all(
+        storage.read_bytes(f"{remote.uri}/{n}") == Path(local.uri, n).read_bytes() for n in shards
+    )
+    assert all(
+        (remote[index].input_ids == local[index].input_ids).all() for index in range(len(local))
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
@@ -115,7 +136,9 @@ def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: Tokeni
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(before[:-100] if damage == "truncated" else before[:1000] + b"\xff" + before[1001:])
+        path.write_bytes(
+            before[:-100] if damage == "truncated" else before[:1000] + b"\xff" + before[1001:]
+        )
     with pytest.raises(UserError, match=r"shard-00002.arrow .*run the same command again"):
         TokenStore.open(store.uri)[sum(shard.packs for shard in store.manifest.shards[:2])]
 
@@ -136,8 +159,12 @@ def failure(config: Config, spec: TokenizerSpec, split: Any = "train") -> str:
     return str(caught.value)
 
 
-def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(90), *[chat("q", "")] * 4, chat("q" * 200, "a")])
+def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
+    path = helpers.write_jsonl(
+        tmp_path / "a.jsonl", [*rows(90), *[chat("q", "")] * 4, chat("q" * 200, "a")]
+    )
     with path.open("a") as file:
         file.write('{"messages": [}\n')
     config = helpers.config(tmp_path / "runs", path)
@@ -169,7 +196,10 @@ def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path,
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "x", "answer": "y"}, r"missing_field 5\).*is missing; the row has question, answer"),
+        (
+            {"question": "x", "answer": "y"},
+            r"missing_field 5\).*is missing; the row has question, answer",
+        ),
         (chat("q" * 500, "a"), r"too_long 5\).*more than data.max_length = 128"),
         (chat("q", " "), r"empty_answer 5\)"),
     ],
@@ -203,21 +233,30 @@ def test_a_template_that_refuses_all_rows_is_named(tmp_path: Path) -> None:
 
 def test_one_row_that_the_template_refuses_does_not_stop_the_run(tmp_path: Path) -> None:
     # The row has two answers in a row, but the template wants alternating roles.
-    strict = "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}" + helpers.CHATML
+    strict = (
+        "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        + helpers.CHATML
+    )
     odd = {"messages": [*chat("q", "a")["messages"], {"role": "assistant", "content": "b"}]}
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(120), odd])
     store = prepare(helpers.config(tmp_path, path), helpers.spec(strict), "train")
     assert store.manifest.rejected == {"template": 1}
     [entry] = map(json.loads, Path(store.uri, "rejected.jsonl").read_text().splitlines())
     assert (entry["file"], entry["line"]) == (str(path), 121)
-    assert entry["message"].startswith("the chat template of tiny refuses the conversation: roles must alternate")
+    assert entry["message"].startswith(
+        "the chat template of tiny refuses the conversation: roles must alternate"
+    )
 
 
 def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
     config = helpers.config(tmp_path / "runs", path, eval_fraction=0.001)
-    assert "no row is left for eval (data.eval_fraction = 0.001)" in failure(config, tiny_spec, "eval")
-    assert "data.eval: no source is set" in failure(helpers.config(tmp_path, path), tiny_spec, "eval")
+    assert "no row is left for eval (data.eval_fraction = 0.001)" in failure(
+        config, tiny_spec, "eval"
+    )
+    assert "data.eval: no source is set" in failure(
+        helpers.config(tmp_path, path), tiny_spec, "eval"
+    )
 
 
 def test_reading_and_writing_need_no_ray_no_transformers_and_no_pandas() -> None:
@@ -226,7 +265,9 @@ def test_reading_and_writing_need_no_ray_no_transformers_and_no_pandas() -> None
         "print([m for m in sys.modules if m in sys.argv[1:]])"
     )
     unwanted = ["ray", "transformers", "mlflow", "datasets", "torch", "tokenizers", "pandas"]
-    done = subprocess.run([sys.executable, "-c", code, *unwanted], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *unwanted], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -263,9 +304,19 @@ def test_a_row_that_is_far_too_long_is_rejected_before_it_is_tokenised(
     tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
     # A csv cell of 60 MB took 88 seconds and 11 GB.
-    for letters, reason in ((8000, "tokens, more than data.max_length = 8"), (8001, "more than 8,000 characters")):
+    for letters, reason in (
+        (8000, "tokens, more than data.max_length = 8"),
+        (8001, "more than 8,000 characters"),
+    ):
         row = {"prompt": "q" * letters, "completion": "a"}
-        source = {"path": str(helpers.write_jsonl(tmp_path / "a.jsonl", [row])), "format": "prompt_completion"}
-        told = failure(helpers.config(tmp_path / "runs", {**source, "chat": False}, max_length=8), tiny_spec, "train")
+        source = {
+            "path": str(helpers.write_jsonl(tmp_path / "a.jsonl", [row])),
+            "format": "prompt_completion",
+        }
+        told = failure(
+            helpers.config(tmp_path / "runs", {**source, "chat": False}, max_length=8),
+            tiny_spec,
+            "train",
+        )
         assert "too_long: " in told
         assert reason in told

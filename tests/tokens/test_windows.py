@@ -41,7 +41,9 @@ def pass_of(number: int, seed: int = SEED) -> "np.ndarray[tuple[int], np.dtype[n
     return large().order(seed, number * total, (number + 1) * total)
 
 
-def shards_of(sequences: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def shards_of(
+    sequences: "np.ndarray[tuple[int], np.dtype[np.int64]]",
+) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     return np.searchsorted(np.cumsum(PACKS), sequences, side="right")
 
 
@@ -55,7 +57,10 @@ def test_a_store_of_few_shards_keeps_its_order() -> None:
     many = store([3] * (FEW_SHARDS + 1))
     assert many.windowed
     assert (many.order(SEED, 0, len(many)) == np.arange(len(many))).all()
-    assert (many.order(SEED, len(many), 2 * len(many)) != order(len(many), SEED, len(many), 2 * len(many))).any()
+    assert (
+        many.order(SEED, len(many), 2 * len(many))
+        != order(len(many), SEED, len(many), 2 * len(many))
+    ).any()
 
 
 @given(

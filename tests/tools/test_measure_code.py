@@ -34,9 +34,16 @@ def test_the_tree_is_within_its_budget() -> None:
         ("if TYPE_CHECKING:\n    import olora_ray.b.two\n", "from olora_ray.a.one import X\n"),
     ],
 )
-def test_imports_that_go_round_are_found_wherever_they_stand(tmp_path: Path, first: str, second: str) -> None:
-    root = write(tmp_path, {"olora_ray/a/one.py": first, "olora_ray/b/two.py": second, "olora_ray/b/__init__.py": ""})
-    assert measure_code.problems(Tree(root), {}) == ["an import cycle: olora_ray.a.one, olora_ray.b.two"]
+def test_imports_that_go_round_are_found_wherever_they_stand(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    root = write(
+        tmp_path,
+        {"olora_ray/a/one.py": first, "olora_ray/b/two.py": second, "olora_ray/b/__init__.py": ""},
+    )
+    assert measure_code.problems(Tree(root), {}) == [
+        "an import cycle: olora_ray.a.one, olora_ray.b.two"
+    ]
 
 
 def test_a_package_and_its_modules_are_told_apart(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ def test_promote_moves_champion_and_previous(add: Add) -> None:
     assert aliases.version("3").tags[GATE] == "passed: better"
     assert aliases.version("3").tags["olora.note"] == "x"
     assert aliases.promote("3", "passed: again") is None
-    assert aliases.current() == {"champion": "3", "previous": "1"}, "promoting the champion changes nothing"
+    assert aliases.current() == {"champion": "3", "previous": "1"}, (
+        "promoting the champion changes nothing"
+    )
 
 
 def test_rollback_and_back_again_by_hand(add: Add) -> None:
@@ -64,7 +66,9 @@ def test_a_champion_that_is_its_own_previous_is_not_rolled_back_to_itself(add: A
     aliases = made(add, "itself", 2)
     aliases.promote("2", "passed")
     aliases.client.set_registered_model_alias(aliases.name, "previous", "2")
-    with pytest.raises(UserError, match=r"nothing to roll back to: .*; choose a version with `promote`"):
+    with pytest.raises(
+        UserError, match=r"nothing to roll back to: .*; choose a version with `promote`"
+    ):
         aliases.rollback("bad answers")
     assert aliases.version("2").tags[GATE] == "passed"
     aliases.promote("1", "promoted by hand")
@@ -114,7 +118,9 @@ class Dying(Clocked):
             return real
 
         def write(*arguments: Any) -> Any:
-            self.seen.append(connect(self.uri).get_registered_model(self.name).aliases.get("champion"))
+            self.seen.append(
+                connect(self.uri).get_registered_model(self.name).aliases.get("champion")
+            )
             if self.left == 0:
                 raise Killed
             self.left -= 1
@@ -124,11 +130,17 @@ class Dying(Clocked):
 
 
 @pytest.mark.parametrize("action", ["promote", pytest.param("rollback", marks=pytest.mark.slow)])
-def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(database: Path, action: str) -> None:
+def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(
+    database: Path, action: str
+) -> None:
     aliases = Clocked(registered.model(database, f"crash-{action}", 3).uri, f"crash-{action}")
     real = aliases.client
     before = {"champion": "2", "previous": "1", "challenger": "3"}
-    moved = {"champion": "3", "previous": "2"} if action == "promote" else {"champion": "1", "challenger": "3"}
+    moved = (
+        {"champion": "3", "previous": "2"}
+        if action == "promote"
+        else {"champion": "1", "challenger": "3"}
+    )
 
     def act(by: Aliases) -> None:
         by.promote("3", "passed: 3") if action == "promote" else by.rollback("bad")
@@ -167,7 +179,10 @@ def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(database: P
 def large(against: str) -> dict[str, str]:
     """Return the evidence of a verdict: two models with 80 scores each, too much for a tag of a registered model."""
     scores = {f"eval/field/number_{number}": 0.123456789012345 for number in range(80)}
-    return {"olora.gate_against": against, "olora.gate_details": json.dumps({"challenger": scores, "champion": scores})}
+    return {
+        "olora.gate_against": against,
+        "olora.gate_details": json.dumps({"challenger": scores, "champion": scores}),
+    }
 
 
 def test_a_long_verdict_and_what_it_stands_on_are_kept(database: Path) -> None:
@@ -199,7 +214,13 @@ def test_a_promotion_that_was_cut_off_counts_as_a_whole_or_not_at_all(database: 
         with held(ClockedLock(real, aliases.name)):
             pass  # the tag of the dead holder is removed
         tags = aliases.version("2").tags
-        seen.add((aliases.current()["champion"], tags.get(GATE), tags["olora.gate_against"] if GATE in tags else ""))
+        seen.add(
+            (
+                aliases.current()["champion"],
+                tags.get(GATE),
+                tags["olora.gate_against"] if GATE in tags else "",
+            )
+        )
     assert seen == {("1", "refused: before", "7"), ("1", None, ""), ("2", "passed: now", "1")}
 
 
@@ -236,7 +257,10 @@ def test_a_move_whose_version_has_been_deleted_stops_nobody(database: Path, gone
 def test_a_decision_against_another_champion_is_not_carried_out(database: Path) -> None:
     aliases = registered.model(database, "overtaken", 3)
     aliases.promote("1", "passed", instead_of="")
-    for instead_of, why in (("2", "was version 2, and is now version 1"), ("", "was none, and is now version 1")):
+    for instead_of, why in (
+        ("2", "was version 2, and is now version 1"),
+        ("", "was none, and is now version 1"),
+    ):
         with pytest.raises(Overtaken, match=why):
             aliases.promote("3", "passed", instead_of=instead_of)
         with pytest.raises(Overtaken, match=why):
@@ -250,14 +274,23 @@ def test_a_decision_against_another_champion_is_not_carried_out(database: Path) 
     assert aliases.current() == {"champion": "1"}
 
 
-def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_promoted(database: Path) -> None:
+def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_promoted(
+    database: Path,
+) -> None:
     aliases = registered.model(database, "added", 2)
     aliases.promote("1", "passed")
     folder = files_of(aliases, "2")
-    for name in ("model/adapter_config.json", "adapter_config.json", "model.safetensors", ".hidden"):
+    for name in (
+        "model/adapter_config.json",
+        "adapter_config.json",
+        "model.safetensors",
+        ".hidden",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
-        with pytest.raises(UserError, match=f"added version 2: {name} was added after the registration"):
+        with pytest.raises(
+            UserError, match=f"added version 2: {name} was added after the registration"
+        ):
             aliases.promote("2", "passed")
         (folder / name).unlink()
     (folder / "link").symlink_to("/tmp")
@@ -268,7 +301,9 @@ def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_prom
     aliases.promote("2", "passed")
 
 
-def test_files_that_are_reached_through_mlflow_are_listed_and_checked_like_those_on_a_disk(database: Path) -> None:
+def test_files_that_are_reached_through_mlflow_are_listed_and_checked_like_those_on_a_disk(
+    database: Path,
+) -> None:
     aliases = registered.model(database, "remote", 1)
     folder, version = files_of(aliases, "1"), aliases.version("1")
     elsewhere = f"file:{folder}"  # this project treats it as an address, not as a folder

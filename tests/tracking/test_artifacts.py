@@ -28,7 +28,9 @@ def check(config: Config) -> None:
     start.check_artifacts(config, start.resolve_uri(config))
 
 
-def test_a_good_store_passes_and_nothing_is_left(s3_server: S3Server, bucket: str, config: Config) -> None:
+def test_a_good_store_passes_and_nothing_is_left(
+    s3_server: S3Server, bucket: str, config: Config
+) -> None:
     check(config)
     assert s3_server.keys(bucket) == []
 
@@ -39,7 +41,9 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
     check(config)
     tracker = start.start_run(config, "test", {})
     tracker.text("{}", "parity.json")
-    version = models.register(tracker, Contents(merged), "on-s3", "challenger", {"olora.eval_loss": "1.5"})
+    version = models.register(
+        tracker, Contents(merged), "on-s3", "challenger", {"olora.eval_loss": "1.5"}
+    )
     keys = s3_server.keys(storage.join(bucket, "mlartifacts"))
     assert any(key.endswith("/parity.json") for key in keys)
     assert any(key.endswith("/model/model.safetensors") for key in keys)
@@ -48,10 +52,14 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
 
 
 @pytest.mark.parametrize("host", ["mlflow.internal", "127.0.0.1"])
-def test_a_folder_of_the_servers_machine_is_told_before_a_training(tmp_path: Path, host: str) -> None:
+def test_a_folder_of_the_servers_machine_is_told_before_a_training(
+    tmp_path: Path, host: str
+) -> None:
     """With --no-serve-artifacts MLflow creates the server's folder on the client; as root in a container this works."""
     place, uri = tmp_path / "server" / "artifacts" / "1", f"http://{host}:5000"
-    with pytest.raises(UserError, match=rf"{uri} keeps files in its folder {place}, which is missing"):
+    with pytest.raises(
+        UserError, match=rf"{uri} keeps files in its folder {place}, which is missing"
+    ):
         start.probe(place.as_uri(), uri)
     assert list(tmp_path.iterdir()) == []
     place.parent.mkdir(parents=True)  # a shared folder
@@ -68,7 +76,9 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
         assert not list((tmp_path / "artifacts").rglob("*.*"))
         shutil.rmtree(tmp_path / "artifacts")
         (tmp_path / "artifacts").write_text("a file")
-        with pytest.raises(UserError, match=rf"mlflow-artifacts:/\d+ at {server.uri} cannot be written: "):
+        with pytest.raises(
+            UserError, match=rf"mlflow-artifacts:/\d+ at {server.uri} cannot be written: "
+        ):
             check(config)
     finally:
         server.kill()

@@ -55,7 +55,9 @@ def test_the_next_attempt_resumes_the_run(config: Config) -> None:
         (TakenOver("another driver works on it", 75), "FAILED", "RUNNING"),
     ],
 )
-def test_an_end_before_the_end_is_told(config: Config, error: BaseException, after_error: str, expected: str) -> None:
+def test_an_end_before_the_end_is_told(
+    config: Config, error: BaseException, after_error: str, expected: str
+) -> None:
     with (
         pytest.raises(type(error)) as caught,
         mlflow_run(config, {}, Ids(), {}, after_error=after_error) as tracker,  # type: ignore[arg-type]
@@ -82,11 +84,17 @@ def test_a_run_that_somebody_deletes_is_one_line_and_the_next_attempt_has_a_new_
     config = tiny.config(run__storage=str(mlflow_database.place(tmp_path)))
     ids = Ids()
     expected = r"^tracking: the MLflow run \w+ was deleted during this run \(.*; run the same command again"
-    with pytest.raises(TryAgain, match=expected) as caught, mlflow_run(config, {}, ids, {}) as tracker:
+    with (
+        pytest.raises(TryAgain, match=expected) as caught,
+        mlflow_run(config, {}, ids, {}) as tracker,
+    ):
         delete_and_write(tracker, experiment)
     assert caught.value.exit_code == 75
     if experiment:
-        with pytest.raises(UserError, match="was deleted in MLflow; restore it"), mlflow_run(config, {}, ids, {}):
+        with (
+            pytest.raises(UserError, match="was deleted in MLflow; restore it"),
+            mlflow_run(config, {}, ids, {}),
+        ):
             pass
     else:
         with mlflow_run(config, {}, ids, {}) as again:

@@ -45,12 +45,16 @@ def tracked(place: Path, ids: Ids) -> str:
         if not client.search_registered_models():
             model = client.create_logged_model(run.info.experiment_id, "m", tracker.run_id)
             client.create_registered_model("m")
-            client.create_model_version("m", model.artifact_location, tracker.run_id, model_id=model.model_id)
+            client.create_model_version(
+                "m", model.artifact_location, tracker.run_id, model_id=model.model_id
+            )
         return str(run.info.artifact_uri)
 
 
 @pytest.mark.parametrize("copied", [False, True])
-def test_the_run_continues_where_the_storage_lies_now(tmp_path: Path, ids: Ids, copied: bool) -> None:
+def test_the_run_continues_where_the_storage_lies_now(
+    tmp_path: Path, ids: Ids, copied: bool
+) -> None:
     before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
     first = tracked(before, ids)
     assert first.startswith(f"{before}/mlartifacts/")

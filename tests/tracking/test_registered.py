@@ -13,9 +13,13 @@ from tests.said import said
 
 
 @pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
-def test_a_registered_model_as_a_base_model(triage: run.Tracker, merged: Path, tmp_path: Path, name: str) -> None:
+def test_a_registered_model_as_a_base_model(
+    triage: run.Tracker, merged: Path, tmp_path: Path, name: str
+) -> None:
     folder = models.find(name, triage.uri, tmp_path).folder
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in merged.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in merged.iterdir()
+    )
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert list(tmp_path.iterdir()) == [], "local artifacts are used where they lie"
 
@@ -28,7 +32,9 @@ def test_a_registered_model_as_a_base_model(triage: run.Tracker, merged: Path, t
         ("models:/triage", "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
 )
-def test_a_registered_model_that_is_not_there(triage: run.Tracker, tmp_path: Path, name: str, message: str) -> None:
+def test_a_registered_model_that_is_not_there(
+    triage: run.Tracker, tmp_path: Path, name: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         models.find(name, triage.uri, tmp_path)
 
@@ -68,13 +74,17 @@ def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
 
 
 @pytest.mark.parametrize("name", ["model/adapter_config.json", "model/chat_template.jinja"])
-def test_a_version_with_added_or_changed_files_is_not_loaded(tracker: run.Tracker, merged: Path, name: str) -> None:
+def test_a_version_with_added_or_changed_files_is_not_loaded(
+    tracker: run.Tracker, merged: Path, name: str
+) -> None:
     version = models.register(tracker, Contents(merged), "spoilt", "candidate", {})
     uri = f"models:/spoilt/{version}"
     file = models.find(uri, tracker.uri, merged.parent).folder.parent / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
-    with pytest.raises(UserError, match=rf"^spoilt version {version}: {name} (was added|was changed)"):
+    with pytest.raises(
+        UserError, match=rf"^spoilt version {version}: {name} (was added|was changed)"
+    ):
         models.find(uri, tracker.uri, merged.parent)
 
 

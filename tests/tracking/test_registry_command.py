@@ -31,7 +31,10 @@ def test_from_list_to_rollback(add: Add, capsys: pytest.CaptureFixture[str]) -> 
     run("list", "by-hand", f"--tracking-uri={uri}")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0][:2] == ["version", "aliases"]
-    assert [line[:3] for line in lines[1:]] == [["2", "champion", "1.5000"], ["1", "previous", "1.5000"]]
+    assert [line[:3] for line in lines[1:]] == [
+        ["2", "champion", "1.5000"],
+        ["1", "previous", "1.5000"],
+    ]
     assert all("01234567" in line for line in lines[1:])
     run("rollback", "by-hand", *at)
     assert "version 1 is the champion again, version 2 is tagged" in capsys.readouterr().out
@@ -74,7 +77,8 @@ def test_an_address_may_lie_in_a_variable_or_a_file(
     with pytest.raises(UserError, match=r"^--tracking-uri: env:NOWHERE: .*NOWHERE is not set"):
         run("list", "kept", "--tracking-uri", "env:NOWHERE")
     with pytest.raises(
-        UserError, match=r"^--tracking-uri: its secret is visible to all .*; use env:NAME or file:/PATH$"
+        UserError,
+        match=r"^--tracking-uri: its secret is visible to all .*; use env:NAME or file:/PATH$",
     ):
         run("list", "kept", "--tracking-uri", "postgresql://ann:c4n4ry@db/mlflow")
 

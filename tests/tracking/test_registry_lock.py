@@ -108,5 +108,8 @@ def test_one_that_was_taken_for_dead_does_not_go_on(client: Any) -> None:
 
 
 def test_a_model_that_is_not_there(client: Any) -> None:
-    with pytest.raises(UserError, match="no model 'nothing' is registered"), held(RegistryLock(client, "nothing")):
+    with (
+        pytest.raises(UserError, match="no model 'nothing' is registered"),
+        held(RegistryLock(client, "nothing")),
+    ):
         pass

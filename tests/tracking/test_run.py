@@ -61,7 +61,9 @@ def test_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert resolve_uri(tiny.config(tracking__uri="http://other")) == "http://other"
 
 
-def test_another_process_is_told_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_process_is_told_where_runs_are_tracked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     for uri, told in (
@@ -71,7 +73,11 @@ def test_another_process_is_told_where_runs_are_tracked(monkeypatch: pytest.Monk
     ):
         assert everywhere(tiny.config(run__storage="runs", tracking__uri=uri)) == told
     secret = "postgresql://ann:c4n4ry@db/mlflow"
-    for name, value in {"MLFLOW_TRACKING_URI": secret, "OURS": secret, "PLAIN": "http://other:5000"}.items():
+    for name, value in {
+        "MLFLOW_TRACKING_URI": secret,
+        "OURS": secret,
+        "PLAIN": "http://other:5000",
+    }.items():
         monkeypatch.setenv(name, value)
     assert everywhere(tiny.config()) == "env:MLFLOW_TRACKING_URI"
     assert everywhere(tiny.config(tracking__uri="env:OURS")) == "env:OURS"
@@ -86,11 +92,15 @@ def test_a_database_outlasts_the_job_that_names_it_by_a_relative_path(
     monkeypatch.chdir(job)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     lasting = tmp_path / "home" / "olora_ray"
-    assert resolve_uri(tiny.config(tracking__uri="sqlite:///x/a.db")) == f"sqlite:///{lasting}/x/a.db"
+    assert (
+        resolve_uri(tiny.config(tracking__uri="sqlite:///x/a.db")) == f"sqlite:///{lasting}/x/a.db"
+    )
     assert (lasting / "x").is_dir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///b.db")
     assert resolve_uri(tiny.config()) == f"sqlite:///{lasting}/b.db"
-    assert resolve_uri(tiny.config(tracking__uri=f"sqlite:///{job}/a.db")) == f"sqlite:///{job}/a.db"
+    assert (
+        resolve_uri(tiny.config(tracking__uri=f"sqlite:///{job}/a.db")) == f"sqlite:///{job}/a.db"
+    )
 
 
 def test_a_remote_storage_needs_a_server() -> None:
@@ -145,16 +155,24 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
     ("status", "text", "message"),
     [
         (404, b"<html>\nno such page", "a server answers, but not an MLflow server with this path"),
-        (403, b"Invalid Host header - possible DNS rebinding attack", "start it with --allowed-hosts '127.0.0.1:"),
+        (
+            403,
+            b"Invalid Host header - possible DNS rebinding attack",
+            "start it with --allowed-hosts '127.0.0.1:",
+        ),
     ],
 )
-def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(status: int, text: bytes, message: str) -> None:
+def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(
+    status: int, text: bytes, message: str
+) -> None:
     with answering(status, text) as uri, pytest.raises(UserError, match=message) as caught:
         client_module.check_uri(uri)
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker, storage: Path) -> None:
+def test_a_run_has_tags_and_a_place_beside_the_storage(
+    tracker: tracking.Tracker, storage: Path
+) -> None:
     run = run_of(tracker)
     assert run.info.run_name == "test"
     assert run.info.artifact_uri.startswith(f"{storage}/mlartifacts/")
@@ -164,7 +182,9 @@ def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker
     assert tracker.url() is None
 
 
-def test_params_again_with_long_and_changed_values(tracker: tracking.Tracker, settings: Config) -> None:
+def test_params_again_with_long_and_changed_values(
+    tracker: tracking.Tracker, settings: Config
+) -> None:
     tracker.params(flatten(settings) | {"long": "x" * 7000})
     tracker.params(flatten(settings))
     tracker.params(flatten(settings) | {"cluster.workers": 8})
@@ -214,6 +234,8 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     tracker.watch_system(0.1)
     tracker.end()
     assert capfd.readouterr() == ("", "")
-    assert not logging.getLogger("mlflow.store.db.utils").isEnabledFor(logging.ERROR)  # a traceback for a locked file
+    assert not logging.getLogger("mlflow.store.db.utils").isEnabledFor(
+        logging.ERROR
+    )  # a traceback for a locked file
     for name in ("mlflow.store", "alembic"):
         assert logging.getLogger(name).getEffectiveLevel() == logging.WARNING

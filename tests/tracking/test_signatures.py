@@ -31,8 +31,12 @@ def make_keys(place: Path) -> tuple[Path, Path]:
     """Write a private and a public key in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     private, public = place.with_suffix(".pem"), place.with_suffix(".pub")
-    private.write_bytes(key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo))
+    private.write_bytes(
+        key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+    )
     return private, public
 
 
@@ -50,9 +54,14 @@ def test_a_signed_version_is_checked_here_and_on_a_server_without_this_project(
     monkeypatch.setenv("SIGNING_KEY", private.read_text())
     registry.main(["sign", "signed", number, *at, "env:SIGNING_KEY"])
     registry.main(["verify", "signed", number, *at, f"file:{public}"])
-    assert f"version {number}: all 16 files are as signed by the key of file:{public}" in capsys.readouterr().out
+    assert (
+        f"version {number}: all 16 files are as signed by the key of file:{public}"
+        in capsys.readouterr().out
+    )
     _, other = make_keys(tmp_path / "other")
-    with pytest.raises(UserError, match=r"the signature is not valid for .*other\.pub: .*Key mismatch"):
+    with pytest.raises(
+        UserError, match=r"the signature is not valid for .*other\.pub: .*Key mismatch"
+    ):
         registry.main(["verify", "signed", number, *at, str(other)])
     aliases = Aliases(uri, "signed")
     aliases.promote(number, "the signature is no added file")
@@ -63,25 +72,35 @@ def test_a_signed_version_is_checked_here_and_on_a_server_without_this_project(
     assert "succeeded" in elsewhere(folder, public, code=0)
     weights = folder / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert re.search(r"Hash mismatch for \W*model/model\.safetensors", elsewhere(folder, public, code=1))
+    assert re.search(
+        r"Hash mismatch for \W*model/model\.safetensors", elsewhere(folder, public, code=1)
+    )
 
 
 def elsewhere(folder: Path, public: Path, code: int) -> str:
     """Run the command of the package model-signing, without a network: its proxy is closed."""
     command = [sys.executable, "-m", "model_signing", "verify", "key", str(folder)]
-    environment = {**os.environ, "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    environment = {
+        **os.environ,
+        "https_proxy": "http://127.0.0.1:9",
+        "http_proxy": "http://127.0.0.1:9",
+    }
     words = [*command, "--signature", str(folder / "model.sig"), "--public_key", str(public)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def test_the_signature_of_another_version_and_a_changed_file_are_refused(add: Add, keys: tuple[Path, Path]) -> None:
+def test_the_signature_of_another_version_and_a_changed_file_are_refused(
+    add: Add, keys: tuple[Path, Path]
+) -> None:
     (private, public), (uri, first), (_, second) = keys, add("swapped"), add("swapped")
     aliases = Aliases(uri, "swapped")
     for number in (first, second):
         aliases.sign(number, str(private))
-    ours, theirs = (Path(aliases.files_uri(number).removeprefix("file://")) for number in (first, second))
+    ours, theirs = (
+        Path(aliases.files_uri(number).removeprefix("file://")) for number in (first, second)
+    )
     kept = (ours / "model.sig").read_bytes()
     shutil.copyfile(theirs / "model.sig", ours / "model.sig")
     with pytest.raises(UserError, match=r"the signature is not valid for .*: Signature mismatch$"):

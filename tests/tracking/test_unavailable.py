@@ -56,7 +56,11 @@ def settings(uri: str) -> Config:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name in ("mlflow", "system metrics")]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name in ("mlflow", "system metrics")
+    ]
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -143,7 +147,8 @@ def _away(seen: Outage) -> None:
 
     def upload() -> None:
         with pytest.raises(
-            reach.TrackingUnavailable, match=r"^tracking\.uri=http://.*: MLflow does not answer \(.*refused"
+            reach.TrackingUnavailable,
+            match=r"^tracking\.uri=http://.*: MLflow does not answer \(.*refused",
         ):
             seen.training.text("x", "x.txt")
 
@@ -161,7 +166,10 @@ def test_a_run_taken_up_while_the_server_is_away_has_no_step_twice(outage: Outag
     for name in ("train/loss", "train/lr"):
         expected = [(step, row[name]) for step, row in rows(0, 50).items()]
         assert sorted(series(outage.taken_up, name)) == expected
-    assert outage.taken_up.client().get_run(outage.taken_up.run_id).data.params == {"a": "1", "b": "2"}
+    assert outage.taken_up.client().get_run(outage.taken_up.run_id).data.params == {
+        "a": "1",
+        "b": "2",
+    }
     assert outage.statuses == ["RUNNING", "RUNNING"]
 
 
@@ -176,9 +184,13 @@ def test_one_line_when_it_goes_and_one_when_it_is_back(outage: Outage) -> None:
     gone = [line for line in outage.messages if line.startswith("MLflow does not answer (")]
     back = [line for line in outage.messages if line.startswith("MLflow answers again, ")]
     assert len(gone) == len(back) == 2  # one per tracker
-    assert "MLflow answers again, 40 values written" in back  # of 100, the values that MLflow lacked
+    assert (
+        "MLflow answers again, 40 values written" in back
+    )  # of 100, the values that MLflow lacked
     assert set(outage.messages) == {*gone, *back}
-    assert all(line.endswith("); metrics wait and training continues") and len(line) < 160 for line in gone), gone
+    assert all(
+        line.endswith("); metrics wait and training continues") and len(line) < 160 for line in gone
+    ), gone
 
 
 def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
@@ -187,7 +199,8 @@ def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
     tracker.watch_system(0.1)
     tracker.metrics(rows(0, 3))
     with pytest.raises(
-        reach.TrackingUnavailable, match=r"^tracking\.uri=http://127\.0\.0\.1:9: MLflow does not answer \("
+        reach.TrackingUnavailable,
+        match=r"^tracking\.uri=http://127\.0\.0\.1:9: MLflow does not answer \(",
     ):
         tracker.end("FAILED", seconds=0.5)
     assert threads() == others
@@ -210,7 +223,10 @@ def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
 
         def ask() -> None:
-            with pytest.raises(reach.TrackingUnavailable, match=r"timed out|timeout"), reach.reachable(uri):
+            with (
+                pytest.raises(reach.TrackingUnavailable, match=r"timed out|timeout"),
+                reach.reachable(uri),
+            ):
                 raise AssertionError("nobody answers")
 
         assert seconds(ask) < 6
@@ -244,7 +260,9 @@ def said_by_a_database(text: str) -> Callable[[], None]:
 
 
 DENIALS: dict[str, Callable[[], object]] = {
-    "a proxy": lambda: rest_utils.verify_rest_response(answer(401, "<html>log in</html>"), "/api/2.0/x"),
+    "a proxy": lambda: rest_utils.verify_rest_response(
+        answer(401, "<html>log in</html>"), "/api/2.0/x"
+    ),
     "a bucket": sent_by_boto3,
     "PostgreSQL": said_by_a_database('FATAL:  password authentication failed for user "mlflow"'),
 }
@@ -264,28 +282,42 @@ def test_a_refused_access_is_one_line(address: str, case: str) -> None:
 def test_a_database_that_has_no_room_for_another_client_is_waited_for(address: str) -> None:
     """Unlike a refused password, it may pass: with exit code 75 a night is tried again."""
     local(address).end()
-    with pytest.raises(reach.TrackingUnavailable, match="too many clients"), reach.reachable(address):
+    with (
+        pytest.raises(reach.TrackingUnavailable, match="too many clients"),
+        reach.reachable(address),
+    ):
         said_by_a_database("FATAL:  too many clients already")()
-    with pytest.raises(UserError, match="the disk there is full") as caught, reach.reachable(address):
+    with (
+        pytest.raises(UserError, match="the disk there is full") as caught,
+        reach.reachable(address),
+    ):
         said_by_a_database("database or disk is full")()
     assert not isinstance(caught.value, reach.TrackingUnavailable)
 
 
-def test_the_driver_of_a_database_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_of_a_database_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for driver in ("psycopg", "psycopg2"):  # psycopg2 for SQLAlchemy before 2.1
         monkeypatch.setitem(sys.modules, driver, None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"postgresql://127.0.0.1:{server.getsockname()[1]}/mlflow"
-        with pytest.raises(UserError, match=r"psycopg2?: pip install 'olora-ray\[postgresql\]'$") as caught:
+        with pytest.raises(
+            UserError, match=r"psycopg2?: pip install 'olora-ray\[postgresql\]'$"
+        ) as caught:
             reach.check_uri(address)
     assert str(caught.value).startswith(f"tracking.uri={address}: needs the Python package psycopg")
 
 
-def test_a_server_of_mlflow_2_is_refused_before_a_training(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_mlflow_2_is_refused_before_a_training(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has no logged models, which showed only when the model was registered."""
 
     def search(*_: object, **__: object) -> object:
-        return rest_utils.verify_rest_response(answer(404, "<!doctype html>"), "/api/2.0/mlflow/logged-models/search")
+        return rest_utils.verify_rest_response(
+            answer(404, "<!doctype html>"), "/api/2.0/mlflow/logged-models/search"
+        )
 
     config = tiny.config(tracking__uri=address, run__storage="unused")
     check_artifacts(config, address)

@@ -58,7 +58,9 @@ def drawn(number: int) -> Case:
         "train__lr_ratio": chance.choice([1.0, 4.0]),
     }
     batch, micro = chance.randint(1, 18), chance.choice([1, 2, 3])
-    return Case(batch, micro, number % 3 > 0, chance.randint(1, 9), changes, chance.randint(1, STOP - 1))
+    return Case(
+        batch, micro, number % 3 > 0, chance.randint(1, 9), changes, chance.randint(1, STOP - 1)
+    )
 
 
 @dataclass
@@ -73,15 +75,23 @@ class Outcome:
     answers: list[list[int]]
 
     def differences(self, other: "Outcome") -> list[str]:
-        found = [name for name in ("held_out", "answers") if getattr(self, name) != getattr(other, name)]
+        found = [
+            name for name in ("held_out", "answers") if getattr(self, name) != getattr(other, name)
+        ]
         if self.steps != other.steps[-len(self.steps) :]:
             found.append("steps")
         if not torch.equal(self.adapter, other.adapter):
             found.append("adapter")
-        return found + [name for name, part in self.optimizer.items() if not torch.equal(part, other.optimizer[name])]
+        return found + [
+            name
+            for name, part in self.optimizer.items()
+            if not torch.equal(part, other.optimizer[name])
+        ]
 
 
-def trained(case: Case, strategy: str, start: Path | None, stop: int, end: Path | None = None) -> Outcome:
+def trained(
+    case: Case, strategy: str, start: Path | None, stop: int, end: Path | None = None
+) -> Outcome:
     """Train up to a step, from the checkpoint `start` if it is set, with all workers of this process's group."""
     attention = "segments" if case.packing else "sdpa"
     store = tiny.store(8)
@@ -137,14 +147,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return found
 
 
-@pytest.mark.parametrize("workers", [3, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 4, 5))])
+@pytest.mark.parametrize(
+    "workers", [3, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 4, 5))]
+)
 def test_any_number_of_workers_gives_the_same_bytes(alone: Known, workers: int) -> None:
     """From the start with ddp and from the checkpoint with fsdp, so that any change in between is covered."""
-    jobs = [(case, "ddp", None) for case, *_ in alone] + [(case, "fsdp", place) for case, place, _ in alone]
+    jobs = [(case, "ddp", None) for case, *_ in alone] + [
+        (case, "fsdp", place) for case, place, _ in alone
+    ]
     with group_of(workers) as crew:
         found = crew.run(_all_trained, jobs)
     for outcomes in found:
-        for (case, strategy, _), outcome, (*_, end) in zip(jobs, outcomes, [*alone, *alone], strict=True):
+        for (case, strategy, _), outcome, (*_, end) in zip(
+            jobs, outcomes, [*alone, *alone], strict=True
+        ):
             assert outcome.differences(end) == [], (strategy, case)
 
 

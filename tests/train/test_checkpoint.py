@@ -80,10 +80,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same(one: Tensor | None, two: Tensor | None) -> bool:
     if one is None or two is None:
         return one is two
-    return one.dtype == two.dtype and one.shape == two.shape and one.numpy().tobytes() == two.numpy().tobytes()
+    return (
+        one.dtype == two.dtype
+        and one.shape == two.shape
+        and one.numpy().tobytes() == two.numpy().tobytes()
+    )
 
 
-def assert_same_adapter(found: dict[str, AdapterWeights], expected: dict[str, AdapterWeights]) -> None:
+def assert_same_adapter(
+    found: dict[str, AdapterWeights], expected: dict[str, AdapterWeights]
+) -> None:
     assert found.keys() == expected.keys()
     for name, weights in expected.items():
         assert same(found[name].factors.a0, weights.factors.a0)
@@ -124,7 +130,9 @@ def test_the_same_state_is_the_same_bytes(saved: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_has_these_files_for_all_to_read_and_no_pickle(saved: Path) -> None:
     assert sorted(file.name for file in saved.iterdir()) == sorted(FILES)
     assert {file.stat().st_mode & 0o777 for file in saved.iterdir()} == {0o644}
-    assert set(json.loads((saved / "manifest.json").read_text())["files"]) == set(FILES) - {"manifest.json"}
+    assert set(json.loads((saved / "manifest.json").read_text())["files"]) == set(FILES) - {
+        "manifest.json"
+    }
 
 
 def damaged(saved: Path, tmp_path: Path) -> Path:
@@ -159,7 +167,9 @@ def test_a_state_that_is_none_is_an_error(saved: Path, tmp_path: Path, text: str
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc/passwd", "more.json"])
-def test_a_manifest_names_files_of_a_checkpoint_only(saved: Path, tmp_path: Path, name: str) -> None:
+def test_a_manifest_names_files_of_a_checkpoint_only(
+    saved: Path, tmp_path: Path, name: str
+) -> None:
     folder = damaged(saved, tmp_path)
     (folder / "more.json").write_text("{}")
     (tmp_path / "other").write_text("{}")
@@ -195,7 +205,9 @@ def test_a_changed_byte_is_an_error_never_another_result(
     assert_same_adapter(found.adapter, random_adapter())
 
 
-def test_a_best_adapter_that_the_manifest_does_not_know_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_a_best_adapter_that_the_manifest_does_not_know_is_refused(
+    saved: Path, tmp_path: Path
+) -> None:
     save(tmp_path / "c", best=None)
     shutil.copy(saved / "best.safetensors", tmp_path / "c")
     with pytest.raises(UserError, match=r"manifest\.json"):
@@ -228,10 +240,14 @@ NOW = {
         ({"optimizer": "spectral"}, "another optimizer (was spectral, is now adamw)"),
     ],
 )
-def test_another_identity_is_refused_with_the_difference(then: dict[str, str], expected: str) -> None:
+def test_another_identity_is_refused_with_the_difference(
+    then: dict[str, str], expected: str
+) -> None:
     checkpoint.require_same(NOW, NOW, "step-0000002")
     checkpoint.require_same(
-        {name: part for name, part in NOW.items() if name != "optimizer"}, NOW, "of an older version"
+        {name: part for name, part in NOW.items() if name != "optimizer"},
+        NOW,
+        "of an older version",
     )
     with pytest.raises(UserError) as caught:
         checkpoint.require_same(NOW | then, NOW, "step-0000002")
@@ -244,7 +260,11 @@ def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) 
     flat = trainer.flat
     flat.vector.normal_()
     trainer.optimizer.state()[f"{next(iter(trainer.adapted))}.da.exp_avg"].fill_(0.25)
-    state, best, vector = TrainState(step=2, best_step=1, best_loss=1.0), flat.vector + 1, flat.vector.clone()
+    state, best, vector = (
+        TrainState(step=2, best_step=1, best_loss=1.0),
+        flat.vector + 1,
+        flat.vector.clone(),
+    )
     write = trainer.snapshot(state, best, {"base": "abc"}, "run: {}\n")
     flat.vector.zero_()
     for part in trainer.optimizer.state().values():
@@ -253,7 +273,10 @@ def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) 
     write(tmp_path / "c")
     found = checkpoint.load(tmp_path / "c")
     assert found.state == TrainState(step=2, best_step=1, best_loss=1.0)
-    for kept, expected in ((found.adapter, flat.named(vector)), (found.best_adapter(), flat.named(best))):
+    for kept, expected in (
+        (found.adapter, flat.named(vector)),
+        (found.best_adapter(), flat.named(best)),
+    ):
         for name, weights in kept.items():
             assert same(weights.da, expected[f"{name}.da"])
             assert same(weights.db, expected[f"{name}.db"])

@@ -29,7 +29,9 @@ def writer(step: int, numbers: int = 5) -> Callable[[Path], None]:
         Factors(torch.ones(2, numbers), torch.ones(3, 2)), torch.ones(2, numbers), torch.ones(3, 2)
     )
     optimizer = {"a": torch.full((4,), float(step))}
-    return lambda folder: checkpoint.save(folder, {"q": weights}, None, optimizer, TrainState(step), {"base": "b"}, "")
+    return lambda folder: checkpoint.save(
+        folder, {"q": weights}, None, optimizer, TrainState(step), {"base": "b"}, ""
+    )
 
 
 def filled(place: str, *steps: int, keep: int = 9) -> CheckpointManager:
@@ -93,7 +95,8 @@ def test_one_that_is_damaged_is_passed_over_with_a_warning(place: str, tmp_path:
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "adapter.safetensors"])
 @pytest.mark.parametrize(
-    ("number", "raised"), [(errno.ESTALE, TryAgain), (errno.EACCES, checkpoints.Closed), (errno.EIO, TryAgain)]
+    ("number", "raised"),
+    [(errno.ESTALE, TryAgain), (errno.EACCES, checkpoints.Closed), (errno.EIO, TryAgain)],
 )
 def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
     name: str, number: int, raised: type[UserError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,7 +117,9 @@ def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
 
     monkeypatch.setattr(Path, "open", opened)
     monkeypatch.setattr(storage, "read_bytes", read_bytes)
-    with pytest.raises(raised, match=f"step-0000004: cannot be read: {os.strerror(number)}") as caught:
+    with pytest.raises(
+        raised, match=f"step-0000004: cannot be read: {os.strerror(number)}"
+    ) as caught:
         checkpoints.latest_good(place)
     assert caught.value.exit_code == raised.exit_code
     filled(place, 3, keep=1)  # nor is it removed, or keeps those before it from being removed
@@ -160,7 +165,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 200 kB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True
+    )
     if mount.returncode:
         pytest.skip("no file system can be mounted here")
     yield folder
@@ -172,7 +179,10 @@ def test_a_full_disk_is_told_and_the_good_one_stays(small_disk: Path) -> None:
     found = CheckpointManager(str(small_disk), 1)
     with said() as lines:
         found.save(4, writer(4, numbers=20_000))
-        with pytest.raises(UserError, match=r"run\.storage: the last checkpoint cannot be written .*: .*[Nn]o space"):
+        with pytest.raises(
+            UserError,
+            match=r"run\.storage: the last checkpoint cannot be written .*: .*[Nn]o space",
+        ):
             found.finish()
     assert re.search(r"step 4 cannot be written .*; training continues", lines[0])
     assert [path.name for path in small_disk.iterdir()] == ["step-0000002"]
@@ -213,7 +223,9 @@ def slow(go_on: threading.Event, step: int) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: str, half: bool) -> None:
+def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(
+    place: str, half: bool
+) -> None:
     """The first process hung while writing step 20; its successor has written 30 and is writing 40."""
     go_on = threading.Event()
     mine = filled(place, 0, 10, keep=2)
@@ -223,7 +235,13 @@ def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: st
         cut_off(place, 40)
     go_on.set()
     mine.finish()
-    assert [step in checkpoints.steps_of(place) for step in (0, 10, 20, 30, 40)] == [False, True, True, True, True]
+    assert [step in checkpoints.steps_of(place) for step in (0, 10, 20, 30, 40)] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
     assert is_good(place, 30)
 
 
@@ -243,9 +261,14 @@ class TestObjectStore:
         assert found is not None
         assert found[0] == f"{place}/step-0000004"
         assert torch.equal(found[1].optimizer["a"], torch.full((4,), 4.0))
-        assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
+        assert {key.split("/")[0] for key in s3_server.keys(place)} == {
+            "step-0000002",
+            "step-0000004",
+        }
 
-    def test_an_upload_that_was_cut_is_not_counted_and_is_swept(self, s3_server: Server, place: str) -> None:
+    def test_an_upload_that_was_cut_is_not_counted_and_is_swept(
+        self, s3_server: Server, place: str
+    ) -> None:
         filled(place, 2, 4, 6)
         cut_off(place, 6)
         with said() as lines:
@@ -255,19 +278,27 @@ class TestObjectStore:
         assert found[1].state.step == 4
         assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
         CheckpointManager(place, 2)
-        assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
+        assert {key.split("/")[0] for key in s3_server.keys(place)} == {
+            "step-0000002",
+            "step-0000004",
+        }
 
     @pytest.mark.usefixtures("impatient")
-    def test_what_does_not_arrive_now_is_not_passed_over(self, s3_server: Server, place: str) -> None:
+    def test_what_does_not_arrive_now_is_not_passed_over(
+        self, s3_server: Server, place: str
+    ) -> None:
         """Otherwise a restart during a bad minute of the object store would begin at an earlier step, or at step 0."""
         filled(place, 2, 4)
         s3_server.faults = Faults(
-            matches=lambda method, path: path.endswith("step-0000004/adapter.safetensors"), refuse=-1
+            matches=lambda method, path: path.endswith("step-0000004/adapter.safetensors"),
+            refuse=-1,
         )
         with pytest.raises(TryAgain, match=r"step-0000004: cannot be read: .*503"):
             checkpoints.latest_good(place)
 
-    def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(self, s3_server: Server, place: str) -> None:
+    def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(
+        self, s3_server: Server, place: str
+    ) -> None:
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=2 * patience.ATTEMPTS)
         with said() as lines:
@@ -278,12 +309,16 @@ class TestObjectStore:
         assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
 
     @pytest.mark.usefixtures("impatient")
-    def test_one_that_stays_away_is_told_and_training_continues(self, s3_server: Server, place: str) -> None:
+    def test_one_that_stays_away_is_told_and_training_continues(
+        self, s3_server: Server, place: str
+    ) -> None:
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=-1)
         with said() as lines:
             found.save(4, writer(4))
-            with pytest.raises(TryAgain, match=r"run\.storage: the last checkpoint cannot be written"):
+            with pytest.raises(
+                TryAgain, match=r"run\.storage: the last checkpoint cannot be written"
+            ):
                 found.finish()
         assert re.search(r"step 4 cannot be written .*; training continues", lines[-1])
         s3_server.faults = Faults()

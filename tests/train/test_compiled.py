@@ -58,8 +58,13 @@ def trainer(model: Any, on: bool, recompute: bool = False, **changes: Any) -> Tr
 
 def packs(first: int, count: int) -> Any:
     """Packed examples; no two micro-batches have the same length."""
-    drawn = [np.random.default_rng(seed).integers(5, 17, 2 + seed % 3) for seed in range(first, first + count)]
-    return tiny.ListStore([tiny.pack(*lengths.tolist(), seed=number) for number, lengths in enumerate(drawn)])
+    drawn = [
+        np.random.default_rng(seed).integers(5, 17, 2 + seed % 3)
+        for seed in range(first, first + count)
+    ]
+    return tiny.ListStore(
+        [tiny.pack(*lengths.tolist(), seed=number) for number, lengths in enumerate(drawn)]
+    )
 
 
 def model_of(family: str) -> Any:
@@ -69,14 +74,20 @@ def model_of(family: str) -> Any:
     return model
 
 
-def trained(family: str, on: bool, recompute: bool = False) -> tuple[list[float], Tensor, list[str]]:
+def trained(
+    family: str, on: bool, recompute: bool = False
+) -> tuple[list[float], Tensor, list[str]]:
     made = trainer(model_of(family), on, recompute, adapter__dropout=0.1)
     layout = tiny.attention_of(made.loss.model)
     losses = [result.loss for result in tiny.steps(made, packs(0, 8), count=1, attention=layout)]
     graphs = counters["stats"]["unique_graphs"]
-    losses += [result.loss for result in tiny.steps(made, packs(8, 12), count=4, start=1, attention=layout)]
+    losses += [
+        result.loss for result in tiny.steps(made, packs(8, 12), count=4, start=1, attention=layout)
+    ]
     assert (graphs > 0) == on
-    assert counters["stats"]["unique_graphs"] == graphs  # neither later lengths nor further blocks have their own
+    assert (
+        counters["stats"]["unique_graphs"] == graphs
+    )  # neither later lengths nor further blocks have their own
     return losses, made.flat.vector.clone(), [*made.loss.state_dict()]
 
 
@@ -94,7 +105,9 @@ def assert_same(family: str, recompute: bool) -> None:
 
 
 @pytest.mark.parametrize(("family", "recompute"), [("llama", True), ("gpt2", False)])
-def test_a_block_is_compiled_once_for_all_lengths(without_code: None, family: str, recompute: bool) -> None:
+def test_a_block_is_compiled_once_for_all_lengths(
+    without_code: None, family: str, recompute: bool
+) -> None:
     assert_same(family, recompute)
 
 
@@ -111,7 +124,8 @@ def test_a_model_that_does_not_compile_is_refused() -> None:
     with (
         mock.patch.object(torch, "compile", side_effect=RuntimeError("no compiler")),
         pytest.raises(
-            UserError, match=r"^model\.compile: set it to false; compiled, LlamaForCausalLM fails: no compiler"
+            UserError,
+            match=r"^model\.compile: set it to false; compiled, LlamaForCausalLM fails: no compiler",
         ),
     ):
         check_adapters(made.loss, made.adapted, list(packs(0, 4)), "segments", CPU, new=False)
@@ -125,18 +139,30 @@ def test_a_resumed_training_ends_as_one_that_was_not(without_code: None, tmp_pat
     assert [result.loss for result in begun] == losses[:2]
     first.snapshot(TrainState(step=2), None, {}, "")(tmp_path / "checkpoint")
     resume(second, load(tmp_path / "checkpoint"))
-    assert [result.loss for result in tiny.steps(second, packs(0, 12), count=3, start=2)] == losses[2:]
+    assert [result.loss for result in tiny.steps(second, packs(0, 12), count=3, start=2)] == losses[
+        2:
+    ]
     assert torch.equal(second.flat.vector, whole.flat.vector)
 
 
 def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[list[int]]]:
-    changes = {"cluster__workers": 2, "cluster__strategy": strategy, "train__micro_batch": 1, "train__global_batch": 3}
+    changes = {
+        "cluster__workers": 2,
+        "cluster__strategy": strategy,
+        "train__micro_batch": 1,
+        "train__global_batch": 3,
+    }
     with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
         made = trainer(model_of("llama"), on, recompute=True, **changes)
         losses = [result.loss for result in tiny.steps(made, count=3)]
     rank = dist.get_rank()
     held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
-    return losses, made.flat.vector.clone(), held_out, answer(made, [Question((5, 6, 7), ())], 4, [1], rank, 2, batch=2)
+    return (
+        losses,
+        made.flat.vector.clone(),
+        held_out,
+        answer(made, [Question((5, 6, 7), ())], 4, [1], rank, 2, batch=2),
+    )
 
 
 @pytest.mark.slow

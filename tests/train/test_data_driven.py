@@ -34,12 +34,18 @@ def settings(**changes: Any) -> Adapter:
     return Adapter(**({"method": "eva", "rank": RANK, "init_tokens": 96} | changes))
 
 
-def make(attention: str = "segments", count: int = 8, at_once: int | None = None, **changes: Any) -> Made:
+def make(
+    attention: str = "segments", count: int = 8, at_once: int | None = None, **changes: Any
+) -> Made:
     model = tiny.llama(attention=attention)
     if at_once is not None:
         calibration.AT_ONCE = at_once
     return eva_factors(
-        SupervisedLoss(model), find_targets(model, "all-linear", RANK), settings(**changes), store(count), CPU
+        SupervisedLoss(model),
+        find_targets(model, "all-linear", RANK),
+        settings(**changes),
+        store(count),
+        CPU,
     )
 
 
@@ -80,7 +86,9 @@ def sine(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
-def test_a0_is_the_exact_pca_of_the_first_supervised_tokens_of_packed_sequences(attention: str) -> None:
+def test_a0_is_the_exact_pca_of_the_first_supervised_tokens_of_packed_sequences(
+    attention: str,
+) -> None:
     found, _, about = make(attention)
     packs = store()
     rows = recorded(tiny.llama(), [packs[i] for i in range(8)], 96)
@@ -107,7 +115,12 @@ def test_rho_1_gives_every_layer_the_same_rank() -> None:
 def _bytes(**changes: Any) -> tuple[str, list[int], int, bytes]:
     found, report, about = make(**changes)
     parts = b"".join(item.a0.numpy().tobytes() for item in found.values())
-    return report.digest if collectives.world_size() == 1 else "", list(about.ranks.values()), about.sent, parts
+    return (
+        report.digest if collectives.world_size() == 1 else "",
+        list(about.ranks.values()),
+        about.sent,
+        parts,
+    )
 
 
 def test_the_same_bytes_come_of_1_2_and_3_workers(crew: Callable[[int], Crew]) -> None:
@@ -122,7 +135,9 @@ def _loss() -> SupervisedLoss:
     return SupervisedLoss(tiny.llama(attention="segments"))
 
 
-def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_tokens_are_looked_at_until_they_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     _, _, about = make(init_tokens=128)
     assert about.tokens == 128
     assert about.agreement is not None
@@ -142,7 +157,9 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest
 
 
 def test_too_few_tokens_are_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match=r"the training data has \d+ supervised tokens, but 48 components") as caught:
+    with pytest.raises(
+        UserError, match=r"the training data has \d+ supervised tokens, but 48 components"
+    ) as caught:
         make(count=1, rank=16, rho=3.0)
     assert str(caught.value).endswith(
         " (rho x rank) need more than 48; use more data, lower adapter.rank or adapter.rho, or use another method"
@@ -154,7 +171,9 @@ def test_a_layer_that_no_text_reaches_is_named() -> None:
     targets = find_targets(model, ("q_proj",), RANK)
     spare = torch.nn.Linear(8, 8)
     targets["spare"] = type(next(iter(targets.values())))(spare, "weight", False)
-    with pytest.raises(UserError, match="the input of spare at each token, but that layer does not run on text"):
+    with pytest.raises(
+        UserError, match="the input of spare at each token, but that layer does not run on text"
+    ):
         eva_factors(SupervisedLoss(model), targets, settings(), store(), CPU)
 
 
@@ -194,7 +213,9 @@ def test_a_growing_store_is_waited_for_and_decides_nothing() -> None:
 
 
 @given(
-    st.lists(st.lists(st.floats(0, 1).map(lambda x: round(x, 1)), max_size=6), min_size=1, max_size=5),
+    st.lists(
+        st.lists(st.floats(0, 1).map(lambda x: round(x, 1)), max_size=6), min_size=1, max_size=5
+    ),
     st.integers(0, 30),
 )
 def test_ranks_are_a_count_of_the_largest_shares(shares: list[list[float]], budget: int) -> None:

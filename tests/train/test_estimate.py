@@ -31,7 +31,9 @@ def settings(folder: Path, rank: int) -> Config:
     )
 
 
-def test_a_method_that_a_layer_does_not_allow_is_refused_on_the_model_without_weights(model: Path) -> None:
+def test_a_method_that_a_layer_does_not_allow_is_refused_on_the_model_without_weights(
+    model: Path,
+) -> None:
     for rank, problem in (
         (385, r"adapter\.rank=385 is too large for .*\(768 x 768\) with adapter\.method=lora_ga"),
         (769, r"adapter\.rank=769 is too large for .*\(768 x 768\)"),
@@ -68,7 +70,12 @@ def test_a_method_without_b0_needs_less_memory_whichever_it_is(model: Path) -> N
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that is wide and has two blocks."""
     folder = tmp_path_factory.mktemp("model")
-    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 12}
+    shape = {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+    }
     tiny.llama(vocab_size=8192, num_key_value_heads=12, **shape).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")  # counted as part of a model folder, and not read here
@@ -76,7 +83,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_no_gpu_is_asked_and_bfloat16_is_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def test_no_gpu_is_asked_and_bfloat16_is_assumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
     """Asking a GPU of this machine would start CUDA in the driver, which takes memory from the workers."""
 
     def started() -> None:
@@ -90,9 +99,14 @@ def test_no_gpu_is_asked_and_bfloat16_is_assumed(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("family", "stack", "n", "layers"),
-    [("qwen3_moe", "model.layers.0.mlp", 24, 2), ("llama4_text", "model.layers.1.feed_forward", 96, 1)],
+    [
+        ("qwen3_moe", "model.layers.0.mlp", 24, 2),
+        ("llama4_text", "model.layers.1.feed_forward", 96, 1),
+    ],
 )
-def test_adapters_of_experts_count(tmp_path: Path, family: str, stack: str, n: int, layers: int) -> None:
+def test_adapters_of_experts_count(
+    tmp_path: Path, family: str, stack: str, n: int, layers: int
+) -> None:
     zoo.build(ALL[family], tmp_path)
     sizes = {}
     for targets in (("self_attn.q_proj",), ("self_attn.q_proj", "experts.down_proj")):
@@ -108,10 +122,16 @@ def test_adapters_of_experts_count(tmp_path: Path, family: str, stack: str, n: i
 def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -> None:
     even = settings(model, 8)
     sizes = {
-        rho: estimate(override(even, {"adapter.method": "eva", "adapter.rho": rho}), obtain(even)).trainable
+        rho: estimate(
+            override(even, {"adapter.method": "eva", "adapter.rho": rho}), obtain(even)
+        ).trainable
         for rho in (1.0, 2.0)
     }
-    assert sizes[1.0] == estimate(even, obtain(even)).trainable == 2 * 8 * (4 * 2 * 768 + 3 * (768 + 2048))
+    assert (
+        sizes[1.0]
+        == estimate(even, obtain(even)).trainable
+        == 2 * 8 * (4 * 2 * 768 + 3 * (768 + 2048))
+    )
     # Of 7 layers a block the three wide ones have twice the rank, and of the others the rest.
     assert sizes[2.0] == 2 * (3 * 16 * (768 + 2048) + 8 * 2 * 768)
 
@@ -122,7 +142,8 @@ def test_experts_are_refused_for_a_method_that_sees_activations(tmp_path: Path) 
         (tmp_path / name).write_text("{}")
     config = override(settings(tmp_path, 4), {"adapter.method": "eva"})
     with pytest.raises(
-        UserError, match=r"adapter\.method=eva: model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts"
+        UserError,
+        match=r"adapter\.method=eva: model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts",
     ):
         estimate(config, obtain(config))
 

@@ -36,18 +36,27 @@ def packs() -> list[Pack]:
 def batch() -> dict[str, Tensor]:
     ids = torch.from_numpy(np.stack([pack.input_ids for pack in packs()]).astype(np.int64))
     supervised = torch.from_numpy(np.stack([pack.supervised for pack in packs()]))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(~supervised, -100)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.masked_fill(~supervised, -100),
+    }
 
 
 def of_peft(rho: float) -> dict[str, Tensor]:
     from peft import EvaConfig, LoraConfig, get_eva_state_dict
 
     names = list(find_targets(tiny.llama(), "all-linear", RANK))
-    config = LoraConfig(r=RANK, init_lora_weights="eva", target_modules=names, eva_config=EvaConfig(rho=rho))
+    config = LoraConfig(
+        r=RANK, init_lora_weights="eva", target_modules=names, eva_config=EvaConfig(rho=rho)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = get_eva_state_dict(tiny.llama(), [batch()], config, show_progress_bar=False)
-    return {name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): part for name, part in found.items()}
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): part
+        for name, part in found.items()
+    }
 
 
 @pytest.mark.parametrize("rho", [2.0, 3.0])
@@ -64,12 +73,18 @@ def test_spaces_and_ranks_are_pefts_of_one_batch(rho: float) -> None:
     )
     theirs = of_peft(rho)
     assert about.tokens == ROWS * (LENGTH - PROMPT)
-    assert sum(len(part) for part in theirs.values()) == sum(about.ranks.values()) == RANK * len(targets)
+    assert (
+        sum(len(part) for part in theirs.values())
+        == sum(about.ranks.values())
+        == RANK * len(targets)
+    )
     for layer in range(2):
         for kinds in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
             block = "self_attn" if kinds[0] in "qo" else "mlp"
             names = [f"model.layers.{layer}.{block}.{kind}_proj" for kind in kinds]
-            assert sorted(len(theirs[name]) for name in names) == sorted(about.ranks[name] for name in names)
+            assert sorted(len(theirs[name]) for name in names) == sorted(
+                about.ranks[name] for name in names
+            )
             for name in names:
                 size = min(len(theirs[name]), about.ranks[name])
                 assert sine(ours[name].a0[:size], theirs[name][:size]) < ANGLE, name

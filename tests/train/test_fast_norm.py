@@ -18,7 +18,9 @@ def norm(dtype: torch.dtype) -> nn.Module:
 def forward_backward(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     y = module(x)
-    (gradient,) = torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape))
+    (gradient,) = torch.autograd.grad(
+        y, x, torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape)
+    )
     return y, gradient
 
 
@@ -35,4 +37,9 @@ def test_same_bits_and_gradient(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_other_norms_stay() -> None:
     trainable = norm(torch.float32).requires_grad_(True)
-    assert patch_rms_norm(nn.ModuleList([GemmaRMSNorm(24).requires_grad_(False), trainable, nn.LayerNorm(24)])) == 0
+    assert (
+        patch_rms_norm(
+            nn.ModuleList([GemmaRMSNorm(24).requires_grad_(False), trainable, nn.LayerNorm(24)])
+        )
+        == 0
+    )

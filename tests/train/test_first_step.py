@@ -24,7 +24,9 @@ def trainer(method: str, **changes: Any) -> Trainer:
     model = tiny.llama(attention="segments")
     model.unused = torch.nn.Linear(64, 64)
     targets = find_targets(model, config.adapter.targets, config.adapter.rank)
-    factors, _ = initialise(targets, method, config.adapter.rank, 3, torch.device("cpu"), options_of(config.adapter))
+    factors, _ = initialise(
+        targets, method, config.adapter.rank, 3, torch.device("cpu"), options_of(config.adapter)
+    )
     adapted = inject(model, at_scale(factors, config.adapter), config.adapter.scale())
     return Trainer(SupervisedLoss(model), adapted, config, torch.device("cpu"))
 
@@ -53,15 +55,26 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
     sizes = []
     for changes in ({}, {"adapter__rank": 8}, {"adapter__alpha": 32}, {"train__lr_ratio": 4.0}):
         one, inputs = trainer(method, **changes), dict[str, torch.Tensor]()
-        modules = {name: one.loss.model.get_submodule(name) for name in one.adapted if name != "unused"}
-        with watched(modules, lambda name, x, _, inputs=inputs: inputs.update({name: x.detach().clone()})):
+        modules = {
+            name: one.loss.model.get_submodule(name) for name in one.adapted if name != "unused"
+        }
+        with watched(
+            modules, lambda name, x, _, inputs=inputs: inputs.update({name: x.detach().clone()})
+        ):
             one.loss(batch())
         scale, ratio = one.config.adapter.scale(), one.config.train.lr_ratio
-        rate = first_step.best_rate(first_step.moves(one.loss, one.adapted, batch(), ratio), scale, 20)
+        rate = first_step.best_rate(
+            first_step.moves(one.loss, one.adapted, batch(), ratio), scale, 20
+        )
         before = outputs(one, inputs)
         gradients = dict[str, torch.Tensor]()
 
-        def see(name: str, _: torch.Tensor, y: torch.Tensor, gradients: dict[str, torch.Tensor] = gradients) -> None:
+        def see(
+            name: str,
+            _: torch.Tensor,
+            y: torch.Tensor,
+            gradients: dict[str, torch.Tensor] = gradients,
+        ) -> None:
             y.register_hook(lambda gradient: gradients.update({name: gradient.flatten(0, -2)}))
 
         with watched(modules, see):
@@ -72,7 +85,10 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
                 layer.db.copy_(-ratio * rate * layer.db.grad.sign())
                 b = layer.db if layer.b0 is None else layer.b0 + layer.db
                 layer.da.copy_(-rate * ((g @ b).T @ inputs[name].flatten(0, -2)).sign())
-        moved = [float((y - before[name]).norm() / before[name].norm()) for name, y in outputs(one, inputs).items()]
+        moved = [
+            float((y - before[name]).norm() / before[name].norm())
+            for name, y in outputs(one, inputs).items()
+        ]
         sizes.append(math.exp(sum(map(math.log, moved)) / len(moved)))
     assert sizes == pytest.approx([first_step.FARTHEST] * 4, rel=0.15)
 
@@ -97,7 +113,9 @@ def test_a_run_that_is_trained_longer_lowers_the_rate_and_tells_both() -> None:
     start: Any = SimpleNamespace(trainer=one, state=state, resumed=True)
     told = "train.lr=auto: the peak rate is 0.00024 for 12 steps; it was 0.00028 for 6"
     for steps, rate, expected in ((6, 2.8e-4, []), (12, 2.4e-4, [told])):
-        spec: Any = SimpleNamespace(config=tiny.config(train__lr="auto", train__steps=steps), train=tiny.store())
+        spec: Any = SimpleNamespace(
+            config=tiny.config(train__lr="auto", train__steps=steps), train=tiny.store()
+        )
         with said() as lines:
             measure_first_step(SimpleNamespace(), spec, start)  # type: ignore[arg-type]
         assert (state.lr, state.lr_steps, lines) == (rate, steps, expected)
@@ -110,7 +128,9 @@ def test_the_longest_examples_are_measured_from_their_end() -> None:
     assert found.segments == (first_step.LONGEST,)
     assert found.input_ids.tolist() == packs[1].input_ids[700 - first_step.LONGEST : 700].tolist()
     assert found.supervised[-1]
-    assert [len(each.input_ids) for each in first_step.examples([tiny.pack(*[9, 40] * 30)])] == [40] * 3
+    assert [len(each.input_ids) for each in first_step.examples([tiny.pack(*[9, 40] * 30)])] == [
+        40
+    ] * 3
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
@@ -130,13 +150,17 @@ def test_a_rate_at_an_end_of_the_measured_range_is_told() -> None:
     with said() as lines:
         first_step.best_rate(measured, 1.0, 20)
         assert lines == []
-        assert first_step.best_rate(measured, 1e6, 20) == pytest.approx(first_step.RATES[0], rel=0.05)
+        assert first_step.best_rate(measured, 1e6, 20) == pytest.approx(
+            first_step.RATES[0], rel=0.05
+        )
     assert len([line for line in lines if "at an end of the range" in line]) == 1
 
 
 def test_the_automatic_rate_of_the_spectral_step_falls_with_the_root_of_the_rank() -> None:
     low, high = (
-        trainer("olora", adapter__rank=rank, train__optimizer="spectral").automatic_rate([], 20, "segments")
+        trainer("olora", adapter__rank=rank, train__optimizer="spectral").automatic_rate(
+            [], 20, "segments"
+        )
         for rank in (2, 8)
     )
     assert low == pytest.approx(2 * high, rel=0.05)

@@ -29,7 +29,9 @@ CASES = {
     "fp32, dropout": Case(tiny.llama, dropout=0.2),
     "bf16, plain LoRA": Case(lambda: tiny.llama(dtype=torch.bfloat16), method="lora"),
     "experts one by one": Case(lambda: zoo.make(ALL["mixtral"], experts="eager"), dropout=0.2),
-    "experts together": Case(lambda: zoo.make(ALL["mixtral"], torch.bfloat16, experts="grouped_mm")),
+    "experts together": Case(
+        lambda: zoo.make(ALL["mixtral"], torch.bfloat16, experts="grouped_mm")
+    ),
 }
 
 
@@ -46,7 +48,9 @@ def made(case: Case) -> Trainer:
 
 
 def steps(trainer: Trainer, start: int = 0) -> Iterator[float]:
-    return (result.loss for result in tiny.steps(trainer, count=STEPS, start=start, attention="sdpa"))
+    return (
+        result.loss for result in tiny.steps(trainer, count=STEPS, start=start, attention="sdpa")
+    )
 
 
 def trained(case: Case) -> tuple[list[float], Tensor]:
@@ -59,7 +63,9 @@ def trained(case: Case) -> tuple[list[float], Tensor]:
         trainer.flat.vector.copy_(now)
         numbers.append(evaluate(trainer, held_out, "sdpa"))
         trainer.flat.vector.copy_(earlier)
-    trainer.optimizer.load({name: torch.zeros_like(part) for name, part in trainer.optimizer.state().items()}, 1)
+    trainer.optimizer.load(
+        {name: torch.zeros_like(part) for name, part in trainer.optimizer.state().items()}, 1
+    )
     numbers += list(islice(steps(trainer, 1), 1))
     return numbers, trainer.flat.vector
 

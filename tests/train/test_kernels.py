@@ -12,7 +12,12 @@ from olora_ray.config.schema import Adapter
 from olora_ray.train.fake_model import FakeModel
 from tests import tiny
 
-SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+SIZES = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 
 
 class Work(TorchDispatchMode):
@@ -20,12 +25,20 @@ class Work(TorchDispatchMode):
 
     kernels = bytes = 0
 
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         words = set(func.overloadpacket.__name__.split("_"))
-        if func.namespace == "aten" and not func.is_view and not words & {"empty", "detach", "unsafe"}:
+        if (
+            func.namespace == "aten"
+            and not func.is_view
+            and not words & {"empty", "detach", "unsafe"}
+        ):
             self.kernels += 1
-            self.bytes += sum(part.nbytes for part in tree_leaves((args, result)) if isinstance(part, Tensor))
+            self.bytes += sum(
+                part.nbytes for part in tree_leaves((args, result)) if isinstance(part, Tensor)
+            )
         return result
 
 
@@ -33,12 +46,22 @@ def work(adapted: bool) -> Work:
     """Return the work of a layer in the second micro-batch of 2 x 4,096 tokens, forward and backward."""
     with torch.device("meta"):
         model = tiny.llama(**SIZES)
-    fake = FakeModel(model, find_targets(model, "all-linear", 16) if adapted else {}, Adapter(rank=16), torch.bfloat16)
+    fake = FakeModel(
+        model,
+        find_targets(model, "all-linear", 16) if adapted else {},
+        Adapter(rank=16),
+        torch.bfloat16,
+    )
     with fake.mode:
         for _ in range(2):
-            x, angles = torch.empty(2, 4096, 4096).bfloat16().requires_grad_(), torch.empty(2, 1, 4096, 128).bfloat16()
+            x, angles = (
+                torch.empty(2, 4096, 4096).bfloat16().requires_grad_(),
+                torch.empty(2, 1, 4096, 128).bfloat16(),
+            )
             with Work() as found:
-                fake.blocks[1](x, position_embeddings=tuple(angles), attention_mask=None).backward(x)
+                fake.blocks[1](x, position_embeddings=tuple(angles), attention_mask=None).backward(
+                    x
+                )
     return found
 
 

@@ -19,12 +19,16 @@ __all__ = ["fast"]
 SEED = 3
 
 
-def reader(found: Any, train: Train, worker: int = 0, workers: int = 1, waiting: Waiting | None = None) -> StepLoader:
+def reader(
+    found: Any, train: Train, worker: int = 0, workers: int = 1, waiting: Waiting | None = None
+) -> StepLoader:
     return StepLoader(found, train, SEED, "segments", worker, workers, waiting)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
-def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(batch: int, workers: int, micro: int) -> None:
+def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(
+    batch: int, workers: int, micro: int
+) -> None:
     train = Train(global_batch=batch, micro_batch=micro)
     parts = [reader(store([20]), train, w, workers).read(2) for w in range(workers)]
     groups = [group for part in parts for group in part.sequences]
@@ -47,7 +51,9 @@ def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(batch: in
     st.none() | st.integers(1, 9),
     st.integers(1, 6),
     st.integers(1, 4),
-    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.integers(0, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=4
+    ),
 )
 def test_interrupted_runs_meet_exactly_the_orders_sequences(
     sizes: list[int],
@@ -66,7 +72,9 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
         for worker in range(workers):
             found, waiting = arriving(sizes) if grows else (store(sizes), None)
             ends = Schedule(train, found, waiting).ends
-            streams.append(islice(reader(found, train, worker, workers, waiting).steps(len(met), ends), most))
+            streams.append(
+                islice(reader(found, train, worker, workers, waiting).steps(len(met), ends), most)
+            )
         for parts in zip(*streams, strict=True):  # all workers agree on the end
             met.append([index for data, _ in parts for group in data.sequences for index in group])
     packs = sum(sizes)
@@ -74,7 +82,9 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
     assert len(met) == total
     for step, sequences in enumerate(met):
         assert sequences == order(packs, SEED, step * batch, (step + 1) * batch).tolist()
-    assert sorted(index for sequences in met for index in sequences) == sorted(order(packs, SEED, 0, total * batch))
+    assert sorted(index for sequences in met for index in sequences) == sorted(
+        order(packs, SEED, 0, total * batch)
+    )
 
 
 def test_a_step_waits_for_its_own_shards_only() -> None:
@@ -82,7 +92,9 @@ def test_a_step_waits_for_its_own_shards_only() -> None:
     train = Train(global_batch=4)
     found = store([4, 4], arrived=1)
     told: list[tuple[int, int]] = []
-    steps = reader(found, train, waiting=lambda *what: told.append(what)).steps(0, Schedule(train, found).ends)
+    steps = reader(found, train, waiting=lambda *what: told.append(what)).steps(
+        0, Schedule(train, found).ends
+    )
     data, waited = next(steps)
     assert data.sequences == ((0, 1, 2, 3),)
     assert waited < 1.0

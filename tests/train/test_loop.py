@@ -22,8 +22,12 @@ from tests.varlen_on_cpu import varlen_on_cpu
 STEPS = 5
 
 
-def loader(store: Any, settings: Config, attention: str = "segments", worker: int = 0) -> StepLoader:
-    return StepLoader(store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers)
+def loader(
+    store: Any, settings: Config, attention: str = "segments", worker: int = 0
+) -> StepLoader:
+    return StepLoader(
+        store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers
+    )
 
 
 def schedule(store: Any, settings: Config, steps: int = STEPS) -> Schedule:
@@ -31,15 +35,21 @@ def schedule(store: Any, settings: Config, steps: int = STEPS) -> Schedule:
 
 
 def run(trainer: Trainer, store: Any, start: int, stop: int, worker: int = 0) -> list[StepResult]:
-    steps = trainer.steps(loader(store, trainer.config, worker=worker), start, schedule(store, trainer.config))
+    steps = trainer.steps(
+        loader(store, trainer.config, worker=worker), start, schedule(store, trainer.config)
+    )
     return list(islice(steps, stop - start))
 
 
-def first_gradient(settings: Config, store: Any, attention: str = "segments", worker: int = 0) -> tuple[float, Tensor]:
+def first_gradient(
+    settings: Config, store: Any, attention: str = "segments", worker: int = 0
+) -> tuple[float, Tensor]:
     """Return the loss of the first step and its gradient, over all workers."""
     trainer = tiny.moved(tiny.trainer(settings, attention))
     seen = tiny.gradients(trainer)
-    result = next(trainer.steps(loader(store, settings, attention, worker), 0, schedule(store, settings)))
+    result = next(
+        trainer.steps(loader(store, settings, attention, worker), 0, schedule(store, settings))
+    )
     return result.loss, seen[0]
 
 
@@ -49,7 +59,12 @@ def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> 
 
 
 def settings_for(micro: int, workers: int = 1, batch: int = 8) -> Config:
-    return tiny.config(train__global_batch=batch, train__micro_batch=micro, train__clip=None, cluster__workers=workers)
+    return tiny.config(
+        train__global_batch=batch,
+        train__micro_batch=micro,
+        train__clip=None,
+        cluster__workers=workers,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +73,9 @@ def whole() -> tuple[float, Tensor]:
     return first_gradient(settings_for(micro=8), tiny.store(8))
 
 
-def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(whole: tuple[float, Tensor]) -> None:
+def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(
+    whole: tuple[float, Tensor],
+) -> None:
     store = tiny.store(8)
     trainer = tiny.moved(tiny.trainer(settings_for(8), "sdpa"))
     losses, counts = [], []
@@ -66,14 +83,18 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(whole: 
         ids = torch.from_numpy(example.input_ids).long()[None]
         marked = torch.from_numpy(example.supervised)
         logits = trainer.loss.model(input_ids=ids, use_cache=False).logits[0, :-1][marked[1:]]
-        losses.append(torch.nn.functional.cross_entropy(logits, ids[0][marked], reduction="sum").item())
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, ids[0][marked], reduction="sum").item()
+        )
         counts.append(int(marked.sum()))
     assert whole[0] == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_micro_batch_and_accumulation_do_not_matter(whole: tuple[float, Tensor], micro: int, attention: str) -> None:
+def test_micro_batch_and_accumulation_do_not_matter(
+    whole: tuple[float, Tensor], micro: int, attention: str
+) -> None:
     settings = settings_for(micro)
     assert settings.accumulation() == 8 // micro
     assert_same(first_gradient(settings, tiny.store(8), attention), whole)
@@ -93,7 +114,9 @@ def test_packing_does_not_matter(whole: tuple[float, Tensor], attention: str) ->
     assert_same(first_gradient(settings, singles, attention), whole)
 
 
-def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(crew: Callable[[int], Crew]) -> None:
+def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(
+    crew: Callable[[int], Crew],
+) -> None:
     plain = crew(2).run(_signals, {})
     assert {tuple(signals) for signals, _ in plain} == {(False,) * STEPS}
     signalled = crew(2).run(_signals, {1: 1, 3: 0})
@@ -127,7 +150,12 @@ def test_identical_runs_give_identical_bytes() -> None:
         torch.manual_seed(ambient_seed)
         trainer = tiny.trainer(dropout_settings())
         results = run(trainer, tiny.store(), 0, STEPS)
-        outcomes.append((adapter_bytes(trainer), [(r.step, r.loss, r.lr, r.grad_norm, r.supervised) for r in results]))
+        outcomes.append(
+            (
+                adapter_bytes(trainer),
+                [(r.step, r.loss, r.lr, r.grad_norm, r.supervised) for r in results],
+            )
+        )
     assert outcomes[0] == outcomes[1]
 
 
@@ -164,7 +192,9 @@ def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
     assert torch.equal(trainer.flat.vector, before)  # nothing was learned from it
 
 
-def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(crew: Callable[[int], Crew]) -> None:
+def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(
+    crew: Callable[[int], Crew],
+) -> None:
     one, two = crew(2).run(_poisoned_worker)
     assert isinstance(one, UserError)
     assert isinstance(two, UserError)
@@ -180,20 +210,31 @@ def _poisoned_worker() -> None:
 
 @pytest.mark.parametrize("how", [evaluate, evaluate_examples])
 @pytest.mark.parametrize("step", [0, 7])
-def test_a_held_out_loss_that_is_not_finite_names_the_step_and_the_rows(step: int, how: Callable[..., Any]) -> None:
+def test_a_held_out_loss_that_is_not_finite_names_the_step_and_the_rows(
+    step: int, how: Callable[..., Any]
+) -> None:
     settings, store = tiny.config(train__micro_batch=2), tiny.store(7)
     trainer, index = poisoned(settings, store)
-    with pytest.raises(UserError, match=f"step {step}: the held-out loss is not finite; it comes from") as caught:
+    with pytest.raises(
+        UserError, match=f"step {step}: the held-out loss is not finite; it comes from"
+    ) as caught:
         how(trainer, store, "segments", step=step)
     first = index - index % 2
     bad = store.origins(index) if how is evaluate else store.origins(index)[:1]
     assert all(origin in str(caught.value) for origin in bad)
-    others = {origin for i in range(len(store)) if i not in (first, first + 1) for origin in store.origins(i)}
+    others = {
+        origin
+        for i in range(len(store))
+        if i not in (first, first + 1)
+        for origin in store.origins(i)
+    }
     assert not any(f"{origin}," in str(caught.value) for origin in others)
     assert ("train.lr" in str(caught.value)) == (step > 0)
 
 
-def test_a_held_out_loss_that_is_not_finite_is_the_same_error_on_all_workers(crew: Callable[[int], Crew]) -> None:
+def test_a_held_out_loss_that_is_not_finite_is_the_same_error_on_all_workers(
+    crew: Callable[[int], Crew],
+) -> None:
     one, two = crew(2).run(_evaluate_poisoned)
     assert isinstance(one, UserError)
     assert str(one) == str(two)
@@ -202,7 +243,9 @@ def test_a_held_out_loss_that_is_not_finite_is_the_same_error_on_all_workers(cre
 
 def _evaluate_poisoned() -> float:
     settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
-    return evaluate(poisoned(settings, store)[0], store, "segments", torch.distributed.get_rank(), 2)
+    return evaluate(
+        poisoned(settings, store)[0], store, "segments", torch.distributed.get_rank(), 2
+    )
 
 
 def test_a_loss_that_is_not_finite_is_no_best_one() -> None:
@@ -245,7 +288,10 @@ def test_evaluation_takes_every_row(count: int, micro: int) -> None:
     trainer = tiny.moved(tiny.trainer(tiny.config(train__micro_batch=micro)))
     store = tiny.store(count)
     singles = tiny.unpacked([store[i] for i in range(count)])
-    sums = [evaluate(trainer, tiny.ListStore([single]), "segments") * single.supervised.sum() for single in singles]
+    sums = [
+        evaluate(trainer, tiny.ListStore([single]), "segments") * single.supervised.sum()
+        for single in singles
+    ]
     expected = sum(sums) / store.manifest.supervised
     assert evaluate(trainer, store, "segments") == pytest.approx(expected, rel=1e-6)
     assert evaluate_examples(trainer, store, "segments") == pytest.approx(sums, rel=1e-5)

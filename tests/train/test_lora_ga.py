@@ -38,12 +38,19 @@ def settings(**changes: Any) -> Adapter:
     return Adapter(**({"method": "lora_ga", "rank": RANK, "init_tokens": TOKENS} | changes))
 
 
-def make(strategy: str = "ddp", attention: str = "segments", at_once: int | None = None, **changes: Any) -> Made:
+def make(
+    strategy: str = "ddp", attention: str = "segments", at_once: int | None = None, **changes: Any
+) -> Made:
     loss = SupervisedLoss(tiny.llama(attention=attention))
     place_model(loss, strategy, CPU)
-    kept, data_driven.GRADIENTS_AT_ONCE = data_driven.GRADIENTS_AT_ONCE, at_once or data_driven.GRADIENTS_AT_ONCE
+    kept, data_driven.GRADIENTS_AT_ONCE = (
+        data_driven.GRADIENTS_AT_ONCE,
+        at_once or data_driven.GRADIENTS_AT_ONCE,
+    )
     try:
-        return gradient_factors(loss, find_targets(loss.model, "all-linear", RANK), settings(**changes), store(), CPU)
+        return gradient_factors(
+            loss, find_targets(loss.model, "all-linear", RANK), settings(**changes), store(), CPU
+        )
     finally:
         data_driven.GRADIENTS_AT_ONCE = kept
 
@@ -57,7 +64,9 @@ def by_autograd(packs: list[Pack], limit: int) -> dict[str, Tensor]:
         places = torch.from_numpy(np.flatnonzero(pack.supervised))[:left]
         left -= len(places)
         if len(places):
-            F.cross_entropy(model(ids[None]).logits[0, places - 1], ids[places], reduction="sum").backward()
+            F.cross_entropy(
+                model(ids[None]).logits[0, places - 1], ids[places], reduction="sum"
+            ).backward()
     names = find_targets(model, "all-linear", RANK)
     return {name: model.get_submodule(name).weight.grad for name in names}
 
@@ -85,7 +94,10 @@ def test_factors_are_the_papers_formula_of_the_exact_gradient(attention: str) ->
 def _bytes(at_once: int | None = None) -> tuple[int, int, bytes]:
     found, _, about = make(at_once=at_once)
     parts = b"".join(
-        part.numpy().tobytes() for item in found.values() for part in (item.a0, item.b0) if part is not None
+        part.numpy().tobytes()
+        for item in found.values()
+        for part in (item.a0, item.b0)
+        if part is not None
     )
     return about.sent, about.held, parts
 
@@ -106,7 +118,9 @@ def test_layers_that_do_not_fit_together_are_made_one_part_after_the_other() -> 
 def test_nothing_is_left_on_the_base_and_the_start_is_the_base() -> None:
     model = tiny.llama(attention="segments")
     loss = SupervisedLoss(model)
-    found, *_ = gradient_factors(loss, find_targets(model, "all-linear", RANK), settings(), store(), CPU)
+    found, *_ = gradient_factors(
+        loss, find_targets(model, "all-linear", RANK), settings(), store(), CPU
+    )
     assert all(item.grad is None and not item.requires_grad for item in model.parameters())
     from olora_ray.tokens.collate import collate
 
@@ -119,8 +133,14 @@ def test_nothing_is_left_on_the_base_and_the_start_is_the_base() -> None:
 def test_experts_and_data_without_supervised_tokens_are_refused() -> None:
     model = zoo.make(ALL["mixtral"])
     with pytest.raises(UserError, match="is a stack of experts"):
-        gradient_factors(SupervisedLoss(model), find_targets(model, "all-linear", 2), settings(), store(), CPU)
-    empty: Any = tiny.ListStore([Pack(store()[0].input_ids, np.zeros(len(store()[0].input_ids), bool), (4,))])
+        gradient_factors(
+            SupervisedLoss(model), find_targets(model, "all-linear", 2), settings(), store(), CPU
+        )
+    empty: Any = tiny.ListStore(
+        [Pack(store()[0].input_ids, np.zeros(len(store()[0].input_ids), bool), (4,))]
+    )
     model = tiny.llama()
     with pytest.raises(UserError, match="the training data has 0 supervised tokens"):
-        gradient_factors(SupervisedLoss(model), find_targets(model, ("q_proj",), RANK), settings(), empty, CPU)
+        gradient_factors(
+            SupervisedLoss(model), find_targets(model, ("q_proj",), RANK), settings(), empty, CPU
+        )

@@ -29,7 +29,9 @@ def train(made: Trainer, start: int = 0, stop: int = STEPS) -> list[float]:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_a_checkpoint_has_the_experts_and_training_goes_on_to_the_same_bits(tmp_path: Path, family: str) -> None:
+def test_a_checkpoint_has_the_experts_and_training_goes_on_to_the_same_bits(
+    tmp_path: Path, family: str
+) -> None:
     whole = trainer(family, dropout=0.1)
     train(whole)
 
@@ -44,7 +46,8 @@ def test_a_checkpoint_has_the_experts_and_training_goes_on_to_the_same_bits(tmp_
     for name, weights in found.adapter.items():
         assert torch.equal(weights.factors.a0, second.adapted[name].a0)
         second.flat.load(
-            second.flat.vector, {f"{n}.{p}": getattr(w, p) for n, w in found.adapter.items() for p in ("da", "db")}
+            second.flat.vector,
+            {f"{n}.{p}": getattr(w, p) for n, w in found.adapter.items() for p in ("da", "db")},
         )
     second.optimizer.load(found.optimizer, 2)
     train(second, start=2)

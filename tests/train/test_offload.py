@@ -37,7 +37,9 @@ def made(folder: Path, offload: bool, device: torch.device, by_rows: bool = True
         loss = SupervisedLoss(zoo.make(ALL["llama"]))
     adapter = settings.adapter
     targets = find_targets(zoo.make(ALL["llama"]), adapter.targets, adapter.rank)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, CPU, options_of(adapter))
+    factors, _ = initialise(
+        targets, adapter.method, adapter.rank, settings.run.seed, CPU, options_of(adapter)
+    )
     adapted = wrap(loss.model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     install(loss.model, adapted)
     if not by_rows:
@@ -51,7 +53,11 @@ def trained(trainer: Trainer) -> Found:
     rank, world = dist.get_rank(), dist.get_world_size()
     attention = tiny.attention_of(trainer.loss.model)
     losses = [result.loss for result in tiny.steps(trainer, attention=attention)]
-    return losses, trainer.flat.vector.cpu().clone(), evaluate(trainer, tiny.store(5, seed=9), attention, rank, world)
+    return (
+        losses,
+        trainer.flat.vector.cpu().clone(),
+        evaluate(trainer, tiny.store(5, seed=9), attention, rank, world),
+    )
 
 
 def in_turn(folder: Path, by_rows: bool) -> tuple[Found, Found, int, set[str], set[str]]:
@@ -63,8 +69,14 @@ def in_turn(folder: Path, by_rows: bool) -> tuple[Found, Found, int, set[str], s
     place = target_device(trainer.loss, META)  # as if that were a GPU
     inside = [part for block in trainer.loss.offloaded for part in block.parameters()]
     shards = {id(part) for part in inside if isinstance(part, DTensor)}
-    others = [part for part in (*trainer.loss.parameters(), *trainer.loss.buffers()) if id(part) not in shards]
-    assert any(part.requires_grad for part in others)  # adapters lie in blocks and are not offloaded
+    others = [
+        part
+        for part in (*trainer.loss.parameters(), *trainer.loss.buffers())
+        if id(part) not in shards
+    ]
+    assert any(
+        part.requires_grad for part in others
+    )  # adapters lie in blocks and are not offloaded
     return (
         plain,
         found,
@@ -81,7 +93,9 @@ def assert_same(found: Found, plain: Found) -> None:
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
-def test_offloaded_blocks_change_no_byte(crew: Callable[[int], Crew], tmp_path: Path, by_rows: bool) -> None:
+def test_offloaded_blocks_change_no_byte(
+    crew: Callable[[int], Crew], tmp_path: Path, by_rows: bool
+) -> None:
     zoo.build(ALL["llama"], tmp_path)
     for plain, found, blocks, shards, others in crew(2).run(in_turn, tmp_path, by_rows):
         assert_same(found, plain)
@@ -108,7 +122,11 @@ def test_on_a_gpu_too(tmp_path: Path, by_rows: bool) -> None:
         assert_same(trained(trainer), plain)
         for block in trainer.loss.offloaded:
             block.reshard()
-            shards = [part.data.to_local() for part in block.parameters() if isinstance(part.data, DTensor)]
+            shards = [
+                part.data.to_local()
+                for part in block.parameters()
+                if isinstance(part.data, DTensor)
+            ]
             assert shards
             assert all(part.device.type == "cpu" and part.is_pinned() for part in shards)
         assert all(part.device == device for part in trainer.loss.buffers())

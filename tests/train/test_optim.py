@@ -19,7 +19,9 @@ def adapted() -> dict[str, AdaptedLinear]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: AdaptedLinear(
-            nn.Linear(n, m), Factors(torch.randn(RANK, n, generator=generator), torch.randn(m, RANK)), 1.0
+            nn.Linear(n, m),
+            Factors(torch.randn(RANK, n, generator=generator), torch.randn(m, RANK)),
+            1.0,
         )
         for name, (m, n) in SHAPES.items()
     }
@@ -41,7 +43,10 @@ def test_adamw_equals_torchs_on_separate_tensors(decay: float, ratio: float) -> 
     flat = flat_for(config)
     ours = AdamW(flat, config)
     separate = {name: nn.Parameter(slot.detach().clone()) for name, slot in flat.slots.items()}
-    groups = [{"params": [p for name, p in separate.items() if name.endswith(part)]} for part in (".da", ".db")]
+    groups = [
+        {"params": [p for name, p in separate.items() if name.endswith(part)]}
+        for part in (".da", ".db")
+    ]
     theirs = torch.optim.AdamW(groups, lr=0.01, weight_decay=decay)
     for step in range(4):
         for group, factor in zip(theirs.param_groups, (1.0, ratio), strict=True):
@@ -117,9 +122,13 @@ def test_the_middle_of_the_schedules() -> None:
 
     assert middle("linear") == pytest.approx(0.05)
     assert middle("cosine") == pytest.approx(0.05)
-    assert lr_at(40, 100, Train(warmup=0.2), 0.1) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))
+    assert lr_at(40, 100, Train(warmup=0.2), 0.1) == pytest.approx(
+        0.05 * (1 + math.cos(math.pi / 4))
+    )
 
 
 def test_warm_up_is_linear() -> None:
     config = Train(warmup=0.1)
-    assert [lr_at(step, 100, config, 0.11) for step in range(10)] == pytest.approx([0.01 * (i + 1) for i in range(10)])
+    assert [lr_at(step, 100, config, 0.11) for step in range(10)] == pytest.approx(
+        [0.01 * (i + 1) for i in range(10)]
+    )

@@ -74,7 +74,9 @@ def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> No
 def test_a_family_without_sdpa_answers_too() -> None:
     gemma = zoo.make(ALL["gemma2"])
     trainer = tiny.trainer(tiny.config(), model=gemma)
-    assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]]
+    assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [
+        one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]
+    ]
 
 
 def test_an_answer_ends_before_its_end_token() -> None:
@@ -88,21 +90,32 @@ def test_without_an_end_token_answers_have_the_most_tokens() -> None:
     trainer = tiny.trainer(tiny.config())
     whole = [one_by_one(trainer, question, 5) for question in QUESTIONS]
     model: Any = trainer.loss.model
-    model.generation_config.eos_token_id = whole[0][1]  # what the model's folder says does not count
+    model.generation_config.eos_token_id = whole[0][
+        1
+    ]  # what the model's folder says does not count
     assert answer(trainer, QUESTIONS, 5, [], batch=2) == whole
 
 
 def test_the_layers_that_are_sharded_are_the_blocks_of_the_model() -> None:
-    assert [type(layer).__name__ for layer in decoder_layers(tiny.llama())] == ["LlamaDecoderLayer"] * 2
+    assert [type(layer).__name__ for layer in decoder_layers(tiny.llama())] == [
+        "LlamaDecoderLayer"
+    ] * 2
     assert [type(layer).__name__ for layer in decoder_layers(tiny.gpt2())] == ["GPT2Block"] * 2
 
 
 def test_what_a_model_does_not_split_is_sharded_by_itself() -> None:
     kinds = [type(block).__name__ for block in blocks_to_shard(zoo.on_meta(ALL["gemma3"]))]
-    tower = ["SiglipVisionEmbeddings", *["SiglipEncoderLayer"] * 3, "SiglipMultiheadAttentionPoolingHead"]
+    tower = [
+        "SiglipVisionEmbeddings",
+        *["SiglipEncoderLayer"] * 3,
+        "SiglipMultiheadAttentionPoolingHead",
+    ]
     assert kinds == [*tower, *["Gemma3DecoderLayer"] * 2]
     for tied, names in (
-        (True, {"LlamaDecoderLayer", "LlamaMLP", "Embedding"}),  # a part of a block; a weight of two
+        (
+            True,
+            {"LlamaDecoderLayer", "LlamaMLP", "Embedding"},
+        ),  # a part of a block; a weight of two
         (True, {"LlamaRMSNorm"}),  # none of the blocks
         (True, None),
         (False, {"LlamaModel"}),  # all of the blocks

@@ -42,7 +42,12 @@ FAMILIES = ["llama tied", "qwen2"]
 
 
 def config(folder: Path, kind: str, **changes: Any) -> Config:
-    sizes = {"model__name": str(folder), "model__dtype": "float32", "model__quantization": kind, "adapter__rank": 2}
+    sizes = {
+        "model__name": str(folder),
+        "model__dtype": "float32",
+        "model__quantization": kind,
+        "adapter__rank": 2,
+    }
     return tiny.config(**(sizes | changes))
 
 
@@ -52,7 +57,9 @@ def loaded(folder: Path, kind: str, **changes: Any) -> Any:
 
 def tensors(model: Any) -> dict[str, Tensor]:
     """Return weights and buffers by all their names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
 
 
 def assert_same_tensors(one: Any, other: Any) -> None:
@@ -64,9 +71,14 @@ def assert_same_tensors(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_are_the_blocks_linear_layers_and_all_else_is_as_stored(tmp_path: Path, family: str) -> None:
+def test_packed_are_the_blocks_linear_layers_and_all_else_is_as_stored(
+    tmp_path: Path, family: str
+) -> None:
     zoo.build(ALL[family], tmp_path)
-    model, plain = loaded(tmp_path, "fp8", model__dtype="bfloat16"), loaded(tmp_path, "none", model__dtype="bfloat16")
+    model, plain = (
+        loaded(tmp_path, "fp8", model__dtype="bfloat16"),
+        loaded(tmp_path, "none", model__dtype="bfloat16"),
+    )
     packed = {name for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
     linear = {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
     assert packed == linear - {"lm_head"}
@@ -90,8 +102,13 @@ def test_a_base_is_packed_once_per_node(kind: str, tmp_path: Path, node: Path) -
     save_file({"codes": kept["codes"], "scales": 2 * kept["scales"]}, entry / "0")
     name = to_pack(load_frozen(tmp_path / "one", config(tmp_path, "none").model, CPU))[0]
     again = loaded(tmp_path / "one", kind).get_submodule(name)
-    assert torch.equal(again.scales, 2 * first.get_submodule(name).scales), "it is read, not packed again"
-    zoo.build(replace(ALL["qwen2"], sizes=ALL["qwen2"].sizes | {"intermediate_size": 64}), tmp_path / "two")
+    assert torch.equal(again.scales, 2 * first.get_submodule(name).scales), (
+        "it is read, not packed again"
+    )
+    zoo.build(
+        replace(ALL["qwen2"], sizes=ALL["qwen2"].sizes | {"intermediate_size": 64}),
+        tmp_path / "two",
+    )
     loaded(tmp_path / "two", kind)
     assert len([each for each in entry.parent.iterdir() if not each.name.startswith(".")]) == 2
 
@@ -127,18 +144,24 @@ class Numbers(LiveBytes):
 
 def test_the_whole_base_is_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("olora_ray.train.parallel.load_model", None)
-    tiny.llama(dtype=torch.bfloat16, hidden_size=128, intermediate_size=512, num_hidden_layers=6).save_pretrained(
-        tmp_path
-    )
+    tiny.llama(
+        dtype=torch.bfloat16, hidden_size=128, intermediate_size=512, num_hidden_layers=6
+    ).save_pretrained(tmp_path)
     with Numbers() as live:
         model = loaded(tmp_path, "fp8")
-    packed = sum(module.codes.numel() for module in model.modules() if isinstance(module, QuantisedLinear))
+    packed = sum(
+        module.codes.numel() for module in model.modules() if isinstance(module, QuantisedLinear)
+    )
     kept = sum(tensor.nbytes for tensor in tensors(model).values())
-    assert live.most < kept + 1.5 * packed  # in float32 the packed layers take four times their number
+    assert (
+        live.most < kept + 1.5 * packed
+    )  # in float32 the packed layers take four times their number
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
-def test_factors_start_and_gradients_are_those_of_the_unpacked_weights(tmp_path: Path, kind: str) -> None:
+def test_factors_start_and_gradients_are_those_of_the_unpacked_weights(
+    tmp_path: Path, kind: str
+) -> None:
     zoo.build(ALL["qwen2"], tmp_path)
     settings = config(tmp_path, kind, adapter__dropout=0.0)
     packed = loaded(tmp_path, kind)
@@ -186,7 +209,10 @@ def last(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama", {}), ("qwen2", {"adapter__method": "lora_ga", "train__activation_checkpointing": True})],
+    [
+        ("llama", {}),
+        ("qwen2", {"adapter__method": "lora_ga", "train__activation_checkpointing": True}),
+    ],
 )
 def test_any_number_of_workers_and_a_resumed_run_end_with_the_same_bytes(
     crew: Callable[[int], Crew], tmp_path: Path, family: str, changes: dict[str, Any]
@@ -209,7 +235,9 @@ def test_any_number_of_workers_and_a_resumed_run_end_with_the_same_bytes(
 
 def test_a_model_without_layers_to_pack_is_refused(tmp_path: Path) -> None:
     tiny.gpt2().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"^model\.quantization: .* GPT2LMHeadModel has none; set it to none$"):
+    with pytest.raises(
+        UserError, match=r"^model\.quantization: .* GPT2LMHeadModel has none; set it to none$"
+    ):
         loaded(tmp_path, "fp8")
 
 
@@ -228,7 +256,9 @@ def test_the_plan_has_the_bytes_that_the_base_takes(tmp_path: Path, kind: str) -
     model = loaded(tmp_path, kind)
     of_rotation = sum(buffer.nbytes for name, buffer in model.named_buffers() if "rotary" in name)
     assert size.base_bytes == sum(tensor.nbytes for tensor in tensors(model).values()) - of_rotation
-    largest = max(module.weight.numel() for module in model.modules() if isinstance(module, QuantisedLinear))
+    largest = max(
+        module.weight.numel() for module in model.modules() if isinstance(module, QuantisedLinear)
+    )
     assert largest * 4 <= size.gathered_bytes <= largest * 8
     assert size.by_rows
     plain = estimate(override(settings, {"model.quantization": "none"}), obtain(settings))
@@ -240,13 +270,17 @@ def test_a_quantised_base_is_another() -> None:
     store: Any = tiny.store()
 
     def spec(**changes: Any) -> TrainSpec:
-        return TrainSpec(tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None)
+        return TrainSpec(
+            tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None
+        )
 
     plain, packed, other = spec(), spec(model__quantization="fp8"), spec(model__quantization="int8")
     for what in ("identity", "base_identity", "factor_origin"):
         found = [getattr(one, what)() for one in (plain, packed, other)]
         assert "quantised base" not in found[0]
-        assert found[0] == {name: value for name, value in found[1].items() if name != "quantised base"}
+        assert found[0] == {
+            name: value for name, value in found[1].items() if name != "quantised base"
+        }
         assert found[1] != found[2]
     assert len({settings_digest(one.config) for one in (plain, packed, other)}) == 3
 

@@ -21,7 +21,18 @@ from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
 
-FAMILIES = ["llama", "qwen3", "gemma3_text", "gemma2", "gpt2", "bloom", "mixtral", "qwen3_moe", "gpt_oss", "mamba2"]
+FAMILIES = [
+    "llama",
+    "qwen3",
+    "gemma3_text",
+    "gemma2",
+    "gpt2",
+    "bloom",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "mamba2",
+]
 FAMILIES += ["falcon", "phi3", "opt", "olmo2", "cohere", "deepseek_v3", "recurrent_gemma", "lfm2"]
 CPU = torch.device("cpu")
 
@@ -51,7 +62,9 @@ def gradient(made: Trainer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def runs(model: Any) -> list[int]:
     """Return a list with a number for each run of the first adapted layer of the last block."""
     count: list[int] = []
-    part = next(part for part in decoder_layers(model)[-1].modules() if isinstance(part, AdaptedLinear))
+    part = next(
+        part for part in decoder_layers(model)[-1].modules() if isinstance(part, AdaptedLinear)
+    )
     part.register_forward_hook(lambda *_: count.append(1))
     return count
 
@@ -63,7 +76,9 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
-def test_packed_sequences_have_the_same_bits(attention: str, dtype: torch.dtype, dropout: float) -> None:
+def test_packed_sequences_have_the_same_bits(
+    attention: str, dtype: torch.dtype, dropout: float
+) -> None:
     batch = collate([tiny.pack(9, 7, 4), tiny.pack(12)], attention)
     found = []
     for on in (False, True):
@@ -86,7 +101,9 @@ def test_every_kind_of_block_has_the_same_bits(family: str) -> None:
     assert same(*found)
 
 
-def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[list[int]], list[int]]:
+def _steps(
+    strategy: str, on: bool
+) -> tuple[list[float], Tensor, float, list[list[int]], list[int]]:
     settings = tiny.config(
         cluster__workers=2,
         cluster__strategy=strategy,
@@ -102,7 +119,9 @@ def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[li
     losses = [result.loss for result in tiny.steps(made, count=3)]
     runs_of_steps = len(count)
     held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
-    answers = answer(made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2)
+    answers = answer(
+        made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2
+    )
     return losses, made.flat.vector.clone(), held_out, answers, [runs_of_steps, len(count)]
 
 
@@ -143,5 +162,7 @@ def test_a_block_that_does_something_twice_is_refused_before_the_first_step() ->
         return result
 
     block.mlp.forward = counting
-    with pytest.raises(UserError, match=r"train\.activation_checkpointing: .* gradients of LlamaForCausalLM"):
+    with pytest.raises(
+        UserError, match=r"train\.activation_checkpointing: .* gradients of LlamaForCausalLM"
+    ):
         check_adapters(made.loss, made.adapted, packs, "segments", CPU, new=False)

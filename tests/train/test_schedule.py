@@ -80,7 +80,9 @@ def test_with_one_shard_or_steps_the_rates_are_those_of_the_steps(train: Train, 
 def test_with_equal_shards_the_rates_are_those_of_the_steps_after_the_warm_up(
     kind: str, shards: int, epochs: int
 ) -> None:
-    train = Train.model_validate({"epochs": epochs, "global_batch": 2, "schedule": kind, "warmup": 0.1, "lr": 1.0})
+    train = Train.model_validate(
+        {"epochs": epochs, "global_batch": 2, "schedule": kind, "warmup": 0.1, "lr": 1.0}
+    )
     rates = run(Schedule(train, store([20] * shards)))
     warm = len(rates) // 10
     expected = [lr_at(step, len(rates), train, 1.0) for step in range(len(rates))]
@@ -104,6 +106,10 @@ def test_what_is_not_certain_is_waited_for_and_may_be_given_up() -> None:
 
 def test_the_steps_that_an_automatic_rate_is_made_for_depend_on_no_shard_but_the_first() -> None:
     train = Train(epochs=2, global_batch=4)
-    assert planned_steps(train, store([9, 9, 5])) == planned_steps(train, store([9, 9, 5], arrived=1)) == 14
+    assert (
+        planned_steps(train, store([9, 9, 5]))
+        == planned_steps(train, store([9, 9, 5], arrived=1))
+        == 14
+    )
     assert planned_steps(train, store([0, 9, 5], arrived=2)) == 14
     assert planned_steps(Train(steps=7), store([9, 9], arrived=1)) == 7

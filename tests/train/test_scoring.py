@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.train.scoring import SCORERS, Judge, exact_match, json_fields, means, partial_scores, resolve
+from olora_ray.train.scoring import (
+    SCORERS,
+    Judge,
+    exact_match,
+    json_fields,
+    means,
+    partial_scores,
+    resolve,
+)
 
 REFERENCE = '{"category": "refund", "order": null, "product": "Tavo kettle"}'
 FIELDS = {"field/category", "field/order", "field/product"}
@@ -34,8 +42,12 @@ def test_every_scorer_gives_the_reference_full_marks(name: str) -> None:
         (REFERENCE.replace("}", ', "mood": "sad"}'), {"exact_match"}),
     ],
 )
-def test_a_wrong_field_costs_that_field_and_the_exact_match(prediction: str, wrong: set[str]) -> None:
-    assert {name for name, score in json_fields(prediction, REFERENCE).items() if score == 0.0} == wrong
+def test_a_wrong_field_costs_that_field_and_the_exact_match(
+    prediction: str, wrong: set[str]
+) -> None:
+    assert {
+        name for name, score in json_fields(prediction, REFERENCE).items() if score == 0.0
+    } == wrong
 
 
 def test_true_is_not_one() -> None:
@@ -77,34 +89,51 @@ def test_resolve_says_what_is_wrong(name: str, problem: str) -> None:
         resolve(name)
 
 
-def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given: dict[str, object] = {
         "7": 7, "{1: 2}": {1: 2}, "{'a': 'b'}": {"a": "b"}, "None": None, "{'': 1}": {"": 1}, "[1": [1],
         "1000": {"a": 10**400},
     }  # fmt: skip
     for text, value in given.items():
         monkeypatch.setitem(SCORERS, "mine", lambda *_, value=value: value)  # type: ignore[misc]
-        with pytest.raises(UserError, match=r"^evaluation\.scorer: mine must return {name: number}") as caught:
+        with pytest.raises(
+            UserError, match=r"^evaluation\.scorer: mine must return {name: number}"
+        ) as caught:
             Judge("mine")("a", "b")
         assert text in str(caught.value)
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {}["missing"])
-    with pytest.raises(UserError, match=r"mine fails on the answer 'a' and the reference 'b': KeyError: 'missing'"):
+    with pytest.raises(
+        UserError, match=r"mine fails on the answer 'a' and the reference 'b': KeyError: 'missing'"
+    ):
         Judge("mine")("a", "b")
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {"a": True})
     assert Judge("mine")("a", "b") == {"a": 1.0}
 
 
 @pytest.mark.parametrize("name", ["loss", "perplexity"])
-def test_a_score_that_is_called_as_the_held_out_loss_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_called_as_the_held_out_loss_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gate and evaluate.py once showed and compared the loss instead."""
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {"same": 1.0, name: 0.5})
-    with pytest.raises(UserError, match=rf"mine returns a score '{name}', but eval/{name} is a metric of the held-out"):
+    with pytest.raises(
+        UserError,
+        match=rf"mine returns a score '{name}', but eval/{name} is a metric of the held-out",
+    ):
         Judge("mine")("a", "b")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, np.float32("nan")])
-def test_a_score_that_is_not_finite_is_refused_with_its_answer(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCORERS, "mine", lambda prediction, _: {"whole": 1.0, "part": value if not prediction else 0.5})
+def test_a_score_that_is_not_finite_is_refused_with_its_answer(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        SCORERS,
+        "mine",
+        lambda prediction, _: {"whole": 1.0, "part": value if not prediction else 0.5},
+    )
     assert Judge("mine")("a", "b") == {"whole": 1.0, "part": 0.5}
     with pytest.raises(UserError) as caught:
         Judge("mine")("", "b")
@@ -115,5 +144,7 @@ def test_a_score_that_is_not_finite_is_refused_with_its_answer(value: float, mon
 def test_a_mean_is_over_the_answers_that_have_the_score() -> None:
     rows = [{"a": 1.0}, {"a": 0.0, "b": 0.5}, {"a": 0.5}]
     assert means(rows) == {"a": 0.5, "b": 0.5}
-    assert partial_scores(rows) == ["score b: only 1 of 3 answers have it, and its mean is over these"]
+    assert partial_scores(rows) == [
+        "score b: only 1 of 3 answers have it, and its mean is over these"
+    ]
     assert (means([]), partial_scores([])) == ({}, [])

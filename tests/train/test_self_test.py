@@ -49,7 +49,8 @@ def test_a_llama_passes_with_the_fastest(dtype: torch.dtype) -> None:
     assert found.differences is not None
     assert found.differences.change == 0
     line = (
-        r"self-test: passed with attention=segments, in .* s; .* up to rounding \(relative difference .*, allowed .*\)"
+        r"self-test: passed with attention=segments, in .* s; .* up to rounding "
+        r"\(relative difference .*, allowed .*\)"
     )
     assert re.fullmatch(line, found.line())  # the loss's difference, of 0.09, was read as an error
 
@@ -75,11 +76,15 @@ def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_one
 def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     made = of_kind("mistral", SMALL | {"sliding_window": 16, "max_position_embeddings": 64})
     loss = SupervisedLoss(made)
-    found = choose_attention(loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=64), CPU)
+    found = choose_attention(
+        loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=64), CPU
+    )
     assert found.attention == "sdpa"
     assert "window" in found.passed_over["segments"]
     assert torch.isfinite(loss(collate([tiny.pack(40)], found.attention)))
-    short = choose_attention(loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=16), CPU)
+    short = choose_attention(
+        loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=16), CPU
+    )
     assert short.attention == "segments"
 
 
@@ -103,7 +108,9 @@ def varlen_first(monkeypatch: pytest.MonkeyPatch) -> None:
 @DTYPES
 @pytest.mark.usefixtures("varlen_first")
 def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dtype) -> None:
-    found = chosen(tiny.llama(attention="varlen", dtype=dtype))  # this kernel has no version for CPUs
+    found = chosen(
+        tiny.llama(attention="varlen", dtype=dtype)
+    )  # this kernel has no version for CPUs
     assert found.attention == "sdpa"
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
 
@@ -113,12 +120,17 @@ def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]
     whole = tiny.trainer(tiny.config())
     found = crew(2).run(_of_a_sharded_base, None)
     assert [name for name, _ in found] == ["sdpa", "sdpa"]
-    assert [loss for _, loss in found] == [float(whole.loss(collate(PACKED, "segments")).detach())] * 2
+    assert [loss for _, loss in found] == [
+        float(whole.loss(collate(PACKED, "segments")).detach())
+    ] * 2
 
 
 def _of_a_sharded_base(_: None) -> tuple[str, float]:
     trainer = tiny.trainer(tiny.config(), model=tiny.llama(attention="varlen"), strategy="fsdp")
-    with mock.patch.object(attention, "candidates", return_value=("varlen", "sdpa")), bare(trainer.loss.model):
+    with (
+        mock.patch.object(attention, "candidates", return_value=("varlen", "sdpa")),
+        bare(trainer.loss.model),
+    ):
         name = choose_attention(trainer.loss, PACKED, tiny.config(), CPU).attention
     trainer.loss.model.set_attn_implementation("segments")
     return name, float(trainer.loss(collate(PACKED, "segments")).detach())
@@ -129,14 +141,21 @@ def _of_a_sharded_base(_: None) -> tuple[str, float]:
 @pytest.mark.usefixtures("varlen_first")
 def test_varlen_passes_where_it_does_what_the_model_does(dtype: torch.dtype) -> None:
     long = [tiny.pack(40, 7), tiny.pack(30, 12)]
-    soft = SMALL | {"head_dim": 8, "sliding_window": 4096, "layer_types": ["sliding_attention", "full_attention"]}
+    soft = SMALL | {
+        "head_dim": 8,
+        "sliding_window": 4096,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     with varlen_on_cpu():
         assert chosen(tiny.llama(attention="varlen", dtype=dtype)).attention == "varlen"
         window = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}).to(dtype), long)
         capped = chosen(of_kind("gemma2", soft).to(dtype), long)
         untold = chosen(of_kind("nemotron", SMALL | {"initializer_range": 0.2}).to(dtype))
     with varlen_on_cpu(wider=3):
-        wrong = chosen(of_kind("mistral", SMALL | {"sliding_window": 8, "initializer_range": 0.2}).to(dtype), long)
+        wrong = chosen(
+            of_kind("mistral", SMALL | {"sliding_window": 8, "initializer_range": 0.2}).to(dtype),
+            long,
+        )
     assert (window.attention, window.passed_over) == ("varlen", {})
     assert capped.attention in ("sdpa", "eager")
     assert "softcap or attention sinks" in capped.passed_over["varlen"]
@@ -147,7 +166,9 @@ def test_varlen_passes_where_it_does_what_the_model_does(dtype: torch.dtype) -> 
 
 @DTYPES
 @pytest.mark.parametrize("kind", ["lfm2", "mamba"])
-def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str, dtype: torch.dtype) -> None:
+def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(
+    kind: str, dtype: torch.dtype
+) -> None:
     sizes = SMALL | {"full_attn_idxs": [1]} if kind == "lfm2" else {**SMALL, "state_size": 4}
     made = of_kind(kind, sizes).to(dtype)
     for parameter in made.parameters():  # so that what is carried over matters
@@ -160,13 +181,22 @@ def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str
 def test_a_state_is_never_laid_out_in_one_row() -> None:
     made = of_kind("lfm2", SMALL | {"full_attn_idxs": [1]})
     assert chosen(made, APART).passed_over == {}
-    with pytest.raises(UserError, match=r"^model\.attention=segments: .*keeps a state.*; set model.attention: auto$"):
+    with pytest.raises(
+        UserError,
+        match=r"^model\.attention=segments: .*keeps a state.*; set model.attention: auto$",
+    ):
         chosen(made, APART, model__attention="segments")
 
 
 def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
-    with pytest.raises(UserError, match=r"^model\.attention=segments: with Mistral.*; set model.attention: sdpa$"):
-        chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
+    with pytest.raises(
+        UserError, match=r"^model\.attention=segments: with Mistral.*; set model.attention: sdpa$"
+    ):
+        chosen(
+            of_kind("mistral", SMALL | {"sliding_window": 8}),
+            [tiny.pack(40, 7)],
+            model__attention="segments",
+        )
 
 
 def adapted(settings: Any = None) -> Any:
@@ -202,24 +232,38 @@ def test_experts_to_which_no_token_of_the_examples_goes_are_no_mistake() -> None
         if chosen_expert is not None:
             check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
             continue
-        with pytest.raises(UserError, match=r"no gradient reaches .*\.mlp\.experts\.0\.gate_proj, .* and 9 more,"):
+        with pytest.raises(
+            UserError, match=r"no gradient reaches .*\.mlp\.experts\.0\.gate_proj, .* and 9 more,"
+        ):
             check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
 
 
 def test_examples_of_two_tokens_are_enough() -> None:
     assert chosen(tiny.llama(), [tiny.pack(2, 2, prompt=1)]).attention == "segments"
-    assert chosen(tiny.llama(), [tiny.pack(2, prompt=1)], data__packing=False).attention == "segments"
+    assert (
+        chosen(tiny.llama(), [tiny.pack(2, prompt=1)], data__packing=False).attention == "segments"
+    )
 
 
 def test_a_row_beside_a_longer_one_of_other_positions_is_refused() -> None:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    factors = {
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
     rope = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
-    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 64, "initializer_range": 0.2}
+    sizes = {
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
     made = of_kind("phi3", SMALL | sizes | {"rope_parameters": rope})
     loss, packs = SupervisedLoss(made), [tiny.pack(40, prompt=1), tiny.pack(128, prompt=1, seed=1)]
     alone, beside = loss.each(collate(packs[:1], "sdpa")), loss.each(collate(packs, "sdpa"))[:39]
     assert (alone - beside).abs().mean() > 0.01  # it does depend on it
-    with pytest.raises(UserError, match=r"^data\.max_length=128: .*Phi3ForCausalLM .* the loss of the others"):
+    with pytest.raises(
+        UserError, match=r"^data\.max_length=128: .*Phi3ForCausalLM .* the loss of the others"
+    ):
         choose_attention(loss, packs, tiny.config(data__max_length=128), CPU)
     apart = tiny.config(data__max_length=128, train__micro_batch=1, data__packing=False)
     assert choose_attention(loss, packs, apart, CPU).attention == "segments"
@@ -229,14 +273,21 @@ def test_attention_that_is_scaled_by_the_place_in_a_row_is_not_laid_out_in_one()
     variant = ALL["llama4_text"]
     made = zoo.make(replace(variant, sizes=variant.sizes | {"floor_scale": 64}), attention="sdpa")
     loss, packs = SupervisedLoss(made), [tiny.pack(48, prompt=1, seed=seed) for seed in range(4)]
-    alone, beside = loss.each(collate(packs[3:], "sdpa")), loss.each(collate(packs, "segments"))[-47:]
+    alone, beside = (
+        loss.each(collate(packs[3:], "sdpa")),
+        loss.each(collate(packs, "segments"))[-47:],
+    )
     assert (alone - beside).abs().mean() > 1e-3  # it does depend on the place
-    wide, narrow = tiny.config(data__max_length=48), tiny.config(data__max_length=48, train__micro_batch=1)
+    wide, narrow = (
+        tiny.config(data__max_length=48),
+        tiny.config(data__max_length=48, train__micro_batch=1),
+    )
     assert choose_attention(loss, packs, narrow, CPU).attention == "segments"
     assert choose_attention(loss, packs, wide, CPU).attention == "sdpa"
     assert torch.allclose(loss.each(collate(packs, "sdpa"))[-47:], alone, atol=1e-5)
     named = tiny.config(data__max_length=48, model__attention="segments")
     with pytest.raises(
-        UserError, match=r"^model\.attention=segments: .* by the position in a row.*; set model.attention: auto$"
+        UserError,
+        match=r"^model\.attention=segments: .* by the position in a row.*; set model.attention: auto$",
     ):
         choose_attention(loss, packs, named, CPU)

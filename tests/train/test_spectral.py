@@ -32,12 +32,16 @@ class Fit:
         self.layer = AdaptedWeight(Factors(a0, b0), M if b0 is None else b0.shape[-2], SCALE)
         self.flat = FlatAdapters({"layer": self.layer}, apart="lr_ratio" in changes)
         sizes = {"layer": torch.full(a0.shape[:-2] or (1,), SIZE)}
-        self.optimizer = Spectral(self.flat, {"layer": self.layer}, Train(**{"clip": None, **changes}), sizes)
+        self.optimizer = Spectral(
+            self.flat, {"layer": self.layer}, Train(**{"clip": None, **changes}), sizes
+        )
         self.count = 0
 
     def factors(self) -> tuple[Tensor, Tensor]:
         b0 = 0 if self.layer.b0 is None else self.layer.b0
-        return (self.layer.a0 + self.layer.da).detach().clone(), (b0 + self.layer.db).detach().clone()
+        return (self.layer.a0 + self.layer.da).detach().clone(), (
+            b0 + self.layer.db
+        ).detach().clone()
 
     def step(self, *used: int) -> None:
         """A step; only the experts `used` get a gradient, all if there are none."""
@@ -67,12 +71,16 @@ class Fit:
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
 def test_each_factor_moves_the_weight_by_the_rate_times_its_size(ratio: float) -> None:
-    fit = Fit(draw(RANK, N, seed=2), draw(M, RANK, seed=3), **({} if ratio == 1 else {"lr_ratio": ratio}))
+    fit = Fit(
+        draw(RANK, N, seed=2), draw(M, RANK, seed=3), **({} if ratio == 1 else {"lr_ratio": ratio})
+    )
     for _ in range(4):
         a, b = fit.factors()
         fit.step()
         new_a, new_b = fit.factors()
-        moves = [SCALE * torch.linalg.svdvals(change) for change in ((new_b - b) @ a, b @ (new_a - a))]
+        moves = [
+            SCALE * torch.linalg.svdvals(change) for change in ((new_b - b) @ a, b @ (new_a - a))
+        ]
         for move, size in zip(moves, (MOVE * ratio, MOVE), strict=True):
             torch.testing.assert_close(move[:RANK], torch.full((RANK,), size), rtol=1e-3, atol=0)
 
@@ -82,7 +90,9 @@ def test_a_layer_whose_factor_lacks_rank_moves_no_further() -> None:
     same = draw(1, 96, seed=2) * torch.linspace(1, 2, rank)[:, None]
     fit = Fit(same, draw(48, rank, seed=3))
     fit.push(draw(48, 96, seed=4))
-    assert float(torch.linalg.matrix_norm(SCALE * fit.layer.db.detach() @ same, 2)) == pytest.approx(MOVE, rel=0.02)
+    assert float(
+        torch.linalg.matrix_norm(SCALE * fit.layer.db.detach() @ same, 2)
+    ) == pytest.approx(MOVE, rel=0.02)
 
 
 @pytest.mark.parametrize("start", ["full", "zero"])
@@ -99,7 +109,9 @@ def test_a_step_from_b_zero_changes_a_by_a_share_of_a() -> None:
     fit.step()
     assert torch.equal(fit.factors()[0], before)  # no gradient reaches A
     fit.step()
-    changed = torch.linalg.matrix_norm(fit.factors()[0] - before, 2) / torch.linalg.matrix_norm(before, 2)
+    changed = torch.linalg.matrix_norm(fit.factors()[0] - before, 2) / torch.linalg.matrix_norm(
+        before, 2
+    )
     assert 0.01 < changed < 0.5
 
 
@@ -132,8 +144,18 @@ def test_without_a_gradient_or_a_weight_nothing_moves(size: float) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, lambda: zoo.make(ALL["mixtral"])])
-def test_the_size_of_a_weight_is_its_root_mean_square_singular_value(make: Callable[[], Any]) -> None:
-    targets = {name: each.target for name, each in candidates(make()).items() if each.refused is None}
+def test_the_size_of_a_weight_is_its_root_mean_square_singular_value(
+    make: Callable[[], Any],
+) -> None:
+    targets = {
+        name: each.target for name, each in candidates(make()).items() if each.refused is None
+    }
     for name, size in weight_sizes(targets, torch.device("cpu")).items():
-        exact = torch.linalg.svdvals(targets[name].numbers().float()).square().mean(-1).sqrt().reshape(-1)
+        exact = (
+            torch.linalg.svdvals(targets[name].numbers().float())
+            .square()
+            .mean(-1)
+            .sqrt()
+            .reshape(-1)
+        )
         torch.testing.assert_close(size, exact, rtol=6e-3, atol=0)

@@ -24,16 +24,24 @@ LENGTH, ROWS = 64, 4
 
 
 def settings(on: bool = False, **changes: Any) -> Config:
-    wanted = {"data__max_length": LENGTH, "train__micro_batch": 4, "train__activation_checkpointing": on}
+    wanted = {
+        "data__max_length": LENGTH,
+        "train__micro_batch": 4,
+        "train__activation_checkpointing": on,
+    }
     return tiny.config(**(wanted | changes))
 
 
-def plan_of(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> Measured:
+def plan_of(
+    config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
+) -> Measured:
     chosen = select(meta, config.adapter.targets, config.adapter.rank)
     return measure(meta, chosen.targets, config, dtype, gpu)
 
 
-def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> int:
+def planned(
+    config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
+) -> int:
     found = plan_of(config, meta, dtype, gpu)
     assert found.problem is None
     return found.step
@@ -46,7 +54,9 @@ def taken(config: Config, model: Any, batch: Batch) -> int:
     place_model(made.loss, "ddp", CPU)
     train_mode(made.adapted, True)
     made.loss(batch).backward()  # whatever is kept from the first on
-    live = LiveBytes([*made.loss.parameters(), *made.loss.buffers(), made.flat.grad, made.flat.vector])
+    live = LiveBytes(
+        [*made.loss.parameters(), *made.loss.buffers(), made.flat.grad, made.flat.vector]
+    )
     with live:
         made.loss(batch).backward()
     return live.most
@@ -59,7 +69,8 @@ def full(config: Config, attention: str) -> Batch:
 
 FAMILIES = ["llama", "gpt2", "gpt_oss", "qwen3_moe"]
 FAMILIES += [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "mixtral", "deepseek_v3", "llama4_text")
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("gemma3_text", "mixtral", "deepseek_v3", "llama4_text")
 ]
 
 
@@ -80,7 +91,9 @@ def test_blocks_that_are_not_run_count(on: bool) -> None:
     with torch.device("meta"):
         meta = tiny.llama(**sizes)
     model = tiny.llama(attention="segments", **sizes)
-    assert planned(config, meta) == pytest.approx(taken(config, model, full(config, "segments")), rel=0.02)
+    assert planned(config, meta) == pytest.approx(
+        taken(config, model, full(config, "segments")), rel=0.02
+    )
 
 
 def test_a_run_without_numbers_leaves_nothing_behind() -> None:
@@ -118,35 +131,50 @@ def test_a_batch_that_is_far_too_large_is_planned_from_a_smaller_one() -> None:
     assert found > rows * length * 4 * meta.config.hidden_size
 
 
-def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     used, plans = [], {}
     for gpu, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.bfloat16)):
         meta = zoo.on_meta(ALL["llama"])
         plans[gpu, dtype] = planned(settings(), meta, dtype, gpu)
         used.append(tiny.attention_of(meta))
     assert used == ["varlen", "sdpa", "segments"]
-    assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], "without the products of a CPU"
+    assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], (
+        "without the products of a CPU"
+    )
     monkeypatch.setattr(segment_attention, "kernel", lambda: None)
     older = zoo.on_meta(ALL["llama"])
     wanted = settings(model__attention="flash_attention_2")
-    assert planned(wanted, older, torch.bfloat16, gpu=True) > plans[True, torch.bfloat16], "with a copy of the output"
+    assert planned(wanted, older, torch.bfloat16, gpu=True) > plans[True, torch.bfloat16], (
+        "with a copy of the output"
+    )
     assert tiny.attention_of(older) == "segments"
 
 
 def test_a_mask_of_dropout_has_a_byte_per_number_on_a_gpu() -> None:
     plans = {
         (gpu, rate): planned(
-            settings(adapter__dropout=rate, model__attention="sdpa"), zoo.on_meta(ALL["llama"]), torch.bfloat16, gpu
+            settings(adapter__dropout=rate, model__attention="sdpa"),
+            zoo.on_meta(ALL["llama"]),
+            torch.bfloat16,
+            gpu,
         )
         for gpu in (True, False)
         for rate in (0.0, 0.5)
     }
     on_gpu, on_cpu = (plans[gpu, 0.5] - plans[gpu, 0.0] for gpu in (True, False))
-    assert on_gpu / on_cpu == pytest.approx(3 / 4, rel=0.1), "2 bytes for the input that is left, 1 or 2 for the mask"
+    assert on_gpu / on_cpu == pytest.approx(3 / 4, rel=0.1), (
+        "2 bytes for the input that is left, 1 or 2 for the mask"
+    )
 
 
 def answering(**changes: Any) -> Config:
-    wanted = {"data__eval_fraction": 0.1, "evaluation__samples": ROWS, "evaluation__max_new_tokens": 24}
+    wanted = {
+        "data__eval_fraction": 0.1,
+        "evaluation__samples": ROWS,
+        "evaluation__max_new_tokens": 24,
+    }
     return settings(**(wanted | changes))
 
 
@@ -164,7 +192,9 @@ def taken_by_answers(config: Config, model: Any) -> int:
 
 @pytest.mark.parametrize("new", [4, 200])
 @pytest.mark.parametrize(
-    "family", FAMILIES[:2] + [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "qwen3_moe")]
+    "family",
+    FAMILIES[:2]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "qwen3_moe")],
 )
 def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
     """The peak is while prompts are read, or at the last token."""
@@ -177,7 +207,10 @@ def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
 
 def test_only_what_is_answered_counts() -> None:
     assert answers_at_once(answering()) == ROWS
-    assert answers_at_once(answering(evaluation__samples=3, evaluation__scorer="exact_match")) == AT_ONCE
+    assert (
+        answers_at_once(answering(evaluation__samples=3, evaluation__scorer="exact_match"))
+        == AT_ONCE
+    )
     assert answers_at_once(answering(evaluation__samples=0)) == 0
     assert answers_at_once(answering(data__eval_fraction=None)) == 0
     with torch.device("meta"):

@@ -16,7 +16,9 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
     gives the same A0 on every device.
     """
     if weight.dim() == 3:
-        a0 = torch.stack([_random(rank, weight.shape[-1], seed + expert) for expert in range(len(weight))])
+        a0 = torch.stack(
+            [_random(rank, weight.shape[-1], seed + expert) for expert in range(len(weight))]
+        )
     else:
         a0 = _random(rank, weight.shape[-1], seed)
     return Factors(a0.to(weight.device), None)
@@ -24,7 +26,9 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
 
 def _random(rank: int, n: int, seed: int) -> Tensor:
     a0 = torch.empty(rank, n)
-    return torch.nn.init.kaiming_uniform_(a0, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))
+    return torch.nn.init.kaiming_uniform_(
+        a0, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 METHOD = Method(

@@ -28,7 +28,9 @@ def exact(weight: Tensor, rank: int, smallest: bool = False) -> Factors:
     chosen = vectors[..., :rank] if smallest else vectors.flip(-1)[..., :rank]
     a, b, sizes = split(w, _signed(chosen))
     parts = (a, b) if wide else (b.mT, a.mT)
-    limit = (values[..., -1].clamp_min(0) * max(weight.shape[-2:]) * torch.finfo(w.dtype).eps).sqrt()
+    limit = (
+        values[..., -1].clamp_min(0) * max(weight.shape[-2:]) * torch.finfo(w.dtype).eps
+    ).sqrt()
     known = bool((sizes.amin(-1) > limit).all())
     a0, b0 = (part.to(weight.dtype).contiguous() for part in parts)
     return Factors(a0, b0, full_rank=known)

@@ -51,7 +51,9 @@ def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
     return pictures
 
 
-def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tuple["Figure", "Axes"]:
+def new(
+    title: str, caption: str, width: float = 6.8, height: float = 4.4
+) -> tuple["Figure", "Axes"]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -62,35 +64,53 @@ def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tu
 
 def say(axes: "Axes", sentence: str) -> None:
     axes.set_axis_off()
-    axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED)
+    axes.text(
+        0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED
+    )
 
 
 def legend(axes: "Axes", title: str = "") -> None:
     # To the right of the axes, where it hides no line.
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(title=title or None, loc="upper left", bbox_to_anchor=(1.01, 1.0), alignment="left")
+        axes.legend(
+            title=title or None, loc="upper left", bbox_to_anchor=(1.01, 1.0), alignment="left"
+        )
 
 
 def parallel(record: SearchRecord) -> "Figure":
     best, default = record.best(), record.of(record.default)
     low, high, beyond = _metric_range(record)
     caption = f"one line per trial, darker for better trials ({_better(record)}); dashed: the default config"
-    figure, axes = new(f"Parameters and {_metric(record)}", caption + _orange(best) + beyond, width=12.0, height=4.8)
+    figure, axes = new(
+        f"Parameters and {_metric(record)}",
+        caption + _orange(best) + beyond,
+        width=12.0,
+        height=4.8,
+    )
     if not record.trials:
         say(axes, NOTHING)
         return figure
     fields = _fields(record)
-    columns = [_positions([trial.params.get(name, _MISSING) for trial in record.trials]) for name in fields]
+    columns = [
+        _positions([trial.params.get(name, _MISSING) for trial in record.trials]) for name in fields
+    ]
     values = [_clipped(trial, low, high) for trial in record.trials]
     columns.append(_positions(values))
     for trial, *places in zip(record.trials, *(places for places, _ in columns), strict=True):
-        look: dict[str, Any] = {"color": _shade(record, trial, low, high), "linewidth": 1.3, "zorder": 2}
+        look: dict[str, Any] = {
+            "color": _shade(record, trial, low, high),
+            "linewidth": 1.3,
+            "zorder": 2,
+        }
         if trial is best:
             look = {"color": BEST, "linewidth": 3.2, "zorder": 4}
         elif trial is default:
             look = {"color": INK, "linewidth": 1.8, "zorder": 3, "linestyle": "--"}
         axes.plot(range(len(places)), places, **look)
-    names = [*(text.value(name, 22) for name in text.short(fields).values()), text.value(record.metric, 22)]
+    names = [
+        *(text.value(name, 22) for name in text.short(fields).values()),
+        text.value(record.metric, 22),
+    ]
     # A bold letter is 0.68 of its size wide, and the axis is 11.5 inches long.
     size = min(10.0, 72 * 11.5 / len(names) / (0.68 * max(map(len, names))))
     axes.set_xticks(range(len(names)), names, weight="bold", size=size)
@@ -101,14 +121,18 @@ def parallel(record: SearchRecord) -> "Figure":
     for number, (_, ticks) in enumerate(columns):
         axes.vlines(number, 0, 1, color=MUTED, linewidth=1)
         for position, shown in ticks:
-            axes.text(number + 0.015 * len(names), position, shown, va="center", bbox=behind, zorder=5)
+            axes.text(
+                number + 0.015 * len(names), position, shown, va="center", bbox=behind, zorder=5
+            )
     return figure
 
 
 def curves(record: SearchRecord) -> "Figure":
     best, default = record.best(), record.of(record.default)
     drawn = {trial.number: points for trial in record.trials if (points := _points(trial))}
-    low, high, beyond = _range(record, [[value for _, value in points] for points in drawn.values()])
+    low, high, beyond = _range(
+        record, [[value for _, value in points] for points in drawn.values()]
+    )
     caption = f"one line per trial, darker for better trials{_orange(best)}{beyond}"
     figure, axes = new("Learning curves", caption, width=12.0, height=4.8)
     if not drawn:
@@ -148,8 +172,17 @@ def rate(record: SearchRecord) -> "Figure":
     low, high, beyond = _metric_range(record)
     names = text.short(record.fields)
     by = f" by {text.value(names[group], 22)}" if group else ""
-    shown = {"train.lr": "Learning rate"}.get(field, text.value(names[field], 22)) if field else "A field"
-    figure, axes = new(f"{shown} and {_metric(record)}{by}", f"hollow: stopped early{_orange(best)}{beyond}", 12.0, 4.8)
+    shown = (
+        {"train.lr": "Learning rate"}.get(field, text.value(names[field], 22))
+        if field
+        else "A field"
+    )
+    figure, axes = new(
+        f"{shown} and {_metric(record)}{by}",
+        f"hollow: stopped early{_orange(best)}{beyond}",
+        12.0,
+        4.8,
+    )
     if field is None or best is None:
         say(axes, NOTHING if field else "no field is searched")
         return figure
@@ -159,20 +192,39 @@ def rate(record: SearchRecord) -> "Figure":
     values = sorted(dict.fromkeys(groups), key=lambda value: (len(value), value))
     for number, value in enumerate(values):
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot([], [], "o", color=colour, label=text.value(value, 18) if group and number < 12 else None)
+        axes.plot(
+            [],
+            [],
+            "o",
+            color=colour,
+            label=text.value(value, 18) if group and number < 12 else None,
+        )
         for trial, position, own in zip(trials, across, groups, strict=True):
             if own == value:
                 face = colour if trial.status == "finished" else "white"
-                axes.plot(position, _clipped(trial, low, high), "o", color=colour, markerfacecolor=face, markersize=8)
+                axes.plot(
+                    position,
+                    _clipped(trial, low, high),
+                    "o",
+                    color=colour,
+                    markerfacecolor=face,
+                    markersize=8,
+                )
     axes.plot(across[0], _clipped(best, low, high), "o", markersize=17, markerfacecolor="none", markeredgecolor=BEST,
               markeredgewidth=2.4)  # fmt: skip
     default = record.of(record.default)
     if default in trials and default is not None:
         at = (across[trials.index(default)], _clipped(default, low, high))
         if math.isfinite(at[0]):
-            axes.annotate("default", at, (11, 0), textcoords="offset points", va="center", color=MUTED)
+            axes.annotate(
+                "default", at, (11, 0), textcoords="offset points", va="center", color=MUTED
+            )
     axes.set_xticks([position for position, _ in ticks], [shown for _, shown in ticks])
-    axes.set(xlim=(-0.06, 1.06), xlabel=text.value(field, 60), ylabel=f"{_metric(record)} ({_better(record)})")
+    axes.set(
+        xlim=(-0.06, 1.06),
+        xlabel=text.value(field, 60),
+        ylabel=f"{_metric(record)} ({_better(record)})",
+    )
     axes.grid()
     legend(axes, text.value(names[group], 22) if group else "")
     return figure
@@ -191,7 +243,9 @@ def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, st
 
     Numbers that differ by a factor of 8 or more get a logarithmic axis; mixed types become categories.
     """
-    known = [value for value in values if not (isinstance(value, float) and not math.isfinite(value))]
+    known = [
+        value for value in values if not (isinstance(value, float) and not math.isfinite(value))
+    ]
     if known and all(text.is_number(value) for value in known):
         logarithmic = min(known) > 0 and max(known) >= 8 * min(known)
         to, back = (math.log, math.exp) if logarithmic else (float, float)
@@ -200,11 +254,19 @@ def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, st
         positions = [min(1.0, max(0.0, (to(value) - low) / width)) if text.is_number(value) else math.nan
                   for value in values]  # fmt: skip
         distinct = sorted({float(value) for value in known})
-        shown = distinct if len(distinct) <= 5 else [back(low + width * part / 4) for part in range(5)]
-        ticks = [((to(value) - low) / width, label) for value, label in zip(shown, text.numbers(shown, 3), strict=True)]
+        shown = (
+            distinct if len(distinct) <= 5 else [back(low + width * part / 4) for part in range(5)]
+        )
+        ticks = [
+            ((to(value) - low) / width, label)
+            for value, label in zip(shown, text.numbers(shown, 3), strict=True)
+        ]
     else:
         names = list(dict.fromkeys(map(text.value, known)))
-        at = {name: number / (len(names) - 1) if len(names) > 1 else 0.5 for number, name in enumerate(names)}
+        at = {
+            name: number / (len(names) - 1) if len(names) > 1 else 0.5
+            for number, name in enumerate(names)
+        }
         positions = [at.get(text.value(value), math.nan) for value in values]
         ticks = [(position, text.value(name, 16)) for name, position in at.items()]
     apart: list[tuple[float, str]] = []
@@ -237,7 +299,11 @@ def _metric_range(record: SearchRecord) -> tuple[float, float, str]:
 
 
 def _clipped(trial: TrialRecord, low: float, high: float) -> float:
-    return min(high, max(low, trial.value)) if trial.measured() and trial.value is not None else math.nan
+    return (
+        min(high, max(low, trial.value))
+        if trial.measured() and trial.value is not None
+        else math.nan
+    )
 
 
 def _points(trial: TrialRecord) -> list[tuple[int, float]]:
@@ -250,7 +316,9 @@ def _rate_fields(record: SearchRecord) -> tuple[str | None, str | None]:
     fields = _fields(record)
     numeric = [name for name in fields if text.numeric(record, name)]
     field = next((name for name in ("train.lr", *numeric, *fields) if name in fields), None)
-    return field, next((name for name in ("adapter.rank", *fields) if name in fields and name != field), None)
+    return field, next(
+        (name for name in ("adapter.rank", *fields) if name in fields and name != field), None
+    )
 
 
 def _fields(record: SearchRecord) -> list[str]:
@@ -264,7 +332,9 @@ def _shade(record: SearchRecord, trial: TrialRecord, low: float, high: float) ->
     if trial.status == "failed" or not trial.measured():
         return FAILED
     position = (_clipped(trial, low, high) - low) / (high - low) if high > low else 0.0
-    return matplotlib.colormaps["Blues"](0.95 - 0.65 * (position if record.mode == "min" else 1 - position))
+    return matplotlib.colormaps["Blues"](
+        0.95 - 0.65 * (position if record.mode == "min" else 1 - position)
+    )
 
 
 def _metric(record: SearchRecord) -> str:

@@ -12,7 +12,10 @@ from olora_ray.sweep.report.figures import FIGURES, render
 
 # Name of a figure -> (text for screen readers, True if it takes the page's full width).
 _DESCRIBED = {
-    "parallel_coordinates": ("Parallel coordinates: the parameters of each trial and its value", True),
+    "parallel_coordinates": (
+        "Parallel coordinates: the parameters of each trial and its value",
+        True,
+    ),
     "learning_curves": ("Learning curves of all trials", True),
     "learning_rate": ("Learning rate against the metric, by rank", True),
 }
@@ -24,7 +27,11 @@ def write_report(record: SearchRecord, folder: str) -> list[str]:
     Replaces the files of an earlier report.
     """
     pictures = render({name: partial(draw, record) for name, draw in FIGURES.items()})
-    return files(folder, pictures, {"leaderboard.json": record.to_json(), "report.html": html(record, pictures)})
+    return files(
+        folder,
+        pictures,
+        {"leaderboard.json": record.to_json(), "report.html": html(record, pictures)},
+    )
 
 
 def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) -> list[str]:
@@ -58,7 +65,9 @@ def _cards(record: SearchRecord) -> str:
     else:
         params = [(name, text.value(item)) for name, item in best.params.items()]
         way = "lowest" if record.mode == "min" else "highest"
-        others = any(trial.measured() and trial.status == "failed" != best.status for trial in record.trials)
+        others = any(
+            trial.measured() and trial.status == "failed" != best.status for trial in record.trials
+        )
         of = " among the trials that did not fail" if others else ""
         left = (
             f'<div class="label">{way} {escape(record.metric)}{of}, trial {best.number}</div>'
@@ -70,7 +79,10 @@ def _cards(record: SearchRecord) -> str:
 def _table(record: SearchRecord) -> str:
     names, best, ordered = text.short(record.fields), record.best(), record.ordered()
     columns = [("trial", "number", "")]
-    columns += [(names[name], "number" if text.numeric(record, name) else "", name) for name in record.fields]
+    columns += [
+        (names[name], "number" if text.numeric(record, name) else "", name)
+        for name in record.fields
+    ]
     columns += [(name, "number", "") for name in (record.metric, "steps", "time")]
     columns += [(name, "", "") for name in ("status", "reason")]
     marked = next((number for number, trial in enumerate(ordered) if trial is best), None)

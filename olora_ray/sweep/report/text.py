@@ -31,7 +31,8 @@ def numbers(values: Sequence[float], digits: int = 4) -> list[str]:
     texts: list[str] = []
     for more in range(digits, 18):
         texts = [
-            _scientific(value, more) if small and 0 < abs(value) < 0.1 else number(value, more) for value in values
+            _scientific(value, more) if small and 0 < abs(value) < 0.1 else number(value, more)
+            for value in values
         ]
         if len(set(texts)) == len(set(values)):
             break
@@ -72,7 +73,9 @@ def numeric(record: SearchRecord, field: str) -> bool:
 def short(fields: Sequence[str]) -> dict[str, str]:
     """Return field -> its last part, or the full name if two fields share the last part."""
     last = [name.rsplit(".", 1)[-1] for name in fields]
-    return {name: end if last.count(end) == 1 else name for name, end in zip(fields, last, strict=True)}
+    return {
+        name: end if last.count(end) == 1 else name for name, end in zip(fields, last, strict=True)
+    }
 
 
 def lines(record: SearchRecord, top: int = 10) -> list[str]:
@@ -104,10 +107,19 @@ def cells(record: SearchRecord, trial: TrialRecord, longest: int | None = None) 
     """Return number, params, value, steps, time, status and reason of a trial, with texts of `longest` characters."""
     mark = " (default)" if trial.number == record.default else ""
     size = 0.0 if trial.value is None else abs(trial.value)
-    shown = "-" if trial.value is None else f"{trial.value:.4f}" if 1e-2 <= size < 1e4 else number(trial.value)
+    shown = (
+        "-"
+        if trial.value is None
+        else f"{trial.value:.4f}"
+        if 1e-2 <= size < 1e4
+        else number(trial.value)
+    )
     return [
         str(trial.number),
-        *(value(trial.params[name], longest) if name in trial.params else "" for name in record.fields),
+        *(
+            value(trial.params[name], longest) if name in trial.params else ""
+            for name in record.fields
+        ),
         shown,
         steps(trial.step, trial.total),
         duration(trial.seconds),
@@ -136,7 +148,9 @@ def against_default(record: SearchRecord) -> str:
     if best is None:
         return ""
     if default is None:
-        return "the unchanged config was not tried, so the best trial has nothing to be compared with"
+        return (
+            "the unchanged config was not tried, so the best trial has nothing to be compared with"
+        )
     if not default.measured() or default.value is None or best.value is None:
         return f"the unchanged config (trial {default.number}, {default.status}) has no value{_because(default)}"
     if default.number == best.number:
@@ -146,7 +160,11 @@ def against_default(record: SearchRecord) -> str:
     if gain < 0:  # a failed trial is ranked last, even if its value is better
         return f"the best is not as good as {other}{_because(default)}"
     relative = f" ({gain / abs(default.value):.1%})" if default.value else ""
-    return f"the best is {number(gain)}{relative} better than {other}" if gain else f"no better than {other}"
+    return (
+        f"the best is {number(gain)}{relative} better than {other}"
+        if gain
+        else f"no better than {other}"
+    )
 
 
 def spread(record: SearchRecord) -> str:
@@ -169,7 +187,16 @@ def spread(record: SearchRecord) -> str:
 def table(record: SearchRecord) -> tuple[list[str], list[list[Any]]]:
     """Return (columns, rows) of plain values for a table artifact, the best trial first; NaN becomes None."""
     fields = record.fields
-    columns = ["trial", "status", record.metric, *fields, "steps", "seconds", "reason", "mlflow_run"]
+    columns = [
+        "trial",
+        "status",
+        record.metric,
+        *fields,
+        "steps",
+        "seconds",
+        "reason",
+        "mlflow_run",
+    ]
     rows = [
         [
             trial.number,

@@ -27,8 +27,15 @@ def report(split: str, rng: random.Random) -> str:
         f"act: {done}",
         rng.choice(WORDS["end"]),
     ]
-    numbers = {"f": rng.randint(1, 12), "m": rng.randint(2, 60), "c": rng.randint(11, 89), "t": rng.randint(2, 9)}
-    return "\n".join(lines).format(**numbers, h=rng.randint(8, 17), q=rng.choice(("00", "15", "30", "45")))
+    numbers = {
+        "f": rng.randint(1, 12),
+        "m": rng.randint(2, 60),
+        "c": rng.randint(11, 89),
+        "t": rng.randint(2, 9),
+    }
+    return "\n".join(lines).format(
+        **numbers, h=rng.randint(8, 17), q=rng.choice(("00", "15", "30", "45"))
+    )
 
 
 def main() -> None:

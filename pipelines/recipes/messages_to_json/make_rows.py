@@ -15,7 +15,9 @@ from pathlib import Path
 import yaml
 
 WORDS = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
-INSTRUCTION = 'Write the order as JSON: {"items": [{"item", "count"}], "day", "time", "deliver_to"}.'
+INSTRUCTION = (
+    'Write the order as JSON: {"items": [{"item", "count"}], "day", "time", "deliver_to"}.'
+)
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 ROWS = {"train": 420, "heldout": 100}
 
@@ -44,7 +46,11 @@ def row(split: str, rng: random.Random) -> dict[str, object]:
     carried = rng.choice(WORDS["delivery" if place else "pickup"][split])
     listed = " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
     parts = [rng.choice(WORDS["order"][split]), carried, rng.choice(WORDS["extra"][split])]
-    text = re.sub(r"\[([^]]+)\]", lambda found: rng.choice(found[1].split("|")), ". ".join(filter(None, parts)))
+    text = re.sub(
+        r"\[([^]]+)\]",
+        lambda found: rng.choice(found[1].split("|")),
+        ". ".join(filter(None, parts)),
+    )
     asked = text.format(items=listed, day=day, time=time, place=place, n=rng.randint(1000, 9999))
     answer = {"items": items, "day": day, "time": f"{hour}:{half}", "deliver_to": place}
     turns = {"system": INSTRUCTION, "user": asked, "assistant": json.dumps(answer)}

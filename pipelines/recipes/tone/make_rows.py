@@ -26,7 +26,9 @@ def row(split: str, rng: random.Random) -> dict[str, object]:
         facts = {**names, **{name: rng.choice(WORDS["facts"][name]) for name in ("product", "day")}}
         facts |= {"n": rng.randint(100, 9999), "k": rng.randint(2, 14)}
         answers.append([sentence.format(**facts) for sentence in pair])
-    stiff, ours = (f"{first}\n{' '.join(body)}\n{last}" for first, *body, last in zip(*answers, strict=True))
+    stiff, ours = (
+        f"{first}\n{' '.join(body)}\n{last}" for first, *body, last in zip(*answers, strict=True)
+    )
     turns = {"system": INSTRUCTION, "user": stiff, "assistant": ours}
     return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import yaml
 
-PRODUCTS = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))["facts"]["product"]
+PRODUCTS = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))[
+    "facts"
+]["product"]
 STIFF = re.compile(
     r"\b(dear|regret|inform|advised|kindly|hesitate|require[ds]?|unable|prior to|subsequent|hereby|request\w*|yours"
     r"|regards|sincerely|cannot|do(es)? not|we are|we wish|should you|amounts|pleased|scheduled|disposal|apologise)\b",

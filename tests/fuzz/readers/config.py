@@ -83,7 +83,9 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
                 yield Case(yaml.dump(TREES[original]) + yaml.dump(again), refuse=True)
             case _:
                 yield Case(
-                    yaml.dump(TREES[original]) + random.choice([LAUGHS, f"x: {random.choice(SNIPPETS)}\n"]), refuse=True
+                    yaml.dump(TREES[original])
+                    + random.choice([LAUGHS, f"x: {random.choice(SNIPPETS)}\n"]),
+                    refuse=True,
                 )
 
 
@@ -101,7 +103,9 @@ def _replaced(random: Random, tree: Any, snippet: str) -> str:
 def read(content: str | bytes, place: Path, made: Any) -> None:
     """As an entry script does; what is read is written and read again."""
     file = place / "run.yaml"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    file.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
     config = load_config(file)
     agree(build(parse_yaml(dump(config), "dump")), config, "what was written is read as")
     flatten(config)

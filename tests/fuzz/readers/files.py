@@ -56,7 +56,10 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
 
 
 def _file(random: Random, kind: str) -> bytes:
-    rows = [{"text": _cell(random), "n": mutate.value(random)} for _ in range(random.choice([0, 1, 3, 40, 300]))]
+    rows = [
+        {"text": _cell(random), "n": mutate.value(random)}
+        for _ in range(random.choice([0, 1, 3, 40, 300]))
+    ]
     if kind == "jsonl":
         ends = random.choice(["\n", "\n", "\r\n", "\n\n"])
         return "".join(mutate.as_json(row, random) + ends for row in rows).encode()
@@ -65,7 +68,11 @@ def _file(random: Random, kind: str) -> bytes:
         return json.dumps(random.choice([rows, columns, mutate.tree(random, rows)])).encode()
     if kind == "csv":
         out = io.StringIO(newline="")
-        writer = csv.writer(out, lineterminator=random.choice(["\n", "\r\n", "\n"]), quoting=random.choice([0, 0, 1]))
+        writer = csv.writer(
+            out,
+            lineterminator=random.choice(["\n", "\r\n", "\n"]),
+            quoting=random.choice([0, 0, 1]),
+        )
         writer.writerow(["text", random.choice(["n", "n", "text", ""])])
         for row in rows:
             if random.random() < 0.2:
@@ -91,9 +98,15 @@ def read(content: tuple[str, bytes], place: Path, made: Any) -> None:
     name, raw = content
     file = place / name
     file.write_bytes(raw)
-    found = list_files(Source(path=str(file), format="text"), "data.train.0", str(place / "runs"))[0]
+    found = list_files(Source(path=str(file), format="text"), "data.train.0", str(place / "runs"))[
+        0
+    ]
     scanned = scan(found, str(place / "runs"))
-    rows = [row for unit in scanned.units for _, row in read_unit(found, unit, scanned.columns, ["text", "n"])]
+    rows = [
+        row
+        for unit in scanned.units
+        for _, row in read_unit(found, unit, scanned.columns, ["text", "n"])
+    ]
     expected = _expected(name, raw)
     if expected is not None:
         agree([row for row in rows if not isinstance(row, Rejected)], expected, "rows")
@@ -112,7 +125,9 @@ def _expected(name: str, raw: bytes) -> list[Any] | None:
         if len(set(header)) < len(header) or not _is_utf8("".join(header)):
             return None
         whole = [cells for cells in rows if len(cells) == len(header)]
-        return [dict(zip(header, cells, strict=True)) for cells in whole if _is_utf8("".join(cells))]
+        return [
+            dict(zip(header, cells, strict=True)) for cells in whole if _is_utf8("".join(cells))
+        ]
     return None
 
 

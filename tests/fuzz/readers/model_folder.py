@@ -29,14 +29,18 @@ def prepare(place: Path) -> dict[str, bytes]:
     names = _names((folder / "model.safetensors").read_bytes())
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / INDEX).write_text(
-        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
+        json.dumps(
+            {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+        )
     )
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 def _names(weights: bytes) -> list[str]:
     return [
-        name for name in json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")]) if name != "__metadata__"
+        name
+        for name in json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+        if name != "__metadata__"
     ]
 
 
@@ -54,7 +58,9 @@ def cases(seed: int, made: dict[str, bytes]) -> Iterator[Case]:
         if name.endswith(".safetensors"):
             yield Case((name, _weights(random, content)))
         elif name.endswith(".json") and random.random() < 0.75:
-            yield Case((name, mutate.as_json(mutate.tree(random, json.loads(content)), random).encode()))
+            yield Case(
+                (name, mutate.as_json(mutate.tree(random, json.loads(content)), random).encode())
+            )
         else:
             yield Case((name, None if random.random() < 0.2 else mutate.raw(random, content)))
 
@@ -63,7 +69,9 @@ def _weights(random: Random, content: bytes) -> bytes:
     length = int.from_bytes(content[:8], "little")
     if random.random() < 0.5:
         return mutate.raw(random, content, front=random.choice([8, 8 + length]))
-    header = mutate.as_json(mutate.tree(random, json.loads(content[8 : 8 + length])), random).encode()
+    header = mutate.as_json(
+        mutate.tree(random, json.loads(content[8 : 8 + length])), random
+    ).encode()
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
@@ -78,7 +86,9 @@ def read(content: tuple[str, bytes | None], place: Path, made: dict[str, bytes])
             (folder / each).write_bytes(whole)
         elif changed is not None:
             (folder / each).write_bytes(changed)
-    config = tiny.config(model__name=str(folder), model__dtype="float32", run__storage=str(place / "runs"))
+    config = tiny.config(
+        model__name=str(folder), model__dtype="float32", run__storage=str(place / "runs")
+    )
     base = source.obtain(config)
     tokenizer = load.load_tokenizer(base, config.model)
     spec = spec_from_pretrained(tokenizer, base.name)

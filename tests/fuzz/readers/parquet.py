@@ -43,7 +43,9 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
             yield Case((content[: -len(footer)] + mutate.raw(random, footer), None))
 
 
-_SCHEMA = pa.schema({"text": pa.string(), "n": pa.int64(), "inner": pa.struct({"x": pa.list_(pa.int64())})})
+_SCHEMA = pa.schema(
+    {"text": pa.string(), "n": pa.int64(), "inner": pa.struct({"x": pa.list_(pa.int64())})}
+)
 
 
 def read(content: tuple[bytes, list[Any] | None], place: Path, made: Any) -> None:
@@ -51,9 +53,13 @@ def read(content: tuple[bytes, list[Any] | None], place: Path, made: Any) -> Non
     raw, expected = content
     file = place / "rows.parquet"
     file.write_bytes(raw)
-    found = list_files(Source(path=str(file), format="text"), "data.train.0", str(place / "runs"))[0]
+    found = list_files(Source(path=str(file), format="text"), "data.train.0", str(place / "runs"))[
+        0
+    ]
     scanned = scan(found, str(place / "runs"))
     columns = ["text", "n", "inner"]
-    rows = [row for unit in scanned.units for _, row in read_unit(found, unit, scanned.columns, columns)]
+    rows = [
+        row for unit in scanned.units for _, row in read_unit(found, unit, scanned.columns, columns)
+    ]
     if expected is not None:
         agree(rows, expected, "rows")

@@ -14,7 +14,10 @@ from tests.tokens import helpers
 TOOLS = [
     {
         "type": "function",
-        "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}},
+        "function": {
+            "name": "f",
+            "parameters": {"type": "object", "properties": {"x": {"type": "string"}}},
+        },
     }
 ]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
@@ -28,9 +31,20 @@ TURNS = [
 ROWS: dict[str, list[Any]] = {
     "messages": [{"messages": TURNS, "tools": TOOLS}, helpers.chat("who?", "me")],
     "sharegpt": [
-        {"conversations": [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "me"}], "tools": "[]"}
+        {
+            "conversations": [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "me"}],
+            "tools": "[]",
+        }
     ],
-    "alpaca": [{"instruction": "add", "input": "1 2", "output": "3", "system": "be brief", "history": [["a", "b"]]}],
+    "alpaca": [
+        {
+            "instruction": "add",
+            "input": "1 2",
+            "output": "3",
+            "system": "be brief",
+            "history": [["a", "b"]],
+        }
+    ],
     "prompt_completion": [{"prompt": "1 + 1 = ", "completion": "2"}],
     "text": [{"text": "once upon a time"}],
 }
@@ -49,7 +63,11 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
     for number in range(10**9):
         random = Random(f"rows {seed} {number}")
         format = list(ROWS)[number % len(ROWS)]
-        row = mutate.value(random) if random.random() < 0.05 else mutate.tree(random, random.choice(ROWS[format]))
+        row = (
+            mutate.value(random)
+            if random.random() < 0.05
+            else mutate.tree(random, random.choice(ROWS[format]))
+        )
         yield Case((format, row))
 
 
@@ -57,5 +75,11 @@ def read(content: tuple[str, Any], place: Path, made: Any) -> None:
     """Accepted is what has tokens to learn."""
     format, row = content
     for tokens in TOKENIZER(to_example(format, row, {})):
-        if not tokens.supervised.any() or len(tokens.ids) != len(tokens.supervised) or len(tokens.ids) > 1000:
-            raise WrongResult(f"{len(tokens.ids)} tokens, {int(tokens.supervised.sum())} supervised")
+        if (
+            not tokens.supervised.any()
+            or len(tokens.ids) != len(tokens.supervised)
+            or len(tokens.ids) > 1000
+        ):
+            raise WrongResult(
+                f"{len(tokens.ids)} tokens, {int(tokens.supervised.sum())} supervised"
+            )

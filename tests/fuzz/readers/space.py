@@ -41,7 +41,11 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
             case 2:
                 yield Case(mutate.text(random, SHIPPED[original]))
             case 3:
-                yield Case(of_configs._replaced(random, TREES[original], random.choice(of_configs.SNIPPETS)))
+                yield Case(
+                    of_configs._replaced(
+                        random, TREES[original], random.choice(of_configs.SNIPPETS)
+                    )
+                )
             case _:
                 yield Case(yaml.dump({**TREES[original], "search": _search(random)}))
 

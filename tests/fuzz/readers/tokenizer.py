@@ -59,7 +59,10 @@ PARTS = [
         "{{ cycler() }}",
     ),
 ]
-CHATS = [helpers.chat("who are you?", "a model"), helpers.chat("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!" * 3, "b" * 40)]
+CHATS = [
+    helpers.chat("who are you?", "a model"),
+    helpers.chat("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!" * 3, "b" * 40),
+]
 
 
 def cases(seed: int, made: Any) -> Iterator[Case]:
@@ -75,14 +78,27 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
                 yield Case(helpers.spec(mutate.text(random, helpers.CHATML)))
             case 2:
                 nasty = random.choice(PARTS)
-                yield Case(helpers.spec(random.choice([nasty + helpers.CHATML, helpers.CHATML + nasty])))
+                yield Case(
+                    helpers.spec(random.choice([nasty + helpers.CHATML, helpers.CHATML + nasty]))
+                )
             case _:
-                changed = mutate.tree(random, {**inner, "model": {**inner["model"], "vocab": _few(inner)}})
+                changed = mutate.tree(
+                    random, {**inner, "model": {**inner["model"], "vocab": _few(inner)}}
+                )
                 if random.random() < 0.3:
-                    pattern = {"Regex": random.choice(["(a+)+$", "(", "a{1000000}", "(.*)*b", "\\p{L}+", "(?=a)*"])}
+                    pattern = {
+                        "Regex": random.choice(
+                            ["(a+)+$", "(", "a{1000000}", "(.*)*b", "\\p{L}+", "(?=a)*"]
+                        )
+                    }
                     changed = {
                         **inner,
-                        "pre_tokenizer": {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+                        "pre_tokenizer": {
+                            "type": "Split",
+                            "pattern": pattern,
+                            "behavior": "Isolated",
+                            "invert": False,
+                        },
                     }
                 yield Case(json.dumps(changed))
 
@@ -102,7 +118,11 @@ def read(content: Any, place: Path, made: Any) -> None:
 
 
 def _loaded(content: str, folder: Path) -> TokenizerSpec:
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": helpers.CHATML}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "chat_template": helpers.CHATML,
+    }
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(content)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -69,5 +69,8 @@ def script() -> Iterator[Callable[[str], ModuleType]]:
     sys.path.insert(0, str(SCRIPTS))
     yield import_module
     sys.path.remove(str(SCRIPTS))
-    for name in [*MODULES, *(name for name in sys.modules if name.partition(".")[0] == "reasoning_gym")]:
+    for name in [
+        *MODULES,
+        *(name for name in sys.modules if name.partition(".")[0] == "reasoning_gym"),
+    ]:
         sys.modules.pop(name, None)

@@ -18,7 +18,9 @@ configs = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 
 
 @configs
-def test_it_loads_and_its_scorer_is_found_beside_the_commands(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_loads_and_its_scorer_is_found_beside_the_commands(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "pipelines")  # as Python does for a script there
     config = load_config(file)
     assert config.run.name.startswith("evidence-")

@@ -19,12 +19,17 @@ def make(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mak
     module = script("make_reasoning")
     file = make_wheel(tmp_path / "gym.whl", PACKAGE)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(module, "WHEEL", script("wheels").Wheel("reasoning-gym", "0", sha256, "Apache-2.0"))
+    monkeypatch.setattr(
+        module, "WHEEL", script("wheels").Wheel("reasoning-gym", "0", sha256, "Apache-2.0")
+    )
 
     def run(*arguments: str, out: str = "out") -> dict[str, list[dict[str, str]]]:
         module.main(["--wheel", str(file), "--out", str(tmp_path / out), *arguments])
         names = ("train", "heldout")
-        files = {name: (tmp_path / out / f"{name}.jsonl").read_text("utf-8").splitlines() for name in names}
+        files = {
+            name: (tmp_path / out / f"{name}.jsonl").read_text("utf-8").splitlines()
+            for name in names
+        }
         return {name: [json.loads(line) for line in lines] for name, lines in files.items()}
 
     return run

@@ -19,7 +19,9 @@ def sets(script: Script, *heldout: tuple[str, str]) -> Any:
 
 
 def test_both_files_and_their_digests_are_written(script: Script, tmp_path: Path) -> None:
-    digests = script("row_files").write(tmp_path / "out", sets(script, ("Drei – 3?", "c")), {"seed": 7})
+    digests = script("row_files").write(
+        tmp_path / "out", sets(script, ("Drei – 3?", "c")), {"seed": 7}
+    )
     assert json.loads((tmp_path / "out" / "heldout.jsonl").read_text("utf-8")) == {
         "prompt": "Drei – 3?",
         "completion": "3",
@@ -31,8 +33,14 @@ def test_both_files_and_their_digests_are_written(script: Script, tmp_path: Path
         assert digests[name] == sha256
         assert about["files"][name] == {"rows": count, "sha256": sha256}
     assert about["seed"] == 7
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heldout.jsonl", "rows.json", "train.jsonl"]
-    assert script("row_files").write(tmp_path / "out", sets(script, ("Drei – 3?", "c")), {}) == digests
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "heldout.jsonl",
+        "rows.json",
+        "train.jsonl",
+    ]
+    assert (
+        script("row_files").write(tmp_path / "out", sets(script, ("Drei – 3?", "c")), {}) == digests
+    )
 
 
 @pytest.mark.parametrize("leak", [("  one?", "c"), ("Four?", "b")])

@@ -24,8 +24,13 @@ Script = Callable[[str], ModuleType]
         ("", "#### 7", 0.0, 0.0),
     ],
 )
-def test_final_number(script: Script, prediction: str, reference: str, exact: float, last: float) -> None:
-    assert script("scorers").final_number(prediction, reference) == {"exact_match": exact, "last_number": last}
+def test_final_number(
+    script: Script, prediction: str, reference: str, exact: float, last: float
+) -> None:
+    assert script("scorers").final_number(prediction, reference) == {
+        "exact_match": exact,
+        "last_number": last,
+    }
 
 
 def test_a_reference_without_a_number_is_the_users_mistake(script: Script) -> None:

@@ -29,10 +29,19 @@ def named(figure: Figure) -> list[str]:
     return [item.get_text() for item in legend.get_texts()]
 
 
-FIRST = ("no trials", "all failed", "NaN and infinity", "mixed types", "missing parameters", "nasty text")
+FIRST = (
+    "no trials",
+    "all failed",
+    "NaN and infinity",
+    "mixed types",
+    "missing parameters",
+    "nasty text",
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in ODD])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in ODD]
+)
 def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -41,7 +50,9 @@ def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
 
 
 @pytest.mark.parametrize("draw", FIGURES.values())
-@pytest.mark.parametrize("record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"])
+@pytest.mark.parametrize(
+    "record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"]
+)
 def test_no_word_is_cut_off_and_no_two_labels_overlap(draw: Draw, record: SearchRecord) -> None:
     drawn = draw(record)
     drawn.draw_without_rendering()
