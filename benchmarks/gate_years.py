@@ -131,8 +131,6 @@ class Year:
     def _may_pass(self, challenger: Array, night: int) -> Array:
         mean, error = weighted(self.champion - challenger, self.weights)
         errors = 0.92 * quantile(self.rows - 1, 1 - 0.05 / max(SETS, self._sets(night)))
-        if self.gate.confirm:
-            errors = 1.8
         return np.asarray(
             mean - errors * error * self.gate.confident > self.gate.must_improve_by / UNIT
         )

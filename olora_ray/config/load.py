@@ -288,6 +288,37 @@ NUMBERED = re.compile(r"data\.(train|eval)\.[0-9]+(\..+)?")
 """A source by its index, or one of its fields."""
 
 
+RETIRED: dict[str, tuple[Any, str]] = {
+    "cluster.price": (
+        None,
+        "delete it; multiply the GPU seconds that `olora-ray registry show` prints by your price",
+    ),
+    "gate.confirm": (
+        0.0,
+        "delete it; the gate looks at all held-out rows at once, which finds better versions as often",
+    ),
+}
+"""Removed field -> its last default, and what to do instead of another value.
+
+Files of earlier releases name these fields. At its default a removed field is dropped in silence."""
+
+
+def without_retired(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a copy of a nested mapping without removed fields, and the problems of those with another value."""
+    kept: dict[str, Any] = _copy(tree)
+    problems = []
+    for field, (default, advice) in RETIRED.items():
+        *parents, last = field.split(".")
+        node: Any = kept
+        for part in parents:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            continue
+        if node.pop(last) != default:
+            problems.append(f"{field}: this field was removed; {advice}")
+    return kept, problems
+
+
 def parse_assignments(given: list[str]) -> dict[str, Any]:
     """Return the `section.field=value` words of a command line as changes; values are YAML."""
     changes = {}
@@ -583,8 +614,18 @@ def build(tree: Mapping[str, Any], where: str = "config") -> Config:
 
 
 def read_config(location: str) -> Config:
-    """Read the config of a run, a path or URI, as `build` does; raise OSError if it cannot be read."""
-    return build(parse_yaml(storage.read_text(location), location), location)
+    """Read the config of a run, a path or URI, as `build` does; raise OSError if it cannot be read.
+
+    A removed field that never changed the numbers of a run is dropped whatever its value is: the run has ended with it,
+    and its user cannot edit this file.
+    """
+    tree = parse_yaml(storage.read_text(location), location)
+    if isinstance(tree, dict):
+        for field in RETIRED:
+            section, _, name = field.partition(".")
+            if field.startswith(FREE_TO_CHANGE) and isinstance(tree.get(section), dict):
+                tree[section].pop(name, None)
+    return build(tree, location)
 
 
 def _own_name(config: Config) -> str:
@@ -599,7 +640,11 @@ def _own_name(config: Config) -> str:
 
 
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
-    """Validate a nested mapping into a section; raise UserError with all problems and without secrets."""
+    """Validate a nested mapping into a section; raise UserError with all problems and without secrets.
+
+    Removed fields are dropped at their defaults, and are problems at other values.
+    """
+    tree, retired = without_retired(tree)
     named = [
         (field, value if isinstance(value, list | tuple) else [value])
         for field, value in leaves(tree, "")
@@ -609,6 +654,7 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
         (field, item) for field, item in texts if not field.startswith("notify.")
     ]  # these take no address at all
     problems = [f"{field}: {instead(field, text)}" for field, text in texts if secrets.in_uri(text)]
+    problems += retired
     valid = None
     try:
         valid = section.model_validate(tree)

@@ -43,9 +43,6 @@ class Gate(Section):
     confident: bool = True
     """true: the lower end of the interval of the improvement must exceed must_improve_by. false: the mean must; needs
     `anchor`."""
-    confirm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the held-out rows (with `group`: of groups) that is looked at only after a challenger has passed on the
-    others. 0, or fewer than min_rows in either part: all rows at once, which finds better versions as often."""
     anchor: Annotated[float, Field(ge=0.0)] | None = None
     """A challenger may be worse than the best champion so far by at most this much, with confidence; null: no limit."""
     guard: Literal["text"] | tuple[str | Source, ...] | None = "text"

@@ -141,8 +141,6 @@ class Cluster(Section):
     count."""
     silence: Annotated[float, Field(ge=5.0)] = 20.0
     """Seconds without a sign of life after which a worker counts as lost. Each worker gives one every second."""
-    price: Annotated[float, Field(ge=0.0)] | None = None
-    """Price of a GPU for one hour; null: unknown."""
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -21,7 +21,7 @@ from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_diges
 from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import checksums, client, models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import BASE, CPU_SECONDS, GPU_SECONDS, PRICE, RUN
+from olora_ray.tracking.checksums import BASE, CPU_SECONDS, GPU_SECONDS, RUN
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
 from olora_ray.train.checkpoint import perplexity
@@ -127,7 +127,7 @@ def register(
     )
     own: dict[str, object] = {
         **made_of.tags(),
-        **_cost(config, exported.folder),
+        **_cost(exported.folder),
         BASE: mask(spec.base.shown()),
         RUN: exported.folder.root,
         "olora.method": config.adapter.method,
@@ -152,11 +152,12 @@ def register(
         return version
 
 
-def _cost(config: Config, folder: RunFolder) -> dict[str, str]:
+def _cost(folder: RunFolder) -> dict[str, str]:
     used = folder.used()
-    gpus, price = used.get("GPU", 0.0), config.cluster.price
-    seconds = {GPU_SECONDS: f"{gpus:.0f}", CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}"}
-    return seconds | ({PRICE: f"{gpus / 3600 * price:.2f}"} if price is not None else {})
+    return {
+        GPU_SECONDS: f"{used.get('GPU', 0.0):.0f}",
+        CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}",
+    }
 
 
 def _result(

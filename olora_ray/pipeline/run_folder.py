@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, dump, flatten, override, read_config
+from olora_ray.config.load import (
+    FREE_TO_CHANGE,
+    LENGTH,
+    RETIRED,
+    dump,
+    flatten,
+    override,
+    read_config,
+)
 from olora_ray.config.schema import Config
 from olora_ray.tracking.checksums import SETTINGS
 
@@ -29,10 +37,14 @@ PLACES = re.compile(
 
 
 def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that must not change in a run folder: neither free to change nor paths of contents."""
+    """Return the settings that must not change in a run folder: neither free to change nor paths of contents.
+
+    Removed fields count with their defaults: search.json has them, and the name of a retrained run is made of them.
+    """
+    removed = {field: default for field, (default, _) in RETIRED.items()}
     bound = {
         field: value
-        for field, value in settings.items()
+        for field, value in (removed | dict(settings)).items()
         if not field.startswith(FREE_TO_CHANGE) and not PLACES.fullmatch(field)
     }
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}

@@ -156,7 +156,7 @@ def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
     }
     intervals = {
         f"{name}/{bound}": float(value)
-        for name in ("improvement", "confirmation", "anchor", "guard")
+        for name in ("improvement", "anchor", "guard")
         for bound, value in (details.get(name) or {}).items()
     }
     uses = {

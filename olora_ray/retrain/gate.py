@@ -14,9 +14,8 @@ With `gate.confident: false` the improvement itself decides. Without a champion 
 challenger's value that is not a number never passes, and fewer than gate.min_rows independent rows are not compared.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -155,56 +154,23 @@ def _compared(
     ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
     text = f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}"
     names = groups if groups is not None else challenger.origins
-    numbers: dict[str, Any] = {}
-    for part, rows, level in _parts(gate, names, both, held_out.sets):
-        group = numbered([names[row] for row in rows])
-        gain = improvement(gate.metric, challenger.only(rows), champion.only(rows), level, group)
-        interval = gain.interval
-        numbers |= {part: asdict(interval)} | (
-            {} if numbers else {"level": level, "groups": gain.groups}
-        )
-        text += f"{'; confirmed' if part == CONFIRMATION else ''}: {_shown(gain, level)}"
-        if gain.groups < gate.min_rows:
-            return (
-                False,
-                f"{text}{left_out}, but gate.min_rows={gate.min_rows} needs more independent rows",
-                numbers,
-            )
-        if not (interval.low if gate.confident else interval.mean) > gate.must_improve_by:
-            missed = "interval must begin" if gate.confident else "improvement must be"
-            return (
-                False,
-                f"{text}{left_out}, but the {missed} above {gate.must_improve_by:g}",
-                numbers,
-            )
-    alone = (
-        " (too few rows for gate.confirm)" if gate.confirm and CONFIRMATION not in numbers else ""
-    )
-    return True, f"{text}{left_out}{alone}", numbers
-
-
-PART, CONFIRMATION = "improvement", "confirmation"
-
-
-def _parts(
-    gate: Gate, names: Sequence[object], rows: list[int], sets: int
-) -> Iterator[tuple[str, list[int], float]]:
-    """Yield name, rows and level of each part of the rows, in the order in which the gate looks at them."""
-    # By a hash of their names, groups are in the same part every night and on every machine.
-    order = sorted(
-        {names[row] for row in rows}, key=lambda name: hashlib.sha256(repr(name).encode()).digest()
-    )
-    second = set(order[: round(gate.confirm * len(order))])
-    if min(len(second), len(order) - len(second)) < gate.min_rows:
-        yield PART, rows, 1 - 0.05 / max(SETS, sets)
-        return
-    # An equal challenger passes both parts as rarely as two sets of rows at once: 0.05 x 0.05 = 2 x 0.025 / 20.
-    yield PART, [row for row in rows if names[row] not in second], 0.9
-    yield (
-        CONFIRMATION,
-        [row for row in rows if names[row] in second],
-        1 - 0.1 / max(1.0, 2 * sets / SETS),
-    )
+    level = 1 - 0.05 / max(SETS, held_out.sets)
+    group = numbered([names[row] for row in both])
+    gain = improvement(gate.metric, challenger.only(both), champion.only(both), level, group)
+    numbers = {"improvement": asdict(gain.interval), "level": level, "groups": gain.groups}
+    text += f": {_shown(gain, level)}{left_out}"
+    if gain.groups < gate.min_rows:
+        problem = f"gate.min_rows={gate.min_rows} needs more independent rows"
+        return False, f"{text}, but {problem}", numbers
+    if gate.confident:
+        passed = gain.interval.low > gate.must_improve_by
+        needed = "interval must begin"
+    else:
+        passed = gain.interval.mean > gate.must_improve_by
+        needed = "improvement must be"
+    if not passed:
+        return False, f"{text}, but the {needed} above {gate.must_improve_by:g}", numbers
+    return True, text, numbers
 
 
 def _shown(gain: Comparison, level: float) -> str:

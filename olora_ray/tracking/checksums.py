@@ -25,13 +25,10 @@ if TYPE_CHECKING:
 
 # Tag of a version: the folder of the run that made it.
 RUN = "olora.run_folder"
-# Tags of a version: its base model, of the hub with the commit; the time of the training's workers, and its price.
-BASE, CPU_SECONDS, GPU_SECONDS, PRICE = (
-    "olora.base",
-    "olora.cpu_seconds",
-    "olora.gpu_seconds",
-    "olora.price",
-)
+# Tags of a version: its base model, of the hub with the commit, and the time of the training's workers.
+BASE = "olora.base"
+CPU_SECONDS = "olora.cpu_seconds"
+GPU_SECONDS = "olora.gpu_seconds"
 # Tag of a version: digest of its training settings. If a run is resumed with more steps, each length has its own
 # version.
 SETTINGS = "olora.settings_digest"

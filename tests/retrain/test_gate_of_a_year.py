@@ -1,4 +1,4 @@
-"""The gate of a year: stricter levels as rows change, a second part of the rows, the best champions, and the guard."""
+"""The gate of a year: stricter levels as rows change, the best champions, and the guard."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,55 +46,6 @@ def test_every_further_set_of_rows_asks_for_more_confidence() -> None:
     assert not decide(Gate(), *noisy(100, 0.05)).passed, (
         "2.5 standard errors are nine promotions in 1,000 nights"
     )
-
-
-def test_the_second_part_is_looked_at_only_after_the_first_and_may_refuse() -> None:
-    split = Gate(confirm=0.5)
-    better = decide(split, *noisy(100, 0.1))
-    assert better.passed
-    assert better.reason.count("50 rows") == 2
-    assert "; confirmed: improved" in better.reason
-    first = decide(split, *noisy(100, -0.1))
-    assert "confirmation" not in first.details
-    # The parts follow from the names of the groups alone, so other rows first give the same parts.
-    ours, theirs = noisy(100, 0.1)
-    names = [f"file:{row}" for row in range(100)]
-    found = decide(split, ours, theirs, HeldOut(names))
-    turned = list(range(99, -1, -1))
-    again = decide(
-        split, ours.only(turned), theirs.only(turned), HeldOut([names[row] for row in turned])
-    )
-    assert again.details["improvement"]["mean"] == pytest.approx(
-        found.details["improvement"]["mean"]
-    )
-    few = decide(split, *noisy(38, 0.3))
-    assert (few.passed, "38 rows" in few.reason, "too few rows for gate.confirm" in few.reason) == (
-        True,
-        True,
-        True,
-    )
-
-
-def test_a_second_part_that_is_worse_refuses() -> None:
-    names, count = [f"file:{row}" for row in range(60)], 60
-    champion = np.linspace(2.0, 3.0, count)
-    split = Gate(confirm=0.5)
-    for row in range(
-        count
-    ):  # find the part of each row: better there alone is a pass of the first part or none
-        alone = decide(
-            split,
-            results(champion - 1.0 * (np.arange(count) == row)),
-            results(champion),
-            HeldOut(names),
-        )
-        if alone.details["improvement"]["mean"] > 0:
-            champion[row] += 1.0
-    first_only = decide(
-        split, results(np.linspace(2.0, 3.0, count)), results(champion), HeldOut(names)
-    )
-    assert "confirmation" in first_only.details
-    assert not first_only.passed
 
 
 def test_what_lets_champions_become_worse_needs_an_anchor() -> None:
