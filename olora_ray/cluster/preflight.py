@@ -161,25 +161,23 @@ def fits(
     config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
 ) -> bool:
     """True if the config's fewest workers fit, in the memory that depends on the size of the training."""
-    apart = size.offloaded_bytes > 0
-    needed = (need for need in needs(config, base, size, gpus) if apart or need.advice is None)
+    needed = (need for need in needs(config, base, size, gpus) if need.advice is None)
     return all(missing(config.cluster.min_workers(), need, nodes) is None for need in needed)
 
 
 def smaller(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> str:
     """Return advice: the first of `changes` with which the workers fit."""
-    for change in changes(config, gpus):
+    for change in changes(config):
         other = override(config, change)
         if fits(other, base, estimate(other, base, bool(gpus)), gpus, nodes):
             return f"it fits with {', '.join(f'{field}={str(value).lower()}' for field, value in change.items())}"
     return (
         "use nodes with more memory or a smaller model: none of train.activation_checkpointing, a smaller"
-        " train.micro_batch or data.max_length, cluster.strategy=fsdp, cluster.fsdp_offload and model.dtype=bfloat16 is"
-        " enough"
+        " train.micro_batch or data.max_length, cluster.strategy=fsdp and model.dtype=bfloat16 is enough"
     )
 
 
-def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
+def changes(config: Config) -> Iterator[dict[str, Any]]:
     """Yield settings that need less memory, the least costly first. Each adds to the previous ones.
 
     Fewer answers at a time come alone at first, and at the end together with all others. The number of workers stays:
@@ -201,10 +199,6 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
             config.cluster.fsdp_replicas > 1
         ):  # had no effect with ddp, and may not divide the number of workers
             change["cluster.fsdp_replicas"] = 1
-        yield dict(change)
-    sharded = "cluster.strategy" in change or config.cluster.strategy == "fsdp"
-    if gpus and sharded and config.cluster.min_workers() > 1 and not config.cluster.fsdp_offload:
-        change["cluster.fsdp_offload"] = True
         yield dict(change)
     if config.model.dtype == "float32":
         change["model.dtype"] = "bfloat16"
@@ -246,13 +240,11 @@ def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) ->
     running += PEER_BYTES * (config.cluster.min_workers() - 1)
     yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
     advice = "use fewer workers per node: raise cluster.cpus_per_worker"
-    if size.offloaded_bytes:
-        advice += ", or set cluster.fsdp_offload=false"
     if converted:
         advice += (
             f", or use a base model stored in {NAMES[wanted]} ({stored} is converted in memory)"
         )
-    held = PROCESS_BYTES + converted + size.offloaded_bytes + COPIES * 4 * size.trainable
+    held = PROCESS_BYTES + converted + COPIES * 4 * size.trainable
     yield Need("CPU memory", held, lambda node: node.info.memory, advice)
 
 

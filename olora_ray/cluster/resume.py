@@ -96,9 +96,7 @@ def starting_point(
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
         cluster = spec.config.cluster
-        place_model(
-            loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload
-        )
+        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)
         trainer = Trainer(loss, adapted, spec.config, context.device, sizes=sizes)
     if restart:
         return StartingPoint(
@@ -200,9 +198,7 @@ def factors(
     if adapter.method not in FROM_WEIGHTS:
         # The method runs the base before it has adapters. A sharded base is run by all workers together.
         cluster = spec.config.cluster
-        place_model(
-            loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload
-        )
+        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)
         check_base(loss, spec, context.device, waiting)
     new, report, of_data = new_factors(
         loss, targets, spec.config, spec.train, context.device, waiting

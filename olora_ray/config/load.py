@@ -76,7 +76,6 @@ PLAIN = {
     "cluster.cpus_per_worker": "num_cpus",
     "cluster.strategy": "fsdp deepspeed ddp",
     "cluster.fsdp_replicas": "dp_replicate_size hsdp",
-    "cluster.fsdp_offload": "cpu_offload fsdp_cpu_offload",
     "cluster.max_failures": "max_retries",
     "evaluation.scorer": "compute_metrics metric_for_best_model",
     "evaluation.max_new_tokens": "generation_max_length",

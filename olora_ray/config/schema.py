@@ -133,9 +133,6 @@ class Cluster(Section):
     fsdp_replicas: PositiveInt = 1
     """Only for fsdp: number of copies of the base model, each sharded over workers / fsdp_replicas workers. With
     several nodes, set the number of nodes: then no weights are sent between nodes."""
-    fsdp_offload: bool = False
-    """Only for fsdp on GPUs: keep the blocks of the base model in the node's memory and copy each to the GPU when it is
-    needed. This saves GPU memory, makes a step longer and does not change the result."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Number of restarts after failures before the run stops with an error; -1: no limit. Preempted nodes do not
     count."""
@@ -165,14 +162,6 @@ class Cluster(Section):
                 f"a worker uses one GPU, and {value:g} per worker would leave some idle; use 1, and more workers"
             )
         return value
-
-    @model_validator(mode="after")
-    def _sharded_if_offloaded(self) -> "Cluster":
-        if self.fsdp_offload and self.strategy != "fsdp":
-            raise ValueError(
-                f"fsdp_offload=true needs a sharded base model, but strategy={self.strategy}; use strategy=fsdp"
-            )
-        return self
 
     def may_share_gpus(self) -> bool:
         """True if Ray may put several workers on one GPU."""

@@ -265,8 +265,6 @@ class MemoryEstimate:
     """Bytes of gathered blocks of a sharded base; for a packed base, bytes of its largest unpacked layer."""
     problem: str | None = None
     """The part that is not counted, and the reason (`Measured.problem`)."""
-    offloaded_bytes: int = 0
-    """Bytes of a sharded base in the node's memory instead of the GPU's; not in `base_bytes`."""
     by_rows: bool = False
     """True if no worker ever holds the whole base: each reads only its shard, or packs layer by layer."""
 
@@ -295,10 +293,7 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
     )
     answers = (answers_at_once(config), config.evaluation.max_new_tokens)
     again = config.train.activation_checkpointing is True
-    key = (
-        f"{base} {gpu} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)} "
-        f"{config.cluster.fsdp_offload}"
-    )
+    key = f"{base} {gpu} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)}"
     question = _Question(key, config, base, gpu)
     return _estimate(question) if base.digest else _estimate.__wrapped__(question)
 
@@ -333,7 +328,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
     stored = 2 if METHODS[config.adapter.method].has_b0 else 1
     in_parts = _shards(config) > 1 or config.model.quantization != "none"
     by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
-    base_bytes, gathered, offloaded = _base_bytes(config, model, count, dtype, question.gpu)
+    base_bytes, gathered = _base_bytes(config, model, count, dtype)
     taken = measure(model, selection.targets, config, dtype, question.gpu)
     return MemoryEstimate(
         targets,
@@ -347,36 +342,27 @@ def _estimate(question: _Question) -> MemoryEstimate:
         recompute=config.train.activation_checkpointing is True,
         gathered_bytes=gathered,
         problem=taken.problem,
-        offloaded_bytes=offloaded,
         by_rows=by_rows,
     )
 
 
-def _base_bytes(
-    config: Config, model: Any, count: int, dtype: torch.dtype, gpu: bool
-) -> tuple[int, int, int]:
-    """Return MemoryEstimate's (base_bytes, gathered_bytes, offloaded_bytes); `count` is the numbers in the files."""
+def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return MemoryEstimate's (base_bytes, gathered_bytes); `count` is the numbers in the files."""
     quantization, width, shards = config.model.quantization, dtype.itemsize, _shards(config)
     if quantization != "none":
         require(quantization)
         numbers, size, unpacked = packed_size(model, quantization, dtype)
-        return (count - numbers) * width + size, unpacked, 0
+        return (count - numbers) * width + size, unpacked
     if shards == 1:
-        return count * width, 0, 0
+        return count * width, 0
     sizes = [
         sum(weight.numel() for weight in block.parameters()) * width
         for block in blocks_to_shard(model)
     ]
-    root, block = (
-        sum(weight.numel() for weight in model.parameters()) * width - sum(sizes),
-        max(sizes, default=0),
-    )
+    root = sum(weight.numel() for weight in model.parameters()) * width - sum(sizes)
     # A gathered block exists twice for a moment: as received, and copied into its weights. The third copy is the next
     # block, which FSDP gathers while this one is used.
-    part = (count * width - root) // shards
-    if not (config.cluster.fsdp_offload and gpu):
-        return root + part, 3 * block, 0
-    return root, 3 * block + 2 * block // shards, part
+    return root + (count * width - root) // shards, 3 * max(sizes, default=0)
 
 
 def _set_aside(config: Config) -> int:

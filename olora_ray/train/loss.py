@@ -179,8 +179,6 @@ class SupervisedLoss(nn.Module):
         self.tested: SelfTest | None = None
         self.read_rows: Callable[[str, int, int], Tensor] | None = None
         """Reads rows first..last of a parameter from the files of a sharded base; None if the base is not sharded."""
-        self.offloaded: list[nn.Module] = []
-        """Blocks of a sharded base that are in the node's memory instead of the GPU's."""
         self.given_masks = False
         """True if the model gets masks made of the positions, because its own masks ignore the positions."""
         self.recompute = False

@@ -149,52 +149,27 @@ def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]
 
 
 def place_model(
-    loss: SupervisedLoss,
-    strategy: str,
-    device: torch.device,
-    replicas: int = 1,
-    offload: bool = False,
+    loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1
 ) -> None:
-    """Move the model to `device`, and with "fsdp" shard the frozen base; `replicas` and `offload` are as in `shard`.
+    """Move the model to `device`, and with "fsdp" shard the frozen base; `replicas` is as in `shard`.
 
     May be called again after adapters are added; a sharded base stays sharded.
     """
     install(loss)
     if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
-        shard(loss, device, replicas, offload)
+        shard(loss, device, replicas)
     # FSDP has moved the shards of the base, but not adapters and buffers.
-    root: Any = loss  # torch leaves `_apply` untyped
-    target = target_device(loss, device)
-    root._apply(lambda part: part.to(target(part)))
+    loss.to(device)
 
 
-def target_device(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
-    """Return a function from a parameter or buffer to its device: `device`, or the CPU for offloaded shards."""
-    # Module.to would move offloaded shards too, and FSDP would then refuse to run.
-    from torch.distributed.tensor import DTensor
-
-    for block in loss.offloaded:
-        block.reshard()
-    stay = {
-        id(part)
-        for block in loss.offloaded
-        for part in block.parameters()
-        if isinstance(part, DTensor)
-    }
-    return lambda part: torch.device("cpu") if id(part) in stay else device
-
-
-def shard(
-    loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload: bool = False
-) -> None:
+def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None:
     """Shard the blocks of the frozen base; adapters and weights outside the blocks stay whole. Weights may be meta.
 
     Each of the `replicas` copies is spread over workers with consecutive ranks, which are on the same node as far as
-    possible, because Ray numbers the workers node by node. `offload`: shards stay in the memory of the node, and are
-    copied to the device each time they are gathered.
+    possible, because Ray numbers the workers node by node.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     world = collectives.world_size()
     shape, names = (
@@ -209,25 +184,16 @@ def shard(
         if isinstance(module, AdaptedWeight)
         for parameter in (module.da, module.db)
     }
-    apart = offload and has_own_memory(device)
-    # Pinned memory can be copied to a GPU while the GPU computes.
-    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if apart else OffloadPolicy()
     blocks = blocks_to_shard(loss.model)
     whole = adapters | outside(loss, blocks)
     for block in blocks:
-        fully_shard(block, mesh=mesh, ignored_params=adapters, offload_policy=policy)
-        loss.offloaded += [block] if apart else []
+        fully_shard(block, mesh=mesh, ignored_params=adapters)
     fully_shard(loss, mesh=mesh, ignored_params=whole)
 
 
 def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     return {parameter for parameter in model.parameters() if id(parameter) not in inside}
-
-
-def has_own_memory(device: torch.device) -> bool:
-    """True if the device has memory of its own, outside the memory of the node."""
-    return device.type != "cpu"
 
 
 def own_rows(parameter: "DTensor") -> tuple[int, int]:
@@ -395,10 +361,6 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
         return SupervisedLoss(
             collectives.together(lambda: load_frozen(folder, config.model, device))
         )
-    if config.cluster.fsdp_offload and not has_own_memory(device):
-        logger.info(
-            "cluster.fsdp_offload: no effect without a GPU: the base model is in the node's memory anyway"
-        )
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
@@ -431,13 +393,10 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     )
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.read_rows = files.rows
-    shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
-    target = target_device(loss, device)
+    shard(loss, device, config.cluster.fsdp_replicas)
     # Tensors on the meta device, above all shards of weights, get memory here; all others already have their values.
     loss._apply(
-        lambda part: (
-            torch.empty_like(part, device=target(part)) if part.is_meta else part.to(target(part))
-        )
+        lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device)
     )
     collectives.together(lambda: _read_shards(model, files))
     sharded: SupervisedLoss = loss

@@ -244,7 +244,6 @@ def test_a_refusal_names_the_change_that_makes_it_fit(
     assert "; use nodes with more memory or a smaller model: none of" in problem
 
 
-@pytest.mark.parametrize("gpus", [0.0, 1.0])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -258,12 +257,8 @@ def test_a_refusal_names_the_change_that_makes_it_fit(
     ],
     ids=str,
 )
-def test_every_change_that_may_be_advised_is_one_that_can_be_made(
-    settings: dict[str, Any], gpus: float
-) -> None:
+def test_every_change_that_may_be_advised_is_one_that_can_be_made(settings: dict[str, Any]) -> None:
     """Where one is refused, the refusal of the memory would be a line about a field that nobody has set."""
     config = tiny.config(**({"cluster__workers": 2} | settings))
-    made = [override(config, change) for change in changes(config, gpus)]
+    made = [override(config, change) for change in changes(config)]
     assert made[-1] != config
-    offloaded = any(each.cluster.fsdp_offload for each in made)
-    assert offloaded is (gpus > 0 and any(each.cluster.strategy == "fsdp" for each in made))

@@ -329,7 +329,6 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
             {"gpus_per_worker": 0.5, "workers": [1, 2]},
             ".gpus_per_worker=0.5 with cluster.workers=2: NCCL",
         ),
-        ({"fsdp_offload": True}, ": fsdp_offload=true needs a sharded base model"),
     ],
 )
 def test_workers_that_cannot_be_are_refused(cluster: dict[str, Any], expected: str) -> None:
