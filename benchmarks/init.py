@@ -6,8 +6,8 @@ that inside `olora_init`, `pissa_init` and so on, so neither side counts the cre
 - The first table is for OLoRA, with the error of both sides.
 - The second table has one row per method: seconds, growth of the process's memory, and the largest relative difference
   of B0 A0 over the layers. Randomised methods are approximations, so each side is compared with the exact pissa.
-- The third table has the methods that read training data. They run on one batch; the time includes their forward and
-  backward passes, hooks and decompositions. The difference is the sine of the angle between the spaces of their A.
+- The third table has EVA, which reads training data. It runs on one batch; the time includes the forward pass, hooks
+  and decompositions. The difference is the sine of the angle between the spaces of both A.
 
     python benchmarks/init.py [--repeats 5] [--peft-repeats 1] [--skip-model] [--methods pissa,nora]
 """

@@ -1,7 +1,7 @@
-"""Rows of benchmarks/init.py for the methods that read training data: EVA and LoRA-GA, beside PEFT's.
+"""The row of benchmarks/init.py for EVA, which reads training data, beside PEFT's.
 
 Both sides read the same batch, with rows of one length. One batch, because PEFT's EVA depends on the order of several
-batches. PEFT's LoRA-GA gets the gradient from a training step of the caller: here one forward and backward pass.
+batches.
 """
 
 import warnings
@@ -16,14 +16,13 @@ from torch import Tensor
 from olora_ray.adapter.inject import find_targets
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.plan import Pack
-from olora_ray.train.data_driven import eva_factors, gradient_factors
+from olora_ray.train.data_driven import eva_factors
 from olora_ray.train.loss import SupervisedLoss
 
 ROWS, LENGTH, PROMPT = 4, 80, 16
 """Size of the batch; the prompt's tokens are not supervised."""
 RATIO = 2.0
 """EVA's rho."""
-GAMMA = 16
 Spaces = dict[str, Tensor]
 """Rows of A by layer."""
 
@@ -37,24 +36,20 @@ class Measure(Protocol):
 
 
 def from_data(name: str, make: Callable[[], Any], rank: int, watch: Callable[[], Measure]) -> str:
-    """Return the table with one row per method; `make` returns the same weights each time."""
-    rows = []
-    for method in ("eva", "lora_ga"):
-        ours, mine = of_ours(make(), method, rank, watch)
-        theirs, other = (eva_of_peft if method == "eva" else lora_ga_of_peft)(make(), rank, watch)
-        sines = sorted(sine(mine[layer], other[layer]) for layer in other)
-        rows.append(
-            (
-                *(
-                    method,
-                    f"{ours.seconds:.2f}",
-                    f"{theirs.seconds:.2f}",
-                    f"{theirs.seconds / ours.seconds:.1f}",
-                ),
-                *(f"{ours.megabytes:.0f}", f"{theirs.megabytes:.0f}"),
-                *(f"{sines[len(sines) // 2]:.1e}", f"{sines[-1]:.1e}"),
-            )
-        )
+    """Return the table; `make` returns the same weights each time."""
+    ours, mine = of_ours(make(), rank, watch)
+    theirs, other = eva_of_peft(make(), rank, watch)
+    sines = sorted(sine(mine[layer], other[layer]) for layer in other)
+    row = (
+        "eva",
+        f"{ours.seconds:.2f}",
+        f"{theirs.seconds:.2f}",
+        f"{theirs.seconds / ours.seconds:.1f}",
+        f"{ours.megabytes:.0f}",
+        f"{theirs.megabytes:.0f}",
+        f"{sines[len(sines) // 2]:.1e}",
+        f"{sines[-1]:.1e}",
+    )
     header = (
         f"{name}, {ROWS} x {LENGTH} tokens",
         "ours s",
@@ -65,22 +60,19 @@ def from_data(name: str, make: Callable[[], Any], rank: int, watch: Callable[[],
         "median",
         "largest",
     )
-    return table(header, rows)
+    return table(header, [row])
 
 
-def of_ours(
-    model: Any, method: str, rank: int, watch: Callable[[], Measure]
-) -> tuple[Measure, Spaces]:
+def of_ours(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
     model.requires_grad_(False)
     targets = find_targets(model, "all-linear", rank)
-    own: dict[str, Any] = {"rho": RATIO} if method == "eva" else {"gamma": GAMMA}
-    settings = Adapter(method=method, rank=rank, init_tokens=ROWS * LENGTH, **own)
+    settings = Adapter(method="eva", rank=rank, init_tokens=ROWS * LENGTH, rho=RATIO)
     store: Any = MemoryStore(
         [Pack(ids, np.arange(LENGTH) >= PROMPT, (LENGTH,)) for ids in tokens(model)]
     )
-    make = eva_factors if method == "eva" else gradient_factors
+    loss = SupervisedLoss(model)
     with watch() as used:
-        factors, _, _ = make(SupervisedLoss(model), targets, settings, store, torch.device("cpu"))
+        factors, _, _ = eva_factors(loss, targets, settings, store, torch.device("cpu"))
     return used, {name: item.a0 for name, item in factors.items()}
 
 
@@ -97,28 +89,6 @@ def eva_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Me
     return used, {
         name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): part
         for name, part in found.items()
-    }
-
-
-def lora_ga_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
-    from peft import LoraConfig, LoraGAConfig, get_peft_model
-    from peft.tuners.lora.loraga import preprocess_loraga
-
-    names = list(find_targets(model, "all-linear", rank))
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=names,
-        init_lora_weights="lora_ga",
-        lora_ga_config=LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=GAMMA),
-    )
-    rows = batch(model)
-    with warnings.catch_warnings(), watch() as used:
-        warnings.simplefilter("ignore")
-        preprocess_loraga(model, config, lambda: model(**rows).loss.backward())
-        get_peft_model(model, config)
-    return used, {
-        name: model.get_submodule(name).lora_A["default"].weight.detach() for name in names
     }
 
 

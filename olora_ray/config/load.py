@@ -288,6 +288,11 @@ NUMBERED = re.compile(r"data\.(train|eval)\.[0-9]+(\..+)?")
 
 
 RETIRED: dict[str, tuple[Any, str]] = {
+    "adapter.gamma": (16.0, "delete it; only lora_ga read it"),
+    "cluster.fsdp_offload": (
+        False,
+        "delete it; if GPU memory is short, lower train.micro_batch or data.max_length, or use more workers",
+    ),
     "cluster.price": (
         None,
         "delete it; multiply the GPU seconds that `olora-ray registry show` prints by your price",
@@ -300,22 +305,41 @@ RETIRED: dict[str, tuple[Any, str]] = {
 """Removed field -> its last default, and what to do instead of another value.
 
 Files of earlier releases name these fields. At its default a removed field is dropped in silence."""
+RETIRED_VALUES: dict[str, dict[str, str]] = {
+    "adapter.method": {"lora_ga": "use eva, which starts from the training data too"},
+}
+"""Field -> its removed values, and what to do instead."""
 
 
 def without_retired(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a copy of a nested mapping without removed fields, and the problems of those with another value."""
+    """Return a copy of a nested mapping without removed fields and values, and their problems.
+
+    A removed field at its default is no problem.
+    """
     kept: dict[str, Any] = _copy(tree)
     problems = []
     for field, (default, advice) in RETIRED.items():
-        *parents, last = field.split(".")
-        node: Any = kept
-        for part in parents:
-            node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last not in node:
-            continue
-        if node.pop(last) != default:
+        section, last = _section_of(kept, field)
+        if last in section and section.pop(last) != default:
             problems.append(f"{field}: this field was removed; {advice}")
+    for field, removed in RETIRED_VALUES.items():
+        section, last = _section_of(kept, field)
+        value = section.get(last)
+        if isinstance(value, str) and value in removed:
+            del section[last]
+            problems.append(f"{field}: {value} was removed; {removed[value]}")
     return kept, problems
+
+
+def _section_of(tree: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
+    """Return the mapping that may hold a dotted field, and the field's name in it."""
+    *parents, last = field.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        return {}, last
+    return node, last
 
 
 def parse_assignments(given: list[str]) -> dict[str, Any]:

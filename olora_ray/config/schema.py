@@ -32,7 +32,6 @@ from olora_ray.config.section import extended as extended
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "nora": ("sigma",),
     "eva": ("rho", "init_tokens"),
-    "lora_ga": ("gamma", "init_tokens"),
 }
 """Fields of `adapter` that only one method reads; the other methods ignore them."""
 
@@ -40,15 +39,12 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
 class Adapter(Section):
     """The adapter: its method, its size and the layers that it adapts."""
 
-    method: Literal["olora", "lora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"] = (
-        "olora"
-    )
+    method: Literal["olora", "lora", "pissa", "milora", "orthogonal", "nora", "eva"] = "olora"
     """Initial values of A and B; docs/method.md explains each method. olora: Q and R of W (arXiv 2406.01775).
     lora: random A, zero B (2106.09685). pissa: largest singular values and vectors of W, exact (2404.02948). milora:
     smallest singular values and vectors (2406.09044). orthogonal: random A and B with B A = 0, as in PEFT; needs an
     even rank. nora: random mixtures of the rows of W, zero B (2410.18965). eva: principal components of the layer's
-    inputs on the training data, zero B; layers where they explain most get more rank (2410.07170). lora_ga: singular
-    vectors of the gradient of W on the training data (2407.05000)."""
+    inputs on the training data, zero B; layers where they explain most get more rank (2410.07170)."""
     rank: PositiveInt = 16
     """Rank r of the update; a larger rank has more trainable parameters."""
     alpha: Annotated[float, Field(gt=0.0)] = 16
@@ -67,9 +63,7 @@ class Adapter(Section):
     """Only for eva: the rank of a layer is at most rho x rank; the sum over all layers stays the same. 1: all layers
     have the same rank."""
     init_tokens: PositiveInt = 1024
-    """Only for eva and lora_ga: the most supervised tokens of the training data that the initialisation reads."""
-    gamma: Annotated[float, Field(gt=0.0)] = 16.0
-    """Only for lora_ga: the size of A0 and B0 is proportional to 1 / sqrt(gamma)."""
+    """Only for eva: the most supervised tokens of the training data that the initialisation reads."""
 
     @field_validator("targets", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod

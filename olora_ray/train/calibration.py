@@ -6,10 +6,9 @@ sequences, and send them to the owners.
 
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from olora_ray.adapter.candidates import Target
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
-from olora_ray.tokens.collate import Batch
+from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loader import Waiting, until
 from olora_ray.train.loss import SupervisedLoss, watched
@@ -38,6 +37,11 @@ class LayerInput:
     @property
     def name(self) -> str:
         return self.layers[0]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a row."""
+        return self.size * self.dtype.itemsize
 
 
 @torch.no_grad()
@@ -161,85 +165,85 @@ def first_tokens(store: TokenStore, limit: int, waiting: Waiting | None = None) 
 # Sequences spread over the workers: each computes the rows of its sequences, and sends them to their owners.
 
 
-Item = TypeVar("Item")
 AT_ONCE = 2**26
 """Bytes that a worker sends in one exchange."""
 
 
-def in_parts(items: Iterable[Item], size: Callable[[Item], int], room: int) -> Iterator[list[Item]]:
-    part: list[Item] = []
-    taken = 0
-    for item in items:
-        if part and taken + size(item) > room:
-            yield part
-            part, taken = [], 0
-        part.append(item)
-        taken += size(item)
-    yield part
+class Activations:
+    """The rows of each input at the first supervised tokens, kept by the worker that owns the input.
 
-
-@dataclass(frozen=True)
-class Rows:
-    size: int
-    """Elements of a row."""
-    dtype: torch.dtype
-    owner: int
-    """Rank of the worker that gets the rows."""
-
-    @property
-    def bytes(self) -> int:
-        return self.size * self.dtype.itemsize
-
-
-class RowExchange(ABC):
-    """Exchange of rows: each worker computes rows of several types from sequences, and sends them to their owners.
-
-    `device` is the device over which the workers of the group exchange tensors.
+    `owners` has a rank for each input. `device` is the device over which the workers exchange tensors.
     """
 
-    def __init__(self, types: Sequence[Rows], device: torch.device) -> None:
-        self.types, self.device = types, device
+    def __init__(
+        self,
+        loss: SupervisedLoss,
+        targets: Mapping[str, Target],
+        inputs: Sequence[LayerInput],
+        owners: Sequence[int],
+        store: TokenStore,
+        device: torch.device,
+    ) -> None:
+        self.loss = loss
+        self.targets = targets
+        self.inputs = inputs
+        self.owners = owners
+        self.store = store
+        self.device = device
         self.sent = 0
         """Bytes sent to other workers."""
-        self._here, self._workers = collectives.rank(), collectives.world_size()
-        self.own = [
-            number for number, rows_type in enumerate(types) if rows_type.owner == self._here
-        ]
-        """Indices of the types that this worker owns."""
+        self._here = collectives.rank()
+        self._workers = collectives.world_size()
+        self.own = [number for number, owner in enumerate(owners) if owner == self._here]
+        """Indices of the inputs that this worker owns."""
+        self._rows: dict[int, dict[int, Tensor]] = {number: {} for number in self.own}
 
-    @abstractmethod
-    def count(self, piece: Piece) -> int:
-        """Return the number of rows of a sequence."""
+    def rows(self, number: int, count: int) -> Tensor:
+        """Return the first `count` rows of an own input."""
+        pieces = self._rows[number]
+        return torch.cat([pieces[first] for first in sorted(pieces)])[:count]
 
-    @abstractmethod
-    def make(self, piece: Piece) -> list[Tensor]:
-        """Return the rows (count x size) of each type for a sequence, on the CPU; may raise UserError."""
-
-    @abstractmethod
-    def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
-        """Store the rows (count x size) of type `number`, which this worker owns, of a sequence."""
+    def held(self) -> int:
+        """Return the bytes of all rows that this worker keeps."""
+        return sum(part.nbytes for pieces in self._rows.values() for part in pieces.values())
 
     def run(self, pieces: Sequence[Piece]) -> None:
         """Compute the rows of these sequences and send them to their owners.
 
-        All workers must call it together. A UserError of `make` is raised on all of them.
+        All workers must call it together. A UserError of one worker is raised on all of them.
         """
         told = time.monotonic()
         for turn in range(0, len(pieces), self._workers):
             self._round(pieces[turn : turn + self._workers])
             if time.monotonic() - told > 30:
-                told, done = time.monotonic(), min(turn + self._workers, len(pieces))
+                told = time.monotonic()
+                done = min(turn + self._workers, len(pieces))
                 logger.info(f"initialisation: {done:,} of {len(pieces):,} sequences processed")
 
     def _round(self, pieces: Sequence[Piece]) -> None:
         # Every worker runs the model, because the blocks of a sharded base need all workers. A worker without a
         # sequence repeats the last one, and sends nothing.
-        rows = collectives.together(lambda: self.make(pieces[min(self._here, len(pieces) - 1)]))
-        most = max(map(self.count, pieces))
-        for numbers in in_parts(
-            range(len(self.types)), lambda number: most * self.types[number].bytes, AT_ONCE
-        ):
-            self._send(numbers, pieces, rows)
+        rows = collectives.together(lambda: self._make(pieces[min(self._here, len(pieces) - 1)]))
+        most = max(piece.count for piece in pieces)
+        part: list[int] = []
+        size = 0
+        for number, each in enumerate(self.inputs):
+            if part and size + most * each.bytes > AT_ONCE:
+                self._send(part, pieces, rows)
+                part = []
+                size = 0
+            part.append(number)
+            size += most * each.bytes
+        self._send(part, pieces, rows)
+
+    def _make(self, piece: Piece) -> list[Tensor]:
+        model: Any = self.loss.model
+        batch = collate([self.store[piece.sequence]], model.config._attn_implementation)
+        # As in PEFT's label mask: the positions of the supervised tokens themselves, not those that predict them.
+        positions = batch.predicts[: piece.count] + 1
+        return rows_of(
+            self.loss, self.targets, self.inputs, batch.to(self.device), positions.to(self.device)
+        )
 
     def _send(
         self, numbers: Sequence[int], pieces: Sequence[Piece], rows: Sequence[Tensor]
@@ -247,26 +251,22 @@ class RowExchange(ABC):
         sends = self._here < len(pieces)
         outgoing = [
             _as_bytes(
-                [rows[number] for number in numbers if sends and self.types[number].owner == worker]
+                [rows[number] for number in numbers if sends and self.owners[number] == worker]
             )
             for worker in range(self._workers)
         ]
         self.sent += sum(len(part) for worker, part in enumerate(outgoing) if worker != self._here)
-        mine = [number for number in numbers if self.types[number].owner == self._here]
-        width = sum(self.types[number].bytes for number in mine)
-        sizes = [width * self.count(piece) for piece in pieces] + [0] * (
-            self._workers - len(pieces)
-        )
+        mine = [number for number in numbers if self.owners[number] == self._here]
+        width = sum(self.inputs[number].bytes for number in mine)
+        sizes = [width * piece.count for piece in pieces] + [0] * (self._workers - len(pieces))
         received = collectives.swap([part.to(self.device) for part in outgoing], sizes)
         for piece, part in zip(pieces, received, strict=False):
-            count = self.count(piece)
-            lengths = [count * self.types[number].bytes for number in mine]
+            lengths = [piece.count * self.inputs[number].bytes for number in mine]
             for number, flat in zip(mine, part.cpu().split(lengths), strict=True):
                 # A copy, because a slice keeps the whole buffer alive and may start at an address that is not a
                 # multiple of the element size.
-                self.keep(
-                    number, piece, flat.clone().view(self.types[number].dtype).view(count, -1)
-                )
+                own = flat.clone().view(self.inputs[number].dtype)
+                self._rows[number][piece.first] = own.view(piece.count, -1)
 
 
 def _as_bytes(parts: Sequence[Tensor]) -> Tensor:

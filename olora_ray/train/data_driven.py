@@ -1,4 +1,4 @@
-"""Factors from the training data, made by all workers together: EVA's and LoRA-GA's (adapter/methods/).
+"""Factors from the training data, made by all workers together: EVA's (adapter/methods/eva.py).
 
 EVA looks at the first T supervised tokens of the store, for T = L / 4, L / 2 and L, where L is adapter.init_tokens, or
 all tokens if there are fewer. It stops as soon as the spaces of two successive T agree, or at L. The number of workers
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olora_ray.adapter.candidates import Target, candidates, parameter_of
 from olora_ray.adapter.initialise import (
@@ -25,7 +25,7 @@ from olora_ray.adapter.initialise import (
     weight_sizes,
 )
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Components, principal
+from olora_ray.adapter.methods import FROM_WEIGHTS, Components, principal
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
@@ -34,23 +34,18 @@ from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.calibration import (
+    Activations,
     LayerInput,
     Piece,
-    RowExchange,
-    Rows,
     first_tokens,
-    in_parts,
     inputs_of,
-    rows_of,
 )
 from olora_ray.train.loader import Waiting
-from olora_ray.train.loss import SupervisedLoss, watched
+from olora_ray.train.loss import SupervisedLoss
 
 Value = TypeVar("Value")
 AGREEMENT = 0.99
 """Share of an input's space from which on more tokens are taken to give the same space."""
-GRADIENTS_AT_ONCE = 2**30
-"""Bytes of gradients that a worker holds at once, about; for the layers beyond it the model runs again."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,6 @@ class DataReport:
     sent: int
     """Bytes sent between workers, over all of them."""
     ranks: Mapping[str, int]
-    what: str = "activations"
-    """The tensors counted in `held`: activations or gradients."""
 
     def line(self, method: str) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
@@ -83,7 +76,7 @@ class DataReport:
                 if without
                 else ""
             )
-            + f"; {self.what} {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
+            + f"; activations {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
         )
 
 
@@ -179,7 +172,7 @@ def eva_factors(
     pieces = _pieces(store, adapter, count, waiting)
     inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
     owners = _owners(inputs, targets, adapter)
-    activations = _Activations(loss, targets, inputs, owners, store, device)
+    activations = Activations(loss, targets, inputs, owners, store, device)
     own, tokens, agreement = _until_stable(activations, pieces, count, adapter.rank)
     seconds = time.perf_counter() - began
 
@@ -206,46 +199,8 @@ def eva_factors(
     return every, report, data_report
 
 
-class _Activations(RowExchange):
-    def __init__(
-        self,
-        loss: SupervisedLoss,
-        targets: Mapping[str, Target],
-        inputs: Sequence[LayerInput],
-        owners: Sequence[int],
-        store: TokenStore,
-        device: torch.device,
-    ) -> None:
-        super().__init__(
-            [Rows(x.size, x.dtype, owner) for x, owner in zip(inputs, owners, strict=True)], device
-        )
-        self.loss, self.targets, self.inputs, self.store = loss, targets, inputs, store
-        self._rows: dict[int, dict[int, Tensor]] = {number: {} for number in self.own}
-
-    def rows(self, number: int, count: int) -> Tensor:
-        pieces = self._rows[number]
-        return torch.cat([pieces[first] for first in sorted(pieces)])[:count]
-
-    def held(self) -> int:
-        return sum(part.nbytes for pieces in self._rows.values() for part in pieces.values())
-
-    def count(self, piece: Piece) -> int:
-        return piece.count
-
-    def make(self, piece: Piece) -> list[Tensor]:
-        batch = collate([self.store[piece.sequence]], _attention(self.loss))
-        # As in PEFT's label mask: the positions of the supervised tokens themselves, not those that predict them.
-        positions = batch.predicts[: piece.count] + 1
-        return rows_of(
-            self.loss, self.targets, self.inputs, batch.to(self.device), positions.to(self.device)
-        )
-
-    def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
-        self._rows[number][piece.first] = rows
-
-
 def _until_stable(
-    acts: _Activations, pieces: Sequence[Piece], count: int, rank: int
+    acts: Activations, pieces: Sequence[Piece], count: int, rank: int
 ) -> tuple[dict[int, Components], int, tuple[float, float] | None]:
     """Return the components of the own inputs, the number of tokens used, and the agreement with half as many."""
     total = pieces[-1].end
@@ -301,142 +256,6 @@ def _gathered(own: Mapping[int, Value]) -> dict[int, Value]:
     return dict(pair for part in collectives.gather(list(own.items())) for pair in part)
 
 
-# LoRA-GA's factors (adapter/methods/lora_ga.py): from the gradient of each weight, on the worker that owns the input.
-
-
-def gradient_factors(
-    loss: SupervisedLoss,
-    targets: Mapping[str, Target],
-    adapter: Adapter,
-    store: TokenStore,
-    device: torch.device,
-    waiting: Waiting | None = None,
-) -> tuple[dict[str, Factors], InitReport, DataReport]:
-    """Return A0 and B0 of every target; arguments and errors are as in `eva_factors`."""
-    refuse(targets, adapter.method)
-    began = time.perf_counter()
-    pieces = _pieces(store, adapter, 0, waiting)
-    inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
-    method, options = METHODS[adapter.method].factors, options_of(adapter)
-    own: dict[str, Factors] = {}
-    shares: list[list[str]] = [[] for _ in range(collectives.world_size())]
-    held = sent = 0
-
-    def size(each: LayerInput) -> int:
-        return sum(4 * targets[name].shape[0] * each.size for name in each.layers)
-
-    for part in in_parts(inputs, size, GRADIENTS_AT_ONCE * collectives.world_size()):
-        owners = _owners(part, targets, adapter)
-        grads = _Gradients(loss, targets, part, owners, store, device)
-        grads.run(pieces)
-        held, sent = (
-            max(held, sum(gradient.nbytes for gradient in grads.sums.values())),
-            sent + grads.sent,
-        )
-        for name, gradient in grads.sums.items():
-            item = method(gradient, adapter.rank, 0, options)
-            own[name] = Factors(
-                item.a0.cpu(), None if item.b0 is None else item.b0.cpu(), item.full_rank
-            )
-        for each, owner in zip(part, owners, strict=True):
-            shares[owner].extend(each.layers)
-    every, report = _shared(own, targets, shares, time.perf_counter() - began, device)
-    most, total = zip(*collectives.gather((held, sent)), strict=True)
-    ranks = dict.fromkeys(targets, adapter.rank)
-    data_report = DataReport(
-        pieces[-1].end, len(pieces), None, max(most), sum(total), ranks, "gradients"
-    )
-    return every, report, data_report
-
-
-class _Gradients(RowExchange):
-    def __init__(
-        self,
-        loss: SupervisedLoss,
-        targets: Mapping[str, Target],
-        inputs: Sequence[LayerInput],
-        owners: Sequence[int],
-        store: TokenStore,
-        device: torch.device,
-    ) -> None:
-        self.loss, self.inputs, self.store = loss, inputs, store
-        self.modules = {name: targets[name].module for each in inputs for name in each.layers}
-        self._names: list[tuple[int, str | None]] = []
-        """For each type of rows, the index of the input, and the layer whose gradient it is; None: the input itself."""
-        types = []
-        for number, (each, owner) in enumerate(zip(inputs, owners, strict=True)):
-            for name in (None, *each.layers):
-                self._names.append((number, name))
-                types.append(
-                    Rows(each.size if name is None else targets[name].shape[0], each.dtype, owner)
-                )
-        super().__init__(types, device)
-        self.sums: dict[str, Tensor] = {}
-        """Name of an own layer -> gradient (m x n), float32."""
-        self._x: dict[tuple[int, int], Tensor] = {}
-
-    def count(self, piece: Piece) -> int:
-        # All tokens of a sequence: the loss of a supervised token has a gradient at every token that it attends to.
-        return len(self.store[piece.sequence].input_ids)
-
-    def make(self, piece: Piece) -> list[Tensor]:
-        whole = collate([self.store[piece.sequence]], _attention(self.loss)).to(self.device)
-        batch = replace(
-            whole, predicts=whole.predicts[: piece.count], labels=whole.labels[: piece.count]
-        )
-        x, g = _flows(self.loss, self.modules, {each.name for each in self.inputs}, batch)
-        return [
-            x[self.inputs[number].name] if name is None else g[name] for number, name in self._names
-        ]
-
-    def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
-        source, name = self._names[number]
-        if name is None:
-            self._x[source, piece.first] = rows
-            return
-        x = self._x[source, piece.first]
-        part = rows.to(self.device, torch.float32).mT @ x.to(self.device, torch.float32)
-        self.sums[name] = part if name not in self.sums else self.sums[name].add_(part)
-        if name == self.inputs[source].layers[-1]:
-            del self._x[source, piece.first]
-
-
-def _flows(
-    loss: SupervisedLoss, modules: Mapping[str, nn.Module], wanted: set[str], batch: Batch
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    x: dict[str, Tensor] = {}
-    g: dict[str, Tensor] = {}
-
-    def see(name: str, entered: Tensor, output: Tensor) -> None:
-        if name in wanted:
-            x[name] = entered.detach().reshape(-1, entered.shape[-1]).cpu()
-        output.register_hook(partial(note, name))
-
-    def note(name: str, gradient: Tensor) -> None:
-        g[name] = gradient.reshape(-1, gradient.shape[-1]).cpu()
-
-    model: Any = loss.model
-    # The base is frozen, so autograd would build no graph. It does if the first hidden states require a gradient.
-    start = model.get_input_embeddings().register_forward_hook(
-        lambda _, __, output: output.requires_grad_()
-    )
-    try:
-        with torch.enable_grad(), watched(modules, see):
-            loss(batch).backward()
-    finally:
-        start.remove()
-    for name in modules:
-        if name not in g:
-            raise UserError(
-                f"adapter.method: no gradient reaches {name}; leave it out of adapter.targets"
-            )
-        if not torch.isfinite(g[name]).all():
-            raise UserError(
-                f"model.name: the gradient at {name} has NaN or infinite values on the training data"
-            )
-    return x, g
-
-
 # New factors for a training: from the weights or from the training data, as the method needs.
 
 
@@ -450,13 +269,12 @@ def new_factors(
 ) -> tuple[dict[str, Factors], InitReport, DataReport | None]:
     """Return A~ and B~ of every target; all workers must call it together.
 
-    See `initialise`, `eva_factors` and `gradient_factors`. For a data-driven method, the base must be on the device
-    where it will be trained, must have passed its self-test, and must have no adapters yet.
+    See `initialise` and `eva_factors`. For a data-driven method, the base must be on the device where it will be
+    trained, must have passed its self-test, and must have no adapters yet.
     """
     adapter = config.adapter
     if adapter.method not in FROM_WEIGHTS:
-        make = gradient_factors if METHODS[adapter.method].needs == "gradients" else eva_factors
-        return make(loss, targets, adapter, store, device, waiting)
+        return eva_factors(loss, targets, adapter, store, device, waiting)
     seed, options = config.run.seed, options_of(adapter)
     return *initialise(
         _whole(loss, targets), adapter.method, adapter.rank, seed, device, options

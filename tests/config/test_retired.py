@@ -10,6 +10,7 @@ from olora_ray.common.storage import digest_json
 from olora_ray.config.command_line import loaded
 from olora_ray.config.load import (
     RETIRED,
+    RETIRED_VALUES,
     build,
     changed,
     flatten,
@@ -42,6 +43,17 @@ def test_a_removed_field_is_dropped_at_its_default_and_refused_with_advice_else(
     with pytest.raises(UserError) as caught:
         build(changed(TREE, {field: 0.123}), "my.yaml")
     assert str(caught.value) == f"my.yaml: {field}: this field was removed; {RETIRED[field][1]}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in RETIRED_VALUES.items() for value in values],
+)
+def test_a_removed_value_is_refused_with_advice(field: str, value: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(changed(TREE, {field: value}), "my.yaml")
+    advice = RETIRED_VALUES[field][value]
+    assert str(caught.value) == f"my.yaml: {field}: {value} was removed; {advice}"
 
 
 def test_a_removed_field_is_one_of_all_problems() -> None:

@@ -25,9 +25,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Fault]] = {
         {"method": "eva", "init_tokens": 120},
         Fault("initialise", rank=1),
     ),
-    "kill everything, lora_ga on Gemma 3, middle step": (
+    "kill everything, eva on Gemma 3, middle step": (
         "gemma3_text",
-        {"method": "lora_ga", "init_tokens": 120},
+        {"method": "eva", "init_tokens": 120},
         Fault("step", step=5, rank=1),
     ),
     "kill everything, milora on Qwen 3, checkpoint": (

@@ -23,7 +23,7 @@ from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
 
-METHODS = ["lora", "olora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"]
+METHODS = ["lora", "olora", "pissa", "milora", "orthogonal", "nora", "eva"]
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ def last(folder: Path) -> dict[str, Tensor]:
     ("family", "changes"),
     [
         ("llama", {}),
-        ("qwen2", {"adapter__method": "lora_ga", "train__activation_checkpointing": True}),
+        ("qwen2", {"adapter__method": "pissa", "train__activation_checkpointing": True}),
     ],
 )
 def test_any_number_of_workers_and_a_resumed_run_end_with_the_same_bytes(

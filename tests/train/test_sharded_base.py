@@ -176,7 +176,6 @@ def test_bytes_are_those_of_ddp(
         {"adapter__method": "pissa"},
         {"adapter__method": "lora"},
         {"adapter__method": "eva", "adapter__init_tokens": 96},
-        {"adapter__method": "lora_ga", "adapter__init_tokens": 60},
     ],
     ids=lambda changes: changes["adapter__method"],
 )

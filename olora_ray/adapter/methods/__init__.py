@@ -1,6 +1,6 @@
 """The methods: one file per method, in the terms of method.py."""
 
-from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, orthogonal, pissa
+from olora_ray.adapter.methods import eva, lora, milora, nora, olora, orthogonal, pissa
 from olora_ray.adapter.methods.eva import Components as Components
 from olora_ray.adapter.methods.eva import principal as principal
 from olora_ray.adapter.methods.method import Method as Method
@@ -16,7 +16,6 @@ METHODS: dict[str, Method] = {
         orthogonal.METHOD,
         nora.METHOD,
         eva.METHOD,
-        lora_ga.METHOD,
     )
 }
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from olora_ray.adapter.layer import Factors
 
-Needs = Literal["weight", "activations", "gradients"]
-"""The input of a method: the layer's weight, its inputs at supervised positions, or its weight's gradient."""
+Needs = Literal["weight", "activations"]
+"""The input of a method: the layer's weight, or its inputs at supervised positions."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,7 @@ class Options:
     rho: float = 2.0
     """eva: a layer's rank is at most rho times the rank."""
     init_tokens: int = 1024
-    """eva and lora_ga: at most this many tokens are read."""
-    gamma: float = 16.0
-    """lora_ga: the factors' size is proportional to 1 / sqrt(gamma)."""
+    """eva: at most this many tokens are read."""
 
 
 DEFAULTS = Options()
@@ -61,8 +59,6 @@ class Method:
     """True if the factors of a smaller rank are the first rows and columns of those of a larger rank."""
     has_b0: bool = True
     """True if it gives every layer a B0; without B0 the exported rank is r instead of 2r."""
-    rank_limit: Callable[[int, int], int] = min
-    """(m, n) -> the largest rank for a layer of this shape."""
     rank_multiple: int = 1
     """Ranks must be multiples of this number."""
     scale_powers: Callable[[Options], tuple[float, float]] = keeps
@@ -70,8 +66,7 @@ class Method:
 
     def largest_rank(self, m: int, n: int) -> int:
         """Return the largest rank for a layer of this shape (out x in); 0 if there is none."""
-        limit = self.rank_limit(m, n)
-        return limit - limit % self.rank_multiple
+        return min(m, n) // self.rank_multiple * self.rank_multiple
 
     def problem(self, m: int, n: int, rank: int, layer: str = "a layer") -> str | None:
         """Return one line that says what to set instead, if the method cannot have this rank in a layer of m x n."""
