@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import Target, find_targets
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS
+from olora_ray.adapter.methods import from_weights
 from olora_ray.common.logs import quiet_transformers
 
 MATRICES = ((4096, 4096), (11008, 4096), (4096, 14336))
@@ -105,7 +105,7 @@ def main() -> None:
         )
     )
     print("largest absolute difference of the factors, and of both to factors computed in float64")
-    wanted = args.methods.split(",") if args.methods else list(FROM_WEIGHTS)
+    wanted = args.methods.split(",") if args.methods else from_weights()
     small = Case("one matrix, 1024 x 1024", 32, lambda: matrix(1024, 1024))
     print(f"\n{family(small if args.skip_model else cases[0], wanted)}")
     print("difference: largest of B0 A0, relative")

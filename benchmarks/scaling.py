@@ -28,7 +28,7 @@ from contestants import RANK
 from simulation import EFFICIENT, Costs, exchanged, first_limit, simulate, without
 
 from olora_ray.adapter.initialise import assign
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import method_named
 
 WORKER = str(Path(__file__).with_name("scaling_worker.py"))
 SIMULATED = (8, 64, 512, 4096)
@@ -149,7 +149,7 @@ def costs_of(one: Found, folder: str) -> Costs:
 
 def largest_share(shapes: Mapping[str, Sequence[int]]) -> Callable[[int], float]:
     known = {name: (m, n) for name, (m, n) in shapes.items()}
-    cost = {name: METHODS["olora"].cost(m, n, RANK) for name, (m, n) in known.items()}
+    cost = {name: method_named("olora").cost(m, n, RANK) for name, (m, n) in known.items()}
 
     @cache
     def share(workers: int) -> float:

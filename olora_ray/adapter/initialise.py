@@ -23,7 +23,7 @@ from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import METHODS, Method, Options
+from olora_ray.adapter.methods import Method, Options, method_named
 from olora_ray.adapter.methods.method import DEFAULTS
 from olora_ray.common import collectives, node_cache, records, storage
 from olora_ray.common.errors import UserError
@@ -104,7 +104,7 @@ def options_of(adapter: Adapter) -> Options:
 
 def check_rank(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
     for name, (*_, m, n) in shapes.items():
-        if problem := METHODS[method].problem(m, n, rank, name):
+        if problem := method_named(method).problem(m, n, rank, name):
             raise UserError(problem)
 
 
@@ -112,7 +112,7 @@ def assign(
     shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "olora"
 ) -> list[list[str]]:
     """Return the layer names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
-    cost_of = METHODS[method].cost
+    cost_of = method_named(method).cost
     cost = {
         name: math.prod(experts) * cost_of(m, n, rank) for name, (*experts, m, n) in shapes.items()
     }
@@ -141,7 +141,7 @@ def initialise(
     shapes: dict[str, Shape] = {name: target.whole_shape for name, target in targets.items()}
     check_rank(shapes, method, rank)
     shares = assign(shapes, rank, collectives.world_size(), method)
-    use = METHODS[method]
+    use = method_named(method)
     assert use.needs == "weight", f"{method} needs data: use train/data_driven.py"
     start = time.perf_counter()
     mine = shares[collectives.rank()]
@@ -166,7 +166,7 @@ def initialise(
 
 
 def at_scale(factors: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
-    use, options = METHODS[adapter.method], options_of(adapter)
+    use, options = method_named(adapter.method), options_of(adapter)
     return {name: use.at_scale(item, adapter.scale(), options) for name, item in factors.items()}
 
 

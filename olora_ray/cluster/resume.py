@@ -20,7 +20,7 @@ from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
-from olora_ray.adapter.methods import FROM_WEIGHTS
+from olora_ray.adapter.methods import method_named
 from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
@@ -195,7 +195,7 @@ def factors(
                 f"{adapter.method} factors read from the search's folder in {time.perf_counter() - began:.2f} s"
             )
             return at_scale(shared, adapter)
-    if adapter.method not in FROM_WEIGHTS:
+    if method_named(adapter.method).needs != "weight":
         # The method runs the base before it has adapters. A sharded base is run by all workers together.
         cluster = spec.config.cluster
         place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)

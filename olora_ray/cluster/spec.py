@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods import method_named
 from olora_ray.common import storage
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -87,7 +87,7 @@ class TrainSpec:
         } | {name: str(value) for name, value in adapter.options().items()}
         origin |= self._packed()
         # Other methods derive the factors from what the base computes from the data, in its precision.
-        if adapter.method not in FROM_WEIGHTS:
+        if method_named(adapter.method).needs != "weight":
             origin |= {"training data": self.train.digest, "dtype": self.config.model.dtype}
         return origin
 
@@ -95,7 +95,7 @@ class TrainSpec:
         # With some methods the factors of a lower rank are a prefix of a higher rank's factors: all ranks share them.
         assert self.shared is not None
         adapter = self.config.adapter
-        prefix = METHODS[adapter.method].prefix
+        prefix = method_named(adapter.method).prefix
         return storage.join(
             self.shared, adapter.method if prefix else f"{adapter.method}-{adapter.rank}"
         )

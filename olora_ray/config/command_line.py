@@ -40,7 +40,7 @@ from olora_ray.config.load import (
     spelling_advice,
 )
 from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
-from olora_ray.config.section import AnySection, Section
+from olora_ray.config.section import AnySection, NameIn, Section
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
 
@@ -86,6 +86,9 @@ def shape(
         return f"mapping of {shape(inner[0], (), entry)} to {shape(inner[1], (), entry)}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return entry(annotation)
+    for limit in limits:
+        if isinstance(limit, NameIn):
+            return ", ".join(f"`{name}`" for name in limit.names())
     return " ".join([NAMES[annotation], *_bounds(limits)])
 
 

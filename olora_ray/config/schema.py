@@ -19,12 +19,14 @@ from olora_ray.config.section import (
     Folder,
     Fraction,
     ModelName,
+    NameIn,
     Reference,
 )
 from olora_ray.config.section import PositiveInt as PositiveInt
 from olora_ray.config.section import Section as Section
 from olora_ray.config.section import Source as Source
 from olora_ray.config.section import extended as extended
+from olora_ray.config.tables import METHODS
 
 # The config's section `adapter`: what is trained, and where it starts.
 
@@ -39,7 +41,7 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
 class Adapter(Section):
     """The adapter: its method, its size and the layers that it adapts."""
 
-    method: Literal["olora", "lora", "pissa", "milora", "orthogonal", "nora", "eva"] = "olora"
+    method: Annotated[str, NameIn(METHODS)] = "olora"
     """Initial values of A and B; docs/method.md explains each method. olora: Q and R of W (arXiv 2406.01775).
     lora: random A, zero B (2106.09685). pissa: largest singular values and vectors of W, exact (2404.02948). milora:
     smallest singular values and vectors (2406.09044). orthogonal: random A and B with B A = 0, as in PEFT; needs an

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
@@ -9,10 +10,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from olora_ray.config.tables import FORMATS, Table
 
 LARGEST = 2**31 - 1
 """Largest number in a config, so that products of two such numbers fit in 64 bits."""
@@ -161,14 +167,39 @@ Folder = Annotated[Place, AfterValidator(_without_options)]
 """A path or URI to which names are appended, so it has no options (`?...`)."""
 
 
+@dataclass(frozen=True)
+class NameIn:
+    """Accept the names of a table, and the words in `also`."""
+
+    table: Table
+    also: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        return (*self.also, *self.table.names())
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": "string", "enum": [*self.names()]}
+
+    def _check(self, name: str) -> str:
+        if name not in self.also and not self.table.knows(name):
+            message = self.table.unknown(name, self.also)
+            raise PydanticCustomError("unknown_name", "{message}", {"message": message})
+        return name
+
+
 class Source(Section):
     """One source of rows: a file, a folder, a glob or a hub dataset."""
 
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://."""
-    format: Literal[
-        "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"
-    ] = "auto"
+    format: Annotated[str, NameIn(FORMATS, also=("auto",))] = "auto"
     """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
     fields are: messages {messages, system, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction,
     input, output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens

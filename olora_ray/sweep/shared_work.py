@@ -15,7 +15,7 @@ import ray
 from olora_ray.adapter import initialise as factor_cache
 from olora_ray.adapter.initialise import check_rank, initialise
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods import method_named
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.shared_base import self_test
@@ -56,7 +56,7 @@ def factor_keys(config: Config, space: Space) -> list[FactorKey]:
     return [
         (name, rank)
         for name in methods
-        for rank in (ranks[-1:] if METHODS[name].prefix else dict.fromkeys(every))
+        for rank in (ranks[-1:] if method_named(name).prefix else dict.fromkeys(every))
     ]
 
 
@@ -112,10 +112,10 @@ def _exists(spec: TrainSpec) -> bool:
 def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, adapter.rank)
-    if adapter.method not in FROM_WEIGHTS:
+    if method_named(adapter.method).needs != "weight":
         self_test(shared, spec)
     factors, _, _ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
-    prefix = METHODS[adapter.method].prefix
+    prefix = method_named(adapter.method).prefix
     factor_cache.write_factors(
         spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix
     )

@@ -25,7 +25,7 @@ from olora_ray.adapter.initialise import (
     weight_sizes,
 )
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, Components, principal
+from olora_ray.adapter.methods import Components, method_named, principal
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
@@ -273,7 +273,7 @@ def new_factors(
     trained, must have passed its self-test, and must have no adapters yet.
     """
     adapter = config.adapter
-    if adapter.method not in FROM_WEIGHTS:
+    if method_named(adapter.method).needs != "weight":
         return eva_factors(loss, targets, adapter, store, device, waiting)
     seed, options = config.run.seed, options_of(adapter)
     return *initialise(

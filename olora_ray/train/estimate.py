@@ -22,7 +22,7 @@ from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
 from olora_ray.adapter.inject import Selection, find_targets, inject, select
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods import method_named
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.load import override
 from olora_ray.config.schema import Adapter, Config
@@ -317,7 +317,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
     selection = select(model, config.adapter.targets, config.adapter.rank)
     targets = {name: target.whole_shape for name, target in selection.targets.items()}
     check_rank(targets, config.adapter.method, config.adapter.rank)
-    if config.adapter.method not in FROM_WEIGHTS:
+    if method_named(config.adapter.method).needs != "weight":
         refuse(selection.targets, config.adapter.method)
     trainable = _trainable(targets.values(), config.adapter)
     # GPUs are assumed to be fast at bfloat16 (cluster/preflight.py: as_loaded). Asking a GPU of this machine would make
@@ -325,7 +325,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
     fast = question.gpu and config.model.dtype == "auto"
     dtype = torch.bfloat16 if fast else pick_dtype(config.model, torch.device("cpu"))
     count = parameters(base.folder)
-    stored = 2 if METHODS[config.adapter.method].has_b0 else 1
+    stored = 2 if method_named(config.adapter.method).has_b0 else 1
     in_parts = _shards(config) > 1 or config.model.quantization != "none"
     by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
     base_bytes, gathered = _base_bytes(config, model, count, dtype)
@@ -422,7 +422,7 @@ def micro_batch(
         targets = find_targets(model, config.adapter.targets, config.adapter.rank)
         adapter = config.adapter
         # Steps take the same time with any method, and a data-driven one would need training data for its factors.
-        method = adapter.method if adapter.method in FROM_WEIGHTS else "lora"
+        method = adapter.method if method_named(adapter.method).needs == "weight" else "lora"
         factors, _ = initialise(
             targets, method, adapter.rank, config.run.seed, device, options_of(adapter)
         )

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import method_named
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch
 from olora_ray.train import parallel
@@ -112,7 +112,7 @@ def _materialise(module: nn.Module) -> None:
 def _factors(target: Target, adapter: Adapter) -> Factors:
     (m, n), rank = target.shape, adapter.rank
     experts = () if target.experts is None else (target.experts,)
-    b0 = torch.empty(*experts, m, rank) if METHODS[adapter.method].has_b0 else None
+    b0 = torch.empty(*experts, m, rank) if method_named(adapter.method).has_b0 else None
     return Factors(torch.empty(*experts, rank, n), b0)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from olora_ray.common.errors import UserError
-from olora_ray.config import command_line
+from olora_ray.config import command_line, tables
 from olora_ray.config.command_line import resolved
 from olora_ray.config.load import (
     build,
@@ -22,7 +22,7 @@ from olora_ray.config.load import (
     read_tree,
     validated,
 )
-from olora_ray.config.schema import Adapter, Config, Section
+from olora_ray.config.schema import Config, Section
 from olora_ray.config.section import NAME
 
 logger = logging.getLogger("olora_ray.comparison")
@@ -152,7 +152,7 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
 
 
 def _methods(text: str) -> Iterator[Arm]:
-    known = get_args(Adapter.model_fields["method"].annotation)
+    known = tables.METHODS.names()
     for name in dict.fromkeys(name for part in text.split(",") if (name := part.strip())):
         if name not in known:
             raise UserError(

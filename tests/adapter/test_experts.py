@@ -10,7 +10,7 @@ from torch.func import functional_call
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject, install, remove, wrap
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedStack, AdaptedWeight, Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods import from_weights, method_named
 from olora_ray.train.loop import train_mode
 from tests.families import zoo
 from tests.families.variants import ALL, MIXTURES
@@ -61,7 +61,7 @@ def test_the_start_equals_the_base_exactly(
 
 @FAMILY
 @IMPLEMENTATION
-@pytest.mark.parametrize("method", FROM_WEIGHTS)
+@pytest.mark.parametrize("method", from_weights())
 def test_outputs_and_gradients_are_those_of_the_dense_formula(
     family: str, implementation: str, method: str
 ) -> None:
@@ -155,7 +155,7 @@ class Own(nn.Module):
 @pytest.mark.parametrize("how", ["sum", "slice", "einsum", "other way round"])
 def test_a_use_that_an_adapter_cannot_follow_never_passes_it_by(how: str) -> None:
     base = Own(how)
-    start = METHODS["olora"].factors(base.weight.detach().mT, 2, 0)
+    start = method_named("olora").factors(base.weight.detach().mT, 2, 0)
     adapted = AdaptedExperts(base, {"weight": AdaptedStack(start, 4, True, SCALE)})
     assert base(torch.rand(2, 4)).shape == (2, 4)
     with pytest.raises((NotImplementedError, AttributeError, TypeError)):

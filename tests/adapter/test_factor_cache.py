@@ -5,7 +5,7 @@ import torch
 
 from olora_ray.adapter import initialise
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import method_named
 
 ORIGIN = {"base model": "abc", "method": "olora", "targets": '"all-linear"', "seed": "3"}
 
@@ -18,7 +18,7 @@ def factors(full_rank: bool = True) -> dict[str, Factors]:
         ("layer1", (21, 24), "lora"),
         ("up", (3, 20, 24), "olora"),
     ):
-        found = METHODS[method].factors(
+        found = method_named(method).factors(
             torch.randn(shape, generator=torch.Generator().manual_seed(0)), 8, 0
         )
         made[name] = Factors(found.a0, found.b0, full_rank or name != "layer1")

@@ -14,7 +14,7 @@ from torch import nn
 from olora_ray.adapter.initialise import InitReport, assign, initialise
 from olora_ray.adapter.inject import Target
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods import from_weights, method_named
 from olora_ray.common.errors import UserError
 from tests.crew import Crew
 
@@ -69,7 +69,7 @@ def test_what_is_wrong_with_a_layer_stops_all_workers_with_its_name(
         assert len(set(crew(workers).run(_digest_only))) == 1  # and none is left waiting
 
 
-@pytest.mark.parametrize("method", sorted(set(FROM_WEIGHTS) - {"lora", "orthogonal"}))
+@pytest.mark.parametrize("method", sorted(set(from_weights()) - {"lora", "orthogonal"}))
 @pytest.mark.parametrize(
     ("name", "value"), [("block.1", torch.nan), ("block.1", torch.inf), ("experts.down", torch.inf)]
 )
@@ -89,7 +89,7 @@ def test_a_rank_deficient_layer_is_reported_by_all(
     assert crew(workers).run(_deficient) == [("block.2",)] * workers
 
 
-@pytest.mark.parametrize("method", FROM_WEIGHTS)
+@pytest.mark.parametrize("method", from_weights())
 def test_workers_without_a_layer_get_the_factors_too(
     crew: Callable[[int], Crew], method: str
 ) -> None:
@@ -98,7 +98,7 @@ def test_workers_without_a_layer_get_the_factors_too(
     assert answers[0][2].layers == (1, 0, 0)
 
 
-@pytest.mark.parametrize("method", FROM_WEIGHTS)
+@pytest.mark.parametrize("method", from_weights())
 def test_the_factors_do_not_depend_on_the_number_of_workers(
     crew: Callable[[int], Crew], method: str
 ) -> None:
@@ -129,7 +129,7 @@ def of_mixture(method: str = "olora") -> tuple[str, dict[str, Factors], InitRepo
     return digest(factors), factors, report
 
 
-@pytest.mark.parametrize("method", FROM_WEIGHTS)
+@pytest.mark.parametrize("method", from_weights())
 @pytest.mark.parametrize(
     "numbers", [1, 300, 2**26], ids=["expert by expert", "in chunks", "at once"]
 )
@@ -145,7 +145,7 @@ def test_a_stack_is_computed_in_chunks_to_the_same_factors(
         assert found[name].a0.shape == (*experts, RANK, n)
         torch.testing.assert_close(found[name].a0, whole[name].a0)
         b0 = found[name].b0
-        assert (b0 is not None) == METHODS[method].has_b0
+        assert (b0 is not None) == method_named(method).has_b0
         if b0 is not None:
             assert b0.shape == (*experts, m, RANK)
             torch.testing.assert_close(b0, whole[name].b0)

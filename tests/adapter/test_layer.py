@@ -13,13 +13,13 @@ from olora_ray.adapter.layer import (
     add_low_rank,
     joined,
 )
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import method_named
 
 RANK, SCALE = 4, 1.5
 
 
 def factors(weight: Tensor, method: str = "olora", rank: int = RANK) -> Factors:
-    return METHODS[method].factors(weight.float(), rank, 0)
+    return method_named(method).factors(weight.float(), rank, 0)
 
 
 def change(layer: AdaptedWeight, size: float, seed: int = 0) -> None:

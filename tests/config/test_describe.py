@@ -26,7 +26,7 @@ def _names(section: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("field", "shown"),
     [
-        ("format", "(auto, messages, prompt_completion, alpaca, sharegpt, text, tokens) [auto]"),
+        ("format", "(auto, messages, sharegpt, alpaca, prompt_completion, text, tokens) [auto]"),
         ("schedule", "(cosine, linear, constant) [cosine]"),
         ("dtype", "(auto, float32, bfloat16) [auto]"),
         ("revision", "(text or null) [null]"),

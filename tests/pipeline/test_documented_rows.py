@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from olora_ray.config.schema import Source
+from olora_ray.config import tables
 from olora_ray.data import first_look
 from olora_ray.data.formats import ASKED, FIELDS, NEEDED
 from olora_ray.tokens.preview import describe
@@ -40,7 +40,7 @@ VALUES: dict[str, list[Any]] = {
 """What each field may hold; the first of one field goes with the first of the others."""
 INSIDE = {"from", "value"}
 """Fields that are keys of a turn."""
-FORMATS = [name for name in get_args(Source.model_fields["format"].annotation) if name != "auto"]
+FORMATS = [*tables.FORMATS.own]
 
 
 def rows(format: str) -> list[dict[str, Any]]:

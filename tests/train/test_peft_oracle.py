@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from olora_ray.adapter.methods import FROM_WEIGHTS
+from olora_ray.adapter.methods import from_weights
 from olora_ray.tokens.collate import collate
 from tests import tiny
 
@@ -56,7 +56,7 @@ def test_three_steps_equal_pefts(pair: tuple[Any, Any, torch.optim.Optimizer]) -
     follow(*pair)
 
 
-@pytest.mark.parametrize("method", FROM_WEIGHTS)
+@pytest.mark.parametrize("method", from_weights())
 def test_three_steps_equal_those_of_a_changed_base(method: str) -> None:
     """As in the papers: W - s B0 A0 in the base, and A and B trained from A0 and B0."""
     settings = tiny.config(
