@@ -42,9 +42,10 @@ test-others: $(VENV)/.dev
 	nice -n 19 $(BIN)/python -m pytest --timeout 600 -n 2 --dist loadfile -m "not slow and not ray" > build/test-others.txt 2>&1; \
 	    code=$$?; cat build/test-others.txt; exit $$code
 
-quick: $(VENV)/.dev ## at every change: style, and short tests of what differs from main that start no process
+quick: $(VENV)/.dev ## at every change: style, the budget, and short tests of what differs from main that start no process
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python tools/measure_code.py --check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-processes -m "not slow and not ray and not lengthy" \
 	    $$($(BIN)/python tools/changed_tests.py)
 
@@ -74,6 +75,7 @@ check: style types
 style: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python tools/measure_code.py --check
 	$(BIN)/lint-imports
 
 types: $(VENV)/.dev
