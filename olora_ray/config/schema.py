@@ -26,7 +26,7 @@ from olora_ray.config.section import PositiveInt as PositiveInt
 from olora_ray.config.section import Section as Section
 from olora_ray.config.section import Source as Source
 from olora_ray.config.section import extended as extended
-from olora_ray.config.tables import METHODS
+from olora_ray.config.tables import EXPORTERS, METHODS
 
 # The config's section `adapter`: what is trained, and where it starts.
 
@@ -197,9 +197,20 @@ class Export(Section):
     """Hub repository ORG/NAME to which finetune pushes a finished run, retrain the champion; a new one is private."""
     license: Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")] | None = None
     """License in the model cards, such as apache-2.0. null: that of the base model's card."""
-    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = None
-    """Also write the merged model as a GGUF file for llama.cpp, in this precision (q8_0: 8 bits per weight). Needs a
-    model of type llama, qwen2 or qwen3 with a byte-level tokenizer."""
+    also: dict[Annotated[str, NameIn(EXPORTERS)], str] = Field(default_factory=dict)
+    """Further exports: NAME: OPTION. gguf: the merged model as a GGUF file for llama.cpp, in the precision f32, f16,
+    bf16 or q8_0 (8 bits per weight); needs a model of type llama, qwen2 or qwen3 with a byte-level tokenizer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gguf_is_one_of_also(cls, given: Any) -> Any:
+        # Releases before the table of exporters had a field `gguf`.
+        if not isinstance(given, dict) or "gguf" not in given:
+            return given
+        others = {name: value for name, value in given.items() if name != "gguf"}
+        if given["gguf"] is not None:
+            others["also"] = {**(others.get("also") or {}), "gguf": given["gguf"]}
+        return others
 
 
 class Registry(Section):

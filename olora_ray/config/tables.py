@@ -1,4 +1,4 @@
-"""The open tables: which formats and methods there are, by name.
+"""The open tables: which formats, methods and exporters there are, by name.
 
 A member is one object in a module of its own, and one line in the index below. The index holds texts, so that a config
 is validated, and `--help` printed, without importing any member.
@@ -168,3 +168,5 @@ METHODS = Table(
         "eva": "olora_ray.adapter.methods.eva:METHOD",
     },
 )
+
+EXPORTERS = Table("olora_ray.exporters", {"gguf": "olora_ray.contrib.gguf:EXPORTER"})

@@ -21,11 +21,12 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
+from olora_ray.config.tables import EXPORTERS
 from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_gguf, export_losses, merge, portable
+from olora_ray.pipeline import export_losses, exporter, merge, portable
 from olora_ray.pipeline.export_losses import Compressed, OnOriginal, Work
 from olora_ray.pipeline.parity import (
     Folders,
@@ -153,7 +154,7 @@ def _export_aloud(channel: Any, *arguments: Any) -> dict[str, Any]:
 
 
 def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
-    """Write export/adapter, export/merged, export/gguf and export/parity.json from the best adapter up to `step`.
+    """Write the folder export/ of the best adapter up to `step`: adapter, merged, those of export.also, parity.json.
 
     Raises UserError if the checkpoint is missing, a weight cannot be merged, or the exports disagree with the trained
     model.
@@ -171,9 +172,13 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
             storage.remove(folder.merged)  # an earlier attempt may have had export.merged: true
         quantised = export_losses.loss_on_original(work)
         parity, compressed = _write_adapter(work, plain, merged, merged_check, quantised)
-        storage.remove(folder.gguf)  # of an earlier attempt, with another merged model
-        if spec.config.export.gguf and merged is not None and parity.ok:
-            _write_gguf(work, merged, stack.enter_context(node_cache.local_folder(folder.gguf)))
+        for name in EXPORTERS.names():
+            storage.remove(folder.export(name))  # of an earlier attempt, with another adapter
+        if parity.ok:
+            sources = {"adapter": plain} if merged is None else {"adapter": plain, "merged": merged}
+            for name in spec.config.export.also:
+                out = stack.enter_context(node_cache.local_folder(folder.export(name)))
+                exporter.write(work, name, sources, out)
     measured = {"step": step, **parity.to_json()}
     if quantised is not None:
         measured["quantised"] = quantised.to_json()
@@ -260,15 +265,6 @@ def _check_merged(work: Work, folder: Path) -> MergedFolder:
     return MergedFolder(
         merge.check_weights(base, folder, work.groups, work.adapter, scale, assigned_device()), ()
     )
-
-
-def _write_gguf(work: Work, merged: Path, out: Path) -> None:
-    config = work.spec.config
-    assert config.export.gguf is not None
-    with replacing(out) as partial_folder:
-        file = partial_folder / f"{config.run.name}-{config.export.gguf.upper()}.gguf"
-        logger.info(f"writing {file.name}")
-        export_gguf.write_gguf(merged, file, work.model, config, work.spec.eos)
 
 
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:

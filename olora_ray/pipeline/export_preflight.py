@@ -18,10 +18,11 @@ from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.config.tables import EXPORTERS
 from olora_ray.model import stored
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_gguf
+from olora_ray.pipeline import exporter
 from olora_ray.pipeline.parity import BOUND, check_adapter
 from olora_ray.pipeline.peft_folder import write_adapter
 
@@ -41,9 +42,9 @@ def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[st
     `targets` are the full names of the layers to adapt. A result without problems is cached on this node.
     """
     names = list(targets)
-    entry = node_cache.result_path(
-        "export-trials", *map(repr, (base, config.model, config.adapter, config.export)), *names
-    )
+    plugins = [EXPORTERS.plugin(name) for name in config.export.also]
+    tried = (base, config.model, config.adapter, config.export, plugins)
+    entry = node_cache.result_path("export-trials", *map(repr, tried), *names)
     if base.digest and node_cache.read(entry) == _PASSED:
         return []
     lines = _lines(base, config, names)
@@ -59,9 +60,7 @@ def _lines(base: BaseModel, config: Config, names: Sequence[str]) -> list[str]:
     lines = _unreadable(model, config, names)
     if config.export.merged:
         lines += _unmergeable(Path(base.folder), model, names)
-    if line := export_gguf.problem(Path(base.folder), model, config):
-        lines.append(line)
-    return lines
+    return [*lines, *exporter.problems(base, model, config)]
 
 
 def _packed(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from olora_ray.common.text import duration, plural
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.answers import Sample
 from olora_ray.pipeline.export import Exported
+from olora_ray.pipeline.exporter import exporter_named
 from olora_ray.pipeline.run_folder import RunState
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
@@ -188,8 +189,8 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     lines.append(f"adapter (PEFT, vLLM): {folder.adapter}")
     if config.export.merged:
         lines.append(f"merged model:         {folder.merged}")
-    if config.export.gguf:
-        lines.append(f"GGUF (llama.cpp):     {folder.gguf}")
+    for name in config.export.also:
+        lines.append(f"{exporter_named(name).label + ':':21} {folder.export(name)}")
     return lines
 
 

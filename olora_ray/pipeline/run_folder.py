@@ -22,7 +22,7 @@ from olora_ray.config.load import (
     override,
     read_config,
 )
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import Config, Export
 from olora_ray.tracking.checksums import SETTINGS
 
 if TYPE_CHECKING:
@@ -178,12 +178,15 @@ class RunFolder:
         self.checkpoints = storage.join(self.root, "checkpoints")
         self.adapter = storage.join(self.root, "export", "adapter")
         self.merged = storage.join(self.root, "export", "merged")
-        self.gguf = storage.join(self.root, "export", "gguf")
         self.parity = storage.join(self.root, "export", "parity.json")
         self.training = storage.join(self.root, "training.json")
         self.result = storage.join(self.root, "result.json")
         self._tracking = storage.join(self.root, "tracking.json")
         self._used = storage.join(self.root, "used.json")
+
+    def export(self, name: str) -> str:
+        """Return the folder of a further export, such as gguf."""
+        return storage.join(self.root, "export", name)
 
     def check(self, config: Config) -> tuple[Config, RunState]:
         """Check that the storage is writable and that no run with other settings has this name; write nothing.
@@ -266,8 +269,14 @@ class RunFolder:
         report = records.read(self.parity, dict[str, Any])
         if not report or report.get("ok") is not True or report.get("step") != step:
             return None
-        # A change of export.merged, export.rank or export.gguf since then needs other exports.
-        return report if report.pop("export", None) == config.export.model_dump() else None
+        # A change of the settings of the export since then needs other exports. Fields that have come since are at
+        # their defaults in an older report, and `also` was `gguf`.
+        before = report.pop("export", None)
+        try:
+            same = Export.model_validate(before) == config.export
+        except ValueError:
+            return None
+        return report if same else None
 
     def write_parity(self, config: Config, measured: dict[str, Any]) -> None:
         records.write(

@@ -11,8 +11,9 @@ import torch
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.load import build, dump, parse_yaml
 from olora_ray.config.schema import Config
+from olora_ray.contrib.gguf import write_gguf
 from olora_ray.model.load import load_model
-from olora_ray.pipeline import export, export_gguf, export_losses
+from olora_ray.pipeline import export, export_losses
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import prepare
@@ -41,15 +42,12 @@ class Served:
         return [json.loads(line)["messages"] for line in lines]
 
     def gguf(self, kind: str) -> Path:
-        if kind == self.config.export.gguf:
-            (file,) = Path(self.folder.gguf).iterdir()
+        if kind == self.config.export.also["gguf"]:
+            (file,) = Path(self.folder.export("gguf")).iterdir()
             return file
         file = Path(self.folder.root) / f"{kind}.gguf"
-        settings = self.config.export.model_copy(update={"gguf": kind})
-        config = self.config.model_copy(update={"export": settings})
-        export_gguf.write_gguf(
-            Path(self.folder.merged), file, self.work.model, config, self.work.spec.eos
-        )
+        merged = Path(self.folder.merged)
+        write_gguf(merged, file, self.work.model, self.config, self.work.spec.eos, kind)
         return file
 
 
@@ -59,7 +57,7 @@ def make(folder: Path) -> Served:
     settings["run"]["storage"] = str(folder)
     settings["model"]["dtype"] = "float32"
     settings["train"] |= {"global_batch": 1, "lr": 1e-3}
-    settings["export"] = {"gguf": "f32"}
+    settings["export"] = {"also": {"gguf": "f32"}}
     for split in ("train", "eval"):
         settings["data"][split][0]["path"] = str(ROOT / settings["data"][split][0]["path"])
     config = build(settings)

@@ -25,6 +25,9 @@ from olora_ray.common.errors import as_user_error
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import foreign, loaded_files
 from olora_ray.model.load import tokenizer_in
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.export_losses import Work
+from olora_ray.pipeline.exporter import Exporter
 from olora_ray.pipeline.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ _FAMILIES = {
 }
 """Model type, which is also llama.cpp's name -> the layers that may have a bias there."""
 _INSTEAD = (
-    "set export.gguf: null, and after the run convert the merged model with llama.cpp's script:"
+    "delete this line, and after the run convert the merged model with llama.cpp's script:"
     " python convert_hf_to_gguf.py {merged} --outtype {type}"
 )
 _ENDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -70,24 +73,22 @@ _IGNORES_MERGES = ("llama-bpe",)
 """Names with which llama.cpp looks up a whole word in the vocabulary before it merges."""
 
 
-def problem(folder: Path, model: "PreTrainedModel", config: Config) -> str | None:
-    """Return why llama.cpp could not read a base model like that in `folder`, and what to do; None if it could."""
-    if config.export.gguf is None:
-        return None
-    if not config.export.merged:
-        return "export.gguf: the file is made of the merged model; set export.merged: true or export.gguf: null"
+def problem(
+    base: BaseModel, model: "PreTrainedModel", config: Config, precision: str
+) -> str | None:
+    """Return why llama.cpp could not read a model like `base`, and what to do; None if it could."""
+    folder = Path(base.folder)
     with as_user_error(
-        "export.gguf: needs the package gguf: pip install 'olora-ray[gguf]'", ImportError
+        "export.also.gguf: needs the package gguf: pip install 'olora-ray[gguf]'", ImportError
     ):
         import gguf  # noqa: F401
     with foreign(f"model.name: the tokenizer in {folder} does not load"):
         tokenizer = tokenizer_in(folder, config.model.trust_remote_code)
-    if (
-        why := _why_not(folder, model.config) or _why_other_tokens(tokenizer, model.config)
-    ) is None:
+    why = _why_not(folder, model.config) or _why_other_tokens(tokenizer, model.config)
+    if why is None:
         return None
-    instead = _INSTEAD.format(merged=RunFolder(config.folder()).merged, type=config.export.gguf)
-    return f"export.gguf: {why}; {instead}"
+    instead = _INSTEAD.format(merged=RunFolder(config.folder()).merged, type=precision)
+    return f"{why}; {instead}"
 
 
 def _why_not(folder: Path, shape: Any) -> str | None:
@@ -154,8 +155,21 @@ def _frame(tokenizer: Any) -> tuple[bool, bool] | None:
     return next((case for case in cases if bos * case[0] + text + eos * case[1] == framed), None)
 
 
+def write(work: Work, merged: Path, folder: Path, precision: str) -> None:
+    """Write the file into `folder`, under the name of the run."""
+    config = work.spec.config
+    file = folder / f"{config.run.name}-{precision.upper()}.gguf"
+    logger.info(f"writing {file.name}")
+    write_gguf(merged, file, work.model, config, work.spec.eos, precision)
+
+
 def write_gguf(
-    merged: Path, out: Path, model: "PreTrainedModel", config: Config, ends: Collection[int]
+    merged: Path,
+    out: Path,
+    model: "PreTrainedModel",
+    config: Config,
+    ends: Collection[int],
+    precision: str,
 ) -> None:
     """Write the merged model with its tokenizer and template to the file `out`; `ends` are the ids that end an answer.
 
@@ -165,8 +179,7 @@ def write_gguf(
     from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, LlamaFileType
 
     shape: Any = model.config
-    assert config.export.gguf is not None
-    label = config.export.gguf.upper()
+    label = precision.upper()
     writer = GGUFWriter(out, shape.model_type)
     writer.add_name(config.run.name)
     writer.add_file_type(
@@ -248,7 +261,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int, ends: Collection[int]
         add(token)
     if more := tokenizer.convert_ids_to_tokens(ordered[len(fields) :]):
         logger.warning(
-            f"export.gguf: the file has no field for the end tokens {more}; set them as stop strings"
+            f"export.also.gguf: the file has no field for the end tokens {more}; set them as stop strings"
         )
     template = tokenizer.chat_template
     if template := template.get("default") if isinstance(template, dict) else template:
@@ -308,3 +321,12 @@ def _divisors(shape: Any) -> np.ndarray | None:
     plain = shape.rope_parameters["rope_theta"] ** -(torch.arange(0, head, 2).float() / head)
     divisors: np.ndarray = (plain / scaled).numpy()
     return divisors
+
+
+EXPORTER = Exporter(
+    label="GGUF (llama.cpp)",
+    needs="merged",
+    options=("f32", "f16", "bf16", "q8_0"),
+    problem=problem,
+    write=write,
+)

@@ -11,9 +11,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from olora_ray.common.errors import UserError
+from olora_ray.contrib import gguf as export_gguf
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel, obtain
-from olora_ray.pipeline import export, export_gguf, prepare
+from olora_ray.pipeline import export, exporter, prepare
 from tests import tiny
 from tests.export_parts import IDS, logits
 from tests.families import zoo
@@ -70,19 +71,17 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 def problem(folder: Path, kind: str = "f32") -> str | None:
-    config = tiny.config(model__name=str(folder), export__gguf=kind)
-    return export_gguf.problem(
-        folder, skeleton(BaseModel(str(folder), str(folder), ""), config.model), config
-    )
+    config = tiny.config(model__name=str(folder), export__also={"gguf": kind})
+    base = BaseModel(str(folder), str(folder), "")
+    return next(exporter.problems(base, skeleton(base, config.model), config), None)
 
 
 def written(folder: Path, kind: str = "f32", ends: tuple[int, ...] = (1,)) -> Path:
-    config = tiny.config(model__name=str(folder), export__gguf=kind)
+    config = tiny.config(model__name=str(folder), export__also={"gguf": kind})
     assert problem(folder, kind) is None
     out = folder / f"model-{kind}.gguf"
-    export_gguf.write_gguf(
-        folder, out, skeleton(BaseModel(str(folder), str(folder), ""), config.model), config, ends
-    )
+    model = skeleton(BaseModel(str(folder), str(folder), ""), config.model)
+    export_gguf.write_gguf(folder, out, model, config, ends, kind)
     return out
 
 
@@ -263,11 +262,11 @@ def test_a_model_that_cannot_be_written_is_refused_before_the_training(
         "run__storage": str(tmp_path / "runs"),
         "data__max_length": 64,
     }
-    config = tiny.config(export__gguf="q8_0", **changes)
+    config = tiny.config(export__also={"gguf": "q8_0"}, **changes)
     with pytest.raises(UserError) as error:
         prepare.plan(config, BaseModel(str(folder), str(folder), ""))
     line = str(error.value)
-    assert line.startswith("export.gguf: ")
+    assert line.startswith("export.also.gguf: ")
     assert why in line
     assert line.endswith(
         f"python convert_hf_to_gguf.py {tmp_path}/runs/test/export/merged --outtype q8_0"
@@ -284,9 +283,9 @@ def test_layers_with_a_window_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_needs_the_merged_model(tmp_path: Path) -> None:
     folder = str(llama(tmp_path / "base"))
-    config = tiny.config(model__name=folder, export__gguf="q8_0", export__merged=False)
+    config = tiny.config(model__name=folder, export__also={"gguf": "q8_0"}, export__merged=False)
     with pytest.raises(
-        UserError, match=r"^export\.gguf: .*; set export\.merged: true or export\.gguf: null$"
+        UserError, match=r"^export\.also\.gguf: .*; set export\.merged: true, or delete this line$"
     ):
         prepare.plan(config, BaseModel(folder, folder, ""))
 
@@ -304,8 +303,8 @@ def test_an_export_writes_the_file_of_its_own_merged_model(tmp_path: Path) -> No
     run = Run(tmp_path)
     tokenizer(run.case.base)
     rewrite(run.case.base, _shrink)
-    export.export_run(spec_of(run, export__gguf="f32"), run.folder, STEP)
-    folder = Path(run.folder.gguf)
+    export.export_run(spec_of(run, export__also={"gguf": "f32"}), run.folder, STEP)
+    folder = Path(run.folder.export("gguf"))
     assert [file.name for file in folder.iterdir()] == ["test-F32.gguf"]
     read = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file="test-F32.gguf", dtype=torch.float32

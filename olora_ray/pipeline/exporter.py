@@ -1,0 +1,61 @@
+"""Further exports of a finished run: files that are made of its exported adapter or of its merged model.
+
+An exporter is one object in a module of its own and one line in config/tables.py, or an entry point of an installed
+package. `export.also: {NAME: OPTION}` asks for it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from olora_ray.config.schema import Config
+from olora_ray.config.tables import EXPORTERS
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.export_losses import Work
+from olora_ray.pipeline.peft_folder import replacing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """How one kind of export is checked before step 0, and written after the training."""
+
+    label: str
+    """What it is, for the report: `GGUF (llama.cpp)`."""
+    needs: Literal["adapter", "merged"]
+    """The export that it is made of."""
+    options: tuple[str, ...]
+    """Texts that `export.also` may have as its value."""
+    problem: Callable[[BaseModel, "PreTrainedModel", Config, str], str | None]
+    """(base model, model without weights, config, option) -> why it cannot be written and what to do, or None."""
+    write: Callable[[Work, Path, Path, str], None]
+    """(work, folder of the export that it needs, empty folder to fill, option)."""
+
+
+@cache
+def exporter_named(name: str) -> Exporter:
+    return EXPORTERS.load(name, Exporter)
+
+
+def problems(base: BaseModel, model: "PreTrainedModel", config: Config) -> Iterator[str]:
+    """Yield one line per further export that cannot be written, with its field and what to do."""
+    for name, option in config.export.also.items():
+        exporter = exporter_named(name)
+        field = f"export.also.{name}"
+        if option not in exporter.options:
+            yield f"{field}: {option!r} is none of {', '.join(exporter.options)}"
+        elif exporter.needs == "merged" and not config.export.merged:
+            yield f"{field}: it is made of the merged model; set export.merged: true, or delete this line"
+        elif why := exporter.problem(base, model, config, option):
+            yield f"{field}: {why}"
+
+
+def write(work: Work, name: str, sources: Mapping[str, Path], out: Path) -> None:
+    """Write one further export into the folder `out`; `sources` has the folders adapter and merged."""
+    exporter = exporter_named(name)
+    with replacing(out) as folder:
+        exporter.write(work, sources[exporter.needs], folder, work.spec.config.export.also[name])
