@@ -6,7 +6,7 @@ lr through the best rate and its neighbours. All trainings of a task see the sam
 one after the other, on one thread. Each is appended to a file when it ends. Run several commands with other cells side
 by side; the same command resumes.
 
-    python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning
+    python pipelines/contrib/evidence/make_reasoning.py --out build/evidence/reasoning
     python benchmarks/learning_rate.py [reasoning] [json] [--methods lora,olora] [--ranks 16] [--alphas 1,2]
     python benchmarks/learning_rate.py rates         note today's automatic rate of each cell, without a training
     python benchmarks/learning_rate.py table         what has been trained so far (docs/generated/learning_rate.md)

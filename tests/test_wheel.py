@@ -16,12 +16,12 @@ def test_the_wheel_has_what_its_commands_name_and_no_name_of_others(wheel: Path)
     assert {name.partition("/")[0] for name in names} == {"olora_ray", "olora_ray-0.1.0.dist-info"}
     kept = {
         *(ROOT / "pipelines").glob("*.py"),
-        *(ROOT / "pipelines" / "comparison").glob("*.py"),
+        *(ROOT / "pipelines" / "contrib").rglob("*.py"),
+        *(ROOT / "pipelines" / "contrib").rglob("*.yaml"),
         *(ROOT / "pipelines" / "quickstart").glob("*.jsonl"),
         *(ROOT / "tune_spaces").glob("*.yaml"),
         *(ROOT / "docs" / "generated").glob("*.json"),
         ROOT / "pipelines" / "configs" / "quickstart.yaml",
-        ROOT / "pipelines" / "configs" / "compare-demo.yaml",
     }
     assert {f"olora_ray/shipped/{file.relative_to(ROOT)}" for file in kept} == {
         name for name in names if name.startswith("olora_ray/shipped/")

@@ -16,7 +16,7 @@ SETTINGS = (
     "olora_ray/config/schema.py",
     "olora_ray/config/nights.py",
     "olora_ray/sweep/space.py",
-    "pipelines/comparison/arguments.py",
+    "pipelines/contrib/comparison/arguments.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""Run recipes of pipelines/recipes, and write their numbers into their pages.
+"""Run recipes of pipelines/recipes and pipelines/contrib, and write their numbers into their pages.
 
     python tools/run_recipes.py [NAME ...]     without a name: all
     python tools/run_recipes.py --check        name the pages whose numbers are older than their files
@@ -11,6 +11,7 @@ model and up to eight solved examples before each question, and with the functio
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -32,7 +33,8 @@ from olora_ray.evaluation.statistics import difference
 from olora_ray.train.scoring import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "pipelines" / "recipes"
+PIPELINES = ROOT / "pipelines"
+RECIPES = PIPELINES / "recipes"
 Scores = dict[str, dict[int, float]]
 NUMBERS = re.compile(r"<!-- numbers (\w*) -->\n.*?<!-- end -->\n", re.DOTALL)
 """The part of a page that this program writes, with the digest of the files that the numbers are of."""
@@ -58,23 +60,29 @@ Only a loss is better if it is lower.
 
 def main(argv: Sequence[str]) -> int:
     if list(argv) == ["--check"]:
-        old = [page for page in sorted(RECIPES.glob("*/README.md")) if not current(page)]
+        old = [page for page in pages().values() if not current(page)]
         print(
             "\n".join(
                 f"{page.relative_to(ROOT)}: its numbers are older than its files" for page in old
             )
         )
         return int(bool(old))
-    names = argv or sorted(page.parent.name for page in RECIPES.glob("*/README.md"))
-    sys.path.append(str(RECIPES.parent))
+    names = argv or list(pages())
+    sys.path.append(str(PIPELINES))
     for name in [] if names == ["--gallery"] else names:
-        page = RECIPES / name / "README.md"
-        text = numbers(RECIPES / name)
+        page = pages()[name]
+        text = numbers(page.parent)
         before, _, after = NUMBERS.split(page.read_text(encoding="utf-8"))
         page.write_text(before + text + after, encoding="utf-8")
         print(text)
     write_gallery()
     return 0
+
+
+def pages() -> dict[str, Path]:
+    """Return name -> page of all recipes, sorted: those of pipelines/recipes, and those of applications."""
+    found = [*RECIPES.glob("*/README.md"), *PIPELINES.glob("contrib/*/*/README.md")]
+    return {page.parent.name: page for page in sorted(found, key=lambda page: page.parent.name)}
 
 
 def current(page: Path) -> bool:
@@ -90,7 +98,7 @@ def digest(recipe: Path) -> str:
 def gallery() -> tuple[str, dict[str, list[float]]]:
     """Return the page of all recipes, with the strictest score of each, and recipe -> score by predictor."""
     table, drawn = [["recipe", "score", *PREDICTORS], ["---"] * 5], dict[str, list[float]]()
-    for page in sorted(RECIPES.glob("*/README.md")):
+    for page in pages().values():
         text = page.read_text(encoding="utf-8")
         title, part = text.partition("\n")[0][2:], NUMBERS.search(text)
         rows = (
@@ -102,7 +110,12 @@ def gallery() -> tuple[str, dict[str, list[float]]]:
         score, *told = min(reversed(scores[1:] or scores), key=lambda row: float(row[1]))
         values = [cell.partition(";")[0] for cell in told[:3]]
         table.append(
-            [f"[{title}]({page.parent.name}/README.md)", score, *values, *[""] * (3 - len(values))]
+            [
+                f"[{title}]({os.path.relpath(page, RECIPES)})",
+                score,
+                *values,
+                *[""] * (3 - len(values)),
+            ]
         )
         if scores[1:]:
             drawn[title.partition(":")[0]] = [float(value) for value in values]
@@ -214,7 +227,8 @@ def scores(folder: Path, model: str) -> Scores:
 
 def by_rule(recipe: Path, rows: Path, scorer: str | None) -> dict[str, Scores]:
     """Return the scores of the function `rule` of make_rows.py, if it has one; its docstring is the rule's name."""
-    rule = getattr(import_module(f"recipes.{recipe.name}.make_rows"), "rule", None)
+    module = ".".join((*recipe.relative_to(PIPELINES).parts, "make_rows"))
+    rule = getattr(import_module(module), "rule", None)
     if not rule or not scorer:
         return {}
     found: Scores = {}

@@ -15,7 +15,7 @@ from typing import Any, get_args
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [
     str(ROOT),
-    str(ROOT / "pipelines"),
+    str(ROOT / "pipelines" / "contrib"),
 ]  # this tree first, because another release may be installed
 
 from pydantic.fields import FieldInfo  # noqa: E402

@@ -625,7 +625,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping into a Config; raise UserError with all problems and without secrets.
 
-    A section `compare` (of pipelines/compare.py) is ignored. A run without a name gets one.
+    A section `compare` (of `olora-ray compare`) is ignored. A run without a name gets one.
     """
     config = validated(
         Config, {name: section for name, section in tree.items() if name != "compare"}, where

@@ -9,7 +9,7 @@ another seed and other rows would have given another mean. In the two-way random
 the variance of the mean over S seeds and R rows is estimated by (MS_seed + MS_row - MS_rest) / (S R), and its degrees
 of freedom after Satterthwaite (Biometrics Bulletin 2, 1946); Searle, Casella, McCulloch, "Variance Components" (1992),
 section 4.4. An interval over the rows alone (a bootstrap, or a t test of one run) ignores seed_s and is too short:
-tests/comparison/test_statistics.py measures by how much.
+tests/contrib/comparison/test_statistics.py measures by how much.
 """
 
 import math

@@ -16,6 +16,7 @@ from pathlib import Path
 from olora_ray.common import records
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.storage import digest, digest_file
+from olora_ray.config import command_line
 
 Scorer = Callable[[str, str], dict[str, float]]
 
@@ -52,7 +53,8 @@ SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "json_fields": json_fi
 def resolve(name: str) -> Scorer:
     """Return the scorer `name`: one of SCORERS, `package.module:function` or `package.module.function`.
 
-    Imports the module, so its code runs. Raises UserError if there is no such function.
+    Imports the module, so its code runs. It may be one of pipelines/contrib: `mobility.answer:next_place`. Raises
+    UserError if there is no such function.
     """
     if name in SCORERS:
         return SCORERS[name]
@@ -62,6 +64,9 @@ def resolve(name: str) -> Scorer:
         raise UserError(
             f"evaluation.scorer: no scorer is called {name!r}; use {known}, or package.module:function"
         )
+    applications = str(command_line.ROOT / "pipelines" / "contrib")
+    if applications not in sys.path:
+        sys.path.append(applications)  # last, so that the user's module of this name comes first
     try:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError) as error:  # TypeError: a relative name

@@ -1,9 +1,7 @@
 """The documentation names only what exists, and stays short; pages, messages and docstrings use plain words."""
 
 import ast
-import importlib
 import re
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from olora_ray.config.schema import Section
-from tools import list_messages, run_recipes
+from tools import list_messages, run_recipes, write_configuration
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -20,7 +18,7 @@ SKILL = ROOT / "skills" / "olora-ray" / "SKILL.md"
 
 pages = pytest.mark.parametrize(
     "page",
-    [*PAGES, SKILL, *(ROOT / "pipelines" / "recipes").glob("*/*.md")],
+    [*PAGES, SKILL, *(ROOT / "pipelines").rglob("*/README.md")],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 
@@ -33,9 +31,8 @@ def links(page: Path) -> Iterator[str]:
 
 @cache
 def fields() -> dict[str, Any]:
-    """Every section of a config file, as a tree of names; pipelines/compare.py adds one."""
-    sys.path.append(str(ROOT / "pipelines"))
-    return _tree(importlib.import_module("comparison.arguments").ComparedConfig)
+    """Every section of a config file, as a tree of names; `olora-ray compare` adds one."""
+    return _tree(write_configuration.SCHEMAS["config"])
 
 
 def _tree(section: type[Section]) -> dict[str, Any]:

@@ -38,6 +38,13 @@ def test_the_rows_of_a_recipe_are_the_same_each_time_and_taken_by_its_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.syspath_prepend(project.ROOT / "pipelines")  # as the commands do, for the scorer
+    check_rows(recipe, tiny_model, tmp_path)
+    assert capsys.readouterr().out.count(", none rejected") == 2
+
+
+def check_rows(recipe: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Make a recipe's rows twice, and plan its run on them, which prints how many rows it rejects."""
     for folder in ("first", "again"):
         subprocess.run([sys.executable, recipe / "make_rows.py", tmp_path / folder], check=True)
     train, held_out = (tmp_path / "first" / name for name in ("train.jsonl", "heldout.jsonl"))
@@ -45,7 +52,6 @@ def test_the_rows_of_a_recipe_are_the_same_each_time_and_taken_by_its_run(
         (tmp_path / "again" / file.name).read_bytes() for file in (train, held_out)
     ]
     assert asked(train).isdisjoint(asked(held_out))
-    monkeypatch.syspath_prepend(project.ROOT / "pipelines")  # as the commands do, for the scorer
     changes = {
         "data.train.0.path": str(train),
         "data.eval.0.path": str(held_out),
@@ -57,6 +63,4 @@ def test_the_rows_of_a_recipe_are_the_same_each_time_and_taken_by_its_run(
         "data.max_rejected": 0.0,
     }
     dry_run(command_line.resolved(load_config(recipe / "config.yaml", changes), project.ROOT))
-    printed = capsys.readouterr().out
-    assert printed.count(", none rejected") == 2
     assert len(held_out.read_text(encoding="utf-8").splitlines()) >= 50
