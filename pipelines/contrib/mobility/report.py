@@ -191,7 +191,9 @@ class Report:
 
     def weighted_f1(self, places: Sequence[int]) -> float:
         """Return the mean F1 of the places that occur, weighted by their counts."""
-        from sklearn.metrics import f1_score  # type: ignore[import-untyped]  # a second
+        needs = "weighted F1 needs scikit-learn: pip install 'olora-ray[mobility]'"
+        with as_user_error(needs, ImportError):
+            from sklearn.metrics import f1_score  # type: ignore[import-untyped]  # a second
 
         return float(f1_score(self.truth, places, average="weighted", zero_division=0))
 

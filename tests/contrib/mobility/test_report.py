@@ -1,6 +1,7 @@
 """A model beside the simple baselines: the same rows, people resampled as a whole, the best possible by the law."""
 
 import json
+import sys
 from pathlib import Path
 
 import answer
@@ -193,3 +194,13 @@ def test_weighted_f1_by_hand() -> None:
     )
     # 1: precision 1, recall 2/3, F1 0.8, three rows; 2: nothing right, one row.
     assert found.weighted_f1(found.model.places) == pytest.approx(0.6)
+
+
+def test_without_scikit_learn_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    found = make_report(tmp_path, answers(tmp_path, "nowhere"))
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(UserError, match=r"olora-ray\[mobility\]"):
+        found.weighted_f1(found.truth)
