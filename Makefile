@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: recipes dist site outside platforms quickstart sweep-demo compare-demo nights-demo mobility-demo test test-ray test-others test-slow serve-test quick durations check style types setup docs models versions lock bench clean
+.PHONY: recipes dist site outside platforms quickstart sweep-demo compare-demo nights-demo mobility-demo test test-ray test-others test-slow contrib serve-test quick durations check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
@@ -57,6 +57,9 @@ test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out
 	$(BIN)/python -m pytest --ignore=tests/contrib -n 2 --dist loadfile -rP -m "slow and not ray"
 	$(BIN)/python -m pytest --ignore=tests/contrib -m "slow and ray"
 	$(BIN)/python tools/try_versions.py ray-2.58 mlflow-3.12 server-3.12
+
+contrib: $(VENV)/.dev ## every night: the tests of pipelines/contrib, with a small training of MoBLLM's recipe; in about an hour
+	$(BIN)/python -m pytest --timeout 3600 -rP tests/contrib
 
 outside: $(VENV)/.dev ## a cluster over ssh, MLflow, S3 and TLS by name, on this machine, as root: tests/outside
 	$(BIN)/python -m pytest -rP -m ray tests/outside
