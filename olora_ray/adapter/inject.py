@@ -1,14 +1,8 @@
 """Injection of adapters: replaces layers by adapted ones, and puts the base layers back."""
 
-import ast
-import inspect
 import re
-import textwrap
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 from torch import nn
 
@@ -150,56 +144,10 @@ def install(model: nn.Module, adapted: Mapping[str, AdaptedWeight]) -> None:
             stacks.setdefault(parent, {})[attribute] = layer
         else:
             setattr(model.get_submodule(parent), attribute, layer)
-    for parent in {name.rpartition(".")[0] for name in adapted}:
-        _find_siblings(model.get_submodule(parent))
     for name, parts in stacks.items():
         parent, _, attribute = name.rpartition(".")
         experts = _base(model.get_submodule(name))
         setattr(model.get_submodule(parent), attribute, AdaptedExperts(experts, parts))
-
-
-def _find_siblings(parent: nn.Module) -> None:
-    # Only layers of the same form are computed together; the layer itself checks whether its input is the same.
-    for names in called_together(type(parent).forward):
-        layers = [
-            layer
-            for name in names
-            if isinstance(layer := getattr(parent, name, None), AdaptedLinear)
-        ]
-        for layer in layers:
-            form = layer.form()
-            layer.siblings = tuple(
-                other for other in layers if form is not None and other.form() == form
-            )
-
-
-@cache
-def called_together(forward: Callable[..., Any]) -> list[list[str]]:
-    """Return groups of a module's parts that its `forward` calls with the same variable, as in `self.q_proj(x)`.
-
-    The code is read, not run. So a group is a guess, but the same in every run: what it changes in the last bits of a
-    result depends on no earlier input.
-    """
-    try:
-        code = list(
-            ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))))
-        )
-    except (OSError, TypeError, SyntaxError):
-        return []
-    set_at = [
-        (part.id, part.lineno)
-        for part in code
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
-    ]
-    groups: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for part in code:
-        match part:
-            case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(x)], []):
-                # The variable may have another value after each line that sets it.
-                groups[x, sum(known == x and line < part.lineno for known, line in set_at)].add(
-                    name
-                )
-    return [sorted(names) for names in groups.values() if len(names) > 1]
 
 
 def remove(model: nn.Module) -> None:

@@ -83,14 +83,13 @@ def joined(
 
 
 class _Adapted(torch.autograd.Function):
-    """y = W x + b + s up (down x) of layers that get the same x, with gradients for x, dA and dB only.
+    """y = W x + b + s up (down x), with gradients for x, dA and dB only.
 
-    x gets one gradient, to which all products are added in place, and all layers share the products with `down`. The
-    frozen halves of `down` and `up` need no gradient products. With `sums`, the gradients of dA and dB are added to
-    `grad` here, if there is one.
+    x gets one gradient, to which both products are added in place. The frozen halves of `down` and `up` need no
+    gradient products. With `sums`, the gradients of dA and dB are added to `grad` here, if there is one.
 
-    x and `inner` differ, and there is one layer, in two cases: with dropout `inner` is a copy of x, and if the base has
-    computed its `y` itself there is no x. y comes first, because autograd expects it there if it is a view.
+    x and `inner` differ in two cases: with dropout `inner` is a copy of x, and if the base has computed its `y` itself
+    there is no x. y comes first, because autograd expects it there if it is a view.
     """
 
     @staticmethod
@@ -99,70 +98,63 @@ class _Adapted(torch.autograd.Function):
         y: Any,
         x: Any,
         inner: Any,
-        bases: Any,
+        base: Any,
         down: Tensor,
-        ups: Any,
+        up: Tensor,
         scale: float,
         sums: bool,
-        *trained: Tensor,
-    ) -> tuple[Tensor, ...]:
+        da: Tensor,
+        db: Tensor,
+    ) -> Tensor:
         entered: Tensor = x if inner is None else inner
         hidden = entered.reshape(-1, down.shape[1]) @ down.T
-        # Detached, because an output that is a view could not be changed in place.
-        outputs = (
-            [F.linear(x, base.weight, base.bias).detach() for base in bases] if y is None else [y]
-        )
-        for output, part, up in zip(outputs, hidden.chunk(len(ups), 1), ups, strict=True):
-            output.view(-1, len(up)).addmm_(part, up.T, alpha=scale)
-        if y is not None:
+        if y is None:
+            # Detached, because an output that is a view could not be changed in place.
+            output = F.linear(x, base.weight, base.bias).detach()
+        else:
+            output = y
             ctx.mark_dirty(y)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(entered, hidden, down, *ups)
-        # A base's weight is not saved, because it may be sharded or packed until the backward pass needs it.
-        ctx.bases, ctx.scale, ctx.rank = bases, scale, len(trained[0])
-        ctx.sums = trained if sums else ()
-        return tuple(outputs)
+        output.view(-1, len(up)).addmm_(hidden, up.T, alpha=scale)
+        ctx.save_for_backward(entered, hidden, down, up)
+        # The base's weight is not saved, because it may be sharded or packed until the backward pass needs it.
+        ctx.base = base
+        ctx.scale = scale
+        ctx.rank = len(da)
+        ctx.sums = (da, db) if sums else ()
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        entered, hidden, down, *ups = ctx.saved_tensors
-        count, rank = len(grads), ctx.rank
-        # Each layer's part of `hidden` has two halves, which belong to A0 and to dA, or one, which belongs to A0 + dA.
-        halves = hidden.view(len(hidden), count, len(down) // count // rank, rank)
-        of_db = halves[:, :, 0] if len(down) == count * rank else halves[:, :, 0] + halves[:, :, 1]
-        grad_hidden, grad_x, grad_inner = torch.empty_like(hidden), None, None
-        trained: list[Any] = [None] * 2 * count
-        for number, (grad, part) in enumerate(zip(grads, grad_hidden.chunk(count, 1), strict=True)):
-            if grad is None:  # no loss depends on this layer
-                part.zero_()
-                continue
-            g, up = grad.reshape(-1, grad.shape[-1]), ups[number]
-            part.addmm_(g, up, beta=0, alpha=ctx.scale)  # with beta=0 its old numbers do not count
-            trained[2 * number + 1] = up.new_empty(len(up), rank).addmm_(
-                g.T, of_db[:, number], beta=0, alpha=ctx.scale
-            )
-            if ctx.needs_input_grad[1]:
-                weight = ctx.bases[number].weight
-                grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
-        of_da = grad_hidden.view(halves.shape)[:, :, -1].reshape(len(hidden), count * rank)
-        grad_da = of_da.T @ entered.reshape(-1, down.shape[1])
-        trained[::2] = [
-            None if grad is None else part
-            for grad, part in zip(grads, grad_da.split(rank), strict=True)
-        ]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        entered, hidden, down, up = ctx.saved_tensors
+        rank = ctx.rank
+        grad = grads[0].reshape(-1, len(up))
+        # `hidden` has two halves, which belong to A0 and to dA, or one, which belongs to A0 + dA.
+        of_db = hidden
+        if len(down) > rank:
+            of_db = hidden[:, :rank] + hidden[:, rank:]
+        # With beta=0 the numbers that the new memory holds do not count.
+        grad_hidden = torch.empty_like(hidden).addmm_(grad, up, beta=0, alpha=ctx.scale)
+        grad_db = up.new_empty(len(up), rank).addmm_(grad.T, of_db, beta=0, alpha=ctx.scale)
+        grad_da = grad_hidden[:, -rank:].T @ entered.reshape(-1, down.shape[1])
+        grad_x = grad_inner = None
+        if ctx.needs_input_grad[1]:
+            grad_x = grad @ ctx.base.weight
         if ctx.needs_input_grad[2]:
             grad_inner = (grad_hidden @ down).view(entered.shape)
         elif grad_x is not None:
             grad_x.addmm_(grad_hidden, down)
-        grad_x = None if grad_x is None else grad_x.view(entered.shape)
+        if grad_x is not None:
+            grad_x = grad_x.view(entered.shape)
         grad_y = grads[0] if ctx.needs_input_grad[0] else None
-        trained = [*map(_add_in_place, ctx.sums, trained)] or trained
+        trained: Any = [grad_da, grad_db]
+        if ctx.sums:
+            trained = [*map(_add_in_place, ctx.sums, trained)]
         return grad_y, grad_x, grad_inner, None, None, None, None, None, *trained
 
 
-def _add_in_place(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+def _add_in_place(parameter: Tensor, gradient: Tensor) -> Tensor | None:
     # What is returned autograd adds, after a conversion to float32.
-    if gradient is None or parameter.grad is None or parameter._backward_hooks:
+    if parameter.grad is None or parameter._backward_hooks:
         return gradient
     parameter.grad.add_(gradient)
     return None
@@ -173,8 +165,8 @@ def add_low_rank(
 ) -> Tensor:
     """Add s up (down x) to y (..., m), in place, for x (..., n); `joined` computes down and up from da and db."""
     adapted: Any = _Adapted  # torch leaves `apply` untyped
-    result: tuple[Tensor] = adapted.apply(y, None, x, (), down, (up,), scale, False, da, db)
-    return result[0]
+    result: Tensor = adapted.apply(y, None, x, None, down, up, scale, False, da, db)
+    return result
 
 
 class AdaptedWeight(nn.Module):
@@ -212,8 +204,6 @@ class AdaptedWeight(nn.Module):
     def training(self, on: bool) -> None:
         self._training = self._stand_still = on
         self._made: dict[object, tuple[Tensor, Tensor]] = {}
-        self._shared: tuple[list[tuple[Tensor, Tensor]], Tensor] | None = None
-        self._given: tuple[Any, ...] | None = None
 
     def joined(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """Return (down, up) of the weight, or of one expert, in `dtype`; the caller must not change them."""
@@ -290,8 +280,6 @@ class AdaptedLinear(AdaptedWeight):
     ) -> None:
         super().__init__(factors, out_features(base), scale, dropout)
         self.base, self.name = base, name
-        self.siblings: tuple[AdaptedLinear, ...] = ()
-        """Layers of the same form, this one included, that the model's code calls with the same input."""
 
     @property
     def weight(self) -> WeightFacts:
@@ -304,58 +292,23 @@ class AdaptedLinear(AdaptedWeight):
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
-    def form(self) -> tuple[Any, ...] | None:
-        """Return what layers that are computed together have in common.
-
-        None: the base computes its product itself, because it is of a class that is not known here, or not frozen.
-        """
-        known = type(self.base) in (nn.Linear, QuantisedLinear)
-        if not known or any(part.requires_grad for part in self.base.parameters()):
-            return None
-        return self.a0.shape, self.b0 is None, self.scale, self.dropout
-
     def forward(self, x: Tensor) -> Tensor:
         inner = self.dropped_out(x)
-        if self.form() is not None:
-            return self._fused(x, inner)
-        y: Tensor = self.base(x)
+        down, up = self.joined(inner.dtype)
+        known = type(self.base) in (nn.Linear, QuantisedLinear)
+        if known and not any(part.requires_grad for part in self.base.parameters()):
+            dropped = None if inner is x else inner
+            adapted: Any = _Adapted  # torch leaves `apply` untyped
+            sums = self._stand_still
+            y: Tensor = adapted.apply(
+                None, x, dropped, self.base, down, up, self.scale, sums, self.da, self.db
+            )
+            return y
+        # A base of another class, or one that is trained, computes its product itself.
+        y = self.base(x)
         if not (type(self.base) is nn.Linear or is_transposed(self.base)):
             y = y.clone()  # it may be a view, or memory that the layer keeps
-        return add_low_rank(y, inner, self.da, self.db, *self.joined(inner.dtype), self.scale)
-
-    def _fused(self, x: Tensor, inner: Tensor) -> Tensor:
-        # A layer computes its siblings' outputs too. A sibling takes its output if it is called with the same x.
-        shares = inner is x and torch.is_grad_enabled()
-        given, self._given = self._given, None
-        if given and shares and given[0] is x and given[1] == (x._version, x.requires_grad):
-            *_, used, y = given
-            now = self.joined(x.dtype)
-            if used is now or all(map(torch.equal, used, now)):
-                return y  # type: ignore[no-any-return]
-        layers = self.siblings if shares and self.siblings else (self,)
-        made = [layer.joined(inner.dtype) for layer in layers]
-        dropped, sums = None if inner is x else inner, all(layer._stand_still for layer in layers)
-        bases, ups = [layer.base for layer in layers], [up for _, up in made]
-        trained = (part for layer in layers for part in (layer.da, layer.db))
-        adapted: Any = _Adapted  # torch leaves `apply` untyped
-        down: Tensor = layers[0].all_down(made)
-        outputs: tuple[Tensor, ...] = adapted.apply(
-            None, x, dropped, bases, down, ups, self.scale, sums, *trained
-        )
-        for layer, used, y in zip(layers, made, outputs, strict=True):
-            if layer is not self:
-                layer._given = x, (x._version, x.requires_grad), used, y
-        return outputs[layers.index(self)]
-
-    def all_down(self, made: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return `down` of all siblings in one tensor, which is kept as long as the siblings keep (down, up)."""
-        if len(made) == 1:
-            return made[0][0]
-        if self._shared is None or [*map(id, self._shared[0])] != [*map(id, made)]:
-            self._shared = made, torch.cat([down for down, _ in made])
-            for (down, _), part in zip(made, self._shared[1].chunk(len(made)), strict=True):
-                down.data = part  # the same numbers, so that they take memory once
-        return self._shared[1]
+        return add_low_rank(y, inner, self.da, self.db, down, up, self.scale)
 
     def plainly(self, x: Tensor) -> Tensor:
         """Compute `forward` without dropout, with torch's own backward pass: the self-test compares with it."""

@@ -1,11 +1,13 @@
 """The adapted layer starts as its base, has its formula's gradients, and exports what it computes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import (
     AdaptedLinear,
     AdaptedWeight,
@@ -14,6 +16,7 @@ from olora_ray.adapter.layer import (
     joined,
 )
 from olora_ray.adapter.methods import method_named
+from olora_ray.train.loop import train_mode
 
 RANK, SCALE = 4, 1.5
 
@@ -160,3 +163,93 @@ def test_a_layer_is_seen_as_it_is_by_whoever_changes_it() -> None:
     fresh = one_layer(9, 6)
     fresh.da.data, fresh.db.data = layer.da.data, layer.db.data
     assert torch.equal(seen[-1], fresh(x))
+
+
+class Block(nn.Module):
+    """Layers that get the same x, as those of an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(6, m, m != 4) for m in (6, 4, 8, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        x = q.mul_(2).tanh()  # some families change an output in place
+        return self.o(x), k, v
+
+
+def adapted_block(
+    training: bool, method: str = "olora", dropout: float = 0.0
+) -> tuple[Any, list[nn.Parameter]]:
+    torch.manual_seed(1)
+    block: Any = Block()
+    start = {
+        name: factors(layer.weight.detach(), method, 2) for name, layer in block.named_children()
+    }
+    layers = inject(block, start, 1.5, dropout)
+    parts = [part for layer in layers.values() for part in (layer.da, layer.db)]
+    for part in parts:
+        part.data.normal_(0.0, 0.3)
+    train_mode(layers, training)
+    return block, parts
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,)])
+@pytest.mark.parametrize("method", ["olora", "lora"])
+def test_outputs_and_gradients_are_autograds(method: str, used: tuple[int, ...]) -> None:
+    block, parts = adapted_block(True, method)
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    results = []
+    for _ in range(2):
+        found = block(x)
+        total = torch.stack([found[number].sin().sum() for number in used]).sum()
+        results.append([*found, *torch.autograd.grad(total, [x, *parts], allow_unused=True)])
+        for part in block.children():
+            part.forward = part.plainly
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("training", "changes"),
+    [
+        (True, lambda k: k.da.detach().add_(1.0)),
+        (True, lambda k: (k.db.data.add_(1.0), setattr(k, "training", True))),
+        (False, lambda k: k.db.data.add_(1.0)),  # which leaves no trace
+    ],
+)
+def test_a_changed_adapter_counts_at_once(
+    training: bool, changes: Callable[[AdaptedLinear], Any]
+) -> None:
+    block, _ = adapted_block(training)
+    x = torch.randn(3, 6)
+    before = block.k(x)
+    changes(block.k)
+    assert not torch.equal(block.k(x), before)
+    torch.testing.assert_close(block.k(x), block.k.plainly(x))
+
+
+def test_with_dropout_x_has_two_gradients() -> None:
+    block, _ = adapted_block(True, dropout=0.5)
+    x = torch.randn(3, 6, requires_grad=True)
+    torch.manual_seed(0)
+    found = torch.autograd.grad(block.q(x).sum(), x)
+    torch.manual_seed(0)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    expected = block.q.base(x - dropped) + block.q.plainly(dropped)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), x))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_are_added_to_those_of_a_training(hooked: bool) -> None:
+    found = []
+    seen: list[Tensor] = []
+    for training in (False, True):
+        block, parts = adapted_block(training)
+        for part in parts:
+            part.grad = torch.ones_like(part)
+        if hooked:
+            parts[0].register_hook(seen.append)
+        sum(each.sin().sum() for each in block(torch.linspace(-1, 1, 18).view(3, 6))).backward()
+        found.append([part.grad for part in parts])
+    assert all(map(torch.equal, *found))
+    assert len(seen) == 2 * hooked
