@@ -133,7 +133,6 @@ class MemoryStore(list[Pack]):
 
     available_shards = shard_count = 1
     complete = True
-    windowed = False
 
     @property
     def total(self) -> int:

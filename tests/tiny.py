@@ -142,7 +142,6 @@ class ListStore:
     """
 
     digest = "list"
-    windowed = False
 
     def __init__(
         self, packs: Sequence[Any], sizes: Sequence[int] = (), arrived: int | None = None

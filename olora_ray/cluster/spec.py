@@ -11,6 +11,10 @@ from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState
 
+IN_WINDOWS = 512
+"""Shards above which earlier versions drew a pass in windows. The identity of such a store names its order, so that no
+run resumes in another one."""
+
 
 @dataclass(frozen=True)
 class TrainSpec:
@@ -52,7 +56,7 @@ class TrainSpec:
             | self._packed()
             | {"optimizer": self.config.train.optimizer}
             | ({"start": self.start} if self.start else {})
-            | ({"order": "windows"} if self.train.windowed else {})
+            | ({"order": "one draw"} if self.train.shard_count > IN_WINDOWS else {})
         )
 
     def _packed(self) -> dict[str, str]:

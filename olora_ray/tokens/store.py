@@ -37,7 +37,7 @@ from olora_ray.tokens.manifest import (
     read_sidecar,
     shard_name,
 )
-from olora_ray.tokens.plan import Pack, key, permutation, permute_at
+from olora_ray.tokens.plan import Pack, key, permute_at
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,11 @@ class Front:
 # The order of a training over the sequences of a store: a function of the seed and the position, without state.
 
 
-# Shards up to which every pass permutes the whole store. Changing this number or the next one changes the order in
-# which resumed runs train.
-FEW_SHARDS = 512
-# Most shards of a window.
-WINDOW = 256
-
 Places = NDArray[np.int64]
 
 
 def order(num_packs: int, seed: int, start: int, stop: int) -> Places:
-    """Return the sequences start..stop-1 of the endless order over a store of few shards, (stop - start,).
+    """Return the sequences start..stop-1 of the endless order over a store, (stop - start,).
 
     Any range costs only its own length.
     """
@@ -76,45 +70,11 @@ def order(num_packs: int, seed: int, start: int, stop: int) -> Places:
     return position
 
 
-@dataclass(frozen=True, eq=False)
-class WindowedPass:
-    ends: Places
-    """(shards + 1,) sequences before each shard, and in all."""
-    seed: int
-    number: int
-    """Number of the pass, from 1."""
-
-    @cached_property
-    def shards(self) -> Places:
-        """(shards,) in the order of the pass."""
-        return permutation(len(self.ends) - 1, key("shards", self.seed, self.number))
-
-    @cached_property
-    def starts(self) -> Places:
-        """(shards + 1,) positions at which these shards begin, and the end."""
-        return np.concatenate([[0], np.cumsum(np.diff(self.ends)[self.shards])])
-
-    @cached_property
-    def windows(self) -> Places:
-        """(windows + 1,) positions at which windows begin, and the end."""
-        shards = len(self.shards)
-        count = -(-shards // WINDOW)
-        return self.starts[np.arange(count + 1) * shards // count]
-
-    def at(self, positions: Places) -> Places:
-        """Return the sequences at positions of the pass, each below the number of sequences of the store."""
-        window = np.searchsorted(self.windows, positions, side="right") - 1
-        inside = np.empty_like(positions)
-        for number in np.unique(window).tolist():
-            start, end = self.windows[number : number + 2].tolist()
-            own = window == number
-            seed = key("window", self.seed, self.number, number)
-            inside[own] = start + permute_at(positions[own] - start, end - start, seed)
-        shard = np.searchsorted(self.starts, inside, side="right") - 1
-        return self.ends[self.shards[shard]] + inside - self.starts[shard]
-
-
 # Files of a store's shards on this node: fetched if the store is not local, verified, and mapped into memory.
+
+
+MAPPED_SHARDS = 512
+"""Shards that a process keeps mapped; each takes an open file."""
 
 
 class ShardFiles:
@@ -187,8 +147,7 @@ class TokenStore:
         self._known = Front(manifest.shards if manifest else shards)
         self._lock = threading.Lock()
         self._files = ShardFiles(uri, outline.digest)
-        self._map = lru_cache(max(FEW_SHARDS, 2 * WINDOW))(self._opened)
-        self._pass = lru_cache(2)(self._windowed)  # a step may cover two passes
+        self._map = lru_cache(MAPPED_SHARDS)(self._opened)
 
     @classmethod
     def open(cls, uri: str) -> "TokenStore":
@@ -267,23 +226,10 @@ class TokenStore:
         """
         if self.total is None:
             return np.arange(start, stop, dtype=np.int64)
-        if not self.windowed:
-            return order(self.total, seed, start, stop)
-        epoch, position = np.divmod(np.arange(start, stop, dtype=np.int64), self.total)
-        for number in np.unique(epoch[epoch > 0]).tolist():
-            inside = epoch == number
-            position[inside] = self._pass(seed, number).at(position[inside])
-        return position
-
-    @property
-    def windowed(self) -> bool:
-        return self.shard_count > FEW_SHARDS
+        return order(self.total, seed, start, stop)
 
     def _opened(self, number: int) -> Any:
         return self._files.open(number, self._known.shards[number])
-
-    def _windowed(self, seed: int, number: int) -> WindowedPass:
-        return WindowedPass(self._known.ends, seed, number)
 
     def __len__(self) -> int:
         assert self.total is not None, "a growing store has no length yet"

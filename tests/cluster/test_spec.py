@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
+from olora_ray.cluster.spec import IN_WINDOWS, AnswerPair, TrainResult, TrainSpec
 from olora_ray.common import records
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.manifest import Outline
-from olora_ray.tokens.store import FEW_SHARDS, TokenStore
+from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState, require_same
 from tests import tiny
 
@@ -38,24 +38,24 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -
     assert identity("digest", train__start="/a") != identity(None)
 
 
-def test_a_store_of_many_shards_is_gone_through_in_another_order_than_once() -> None:
-    """A run from before it would repeat some of its rows and miss others: it is not continued."""
+def test_a_run_that_was_drawn_in_windows_is_not_resumed_in_one_draw() -> None:
+    """It would repeat some of its rows and miss others."""
     few, many = (
         TokenStore("/a", Outline("digest", shards, 8, ()))
-        for shards in (FEW_SHARDS, FEW_SHARDS + 1)
+        for shards in (IN_WINDOWS, IN_WINDOWS + 1)
     )
     base = BaseModel("m", "/m", "base")
     before, now = (
         TrainSpec(tiny.config(), base, "tokenizer", (0,), store, None).identity()
         for store in (few, many)
     )
-    assert "order" not in before, "runs of before are resumed"
-    assert now == {**before, "order": "windows"}
+    assert "order" not in before, "the identity of all other stores stays as it was"
+    require_same(now, now, "step-5")
     with pytest.raises(
         UserError,
-        match=r"was trained with another order \(was none, is now windows\); set another run",
+        match=r"was trained with another order \(was windows, is now one draw\); set another run",
     ):
-        require_same(before, now, "step-5")
+        require_same({**before, "order": "windows"}, now, "step-5")
 
 
 def spec(shared: str | None = None, **changes: Any) -> TrainSpec:

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.tokens import plan
-from olora_ray.tokens.store import order
+from olora_ray.tokens.manifest import Outline, ShardInfo
+from olora_ray.tokens.store import TokenStore, order
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31 - 1))
@@ -31,6 +32,12 @@ def test_orders_never_change() -> None:
     # A run is repeatable only if a new version keeps the orders.
     assert order(10, 17, 10, 20).tolist() == GOLDEN_ORDER
     assert plan.permutation(8, plan.key("rows", 17, 0)).tolist() == GOLDEN_SHUFFLE
+
+
+def test_a_store_of_many_shards_has_the_order_of_one_with_few() -> None:
+    infos = tuple(ShardInfo(count, count, count, 1, "") for count in [3, 0, 7] * 200)
+    store = TokenStore("/nowhere", Outline("0" * 32, len(infos), 8, ("a",)), infos)
+    assert (store.order(17, 0, 6000) == order(2000, 17, 0, 6000)).all()
 
 
 GOLDEN_ORDER = [9, 4, 8, 0, 3, 5, 1, 2, 6, 7]
