@@ -4,30 +4,27 @@
     rollback    champion <- previous                                the bad version is tagged
     refuse      the version stays challenger, the reason is a tag
 
-All three read and write under the model's lock, from the command line and from a retraining. A reader of
-`models:/NAME@champion` sees the old or the new version, never none: a single write moves the alias, and that write is
-the move. Before it, the version that becomes the champion gets the tag MOVE, with the other writes of the move. If the
-mover dies, the next call finds the tag at the champion and completes the move. At any other version the tag is ignored:
-the move had not started, or the alias was moved again.
+A reader of `models:/NAME@champion` sees the old or the new version, never none: a single write moves the alias, and
+that write is the move. Before it, the version that becomes the champion gets the tag MOVE, with the other writes of the
+move. If the mover dies, the next call finds the tag at the champion and completes the move. At any other version the
+tag is ignored: the move had not started, or the alias was moved again.
+
+MLflow has no conditional write, and there is no lock. Each write of a decision follows a fresh read of the champion on
+which the decision was based, so that two movers overtake each other only within the same request.
 """
 
 import logging
-import os
-import random
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import StringConstraints
 
 from olora_ray.common import records
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums
 from olora_ray.tracking.checksums import GATE, ROLLED_BACK, Version, name_filter
 from olora_ray.tracking.client import connect, existing, is_unavailable, reachable
@@ -37,101 +34,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 logger = logging.getLogger(__name__)
-
-# The lock of a registered model, for the seconds in which its aliases are read and moved. It lies in MLflow, because
-# people and retrainings on several machines move the aliases without a common storage.
-
-# Beginning of the name of a registered model's tag; the rest is the holder's own.
-LOCK = "olora.lock."
-# Seconds after which a holder stops writing, and seconds after which others remove its tag.
-LEASE, STALE = 40.0, 80.0
-
-
-class RegistryLock:
-    """The lock of one registered model, taken by `held`.
-
-    Each process that wants the lock sets a tag of the model. A process that then sees no other tag has the lock. MLflow
-    has no conditional write, but if two processes set a tag, at least the second sees the tag of the first.
-    """
-
-    def __init__(self, client: "MlflowClient", name: str) -> None:
-        self.client, self.name = client, name
-        self._tag, self._set = "", 0.0
-
-    def now(self) -> float:
-        """Return seconds of a clock that also runs while this machine is suspended."""
-        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-    def pause(self) -> None:
-        time.sleep(random.uniform(0.1, 0.5))
-
-    def check(self) -> None:
-        """Raise TryAgain if the lock was held for too long to write anything more; call it before each write."""
-        if self.now() - self._set > LEASE:
-            raise TryAgain(
-                f"{self.name}: MLflow is too slow: moving an alias took over {LEASE:g} s; try again later"
-            )
-
-    def take(self) -> None:
-        """Take the lock; raise TryAgain that names the holder, or UserError if the model does not exist."""
-        end, first_seen = self.now() + 2 * STALE, dict[str, float]()
-        while others := self._try():
-            for tag in others:
-                if (
-                    self.now() - first_seen.setdefault(tag, self.now()) > STALE
-                ):  # the holder has stopped writing
-                    self.client.delete_registered_model_tag(self.name, tag)
-            if self.now() > end:
-                owner = others[min(others)]
-                raise TryAgain(
-                    f"{self.name}: its aliases are being moved by {owner}; try again later"
-                )
-            self.pause()
-
-    def _try(self) -> dict[str, str]:
-        """Set the own tag; return the tags of others. If there are any, the own tag is removed again."""
-        self._set, self._tag = self.now(), f"{LOCK}{uuid.uuid4().hex}"
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        owner = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
-        try:
-            self.client.set_registered_model_tag(self.name, self._tag, owner)
-            tags = self.client.get_registered_model(self.name).tags
-        except BaseException:
-            self.release()
-            raise
-        others = {tag: text for tag, text in tags.items() if tag.startswith(LOCK)}
-        if others.pop(self._tag, None) is None:  # MLflow took longer than STALE
-            others[self._tag] = owner
-        if others:
-            self.release()
-        return others
-
-    def release(self) -> None:
-        self.client.delete_registered_model_tag(self.name, self._tag)
-
-
-@contextmanager
-def held(lock: RegistryLock) -> Iterator[RegistryLock]:
-    """Hold the lock of a registered model for the block.
-
-    Raises TryAgain if others hold it for too long, UserError if there is no such model.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        lock.take()
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise UserError(f"no model {lock.name!r} is registered in the tracking server") from None
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-# The aliases.
-
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 # Tag of a version while it becomes the champion: the other writes of that move.
@@ -150,10 +52,7 @@ class Aliases:
     """The aliases of one registered model.
 
     All methods raise UserError for a missing model or version, and TrackingUnavailable if MLflow does not answer.
-    Methods that write raise TryAgain if others hold the model's lock for minutes.
     """
-
-    lock: ClassVar[type[RegistryLock]] = RegistryLock
 
     def __init__(self, tracking_uri: str, name: str) -> None:
         self.uri, self.name = tracking_uri, name
@@ -174,9 +73,9 @@ class Aliases:
             last = None if model is None else model.tags.get(LAST)
         if champion is None or champion == last:
             return last
-        with self._locked() as lock:
+        with reachable(self.uri):
+            self._complete()
             if champion := self._now().get(CHAMPION):
-                lock.check()
                 self.client.set_registered_model_tag(self.name, LAST, champion)
             return champion or last
 
@@ -241,14 +140,17 @@ class Aliases:
         champion has changed, or if the version itself was promoted or rolled back meanwhile. If there is no champion,
         `beaten` becomes `previous`; without `beaten`, `previous` stays.
         """
-        self.verify(number)  # before taking the lock, because it may take minutes
-        with self._locked() as lock:
-            self._unchanged(number, instead_of)
-            self._record(lock, number, tags or {})
+        self.verify(number)
+        check = partial(self._unchanged, number, instead_of)
+        with reachable(self.uri):
+            self._complete()
+            self._record(number, tags or {}, check)
             aliases = self._now()
             old = aliases.get(CHAMPION, beaten)
             kept = aliases.get(PREVIOUS) if old in (None, number) else old
-            self._move(lock, number, kept if kept != number else None, {number: why})
+            if kept == number:
+                kept = None
+            self._move(number, kept, {number: why}, check)
             return old if old != number else None
 
     def refuse(
@@ -260,10 +162,11 @@ class Aliases:
         instead_of: str | None = None,
     ) -> None:
         """Write why a version stays challenger; no alias moves. Raise as `promote` does."""
-        with self._locked() as lock:
-            self._unchanged(number, instead_of)
-            self._record(lock, number, tags or {})
-            lock.check()
+        check = partial(self._unchanged, number, instead_of)
+        with reachable(self.uri):
+            self._complete()
+            self._record(number, tags or {}, check)
+            check()
             self.client.set_model_version_tag(self.name, number, GATE, why)
 
     def rollback(self, why: str) -> tuple[str, str]:
@@ -278,35 +181,31 @@ class Aliases:
                 f"{self.name}: nothing to roll back to: {why}; choose a version with `promote`"
             )
         self.verify(good)
-        with self._locked() as lock:
+
+        def check() -> None:
             aliases = self._now()
             if (aliases.get(CHAMPION), aliases.get(PREVIOUS)) != (bad, good):
                 raise UserError(
                     f"{self.name}: the champion was moved just now, from version {bad} to"
                     f" {aliases.get(CHAMPION, 'none')}; check with `list`, and roll back again if you still want it"
                 )
-            self._move(lock, good, None, {bad: f"{ROLLED_BACK}: {why}"})
+
+        with reachable(self.uri):
+            self._complete()
+            self._move(good, None, {bad: f"{ROLLED_BACK}: {why}"}, check)
         return bad, good
 
     def repair(self) -> None:
         """Complete an interrupted move, if there is one."""
         with reachable(self.uri):
-            if self._cut_off() is not None:
-                with self._locked():
-                    pass
+            self._complete()
 
-    @contextmanager
-    def _locked(self) -> Iterator[RegistryLock]:
-        """Hold the model's lock; complete an interrupted move of an earlier holder first."""
-        with reachable(self.uri), held(self.lock(self.client, self.name)) as lock:
-            if (champion := self._cut_off()) is not None:
-                self._finish(lock, champion)
-            yield lock
-
-    def _cut_off(self) -> Version | None:
-        champion = self._now().get(CHAMPION)
-        version = None if champion is None else self._version(champion)
-        return version if version is not None and MOVE in version.tags else None
+    def _complete(self) -> None:
+        if (number := self._now().get(CHAMPION)) is None:
+            return
+        champion = self._version(number)
+        if MOVE in champion.tags:
+            self._finish(champion)
 
     def _unchanged(self, number: str, instead_of: str | None) -> None:
         """Raise Overtaken if the champion is not `instead_of`, or the version was promoted or rolled back by hand."""
@@ -321,34 +220,43 @@ class Aliases:
                 f"the champion was {was}, and is now {f'version {champion}' if champion else 'none'}"
             )
 
-    def _record(self, lock: RegistryLock, number: str, tags: Mapping[str, str]) -> None:
+    def _record(self, number: str, tags: Mapping[str, str], check: Callable[[], None]) -> None:
         """Delete the old verdict, then write the evidence of the new one: evidence without a verdict is ignored."""
+        check()
         before = self._version(number).tags if tags else {}
         for name in (GATE, MOVE):
             if name in before:
-                lock.check()
+                check()
                 self.client.delete_model_version_tag(self.name, number, name)
         for name, text in tags.items():
-            lock.check()
+            check()
             self.client.set_model_version_tag(self.name, number, name, text)
 
     def _move(
-        self, lock: RegistryLock, champion: str, previous: str | None, verdicts: Mapping[str, str]
+        self,
+        champion: str,
+        previous: str | None,
+        verdicts: Mapping[str, str],
+        check: Callable[[], None],
     ) -> None:
         """Make a version the champion and another one `previous` (None: none); set the verdicts, version -> text."""
         announced = records.text_of(_Move(previous, dict(verdicts)))
-        lock.check()
+        check()
         self.client.set_model_version_tag(self.name, champion, MOVE, announced)
-        lock.check()
+        check()
         self.client.set_registered_model_alias(self.name, CHAMPION, champion)
-        self._finish(lock, self._version(champion))
+        self._finish(self._version(champion))
 
-    def _finish(self, lock: RegistryLock, champion: Version) -> None:
-        """Do all writes of a move except the alias champion. Repeating them is safe."""
+    def _finish(self, champion: Version) -> None:
+        """Do all writes of a move except the alias champion. Repeating them is safe.
+
+        A mover who has set another champion meanwhile has finished this move first, so the rest of it is left out.
+        """
         from mlflow.exceptions import MlflowException
 
         for write in self._rest(champion):
-            lock.check()
+            if self._now().get(CHAMPION) != champion.number:
+                return
             try:
                 write()
             except MlflowException as error:  # a deleted version needs neither tag nor alias
