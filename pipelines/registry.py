@@ -6,35 +6,39 @@
     python pipelines/registry.py rollback NAME
     python pipelines/registry.py sign NAME VERSION --key PRIVATE
     python pipelines/registry.py verify NAME VERSION --key PUBLIC
+    python pipelines/registry.py moved OLD NEW
 
 NAME            the registered model
 VERSION         a number or an alias
+OLD, NEW        the folder of a storage (run.storage) before it was moved or copied, and now
 --tracking-uri  MLflow's server or database, or env:VARIABLE or file:/PATH that holds its address; default:
-                MLFLOW_TRACKING_URI, else ./runs/mlflow.db
+                MLFLOW_TRACKING_URI, else ./runs/mlflow.db; for moved: NEW/mlflow.db
 --key           an EC key in PEM: a path, file:/PATH, or env:VARIABLE that holds the key
 
 list prints a line per version, show all about one version: data, base model, code, who made it, cost, decision and
 files. promote makes VERSION the champion; rollback makes the previous champion the champion again. sign writes a
-signature beside the files; verify checks it. All but list check the files against their checksums.
+signature beside the files; verify checks it. All but list and moved check the files against their checksums. moved
+corrects the paths in MLflow's SQLite database after a storage was moved: runs and versions stay the same.
 
 Exit codes: 0 done; 2 an error that you can fix, a wrong file or signature; 75 MLflow or the files are unreachable, try
 again later.
 """
 
-import os
 import re
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.text import aligned
+from olora_ray.common.text import aligned, plural
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import check_uri, reachable, shown_uri
+from olora_ray.tracking.moved_storage import DATABASE, relocate_artifacts
 
 # Limits of the one screen of `show`: tags, characters of a tag, and files.
 TAGS, WIDTH, FILES = 26, 160, 8
@@ -57,16 +61,12 @@ def main(argv: list[str]) -> None:
     keys = [parsed.options["--key"]] if "--key" in parsed.options else []
     if len(keys) != (act in (sign, verify)):
         raise UserError("argument --key: sign and verify need it, and no other action takes it")
-    uri = start.chosen_uri(parsed.options.get("--tracking-uri"))
+    given = parsed.options.get("--tracking-uri")
+    if act is moved:
+        moved(names[0], names[1], given)
+        return
+    uri = start.chosen_uri(given)
     check_uri(uri)
-    folder, _, name = uri.removeprefix("sqlite:///").rpartition("/")
-    if (
-        act is not show_all
-        and name == start.DATABASE
-        and os.path.isdir(os.path.join(folder, start.FOLDER))
-    ):
-        # The database may have moved with its folder, and with it the files; `list` reads no file.
-        start.follow(folder)
     aliases = Aliases(uri, names[0])
     if not names[0].strip() or not aliases.versions():
         raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
@@ -139,6 +139,15 @@ def verify(aliases: Aliases, which: str, key: str) -> None:
     print(f"{aliases.name}: version {number}: all {count} files are as signed by the key of {key}")
 
 
+def moved(old: str, new: str, given: str | None) -> None:
+    database = Path(new, DATABASE).absolute()
+    if given is None and database.is_file():
+        given = f"sqlite:///{database}"
+    uri = start.chosen_uri(given)
+    count = relocate_artifacts(old, new, uri)
+    print(f"{shown_uri(uri)}: {plural(count, 'path')} of artifacts below {old} lead to {new} now")
+
+
 ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "list": (show_all, ["NAME"]),
     "show": (show_one, ["NAME", "VERSION"]),
@@ -146,6 +155,7 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "rollback": (rollback, ["NAME"]),
     "sign": (sign, ["NAME", "VERSION"]),
     "verify": (verify, ["NAME", "VERSION"]),
+    "moved": (moved, ["OLD", "NEW"]),
 }
 
 

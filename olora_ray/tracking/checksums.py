@@ -19,6 +19,7 @@ from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.secrets import looked_up
 from olora_ray.common.storage import size_and_digest
 from olora_ray.tracking.client import refused
+from olora_ray.tracking.moved_storage import advice
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -214,7 +215,9 @@ def _local(name: str, version: Version, place: str, tracking_uri: str, folder: P
                 )
             )
     if not file.is_file():
-        raise UserError(f"{_name(version)}: {name} is missing at {place}")
+        raise UserError(
+            f"{_name(version)}: {name} is missing at {place}{advice(place, tracking_uri)}"
+        )
     return file
 
 

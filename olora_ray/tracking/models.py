@@ -32,6 +32,7 @@ from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.checksums import ADAPTER_ONLY, EXPORT, SETTINGS, Version, name_filter
 from olora_ray.tracking.client import connect, existing, is_unavailable, reachable, refused
+from olora_ray.tracking.moved_storage import advice
 from olora_ray.tracking.run import PARAM_LENGTH, Tracker
 from olora_ray.tracking.start import resolve_uri
 
@@ -435,7 +436,6 @@ def of_config(config: AnyConfig) -> Registered | None:
     """Return the registered version that a config names as its model (models:/...); else None."""
     if not config.model.name.startswith(SCHEME):
         return None
-    start.follow(config.run.storage)
     return find(config.model.name, resolve_uri(config), cache_folder(config))
 
 
@@ -552,6 +552,7 @@ def _fetch(place: str, tracking_uri: str, target: Path, always: bool) -> Path:
         if not local.is_dir():
             raise UserError(
                 f"model.name: the registered model's folder {local} is missing on this machine"
+                f"{advice(place, tracking_uri)}"
             )
         if not always:
             return local

@@ -5,7 +5,6 @@ import getpass
 import logging
 import os
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -30,74 +29,13 @@ from olora_ray.tracking.client import (
     remedy,
     shown_uri,
 )
+from olora_ray.tracking.moved_storage import DATABASE, FOLDER, refuse_moved
 from olora_ray.tracking.run import TAG_LENGTH, Status, Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
-
-# The SQLite database of a moved run.storage. MLflow keeps absolute paths of artifacts in it.
-
-FOLDER = "mlartifacts"
-DATABASE = "mlflow.db"
-# The columns in which MLflow 3.17 stores paths of artifacts. It has no call to change them.
-COLUMNS = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
-
-
-def follow(folder: str) -> None:
-    """Correct the artifact paths in the storage's SQLite database after the storage was moved or copied.
-
-    Artifacts that lie in another folder on purpose keep their paths. Call it before files are read, because the first
-    run in the new place may start from a registered model.
-    """
-    file, now = Path(folder) / DATABASE, os.path.join(os.path.abspath(folder), FOLDER)
-    if storage.is_uri(folder) or not file.is_file():
-        return
-    moved: list[str] = []
-    with contextlib.closing(
-        sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)
-    ) as database:
-        try:
-            with database:
-                for (before,) in database.execute(
-                    "SELECT DISTINCT artifact_location FROM experiments"
-                ).fetchall():
-                    if (
-                        not before
-                        or before == now
-                        or not before.startswith("/")
-                        or os.path.basename(before) != FOLDER
-                    ):
-                        continue
-                    if os.path.isdir(before) and not os.path.isfile(
-                        os.path.join(os.path.dirname(before), DATABASE)
-                    ):
-                        continue
-                    moved.append(before)
-                    for table, column in COLUMNS:
-                        database.execute(
-                            f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608  # names of ours
-                            f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                            (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
-                        )
-        except sqlite3.DatabaseError as error:
-            if moved:  # otherwise MLflow itself reports the broken database better
-                logger.warning(
-                    f"run.storage was moved, but MLflow still expects its artifacts in {moved[0]}: {error}"
-                )
-            return
-    for before in moved:
-        logger.info(
-            f"run.storage was moved: MLflow's artifacts are now in {now}, no longer in {before}"
-        )
-
 
 # MLflow's artifact store: before a training, a test file is written to it.
 
@@ -278,7 +216,6 @@ def start_run(
     """
     uri = resolve_uri(config)
     use_paths()
-    follow(config.run.storage)
     try:
         check_uri(uri)
         with reachable(uri):
@@ -332,6 +269,8 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
         raise UserError(
             f"tracking.experiment: {name!r} was deleted in MLflow; restore it there, or set another name"
         )
+    if uri == f"sqlite:///{os.path.abspath(config.run.storage)}/{DATABASE}":
+        refuse_moved(str(experiment.artifact_location), uri)
     return str(experiment.experiment_id)
 
 
